@@ -1,0 +1,51 @@
+# One way in. `make` alone lists the targets; everything runs from .venv in this directory.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format sft grpo eval
+
+# cuda where nvidia-smi works, else cpu
+DEVICE := $(or $(DEVICE),$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu))
+# Index that torch alone is installed from; empty: wherever your pip is configured to look
+TORCH_INDEX ?=
+PYTHON ?=
+NODES ?=
+ARGS ?=
+SMOKE ?=
+export DEVICE TORCH_INDEX PYTHON
+
+RUN := .venv/bin/tatar-dist
+NODE_ARGS := $(if $(NODES),cluster.nodes=$(NODES))
+
+help:
+	@echo "make setup [DEVICE=cpu|cuda] [TORCH_INDEX=…]  create .venv with everything in it (here: DEVICE=$(DEVICE))"
+	@echo "make demo [SMOKE=1] [ARGS=\"k=v …\"]            data, SFT, GRPO, evaluation and report of a tiny model on this CPU"
+	@echo "make test                                     unit and integration tests on real Ray, vLLM and DeepSpeed"
+	@echo "make lint | format                            ruff and mypy | rewrite the formatting"
+	@echo "make sft|grpo|eval [NODES=n] [ARGS=\"k=v …\"]   the recipe of configs/*.yaml; ARGS=--dry-run prints the plan"
+	@echo "Still to come: test-cluster, bench, bench-trl, nightly."
+
+setup:
+	@bash launch/setup.sh
+
+demo: setup
+	@$(RUN) demo --output runs/demo $(if $(filter-out 0,$(SMOKE)),--smoke) $(ARGS)
+
+test: setup
+	@.venv/bin/python -m pytest tests/unit tests/integration $(ARGS)
+
+lint: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+format: setup
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+sft grpo: setup
+	@$(RUN) $@ --config configs/$@.yaml $(NODE_ARGS) $(ARGS)
+
+eval: setup
+	@$(RUN) evaluate --config configs/eval.yaml $(NODE_ARGS) $(ARGS)

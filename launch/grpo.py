@@ -1,0 +1,14 @@
+"""GRPO from a checkout or a `ray job submit` working directory; the same as `tatar-dist grpo`.
+
+python launch/grpo.py --config configs/grpo.yaml key=value …
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the uploaded sources win over an installed package
+
+from tatar_dist.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main(["grpo", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""`python -m tatar_dist` is `tatar-dist`."""
+
+import sys
+
+from tatar_dist.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

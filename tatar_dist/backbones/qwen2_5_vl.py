@@ -1,0 +1,139 @@
+"""Qwen2.5-VL: the processor call, the vision call and the 3-D positions. Nothing of this family is known elsewhere.
+
+Needs torch and transformers only. In: rendered prompts and images. Out: input ids, image features, hidden states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from tatar_dist.config import ModelConfig
+from tatar_dist.errors import UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the model reads it.
+
+    ids: (P,) int64 with the image placeholder expanded; type_ids: (P,) 1 at image tokens;
+    pixel_values: (n_patches, patch_dim) float32; grid: (1, 3) int64 (t, h, w in patches).
+    """
+
+    ids: torch.Tensor
+    type_ids: torch.Tensor
+    pixel_values: torch.Tensor
+    grid: torch.Tensor
+
+
+class Backbone:
+    """One loaded family: `processor` for texts and images, `model` the transformers module (on the learners only)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        from transformers import AutoProcessor
+
+        self.config = config
+        self.processor = AutoProcessor.from_pretrained(
+            config.path, min_pixels=config.min_pixels, max_pixels=config.max_pixels
+        )
+        self.tokenizer = self.processor.tokenizer
+
+    @staticmethod
+    def check_directory(path: str) -> dict[str, Any]:
+        """The model's config.json as a dict. Raises UserError when `path` is a directory without this family's model.
+
+        A name that is no local path is left to the hub.
+        """
+        import json
+
+        directory = Path(path)
+        if not directory.exists():
+            if path.count("/") == 1 and not path.startswith((".", "/")):
+                return {}
+            raise UserError(f"model.path={path}: no such directory")
+        file = directory / "config.json"
+        if not file.is_file():
+            raise UserError(f"model.path={path}: no config.json in it, so it is not a Hugging Face model directory")
+        try:
+            settings: dict[str, Any] = json.loads(file.read_text())
+        except ValueError as e:
+            raise UserError(f"{file}: not valid JSON: {e}") from None
+        if settings.get("model_type") != "qwen2_5_vl":
+            raise UserError(f"model.path={path}: model_type is {settings.get('model_type')!r}, model.family needs 'qwen2_5_vl'")
+        if not any(directory.glob("*.safetensors")):
+            raise UserError(f"model.path={path}: holds no *.safetensors weights")
+        return settings
+
+    def load_model(self) -> torch.nn.Module:
+        """The transformers model in `config.dtype`, vision tower frozen if the config says so."""
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            self.config.path,
+            dtype=DTYPES[self.config.dtype],
+            attn_implementation=self.config.attention,
+            use_safetensors=True,
+        )
+        if not self.config.train_vision:
+            model.model.visual.requires_grad_(False)
+        return model
+
+    def end_of_turn(self) -> int:
+        """Token id that ends the assistant's turn (`<|im_end|>`)."""
+        return int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+
+    def forbidden_ids(self) -> list[int]:
+        """Vision placeholder ids: never sampled, because a completion that holds one has no image to go with it."""
+        names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+        return sorted({int(self.tokenizer.convert_tokens_to_ids(n)) for n in names})
+
+    def image_tokens(self, width: int, height: int) -> int:
+        """Tokens an image of this size in pixels takes beyond its one placeholder in the text."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        p = self.processor.image_processor
+        factor = p.patch_size * p.merge_size
+        high, wide = smart_resize(height, width, factor, self.config.min_pixels, self.config.max_pixels)
+        return (high // factor) * (wide // factor) - 1
+
+    def encode_prompt(self, text: str, image: Image.Image) -> EncodedPrompt:
+        """Tokenise `text` (chat template already rendered, one image placeholder) and patchify `image`."""
+        b = self.processor(text=[text], images=[image], return_tensors="pt")
+        return EncodedPrompt(b["input_ids"][0], b["mm_token_type_ids"][0], b["pixel_values"], b["image_grid_thw"])
+
+    @staticmethod
+    def vision(model: Any, pixel_values: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One pass of the vision tower over all images: a tuple of (tokens_i, hidden) features, image by image."""
+        return tuple(model.model.get_image_features(pixel_values, grids, return_dict=True).pooler_output)
+
+    @staticmethod
+    def hidden_states(
+        model: Any,
+        ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        type_ids: torch.Tensor,
+        grids: torch.Tensor,
+        features: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
+        """Last hidden states (B, L, H) of padded rows; `features[i]`, `grids[i]` belong to row i.
+
+        Positions are computed here and passed, because the model otherwise keeps `rope_deltas` between calls.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        positions, _ = model.model.get_rope_index(ids, type_ids, image_grid_thw=grids, attention_mask=attention_mask)
+        out = model.model(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            image_grid_thw=grids,
+            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
+            use_cache=False,
+        )
+        return out.last_hidden_state

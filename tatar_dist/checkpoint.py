@@ -1,0 +1,78 @@
+"""Checkpoints of a run: written beside, synced, renamed; `latest` is moved last.
+
+    checkpoints/step_000030/deepspeed/   ZeRO-3 shards: weights, master weights, optimizer (one writer a rank)
+                            model/       the Hugging Face model directory at this step
+                            state.json   step, sampler position, weight version, the resolved config's hash
+    checkpoints/latest -> step_000030
+
+A checkpoint without state.json was not finished and does not count. Pure file work: the learners write through `fill`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.errors import UserError
+
+STATE = "state.json"
+
+
+def _sync_tree(directory: Path) -> None:
+    """fsync every file and directory below, so that a rename never names data that a power cut can still lose."""
+    for root, _, files in os.walk(directory):
+        for name in [*files, "."]:
+            fd = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+class Checkpoints:
+    """The checkpoints of one run directory; `keep` newest stay."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self.root, self.keep = run / "checkpoints", max(1, keep)
+
+    def save(self, step: int, state: dict[str, Any], fill: Callable[[Path], None]) -> Path:
+        """Write the checkpoint of `step`. `fill(directory)` writes the learners' part.
+
+        Raises:
+            UserError: no space left; the checkpoints that were there stay as they were.
+        """
+        final = self.root / f"step_{step:06d}"
+        beside = self.root / f".writing_{final.name}"
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            fill(beside)
+            (beside / STATE).write_text(json.dumps({"step": step, **state}))
+            _sync_tree(beside)
+        except OSError as e:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise UserError(f"{final}: cannot write the checkpoint: {e.strerror}; the last one is kept") from e
+        if final.exists():
+            shutil.rmtree(final)
+        beside.rename(final)
+        link = self.root / ".latest"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        os.replace(link, self.root / "latest")
+        for old in sorted(self.root.glob("step_*"))[: -self.keep]:
+            if old != final:
+                shutil.rmtree(old)
+        return final
+
+    def latest(self) -> tuple[Path, dict[str, Any]] | None:
+        """(directory, state) of the newest finished checkpoint, or None."""
+        for directory in sorted(self.root.glob("step_*"), reverse=True):
+            try:
+                return directory, json.loads((directory / STATE).read_text())
+            except (OSError, ValueError):
+                continue  # interrupted while writing: the one before it counts
+        return None

@@ -1,0 +1,334 @@
+"""The command line: one command, one sub-command per thing a user does. Parses, calls the package, prints.
+
+Nothing heavy is imported here: a sub-command imports what it runs, so that `--help` answers at once. Bad input
+(`UserError`, wrong options) is one line on stderr and exit status 2; Ctrl-C is 130; other errors keep their traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from tatar_dist.errors import UserError
+from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
+
+EXIT_BAD_INPUT = 2
+
+app = typer.Typer(
+    name="tatar-dist",
+    help="Post-train a vision-language model to score images for quality (IQA) and aesthetics (IAA): "
+    "supervised fine-tuning, then GRPO with asymmetric rewards, on Ray, vLLM and DeepSpeed.",
+    epilog="Start with: tatar-dist doctor, then tatar-dist demo --output runs/demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+data_app = typer.Typer(help="Make and look at manifests, the Parquet files all stages read.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Configs = Annotated[list[Path], typer.Option("--config", help="YAML file; may repeat, later files win.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of config keys, after all files.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, load nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def rewards(
+    file: Annotated[
+        Path, typer.Argument(help="JSON lines: group_id, task, dataset, target, completion; one global batch.")
+    ],
+    preset: Annotated[
+        str, typer.Option(help="tatar, released, gaussian-both, thurstone-both, binary, or a YAML file.")
+    ] = "tatar",
+    output: Annotated[Path | None, typer.Option(help="Write the lines here and print a summary.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON (with --output).")] = False,
+    lenient: Annotated[bool, typer.Option(help="Drop and count bad rows, read answers leniently.")] = False,
+    all_terms: Annotated[bool | None, typer.Option(help="Compute every term, not only the preset's.")] = None,
+    explain: Annotated[
+        int | None, typer.Option(metavar="ROW", help="Show the comparisons behind one row, from 1.")
+    ] = None,
+) -> None:
+    """Score completions: every reward term and the advantage, line by line.
+
+    Example: [bold]tatar-dist rewards batch.jsonl --preset tatar --output scored.jsonl[/bold]
+    """
+    from tatar_dist.rewards import audit
+
+    found = audit.run(file, preset, all_terms=all_terms, lenient=lenient)
+    for warning in found.warnings:
+        print(f"tatar-dist: {warning}", file=sys.stderr)
+    if explain is not None:
+        print(audit.explain_table(found, explain))
+        return
+    audit.write(found, output, sys.stdout)
+    if output is not None:
+        columns = found.columns()
+        summary = {
+            "preset": found.preset.name,
+            "output": str(output),
+            "rows": len(found.rows),
+            "parsed": sum(v is not None for v in columns["parsed"]),
+            "mean": {name: _mean(values) for name, values in columns.items() if name not in ("parsed", "advantage")},
+        }
+        _print_result(summary, as_json)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """The mean over the rows a term applies to; None when there are none."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+@app.command()
+def metrics(
+    file: Annotated[Path, typer.Argument(help="JSON lines: dataset, task, target, and prediction or completion.")],
+    as_json: Json = False,
+    bootstrap: Annotated[int, typer.Option(metavar="N", help="Rounds for 95 % intervals; 0 = none.")] = 0,
+    unparsed: Annotated[str, typer.Option(help="drop, or midpoint: count an unparsed answer as 50.")] = "drop",
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+) -> None:
+    """Agreement with opinion scores by data set: SRCC, PLCC, KRCC, RMSE, MAE, with n and n_parsed.
+
+    Example: [bold]tatar-dist metrics predictions.jsonl --bootstrap 1000 --json[/bold]
+    """
+    from tatar_dist.evaluate import audit
+
+    found = audit.run(file, bootstrap=bootstrap, unparsed=unparsed, seed=seed)
+    print(json.dumps(audit.as_json(found)) if as_json else audit.as_table(found))
+
+
+@data_app.callback()
+def _data() -> None:
+    """Make and look at manifests, the Parquet files all stages read."""
+
+
+@data_app.command("demo")
+def data_demo(
+    output: Annotated[Path, typer.Option(help="Directory of the manifests.")],
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    train: Annotated[int, typer.Option(min=1, help="Training crops per task.")] = 2000,
+    validation: Annotated[int, typer.Option(min=1, help="Validation crops per task.")] = 300,
+    test: Annotated[int, typer.Option(min=1, help="Test crops per task, of photographs never trained on.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Cut the demo's data set from photographs that installed Python packages carry.
+
+    Example: [bold]tatar-dist data demo --output data/demo --seed 0[/bold]
+    """
+    from tatar_dist.data.demo import make_demo
+
+    counts = make_demo(output, seed=seed, train=train, validation=validation, test=test)
+    files = {str(output / f"{name}.parquet"): rows for name, rows in counts.items()}
+    print(json.dumps(files) if as_json else "\n".join(f"{rows:6d}  {name}" for name, rows in files.items()))
+
+
+def _run_stage(stage: str, files: list[Path], words: list[str] | None, dry_run: bool, as_json: bool) -> None:
+    from tatar_dist.config import load_config
+
+    config = load_config([str(f) for f in files], words or [])
+    if dry_run:
+        command = " ".join(["tatar-dist", stage, *(f"--config {f}" for f in files), *(words or [])])
+        _print_plans(config, [stage], as_json, command)
+        return
+    result: Any
+    if stage == "sft":
+        from tatar_dist import sft as sft_stage
+
+        result = sft_stage.run(config)
+    elif stage == "grpo":
+        from tatar_dist import controller
+
+        result = controller.run(config)
+    else:
+        from tatar_dist.evaluate import runner
+
+        result = runner.run(config)
+    if result is not None:
+        _print_result(result, as_json)
+    elif as_json:
+        print(json.dumps({"output": config.output}))
+    else:
+        print(f"{stage}: done, everything it made is in {config.output}")
+
+
+def _print_plans(config: Any, stages: list[str], as_json: bool, command: str | None = None) -> None:
+    """Tables, and the lines that would start them; as JSON one object, by stage when there are several."""
+    from tatar_dist import plan as planning
+
+    plans = [planning.resolve(config, stage) for stage in stages]  # type: ignore[arg-type]
+    if as_json:
+        found = {p.stage: p.to_dict() for p in plans}
+        print(json.dumps(found[plans[0].stage] if len(plans) == 1 else found))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for p in plans:
+        console.print(planning.as_table(p))
+        if command is not None:
+            print("\n".join(planning.ray_commands(p, command)))
+
+
+def _print_result(result: Any, as_json: bool) -> None:
+    """A result object as JSON, or as indented `key: value` lines."""
+    if as_json:
+        print(json.dumps(result, default=str))
+        return
+
+    def lines(value: Any, indent: str) -> list[str]:
+        out = []
+        for key, item in value.items():
+            if isinstance(item, dict):
+                out += [f"{indent}{key}:", *lines(item, indent + "  ")]
+            else:
+                shown = "—" if item is None else f"{item:.4f}" if isinstance(item, float) else item
+                out.append(f"{indent}{key}: {shown}")
+        return out
+
+    print("\n".join(lines(result, "")) if isinstance(result, dict) else result)
+
+
+@app.command()
+def sft(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Supervised fine-tuning: teaches the answer format and the two ways of reasoning.
+
+    Example: [bold]tatar-dist sft --config configs/sft.yaml cluster.nodes=4 --dry-run[/bold]
+    """
+    _run_stage("sft", config, overrides, dry_run, as_json)
+
+
+@app.command()
+def grpo(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """GRPO: refines the scores by rewards over each global batch of completions.
+
+    Example: [bold]tatar-dist grpo --config configs/grpo.yaml model.path=runs/sft/checkpoints/latest/model[/bold]
+    """
+    _run_stage("grpo", config, overrides, dry_run, as_json)
+
+
+@app.command()
+def evaluate(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Greedy answers on the test manifests; SRCC and PLCC by data set, with n and parse failures.
+
+    Example: [bold]tatar-dist evaluate --config configs/eval.yaml model.path=runs/model data.eval_limit=200[/bold]
+    """
+    _run_stage("evaluate", config, overrides, dry_run, as_json)
+
+
+@app.command()
+def plan(
+    config: Configs,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="sft, grpo or evaluate; all of them when left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a run would start: processes, GPUs, the split of a batch. Loads no model.
+
+    Example: [bold]tatar-dist plan --config configs/grpo.yaml --stage grpo cluster.nodes=16[/bold]
+    """
+    from tatar_dist.config import load_config
+    from tatar_dist.plan import STAGES
+
+    if stage is not None and stage not in STAGES:
+        raise UserError(f"--stage {stage}: must be one of {', '.join(STAGES)}")
+    loaded = load_config([str(f) for f in config], overrides or [])
+    _print_plans(loaded, [stage] if stage else list(STAGES), as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory for data, runs and report.")],
+    overrides: Overrides = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, in minutes.")] = False,
+) -> None:
+    """The whole pipeline on this machine's CPU with a tiny model: data, SFT, GRPO, evaluation, report.
+
+    Example: [bold]tatar-dist demo --output runs/demo rollout.engines=2[/bold]
+    """
+    from tatar_dist import demo as demo_pipeline
+
+    demo_pipeline.run(output, smoke, overrides or [])
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
+    """Write one HTML page about a run: learning curves, metrics, a gallery of answers.
+
+    Example: [bold]tatar-dist report runs/grpo[/bold]
+    """
+    from tatar_dist.report import html
+
+    print(html.write(run) or run / "report.html")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    output: Annotated[Path, typer.Option(help="New directory for the model.")],
+) -> None:
+    """Copy the newest trained model out of a run, as a Hugging Face model directory.
+
+    Example: [bold]tatar-dist export runs/grpo --output models/scorer[/bold]
+    """
+    from tatar_dist import export as exporting
+
+    print(exporting.run(run, output) or output)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: compilers, packages, devices, memory, ports. Exit 1 if something needed is missing.
+
+    Example: [bold]tatar-dist doctor --json[/bold]
+    """
+    from tatar_dist import doctor as checks
+
+    found = checks.run()
+    if as_json:
+        print(json.dumps(checks.as_json(found)))
+    else:
+        from rich.console import Console
+
+        Console().print(checks.as_table(found))
+    if any(c.required and not c.ok for c in found):
+        raise typer.Exit(1)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        status = app(args=args, prog_name="tatar-dist", standalone_mode=False)
+        if status == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this status, silently
+            _complain("interrupted")
+        return status if isinstance(status, int) else 0
+    except UserError as e:
+        # Ray wraps what an actor raised: the wrapper's text is a traceback, its cause the one line.
+        _complain(getattr(e, "cause", None) or e)
+        return EXIT_BAD_INPUT
+    except TyperException as e:
+        if e.format_message():  # empty when the help page was the answer already
+            _complain(e.format_message())
+        return EXIT_BAD_INPUT
+    except Interrupted as e:
+        _complain(e)
+        return EXIT_INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted")
+        return EXIT_INTERRUPTED
+
+
+def _complain(message: object) -> None:
+    print(f"tatar-dist: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Ray on this machine or a cluster it joins, and the actors of a run: learners, engines, the reward actor.
+
+The only file that makes Ray actors. On a CPU machine the actors share the cores: learners and engines take turns with
+staleness 0, so each side is handed all threads while it works (`Cluster.threads`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from tatar_dist.config import Config
+from tatar_dist.errors import UserError
+from tatar_dist.learner.actor import Learner
+from tatar_dist.plan import Split
+from tatar_dist.records import LearnerRow, StepReport
+from tatar_dist.rewards.actor import RewardScorer
+from tatar_dist.rollout.engine import RolloutEngine
+from tatar_dist.rollout.pool import RolloutPool
+
+COMMON_ENV = {
+    "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+    "TOKENIZERS_PARALLELISM": "false",
+    # an idle OpenMP pool must not spin on cores that another process was handed
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "KMP_BLOCKTIME": "0",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+}
+CPU_ENGINE_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+class LearnerGroup:
+    """All ZeRO-3 ranks, addressed as one. Learners are a unit: an error of one is the error of the step."""
+
+    def __init__(self, config: Config, actors: list[Any], threads: int) -> None:
+        self.config, self.actors, self.threads = config, actors, threads
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        return self.wait([getattr(a, method).remote(*args) for a in self.actors])
+
+    def wait(self, refs: list[Any]) -> list[Any]:
+        """All results; the first error of any rank is raised at once, because its peers would wait for it."""
+        pending = list(refs)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=self.config.rollout.call_timeout_s)
+            if not done:
+                late = [i for i, r in enumerate(refs) if r in pending]
+                raise RuntimeError(f"learner rank(s) {late} did not answer in {self.config.rollout.call_timeout_s:g} s")
+            ray.get(done)
+        return ray.get(refs)
+
+    def setup(self, stage: str, split: Split, total_steps: int) -> list[dict[str, Any]]:
+        master = ray.get(self.actors[0].address.remote())
+        return self._all("setup", master, stage, split.micro_batch, split.accumulation, total_steps, self.threads)
+
+    def sft_step(self, shards: list[list[LearnerRow]], step: int, global_tokens: int) -> StepReport:
+        pairs = zip(self.actors, shards, strict=True)
+        return self.wait([a.sft_step.remote(rows, step, global_tokens) for a, rows in pairs])[0]
+
+    def sft_loss(self, shards: list[list[LearnerRow]]) -> dict[str, float]:
+        return self.wait([a.sft_loss.remote(r) for a, r in zip(self.actors, shards, strict=True)])[0]
+
+    def grpo_step(self, shards: list[list[LearnerRow]], step: int) -> StepReport:
+        n = sum(map(len, shards))
+        pairs = zip(self.actors, shards, strict=True)
+        return self.wait([a.grpo_step.remote(rows, step, n, self.threads) for a, rows in pairs])[0]
+
+    def weight_buckets(self, bucket_bytes: int) -> Iterator[Any]:
+        """References to the buckets of rank 0, streamed while the ranks gather together."""
+        others = [a.weight_buckets.options(num_returns="streaming").remote(bucket_bytes) for a in self.actors[1:]]
+        lead = self.actors[0].weight_buckets.options(
+            num_returns="streaming", _generator_backpressure_num_objects=2
+        ).remote(bucket_bytes)
+        yield from lead
+        for stream in others:
+            for _ in stream:
+                pass
+
+    def save(self, directory: Path, export: bool = True) -> None:
+        self._all("save", str(directory), export)
+
+    def load(self, directory: Path) -> None:
+        self._all("load", str(directory))
+
+
+def _require_token() -> None:
+    """Token authentication for the Ray we start: nobody else on this machine may submit work to it."""
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        ray._raylet.Config.initialize("")  # Ray cached the mode when it was imported
+
+
+class Cluster:
+    """A connection to Ray and the actors made through it; closing it ends them and, if started here, Ray."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.gpu = config.cluster.gpus_per_node > 0
+        self.cores = config.cluster.threads or len(os.sched_getaffinity(0))
+        self._actors: list[Any] = []
+        self._own = not ray.is_initialized()
+        if self._own:
+            self._start()
+
+    def _start(self) -> None:
+        c = self.config.cluster
+        address = c.address or os.environ.get("RAY_ADDRESS")
+        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        try:
+            if address:
+                ray.init(address=address, **quiet)
+                return
+            _require_token()
+            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            need = 2 + c.learners * c.learner_cpus + self.config.rollout.engines * c.engine_cpus
+            ray.init(
+                num_cpus=max(self.cores, int(need + 1)),  # logical: processes on a laptop take turns on its cores
+                include_dashboard=False,
+                object_store_memory=c.object_store_mib << 20,
+                **quiet,
+            )
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as e:
+            raise UserError(f"Ray did not start: {str(e).strip().splitlines()[0]} (cluster.address={address})") from e
+
+    def threads(self, processes: int) -> int:
+        """CPU threads for each of `processes` equal processes that work at the same time."""
+        return max(1, self.cores // processes)
+
+    def _actor(self, cls: type, *args: Any, cpus: float, gpus: float = 0, env: dict[str, str] | None = None) -> Any:
+        # no restarts, no retries: a restarted actor would hold initial weights and answer as if nothing had happened
+        remote: Any = ray.remote(cls)
+        variables = {**COMMON_ENV, **(env or {}), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        actor = remote.options(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, runtime_env={"env_vars": variables}
+        ).remote(*args)
+        self._actors.append(actor)
+        return actor
+
+    def learners(self, count: int) -> LearnerGroup:
+        c = self.config.cluster
+        threads = self.threads(count)
+        env = {} if self.gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        env |= {"OMP_NUM_THREADS": str(threads)}
+        if not c.address:
+            env |= {"GLOO_SOCKET_IFNAME": "lo"}
+        actors = [
+            self._actor(Learner, self.config, rank, count, cpus=c.learner_cpus, gpus=int(self.gpu), env=env)
+            for rank in range(count)
+        ]
+        return LearnerGroup(self.config, actors, threads)
+
+    def engines(self, count: int, version: int = 0) -> RolloutPool:
+        r = self.config.rollout
+        env = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": str(r.cpu_kv_cache_gib),
+            "OMP_NUM_THREADS": str(self.threads(count)),
+            **({} if self.gpu else CPU_ENGINE_ENV),
+        }
+        gpus = r.tensor_parallel if self.gpu else 0
+        actors = [
+            self._actor(RolloutEngine, self.config, i, cpus=self.config.cluster.engine_cpus, gpus=gpus, env=env)
+            for i in range(count)
+        ]
+        return RolloutPool(self.config, actors, version)
+
+    def reward_actor(self) -> Any:
+        return self._actor(RewardScorer, self.config.reward, self.config.grpo.advantage_eps, cpus=0.5)
+
+    def release(self) -> None:
+        """End the actors made through this object; Ray stays."""
+        for actor in self._actors:
+            with contextlib.suppress(Exception):  # one that died already needs no killing
+                ray.kill(actor)
+        self._actors.clear()
+
+    def close(self) -> None:
+        self.release()
+        if self._own:
+            ray.shutdown()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,124 @@
+"""The GRPO loop, on one screen. DESIGN: sampler -> engines -> reward actor -> batcher -> learners -> weights back.
+
+In: a checked config. Out: a run directory (see run_directory.py) whose `checkpoints/latest/model` is the trained model.
+`staleness 0`: engines and learners take turns on the same weights. A run that finds a checkpoint in its directory
+continues from it; one that is interrupted leaves one.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+
+from tatar_dist.checkpoint import Checkpoints
+from tatar_dist.cluster import Cluster, LearnerGroup
+from tatar_dist.config import Config
+from tatar_dist.data.sampler import PromptSampler
+from tatar_dist.interrupts import Interrupted, Interrupts
+from tatar_dist.learner.sharding import shard_groups
+from tatar_dist.plan import resolve
+from tatar_dist.progress import Progress
+from tatar_dist.prompt_source import PromptSource, read_manifests
+from tatar_dist.records import ScoredGroup
+from tatar_dist.rollout.engine import Sampling
+from tatar_dist.rollout.pool import RolloutPool
+from tatar_dist.run_directory import RunDirectory
+
+
+def run(config: Config) -> None:
+    """Train by GRPO until `grpo.max_steps` or `grpo.epochs`. Raises Interrupted after a clean stop, UserError for bad input."""
+    plan = resolve(config, "grpo")
+    with RunDirectory(config) as directory, Interrupts() as stop:
+        source = PromptSource(config, directory)
+        sampler = make_sampler(config)
+        total = config.grpo.max_steps or max(1, round(config.grpo.epochs * sampler.steps_per_epoch(config.grpo.prompts_per_step)))
+        checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
+        found = checkpoints.latest() if config.checkpoint.resume else None
+        first = found[1]["step"] if found else 0
+        directory.rewind(first)
+        if first >= total:
+            return
+        with Cluster(config) as cluster, Progress("grpo", total, first) as progress:
+            learners, pool, scorer = _start(cluster, plan, total)
+            if found:
+                learners.load(found[0])
+                sampler.load_state_dict(found[1]["sampler"])
+                pool.push(learners.weight_buckets(config.rollout.bucket_mib << 20), first)
+            for step in range(first, total):
+                metrics = _step(config, step, source, sampler, pool, scorer, learners, directory)
+                directory.log(step, metrics)
+                progress.update(step + 1, metrics)
+                done = step + 1 == total or stop.requested
+                if done or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
+                    checkpoints.save(step + 1, {"stage": "grpo", "sampler": sampler.state_dict()}, learners.save)
+                if stop.requested and step + 1 < total:
+                    raise Interrupted(f"stopped after step {step + 1} of {total}; the same command continues from there")
+
+
+def make_sampler(config: Config) -> PromptSampler:
+    manifests = read_manifests(config.data.train, "data.train")
+    return PromptSampler(manifests, config.seed, config.data.iqa_fraction, config.data.min_rank_pool)
+
+
+def _start(cluster: Cluster, plan: Any, total: int) -> tuple[LearnerGroup, RolloutPool, Any]:
+    """All actors, brought up at the same time."""
+    learners, pool, scorer = cluster.learners(plan.learners), cluster.engines(plan.engines), cluster.reward_actor()
+    engines = pool.start(cluster.threads(plan.engines))
+    learners.setup("grpo", plan.split, total)
+    pool.started(engines)
+    return learners, pool, scorer
+
+
+def _step(
+    config: Config,
+    step: int,
+    source: PromptSource,
+    sampler: PromptSampler,
+    pool: RolloutPool,
+    scorer: Any,
+    learners: LearnerGroup,
+    directory: RunDirectory,
+) -> dict[str, float]:
+    """One optimiser step; returns its metrics by their contract names."""
+    g, r = config.grpo, config.rollout
+    start = time.perf_counter()
+    prompts = source.batch(sampler, g.prompts_per_step, step)
+    sampling = Sampling(g.group_size, r.temperature, r.max_new_tokens, config.seed, step)
+    t0 = time.perf_counter()
+    groups = pool.generate(prompts, sampling)
+    t1 = time.perf_counter()
+    scored, metrics = ray.get(scorer.score.remote(groups))
+    t2 = time.perf_counter()
+    report = learners.grpo_step(shard_groups(scored, len(learners.actors)), step)
+    t3 = time.perf_counter()
+    sync = pool.push(learners.weight_buckets(r.bucket_mib << 20), step + 1)
+    end = time.perf_counter()
+    directory.rollouts(step, scored)
+    tokens = sum(len(c.token_ids) for s in scored for c in s.group.completions)
+    return {
+        **metrics,
+        **_completion_metrics(scored),
+        **report.metrics,
+        **sync,
+        "time/generate": t1 - t0,
+        "time/reward": t2 - t1,
+        "time/learn": t3 - t2,
+        "time/sync": end - t3,
+        "time/step": end - start,
+        "perf/tokens_per_second": tokens / (end - start),
+        "perf/rollout_idle": 1 - (t1 - t0) / (end - start),
+        "perf/learner_idle": 1 - (t3 - t2) / (end - start),
+    }
+
+
+def _completion_metrics(scored: list[ScoredGroup]) -> dict[str, float]:
+    metrics = {}
+    for task in ("iqa", "iaa"):
+        completions = [c for s in scored if s.group.prompt.sample.task == task for c in s.group.completions]
+        if completions:
+            n = len(completions)
+            metrics[f"completion/tokens/{task}"] = sum(len(c.token_ids) for c in completions) / n
+            metrics[f"completion/clipped_ratio/{task}"] = sum(c.finish_reason == "length" for c in completions) / n
+    return metrics

@@ -1,0 +1,97 @@
+"""`tatar-dist metrics FILE [--json] [--bootstrap N]`: agreement with the opinion scores, by data set, from a file.
+
+In: JSON lines `{dataset, task, target, prediction}` or `{dataset, task, target, completion}`; a prediction of null is
+an unparsed output. An optional `finish_reason: length` marks a truncated one. Out: `{"datasets": {NAME: {...}}}`; a
+name that stands for both tasks is split into NAME/iqa and NAME/iaa, because their scores do not belong in one ranking.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tatar_dist.errors import UserError
+from tatar_dist.evaluate.metrics import DatasetMetrics, score_metrics
+from tatar_dist.prompts import parse
+from tatar_dist.rewards.audit import common_error, number_error, numbered_rows
+
+
+def run(
+    file: str | Path, *, bootstrap: int = 0, unparsed: str = "drop", strict: bool = True, seed: int = 0
+) -> dict[str, DatasetMetrics]:
+    """Metrics by data set name, in order of appearance.
+
+    Args:
+        bootstrap: rounds of the 95 % intervals; 0 = none.
+        unparsed: drop | midpoint.
+        strict: the answer grammar, for rows with a completion.
+
+    Raises:
+        UserError: no such file, no row, or a bad row as `FILE:LINE: what is wrong`.
+    """
+    if bootstrap < 0:
+        raise UserError(f"--bootstrap {bootstrap}: must not be negative")
+    found: dict[tuple[str, str], list[tuple[float, float, bool]]] = {}
+    for line, row in numbered_rows(file):
+        wrong = row if isinstance(row, str) else row_error(row)
+        if wrong is not None:
+            raise UserError(f"{file}:{line}: {wrong}")
+        assert isinstance(row, dict)  # row_error has seen it
+        entry = (float(row["target"]), _prediction(row, strict), row.get("finish_reason") == "length")
+        found.setdefault((row["dataset"], row["task"]), []).append(entry)
+    if not found:
+        raise UserError(f"{file}: no rows")
+    names = [name for name, _ in found]
+    result = {}
+    for (name, task), entries in found.items():
+        target, prediction, truncated = (np.array(x) for x in zip(*entries, strict=True))
+        result[name if names.count(name) == 1 else f"{name}/{task}"] = score_metrics(
+            target, prediction, unparsed=unparsed, n_truncated=int(truncated.sum()), bootstrap=bootstrap, seed=seed
+        )
+    return result
+
+
+def row_error(row: dict[str, Any]) -> str | None:
+    """What is wrong with one row of the `metrics` contract, or None."""
+    wrong = common_error(row)
+    if wrong is not None:
+        return wrong
+    if "prediction" in row:
+        return None if row["prediction"] is None else number_error("prediction", row["prediction"], bounded=False)
+    if not isinstance(row.get("completion"), str):
+        return "prediction or completion is missing"
+    return None
+
+
+def _prediction(row: dict[str, Any], strict: bool) -> float:
+    if "prediction" in row:
+        return math.nan if row["prediction"] is None else float(row["prediction"])
+    value = parse(row["completion"], strict).value
+    return math.nan if value is None else value
+
+
+def as_json(result: dict[str, DatasetMetrics]) -> dict[str, Any]:
+    """The `--json` object."""
+    return {"datasets": {name: metrics.to_dict() for name, metrics in result.items()}}
+
+
+def as_table(result: dict[str, DatasetMetrics]) -> str:
+    """A readable table with the reasons of missing values below it."""
+    width = max(len("dataset"), *(len(name) for name in result))
+    columns = ("srcc", "plcc", "krcc", "plcc_fitted", "rmse", "mae")
+    lines = [f"{'dataset':{width}} {'n':>6} {'parsed':>6} " + " ".join(f"{c:>11}" for c in columns)]
+    notes = []
+    for name, m in result.items():
+        cells = [f"{'—' if v is None else format(v, '.4f'):>11}" for v in (getattr(m, c) for c in columns)]
+        lines.append(f"{name:{width}} {m.n:6d} {m.n_parsed:6d} " + " ".join(cells))
+        said = [f"{k} 95% [{ci[0]:.4f}, {ci[1]:.4f}]" for k, ci in m.ci95.items() if ci]
+        said += [f"{k} is null: {why}" for k, why in m.reason.items()]
+        for count, what in ((m.n_truncated, "truncated"), (m.n_out_of_range, "clamped to 0-100")):
+            said += [f"{count} {what}"] if count else []
+        if m.n_parsed < m.n:
+            said.append(f"unparsed rows: {m.unparsed}")
+        notes += [f"{name}: {s}" for s in said]
+    return "\n".join(lines + notes)

@@ -1,0 +1,179 @@
+"""Bootstrap intervals: of SRCC and PLCC, and of paired before/after differences, resampled by source photograph.
+
+A resample is a vector of integer row counts; ranks, means and correlations are computed from the counts, for many
+resamples at once, so nothing is sorted inside a round. Crops of one photograph are not independent, therefore
+differences are resampled by whole clusters (photographs). Percentile intervals (Efron & Tibshirani 1993, ch. 13). Same
+seed, same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tatar_dist.evaluate.metrics import MIDPOINT
+
+BLOCK = 1 << 20  # counts held at once: rounds x rows of a block
+MIN_DEFINED = 0.95  # share of resamples in which the statistic must exist
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A statistic on the full data and its percentile interval. `rounds`: resamples in which it existed."""
+
+    estimate: float
+    lo: float
+    hi: float
+    rounds: int
+
+
+class _Ranks:
+    """Average ranks of the values (n,) under row counts, by tie class."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        _, self.of_row = np.unique(values, return_inverse=True)
+        self.order = np.argsort(self.of_row, kind="stable")
+        self.starts = np.unique(self.of_row[self.order], return_index=True)[1]
+
+    def under(self, counts: np.ndarray) -> np.ndarray:
+        """(R, n) average rank of each row in each of the R resamples given by (R, n) counts."""
+        per_class = np.add.reduceat(counts[:, self.order], self.starts, axis=1)
+        return (np.cumsum(per_class, axis=1) - 0.5 * (per_class - 1.0))[:, self.of_row]
+
+
+def _weighted_pearson(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(R,) Pearson's r of rows weighted by (R, n) counts; a, b are (n,) or (R, n). NaN where one is constant."""
+    n = counts.sum(axis=1, keepdims=True)
+    a = a - (counts * a).sum(axis=1, keepdims=True) / n
+    b = b - (counts * b).sum(axis=1, keepdims=True) / n
+    aa, bb, ab = ((counts * x * y).sum(axis=1) for x, y in ((a, a), (b, b), (a, b)))
+    scale = np.sqrt(aa * bb)
+    # Rounding leaves a constant column a variance of about 1e-26 instead of 0.
+    defined = (aa > 1e-18 * n[:, 0]) & (bb > 1e-18 * n[:, 0])
+    return np.where(defined, ab / np.where(defined, scale, 1.0), np.nan)
+
+
+def _blocks(rounds: int, n: int) -> list[int]:
+    size = max(1, BLOCK // max(n, 1))
+    return [min(size, rounds - start) for start in range(0, rounds, size)]
+
+
+def _percentiles(values: np.ndarray, level: float) -> tuple[float, float] | None:
+    defined = values[np.isfinite(values)]
+    if len(values) == 0 or len(defined) < MIN_DEFINED * len(values):
+        return None
+    lo, hi = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return float(lo), float(hi)
+
+
+def correlation_intervals(
+    target: np.ndarray, prediction: np.ndarray, *, rounds: int = 1000, seed: int = 0, level: float = 0.95
+) -> dict[str, tuple[float, float] | None]:
+    """Percentile intervals {"srcc": (lo, hi), "plcc": (lo, hi)} over resampled rows; None where undefined.
+
+    target, prediction: (n,) float64 without NaN.
+    """
+    n = len(target)
+    if n < 2 or rounds < 1:
+        return {"srcc": None, "plcc": None}
+    rng = np.random.default_rng(seed)
+    ranks_t, ranks_p = _Ranks(target), _Ranks(prediction)
+    draws: dict[str, list[np.ndarray]] = {"srcc": [], "plcc": []}
+    for size in _blocks(rounds, n):
+        counts = _row_counts(rng, size, n)
+        draws["srcc"].append(_weighted_pearson(ranks_t.under(counts), ranks_p.under(counts), counts))
+        draws["plcc"].append(_weighted_pearson(target, prediction, counts))
+    return {name: _percentiles(np.concatenate(parts), level) for name, parts in draws.items()}
+
+
+def _row_counts(rng: np.random.Generator, rounds: int, n: int) -> np.ndarray:
+    """(rounds, n) float64: how often each of n rows is drawn in n draws with replacement."""
+    drawn = rng.integers(0, n, (rounds, n)) + n * np.arange(rounds)[:, None]
+    return np.bincount(drawn.ravel(), minlength=rounds * n).reshape(rounds, n).astype(np.float64)
+
+
+def paired_mean_difference(
+    before: np.ndarray,
+    after: np.ndarray,
+    cluster: np.ndarray,
+    *,
+    rounds: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Interval of mean(after - before), resampled by cluster; with seeds as first axis, of the mean over all seeds.
+
+    Args:
+        before, after: (n,) or (S, n) values of a reward term for the same rows (and seeds), finite.
+        cluster: (n,) labels, the source photograph of each row.
+
+    Raises:
+        ValueError: shapes that differ, NaN, or no row.
+    """
+    before, after = _paired(before, after, cluster)
+    difference = (after - before).mean(axis=0)
+    _, index = np.unique(np.asarray(cluster), return_inverse=True)
+    total, n = np.bincount(index, weights=difference), np.bincount(index)
+    counts = _row_counts(np.random.default_rng(seed), rounds, len(n))
+    draws = (counts @ total) / (counts @ n)
+    lo, hi = _percentiles(draws, level) or (np.nan, np.nan)
+    return Interval(float(difference.mean()), float(lo), float(hi), rounds)
+
+
+def paired_srcc_difference(
+    target: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+    cluster: np.ndarray,
+    *,
+    rounds: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Interval of SRCC(after) - SRCC(before), resampled by cluster; with seeds as first axis, of its mean over seeds.
+
+    All seeds share each resample, so that what the photographs have in common is not averaged away. Unparsed
+    predictions (NaN) count as the midpoint 50, so that before and after keep the same rows; predictions are clamped to
+    0-100.
+
+    Args:
+        target: (n,); before, after: (n,) or (S, n) predictions; cluster: (n,) labels.
+
+    Raises:
+        ValueError: shapes that differ, or no row.
+    """
+    before, after = (np.clip(np.where(np.isnan(x), MIDPOINT, x), 0.0, 100.0) for x in (before, after))
+    before, after = _paired(before, after, cluster)
+    target = np.asarray(target, np.float64)
+    if target.shape != before.shape[1:]:
+        raise ValueError(f"target {target.shape} and predictions {before.shape} do not have the same rows")
+    ranks_t = _Ranks(target)
+    ranks = [(_Ranks(b), _Ranks(a)) for b, a in zip(before, after, strict=True)]
+    _, index = np.unique(np.asarray(cluster), return_inverse=True)
+    n_clusters = int(index.max()) + 1
+
+    def differences(counts: np.ndarray) -> np.ndarray:
+        t = ranks_t.under(counts)
+        each = [[_weighted_pearson(t, r.under(counts), counts) for r in pair] for pair in ranks]
+        return np.mean([after_r - before_r for before_r, after_r in each], axis=0)
+
+    rng = np.random.default_rng(seed)
+    draws = np.concatenate(
+        [differences(_row_counts(rng, size, n_clusters)[:, index]) for size in _blocks(rounds, len(target))]
+    )
+    lo, hi = _percentiles(draws, level) or (np.nan, np.nan)
+    estimate = float(differences(np.ones((1, len(target))))[0])
+    return Interval(estimate, float(lo), float(hi), int(np.isfinite(draws).sum()))
+
+
+def _paired(before: np.ndarray, after: np.ndarray, cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as (S, n) float64, checked."""
+    before, after = np.atleast_2d(np.asarray(before, np.float64)), np.atleast_2d(np.asarray(after, np.float64))
+    if before.shape != after.shape or before.shape[1] != len(cluster):
+        raise ValueError(f"before {before.shape}, after {after.shape} and {len(cluster)} cluster labels do not match")
+    if before.size == 0:
+        raise ValueError("no rows to compare")
+    if np.isnan(before).any() or np.isnan(after).any():
+        raise ValueError("NaN in paired values: a row must count in both or in neither")
+    return before, after

@@ -1,0 +1,199 @@
+"""Agreement of predicted scores with mean opinion scores: SRCC, PLCC, KRCC, fitted PLCC, RMSE, MAE.
+
+Pure functions on float64 arrays. Average ranks for ties, always; predictions are never rescaled, only
+clamped to 0-100; an unparsed output never leaves silently: n and n_parsed stand beside every value, and the policy for
+it is named in the result. A value that does not exist is None, with its reason.
+scipy is imported where it is used, so importing this module costs only numpy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tatar_dist.errors import UserError
+
+UNPARSED = ("drop", "midpoint")
+MIDPOINT = 50.0
+MIN_FIT = 5  # a logistic has four parameters: fewer points fit it perfectly and mean nothing
+
+
+@dataclass(frozen=True)
+class DatasetMetrics:
+    """One data set's metrics. rmse, mae in points. `reason`: metric name -> why it is None.
+
+    n: rows asked for; n_parsed: rows with an answer; n_missing: images that could not be read (not in n);
+    n_truncated: answers cut off by the token limit; n_out_of_range: answers clamped to 0-100. ci95: name -> (lo, hi)
+    or None.
+    """
+
+    n: int
+    n_parsed: int
+    srcc: float | None
+    plcc: float | None
+    krcc: float | None
+    plcc_fitted: float | None
+    rmse: float | None
+    mae: float | None
+    unparsed: str = "drop"
+    n_missing: int = 0
+    n_truncated: int = 0
+    n_out_of_range: int = 0
+    ci95: dict[str, tuple[float, float] | None] = field(default_factory=dict)
+    reason: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the `metrics --json` contract has it."""
+        return asdict(self)
+
+
+def usable(target: np.ndarray, prediction: np.ndarray, unparsed: str = "drop") -> tuple[np.ndarray, np.ndarray]:
+    """(target, prediction) clamped to 0-100, with unparsed rows (NaN) dropped or set to the midpoint 50.
+
+    Raises UserError for an unknown policy.
+    """
+    if unparsed not in UNPARSED:
+        raise UserError(f"unparsed policy {unparsed!r}: must be one of {', '.join(UNPARSED)}")
+    target, prediction = np.asarray(target, np.float64), np.clip(np.asarray(prediction, np.float64), 0.0, 100.0)
+    missing = np.isnan(prediction)
+    if unparsed == "midpoint":
+        return target, np.where(missing, MIDPOINT, prediction)
+    return target[~missing], prediction[~missing]
+
+
+def score_metrics(
+    target: np.ndarray,
+    prediction: np.ndarray,
+    *,
+    unparsed: str = "drop",
+    n_missing: int = 0,
+    n_truncated: int = 0,
+    bootstrap: int = 0,
+    seed: int = 0,
+) -> DatasetMetrics:
+    """All metrics of one data set.
+
+    Args:
+        target: (n,) mean opinion scores in points, finite.
+        prediction: (n,) predicted scores in points as answered, NaN where unparsed.
+        unparsed: drop | midpoint (50).
+        n_missing, n_truncated: counts to report beside them.
+        bootstrap: rounds for 95 % percentile intervals of SRCC and PLCC; 0 = none.
+    """
+    raw = np.asarray(prediction, np.float64)
+    t, p = usable(target, raw, unparsed)
+    values: dict[str, float | None] = {}
+    reason: dict[str, str] = {}
+    undefined = _undefined(t, p)
+    for name, function in (("srcc", srcc), ("plcc", plcc), ("krcc", krcc), ("plcc_fitted", plcc_fitted)):
+        why = undefined
+        if why is None and name == "plcc_fitted" and len(t) < MIN_FIT:
+            why = f"{len(t)} usable rows, a four-parameter fit needs {MIN_FIT}"
+        values[name] = None if why else function(t, p)
+        if why is None and not math.isfinite(values[name] or 0.0):
+            values[name] = None
+            why = "the best rising logistic is flat: predictions do not rise with the target"
+        if why:
+            reason[name] = why
+    error = p - t
+    for name, value in (("rmse", lambda: np.sqrt(np.mean(error**2))), ("mae", lambda: np.mean(np.abs(error)))):
+        values[name] = float(value()) if len(t) else None
+        if not len(t):
+            reason[name] = "no usable row"
+    ci95: dict[str, tuple[float, float] | None] = {}
+    if bootstrap > 0:
+        from tatar_dist.evaluate.bootstrap import correlation_intervals
+
+        ci95 = correlation_intervals(t, p, rounds=bootstrap, seed=seed)
+        for name, interval in ci95.items():
+            if interval is None:
+                reason[f"ci95.{name}"] = undefined or "too many resamples are constant"
+    return DatasetMetrics(
+        n=len(raw),
+        n_parsed=int((~np.isnan(raw)).sum()),
+        unparsed=unparsed,
+        n_missing=n_missing,
+        n_truncated=n_truncated,
+        n_out_of_range=int(((raw < 0) | (raw > 100)).sum()),
+        ci95=ci95,
+        reason=reason,
+        **values,
+    )
+
+
+def _undefined(target: np.ndarray, prediction: np.ndarray) -> str | None:
+    """Why no correlation exists, or None."""
+    if len(target) == 0:
+        return "no usable row"
+    if len(target) < 2:
+        return "1 usable row"
+    if np.ptp(prediction) == 0:
+        return "constant prediction"
+    return "constant target" if np.ptp(target) == 0 else None
+
+
+def plcc(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Pearson's r; NaN if either is constant."""
+    t, p = target - target.mean(), prediction - prediction.mean()
+    scale = math.sqrt(float(t @ t)) * math.sqrt(float(p @ p))
+    return float(np.clip((t @ p) / scale, -1.0, 1.0)) if scale > 0 else math.nan
+
+
+def srcc(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Spearman's rho: Pearson's r of scipy's average ranks; NaN if either is constant."""
+    from scipy.stats import rankdata
+
+    return plcc(rankdata(target), rankdata(prediction))
+
+
+def krcc(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Kendall's tau-b; NaN if either is constant."""
+    from scipy.stats import kendalltau
+
+    return float(kendalltau(prediction, target).statistic)
+
+
+def plcc_fitted(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Pearson's r after a monotone logistic map of the predictions (VQEG): low + (high - low) / (1 + exp(-(x - c) /
+    s)).
+
+    The map may only rise (high >= low, s > 0): a free sign would turn a wrong-way predictor into a good one. NaN when
+    the best rising map is flat.
+    """
+    from scipy.optimize import least_squares
+    from scipy.special import expit
+
+    x = (prediction - prediction.mean()) / prediction.std()
+    spread = float(target.std())
+    y = (target - target.mean()) / spread
+
+    def mapped(b: np.ndarray) -> np.ndarray:
+        return b[0] + b[1] * expit((x - b[2]) / b[3])
+
+    def jacobian(b: np.ndarray) -> np.ndarray:
+        u = (x - b[2]) / b[3]
+        q = expit(u)
+        slope = b[1] * q * expit(-u) / b[3]
+        return np.stack([np.ones_like(x), q, -slope, -slope * u], axis=1)
+
+    bounds = ([-np.inf, 0.0, -np.inf, 1e-3], [np.inf] * 4)
+    low, high = float(y.min()), float(y.max())
+    starts = [
+        [low, high - low, float(np.median(x)), 0.5],
+        [low - 2.0, high - low + 4.0, 0.0, 2.0],  # almost a straight line
+    ]
+    options = {
+        "jac": jacobian,
+        "bounds": bounds,
+        "x_scale": "jac",
+        "max_nfev": 1000,
+        "ftol": 1e-14,
+        "xtol": 1e-12,
+        "gtol": 1e-12,
+    }
+    fits = [least_squares(lambda b: mapped(b) - y, start, **options) for start in starts]
+    curve = mapped(min(fits, key=lambda f: f.cost).x)
+    return plcc(y, curve) if np.ptp(curve) > 1e-6 else math.nan

@@ -1,0 +1,122 @@
+"""Evaluation on the engine pool: greedy answers for SRCC/PLCC, sampled answers for the reward terms.
+
+In: a config (`model.path`, `data.test`). Out: `predictions.parquet`, `metrics.json`, and the result as a dict. A metric
+never comes without its n, n_parsed and n_truncated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from tatar_dist.cluster import Cluster
+from tatar_dist.config import Config
+from tatar_dist.errors import UserError
+from tatar_dist.evaluate.metrics import score_metrics
+from tatar_dist.interrupts import Interrupts
+from tatar_dist.plan import resolve
+from tatar_dist.progress import Progress
+from tatar_dist.prompt_source import PromptSource, read_manifests
+from tatar_dist.prompts import parse, think_words
+from tatar_dist.records import Prompt, ScoredGroup
+from tatar_dist.rollout.engine import Sampling
+from tatar_dist.rollout.pool import RolloutPool
+from tatar_dist.run_directory import RunDirectory, write_rollouts
+
+REWARD_STEP = 1 << 20  # the step that enters the seeds of sampled evaluation; no training run gets there
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Evaluate `model.path` on `data.test`. Returns {"datasets": {name: metrics}, "rewards": {...}}."""
+    plan = resolve(config, "evaluate")
+    with RunDirectory(config) as directory, Interrupts() as stop:
+        source = PromptSource(config, directory)
+        samples = source.held_out(read_manifests(config.data.test, "data.test"), config.data.eval_limit)
+        if not samples:
+            raise UserError("data.test: no usable sample")
+        prompts = [source.prompt(s, f"eval/{s.dataset}/{s.sample_id}") for s in samples]
+        with Cluster(config) as cluster, Progress("evaluate", len(prompts)) as progress:
+            pool = cluster.engines(plan.engines)
+            pool.started(pool.start(cluster.threads(plan.engines)))
+            result = evaluate_prompts(config, pool, cluster.reward_actor(), prompts, directory.path, progress, stop)
+    return result
+
+
+def evaluate_prompts(
+    config: Config,
+    pool: RolloutPool,
+    scorer: Any,
+    prompts: Sequence[Prompt],
+    output: Path,
+    progress: Progress | None = None,
+    stop: Interrupts | None = None,
+    missing: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Greedy completions of all prompts, and `evaluate.samples` sampled ones scored as one global batch."""
+    start = time.perf_counter()
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        if stop is not None and stop.requested:
+            raise KeyboardInterrupt
+        done += n
+        if progress:
+            progress.update(min(done, progress.total), {})
+
+    limit = config.rollout.max_new_tokens
+    greedy = pool.generate(prompts, Sampling(1, 0.0, limit), advance)
+    generated = time.perf_counter() - start
+    rows = []
+    for g in greedy:
+        sample, completion = g.prompt.sample, g.completions[0]
+        rows.append(
+            {
+                "sample_id": sample.sample_id,
+                "dataset": sample.dataset,
+                "task": sample.task,
+                "source": str(sample.meta.get("photo", "")),
+                "target": sample.score,
+                "prediction": parse(completion.text).value,
+                "completion": completion.text,
+                "think_words": think_words(completion.text),
+                "truncated": completion.finish_reason == "length",
+            }
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), output / "predictions.parquet")
+    result: dict[str, Any] = {
+        "model": config.model.path,
+        "datasets": {},
+        "seconds": generated,
+        "tokens_per_second": sum(len(g.completions[0].token_ids) for g in greedy) / generated,
+    }
+    for name in sorted({r["dataset"] for r in rows}):
+        part = [r for r in rows if r["dataset"] == name]
+        predictions = [math.nan if r["prediction"] is None else r["prediction"] for r in part]
+        result["datasets"][name] = score_metrics(
+            np.array([r["target"] for r in part]),
+            np.array(predictions),
+            n_missing=(missing or {}).get(name, 0),
+            n_truncated=sum(r["truncated"] for r in part),
+        ).to_dict()
+    if config.evaluate.samples:
+        sampling = Sampling(
+            config.evaluate.samples, config.rollout.temperature, limit, config.evaluate.seed, REWARD_STEP
+        )
+        scored: list[ScoredGroup]
+        scored, rewards = ray.get(scorer.score.remote(pool.generate(prompts, sampling)))
+        result["rewards"] = rewards
+        write_rollouts(output / "sampled.parquet", 0, scored)
+    result["seconds"] = time.perf_counter() - start
+    (output / "metrics.json").write_text(json.dumps(result, indent=1))
+    return result

@@ -1,0 +1,227 @@
+"""A learner: the Ray actor that holds one ZeRO-3 rank and runs SFT and GRPO steps on it.
+
+The controller sends every rank its rows of one global batch; all ranks make the same calls. A step returns the same
+`StepReport` on every rank, its metrics reduced over the global batch.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.config import Config
+from tatar_dist.records import LearnerRow, StepReport
+
+
+class WeightsOutOfSync(RuntimeError):
+    """The engine's log-probabilities are not the learner's: the engine samples from other weights."""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+class Learner:
+    """One rank. Plain class: `tatar_dist.cluster` makes the Ray actor of it."""
+
+    def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        self.config, self.rank, self.world_size = config, rank, world_size
+
+    def address(self) -> tuple[str, int]:
+        """(IP, free port) where rank 0 can listen."""
+        import ray
+
+        return ray.util.get_node_ip_address(), self.config.cluster.master_port or free_port()
+
+    def setup(
+        self, master: tuple[str, int], stage: str, micro_batch: int, accumulation: int, total_steps: int, threads: int
+    ) -> dict[str, Any]:
+        """Join the process group, load the model, shard it. Collective. Returns sizes for the log."""
+        os.environ.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world_size),
+            LOCAL_RANK="0",
+            MASTER_ADDR=master[0],
+            MASTER_PORT=str(master[1]),
+        )
+        import torch
+
+        from tatar_dist.learner.batch import Collator
+        from tatar_dist.learner.zero3 import Zero3, init_process_group
+
+        torch.set_num_threads(threads)
+        torch.manual_seed(self.config.seed)
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        init_process_group(self.device, self.config.rollout.call_timeout_s)
+        self.stage_config: Any = getattr(self.config, stage)
+        needs_reference = stage == "grpo" and self.config.grpo.kl_beta > 0
+        self.zero3 = Zero3(
+            self.config,
+            self.stage_config.optim,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            reference_path=self.config.model.path if needs_reference else None,
+            temperature=self.config.rollout.temperature if stage == "grpo" else 1.0,
+            device=self.device,
+        )
+        self.micro_batch, self.total_steps = micro_batch, total_steps
+        self.collate = Collator(self.zero3.backbone)
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.zero3.engine.module.parameters())
+        return {"rank": self.rank, "parameters": parameters, "host": socket.gethostname(), "pid": os.getpid()}
+
+    def _micro_batches(self, rows: Sequence[LearnerRow]) -> list[Any]:
+        """The rank's rows in micro-batches; images are decoded and preprocessed once per step."""
+        self.collate.new_step()
+        m = self.micro_batch
+        return [self.collate(rows[i : i + m]).to(self.device) for i in range(0, len(rows), m)]
+
+    def sft_step(self, rows: Sequence[LearnerRow], step: int, global_tokens: int) -> StepReport:
+        """One optimiser step on this rank's rows. `global_tokens`: trained tokens of the whole batch."""
+        from tatar_dist.algo.losses import sft_loss
+        from tatar_dist.learner.schedule import learning_rate
+
+        start = time.perf_counter()
+        lr = learning_rate(self.stage_config.optim, step, self.total_steps)
+        self.zero3.set_learning_rate(lr)
+        total, norm = 0.0, 0.0
+        for batch in self._micro_batches(rows):
+            out = self.zero3.engine(batch)
+            loss = sft_loss(out.logp, batch.mask, global_tokens)
+            self.zero3.backward(loss)
+            norm = self.zero3.optimizer_step() or norm
+            total += float(loss.detach())
+        metrics = self.zero3.all_reduce({"loss/total": total})
+        metrics |= {"optim/lr": lr, "optim/grad_norm": norm}
+        return StepReport(step, metrics, time.perf_counter() - start)
+
+    def sft_loss(self, rows: Sequence[LearnerRow]) -> dict[str, float]:
+        """Held-out sums over this rank's rows, reduced: negative log-likelihood and tokens, by task."""
+        import torch
+
+        self.zero3.engine.eval()
+        sums = {f"{k}/{t}": 0.0 for k in ("nll", "tokens") for t in ("iqa", "iaa")}
+        with torch.no_grad():
+            for i, batch in enumerate(self._micro_batches(rows)):
+                logp = self.zero3.engine(batch).logp
+                for r, row in enumerate(rows[i * self.micro_batch : (i + 1) * self.micro_batch]):
+                    sums[f"nll/{row.task}"] -= float(logp[r].sum())
+                    sums[f"tokens/{row.task}"] += float(batch.mask[r].sum())
+        self.zero3.engine.train()
+        return self.zero3.all_reduce(sums)
+
+    def grpo_step(self, rows: Sequence[LearnerRow], step: int, global_rows: int, threads: int) -> StepReport:
+        """Clipped policy loss and k3 KL on this rank's completions, `inner_iterations` times.
+
+        Before the (first) update the engine's log-probabilities are compared with the learner's on all tokens of the
+        step; a mean gap over `grpo.logprob_gap_limit` raises on every rank and nothing is updated.
+
+        Raises:
+            WeightsOutOfSync: the comparison failed.
+        """
+        import torch
+        import torch.distributed as dist
+
+        from tatar_dist.algo.losses import policy_loss
+        from tatar_dist.learner.schedule import learning_rate
+
+        start = time.perf_counter()
+        torch.set_num_threads(threads)
+        g = self.config.grpo
+        lr = learning_rate(g.optim, step, self.total_steps)
+        self.zero3.set_learning_rate(lr)
+        batches = self._micro_batches(rows)
+        reference: list[Any] = [None] * len(batches)
+        if self.zero3.reference is not None:
+            with torch.no_grad():
+                reference = [self.zero3.reference(b).logp for b in batches]
+        old: list[Any] = [None] * len(batches)
+        if g.inner_iterations > 1:
+            with torch.no_grad():
+                old = [self.zero3.engine(b).logp for b in batches]
+        sums: dict[str, float] = {}
+        gap_sum, gap_max, ratio_max, norm = 0.0, 0.0, 0.0, 0.0
+        gap: dict[str, float] = {}
+        for iteration in range(g.inner_iterations):
+            for i, batch in enumerate(batches):
+                out = self.zero3.engine(batch)
+                if iteration == 0:
+                    difference = ((out.logp.detach() - batch.sampled_logprobs) * batch.mask).abs()
+                    gap_sum += float(difference.sum())
+                    gap_max = max(gap_max, float(difference.max()))
+                parts = policy_loss(
+                    out.logp,
+                    old[i],
+                    reference[i],
+                    batch.advantage,
+                    batch.mask,
+                    clip_low=g.clip_low,
+                    clip_high=g.clip_high,
+                    kl_beta=g.kl_beta,
+                    row_weight=1.0 / global_rows,
+                    entropy=out.entropy,
+                )
+                self.zero3.backward(parts.loss)
+                for key, value in parts.sums.items():
+                    sums[key] = sums.get(key, 0.0) + value
+                ratio_max = max(ratio_max, parts.ratio_max)
+                if iteration == 0 and i == len(batches) - 1:
+                    gap = self._checked_gap(gap_sum, gap_max, sums["tokens"])  # before anything is updated
+                norm = self.zero3.optimizer_step() or norm
+        total = self.zero3.all_reduce(sums)
+        n = g.inner_iterations
+        ratio = self.zero3.all_reduce({"ratio": ratio_max}, dist.ReduceOp.MAX)["ratio"]
+        policy, kl = total["policy"] / n, total.get("kl", 0.0) / n
+        metrics = {
+            "loss/policy": policy,
+            "loss/kl": kl,
+            "loss/total": policy + g.kl_beta * kl,
+            "policy/entropy": total["entropy"] / total["tokens"],
+            "policy/clip_fraction": total["clipped"] / total["tokens"],
+            "policy/ratio_max": ratio,
+            "optim/lr": lr,
+            "optim/grad_norm": norm,
+            **gap,
+        }
+        return StepReport(step, metrics, time.perf_counter() - start)
+
+    def _checked_gap(self, gap_sum: float, gap_max: float, tokens: float) -> dict[str, float]:
+        import torch.distributed as dist
+
+        s = self.zero3.all_reduce({"gap": gap_sum, "tokens": tokens})
+        worst = self.zero3.all_reduce({"gap": gap_max}, dist.ReduceOp.MAX)["gap"]
+        mean, limit = s["gap"] / s["tokens"], self.config.grpo.logprob_gap_limit
+        if not mean <= limit:
+            raise WeightsOutOfSync(
+                f"engine and learner log-probabilities differ by {mean:.3g} nats a token on average (limit "
+                f"grpo.logprob_gap_limit={limit:g}, worst {worst:.3g}). Likely causes: a weight push was skipped or did "
+                "not reach the vision tower or lm_head, the engine's encoder or prefix cache was not reset, engine and "
+                "learner use other dtypes, pixels or temperature."
+            )
+        return {"sync/logprob_gap": mean, "sync/logprob_gap_max": worst}
+
+    def weight_buckets(self, bucket_bytes: int) -> Iterator[dict[str, Any]]:
+        """Stream the full weights in buckets of at least one tensor and about `bucket_bytes`. Collective generator:
+        rank 0 yields {name: array}, the other ranks gather along and yield nothing."""
+        from tatar_dist.sync.source import buckets
+
+        yield from buckets(self.zero3.full_parameters(), bucket_bytes, self.rank == 0)
+
+    def save(self, directory: str, export: bool) -> None:
+        """Write this rank's training state into `directory`/deepspeed, the Hugging Face model into `directory`/model."""
+        self.zero3.save(Path(directory), {"rank": self.rank})
+        if export:
+            self.zero3.export(Path(directory) / "model")
+
+    def load(self, directory: str) -> None:
+        self.zero3.load(Path(directory))
+
+    def set_threads(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)

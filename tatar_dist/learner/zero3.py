@@ -1,0 +1,191 @@
+"""One rank of DeepSpeed ZeRO-3: sharded policy and optimizer, a sharded frozen reference, gathers, checkpoints.
+
+Everything here is collective: all ranks must make the same calls in the same order. `ranks` processes are expected to
+have RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in their environment before `Zero3` is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tatar_dist.backbones import family
+from tatar_dist.config import Config, OptimConfig
+from tatar_dist.learner.model import PolicyModel
+
+DEEPSPEED_TAG = "deepspeed"
+
+
+def init_process_group(device: torch.device, timeout_s: float) -> None:
+    """gloo on CPU, NCCL on GPUs; every collective of the run fails after `timeout_s` instead of hanging."""
+    import deepspeed
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+def deepspeed_config(config: Config, optim: OptimConfig, micro_batch: int, accumulation: int) -> dict[str, Any]:
+    """ZeRO-3 with our batch split. Clipping is on the global norm, after gradients are averaged over ranks."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optim.clip_norm,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "stage3_gather_16bit_weights_on_model_save": False,
+            # tiny parameters are sharded too: what is tested on the demo model is what runs on the large one
+            "stage3_param_persistence_threshold": 0,
+        },
+    }
+
+
+class Zero3:
+    """The policy (and, with `reference=True`, its frozen copy) of this rank.
+
+    Attributes:
+        engine: the DeepSpeed engine around `PolicyModel`; call it for `TokenLogprobs`.
+        reference: the frozen engine, or None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        optim: OptimConfig,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        reference_path: str | None,
+        temperature: float,
+        device: torch.device,
+    ) -> None:
+        import deepspeed
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+        self.device, self.optim = device, optim
+        self.backbone = family(config.model.family)(config.model)
+        self.world_size = dist.get_world_size()
+        self.rank = dist.get_rank()
+        settings = deepspeed_config(config, optim, micro_batch, accumulation)
+        self._hf_config = HfDeepSpeedConfig(settings)  # makes from_pretrained shard while it loads; must stay alive
+        self._forbidden = self.backbone.forbidden_ids()
+        policy = self._wrap(config, temperature, config.model.path)
+        if config.model.gradient_checkpointing:
+            policy.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.train()
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        self.engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=policy, model_parameters=trained, optimizer=self._make_optimizer(trained), config=settings
+        )
+        self.reference = None
+        if reference_path is not None:
+            frozen = self._wrap(config, temperature, reference_path)
+            frozen.requires_grad_(False).eval()
+            plain = {k: v for k, v in settings.items() if k not in ("gradient_clipping",)}
+            self.reference, _, _, _ = deepspeed.initialize(model=frozen, config=plain)
+
+    def _wrap(self, config: Config, temperature: float, path: str) -> PolicyModel:
+        import dataclasses
+
+        backbone = self.backbone if path == config.model.path else family(config.model.family)(
+            dataclasses.replace(config.model, path=path)
+        )
+        return PolicyModel(backbone.load_model(), backbone, self._forbidden, temperature)
+
+    def _make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        o = self.optim
+        if o.name == "sgd":
+            return torch.optim.SGD(parameters, lr=o.lr, weight_decay=o.weight_decay)
+        return torch.optim.AdamW(parameters, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of this rank's share of a *global* loss.
+
+        DeepSpeed averages gradients over ranks; the losses of `algo` are already divided by the global counts, so the
+        share is multiplied back by the number of ranks, and not divided by the accumulation steps.
+        """
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def optimizer_step(self) -> float:
+        """Call after every backward; at the accumulation boundary it updates. Returns the gradient norm, else 0."""
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() or 0.0) if boundary else 0.0
+
+    def all_reduce(self, values: dict[str, float], op: Any = dist.ReduceOp.SUM) -> dict[str, float]:
+        """Reduce named scalars over ranks in float64; every rank must hold the same names."""
+        names = sorted(values)
+        t = torch.tensor([values[n] for n in names], dtype=torch.float64, device=self.device)
+        dist.all_reduce(t, op=op)
+        return dict(zip(names, t.tolist(), strict=True))
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(checkpoint name, full tensor) of every parameter, gathered one layer group at a time.
+
+        Collective. The tensor is a clone made on the default stream and only valid on rank 0; other ranks get an
+        empty one. Tied parameters come once.
+        """
+        import deepspeed
+
+        named = [(PolicyModel.clean_name(n), p) for n, p in self.engine.module.named_parameters()]
+        for group in layer_groups(named):
+            with deepspeed.zero.GatheredParameters([p for _, p in group]):
+                full = [
+                    (n, p.detach().clone() if self.rank == 0 else torch.empty(0, dtype=p.dtype)) for n, p in group
+                ]
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+            yield from full
+
+    def save(self, directory: Path, client_state: dict[str, Any]) -> None:
+        """Write this rank's shards of weights, master weights and optimizer under `directory`. Collective."""
+        self.engine.save_checkpoint(str(directory), tag=DEEPSPEED_TAG, client_state=client_state, save_latest=False)
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Restore what `save` wrote, at the same number of ranks. Collective. Returns the client state."""
+        path, state = self.engine.load_checkpoint(str(directory), tag=DEEPSPEED_TAG)
+        if path is None:
+            raise RuntimeError(f"{directory}: DeepSpeed found nothing to load")
+        return dict(state)
+
+    def export(self, directory: Path) -> None:
+        """Write a Hugging Face model directory (safetensors, processor, generation config). Collective."""
+        state = {n: t.cpu() for n, t in self.full_parameters() if t.numel()}
+        if self.rank == 0:
+            model: Any = self.engine.module.backbone
+            model.save_pretrained(directory, state_dict=state, safe_serialization=True)
+            self.backbone.processor.save_pretrained(directory)
+        dist.barrier()
+
+
+def layer_groups(named: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
+    """Consecutive parameters that share the prefix up to their first number (one decoder layer, one vision block)."""
+    groups: list[list[tuple[str, Any]]] = []
+    last: str | None = None
+    for name, parameter in named:
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        key = ".".join(parts[: number + 1]) if number is not None else "rest"
+        if key != last or not groups:
+            groups.append([])
+        groups[-1].append((name, parameter))
+        last = key
+    return groups

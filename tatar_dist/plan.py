@@ -1,0 +1,251 @@
+"""What a run would start and how a batch is split, from the configuration alone: `--dry-run` and `tatar-dist plan`.
+
+In: a checked `Config` and a stage. Out: a `Plan`: learners (ZeRO-3 ranks, one GPU each), engines (x tensor parallel),
+processes, and the batch split. Nothing is loaded, no torch. The runs themselves start from the same `resolve`, so what
+a dry run shows is what happens. The global batch is part of the recipe: more ranks mean fewer accumulation steps,
+never a larger batch; a split that does not come out even is an error that names the nearest one that does.
+
+`cluster.learners: 0` and `rollout.engines: 0` mean "as many as fit":
+    sft       every GPU a learner
+    grpo      about half of the GPUs learners (a power of two that divides the batch), the others engines
+    evaluate  every GPU for engines
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tatar_dist.config import Config
+from tatar_dist.errors import UserError
+from tatar_dist.records import TASKS
+
+Stage = Literal["sft", "grpo", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One optimiser step's rows: rows = ranks x accumulation x micro_batch. Rows are completions in GRPO."""
+
+    rows: int
+    ranks: int
+    rows_per_rank: int
+    micro_batch: int
+    accumulation: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a stage starts. GPU counts are 0 on a CPU-only cluster; `split` is None where nothing learns."""
+
+    stage: Stage
+    nodes: int
+    gpus_per_node: int
+    learners: int
+    engines: int
+    tensor_parallel: int
+    split: Split | None
+    samples: dict[str, int] | None  # training rows by task; None when a manifest is not there yet
+    steps: int | None  # optimiser steps of the whole run; None when neither samples nor max_steps are known
+    warmup_steps: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def gpus_used(self) -> int:
+        return self.learners + self.engines * self.tensor_parallel if self.gpus_per_node else 0
+
+    @property
+    def processes(self) -> dict[str, int]:
+        """Processes by role. A tensor-parallel engine is one process per GPU."""
+        rewards = 0 if self.stage == "sft" else 1
+        found = {
+            "controller": 1,
+            "learners": self.learners,
+            "engines": self.engines * self.tensor_parallel,
+            "reward": rewards,
+        }
+        return {role: n for role, n in found.items() if n}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `--json` object."""
+        return asdict(self) | {"gpus": self.gpus, "gpus_used": self.gpus_used, "processes": self.processes}
+
+
+def split_rows(rows: int, ranks: int, max_micro: int, key: str = "the batch") -> Split:
+    """Split `rows` evenly over `ranks`, with the largest micro-batch <= `max_micro` that divides a rank's rows.
+
+    Raises:
+        UserError: rows do not divide by ranks; names `key` and the nearest valid numbers of ranks.
+    """
+    if rows % ranks:
+        below = max(n for n in range(1, min(ranks, rows) + 1) if rows % n == 0)
+        above = next((n for n in range(ranks + 1, rows + 1) if rows % n == 0), None)
+        near = f"{below} or {above}" if above else f"{below}"
+        raise UserError(f"{key}={rows} rows cannot be split over {ranks} learners: use cluster.learners={near}")
+    per_rank = rows // ranks
+    micro = max(m for m in range(1, min(max_micro, per_rank) + 1) if per_rank % m == 0)
+    return Split(rows, ranks, per_rank, micro, per_rank // micro)
+
+
+def resolve(config: Config, stage: Stage) -> Plan:
+    """The plan of one stage.
+
+    Raises:
+        UserError: the batch does not divide by the learners, too few GPUs, or an engine larger than a node.
+    """
+    c, tp = config.cluster, config.rollout.tensor_parallel
+    gpus = c.nodes * c.gpus_per_node
+    if c.gpus_per_node and tp > c.gpus_per_node:
+        raise UserError(f"rollout.tensor_parallel={tp}: an engine must fit a node, which has {c.gpus_per_node} GPUs")
+    rows, max_micro, key = _batch(config, stage)
+    learners, engines = _counts(config, stage, rows)
+    wanted = {"learners": learners, "engines": engines * tp}
+    if c.gpus_per_node and sum(wanted.values()) > gpus:
+        parts = " + ".join(f"{n} for {role}" for role, n in wanted.items() if n)
+        raise UserError(
+            f"{stage} needs {sum(wanted.values())} GPUs ({parts}), there are {gpus} "
+            f"(cluster.nodes={c.nodes} x cluster.gpus_per_node={c.gpus_per_node})"
+        )
+    split = split_rows(rows, learners, max_micro, key) if learners else None
+    samples = None if stage == "evaluate" else count_samples(config.data.train)
+    return Plan(
+        stage=stage,
+        nodes=c.nodes,
+        gpus_per_node=c.gpus_per_node,
+        learners=learners,
+        engines=engines,
+        tensor_parallel=tp if engines else 1,
+        split=split,
+        samples=samples,
+        steps=_steps(config, stage, samples),
+        warmup_steps={"sft": config.sft.optim.warmup_steps, "grpo": config.grpo.optim.warmup_steps}.get(stage, 0),
+        notes=tuple(_notes(config, stage, learners, engines)),
+    )
+
+
+def _batch(config: Config, stage: Stage) -> tuple[int, int, str]:
+    """Rows of an optimiser step, the most rows in one forward, and the config key the rows come from."""
+    if stage == "sft":
+        return config.sft.global_batch, config.sft.micro_batch, "sft.global_batch"
+    g = config.grpo
+    return g.prompts_per_step * g.group_size, g.micro_batch, "grpo.prompts_per_step x grpo.group_size"
+
+
+def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
+    """(learners, engines), with 0 = auto filled in; a role that a stage does not have is 0."""
+    c, r = config.cluster, config.rollout
+    gpus, tp = c.nodes * c.gpus_per_node, r.tensor_parallel
+    learners, engines = c.learners, r.engines
+    if stage == "sft":
+        return learners or _largest_divisor(rows, gpus or c.nodes), 0
+    if stage == "evaluate":
+        return 0, engines or max(1, gpus // tp if gpus else c.nodes)
+    if not learners:
+        # On GPUs half of them; with few prompts the engines cannot use their half, but learners stay a power of two.
+        room = max(1, (gpus - engines * tp if engines else gpus // 2) if gpus else c.nodes)
+        learners = _largest_divisor(rows, room, power_of_two=True)
+    if not engines:
+        room = max(1, (gpus - learners) // tp) if gpus else c.nodes
+        # A group is sampled by one engine whole: engines beyond the prompts of a step would never have work.
+        engines = min(room, config.grpo.prompts_per_step)
+    return learners, engines
+
+
+def _largest_divisor(rows: int, limit: int, power_of_two: bool = False) -> int:
+    candidates: Iterable[int] = range(1, min(rows, limit) + 1)
+    if power_of_two:
+        candidates = (1 << k for k in range(min(rows, limit).bit_length()))
+    return max(n for n in candidates if rows % n == 0)
+
+
+def _notes(config: Config, stage: Stage, learners: int, engines: int) -> Iterable[str]:
+    gpus = config.cluster.nodes * config.cluster.gpus_per_node
+    idle = gpus - learners - engines * config.rollout.tensor_parallel
+    if gpus and idle > 0:
+        cure = {
+            "sft": "raise sft.global_batch to use them",
+            "grpo": "raise grpo.prompts_per_step, or set cluster.learners and rollout.engines, to use them",
+            "evaluate": "raise rollout.engines to use them",
+        }[stage]
+        yield f"{idle} of {gpus} GPUs stay idle: {cure}"
+    if stage == "grpo" and engines > config.grpo.prompts_per_step:
+        yield f"rollout.engines={engines}, but a step has only {config.grpo.prompts_per_step} prompts: some never work"
+
+
+def count_samples(manifests: list[str]) -> dict[str, int] | None:
+    """Rows by task, from the manifests' task column; None when there are none or one is not readable yet."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if not manifests or not all(Path(m).is_file() for m in manifests):
+        return None
+    counts: Counter[str] = Counter()
+    try:
+        for manifest in manifests:
+            counts.update(pyarrow.parquet.read_table(manifest, columns=["task"])["task"].to_pylist())
+    except (pyarrow.ArrowException, OSError):
+        return None  # a plan is an estimate; the run itself reports a broken manifest with its reason
+    return {task: counts[task] for task in TASKS}
+
+
+def _steps(config: Config, stage: Stage, samples: dict[str, int] | None) -> int | None:
+    """As the runs count: an epoch ends when the larger task, at its share of a batch, has been seen once."""
+    if stage == "evaluate":
+        return None
+    s = config.sft if stage == "sft" else config.grpo
+    if s.max_steps or samples is None:
+        return s.max_steps
+    per_step = config.sft.global_batch if stage == "sft" else config.grpo.prompts_per_step
+    n_iqa = round(per_step * config.data.iqa_fraction)
+    shares = {"iqa": n_iqa, "iaa": per_step - n_iqa}
+    epoch = max(math.ceil(samples[task] / share) for task, share in shares.items() if share)
+    return max(1, round(s.epochs * epoch))
+
+
+def ray_commands(plan: Plan, stage_command: str) -> list[str]:
+    """The shell lines that bring up Ray on `plan.nodes` machines and start the stage; for one node just the stage."""
+    if plan.nodes == 1:
+        return [stage_command]
+    return [
+        "ray start --head --port=6379                        # on the first node",
+        f"ray start --address=FIRST_NODE:6379 --block         # on each of the other {plan.nodes - 1} nodes",
+        f"{stage_command} cluster.address=FIRST_NODE:6379",
+    ]
+
+
+def as_table(plan: Plan) -> Any:
+    """The plan as a rich table."""
+    from rich.table import Table
+
+    table = Table(title=f"{plan.stage}: what would run", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    hardware = f"{plan.nodes} x {plan.gpus_per_node} GPUs = {plan.gpus}, {plan.gpus_used} used"
+    table.add_row("nodes", hardware if plan.gpus_per_node else f"{plan.nodes}, CPU only")
+    table.add_row("processes", ", ".join(f"{n} {role}" for role, n in plan.processes.items()))
+    if plan.learners:
+        table.add_row("learners", f"{plan.learners} ZeRO-3 ranks" + (", one GPU each" if plan.gpus_per_node else ""))
+    if plan.engines:
+        each = f", {plan.tensor_parallel} GPU(s) each" if plan.gpus_per_node else ""
+        table.add_row("engines", f"{plan.engines} vLLM engines{each}")
+    if plan.split:
+        s = plan.split
+        what = "completions" if plan.stage == "grpo" else "rows"
+        text = f"{s.rows} {what} = {s.ranks} ranks x {s.accumulation} accumulation x {s.micro_batch} micro-batch"
+        table.add_row("batch", text)
+        samples = plan.samples and ", ".join(f"{n} {task}" for task, n in plan.samples.items())
+        table.add_row("samples", samples or "unknown: manifests not there yet")
+        warmup = f", {plan.warmup_steps} of them warm-up" if plan.warmup_steps else ""
+        table.add_row("steps", f"{plan.steps}{warmup}" if plan.steps is not None else "depends on the manifests")
+    for note in plan.notes:
+        table.add_row("note", note)
+    return table

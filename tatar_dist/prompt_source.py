@@ -1,0 +1,122 @@
+"""Where prompts come from: samples in, rendered prompts and training rows out, broken samples left behind.
+
+A sample whose image cannot be read, or whose prompt is too long, is quarantined once and replaced by the next of its
+data set; it never comes back. Prompts are never truncated. Runs in the controller; images stay encoded bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.backbones import family
+from tatar_dist.config import Config
+from tatar_dist.data.manifest import Manifest, UnreadableImage, decode_image, read_manifest
+from tatar_dist.data.sampler import PromptSampler, Ref
+from tatar_dist.errors import UserError
+from tatar_dist.prompts import Prompts, answer_text
+from tatar_dist.records import LearnerRow, Prompt, Sample
+from tatar_dist.run_directory import RunDirectory
+
+CHECK_THREADS = 8  # decoding releases the interpreter lock
+
+
+def read_manifests(paths: Sequence[str], key: str) -> list[Manifest]:
+    if not paths:
+        raise UserError(f"{key} is empty: name at least one Parquet manifest")
+    return [read_manifest(Path(p)) for p in paths]
+
+
+class PromptSource:
+    """Renders prompts for the model of `config`; `run` receives the quarantine."""
+
+    def __init__(self, config: Config, run: RunDirectory) -> None:
+        backbone_class = family(config.model.family)
+        backbone_class.check_directory(config.model.path)
+        self.config, self.run = config, run
+        with contextlib.redirect_stderr(StringIO()):
+            self.backbone = backbone_class(config.model)
+        self.prompts = Prompts.load(config.data.prompts)
+        self._text = {task: self.prompts.render(task, self._chat) for task in self.prompts.user}  # type: ignore[arg-type]
+        self._text_tokens = {t: len(self.backbone.tokenizer(text)["input_ids"]) for t, text in self._text.items()}
+
+    def _chat(self, messages: list[dict[str, Any]]) -> str:
+        return self.backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def problem(self, sample: Sample | str) -> str | None:
+        """Why a sample cannot be used, or None."""
+        if isinstance(sample, str):
+            return sample
+        try:
+            size = decode_image(sample.image, sample.sample_id).size
+        except UnreadableImage as e:
+            return str(e)
+        tokens = self._text_tokens[sample.task] + self.backbone.image_tokens(*size)
+        limit = self.config.data.max_prompt_tokens
+        return f"prompt of {tokens} tokens is over data.max_prompt_tokens={limit}" if tokens > limit else None
+
+    @staticmethod
+    def _read(sampler: PromptSampler, ref: Ref) -> Sample | str:
+        """The sample, or why its image cannot be had."""
+        try:
+            return sampler.get(ref)
+        except UnreadableImage as e:
+            return str(e)
+
+    def samples(self, sampler: PromptSampler, n: int) -> list[Sample]:
+        """The sampler's next n samples, all usable; the others are quarantined and replaced."""
+        refs = sampler.next_batch(n)
+        read = [self._read(sampler, ref) for ref in refs]  # one thread: a Parquet file is not safe to share
+        with ThreadPoolExecutor(CHECK_THREADS) as threads:
+            problems = list(threads.map(self.problem, read))
+        for i in range(n):
+            while problems[i] is not None:
+                where = sampler.manifests[refs[i][0]].path
+                self.run.quarantine(sampler.sample_id(refs[i]), str(where), str(problems[i]))
+                refs[i] = sampler.replace(refs[i], refs)
+                read[i] = self._read(sampler, refs[i])
+                problems[i] = self.problem(read[i])
+        return [s for s in read if isinstance(s, Sample)]
+
+    def held_out(self, manifests: Sequence[Manifest], per_task: int | None) -> list[Sample]:
+        """The first usable `per_task` samples of each task (None = all), in manifest order."""
+        taken = {"iqa": 0, "iaa": 0}
+        result = []
+        for manifest in manifests:
+            for i, task in enumerate(manifest.tasks):
+                if per_task is not None and taken[task] >= per_task:
+                    continue
+                try:
+                    sample = manifest.get(i)
+                    problem = self.problem(sample)
+                except UnreadableImage as e:
+                    problem = str(e)
+                if problem is not None:
+                    self.run.quarantine(manifest.sample_ids[i], str(manifest.path), problem)
+                    continue
+                taken[task] += 1
+                result.append(sample)
+        return result
+
+    def prompt(self, sample: Sample, group_id: str) -> Prompt:
+        return Prompt(sample, self._text[sample.task], group_id)
+
+    def batch(self, sampler: PromptSampler, n: int, step: int) -> list[Prompt]:
+        """The next n prompts; group ids sort by sample id within the step."""
+        samples = sorted(self.samples(sampler, n), key=lambda s: (s.dataset, s.sample_id))
+        return [self.prompt(s, f"{step:06d}/{s.dataset}/{s.sample_id}") for s in samples]
+
+    def sft_row(self, sample: Sample) -> LearnerRow:
+        """The supervised row of a sample: its rationale, its score with two decimals, the end-of-turn token."""
+        ids = self.backbone.tokenizer(answer_text(sample.rationale, sample.score), add_special_tokens=False)["input_ids"]
+        return LearnerRow(
+            image_id=f"{sample.dataset}/{sample.sample_id}",
+            image=sample.image,
+            prompt_text=self._text[sample.task],
+            completion_ids=(*ids, self.backbone.end_of_turn()),
+            task=sample.task,
+        )

@@ -1,0 +1,98 @@
+"""The records that flow through one GRPO step, in one direction.
+
+    Prompt -> Group(prompt, completions) -> ScoredGroup(+ reward terms, advantages) -> LearnerRow -> StepReport
+
+Every stage returns its record and never reaches back. Images travel as encoded bytes, never as pixels: each
+process decodes an image once per step. All records pickle, because Ray carries them between processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+Task = Literal["iqa", "iaa"]
+TASKS: tuple[Task, Task] = ("iqa", "iaa")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a manifest. `image` is the encoded file (PNG, JPEG, ...), `score` is on 0-100."""
+
+    sample_id: str
+    dataset: str
+    task: Task
+    image: bytes
+    score: float
+    rationale: str | None = None
+    split: str = "train"
+    meta: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an engine is asked: the sample and its rendered chat text. `seed` keys the group's sampling."""
+
+    sample: Sample
+    text: str
+    group_id: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer. `logprobs` are natural-log probabilities of `token_ids`, both of length n_tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The G completions of one prompt, all sampled by one engine at one weight version."""
+
+    prompt: Prompt
+    prompt_token_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A group with its reward terms and advantages, each a (G,) float64 array; NaN where a term does not apply."""
+
+    group: Group
+    parsed: np.ndarray
+    terms: dict[str, np.ndarray]
+    reward: np.ndarray
+    advantage: np.ndarray
+
+
+@dataclass(frozen=True)
+class LearnerRow:
+    """One training row: a prompt, its completion and what the loss needs to know of it.
+
+    SFT rows carry no advantage and no sampled log-probabilities. Rows with equal `image_id` inside one
+    micro-batch share a single pass through the vision tower.
+    """
+
+    image_id: str
+    image: bytes
+    prompt_text: str
+    completion_ids: tuple[int, ...]
+    task: Task
+    advantage: float = 0.0
+    sampled_logprobs: tuple[float, ...] | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the learners say of one optimiser step: scalar metrics by contract name, and seconds spent."""
+
+    step: int
+    metrics: dict[str, float]
+    seconds: float

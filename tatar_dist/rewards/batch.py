@@ -1,0 +1,125 @@
+"""One global batch of completions, as arrays: what every reward term reads.
+
+In: rows (dicts of the `rewards` contract) or the records of rollout groups. Out: `Batch`, then `Answers` (parsed once).
+Group identity is an explicit id. Rows of one group must agree on task, data set and target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tatar_dist.errors import UserError
+from tatar_dist.prompts import parse, think_words
+from tatar_dist.records import TASKS, Group
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N completions. group (N,) int64 in 0..J-1; iaa (N,) bool; dataset (N,) int64 index into `datasets`;
+    target (N,) float64 in points; completions: N texts; group_ids: J external ids."""
+
+    group: np.ndarray
+    iaa: np.ndarray
+    dataset: np.ndarray
+    target: np.ndarray
+    completions: Sequence[str]
+    group_ids: Sequence[str]
+    datasets: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the N completions say. value: raw score or NaN; score: clamped to [0, 100] or NaN; parsed, out_of_range:
+    bool; think_words: words inside <think>; words: words of the whole text, tags included (the released gates)."""
+
+    value: np.ndarray
+    score: np.ndarray
+    parsed: np.ndarray
+    out_of_range: np.ndarray
+    think_words: np.ndarray
+    words: np.ndarray
+
+
+def read_answers(completions: Sequence[str], strict: bool = True) -> Answers:
+    """Parse every completion once (tatar_dist/prompts.py)."""
+    results = [parse(text, strict) for text in completions]
+    value = np.array([np.nan if r.value is None else r.value for r in results], np.float64)
+    return Answers(
+        value=value,
+        score=np.clip(value, 0.0, 100.0),
+        parsed=~np.isnan(value),
+        out_of_range=np.array([r.out_of_range for r in results], bool),
+        think_words=np.array([think_words(text) for text in completions], np.int64),
+        words=np.array([len(text.split()) for text in completions], np.int64),
+    )
+
+
+def batch_of_rows(rows: Iterable[Mapping]) -> Batch:
+    """From dicts with group_id, task, dataset, target, completion, which the caller has checked for type and range.
+
+    Raises:
+        UserError: an unknown task, or rows of one group that disagree; the message names the row (from 1).
+    """
+    groups: dict = {}
+    datasets: dict[str, int] = {}
+    first: list[tuple] = []
+    group, iaa, dataset, target, completions = [], [], [], [], []
+    for n, row in enumerate(rows, 1):
+        if row["task"] not in TASKS:
+            raise UserError(f"row {n}: task {row['task']!r} must be one of {', '.join(TASKS)}")
+        key = (row["task"], row["dataset"], float(row["target"]))
+        if row["group_id"] not in groups:
+            groups[row["group_id"]] = len(groups)
+            first.append(key)
+        index = groups[row["group_id"]]
+        if first[index] != key:
+            raise UserError(f"row {n}: {disagreement(row['group_id'], first[index], key)}")
+        group.append(index)
+        iaa.append(row["task"] == "iaa")
+        dataset.append(datasets.setdefault(row["dataset"], len(datasets)))
+        target.append(key[2])
+        completions.append(row["completion"])
+    return Batch(
+        np.array(group, np.int64),
+        np.array(iaa, bool),
+        np.array(dataset, np.int64),
+        np.array(target, np.float64),
+        completions,
+        list(groups),
+        list(datasets),
+    )
+
+
+def disagreement(group_id: object, before: tuple, now: tuple) -> str:
+    """The sentence that says how a row contradicts its group; both tuples are (task, dataset, target)."""
+    names = ("task", "dataset", "target")
+    said = ", ".join(f"{n} {a!r} and {b!r}" for n, a, b in zip(names, before, now, strict=True) if a != b)
+    return f"group {group_id!r} has rows that disagree: {said}"
+
+
+def batch_of_groups(groups: Sequence[Group]) -> Batch:
+    """From rollout groups, completions in order; row n of group i stands at the sum of the earlier groups' sizes + n.
+
+    Raises:
+        UserError: two groups with one group_id.
+    """
+    ids = [g.prompt.group_id for g in groups]
+    if len(set(ids)) != len(ids):
+        raise UserError("two rollout groups of one batch have the same group_id")
+    return batch_of_rows(
+        {
+            "group_id": g.prompt.group_id,
+            "task": g.prompt.sample.task,
+            "dataset": g.prompt.sample.dataset,
+            "target": g.prompt.sample.score,
+            "completion": c.text,
+        }
+        for g in groups
+        for c in g.completions
+    )

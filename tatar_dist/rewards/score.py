@@ -1,0 +1,192 @@
+"""From a global batch of completions to reward terms, rewards, advantages and their metrics.
+
+This is all the reward actor runs: `score_batch(batch, preset)`, then `reward_metrics(batch, scored)`. Pure numpy,
+float64. The whole global batch goes in at once, because ranking needs other images. An unparsed completion gets
+0 from every term and counts in its group's advantage; a term of another task is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tatar_dist.algo.advantages import ZERO_STD, advantages, group_std, total_reward
+from tatar_dist.records import TASKS, Group, ScoredGroup
+from tatar_dist.rewards import thurstone as ranking
+from tatar_dist.rewards.batch import Answers, Batch, batch_of_rows, read_answers
+from tatar_dist.rewards.binary import binary
+from tatar_dist.rewards.format import format_term
+from tatar_dist.rewards.gaussian import gaussian
+from tatar_dist.rewards.length import length
+from tatar_dist.rewards.pairwise import pairwise
+from tatar_dist.rewards.presets import TERMS, Preset
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The N scored completions. terms: term -> (N,) float64, NaN where the term does not apply to the row's task.
+
+    reward, advantage: (N,) float64. counts: rows, groups, unparsed, out_of_range, all_unparsed_groups,
+    unrankable_groups (groups whose Thurstone term is 0 because their pool holds no other image that parsed).
+    unrankable: (J,) bool of those groups.
+    """
+
+    preset: str
+    answers: Answers
+    terms: dict[str, np.ndarray]
+    reward: np.ndarray
+    advantage: np.ndarray
+    counts: dict[str, int]
+    unrankable: np.ndarray
+
+    @property
+    def parsed(self) -> np.ndarray:
+        """(N,) bool."""
+        return self.answers.parsed
+
+
+def score_batch(
+    rows: Batch | Iterable[Mapping],
+    preset: Preset,
+    *,
+    terms: Sequence[str] | None = None,
+    strict: bool = True,
+    advantage: str = "std",
+    eps: float = 1e-4,
+) -> Scored:
+    """Score one global batch.
+
+    Args:
+        rows: a `Batch`, or dicts with group_id, task, dataset, target, completion.
+        preset: from `load_preset`.
+        terms: which terms to compute beside those the preset weighs; None computes only these.
+        strict: the answer grammar (tatar_dist/prompts.py).
+        advantage: std | mean | per_term (tatar_dist/algo/advantages.py), with its eps.
+
+    Raises:
+        UserError: rows of a group that disagree, an unknown task or advantage mode.
+    """
+    batch = rows if isinstance(rows, Batch) else batch_of_rows(rows)
+    answers = read_answers(batch.completions, strict)
+    wanted = [t for t in TERMS if preset.weight(t) != 0 or (terms is not None and t in terms)]
+    values: dict[str, np.ndarray] = {}
+    unrankable = np.zeros(len(batch.group_ids), bool)
+    for term in wanted:
+        values[term] = np.full(len(batch), np.nan)
+        index = _applies(batch, preset, term)
+        if term == "thurstone" and len(index):
+            q, stats, groups = _ranked_groups(batch, answers, preset, index)
+            result = ranking.thurstone(q, stats, preset.thurstone)
+            values[term][index] = result.reward
+            unrankable[groups[result.unrankable]] = True
+        elif len(index):
+            values[term][index] = _term(term, batch, answers, preset, index)
+    weights = {t: preset.weight(t) for t in preset.active}
+    n_parsed = np.bincount(batch.group, weights=answers.parsed, minlength=len(batch.group_ids))
+    return Scored(
+        preset=preset.name,
+        answers=answers,
+        terms=values,
+        reward=total_reward(values, weights, len(batch)),
+        advantage=advantages(values, weights, batch.group, advantage, eps),
+        counts={
+            "rows": len(batch),
+            "groups": len(batch.group_ids),
+            "unparsed": int((~answers.parsed).sum()),
+            "out_of_range": int(answers.out_of_range.sum()),
+            "all_unparsed_groups": int((n_parsed == 0).sum()),
+            "unrankable_groups": int(unrankable.sum()),
+        },
+        unrankable=unrankable,
+    )
+
+
+def _term(term: str, batch: Batch, answers: Answers, preset: Preset, index: np.ndarray) -> np.ndarray:
+    """(len(index),) values of one term at the rows it applies to."""
+    q, g, iaa = answers.score[index], batch.target[index], batch.iaa[index]
+    if term == "gaussian":
+        return gaussian(q, g, iaa, answers.words[index], preset.gaussian)
+    if term == "pairwise":
+        return pairwise(q, g, batch.group[index], _pools(batch, index, preset.pairwise.pool), preset.pairwise)
+    if term == "binary":
+        return binary(q, g, preset.binary)
+    if term == "format":
+        return format_term(answers.parsed[index])
+    return length(answers.think_words[index], iaa, answers.parsed[index], preset.length)
+
+
+def _pools(batch: Batch, index: np.ndarray, pool: str) -> np.ndarray:
+    """Pool ids: images are compared within one task and, unless the preset says `list`, within one data set."""
+    iaa = batch.iaa[index].astype(np.int64)
+    return iaa if pool == "list" else 2 * batch.dataset[index] + iaa
+
+
+def _ranked_groups(
+    batch: Batch, answers: Answers, preset: Preset, index: np.ndarray
+) -> tuple[np.ndarray, ranking.Groups, np.ndarray]:
+    """(scores, group statistics, batch group of each of these groups) of the rows that are ranked."""
+    groups, local = np.unique(batch.group[index], return_inverse=True)
+    q = answers.score[index]
+    stats = ranking.group_statistics(q, batch.target[index], local, _pools(batch, index, preset.thurstone.pool))
+    return q, stats, groups
+
+
+def _applies(batch: Batch, preset: Preset, term: str) -> np.ndarray:
+    """Indices of the rows whose task the term applies to."""
+    return np.flatnonzero(np.where(batch.iaa, "iaa" in preset.tasks[term], "iqa" in preset.tasks[term]))
+
+
+def explain(batch: Batch, preset: Preset, row: int, strict: bool = True) -> list[tuple[str, ranking.Opponent]]:
+    """The comparisons behind row `row`'s Thurstone term as (group_id, Opponent), heaviest first, or []."""
+    index = _applies(batch, preset, "thurstone")
+    if row not in index:
+        return []
+    q, stats, groups = _ranked_groups(batch, read_answers(batch.completions, strict), preset, index)
+    table = ranking.explain(int(np.searchsorted(index, row)), q, stats, preset.thurstone)
+    return [(str(batch.group_ids[groups[o.group]]), o) for o in table]
+
+
+def scored_groups(groups: Sequence[Group], scored: Scored) -> list[ScoredGroup]:
+    """Split a `Scored` of `batch_of_groups(groups)` back into the groups, in order."""
+    result, start = [], 0
+    for group in groups:
+        part = slice(start, start + len(group.completions))
+        start = part.stop
+        result.append(
+            ScoredGroup(
+                group=group,
+                parsed=scored.parsed[part],
+                terms={name: value[part] for name, value in scored.terms.items()},
+                reward=scored.reward[part],
+                advantage=scored.advantage[part],
+            )
+        )
+    return result
+
+
+def reward_metrics(batch: Batch, scored: Scored) -> dict[str, float]:
+    """Metrics of one batch by their contract names, for the tasks and terms that occur.
+
+    reward/{total,TERM}/{task}: mean over completions. reward/frac_zero_std/{total,TERM}/{task}: share of groups whose
+    completions all got the same, which teaches nothing. completion/think_words/{task}: mean.
+    completion/parse_failures/{task}, completion/out_of_range/{task}: shares. reward/unrankable_groups: a count.
+    """
+    metrics: dict[str, float] = {}
+    for task in TASKS:
+        rows = np.flatnonzero(batch.iaa == (task == "iaa"))
+        if not len(rows):
+            continue
+        _, group = np.unique(batch.group[rows], return_inverse=True)
+        for name, values in [("total", scored.reward), *scored.terms.items()]:
+            part = values[rows]
+            if np.isnan(part).all():
+                continue
+            metrics[f"reward/{name}/{task}"] = float(part.mean())
+            metrics[f"reward/frac_zero_std/{name}/{task}"] = float((group_std(part, group) < ZERO_STD).mean())
+        metrics[f"completion/think_words/{task}"] = float(scored.answers.think_words[rows].mean())
+        metrics[f"completion/parse_failures/{task}"] = float((~scored.parsed[rows]).mean())
+        metrics[f"completion/out_of_range/{task}"] = float(scored.answers.out_of_range[rows].mean())
+    metrics["reward/unrankable_groups"] = float(scored.counts["unrankable_groups"])
+    return metrics

@@ -1,0 +1,226 @@
+"""Thurstone ranking at completion level: each completion is compared with the other images of its pool.
+
+For completion k of group i and every other group j of the same pool that has a parsed completion (all in points):
+
+    P_ij   = L((g_i - g_j) / tau)                           what the opinion scores say
+    Q_ik,j = L((q_ik - mu_j) / s_ij)                        what the completion says
+    s_ij   = sqrt(max(v_i + v_j, floor^2))                  mu, v over parsed rows, v population variance
+    w_ij   = exp(-|g_i - g_j| / m)                          near pairs weigh more
+    r_ik   = clamp(1 - mean_w BCE(P, Q) / (-ln eps), 0, 1)  measure bce, Q clamped to [eps, 1 - eps]
+    r_ik   = mean_w (sqrt(PQ) + sqrt((1-P)(1-Q)))           measure fidelity
+
+With floor >= tau exact answers beat a tie and a tie beats the reversed order, for every link and measure; a smaller
+floor pays training to collapse the spread and is refused. `floor: null` (only in `released`) means s = sqrt(v_i + v_j
++ 0.01).
+
+Pairs are completion x group, one group's rows at a time and at most BLOCK pairs, so memory is bounded whatever the
+batch. For C completions and J groups in a pool: C * J pairs, about 10 float64 passes over a block that stays in cache
+(logistic BCE: one exp and one log a pair), 6 temporaries * BLOCK * 8 bytes = 3 MiB, and J values of P, w and s.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from tatar_dist.errors import UserError
+from tatar_dist.rewards import links
+
+BLOCK = 1 << 16  # pairs held at once
+RELEASED_VARIANCE_EPS = 1e-6 * 100.0**2  # the released code adds 1e-6 on the 0-1 scale
+
+
+@dataclass(frozen=True)
+class ThurstoneParams:
+    link: str = "logistic"
+    measure: str = "bce"
+    tau: float = 8.0  # points
+    m: float = 12.0  # points
+    floor: float | None = 8.0  # points
+    eps: float = 1e-6
+    pool: str = "dataset"  # dataset: opponents come from the same data set; list: from the whole batch (released)
+
+    def check(self) -> None:
+        check_ranking("thurstone", self.tau, self.m, self.eps, self.pool)
+        check_choice("thurstone link", self.link, links.LINKS)
+        check_choice("thurstone measure", self.measure, links.MEASURES)
+        if self.floor is not None and not self.floor >= self.tau:
+            raise UserError(
+                f"thurstone floor={self.floor:g} is under tau={self.tau:g}: with collapsed groups a right order would "
+                "score below a tie; raise the floor to tau or lower tau"
+            )
+
+
+def check_ranking(term: str, tau: float, m: float, eps: float, pool: str) -> None:
+    """Rules shared by both ranking terms. Raises UserError."""
+    if tau <= 0 or m <= 0:
+        raise UserError(f"{term} tau={tau:g}, m={m:g}: both must be positive (points)")
+    if not 1e-300 <= eps < 0.5:
+        raise UserError(f"{term} eps={eps:g}: must lie between 0 and 0.5")
+    check_choice(f"{term} pool", pool, ("dataset", "list"))
+
+
+def check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{what}={value!r}: must be one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Per-group statistics, J groups: target g, mean mu and population variance v of the parsed scores (points),
+    number of parsed rows, pool index, and the (N,) index of each row's group."""
+
+    g: np.ndarray
+    mu: np.ndarray
+    v: np.ndarray
+    n_parsed: np.ndarray
+    pool: np.ndarray
+    of_row: np.ndarray
+
+
+def group_statistics(q: np.ndarray, g: np.ndarray, group: np.ndarray, pool: np.ndarray) -> Groups:
+    """Statistics by explicit group id, never by adjacency.
+
+    Args:
+        q: (N,) clamped scores, NaN where unparsed.
+        g: (N,) targets.
+        group: (N,) int64 ids 0..J-1, each used at least once.
+        pool: (N,) int64 pool of each row; constant within a group.
+    """
+    n_groups = int(group.max()) + 1 if len(group) else 0
+    parsed = ~np.isnan(q)
+    first = np.zeros(n_groups, np.int64)
+    first[group[::-1]] = np.arange(len(group))[::-1]
+    n = np.bincount(group[parsed], minlength=n_groups)
+    safe = np.maximum(n, 1)
+    mu = np.bincount(group[parsed], weights=q[parsed], minlength=n_groups) / safe
+    v = np.bincount(group[parsed], weights=(q[parsed] - mu[group[parsed]]) ** 2, minlength=n_groups) / safe
+    return Groups(g[first], mu, v, n, pool[first], group)
+
+
+@dataclass(frozen=True)
+class ThurstoneResult:
+    """`reward` (N,) float64, 0 where unparsed or unrankable; `unrankable` (J,) bool, groups without an opponent."""
+
+    reward: np.ndarray
+    unrankable: np.ndarray
+
+
+def pair_scale(v_i: np.ndarray, v_j: np.ndarray, params: ThurstoneParams) -> np.ndarray:
+    """s_ij in points, broadcast over v_i and v_j."""
+    if params.floor is None:
+        return np.sqrt(v_i + v_j + RELEASED_VARIANCE_EPS)
+    return np.sqrt(np.maximum(v_i + v_j, params.floor**2))
+
+
+def pair_terms(p: np.ndarray, not_p: np.ndarray, z: np.ndarray, params: ThurstoneParams) -> np.ndarray:
+    """What one pair contributes before the mean: the BCE in nats, or the fidelity. p, not_p broadcast against z."""
+    if params.measure == "fidelity":
+        return links.fidelity(p, not_p, z, params.link)
+    limit = links.clamp_limit(params.eps, params.link)
+    return links.cross_entropy(p, np.clip(z, -limit, limit), params.link)
+
+
+def reward_of_mean(mean: np.ndarray, params: ThurstoneParams) -> np.ndarray:
+    """The reward from the weighted mean of `pair_terms`."""
+    if params.measure == "bce":
+        mean = 1.0 + mean / math.log(params.eps)
+    return np.clip(mean, 0.0, 1.0)
+
+
+def gap_weights(gap: np.ndarray, opponent: np.ndarray, m: float) -> np.ndarray:
+    """Weights exp(-|gap| / m) normalised to sum 1 over opponents; rows without an opponent are all 0.
+
+    The smallest gap is subtracted first, so that a small m cannot underflow all weights to 0 / 0.
+    """
+    far = np.where(opponent, np.abs(gap), np.inf)
+    near = far.min(axis=1, keepdims=True, initial=np.inf)
+    w = np.where(opponent, np.exp(-(np.abs(gap) - np.where(np.isinf(near), 0.0, near)).clip(min=0.0) / m), 0.0)
+    return w / np.maximum(w.sum(axis=1, keepdims=True), 1e-300)
+
+
+def thurstone(q: np.ndarray, groups: Groups, params: ThurstoneParams) -> ThurstoneResult:
+    """The reward of every row; see the file's docstring for the formula and its cost.
+
+    Args:
+        q: (N,) clamped scores in points, NaN where unparsed.
+        groups: their statistics, from `group_statistics` with pools already chosen.
+    """
+    reward = np.zeros(len(q))
+    unrankable = np.zeros(len(groups.g), bool)
+    rows = np.flatnonzero(~np.isnan(q))
+    rows = rows[np.argsort(groups.of_row[rows], kind="stable")]
+    starts = np.searchsorted(groups.of_row[rows], np.arange(len(groups.g) + 1))
+    for pool in np.unique(groups.pool):
+        members = np.flatnonzero(groups.pool == pool)
+        ranked = groups.n_parsed[members] > 0
+        rivals = members[ranked]
+        unrankable[members[len(rivals) - ranked < 1]] = True
+        if len(rivals) < 2:
+            continue
+        step = max(1, BLOCK // len(rivals))
+        for i in rivals:
+            comparison = _comparison(i, rivals, groups, params)
+            for start in range(starts[i], starts[i + 1], step):
+                block = rows[start : min(start + step, starts[i + 1])]
+                reward[block] = comparison.rewards(q[block], params)
+    return ThurstoneResult(reward, unrankable)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One group against the J rivals of its pool: (J,) weights (own group 0), P, 1 - P, means, 1 / s."""
+
+    w: np.ndarray
+    p: np.ndarray
+    not_p: np.ndarray
+    mu: np.ndarray
+    inverse_scale: np.ndarray
+
+    def rewards(self, q: np.ndarray, params: ThurstoneParams) -> np.ndarray:
+        """(R,) rewards of R parsed rows of the group."""
+        z = (q[:, None] - self.mu) * self.inverse_scale
+        return reward_of_mean(pair_terms(self.p, self.not_p, z, params) @ self.w, params)
+
+
+def _comparison(i: int, rivals: np.ndarray, groups: Groups, params: ThurstoneParams) -> _Comparison:
+    gap = groups.g[i] - groups.g[rivals]
+    p, not_p = links.probabilities(gap / params.tau, params.link)
+    w = gap_weights(gap[None], (rivals != i)[None], params.m)[0]
+    return _Comparison(w, p, not_p, groups.mu[rivals], 1.0 / pair_scale(groups.v[i], groups.v[rivals], params))
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """One comparison behind a completion's reward. Scores in points; `weight` is the share in the mean."""
+
+    group: int
+    target: float
+    mean: float
+    variance: float
+    p: float
+    q: float
+    weight: float
+    reward: float
+
+
+def explain(row: int, q: np.ndarray, groups: Groups, params: ThurstoneParams) -> list[Opponent]:
+    """The opponents of one parsed row, heaviest first; the weighted mean of their rewards is the row's reward
+    (before its clamp to [0, 1]). Empty when the row is unparsed or its pool cannot rank."""
+    i = int(groups.of_row[row])
+    rivals = np.flatnonzero((groups.pool == groups.pool[i]) & (groups.n_parsed > 0))
+    rivals = rivals[rivals != i]
+    if np.isnan(q[row]) or not len(rivals):
+        return []
+    c = _comparison(i, rivals, groups, params)
+    z = (q[row] - c.mu) * c.inverse_scale
+    prob, _ = links.probabilities(z, params.link)
+    r = pair_terms(c.p, c.not_p, z, params)
+    r = 1.0 + r / math.log(params.eps) if params.measure == "bce" else r
+    table = [
+        Opponent(int(j), *(float(x) for x in (groups.g[j], groups.mu[j], groups.v[j], c.p[n], prob[n], c.w[n], r[n])))
+        for n, j in enumerate(rivals)
+    ]
+    return sorted(table, key=lambda o: -o.weight)

@@ -1,0 +1,169 @@
+"""One vLLM engine: grouped completions with their log-probabilities, at a known weight version.
+
+Plain class: `tatar_dist.cluster` makes the Ray actor of it. Every sampling parameter is explicit; nothing is read from
+the checkpoint's generation config (METHOD.md defect 14), and what is sampled from is what the loss assumes: full softmax
+at the given temperature without the vision placeholder tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tatar_dist.config import Config
+from tatar_dist.data.manifest import decode_image
+from tatar_dist.records import Completion, Group, Prompt
+
+FORBIDDEN_BIAS = -100.0  # vLLM's smallest logit bias; exp(-100) is 0 beside any sampled token in float32
+
+
+class WrongWeightVersion(RuntimeError):
+    """The engine was asked for completions of a weight version that it does not hold."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one call samples. `temperature` 0 is greedy. `seed` and `step` enter every group's seed; G = n."""
+
+    n: int
+    temperature: float
+    max_tokens: int
+    seed: int = 0
+    step: int = 0
+
+
+def group_seed(seed: int, step: int, sample_id: str) -> int:
+    """Seed of a group: a hash of (run seed, step, sample id). vLLM adds a completion's index to it."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{sample_id}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class RolloutEngine:
+    """A vLLM engine in this process."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        self.config, self.index = config, index
+        self.version = -1
+        self._updating: int | None = None
+
+    def setup(self, threads: int, version: int) -> dict[str, Any]:
+        """Load the model. `version` names the weights that stand in `model.path`."""
+        start = time.perf_counter()
+        r, m = self.config.rollout, self.config.model
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        import torch
+        from vllm import LLM
+        from vllm.config.weight_transfer import WeightTransferConfig
+
+        from tatar_dist.backbones import family
+        from tatar_dist.sync import object_store
+
+        object_store.register()
+        gpu = torch.cuda.is_available()
+        options: dict[str, Any] = {}
+        if gpu:
+            options["gpu_memory_utilization"] = r.gpu_memory_utilization
+        else:
+            torch.set_num_threads(threads)
+            # A seeded request whose prefill is chunked crashes vLLM's CPU sampler: leave room for all prompts at once.
+            options |= {"enforce_eager": True, "max_num_batched_tokens": r.max_num_seqs * r.max_model_len}
+        self.llm = LLM(
+            m.path,
+            dtype=m.dtype,
+            seed=self.config.seed,
+            tensor_parallel_size=r.tensor_parallel,
+            max_model_len=r.max_model_len,
+            max_num_seqs=r.max_num_seqs,
+            limit_mm_per_prompt={"image": 1, "video": 0},
+            mm_processor_kwargs={"min_pixels": m.min_pixels, "max_pixels": m.max_pixels},
+            generation_config="vllm",
+            logprobs_mode="processed_logprobs",
+            weight_transfer_config=WeightTransferConfig(backend=object_store.BACKEND),
+            disable_log_stats=True,
+            **options,
+        )
+        self.llm.init_weight_transfer_engine({"init_info": {}})
+        self.forbidden = family(m.family)(m).forbidden_ids()
+        self.version = version
+        return {"engine": self.index, "pid": os.getpid(), "seconds": time.perf_counter() - start}
+
+    def set_threads(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Group]:
+        """Sample `sampling.n` completions for each prompt, in one batch.
+
+        Raises:
+            WrongWeightVersion: the engine does not hold weight version `version` (a restarted engine holds the
+                initial weights; sampling from them silently would train on the wrong policy).
+        """
+        if self.version != version:
+            raise WrongWeightVersion(f"engine {self.index} holds weight version {self.version}, asked for {version}")
+        from vllm import SamplingParams
+
+        if self.config.rollout.deterministic:
+            self._reset_caches()
+        inputs: list[Any] = []
+        params: list[Any] = []
+        for prompt in prompts:
+            image = decode_image(prompt.sample.image, prompt.sample.sample_id)
+            inputs.append({"prompt": prompt.text, "multi_modal_data": {"image": image}})
+            params.append(
+                SamplingParams(
+                    n=sampling.n,
+                    temperature=sampling.temperature,
+                    top_p=1.0,
+                    top_k=0,
+                    min_p=0.0,
+                    repetition_penalty=1.0,
+                    max_tokens=sampling.max_tokens,
+                    seed=group_seed(sampling.seed, sampling.step, prompt.sample.sample_id) if sampling.temperature else None,
+                    logprobs=0,
+                    logit_bias={i: FORBIDDEN_BIAS for i in self.forbidden},
+                    skip_special_tokens=True,
+                )
+            )
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        return [self._group(p, o, version) for p, o in zip(prompts, outputs, strict=True)]
+
+    @staticmethod
+    def _group(prompt: Prompt, output: Any, version: int) -> Group:
+        completions = tuple(
+            Completion(
+                text=c.text,
+                token_ids=tuple(c.token_ids),
+                logprobs=tuple(step[t].logprob for step, t in zip(c.logprobs, c.token_ids, strict=True)),
+                finish_reason="stop" if c.finish_reason == "stop" else "length",
+            )
+            for c in sorted(output.outputs, key=lambda c: c.index)
+        )
+        return Group(prompt, tuple(output.prompt_token_ids), completions, version)
+
+    def start_update(self, version: int) -> None:
+        """Begin a weight push; the engine serves nothing until `finish_update`."""
+        self._updating, self.version = version, -1
+        self.llm.start_weight_update()
+
+    def update(self, bucket: Any) -> int:
+        """Load one bucket of named tensors. Returns its bytes."""
+        self.llm.update_weights({"update_info": {"bucket": bucket}})
+        return sum(w.data.nbytes for w in bucket.values())
+
+    def finish_update(self) -> int:
+        """End the push, drop every cache that depends on weights, take the new version. Returns it."""
+        assert self._updating is not None, "finish_update without start_update"
+        self.llm.finish_weight_update(weight_version=str(self._updating))
+        self._reset_caches()
+        self.version, self._updating = self._updating, None
+        return self.version
+
+    def _reset_caches(self) -> None:
+        """Prefix cache and the vision tower's cached outputs; the latter outlives a prefix-cache reset."""
+        self.llm.reset_prefix_cache()
+        self.llm.llm_engine.reset_encoder_cache()

@@ -1,0 +1,133 @@
+"""Everything a run leaves behind, and the lock that keeps two runs out of one directory.
+
+    config.yaml  metrics.jsonl  tensorboard/  rollouts/step_*.parquet  checkpoints/  quarantine.jsonl  report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.config import Config, to_yaml
+from tatar_dist.errors import UserError
+from tatar_dist.records import ScoredGroup
+
+
+class RunDirectory:
+    """Open (and lock) the run directory `config.output`. Close it, or use it as a context manager.
+
+    Raises:
+        UserError: it cannot be made or written, or another process has it open.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.output)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held as long as the run lives
+        except OSError as e:
+            raise UserError(f"output={self.path}: cannot write there: {e.strerror}") from e
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"output={self.path}: another process is running in this directory") from None
+        (self.path / "config.yaml").write_text(to_yaml(config))
+        self._writer: Any = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._lock.close()
+
+    def rewind(self, step: int) -> None:
+        """Forget metrics and rollouts of steps >= `step`: the run resumes there and will write them again."""
+        kept = [line for line in self.metrics() if line["step"] < step]
+        self._replace("metrics.jsonl", kept)
+        for file in (self.path / "rollouts").glob("step_*.parquet"):
+            if int(file.stem.removeprefix("step_")) >= step:
+                file.unlink()
+
+    def _replace(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        beside = self.path / f".{name}"
+        beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(beside, self.path / name)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far; a last line cut off by a crash is dropped."""
+        file = self.path / "metrics.jsonl"
+        rows = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl and the same scalars to TensorBoard."""
+        with open(self.path / "metrics.jsonl", "a") as f:
+            f.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.path / "tensorboard"))
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def quarantine(self, sample_id: str, where: str, reason: str) -> None:
+        """Note a sample that cannot be used; the run goes on without it."""
+        with open(self.path / "quarantine.jsonl", "a") as f:
+            f.write(json.dumps({"sample_id": sample_id, "manifest": where, "reason": reason}) + "\n")
+
+    def rollouts(self, step: int, scored: Sequence[ScoredGroup]) -> None:
+        """Write every completion of a step with its reward terms, as one Parquet file."""
+        write_rollouts(self.path / "rollouts" / f"step_{step:06d}.parquet", step, scored)
+
+
+def write_rollouts(path: Path, step: int, scored: Sequence[ScoredGroup]) -> None:
+    """One row a completion: what was asked, what came, its reward terms, reward and advantage."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for s in scored:
+        sample = s.group.prompt.sample
+        for i, c in enumerate(s.group.completions):
+            rows.append(
+                {
+                    "step": step,
+                    "group_id": s.group.prompt.group_id,
+                    "index": i,
+                    "sample_id": sample.sample_id,
+                    "dataset": sample.dataset,
+                    "task": sample.task,
+                    "target": sample.score,
+                    "completion": c.text,
+                    "tokens": len(c.token_ids),
+                    "finish_reason": c.finish_reason,
+                    "logprob_sum": float(sum(c.logprobs)),
+                    "weight_version": s.group.weight_version,
+                    "parsed": bool(s.parsed[i]),
+                    **{name: _null(values[i]) for name, values in s.terms.items()},
+                    "reward": float(s.reward[i]),
+                    "advantage": float(s.advantage[i]),
+                }
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    pq.write_table(pa.Table.from_pylist(rows), beside)
+    os.replace(beside, path)
+
+
+def _null(value: float) -> float | None:
+    return None if value != value else float(value)

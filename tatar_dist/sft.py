@@ -1,0 +1,99 @@
+"""Supervised fine-tuning: the first stage, on the same learners, forward and run directory as GRPO.
+
+In: a checked config whose manifests carry rationales. Out: a run directory; `checkpoints/latest/model` is the model.
+The loss is the mean negative log-likelihood of the assistant's tokens over the global batch, end-of-turn included.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+from tatar_dist.checkpoint import Checkpoints
+from tatar_dist.cluster import Cluster, LearnerGroup
+from tatar_dist.config import Config
+from tatar_dist.data.sampler import sft_sampler
+from tatar_dist.errors import UserError
+from tatar_dist.interrupts import Interrupted, Interrupts
+from tatar_dist.learner.sharding import shard_rows
+from tatar_dist.plan import resolve
+from tatar_dist.progress import Progress
+from tatar_dist.prompt_source import PromptSource, read_manifests
+from tatar_dist.records import LearnerRow
+from tatar_dist.run_directory import RunDirectory
+
+EVAL_ROWS_PER_TASK = 64  # held-out rows behind eval/loss: a curve, not a verdict
+
+
+def run(config: Config) -> None:
+    """Train until `sft.max_steps` or `sft.epochs`. Raises Interrupted after a clean stop, UserError for bad input."""
+    plan, s = resolve(config, "sft"), config.sft
+    with RunDirectory(config) as directory, Interrupts() as stop:
+        source = PromptSource(config, directory)
+        sampler = sft_sampler(read_manifests(config.data.train, "data.train"), config.seed, config.data.iqa_fraction)
+        total = s.max_steps or max(1, round(s.epochs * sampler.steps_per_epoch(s.global_batch)))
+        checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
+        found = checkpoints.latest() if config.checkpoint.resume else None
+        first = found[1]["step"] if found else 0
+        directory.rewind(first)
+        if first >= total:
+            return
+        held_out = _held_out(config, source, plan.learners * plan.split.micro_batch)
+        with Cluster(config) as cluster, Progress("sft", total, first) as progress:
+            learners = cluster.learners(plan.learners)
+            learners.setup("sft", plan.split, total)
+            if found:
+                learners.load(found[0])
+                sampler.load_state_dict(found[1]["sampler"])
+            for step in range(first, total):
+                start = time.perf_counter()
+                rows = [_row(source, sample, s.max_tokens) for sample in source.samples(sampler, s.global_batch)]
+                tokens = sum(len(r.completion_ids) for r in rows)
+                report = learners.sft_step(shard_rows(rows, plan.learners), step, tokens)
+                seconds = time.perf_counter() - start
+                metrics = {
+                    **report.metrics,
+                    "time/learn": report.seconds,
+                    "time/step": seconds,
+                    "perf/tokens_per_second": tokens / seconds,
+                }
+                last = step + 1 == total
+                if held_out and (last or (s.eval_every and (step + 1) % s.eval_every == 0)):
+                    metrics |= _held_out_loss(learners, held_out)
+                directory.log(step, metrics)
+                progress.update(step + 1, metrics)
+                if last or stop.requested or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
+                    checkpoints.save(step + 1, {"stage": "sft", "sampler": sampler.state_dict()}, learners.save)
+                if stop.requested and not last:
+                    raise Interrupted(f"stopped after step {step + 1} of {total}; the same command continues from there")
+
+
+def _row(source: PromptSource, sample, max_tokens: int) -> LearnerRow:
+    if not sample.rationale:
+        raise UserError(f"{sample.dataset}/{sample.sample_id}: no rationale; SFT needs the manifest's rationale column")
+    row = source.sft_row(sample)
+    if len(row.completion_ids) > max_tokens:
+        raise UserError(
+            f"{sample.dataset}/{sample.sample_id}: an answer of {len(row.completion_ids)} tokens is over "
+            f"sft.max_tokens={max_tokens}"
+        )
+    return row
+
+
+def _held_out(config: Config, source: PromptSource, multiple: int) -> list[LearnerRow]:
+    """Validation rows in a number that divides evenly over ranks and micro-batches; none without a manifest."""
+    if not config.data.validation:
+        return []
+    samples = source.held_out(read_manifests(config.data.validation, "data.validation"), EVAL_ROWS_PER_TASK)
+    rows = [source.sft_row(s) for s in samples if s.rationale]
+    by_task = [[r for r in rows if r.task == t] for t in ("iqa", "iaa")]
+    mixed = [r for pair in zip(*by_task, strict=False) for r in pair] if all(by_task) else rows
+    return mixed[: len(mixed) // multiple * multiple]
+
+
+def _held_out_loss(learners: LearnerGroup, rows: list[LearnerRow]) -> dict[str, float]:
+    sums = learners.sft_loss(shard_rows(rows, len(learners.actors)))
+    return {
+        f"eval/loss/{t}": sums[f"nll/{t}"] / sums[f"tokens/{t}"] if sums[f"tokens/{t}"] else math.nan
+        for t in ("iqa", "iaa")
+    }

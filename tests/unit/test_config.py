@@ -1,0 +1,114 @@
+"""The configuration is read and checked before anything starts; every fault is one line that names the key."""
+
+from pathlib import Path
+
+import pytest
+
+from tatar_dist.config import Config, known_keys, load_config, to_yaml
+from tatar_dist.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MINIMAL = ["output=runs/x", "model.path=m"]
+
+
+@pytest.mark.parametrize("name", ["sft.yaml", "grpo.yaml", "eval.yaml"])
+def test_shipped_config_loads_without_overrides(name):
+    assert isinstance(load_config([str(CONFIGS / name)], []), Config)
+
+
+def test_demo_config_only_lacks_what_the_demo_sets():
+    assert load_config([str(CONFIGS / "demo.yaml")], ["output=runs/x"]).cluster.gpus_per_node == 0
+
+
+@pytest.mark.parametrize("name", ["sft.yaml", "grpo.yaml"])
+def test_every_value_of_a_recipe_says_where_it_comes_from(name):
+    """A comment on the line, or in the block of comments right above it."""
+    above = ""
+    for line in (CONFIGS / name).read_text().splitlines():
+        is_value = line.strip() and not line.strip().startswith("#") and not line.rstrip().endswith(":")
+        if is_value:
+            assert any(tag in line + above for tag in ("[paper]", "[released]", "[ours]", "constants stand in")), line
+        above = above + line if line.strip().startswith("#") else ""
+
+
+def test_later_files_and_words_win(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\nsft: {epochs: 5}\n")
+    (tmp_path / "b.yaml").write_text("seed: 2\n")
+    c = load_config([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")], [*MINIMAL, "sft.optim.lr=1e-3"])
+    assert (c.seed, c.sft.epochs, c.sft.optim.lr) == (2, 5.0, 1e-3)
+
+
+def test_unknown_key_is_named_with_the_nearest_one():
+    with pytest.raises(UserError, match=r"sft\.optim\.learning.*sft\.optim"):
+        load_config([], [*MINIMAL, "sft.optim.learning_rate=1"])
+    with pytest.raises(UserError, match="did you mean 'grpo.group_size'"):
+        load_config([], [*MINIMAL, "grpo.groupsize=4"])
+
+
+def test_wrong_type_is_named():
+    with pytest.raises(UserError, match="grpo.group_size"):
+        load_config([], [*MINIMAL, "grpo.group_size=many"])
+
+
+def test_missing_value_missing_file_and_broken_yaml_are_named(tmp_path):
+    with pytest.raises(UserError, match="model.path"):
+        load_config([], ["output=x"])
+    with pytest.raises(UserError, match="nowhere.yaml: no such config file"):
+        load_config(["nowhere.yaml"], MINIMAL)
+    (tmp_path / "bad.yaml").write_text("a: [1\nb: 2\n")
+    with pytest.raises(UserError, match="bad.yaml: not valid YAML"):
+        load_config([str(tmp_path / "bad.yaml")], MINIMAL)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "model.dtype=float16",
+        "grpo.group_size=1",
+        "grpo.staleness=1",
+        "sft.micro_batch=0",
+        "cluster.learners=-1",
+        "rollout.engines=-2",
+        "data.iqa_fraction=1.5",
+        "rollout.temperature=0",
+        "sft.optim.lr=-1",
+        "reward.preset=tatr",
+    ],
+)
+def test_impossible_value_is_refused_by_name(word):
+    with pytest.raises(UserError, match=word.split("=")[0].rsplit(".", 1)[-1]):
+        load_config([], [*MINIMAL, word])
+
+
+def test_zero_learners_and_engines_mean_automatic():
+    c = load_config([], [*MINIMAL, "cluster.learners=0", "rollout.engines=0"])
+    assert (c.cluster.learners, c.rollout.engines) == (0, 0)
+
+
+@pytest.mark.parametrize("preset", ["tatar", "released", "binary"])
+def test_generation_limit_below_the_words_the_reward_asks_for_is_refused(preset):
+    with pytest.raises(UserError, match="rollout.max_new_tokens=180"):
+        load_config([], [*MINIMAL, f"reward.preset={preset}", "rollout.max_new_tokens=180"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["rollout.max_new_tokens=224"],  # what the demo uses
+        ["rollout.max_new_tokens=100", "reward.weights.length=0"],
+        ["rollout.max_new_tokens=100", "data.iqa_fraction=1.0"],
+        ["rollout.max_new_tokens=100", "reward.params.length_iaa_min=40"],
+    ],
+)
+def test_generation_limit_passes_where_the_words_fit_or_are_not_asked_for(words):
+    load_config([], [*MINIMAL, *words])
+
+
+def test_resolved_config_reads_back_equal(tmp_path):
+    c = load_config([], [*MINIMAL, "seed=7", "reward.weights.length=0.5"])
+    (tmp_path / "config.yaml").write_text(to_yaml(c))
+    assert load_config([str(tmp_path / "config.yaml")], []) == c
+
+
+def test_known_keys_reach_the_leaves():
+    assert {"grpo", "grpo.optim.lr", "rollout.engines"} <= set(known_keys())

@@ -1,0 +1,235 @@
+"""Agreement metrics and their intervals: equal to scipy, honest about ties, constants, signs and unparsed rows."""
+
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize, stats
+
+from tatar_dist.errors import UserError
+from tatar_dist.evaluate import audit
+from tatar_dist.evaluate.bootstrap import (
+    _Ranks,
+    _weighted_pearson,
+    correlation_intervals,
+    paired_mean_difference,
+    paired_srcc_difference,
+)
+from tatar_dist.evaluate.metrics import plcc_fitted, score_metrics
+
+
+def noisy(n=400, noise=20.0, seed=0):
+    rng = np.random.default_rng(seed)
+    target = rng.uniform(0, 100, n)
+    return target, np.clip(target + rng.normal(0, noise, n), 0, 100)
+
+
+def test_metrics_equal_scipy_with_heavy_ties():
+    target, prediction = noisy()
+    target, prediction = target.round(-1), prediction.round(-1)
+    m = score_metrics(target, prediction)
+    assert m.srcc == pytest.approx(stats.spearmanr(target, prediction).statistic, abs=1e-12)
+    assert m.plcc == pytest.approx(stats.pearsonr(target, prediction).statistic, abs=1e-12)
+    assert m.krcc == pytest.approx(stats.kendalltau(target, prediction).statistic, abs=1e-12)
+    assert m.rmse == pytest.approx(math.sqrt(np.mean((target - prediction) ** 2)))
+    assert m.mae == pytest.approx(np.abs(target - prediction).mean())
+    naive = np.corrcoef(target.argsort().argsort(), prediction.argsort().argsort())[0, 1]
+    assert abs(m.srcc - naive) > 1e-3  # what ranks without tie averaging would say
+
+
+@pytest.mark.parametrize(
+    "shape", [lambda x: x, lambda x: 100 * (x / 100) ** 3, lambda x: 100 / (1 + np.exp((60 - x) / 12))]
+)
+def test_the_fitted_plcc_equals_an_independent_curve_fit(shape):
+    target, _ = noisy()
+    prediction = np.clip(shape(target) + np.random.default_rng(1).normal(0, 8, len(target)), 0, 100)
+
+    def logistic(x, b1, b2, b3, b4):
+        return (b1 - b2) / (1 + np.exp(-(x - b3) / abs(b4))) + b2
+
+    start = [target.max(), target.min(), prediction.mean(), prediction.std() / 4]
+    best, _ = optimize.curve_fit(logistic, prediction, target, p0=start, maxfev=20_000)
+    expected = stats.pearsonr(logistic(prediction, *best), target).statistic
+    assert plcc_fitted(target, prediction) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_wrong_way_predictor_is_shown_as_one():
+    target, prediction = noisy()
+    m = score_metrics(target, 100 - prediction)
+    assert m.srcc < -0.7 and m.plcc < -0.7 and m.krcc < -0.5
+    assert m.plcc_fitted is None and "do not rise" in m.reason["plcc_fitted"]
+
+
+def test_a_constant_predictor_has_no_correlation_and_says_why():
+    m = score_metrics(np.array([10.0, 20, 30, 40, 50, 60]), np.full(6, 50.0), bootstrap=20)
+    assert (m.srcc, m.plcc, m.krcc, m.plcc_fitted) == (None,) * 4
+    assert m.reason["srcc"] == "constant prediction" and m.mae == pytest.approx(110 / 6)
+    assert m.ci95 == {"srcc": None, "plcc": None} and m.reason["ci95.srcc"] == "constant prediction"
+    assert score_metrics(np.full(3, 5.0), np.array([1.0, 2, 3])).reason["plcc"] == "constant target"
+
+
+def test_few_or_no_rows_give_null_with_a_reason():
+    none = score_metrics(np.array([1.0]), np.array([math.nan]))
+    assert (none.n, none.n_parsed, none.mae) == (1, 0, None) and none.reason["mae"] == "no usable row"
+    assert score_metrics(np.array([1.0]), np.array([2.0])).reason["srcc"] == "1 usable row"
+    three = score_metrics(np.array([1.0, 2, 3]), np.array([1.0, 2, 4]))
+    assert three.srcc == pytest.approx(1) and "needs 5" in three.reason["plcc_fitted"]
+
+
+def test_unparsed_rows_are_counted_and_their_policy_is_named():
+    target, prediction = noisy()
+    prediction[:100] = math.nan
+    drop = score_metrics(target, prediction)
+    middle = score_metrics(target, prediction, unparsed="midpoint")
+    assert (drop.n, drop.n_parsed, drop.unparsed) == (400, 300, "drop")
+    assert drop.srcc == pytest.approx(stats.spearmanr(target[100:], prediction[100:]).statistic)
+    assert (middle.n_parsed, middle.unparsed) == (300, "midpoint") and middle.srcc < drop.srcc
+    with pytest.raises(UserError, match="drop, midpoint"):
+        score_metrics(target, prediction, unparsed="mean")
+
+
+def test_predictions_are_clamped_counted_and_never_rescaled():
+    m = score_metrics(np.array([1.0, 2, 3]), np.array([1.0, 2, 120]))
+    assert m.n_out_of_range == 1 and m.mae == pytest.approx(97 / 3)
+    assert score_metrics(np.array([40.0, 60, 80]), np.array([4.0, 6, 8])).mae == pytest.approx(54)
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=12), st.data())
+@settings(deadline=None)
+def test_ranks_under_counts_are_the_average_ranks_of_the_resample(values, data):
+    values = np.array(values, float)
+    drawn = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=12))
+    counts = np.bincount(drawn, minlength=len(values)).astype(float)
+    ranks = _Ranks(values).under(counts[None])[0]
+    np.testing.assert_allclose(ranks[drawn], stats.rankdata(values[drawn]))
+
+
+def test_weighted_pearson_equals_pearson_of_the_repeated_rows():
+    rng = np.random.default_rng(0)
+    a, b, counts = rng.normal(size=9), rng.normal(size=9), rng.integers(0, 4, (5, 9)).astype(float)
+    for r, c in zip(_weighted_pearson(a, b, counts), counts.astype(int), strict=True):
+        assert r == pytest.approx(stats.pearsonr(np.repeat(a, c), np.repeat(b, c)).statistic, abs=1e-12)
+    assert np.isnan(_weighted_pearson(np.full(9, 0.1), b, counts)).all()
+
+
+def test_correlation_intervals_agree_with_theory_and_repeat():
+    target, prediction = noisy(800)
+    intervals = correlation_intervals(target, prediction, rounds=1000)
+    r = stats.pearsonr(target, prediction).statistic
+    lo, hi = intervals["plcc"]
+    low, high = np.tanh(np.arctanh(r) + np.array([-1.96, 1.96]) / math.sqrt(797))
+    assert lo < r < hi and 0.6 < (hi - lo) / (high - low) < 1.4
+    assert correlation_intervals(target, prediction, rounds=1000) == intervals
+    assert correlation_intervals(target, prediction, rounds=1000, seed=1) != intervals
+
+
+def test_cluster_resampling_widens_the_interval_when_clusters_differ():
+    rng = np.random.default_rng(0)
+    cluster = np.repeat(np.arange(8), 50)
+    before = rng.normal(size=400)
+    after = before + rng.normal(0.3, 0.4, 8)[cluster] + rng.normal(0, 0.1, 400)
+    clustered = paired_mean_difference(before, after, cluster)
+    rowwise = paired_mean_difference(before, after, np.arange(400))
+    assert clustered.estimate == pytest.approx((after - before).mean()) == pytest.approx(rowwise.estimate)
+    assert clustered.hi - clustered.lo > 3 * (rowwise.hi - rowwise.lo)
+    assert clustered.lo < clustered.estimate < clustered.hi
+
+
+def test_paired_differences_pool_over_seeds():
+    target, worse = noisy(600, 30.0)
+    better = np.stack([noisy(600, 10.0)[1], np.clip(target + np.random.default_rng(5).normal(0, 12, 600), 0, 100)])
+    cluster = np.arange(600) % 12
+    d = paired_srcc_difference(target, np.stack([worse, worse]), better, cluster, rounds=300)
+    each = [stats.spearmanr(target, b).statistic - stats.spearmanr(target, worse).statistic for b in better]
+    assert d.estimate == pytest.approx(np.mean(each), abs=1e-12)
+    assert 0 < d.lo < d.estimate < d.hi and d.rounds == 300
+    same = paired_srcc_difference(target, worse, worse, cluster, rounds=50)
+    assert (same.estimate, same.lo, same.hi) == (0, 0, 0)
+    seeds = paired_mean_difference(np.zeros((2, 4)), np.array([[1.0] * 4, [3.0] * 4]), [0, 0, 1, 1], rounds=20)
+    assert (seeds.estimate, seeds.lo, seeds.hi) == (2, 2, 2)
+
+
+def test_an_unparsed_prediction_counts_as_the_midpoint_in_a_paired_difference():
+    target, prediction = noisy(100)
+    holes, filled = prediction.copy(), prediction.copy()
+    holes[::5], filled[::5] = math.nan, 50.0
+    cluster = np.arange(100) % 5
+    a = paired_srcc_difference(target, prediction, holes, cluster, rounds=50)
+    assert a == paired_srcc_difference(target, prediction, filled, cluster, rounds=50)
+
+
+def test_paired_values_that_do_not_match_are_refused():
+    with pytest.raises(ValueError, match="do not match"):
+        paired_mean_difference(np.zeros(3), np.zeros(4), np.zeros(3))
+    with pytest.raises(ValueError, match="NaN"):
+        paired_mean_difference(np.zeros(2), np.array([0, math.nan]), np.zeros(2))
+
+
+def test_two_thousand_rows_and_a_thousand_rounds_take_a_few_seconds():
+    target, prediction = noisy(2000)
+    start = time.perf_counter()
+    score_metrics(target, prediction, bootstrap=1000)
+    paired_srcc_difference(target, prediction, prediction[::-1], np.arange(2000) % 7, rounds=1000)
+    assert time.perf_counter() - start < 8
+
+
+def write(path, rows):
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    return path
+
+
+def test_the_file_audit_reads_predictions_and_completions(tmp_path):
+    rows = [{"dataset": "a", "task": "iqa", "target": t, "prediction": t + 1} for t in (10, 20, 30, 40, 50)]
+    rows += [{"dataset": "a", "task": "iqa", "target": 60, "prediction": None}]
+    rows += [
+        {"dataset": "b", "task": "iaa", "target": 10.0 * i, "completion": f"<answer>{i}</answer>"} for i in range(1, 6)
+    ]
+    rows += [{"dataset": "b", "task": "iaa", "target": 9, "completion": "cut", "finish_reason": "length"}]
+    result = audit.run(write(tmp_path / "p.jsonl", rows), bootstrap=50)
+    out = json.loads(json.dumps(audit.as_json(result), allow_nan=False))["datasets"]
+    keys = {"n", "n_parsed", "srcc", "plcc", "krcc", "plcc_fitted", "rmse", "mae", "ci95", "reason"}
+    assert set(out) == {"a", "b"} and all(keys <= set(v) for v in out.values())
+    assert (out["a"]["n"], out["a"]["n_parsed"], out["a"]["mae"]) == (6, 5, 1.0)
+    assert (out["b"]["n"], out["b"]["n_parsed"], out["b"]["n_truncated"]) == (6, 5, 1)
+    assert out["b"]["srcc"] == pytest.approx(1) and out["b"]["ci95"]["srcc"] is not None
+    table = audit.as_table(result)
+    assert "a: unparsed rows: drop" in table and "b: 1 truncated" in table
+
+
+def test_one_name_for_both_tasks_is_split(tmp_path):
+    rows = [{"dataset": "x", "task": t, "target": 1, "prediction": 1} for t in ("iqa", "iaa")]
+    assert list(audit.run(write(tmp_path / "p.jsonl", rows))) == ["x/iqa", "x/iaa"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"dataset": "a", "task": "iqa", "target": 5}, "prediction or completion is missing"),
+        ({"dataset": "a", "task": "iqa", "target": 5, "prediction": "5"}, "prediction '5' must be a number"),
+        ({"dataset": "a", "task": "iqa", "target": 5, "prediction": True}, "prediction True must be a number"),
+        ({"dataset": "a", "task": "iqa", "prediction": 5}, "target is missing"),
+        ({"dataset": "a", "task": "iqa", "target": 500, "prediction": 5}, "outside 0-100"),
+        ({"dataset": "a", "task": "quality", "target": 5, "prediction": 5}, "must be one of iqa, iaa"),
+        ({"dataset": 3, "task": "iqa", "target": 5, "prediction": 5}, "dataset 3 must be a text"),
+        ('{"dataset": "a", "task": "iqa", "target": 5, "prediction": 1e999}', "finite"),
+        ('{"dataset": "a", "task": "iqa", "target": 5, "prediction": 1' + "0" * 400 + "}", "finite"),
+        ('{"dataset"', "not valid JSON"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, bad, said):
+    good = {"dataset": "a", "task": "iqa", "target": 5, "prediction": 5}
+    file = write(tmp_path / "p.jsonl", [good, bad])
+    with pytest.raises(UserError) as e:
+        audit.run(file)
+    assert str(e.value).startswith(f"{file}:2: ") and said in str(e.value)
+
+
+def test_missing_and_empty_files_are_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        audit.run(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="no rows"):
+        audit.run(write(tmp_path / "empty.jsonl", []))

@@ -1,0 +1,158 @@
+"""The batch sampler: balance, rankability, epochs without repeats, exact resume, quarantine."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tatar_dist.data.manifest import Manifest, read_manifest, write_manifest
+from tatar_dist.data.sampler import PromptSampler, epoch_order, sft_sampler
+from tatar_dist.errors import UserError
+
+
+def manifest(path: Path, task: str, n: int, dataset: str | None = None, score=lambda i: float(i % 101)) -> Manifest:
+    name = dataset or f"set-{task}"
+    same = {"dataset": name, "task": task, "image_bytes": b"x", "split": "train"}
+    rows = ({"sample_id": f"{name}-{i}", "score": score(i), **same} for i in range(n))
+    file = path / f"{name}-{task}.parquet"
+    write_manifest(file, rows)
+    return read_manifest(file)
+
+
+@pytest.fixture
+def both(tmp_path):
+    return [manifest(tmp_path, "iqa", 37), manifest(tmp_path, "iaa", 23)]
+
+
+def test_every_batch_holds_both_tasks_in_the_configured_share(both):
+    sampler = PromptSampler(both, seed=1, iqa_fraction=0.25)
+    for _ in range(30):
+        tasks = [both[m].tasks[r] for m, r in sampler.next_batch(8)]
+        assert tasks == ["iqa"] * 2 + ["iaa"] * 6
+
+
+def test_no_row_comes_twice_in_a_batch_even_across_an_epoch(both):
+    sampler = PromptSampler(both, seed=2)
+    for _ in range(60):
+        batch = sampler.next_batch(14)
+        assert len(set(batch)) == 14
+
+
+def test_an_epoch_shows_every_row_exactly_once(both):
+    sampler = PromptSampler(both, seed=3)
+    drawn = [ref for _ in range(100) for ref in sampler.next_batch(8)]
+    for m, size in ((0, 37), (1, 23)):
+        rows = [row for manifest, row in drawn if manifest == m]
+        for epoch in range(10):
+            assert sorted(rows[size * epoch : size * (epoch + 1)]) == list(range(size))
+        assert rows[:size] != rows[size : 2 * size]  # and the epochs differ in order
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 20), st.integers(1, 80))
+def test_epoch_order_is_a_permutation_whose_head_avoids_the_tail_before_it(seed, epoch, n):
+    before, now = epoch_order(seed, 0, epoch - 1, n), epoch_order(seed, 0, epoch, n)
+    assert sorted(now) == list(range(n))
+    third = n // 3
+    assert not set(now[:third]) & set(before[n - third :])
+
+
+def test_same_seed_gives_the_same_batches_and_another_seed_others(both):
+    def draw(seed):
+        sampler = PromptSampler(both, seed=seed)
+        return [sampler.next_batch(8) for _ in range(5)]
+
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+
+
+def test_a_restored_sampler_continues_exactly_where_the_state_was_taken(both):
+    sampler = PromptSampler(both, seed=4)
+    sampler.exclude("set-iaa-3")
+    for _ in range(11):
+        sampler.next_batch(8)
+    state = json.loads(json.dumps(sampler.state_dict()))
+    rest = [sampler.next_batch(8) for _ in range(20)]
+    again = PromptSampler(both, seed=4)
+    again.load_state_dict(state)
+    assert [again.next_batch(8) for _ in range(20)] == rest
+
+
+def test_state_of_another_seed_or_other_data_is_refused(both, tmp_path):
+    state = PromptSampler(both, seed=4).state_dict()
+    with pytest.raises(UserError, match="seed 4"):
+        PromptSampler(both, seed=5).load_state_dict(state)
+    other = [both[0], manifest(tmp_path, "iaa", 24, "set-iaa")]
+    with pytest.raises(UserError, match="24"):
+        PromptSampler(other, seed=4).load_state_dict(state)
+
+
+def test_excluded_samples_never_come_back(both):
+    sampler = PromptSampler(both, seed=5)
+    gone = {sampler.sample_id(ref) for ref in sampler.next_batch(8)}
+    for sample_id in gone:
+        sampler.exclude(sample_id)
+    later = {sampler.sample_id(ref) for _ in range(40) for ref in sampler.next_batch(8)}
+    assert not later & gone
+    assert len(later) == 37 + 23 - 8
+
+
+def test_the_iaa_part_of_a_batch_comes_from_one_data_set_in_proportion_to_size(tmp_path):
+    sets = [manifest(tmp_path, "iqa", 10)]
+    sets += [manifest(tmp_path, "iaa", 60, "large"), manifest(tmp_path, "iaa", 20, "small")]
+    sampler = PromptSampler(sets, seed=6)
+    seen: Counter[str] = Counter()
+    for _ in range(40):
+        names = {sets[m].datasets[r] for m, r in sampler.next_batch(8) if sets[m].tasks[r] == "iaa"}
+        assert len(names) == 1
+        seen.update(names)
+    assert seen == {"large": 30, "small": 10}
+
+
+def test_a_data_set_that_cannot_rank_is_refused_at_construction(tmp_path):
+    iqa = manifest(tmp_path, "iqa", 10)
+    with pytest.raises(UserError, match="'tiny' has 3 usable image.*min_rank_pool=4"):
+        PromptSampler([iqa, manifest(tmp_path, "iaa", 3, "tiny")], seed=0, min_rank_pool=4)
+    with pytest.raises(UserError, match="'flat': all scores are equal"):
+        PromptSampler([iqa, manifest(tmp_path, "iaa", 9, "flat", score=lambda i: 50.0)], seed=0)
+
+
+def test_a_batch_too_small_to_rank_is_an_error_not_a_silent_zero(both):
+    with pytest.raises(UserError, match="ranking needs 3"):
+        PromptSampler(both, seed=0, min_rank_pool=3).next_batch(4)
+
+
+def test_exclusions_that_leave_nothing_to_rank_are_reported(tmp_path):
+    sampler = PromptSampler([manifest(tmp_path, "iqa", 9), manifest(tmp_path, "iaa", 5)], seed=0)
+    for i in range(2):
+        sampler.exclude(f"set-iaa-{i}")
+    with pytest.raises(UserError, match="largest has 3 usable"):
+        sampler.next_batch(8)
+
+
+def test_a_task_without_data_is_refused_unless_its_share_is_zero(tmp_path):
+    iqa = manifest(tmp_path, "iqa", 9)
+    with pytest.raises(UserError, match="no iaa samples"):
+        PromptSampler([iqa], seed=0)
+    assert len(PromptSampler([iqa], seed=0, iqa_fraction=1.0).next_batch(4)) == 4
+
+
+def test_the_same_manifest_given_twice_is_refused(both):
+    with pytest.raises(UserError, match="was given already"):
+        PromptSampler([*both, both[0]], seed=0)
+
+
+def test_steps_per_epoch_covers_the_larger_task(both):
+    assert PromptSampler(both, seed=0).steps_per_epoch(8) == 10  # 37 rows at 4 a batch
+
+
+def test_supervised_batches_mix_data_sets_in_proportion(tmp_path):
+    sets = [manifest(tmp_path, "iqa", 10)]
+    sets += [manifest(tmp_path, "iaa", 60, "large"), manifest(tmp_path, "iaa", 20, "small")]
+    batch = sft_sampler(sets, seed=0, iqa_fraction=0.5).next_batch(16)
+    assert Counter(sets[m].datasets[r] for m, r in batch) == {"set-iqa": 8, "large": 6, "small": 2}
