@@ -158,7 +158,7 @@ class Cluster:
         ]
         return LearnerGroup(self.config, actors, threads)
 
-    def engines(self, count: int, version: int = 0) -> RolloutPool:
+    def engines(self, count: int, version: int = 0, cls: type[RolloutEngine] = RolloutEngine) -> RolloutPool:
         r = self.config.rollout
         env = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -170,7 +170,7 @@ class Cluster:
         }
         gpus = r.tensor_parallel if self.gpu else 0
         actors = [
-            self._actor(RolloutEngine, self.config, i, cpus=self.config.cluster.engine_cpus, gpus=gpus, env=env)
+            self._actor(cls, self.config, i, cpus=self.config.cluster.engine_cpus, gpus=gpus, env=env)
             for i in range(count)
         ]
         return RolloutPool(self.config, actors, version)

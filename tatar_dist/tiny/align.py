@@ -53,7 +53,9 @@ def caption(crops: CropSet, i: int) -> str:
     return " ".join([*parts, written(SCORE_NAME[crops.task], crops.score[i])])
 
 
-def conversation(crops: CropSet, i: int, rng: np.random.Generator, describe_share: float = 0.5) -> list[tuple[str, str]]:
+def conversation(
+    crops: CropSet, i: int, rng: np.random.Generator, describe_share: float = 0.5
+) -> list[tuple[str, str]]:
     """The turns (request, reply) of one training row in random order; the score is always asked for."""
     names = measure_names(crops.task)
     turns = [(measure_request(SCORE_NAME[crops.task]), written(SCORE_NAME[crops.task], crops.score[i]))]
@@ -76,7 +78,7 @@ class Rows:
 
 
 def row_positions(prefix: int, length: int) -> torch.Tensor:
-    """(3, length) rotary positions of one row with its image after `prefix` tokens, as the model itself numbers them."""
+    """(3, length) rotary positions of a row with its image after `prefix` tokens, as the model itself numbers them."""
     cell = torch.arange(IMAGE_TOKENS)
     image = prefix + torch.stack([torch.zeros_like(cell), cell // IMAGE_SIDE, cell % IMAGE_SIDE])
     before = torch.arange(prefix).expand(3, -1)

@@ -1,7 +1,8 @@
 """A Qwen2.5-VL of about two million parameters: architecture, tokenizer and processor, with random weights.
 
-In: a corpus (texts the tokenizer is trained on; default: the demo's rationales and prompts) and sizes. Out: a directory that transformers and vLLM load as any
-Qwen2.5-VL. `pretrain.py` starts from it; tests build small tied and untied variants in about a second.
+In: a corpus (texts the tokenizer is trained on; default: the demo's rationales and prompts) and sizes. Out: a
+directory that transformers and vLLM load as any Qwen2.5-VL. `pretrain.py` starts from the same parts; tests build
+small tied and untied variants in seconds.
 
     python -m tatar_dist.tiny.build --output DIR [--tie]
 

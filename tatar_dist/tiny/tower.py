@@ -32,7 +32,7 @@ GRID, PATCH = 8, 14
 
 
 def patchify(pixels: torch.Tensor) -> torch.Tensor:
-    """(B, 112, 112, 3) uint8 -> (B, 64, 3, 196) float32: the processor's `pixel_values`, one of its two equal frames."""
+    """(B, 112, 112, 3) uint8 -> (B, 64, 3, 196) float32: the processor's `pixel_values`, one of two equal frames."""
     x = pixels.reshape(len(pixels), GRID // 2, 2, PATCH, GRID // 2, 2, PATCH, 3)
     # (merged row, merged column, row and column in the 2x2 merge, channel, y, x)
     x = x.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(len(pixels), GRID * GRID, 3, PATCH * PATCH)
@@ -107,7 +107,7 @@ def dct_init(visual: Any, pixels: torch.Tensor) -> None:
     Without the scaling a patch's mean drowns the fine detail that blur, noise and compression show in. Every other
     matrix is drawn with standard deviation 1/sqrt(inputs) instead of the large models' 0.02, at which a narrow
     tower's branches are next to silent. The first MLP starts as an energy detector: unit pairs (j, -j) give
-    silu(2c)c + silu(-2c)(-c), about |c| times 2|c|: distortions show in energies, and a linear patch embedding has none.
+    silu(2c)c + silu(-2c)(-c), about 2c² once |c| > 1: distortions show in energies, which a linear embedding lacks.
     """
     weight = visual.patch_embed.proj.weight
     filters = dct_filters(weight.shape[0])
@@ -167,7 +167,9 @@ def batches(sets: dict[Task, CropSet], size: int, rng: np.random.Generator) -> I
         yield batch
 
 
-def _loss(heads: Heads, pooled: torch.Tensor, crops: CropSet, index: np.ndarray, spread: dict[str, Any]) -> torch.Tensor:
+def _loss(
+    heads: Heads, pooled: torch.Tensor, crops: CropSet, index: np.ndarray, spread: dict[str, Any]
+) -> torch.Tensor:
     task = crops.task
     score = torch.from_numpy(crops.score[index])
     measures = torch.from_numpy(crops.measures[index])

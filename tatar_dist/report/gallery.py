@@ -1,0 +1,150 @@
+"""Which answers to show, and their pictures as data URIs.
+
+In: predictions of the models in order of training. Out: `Card`s. Choice is by rule, never by taste: the four answers
+that training moved closest to the target, the four best (one from each quarter of the target range, so that they are
+not all alike), the four worst; an image is shown once.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tatar_dist.data.manifest import Manifest, UnreadableImage, decode_image, read_manifest
+from tatar_dist.errors import UserError
+
+EACH = 4
+KEEP_BYTES, KEEP_SIDE = 48_000, 400  # a picture within both is embedded as it is: JPEG would add a distortion to judge
+SMALL_SIDE = 320
+TEASER_WORDS = 26
+MOST_CHARS = 4000  # of one rationale
+
+# What HTML forbids or a terminal obeys, except tab and newline.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_THINK = re.compile(r"<think>(.*?)(?:</think>|<answer>|$)", re.IGNORECASE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Card:
+    """One image with what each model said of it. scores: (model, score or None); `why`: improved | best | worst."""
+
+    why: str
+    sample_id: str
+    image: str | None
+    target: float
+    scores: list[tuple[str, float | None]]
+    teaser: str
+    rest: str
+    has_think: bool
+
+
+def clean(text: str | None) -> str:
+    """Text without control characters, at most MOST_CHARS long. Escaping is the template's work."""
+    text = _CONTROL.sub("", text or "").strip()
+    return text if len(text) <= MOST_CHARS else text[:MOST_CHARS] + "…"
+
+
+def rationale(completion: str | None) -> tuple[str, bool]:
+    """(the think text, True), or (the whole completion, False) when it has none."""
+    text = clean(completion)
+    found = _THINK.search(text)
+    inside = found.group(1).strip() if found else ""
+    return (inside, True) if inside else (text, False)
+
+
+def split_teaser(text: str) -> tuple[str, str]:
+    """The first words, and the rest ("" when it is hardly longer)."""
+    words = text.split()
+    if len(words) <= TEASER_WORDS + 8:
+        return " ".join(words), ""
+    return " ".join(words[:TEASER_WORDS]), " ".join(words[TEASER_WORDS:])
+
+
+def error(row: dict[str, Any] | None) -> float | None:
+    """Points between prediction (clamped to 0-100) and target; None when there is no score."""
+    if row is None or row["prediction"] is None:
+        return None
+    return abs(min(max(row["prediction"], 0.0), 100.0) - row["target"])
+
+
+def choose(last: Sequence[dict[str, Any]], before: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """(why, sample_id) of up to 3 x EACH images. last: rows of the final model; before: the first model's, by id."""
+    scored = [(e, r) for r in last if (e := error(r)) is not None]
+    taken: dict[str, str] = {}
+
+    def take(why: str, rows: Iterable[dict[str, Any]], most: int) -> None:
+        for row in rows:
+            if most and row["sample_id"] not in taken:
+                taken[row["sample_id"]] = why
+                most -= 1
+
+    gains = []
+    for now, row in scored:
+        was = error(before.get(row["sample_id"]))
+        if was is not None and was > now:
+            gains.append((was - now, row))
+    take("improved", (r for _, r in sorted(gains, key=lambda g: (-g[0], g[1]["sample_id"]))), EACH)
+    unscored = [r for r in last if r["prediction"] is None]
+    wrong = sorted(scored, key=lambda s: (-s[0], s[1]["sample_id"]))
+    # At most half of the worst are answers without a score: more of them would all say the same.
+    take("worst", unscored, EACH // 2)
+    left = EACH - sum(why == "worst" for why in taken.values())
+    take("worst", (r for e, r in wrong[: len(wrong) // 2]), left)
+    right = sorted(scored, key=lambda s: (s[0], s[1]["sample_id"]))
+    for quarter in range(EACH):
+        lo, hi = 100 * quarter / EACH, 100 * (quarter + 1) / EACH
+        within = (r for _, r in right if lo <= r["target"] < hi or (hi == 100 and r["target"] == 100))
+        take("best", within, 1)
+    take("best", (r for _, r in right), EACH - sum(why == "best" for why in taken.values()))
+    order = ("improved", "best", "worst")
+    return sorted(((why, i) for i, why in taken.items()), key=lambda c: order.index(c[0]))
+
+
+class Pictures:
+    """Finds samples by id in manifests and gives their pictures as data URIs; faults go to `notes`."""
+
+    def __init__(self, manifests: Sequence[Path], notes: list[str]) -> None:
+        self._notes = notes
+        self._where: dict[str, tuple[Manifest, int]] = {}
+        for path in manifests:
+            try:
+                manifest = read_manifest(path)
+            except UserError as e:
+                notes.append(str(e))
+                continue
+            self._where |= {sample_id: (manifest, i) for i, sample_id in enumerate(manifest.sample_ids)}
+
+    def uri(self, sample_id: str) -> str | None:
+        """data:image/...;base64,... or None when the picture is not there or does not decode."""
+        if sample_id not in self._where:
+            return None
+        manifest, i = self._where[sample_id]
+        try:
+            data = manifest.get(i).image
+            picture = decode_image(data, sample_id)  # also proves that these bytes are a picture, before embedding them
+        except (UserError, UnreadableImage) as e:
+            self._notes.append(str(e))
+            return None
+        with Image.open(io.BytesIO(data)) as opened:
+            kind = (opened.format or "").lower()
+        if kind not in ("png", "jpeg", "webp") or len(data) > KEEP_BYTES or max(picture.size) > KEEP_SIDE:
+            picture.thumbnail((SMALL_SIDE, SMALL_SIDE), Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG", quality=88)
+            kind, data = "jpeg", buffer.getvalue()
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def card(why: str, row: dict[str, Any], models: Sequence[tuple[str, dict[str, Any] | None]], image: str | None) -> Card:
+    """A card of the final model's row; models: (name, that model's row of this image or None) in order."""
+    text, has_think = rationale(row["completion"])
+    teaser, rest = split_teaser(text)
+    scores = [(name, r["prediction"]) for name, r in models if r is not None]
+    return Card(why, row["sample_id"], image, row["target"], scores, teaser, rest, has_think)

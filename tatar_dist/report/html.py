@@ -1,0 +1,259 @@
+"""Write the one-file HTML report of a run: `write(run) -> run/report.html`, also `tatar-dist report RUN`.
+
+In: a run directory (SFT, GRPO, evaluation) or a demo directory. Out: one page without scripts or anything fetched: its
+content-security policy forbids both, and every text of the run is escaped, since completions are whatever a model wrote.
+Answer first: did it learn, is it healthy, how it went, where it is wrong, what it says. Missing parts are left out.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from tatar_dist import __version__
+from tatar_dist.errors import UserError
+from tatar_dist.prompts import parse
+from tatar_dist.report.charts import nice_ticks, number
+from tatar_dist.report.gallery import Card, Pictures, card, choose, clean
+from tatar_dist.report.panels import clouds, panels, photographs
+from tatar_dist.report.reading import Run, is_number, read_rollouts, read_run
+from tatar_dist.report.verdict import TASK_NAMES, checks, headline, name_of
+
+MINUS = "\N{MINUS SIGN}"
+MOST_QUARANTINED = 20
+MEASURES = {
+    "srcc": "SRCC",
+    "plcc": "PLCC",
+    "reward_gaussian": "Gaussian reward",
+    "reward_thurstone": "Thurstone reward",
+}
+
+
+def write(run: Path) -> Path:
+    """Write RUN/report.html and return its path.
+
+    Raises:
+        UserError: no such directory, no run in it, or the page cannot be written there.
+    """
+    run = Path(run)
+    page = render(read_run(run))
+    target, beside = run / "report.html", run / ".report.html"
+    try:
+        beside.write_text(page, encoding="utf-8")
+        os.replace(beside, target)
+    except OSError as e:
+        raise UserError(f"{target}: cannot be written: {e.strerror}") from e
+    return target
+
+
+def render(run: Run) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("tatar_dist.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "signed": signed, "percent": percent, "duration": duration}
+    notes = list(run.notes)
+    quarantined = [q for t in run.trainings for q in t.quarantine]
+    return environment.get_template("template.html.j2").render(
+        name=run.path.resolve().name,
+        kind="Demo" if run.is_demo else ("Evaluation" if not run.trainings else run.trainings[-1].kind.upper()),
+        headline=headline(run),
+        strips=_strips(run),
+        scores=_scores(run),
+        gains=_gains(run),
+        checks=checks(run),
+        quarantined=[
+            [clean(str(q.get(k, ""))) for k in ("sample_id", "reason")] for q in quarantined[:MOST_QUARANTINED]
+        ],
+        n_quarantined=len(quarantined),
+        panels=panels(run),
+        clouds=clouds(run),
+        photographs=photographs(run),
+        gallery=_gallery(run, notes),
+        stages=_stages(run),
+        facts=_facts(run),
+        notes=list(dict.fromkeys(notes)),
+        version=__version__,
+    )
+
+
+def signed(value: float) -> str:
+    """+0.031 or a true minus."""
+    return f"{value:+.3f}".replace("-", MINUS)
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}" if share < 1 else "100%"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return (
+        f"{minutes // 60} h {minutes % 60:02d} min"
+        if minutes >= 100
+        else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    )
+
+
+def _strips(run: Run) -> dict[str, Any] | None:
+    """One line a data set from worst to best possible SRCC with a mark per model; positions in percent."""
+    rows = []
+    for dataset in run.datasets:
+        found = [(e.model, e.metrics.get(dataset, {}).get("srcc")) for e in run.evaluations]
+        values = [(m, v) for m, v in found if is_number(v)]
+        if values:
+            rows.append((name_of(run, dataset), run.task(dataset), values))
+    if not rows:
+        return None
+    lowest = min(v for *_, values in rows for _, v in values)
+    lo = 0.0 if lowest >= 0 else -0.25 if lowest >= -0.25 else -1.0
+
+    def at(value: float) -> float:
+        return round(100 * (value - lo) / (1 - lo), 2)
+
+    drawn = []
+    for name, task, values in rows:
+        places = [at(v) for _, v in values]
+        # The last model is named below its mark, the others above, so that neighbours do not print over each other.
+        marks = [(m, v, x, i == len(values) - 1) for i, ((m, v), x) in enumerate(zip(values, places, strict=True))]
+        drawn.append({"name": name, "task": task, "marks": marks, "from": min(places), "to": max(places)})
+    return {"rows": drawn, "ticks": [(t, at(t)) for t in nice_ticks(lo, 1.0, 4)]}
+
+
+def _scores(run: Run) -> list[dict[str, Any]]:
+    """The table under the strips: one row a data set and model. Absent values are None with their reason."""
+    rows = []
+    for dataset in run.datasets:
+        of_set = [(e.model, e.metrics[dataset]) for e in run.evaluations if dataset in e.metrics]
+        for i, (model, m) in enumerate(of_set):
+            n, parsed = m.get("n"), m.get("n_parsed")
+            reason = m.get("reason") if isinstance(m.get("reason"), dict) else {}
+            rows.append(
+                {
+                    "name": name_of(run, dataset),
+                    "task": run.task(dataset),
+                    "first_of": len(of_set) if i == 0 else 0,
+                    "model": model,
+                    "n": n if is_number(n) else None,
+                    "parsed": parsed / n if is_number(n) and is_number(parsed) and n else None,
+                    "values": [
+                        (m.get(k) if is_number(m.get(k)) else None, str(reason.get(k, "not computed")))
+                        for k in ("srcc", "plcc", "mae")
+                    ],
+                }
+            )
+    return rows
+
+
+def _gains(run: Run) -> list[dict[str, Any]]:
+    """What GRPO changed against SFT; positions in percent of a scale that is symmetric about no change."""
+    reach = (
+        max((abs(v) for m in run.gains.values() for triple in m.values() for v in triple), default=0.0) * 1.08 or 1.0
+    )
+    rows = []
+    for task, measures in run.gains.items():
+        for measure, (value, low, high) in measures.items():
+            places = [round(50 + 50 * v / reach, 2) for v in (value, low, high)]
+            says = "rose" if low > 0 else "fell" if high < 0 else "no clear change"
+            rows.append(
+                {
+                    "task": task,
+                    "name": f"{TASK_NAMES.get(task, task)}, {MEASURES.get(measure, measure.replace('_', ' '))}",
+                    "value": value,
+                    "low": low,
+                    "high": high,
+                    "at": places,
+                    "says": says,
+                }
+            )
+    return rows
+
+
+def _gallery(run: Run, notes: list[str]) -> list[tuple[str, str, list[Card]]]:
+    """(heading, task, cards): held-out answers if the run has some, else completions of its last training step."""
+    if run.evaluations and any(e.predictions for e in run.evaluations):
+        by_model = [(e.model, {p["sample_id"]: p for p in e.predictions}) for e in run.evaluations if e.predictions]
+        groups = [(name_of(run, d), run.task(d), run.evaluations[-1].of(d)) for d in run.datasets]
+        # "Improved" is measured from SFT: the base model's scores, where it gives any, are noise.
+        before = by_model[-2][1] if len(by_model) > 1 else {}
+    else:
+        rows = _training_answers(run, notes)
+        by_model, before = [("completion", {r["sample_id"]: r for r in rows})], {}
+        groups = [(n, t, [r for r in rows if r["task"] == t]) for t, n in TASK_NAMES.items()]
+    chosen = [(name, task, rows, choose(rows, before)) for name, task, rows in groups if rows]
+    if not chosen:
+        return []
+    pictures = Pictures(run.manifests, notes)
+    result = []
+    for name, task, rows, picks in chosen:
+        row_of = {r["sample_id"]: r for r in rows}
+        cards = [
+            card(why, row_of[i], [(m, found.get(i)) for m, found in by_model], pictures.uri(i)) for why, i in picks
+        ]
+        result.append((name, task, cards))
+    return result
+
+
+def _training_answers(run: Run, notes: list[str]) -> list[dict[str, Any]]:
+    """One completion an image of the last step of the last GRPO run, as prediction rows."""
+    training = next((t for t in reversed(run.trainings) if t.kind == "grpo"), None)
+    rows: dict[str, dict[str, Any]] = {}
+    for r in read_rollouts(training, notes) if training else []:
+        rows.setdefault(r["sample_id"], {**r, "prediction": parse(r["completion"]).value})
+    return list(rows.values())
+
+
+def _stages(run: Run) -> dict[str, Any] | None:
+    """Seconds and budgets; bars in percent of the longest of both."""
+    budgets = [s["budget_seconds"] for s in run.stages if is_number(s.get("budget_seconds"))]
+    longest = max([*budgets, *(s["seconds"] for s in run.stages)], default=0.0)
+    if not longest:
+        return None
+    rows = []
+    for s in run.stages:
+        budget = s.get("budget_seconds") if is_number(s.get("budget_seconds")) else None
+        rows.append(
+            {
+                "name": str(s.get("name", "")).replace("_", " "),
+                "seconds": s["seconds"],
+                "reused": bool(s.get("reused")),
+                "budget": budget,
+                "over": budget is not None and s["seconds"] > budget,
+                "bar": round(100 * s["seconds"] / longest, 1),
+                "mark": None if budget is None else round(100 * budget / longest, 1),
+            }
+        )
+    return {"rows": rows, "seconds": sum(s["seconds"] for s in run.stages), "budget": sum(budgets)}
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """A few figures of the configuration, for the foot of the page."""
+    facts = []
+    for training in run.trainings:
+        kind = training.kind.upper()
+        facts.append((f"{kind} steps", f"{len(training.rows):,}"))
+        for section, key, text in (
+            ("model", "path", "starts from"),
+            ("reward", "preset", "reward preset"),
+            ("grpo", "prompts_per_step", "prompts a step"),
+            ("grpo", "group_size", "completions a prompt"),
+            ("sft", "global_batch", "global batch"),
+        ):
+            values = training.config.get(section)
+            if (
+                isinstance(values, dict)
+                and key in values
+                and (section in ("model", training.kind) or training.kind == "grpo")
+            ):
+                if section != "sft" or training.kind == "sft":
+                    facts.append((f"{kind} {text}", str(values[key])))
+    return facts

@@ -1,0 +1,211 @@
+"""The charts of the page, chosen from what a run logged: learning curves, scatters, SRCC by photograph.
+
+In: `Run`. Out: plain records for the template. A curve that was not logged is left out, and so is a panel with none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from tatar_dist.evaluate.metrics import srcc, usable
+from tatar_dist.report.charts import Line, line_chart, number, scatter, stacked_bars
+from tatar_dist.report.reading import Evaluation, Run, Training, is_number
+from tatar_dist.report.verdict import TASK_NAMES, edges, name_of
+
+MAIN_TERMS = (
+    "gaussian",
+    "thurstone",
+    "pairwise",
+    "binary",
+)  # what the reward is about; format and length only guard it
+TIME_PARTS = (("generate", "t1"), ("learn", "t2"), ("sync", "t3"), ("reward", "t4"))
+MOST_SOURCES = 12
+MIN_PER_SOURCE = 8  # images: fewer give no rank correlation worth printing
+TERM_COLORS = ("muted", "faint", "ink")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One titled figure. legend: (name, CSS variable, text)."""
+
+    title: str
+    caption: str
+    charts: list[Markup]
+    legend: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+def panels(run: Run) -> list[Panel]:
+    """All curves worth showing, in the order in which the stages ran."""
+    found: list[Panel | None] = []
+    for training in run.trainings:
+        if training.kind == "sft":
+            found.append(_loss(training))
+        else:
+            found += [_reward(training, task) for task in TASK_NAMES]
+            found += [_length(training), _policy(training)]
+        found.append(_held_out_srcc(training))
+    found += [_step_time(t) for t in run.trainings[-1:]]
+    return [p for p in found if p is not None and any(p.charts)]
+
+
+def _arrow(values: np.ndarray) -> str:
+    first, last = edges(values)
+    return f"{number(first)} \N{RIGHTWARDS ARROW} {number(last)}"
+
+
+def _loss(training: Training) -> Panel:
+    lines = [Line("training", *training.series("loss/total"), "ink")]
+    lines += [Line(n, *training.series(f"eval/loss/{t}"), t, smooth=False) for t, n in TASK_NAMES.items()]
+    shown = line_chart(lines, "SFT loss over steps")
+    has_eval = any(len(line.x) for line in lines[1:])
+    end = " In colour: held-out images." if has_eval else ""
+    return Panel("SFT loss", f"Cross-entropy in nats a token, assistant turn only.{end}", [shown])
+
+
+def _reward(training: Training, task: str) -> Panel | None:
+    terms = sorted(training.terms(task), key=lambda t: t not in MAIN_TERMS)
+    lines, rest = [], iter(TERM_COLORS * 3)
+    for term in terms:
+        main = term in MAIN_TERMS
+        lines.append(
+            Line(term, *training.series(f"reward/{term}/{task}"), task if main else next(rest), dashed=not main)
+        )
+    total = training.series(f"reward/total/{task}")[1]
+    if not lines or not len(total):
+        return None
+    title = f"Reward, {TASK_NAMES[task]}"
+    caption = f"Mean of the sampled completions, by term. Their sum, first to last fifth: {_arrow(total)}."
+    return Panel(title, caption, [line_chart(lines, title, y_range=(0.0, 1.0))])
+
+
+def _length(training: Training) -> Panel:
+    lines = [Line(n, *training.series(f"completion/tokens/{t}"), t) for t, n in TASK_NAMES.items()]
+    words = [(n, training.series(f"completion/think_words/{t}")[1]) for t, n in TASK_NAMES.items()]
+    late = ", ".join(f"{n} {edges(v)[1]:.0f}" for n, v in words if len(v))
+    caption = "Tokens per completion." + (f" Words of thought at the end: {late}." if late else "")
+    return Panel("Completion length", caption, [line_chart(lines, "Completion length over steps", y_range=(0.0, 1.0))])
+
+
+def _policy(training: Training) -> Panel:
+    kl = line_chart([Line("KL", *training.series("loss/kl"), "ink")], "KL over steps", y_range=(0.0, 1e-6), height=105)
+    entropy = [Line("entropy", *training.series("policy/entropy"), "muted")]
+    charts = [kl, line_chart(entropy, "Entropy over steps", height=105)]
+    return Panel(
+        "Policy", "Distance from the SFT model, and how varied the answers still are, in nats a token.", charts
+    )
+
+
+def _held_out_srcc(training: Training) -> Panel | None:
+    names = sorted({k for r in training.rows for k in r if k.startswith("eval/") and k.endswith("/srcc")})
+    lines = []
+    for name in names:
+        dataset = name.split("/")[1]
+        lines.append(Line(dataset, *training.series(name), "iaa" if "iaa" in dataset else "iqa", smooth=False))
+    if not lines:
+        return None
+    shown = line_chart(lines, "Held-out SRCC over steps", y_range=(0.0, 1.0))
+    return Panel(f"Held-out SRCC during {training.kind.upper()}", "Rank correlation with the targets.", [shown])
+
+
+def _step_time(training: Training) -> Panel | None:
+    step, total = training.series("time/step")
+    if not len(step):
+        return None
+    parts, legend, known = [], [], np.zeros(len(step))
+    for name, color in TIME_PARTS:
+        at, seconds = training.series(f"time/{name}")
+        if not len(at):
+            continue
+        values = np.array([dict(zip(at, seconds, strict=True)).get(s, 0.0) for s in step])
+        known += values
+        parts.append((values, color))
+        legend.append(
+            (name, color, f"{values.mean():.1f} s" if values.mean() >= 0.1 else f"{1000 * values.mean():.0f} ms")
+        )
+    other = np.maximum(total - known, 0.0)
+    if other.mean() > 0.01 * total.mean():
+        parts.append((other, "t5"))
+        legend.append(("other", "t5", f"{other.mean():.1f} s"))
+    caption = f"Seconds of each {training.kind.upper()} step; {total.mean():.1f} s on average."
+    return Panel("Step time", caption, [stacked_bars(step, parts, "Seconds per step by part")], legend)
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Scatter of one model on one data set."""
+
+    model: str
+    note: str
+    chart: Markup
+
+
+def clouds(run: Run) -> list[tuple[str, str, list[Cloud]]]:
+    """(data set as named on the page, task, one scatter a model) where predictions were kept."""
+    result = []
+    for dataset in run.datasets:
+        row, name, task = [], name_of(run, dataset), run.task(dataset)
+        for evaluation in run.evaluations:
+            points = [p for p in evaluation.of(dataset) if is_number(p["prediction"])]
+            if not points:
+                continue
+            title = f"{name}, {evaluation.model}: prediction over target"
+            chart = scatter([p["target"] for p in points], [p["prediction"] for p in points], task or "ink", title)
+            value = evaluation.metrics.get(dataset, {}).get("srcc")
+            note = f"SRCC {number(value)}" if is_number(value) else "no SRCC"
+            row.append(Cloud(evaluation.model, f"{note}, n = {len(points)}", chart))
+        if row:
+            result.append((name, task, row))
+    return result
+
+
+def correlation(rows: Sequence[dict[str, Any]]) -> float | None:
+    """SRCC of prediction rows without the unparsed ones; None with too few of them or when one side is constant."""
+    target = np.array([r["target"] for r in rows], np.float64)
+    prediction = np.array([r["prediction"] if is_number(r["prediction"]) else np.nan for r in rows], np.float64)
+    t, p = usable(target, prediction)
+    if len(t) < MIN_PER_SOURCE or np.ptp(t) == 0 or np.ptp(p) == 0:
+        return None
+    return srcc(t, p)
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """SRCC within each source photograph. columns: (data set on the page, task, model); rows: (photo, n, values)."""
+
+    columns: list[tuple[str, str, str]]
+    rows: list[tuple[str, list[int], list[float | None]]]
+    hidden: int
+
+
+def photographs(run: Run) -> Photographs | None:
+    """The table of source photographs, weakest first; None where predictions do not say their source."""
+    late = run.evaluations[-2:]
+    by: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for evaluation in late:
+        for p in evaluation.predictions:
+            if p.get("source"):
+                by.setdefault((p["source"], p["dataset"], evaluation.model), []).append(p)
+    sources, datasets = sorted({k[0] for k in by}), [d for d in run.datasets if any(k[1] == d for k in by)]
+    if len(sources) < 2:
+        return None
+    models = [e.model for e in late if _says_enough(e, by)]
+    keys = [(d, m) for d in datasets for m in models]
+    if not keys:
+        return None
+    rows = []
+    for source in sources:
+        counts = [len(by.get((source, d, models[-1]), [])) for d in datasets]
+        rows.append((source, counts, [correlation(by.get((source, *key), [])) for key in keys]))
+    last = [keys.index((d, models[-1])) for d in datasets]
+    rows.sort(key=lambda r: min((v for i in last if (v := r[2][i]) is not None), default=2.0))
+    columns = [(name_of(run, d), run.task(d), m) for d, m in keys]
+    return Photographs(columns, rows[:MOST_SOURCES], max(0, len(rows) - MOST_SOURCES))
+
+
+def _says_enough(evaluation: Evaluation, by: dict[tuple[str, str, str], list[dict[str, Any]]]) -> bool:
+    return any(len(rows) >= MIN_PER_SOURCE for key, rows in by.items() if key[2] == evaluation.model)

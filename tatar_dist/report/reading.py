@@ -1,0 +1,232 @@
+"""What a run left on disk, as records: the only file of the report that opens files of a run.
+
+In: a run directory (SFT, GRPO or evaluation), or a demo directory that holds several. Out: `Run`. A part that is not
+there is absent in the record; a part that is damaged is absent too and named in `Run.notes`, which the page prints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from tatar_dist.errors import UserError
+
+DEMO_MODELS = {"baseline": "base", "sft_eval": "SFT", "grpo_eval": "GRPO"}  # directory -> name on the page
+DEMO_TRAININGS = ("sft", "grpo")
+PREDICTION_COLUMNS = ("sample_id", "dataset", "task", "source", "target", "prediction", "completion", "truncated")
+
+
+@dataclass(frozen=True)
+class Training:
+    """The curves of one SFT or GRPO run. `rows`: one dict a step; `quarantine`: samples it could not use."""
+
+    kind: str  # sft | grpo
+    config: Mapping[str, Any]
+    rows: list[dict[str, Any]]
+    quarantine: list[dict[str, Any]]
+    path: Path
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of one metric, (n,) float64 each, only where it was logged and is finite."""
+        pairs = [(r.get("step", i), r.get(name)) for i, r in enumerate(self.rows)]
+        kept = [(s, v) for s, v in pairs if is_number(v) and is_number(s)]
+        array = np.array(kept, np.float64).reshape(-1, 2)
+        return array[:, 0], array[:, 1]
+
+    def not_finite(self, name: str) -> int:
+        """Number of steps at which this metric was logged but is no finite number."""
+        return sum(1 for r in self.rows if name in r and not is_number(r[name]))
+
+    def terms(self, task: str) -> list[str]:
+        """Reward terms that were logged for a task, without the total."""
+        names = {k.split("/")[1] for r in self.rows for k in r if k.startswith("reward/") and k.endswith(f"/{task}")}
+        return sorted(names - {"total", "frac_zero_std"})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out answers of one model. `metrics`: data set -> its metrics; `predictions`: one dict an image."""
+
+    model: str
+    metrics: Mapping[str, Mapping[str, Any]]
+    predictions: list[dict[str, Any]]
+    task_of: Mapping[str, str]
+
+    def of(self, dataset: str) -> list[dict[str, Any]]:
+        """Its predictions on one data set."""
+        return [p for p in self.predictions if p["dataset"] == dataset]
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that is known. `evaluations` in the order of training; `manifests`: where pictures may be found."""
+
+    path: Path
+    is_demo: bool
+    trainings: list[Training]
+    evaluations: list[Evaluation]
+    stages: list[dict[str, Any]]
+    gains: dict[str, dict[str, list[float]]]
+    manifests: list[Path]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def datasets(self) -> list[str]:
+        """Evaluated data sets, quality before aesthetics, then by name."""
+        names = {d: e.task_of.get(d, "") for e in self.evaluations for d in e.metrics}
+        return sorted(names, key=lambda d: (names[d] != "iqa", d))
+
+    def task(self, dataset: str) -> str:
+        return next((e.task_of[dataset] for e in self.evaluations if dataset in e.task_of), "")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory or a demo directory.
+
+    Raises:
+        UserError: the directory does not exist or holds no run.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory")
+    notes: list[str] = []
+    is_demo = (path / "summary.json").is_file() or any(
+        (path / n / "metrics.json").is_file() or (path / n / "metrics.jsonl").is_file()
+        for n in (*DEMO_MODELS, *DEMO_TRAININGS)
+    )
+    summary = _json(path / "summary.json", notes)
+    if is_demo:
+        trainings = [t for n in DEMO_TRAININGS if (t := _training(path / n, notes))]
+        evaluations = [e for n, model in DEMO_MODELS.items() if (e := _evaluation(path / n, model, notes))]
+        evaluations = evaluations or _from_table(summary.get("table"))
+        manifests = sorted((path / "data").glob("*_test.parquet"))
+    else:
+        training, evaluation = _training(path, notes), _evaluation(path, "this model", notes)
+        trainings, evaluations = [training] if training else [], [evaluation] if evaluation else []
+        manifests = _manifests(_config(path, notes), "test" if evaluation else "train")
+    if not trainings and not evaluations:
+        raise UserError(f"{path}: holds no run (neither metrics.jsonl, metrics.json nor the directories of a demo)")
+    stages = [s for s in _list(summary.get("stages")) if isinstance(s, dict) and is_number(s.get("seconds"))]
+    return Run(path, is_demo, trainings, evaluations, stages, _gains(summary.get("gains")), manifests, notes)
+
+
+def read_rollouts(training: Training, notes: list[str]) -> list[dict[str, Any]]:
+    """The completions of the last step that were written, with their reward terms; [] when there are none."""
+    files = sorted((training.path / "rollouts").glob("step_*.parquet"))
+    return _table(files[-1], notes) if files else []
+
+
+def _training(path: Path, notes: list[str]) -> Training | None:
+    rows = _json_lines(path / "metrics.jsonl", notes)
+    if not rows:
+        return None
+    kind = "grpo" if any(k.startswith("reward/") for r in rows for k in r) else "sft"
+    return Training(kind, _config(path, notes), rows, _json_lines(path / "quarantine.jsonl", notes), path)
+
+
+def _evaluation(path: Path, model: str, notes: list[str]) -> Evaluation | None:
+    datasets = _json(path / "metrics.json", notes).get("datasets")
+    if not isinstance(datasets, dict) or not datasets:
+        return None
+    predictions = []
+    if (path / "predictions.parquet").is_file():
+        rows = _table(path / "predictions.parquet", notes)
+        predictions = [{c: r.get(c) for c in PREDICTION_COLUMNS} for r in rows if is_number(r.get("target"))]
+    task_of = {name: "iaa" if "iaa" in name else "iqa" for name in datasets}
+    task_of |= {p["dataset"]: p["task"] for p in predictions}
+    return Evaluation(model, {k: v for k, v in datasets.items() if isinstance(v, dict)}, predictions, task_of)
+
+
+def _from_table(table: Any) -> list[Evaluation]:
+    """Evaluations from summary.json's table alone, for a demo whose evaluation directories were cleaned away."""
+    by_model: dict[str, dict[str, Any]] = {}
+    for row in _list(table):
+        if isinstance(row, dict) and "model" in row and "task" in row:
+            by_model.setdefault(str(row["model"]), {})[str(row["task"])] = row
+    named = {"base": "base", "sft": "SFT", "grpo": "GRPO"}
+    return [Evaluation(named.get(m, m), d, [], {t: t for t in d}) for m, d in by_model.items()]
+
+
+def _gains(found: Any) -> dict[str, dict[str, list[float]]]:
+    """{task: {measure: [change, low, high]}}, without entries that are no three numbers."""
+    result: dict[str, dict[str, list[float]]] = {}
+    for task, measures in (found if isinstance(found, dict) else {}).items():
+        for name, values in (measures if isinstance(measures, dict) else {}).items():
+            if isinstance(values, list) and len(values) == 3 and all(is_number(v) for v in values):
+                result.setdefault(task, {})[name] = values
+    return result
+
+
+def _config(path: Path, notes: list[str]) -> dict[str, Any]:
+    file = path / "config.yaml"
+    if not file.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        notes.append(f"{file.name}: {str(e).splitlines()[0]}")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _manifests(config: Mapping[str, Any], split: str) -> list[Path]:
+    data = config.get("data")
+    paths = data.get(split) if isinstance(data, dict) else None
+    return [p for p in map(Path, map(str, _list(paths))) if p.is_file()]
+
+
+def _json(file: Path, notes: list[str]) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        notes.append(f"{file.parent.name}/{file.name} could not be read: {e}")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    if not file.is_file():
+        return rows
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, ValueError) as e:
+        notes.append(f"{file.parent.name}/{file.name} could not be read: {e}")
+        return rows
+    for i, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if i + 1 < len(lines):  # a cut last line is what a crash leaves, nothing to report
+                notes.append(f"{file.parent.name}/{file.name}: line {i + 1} is not JSON and was left out")
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _table(file: Path, notes: list[str]) -> list[dict[str, Any]]:
+    try:
+        return pq.read_table(file).to_pylist()
+    except (pa.ArrowException, OSError) as e:
+        notes.append(f"{file.parent.name}/{file.name} could not be read: {str(e).splitlines()[0]}")
+        return []
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,161 @@
+"""Real Ray, vLLM and DeepSpeed on a model of one million parameters that already answers in the right format."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tatar_dist.config import Config, load_config
+from tatar_dist.data.manifest import write_manifest
+from tatar_dist.prompts import Prompts
+
+PIXELS = 112
+FORMAT_STEPS = 70
+
+
+def png(seed: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    out = io.BytesIO()
+    small.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).save(out, "PNG")
+    return out.getvalue()
+
+
+def manifest_rows(task: str, n: int, seed: int = 0) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "sample_id": f"{task}-{i:03d}",
+            "dataset": f"set-{task}",
+            "task": task,
+            "image_bytes": png(1000 * seed + i + (500 if task == "iaa" else 0)),
+            "score": float(np.round(rng.uniform(5, 95), 2)),
+            "split": "train",
+            "rationale": "a plain view of it" if task == "iqa" else "a plain view " * 4 + "of it",
+        }
+        for i in range(n)
+    ]
+
+
+@pytest.fixture(scope="session")
+def manifests(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """One small manifest per task."""
+    directory = tmp_path_factory.mktemp("data")
+    paths = []
+    for task in ("iqa", "iaa"):
+        path = directory / f"{task}.parquet"
+        write_manifest(path, manifest_rows(task, 24))
+        paths.append(str(path))
+    return paths
+
+
+def corpus() -> list[str]:
+    """What the tokenizer learns its words from: the prompts, so that they take few tokens."""
+    wording = Prompts.load("configs/prompts.yaml")
+    return [wording.system, *wording.user.values(), "a plain view of it"] * 20
+
+
+def train_format(directory: str) -> None:
+    """Teach a random model the answer format, in this process and in seconds; it learns nothing of the images."""
+    import torch
+    from transformers.utils import logging
+
+    from tatar_dist.backbones import family
+    from tatar_dist.learner.batch import Collator
+    from tatar_dist.learner.model import PolicyModel
+    from tatar_dist.records import LearnerRow
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = load_config([], ["output=unused", *model_words(directory)])
+    backbone = family("qwen2_5_vl")(config.model)
+    model = backbone.load_model()
+    policy = PolicyModel(model, backbone, backbone.forbidden_ids())
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    rng = np.random.default_rng(0)
+    image = png(1)
+    chat = functools.partial(backbone.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    prompts = [Prompts.load(config.data.prompts).render(task, chat) for task in ("iqa", "iaa")]
+    for _ in range(FORMAT_STEPS):
+        rows = []
+        for i in range(16):
+            think = "a plain view" if rng.random() < 0.5 else "a plain view of it"
+            text = f"<think>{think}</think><answer>{rng.integers(10, 99)}.{rng.integers(10, 99)}</answer>"
+            ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+            rows.append(LearnerRow(f"i{i % 2}", image, prompts[i % 2], (*ids, backbone.end_of_turn()), "iqa"))
+        batch = Collator(backbone)(rows)
+        loss = -policy(batch).logp.sum() / batch.mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 1.5, f"the fixture model did not learn the format: loss {loss.item():.2f}"
+    model.save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def model_untied(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from tatar_dist.tiny.build import build
+
+    directory = str(build(tmp_path_factory.mktemp("untied"), corpus=corpus()))
+    train_format(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def model_tied(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from tatar_dist.tiny.build import build
+
+    directory = str(build(tmp_path_factory.mktemp("tied"), tie=True, corpus=corpus()))
+    train_format(directory)
+    return directory
+
+
+def model_words(path: str) -> list[str]:
+    return [
+        f"model.path={path}",
+        "model.dtype=float32",
+        f"model.min_pixels={PIXELS**2}",
+        f"model.max_pixels={PIXELS**2}",
+        "model.gradient_checkpointing=false",
+    ]
+
+
+@pytest.fixture
+def make_config(manifests: list[str], tmp_path):
+    """make_config(model, 'key=value', ...) -> a checked Config for two learners and two engines on CPU."""
+
+    def make(model: str, *words: str) -> Config:
+        return load_config(
+            [],
+            [
+                f"output={tmp_path / 'run'}",
+                *model_words(model),
+                f"data.train=[{','.join(manifests)}]",
+                "cluster.gpus_per_node=0",
+                "cluster.learners=2",
+                "cluster.learner_cpus=0.5",
+                "cluster.engine_cpus=0.5",
+                "cluster.object_store_mib=128",
+                "rollout.engines=2",
+                "rollout.max_new_tokens=40",
+                "rollout.max_model_len=448",
+                "rollout.max_num_seqs=16",
+                "rollout.bucket_mib=1",
+                "rollout.call_timeout_s=240",
+                "reward.params.length_iaa_min=2",
+                "grpo.prompts_per_step=4",
+                "grpo.group_size=4",
+                "grpo.logprob_gap_limit=0.0001",
+                "grpo.kl_beta=0.01",
+                *words,
+            ],
+        )
+
+    return make

@@ -1,0 +1,93 @@
+"""Two ZeRO-3 learners compute the gradient of one learner on the whole batch, for SFT and for GRPO, ragged rows included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import ray
+
+from conftest import png
+from tatar_dist.cluster import Cluster
+from tatar_dist.learner.sharding import shard_rows
+from tatar_dist.plan import resolve
+from tatar_dist.records import LearnerRow
+from tatar_dist.sync.source import from_wire
+
+# Huge on purpose: the update swamps the weight it is subtracted from, so that (after - before) / lr is the gradient
+# to full float32 precision.
+LR = 1e4
+PROMPT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def rows_of(n: int) -> list[LearnerRow]:
+    rng = np.random.default_rng(3)
+    rows = []
+    for i in range(n):
+        length = int(rng.integers(3, 45))
+        rows.append(
+            LearnerRow(
+                image_id=f"image-{i // 2}",
+                image=png(i // 2),
+                prompt_text=PROMPT.format("TASK: IQA" if i % 4 < 2 else "TASK: IAA, at length"),
+                completion_ids=tuple(int(x) for x in rng.integers(40, 200, length)),
+                task="iqa" if i % 4 < 2 else "iaa",
+                advantage=float(rng.normal()),
+                sampled_logprobs=tuple([0.0] * length),
+            )
+        )
+    return rows
+
+
+def weights(learners) -> dict[str, np.ndarray]:
+    found = {}
+    for ref in learners.weight_buckets(1 << 24):
+        found |= {n: from_wire(w).double().numpy() for n, w in ray.get(ref).items()}
+    return found
+
+
+def gradients(config, ranks: int, directory) -> dict[str, dict[str, np.ndarray]]:
+    rows = rows_of(12)
+    config.cluster.learners = ranks
+    with Cluster(config) as cluster:
+        learners = cluster.learners(ranks)
+        learners.setup("grpo", resolve(config, "grpo").split, 1)
+        start = directory / f"start-{ranks}"
+        learners.save(start, False)
+        before = weights(learners)
+        learners.sft_step(shard_rows(rows, ranks), 0, sum(len(r.completion_ids) for r in rows))
+        sft = weights(learners)
+        learners.load(start)
+        assert all(np.array_equal(v, before[n]) for n, v in weights(learners).items())
+        learners.grpo_step(shard_rows(rows, ranks), 0)
+        grpo = weights(learners)
+    return {
+        "sft": {n: (before[n] - v) / LR for n, v in sft.items()},
+        "grpo": {n: (before[n] - v) / LR for n, v in grpo.items()},
+    }
+
+
+@pytest.mark.parametrize("micro", [3], ids=["accumulated"])
+def test_two_learners_have_the_gradients_of_one(micro, model_untied, make_config, tmp_path):
+    config = make_config(
+        model_untied,
+        "grpo.prompts_per_step=4",
+        "grpo.group_size=3",
+        f"grpo.micro_batch={micro}",
+        "grpo.optim.name=sgd",
+        f"grpo.optim.lr={LR}",
+        "grpo.optim.clip_norm=0",
+        "grpo.logprob_gap_limit=1000",  # the rows' sampled log-probabilities are made up
+    )
+    one, two = gradients(config, 1, tmp_path), gradients(config, 2, tmp_path)
+    for stage in ("sft", "grpo"):
+        total = np.sqrt(sum((g**2).sum() for g in one[stage].values()))
+        assert total > 1e-3
+        compared = 0
+        for name, g in one[stage].items():
+            norm = np.linalg.norm(g)
+            if norm < 1e-6 * total:
+                continue
+            compared += 1
+            difference = np.linalg.norm(two[stage][name] - g) / norm
+            assert difference <= 1e-5, f"{stage}: {name} differs by {difference:.2e}"
+        assert compared > 60
