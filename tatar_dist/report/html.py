@@ -1,7 +1,7 @@
 """Write the one-file HTML report of a run: `write(run) -> run/report.html`, also `tatar-dist report RUN`.
 
 In: a run directory (SFT, GRPO, evaluation) or a demo directory. Out: one page without scripts or anything fetched: its
-content-security policy forbids both, and every text of the run is escaped, since completions are whatever a model wrote.
+content-security policy forbids both, and every text of the run is escaped, since a model may write anything.
 Answer first: did it learn, is it healthy, how it went, where it is wrong, what it says. Missing parts are left out.
 """
 
@@ -29,6 +29,14 @@ MEASURES = {
     "plcc": "PLCC",
     "reward_gaussian": "Gaussian reward",
     "reward_thurstone": "Thurstone reward",
+}
+FACTS = {  # kind of run -> (section, key, what the page calls it)
+    "sft": (("model", "path", "starts from"), ("sft", "global_batch", "global batch")),
+    "grpo": (
+        ("reward", "preset", "reward preset"),
+        ("grpo", "prompts_per_step", "prompts a step"),
+        ("grpo", "group_size", "completions a prompt"),
+    ),
 }
 
 
@@ -96,12 +104,8 @@ def percent(share: float) -> str:
 def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return (
-        f"{minutes // 60} h {minutes % 60:02d} min"
-        if minutes >= 100
-        else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    )
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _strips(run: Run) -> dict[str, Any] | None:
@@ -241,19 +245,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     for training in run.trainings:
         kind = training.kind.upper()
         facts.append((f"{kind} steps", f"{len(training.rows):,}"))
-        for section, key, text in (
-            ("model", "path", "starts from"),
-            ("reward", "preset", "reward preset"),
-            ("grpo", "prompts_per_step", "prompts a step"),
-            ("grpo", "group_size", "completions a prompt"),
-            ("sft", "global_batch", "global batch"),
-        ):
+        for section, key, text in FACTS[training.kind]:
             values = training.config.get(section)
-            if (
-                isinstance(values, dict)
-                and key in values
-                and (section in ("model", training.kind) or training.kind == "grpo")
-            ):
-                if section != "sft" or training.kind == "sft":
-                    facts.append((f"{kind} {text}", str(values[key])))
+            if isinstance(values, dict) and key in values:
+                facts.append((f"{kind} {text}", str(values[key])))
     return facts

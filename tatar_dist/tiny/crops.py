@@ -57,7 +57,7 @@ def remixed(scene: Scene, split: str, rng: np.random.Generator) -> Scene:
     if rng.random() < 0.4:
         other = make_scene(split, rng, paste_share=0.0).pixels
         if rng.random() < 0.5:
-            weight = np.float32(rng.uniform(0.2, 0.5))
+            weight = np.full((1, 1, 1), rng.uniform(0.2, 0.5), np.float32)
         else:  # a hard split of the frame keeps full contrast on either side
             axis = np.arange(SIZE) < rng.uniform(0.25, 0.75) * SIZE
             weight = (axis[:, None] if rng.random() < 0.5 else axis[None])[..., None].astype(np.float32)

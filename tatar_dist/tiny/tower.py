@@ -168,7 +168,7 @@ def batches(sets: dict[Task, CropSet], size: int, rng: np.random.Generator) -> I
 
 
 def _loss(
-    heads: Heads, pooled: torch.Tensor, crops: CropSet, index: np.ndarray, spread: dict[str, Any]
+    heads: Heads, pooled: torch.Tensor, crops: CropSet, index: np.ndarray, spread: dict[Task, Any]
 ) -> torch.Tensor:
     task = crops.task
     score = torch.from_numpy(crops.score[index])

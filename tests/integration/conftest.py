@@ -7,6 +7,7 @@ import io
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def train_format(directory: str) -> None:
     prompts = [Prompts.load(config.data.prompts).render(task, chat) for task in ("iqa", "iaa")]
     for _ in range(FORMAT_STEPS):
         rows = []
-        for i in range(16):
+        for i in range(6):
             think = "a plain view" if rng.random() < 0.5 else "a plain view of it"
             text = f"<think>{think}</think><answer>{rng.integers(10, 99)}.{rng.integers(10, 99)}</answer>"
             ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
