@@ -55,7 +55,7 @@ class Checkpoints:
             _sync_tree(beside)
         except OSError as e:
             shutil.rmtree(beside, ignore_errors=True)
-            raise UserError(f"{final}: cannot write the checkpoint: {e.strerror}; the last one is kept") from e
+            raise UserError(f"{final}: cannot write the checkpoint: {e.strerror or e}; the last one is kept") from e
         if final.exists():
             shutil.rmtree(final)
         beside.rename(final)

@@ -6,6 +6,7 @@ Nothing heavy is imported here: a sub-command imports what it runs, so that `--h
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -320,6 +321,11 @@ def main(args: list[str] | None = None) -> int:
     except Interrupted as e:
         _complain(e)
         return EXIT_INTERRUPTED
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        _complain(f"no space left on the disk of {e.filename or 'the output'}; what was finished is kept, make room and run again")
+        return EXIT_BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
         return EXIT_INTERRUPTED

@@ -121,7 +121,7 @@ class Cluster:
                 return
             _require_token()
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-            need = 2 + c.learners * c.learner_cpus + self.config.rollout.engines * c.engine_cpus
+            need = 2 + max(1, c.learners) * c.learner_cpus + max(1, self.config.rollout.engines) * c.engine_cpus
             ray.init(
                 num_cpus=max(self.cores, int(need + 1)),  # logical: processes on a laptop take turns on its cores
                 include_dashboard=False,

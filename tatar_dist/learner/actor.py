@@ -37,7 +37,18 @@ class Learner:
         """(IP, free port) where rank 0 can listen."""
         import ray
 
-        return ray.util.get_node_ip_address(), self.config.cluster.master_port or free_port()
+        from tatar_dist.errors import UserError
+
+        port = self.config.cluster.master_port
+        if port:
+            with socket.socket() as s:
+                try:
+                    s.bind(("", port))
+                except OSError as e:
+                    raise UserError(
+                        f"cluster.master_port={port}: {e.strerror} on {socket.gethostname()}; choose another, or 0 for a free one"
+                    ) from None
+        return ray.util.get_node_ip_address(), port or free_port()
 
     def setup(
         self, master: tuple[str, int], stage: str, micro_batch: int, accumulation: int, total_steps: int, threads: int
