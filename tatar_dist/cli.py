@@ -324,7 +324,8 @@ def main(args: list[str] | None = None) -> int:
     except OSError as e:
         if e.errno != errno.ENOSPC:
             raise
-        _complain(f"no space left on the disk of {e.filename or 'the output'}; what was finished is kept, make room and run again")
+        where = e.filename or "the output"
+        _complain(f"no space left on the disk of {where}; what was finished is kept, make room and run again")
         return EXIT_BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")

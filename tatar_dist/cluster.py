@@ -76,9 +76,11 @@ class LearnerGroup:
     def weight_buckets(self, bucket_bytes: int) -> Iterator[Any]:
         """References to the buckets of rank 0, streamed while the ranks gather together."""
         others = [a.weight_buckets.options(num_returns="streaming").remote(bucket_bytes) for a in self.actors[1:]]
-        lead = self.actors[0].weight_buckets.options(
-            num_returns="streaming", _generator_backpressure_num_objects=2
-        ).remote(bucket_bytes)
+        lead = (
+            self.actors[0]
+            .weight_buckets.options(num_returns="streaming", _generator_backpressure_num_objects=2)
+            .remote(bucket_bytes)
+        )
         yield from lead
         for stream in others:
             for _ in stream:

@@ -269,7 +269,7 @@ def check(c: Config) -> None:
 def _check_length_budget(c: Config) -> None:
     """Refuse a generation limit under which an IAA rationale cannot reach the words the reward asks of it.
 
-    METHOD.md, defect 12: 125 words were demanded where generation stopped after about 180, tags and answer included.
+    The released code asks for 125 words and stops generation after about 180, tags and answer included.
     """
     from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The GRPO loop, on one screen. DESIGN: sampler -> engines -> reward actor -> batcher -> learners -> weights back.
+"""The GRPO loop, on one screen. sampler -> engines -> reward actor -> batcher -> learners -> weights back.
 
 In: a checked config. Out: a run directory (see run_directory.py) whose `checkpoints/latest/model` is the trained model.
 `staleness 0`: engines and learners take turns on the same weights. A run that finds a checkpoint in its directory
@@ -28,12 +28,12 @@ from tatar_dist.run_directory import RunDirectory
 
 
 def run(config: Config) -> None:
-    """Train by GRPO until `grpo.max_steps` or `grpo.epochs`. Raises Interrupted after a clean stop, UserError for bad input."""
-    plan = resolve(config, "grpo")
+    """Train until `grpo.max_steps` or `grpo.epochs`. Raises Interrupted after a clean stop, UserError for bad input."""
+    plan, g = resolve(config, "grpo"), config.grpo
     with RunDirectory(config) as directory, Interrupts() as stop:
         source = PromptSource(config, directory)
         sampler = make_sampler(config)
-        total = config.grpo.max_steps or max(1, round(config.grpo.epochs * sampler.steps_per_epoch(config.grpo.prompts_per_step)))
+        total = g.max_steps or max(1, round(g.epochs * sampler.steps_per_epoch(g.prompts_per_step)))
         checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
         found = checkpoints.latest() if config.checkpoint.resume else None
         first = found[1]["step"] if found else 0
@@ -46,6 +46,7 @@ def run(config: Config) -> None:
                 learners.load(found[0])
                 sampler.load_state_dict(found[1]["sampler"])
                 pool.push(learners.weight_buckets(config.rollout.bucket_mib << 20), first)
+            progress.ready()
             for step in range(first, total):
                 metrics = _step(config, step, source, sampler, pool, scorer, learners, directory)
                 directory.log(step, metrics)
@@ -54,7 +55,7 @@ def run(config: Config) -> None:
                 if done or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
                     checkpoints.save(step + 1, {"stage": "grpo", "sampler": sampler.state_dict()}, learners.save)
                 if stop.requested and step + 1 < total:
-                    raise Interrupted(f"stopped after step {step + 1} of {total}; the same command continues from there")
+                    raise Interrupted(f"stopped after step {step + 1} of {total}; the same command continues there")
 
 
 def make_sampler(config: Config) -> PromptSampler:

@@ -1,23 +1,25 @@
-"""Live progress on the terminal: stage, step, what matters of its metrics, seconds, time left.
+"""Live progress on the terminal: stage, step, what matters of its metrics, seconds a step, time gone and left.
 
-One line that updates on a terminal; one plain line a step (thinned out for long runs) where output is a file.
+A bar that updates on a terminal; one plain line a step (thinned out for long runs) where output is a file. Time left
+is reckoned from the steps alone: starting the engines does not count.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from rich import progress
 from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
+# the metric -> its name on the line; of these, what a step has
 SHOWN = {
-    "loss/total": "loss",
+    "eval/loss/iqa": "held-out iqa",
+    "eval/loss/iaa": "iaa",
     "reward/total/iqa": "reward iqa",
-    "reward/total/iaa": "reward iaa",
-    "reward/gaussian/iqa": "gauss",
-    "reward/thurstone/iaa": "thurst",
+    "reward/total/iaa": "iaa",
+    "reward/gaussian/iqa": "gaussian",
+    "reward/thurstone/iaa": "thurstone",
     "sync/logprob_gap": "gap",
 }
 
@@ -29,43 +31,52 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Context manager; call `update` after every unit of work."""
+    """Context manager; call `ready` when the actors are up and `update` after every unit of work."""
 
-    def __init__(self, stage: str, total: int, start: int = 0, console: Console | None = None) -> None:
-        self.stage, self.total, self.first = stage, total, start
+    def __init__(
+        self, stage: str, total: int, start: int = 0, unit: str = "step", console: Console | None = None
+    ) -> None:
+        self.stage, self.total, self.first, self.unit = stage, total, start, unit
         self.console = console or Console(stderr=True)
-        self.began = time.monotonic()
-        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        self.began = self.since = time.monotonic()
+        self._printed = -1
         self._every = max(1, total // 25)
+        self._bar: progress.Progress | None = None
+        if self.console.is_terminal:
+            self._bar = progress.Progress(
+                progress.SpinnerColumn(),
+                progress.TextColumn("[bold]{task.description}"),
+                progress.BarColumn(24),
+                progress.TextColumn("{task.completed}/{task.total}"),
+                progress.TextColumn("{task.fields[said]}"),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(stage, total=total, completed=start, said="starting")
 
     def __enter__(self) -> Progress:
-        if self._live:
-            self._live.start()
-        self.note("starting")
+        if self._bar:
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
+        if self._bar:
+            self._bar.stop()
 
-    def note(self, text: str) -> None:
-        """Say what is happening before the first step."""
-        if self._live:
-            self._live.update(Text(f"{self.stage}  {text} …"))
+    def ready(self) -> None:
+        """Everything has started; from here on time counts for steps."""
+        self.since = time.monotonic()
 
-    def update(self, done: int, metrics: Mapping[str, float], extra: Sequence[str] = ()) -> None:
+    def update(self, done: int, metrics: Mapping[str, float]) -> None:
         """`done` units of `total` are finished."""
-        elapsed = time.monotonic() - self.began
-        each = elapsed / max(1, done - self.first)
-        parts = [f"{name} {metrics[key]:.3g}" for key, name in SHOWN.items() if key in metrics]
-        line = (
-            f"{self.stage}  {done}/{self.total}  {'  '.join([*parts, *extra])}  "
-            f"{metrics.get('time/step', each):.1f} s/step  {clock(elapsed)} gone  {clock(each * (self.total - done))} left"
-        )
-        if self._live:
-            width = 24
-            full = round(width * done / max(1, self.total))
-            bar = Text("━" * full, "green") + Text("━" * (width - full), "dim") + Text("  " + line)
-            self._live.update(bar)
-        elif done % self._every == 0 or done == self.total or done == self.first + 1:
-            self.console.print(line, highlight=False, soft_wrap=True)
+        now = time.monotonic()
+        each = (now - self.since) / max(1, done - self.first)
+        loss = {} if "reward/total/iqa" in metrics or "reward/total/iaa" in metrics else {"loss/total": "loss"}
+        parts = [f"{name} {metrics[key]:.3g}" for key, name in (loss | SHOWN).items() if key in metrics]
+        pace = f"{each:.1f} s a {self.unit}" if each >= 0.1 else f"{1 / max(each, 1e-9):.0f} {self.unit}s a second"
+        left = clock(each * (self.total - done))
+        said = "  ".join([*parts, pace, f"{clock(now - self.began)} gone", f"{left} left"])
+        if self._bar:
+            self._bar.update(self._task, completed=done, said=said)
+        elif done == self.total or done - self._printed >= self._every or self._printed < 0:
+            self._printed = done
+            self.console.print(f"{self.stage}  {done}/{self.total}  {said}", highlight=False, soft_wrap=True)

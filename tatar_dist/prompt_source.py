@@ -112,7 +112,8 @@ class PromptSource:
 
     def sft_row(self, sample: Sample) -> LearnerRow:
         """The supervised row of a sample: its rationale, its score with two decimals, the end-of-turn token."""
-        ids = self.backbone.tokenizer(answer_text(sample.rationale, sample.score), add_special_tokens=False)["input_ids"]
+        answer = answer_text(sample.rationale, sample.score)
+        ids = self.backbone.tokenizer(answer, add_special_tokens=False)["input_ids"]
         return LearnerRow(
             image_id=f"{sample.dataset}/{sample.sample_id}",
             image=sample.image,

@@ -1,6 +1,6 @@
 """Everything a run leaves behind, and the lock that keeps two runs out of one directory.
 
-    config.yaml  metrics.jsonl  tensorboard/  rollouts/step_*.parquet  checkpoints/  quarantine.jsonl  report.html
+config.yaml  metrics.jsonl  tensorboard/  rollouts/step_*.parquet  checkpoints/  quarantine.jsonl  report.html
 """
 
 from __future__ import annotations

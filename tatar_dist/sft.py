@@ -45,6 +45,7 @@ def run(config: Config) -> None:
             if found:
                 learners.load(found[0])
                 sampler.load_state_dict(found[1]["sampler"])
+            progress.ready()
             for step in range(first, total):
                 start = time.perf_counter()
                 rows = [_row(source, sample, s.max_tokens) for sample in source.samples(sampler, s.global_batch)]
@@ -65,7 +66,7 @@ def run(config: Config) -> None:
                 if last or stop.requested or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
                     checkpoints.save(step + 1, {"stage": "sft", "sampler": sampler.state_dict()}, learners.save)
                 if stop.requested and not last:
-                    raise Interrupted(f"stopped after step {step + 1} of {total}; the same command continues from there")
+                    raise Interrupted(f"stopped after step {step + 1} of {total}; the same command continues there")
 
 
 def _row(source: PromptSource, sample, max_tokens: int) -> LearnerRow:

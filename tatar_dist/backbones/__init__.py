@@ -22,5 +22,6 @@ def family(name: str) -> type[Backbone]:
     known = [m.name for m in pkgutil.iter_modules(__path__)]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        raise UserError(f"model.family={name!r}: known families are {', '.join(known)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"model.family={name!r}: known families are {', '.join(known)}{hint}")
     return importlib.import_module(f"{__name__}.{name}").Backbone

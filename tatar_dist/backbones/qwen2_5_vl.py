@@ -65,7 +65,8 @@ class Backbone:
         except ValueError as e:
             raise UserError(f"{file}: not valid JSON: {e}") from None
         if settings.get("model_type") != "qwen2_5_vl":
-            raise UserError(f"model.path={path}: model_type is {settings.get('model_type')!r}, model.family needs 'qwen2_5_vl'")
+            found = settings.get("model_type")
+            raise UserError(f"model.path={path}: model_type is {found!r}, model.family needs 'qwen2_5_vl'")
         if not any(directory.glob("*.safetensors")):
             raise UserError(f"model.path={path}: holds no *.safetensors weights")
         return settings

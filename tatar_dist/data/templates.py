@@ -1,7 +1,7 @@
 """The words of the demo: rationales and attribute texts, from what was really applied or measured.
 
 IQA: exactly two sentences, 30-50 words, naming the one or two distortions and their strength. IAA: one narrative of
-128-150 words through the eight attributes in METHOD order, each with a graded word. Words count as whitespace
+128-150 words through the eight attributes in the method's order, each with a graded word. Words count as whitespace
 tokens. No number ever appears. Wording varies with the generator given; the vocabulary is kept small (well under
 700 words over both tasks) so that a 1024-token tokenizer covers it at about a token per word.
 """
@@ -157,7 +157,7 @@ def _graded(attributes: dict[str, float], score: float) -> dict[str, str]:
 
 
 def attribute_texts(attributes: dict[str, float], score: float) -> dict[str, str]:
-    """The eight attribute texts by name, in METHOD order."""
+    """The eight attribute texts by name, in the method's order."""
     words = _graded(attributes, score)
     return {name: text.format(**words) for name, text in zip(EIGHT, _TEXTS, strict=True)}
 

@@ -44,9 +44,10 @@ def run(config: Config) -> dict[str, Any]:
         if not samples:
             raise UserError("data.test: no usable sample")
         prompts = [source.prompt(s, f"eval/{s.dataset}/{s.sample_id}") for s in samples]
-        with Cluster(config) as cluster, Progress("evaluate", len(prompts)) as progress:
+        with Cluster(config) as cluster, Progress("evaluate", len(prompts), unit="image") as progress:
             pool = cluster.engines(plan.engines)
             pool.started(pool.start(cluster.threads(plan.engines)))
+            progress.ready()
             result = evaluate_prompts(config, pool, cluster.reward_actor(), prompts, directory.path, progress, stop)
     return result
 

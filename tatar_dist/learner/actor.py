@@ -45,9 +45,8 @@ class Learner:
                 try:
                     s.bind(("", port))
                 except OSError as e:
-                    raise UserError(
-                        f"cluster.master_port={port}: {e.strerror} on {socket.gethostname()}; choose another, or 0 for a free one"
-                    ) from None
+                    where = f"cluster.master_port={port}: {e.strerror} on {socket.gethostname()}"
+                    raise UserError(f"{where}; choose another, or 0 for a free one") from None
         return ray.util.get_node_ip_address(), port or free_port()
 
     def setup(
@@ -210,9 +209,9 @@ class Learner:
         if not mean <= limit:
             raise WeightsOutOfSync(
                 f"engine and learner log-probabilities differ by {mean:.3g} nats a token on average (limit "
-                f"grpo.logprob_gap_limit={limit:g}, worst {worst:.3g}). Likely causes: a weight push was skipped or did "
-                "not reach the vision tower or lm_head, the engine's encoder or prefix cache was not reset, engine and "
-                "learner use other dtypes, pixels or temperature."
+                f"grpo.logprob_gap_limit={limit:g}, worst {worst:.3g}). Likely causes: a weight push was skipped or "
+                "did not reach the vision tower or lm_head, the engine's encoder or prefix cache was not reset, engine "
+                "and learner use other dtypes, pixels or temperature."
             )
         return {"sync/logprob_gap": mean, "sync/logprob_gap_max": worst}
 
@@ -224,7 +223,7 @@ class Learner:
         yield from buckets(self.zero3.full_parameters(), bucket_bytes, self.rank == 0)
 
     def save(self, directory: str, export: bool) -> None:
-        """Write this rank's training state into `directory`/deepspeed, the Hugging Face model into `directory`/model."""
+        """Write this rank's training state into DIRECTORY/deepspeed, the Hugging Face model into DIRECTORY/model."""
         self.zero3.save(Path(directory), {"rank": self.rank})
         if export:
             self.zero3.export(Path(directory) / "model")

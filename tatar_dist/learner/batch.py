@@ -1,7 +1,7 @@
 """Turns learner rows into padded tensors, each image decoded and preprocessed once per step.
 
 In: `LearnerRow`s of one micro-batch. Out: a `MicroBatch` of CPU tensors. Labels come from token spans: the loss
-covers the completion's own tokens, its end-of-turn token included, and nothing of the prompt, whatever the padding side.
+covers the completion's own tokens, its end-of-turn token included, and nothing of the prompt, for either padding side.
 """
 
 from __future__ import annotations

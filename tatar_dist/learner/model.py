@@ -70,6 +70,4 @@ class PolicyModel(nn.Module):
             entropy = -(p * logp_all.masked_fill(p == 0, 0.0)).sum(-1)
         shape = batch.mask.shape
         zeros = torch.zeros(shape, device=logp.device)
-        return TokenLogprobs(
-            zeros.index_put((row, column), logp), zeros.index_put((row, column), entropy)
-        )
+        return TokenLogprobs(zeros.index_put((row, column), logp), zeros.index_put((row, column), entropy))

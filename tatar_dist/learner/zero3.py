@@ -30,7 +30,8 @@ def init_process_group(device: torch.device, timeout_s: float) -> None:
 
     backend = "nccl" if device.type == "cuda" else "gloo"
     with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False)
+        wait = timedelta(seconds=timeout_s)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=wait, verbose=False)
 
 
 def deepspeed_config(config: Config, optim: OptimConfig, micro_batch: int, accumulation: int) -> dict[str, Any]:
@@ -101,8 +102,10 @@ class Zero3:
     def _wrap(self, config: Config, temperature: float, path: str) -> PolicyModel:
         import dataclasses
 
-        backbone = self.backbone if path == config.model.path else family(config.model.family)(
-            dataclasses.replace(config.model, path=path)
+        backbone = (
+            self.backbone
+            if path == config.model.path
+            else family(config.model.family)(dataclasses.replace(config.model, path=path))
         )
         return PolicyModel(backbone.load_model(), backbone, self._forbidden, temperature)
 
@@ -148,9 +151,7 @@ class Zero3:
         named = [(PolicyModel.clean_name(n), p) for n, p in self.engine.module.named_parameters()]
         for group in layer_groups(named):
             with deepspeed.zero.GatheredParameters([p for _, p in group]):
-                full = [
-                    (n, p.detach().clone() if self.rank == 0 else torch.empty(0, dtype=p.dtype)) for n, p in group
-                ]
+                full = [(n, p.detach().clone() if self.rank == 0 else torch.empty(0, dtype=p.dtype)) for n, p in group]
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
             yield from full

@@ -1,7 +1,7 @@
 """One vLLM engine: grouped completions with their log-probabilities, at a known weight version.
 
 Plain class: `tatar_dist.cluster` makes the Ray actor of it. Every sampling parameter is explicit; nothing is read from
-the checkpoint's generation config (METHOD.md defect 14), and what is sampled from is what the loss assumes: full softmax
+the checkpoint's generation config, and what is sampled from is what the loss assumes: full softmax
 at the given temperature without the vision placeholder tokens.
 """
 
@@ -112,6 +112,7 @@ class RolloutEngine:
         inputs: list[Any] = []
         params: list[Any] = []
         for prompt in prompts:
+            seed = group_seed(sampling.seed, sampling.step, prompt.sample.sample_id)
             image = decode_image(prompt.sample.image, prompt.sample.sample_id)
             inputs.append({"prompt": prompt.text, "multi_modal_data": {"image": image}})
             params.append(
@@ -123,7 +124,7 @@ class RolloutEngine:
                     min_p=0.0,
                     repetition_penalty=1.0,
                     max_tokens=sampling.max_tokens,
-                    seed=group_seed(sampling.seed, sampling.step, prompt.sample.sample_id) if sampling.temperature else None,
+                    seed=seed if sampling.temperature else None,
                     logprobs=0,
                     logit_bias={i: FORBIDDEN_BIAS for i in self.forbidden},
                     skip_special_tokens=True,

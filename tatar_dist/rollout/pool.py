@@ -51,7 +51,7 @@ class RolloutPool:
         return self._get(refs, "starting engines")
 
     def chunks(self, prompts: Sequence[Prompt], n: int) -> list[list[Prompt]]:
-        """Prompts per engine call: one in deterministic mode, else enough to fill an engine but not more than its share."""
+        """Prompts by engine call: one in deterministic mode, else enough to fill an engine, at most its share."""
         if self.config.rollout.deterministic:
             size = 1
         else:

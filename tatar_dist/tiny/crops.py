@@ -70,8 +70,14 @@ def remixed(scene: Scene, split: str, rng: np.random.Generator) -> Scene:
 def _remixed_crop(task: Task, split: str, rng: np.random.Generator) -> tuple[np.ndarray, float, np.ndarray, str, str]:
     scene = remixed(make_scene(split, rng, paste_share=0.2), split, rng)
     if task == "iqa":
-        clean = grade(scene.pixels, float(rng.normal(0, 0.3)), float(1 + rng.normal(0, 0.12)),
-                      float(np.clip(1 + rng.normal(0, 0.3), 0, 2)), (float(rng.normal(0, 0.05)), 0.0), 0.0)
+        clean = grade(
+            scene.pixels,
+            float(rng.normal(0, 0.3)),
+            float(1 + rng.normal(0, 0.12)),
+            float(np.clip(1 + rng.normal(0, 0.3), 0, 2)),
+            (float(rng.normal(0, 0.05)), 0.0),
+            0.0,
+        )
         drawn = distortions.draw_distortions(rng)
         pixels = distortions.distort(clean, drawn, rng)
         q = distortions.full_reference(distortions.to_uint8(clean), pixels)

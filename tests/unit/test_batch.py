@@ -1,0 +1,287 @@
+"""Rows to tensors to log-probabilities: the loss sees the answer and nothing else, wherever the padding is."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from PIL import Image  # noqa: E402
+
+from tatar_dist.backbones import family  # noqa: E402
+from tatar_dist.config import load_config  # noqa: E402
+from tatar_dist.data.manifest import UnreadableImage  # noqa: E402
+from tatar_dist.learner.batch import Collator, MicroBatch, PromptMismatch  # noqa: E402
+from tatar_dist.learner.model import PolicyModel, TokenLogprobs  # noqa: E402
+from tatar_dist.records import LearnerRow  # noqa: E402
+from tatar_dist.tiny.build import Sizes, build  # noqa: E402
+
+PIXELS = 112
+SMALL = Sizes(vocab=512, text_layers=2, text_intermediate=64, vision_depth=2, vision_intermediate=64)
+TEXTS = {
+    "iqa": "How good is the technical quality of this image?",
+    "iaa": "How beautiful is this image? Weigh at length theme, emotion and the overall impression.",
+}
+ANSWERS = (
+    "<think>a plain view of it</think><answer>41.00</answer>",
+    "<answer>7.25</answer>",
+    "<think>a plain view of it a plain view of it</think><answer>93.50</answer>",
+    "<think>of it</think><answer>100.00</answer>",
+)
+SIDES = pytest.mark.parametrize("side", ["right", "left"])
+
+
+def png(seed: int, size: tuple[int, int] = (PIXELS, PIXELS)) -> bytes:
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    out = io.BytesIO()
+    small.resize(size, Image.Resampling.BICUBIC).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A random model, its backbone, and rows with uneven prompts (text and image) and uneven completions."""
+    torch.set_num_threads(1)
+    corpus = [*TEXTS.values(), "a plain view of it", "system user assistant"] * 20
+    path = build(tmp_path_factory.mktemp("tiny"), corpus=corpus, sizes=SMALL)
+    words = [f"model.path={path}", "model.dtype=float32", f"model.min_pixels={PIXELS**2}"]
+    config = load_config([], ["output=unused", *words, f"model.max_pixels={4 * PIXELS**2}"])
+    backbone = family("qwen2_5_vl")(config.model)
+    model = backbone.load_model().eval()
+    prompts = {
+        task: backbone.tokenizer.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for task, text in TEXTS.items()
+    }
+    images = {"a": png(1), "b": png(2, (2 * PIXELS, PIXELS))}
+    rows = []
+    for i, (image, answer) in enumerate(zip("abab", ANSWERS, strict=True)):
+        ids = backbone.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        task = "iqa" if image == "a" else "iaa"
+        completion = (*ids, backbone.end_of_turn())
+        logprobs = tuple(-0.125 * (i + 1) - 0.25 * k for k in range(len(completion)))
+        rows.append(LearnerRow(image, images[image], prompts[task], completion, task, i - 1.5, logprobs))
+    return SimpleNamespace(backbone=backbone, model=model, rows=rows, prompts=prompts, images=images)
+
+
+def positions(batch: MicroBatch, r: int) -> list[int]:
+    """The columns of `ids` that the loss of row r covers."""
+    return [int(batch.first[r]) + c for c in range(batch.mask.shape[1]) if batch.mask[r, c]]
+
+
+def prompt_ids(tiny: SimpleNamespace, row: LearnerRow) -> list[int]:
+    image = Image.open(io.BytesIO(row.image)).convert("RGB")
+    return tiny.backbone.encode_prompt(row.prompt_text, image).ids.tolist()
+
+
+# Collator -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_rows_of_this_file_are_uneven_in_prompt_and_completion(tiny):
+    assert len({len(prompt_ids(tiny, r)) for r in tiny.rows}) == 2
+    assert len({len(r.completion_ids) for r in tiny.rows}) == 4
+
+
+@SIDES
+def test_the_mask_selects_the_answer_with_its_end_of_turn_and_nothing_of_the_prompt(tiny, side):
+    batch = Collator(tiny.backbone, side)(tiny.rows)
+    for r, (row, answer) in enumerate(zip(tiny.rows, ANSWERS, strict=True)):
+        covered = positions(batch, r)
+        assert tiny.backbone.tokenizer.decode(batch.ids[r, covered]) == answer + "<|im_end|>"
+        assert batch.completion_ids[r][batch.mask[r]].tolist() == batch.ids[r, covered].tolist()
+        others = [p for p in range(batch.ids.shape[1]) if batch.attention_mask[r, p] and p not in covered]
+        assert batch.ids[r, others].tolist() == prompt_ids(tiny, row)
+        assert int(batch.ids[r, covered[-1]]) == tiny.backbone.end_of_turn()
+
+
+@SIDES
+def test_first_points_at_the_token_after_the_prompt(tiny, side):
+    batch = Collator(tiny.backbone, side)(tiny.rows)
+    width = batch.ids.shape[1]
+    for r, row in enumerate(tiny.rows):
+        expected = len(prompt_ids(tiny, row)) if side == "right" else width - len(row.completion_ids)
+        assert int(batch.first[r]) == expected
+        assert int(batch.ids[r, expected]) == row.completion_ids[0]
+
+
+@SIDES
+def test_padding_is_on_the_named_side_only_and_is_never_attended(tiny, side):
+    batch = Collator(tiny.backbone, side)(tiny.rows)
+    lengths = [len(prompt_ids(tiny, r)) + len(r.completion_ids) for r in tiny.rows]
+    assert batch.ids.shape[1] == max(lengths) and min(lengths) < max(lengths)
+    for r, n in enumerate(lengths):
+        padding = [0] * (max(lengths) - n)
+        kept = [1] * n
+        assert batch.attention_mask[r].tolist() == (kept + padding if side == "right" else padding + kept)
+        pads = batch.ids[r][batch.attention_mask[r] == 0]
+        assert set(pads.tolist()) <= {tiny.backbone.tokenizer.pad_token_id}
+
+
+@SIDES
+def test_image_tokens_are_typed_and_lie_in_the_prompt(tiny, side):
+    batch = Collator(tiny.backbone, side)(tiny.rows)
+    image_pad = tiny.backbone.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert torch.equal(batch.type_ids == 1, batch.ids == image_pad)
+    assert batch.type_ids.sum(1).tolist() == [16, 32, 16, 32]
+
+
+def test_an_image_is_in_the_batch_once_however_many_rows_ask_about_it(tiny):
+    batch = Collator(tiny.backbone)(tiny.rows)
+    assert batch.image_of_row.tolist() == [0, 1, 0, 1]
+    assert batch.grids.tolist() == [[1, 8, 8], [1, 8, 16]]
+    assert batch.pixel_values.shape[0] == 8 * 8 + 8 * 16
+
+
+def test_an_image_is_decoded_once_a_step(tiny):
+    collate = Collator(tiny.backbone)
+    first = collate(tiny.rows[:1])
+    unreadable = [replace(tiny.rows[2], image=b"not decoded again")]
+    assert torch.equal(collate(unreadable).pixel_values, first.pixel_values)
+    collate.new_step()
+    with pytest.raises(UnreadableImage, match="^a: "):
+        collate(unreadable)
+
+
+def test_advantages_and_sampled_log_probabilities_stand_beside_their_tokens(tiny):
+    rows = [*tiny.rows[:2], replace(tiny.rows[2], sampled_logprobs=None)]
+    batch = Collator(tiny.backbone)(rows)
+    assert batch.advantage.tolist() == [-1.5, -0.5, 0.5]
+    for r in (0, 1):
+        assert batch.sampled_logprobs[r][batch.mask[r]].tolist() == list(rows[r].sampled_logprobs)
+        assert not batch.sampled_logprobs[r][~batch.mask[r]].any()
+    assert not batch.sampled_logprobs[2].any()
+
+
+def test_the_prompt_that_the_engine_read_is_accepted_and_any_other_is_refused(tiny):
+    row = tiny.rows[0]
+    ids = tuple(prompt_ids(tiny, row))
+    Collator(tiny.backbone)([replace(row, prompt_token_ids=ids)])
+    for other in (ids[:-1], (*ids[:-1], ids[-1] + 1), ()):
+        with pytest.raises(PromptMismatch, match=f"^a: the engine read {len(other)} prompt tokens"):
+            Collator(tiny.backbone)([replace(row, prompt_token_ids=other)])
+
+
+def test_an_image_known_from_an_earlier_micro_batch_is_compared_too(tiny):
+    collate = Collator(tiny.backbone)
+    collate(tiny.rows[:1])
+    with pytest.raises(PromptMismatch):
+        collate([replace(tiny.rows[0], prompt_token_ids=(1, 2, 3))])
+
+
+# PolicyModel --------------------------------------------------------------------------------------------------------
+
+
+def policy(tiny: SimpleNamespace, forbidden: list[int], temperature: float = 1.0) -> PolicyModel:
+    return PolicyModel(tiny.model, tiny.backbone, forbidden, temperature)
+
+
+def run(tiny, rows, forbidden: list[int] | None = None, temperature: float = 1.0, side: str = "right") -> TokenLogprobs:
+    with torch.no_grad():
+        return policy(tiny, forbidden or [], temperature)(Collator(tiny.backbone, side)(rows))
+
+
+def plain_logits(tiny: SimpleNamespace, row: LearnerRow) -> torch.Tensor:
+    """(completion, vocab) logits of transformers' own full forward on this row alone, no padding."""
+    image = Image.open(io.BytesIO(row.image)).convert("RGB")
+    inputs = dict(tiny.backbone.processor(text=[row.prompt_text], images=[image], return_tensors="pt"))
+    prompt, answer = inputs["input_ids"], torch.tensor([row.completion_ids])
+    inputs["input_ids"] = torch.cat([prompt, answer], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(answer)], 1)
+    tiny.model.model.rope_deltas = None
+    with torch.no_grad():
+        logits = tiny.model(**inputs, use_cache=False).logits[0]
+    return logits[prompt.shape[1] - 1 : -1].float()
+
+
+def of_tokens(logp: torch.Tensor, row: LearnerRow) -> torch.Tensor:
+    return logp.gather(-1, torch.tensor(row.completion_ids)[:, None])[:, 0]
+
+
+def test_padding_left_or_right_gives_the_same_log_probabilities_and_entropies(tiny):
+    right, left = run(tiny, tiny.rows, side="right"), run(tiny, tiny.rows, side="left")
+    torch.testing.assert_close(left.logp, right.logp, atol=1e-5, rtol=0)
+    torch.testing.assert_close(left.entropy, right.entropy, atol=1e-5, rtol=0)
+
+
+@SIDES
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_log_probabilities_are_those_of_a_plain_forward_of_each_row_alone(tiny, side, temperature):
+    out = run(tiny, tiny.rows, temperature=temperature, side=side)
+    for r, row in enumerate(tiny.rows):
+        n = len(row.completion_ids)
+        expected = (plain_logits(tiny, row) / temperature).log_softmax(-1)
+        torch.testing.assert_close(out.logp[r, :n], of_tokens(expected, row), atol=1e-4, rtol=0)
+        entropy = -(expected.exp() * expected).sum(-1)
+        torch.testing.assert_close(out.entropy[r, :n], entropy, atol=1e-4, rtol=0)
+        assert not out.logp[r, n:].any() and not out.entropy[r, n:].any()
+
+
+def test_the_image_matters(tiny):
+    """Otherwise the equalities above would hold for a forward that never looks."""
+    row = tiny.rows[0]
+    other = replace(row, image_id="c", image=png(9))
+    assert (run(tiny, [row]).logp - run(tiny, [other]).logp).abs().max() > 1e-3
+
+
+def test_a_forbidden_token_has_probability_zero_and_the_others_share_its_part(tiny):
+    row = tiny.rows[0]
+    batch = Collator(tiny.backbone)([row])
+    logits = plain_logits(tiny, row)
+    forbidden = [int(i) for i in logits.mean(0).topk(3).indices if int(i) not in row.completion_ids][:2]
+    assert forbidden
+    with torch.no_grad():
+        free, barred = policy(tiny, [])(batch), policy(tiny, forbidden)(batch)
+        asked = replace(batch, completion_ids=torch.full_like(batch.completion_ids, forbidden[0]))
+        assert torch.isneginf(policy(tiny, forbidden)(asked).logp).all()
+        assert torch.isfinite(policy(tiny, [])(asked).logp).all()
+    lost = logits.softmax(-1)[:, forbidden].sum(-1)
+    torch.testing.assert_close(barred.logp[0], free.logp[0] - torch.log1p(-lost), atol=1e-4, rtol=0)
+    expected = logits.index_fill(-1, torch.tensor(forbidden), -1e30).softmax(-1)
+    entropy = torch.special.entr(expected).sum(-1)
+    torch.testing.assert_close(barred.entropy[0], entropy, atol=1e-4, rtol=0)
+
+
+def test_the_vision_placeholders_are_forbidden(tiny):
+    forbidden = tiny.backbone.forbidden_ids()
+    names = tiny.backbone.tokenizer.convert_ids_to_tokens(forbidden)
+    assert set(names) == {"<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"}
+    batch = Collator(tiny.backbone)(tiny.rows[:1])
+    model = policy(tiny, forbidden)
+    for token in forbidden:
+        with torch.no_grad():
+            out = model(replace(batch, completion_ids=torch.full_like(batch.completion_ids, token)))
+        assert torch.isneginf(out.logp).all() and torch.isfinite(out.entropy).all()
+
+
+def test_gradients_reach_language_and_vision_and_stay_finite_with_forbidden_tokens(tiny):
+    model = policy(tiny, tiny.backbone.forbidden_ids())
+    out = model(Collator(tiny.backbone)(tiny.rows[:2]))
+    assert not out.entropy.requires_grad
+    out.logp.sum().backward()
+    try:
+        gradients = {PolicyModel.clean_name(n): p.grad for n, p in model.named_parameters()}
+        assert all(g is not None and torch.isfinite(g).all() for g in gradients.values())
+        assert gradients["model.visual.patch_embed.proj.weight"].abs().sum() > 0
+        assert gradients["lm_head.weight"].abs().sum() > 0
+    finally:
+        model.zero_grad()
+
+
+def test_parameter_names_are_those_of_the_checkpoint(tiny):
+    names = {PolicyModel.clean_name(n) for n, _ in policy(tiny, [3]).named_parameters()}
+    assert names == {n for n, _ in tiny.model.named_parameters()}
+    assert set(policy(tiny, [3]).state_dict()) == {PolicyModel.PREFIX + n for n in tiny.model.state_dict()}

@@ -1,0 +1,161 @@
+"""The run directory: one run at a time in it, a resumed run rewinds it, and a crash costs one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tatar_dist.config import Config, load_config
+from tatar_dist.errors import UserError
+from tatar_dist.records import Completion, Group, Prompt, Sample, ScoredGroup
+from tatar_dist.run_directory import RunDirectory
+
+
+def config(path: Path, *words: str) -> Config:
+    return load_config([], [f"output={path}", "model.path=unused", *words])
+
+
+def scored(name: str = "a", task: str = "iqa") -> ScoredGroup:
+    completions = (
+        Completion("<answer>50.00</answer>", (5, 6, 7), (-0.5, -0.25, -0.25), "stop"),
+        Completion("<script>hi", (5, 9), (-1.0, -2.0), "length"),
+    )
+    prompt = Prompt(Sample(f"s-{name}", "set", task, b"", 55.5), "text", f"000004/set/s-{name}")
+    terms = {"gaussian": np.array([0.75, np.nan]), "format": np.array([1.0, 0.0])}
+    group = Group(prompt, (1, 2), completions, weight_version=4)
+    return ScoredGroup(group, np.array([True, False]), terms, np.array([1.75, 0.0]), np.array([0.5, -0.5]))
+
+
+def logged(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_second_run_in_the_same_directory_is_refused_and_changes_nothing(tmp_path):
+    with RunDirectory(config(tmp_path, "seed=1")):
+        before = (tmp_path / "config.yaml").read_text()
+        with pytest.raises(UserError, match="another process is running in this directory"):
+            RunDirectory(config(tmp_path, "seed=2"))
+        assert (tmp_path / "config.yaml").read_text() == before and "seed: 1" in before
+
+
+def test_a_run_in_another_process_holds_the_directory_until_it_dies(tmp_path):
+    code = (
+        "import sys\nfrom tatar_dist.config import load_config\nfrom tatar_dist.run_directory import RunDirectory\n"
+        "run = RunDirectory(load_config([], ['output=' + sys.argv[1], 'model.path=unused']))\n"
+        "print('locked', flush=True)\nsys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "locked\n"
+            with pytest.raises(UserError, match="another process"):
+                RunDirectory(config(tmp_path))
+        finally:
+            other.kill()
+    RunDirectory(config(tmp_path)).close()  # a killed run leaves no lock that someone must remove
+
+
+def test_a_lock_file_left_by_a_killed_run_does_not_stop_the_next(tmp_path):
+    (tmp_path / ".lock").write_text("")
+    RunDirectory(config(tmp_path)).close()
+    RunDirectory(config(tmp_path)).close()
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="output=.*file: cannot write there"):
+        RunDirectory(config(tmp_path / "file"))
+
+
+def test_the_configuration_that_ran_can_be_read_back(tmp_path):
+    ran = config(tmp_path / "deep" / "run", "grpo.group_size=3", "reward.params.length_iaa_min=2")
+    RunDirectory(ran).close()
+    assert load_config([str(tmp_path / "deep" / "run" / "config.yaml")], []) == ran
+
+
+def test_metrics_go_to_a_line_each_and_to_tensorboard(tmp_path):
+    with RunDirectory(config(tmp_path)) as run:
+        run.log(0, {"loss/total": 2.5, "eval/loss/iqa": float("nan")})
+        run.log(1, {"loss/total": 1.5})
+        assert [r["step"] for r in run.metrics()] == [0, 1]
+    first, second = logged(tmp_path)
+    assert first["loss/total"] == 2.5 and first["eval/loss/iqa"] != first["eval/loss/iqa"]
+    assert second == {"step": 1, "loss/total": 1.5}
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss/total" in events.read_bytes()
+
+
+def test_rewind_forgets_the_steps_that_will_be_run_again_and_no_others(tmp_path):
+    lines = [{"step": i, "loss/total": float(i)} for i in range(5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    with RunDirectory(config(tmp_path)) as run:
+        for step in range(5):
+            run.rollouts(step, [scored()])
+        run.rewind(3)
+        assert run.metrics() == logged(tmp_path) == lines[:3]
+        kept = sorted(p.name for p in (tmp_path / "rollouts").iterdir())
+        assert kept == ["step_000000.parquet", "step_000001.parquet", "step_000002.parquet"]
+        run.rewind(0)
+        assert run.metrics() == [] and list((tmp_path / "rollouts").iterdir()) == []
+
+
+def test_rewind_of_a_fresh_directory_is_harmless(tmp_path):
+    with RunDirectory(config(tmp_path)) as run:
+        run.rewind(0)
+        assert run.metrics() == []
+
+
+@pytest.mark.parametrize("torn", ['{"step": 2, "loss/to', '{"step": 2, "loss/total": 1.5', "\x00\x00\x00"])
+def test_a_last_line_torn_by_a_crash_is_dropped_and_the_next_line_is_whole(tmp_path, torn):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "a": 1}\n{"step": 1, "a": 2}\n' + torn)
+    with RunDirectory(config(tmp_path)) as run:
+        assert [r["step"] for r in run.metrics()] == [0, 1]
+        run.rewind(2)
+        run.log(2, {"a": 3.0})
+        assert [r["step"] for r in run.metrics()] == [0, 1, 2]
+    assert [r["step"] for r in logged(tmp_path)] == [0, 1, 2]
+
+
+def test_quarantined_samples_are_named_with_their_manifest_and_reason(tmp_path):
+    with RunDirectory(config(tmp_path)) as run:
+        run.quarantine("s1", "data/a.parquet", 'cannot decode "it"\nat all')
+        run.quarantine("é 2", "data/b.parquet", "too long")
+    rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"sample_id": "s1", "manifest": "data/a.parquet", "reason": 'cannot decode "it"\nat all'},
+        {"sample_id": "é 2", "manifest": "data/b.parquet", "reason": "too long"},
+    ]
+
+
+def test_every_completion_of_a_step_is_a_row_with_its_terms_reward_and_advantage(tmp_path):
+    with RunDirectory(config(tmp_path)) as run:
+        run.rollouts(4, [scored("a"), scored("b", "iaa")])
+    assert [p.name for p in (tmp_path / "rollouts").iterdir()] == ["step_000004.parquet"]  # nothing half-written
+    rows = pq.read_table(tmp_path / "rollouts" / "step_000004.parquet").to_pylist()
+    assert [(r["sample_id"], r["index"]) for r in rows] == [("s-a", 0), ("s-a", 1), ("s-b", 0), ("s-b", 1)]
+    assert rows[1] == {
+        "step": 4,
+        "group_id": "000004/set/s-a",
+        "index": 1,
+        "sample_id": "s-a",
+        "dataset": "set",
+        "task": "iqa",
+        "target": 55.5,
+        "completion": "<script>hi",
+        "tokens": 2,
+        "finish_reason": "length",
+        "logprob_sum": -3.0,
+        "weight_version": 4,
+        "parsed": False,
+        "gaussian": None,  # NaN: the term does not apply to this row
+        "format": 0.0,
+        "reward": 0.0,
+        "advantage": -0.5,
+    }
+    assert rows[0]["gaussian"] == 0.75 and rows[0]["parsed"] is True and rows[0]["tokens"] == 3

@@ -1,0 +1,128 @@
+"""Weight buckets: every tensor exactly once, bounded, bit-exact, and only from the sender."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+from tatar_dist.sync.source import Wire, buckets, from_wire, to_wire  # noqa: E402
+
+
+def tensors(sizes: list[int]) -> list[tuple[str, torch.Tensor]]:
+    """One float32 tensor per number of elements."""
+    return [(f"layer.{i}.weight", torch.full((n,), float(i))) for i, n in enumerate(sizes)]
+
+
+def nbytes(bucket: dict[str, Wire]) -> int:
+    return sum(w.data.nbytes for w in bucket.values())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(4, 120))
+def test_every_tensor_travels_exactly_once_in_order_and_unchanged(sizes, limit):
+    sent = tensors(sizes)
+    found = [(name, from_wire(w)) for b in buckets(sent, limit, True) for name, w in b.items()]
+    assert [name for name, _ in found] == [name for name, _ in sent]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, sent, strict=True))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(4, 120))
+def test_a_bucket_holds_at_most_its_bytes_unless_one_tensor_alone_is_larger(sizes, limit):
+    for bucket in buckets(tensors(sizes), limit, True):
+        assert bucket
+        assert nbytes(bucket) <= limit or len(bucket) == 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(4, 120))
+def test_a_bucket_is_sent_only_when_the_next_tensor_does_not_fit(sizes, limit):
+    found = list(buckets(tensors(sizes), limit, True))
+    for bucket, after in zip(found, found[1:], strict=False):
+        assert nbytes(bucket) + next(iter(after.values())).data.nbytes > limit
+
+
+def test_a_tensor_larger_than_a_bucket_goes_alone_between_its_neighbours():
+    names = [list(b) for b in buckets(tensors([2, 3, 100, 1, 1]), 24, True)]
+    assert names == [
+        ["layer.0.weight", "layer.1.weight"],
+        ["layer.2.weight"],
+        ["layer.3.weight", "layer.4.weight"],
+    ]
+
+
+def test_a_tensor_of_exactly_the_bucket_size_shares_nothing():
+    assert [len(b) for b in buckets(tensors([6, 6, 3, 3]), 24, True)] == [1, 1, 2]
+
+
+def test_no_parameters_make_no_bucket():
+    assert list(buckets([], 1024, True)) == []
+
+
+def test_a_rank_that_does_not_send_yields_nothing_but_gathers_every_tensor():
+    gathered = []
+
+    def source() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors([1, 50, 2]):
+            gathered.append(name)
+            yield name, tensor
+
+    assert list(buckets(source(), 16, False)) == []
+    assert len(gathered) == 3  # gathering is collective: the sender would wait for ever
+
+
+def test_the_sender_gathers_no_further_than_the_tensor_that_did_not_fit():
+    gathered = []
+
+    def source() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors([2] * 100):
+            gathered.append(name)
+            yield name, tensor
+
+    stream = buckets(source(), 24, True)
+    assert len(next(stream)) == 3
+    assert len(gathered) == 4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "int64", "uint8", "bool"])
+def test_any_dtype_comes_back_bit_for_bit(dtype):
+    torch.manual_seed(0)
+    tensor = (torch.randn(3, 5, 2) * 100).to(getattr(torch, dtype))
+    wire = to_wire(tensor)
+    back = from_wire(pickle.loads(pickle.dumps(wire)))
+    assert wire.data.dtype == np.uint8 and (wire.dtype, wire.shape) == (dtype, (3, 5, 2))
+    assert back.dtype == tensor.dtype and torch.equal(back, tensor)
+
+
+def test_not_a_number_and_signed_zero_survive():
+    tensor = torch.tensor([float("nan"), -0.0, float("-inf"), 1e-40], dtype=torch.bfloat16)
+    back = from_wire(to_wire(tensor))
+    assert torch.equal(back.view(torch.int16), tensor.view(torch.int16))
+
+
+def test_scalars_and_transposed_tensors_keep_their_shape_and_values():
+    for tensor in (torch.tensor(2.5), torch.arange(6.0).reshape(2, 3).t()):
+        back = from_wire(to_wire(tensor))
+        assert back.shape == tensor.shape and torch.equal(back, tensor)
+
+
+def test_a_received_tensor_may_be_written_though_the_object_store_is_read_only():
+    wire = to_wire(torch.ones(4))
+    shared = wire.data.copy()
+    shared.flags.writeable = False
+    back = from_wire(Wire(shared, wire.dtype, wire.shape))
+    back += 1
+    assert back.tolist() == [2.0] * 4 and np.frombuffer(shared, np.float32).tolist() == [1.0] * 4
+
+
+def test_a_parameter_that_still_has_a_gradient_can_be_sent():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    (parameter * 2).sum().backward()
+    assert not from_wire(to_wire(parameter)).requires_grad
