@@ -56,6 +56,9 @@ class Checkpoints:
         except OSError as e:
             shutil.rmtree(beside, ignore_errors=True)
             raise UserError(f"{final}: cannot write the checkpoint: {e.strerror or e}; the last one is kept") from e
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
         if final.exists():
             shutil.rmtree(final)
         beside.rename(final)
@@ -63,14 +66,18 @@ class Checkpoints:
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)
         os.replace(link, self.root / "latest")
-        for old in sorted(self.root.glob("step_*"))[: -self.keep]:
-            if old != final:
-                shutil.rmtree(old)
+        for old in self._finished()[self.keep :]:
+            shutil.rmtree(old)
         return final
+
+    def _finished(self) -> list[Path]:
+        """Finished checkpoints, the last written first: a step's number says nothing when a run was started afresh."""
+        states = list(self.root.glob(f"step_*/{STATE}"))
+        return [s.parent for s in sorted(states, key=lambda s: (s.stat().st_mtime_ns, s.parent.name), reverse=True)]
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """(directory, state) of the newest finished checkpoint, or None."""
-        for directory in sorted(self.root.glob("step_*"), reverse=True):
+        for directory in self._finished():
             try:
                 return directory, json.loads((directory / STATE).read_text())
             except (OSError, ValueError):

@@ -19,6 +19,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
 
 EXIT_BAD_INPUT = 2
+RUN, CHECK = "Train and look", "Check and audit"  # the two panels of --help
 
 app = typer.Typer(
     name="tatar-dist",
@@ -31,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 data_app = typer.Typer(help="Make and look at manifests, the Parquet files all stages read.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
+app.add_typer(data_app, name="data", rich_help_panel=RUN)
 
 Configs = Annotated[list[Path], typer.Option("--config", help="YAML file; may repeat, later files win.")]
 Overrides = Annotated[
@@ -41,69 +42,20 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, l
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command()
-def rewards(
-    file: Annotated[
-        Path, typer.Argument(help="JSON lines: group_id, task, dataset, target, completion; one global batch.")
-    ],
-    preset: Annotated[
-        str, typer.Option(help="tatar, released, gaussian-both, thurstone-both, binary, or a YAML file.")
-    ] = "tatar",
-    output: Annotated[Path | None, typer.Option(help="Write the lines here and print a summary.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON (with --output).")] = False,
-    lenient: Annotated[bool, typer.Option(help="Drop and count bad rows, read answers leniently.")] = False,
-    all_terms: Annotated[bool | None, typer.Option(help="Compute every term, not only the preset's.")] = None,
-    explain: Annotated[
-        int | None, typer.Option(metavar="ROW", help="Show the comparisons behind one row, from 1.")
-    ] = None,
+@app.command(rich_help_panel=RUN)
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory for data, runs and report.")],
+    overrides: Overrides = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, in minutes.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Whole runs on the same data, compared in figures.md.")] = 1,
 ) -> None:
-    """Score completions: every reward term and the advantage, line by line.
+    """The whole pipeline on this machine's CPU with a tiny model: data, SFT, GRPO, evaluation, report.
 
-    Example: [bold]tatar-dist rewards batch.jsonl --preset tatar --output scored.jsonl[/bold]
+    Example: [bold]tatar-dist demo --output runs/demo rollout.engines=2[/bold]
     """
-    from tatar_dist.rewards import audit
+    from tatar_dist import demo as demo_pipeline
 
-    found = audit.run(file, preset, all_terms=all_terms, lenient=lenient)
-    for warning in found.warnings:
-        print(f"tatar-dist: {warning}", file=sys.stderr)
-    if explain is not None:
-        print(audit.explain_table(found, explain))
-        return
-    audit.write(found, output, sys.stdout)
-    if output is not None:
-        columns = found.columns()
-        summary = {
-            "preset": found.preset.name,
-            "output": str(output),
-            "rows": len(found.rows),
-            "parsed": sum(v is not None for v in columns["parsed"]),
-            "mean": {name: _mean(values) for name, values in columns.items() if name not in ("parsed", "advantage")},
-        }
-        _print_result(summary, as_json)
-
-
-def _mean(values: list[float | None]) -> float | None:
-    """The mean over the rows a term applies to; None when there are none."""
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
-
-
-@app.command()
-def metrics(
-    file: Annotated[Path, typer.Argument(help="JSON lines: dataset, task, target, and prediction or completion.")],
-    as_json: Json = False,
-    bootstrap: Annotated[int, typer.Option(metavar="N", help="Rounds for 95 % intervals; 0 = none.")] = 0,
-    unparsed: Annotated[str, typer.Option(help="drop, or midpoint: count an unparsed answer as 50.")] = "drop",
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
-) -> None:
-    """Agreement with opinion scores by data set: SRCC, PLCC, KRCC, RMSE, MAE, with n and n_parsed.
-
-    Example: [bold]tatar-dist metrics predictions.jsonl --bootstrap 1000 --json[/bold]
-    """
-    from tatar_dist.evaluate import audit
-
-    found = audit.run(file, bootstrap=bootstrap, unparsed=unparsed, seed=seed)
-    print(json.dumps(audit.as_json(found)) if as_json else audit.as_table(found))
+    demo_pipeline.run(output, smoke, overrides, seeds)
 
 
 @data_app.callback()
@@ -197,7 +149,7 @@ def _print_result(result: Any, as_json: bool) -> None:
     print("\n".join(lines(result, "")) if isinstance(result, dict) else result)
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def sft(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Supervised fine-tuning: teaches the answer format and the two ways of reasoning.
 
@@ -206,7 +158,7 @@ def sft(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, a
     _run_stage("sft", config, overrides, dry_run, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def grpo(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
     """GRPO: refines the scores by rewards over each global batch of completions.
 
@@ -215,7 +167,7 @@ def grpo(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, 
     _run_stage("grpo", config, overrides, dry_run, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def evaluate(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Greedy answers on the test manifests; SRCC and PLCC by data set, with n and parse failures.
 
@@ -224,7 +176,32 @@ def evaluate(config: Configs, overrides: Overrides = None, dry_run: DryRun = Fal
     _run_stage("evaluate", config, overrides, dry_run, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
+    """Write one HTML page about a run: learning curves, metrics, a gallery of answers.
+
+    Example: [bold]tatar-dist report runs/grpo[/bold]
+    """
+    from tatar_dist.report import html
+
+    print(html.write(run) or run / "report.html")
+
+
+@app.command(rich_help_panel=RUN)
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    output: Annotated[Path, typer.Option(help="New directory for the model.")],
+) -> None:
+    """Copy the newest trained model out of a run, as a Hugging Face model directory.
+
+    Example: [bold]tatar-dist export runs/grpo --output models/scorer[/bold]
+    """
+    from tatar_dist import export as exporting
+
+    print(exporting.run(run, output) or output)
+
+
+@app.command(rich_help_panel=CHECK)
 def plan(
     config: Configs,
     overrides: Overrides = None,
@@ -244,47 +221,72 @@ def plan(
     _print_plans(loaded, [stage] if stage else list(STAGES), as_json)
 
 
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="Directory for data, runs and report.")],
-    overrides: Overrides = None,
-    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, in minutes.")] = False,
+@app.command(rich_help_panel=CHECK)
+def rewards(
+    file: Annotated[
+        Path, typer.Argument(help="JSON lines: group_id, task, dataset, target, completion; one global batch.")
+    ],
+    preset: Annotated[
+        str, typer.Option(help="tatar, released, gaussian-both, thurstone-both, binary, or a YAML file.")
+    ] = "tatar",
+    output: Annotated[Path | None, typer.Option(help="Write the lines here and print a summary.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON (with --output).")] = False,
+    lenient: Annotated[bool, typer.Option(help="Drop and count bad rows, read answers leniently.")] = False,
+    all_terms: Annotated[bool | None, typer.Option(help="Compute every term, not only the preset's.")] = None,
+    explain: Annotated[
+        int | None, typer.Option(metavar="ROW", help="Show the comparisons behind one row, from 1.")
+    ] = None,
 ) -> None:
-    """The whole pipeline on this machine's CPU with a tiny model: data, SFT, GRPO, evaluation, report.
+    """Score completions: every reward term and the advantage, line by line.
 
-    Example: [bold]tatar-dist demo --output runs/demo rollout.engines=2[/bold]
+    Example: [bold]tatar-dist rewards batch.jsonl --preset tatar --output scored.jsonl[/bold]
     """
-    from tatar_dist import demo as demo_pipeline
+    from tatar_dist.rewards import audit
 
-    demo_pipeline.run(output, smoke, overrides or [])
+    found = audit.run(file, preset, all_terms=all_terms, lenient=lenient)
+    for warning in found.warnings:
+        print(f"tatar-dist: {warning}", file=sys.stderr)
+    if explain is not None:
+        print(audit.explain_table(found, explain))
+        return
+    audit.write(found, output, sys.stdout)
+    if output is not None:
+        columns = found.columns()
+        summary = {
+            "preset": found.preset.name,
+            "output": str(output),
+            "rows": len(found.rows),
+            "parsed": sum(v is not None for v in columns["parsed"]),
+            "mean": {name: _mean(values) for name, values in columns.items() if name not in ("parsed", "advantage")},
+        }
+        _print_result(summary, as_json)
 
 
-@app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
-    """Write one HTML page about a run: learning curves, metrics, a gallery of answers.
-
-    Example: [bold]tatar-dist report runs/grpo[/bold]
-    """
-    from tatar_dist.report import html
-
-    print(html.write(run) or run / "report.html")
+def _mean(values: list[float | None]) -> float | None:
+    """The mean over the rows a term applies to; None when there are none."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
 
 
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-    output: Annotated[Path, typer.Option(help="New directory for the model.")],
+@app.command(rich_help_panel=CHECK)
+def metrics(
+    file: Annotated[Path, typer.Argument(help="JSON lines: dataset, task, target, and prediction or completion.")],
+    as_json: Json = False,
+    bootstrap: Annotated[int, typer.Option(metavar="N", help="Rounds for 95 % intervals; 0 = none.")] = 0,
+    unparsed: Annotated[str, typer.Option(help="drop, or midpoint: count an unparsed answer as 50.")] = "drop",
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
 ) -> None:
-    """Copy the newest trained model out of a run, as a Hugging Face model directory.
+    """Agreement with opinion scores by data set: SRCC, PLCC, KRCC, RMSE, MAE, with n and n_parsed.
 
-    Example: [bold]tatar-dist export runs/grpo --output models/scorer[/bold]
+    Example: [bold]tatar-dist metrics predictions.jsonl --bootstrap 1000 --json[/bold]
     """
-    from tatar_dist import export as exporting
+    from tatar_dist.evaluate import audit
 
-    print(exporting.run(run, output) or output)
+    found = audit.run(file, bootstrap=bootstrap, unparsed=unparsed, seed=seed)
+    print(json.dumps(audit.as_json(found)) if as_json else audit.as_table(found))
 
 
-@app.command()
+@app.command(rich_help_panel=CHECK)
 def doctor(as_json: Json = False) -> None:
     """Check this machine: compilers, packages, devices, memory, ports. Exit 1 if something needed is missing.
 

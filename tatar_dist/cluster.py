@@ -178,7 +178,7 @@ class Cluster:
         return RolloutPool(self.config, actors, version)
 
     def reward_actor(self) -> Any:
-        return self._actor(RewardScorer, self.config.reward, self.config.grpo.advantage_eps, cpus=0.5)
+        return self._actor(RewardScorer, self.config.reward, self.config.grpo, cpus=0.5)
 
     def release(self) -> None:
         """End the actors made through this object; Ray stays."""

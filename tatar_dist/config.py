@@ -89,7 +89,8 @@ class GRPOConfig:
     kl_beta: float = 0.001
     clip_low: float = 0.2
     clip_high: float = 0.2
-    advantage_eps: float = 1e-4
+    advantage: str = "std"  # std | mean (Dr. GRPO) | per_term: how rewards are centred and scaled in a group
+    advantage_eps: float = 1e-4  # added to the std
     inner_iterations: int = 1
     staleness: int = 0
     logprob_gap_limit: float = 0.05  # nats, mean |engine - learner| over a step's tokens; above it the run stops
@@ -219,6 +220,7 @@ def check(c: Config) -> None:
     """Rules that types cannot say. Raises UserError naming the key."""
     _one_of("model.dtype", c.model.dtype, ("bfloat16", "float32"))
     _one_of("model.attention", c.model.attention, ("sdpa", "flash_attention_2", "eager"))
+    _one_of("grpo.advantage", c.grpo.advantage, ("std", "mean", "per_term"))
     for stage, optim in (("sft", c.sft.optim), ("grpo", c.grpo.optim)):
         _one_of(f"{stage}.optim.name", optim.name, ("adamw", "sgd"))
         _one_of(f"{stage}.optim.schedule", optim.schedule, ("linear", "cosine", "constant"))
@@ -256,6 +258,11 @@ def check(c: Config) -> None:
     if c.rollout.temperature <= 0:
         raise UserError(
             f"rollout.temperature={c.rollout.temperature}: must be positive (evaluation decodes greedily anyway)"
+        )
+    if c.rollout.top_p != 1.0 or c.rollout.top_k not in (-1, 0):
+        raise UserError(
+            f"rollout.top_p={c.rollout.top_p}, top_k={c.rollout.top_k}: only 1.0 and -1 are available, because the loss "
+            "takes the probabilities of the full softmax"
         )
     n_iaa = c.grpo.prompts_per_step - round(c.grpo.prompts_per_step * c.data.iqa_fraction)
     if 0 < n_iaa < c.data.min_rank_pool:

@@ -53,9 +53,9 @@ class PromptSource:
             return sample
         try:
             size = decode_image(sample.image, sample.sample_id).size
-        except UnreadableImage as e:
+            tokens = self._text_tokens[sample.task] + self.backbone.image_tokens(*size)
+        except (UnreadableImage, ValueError) as e:  # ValueError: more than 200 times as wide as high, or the reverse
             return str(e)
-        tokens = self._text_tokens[sample.task] + self.backbone.image_tokens(*size)
         limit = self.config.data.max_prompt_tokens
         return f"prompt of {tokens} tokens is over data.max_prompt_tokens={limit}" if tokens > limit else None
 

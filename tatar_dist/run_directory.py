@@ -63,14 +63,14 @@ class RunDirectory:
         os.replace(beside, self.path / name)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far; a last line cut off by a crash is dropped."""
+        """The lines of metrics.jsonl so far; a line cut off by a crash is dropped."""
         file = self.path / "metrics.jsonl"
         rows = []
         for line in file.read_text().splitlines() if file.exists() else []:
             try:
                 rows.append(json.loads(line))
             except ValueError:
-                break
+                continue
         return rows
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

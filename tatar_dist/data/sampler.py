@@ -88,7 +88,7 @@ class PromptSampler:
         self.iqa_fraction = iqa_fraction
         self.min_rank_pool = min_rank_pool
         self.one_iaa_dataset = one_iaa_dataset
-        self._excluded: set[str] = set()
+        self._excluded: set[tuple[str, str]] = set()
         self._live: dict[str, tuple[int, bool]] = {}  # data set -> usable rows, and whether their scores differ
         self._pools = self._build()
         for task, share in (("iqa", iqa_fraction), ("iaa", 1 - iqa_fraction)):
@@ -131,7 +131,7 @@ class PromptSampler:
     def _usable(self, pool: _Pool) -> tuple[int, bool]:
         """Rows that are not excluded, and whether their scores differ."""
         if pool.dataset not in self._live:
-            live = [r for r in pool.rows if self.sample_id(r) not in self._excluded]
+            live = [r for r in pool.rows if (pool.dataset, self.sample_id(r)) not in self._excluded]
             self._live[pool.dataset] = len(live), len({float(self.manifests[m].scores[r]) for m, r in live}) > 1
         return self._live[pool.dataset]
 
@@ -165,7 +165,7 @@ class PromptSampler:
             pool.position += 1
             if pool.position == len(pool.rows):
                 pool.position, pool.epoch = 0, pool.epoch + 1
-            if ref not in taken and self.sample_id(ref) not in self._excluded:
+            if ref not in taken and (pool.dataset, self.sample_id(ref)) not in self._excluded:
                 taken.add(ref)
                 pool.served += 1
                 return ref
@@ -230,20 +230,17 @@ class PromptSampler:
         ]
         return max(steps, default=1)
 
-    def exclude(self, sample_id: str) -> None:
+    def exclude(self, dataset: str, sample_id: str) -> None:
         """Never hand this sample out again (it was quarantined). Unknown ids are remembered and do no harm."""
-        self._excluded.add(sample_id)
+        self._excluded.add((dataset, sample_id))
         self._live.clear()
 
     def replace(self, ref: Ref, batch: Sequence[Ref]) -> Ref:
         """Exclude `ref` for good and draw another row of its data set that is not in `batch`."""
-        self.exclude(self.sample_id(ref))
-        pool = next(p for p in self._pools if p.dataset == self.manifests[ref[0]].datasets[ref[1]])
+        dataset = self.manifests[ref[0]].datasets[ref[1]]
+        self.exclude(dataset, self.sample_id(ref))
+        pool = next(p for p in self._pools if p.dataset == dataset)
         return self._next_row(pool, set(batch))
-
-    @property
-    def excluded(self) -> frozenset[str]:
-        return frozenset(self._excluded)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON-able position of every pool."""
@@ -251,7 +248,7 @@ class PromptSampler:
             p.dataset: {"epoch": p.epoch, "position": p.position, "served": p.served, "size": len(p.rows)}
             for p in self._pools
         }
-        return {"seed": self.seed, "pools": pools, "excluded": sorted(self._excluded)}
+        return {"seed": self.seed, "pools": pools, "excluded": [list(e) for e in sorted(self._excluded)]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken. Raises UserError when seed or data sets are not the same."""
@@ -265,7 +262,7 @@ class PromptSampler:
             saved = state["pools"][pool.dataset]
             pool.epoch, pool.position, pool.served = saved["epoch"], saved["position"], saved["served"]
             pool.order_epoch = -1
-        self._excluded = set(state["excluded"])
+        self._excluded = {(dataset, sample_id) for dataset, sample_id in state["excluded"]}
         self._live.clear()
 
 

@@ -1,7 +1,8 @@
 """The batcher: turns scored groups or SFT rows into equal shards, one list of rows a rank.
 
-Every rank gets the same number of rows (they make the same number of collective calls) and about the same number of
-tokens; rows of one image stay together, so that a micro-batch encodes it once. Pure and deterministic.
+Every rank gets the same number of rows (they make the same number of collective calls) and, where the groups divide
+evenly, about the same number of tokens; rows of one image stay together, so that a micro-batch encodes it once. Pure
+and deterministic.
 """
 
 from __future__ import annotations

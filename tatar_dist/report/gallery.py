@@ -27,6 +27,7 @@ TEASER_WORDS = 26
 MOST_CHARS = 4000  # of one rationale
 
 # What HTML forbids or a terminal obeys, except tab and newline.
+Key = tuple[str, str]  # data set, sample id
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _THINK = re.compile(r"<think>(.*?)(?:</think>|<answer>|$)", re.IGNORECASE | re.DOTALL)
 
@@ -43,6 +44,11 @@ class Card:
     teaser: str
     rest: str
     has_think: bool
+
+
+def key_of(row: dict[str, Any]) -> Key:
+    """What names an image: sample ids are unique within a data set only."""
+    return str(row["dataset"]), str(row["sample_id"])
 
 
 def clean(text: str | None) -> str:
@@ -74,20 +80,20 @@ def error(row: dict[str, Any] | None) -> float | None:
     return abs(min(max(row["prediction"], 0.0), 100.0) - row["target"])
 
 
-def choose(last: Sequence[dict[str, Any]], before: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """(why, sample_id) of up to 3 x EACH images. last: rows of the final model; before: the first model's, by id."""
+def choose(last: Sequence[dict[str, Any]], before: dict[Key, dict[str, Any]]) -> list[tuple[str, Key]]:
+    """(why, key) of up to 3 x EACH images. last: rows of the final model; before: the model before's, by key."""
     scored = [(e, r) for r in last if (e := error(r)) is not None]
-    taken: dict[str, str] = {}
+    taken: dict[Key, str] = {}
 
     def take(why: str, rows: Iterable[dict[str, Any]], most: int) -> None:
         for row in rows:
-            if most and row["sample_id"] not in taken:
-                taken[row["sample_id"]] = why
+            if most and key_of(row) not in taken:
+                taken[key_of(row)] = why
                 most -= 1
 
     gains = []
     for now, row in scored:
-        was = error(before.get(row["sample_id"]))
+        was = error(before.get(key_of(row)))
         if was is not None and was > now:
             gains.append((was - now, row))
     take("improved", (r for _, r in sorted(gains, key=lambda g: (-g[0], g[1]["sample_id"]))), EACH)
@@ -112,23 +118,24 @@ class Pictures:
 
     def __init__(self, manifests: Sequence[Path], notes: list[str]) -> None:
         self._notes = notes
-        self._where: dict[str, tuple[Manifest, int]] = {}
+        self._where: dict[Key, tuple[Manifest, int]] = {}
         for path in manifests:
             try:
                 manifest = read_manifest(path)
             except UserError as e:
                 notes.append(str(e))
                 continue
-            self._where |= {sample_id: (manifest, i) for i, sample_id in enumerate(manifest.sample_ids)}
+            keys = zip(manifest.datasets, manifest.sample_ids, strict=True)
+            self._where |= {key: (manifest, i) for i, key in enumerate(keys)}
 
-    def uri(self, sample_id: str) -> str | None:
+    def uri(self, key: Key) -> str | None:
         """data:image/...;base64,... or None when the picture is not there or does not decode."""
-        if sample_id not in self._where:
+        if key not in self._where:
             return None
-        manifest, i = self._where[sample_id]
+        manifest, i = self._where[key]
         try:
             data = manifest.get(i).image
-            picture = decode_image(data, sample_id)  # also proves that these bytes are a picture, before embedding them
+            picture = decode_image(data, key[1])  # also proves that these bytes are a picture, before embedding them
         except (UserError, UnreadableImage) as e:
             self._notes.append(str(e))
             return None

@@ -17,7 +17,7 @@ from tatar_dist import __version__
 from tatar_dist.errors import UserError
 from tatar_dist.prompts import parse
 from tatar_dist.report.charts import nice_ticks, number
-from tatar_dist.report.gallery import Card, Pictures, card, choose, clean
+from tatar_dist.report.gallery import Card, Key, Pictures, card, choose, clean, key_of
 from tatar_dist.report.panels import clouds, panels, photographs
 from tatar_dist.report.reading import Run, is_number, read_rollouts, read_run
 from tatar_dist.report.verdict import TASK_NAMES, checks, headline, name_of
@@ -50,7 +50,7 @@ def write(run: Path) -> Path:
     page = render(read_run(run))
     target, beside = run / "report.html", run / ".report.html"
     try:
-        beside.write_text(page, encoding="utf-8")
+        beside.write_text(page, encoding="utf-8", errors="replace")
         os.replace(beside, target)
     except OSError as e:
         raise UserError(f"{target}: cannot be written: {e.strerror}") from e
@@ -185,13 +185,13 @@ def _gains(run: Run) -> list[dict[str, Any]]:
 def _gallery(run: Run, notes: list[str]) -> list[tuple[str, str, list[Card]]]:
     """(heading, task, cards): held-out answers if the run has some, else completions of its last training step."""
     if run.evaluations and any(e.predictions for e in run.evaluations):
-        by_model = [(e.model, {p["sample_id"]: p for p in e.predictions}) for e in run.evaluations if e.predictions]
+        by_model = [(e.model, {key_of(p): p for p in e.predictions}) for e in run.evaluations if e.predictions]
         groups = [(name_of(run, d), run.task(d), run.evaluations[-1].of(d)) for d in run.datasets]
         # "Improved" is measured from SFT: the base model's scores, where it gives any, are noise.
         before = by_model[-2][1] if len(by_model) > 1 else {}
     else:
         rows = _training_answers(run, notes)
-        by_model, before = [("completion", {r["sample_id"]: r for r in rows})], {}
+        by_model, before = [("completion", {key_of(r): r for r in rows})], {}
         groups = [(n, t, [r for r in rows if r["task"] == t]) for t, n in TASK_NAMES.items()]
     chosen = [(name, task, rows, choose(rows, before)) for name, task, rows in groups if rows]
     if not chosen:
@@ -199,7 +199,7 @@ def _gallery(run: Run, notes: list[str]) -> list[tuple[str, str, list[Card]]]:
     pictures = Pictures(run.manifests, notes)
     result = []
     for name, task, rows, picks in chosen:
-        row_of = {r["sample_id"]: r for r in rows}
+        row_of = {key_of(r): r for r in rows}
         cards = [
             card(why, row_of[i], [(m, found.get(i)) for m, found in by_model], pictures.uri(i)) for why, i in picks
         ]
@@ -210,9 +210,9 @@ def _gallery(run: Run, notes: list[str]) -> list[tuple[str, str, list[Card]]]:
 def _training_answers(run: Run, notes: list[str]) -> list[dict[str, Any]]:
     """One completion an image of the last step of the last GRPO run, as prediction rows."""
     training = next((t for t in reversed(run.trainings) if t.kind == "grpo"), None)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[Key, dict[str, Any]] = {}
     for r in read_rollouts(training, notes) if training else []:
-        rows.setdefault(r["sample_id"], {**r, "prediction": parse(r["completion"]).value})
+        rows.setdefault(key_of(r), {**r, "prediction": parse(r["completion"]).value})
     return list(rows.values())
 
 

@@ -90,7 +90,9 @@ class Run:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 1 << 1000  # what a float can hold
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def read_run(path: Path) -> Run:
@@ -204,7 +206,7 @@ def _json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     if not file.is_file():
         return rows
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text(errors="replace").splitlines()
     except (OSError, ValueError) as e:
         notes.append(f"{file.parent.name}/{file.name} could not be read: {e}")
         return rows

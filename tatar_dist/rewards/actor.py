@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tatar_dist.config import RewardConfig
+from tatar_dist.config import GRPOConfig, RewardConfig
 from tatar_dist.records import Group, ScoredGroup
 from tatar_dist.rewards.batch import batch_of_groups
 from tatar_dist.rewards.presets import load_preset
@@ -14,12 +14,12 @@ from tatar_dist.rewards.score import reward_metrics, score_batch, scored_groups
 class RewardScorer:
     """Plain class: `tatar_dist.cluster` makes the Ray actor of it."""
 
-    def __init__(self, config: RewardConfig, advantage_eps: float) -> None:
+    def __init__(self, config: RewardConfig, grpo: GRPOConfig) -> None:
         self.preset = load_preset(config.preset, weights=config.weights, params=config.params)
-        self.eps = advantage_eps
+        self.grpo = grpo
 
     def score(self, groups: Sequence[Group]) -> tuple[list[ScoredGroup], dict[str, float]]:
         """Score one global batch; returns the groups in order and the reward/* and completion/* metrics."""
         batch = batch_of_groups(groups)
-        scored = score_batch(batch, self.preset, eps=self.eps)
+        scored = score_batch(batch, self.preset, advantage=self.grpo.advantage, eps=self.grpo.advantage_eps)
         return scored_groups(groups, scored), reward_metrics(batch, scored)

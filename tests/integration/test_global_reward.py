@@ -18,7 +18,9 @@ from tatar_dist.run_directory import RunDirectory
 def answering(group, number: str):
     """The group with every completion replaced by one answer."""
     text = f"<think>a plain view</think><answer>{number}</answer>"
-    return dataclasses.replace(group, completions=tuple(Completion(text, (1,), (0.0,), "stop") for _ in group.completions))
+    return dataclasses.replace(
+        group, completions=tuple(Completion(text, (1,), (0.0,), "stop") for _ in group.completions)
+    )
 
 
 def test_iaa_reward_depends_on_another_engines_images_and_iqa_reward_does_not(model_untied, make_config):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -10,13 +12,13 @@ from rich.console import Console
 from tatar_dist.progress import Progress, clock
 
 
-def written(total: int, start: int = 0, width: int = 80, metrics: dict | None = None, extra: tuple = ()) -> list[str]:
+def written(total: int, start: int = 0, width: int = 80, metrics: dict | None = None) -> list[str]:
     """What a run of `total` steps from `start` prints into a file."""
     file = io.StringIO()
-    console = Console(file=file, force_terminal=False, width=width)
-    with Progress("grpo", total, start, console) as progress:
+    with Progress("grpo", total, start, console=Console(file=file, force_terminal=False, width=width)) as progress:
+        progress.ready()
         for done in range(start + 1, total + 1):
-            progress.update(done, metrics or {}, extra)
+            progress.update(done, metrics or {})
     text = file.getvalue()
     assert "\x1b" not in text and "\r" not in text
     return text.splitlines()
@@ -32,10 +34,21 @@ def test_a_short_run_prints_one_line_a_step():
 
 
 def test_a_long_run_is_thinned_to_about_25_lines_that_hold_the_first_and_the_last():
-    shown = steps(written(1010))
-    assert shown[0] == 1 and shown[-1] == 1010
-    assert 20 <= len(shown) <= 30
-    assert steps(written(100)) == [1, *range(4, 101, 4)]
+    for total in (100, 1010, 9999):
+        shown = steps(written(total))
+        assert shown[0] == 1 and shown[-1] == total
+        assert 20 <= len(shown) <= 30
+
+
+def test_units_that_finish_many_at_a_time_print_no_fewer_lines_than_they_need():
+    """An evaluation finishes a batch at a time, and no batch ends on a round number."""
+    file = io.StringIO()
+    with Progress("evaluate", 1000, unit="image", console=Console(file=file, force_terminal=False)) as progress:
+        for done in range(33, 1000, 33):
+            progress.update(done, {})
+        progress.update(1000, {})
+    shown = steps(file.getvalue().splitlines())
+    assert shown[0] == 33 and shown[-1] == 1000 and len(shown) >= 15
 
 
 def test_a_resumed_run_begins_where_it_stands():
@@ -43,11 +56,11 @@ def test_a_resumed_run_begins_where_it_stands():
 
 
 def test_a_line_says_the_known_metrics_by_their_short_names_and_no_others():
-    metrics = {"loss/total": 1.23456, "reward/total/iaa": 0.5, "policy/entropy": 3.0, "time/step": 12.34}
-    (line,) = written(1, metrics=metrics, extra=("held-out 0.91",))
-    assert "loss 1.23  reward iaa 0.5  held-out 0.91" in line
-    assert "12.3 s/step" in line and "0:00 left" in line
-    assert "entropy" not in line and "reward iqa" not in line
+    metrics = {"loss/total": 1.23456, "eval/loss/iqa": 0.5, "policy/entropy": 3.0}
+    (line,) = written(1, metrics=metrics)
+    assert "  loss 1.23  held-out iqa 0.5  " in line and "entropy" not in line and "reward" not in line
+    (line,) = written(1, metrics=metrics | {"reward/total/iaa": 2.0})
+    assert "  iaa 2  " in line and " loss 1.23" not in line  # the loss of a policy step says nothing
 
 
 def test_a_loss_that_is_no_number_is_printed_and_not_hidden():
@@ -56,12 +69,31 @@ def test_a_loss_that_is_no_number_is_printed_and_not_hidden():
 
 
 def test_a_line_is_not_broken_on_a_narrow_console():
-    metrics = {"loss/total": 1.0, "reward/total/iqa": 2.0, "reward/total/iaa": 3.0, "sync/logprob_gap": 1e-7}
+    metrics = {"reward/total/iqa": 2.0, "reward/total/iaa": 3.0, "sync/logprob_gap": 1e-7}
     assert len(written(4, width=20, metrics=metrics)) == 4
 
 
+def test_time_left_is_reckoned_from_the_steps_without_the_start(monkeypatch):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr("tatar_dist.progress.time", SimpleNamespace(monotonic=lambda: now.seconds))
+    file = io.StringIO()
+    with Progress("sft", 14, 4, console=Console(file=file, force_terminal=False)) as progress:
+        now.seconds = 100.0  # the actors start
+        progress.ready()
+        now.seconds = 106.0
+        progress.update(6, {})  # two steps since the run was resumed at 4
+    assert file.getvalue() == "sft  6/14  3.0 s a step  1:46 gone  0:24 left\n"
+
+
+def test_work_that_takes_no_time_at_all_has_a_line(monkeypatch):
+    monkeypatch.setattr("tatar_dist.progress.time", SimpleNamespace(monotonic=lambda: 5.0))
+    (line,) = written(1)
+    assert re.search(r"steps a second  0:00 gone  0:00 left$", line)
+
+
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (61, "1:01"), (3599.7, "1:00:00"), (36061, "10:01:01")]
+    ("seconds", "text"),
+    [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (61, "1:01"), (3599.7, "1:00:00"), (36061, "10:01:01")],
 )
 def test_seconds_read_like_a_clock(seconds, text):
     assert clock(seconds) == text

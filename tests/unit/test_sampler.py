@@ -73,7 +73,7 @@ def test_same_seed_gives_the_same_batches_and_another_seed_others(both):
 
 def test_a_restored_sampler_continues_exactly_where_the_state_was_taken(both):
     sampler = PromptSampler(both, seed=4)
-    sampler.exclude("set-iaa-3")
+    sampler.exclude("set-iaa", "set-iaa-3")
     for _ in range(11):
         sampler.next_batch(8)
     state = json.loads(json.dumps(sampler.state_dict()))
@@ -94,10 +94,10 @@ def test_state_of_another_seed_or_other_data_is_refused(both, tmp_path):
 
 def test_excluded_samples_never_come_back(both):
     sampler = PromptSampler(both, seed=5)
-    gone = {sampler.sample_id(ref) for ref in sampler.next_batch(8)}
-    for sample_id in gone:
-        sampler.exclude(sample_id)
-    later = {sampler.sample_id(ref) for _ in range(40) for ref in sampler.next_batch(8)}
+    gone = set(sampler.next_batch(8))
+    for m, row in gone:
+        sampler.exclude(sampler.manifests[m].datasets[row], sampler.sample_id((m, row)))
+    later = {ref for _ in range(40) for ref in sampler.next_batch(8)}
     assert not later & gone
     assert len(later) == 37 + 23 - 8
 
@@ -130,7 +130,7 @@ def test_a_batch_too_small_to_rank_is_an_error_not_a_silent_zero(both):
 def test_exclusions_that_leave_nothing_to_rank_are_reported(tmp_path):
     sampler = PromptSampler([manifest(tmp_path, "iqa", 9), manifest(tmp_path, "iaa", 5)], seed=0)
     for i in range(2):
-        sampler.exclude(f"set-iaa-{i}")
+        sampler.exclude("set-iaa", f"set-iaa-{i}")
     with pytest.raises(UserError, match="largest has 3 usable"):
         sampler.next_batch(8)
 

@@ -1,0 +1,221 @@
+"""Samples to prompts: what cannot be used is quarantined once and replaced, and no prompt is ever cut."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from PIL import Image  # noqa: E402
+
+from tatar_dist.config import load_config  # noqa: E402
+from tatar_dist.data.manifest import decode_image, read_manifest, write_manifest  # noqa: E402
+from tatar_dist.data.sampler import PromptSampler, sft_sampler  # noqa: E402
+from tatar_dist.errors import UserError  # noqa: E402
+from tatar_dist.prompt_source import PromptSource, read_manifests  # noqa: E402
+from tatar_dist.prompts import answer_text  # noqa: E402
+from tatar_dist.run_directory import RunDirectory  # noqa: E402
+from tatar_dist.tiny.build import Sizes, build  # noqa: E402
+
+PROMPTS = Path(__file__).parents[2] / "configs" / "prompts.yaml"
+SMALL = Sizes(vocab=512, text_layers=1, text_intermediate=64, vision_depth=1, vision_intermediate=64)
+SIDE = 112
+
+
+def png(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> bytes:
+    out = io.BytesIO()
+    color = tuple(int(c) for c in np.random.default_rng(seed).integers(0, 256, 3))
+    Image.new("RGB", size, color).save(out, "PNG")
+    return out.getvalue()
+
+
+def row(i: int, task: str = "iqa", **changes) -> dict:
+    base = {"sample_id": f"{task}-{i}", "dataset": f"set-{task}", "task": task, "image_bytes": png(i)}
+    return base | {"score": float(10 + i), "split": "train", "rationale": f"view {i}"} | changes
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    corpus = [PROMPTS.read_text(), "a plain view of it"] * 20
+    return build(tmp_path_factory.mktemp("tiny"), corpus=corpus, sizes=SMALL)
+
+
+@pytest.fixture
+def make_source(model, tmp_path) -> Iterator:
+    """make_source('key=value', ...) -> a PromptSource whose quarantine goes to tmp_path/run."""
+    opened: list[RunDirectory] = []
+
+    def make(*words: str) -> PromptSource:
+        base = [f"output={tmp_path / 'run'}", f"model.path={model}", f"data.prompts={PROMPTS}"]
+        pixels = [f"model.min_pixels={SIDE**2}", f"model.max_pixels={16 * SIDE**2}"]
+        config = load_config([], [*base, *pixels, *words])
+        opened.append(RunDirectory(config))
+        return PromptSource(config, opened[-1])
+
+    yield make
+    for run in opened:
+        run.close()
+
+
+def sampler_of(path: Path, rows: list[dict], **kwargs) -> PromptSampler:
+    write_manifest(path, rows)
+    return PromptSampler([read_manifest(path)], seed=0, **{"iqa_fraction": 1.0, **kwargs})
+
+
+def quarantined(run: Path) -> dict[str, dict]:
+    file = run / "run" / "quarantine.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    assert len({r["sample_id"] for r in rows}) == len(rows), "a sample was quarantined twice"
+    return {r["sample_id"]: r for r in rows}
+
+
+def test_unreadable_images_are_quarantined_with_their_reason_and_replaced(make_source, tmp_path):
+    rows = [row(i) for i in range(8)]
+    rows[1]["image_bytes"] = b"no image at all"
+    rows[4]["image_bytes"] = png(4)[:60]
+    rows[6] |= {"image_bytes": None, "image": "gone.png"}
+    source, sampler = make_source(), sampler_of(tmp_path / "m.parquet", rows)
+    taken = [s for _ in range(4) for s in source.samples(sampler, 5)]  # four batches: every bad row came up
+    found = quarantined(tmp_path)
+    assert set(found) == {"iqa-1", "iqa-4", "iqa-6"}
+    assert all(r["manifest"] == str(tmp_path / "m.parquet") for r in found.values())
+    assert "cannot decode image" in found["iqa-1"]["reason"] and "cannot decode image" in found["iqa-4"]["reason"]
+    assert "gone.png" in found["iqa-6"]["reason"]
+    assert {s.sample_id for s in taken} == {f"iqa-{i}" for i in (0, 2, 3, 5, 7)}
+    assert len(taken) == 20
+
+
+def test_a_batch_with_replacements_has_its_full_size_and_no_sample_twice(make_source, tmp_path):
+    rows = [row(i, image_bytes=png(i) if i % 2 else b"broken") for i in range(12)]
+    source, sampler = make_source(), sampler_of(tmp_path / "m.parquet", rows)
+    for _ in range(3):
+        ids = [s.sample_id for s in source.samples(sampler, 6)]
+        assert sorted(ids) == [f"iqa-{i}" for i in (1, 11, 3, 5, 7, 9)]
+
+
+def test_a_replacement_is_of_the_same_data_set(make_source, tmp_path):
+    rows = [row(i) for i in range(6)] + [row(i, "iaa") for i in range(6)]
+    rows[2]["image_bytes"] = rows[8]["image_bytes"] = b"broken"
+    source = make_source()
+    sampler = sampler_of(tmp_path / "m.parquet", rows, iqa_fraction=0.5)
+    for _ in range(4):
+        tasks = [s.task for s in source.samples(sampler, 8)]
+        assert tasks.count("iqa") == tasks.count("iaa") == 4
+    assert set(quarantined(tmp_path)) == {"iqa-2", "iaa-2"}
+
+
+def test_data_without_a_usable_sample_ends_with_a_message(make_source, tmp_path):
+    sampler = sampler_of(tmp_path / "m.parquet", [row(i, image_bytes=b"broken") for i in range(4)])
+    with pytest.raises(UserError, match="fewer usable samples than one batch needs"):
+        make_source().samples(sampler, 2)
+
+
+def test_a_prompt_that_is_too_long_is_rejected_with_its_length_and_never_truncated(make_source, tmp_path):
+    rows = [
+        row(0),
+        row(1, image_bytes=png(1, (4 * SIDE, 4 * SIDE))),
+        row(2),
+        row(3, image_bytes=png(3, (SIDE, 2 * SIDE))),
+    ]
+    limit = 200
+    source, sampler = make_source(f"data.max_prompt_tokens={limit}"), sampler_of(tmp_path / "m.parquet", rows)
+    prompts = [p for step in range(3) for p in source.batch(sampler, 3, step)]
+    assert {p.sample.sample_id for p in prompts} == {"iqa-0", "iqa-2", "iqa-3"}
+
+    def length(text: str, image: bytes) -> int:
+        return len(source.backbone.encode_prompt(text, decode_image(image, "")).ids)
+
+    whole = source.prompts.render("iqa", source._chat)
+    too_long = length(whole, rows[1]["image_bytes"])
+    assert too_long > limit
+    assert quarantined(tmp_path)["iqa-1"]["reason"] == (
+        f"prompt of {too_long} tokens is over data.max_prompt_tokens={limit}"
+    )
+    for p in prompts:
+        assert p.text == whole and length(p.text, p.sample.image) <= limit
+
+
+def test_a_prompt_of_exactly_the_limit_is_taken_and_one_token_over_is_not(make_source, tmp_path):
+    source = make_source()
+    manifest_row = row(0)
+    text = source.prompts.render("iqa", source._chat)
+    exact = len(source.backbone.encode_prompt(text, decode_image(manifest_row["image_bytes"], "")).ids)
+    write_manifest(tmp_path / "m.parquet", [manifest_row])
+    sample = read_manifest(tmp_path / "m.parquet").get(0)
+    source.config.data.max_prompt_tokens = exact
+    assert source.problem(sample) is None
+    source.config.data.max_prompt_tokens = exact - 1
+    assert "prompt of" in source.problem(sample)
+
+
+def test_an_image_too_narrow_for_the_model_is_quarantined_and_does_not_end_the_run(make_source, tmp_path):
+    rows = [row(0), row(1, image_bytes=png(1, (300, 1))), row(2)]
+    source, sampler = make_source(), sampler_of(tmp_path / "m.parquet", rows)
+    assert {s.sample_id for _ in range(2) for s in source.samples(sampler, 2)} == {"iqa-0", "iqa-2"}
+    assert "aspect ratio" in quarantined(tmp_path)["iqa-1"]["reason"]
+
+
+def test_a_quarantined_sample_does_not_take_its_namesake_of_another_data_set_along(make_source, tmp_path):
+    rows = [row(i, "iqa", sample_id=f"{i}") for i in range(4)]
+    rows[1]["image_bytes"] = b"broken"
+    write_manifest(tmp_path / "iqa.parquet", rows)
+    write_manifest(tmp_path / "iaa.parquet", [row(i, "iaa", sample_id=f"{i}") for i in range(4)])
+    manifests = read_manifests([str(tmp_path / f"{t}.parquet") for t in ("iqa", "iaa")], "data.train")
+    source, sampler = make_source(), PromptSampler(manifests, seed=0)
+    taken = [{(s.task, s.sample_id) for _ in range(4) for s in source.samples(sampler, 4)} for _ in range(2)]
+    assert set(quarantined(tmp_path)) == {"1"}
+    assert taken[1] == {("iqa", i) for i in "023"} | {("iaa", i) for i in "0123"}
+
+
+def test_group_ids_name_step_data_set_and_sample_and_come_sorted(make_source, tmp_path):
+    rows = [row(i) for i in range(4)] + [row(i, "iaa") for i in range(4)]
+    source = make_source()
+    prompts = source.batch(sampler_of(tmp_path / "m.parquet", rows, iqa_fraction=0.5), 8, 12)
+    ids = [p.group_id for p in prompts]
+    assert ids == sorted(ids) == [f"000012/set-{t}/{t}-{i}" for t in ("iaa", "iqa") for i in range(4)]
+    for p in prompts:
+        assert f"TASK: {p.sample.task.upper()}" in p.text
+        assert p.text.count("<|image_pad|>") == 1 and p.text.endswith("<|im_start|>assistant\n")
+
+
+def test_held_out_samples_are_the_first_usable_ones_of_each_task(make_source, tmp_path):
+    rows = [row(i) for i in range(5)] + [row(i, "iaa") for i in range(3)]
+    rows[0]["image_bytes"] = b"broken"
+    rows[6] |= {"image_bytes": None, "image": "gone.png"}
+    write_manifest(tmp_path / "m.parquet", rows)
+    manifests = [read_manifest(tmp_path / "m.parquet")]
+    source = make_source()
+    assert [s.sample_id for s in source.held_out(manifests, 2)] == ["iqa-1", "iqa-2", "iaa-0", "iaa-2"]
+    assert set(quarantined(tmp_path)) == {"iqa-0", "iaa-1"}
+    assert len(source.held_out(manifests, None)) == 6
+
+
+def test_a_supervised_row_is_the_whole_answer_and_its_end_of_turn(make_source, tmp_path):
+    write_manifest(tmp_path / "m.parquet", [row(i) for i in range(3)])
+    source, sampler = make_source(), sft_sampler([read_manifest(tmp_path / "m.parquet")], 0, 1.0)
+    for sample in source.samples(sampler, 3):
+        made = source.sft_row(sample)
+        text = source.backbone.tokenizer.decode(made.completion_ids)
+        assert text == answer_text(sample.rationale, sample.score) + "<|im_end|>"
+        assert made.image_id == f"set-iqa/{sample.sample_id}" and made.image == sample.image
+        assert made.prompt_text == source.prompt(sample, "g").text and made.sampled_logprobs is None
+
+
+def test_no_manifest_at_all_is_said_by_its_key():
+    with pytest.raises(UserError, match="data.test is empty"):
+        read_manifests([], "data.test")
+
+
+def test_a_directory_without_a_model_is_said_before_anything_is_loaded(make_source, tmp_path):
+    with pytest.raises(UserError, match="no config.json in it"):
+        make_source(f"model.path={tmp_path}")
