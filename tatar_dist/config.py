@@ -261,7 +261,7 @@ def check(c: Config) -> None:
         )
     if c.rollout.top_p != 1.0 or c.rollout.top_k not in (-1, 0):
         raise UserError(
-            f"rollout.top_p={c.rollout.top_p}, top_k={c.rollout.top_k}: only 1.0 and -1 are available, because the loss "
+            f"rollout.top_p={c.rollout.top_p}, top_k={c.rollout.top_k}: only 1.0 and -1 are available, as the loss "
             "takes the probabilities of the full softmax"
         )
     n_iaa = c.grpo.prompts_per_step - round(c.grpo.prompts_per_step * c.data.iqa_fraction)

@@ -1,4 +1,4 @@
-"""The learning rate at a step: linear warm-up from 0, then constant, linear or cosine decay, which reaches 0 after the last step."""
+"""The learning rate at a step: linear warm-up from 0, then constant, or linear or cosine decay to 0 after the last."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ import json
 import socket
 
 import pytest
-
 from conftest import manifest_rows, model_words
+
 from tatar_dist import cli
 from tatar_dist.config import load_config
 from tatar_dist.data.manifest import read_manifest, write_manifest

@@ -1,12 +1,12 @@
-"""Two ZeRO-3 learners compute the gradient of one learner on the whole batch, for SFT and for GRPO, ragged rows included."""
+"""Two ZeRO-3 learners compute the gradient of one on the whole batch, for SFT and for GRPO, uneven rows included."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import ray
-
 from conftest import png
+
 from tatar_dist.cluster import Cluster
 from tatar_dist.learner.sharding import shard_rows
 from tatar_dist.plan import resolve
