@@ -39,7 +39,7 @@ class DataConfig:
     iqa_fraction: float = 0.5  # share of IQA samples in a batch
     min_rank_pool: int = 2  # IAA images per data set that a GRPO batch must hold
     max_prompt_tokens: int = 3072  # longer prompts are rejected, never truncated
-    eval_limit: int | None = None  # samples per task in an evaluation; null = all
+    eval_limit: int | None = None  # samples per task in an evaluation, also of a running GRPO; null = all
 
 
 @dataclass
@@ -60,6 +60,7 @@ class ClusterConfig:
 class OptimConfig:
     name: str = "adamw"  # adamw | sgd
     lr: float = 1e-6
+    lr_scale: dict[str, float] = field(default_factory=dict)  # part of a parameter's name -> factor on its lr
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -93,6 +94,7 @@ class GRPOConfig:
     advantage_eps: float = 1e-4  # added to the std
     inner_iterations: int = 1
     staleness: int = 0
+    eval_every: int = 0  # steps between greedy answers on data.validation (eval/*); 0 = never
     logprob_gap_limit: float = 0.05  # nats, mean |engine - learner| over a step's tokens; above it the run stops
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -226,6 +228,9 @@ def check(c: Config) -> None:
         _one_of(f"{stage}.optim.schedule", optim.schedule, ("linear", "cosine", "constant"))
         if optim.lr < 0:
             raise UserError(f"{stage}.optim.lr={optim.lr}: must not be negative")
+        for part, factor in optim.lr_scale.items():
+            if factor < 0:
+                raise UserError(f"{stage}.optim.lr_scale.{part}={factor}: must not be negative")
     positive = {
         "cluster.nodes": c.cluster.nodes,
         "rollout.tensor_parallel": c.rollout.tensor_parallel,

@@ -16,6 +16,7 @@ from tatar_dist.checkpoint import Checkpoints
 from tatar_dist.cluster import Cluster, LearnerGroup
 from tatar_dist.config import Config
 from tatar_dist.data.sampler import PromptSampler
+from tatar_dist.evaluate.runner import held_out_metrics
 from tatar_dist.interrupts import Interrupted, Interrupts
 from tatar_dist.learner.sharding import shard_groups
 from tatar_dist.plan import resolve
@@ -40,6 +41,7 @@ def run(config: Config) -> None:
         directory.rewind(first)
         if first >= total:
             return
+        held_out = source.held_out_prompts() if g.eval_every else []
         with Cluster(config) as cluster, Progress("grpo", total, first) as progress:
             learners, pool, scorer = _start(cluster, plan, total)
             if found:
@@ -49,6 +51,8 @@ def run(config: Config) -> None:
             progress.ready()
             for step in range(first, total):
                 metrics = _step(config, step, source, sampler, pool, scorer, learners, directory)
+                if held_out and ((step + 1) % g.eval_every == 0 or step + 1 == total):
+                    metrics |= held_out_metrics(pool, held_out, config.rollout.max_new_tokens)
                 directory.log(step, metrics)
                 progress.update(step + 1, metrics)
                 done = step + 1 == total or stop.requested

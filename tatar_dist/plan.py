@@ -151,7 +151,8 @@ def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
         return 0, engines or max(1, gpus // tp if gpus else c.nodes)
     if not learners:
         # On GPUs half of them; with few prompts the engines cannot use their half, but learners stay a power of two.
-        room = max(1, (gpus - engines * tp if engines else gpus // 2) if gpus else c.nodes)
+        left = gpus - engines * tp if engines else min(gpus // 2, gpus - tp)  # room for one engine at least
+        room = max(1, left if gpus else c.nodes)
         learners = _largest_divisor(rows, room, power_of_two=True)
     if not engines:
         room = max(1, (gpus - learners) // tp) if gpus else c.nodes

@@ -7,6 +7,7 @@ data set; it never comes back. Prompts are never truncated. Runs in the controll
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
@@ -32,12 +33,16 @@ def read_manifests(paths: Sequence[str], key: str) -> list[Manifest]:
 
 
 class PromptSource:
-    """Renders prompts for the model of `config`; `run` receives the quarantine."""
+    """Renders prompts for the model of `config`; `run` receives the quarantine.
+
+    `missing`: by data set, how many samples `held_out` could not use; an evaluation reports them.
+    """
 
     def __init__(self, config: Config, run: RunDirectory) -> None:
         backbone_class = family(config.model.family)
         backbone_class.check_directory(config.model.path)
         self.config, self.run = config, run
+        self.missing: Counter[str] = Counter()
         with contextlib.redirect_stderr(StringIO()):
             self.backbone = backbone_class(config.model)
         self.prompts = Prompts.load(config.data.prompts)
@@ -97,10 +102,19 @@ class PromptSource:
                     problem = str(e)
                 if problem is not None:
                     self.run.quarantine(manifest.sample_ids[i], str(manifest.path), problem)
+                    self.missing[manifest.datasets[i]] += 1
                     continue
                 taken[task] += 1
                 result.append(sample)
         return result
+
+    def held_out_prompts(self) -> list[Prompt]:
+        """Prompts of `data.eval_limit` validation samples of each task; none without a manifest."""
+        if not self.config.data.validation:
+            return []
+        manifests = read_manifests(self.config.data.validation, "data.validation")
+        samples = self.held_out(manifests, self.config.data.eval_limit)
+        return [self.prompt(s, f"eval/{s.dataset}/{s.sample_id}") for s in samples]
 
     def prompt(self, sample: Sample, group_id: str) -> Prompt:
         return Prompt(sample, self._text[sample.task], group_id)

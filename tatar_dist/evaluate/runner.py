@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ def run(config: Config) -> dict[str, Any]:
             pool = cluster.engines(plan.engines)
             pool.started(pool.start(cluster.threads(plan.engines)))
             progress.ready()
-            result = evaluate_prompts(config, pool, cluster.reward_actor(), prompts, directory.path, progress, stop)
+            result = evaluate_prompts(
+                config, pool, cluster.reward_actor(), prompts, directory.path, progress, stop, source.missing
+            )
     return result
 
 
@@ -74,11 +76,32 @@ def evaluate_prompts(
         if progress:
             progress.update(min(done, progress.total), {})
 
-    limit = config.rollout.max_new_tokens
-    greedy = pool.generate(prompts, Sampling(1, 0.0, limit), advance)
+    limit, e = config.rollout.max_new_tokens, config.evaluate
+    rows = greedy_answers(pool, prompts, limit, advance)
     generated = time.perf_counter() - start
+    output.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), output / "predictions.parquet")
+    result: dict[str, Any] = {
+        "model": config.model.path,
+        "datasets": dataset_metrics(rows, missing or {}),
+        "tokens_per_second": sum(r["tokens"] for r in rows) / generated,
+    }
+    if e.samples:
+        sampling = Sampling(e.samples, config.rollout.temperature, limit, e.seed, REWARD_STEP)
+        scored: list[ScoredGroup]
+        scored, result["rewards"] = ray.get(scorer.score.remote(pool.generate(prompts, sampling)))
+        write_rollouts(output / "sampled.parquet", 0, scored)
+    result["seconds"] = time.perf_counter() - start
+    (output / "metrics.json").write_text(json.dumps(result, indent=1))
+    return result
+
+
+def greedy_answers(
+    pool: RolloutPool, prompts: Sequence[Prompt], max_tokens: int, advance: Callable[[int], None] | None = None
+) -> list[dict[str, Any]]:
+    """One row a prompt: target, prediction (None when unparsed), completion, its words and tokens, truncated or not."""
     rows = []
-    for g in greedy:
+    for g in pool.generate(prompts, Sampling(1, 0.0, max_tokens), advance):
         sample, completion = g.prompt.sample, g.completions[0]
         rows.append(
             {
@@ -90,34 +113,31 @@ def evaluate_prompts(
                 "prediction": parse(completion.text).value,
                 "completion": completion.text,
                 "think_words": think_words(completion.text),
+                "tokens": len(completion.token_ids),
                 "truncated": completion.finish_reason == "length",
             }
         )
-    output.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), output / "predictions.parquet")
-    result: dict[str, Any] = {
-        "model": config.model.path,
-        "datasets": {},
-        "seconds": generated,
-        "tokens_per_second": sum(len(g.completions[0].token_ids) for g in greedy) / generated,
-    }
-    for name in sorted({r["dataset"] for r in rows}):
+    return rows
+
+
+def dataset_metrics(rows: Sequence[Mapping[str, Any]], missing: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Data set -> its metrics, from the rows of `greedy_answers`. `missing`: samples that could not be asked."""
+    found = {}
+    for name in sorted({r["dataset"] for r in rows} | missing.keys()):
         part = [r for r in rows if r["dataset"] == name]
         predictions = [math.nan if r["prediction"] is None else r["prediction"] for r in part]
-        result["datasets"][name] = score_metrics(
+        found[name] = score_metrics(
             np.array([r["target"] for r in part]),
             np.array(predictions),
-            n_missing=(missing or {}).get(name, 0),
+            n_missing=missing.get(name, 0),
             n_truncated=sum(r["truncated"] for r in part),
         ).to_dict()
-    if config.evaluate.samples:
-        sampling = Sampling(
-            config.evaluate.samples, config.rollout.temperature, limit, config.evaluate.seed, REWARD_STEP
-        )
-        scored: list[ScoredGroup]
-        scored, rewards = ray.get(scorer.score.remote(pool.generate(prompts, sampling)))
-        result["rewards"] = rewards
-        write_rollouts(output / "sampled.parquet", 0, scored)
-    result["seconds"] = time.perf_counter() - start
-    (output / "metrics.json").write_text(json.dumps(result, indent=1))
-    return result
+    return found
+
+
+def held_out_metrics(pool: RolloutPool, prompts: Sequence[Prompt], max_tokens: int) -> dict[str, float]:
+    """eval/{dataset}/{srcc,plcc} of a running training's weights, which the engines hold; NaN where undefined."""
+    datasets = dataset_metrics(greedy_answers(pool, prompts, max_tokens), {})
+    return {
+        f"eval/{name}/{k}": math.nan if m[k] is None else m[k] for name, m in datasets.items() for k in ("srcc", "plcc")
+    }

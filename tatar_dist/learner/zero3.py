@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tatar_dist.backbones import family
 from tatar_dist.config import Config, OptimConfig
+from tatar_dist.errors import UserError
 from tatar_dist.learner.model import PolicyModel
 
 DEEPSPEED_TAG = "deepspeed"
@@ -88,9 +89,10 @@ class Zero3:
         if config.model.gradient_checkpointing:
             policy.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         policy.train()
-        trained = [p for p in policy.parameters() if p.requires_grad]
+        groups = parameter_groups([(n, p) for n, p in policy.named_parameters() if p.requires_grad], optim.lr_scale)
+        self._scales = [g.pop("scale") for g in groups]
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=policy, model_parameters=trained, optimizer=self._make_optimizer(trained), config=settings
+            model=policy, model_parameters=groups, optimizer=self._make_optimizer(groups), config=settings
         )
         self.reference = None
         if reference_path is not None:
@@ -109,15 +111,15 @@ class Zero3:
         )
         return PolicyModel(backbone.load_model(), backbone, self._forbidden, temperature)
 
-    def _make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    def _make_optimizer(self, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
         o = self.optim
         if o.name == "sgd":
             return torch.optim.SGD(parameters, lr=o.lr, weight_decay=o.weight_decay)
         return torch.optim.AdamW(parameters, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
 
     def set_learning_rate(self, lr: float) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        for group, scale in zip(self.engine.optimizer.param_groups, self._scales, strict=True):
+            group["lr"] = lr * scale
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of this rank's share of a *global* loss.
@@ -175,6 +177,21 @@ class Zero3:
             model.save_pretrained(directory, state_dict=state, safe_serialization=True)
             self.backbone.processor.save_pretrained(directory)
         dist.barrier()
+
+
+def parameter_groups(named: list[tuple[str, Any]], lr_scale: dict[str, float]) -> list[dict[str, Any]]:
+    """Optimiser groups {"params": […], "scale": factor} by the first part of `lr_scale` found in a name; others 1.
+
+    Raises:
+        UserError: a part that no parameter's name contains.
+    """
+    by_part: dict[str | None, list[Any]] = {}
+    for name, parameter in named:
+        by_part.setdefault(next((part for part in lr_scale if part in name), None), []).append(parameter)
+    for part in lr_scale:
+        if not any(part in name for name, _ in named):
+            raise UserError(f"optim.lr_scale.{part}: no trained parameter's name contains {part!r}")
+    return [{"params": ps, "scale": 1.0 if part is None else lr_scale[part]} for part, ps in by_part.items()]
 
 
 def layer_groups(named: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tatar_dist.config import load_config
@@ -112,6 +112,7 @@ def test_a_split_is_exact_and_never_exceeds_the_micro_batch(rows, ranks, most):
     assert not any(s.rows_per_rank % m == 0 for m in range(s.micro_batch + 1, min(most, s.rows_per_rank) + 1))
 
 
+@settings(deadline=None)
 @given(
     nodes=st.integers(1, 40),
     gpus=st.integers(1, 8),
