@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format sft grpo eval
+.PHONY: help setup demo test nightly lint format sft grpo eval
 
 # cuda where nvidia-smi works, else cpu
 DEVICE := $(or $(DEVICE),$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu))
@@ -24,7 +24,8 @@ help:
 	@echo "make test                                     unit and integration tests on real Ray, vLLM and DeepSpeed"
 	@echo "make lint | format                            ruff and mypy | rewrite the formatting"
 	@echo "make sft|grpo|eval [NODES=n] [ARGS=\"k=v …\"]   the recipe of configs/*.yaml; ARGS=--dry-run prints the plan"
-	@echo "Still to come: test-cluster, bench, bench-trl, nightly."
+	@echo "make nightly                                  the demo with three seeds and every test crop: the README's figures"
+	@echo "Still to come: test-cluster, bench, bench-trl."
 
 setup:
 	@bash launch/setup.sh
@@ -34,6 +35,9 @@ demo: setup
 
 test: setup
 	@.venv/bin/python -m pytest tests/unit tests/integration $(ARGS)
+
+nightly: setup
+	@$(RUN) demo --output runs/nightly --seeds 3 $(ARGS)
 
 lint: setup
 	@.venv/bin/ruff check .

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 WIDTH = 360
 Point = Callable[[float, float], tuple[float, float]]  # data -> drawing units
-LEFT, RIGHT, TOP, BOTTOM = 36, 92, 10, 26  # margins; the right one holds the direct labels
+LEFT, RIGHT, TOP, BOTTOM = 36, 112, 10, 26  # margins; the right one holds the direct labels
 MAX_POINTS = 240  # more steps than this are averaged into bins: a pixel shows no more
 LABEL_GAP = 14  # units between the baselines of two direct labels
 
@@ -111,7 +111,7 @@ def _axes(x0: float, x1: float, y0: float, y1: float, height: int, x_label: str,
 
     parts = []
     ticks = nice_ticks(y0, y1, 4 if h > 100 else 2)
-    step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else abs(ticks[0]) or 1.0
     for t in ticks:
         y = at(x0, t)[1]
         parts.append(Markup('<path class="grid" d="M{} {:.1f}H{}"/>').format(LEFT, y, WIDTH - right))

@@ -29,6 +29,8 @@ MEASURES = {
     "plcc": "PLCC",
     "reward_gaussian": "Gaussian reward",
     "reward_thurstone": "Thurstone reward",
+    "reward_format": "format",
+    "reward_length": "length",
 }
 FACTS = {  # kind of run -> (section, key, what the page calls it)
     "sft": (("model", "path", "starts from"), ("sft", "global_batch", "global batch")),

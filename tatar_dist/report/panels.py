@@ -94,7 +94,7 @@ def _length(training: Training) -> Panel:
 def _policy(training: Training) -> Panel:
     kl = line_chart([Line("KL", *training.series("loss/kl"), "ink")], "KL over steps", y_range=(0.0, 1e-6), height=105)
     entropy = [Line("entropy", *training.series("policy/entropy"), "muted")]
-    charts = [kl, line_chart(entropy, "Entropy over steps", height=105)]
+    charts = [kl, line_chart(entropy, "Entropy over steps", y_range=(0.0, 1e-6), height=105)]
     return Panel(
         "Policy", "Distance from the SFT model, and how varied the answers still are, in nats a token.", charts
     )
