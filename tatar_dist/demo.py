@@ -44,15 +44,15 @@ FULL = Size(
     eval_images=300,
     samples=2,
     overrides=(),
-    budget={"data": 60, "baseline": 40, "sft": 270, "sft_eval": 60, "grpo": 400, "grpo_eval": 60},
+    budget={"data": 30, "baseline": 40, "sft": 240, "sft_eval": 60, "grpo": 360, "grpo_eval": 60},
 )
 SMOKE = Size(
     data={"train": 200, "validation": 40, "test": 60},
     baseline_images=8,
     eval_images=16,
     samples=1,
-    overrides=("sft.max_steps=6", "grpo.max_steps=3", "sft.eval_every=0"),
-    budget={"data": 15, "baseline": 30, "sft": 45, "sft_eval": 30, "grpo": 75, "grpo_eval": 30},
+    overrides=("sft.max_steps=50", "sft.eval_every=0", "grpo.max_steps=3", "grpo.eval_every=0"),
+    budget={"data": 10, "baseline": 40, "sft": 75, "sft_eval": 30, "grpo": 50, "grpo_eval": 30},
 )
 
 # name, what the user is told, whose model it starts from (None: the base model)
