@@ -31,7 +31,7 @@ setup:
 	@bash launch/setup.sh
 
 demo: setup
-	@$(RUN) demo --output runs/demo $(if $(filter-out 0,$(SMOKE)),--smoke) $(ARGS)
+	@$(RUN) demo $(if $(filter-out 0,$(SMOKE)),--output runs/demo-smoke --smoke,--output runs/demo) $(ARGS)
 
 test: setup
 	@.venv/bin/python -m pytest tests/unit tests/integration $(ARGS)

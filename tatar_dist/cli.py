@@ -300,7 +300,9 @@ def doctor(as_json: Json = False) -> None:
     else:
         from rich.console import Console
 
-        Console().print(checks.as_table(found))
+        console = Console()
+        console.print(checks.as_table(found))
+        console.print(checks.verdict(found))
     if any(c.required and not c.ok for c in found):
         raise typer.Exit(1)
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from tatar_dist import demo_figures as figures
 from tatar_dist.config import Config, load_config
 from tatar_dist.data.demo import make_demo
+from tatar_dist.errors import UserError
 from tatar_dist.export import model_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -73,6 +74,7 @@ def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = N
     _end_with_parent()
     out, size, words = Path(output), SMOKE if smoke else FULL, list(overrides or [])
     console = Console()
+    _same_settings(out, {"smoke": smoke, "seeds": seeds, "overrides": words})
     if seeds == 1:
         _run_one(out, size, words, console)
         return
@@ -89,14 +91,32 @@ def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = N
     console.print(f"All seeds together: {out / 'figures.md'}")
 
 
+def _same_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Note the settings on the first call; later calls must have the same, or results of two would be mixed.
+
+    Raises:
+        UserError: they differ, or the directory cannot be written.
+    """
+    file = out / "settings.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.write_text(json.dumps(settings))
+        found = json.loads(file.read_text())
+    except OSError as e:
+        raise UserError(f"{out}: cannot write there: {e.strerror}") from e
+    if found != settings:
+        differing = ", ".join(f"{k}={found.get(k)}" for k in settings if found.get(k) != settings[k])
+        raise UserError(f"{out}: holds a demo with other settings ({differing}): give another --output or remove it")
+
+
 def _data(out: Path, size: Size, console: Console) -> float:
-    """Make the data set unless it is there; seconds it took."""
-    start = time.perf_counter()
-    if (out / "data" / "demo.json").exists():
-        return 0.0
-    console.print("[bold]data[/bold]  crops of real photographs, with measured targets and rationales")
+    """Make the data set unless it is there; seconds it took, 0 when it was there."""
+    start, fresh = time.perf_counter(), not (out / "data" / "demo.json").exists()
+    if fresh:
+        console.print("[bold]data[/bold]  crops of real photographs, with measured targets and rationales")
     make_demo(out / "data", **size.data)
-    return time.perf_counter() - start
+    return time.perf_counter() - start if fresh else 0.0
 
 
 def _run_one(out: Path, size: Size, words: list[str], console: Console) -> None:

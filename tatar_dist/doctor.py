@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 GIB = 1 << 30
-MIN_RAM, MIN_DISK, MIN_SHM = (
-    12 * GIB,
-    10 * GIB,
-    1 * GIB,
-)  # the demo's own peak; its environment and runs; Ray's object store
+MIN_RAM = 8 * GIB  # the demo peaks below it
+MIN_DISK = 10 * GIB  # its environment and runs
+MIN_SHM = 1 * GIB  # Ray's object store
 RAY_PORTS = {6379: "Ray's control store", 8265: "Ray's dashboard and jobs", 10001: "Ray's client"}
 PACKAGE = Path(__file__).parent
 BASE_MODEL = PACKAGE / "assets" / "tiny-qwen2_5-vl"
@@ -184,6 +182,15 @@ def as_json(checks: list[Check]) -> dict[str, Any]:
     """The `--json` object."""
     ok = all(c.ok for c in checks if c.required)
     return {"ok": ok, "checks": [asdict(c) | {"hint": "" if c.ok else c.hint} for c in checks]}
+
+
+def verdict(checks: list[Check]) -> str:
+    """One closing sentence."""
+    missing = [c.name for c in checks if c.required and not c.ok]
+    noted = [c.name for c in checks if not c.required and not c.ok]
+    if missing:
+        return f"[red]Missing:[/] {', '.join(missing)}. Nothing will run before that is put right."
+    return f"Everything needed is here{'; look at: ' + ', '.join(noted) if noted else ''}."
 
 
 def as_table(checks: list[Check]) -> Any:
