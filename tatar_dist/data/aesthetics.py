@@ -1,8 +1,8 @@
 """The aesthetic (IAA) half of the demo: attributes measured on a crop, their weighted sum, their texts.
 
 In: the final uint8 pixels and the subject's box. Out: attributes in [0, 1], a score on 0-100 by a documented formula,
-and eight texts in the method's order. Nobody's taste was asked: it is a photographer's rules of thumb made measurable, a
-stand-in for a mean opinion score, with known truth. Weights favour what pixels show at a glance.
+and eight texts in the method's order. Nobody's taste was asked: these are a photographer's rules of thumb made
+measurable, a stand-in for a mean opinion score, with known truth. Weights favour what pixels show at a glance.
 """
 
 from __future__ import annotations
