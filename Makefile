@@ -5,14 +5,16 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test nightly lint format sft grpo eval
 
-# cuda where nvidia-smi works, else cpu
-DEVICE := $(or $(DEVICE),$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu))
+# What .venv was made for; for a new one cuda where nvidia-smi works, else cpu. Demo and tests are for the CPU.
+DEVICE := $(or $(DEVICE),$(shell cat .venv/.device 2>/dev/null),$(if $(filter demo test nightly,$(MAKECMDGOALS)),cpu),$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu))
 # Index that torch alone is installed from; empty: wherever your pip is configured to look
 TORCH_INDEX ?=
 PYTHON ?=
 NODES ?=
 ARGS ?=
 SMOKE ?=
+OUTPUT ?=
+SMOKED := $(filter-out 0,$(SMOKE))
 export DEVICE TORCH_INDEX PYTHON
 
 RUN := .venv/bin/tatar-dist
@@ -20,7 +22,7 @@ NODE_ARGS := $(if $(NODES),cluster.nodes=$(NODES))
 
 help:
 	@echo "make setup [DEVICE=cpu|cuda] [TORCH_INDEX=…]  create .venv with everything in it (here: DEVICE=$(DEVICE))"
-	@echo "make demo [SMOKE=1] [ARGS=\"k=v …\"]            data, SFT, GRPO, evaluation and report of a tiny model on this CPU"
+	@echo "make demo [SMOKE=1] [OUTPUT=…] [ARGS=\"k=v …\"] data, SFT, GRPO, evaluation and report of a tiny model on this CPU"
 	@echo "make test                                     unit and integration tests on real Ray, vLLM and DeepSpeed"
 	@echo "make lint | format                            ruff and mypy | rewrite the formatting"
 	@echo "make sft|grpo|eval [NODES=n] [ARGS=\"k=v …\"]   the recipe of configs/*.yaml; ARGS=--dry-run prints the plan"
@@ -31,7 +33,7 @@ setup:
 	@bash launch/setup.sh
 
 demo: setup
-	@$(RUN) demo $(if $(filter-out 0,$(SMOKE)),--output runs/demo-smoke --smoke,--output runs/demo) $(ARGS)
+	@$(RUN) demo --output $(or $(OUTPUT),runs/demo$(if $(SMOKED),-smoke)) $(if $(SMOKED),--smoke) $(ARGS)
 
 test: setup
 	@.venv/bin/python -m pytest tests/unit tests/integration $(ARGS)

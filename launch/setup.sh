@@ -9,6 +9,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 device=${DEVICE:?cpu or cuda}
 case $device in cpu | cuda) ;; *) echo "setup: DEVICE=$device: must be cpu or cuda" >&2; exit 2 ;; esac
+made_for=$(cat .venv/.device 2>/dev/null || true)
+if [[ -n $made_for && $made_for != "$device" ]]; then
+    echo "setup: .venv was made with DEVICE=$made_for: remove it to have DEVICE=$device here, or use another checkout" >&2
+    exit 2
+fi
 constraints=launch/constraints-$device.txt
 inputs=(pyproject.toml "$constraints" launch/photos.txt launch/fix_torchvision.py launch/setup.sh)
 stamp=.venv/.ready-$device-$(cat "${inputs[@]}" | cksum | cut -d' ' -f1)
@@ -63,6 +68,7 @@ PYTHON
 
 base_python=$(find_python)
 mkdir -p .venv
+echo "$device" >.venv/.device
 : >"$log"
 rm -f .venv/.ready-*
 phase "virtual environment" "$base_python" -m venv .venv

@@ -2,7 +2,7 @@
 
     checkpoints/step_000030/deepspeed/   ZeRO-3 shards: weights, master weights, optimizer (one writer a rank)
                             model/       the Hugging Face model directory at this step
-                            state.json   step, sampler position, weight version, the resolved config's hash
+                            state.json   step, sampler position, and what a run must have in common to continue
     checkpoints/latest -> step_000030
 
 A checkpoint without state.json was not finished and does not count. Pure file work: the learners write through `fill`.
@@ -55,7 +55,10 @@ class Checkpoints:
             _sync_tree(beside)
         except OSError as e:
             shutil.rmtree(beside, ignore_errors=True)
-            raise UserError(f"{final}: cannot write the checkpoint: {e.strerror or e}; the last one is kept") from e
+            cause = getattr(e, "cause", e)  # Ray wraps what an actor raised
+            raise UserError(
+                f"{final}: cannot write the checkpoint: {cause.strerror or cause}; the last one is kept"
+            ) from e
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
@@ -74,6 +77,24 @@ class Checkpoints:
         """Finished checkpoints, the last written first: a step's number says nothing when a run was started afresh."""
         states = list(self.root.glob(f"step_*/{STATE}"))
         return [s.parent for s in sorted(states, key=lambda s: (s.stat().st_mtime_ns, s.parent.name), reverse=True)]
+
+    def resume(self, same: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+        """`latest`, if it was written by a run that has the settings `same`; None when there is no checkpoint.
+
+        Raises:
+            UserError: it was written by another kind of run.
+        """
+        found = self.latest()
+        if found is None:
+            return None
+        before = found[1].get("same", {})
+        for key, value in same.items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"{found[0]}: a checkpoint of a run with {key}={before.get(key)}, this one has {key}={value}: give "
+                    "another output, or checkpoint.resume=false to start over"
+                )
+        return found
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """(directory, state) of the newest finished checkpoint, or None."""

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from tatar_dist.errors import UserError
+from tatar_dist.errors import RunError, UserError
 from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
 
-EXIT_BAD_INPUT = 2
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 RUN, CHECK = "Train and look", "Check and audit"  # the two panels of --help
 
 app = typer.Typer(
@@ -318,6 +318,9 @@ def main(args: list[str] | None = None) -> int:
         # Ray wraps what an actor raised: the wrapper's text is a traceback, its cause the one line.
         _complain(getattr(e, "cause", None) or e)
         return EXIT_BAD_INPUT
+    except RunError as e:
+        _complain(getattr(e, "cause", None) or e)
+        return EXIT_FAILED
     except TyperException as e:
         if e.format_message():  # empty when the help page was the answer already
             _complain(e.format_message())
@@ -326,9 +329,10 @@ def main(args: list[str] | None = None) -> int:
         _complain(e)
         return EXIT_INTERRUPTED
     except OSError as e:
-        if e.errno != errno.ENOSPC:
+        cause = getattr(e, "cause", e)
+        if cause.errno != errno.ENOSPC:
             raise
-        where = e.filename or "the output"
+        where = cause.filename or "the output"
         _complain(f"no space left on the disk of {where}; what was finished is kept, make room and run again")
         return EXIT_BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):

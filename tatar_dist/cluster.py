@@ -1,7 +1,7 @@
 """Ray on this machine or a cluster it joins, and the actors of a run: learners, engines, the reward actor.
 
 The only file that makes Ray actors. On a CPU machine the actors share the cores: learners and engines take turns with
-staleness 0, so each side is handed all threads while it works (`Cluster.threads`).
+staleness 0, so each side has threads for all of them (`Cluster.threads`), and idle ones sleep.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from tatar_dist.config import Config
-from tatar_dist.errors import UserError
+from tatar_dist.errors import RunError, UserError
 from tatar_dist.learner.actor import Learner
 from tatar_dist.plan import Split
 from tatar_dist.records import LearnerRow, StepReport
@@ -26,7 +27,6 @@ from tatar_dist.rollout.engine import RolloutEngine
 from tatar_dist.rollout.pool import RolloutPool
 
 COMMON_ENV = {
-    "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
     "TOKENIZERS_PARALLELISM": "false",
     # an idle OpenMP pool must not spin on cores that another process was handed
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -37,29 +37,40 @@ COMMON_ENV = {
 CPU_ENGINE_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
+class LearnersFailed(RunError):
+    """A learner died or missed its deadline."""
+
+
 class LearnerGroup:
     """All ZeRO-3 ranks, addressed as one. Learners are a unit: an error of one is the error of the step."""
 
-    def __init__(self, config: Config, actors: list[Any], threads: int) -> None:
-        self.config, self.actors, self.threads = config, actors, threads
+    def __init__(self, config: Config, actors: list[Any], threads: int, local: bool) -> None:
+        self.config, self.actors, self.threads, self.local = config, actors, threads, local
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         return self.wait([getattr(a, method).remote(*args) for a in self.actors])
 
-    def wait(self, refs: list[Any]) -> list[Any]:
+    def wait(self, refs: list[Any], timeout: float | None = None) -> list[Any]:
         """All results; the first error of any rank is raised at once, because its peers would wait for it."""
+        timeout = timeout or self.config.rollout.call_timeout_s
         pending = list(refs)
         while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=self.config.rollout.call_timeout_s)
+            done, pending = ray.wait(pending, num_returns=1, timeout=timeout)
             if not done:
                 late = [i for i, r in enumerate(refs) if r in pending]
-                raise RuntimeError(f"learner rank(s) {late} did not answer in {self.config.rollout.call_timeout_s:g} s")
-            ray.get(done)
+                raise LearnersFailed(f"learner rank(s) {late} did not answer in {timeout:g} s")
+            try:
+                ray.get(done)
+            except ray.exceptions.RayActorError as e:
+                raise LearnersFailed(f"learner rank {refs.index(done[0])} died: {str(e).splitlines()[0]}") from e
         return ray.get(refs)
 
-    def setup(self, stage: str, split: Split, total_steps: int) -> list[dict[str, Any]]:
-        master = ray.get(self.actors[0].address.remote())
-        return self._all("setup", master, stage, split.micro_batch, split.accumulation, total_steps, self.threads)
+    def setup(self, stage: str, split: Split, total_steps: int) -> None:
+        """Load the model on all ranks; every wait is bounded by `cluster.start_timeout_s`."""
+        limit = self.config.cluster.start_timeout_s
+        (master,) = self.wait([self.actors[0].address.remote(self.local)], limit)
+        arguments = (master, stage, split.micro_batch, split.accumulation, total_steps, self.threads)
+        self.wait([a.setup.remote(*arguments) for a in self.actors], limit)
 
     def sft_step(self, shards: list[list[LearnerRow]], step: int, global_tokens: int) -> StepReport:
         pairs = zip(self.actors, shards, strict=True)
@@ -71,7 +82,7 @@ class LearnerGroup:
     def grpo_step(self, shards: list[list[LearnerRow]], step: int) -> StepReport:
         n = sum(map(len, shards))
         pairs = zip(self.actors, shards, strict=True)
-        return self.wait([a.grpo_step.remote(rows, step, n, self.threads) for a, rows in pairs])[0]
+        return self.wait([a.grpo_step.remote(rows, step, n) for a, rows in pairs])[0]
 
     def weight_buckets(self, bucket_bytes: int) -> Iterator[Any]:
         """References to the buckets of rank 0, streamed while the ranks gather together."""
@@ -81,13 +92,32 @@ class LearnerGroup:
             .weight_buckets.options(num_returns="streaming", _generator_backpressure_num_objects=2)
             .remote(bucket_bytes)
         )
-        yield from lead
+        yield from self._stream(lead)
         for stream in others:
-            for _ in stream:
+            for _ in self._stream(stream):
                 pass
 
+    def _stream(self, stream: Any) -> Iterator[Any]:
+        """The references of a streaming call, each within the deadline."""
+        timeout = self.config.rollout.call_timeout_s
+        while True:
+            ready, _ = ray.wait([stream], timeout=timeout, fetch_local=False)
+            if not ready:
+                raise LearnersFailed(f"gathering weights: nothing for {timeout:g} s")
+            try:
+                yield next(stream)
+            except StopIteration:
+                return
+
     def save(self, directory: Path, export: bool = True) -> None:
+        """Every rank writes its part of a checkpoint. Raises UserError when they wrote where we cannot see it."""
         self._all("save", str(directory), export)
+        parts = ["deepspeed", "model"] if export else ["deepspeed"]
+        if missing := [p for p in parts if not (directory / p).is_dir()]:
+            raise UserError(
+                f"{directory}: the learners wrote {' and '.join(missing)} somewhere else: output must lie on a file "
+                "system that all nodes share"
+            )
 
     def load(self, directory: Path) -> None:
         self._all("load", str(directory))
@@ -101,25 +131,33 @@ def _require_token() -> None:
         ray._raylet.Config.initialize("")  # Ray cached the mode when it was imported
 
 
+def _with_absolute_model(config: Config) -> Config:
+    """Actors of a joined cluster have a working directory of their own."""
+    path = Path(config.model.path)
+    model = replace(config.model, path=str(path.resolve())) if path.is_dir() else config.model
+    return replace(config, model=model)
+
+
 class Cluster:
     """A connection to Ray and the actors made through it; closing it ends them and, if started here, Ray."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config = _with_absolute_model(config)
+        self.address = config.cluster.address or os.environ.get("RAY_ADDRESS")
         self.gpu = config.cluster.gpus_per_node > 0
         self.cores = config.cluster.threads or len(os.sched_getaffinity(0))
         self._actors: list[Any] = []
+        self._asked = {"CPU": 0.0, "GPU": 0.0}
         self._own = not ray.is_initialized()
         if self._own:
             self._start()
 
     def _start(self) -> None:
         c = self.config.cluster
-        address = c.address or os.environ.get("RAY_ADDRESS")
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
-            if address:
-                ray.init(address=address, **quiet)
+            if self.address:
+                ray.init(address=self.address, **quiet)
                 return
             _require_token()
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -131,7 +169,9 @@ class Cluster:
                 **quiet,
             )
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as e:
-            raise UserError(f"Ray did not start: {str(e).strip().splitlines()[0]} (cluster.address={address})") from e
+            raise UserError(
+                f"Ray did not start: {str(e).strip().splitlines()[0]} (cluster.address={self.address})"
+            ) from e
 
     def threads(self, processes: int) -> int:
         """CPU threads for each of `processes` equal processes that work at the same time."""
@@ -140,28 +180,50 @@ class Cluster:
     def _actor(self, cls: type, *args: Any, cpus: float, gpus: float = 0, env: dict[str, str] | None = None) -> Any:
         # no restarts, no retries: a restarted actor would hold initial weights and answer as if nothing had happened
         remote: Any = ray.remote(cls)
-        variables = {**COMMON_ENV, **(env or {}), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        variables = {**COMMON_ENV, **(env or {})}
+        if Path(self.config.model.path).is_dir():
+            variables["HF_HUB_OFFLINE"] = "1"  # there is nothing to ask the hub for
+        if not self.address:  # elsewhere, paths are that machine's or that job's own
+            variables["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         actor = remote.options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, runtime_env={"env_vars": variables}
         ).remote(*args)
         self._actors.append(actor)
         return actor
 
+    def _reserve(self, what: str, count: int, cpus: float, gpus: int) -> None:
+        """Raises UserError where Ray could never place the actors: it would leave them waiting without a word."""
+        has = ray.cluster_resources()
+        for resource, amount, key in (("GPU", gpus, "cluster.gpus_per_node"), ("CPU", cpus, "cluster.*_cpus")):
+            self._asked[resource] += amount * count
+            if self._asked[resource] > has.get(resource, 0.0):
+                raise UserError(
+                    f"{count} {what} and what was started before need {self._asked[resource]:g} {resource}s, Ray has "
+                    f"{has.get(resource, 0.0):g}: add nodes, or lower cluster.learners, rollout.engines or {key}"
+                )
+
     def learners(self, count: int) -> LearnerGroup:
         c = self.config.cluster
+        self._reserve("learner(s)", count, c.learner_cpus, int(self.gpu))
         threads = self.threads(count)
         env = {} if self.gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         env |= {"OMP_NUM_THREADS": str(threads)}
-        if not c.address:
+        if not self.address:
             env |= {"GLOO_SOCKET_IFNAME": "lo"}
         actors = [
             self._actor(Learner, self.config, rank, count, cpus=c.learner_cpus, gpus=int(self.gpu), env=env)
             for rank in range(count)
         ]
-        return LearnerGroup(self.config, actors, threads)
+        return LearnerGroup(self.config, actors, threads, local=not self.address)
 
     def engines(self, count: int, version: int = 0, cls: type[RolloutEngine] = RolloutEngine) -> RolloutPool:
         r = self.config.rollout
+        if r.tensor_parallel > 1:
+            raise UserError(
+                f"rollout.tensor_parallel={r.tensor_parallel}: only 1 runs so far; use more engines, each on one GPU"
+            )
+        gpus = r.tensor_parallel if self.gpu else 0
+        self._reserve("engine(s)", count, self.config.cluster.engine_cpus, gpus)
         env = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "ERROR",
@@ -170,7 +232,6 @@ class Cluster:
             "OMP_NUM_THREADS": str(self.threads(count)),
             **({} if self.gpu else CPU_ENGINE_ENV),
         }
-        gpus = r.tensor_parallel if self.gpu else 0
         actors = [
             self._actor(cls, self.config, i, cpus=self.config.cluster.engine_cpus, gpus=gpus, env=env)
             for i in range(count)
@@ -178,7 +239,7 @@ class Cluster:
         return RolloutPool(self.config, actors, version)
 
     def reward_actor(self) -> Any:
-        return self._actor(RewardScorer, self.config.reward, self.config.grpo, cpus=0.5)
+        return self._actor(RewardScorer, self.config.reward, self.config.grpo, cpus=0)
 
     def release(self) -> None:
         """End the actors made through this object; Ray stays."""
@@ -186,6 +247,7 @@ class Cluster:
             with contextlib.suppress(Exception):  # one that died already needs no killing
                 ray.kill(actor)
         self._actors.clear()
+        self._asked = dict.fromkeys(self._asked, 0.0)
 
     def close(self) -> None:
         self.release()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class DataConfig:
     iqa_fraction: float = 0.5  # share of IQA samples in a batch
     min_rank_pool: int = 2  # IAA images per data set that a GRPO batch must hold
     max_prompt_tokens: int = 3072  # longer prompts are rejected, never truncated
-    eval_limit: int | None = None  # samples per task in an evaluation, also of a running GRPO; null = all
+    eval_limit: int | None = None  # samples per data set in an evaluation, also of a running GRPO; null = all
 
 
 @dataclass
@@ -218,6 +219,57 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
 
 
+AT_LEAST_ONE = (  # those that are null mean "no limit" and pass
+    "cluster.nodes",
+    "cluster.object_store_mib",
+    "data.eval_limit",
+    "sft.global_batch",
+    "sft.micro_batch",
+    "sft.max_steps",
+    "grpo.prompts_per_step",
+    "grpo.micro_batch",
+    "grpo.inner_iterations",
+    "grpo.max_steps",
+    "rollout.tensor_parallel",
+    "rollout.max_new_tokens",
+    "rollout.max_num_seqs",
+    "rollout.bucket_mib",
+)
+ABOVE_ZERO = ("cluster.learner_cpus", "cluster.engine_cpus", "rollout.call_timeout_s")
+NOT_NEGATIVE = (
+    "cluster.learners",
+    "cluster.gpus_per_node",
+    "sft.eval_every",
+    "sft.optim.lr",
+    "sft.optim.warmup_steps",
+    "grpo.eval_every",
+    "grpo.kl_beta",
+    "grpo.clip_low",
+    "grpo.clip_high",
+    "grpo.advantage_eps",
+    "grpo.logprob_gap_limit",
+    "grpo.optim.lr",
+    "grpo.optim.warmup_steps",
+    "rollout.engines",
+    "evaluate.samples",
+    "checkpoint.every",
+)
+
+
+def _check_ranges(c: Config) -> None:
+    """The tables above. Comparisons are negated, so that NaN is refused too."""
+    get = {key: attrgetter(key)(c) for key in (*AT_LEAST_ONE, *ABOVE_ZERO, *NOT_NEGATIVE)}
+    for key in AT_LEAST_ONE:
+        if get[key] is not None and not get[key] >= 1:
+            raise UserError(f"{key}={get[key]}: must be at least 1")
+    for key in ABOVE_ZERO:
+        if not get[key] > 0:
+            raise UserError(f"{key}={get[key]}: must be above 0")
+    for key in NOT_NEGATIVE:
+        if not get[key] >= 0:
+            raise UserError(f"{key}={get[key]}: must not be negative")
+
+
 def check(c: Config) -> None:
     """Rules that types cannot say. Raises UserError naming the key."""
     _one_of("model.dtype", c.model.dtype, ("bfloat16", "float32"))
@@ -226,32 +278,17 @@ def check(c: Config) -> None:
     for stage, optim in (("sft", c.sft.optim), ("grpo", c.grpo.optim)):
         _one_of(f"{stage}.optim.name", optim.name, ("adamw", "sgd"))
         _one_of(f"{stage}.optim.schedule", optim.schedule, ("linear", "cosine", "constant"))
-        if optim.lr < 0:
-            raise UserError(f"{stage}.optim.lr={optim.lr}: must not be negative")
         for part, factor in optim.lr_scale.items():
             if factor < 0:
                 raise UserError(f"{stage}.optim.lr_scale.{part}={factor}: must not be negative")
-    positive = {
-        "cluster.nodes": c.cluster.nodes,
-        "rollout.tensor_parallel": c.rollout.tensor_parallel,
-        "rollout.max_new_tokens": c.rollout.max_new_tokens,
-        "sft.global_batch": c.sft.global_batch,
-        "sft.micro_batch": c.sft.micro_batch,
-        "grpo.prompts_per_step": c.grpo.prompts_per_step,
-        "grpo.micro_batch": c.grpo.micro_batch,
-        "grpo.inner_iterations": c.grpo.inner_iterations,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise UserError(f"{key}={value}: must be at least 1")
-    counts = {
-        "cluster.learners": c.cluster.learners,
-        "cluster.gpus_per_node": c.cluster.gpus_per_node,
-        "rollout.engines": c.rollout.engines,
-    }
-    for key, value in counts.items():
-        if value < 0:
-            raise UserError(f"{key}={value}: must not be negative")
+    _check_ranges(c)
+    if c.data.min_rank_pool < 2:
+        raise UserError(f"data.min_rank_pool={c.data.min_rank_pool}: ranking needs at least 2 images")
+    if c.rollout.max_new_tokens >= c.rollout.max_model_len:
+        raise UserError(
+            f"rollout.max_new_tokens={c.rollout.max_new_tokens} leaves no room for a prompt: "
+            f"rollout.max_model_len={c.rollout.max_model_len} holds both"
+        )
     if c.grpo.group_size < 2:
         raise UserError(
             f"grpo.group_size={c.grpo.group_size}: a group needs at least 2 completions to have an advantage"

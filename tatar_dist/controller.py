@@ -35,8 +35,9 @@ def run(config: Config) -> None:
         source = PromptSource(config, directory)
         sampler = make_sampler(config)
         total = g.max_steps or max(1, round(g.epochs * sampler.steps_per_epoch(g.prompts_per_step)))
-        checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
-        found = checkpoints.latest() if config.checkpoint.resume else None
+        checkpoints = Checkpoints(directory.path.absolute(), config.checkpoint.keep)
+        same = {"stage": "grpo", "learners": plan.learners, "model.path": config.model.path}
+        found = checkpoints.resume(same) if config.checkpoint.resume else None
         first = found[1]["step"] if found else 0
         directory.rewind(first)
         if first >= total:
@@ -57,7 +58,7 @@ def run(config: Config) -> None:
                 progress.update(step + 1, metrics)
                 done = step + 1 == total or stop.requested
                 if done or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
-                    checkpoints.save(step + 1, {"stage": "grpo", "sampler": sampler.state_dict()}, learners.save)
+                    checkpoints.save(step + 1, {"same": same, "sampler": sampler.state_dict()}, learners.save)
                 if stop.requested and step + 1 < total:
                     raise Interrupted(f"stopped after step {step + 1} of {total}; the same command continues there")
 
@@ -95,12 +96,12 @@ def _step(
     groups = pool.generate(prompts, sampling)
     t1 = time.perf_counter()
     scored, metrics = ray.get(scorer.score.remote(groups))
+    directory.rollouts(step, scored)  # before anything can go wrong with the update: they are its evidence
     t2 = time.perf_counter()
     report = learners.grpo_step(shard_groups(scored, len(learners.actors)), step)
     t3 = time.perf_counter()
     sync = pool.push(learners.weight_buckets(r.bucket_mib << 20), step + 1)
     end = time.perf_counter()
-    directory.rollouts(step, scored)
     tokens = sum(len(c.token_ids) for s in scored for c in s.group.completions)
     return {
         **metrics,

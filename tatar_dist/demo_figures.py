@@ -23,7 +23,6 @@ from tatar_dist.evaluate.metrics import srcc
 
 MODELS = {"base": "baseline", "sft": "sft_eval", "grpo": "grpo_eval"}  # model -> the directory of its evaluation
 TASKS = ("iqa", "iaa")
-OWN_TERM = {"iqa": "gaussian", "iaa": "thurstone"}
 TERMS = {"iqa": ("gaussian", "format", "length"), "iaa": ("thurstone", "format", "length")}
 
 

@@ -1,7 +1,8 @@
 """Where prompts come from: samples in, rendered prompts and training rows out, broken samples left behind.
 
-A sample whose image cannot be read, or whose prompt is too long, is quarantined once and replaced by the next of its
-data set; it never comes back. Prompts are never truncated. Runs in the controller; images stay encoded bytes.
+A sample whose image cannot be read, whose prompt is too long, or that is no supervised target where one is needed, is
+quarantined once and replaced by the next of its data set; it never comes back. Nothing is ever truncated. Runs in the
+controller; images stay encoded bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,8 @@ class PromptSource:
     def _chat(self, messages: list[dict[str, Any]]) -> str:
         return self.backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    def problem(self, sample: Sample | str) -> str | None:
-        """Why a sample cannot be used, or None."""
+    def problem(self, sample: Sample | str, supervised: bool = False) -> str | None:
+        """Why a sample cannot be used, as a prompt or as a supervised row, or None."""
         if isinstance(sample, str):
             return sample
         try:
@@ -62,7 +64,20 @@ class PromptSource:
         except (UnreadableImage, ValueError) as e:  # ValueError: more than 200 times as wide as high, or the reverse
             return str(e)
         limit = self.config.data.max_prompt_tokens
-        return f"prompt of {tokens} tokens is over data.max_prompt_tokens={limit}" if tokens > limit else None
+        if tokens > limit:
+            return f"prompt of {tokens} tokens is over data.max_prompt_tokens={limit}"
+        return self._target_problem(sample, tokens) if supervised else None
+
+    def _target_problem(self, sample: Sample, prompt_tokens: int) -> str | None:
+        """Why nothing can be learned from the sample's answer, or None."""
+        if not sample.rationale or not sample.rationale.strip():
+            return "no rationale"
+        try:
+            tokens = prompt_tokens + len(self.sft_row(sample).completion_ids)
+        except UserError as e:  # a tag of the answer format in the rationale
+            return str(e)
+        limit = self.config.sft.max_tokens
+        return f"prompt and answer of {tokens} tokens are over sft.max_tokens={limit}" if tokens > limit else None
 
     @staticmethod
     def _read(sampler: PromptSampler, ref: Ref) -> Sample | str:
@@ -76,40 +91,43 @@ class PromptSource:
         """The sampler's next n samples, all usable; the others are quarantined and replaced."""
         refs = sampler.next_batch(n)
         read = [self._read(sampler, ref) for ref in refs]  # one thread: a Parquet file is not safe to share
+        check = partial(self.problem, supervised=sampler.supervised)
         with ThreadPoolExecutor(CHECK_THREADS) as threads:
-            problems = list(threads.map(self.problem, read))
+            problems = list(threads.map(check, read))
         for i in range(n):
             while problems[i] is not None:
                 where = sampler.manifests[refs[i][0]].path
                 self.run.quarantine(sampler.sample_id(refs[i]), str(where), str(problems[i]))
                 refs[i] = sampler.replace(refs[i], refs)
                 read[i] = self._read(sampler, refs[i])
-                problems[i] = self.problem(read[i])
+                problems[i] = check(read[i])
         return [s for s in read if isinstance(s, Sample)]
 
-    def held_out(self, manifests: Sequence[Manifest], per_task: int | None) -> list[Sample]:
-        """The first usable `per_task` samples of each task (None = all), in manifest order."""
-        taken = {"iqa": 0, "iaa": 0}
+    def held_out(
+        self, manifests: Sequence[Manifest], per_dataset: int | None, supervised: bool = False
+    ) -> list[Sample]:
+        """The first usable `per_dataset` samples of each data set (None = all), in manifest order."""
+        taken: Counter[str] = Counter()
         result = []
         for manifest in manifests:
-            for i, task in enumerate(manifest.tasks):
-                if per_task is not None and taken[task] >= per_task:
+            for i, dataset in enumerate(manifest.datasets):
+                if per_dataset is not None and taken[dataset] >= per_dataset:
                     continue
                 try:
                     sample = manifest.get(i)
-                    problem = self.problem(sample)
+                    problem = self.problem(sample, supervised)
                 except UnreadableImage as e:
                     problem = str(e)
                 if problem is not None:
                     self.run.quarantine(manifest.sample_ids[i], str(manifest.path), problem)
-                    self.missing[manifest.datasets[i]] += 1
+                    self.missing[dataset] += 1
                     continue
-                taken[task] += 1
+                taken[dataset] += 1
                 result.append(sample)
         return result
 
     def held_out_prompts(self) -> list[Prompt]:
-        """Prompts of `data.eval_limit` validation samples of each task; none without a manifest."""
+        """Prompts of `data.eval_limit` validation samples of each data set; none without a manifest."""
         if not self.config.data.validation:
             return []
         manifests = read_manifests(self.config.data.validation, "data.validation")

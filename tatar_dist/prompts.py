@@ -48,11 +48,6 @@ class Parsed:
     out_of_range: bool = False
     reason: str | None = None
 
-    @property
-    def score(self) -> float | None:
-        """The value clamped to [0, 100], as rewards and metrics use it; None when unparsed."""
-        return None if self.value is None else min(max(self.value, SCORE_MIN), SCORE_MAX)
-
 
 def _body(text: str) -> str:
     """The text without blanks and end-of-turn tokens at its end."""

@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an engine is asked: the sample and its rendered chat text. `seed` keys the group's sampling."""
+    """What an engine is asked: the sample and its rendered chat text. `group_id` names its group within the run."""
 
     sample: Sample
     text: str

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ class RunDirectory:
             raise UserError(f"output={self.path}: another process is running in this directory") from None
         (self.path / "config.yaml").write_text(to_yaml(config))
         self._writer: Any = None
+        self._quarantined: set[tuple[str, str]] | None = None  # (sample id, manifest), once read
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -59,12 +61,15 @@ class RunDirectory:
 
     def _replace(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         beside = self.path / f".{name}"
-        beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        beside.write_text("".join(_line(row) for row in rows))
         os.replace(beside, self.path / name)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far; a line cut off by a crash is dropped."""
-        file = self.path / "metrics.jsonl"
+        """The lines of metrics.jsonl so far, None for values not finite; one cut off by a crash is dropped."""
+        return self._rows("metrics.jsonl")
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        file = self.path / name
         rows = []
         for line in file.read_text().splitlines() if file.exists() else []:
             try:
@@ -74,24 +79,39 @@ class RunDirectory:
         return rows
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line to metrics.jsonl and the same scalars to TensorBoard."""
+        """Append one line to metrics.jsonl, and to TensorBoard the same scalars except those that are not finite."""
         with open(self.path / "metrics.jsonl", "a") as f:
-            f.write(json.dumps({"step": step, **metrics}) + "\n")
+            f.write(_line({"step": step, **metrics}))
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.path / "tensorboard"))
+            # purge_step: what an earlier process wrote of the steps that are run again is hidden
+            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, step)
 
     def quarantine(self, sample_id: str, where: str, reason: str) -> None:
-        """Note a sample that cannot be used; the run goes on without it."""
+        """Note a sample that cannot be used, once, however often the run is resumed; the run goes on without it."""
+        if self._quarantined is None:
+            rows = self._rows("quarantine.jsonl")
+            self._replace("quarantine.jsonl", rows)  # the next line must not be glued to one cut off by a crash
+            self._quarantined = {(row["sample_id"], row["manifest"]) for row in rows}
+        if (sample_id, where) in self._quarantined:
+            return
+        self._quarantined.add((sample_id, where))
         with open(self.path / "quarantine.jsonl", "a") as f:
-            f.write(json.dumps({"sample_id": sample_id, "manifest": where, "reason": reason}) + "\n")
+            f.write(_line({"sample_id": sample_id, "manifest": where, "reason": reason}))
 
     def rollouts(self, step: int, scored: Sequence[ScoredGroup]) -> None:
         """Write every completion of a step with its reward terms, as one Parquet file."""
         write_rollouts(self.path / "rollouts" / f"step_{step:06d}.parquet", step, scored)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """One line of JSON, which has no NaN or infinity: such a value becomes null."""
+    values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(values, allow_nan=False) + "\n"
 
 
 def write_rollouts(path: Path, step: int, scored: Sequence[ScoredGroup]) -> None:

@@ -12,17 +12,17 @@ import time
 from tatar_dist.checkpoint import Checkpoints
 from tatar_dist.cluster import Cluster, LearnerGroup
 from tatar_dist.config import Config
-from tatar_dist.data.sampler import sft_sampler
+from tatar_dist.data.sampler import check_rationales, sft_sampler
 from tatar_dist.errors import UserError
 from tatar_dist.interrupts import Interrupted, Interrupts
 from tatar_dist.learner.sharding import shard_rows
 from tatar_dist.plan import resolve
 from tatar_dist.progress import Progress
 from tatar_dist.prompt_source import PromptSource, read_manifests
-from tatar_dist.records import LearnerRow
+from tatar_dist.records import LearnerRow, Sample
 from tatar_dist.run_directory import RunDirectory
 
-EVAL_ROWS_PER_TASK = 64  # held-out rows behind eval/loss: a curve, not a verdict
+EVAL_ROWS_PER_DATASET = 64  # held-out rows behind eval/loss: a curve, not a verdict
 
 
 def run(config: Config) -> None:
@@ -32,8 +32,9 @@ def run(config: Config) -> None:
         source = PromptSource(config, directory)
         sampler = sft_sampler(read_manifests(config.data.train, "data.train"), config.seed, config.data.iqa_fraction)
         total = s.max_steps or max(1, round(s.epochs * sampler.steps_per_epoch(s.global_batch)))
-        checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
-        found = checkpoints.latest() if config.checkpoint.resume else None
+        checkpoints = Checkpoints(directory.path.absolute(), config.checkpoint.keep)
+        same = {"stage": "sft", "learners": plan.learners, "model.path": config.model.path}
+        found = checkpoints.resume(same) if config.checkpoint.resume else None
         first = found[1]["step"] if found else 0
         directory.rewind(first)
         if first >= total:
@@ -48,7 +49,7 @@ def run(config: Config) -> None:
             progress.ready()
             for step in range(first, total):
                 start = time.perf_counter()
-                rows = [_row(source, sample, s.max_tokens) for sample in source.samples(sampler, s.global_batch)]
+                rows = [source.sft_row(sample) for sample in source.samples(sampler, s.global_batch)]
                 tokens = sum(len(r.completion_ids) for r in rows)
                 report = learners.sft_step(shard_rows(rows, plan.learners), step, tokens)
                 seconds = time.perf_counter() - start
@@ -64,32 +65,35 @@ def run(config: Config) -> None:
                 directory.log(step, metrics)
                 progress.update(step + 1, metrics)
                 if last or stop.requested or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
-                    checkpoints.save(step + 1, {"stage": "sft", "sampler": sampler.state_dict()}, learners.save)
+                    checkpoints.save(step + 1, {"same": same, "sampler": sampler.state_dict()}, learners.save)
                 if stop.requested and not last:
                     raise Interrupted(f"stopped after step {step + 1} of {total}; the same command continues there")
 
 
-def _row(source: PromptSource, sample, max_tokens: int) -> LearnerRow:
-    if not sample.rationale:
-        raise UserError(f"{sample.dataset}/{sample.sample_id}: no rationale; SFT needs the manifest's rationale column")
-    row = source.sft_row(sample)
-    if len(row.completion_ids) > max_tokens:
-        raise UserError(
-            f"{sample.dataset}/{sample.sample_id}: an answer of {len(row.completion_ids)} tokens is over "
-            f"sft.max_tokens={max_tokens}"
-        )
-    return row
-
-
 def _held_out(config: Config, source: PromptSource, multiple: int) -> list[LearnerRow]:
-    """Validation rows in a number that divides evenly over ranks and micro-batches; none without a manifest."""
+    """Validation rows in a number that divides evenly over ranks and micro-batches; none without a manifest.
+
+    Data sets are interleaved, each spread over the whole, so that the cut to that number takes from all alike.
+
+    Raises:
+        UserError: fewer usable rows than one such number, or a manifest without any rationale.
+    """
     if not config.data.validation:
         return []
-    samples = source.held_out(read_manifests(config.data.validation, "data.validation"), EVAL_ROWS_PER_TASK)
-    rows = [source.sft_row(s) for s in samples if s.rationale]
-    by_task = [[r for r in rows if r.task == t] for t in ("iqa", "iaa")]
-    mixed = [r for pair in zip(*by_task, strict=False) for r in pair] if all(by_task) else rows
-    return mixed[: len(mixed) // multiple * multiple]
+    manifests = read_manifests(config.data.validation, "data.validation")
+    check_rationales(manifests)
+    samples = source.held_out(manifests, EVAL_ROWS_PER_DATASET, supervised=True)
+    if len(samples) < multiple:
+        raise UserError(
+            f"data.validation has {len(samples)} usable rows, the held-out loss needs at least {multiple} (learners x "
+            "micro-batch): name more, or lower sft.micro_batch, or set data.validation=[]"
+        )
+    sets: dict[str, list[Sample]] = {}
+    for s in samples:
+        sets.setdefault(s.dataset, []).append(s)
+    placed = [(i / len(rows), s) for rows in sets.values() for i, s in enumerate(rows)]
+    spread = [s for _, s in sorted(placed, key=lambda p: p[0])]
+    return [source.sft_row(s) for s in spread[: len(spread) // multiple * multiple]]
 
 
 def _held_out_loss(learners: LearnerGroup, rows: list[LearnerRow]) -> dict[str, float]:

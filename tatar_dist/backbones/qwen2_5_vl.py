@@ -39,9 +39,12 @@ class Backbone:
         from transformers import AutoProcessor
 
         self.config = config
-        self.processor = AutoProcessor.from_pretrained(
-            config.path, min_pixels=config.min_pixels, max_pixels=config.max_pixels
-        )
+        try:
+            self.processor = AutoProcessor.from_pretrained(
+                config.path, min_pixels=config.min_pixels, max_pixels=config.max_pixels
+            )
+        except OSError as e:  # transformers explains at length
+            raise UserError(f"model.path={config.path}: neither a model directory nor a model the hub can give") from e
         self.tokenizer = self.processor.tokenizer
 
     @staticmethod

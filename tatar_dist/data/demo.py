@@ -11,10 +11,12 @@ Each sample depends on (seed, split, task, index) alone, so any number of proces
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -128,6 +130,14 @@ def _rows(span: tuple[Task, str, int, int], seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _end_with(parent: int) -> None:
+    """In a worker: have Linux kill it when its parent dies, or it would wait for work for ever."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before this was asked for
+        os._exit(1)
+
+
 def make_demo(
     output: Path,
     seed: int = 0,
@@ -161,7 +171,8 @@ def make_demo(
     stamp.unlink(missing_ok=True)  # while files of two recipes may lie together, nothing may say "complete"
     workers = workers or len(os.sched_getaffinity(0))
     # spawn: the caller may hold threads (torch, Ray) that a forked child would inherit dead.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         for task in TASKS:
             for split, n in sizes.items():
                 spans = [(task, split, a, min(a + 64, n)) for a in range(0, n, 64)]

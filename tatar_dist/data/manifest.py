@@ -110,20 +110,19 @@ class _Index:
     dataset: list[str]
     task: list[str]
     score: np.ndarray
-    split: list[str]
 
 
 class Manifest:
     """A checked manifest: `len`, index columns as attributes, `get(i)` for a whole sample.
 
-    Attributes: `path`, `sample_ids`, `datasets`, `tasks`, `splits` (lists of str) and `scores` ((n,) float64, 0-100).
+    Attributes: `path`, `sample_ids`, `datasets`, `tasks` (lists of str) and `scores` ((n,) float64, 0-100).
     Pickles (open file and cache stay behind), so that Ray may carry it.
     """
 
     def __init__(self, path: Path, index: _Index, group_starts: np.ndarray, columns: tuple[str, ...]):
         self.path = path
         self.sample_ids, self.datasets, self.tasks = index.sample_id, index.dataset, index.task
-        self.scores, self.splits = index.score, index.split
+        self.scores = index.score
         self._starts = group_starts
         self._columns = columns
         self._file: pq.ParquetFile | None = None
@@ -168,6 +167,14 @@ class Manifest:
         if not isinstance(value, dict):
             raise UserError(f"{self.path}: row {i}, column {column}: must be a JSON object")
         return value
+
+    def has_rationales(self) -> bool:
+        """Whether any row holds one; reads no other column, and no further than the first."""
+        if "rationale" not in self._columns:
+            return False
+        with pq.ParquetFile(self.path) as file:
+            texts = (t for batch in file.iter_batches(columns=["rationale"]) for t in batch.column(0).to_pylist())
+            return any(t and t.strip() for t in texts)
 
     def get(self, i: int) -> Sample:
         """Row i with its encoded image.
@@ -268,4 +275,4 @@ def _check_rows(path: Path, table: pa.Table) -> _Index:
         if sample_id in seen:
             raise UserError(f"{path}: row {i}, column sample_id: {sample_id!r} was used in row {seen[sample_id]}")
         seen[sample_id] = i
-    return _Index(columns["sample_id"], columns["dataset"], columns["task"], scores, columns["split"])
+    return _Index(columns["sample_id"], columns["dataset"], columns["task"], scores)

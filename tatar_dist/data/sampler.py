@@ -67,12 +67,13 @@ class PromptSampler:
         seed: keys every permutation.
         iqa_fraction: share of IQA rows in a batch (rounded to a whole number, half to even, like `config.check`). A
             task with no data leaves its share to the other only if its share is 0 % or 100 %; otherwise it is an error.
-        min_rank_pool: IAA images that a batch must hold, all of one data set; 1 switches the ranking rules off (SFT).
-        one_iaa_dataset: draw a batch's IAA rows from one data set (GRPO) or from all in proportion (SFT).
+        min_rank_pool: IAA images that a batch must hold, all of one data set.
+        supervised: the rows are training targets (SFT): nothing is ranked, IAA data sets are mixed in proportion.
 
     Raises:
         UserError: a task without data, an IAA data set with fewer images than `min_rank_pool` or with all scores equal,
-            one data set name used for two tasks, the same (data set, sample_id) twice.
+            one data set name used for two tasks, the same (data set, sample_id) twice; supervised, a manifest without
+            any rationale.
     """
 
     def __init__(
@@ -81,13 +82,13 @@ class PromptSampler:
         seed: int,
         iqa_fraction: float = 0.5,
         min_rank_pool: int = 2,
-        one_iaa_dataset: bool = True,
+        supervised: bool = False,
     ):
         self.manifests = list(manifests)
         self.seed = seed
         self.iqa_fraction = iqa_fraction
         self.min_rank_pool = min_rank_pool
-        self.one_iaa_dataset = one_iaa_dataset
+        self.supervised = supervised
         self._excluded: set[tuple[str, str]] = set()
         self._live: dict[str, tuple[int, bool]] = {}  # data set -> usable rows, and whether their scores differ
         self._pools = self._build()
@@ -98,13 +99,11 @@ class PromptSampler:
                     f"no {task} samples ({where}), yet data.iqa_fraction={iqa_fraction} asks for some: "
                     f"add a manifest to data.train or set data.iqa_fraction={0.0 if task == 'iqa' else 1.0}"
                 )
-        if self.ranks and iqa_fraction < 1:
+        if supervised:
+            check_rationales(self.manifests)
+        elif iqa_fraction < 1:
             for pool in self._of("iaa"):
                 self._check_rankable(pool)
-
-    @property
-    def ranks(self) -> bool:
-        return self.min_rank_pool > 1
 
     def _build(self) -> list[_Pool]:
         pools: dict[str, _Pool] = {}
@@ -191,13 +190,13 @@ class PromptSampler:
         Raises UserError when n leaves too few IAA rows to rank, or exclusions leave too few samples.
         """
         n_iqa, n_iaa = self.counts(n)
-        if self.ranks and 0 < n_iaa < self.min_rank_pool:
+        if not self.supervised and 0 < n_iaa < self.min_rank_pool:
             raise UserError(f"a batch of {n} holds {n_iaa} IAA image(s), ranking needs {self.min_rank_pool}")
         taken: set[Ref] = set()
         batch = []
         for _ in range(n_iqa):
             batch.append(self._next_row(self._owed(self._of("iqa"), 1), taken))
-        if n_iaa and self.one_iaa_dataset:
+        if n_iaa and not self.supervised:
             batch += self._rankable_part(n_iaa, taken)
         else:
             for _ in range(n_iaa):
@@ -207,7 +206,7 @@ class PromptSampler:
     def _rankable_part(self, n: int, taken: set[Ref]) -> list[Ref]:
         """n rows of the data set whose turn it is; the next one owed when it has not n usable rows."""
         pools = self._of("iaa")
-        able = [p for p in pools if self._usable(p)[0] >= n and (self._usable(p)[1] or not self.ranks)]
+        able = [p for p in pools if self._usable(p)[0] >= n and self._usable(p)[1]]
         if not able:
             largest = max(self._usable(p)[0] for p in pools)
             raise UserError(
@@ -216,10 +215,6 @@ class PromptSampler:
             )
         pool = self._owed(able, n)
         return [self._next_row(pool, taken) for _ in range(n)]
-
-    def next_samples(self, n: int) -> list[Sample]:
-        """`next_batch` with the samples read."""
-        return [self.get(ref) for ref in self.next_batch(n)]
 
     def steps_per_epoch(self, n: int) -> int:
         """Batches of n after which the larger task, at its share of a batch, has been seen once (at least 1)."""
@@ -266,6 +261,13 @@ class PromptSampler:
         self._live.clear()
 
 
+def check_rationales(manifests: Iterable[Manifest]) -> None:
+    """Raise UserError for a manifest none of whose rows can be a supervised target."""
+    for manifest in manifests:
+        if not manifest.has_rationales():
+            raise UserError(f"{manifest.path}: column rationale: no row has one, and SFT learns from them")
+
+
 def sft_sampler(manifests: Iterable[Manifest], seed: int, iqa_fraction: float) -> PromptSampler:
     """A sampler for supervised batches: same walk, no ranking rules, IAA data sets mixed within a batch."""
-    return PromptSampler(list(manifests), seed, iqa_fraction, min_rank_pool=1, one_iaa_dataset=False)
+    return PromptSampler(list(manifests), seed, iqa_fraction, supervised=True)

@@ -89,7 +89,8 @@ def evaluate_prompts(
     if e.samples:
         sampling = Sampling(e.samples, config.rollout.temperature, limit, e.seed, REWARD_STEP)
         scored: list[ScoredGroup]
-        scored, result["rewards"] = ray.get(scorer.score.remote(pool.generate(prompts, sampling)))
+        groups = pool.generate(prompts, sampling, lambda n: advance(0))
+        scored, result["rewards"] = ray.get(scorer.score.remote(groups))
         write_rollouts(output / "sampled.parquet", 0, scored)
     result["seconds"] = time.perf_counter() - start
     (output / "metrics.json").write_text(json.dumps(result, indent=1))

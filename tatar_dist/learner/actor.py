@@ -6,7 +6,9 @@ The controller sends every rank its rows of one global batch; all ranks make the
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -14,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from tatar_dist.config import Config
+from tatar_dist.errors import RunError, UserError
 from tatar_dist.records import LearnerRow, StepReport
 
+FULL_DISK = 16 << 20  # bytes free under which a failed write is put down to the disk
 
-class WeightsOutOfSync(RuntimeError):
+
+class WeightsOutOfSync(RunError):
     """The engine's log-probabilities are not the learner's: the engine samples from other weights."""
 
 
@@ -33,11 +38,9 @@ class Learner:
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
         self.config, self.rank, self.world_size = config, rank, world_size
 
-    def address(self) -> tuple[str, int]:
-        """(IP, free port) where rank 0 can listen."""
+    def address(self, local: bool) -> tuple[str, int]:
+        """(IP, free port) where rank 0 can listen; loopback when all ranks are on this machine."""
         import ray
-
-        from tatar_dist.errors import UserError
 
         port = self.config.cluster.master_port
         if port:
@@ -47,7 +50,7 @@ class Learner:
                 except OSError as e:
                     where = f"cluster.master_port={port}: {e.strerror} on {socket.gethostname()}"
                     raise UserError(f"{where}; choose another, or 0 for a free one") from None
-        return ray.util.get_node_ip_address(), port or free_port()
+        return "127.0.0.1" if local else ray.util.get_node_ip_address(), port or free_port()
 
     def setup(
         self, master: tuple[str, int], stage: str, micro_batch: int, accumulation: int, total_steps: int, threads: int
@@ -67,6 +70,11 @@ class Learner:
 
         torch.set_num_threads(threads)
         torch.manual_seed(self.config.seed)
+        if self.config.cluster.gpus_per_node and not torch.cuda.is_available():
+            raise UserError(
+                f"cluster.gpus_per_node={self.config.cluster.gpus_per_node}, but torch sees no GPU on "
+                f"{socket.gethostname()}: install with DEVICE=cuda, or set 0 for the CPU"
+            )
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         init_process_group(self.device, self.config.rollout.call_timeout_s)
         self.stage_config: Any = getattr(self.config, stage)
@@ -125,7 +133,7 @@ class Learner:
         self.zero3.engine.train()
         return self.zero3.all_reduce(sums)
 
-    def grpo_step(self, rows: Sequence[LearnerRow], step: int, global_rows: int, threads: int) -> StepReport:
+    def grpo_step(self, rows: Sequence[LearnerRow], step: int, global_rows: int) -> StepReport:
         """Clipped policy loss and k3 KL on this rank's completions, `inner_iterations` times.
 
         Before the (first) update the engine's log-probabilities are compared with the learner's on all tokens of the
@@ -141,7 +149,6 @@ class Learner:
         from tatar_dist.learner.schedule import learning_rate
 
         start = time.perf_counter()
-        torch.set_num_threads(threads)
         g = self.config.grpo
         lr = learning_rate(g.optim, step, self.total_steps)
         self.zero3.set_learning_rate(lr)
@@ -224,14 +231,14 @@ class Learner:
 
     def save(self, directory: str, export: bool) -> None:
         """Write this rank's training state into DIRECTORY/deepspeed, the Hugging Face model into DIRECTORY/model."""
-        self.zero3.save(Path(directory), {"rank": self.rank})
-        if export:
-            self.zero3.export(Path(directory) / "model")
+        try:
+            self.zero3.save(Path(directory))
+            if export:
+                self.zero3.export(Path(directory) / "model")
+        except Exception as e:  # the writers of torch and safetensors say "no space" in words of their own
+            if shutil.disk_usage(Path(directory).parent).free < FULL_DISK:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), directory) from e
+            raise
 
     def load(self, directory: str) -> None:
         self.zero3.load(Path(directory))
-
-    def set_threads(self, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)

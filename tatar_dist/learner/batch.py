@@ -13,6 +13,7 @@ import torch
 
 from tatar_dist.backbones.qwen2_5_vl import Backbone, EncodedPrompt
 from tatar_dist.data.manifest import decode_image
+from tatar_dist.errors import RunError
 from tatar_dist.records import LearnerRow
 
 
@@ -42,7 +43,7 @@ class MicroBatch:
         return MicroBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
 
-class PromptMismatch(RuntimeError):
+class PromptMismatch(RunError):
     """Engine and learner tokenised one prompt differently: the log-probabilities would be of different texts."""
 
 

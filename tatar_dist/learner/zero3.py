@@ -158,16 +158,15 @@ class Zero3:
                     torch.cuda.synchronize()
             yield from full
 
-    def save(self, directory: Path, client_state: dict[str, Any]) -> None:
+    def save(self, directory: Path) -> None:
         """Write this rank's shards of weights, master weights and optimizer under `directory`. Collective."""
-        self.engine.save_checkpoint(str(directory), tag=DEEPSPEED_TAG, client_state=client_state, save_latest=False)
+        self.engine.save_checkpoint(str(directory), tag=DEEPSPEED_TAG, save_latest=False)
 
-    def load(self, directory: Path) -> dict[str, Any]:
-        """Restore what `save` wrote, at the same number of ranks. Collective. Returns the client state."""
-        path, state = self.engine.load_checkpoint(str(directory), tag=DEEPSPEED_TAG)
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote, at the same number of ranks. Collective."""
+        path, _ = self.engine.load_checkpoint(str(directory), tag=DEEPSPEED_TAG)
         if path is None:
             raise RuntimeError(f"{directory}: DeepSpeed found nothing to load")
-        return dict(state)
 
     def export(self, directory: Path) -> None:
         """Write a Hugging Face model directory (safetensors, processor, generation config). Collective."""

@@ -16,12 +16,13 @@ from typing import Any
 
 from tatar_dist.config import Config
 from tatar_dist.data.manifest import decode_image
+from tatar_dist.errors import RunError
 from tatar_dist.records import Completion, Group, Prompt
 
 FORBIDDEN_BIAS = -100.0  # vLLM's smallest logit bias; exp(-100) is 0 beside any sampled token in float32
 
 
-class WrongWeightVersion(RuntimeError):
+class WrongWeightVersion(RunError):
     """The engine was asked for completions of a weight version that it does not hold."""
 
 
@@ -90,11 +91,6 @@ class RolloutEngine:
         self.forbidden = family(m.family)(m).forbidden_ids()
         self.version = version
         return {"engine": self.index, "pid": os.getpid(), "seconds": time.perf_counter() - start}
-
-    def set_threads(self, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Group]:
         """Sample `sampling.n` completions for each prompt, in one batch.

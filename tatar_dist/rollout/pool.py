@@ -13,11 +13,12 @@ from typing import Any
 import ray
 
 from tatar_dist.config import Config
+from tatar_dist.errors import RunError
 from tatar_dist.records import Group, Prompt
 from tatar_dist.rollout.engine import Sampling
 
 
-class EngineFailed(RuntimeError):
+class EngineFailed(RunError):
     """An engine died or missed its deadline."""
 
 
@@ -28,19 +29,21 @@ class RolloutPool:
         self.config, self.engines, self.version = config, list(engines), version
         self.timeout = config.rollout.call_timeout_s
 
-    def _get(self, refs: Sequence[Any], doing: str) -> list[Any]:
-        """Results of one call per engine, in engine order. Names the engines that died or are late."""
-        ready, late = ray.wait(list(refs), num_returns=len(refs), timeout=self.timeout)
-        if late:
-            names = [i for i, ref in enumerate(refs) if ref in late]
-            raise EngineFailed(f"{doing}: engine(s) {names} did not answer within {self.timeout:g} s")
-        results = []
-        for i, ref in enumerate(refs):
+    def _get(self, refs: Sequence[Any], doing: str, timeout: float | None = None) -> list[Any]:
+        """Results of one call per engine, in engine order. The first that fails, or all that are late, are named."""
+        timeout = timeout or self.timeout
+        waiting = list(refs)
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=timeout)
+            if not done:
+                names = [i for i, ref in enumerate(refs) if ref in waiting]
+                raise EngineFailed(f"{doing}: engine(s) {names} did not answer within {timeout:g} s")
             try:
-                results.append(ray.get(ref))
+                ray.get(done[0])
             except ray.exceptions.RayActorError as e:
-                raise EngineFailed(f"{doing}: engine {i} died: {str(e).splitlines()[0]}") from e
-        return results
+                engine = list(refs).index(done[0])
+                raise EngineFailed(f"{doing}: engine {engine} died: {str(e).splitlines()[0]}") from e
+        return ray.get(list(refs))
 
     def start(self, threads: int) -> list[Any]:
         """Begin to load the model on every engine; hand the result to `started`."""
@@ -48,7 +51,7 @@ class RolloutPool:
 
     def started(self, refs: list[Any]) -> list[dict[str, Any]]:
         """Wait until every engine is ready."""
-        return self._get(refs, "starting engines")
+        return self._get(refs, "starting engines", self.config.cluster.start_timeout_s)
 
     def chunks(self, prompts: Sequence[Prompt], n: int) -> list[list[Prompt]]:
         """Prompts by engine call: one in deterministic mode, else enough to fill an engine, at most its share."""
@@ -106,6 +109,3 @@ class RolloutPool:
         self._get([e.finish_update.remote() for e in self.engines], "finishing a weight push")
         self.version = version
         return {"sync/seconds": time.perf_counter() - start, "sync/bytes": float(sent)}
-
-    def set_threads(self, threads: int) -> None:
-        self._get([e.set_threads.remote(threads) for e in self.engines], "handing over threads")

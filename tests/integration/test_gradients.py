@@ -16,6 +16,8 @@ from tatar_dist.sync.source import from_wire
 # Huge on purpose: the update swamps the weight it is subtracted from, so that (after - before) / lr is the gradient
 # to full float32 precision.
 LR = 1e4
+WARMUP = 10**8  # steps; what the learning rate of an early step is follows from it
+MOVING = 10**3  # at this step it is 0.1: enough to take the policy away from its reference
 PROMPT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -50,15 +52,18 @@ def gradients(config, ranks: int, directory) -> dict[str, dict[str, np.ndarray]]
     config.cluster.learners = ranks
     with Cluster(config) as cluster:
         learners = cluster.learners(ranks)
-        learners.setup("grpo", resolve(config, "grpo").split, 1)
+        learners.setup("grpo", resolve(config, "grpo").split, WARMUP)
+        tokens = sum(len(r.completion_ids) for r in rows)
+        learners.sft_step(shard_rows(rows, ranks), MOVING, tokens)
         start = directory / f"start-{ranks}"
         learners.save(start, False)
         before = weights(learners)
-        learners.sft_step(shard_rows(rows, ranks), 0, sum(len(r.completion_ids) for r in rows))
+        learners.sft_step(shard_rows(rows, ranks), WARMUP, tokens)
         sft = weights(learners)
         learners.load(start)
         assert all(np.array_equal(v, before[n]) for n, v in weights(learners).items())
-        learners.grpo_step(shard_rows(rows, ranks), 0)
+        report = learners.grpo_step(shard_rows(rows, ranks), WARMUP)
+        assert report.metrics["loss/kl"] > 1e-5  # or the reference would have no part in the gradient
         grpo = weights(learners)
     return {
         "sft": {n: (before[n] - v) / LR for n, v in sft.items()},
@@ -75,6 +80,9 @@ def test_two_learners_have_the_gradients_of_one(micro, model_untied, make_config
         f"grpo.micro_batch={micro}",
         "grpo.optim.name=sgd",
         f"grpo.optim.lr={LR}",
+        f"grpo.optim.warmup_steps={WARMUP}",
+        "grpo.optim.schedule=constant",
+        "grpo.kl_beta=1",
         "grpo.optim.clip_norm=0",
         "grpo.logprob_gap_limit=1000",  # the rows' sampled log-probabilities are made up
     )

@@ -76,7 +76,8 @@ def test_ctrl_c_leaves_no_process_and_a_checkpoint_that_resumes(run_at_step_two,
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "continues from there" in errors.splitlines()[-1]
+    assert "stopping at the next safe point" in errors
+    assert "the same command continues there" in errors.splitlines()[-1]
     wait_for(lambda: not processes(mark), 30, "the end of all processes")
     state = json.loads((output / "checkpoints" / "latest" / "state.json").read_text())
     done = state["step"]

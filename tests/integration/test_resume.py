@@ -6,8 +6,10 @@ import dataclasses
 import shutil
 
 import pyarrow.parquet as pq
+import pytest
 
-from tatar_dist import controller
+from tatar_dist import controller, sft
+from tatar_dist.errors import UserError
 from tatar_dist.run_directory import RunDirectory
 
 WALL_CLOCK = ("time/", "perf/", "sync/seconds")
@@ -48,3 +50,21 @@ def test_resumed_grpo_equals_uninterrupted_grpo_to_the_bit(model_untied, make_co
     for step in (2, 3):
         name = f"rollouts/step_{step:06d}.parquet"
         assert pq.read_table(other / name).equals(pq.read_table(tmp_path / "run" / name))
+
+
+def test_resumed_sft_equals_uninterrupted_sft_to_the_bit(model_tied, make_config, tmp_path):
+    words = ("sft.max_steps=4", "sft.global_batch=8", "sft.optim.lr=0.003", "checkpoint.every=2", "checkpoint.keep=9")
+    config = make_config(model_tied, *words)
+    sft.run(config)
+    whole = lines(config)
+    other = tmp_path / "resumed"
+    shutil.copytree(config.output, other, symlinks=True)
+    shutil.rmtree(other / "checkpoints" / "step_000004")
+    resumed = dataclasses.replace(config, output=str(other))
+    sft.run(resumed)
+    assert lines(resumed) == whole and len(whole) == 4
+    final = "checkpoints/step_000004/model/model.safetensors"
+    assert (other / final).read_bytes() == (tmp_path / "run" / final).read_bytes()
+
+    with pytest.raises(UserError, match="stage=sft, this one has stage=grpo"):
+        controller.run(resumed)

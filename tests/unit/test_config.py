@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tatar_dist.config import Config, known_keys, load_config, to_yaml
+from tatar_dist.config import ABOVE_ZERO, AT_LEAST_ONE, NOT_NEGATIVE, Config, known_keys, load_config, to_yaml
 from tatar_dist.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -66,18 +66,49 @@ def test_missing_value_missing_file_and_broken_yaml_are_named(tmp_path):
         "model.dtype=float16",
         "grpo.group_size=1",
         "grpo.staleness=1",
-        "sft.micro_batch=0",
-        "cluster.learners=-1",
-        "rollout.engines=-2",
         "data.iqa_fraction=1.5",
+        "data.min_rank_pool=1",
         "rollout.temperature=0",
-        "sft.optim.lr=-1",
+        "sft.optim.lr_scale={norm: -1}",
         "reward.preset=tatr",
     ],
 )
 def test_impossible_value_is_refused_by_name(word):
     with pytest.raises(UserError, match=word.split("=")[0].rsplit(".", 1)[-1]):
         load_config([], [*MINIMAL, word])
+
+
+@pytest.mark.parametrize("key", AT_LEAST_ONE)
+def test_what_must_be_at_least_one_is_refused_below(key):
+    with pytest.raises(UserError, match=f"^{key}=0: must be at least 1$"):
+        load_config([], [*MINIMAL, f"{key}=0"])
+
+
+@pytest.mark.parametrize("key", ABOVE_ZERO)
+@pytest.mark.parametrize("value", ["0.0", "-1.0", "nan"])
+def test_what_must_be_above_zero_is_refused_at_zero_and_below(key, value):
+    with pytest.raises(UserError, match=f"^{key}={value}: must be above 0$"):
+        load_config([], [*MINIMAL, f"{key}=.nan" if value == "nan" else f"{key}={value}"])
+
+
+@pytest.mark.parametrize("key", NOT_NEGATIVE)
+def test_what_must_not_be_negative_is_refused_below_zero_and_taken_at_zero(key):
+    load_config([], [*MINIMAL, f"{key}=0"])
+    with pytest.raises(UserError, match=f"^{key}=-1(.0)?: must not be negative$"):
+        load_config([], [*MINIMAL, f"{key}=-1"])
+
+
+@pytest.mark.parametrize("key", ["sft.max_steps", "grpo.max_steps", "data.eval_limit"])
+def test_a_limit_may_be_absent_or_one(key):
+    for value in ("null", "1"):
+        load_config([], [*MINIMAL, f"{key}={value}"])
+
+
+def test_answers_that_fill_the_context_are_refused_and_a_generous_prompt_limit_is_not():
+    words = [*MINIMAL, "rollout.max_model_len=512", "data.max_prompt_tokens=500"]
+    load_config([], [*words, "rollout.max_new_tokens=511"])
+    with pytest.raises(UserError, match="^rollout.max_new_tokens=512 .*rollout.max_model_len=512"):
+        load_config([], [*words, "rollout.max_new_tokens=512"])
 
 
 def test_zero_learners_and_engines_mean_automatic():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import time
+import uuid
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,11 +71,51 @@ def test_the_same_seed_gives_the_same_bytes_with_any_number_of_processes(tmp_pat
         assert (tmp_path / f"a/{name}.parquet").read_bytes() == (tmp_path / f"b/{name}.parquet").read_bytes()
         manifest = read_manifest(tmp_path / f"a/{name}.parquet")
         task, split = name.split("_")
-        assert len(manifest) == counts[name] and set(manifest.splits) == {split} and set(manifest.tasks) == {task}
+        assert len(manifest) == counts[name] and set(manifest.tasks) == {task}
         sample = manifest.get(5)
         crop = make_crop(task, split, 5, seed=3)
         assert np.array_equal(np.asarray(decode_image(sample.image, "x")), crop.pixels)
-        assert (sample.score, sample.rationale, sample.meta) == (crop.score, crop.rationale, crop.meta)
+        assert (sample.split, sample.score, sample.rationale) == (split, crop.score, crop.rationale)
+        assert sample.meta == crop.meta
+
+
+def marked(mark: str) -> list[str]:
+    """Command lines of living processes that inherited an environment variable MARK=mark."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if command and f"MARK={mark}".encode() in (directory / "environ").read_bytes():  # a zombie has no command
+                found.append(command[:100])
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(condition, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.1)
+
+
+def test_a_killed_parent_leaves_no_worker_behind(tmp_path):
+    mark = uuid.uuid4().hex
+    code = (
+        "import sys; from pathlib import Path; from tatar_dist.data.demo import make_demo\n"
+        "if __name__ == '__main__': make_demo(Path(sys.argv[1]), train=20_000, workers=2)\n"
+    )
+    (tmp_path / "make.py").write_text(code)
+    out = tmp_path / "out"
+    command = [sys.executable, str(tmp_path / "make.py"), str(out)]
+    parent = subprocess.Popen(command, env={**os.environ, "MARK": mark, "PYTHONPATH": os.getcwd()})
+    try:
+        wait_until(lambda: any(f.stat().st_size > 10_000 for f in out.glob(".iqa_train*")), 60, "the first rows")
+        assert len(marked(mark)) >= 4, marked(mark)  # the parent, the resource tracker, two workers
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not marked(mark), 10, "the end of all processes")
 
 
 def test_a_set_already_made_is_kept_and_another_recipe_replaces_it(tmp_path):

@@ -59,7 +59,7 @@ def test_evaluation_gives_every_gpu_to_engines():
 
 def test_cpu_demo_needs_no_gpus():
     p = resolve(load_config([str(CONFIGS / "demo.yaml")], ["output=x"]), "grpo")
-    assert (p.learners, p.engines, p.gpus_used, p.steps) == (2, 1, 0, 30)
+    assert (p.learners, p.engines, p.gpus_used, p.steps) == (2, 1, 0, 120)
     assert p.split.ranks * p.split.accumulation * p.split.micro_batch == 64
 
 

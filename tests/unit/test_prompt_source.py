@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
+pytest.importorskip("ray")
 
 from PIL import Image  # noqa: E402
 
@@ -25,6 +26,7 @@ from tatar_dist.errors import UserError  # noqa: E402
 from tatar_dist.prompt_source import PromptSource, read_manifests  # noqa: E402
 from tatar_dist.prompts import answer_text  # noqa: E402
 from tatar_dist.run_directory import RunDirectory  # noqa: E402
+from tatar_dist.sft import _held_out  # noqa: E402
 from tatar_dist.tiny.build import Sizes, build  # noqa: E402
 
 PROMPTS = Path(__file__).parents[2] / "configs" / "prompts.yaml"
@@ -188,7 +190,14 @@ def test_group_ids_name_step_data_set_and_sample_and_come_sorted(make_source, tm
         assert p.text.count("<|image_pad|>") == 1 and p.text.endswith("<|im_start|>assistant\n")
 
 
-def test_held_out_samples_are_the_first_usable_ones_of_each_task(make_source, tmp_path):
+def test_a_limit_of_held_out_samples_takes_from_every_data_set(make_source, tmp_path):
+    rows = [row(i, dataset=name, sample_id=f"{name}-{i}") for name in ("a", "b") for i in range(3)]
+    write_manifest(tmp_path / "m.parquet", rows)
+    found = make_source().held_out([read_manifest(tmp_path / "m.parquet")], 2)
+    assert [s.sample_id for s in found] == ["a-0", "a-1", "b-0", "b-1"]  # both sets are of one task
+
+
+def test_held_out_samples_are_the_first_usable_ones_of_each_data_set(make_source, tmp_path):
     rows = [row(i) for i in range(5)] + [row(i, "iaa") for i in range(3)]
     rows[0]["image_bytes"] = b"broken"
     rows[6] |= {"image_bytes": None, "image": "gone.png"}
@@ -210,6 +219,62 @@ def test_a_supervised_row_is_the_whole_answer_and_its_end_of_turn(make_source, t
         assert text == answer_text(sample.rationale, sample.score) + "<|im_end|>"
         assert made.image_id == f"set-iqa/{sample.sample_id}" and made.image == sample.image
         assert made.prompt_text == source.prompt(sample, "g").text and made.sampled_logprobs is None
+
+
+def test_rows_that_are_no_supervised_targets_are_quarantined_and_replaced(make_source, tmp_path):
+    rows = [row(i) for i in range(6)]
+    rows[1]["rationale"] = None
+    rows[2]["rationale"] = " "
+    rows[4]["rationale"] = "view " * 300
+    rows[5]["rationale"] = "as <answer>1</answer> says"
+    write_manifest(tmp_path / "m.parquet", rows)
+    manifest = read_manifest(tmp_path / "m.parquet")
+    source, sampler = make_source("sft.max_tokens=400"), sft_sampler([manifest], 0, 1.0)
+    assert {s.sample_id for _ in range(4) for s in source.samples(sampler, 2)} == {"iqa-0", "iqa-3"}
+    found = {i: r["reason"] for i, r in quarantined(tmp_path).items()}
+    assert set(found) == {"iqa-1", "iqa-2", "iqa-4", "iqa-5"} and found["iqa-1"] == found["iqa-2"] == "no rationale"
+    assert "over sft.max_tokens=400" in found["iqa-4"] and "'<answer>'" in found["iqa-5"]
+    assert [s.sample_id for s in source.held_out([manifest], None, supervised=True)] == ["iqa-0", "iqa-3"]
+    assert len(source.held_out([manifest], None)) == 6  # as prompts all of them will do
+
+
+def test_the_length_of_a_supervised_row_is_prompt_image_and_answer(make_source, tmp_path):
+    write_manifest(tmp_path / "m.parquet", [row(0, image_bytes=png(0, (2 * SIDE, SIDE)))])
+    sample = read_manifest(tmp_path / "m.parquet").get(0)
+    source = make_source()
+    made = source.sft_row(sample)
+    prompt = source.backbone.encode_prompt(made.prompt_text, decode_image(sample.image, ""))
+    source.config.sft.max_tokens = exact = len(prompt.ids) + len(made.completion_ids)
+    assert source.problem(sample, supervised=True) is None
+    source.config.sft.max_tokens = exact - 1
+    assert source.problem(sample, supervised=True) == (
+        f"prompt and answer of {exact} tokens are over sft.max_tokens={exact - 1}"
+    )
+    assert source.problem(sample) is None
+
+
+def held_out_rows(source: PromptSource, multiple: int) -> list[str]:
+    return [r.image_id for r in _held_out(source.config, source, multiple)]
+
+
+def test_held_out_rows_are_cut_to_the_multiple_from_all_data_sets_alike(make_source, tmp_path):
+    assert held_out_rows(make_source(), 4) == []  # no manifest, no held-out loss
+    rows = [row(i, dataset="a") for i in range(6)] + [row(i, "iaa", dataset="b") for i in range(3)]
+    rows[0]["rationale"] = None
+    write_manifest(tmp_path / "v.parquet", rows)
+    source = make_source(f"data.validation=[{tmp_path / 'v.parquet'}]", f"output={tmp_path / 'other'}")
+    ids = held_out_rows(source, 4)  # 8 are usable
+    assert sorted(ids) == [f"a/iqa-{i}" for i in range(1, 6)] + [f"b/iaa-{i}" for i in range(3)]
+    assert held_out_rows(source, 3) == ["a/iqa-1", "b/iaa-0", "a/iqa-2", "b/iaa-1", "a/iqa-3", "a/iqa-4"]
+    with pytest.raises(UserError, match="data.validation has 8 usable rows, the held-out loss needs at least 9 "):
+        held_out_rows(source, 9)
+
+
+def test_validation_without_any_rationale_is_refused_by_manifest_and_column(make_source, tmp_path):
+    write_manifest(tmp_path / "v.parquet", [row(i, rationale=None) for i in range(3)])
+    source = make_source(f"data.validation=[{tmp_path / 'v.parquet'}]")
+    with pytest.raises(UserError, match="v.parquet: column rationale: no row has one"):
+        held_out_rows(source, 1)
 
 
 def test_no_manifest_at_all_is_said_by_its_key():

@@ -61,7 +61,7 @@ def test_strict_takes_one_bare_number_in_one_block(text, value):
 )
 def test_strict_refuses_everything_else_with_a_reason(text):
     result = parse(text)
-    assert result.value is None and result.score is None and result.reason and not result.out_of_range
+    assert result.value is None and result.reason and not result.out_of_range
 
 
 @pytest.mark.parametrize(
@@ -87,10 +87,10 @@ def test_lenient_still_refuses_what_is_no_finite_number(text):
     assert parse(text, strict=False).value is None
 
 
-def test_out_of_range_keeps_the_raw_value_and_clamps_the_score():
+def test_out_of_range_keeps_the_raw_value_and_is_flagged():
     above, below, inside = parse("<answer>120</answer>"), parse("<answer>-1</answer>"), parse("<answer>100</answer>")
-    assert (above.value, above.score, above.out_of_range) == (120.0, 100.0, True)
-    assert (below.value, below.score, below.out_of_range) == (-1.0, 0.0, True)
+    assert (above.value, above.out_of_range) == (120.0, True)
+    assert (below.value, below.out_of_range) == (-1.0, True)
     assert not inside.out_of_range
 
 

@@ -332,9 +332,18 @@ def test_a_loss_that_is_no_number_fails_a_check_and_draws_no_point(tmp_path):
     rows = sft_rows()
     rows[4]["loss/total"] = float("nan")
     rows[5]["loss/total"] = float("inf")
+    rows[6]["loss/total"] = None  # how a run writes the two above
     page = report(lines(tmp_path, rows))
-    assert "SFT loss and gradients finite: not at 2 steps" in page.text
+    assert "SFT loss and gradients finite: not at 3 steps" in page.text
     assert all("nan" not in a["d"].lower() and "inf" not in a["d"].lower() for a in page.of("path"))
+
+
+@pytest.mark.parametrize("rows", [sft_rows, grpo_rows])
+def test_a_run_whose_metrics_are_all_null_has_a_page(tmp_path, rows):
+    names = {k for r in rows() for k in r if k != "step"} | {"eval/set-iqa/srcc"}
+    page = report(lines(tmp_path, [{"step": i, **dict.fromkeys(names)} for i in range(6)]))
+    assert "loss and gradients finite: not at 6 steps" in page.text and not page.notes
+    assert "None" not in page.text
 
 
 def test_an_answer_without_a_score_is_counted_among_the_worst(tmp_path):

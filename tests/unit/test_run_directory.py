@@ -32,8 +32,20 @@ def scored(name: str = "a", task: str = "iqa") -> ScoredGroup:
     return ScoredGroup(group, np.array([True, False]), terms, np.array([1.75, 0.0]), np.array([0.5, -0.5]))
 
 
-def logged(path: Path) -> list[dict]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+def not_json(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def logged(path: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line, parse_constant=not_json) for line in (path / name).read_text().splitlines()]
+
+
+def scalars(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: name -> (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(path / "tensorboard")).Reload()
+    return {name: [(e.step, e.value) for e in shown.Scalars(name)] for name in shown.Tags()["scalars"]}
 
 
 def test_a_second_run_in_the_same_directory_is_refused_and_changes_nothing(tmp_path):
@@ -84,11 +96,37 @@ def test_metrics_go_to_a_line_each_and_to_tensorboard(tmp_path):
         run.log(0, {"loss/total": 2.5, "eval/loss/iqa": float("nan")})
         run.log(1, {"loss/total": 1.5})
         assert [r["step"] for r in run.metrics()] == [0, 1]
-    first, second = logged(tmp_path)
-    assert first["loss/total"] == 2.5 and first["eval/loss/iqa"] != first["eval/loss/iqa"]
-    assert second == {"step": 1, "loss/total": 1.5}
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"loss/total" in events.read_bytes()
+    assert logged(tmp_path) == [
+        {"step": 0, "loss/total": 2.5, "eval/loss/iqa": None},
+        {"step": 1, "loss/total": 1.5},
+    ]
+    assert scalars(tmp_path) == {"loss/total": [(0, 2.5), (1, 1.5)]}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
+def test_a_value_that_is_not_finite_is_null_in_the_metrics_and_absent_from_tensorboard(tmp_path, value):
+    with RunDirectory(config(tmp_path)) as run:
+        run.log(0, {"a": value, "b": 1.0})
+        run.rewind(1)
+        run.log(1, {"a": 2.0, "b": value})
+    assert logged(tmp_path) == [{"step": 0, "a": None, "b": 1.0}, {"step": 1, "a": 2.0, "b": None}]
+    assert scalars(tmp_path) == {"a": [(1, 2.0)], "b": [(0, 1.0)]}
+
+
+def test_metrics_with_nan_of_an_earlier_version_are_read_and_rewritten_as_null(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "a": NaN}\n{"step": 1, "a": -Infinity}\n')
+    with RunDirectory(config(tmp_path)) as run:
+        run.rewind(1)
+    assert logged(tmp_path) == [{"step": 0, "a": None}]
+
+
+def test_tensorboard_shows_a_step_that_was_run_again_once(tmp_path):
+    for first, value in ((0, 1.0), (2, 9.0)):  # the first process was killed three steps after its checkpoint
+        with RunDirectory(config(tmp_path)) as run:
+            run.rewind(first)
+            for step in range(first, 5):
+                run.log(step, {"loss/total": value})
+    assert scalars(tmp_path) == {"loss/total": [(0, 1.0), (1, 1.0), (2, 9.0), (3, 9.0), (4, 9.0)]}
 
 
 def test_rewind_forgets_the_steps_that_will_be_run_again_and_no_others(tmp_path):
@@ -131,6 +169,20 @@ def test_quarantined_samples_are_named_with_their_manifest_and_reason(tmp_path):
         {"sample_id": "s1", "manifest": "data/a.parquet", "reason": 'cannot decode "it"\nat all'},
         {"sample_id": "é 2", "manifest": "data/b.parquet", "reason": "too long"},
     ]
+
+
+def test_a_resumed_run_does_not_quarantine_a_sample_again(tmp_path):
+    for reason in ("broken", "broken still"):
+        with RunDirectory(config(tmp_path)) as run:
+            run.quarantine("s1", "a.parquet", reason)
+            run.quarantine("s1", "b.parquet", reason)  # another sample, of the same name
+            run.quarantine("s1", "a.parquet", reason)
+    with open(tmp_path / "quarantine.jsonl", "a") as f:
+        f.write('{"sample_id": "s2", "mani')  # as a crash leaves it
+    with RunDirectory(config(tmp_path)) as run:
+        run.quarantine("s2", "a.parquet", "broken")
+    found = [(r["sample_id"], r["manifest"], r["reason"]) for r in logged(tmp_path, "quarantine.jsonl")]
+    assert found == [("s1", "a.parquet", "broken"), ("s1", "b.parquet", "broken"), ("s2", "a.parquet", "broken")]
 
 
 def test_every_completion_of_a_step_is_a_row_with_its_terms_reward_and_advantage(tmp_path):

@@ -15,9 +15,11 @@ from tatar_dist.data.sampler import PromptSampler, epoch_order, sft_sampler
 from tatar_dist.errors import UserError
 
 
-def manifest(path: Path, task: str, n: int, dataset: str | None = None, score=lambda i: float(i % 101)) -> Manifest:
+def manifest(
+    path: Path, task: str, n: int, dataset: str | None = None, score=lambda i: float(i % 101), text: str | None = "why"
+) -> Manifest:
     name = dataset or f"set-{task}"
-    same = {"dataset": name, "task": task, "image_bytes": b"x", "split": "train"}
+    same = {"dataset": name, "task": task, "image_bytes": b"x", "split": "train", "rationale": text}
     rows = ({"sample_id": f"{name}-{i}", "score": score(i), **same} for i in range(n))
     file = path / f"{name}-{task}.parquet"
     write_manifest(file, rows)
@@ -156,3 +158,16 @@ def test_supervised_batches_mix_data_sets_in_proportion(tmp_path):
     sets += [manifest(tmp_path, "iaa", 60, "large"), manifest(tmp_path, "iaa", 20, "small")]
     batch = sft_sampler(sets, seed=0, iqa_fraction=0.5).next_batch(16)
     assert Counter(sets[m].datasets[r] for m, r in batch) == {"set-iqa": 8, "large": 6, "small": 2}
+
+
+@pytest.mark.parametrize("text", [None, "", "  "])
+def test_a_manifest_without_any_rationale_is_refused_for_supervised_batches_only(tmp_path, text):
+    sets = [manifest(tmp_path, "iqa", 4), manifest(tmp_path, "iaa", 4, text=text)]
+    with pytest.raises(UserError, match="set-iaa-iaa.parquet: column rationale: no row has one"):
+        sft_sampler(sets, seed=0, iqa_fraction=0.5)
+    PromptSampler(sets, seed=0)
+
+
+def test_a_supervised_batch_needs_nothing_to_rank(tmp_path):
+    flat = manifest(tmp_path, "iaa", 4, score=lambda i: 50.0)
+    assert len(sft_sampler([manifest(tmp_path, "iqa", 4), flat], seed=0, iqa_fraction=0.5).next_batch(2)) == 2
