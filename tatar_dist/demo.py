@@ -24,7 +24,8 @@ from tatar_dist.data.demo import make_demo
 from tatar_dist.errors import UserError
 from tatar_dist.export import model_of
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+PACKAGE = Path(__file__).parent
+CONFIGS = PACKAGE.parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,9 @@ def _config(directory: Path, words: list[str]) -> Config:
         for split in ("train", "validation", "test")
     ]
     files = [str(CONFIGS / name) for name in ("sft.yaml", "grpo.yaml", "demo.yaml")]
-    return load_config(files, [f"output={directory}", *manifests, *words])
+    # the paths of demo.yaml are the checkout's; the demo may be started anywhere
+    ours = [f"model.path={PACKAGE / 'assets' / 'tiny-qwen2_5-vl'}", f"data.prompts={CONFIGS / 'prompts.yaml'}"]
+    return load_config(files, [f"output={directory}", *ours, *manifests, *words])
 
 
 def _end_with_parent() -> None:
