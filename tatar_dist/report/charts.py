@@ -199,7 +199,7 @@ def stacked_bars(x: np.ndarray, parts: Sequence[tuple[np.ndarray, str]], title: 
 def scatter(target: Sequence[float], prediction: Sequence[float], color: str, title: str, most: int = 1500) -> Markup:
     """Predictions over targets on 0-100 with the diagonal; more than `most` points are thinned evenly."""
     left, top, side = 30, 8, 162
-    width, height = left + side + 8, top + side + 22
+    width, height = left + side + 14, top + side + 22
 
     def px(value: float) -> float:
         return left + side * value / 100
