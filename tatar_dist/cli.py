@@ -58,6 +58,25 @@ def demo(
     demo_pipeline.run(output, smoke, overrides, seeds)
 
 
+@app.command(rich_help_panel=RUN)
+def probes(
+    output: Annotated[Path, typer.Option(help="Directory for data, runs, table and plots.")],
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other seeds.")] = 3,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything: shows that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The paper's controlled comparisons on the demo set: fast or slow rationales, Gaussian or Thurstone rewards.
+
+    Example: [bold]tatar-dist probes --seeds 3 --output runs/probes[/bold]
+    """
+    from tatar_dist import probes as controlled
+
+    found = controlled.run(output, seeds, smoke, overrides)
+    if as_json:
+        print(json.dumps(found))
+
+
 @data_app.callback()
 def _data() -> None:
     """Make and look at manifests, the Parquet files all stages read."""

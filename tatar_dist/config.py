@@ -11,12 +11,15 @@ import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from tatar_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from tatar_dist.rewards.presets import Preset
 
 
 @dataclass
@@ -33,12 +36,13 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
+    root: str = "."  # where relative paths of manifests start
     train: list[str] = field(default_factory=list)  # Parquet manifests
     validation: list[str] = field(default_factory=list)
     test: list[str] = field(default_factory=list)
     prompts: str = "configs/prompts.yaml"
     iqa_fraction: float = 0.5  # share of IQA samples in a batch
-    min_rank_pool: int = 2  # IAA images per data set that a GRPO batch must hold
+    min_rank_pool: int = 2  # images of one data set that a GRPO batch must hold of a task whose reward ranks
     max_prompt_tokens: int = 3072  # longer prompts are rejected, never truncated
     eval_limit: int | None = None  # samples per data set in an evaluation, also of a running GRPO; null = all
 
@@ -306,16 +310,25 @@ def check(c: Config) -> None:
             f"rollout.top_p={c.rollout.top_p}, top_k={c.rollout.top_k}: only 1.0 and -1 are available, as the loss "
             "takes the probabilities of the full softmax"
         )
-    n_iaa = c.grpo.prompts_per_step - round(c.grpo.prompts_per_step * c.data.iqa_fraction)
-    if 0 < n_iaa < c.data.min_rank_pool:
-        raise UserError(
-            f"grpo.prompts_per_step={c.grpo.prompts_per_step} holds {n_iaa} IAA image(s) a step, ranking needs "
-            f"data.min_rank_pool={c.data.min_rank_pool}: raise prompts_per_step or lower data.iqa_fraction"
-        )
-    _check_length_budget(c)
+    _check_reward(c)
 
 
-def _check_length_budget(c: Config) -> None:
+def _check_reward(c: Config) -> None:
+    """Rules that follow from the reward: batches that can rank, and room for the words it asks for."""
+    from tatar_dist.rewards.presets import load_preset
+
+    preset = load_preset(c.reward.preset, c.reward.weights, c.reward.params)
+    n_iqa = round(c.grpo.prompts_per_step * c.data.iqa_fraction)
+    for task, n in (("iqa", n_iqa), ("iaa", c.grpo.prompts_per_step - n_iqa)):
+        if task in preset.ranked_tasks and 0 < n < c.data.min_rank_pool:
+            raise UserError(
+                f"grpo.prompts_per_step={c.grpo.prompts_per_step} holds {n} {task.upper()} image(s) a step, ranking "
+                f"needs data.min_rank_pool={c.data.min_rank_pool}: raise prompts_per_step or change data.iqa_fraction"
+            )
+    _check_length_budget(c, preset)
+
+
+def _check_length_budget(c: Config, preset: Preset) -> None:
     """Refuse a generation limit under which an IAA rationale cannot reach the words the reward asks of it.
 
     The released code asks for 125 words and stops generation after about 180, tags and answer included.
@@ -323,9 +336,7 @@ def _check_length_budget(c: Config) -> None:
     from dataclasses import replace
 
     from tatar_dist.rewards.length import check_token_budget
-    from tatar_dist.rewards.presets import load_preset
 
-    preset = load_preset(c.reward.preset, c.reward.weights, c.reward.params)
     if c.data.iqa_fraction == 1.0:
         return
     if preset.weight("length") != 0 and "iaa" in preset.tasks["length"]:

@@ -23,6 +23,7 @@ from tatar_dist.plan import resolve
 from tatar_dist.progress import Progress
 from tatar_dist.prompt_source import PromptSource, read_manifests
 from tatar_dist.records import ScoredGroup
+from tatar_dist.rewards.presets import load_preset
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run_directory import RunDirectory
@@ -64,8 +65,10 @@ def run(config: Config) -> None:
 
 
 def make_sampler(config: Config) -> PromptSampler:
-    manifests = read_manifests(config.data.train, "data.train")
-    return PromptSampler(manifests, config.seed, config.data.iqa_fraction, config.data.min_rank_pool)
+    """The sampler of `data.train`; which tasks need pools that rank follows from the reward's preset."""
+    manifests, d, r = read_manifests(config.data, "train"), config.data, config.reward
+    ranked = load_preset(r.preset, r.weights, r.params).ranked_tasks
+    return PromptSampler(manifests, config.seed, d.iqa_fraction, d.min_rank_pool, ranked=ranked)
 
 
 def _start(cluster: Cluster, plan: Any, total: int) -> tuple[LearnerGroup, RolloutPool, Any]:

@@ -12,6 +12,7 @@ import ctypes
 import json
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = N
     _end_with_parent()
     out, size, words = Path(output), SMOKE if smoke else FULL, list(overrides or [])
     console = Console()
-    _same_settings(out, {"smoke": smoke, "seeds": seeds, "overrides": words})
+    same_settings(out, {"smoke": smoke, "seeds": seeds, "overrides": words})
     if seeds == 1:
         _run_one(out, size, words, console)
         return
@@ -92,7 +93,7 @@ def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = N
     console.print(f"All seeds together: {out / 'figures.md'}")
 
 
-def _same_settings(out: Path, settings: dict[str, Any]) -> None:
+def same_settings(out: Path, settings: dict[str, Any]) -> None:
     """Note the settings on the first call; later calls must have the same, or results of two would be mixed.
 
     Raises:
@@ -161,16 +162,17 @@ def _run_one(out: Path, size: Size, words: list[str], console: Console) -> None:
     console.print(f"The page with curves and a gallery: {page}")
 
 
-def _config(directory: Path, words: list[str]) -> Config:
-    data = directory.parent / "data"
-    manifests = [
-        f"data.{split}=[{','.join(str(data / f'{task}_{split}.parquet') for task in ('iqa', 'iaa'))}]"
-        for split in ("train", "validation", "test")
-    ]
-    files = [str(CONFIGS / name) for name in ("sft.yaml", "grpo.yaml", "demo.yaml")]
+def demo_config(directory: Path, data: Path, words: list[str], files: Sequence[Path] = ()) -> Config:
+    """The recipes with demo.yaml, then `files`, then `words` over them; `data` is the directory of the manifests."""
+    every = [*(CONFIGS / name for name in ("sft.yaml", "grpo.yaml", "demo.yaml")), *files]
     # the paths of demo.yaml are the checkout's; the demo may be started anywhere
-    ours = [f"model.path={PACKAGE / 'assets' / 'tiny-qwen2_5-vl'}", f"data.prompts={CONFIGS / 'prompts.yaml'}"]
-    return load_config(files, [f"output={directory}", *ours, *manifests, *words])
+    model, prompts = PACKAGE / "assets" / "tiny-qwen2_5-vl", CONFIGS / "prompts.yaml"
+    ours = [f"output={directory}", f"model.path={model}", f"data.prompts={prompts}", f"data.root={data}"]
+    return load_config([str(f) for f in every], [*ours, *words])
+
+
+def _config(directory: Path, words: list[str]) -> Config:
+    return demo_config(directory, directory.parent / "data", words)
 
 
 def _end_with_parent() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tatar_dist.backbones import family
-from tatar_dist.config import Config
+from tatar_dist.config import Config, DataConfig
 from tatar_dist.data.manifest import Manifest, UnreadableImage, decode_image, read_manifest
 from tatar_dist.data.sampler import PromptSampler, Ref
 from tatar_dist.errors import UserError
@@ -28,10 +28,12 @@ from tatar_dist.run_directory import RunDirectory
 CHECK_THREADS = 8  # decoding releases the interpreter lock
 
 
-def read_manifests(paths: Sequence[str], key: str) -> list[Manifest]:
+def read_manifests(data: DataConfig, split: str) -> list[Manifest]:
+    """The manifests of data.SPLIT, relative paths below data.root. Raises UserError when there are none."""
+    paths = getattr(data, split)
     if not paths:
-        raise UserError(f"{key} is empty: name at least one Parquet manifest")
-    return [read_manifest(Path(p)) for p in paths]
+        raise UserError(f"data.{split} is empty: name at least one Parquet manifest")
+    return [read_manifest(Path(data.root) / p) for p in paths]
 
 
 class PromptSource:
@@ -130,7 +132,7 @@ class PromptSource:
         """Prompts of `data.eval_limit` validation samples of each data set; none without a manifest."""
         if not self.config.data.validation:
             return []
-        manifests = read_manifests(self.config.data.validation, "data.validation")
+        manifests = read_manifests(self.config.data, "validation")
         samples = self.held_out(manifests, self.config.data.eval_limit)
         return [self.prompt(s, f"eval/{s.dataset}/{s.sample_id}") for s in samples]
 

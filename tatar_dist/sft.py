@@ -30,7 +30,7 @@ def run(config: Config) -> None:
     plan, s = resolve(config, "sft"), config.sft
     with RunDirectory(config) as directory, Interrupts() as stop:
         source = PromptSource(config, directory)
-        sampler = sft_sampler(read_manifests(config.data.train, "data.train"), config.seed, config.data.iqa_fraction)
+        sampler = sft_sampler(read_manifests(config.data, "train"), config.seed, config.data.iqa_fraction)
         total = s.max_steps or max(1, round(s.epochs * sampler.steps_per_epoch(s.global_batch)))
         checkpoints = Checkpoints(directory.path.absolute(), config.checkpoint.keep)
         same = {"stage": "sft", "learners": plan.learners, "model.path": config.model.path}
@@ -80,7 +80,7 @@ def _held_out(config: Config, source: PromptSource, multiple: int) -> list[Learn
     """
     if not config.data.validation:
         return []
-    manifests = read_manifests(config.data.validation, "data.validation")
+    manifests = read_manifests(config.data, "validation")
     check_rationales(manifests)
     samples = source.held_out(manifests, EVAL_ROWS_PER_DATASET, supervised=True)
     if len(samples) < multiple:

@@ -1,9 +1,9 @@
 """Which samples make the next batch: task-balanced, rankable, without repeats, resumable to the position.
 
 In: manifests and a seed. Out: batches of (manifest index, row). Every data set is a pool, walked in a permutation
-keyed by (seed, pool, epoch): an epoch shows each sample once. In a GRPO batch the IAA images come from one data set,
-since ranking across data sets is meaningless; the data set with the largest part still owed takes the turn, so that
-over time each gets images in proportion to its size.
+keyed by (seed, pool, epoch): an epoch shows each sample once. In a GRPO batch the images of a task that is ranked (IAA
+by default) come from one data set, since ranking across data sets is meaningless; the data set with the largest part
+still owed takes the turn, so that over time each gets images in proportion to its size.
 A batch that cannot rank is refused here, at construction, and never becomes a silent zero reward.
 """
 
@@ -67,13 +67,14 @@ class PromptSampler:
         seed: keys every permutation.
         iqa_fraction: share of IQA rows in a batch (rounded to a whole number, half to even, like `config.check`). A
             task with no data leaves its share to the other only if its share is 0 % or 100 %; otherwise it is an error.
-        min_rank_pool: IAA images that a batch must hold, all of one data set.
-        supervised: the rows are training targets (SFT): nothing is ranked, IAA data sets are mixed in proportion.
+        min_rank_pool: images of a ranked task that a batch must hold, all of one data set.
+        ranked: the tasks whose reward compares images (`Preset.ranked_tasks`); the others mix their data sets.
+        supervised: the rows are training targets (SFT): nothing is ranked.
 
     Raises:
-        UserError: a task without data, an IAA data set with fewer images than `min_rank_pool` or with all scores equal,
-            one data set name used for two tasks, the same (data set, sample_id) twice; supervised, a manifest without
-            any rationale.
+        UserError: a task without data, a ranked data set with fewer images than `min_rank_pool` or with all scores
+            equal, one data set name used for two tasks, the same (data set, sample_id) twice; supervised, a manifest
+            without any rationale.
     """
 
     def __init__(
@@ -83,12 +84,14 @@ class PromptSampler:
         iqa_fraction: float = 0.5,
         min_rank_pool: int = 2,
         supervised: bool = False,
+        ranked: Sequence[Task] = ("iaa",),
     ):
         self.manifests = list(manifests)
         self.seed = seed
         self.iqa_fraction = iqa_fraction
         self.min_rank_pool = min_rank_pool
         self.supervised = supervised
+        self.ranked = () if supervised else tuple(ranked)
         self._excluded: set[tuple[str, str]] = set()
         self._live: dict[str, tuple[int, bool]] = {}  # data set -> usable rows, and whether their scores differ
         self._pools = self._build()
@@ -101,8 +104,8 @@ class PromptSampler:
                 )
         if supervised:
             check_rationales(self.manifests)
-        elif iqa_fraction < 1:
-            for pool in self._of("iaa"):
+        for task, share in (("iqa", iqa_fraction), ("iaa", 1 - iqa_fraction)):
+            for pool in self._of(task) if task in self.ranked and share > 0 else ():
                 self._check_rankable(pool)
 
     def _build(self) -> list[_Pool]:
@@ -138,11 +141,13 @@ class PromptSampler:
         count, differ = self._usable(pool)
         if count < self.min_rank_pool:
             raise UserError(
-                f"IAA data set {pool.dataset!r} has {count} usable image(s), "
+                f"{pool.task.upper()} data set {pool.dataset!r} has {count} usable image(s), "
                 f"ranking needs data.min_rank_pool={self.min_rank_pool}"
             )
         if not differ:
-            raise UserError(f"IAA data set {pool.dataset!r}: all scores are equal, nothing can be ranked")
+            raise UserError(
+                f"{pool.task.upper()} data set {pool.dataset!r}: all scores are equal, nothing can be ranked"
+            )
 
     def _of(self, task: str) -> list[_Pool]:
         return [p for p in self._pools if p.task == task]
@@ -185,33 +190,33 @@ class PromptSampler:
         return n_iqa, n - n_iqa
 
     def next_batch(self, n: int) -> list[Ref]:
-        """The next n rows, no row twice, IQA first; an IAA part (of one data set) has `min_rank_pool` rows or more.
+        """The next n rows, no row twice, IQA first; a ranked part (of one data set) has `min_rank_pool` rows or more.
 
-        Raises UserError when n leaves too few IAA rows to rank, or exclusions leave too few samples.
+        Raises UserError when n leaves too few rows of a ranked task, or exclusions leave too few samples.
         """
-        n_iqa, n_iaa = self.counts(n)
-        if not self.supervised and 0 < n_iaa < self.min_rank_pool:
-            raise UserError(f"a batch of {n} holds {n_iaa} IAA image(s), ranking needs {self.min_rank_pool}")
         taken: set[Ref] = set()
         batch = []
-        for _ in range(n_iqa):
-            batch.append(self._next_row(self._owed(self._of("iqa"), 1), taken))
-        if n_iaa and not self.supervised:
-            batch += self._rankable_part(n_iaa, taken)
-        else:
-            for _ in range(n_iaa):
-                batch.append(self._next_row(self._owed(self._of("iaa"), 1), taken))
+        for task, count in zip(TASKS, self.counts(n), strict=True):
+            if task in self.ranked and 0 < count < self.min_rank_pool:
+                raise UserError(
+                    f"a batch of {n} holds {count} {task.upper()} image(s), ranking needs {self.min_rank_pool}"
+                )
+            if task in self.ranked and count:
+                batch += self._rankable_part(task, count, taken)
+                continue
+            for _ in range(count):
+                batch.append(self._next_row(self._owed(self._of(task), 1), taken))
         return batch
 
-    def _rankable_part(self, n: int, taken: set[Ref]) -> list[Ref]:
+    def _rankable_part(self, task: Task, n: int, taken: set[Ref]) -> list[Ref]:
         """n rows of the data set whose turn it is; the next one owed when it has not n usable rows."""
-        pools = self._of("iaa")
+        pools = self._of(task)
         able = [p for p in pools if self._usable(p)[0] >= n and self._usable(p)[1]]
         if not able:
             largest = max(self._usable(p)[0] for p in pools)
             raise UserError(
-                f"a batch needs {n} images of one IAA data set, with scores that differ; the largest has {largest} "
-                f"usable ({len(self._excluded)} sample(s) quarantined): lower grpo.prompts_per_step"
+                f"a batch needs {n} images of one {task.upper()} data set, with scores that differ; the largest has "
+                f"{largest} usable ({len(self._excluded)} sample(s) quarantined): lower grpo.prompts_per_step"
             )
         pool = self._owed(able, n)
         return [self._next_row(pool, taken) for _ in range(n)]

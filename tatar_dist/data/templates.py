@@ -1,7 +1,8 @@
 """The words of the demo: rationales and attribute texts, from what was really applied or measured.
 
 IQA: exactly two sentences, 30-50 words, naming the one or two distortions and their strength. IAA: one narrative of
-128-150 words through the eight attributes in the method's order, each with a graded word. Words count as whitespace
+128-150 words through the eight attributes in the method's order, each with a graded word. For the controlled probes
+each task also has the other task's style: a long narrative for IQA, two sentences for IAA. Words count as whitespace
 tokens. No number ever appears. Wording varies with the generator given; the vocabulary is kept small (well under
 700 words over both tasks) so that a 1024-token tokenizer covers it at about a token per word.
 """
@@ -166,3 +167,74 @@ def iaa_rationale(attributes: dict[str, float], scene: str, score: float, rng: n
     """One narrative of 128-150 words through the eight attributes in order."""
     words = _graded(attributes, score) | {"scene": scene}
     return " ".join(_pick(options, rng).format(**words) for options in _NARRATIVE)
+
+
+# The slow style for IQA: what a deliberate look at each kind of distortion finds. 16-19 words each.
+_INSPECTION: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("over_exposure",),
+        "In the bright areas of this {scene} photo I see {how} over exposure, judged by how they wash out.",
+    ),
+    (
+        ("under_exposure",),
+        "In the dark areas of the picture I see {how} under exposure, judged by how they sink into black.",
+    ),
+    (("low_contrast",), "When I look at the tones as a whole, there is {how} low contrast that makes them flat."),
+    (
+        ("gaussian_blur", "motion_blur"),
+        "When I look at the fine detail, the edges show {how} blur, judged by how soft they look here.",
+    ),
+    (("noise",), "In the smooth areas of the frame I see {how} random noise, judged by how grainy they look."),
+    (
+        ("pixelation", "jpeg"),
+        "Around the edges there is {how} damage by blocks and squares, judged by how rough they look here.",
+    ),
+    (("banding",), "In the smooth tones of the frame I see {how} colour banding, judged by how they break into steps."),
+)
+_WEIGHED = (
+    "Overall, when I weigh light, tones, edges and smooth areas, the technical quality of this picture is {grade}.",
+    "In the end, with every part weighed, the technical quality of this picture is {grade} to me as a viewer.",
+)
+NONE = "no clear"
+
+
+def iqa_slow_rationale(distortions: tuple[Distortion, ...], scene: str, score: float, rng: np.random.Generator) -> str:
+    """The slow style: one narrative of 125-150 words that inspects every kind of distortion in turn."""
+    strength: dict[str, float] = {}
+    for d in distortions:
+        strength[d.family] = max(d.strength, strength.get(d.family, 0.0))
+    sentences = []
+    for families, text in _INSPECTION:
+        found = [strength[f] for f in families if f in strength]
+        how = grade_word(max(found), STRENGTH) if found else NONE
+        sentences.append(text.format(how=how, scene=scene))
+    return " ".join([*sentences, _pick(_WEIGHED, rng).format(grade=grade_word(score / 100))])
+
+
+_SEEN = {
+    "colour": "the colour",
+    "contrast": "the contrast of tones",
+    "placement": "the place of the subject",
+    "simplicity": "the calm of the background",
+    "sharpness": "the sharpness of detail",
+    "exposure": "the exposure",
+    "separation": "the way the subject stands out",
+    "harmony": "the harmony of the colours",
+}
+_BEST_WORST = (
+    "The first thing I notice in this {scene} photo is {best}, which is {b} here, next to {worst}, which is {w}.",
+    "In this {scene} picture {best} is {b} to my eye, and {worst} is rather {w} when seen as a whole.",
+)
+_BEAUTY = (
+    "Overall, with every part weighed, this is a picture of {total} beauty for the viewer.",
+    "Taken together, the light, the colour and the detail give an overall beauty that is {total} here.",
+)
+
+
+def iaa_fast_rationale(attributes: dict[str, float], scene: str, score: float, rng: np.random.Generator) -> str:
+    """The fast style: two sentences, 30-50 words, naming the best and the worst attribute."""
+    order = sorted(_SEEN, key=lambda name: attributes[name])
+    best, worst = order[-1], order[0]
+    words = {"scene": scene, "best": _SEEN[best], "worst": _SEEN[worst]}
+    words |= {"b": grade_word(attributes[best]), "w": grade_word(attributes[worst]), "total": grade_word(score / 100)}
+    return f"{_pick(_BEST_WORST, rng)} {_pick(_BEAUTY, rng)}".format(**words)

@@ -40,7 +40,7 @@ def run(config: Config) -> dict[str, Any]:
     plan = resolve(config, "evaluate")
     with RunDirectory(config) as directory, Interrupts() as stop:
         source = PromptSource(config, directory)
-        samples = source.held_out(read_manifests(config.data.test, "data.test"), config.data.eval_limit)
+        samples = source.held_out(read_manifests(config.data, "test"), config.data.eval_limit)
         if not samples:
             raise UserError("data.test: no usable sample")
         prompts = [source.prompt(s, f"eval/{s.dataset}/{s.sample_id}") for s in samples]

@@ -187,7 +187,8 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
 def _manifests(config: Mapping[str, Any], split: str) -> list[Path]:
     data = config.get("data")
     paths = data.get(split) if isinstance(data, dict) else None
-    return [p for p in map(Path, map(str, _list(paths))) if p.is_file()]
+    root = Path(str(data.get("root", "."))) if isinstance(data, dict) else Path()
+    return [p for p in (root / str(path) for path in _list(paths)) if p.is_file()]
 
 
 def _json(file: Path, notes: list[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tatar_dist.errors import UserError
-from tatar_dist.records import TASKS
+from tatar_dist.records import TASKS, Task
 from tatar_dist.rewards.binary import BinaryParams
 from tatar_dist.rewards.gaussian import GaussianParams
 from tatar_dist.rewards.length import LengthParams
@@ -53,6 +53,12 @@ class Preset:
     def active(self) -> tuple[str, ...]:
         """The terms that the reward weighs."""
         return tuple(t for t in TERMS if self.weight(t) != 0)
+
+    @property
+    def ranked_tasks(self) -> tuple[Task, ...]:
+        """The tasks whose reward compares images, so that a batch must hold several of one data set."""
+        ranking = [t for t in ("pairwise", "thurstone") if self.weight(t) != 0]
+        return tuple(task for task in TASKS if any(task in self.tasks[term] for term in ranking))
 
     def check(self) -> None:
         """Raises UserError for constants that cannot work."""

@@ -12,7 +12,20 @@ from tatar_dist.cli import app, main
 from tatar_dist.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["rewards", "metrics", "data", "sft", "grpo", "evaluate", "demo", "plan", "report", "export", "doctor"]
+COMMANDS = [
+    "rewards",
+    "metrics",
+    "data",
+    "sft",
+    "grpo",
+    "evaluate",
+    "demo",
+    "probes",
+    "plan",
+    "report",
+    "export",
+    "doctor",
+]
 
 
 def rows(n=2, **extra):

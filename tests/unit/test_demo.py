@@ -77,7 +77,7 @@ def test_the_tables_of_the_readme_name_every_seed_and_photograph(seeds):
 
 
 def test_a_demo_directory_keeps_its_settings(tmp_path):
-    demo._same_settings(tmp_path / "d", {"smoke": True, "seeds": 1, "overrides": []})
-    demo._same_settings(tmp_path / "d", {"smoke": True, "seeds": 1, "overrides": []})
+    demo.same_settings(tmp_path / "d", {"smoke": True, "seeds": 1, "overrides": []})
+    demo.same_settings(tmp_path / "d", {"smoke": True, "seeds": 1, "overrides": []})
     with pytest.raises(UserError, match="smoke=True"):
-        demo._same_settings(tmp_path / "d", {"smoke": False, "seeds": 1, "overrides": []})
+        demo.same_settings(tmp_path / "d", {"smoke": False, "seeds": 1, "overrides": []})

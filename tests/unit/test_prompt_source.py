@@ -19,7 +19,7 @@ pytest.importorskip("ray")
 
 from PIL import Image  # noqa: E402
 
-from tatar_dist.config import load_config  # noqa: E402
+from tatar_dist.config import DataConfig, load_config  # noqa: E402
 from tatar_dist.data.manifest import decode_image, read_manifest, write_manifest  # noqa: E402
 from tatar_dist.data.sampler import PromptSampler, sft_sampler  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
@@ -172,7 +172,7 @@ def test_a_quarantined_sample_does_not_take_its_namesake_of_another_data_set_alo
     rows[1]["image_bytes"] = b"broken"
     write_manifest(tmp_path / "iqa.parquet", rows)
     write_manifest(tmp_path / "iaa.parquet", [row(i, "iaa", sample_id=f"{i}") for i in range(4)])
-    manifests = read_manifests([str(tmp_path / f"{t}.parquet") for t in ("iqa", "iaa")], "data.train")
+    manifests = read_manifests(DataConfig(root=str(tmp_path), train=["iqa.parquet", "iaa.parquet"]), "train")
     source, sampler = make_source(), PromptSampler(manifests, seed=0)
     taken = [{(s.task, s.sample_id) for _ in range(4) for s in source.samples(sampler, 4)} for _ in range(2)]
     assert set(quarantined(tmp_path)) == {"1"}
@@ -279,7 +279,7 @@ def test_validation_without_any_rationale_is_refused_by_manifest_and_column(make
 
 def test_no_manifest_at_all_is_said_by_its_key():
     with pytest.raises(UserError, match="data.test is empty"):
-        read_manifests([], "data.test")
+        read_manifests(DataConfig(), "test")
 
 
 def test_a_directory_without_a_model_is_said_before_anything_is_loaded(make_source, tmp_path):
