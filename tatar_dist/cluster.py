@@ -80,9 +80,7 @@ class LearnerGroup:
         return self.wait([a.sft_loss.remote(r) for a, r in zip(self.actors, shards, strict=True)])[0]
 
     def grpo_step(self, shards: list[list[LearnerRow]], step: int) -> StepReport:
-        n = sum(map(len, shards))
-        pairs = zip(self.actors, shards, strict=True)
-        return self.wait([a.grpo_step.remote(rows, step, n) for a, rows in pairs])[0]
+        return self.wait([a.grpo_step.remote(rows, step) for a, rows in zip(self.actors, shards, strict=True)])[0]
 
     def weight_buckets(self, bucket_bytes: int) -> Iterator[Any]:
         """References to the buckets of rank 0, streamed while the ranks gather together."""

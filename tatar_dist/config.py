@@ -93,10 +93,20 @@ class GRPOConfig:
     epochs: float = 3.0
     max_steps: int | None = None
     kl_beta: float = 0.001
+    kl_schedule: str = "constant"  # constant | linear | cosine: the way from kl_beta to kl_beta_end over the run
+    kl_beta_end: float = 0.0
+    aggregation: str = "sequence-mean"  # sequence-mean | token-mean (DAPO) | constant (Dr. GRPO, max_new_tokens)
+    ratio: str = "token"  # token | sequence (GSPO, whose clips are near 3e-4)
     clip_low: float = 0.2
     clip_high: float = 0.2
+    importance: str = "off"  # off | token | sequence: correct for engine probabilities that are not the learner's
+    importance_mode: str = "truncate"  # truncate at importance_cap | mask what lies outside [1/cap, cap]
+    importance_cap: float = 2.0
+    mask_truncated: bool = False  # true: a completion cut off by max_new_tokens stays out of the loss
     advantage: str = "std"  # std | mean (Dr. GRPO) | per_term: how rewards are centred and scaled in a group
     advantage_eps: float = 1e-4  # added to the std
+    zero_std: str = "keep"  # keep | drop | refill: groups whose completions all got the same reward
+    refill_limit: int = 2  # rounds of new prompts a step for such groups, with refill; what is left is dropped
     inner_iterations: int = 1
     staleness: int = 0
     eval_every: int = 0  # steps between greedy answers on data.validation (eval/*); 0 = never
@@ -223,6 +233,15 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
 
 
+CHOICES = {  # of section grpo
+    "advantage": ("std", "mean", "per_term"),
+    "zero_std": ("keep", "drop", "refill"),
+    "aggregation": ("sequence-mean", "token-mean", "constant"),
+    "ratio": ("token", "sequence"),
+    "importance": ("off", "token", "sequence"),
+    "importance_mode": ("truncate", "mask"),
+    "kl_schedule": ("constant", "linear", "cosine"),
+}
 AT_LEAST_ONE = (  # those that are null mean "no limit" and pass
     "cluster.nodes",
     "cluster.object_store_mib",
@@ -234,6 +253,7 @@ AT_LEAST_ONE = (  # those that are null mean "no limit" and pass
     "grpo.micro_batch",
     "grpo.inner_iterations",
     "grpo.max_steps",
+    "grpo.refill_limit",
     "rollout.tensor_parallel",
     "rollout.max_new_tokens",
     "rollout.max_num_seqs",
@@ -248,6 +268,7 @@ NOT_NEGATIVE = (
     "sft.optim.warmup_steps",
     "grpo.eval_every",
     "grpo.kl_beta",
+    "grpo.kl_beta_end",
     "grpo.clip_low",
     "grpo.clip_high",
     "grpo.advantage_eps",
@@ -278,7 +299,10 @@ def check(c: Config) -> None:
     """Rules that types cannot say. Raises UserError naming the key."""
     _one_of("model.dtype", c.model.dtype, ("bfloat16", "float32"))
     _one_of("model.attention", c.model.attention, ("sdpa", "flash_attention_2", "eager"))
-    _one_of("grpo.advantage", c.grpo.advantage, ("std", "mean", "per_term"))
+    for key, allowed in CHOICES.items():
+        _one_of(f"grpo.{key}", getattr(c.grpo, key), allowed)
+    if not c.grpo.importance_cap >= 1:
+        raise UserError(f"grpo.importance_cap={c.grpo.importance_cap}: must be at least 1, the ratio of equal weights")
     for stage, optim in (("sft", c.sft.optim), ("grpo", c.grpo.optim)):
         _one_of(f"{stage}.optim.name", optim.name, ("adamw", "sgd"))
         _one_of(f"{stage}.optim.schedule", optim.schedule, ("linear", "cosine", "constant"))

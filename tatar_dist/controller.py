@@ -1,4 +1,4 @@
-"""The GRPO loop, on one screen. sampler -> engines -> reward actor -> batcher -> learners -> weights back.
+"""The GRPO loop, on one screen: sampler, engines, reward actor (collect.py), batcher, learners, engines again.
 
 In: a checked config. Out: a run directory (see run_directory.py) whose `checkpoints/latest/model` is the trained model.
 `staleness 0`: engines and learners take turns on the same weights. A run that finds a checkpoint in its directory
@@ -10,15 +10,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import ray
-
 from tatar_dist.checkpoint import Checkpoints
 from tatar_dist.cluster import Cluster, LearnerGroup
+from tatar_dist.collect import collect
 from tatar_dist.config import Config
 from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.evaluate.runner import held_out_metrics
 from tatar_dist.interrupts import Interrupted, Interrupts
-from tatar_dist.learner.sharding import shard_groups
+from tatar_dist.learner.sharding import global_weights, shard_groups
 from tatar_dist.plan import resolve
 from tatar_dist.progress import Progress
 from tatar_dist.prompt_source import PromptSource, read_manifests
@@ -95,30 +94,29 @@ def _step(
     start = time.perf_counter()
     prompts = source.batch(sampler, g.prompts_per_step, step)
     sampling = Sampling(g.group_size, r.temperature, r.max_new_tokens, config.seed, step)
+    batch = collect(g, prompts, sampling, pool, scorer, source, sampler)
+    scored = batch.scored
+    directory.rollouts(step, scored, batch.replaced)  # before anything can go wrong: they are the update's evidence
+    weights = global_weights(scored, g.aggregation, r.max_new_tokens, g.mask_truncated)
     t0 = time.perf_counter()
-    groups = pool.generate(prompts, sampling)
+    report = learners.grpo_step(shard_groups(scored, len(learners.actors), weights), step)
     t1 = time.perf_counter()
-    scored, metrics = ray.get(scorer.score.remote(groups))
-    directory.rollouts(step, scored)  # before anything can go wrong with the update: they are its evidence
-    t2 = time.perf_counter()
-    report = learners.grpo_step(shard_groups(scored, len(learners.actors)), step)
-    t3 = time.perf_counter()
     sync = pool.push(learners.weight_buckets(r.bucket_mib << 20), step + 1)
     end = time.perf_counter()
     tokens = sum(len(c.token_ids) for s in scored for c in s.group.completions)
     return {
-        **metrics,
+        **batch.metrics,
         **_completion_metrics(scored),
         **report.metrics,
         **sync,
-        "time/generate": t1 - t0,
-        "time/reward": t2 - t1,
-        "time/learn": t3 - t2,
-        "time/sync": end - t3,
+        "time/generate": batch.generate_seconds,
+        "time/reward": batch.reward_seconds,
+        "time/learn": t1 - t0,
+        "time/sync": end - t1,
         "time/step": end - start,
         "perf/tokens_per_second": tokens / (end - start),
-        "perf/rollout_idle": 1 - (t1 - t0) / (end - start),
-        "perf/learner_idle": 1 - (t3 - t2) / (end - start),
+        "perf/rollout_idle": 1 - batch.generate_seconds / (end - start),
+        "perf/learner_idle": 1 - (t1 - t0) / (end - start),
     }
 
 

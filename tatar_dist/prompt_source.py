@@ -144,6 +144,24 @@ class PromptSource:
         samples = sorted(self.samples(sampler, n), key=lambda s: (s.dataset, s.sample_id))
         return [self.prompt(s, f"{step:06d}/{s.dataset}/{s.sample_id}") for s in samples]
 
+    def more(self, like: Sequence[Prompt], asked: Sequence[Prompt], sampler: PromptSampler, step: int) -> list[Prompt]:
+        """New prompts of the data sets of `like`, one each, none asked before in this step; as many as there are."""
+        avoid = {(p.sample.dataset, p.sample.sample_id) for p in asked}
+        found: list[Prompt] = []
+        for prompt in like:
+            ref = sampler.another(prompt.sample.dataset, avoid)
+            while ref is not None:
+                avoid.add((prompt.sample.dataset, sampler.sample_id(ref)))
+                sample = self._read(sampler, ref)
+                problem = self.problem(sample)
+                if problem is None and isinstance(sample, Sample):
+                    found.append(self.prompt(sample, f"{step:06d}/{sample.dataset}/{sample.sample_id}"))
+                    break
+                self.run.quarantine(sampler.sample_id(ref), str(sampler.manifests[ref[0]].path), str(problem))
+                sampler.exclude(prompt.sample.dataset, sampler.sample_id(ref))
+                ref = sampler.another(prompt.sample.dataset, avoid)
+        return found
+
     def sft_row(self, sample: Sample) -> LearnerRow:
         """The supervised row of a sample: its rationale, its score with two decimals, the end-of-turn token."""
         answer = answer_text(sample.rationale, sample.score)

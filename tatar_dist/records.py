@@ -62,20 +62,26 @@ class Group:
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """A group with its reward terms and advantages, each a (G,) float64 array; NaN where a term does not apply."""
+    """A group with its reward terms and advantages, each a (G,) float64 array; NaN where a term does not apply.
+
+    `zero_std`: its completions all got the same, so it teaches nothing. `trained`: whether it enters the loss.
+    """
 
     group: Group
     parsed: np.ndarray
     terms: dict[str, np.ndarray]
     reward: np.ndarray
     advantage: np.ndarray
+    zero_std: bool = False
+    trained: bool = True
 
 
 @dataclass(frozen=True)
 class LearnerRow:
     """One training row: a prompt, its completion and what the loss needs to know of it.
 
-    SFT rows carry no advantage and no sampled log-probabilities. Rows with equal `image_id` inside one
+    `weight` is what each of its tokens counts in the global loss (algo/aggregation.py). SFT rows carry no advantage, no
+    weight (all tokens count the same) and no sampled log-probabilities. Rows with equal `image_id` inside one
     micro-batch share a single pass through the vision tower.
     """
 
@@ -87,6 +93,7 @@ class LearnerRow:
     advantage: float = 0.0
     sampled_logprobs: tuple[float, ...] | None = None
     prompt_token_ids: tuple[int, ...] | None = None
+    weight: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Everything a run leaves behind, and the lock that keeps two runs out of one directory.
 
-config.yaml  metrics.jsonl  tensorboard/  rollouts/step_*.parquet  checkpoints/  quarantine.jsonl  report.html
+config.yaml  metrics.jsonl  tensorboard/  rollouts/[replaced/]step_*.parquet  checkpoints/  quarantine.jsonl
+report.html
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class RunDirectory:
         """Forget metrics and rollouts of steps >= `step`: the run resumes there and will write them again."""
         kept = [line for line in self.metrics() if line["step"] < step]
         self._replace("metrics.jsonl", kept)
-        for file in (self.path / "rollouts").glob("step_*.parquet"):
+        for file in (self.path / "rollouts").rglob("step_*.parquet"):
             if int(file.stem.removeprefix("step_")) >= step:
                 file.unlink()
 
@@ -103,9 +104,16 @@ class RunDirectory:
         with open(self.path / "quarantine.jsonl", "a") as f:
             f.write(_line({"sample_id": sample_id, "manifest": where, "reason": reason}))
 
-    def rollouts(self, step: int, scored: Sequence[ScoredGroup]) -> None:
-        """Write every completion of a step with its reward terms, as one Parquet file."""
-        write_rollouts(self.path / "rollouts" / f"step_{step:06d}.parquet", step, scored)
+    def rollouts(self, step: int, scored: Sequence[ScoredGroup], replaced: Sequence[ScoredGroup] = ()) -> None:
+        """Write every completion of a step with its reward terms, as one Parquet file.
+
+        The groups that others replaced (collect.py) go to rollouts/replaced/, as they were scored before that: the
+        step's own file is the global batch that was learned from, nothing else.
+        """
+        name = f"step_{step:06d}.parquet"
+        write_rollouts(self.path / "rollouts" / name, step, scored)
+        if replaced:
+            write_rollouts(self.path / "rollouts" / "replaced" / name, step, replaced)
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -141,6 +149,7 @@ def write_rollouts(path: Path, step: int, scored: Sequence[ScoredGroup]) -> None
                     **{name: _null(values[i]) for name, values in s.terms.items()},
                     "reward": float(s.reward[i]),
                     "advantage": float(s.advantage[i]),
+                    "trained": s.trained,
                 }
             )
     path.parent.mkdir(parents=True, exist_ok=True)

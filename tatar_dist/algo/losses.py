@@ -4,15 +4,15 @@ GRPO (arXiv 2402.03300), per completion token t of row b, with r = exp(logp - ol
 
     pg_t  = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
     kl_t  = exp(ref - logp) - (ref - logp) - 1                  k3 estimator
-    loss  = sum_b row_weight_b * mean_t(pg_t + kl_beta kl_t)
+    loss  = sum_b weight_b sum_t (c_t pg_t + kl_beta kl_t)
 
-With row_weight = 1 / (rows of the global batch) this is the mean over sequences of per-sequence token means, and the
-sum over micro-batches and ranks is the global loss whatever the split; a learner whose framework averages gradients
-over ranks multiplies by the number of ranks. `reduction="sum"` takes the token sum instead of the mean: with
-row_weight = 1 / global tokens that is the token-mean loss, with 1 / (global rows * max tokens) Dr. GRPO's constant
-normaliser. `ratio="sequence"` is GSPO: r = exp(mean_t(logp - old_logp)), the same for all tokens of a row.
-Where the engine that sampled is not the learner, `engine_logp` and `importance_cap` weigh pg_t by
-min(exp(old_logp - engine_logp), cap), detached (truncated importance sampling).
+The weights are those of algo/aggregation.py, normalised over the global batch, so that the sum over micro-batches and
+ranks is the global loss whatever the split; a learner whose framework averages gradients over ranks multiplies by the
+number of ranks. `ratio: sequence` is GSPO (arXiv 2507.18071): r = exp(mean_t(logp - old_logp)) for all tokens of a row.
+
+c_t corrects for an engine that is not the learner: with w = exp(old_logp - engine_logp), of the token, or of the
+sequence (the product over its tokens), `truncate` takes c = min(w, cap), `mask` takes c = w where 1/cap <= w <= cap and
+0 elsewhere. c is detached; it does not touch the KL, and what it masks still counts in the normaliser.
 """
 
 from __future__ import annotations
@@ -24,12 +24,37 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class PolicyLoss:
+    """Which form of the loss; config.GRPOConfig has the same names and says where each comes from."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    ratio: str = "token"  # token | sequence
+    importance: str = "off"  # off | token | sequence
+    importance_mode: str = "truncate"  # truncate | mask
+    importance_cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a form that does not exist."""
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+
+
+CHOICES = {
+    "ratio": ("token", "sequence"),
+    "importance": ("off", "token", "sequence"),
+    "importance_mode": ("truncate", "mask"),
+}
+
+
+@dataclass(frozen=True)
 class LossParts:
     """`loss`: scalar tensor with gradient. `sums`: detached floats that add up over micro-batches and ranks.
 
-    policy, kl: normalised like the loss (kl without beta), so their global sums are the reported values. entropy,
-    clipped, importance: sums over tokens, to divide by `tokens`. rows: rows with at least one token. `ratio_max`
-    reduces by max.
+    policy, kl: weighted like the loss (kl without beta), so their global sums are the reported values. tokens, entropy:
+    sums over all tokens. trained, clipped, importance, cut: sums over the tokens of rows with a weight; `cut` counts
+    those that the importance correction capped or masked. `ratio_max` reduces by max.
     """
 
     loss: Tensor
@@ -44,21 +69,16 @@ def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def policy_loss(
+    form: PolicyLoss,
     logp: Tensor,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     advantage: Tensor,
     mask: Tensor,
+    weight: Tensor,
     *,
-    clip_low: float,
-    clip_high: float,
-    kl_beta: float,
-    row_weight: float | Tensor,
-    reduction: str = "mean",
-    ratio: str = "token",
+    kl_beta: float = 0.0,
     engine_logp: Tensor | None = None,
-    importance_cap: float | None = None,
-    importance: str = "token",
     entropy: Tensor | None = None,
 ) -> LossParts:
     """The clipped policy loss with k3 KL; formulas in the file's docstring.
@@ -70,47 +90,34 @@ def policy_loss(
         ref_logp: (B, C) under the frozen reference; None needs kl_beta = 0.
         advantage: (B,).
         mask: (B, C) bool or 0/1, True at completion tokens, the end-of-turn token included.
-        row_weight: what each row counts, 1 / global rows; or (B,) to drop rows by a 0.
-        engine_logp: (B, C) as sampled; with `importance_cap` turns the truncated correction on.
-        importance: token, or sequence (the product of the row's token ratios, capped).
+        weight: (B,) what each token of the row counts (algo/aggregation.py); 0 leaves the row out.
+        engine_logp: (B, C) as sampled; needed for an importance correction.
         entropy: (B, C) of the policy, only measured.
 
     Raises:
-        ValueError: kl_beta > 0 without ref_logp; importance_cap without engine_logp; an unknown variant.
+        ValueError: kl_beta > 0 without ref_logp; an importance correction without engine_logp.
     """
     if kl_beta > 0 and ref_logp is None:
         raise ValueError("kl_beta > 0 needs ref_logp")
-    if importance_cap is not None and engine_logp is None:
-        raise ValueError("importance_cap needs engine_logp")
-    for name, value, allowed in (
-        ("reduction", reduction, ("mean", "sum")),
-        ("ratio", ratio, ("token", "sequence")),
-        ("importance", importance, ("token", "sequence")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+    if form.importance != "off" and engine_logp is None:
+        raise ValueError(f"importance={form.importance!r} needs engine_logp")
     mask = mask.bool()
     logp = _at_tokens(logp, mask)
     old = logp.detach() if old_logp is None else _at_tokens(old_logp, mask)
-    advantage = advantage.to(logp)[:, None]
-    lengths = mask.sum(dim=1)
-    per_row = 1.0 / lengths.clamp(min=1).to(logp) if reduction == "mean" else torch.ones_like(lengths).to(logp)
-    weight = torch.as_tensor(row_weight, dtype=logp.dtype, device=logp.device) * per_row
+    advantage, weight = advantage.to(logp)[:, None], weight.to(logp)
+    trained = mask & (weight > 0)[:, None]
 
     log_ratio = logp - old
-    if ratio == "sequence":
-        log_ratio = (log_ratio.sum(dim=1) / lengths.clamp(min=1))[:, None].expand_as(logp)
+    if form.ratio == "sequence":
+        log_ratio = (log_ratio.sum(dim=1) / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(logp)
     r = log_ratio.exp()
-    pg = -torch.minimum(r * advantage, r.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage)
+    pg = -torch.minimum(r * advantage, r.clamp(1.0 - form.clip_low, 1.0 + form.clip_high) * advantage)
 
     sums: dict[str, float] = {}
-    if importance_cap is not None and engine_logp is not None:
-        off = old.detach() - _at_tokens(engine_logp, mask)
-        if importance == "sequence":
-            off = off.sum(dim=1, keepdim=True).expand_as(logp)
-        correction = off.exp().clamp(max=importance_cap)
+    if engine_logp is not None and form.importance != "off":
+        correction, cut = _importance(form, old.detach(), _at_tokens(engine_logp, mask))
         pg = pg * correction
-        sums["importance"] = float((correction * mask).sum())
+        sums = {"importance": float((correction * trained).sum()), "cut": float((cut & trained).sum())}
 
     policy = ((pg * mask).sum(dim=1) * weight).sum()
     loss = policy
@@ -119,17 +126,29 @@ def policy_loss(
         loss = loss + kl_beta * kl if kl_beta > 0 else loss
         sums["kl"] = float(kl.detach())
     # Only the side that the min really cuts: below for negative advantages, above for positive ones.
-    clipped = ((r < 1.0 - clip_low) & (advantage < 0)) | ((r > 1.0 + clip_high) & (advantage > 0))
+    clipped = ((r < 1.0 - form.clip_low) & (advantage < 0)) | ((r > 1.0 + form.clip_high) & (advantage > 0))
     sums |= {
         "policy": float(policy.detach()),
-        "clipped": float((clipped & mask).sum()),
+        "clipped": float((clipped & trained).sum()),
+        "trained": float(trained.sum()),
         "tokens": float(mask.sum()),
-        "rows": float((lengths > 0).sum()),
     }
     if entropy is not None:
         sums["entropy"] = float(_at_tokens(entropy.detach(), mask).sum())
-    ratio_max = float(torch.where(mask, r.detach(), torch.zeros_like(r)).max()) if r.numel() else 0.0
+    ratio_max = float(torch.where(trained, r.detach(), torch.zeros_like(r)).max()) if r.numel() else 0.0
     return LossParts(loss, sums, ratio_max)
+
+
+def _importance(form: PolicyLoss, old: Tensor, engine: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, C) corrections c, and where they are not the plain ratio. old, engine: 0 at masked positions."""
+    off = old - engine
+    if form.importance == "sequence":
+        off = off.sum(dim=1, keepdim=True).expand_as(off)
+    ratio, cap = off.exp(), form.importance_cap
+    if form.importance_mode == "truncate":
+        return ratio.clamp(max=cap), ratio > cap
+    outside = (ratio > cap) | (ratio < 1.0 / cap)
+    return torch.where(outside, torch.zeros_like(ratio), ratio), outside
 
 
 def sft_loss(logp: Tensor, mask: Tensor, global_tokens: int) -> Tensor:

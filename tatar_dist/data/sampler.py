@@ -9,7 +9,7 @@ A batch that cannot rank is refused here, at construction, and never becomes a s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -241,6 +241,13 @@ class PromptSampler:
         self.exclude(dataset, self.sample_id(ref))
         pool = next(p for p in self._pools if p.dataset == dataset)
         return self._next_row(pool, set(batch))
+
+    def another(self, dataset: str, avoid: Collection[tuple[str, str]]) -> Ref | None:
+        """The next row of a data set whose (data set, sample id) is not in `avoid`; None when there is none."""
+        pool = next(p for p in self._pools if p.dataset == dataset)
+        taken = {ref for ref in pool.rows if (dataset, self.sample_id(ref)) in avoid}
+        excluded = {ref for ref in pool.rows if (dataset, self.sample_id(ref)) in self._excluded}
+        return self._next_row(pool, taken) if len(taken | excluded) < len(pool.rows) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON-able position of every pool."""

@@ -19,6 +19,7 @@ from tatar_dist.config import Config
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.records import LearnerRow, StepReport
 
+IMPORTANCE = {"mean": "importance", "cut": "cut"}  # policy/importance_* -> its sum over trained tokens
 FULL_DISK = 16 << 20  # bytes free under which a failed write is put down to the disk
 
 
@@ -66,6 +67,7 @@ class Learner:
         import torch
 
         from tatar_dist.learner.batch import Collator
+        from tatar_dist.learner.schedule import needs_reference
         from tatar_dist.learner.zero3 import Zero3, init_process_group
 
         torch.set_num_threads(threads)
@@ -78,13 +80,13 @@ class Learner:
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         init_process_group(self.device, self.config.rollout.call_timeout_s)
         self.stage_config: Any = getattr(self.config, stage)
-        needs_reference = stage == "grpo" and self.config.grpo.kl_beta > 0
+        with_reference = stage == "grpo" and needs_reference(self.config.grpo)
         self.zero3 = Zero3(
             self.config,
             self.stage_config.optim,
             micro_batch=micro_batch,
             accumulation=accumulation,
-            reference_path=self.config.model.path if needs_reference else None,
+            reference_path=self.config.model.path if with_reference else None,
             temperature=self.config.rollout.temperature if stage == "grpo" else 1.0,
             device=self.device,
         )
@@ -133,8 +135,8 @@ class Learner:
         self.zero3.engine.train()
         return self.zero3.all_reduce(sums)
 
-    def grpo_step(self, rows: Sequence[LearnerRow], step: int, global_rows: int) -> StepReport:
-        """Clipped policy loss and k3 KL on this rank's completions, `inner_iterations` times.
+    def grpo_step(self, rows: Sequence[LearnerRow], step: int) -> StepReport:
+        """Clipped policy loss and k3 KL on this rank's completions, `inner_iterations` times; rows carry their weight.
 
         Before the (first) update the engine's log-probabilities are compared with the learner's on all tokens of the
         step; a mean gap over `grpo.logprob_gap_limit` raises on every rank and nothing is updated.
@@ -145,11 +147,13 @@ class Learner:
         import torch
         import torch.distributed as dist
 
-        from tatar_dist.algo.losses import policy_loss
-        from tatar_dist.learner.schedule import learning_rate
+        from tatar_dist.algo.losses import PolicyLoss, policy_loss
+        from tatar_dist.learner.schedule import kl_beta, learning_rate
 
         start = time.perf_counter()
         g = self.config.grpo
+        form = PolicyLoss(g.clip_low, g.clip_high, g.ratio, g.importance, g.importance_mode, g.importance_cap)
+        beta = kl_beta(g, step, self.total_steps)
         lr = learning_rate(g.optim, step, self.total_steps)
         self.zero3.set_learning_rate(lr)
         batches = self._micro_batches(rows)
@@ -172,15 +176,15 @@ class Learner:
                     gap_sum += float(difference.sum())
                     gap_max = max(gap_max, float(difference.max()))
                 parts = policy_loss(
+                    form,
                     out.logp,
                     old[i],
                     reference[i],
                     batch.advantage,
                     batch.mask,
-                    clip_low=g.clip_low,
-                    clip_high=g.clip_high,
-                    kl_beta=g.kl_beta,
-                    row_weight=1.0 / global_rows,
+                    batch.weight,
+                    kl_beta=beta,
+                    engine_logp=batch.sampled_logprobs,
                     entropy=out.entropy,
                 )
                 self.zero3.backward(parts.loss)
@@ -194,13 +198,16 @@ class Learner:
         n = g.inner_iterations
         ratio = self.zero3.all_reduce({"ratio": ratio_max}, dist.ReduceOp.MAX)["ratio"]
         policy, kl = total["policy"] / n, total.get("kl", 0.0) / n
+        trained = max(total["trained"], 1.0)
         metrics = {
             "loss/policy": policy,
             "loss/kl": kl,
-            "loss/total": policy + g.kl_beta * kl,
+            "loss/kl_beta": beta,
+            "loss/total": policy + beta * kl,
             "policy/entropy": total["entropy"] / total["tokens"],
-            "policy/clip_fraction": total["clipped"] / total["tokens"],
+            "policy/clip_fraction": total["clipped"] / trained,
             "policy/ratio_max": ratio,
+            **{f"policy/importance_{k}": total[s] / trained for k, s in IMPORTANCE.items() if s in total},
             "optim/lr": lr,
             "optim/grad_norm": norm,
             **gap,

@@ -24,7 +24,7 @@ class MicroBatch:
     ids, attention_mask, type_ids: (B, L) int64; pixel_values: (patches, dim) float32 of the distinct images;
     grids: (n_images, 3); image_of_row: (B,) int64; completion_ids: (B, C) right-padded; mask: (B, C) bool;
     first: (B,) index in ids of each completion's first token; advantage: (B,) float32;
-    sampled_logprobs: (B, C) float32 (0 where absent).
+    weight: (B,) float32; sampled_logprobs: (B, C) float32 (0 where absent).
     """
 
     ids: torch.Tensor
@@ -37,6 +37,7 @@ class MicroBatch:
     mask: torch.Tensor
     first: torch.Tensor
     advantage: torch.Tensor
+    weight: torch.Tensor
     sampled_logprobs: torch.Tensor
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -110,5 +111,6 @@ class Collator:
             mask=mask,
             first=first,
             advantage=torch.tensor([row.advantage for row in rows], dtype=torch.float32),
+            weight=torch.tensor([row.weight for row in rows], dtype=torch.float32),
             sampled_logprobs=sampled,
         )

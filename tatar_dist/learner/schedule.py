@@ -1,10 +1,12 @@
-"""The learning rate at a step: linear warm-up from 0, then constant, or linear or cosine decay to 0 after the last."""
+"""What changes over a run: the learning rate (linear warm-up from 0, then constant, or linear or cosine decay to 0
+after the last step) and the weight of the KL.
+"""
 
 from __future__ import annotations
 
 import math
 
-from tatar_dist.config import OptimConfig
+from tatar_dist.config import GRPOConfig, OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
@@ -18,3 +20,18 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     if optim.schedule == "linear":
         return optim.lr * (1.0 - progress)
     return optim.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def kl_beta(grpo: GRPOConfig, step: int, total_steps: int) -> float:
+    """The KL's weight at update `step` (0-based): grpo.kl_beta at the first, kl_beta_end at the last."""
+    if grpo.kl_schedule == "constant" or total_steps < 2:
+        return grpo.kl_beta
+    progress = min(step / (total_steps - 1), 1.0)
+    if grpo.kl_schedule == "cosine":
+        progress = 0.5 * (1.0 - math.cos(math.pi * progress))
+    return grpo.kl_beta + (grpo.kl_beta_end - grpo.kl_beta) * progress
+
+
+def needs_reference(grpo: GRPOConfig) -> bool:
+    """Whether any step of the run weighs the KL; otherwise no reference model is loaded."""
+    return grpo.kl_beta > 0 or (grpo.kl_schedule != "constant" and grpo.kl_beta_end > 0)

@@ -1,5 +1,8 @@
 """The batcher: turns scored groups or SFT rows into equal shards, one list of rows a rank.
 
+Before it deals the groups it gives every row its weight in the global loss; a row of weight 0 (a dropped group, a
+truncated completion that is masked) is dealt like the others, so that all ranks keep the same number of calls.
+
 Every rank gets the same number of rows (they make the same number of collective calls) and, where the groups divide
 evenly, about the same number of tokens; rows of one image stay together, so that a micro-batch encodes it once. Pure
 and deterministic.
@@ -9,11 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from tatar_dist.algo.aggregation import token_weights
 from tatar_dist.records import LearnerRow, ScoredGroup
 
 
-def group_rows(scored: ScoredGroup) -> list[LearnerRow]:
-    """The learner rows of one scored group."""
+def global_weights(
+    groups: Sequence[ScoredGroup], aggregation: str, limit: int, mask_truncated: bool = False
+) -> list[np.ndarray]:
+    """For each group the (G,) weights of its completions' tokens, normalised over all groups (algo/aggregation.py)."""
+    completions = [(s.trained, c) for s in groups for c in s.group.completions]
+    trained = [kept and not (mask_truncated and c.finish_reason == "length") for kept, c in completions]
+    lengths = np.array([len(c.token_ids) for _, c in completions])
+    weights = token_weights(lengths, np.array(trained, bool), aggregation, limit)
+    return np.split(weights, np.cumsum([len(s.group.completions) for s in groups])[:-1])
+
+
+def group_rows(scored: ScoredGroup, weights: np.ndarray) -> list[LearnerRow]:
+    """The learner rows of one scored group; `weights` (G,) from `global_weights`."""
     prompt = scored.group.prompt
     return [
         LearnerRow(
@@ -23,6 +40,7 @@ def group_rows(scored: ScoredGroup) -> list[LearnerRow]:
             completion_ids=c.token_ids,
             task=prompt.sample.task,
             advantage=float(scored.advantage[i]),
+            weight=float(weights[i]),
             sampled_logprobs=c.logprobs,
             prompt_token_ids=scored.group.prompt_token_ids,
         )
@@ -34,13 +52,16 @@ def _tokens(rows: Sequence[LearnerRow]) -> int:
     return sum(len(r.completion_ids) for r in rows)
 
 
-def shard_groups(groups: Sequence[ScoredGroup], ranks: int) -> list[list[LearnerRow]]:
+def shard_groups(groups: Sequence[ScoredGroup], ranks: int, weights: Sequence[np.ndarray]) -> list[list[LearnerRow]]:
     """Deal groups over ranks, longest first, back and forth; a remainder of groups is split by rows.
+
+    `weights`: one (G,) array a group, from `global_weights`.
 
     Raises:
         ValueError: the rows do not divide by the ranks (the plan refuses such a config before a run starts).
     """
-    units = sorted((group_rows(g) for g in groups), key=lambda rows: (-_tokens(rows), rows[0].image_id))
+    pairs = zip(groups, weights, strict=True)
+    units = sorted((group_rows(g, w) for g, w in pairs), key=lambda rows: (-_tokens(rows), rows[0].image_id))
     total = sum(map(len, units))
     if total % ranks:
         raise ValueError(f"{total} rows do not divide over {ranks} ranks")

@@ -1,6 +1,11 @@
 """Reward presets: which terms run on which task, with which weight and constants, as YAML files one can read and copy.
 
 `load_preset("tatar")` reads tatar_dist/rewards/presets/tatar.yaml; a path to a YAML file of the same form works too.
+A term of your own is a function named by its dotted path (rewards/custom.py):
+
+    terms:
+      brief: {function: my_rewards.brief, weight: 0.5, tasks: [iqa], words: 40}
+
 `weights` and `params` (config keys reward.weights, reward.params) override single values; params are named
 `{term}_{constant}`, for example thurstone_floor or length_margin. Unknown names fail with the nearest one.
 """
@@ -17,6 +22,7 @@ from typing import Any
 from tatar_dist.errors import UserError
 from tatar_dist.records import TASKS, Task
 from tatar_dist.rewards.binary import BinaryParams
+from tatar_dist.rewards.custom import CustomTerm, custom_term
 from tatar_dist.rewards.gaussian import GaussianParams
 from tatar_dist.rewards.length import LengthParams
 from tatar_dist.rewards.pairwise import PairwiseParams
@@ -30,6 +36,7 @@ SECTIONS: dict[str, type] = {
     "binary": BinaryParams,
     "length": LengthParams,
 }
+RESERVED = ("parsed", "reward", "advantage", "total", "completion", "target")  # columns that a term may not hide
 PRESET_DIR = Path(__file__).parent / "presets"
 
 
@@ -45,6 +52,12 @@ class Preset:
     thurstone: ThurstoneParams = field(default_factory=ThurstoneParams)
     binary: BinaryParams = field(default_factory=BinaryParams)
     length: LengthParams = field(default_factory=LengthParams)
+    custom: dict[str, CustomTerm] = field(default_factory=dict)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Every term this preset knows: the built-in ones, then the user's."""
+        return (*TERMS, *self.custom)
 
     def weight(self, term: str) -> float:
         return self.weights.get(term, 0.0)
@@ -52,7 +65,7 @@ class Preset:
     @property
     def active(self) -> tuple[str, ...]:
         """The terms that the reward weighs."""
-        return tuple(t for t in TERMS if self.weight(t) != 0)
+        return tuple(t for t in self.terms if self.weight(t) != 0)
 
     @property
     def ranked_tasks(self) -> tuple[Task, ...]:
@@ -109,24 +122,30 @@ def _preset_of(loaded: Any, default_name: str) -> Preset:
     if not isinstance(loaded, dict) or not isinstance(loaded.get("terms"), dict):
         raise UserError("expected the keys name and terms")
     _only(loaded, ("name", "terms"), "key")
-    _only(loaded["terms"], TERMS, "term")
+    own = [t for t, body in loaded["terms"].items() if isinstance(body, dict) and "function" in body]
+    _only(loaded["terms"], (*TERMS, *own), "term")
     weights: dict[str, float] = {}
     tasks: dict[str, tuple[str, ...]] = {}
     sections: dict[str, Any] = {}
+    custom: dict[str, CustomTerm] = {}
     for term, body in loaded["terms"].items():
+        if not isinstance(body or {}, dict):
+            raise UserError(f"terms.{term}: expected constants such as {{weight: 1}}")
         body = dict(body or {})
         weights[term] = _number(f"terms.{term}.weight", body.pop("weight", 0.0))
         raw = body.pop("tasks", list(TASKS))
         if not isinstance(raw, list) or not raw or any(t not in TASKS for t in raw):
             raise UserError(f"terms.{term}.tasks={raw!r}: must be a list of {', '.join(TASKS)}")
         tasks[term] = tuple(raw)
-        if term == "format":
+        if term in own:
+            custom[term] = custom_term(term, body.pop("function"), body, taken=(*TERMS, *RESERVED))
+        elif term == "format":
             _only(body, (), "constant of format")
         else:
             sections[term] = _section(term, SECTIONS[term](), body)
     for term in TERMS:
         tasks.setdefault(term, ("iaa",) if term in ("pairwise", "thurstone") else TASKS)
-    return Preset(str(loaded.get("name", default_name)), weights, tasks, **sections)
+    return Preset(str(loaded.get("name", default_name)), weights, tasks, **sections, custom=custom)
 
 
 def _section(term: str, base: Any, values: Mapping[str, Any]) -> Any:
@@ -149,14 +168,19 @@ def _section(term: str, base: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _with_overrides(preset: Preset, weights: Mapping[str, float], params: Mapping[str, Any]) -> Preset:
-    _only(weights, TERMS, "term in reward.weights")
+    _only(weights, preset.terms, "term in reward.weights")
     known = {f"{t}_{f.name}": (t, f.name) for t in TERMS if t != "format" for f in fields(getattr(preset, t))}
+    known |= {f"{t}_{key}": (t, key) for t, own in preset.custom.items() for key in own.constants}
     _only(params, list(known), "constant in reward.params")
     merged = {**preset.weights, **{t: _number(f"reward.weights.{t}", w) for t, w in weights.items()}}
     preset = replace(preset, weights=merged)
     for name, value in params.items():
         term, key = known[name]
-        preset = replace(preset, **{term: _section(term, getattr(preset, term), {key: value})})
+        if term in preset.custom:
+            changed = preset.custom[term].with_constant(key, value)
+            preset = replace(preset, custom={**preset.custom, term: changed})
+        else:
+            preset = replace(preset, **{term: _section(term, getattr(preset, term), {key: value})})
     return preset
 
 

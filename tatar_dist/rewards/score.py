@@ -7,12 +7,14 @@ float64. The whole global batch goes in at once, because ranking needs other ima
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tatar_dist.algo.advantages import ZERO_STD, advantages, group_std, total_reward
+from tatar_dist.algo.agreement import group_kendall
 from tatar_dist.records import TASKS, Group, ScoredGroup
 from tatar_dist.rewards import thurstone as ranking
 from tatar_dist.rewards.batch import Answers, Batch, batch_of_rows, read_answers
@@ -21,7 +23,7 @@ from tatar_dist.rewards.format import format_term
 from tatar_dist.rewards.gaussian import gaussian
 from tatar_dist.rewards.length import length
 from tatar_dist.rewards.pairwise import pairwise
-from tatar_dist.rewards.presets import TERMS, Preset
+from tatar_dist.rewards.presets import Preset
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Scored:
 
     reward, advantage: (N,) float64. counts: rows, groups, unparsed, out_of_range, all_unparsed_groups,
     unrankable_groups (groups whose Thurstone term is 0 because their pool holds no other image that parsed).
-    unrankable: (J,) bool of those groups.
+    unrankable: (J,) bool of those groups. zero_std: (J,) bool of the groups whose completions all got the same reward
+    (advantage per_term: the same in every weighted term), which teach nothing.
     """
 
     preset: str
@@ -40,6 +43,7 @@ class Scored:
     advantage: np.ndarray
     counts: dict[str, int]
     unrankable: np.ndarray
+    zero_std: np.ndarray
 
     @property
     def parsed(self) -> np.ndarray:
@@ -70,7 +74,7 @@ def score_batch(
     """
     batch = rows if isinstance(rows, Batch) else batch_of_rows(rows)
     answers = read_answers(batch.completions, strict)
-    wanted = [t for t in TERMS if preset.weight(t) != 0 or (terms is not None and t in terms)]
+    wanted = [t for t in preset.terms if preset.weight(t) != 0 or (terms is not None and t in terms)]
     values: dict[str, np.ndarray] = {}
     unrankable = np.zeros(len(batch.group_ids), bool)
     for term in wanted:
@@ -81,15 +85,19 @@ def score_batch(
             result = ranking.thurstone(q, stats, preset.thurstone)
             values[term][index] = result.reward
             unrankable[groups[result.unrankable]] = True
+        elif term in preset.custom:
+            values[term][index] = preset.custom[term].values(batch, answers)[index]
         elif len(index):
             values[term][index] = _term(term, batch, answers, preset, index)
     weights = {t: preset.weight(t) for t in preset.active}
     n_parsed = np.bincount(batch.group, weights=answers.parsed, minlength=len(batch.group_ids))
+    reward = total_reward(values, weights, len(batch))
+    spoken = [np.nan_to_num(values[t], nan=0.0) for t in weights] if advantage == "per_term" else [reward]
     return Scored(
         preset=preset.name,
         answers=answers,
         terms=values,
-        reward=total_reward(values, weights, len(batch)),
+        reward=reward,
         advantage=advantages(values, weights, batch.group, advantage, eps),
         counts={
             "rows": len(batch),
@@ -100,6 +108,7 @@ def score_batch(
             "unrankable_groups": int(unrankable.sum()),
         },
         unrankable=unrankable,
+        zero_std=np.all([group_std(x, batch.group) < ZERO_STD for x in spoken], axis=0),
     )
 
 
@@ -151,7 +160,7 @@ def explain(batch: Batch, preset: Preset, row: int, strict: bool = True) -> list
 def scored_groups(groups: Sequence[Group], scored: Scored) -> list[ScoredGroup]:
     """Split a `Scored` of `batch_of_groups(groups)` back into the groups, in order."""
     result, start = [], 0
-    for group in groups:
+    for number, group in enumerate(groups):
         part = slice(start, start + len(group.completions))
         start = part.stop
         result.append(
@@ -161,6 +170,7 @@ def scored_groups(groups: Sequence[Group], scored: Scored) -> list[ScoredGroup]:
                 terms={name: value[part] for name, value in scored.terms.items()},
                 reward=scored.reward[part],
                 advantage=scored.advantage[part],
+                zero_std=bool(scored.zero_std[number]),
             )
         )
     return result
@@ -170,7 +180,9 @@ def reward_metrics(batch: Batch, scored: Scored) -> dict[str, float]:
     """Metrics of one batch by their contract names, for the tasks and terms that occur.
 
     reward/{total,TERM}/{task}: mean over completions. reward/frac_zero_std/{total,TERM}/{task}: share of groups whose
-    completions all got the same, which teaches nothing. completion/think_words/{task}: mean.
+    completions all got the same, which teaches nothing. reward/agreement/{task}: mean over groups of Kendall's tau-b
+    between rewards and nearness -|d| of the parsed completions; groups where it is undefined are left out.
+    completion/think_words/{task}: mean.
     completion/parse_failures/{task}, completion/out_of_range/{task}: shares. reward/unrankable_groups: a count.
     """
     metrics: dict[str, float] = {}
@@ -185,6 +197,10 @@ def reward_metrics(batch: Batch, scored: Scored) -> dict[str, float]:
                 continue
             metrics[f"reward/{name}/{task}"] = float(part.mean())
             metrics[f"reward/frac_zero_std/{name}/{task}"] = float((group_std(part, group) < ZERO_STD).mean())
+        heard = rows[scored.parsed[rows]]
+        nearness = -np.abs(scored.answers.score[heard] - batch.target[heard])
+        tau = group_kendall(scored.reward[heard], nearness, batch.group[heard])
+        metrics[f"reward/agreement/{task}"] = float(np.nanmean(tau)) if np.isfinite(tau).any() else math.nan
         metrics[f"completion/think_words/{task}"] = float(scored.answers.think_words[rows].mean())
         metrics[f"completion/parse_failures/{task}"] = float((~scored.parsed[rows]).mean())
         metrics[f"completion/out_of_range/{task}"] = float(scored.answers.out_of_range[rows].mean())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import ray
 from conftest import png
 
+from tatar_dist.algo.aggregation import token_weights
 from tatar_dist.cluster import Cluster
 from tatar_dist.learner.sharding import shard_rows
 from tatar_dist.plan import resolve
@@ -21,7 +24,7 @@ MOVING = 10**3  # at this step it is 0.1: enough to take the policy away from it
 PROMPT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def rows_of(n: int) -> list[LearnerRow]:
+def rows_of(n: int, aggregation: str = "sequence-mean") -> list[LearnerRow]:
     rng = np.random.default_rng(3)
     rows = []
     for i in range(n):
@@ -34,10 +37,13 @@ def rows_of(n: int) -> list[LearnerRow]:
                 completion_ids=tuple(int(x) for x in rng.integers(40, 200, length)),
                 task="iqa" if i % 4 < 2 else "iaa",
                 advantage=float(rng.normal()),
-                sampled_logprobs=tuple([0.0] * length),
+                sampled_logprobs=tuple(rng.uniform(-7.2, -6.6, length)),  # near 1/1024: ratios on both sides of the cap
             )
         )
-    return rows
+    lengths = np.array([len(r.completion_ids) for r in rows])
+    trained = np.arange(n) % 5 != 4  # as with dropped groups or masked truncated completions
+    weights = token_weights(lengths, trained, aggregation, 64)
+    return [replace(row, weight=float(w)) for row, w in zip(rows, weights, strict=True)]
 
 
 def weights(learners) -> dict[str, np.ndarray]:
@@ -48,7 +54,7 @@ def weights(learners) -> dict[str, np.ndarray]:
 
 
 def gradients(config, ranks: int, directory) -> dict[str, dict[str, np.ndarray]]:
-    rows = rows_of(12)
+    rows = rows_of(12, config.grpo.aggregation)
     config.cluster.learners = ranks
     with Cluster(config) as cluster:
         learners = cluster.learners(ranks)
@@ -64,6 +70,8 @@ def gradients(config, ranks: int, directory) -> dict[str, dict[str, np.ndarray]]
         assert all(np.array_equal(v, before[n]) for n, v in weights(learners).items())
         report = learners.grpo_step(shard_rows(rows, ranks), WARMUP)
         assert report.metrics["loss/kl"] > 1e-5  # or the reference would have no part in the gradient
+        if config.grpo.importance != "off":
+            assert 0 < report.metrics["policy/importance_cut"] < 1
         grpo = weights(learners)
     return {
         "sft": {n: (before[n] - v) / LR for n, v in sft.items()},
@@ -71,13 +79,20 @@ def gradients(config, ranks: int, directory) -> dict[str, dict[str, np.ndarray]]
     }
 
 
-@pytest.mark.parametrize("micro", [3], ids=["accumulated"])
-def test_two_learners_have_the_gradients_of_one(micro, model_untied, make_config, tmp_path):
+FORMS = {
+    "grpo": [],
+    "corrected": ["grpo.aggregation=token-mean", "grpo.importance=token", "grpo.importance_mode=mask"],
+    "gspo": ["grpo.aggregation=constant", "grpo.ratio=sequence", "grpo.importance=sequence", "grpo.kl_schedule=linear"],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_learners_have_the_gradients_of_one(form, model_untied, make_config, tmp_path):
     config = make_config(
         model_untied,
         "grpo.prompts_per_step=4",
         "grpo.group_size=3",
-        f"grpo.micro_batch={micro}",
+        "grpo.micro_batch=3",  # accumulated
         "grpo.optim.name=sgd",
         f"grpo.optim.lr={LR}",
         f"grpo.optim.warmup_steps={WARMUP}",
@@ -85,6 +100,7 @@ def test_two_learners_have_the_gradients_of_one(micro, model_untied, make_config
         "grpo.kl_beta=1",
         "grpo.optim.clip_norm=0",
         "grpo.logprob_gap_limit=1000",  # the rows' sampled log-probabilities are made up
+        *FORMS[form],
     )
     one, two = gradients(config, 1, tmp_path), gradients(config, 2, tmp_path)
     for stage in ("sft", "grpo"):

@@ -49,7 +49,7 @@ class Rig:
         rows = [
             LearnerRow(
                 g.prompt.group_id, g.prompt.sample.image, g.prompt.text, c.token_ids, g.prompt.sample.task,
-                float(rng.normal()), c.logprobs, g.prompt_token_ids,
+                float(rng.normal()), c.logprobs, g.prompt_token_ids, 1 / 40 / len(groups),
             )
             for g in groups
             for c in g.completions

@@ -3,12 +3,15 @@
 import io
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kendalltau
 
+from tatar_dist.algo import agreement
 from tatar_dist.errors import UserError
 from tatar_dist.prompts import answer_text
 from tatar_dist.records import Completion, Group, Prompt, Sample
@@ -183,7 +186,31 @@ def test_metrics_have_their_contract_names_and_say_which_groups_teach_nothing():
     assert "reward/thurstone/iaa" in metrics and "reward/thurstone/iqa" not in metrics
     assert metrics["reward/frac_zero_std/total/iqa"] == 0.5 and metrics["reward/frac_zero_std/format/iqa"] == 1.0
     assert metrics["completion/parse_failures/iaa"] == 0.25 and metrics["completion/think_words/iqa"] == 40
-    assert all(math.isfinite(v) for v in metrics.values())
+    assert all(math.isfinite(v) for name, v in metrics.items() if "agreement" not in name)
+
+
+def test_agreement_is_kendalls_tau_of_rewards_with_nearness_over_parsed_completions():
+    rows = [row("a", "iqa", 50.0, answer) for answer in (50, 53, 60, 41)]  # Gaussian: nearer is better, always
+    rows += [row("b", "iqa", 50.0, answer) for answer in (50, 50, 50, 50)]  # undefined: left out
+    rows[3]["completion"] = "no answer"
+    batch = batch_of_rows(rows)
+    assert reward_metrics(batch, score_batch(batch, load_preset("tatar")))["reward/agreement/iqa"] == 1.0
+    alone = batch_of_rows(rows[4:])
+    assert math.isnan(reward_metrics(alone, score_batch(alone, load_preset("tatar")))["reward/agreement/iqa"])
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_group_kendall_equals_scipys_in_every_group(rows):
+    group, x, y = (np.array(column) for column in zip(*rows, strict=True))
+    for large in (64, 1):  # in blocks, and one by one
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(agreement, "LARGE", large)
+            found = agreement.group_kendall(x.astype(float), y.astype(float), group)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = [kendalltau(x[group == j], y[group == j]).statistic for j in np.unique(group)]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
 def test_every_shipped_preset_loads_and_names_itself():

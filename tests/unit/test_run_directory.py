@@ -209,5 +209,6 @@ def test_every_completion_of_a_step_is_a_row_with_its_terms_reward_and_advantage
         "format": 0.0,
         "reward": 0.0,
         "advantage": -0.5,
+        "trained": True,
     }
     assert rows[0]["gaussian"] == 0.75 and rows[0]["parsed"] is True and rows[0]["tokens"] == 3

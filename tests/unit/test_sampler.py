@@ -171,3 +171,37 @@ def test_a_manifest_without_any_rationale_is_refused_for_supervised_batches_only
 def test_a_supervised_batch_needs_nothing_to_rank(tmp_path):
     flat = manifest(tmp_path, "iaa", 4, score=lambda i: 50.0)
     assert len(sft_sampler([manifest(tmp_path, "iqa", 4), flat], seed=0, iqa_fraction=0.5).next_batch(2)) == 2
+
+
+def test_another_row_of_a_data_set_avoids_what_was_asked_and_ends_when_there_is_none(tmp_path):
+    sampler = PromptSampler([manifest(tmp_path, "iqa", 6, "q"), manifest(tmp_path, "iaa", 4, "a")], seed=0)
+    avoid = {("a", sampler.sample_id(ref)) for ref in sampler.next_batch(4) if ref[0] == 1}
+    for left in (1, 0):
+        ref = sampler.another("a", avoid)
+        assert ref is not None and ref[0] == 1 and ("a", sampler.sample_id(ref)) not in avoid
+        avoid.add(("a", sampler.sample_id(ref)))
+        assert 4 - len(avoid) == left
+    assert sampler.another("a", avoid) is None
+    sampler.exclude("q", "never heard of")
+    assert sampler.another("q", ()) is not None
+
+
+def test_the_preset_decides_which_tasks_need_a_pool_that_ranks(tmp_path):
+    iqa = [manifest(tmp_path, "iqa", 5, name) for name in ("q1", "q2")]
+    iaa = [manifest(tmp_path, "iaa", 5, name) for name in ("a1", "a2")]
+
+    def sets_of_a_batch(task, **ranked):
+        sampler = PromptSampler([*iqa, *iaa], seed=0, **ranked)
+        batch = [sampler.next_batch(8) for _ in range(3)]
+        return [
+            {sampler.manifests[m].datasets[0] for m, _ in b if sampler.manifests[m].tasks[0] == task} for b in batch
+        ]
+
+    assert [len(s) for s in sets_of_a_batch("iaa")] == [1] * 3 and max(map(len, sets_of_a_batch("iqa"))) == 2
+    both = {"ranked": ("iqa", "iaa")}
+    assert [len(s) for s in sets_of_a_batch("iqa", **both)] == [1] * 3
+    assert max(map(len, sets_of_a_batch("iaa", ranked=()))) == 2
+    flat = manifest(tmp_path, "iqa", 9, "flat", score=lambda i: 50.0)
+    PromptSampler([flat, *iaa], seed=0)
+    with pytest.raises(UserError, match="IQA data set 'flat': all scores are equal"):
+        PromptSampler([flat, *iaa], seed=0, **both)

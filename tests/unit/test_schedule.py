@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tatar_dist.config import OptimConfig
-from tatar_dist.learner.schedule import learning_rate
+from tatar_dist.config import GRPOConfig, OptimConfig
+from tatar_dist.learner.schedule import kl_beta, learning_rate, needs_reference
 
 KINDS = ("constant", "linear", "cosine")
 NAMES_OF_TRANSFORMERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -61,3 +61,19 @@ def test_after_warm_up_the_rate_falls_at_every_step_and_ends_at_zero(kind, warmu
     rates = [learning_rate(optim(kind, warmup, lr=1.0), step, total) for step in range(warmup, total + 1)]
     assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
     assert rates[-1] == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [0.4] * 5), ("linear", [0.4, 0.3, 0.2, 0.1, 0.0]), ("cosine", [0.4, 0.341421, 0.2, 0.058579, 0.0])],
+)
+def test_the_weight_of_the_kl_goes_from_its_first_value_to_its_last(schedule, expected):
+    grpo = GRPOConfig(kl_beta=0.4, kl_beta_end=0.0, kl_schedule=schedule)
+    assert [kl_beta(grpo, step, 5) for step in range(5)] == pytest.approx(expected, abs=1e-6)
+    assert kl_beta(grpo, 0, 1) == 0.4
+
+
+def test_a_reference_is_needed_when_any_step_weighs_the_kl():
+    assert needs_reference(GRPOConfig(kl_beta=0.1)) and not needs_reference(GRPOConfig(kl_beta=0.0))
+    assert needs_reference(GRPOConfig(kl_beta=0.0, kl_beta_end=0.1, kl_schedule="linear"))
+    assert not needs_reference(GRPOConfig(kl_beta=0.0, kl_beta_end=0.1))  # constant: the end plays no part

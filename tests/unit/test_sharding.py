@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tatar_dist.learner.sharding import group_rows, shard_groups, shard_rows
+from tatar_dist.learner.sharding import global_weights, group_rows, shard_rows
+from tatar_dist.learner.sharding import shard_groups as shard_weighted_groups
 from tatar_dist.records import Completion, Group, LearnerRow, Prompt, Sample, ScoredGroup
 
 
@@ -30,6 +32,10 @@ def row(name: str, length: int) -> LearnerRow:
     return LearnerRow(name, b"", "text", tuple(range(length)), "iqa")
 
 
+def shard_groups(groups: list[ScoredGroup], ranks: int) -> list[list[LearnerRow]]:
+    return shard_weighted_groups(groups, ranks, global_weights(groups, "sequence-mean", 30))
+
+
 def tokens(rows: list[LearnerRow]) -> int:
     return sum(len(r.completion_ids) for r in rows)
 
@@ -40,7 +46,7 @@ def key(r: LearnerRow) -> tuple[str, tuple[int, ...]]:
 
 def test_a_row_carries_what_the_loss_needs_of_its_completion():
     group = scored_group("000003/set/a", [2, 4])
-    second = group_rows(group)[1]
+    second = group_rows(group, np.array([0.25, 0.5]))[1]
     assert second == LearnerRow(
         image_id="000003/set/a",
         image=b"png 000003/set/a",
@@ -48,6 +54,7 @@ def test_a_row_carries_what_the_loss_needs_of_its_completion():
         completion_ids=(10, 11, 12, 13),
         task="iaa",
         advantage=-0.5,
+        weight=0.5,
         sampled_logprobs=(-1.0,) * 4,
         prompt_token_ids=(1, 2, 3),
     )
@@ -62,7 +69,7 @@ lengths_of_groups = st.integers(1, 4).flatmap(
 @given(lengths_of_groups, st.integers(1, 6))
 def test_every_row_reaches_exactly_one_rank_and_ranks_get_equal_counts(lengths, ranks):
     groups = [scored_group(f"g{i:02d}", part) for i, part in enumerate(lengths)]
-    rows = [r for g in groups for r in group_rows(g)]
+    rows = [r for g in groups for r in group_rows(g, np.zeros(len(g.reward)))]
     if len(rows) % ranks:
         with pytest.raises(ValueError, match=f"{len(rows)} rows do not divide over {ranks} ranks"):
             shard_groups(groups, ranks)
@@ -129,3 +136,15 @@ def test_the_deal_does_not_depend_on_the_order_of_arrival():
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="3 rows do not divide over 2 ranks"):
         shard_rows([row(f"r{i}", 1) for i in range(3)], 2)
+
+
+def test_weights_are_normalised_over_all_groups_and_leave_out_what_is_not_trained():
+    groups = [scored_group("a", [2, 4]), replace(scored_group("b", [3, 3]), trained=False), scored_group("c", [5, 1])]
+    cut = replace(groups[2].group.completions[0], finish_reason="length")
+    groups[2] = replace(groups[2], group=replace(groups[2].group, completions=(cut, groups[2].group.completions[1])))
+    weights = global_weights(groups, "token-mean", 30)
+    assert [w.tolist() for w in weights] == [[1 / 12, 1 / 12], [0, 0], [1 / 12, 1 / 12]]
+    masked = global_weights(groups, "sequence-mean", 30, mask_truncated=True)
+    np.testing.assert_allclose(np.concatenate(masked), [1 / 6, 1 / 12, 0, 0, 0, 1 / 3])
+    shards = shard_weighted_groups(groups, 2, masked)
+    assert sum(r.weight * len(r.completion_ids) for s in shards for r in s) == pytest.approx(1)

@@ -1,0 +1,41 @@
+"""How token losses become one number: the weight of every completion's tokens in the global loss.
+
+    sequence-mean   1 / (S * n_b)      mean over sequences of their token means       GRPO (arXiv 2402.03300)
+    token-mean      1 / N              mean over all tokens                           DAPO (arXiv 2503.14476)
+    constant        1 / (S * limit)    token sums over a constant length              Dr. GRPO (arXiv 2503.20783)
+
+S, N: trained sequences and tokens of the *global* batch; n_b: tokens of sequence b; limit: rollout.max_new_tokens. The
+weights are worked out once, where the whole batch is known, and travel with the rows: a loss that sums weighted tokens
+is then the global loss, however its rows are dealt over ranks and accumulation steps. Pure numpy, float64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+AGGREGATIONS = ("sequence-mean", "token-mean", "constant")
+
+
+def token_weights(lengths: np.ndarray, trained: np.ndarray, aggregation: str, limit: int) -> np.ndarray:
+    """(N,) float64, what each token of a sequence counts; 0 for sequences that are not trained, or have no token.
+
+    Args:
+        lengths: (N,) completion tokens of every sequence of the global batch.
+        trained: (N,) bool; the others (groups dropped, truncated completions) enter neither loss nor normaliser.
+        limit: the length a constant normaliser divides by.
+
+    Raises:
+        ValueError: an unknown aggregation.
+    """
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation={aggregation!r}: must be one of {', '.join(AGGREGATIONS)}")
+    lengths = np.asarray(lengths, np.float64)
+    counted = np.asarray(trained, bool) & (lengths > 0)
+    sequences, tokens = max(1, int(counted.sum())), max(1.0, float(lengths[counted].sum()))
+    if aggregation == "sequence-mean":
+        each = 1.0 / (sequences * np.maximum(lengths, 1.0))
+    elif aggregation == "token-mean":
+        each = np.full(len(lengths), 1.0 / tokens)
+    else:
+        each = np.full(len(lengths), 1.0 / (sequences * limit))
+    return np.where(counted, each, 0.0)

@@ -1,0 +1,109 @@
+"""A user's own reward term, named by a dotted path in a preset: used like the others, and its faults are one line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tatar_dist.errors import UserError
+from tatar_dist.rewards import audit
+from tatar_dist.rewards.batch import batch_of_rows
+from tatar_dist.rewards.presets import load_preset
+from tatar_dist.rewards.score import reward_metrics, score_batch
+
+MODULE = """
+import numpy as np
+def brief(batch, answers, words=40):
+    return (answers.think_words <= words).astype(float)
+def wrong_shape(batch, answers):
+    return np.ones(3)
+def not_finite(batch, answers):
+    return np.full(len(batch), np.nan)
+def fails(batch, answers):
+    raise KeyError("oh")
+constant = 3
+"""
+PRESET = """
+name: mine
+terms:
+  gaussian: {weight: 1, tasks: [iqa]}
+  brief: {function: FUNCTION, weight: 0.5, tasks: [iqa]EXTRA}
+"""
+
+
+def row(group, task, words, answer="<answer>50</answer>"):
+    text = f"<think>{'w ' * words}</think>{answer}"
+    return {"group_id": group, "task": task, "dataset": "d", "target": 50.0, "completion": text}
+
+
+ROWS = [row("a", "iqa", 3), row("a", "iqa", 60), row("a", "iqa", 3, "none"), row("b", "iaa", 3)]
+
+
+@pytest.fixture
+def preset(tmp_path, monkeypatch):
+    (tmp_path / "my_terms_for_a_test.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(function="my_terms_for_a_test.brief", extra="", name="brief"):
+        file = tmp_path / "mine.yaml"
+        text = PRESET.replace("FUNCTION", function).replace("EXTRA", extra)
+        file.write_text(text.replace("brief: {", f"{name}: {{"))
+        return str(file)
+
+    return make
+
+
+def test_it_counts_with_its_weight_on_its_tasks_and_is_0_where_unparsed(preset):
+    batch = batch_of_rows(ROWS)
+    scored = score_batch(batch, load_preset(preset(extra=", words: 50")))
+    np.testing.assert_array_equal(scored.terms["brief"], [1.0, 0.0, 0.0, np.nan])
+    np.testing.assert_allclose(scored.reward, [1.5, 1.0, 0.0, 0.0])
+    assert reward_metrics(batch, scored)["reward/brief/iqa"] == pytest.approx(1 / 3)
+
+
+def test_weights_and_constants_can_be_overridden_like_any_others(preset):
+    loaded = load_preset(preset(extra=", words: 50"), {"brief": 2.0}, {"brief_words": 100})
+    assert score_batch(batch_of_rows(ROWS), loaded).reward[1] == pytest.approx(3.0)
+    with pytest.raises(UserError, match="did you mean 'brief_words'"):
+        load_preset(preset(extra=", words: 50"), None, {"brief_word": 1})
+
+
+def test_the_audit_writes_its_column(preset, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    rows = [json.loads(line) for line in audit.run(file, preset()).lines()]
+    assert [r["brief"] for r in rows] == [1.0, 0.0, 0.0, None]
+
+
+@pytest.mark.parametrize(
+    ("function", "extra", "said"),
+    [
+        ("brief", "", "expected a dotted path"),
+        ("nowhere_at_all.brief", "", "No module named 'nowhere_at_all'.*PYTHONPATH"),
+        ("my_terms_for_a_test.brif", "", "has no function 'brif'"),
+        ("my_terms_for_a_test.constant", "", "has no function 'constant'"),
+        ("my_terms_for_a_test.brief", ", word: 3", "cannot be called.*unexpected keyword argument 'word'"),
+    ],
+)
+def test_a_preset_whose_function_cannot_be_called_is_refused_when_read(preset, function, extra, said):
+    with pytest.raises(UserError, match=said):
+        load_preset(preset(function, extra))
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("wrong_shape", r"returned shape \(3,\), expected \(4,\)"),
+        ("not_finite", "returned nan for row 1: must be a finite number"),
+        ("fails", "failed: KeyError: 'oh'"),
+    ],
+)
+def test_a_function_that_fails_is_named_in_one_line(preset, function, said):
+    with pytest.raises(UserError, match=said):
+        score_batch(batch_of_rows(ROWS), load_preset(preset(f"my_terms_for_a_test.{function}")))
+
+
+@pytest.mark.parametrize("name", ["gaussian", "reward", "completion"])
+def test_it_may_not_hide_a_column(preset, name):
+    with pytest.raises(UserError, match="the name is taken"):
+        load_preset(preset(name=name))
