@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test nightly lint format sft grpo eval
+.PHONY: help setup demo test nightly bench lint format sft grpo eval
 
 # What .venv was made for; for a new one cuda where nvidia-smi works, else cpu. Demo and tests are for the CPU.
 DEVICE := $(or $(DEVICE),$(shell cat .venv/.device 2>/dev/null),$(if $(filter demo test nightly,$(MAKECMDGOALS)),cpu),$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu))
@@ -26,8 +26,9 @@ help:
 	@echo "make test                                     unit and integration tests on real Ray, vLLM and DeepSpeed"
 	@echo "make lint | format                            ruff and mypy | rewrite the formatting"
 	@echo "make sft|grpo|eval [NODES=n] [ARGS=\"k=v …\"]   the recipe of configs/*.yaml; ARGS=--dry-run prints the plan"
-	@echo "make nightly                                  the demo with three seeds and every test crop: the README's figures"
-	@echo "Still to come: test-cluster, bench, bench-trl."
+	@echo "make nightly                                  demo and probes with three seeds, mutations, benches: the README's figures"
+	@echo "make bench                                    timings beside their limits"
+	@echo "Still to come: test-cluster, bench-trl."
 
 setup:
 	@bash launch/setup.sh
@@ -40,6 +41,12 @@ test: setup
 
 nightly: setup
 	@$(RUN) demo --output runs/nightly --seeds 3 $(ARGS)
+	@$(RUN) probes --output runs/probes --seeds 3 $(ARGS)
+	@.venv/bin/python tests/mutations.py
+	@$(RUN) bench rewards
+
+bench: setup
+	@$(RUN) bench rewards $(ARGS)
 
 lint: setup
 	@.venv/bin/ruff check .

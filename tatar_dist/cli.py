@@ -242,8 +242,13 @@ def plan(
 
 @app.command(rich_help_panel=CHECK)
 def rewards(
-    file: Annotated[
-        Path, typer.Argument(help="JSON lines: group_id, task, dataset, target, completion; one global batch.")
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="JSON lines (group_id, task, dataset, target, completion) or a run's rollouts/*.parquet; "
+            "each file is one global batch.",
+        ),
     ],
     preset: Annotated[
         str, typer.Option(help="tatar, released, gaussian-both, thurstone-both, binary, or a YAML file.")
@@ -252,6 +257,7 @@ def rewards(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON (with --output).")] = False,
     lenient: Annotated[bool, typer.Option(help="Drop and count bad rows, read answers leniently.")] = False,
     all_terms: Annotated[bool | None, typer.Option(help="Compute every term, not only the preset's.")] = None,
+    advantage: Annotated[str, typer.Option(help="std, mean (Dr. GRPO) or per_term.")] = "std",
     explain: Annotated[
         int | None, typer.Option(metavar="ROW", help="Show the comparisons behind one row, from 1.")
     ] = None,
@@ -262,29 +268,17 @@ def rewards(
     """
     from tatar_dist.rewards import audit
 
-    found = audit.run(file, preset, all_terms=all_terms, lenient=lenient)
-    for warning in found.warnings:
+    if explain is not None and len(files) > 1:
+        raise UserError("--explain looks at one file, give only that")
+    found = [audit.run(f, preset, all_terms=all_terms, lenient=lenient, advantage=advantage) for f in files]
+    for warning in (w for each in found for w in each.warnings):
         print(f"tatar-dist: {warning}", file=sys.stderr)
     if explain is not None:
-        print(audit.explain_table(found, explain))
+        print(audit.explain_table(found[0], explain))
         return
     audit.write(found, output, sys.stdout)
     if output is not None:
-        columns = found.columns()
-        summary = {
-            "preset": found.preset.name,
-            "output": str(output),
-            "rows": len(found.rows),
-            "parsed": sum(v is not None for v in columns["parsed"]),
-            "mean": {name: _mean(values) for name, values in columns.items() if name not in ("parsed", "advantage")},
-        }
-        _print_result(summary, as_json)
-
-
-def _mean(values: list[float | None]) -> float | None:
-    """The mean over the rows a term applies to; None when there are none."""
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
+        _print_result({**audit.summary(found), "output": str(output)}, as_json)
 
 
 @app.command(rich_help_panel=CHECK)
@@ -303,6 +297,23 @@ def metrics(
 
     found = audit.run(file, bootstrap=bootstrap, unparsed=unparsed, seed=seed)
     print(json.dumps(audit.as_json(found)) if as_json else audit.as_table(found))
+
+
+@app.command(rich_help_panel=CHECK)
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="rewards.")],
+    as_json: Json = False,
+) -> None:
+    """Time a part of the pipeline on this machine, the least it could take beside it.
+
+    Example: [bold]tatar-dist bench rewards --json[/bold]
+    """
+    if name != "rewards":
+        raise UserError(f"bench {name!r}: must be one of rewards")
+    from tatar_dist.bench import rewards as benchmark
+
+    found = benchmark.run()
+    print(json.dumps(found)) if as_json else benchmark.print_table(found)
 
 
 @app.command(rich_help_panel=CHECK)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.records import TASKS
 from tatar_dist.rewards.batch import Batch, batch_of_rows, disagreement
 from tatar_dist.rewards.presets import Preset, load_preset
-from tatar_dist.rewards.score import Scored, explain, score_batch
+from tatar_dist.rewards.score import Scored, explain, reward_metrics, score_batch
 
 ALL_TERMS_LIMIT = 20_000  # rows
 COLUMNS = ("gaussian", "pairwise", "thurstone", "format", "length")
@@ -91,19 +91,43 @@ def run(
     return Audit(rows, batch, chosen, scored, dropped, not lenient, warnings + _unrankable_warnings(batch, scored))
 
 
-def write(audit: Audit, output: str | Path | None, stdout: IO[str]) -> None:
+def write(audits: Sequence[Audit], output: str | Path | None, stdout: IO[str]) -> None:
     """Write the lines to `output`, or to `stdout` when it is None. The file appears whole or not at all."""
     if output is None:
-        stdout.writelines(line + "\n" for line in audit.lines())
+        for audit in audits:
+            stdout.writelines(line + "\n" for line in audit.lines())
         return
     path = Path(output)
     temporary = path.with_name(path.name + ".part")
     try:
         with temporary.open("w", encoding="utf-8") as f:
-            f.writelines(line + "\n" for line in audit.lines())
+            for audit in audits:
+                f.writelines(line + "\n" for line in audit.lines())
         temporary.replace(path)
     except OSError as e:
         raise UserError(f"{output}: cannot be written: {e.strerror or e}") from None
+
+
+def summary(audits: Sequence[Audit]) -> dict[str, Any]:
+    """Rows, parsed rows, the mean of every column, and the batches' metrics averaged over the files that have them."""
+    rows = [audit.columns() for audit in audits]
+    names = [n for n in rows[0] if n not in ("parsed", "advantage")]
+    metrics = [reward_metrics(a.batch, a.scored) for a in audits]
+    shown = sorted({k for m in metrics for k in m if k.startswith(("reward/frac_zero_std/total", "reward/agreement"))})
+    return {
+        "preset": audits[0].preset.name,
+        "files": len(audits),
+        "rows": sum(len(a.rows) for a in audits),
+        "parsed": sum(v is not None for columns in rows for v in columns["parsed"]),
+        "mean": {name: _mean([v for columns in rows for v in columns[name]]) for name in names},
+        "metrics": {k: _mean([None if math.isnan(v := m.get(k, math.nan)) else v for m in metrics]) for k in shown},
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean over the rows a term applies to; None when there are none."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
 
 
 def explain_table(audit: Audit, row: int) -> str:
@@ -119,7 +143,8 @@ def explain_table(audit: Audit, row: int) -> str:
     lines = [head, f"{'opponent':24} {'target':>7} {'mean':>7} {'sd':>6} {'P':>7} {'Q':>7} {'weight':>7} {'reward':>7}"]
     for group_id, o in table:
         points = f"{o.target:7.2f} {o.mean:7.2f} {math.sqrt(o.variance):6.2f}"
-        lines.append(f"{group_id[:24]:24} {points} {o.p:7.4f} {o.q:7.4f} {o.weight:7.4f} {o.reward:7.4f}")
+        name = group_id if len(group_id) <= 24 else "…" + group_id[-23:]  # what tells ids apart stands at their end
+        lines.append(f"{name:24} {points} {o.p:7.4f} {o.q:7.4f} {o.weight:7.4f} {o.reward:7.4f}")
     return "\n".join([*lines, f"weighted mean {sum(o.weight * o.reward for _, o in table):.6f}"])
 
 

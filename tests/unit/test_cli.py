@@ -21,6 +21,7 @@ COMMANDS = [
     "evaluate",
     "demo",
     "probes",
+    "bench",
     "plan",
     "report",
     "export",
@@ -156,3 +157,23 @@ def test_doctor_names_a_tool_that_is_missing(monkeypatch, tmp_path):
 
 def test_version_is_the_package_version():
     assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_rewards_scores_each_of_several_files_as_its_own_batch(tmp_path, capsys):
+    files = [tmp_path / f"step_{k}.jsonl" for k in range(2)]
+    for k, file in enumerate(files):
+        file.write_text(rows(2, task="iaa", dataset=f"d{k}"))
+    assert main(["rewards", *map(str, files)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    words = ["--output", str(tmp_path / "out.jsonl"), "--json", "--advantage", "per_term"]
+    assert main(["rewards", *map(str, files), *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["files"], found["rows"], found["parsed"]) == (2, 4, 4)
+    assert (
+        found["metrics"]["reward/frac_zero_std/total/iaa"] == 1.0 and found["metrics"]["reward/agreement/iaa"] is None
+    )
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 4
+    assert main(["rewards", *map(str, files), "--explain", "1"]) == 2
+    assert only_line(capsys) == "tatar-dist: --explain looks at one file, give only that"
+    assert main(["rewards", str(files[0]), "--advantage", "zscore"]) == 2
+    assert "must be one of std, mean, per_term" in only_line(capsys)

@@ -252,13 +252,13 @@ def write_rows(path, rows):
 def test_the_audit_writes_every_row_with_every_term(tmp_path):
     rows = [{**r, "note": "kept"} for r in small_batch()]
     result = audit.run(write_rows(tmp_path / "in.jsonl", rows), "tatar")
-    audit.write(result, tmp_path / "out.jsonl", io.StringIO())
+    audit.write([result], tmp_path / "out.jsonl", io.StringIO())
     out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [{k: o[k] for k in r} for o, r in zip(out, rows, strict=True)] == rows
     assert all(set(o) - set(rows[0]) == {"parsed", *audit.COLUMNS, "reward", "advantage"} for o in out)
     assert out[5]["parsed"] is None and out[5]["pairwise"] == 0 and out[0]["pairwise"] is None
     stdout = io.StringIO()
-    audit.write(result, None, stdout)
+    audit.write([result], None, stdout)
     assert stdout.getvalue() == (tmp_path / "out.jsonl").read_text()
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks that print the limit beside the measurement: `tatar-dist bench NAME`."""

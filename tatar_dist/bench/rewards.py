@@ -1,0 +1,176 @@
+"""`tatar-dist bench rewards`: how long a global batch takes to score, beside the least it could take.
+
+In: nothing. Out: for 1,000 to 100,000 completions (groups of 8, half IAA, four data sets) the seconds of parsing and of
+ranking with both links, and the whole command on one core with its peak memory. The limit of ranking is arithmetic:
+each pair needs its transcendental functions (logistic: one exp, one log; probit: one ndtr, one log1p, one log), timed
+in the same process on a block that stays in cache. Bytes are no limit: a block of pairs is 3 MiB whatever the
+batch, and per group only P, weight, mean and 1/s of its opponents are read, 32 bytes each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tatar_dist.prompts import answer_text
+from tatar_dist.rewards.batch import Batch, batch_of_rows, read_answers
+from tatar_dist.rewards.presets import load_preset
+from tatar_dist.rewards.score import score_batch
+from tatar_dist.rewards.thurstone import BLOCK
+
+SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
+GROUP = 8
+WORDS = {"iqa": 40, "iaa": 130}
+LINKS = ("logistic", "probit")
+
+
+def rows(n: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """n completions in groups of 8, data sets iqa-0, iqa-1, iaa-0, iaa-1 in turn; 3 % do not parse."""
+    rng = np.random.default_rng(seed)
+    text = {task: " ".join(["word"] * words) for task, words in WORDS.items()}
+    for i in range(n // GROUP):
+        task = ("iqa", "iaa")[i % 2]
+        target = float(rng.uniform(5, 95))
+        for _ in range(GROUP):
+            score = float(np.clip(target + rng.normal(0, 12), 0, 100))
+            completion = answer_text(text[task], score) if rng.random() > 0.03 else text[task]
+            dataset = f"{task}-{i // 2 % 2}"
+            yield {"group_id": i, "task": task, "dataset": dataset, "target": target, "completion": completion}
+
+
+def pairs_of(batch: Batch) -> int:
+    """completion x group pairs that a Thurstone ranking of the IAA rows compares."""
+    total = 0
+    for dataset in np.unique(batch.dataset[batch.iaa]):
+        own = batch.iaa & (batch.dataset == dataset)
+        total += int(own.sum()) * len(np.unique(batch.group[own]))
+    return total
+
+
+def best(work: Callable[[], Any], least: float = 0.2, repeats: int = 3) -> float:
+    """Seconds of the fastest of at least `repeats` calls, and of as many as fit into `least` seconds."""
+    found: list[float] = []
+    while len(found) < repeats or sum(found) < least:
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def seconds_per_pair() -> dict[str, float]:
+    """The limit: the transcendental functions of one pair, by link, on a block in cache."""
+    from scipy.special import ndtr
+
+    z = np.linspace(-13.0, 0.0, BLOCK)
+    out, positive = np.empty_like(z), np.exp(z)
+
+    def logistic() -> None:
+        np.exp(z, out=out)
+        np.log(positive, out=out)
+
+    def probit() -> None:
+        ndtr(z, out=out)
+        np.log1p(positive, out=out)
+        np.log(positive, out=out)
+
+    return {"logistic": best(logistic) / BLOCK, "probit": best(probit) / BLOCK}
+
+
+def command(file: Path, link: str) -> dict[str, float]:
+    """Seconds and peak MiB of `tatar-dist rewards` on one core, start of Python included."""
+    preset = file.with_name(f"{link}.yaml")
+    shipped = Path(__file__).parents[1] / "rewards" / "presets" / "tatar.yaml"
+    preset.write_text(shipped.read_text().replace("link: logistic", f"link: {link}"))
+    words = [sys.executable, "-m", "tatar_dist", "rewards", str(file), "--preset", str(preset)]
+    core = min(os.sched_getaffinity(0))
+    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    start = time.perf_counter()
+    with subprocess.Popen(
+        [*words, "--output", str(file.with_suffix(".out"))],
+        env={**os.environ, **one},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+    ) as child:
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        said = child.stderr.read().decode() if child.stderr else ""
+    if child.returncode:
+        raise RuntimeError(f"{' '.join(words)} ended with {child.returncode}: {said}")
+    return {"seconds": time.perf_counter() - start, "peak_mib": usage.ru_maxrss * _rss_unit() / 2**20}
+
+
+def _rss_unit() -> int:
+    return 1024 if sys.platform == "linux" else 1
+
+
+def run() -> dict[str, Any]:
+    """All measurements, as what `--json` prints. One core and one thread throughout."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        limit = seconds_per_pair()
+        table = []
+        for n in SIZES:
+            batch = batch_of_rows(rows(n))
+            row: dict[str, Any] = {"completions": n, "pairs": pairs_of(batch)}
+            row["parse_seconds"] = best(lambda b=batch: read_answers(b.completions), repeats=1)
+            for link in LINKS:
+                preset = load_preset("tatar", None, {"thurstone_link": link})
+                whole = best(lambda b=batch, p=preset: score_batch(b, p), repeats=1 if n > 10_000 else 3)
+                row[link] = {
+                    "score_seconds": whole,
+                    "rank_seconds": whole - row["parse_seconds"],
+                    "limit_seconds": row["pairs"] * limit[link],
+                }
+            table.append(row)
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "batch.jsonl"
+            with file.open("w") as f:
+                f.writelines(json.dumps(r) + "\n" for r in rows(SIZES[-1]))
+            size = file.stat().st_size
+            commands = {link: command(file, link) for link in LINKS}
+    finally:
+        os.sched_setaffinity(0, before)
+    return {
+        "nanoseconds_per_pair_limit": {k: v * 1e9 for k, v in limit.items()},
+        "sizes": table,
+        "command": {"completions": SIZES[-1], "bytes": size, **commands},
+    }
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+
+
+def print_table(found: dict[str, Any]) -> None:
+    """The measurements beside their limits."""
+    console = Console()
+    table = Table(title="Scoring one global batch with preset tatar, one core", title_justify="left")
+    for name in ("completions", "pairs", "parse", "link", "rank", "its limit", "times limit"):
+        table.add_column(name, justify="left" if name == "link" else "right", no_wrap=True)
+    for r in found["sizes"]:
+        first = [f"{r['completions']:,}", f"{r['pairs'] / 1e6:.2f} M", _time(r["parse_seconds"])]
+        for link in LINKS:
+            rank, limit = r[link]["rank_seconds"], r[link]["limit_seconds"]
+            table.add_row(*first, link, _time(rank), _time(limit), f"{rank / limit:.1f}")
+            first = [""] * 3
+    console.print(table)
+    c = found["command"]
+    for link in LINKS:
+        m = c[link]
+        console.print(
+            f"tatar-dist rewards, {c['completions']:,} completions ({c['bytes'] / 1e6:.0f} MB), {link}: "
+            f"{m['seconds']:.1f} s, {m['peak_mib']:.0f} MiB at most, start of Python included"
+        )

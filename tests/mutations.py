@@ -1,0 +1,105 @@
+"""Breaks one formula at a time and asks that some test notices: `python tests/mutations.py [NAME…]`.
+
+Each mutation is one replacement in a copy of the package; the unit tests of its part run on the copy. A mutation that
+no test notices, or whose text is no longer in the file, fails. Part of `make nightly`.
+"""
+
+# ruff: noqa: E501  one mutation a line reads best
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+REWARDS = ("test_thurstone.py", "test_rewards.py", "test_released_golden.py")
+ADVANTAGES, LOSSES = ("test_advantages.py", "test_rewards.py"), ("test_losses.py",)
+
+# name: (file below tatar_dist, text, what it becomes, tests)
+MUTATIONS = {
+    "gaussian: sign": ("rewards/gaussian.py", "np.exp(-0.5 * (d", "np.exp(0.5 * (d", REWARDS),
+    "gaussian: width does not adapt": ("rewards/gaussian.py", "* d / 100.0", "* 0.0", REWARDS),
+    "gaussian: task widths swapped": ("rewards/gaussian.py", "np.where(iaa, params.alpha_iaa, params.alpha_iqa)", "np.where(iaa, params.alpha_iqa, params.alpha_iaa)", REWARDS),
+    "thurstone: missing floor": ("rewards/thurstone.py", "np.sqrt(np.maximum(v_i + v_j, params.floor**2))", "np.sqrt(np.maximum(v_i + v_j, 1e-4))", REWARDS),
+    "thurstone: sign of the gap": ("rewards/thurstone.py", "gap = groups.g[i] - groups.g[rivals]", "gap = groups.g[rivals] - groups.g[i]", REWARDS),
+    "thurstone: sign of z": ("rewards/thurstone.py", "z = (q[:, None] - self.mu) * self.inverse_scale", "z = (self.mu - q[:, None]) * self.inverse_scale", REWARDS),
+    "thurstone: same-group pairs allowed": ("rewards/thurstone.py", "gap_weights(gap[None], (rivals != i)[None], params.m)", "gap_weights(gap[None], (rivals >= 0)[None], params.m)", REWARDS),
+    "thurstone: far pairs weigh more": ("rewards/thurstone.py", ".clip(min=0.0) / m)", ".clip(min=0.0) / -m)", REWARDS),
+    "thurstone: sample variance": ("rewards/thurstone.py", "minlength=n_groups) / safe\n    return", "minlength=n_groups) / np.maximum(n - 1, 1)\n    return", REWARDS),
+    "thurstone: pools ignored": ("rewards/score.py", 'return iaa if pool == "list" else 2 * batch.dataset[index] + iaa', "return iaa", REWARDS),
+    "thurstone: unparsed counted in means": ("rewards/thurstone.py", "weights=q[parsed], minlength=n_groups) / safe", "weights=q[parsed], minlength=n_groups) / np.maximum(np.bincount(group, minlength=n_groups), 1)", REWARDS),
+    "bce: halves swapped": ("rewards/links.py", "a -= p * z", "a -= (1 - p) * z", REWARDS),
+    "bce: probit halves swapped": ("rewards/links.py", "side = np.where(z >= 0, p, 1.0 - p)", "side = np.where(z >= 0, 1.0 - p, p)", REWARDS),
+    "bce: no clamp": ("rewards/thurstone.py", "np.clip(z, -limit, limit), params.link)", "z, params.link)", REWARDS),
+    "fidelity: one half missing": ("rewards/links.py", "np.sqrt(p * q) + np.sqrt(not_p * not_q)", "np.sqrt(p * q)", REWARDS),
+    "pairwise: siblings always compared": ("rewards/pairwise.py", "if params.siblings else", "if True else", REWARDS),
+    "pairwise: sign": ("rewards/pairwise.py", "(q[block, None] - q[None, rows]) / params.tau", "(q[None, rows] - q[block, None]) / params.tau", REWARDS),
+    "length: tasks swapped": ("rewards/length.py", "np.where(iaa,", "np.where(~iaa,", REWARDS),
+    "length: unparsed paid": ("rewards/length.py", "np.where(parsed,", "np.where(parsed | True,", REWARDS),
+    "binary: inverted": ("rewards/binary.py", "np.abs(q - g) <", "np.abs(q - g) >=", REWARDS),
+    "reward: weights ignored": ("algo/advantages.py", "total += weight * np.nan_to_num", "total += np.nan_to_num", ("test_custom_terms.py", *ADVANTAGES)),
+    "advantage: biased std": ("algo/advantages.py", "np.maximum(n - 1, 1)", "np.maximum(n, 1)", ADVANTAGES),
+    "advantage: not centred": ("algo/advantages.py", "reward - group_mean(reward, group)[group], 0.0)", "reward, 0.0)", ADVANTAGES),
+    "advantage: per term sums first": ("algo/advantages.py", 'if mode == "per_term":', 'if mode == "never":', ADVANTAGES),
+    "agreement: ties count": ("algo/agreement.py", "np.abs(a).sum((1, 2)) * np.abs(b).sum((1, 2))", "pairs.sum((1, 2)) ** 2", REWARDS),
+    "loss: sign": ("algo/losses.py", "pg = -torch.minimum", "pg = torch.minimum", LOSSES),
+    "loss: max for min": ("algo/losses.py", "-torch.minimum(r * advantage", "-torch.maximum(r * advantage", LOSSES),
+    "loss: one clip for both sides": ("algo/losses.py", "1.0 + form.clip_high) * advantage", "1.0 + form.clip_low) * advantage", LOSSES),
+    "loss: sequence ratio not a mean": ("algo/losses.py", "log_ratio.sum(dim=1) / mask.sum(dim=1).clamp(min=1)", "log_ratio.sum(dim=1)", LOSSES),
+    "loss: k3 reversed": ("algo/losses.py", "r = ref_logp - logp", "r = logp - ref_logp", LOSSES),
+    "loss: importance inverted": ("algo/losses.py", "off = old - engine", "off = engine - old", LOSSES),
+    "loss: importance not capped": ("algo/losses.py", "ratio.clamp(max=cap), ratio > cap", "ratio, ratio > cap", LOSSES),
+    "loss: importance masked above only": ("algo/losses.py", "(ratio > cap) | (ratio < 1.0 / cap)", "ratio > cap", LOSSES),
+    "loss: local normaliser": ("algo/losses.py", "policy = ((pg * mask).sum(dim=1) * weight).sum()", "policy = ((pg * mask).sum(dim=1) * weight).sum() / len(mask) * 7", LOSSES),
+    "weights: dropped sequences counted": ("algo/aggregation.py", "max(1, int(counted.sum()))", "len(lengths)", LOSSES),
+    "weights: token mean over sequences": ("algo/aggregation.py", "1.0 / tokens)", "1.0 / sequences)", LOSSES),
+}  # fmt: skip
+
+
+def survives(name: str) -> str | None:
+    """What is wrong with a mutation: not applicable, or no test failed; None when a test noticed it."""
+    file, text, becomes, tests = MUTATIONS[name]
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory)
+        for part in ("tatar_dist", "tests"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "integration"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        source = (copy / "tatar_dist" / file).read_text()
+        if text not in source:
+            return f"{file} does not contain {text!r}"
+        (copy / "tatar_dist" / file).write_text(source.replace(text, becomes))
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/unit/{t}" for t in tests)],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode == 0:
+        return "no test noticed"
+    if done.returncode != 1:  # 1: tests ran and failed
+        return f"pytest ended with {done.returncode}: {done.stdout[-300:]}"
+    failed = next((line for line in done.stdout.splitlines() if line.startswith("FAILED")), "FAILED")
+    print(f"noticed   {name}: {failed.removeprefix('FAILED tests/unit/').split(' - ')[0]}", flush=True)
+    return None
+
+
+def main(names: list[str]) -> int:
+    """Run the named mutations, or all; 0 if every one was noticed."""
+    names = names or list(MUTATIONS)
+    with ThreadPoolExecutor(2) as threads:
+        found = dict(zip(names, threads.map(survives, names), strict=True))
+    wrong = {name: why for name, why in found.items() if why}
+    for name, why in wrong.items():
+        print(f"SURVIVED  {name}: {why}")
+    print(f"{len(found) - len(wrong)} of {len(found)} mutations noticed")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
