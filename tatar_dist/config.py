@@ -99,7 +99,7 @@ class GRPOConfig:
     ratio: str = "token"  # token | sequence (GSPO, whose clips are near 3e-4)
     clip_low: float = 0.2
     clip_high: float = 0.2
-    importance: str = "off"  # off | token | sequence: correct for engine probabilities that are not the learner's
+    importance: str = "none"  # none | token | sequence: correct for engine probabilities that are not the learner's
     importance_mode: str = "truncate"  # truncate at importance_cap | mask what lies outside [1/cap, cap]
     importance_cap: float = 2.0
     mask_truncated: bool = False  # true: a completion cut off by max_new_tokens stays out of the loss
@@ -238,7 +238,7 @@ CHOICES = {  # of section grpo
     "zero_std": ("keep", "drop", "refill"),
     "aggregation": ("sequence-mean", "token-mean", "constant"),
     "ratio": ("token", "sequence"),
-    "importance": ("off", "token", "sequence"),
+    "importance": ("none", "token", "sequence"),
     "importance_mode": ("truncate", "mask"),
     "kl_schedule": ("constant", "linear", "cosine"),
 }

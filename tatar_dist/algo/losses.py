@@ -30,7 +30,7 @@ class PolicyLoss:
     clip_low: float = 0.2
     clip_high: float = 0.2
     ratio: str = "token"  # token | sequence
-    importance: str = "off"  # off | token | sequence
+    importance: str = "none"  # none | token | sequence
     importance_mode: str = "truncate"  # truncate | mask
     importance_cap: float = 2.0
 
@@ -43,7 +43,7 @@ class PolicyLoss:
 
 CHOICES = {
     "ratio": ("token", "sequence"),
-    "importance": ("off", "token", "sequence"),
+    "importance": ("none", "token", "sequence"),
     "importance_mode": ("truncate", "mask"),
 }
 
@@ -99,7 +99,7 @@ def policy_loss(
     """
     if kl_beta > 0 and ref_logp is None:
         raise ValueError("kl_beta > 0 needs ref_logp")
-    if form.importance != "off" and engine_logp is None:
+    if form.importance != "none" and engine_logp is None:
         raise ValueError(f"importance={form.importance!r} needs engine_logp")
     mask = mask.bool()
     logp = _at_tokens(logp, mask)
@@ -114,7 +114,7 @@ def policy_loss(
     pg = -torch.minimum(r * advantage, r.clamp(1.0 - form.clip_low, 1.0 + form.clip_high) * advantage)
 
     sums: dict[str, float] = {}
-    if engine_logp is not None and form.importance != "off":
+    if engine_logp is not None and form.importance != "none":
         correction, cut = _importance(form, old.detach(), _at_tokens(engine_logp, mask))
         pg = pg * correction
         sums = {"importance": float((correction * trained).sum()), "cut": float((cut & trained).sum())}
