@@ -47,7 +47,7 @@ def panels(run: Run) -> list[Panel]:
             found.append(_loss(training))
         else:
             found += [_reward(training, task) for task in TASK_NAMES]
-            found += [_length(training), _policy(training)]
+            found += [_agreement(training), _length(training), _policy(training)]
         found.append(_held_out_srcc(training))
     found += [_step_time(t) for t in run.trainings[-1:]]
     return [p for p in found if p is not None and any(p.charts)]
@@ -81,6 +81,14 @@ def _reward(training: Training, task: str) -> Panel | None:
     title = f"Reward, {TASK_NAMES[task]}"
     caption = f"Mean of the sampled completions, by term. Their sum, first to last fifth: {_arrow(total)}."
     return Panel(title, caption, [line_chart(lines, title, y_range=(0.0, 1.0))])
+
+
+def _agreement(training: Training) -> Panel | None:
+    lines = [Line(n, *training.series(f"reward/agreement/{t}"), t) for t, n in TASK_NAMES.items()]
+    if not any(len(line.x) for line in lines):  # a run of before this metric
+        return None
+    caption = "Kendall's tau of a group's rewards with nearness to its own target: 1 where nearer always pays more."
+    return Panel("Reward and nearness", caption, [line_chart(lines, "Agreement over steps", y_range=(0.0, 1.0))])
 
 
 def _length(training: Training) -> Panel:
