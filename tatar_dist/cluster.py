@@ -25,6 +25,7 @@ from tatar_dist.records import LearnerRow, StepReport
 from tatar_dist.rewards.actor import RewardScorer
 from tatar_dist.rollout.engine import RolloutEngine
 from tatar_dist.rollout.pool import RolloutPool
+from tatar_dist.waiting import wait_all
 
 COMMON_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -52,18 +53,7 @@ class LearnerGroup:
 
     def wait(self, refs: list[Any], timeout: float | None = None) -> list[Any]:
         """All results; the first error of any rank is raised at once, because its peers would wait for it."""
-        timeout = timeout or self.config.rollout.call_timeout_s
-        pending = list(refs)
-        while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=timeout)
-            if not done:
-                late = [i for i, r in enumerate(refs) if r in pending]
-                raise LearnersFailed(f"learner rank(s) {late} did not answer in {timeout:g} s")
-            try:
-                ray.get(done)
-            except ray.exceptions.RayActorError as e:
-                raise LearnersFailed(f"learner rank {refs.index(done[0])} died: {str(e).splitlines()[0]}") from e
-        return ray.get(refs)
+        return wait_all(refs, timeout or self.config.rollout.call_timeout_s, "learner rank", LearnersFailed)
 
     def setup(self, stage: str, split: Split, total_steps: int) -> None:
         """Load the model on all ranks; every wait is bounded by `cluster.start_timeout_s`."""

@@ -16,6 +16,7 @@ from tatar_dist.config import Config
 from tatar_dist.errors import RunError
 from tatar_dist.records import Group, Prompt
 from tatar_dist.rollout.engine import Sampling
+from tatar_dist.waiting import wait_all
 
 
 class EngineFailed(RunError):
@@ -31,19 +32,7 @@ class RolloutPool:
 
     def _get(self, refs: Sequence[Any], doing: str, timeout: float | None = None) -> list[Any]:
         """Results of one call per engine, in engine order. The first that fails, or all that are late, are named."""
-        timeout = timeout or self.timeout
-        waiting = list(refs)
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=timeout)
-            if not done:
-                names = [i for i, ref in enumerate(refs) if ref in waiting]
-                raise EngineFailed(f"{doing}: engine(s) {names} did not answer within {timeout:g} s")
-            try:
-                ray.get(done[0])
-            except ray.exceptions.RayActorError as e:
-                engine = list(refs).index(done[0])
-                raise EngineFailed(f"{doing}: engine {engine} died: {str(e).splitlines()[0]}") from e
-        return ray.get(list(refs))
+        return wait_all(refs, timeout or self.timeout, f"{doing}: engine", EngineFailed)
 
     def start(self, threads: int) -> list[Any]:
         """Begin to load the model on every engine; hand the result to `started`."""
