@@ -1,4 +1,4 @@
-"""Waiting for one call on each of several actors: the first that fails or is late is named, and nobody waits for ever."""
+"""Waiting for one call on each of several actors: the first that fails or is late is named. Nothing waits for ever."""
 
 from __future__ import annotations
 
