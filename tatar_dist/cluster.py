@@ -119,18 +119,22 @@ def _require_token() -> None:
         ray._raylet.Config.initialize("")  # Ray cached the mode when it was imported
 
 
-def _with_absolute_model(config: Config) -> Config:
-    """Actors of a joined cluster have a working directory of their own."""
-    path = Path(config.model.path)
-    model = replace(config.model, path=str(path.resolve())) if path.is_dir() else config.model
-    return replace(config, model=model)
+def _with_absolute_paths(config: Config) -> Config:
+    """The config with absolute model and preset: actors of a joined cluster have a working directory of their own."""
+    model, preset = Path(config.model.path), Path(config.reward.preset)
+    found = config
+    if model.is_dir():
+        found = replace(found, model=replace(found.model, path=str(model.resolve())))
+    if preset.is_file():
+        found = replace(found, reward=replace(found.reward, preset=str(preset.resolve())))
+    return found
 
 
 class Cluster:
     """A connection to Ray and the actors made through it; closing it ends them and, if started here, Ray."""
 
     def __init__(self, config: Config) -> None:
-        self.config = _with_absolute_model(config)
+        self.config = _with_absolute_paths(config)
         self.address = config.cluster.address or os.environ.get("RAY_ADDRESS")
         self.gpu = config.cluster.gpus_per_node > 0
         self.cores = config.cluster.threads or len(os.sched_getaffinity(0))

@@ -9,6 +9,7 @@ as a share of its mean, because two rewards do not share a scale.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,38 @@ def write(out: Path, seeds: int, console: Console) -> dict[str, Any]:
         "probes": [compare(p, directories) for p in PROBES],
         "iaa_reward": steadiness(directories),
     }
-    (out / "probes.json").write_text(json.dumps(found, indent=1))
+    found = _finite(found)  # JSON has no NaN
+    (out / "probes.json").write_text(json.dumps(found, indent=1, allow_nan=False))
     (out / "probes.md").write_text(markdown(found))
     plot(found, directories, out / "probes.svg")
     print_tables(console, found)
     console.print(f"Tables and plots: {out / 'probes.md'}, {out / 'probes.svg'}")
     return found
+
+
+def _finite(value: Any) -> Any:
+    """The same figures with None for what is no finite number."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: float | None, sign: bool = False) -> str:
+    return "—" if value is None else f"{value:{'+' if sign else ''}.3f}"
+
+
+def _mean(values: list[float | None]) -> str:
+    """The mean as text; a dash where a value is missing."""
+    known = [v for v in values if v is not None]
+    return _number(float(np.mean(known)) if len(known) == len(values) else None)
+
+
+def _differences(row: dict[str, Any]) -> list[float | None]:
+    """Choice minus other, by seed."""
+    pairs = zip(row["srcc_choice"], row["srcc_other"], strict=True)
+    return [None if a is None or b is None else a - b for a, b in pairs]
 
 
 def _answers(directory: Path, task: str) -> dict[str, tuple[float, float, str]]:
@@ -96,6 +123,8 @@ def compare(probe: Probe, directories: list[Path]) -> dict[str, Any]:
 def verdict(row: dict[str, Any]) -> str:
     """Whether the method's choice was better: yes, no, or no difference seen."""
     _, lo, hi = row["difference"]
+    if lo is None:
+        return "undefined"
     return "yes" if lo > 0 else "no, the reverse" if hi < 0 else "no difference seen"
 
 
@@ -125,7 +154,7 @@ def steadiness(directories: list[Path]) -> dict[str, Any]:
             series = [_series(d / run, f"reward/{metric}/iaa") for d in directories]
             sd = [float(_residuals(s).std()) for s in series]
             means = [float(s.mean()) for s in series]
-            cv = [a / b for a, b in zip(sd, means, strict=True)]
+            cv = [_share(a, b) for a, b in zip(sd, means, strict=True)]
             found[label][name] = {"mean": means, "sd": sd, "cv": cv}
             if name == "term":
                 pooled[label] = [(_residuals(s), float(s.mean())) for s in series]
@@ -133,17 +162,24 @@ def steadiness(directories: list[Path]) -> dict[str, Any]:
 
     def cv(parts: list[tuple[np.ndarray, float]], resample: bool) -> float:
         drawn = [(r[rng.integers(0, len(r), len(r))] if resample else r, m) for r, m in parts]
-        return float(np.mean([r.std() / m for r, m in drawn]))
+        return float(np.mean([_share(float(r.std()), m) for r, m in drawn]))
 
-    ratio = cv(pooled["Gaussian"], False) / cv(pooled["Thurstone"], False)
-    draws = [cv(pooled["Gaussian"], True) / cv(pooled["Thurstone"], True) for _ in range(ROUNDS)]
+    ratio = _share(cv(pooled["Gaussian"], False), cv(pooled["Thurstone"], False))
+    draws = [_share(cv(pooled["Gaussian"], True), cv(pooled["Thurstone"], True)) for _ in range(ROUNDS)]
     lo, hi = np.quantile(draws, [0.025, 0.975])
     found["cv_ratio_gaussian_over_thurstone"] = [ratio, float(lo), float(hi)]
     return found
 
 
-def _mean_range(values: list[float]) -> str:
-    return f"{np.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
+def _share(part: float, whole: float) -> float:
+    """part / whole, NaN when whole is 0: a reward that never paid has no relative spread."""
+    return part / whole if whole else math.nan
+
+
+def _mean_range(values: list[float | None]) -> str:
+    if None in values:
+        return "—"
+    return f"{np.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})"  # type: ignore[arg-type, type-var]
 
 
 def rows_of(found: dict[str, Any]) -> list[list[str]]:
@@ -151,9 +187,10 @@ def rows_of(found: dict[str, Any]) -> list[list[str]]:
     rows = []
     for r in found["probes"]:
         value, lo, hi = r["difference"]
-        each = ", ".join(f"{a - b:+.3f}" for a, b in zip(r["srcc_choice"], r["srcc_other"], strict=True))
-        names = [f"{r[k]} {np.mean(r[f'srcc_{k}']):.3f} / {np.mean(r[f'plcc_{k}']):.3f}" for k in ("choice", "other")]
-        rows.append([r["task"].upper(), *names, f"{value:+.3f}", f"{lo:+.3f} to {hi:+.3f}", each, verdict(r)])
+        each = ", ".join(_number(d, sign=True) for d in _differences(r))
+        names = [f"{r[k]}: {_mean(r[f'srcc_{k}'])} / {_mean(r[f'plcc_{k}'])}" for k in ("choice", "other")]
+        interval = f"{_number(lo, sign=True)} to {_number(hi, sign=True)}"
+        rows.append([r["task"].upper(), *names, _number(value, sign=True), interval, each, verdict(r)])
     return rows
 
 
@@ -179,8 +216,8 @@ STEADY_COLUMNS = ("IAA reward", "measure", "mean", "SD over steps", "SD / mean")
 
 
 def _ratio_sentence(found: dict[str, Any]) -> str:
-    ratio, lo, hi = found["iaa_reward"]["cv_ratio_gaussian_over_thurstone"]
-    return f"SD / mean of the Gaussian term over that of the Thurstone term: {ratio:.2f} (95 % {lo:.2f} to {hi:.2f})."
+    ratio, lo, hi = (_number(v) for v in found["iaa_reward"]["cv_ratio_gaussian_over_thurstone"])
+    return f"SD / mean of the Gaussian term over that of the Thurstone term: {ratio} (95 % {lo} to {hi})."
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -223,11 +260,11 @@ def plot(found: dict[str, Any], directories: list[Path], file: Path) -> None:
     labels = [f"{r['task'].upper()}: {r['choice']}\nover {r['other']}" for r in found["probes"]]
     places = np.arange(len(labels))[::-1]
     for place, r in zip(places, found["probes"], strict=True):
-        value, lo, hi = r["difference"]
+        value, lo, hi = (math.nan if v is None else v for v in r["difference"])
         color = "#2b6cb0" if r["task"] == "iqa" else "#c05621"
         left.plot([lo, hi], [place, place], color=color, linewidth=2)
         left.plot(value, place, "o", color=color)
-        each = [a - b for a, b in zip(r["srcc_choice"], r["srcc_other"], strict=True)]
+        each = [math.nan if d is None else d for d in _differences(r)]
         left.plot(each, [place - 0.22] * len(each), "|", color=color, markersize=7)
     left.axvline(0, color="0.6", linewidth=0.8)
     left.set_yticks(places, labels)

@@ -37,7 +37,7 @@ def rows_of(n: int, aggregation: str = "sequence-mean") -> list[LearnerRow]:
                 completion_ids=tuple(int(x) for x in rng.integers(40, 200, length)),
                 task="iqa" if i % 4 < 2 else "iaa",
                 advantage=float(rng.normal()),
-                sampled_logprobs=tuple(rng.uniform(-7.2, -6.6, length)),  # near 1/1024: ratios on both sides of the cap
+                sampled_logprobs=tuple(rng.uniform(-7.2, -6.6, length) - 9 * (i % 2)),  # both sides of the cap
             )
         )
     lengths = np.array([len(r.completion_ids) for r in rows])
