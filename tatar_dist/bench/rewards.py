@@ -158,7 +158,7 @@ def print_table(found: dict[str, Any]) -> None:
     """The measurements beside their limits."""
     console = Console()
     table = Table(title="Scoring one global batch with preset tatar, one core", title_justify="left")
-    for name in ("completions", "pairs", "parse", "link", "rank", "its limit", "times limit"):
+    for name in ("rows", "pairs", "parse", "link", "rank", "limit", "rank / limit"):
         table.add_column(name, justify="left" if name == "link" else "right", no_wrap=True)
     for r in found["sizes"]:
         first = [f"{r['completions']:,}", f"{r['pairs'] / 1e6:.2f} M", _time(r["parse_seconds"])]
