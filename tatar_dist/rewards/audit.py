@@ -199,7 +199,7 @@ def numbered_rows(file: str | Path) -> Iterator[tuple[int, dict[str, Any] | str]
 
 def _json_object(text: str) -> dict[str, Any] | str:
     try:
-        row = json.loads(text, parse_constant=_refuse_constant)
+        row = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
     except (ValueError, RecursionError) as e:
         return f"not valid JSON: {e}"
     return row if isinstance(row, dict) else "expected a JSON object"
@@ -207,6 +207,13 @@ def _json_object(text: str) -> dict[str, Any] | str:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):  # 1e999 is valid JSON, but could not be written again
+        raise ValueError(f"{text} is too large for a finite number")
+    return value
 
 
 def row_error(row: dict[str, Any]) -> str | None:

@@ -60,6 +60,8 @@ def custom_term(name: str, path: Any, constants: Mapping[str, Any], taken: tuple
     """A checked term: the function can be imported and takes these constants. Raises UserError otherwise."""
     if name in taken:
         raise UserError(f"terms.{name}: the name is taken, call a term of your own something else")
+    if not str(name).isidentifier():  # it becomes a column and a part of metric names
+        raise UserError(f"terms.{name}: a term's name may hold letters, digits and _ only")
     function = _function(name, path)
     try:
         inspect.signature(function).bind(None, None, **constants)

@@ -103,7 +103,10 @@ def test_a_function_that_fails_is_named_in_one_line(preset, function, said):
         score_batch(batch_of_rows(ROWS), load_preset(preset(f"my_terms_for_a_test.{function}")))
 
 
-@pytest.mark.parametrize("name", ["gaussian", "reward", "completion"])
-def test_it_may_not_hide_a_column(preset, name):
-    with pytest.raises(UserError, match="the name is taken"):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("gaussian", "is taken"), ("reward", "is taken"), ("task", "is taken"), ('"a/b"', "letters, digits and _")],
+)
+def test_it_may_not_hide_a_column_or_break_a_metrics_name(preset, name, said):
+    with pytest.raises(UserError, match=said):
         load_preset(preset(name=name))
