@@ -20,9 +20,9 @@ from rich.table import Table
 
 from tatar_dist.evaluate.bootstrap import Interval, paired_mean_difference, paired_srcc_difference
 from tatar_dist.evaluate.metrics import srcc
+from tatar_dist.records import TASKS
 
 MODELS = {"base": "baseline", "sft": "sft_eval", "grpo": "grpo_eval"}  # model -> the directory of its evaluation
-TASKS = ("iqa", "iaa")
 TERMS = {"iqa": ("gaussian", "format", "length"), "iaa": ("thurstone", "format", "length")}
 
 
@@ -75,6 +75,17 @@ def _terms(file: Path, task: str) -> dict[str, dict[str, float]]:
     return {i: {t: float(np.mean([r[t] for r in rows])) for t in TERMS[task]} for i, rows in values.items()}
 
 
+def of_parsed(directories: Sequence[Path], model: str, task: str) -> tuple[float, float]:
+    """Of the sampled answers of all seeds: the share that parsed, and the mean of the task's own term among those."""
+    own = TERMS[task][0]
+    tables = [
+        pq.read_table(d / MODELS[model] / "sampled.parquet", columns=["task", "parsed", own]) for d in directories
+    ]
+    rows = [r for table in tables for r in table.to_pylist() if r["task"] == task]
+    parsed = [r[own] for r in rows if r["parsed"]]
+    return len(parsed) / len(rows), float(np.mean(parsed)) if parsed else float("nan")
+
+
 def by_photograph(out: Path, task: str) -> dict[str, tuple[int, float, float]]:
     """source photograph -> (crops, SRCC after SFT, SRCC after GRPO) among its own crops."""
     rows = _paired(out, task).values()
@@ -112,6 +123,11 @@ def markdown(directories: Sequence[Path], head: dict[str, dict[str, float]]) -> 
         for name, (value, lo, hi) in gains(directories, task).items():
             each = ", ".join(f"{s['gains'][task][name][0]:+.3f}" for s in summaries)
             lines.append(f"| {task} | {name.replace('_', ' ')} | {value:+.3f} | {lo:+.3f} to {hi:+.3f} | {each} |")
+    lines += ["", "| task | sampled answers | SFT | GRPO |", "|---|---|---|---|"]
+    for task in TASKS:
+        (share, term), (share_after, term_after) = (of_parsed(directories, model, task) for model in ("sft", "grpo"))
+        lines.append(f"| {task} | that parse | {share:.1%} | {share_after:.1%} |")
+        lines.append(f"| {task} | {TERMS[task][0]} among these | {term:.3f} | {term_after:.3f} |")
     lines += ["", "| task | photograph | crops | " + " | ".join(f"seed {k}" for k in range(len(directories))) + " |"]
     lines.append("|---|---|---|" + "---|" * len(directories))
     for task in TASKS:

@@ -28,9 +28,11 @@ def evaluation(directory, error: float, reward: float, seed: int, unparsed: int 
             predictions.append(
                 {"sample_id": name, "task": task, "source": PHOTOS[i % 4], "target": target, "prediction": value}
             )
-            for _ in range(2):
+            for k in range(2):
+                parsed = k == 0 or i >= 2 * unparsed
                 terms = {t: reward + 0.01 * float(rng.normal()) for t in (term, "format", "length")}
-                sampled.append({"sample_id": name, "task": task, "gaussian": None, "thurstone": None} | terms)
+                row = {"sample_id": name, "task": task, "parsed": parsed, "gaussian": None, "thurstone": None}
+                sampled.append(row | terms)
         datasets[f"demo-{task}"] = {"n": 60, "n_parsed": 60 - unparsed, "srcc": 0.5, "plcc": 0.5, "mae": error}
     pq.write_table(pa.Table.from_pylist(predictions), directory / "predictions.parquet")
     pq.write_table(pa.Table.from_pylist(sampled), directory / "sampled.parquet")
@@ -74,6 +76,13 @@ def test_the_tables_of_the_readme_name_every_seed_and_photograph(seeds):
     assert all(text.count(f"| {photo} | 15 |") == 2 for photo in PHOTOS)
     widths = {len(line.split("|")) for line in text.splitlines() if line.startswith("| iqa | dog")}
     assert widths == {7}
+
+
+def test_sampled_answers_are_counted_and_their_term_averaged_among_those_that_parse(seeds):
+    share, term = demo_figures.of_parsed(seeds, "grpo", "iaa")
+    assert share == pytest.approx(118 / 120) and term == pytest.approx(0.5, abs=0.01)
+    text = demo_figures.markdown(seeds, {t: {"test": 0.77} for t in ("iqa", "iaa")})
+    assert "| iaa | that parse | 100.0% | 98.3% |" in text and "| iqa | gaussian among these | 0.4" in text
 
 
 def test_a_demo_directory_keeps_its_settings(tmp_path):
