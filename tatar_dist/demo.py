@@ -22,8 +22,10 @@ from rich.console import Console
 from tatar_dist import demo_figures as figures
 from tatar_dist.config import Config, load_config
 from tatar_dist.data.demo import make_demo
+from tatar_dist.data.photos import SPLITS
 from tatar_dist.errors import UserError
 from tatar_dist.export import model_of
+from tatar_dist.records import TASKS
 
 PACKAGE = Path(__file__).parent
 CONFIGS = PACKAGE.parent / "configs"
@@ -163,7 +165,8 @@ def _run_one(out: Path, size: Size, words: list[str], console: Console) -> None:
 
 
 def demo_config(directory: Path, data: Path, words: list[str], files: Sequence[Path] = ()) -> Config:
-    """The recipes with demo.yaml, then `files`, then `words` over them; `data` is the directory of the manifests."""
+    """The recipes with demo.yaml, then `files`, then `words` over them; `data` is the directory of the manifests, whose
+    names are left to files and words."""
     every = [*(CONFIGS / name for name in ("sft.yaml", "grpo.yaml", "demo.yaml")), *files]
     # the paths of demo.yaml are the checkout's; the demo may be started anywhere
     model, prompts = PACKAGE / "assets" / "tiny-qwen2_5-vl", CONFIGS / "prompts.yaml"
@@ -172,7 +175,8 @@ def demo_config(directory: Path, data: Path, words: list[str], files: Sequence[P
 
 
 def _config(directory: Path, words: list[str]) -> Config:
-    return demo_config(directory, directory.parent / "data", words)
+    manifests = [f"data.{s}=[{','.join(f'{task}_{s}.parquet' for task in TASKS)}]" for s in SPLITS]
+    return demo_config(directory, directory.parent / "data", [*manifests, *words])
 
 
 def _end_with_parent() -> None:

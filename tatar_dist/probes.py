@@ -54,7 +54,9 @@ def run(output: str | Path, seeds: int, smoke: bool = False, overrides: list[str
     words = [*(size.overrides if smoke else ()), *(["data.eval_limit=16"] if smoke else ()), *words]
     make_demo(out / "data", **size.data)
     restyle(out / "data")
-    with Cluster(demo_config(out / "base", out / "data", words)):  # one Ray for all runs
+    with Cluster(
+        demo_config(out / "base", out / "data", words, [CONFIGS / "probes" / "probe.yaml"])
+    ):  # one Ray for all runs
         for seed in range(seeds):
             for number, each in enumerate(RUNS, 1):
                 console.print(f"[bold]seed {seed}[/bold]  {each.name} ({number} of {len(RUNS)})")
