@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 import socket
 import time
@@ -20,6 +21,7 @@ from tatar_dist.errors import RunError, UserError
 from tatar_dist.records import LearnerRow, StepReport
 
 IMPORTANCE = {"mean": "importance", "cut": "cut"}  # policy/importance_* -> its sum over trained tokens
+PORTS = range(20_000, 32_000)  # above the ports of Ray's workers, below Linux's ephemeral ones
 FULL_DISK = 16 << 20  # bytes free under which a failed write is put down to the disk
 
 
@@ -28,9 +30,15 @@ class WeightsOutOfSync(RunError):
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
+    """A port that is free now and below the ephemeral range, so that no passing connection takes it before we listen."""
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as s:
+            try:
+                s.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise RunError(f"no free port between {PORTS.start} and {PORTS.stop}; set cluster.master_port")
 
 
 class Learner:
