@@ -30,7 +30,7 @@ class WeightsOutOfSync(RunError):
 
 
 def free_port() -> int:
-    """A port that is free now and below the ephemeral range, so that no passing connection takes it before we listen."""
+    """A port free now and below the ephemeral range, so that no passing connection takes it before we listen."""
     for port in random.SystemRandom().sample(PORTS, 100):
         with socket.socket() as s:
             try:
