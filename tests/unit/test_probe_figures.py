@@ -13,6 +13,7 @@ from rich.console import Console
 from tatar_dist import probe_figures
 from tatar_dist.data.demo import make_demo
 from tatar_dist.data.styles import restyle
+from tatar_dist.demo import CONFIGS, demo_config
 from tatar_dist.probes import RUNS
 
 N = 120
@@ -95,3 +96,16 @@ def test_rationales_in_the_other_style_keep_everything_else_and_say_no_number(tm
                 families = {d["family"] for d in json.loads(row["meta"])["distortions"]}
                 assert ("no clear colour banding" in row["rationale"]) == ("banding" not in families)
                 assert ("no clear random noise" in row["rationale"]) == ("noise" not in families)
+
+
+def test_every_change_is_a_config_that_loads_over_the_demos(tmp_path):
+    files = [CONFIGS / "probes" / "probe.yaml"]
+    base = demo_config(tmp_path / "run", tmp_path, [], files)
+    changes = {each.change for each in RUNS} - {None}
+    assert changes | {"probe"} == {f.stem for f in (CONFIGS / "probes").glob("*.yaml")}
+    for change in changes:
+        config = demo_config(tmp_path / "run", tmp_path, [], [*files, CONFIGS / "probes" / f"{change}.yaml"])
+        differing = [
+            key for key in ("data", "reward", "grpo", "sft", "rollout") if getattr(config, key) != getattr(base, key)
+        ]
+        assert differing == (["reward"] if config.reward != base.reward else ["data"])
