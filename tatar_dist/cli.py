@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from tatar_dist.commands import data as data_commands
+from tatar_dist.commands import rationale as rationale_commands
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
 
@@ -31,8 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-data_app = typer.Typer(help="Make and look at manifests, the Parquet files all stages read.", no_args_is_help=True)
-app.add_typer(data_app, name="data", rich_help_panel=RUN)
+app.add_typer(data_commands.app, name="data", rich_help_panel=RUN)
+app.add_typer(rationale_commands.app, name="rationale", rich_help_panel=RUN)
 
 Configs = Annotated[list[Path], typer.Option("--config", help="YAML file; may repeat, later files win.")]
 Overrides = Annotated[
@@ -75,31 +77,6 @@ def probes(
     found = controlled.run(output, seeds, smoke, overrides)
     if as_json:
         print(json.dumps(found))
-
-
-@data_app.callback()
-def _data() -> None:
-    """Make and look at manifests, the Parquet files all stages read."""
-
-
-@data_app.command("demo")
-def data_demo(
-    output: Annotated[Path, typer.Option(help="Directory of the manifests.")],
-    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
-    train: Annotated[int, typer.Option(min=1, help="Training crops per task.")] = 2000,
-    validation: Annotated[int, typer.Option(min=1, help="Validation crops per task.")] = 300,
-    test: Annotated[int, typer.Option(min=1, help="Test crops per task, of photographs never trained on.")] = 1000,
-    as_json: Json = False,
-) -> None:
-    """Cut the demo's data set from photographs that installed Python packages carry.
-
-    Example: [bold]tatar-dist data demo --output data/demo --seed 0[/bold]
-    """
-    from tatar_dist.data.demo import make_demo
-
-    counts = make_demo(output, seed=seed, train=train, validation=validation, test=test)
-    files = {str(output / f"{name}.parquet"): rows for name, rows in counts.items()}
-    print(json.dumps(files) if as_json else "\n".join(f"{rows:6d}  {name}" for name, rows in files.items()))
 
 
 def _run_stage(stage: str, files: list[Path], words: list[str] | None, dry_run: bool, as_json: bool) -> None:
