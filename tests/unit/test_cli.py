@@ -22,6 +22,7 @@ COMMANDS = [
     "demo",
     "probes",
     "bench",
+    "rationale",
     "plan",
     "report",
     "export",
@@ -56,7 +57,7 @@ def test_every_command_has_help(command, capsys):
 def test_every_command_that_takes_input_shows_an_example():
     commands = {c.callback.__name__: c.callback for c in app.registered_commands}
     assert all("Example: [bold]tatar-dist " in f.__doc__ for f in commands.values())
-    assert set(commands) | {"data"} == set(COMMANDS)
+    assert set(commands) | {"data", "rationale"} == set(COMMANDS)
 
 
 def test_python_dash_m_is_the_same_command():
