@@ -1,0 +1,255 @@
+"""Pictures: encoded bytes in, upright 8-bit RGB out, or `UnreadableImage` with whose picture it is and why.
+
+`decode_image` is what every stage uses; `inspect_image` says what kind of picture the bytes are, for `data validate`.
+Both go through one opener with one limit of size, so that what validation accepts is what training reads.
+
+Only raster formats are opened. Pillow would hand an EPS file to Ghostscript; a file that somebody sends us must not
+start a program. Pillow's own limit, the global `Image.MAX_IMAGE_PIXELS`, belongs to the whole process: it is neither
+changed nor asked, because its check warns between one and two times the limit. We look at the size in the header
+ourselves, before a pixel is decoded; no state is shared, so threads need no lock.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+
+# Importing a plugin registers its format with Pillow.
+from PIL import (  # noqa: F401
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    ImageOps,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    QoiImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+# Width x height. What Pillow refuses by default (it warns from half of that); 716 MB once decoded, and more than
+# the 151 megapixels of the largest cameras.
+MAX_PIXELS = 178_956_970
+MAX_ASPECT = 200  # Qwen2.5-VL's processor refuses a longer side of more than 200 times the shorter
+TINY = 28  # pixels; a shorter side below one merged patch of Qwen2.5-VL (2 x 14) is scaled up before it is seen
+
+# All with a signature in their first bytes. An MPO file, a JPEG with several pictures, opens as JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP", "JPEG2000", "PPM", "QOI")
+_GREY = {"1", "L", "LA", "La", "I", "F"}  # and I;16 in its byte orders
+_ORIENTATION = 0x0112  # the EXIF tag
+# EXIF orientation -> what sets the picture upright
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TRANSPOSED = {5, 6, 7, 8}  # width and height change places
+
+
+class UnreadableImage(Exception):
+    """The bytes are no image that can be decoded; the message says whose and why."""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What `inspect_image` found. Sizes are of the upright picture in pixels; 0 when they are not known.
+
+    notes: of `cmyk`, `16-bit`, `float`, `greyscale`, `palette`, `alpha`, `exif-rotated` (not for TIFF, which Pillow
+        turns as it loads), `broken-exif`, `animated`, `several-pictures`, `tiny`, `extreme-aspect`.
+    problem: None when the picture decodes; else `missing` (no bytes), `corrupt`, `truncated` or `bomb`, with `message`.
+    """
+
+    format: str = ""
+    mode: str = ""
+    width: int = 0
+    height: int = 0
+    frames: int = 0
+    notes: tuple[str, ...] = ()
+    problem: str | None = None
+    message: str = ""
+
+
+class _Refused(Exception):
+    """Why a picture is not opened, with what its header said."""
+
+    def __init__(self, facts: ImageFacts):
+        super().__init__(facts.message)
+        self.facts = facts
+
+
+def decode_image(data: bytes, where: str) -> Image.Image:
+    """Encoded bytes -> RGB image, upright by its EXIF orientation. `where` names the sample in the error.
+
+    Of several frames the first. Transparency is laid on white. 16-bit and float greyscale is scaled to 8 bits, never
+    clipped (`_to_8_bits`). CMYK is read in Adobe's polarity, as Pillow does; colour profiles are not applied.
+
+    Raises:
+        UnreadableImage: no bytes, no known format, damaged, truncated, or more than `MAX_PIXELS`.
+    """
+    try:
+        with _opened(data) as image:
+            image.load()
+            return _upright_rgb(image, _orientation(image) or 1)
+    except _Refused as e:
+        raise UnreadableImage(f"{where}: {e}") from None
+    except Exception as e:  # decoders of foreign bytes raise anything: struct.error, KeyError, AssertionError, ...
+        raise UnreadableImage(f"{where}: cannot decode image: {_said(e)}") from None
+
+
+def inspect_image(data: bytes) -> ImageFacts:
+    """Decode once, completely, and say what the picture is. Raises nothing: what is wrong is in `problem`.
+
+    `problem` is None exactly when `decode_image` succeeds on the same bytes.
+    """
+    known = ImageFacts()
+    try:
+        with _opened(data) as image:
+            known = ImageFacts(image.format or "", image.mode, image.width, image.height)
+            deep = any(";16" in str(tile[3]) for tile in image.tile)  # 16 bits a channel, of which Pillow keeps 8
+            image.load()
+            orientation = _orientation(image)
+            if image.mode != "RGB":  # not every mode survives this step
+                _upright_rgb(image, 1)
+            size = image.size[::-1] if orientation in _TRANSPOSED else image.size
+            frames = _frames(image, data)
+            notes = tuple(_notes(image, deep, orientation, frames))
+            return ImageFacts(known.format, image.mode, *size, frames, notes)
+    except _Refused as e:
+        return e.facts
+    except Exception as e:  # as in decode_image
+        said = _said(e)
+        code = "truncated" if "truncat" in said.lower() or isinstance(e, EOFError) else "corrupt"
+        code = "bomb" if isinstance(e, Image.DecompressionBombError) else code
+        return replace(known, problem=code, message=f"cannot decode image: {said}")
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@cache
+def _register_heif() -> None:
+    """HEIC needs a plugin of its own, which a user may have installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return
+    register_heif_opener()
+
+
+def _opened(data: bytes) -> ImageFile.ImageFile:
+    """The picture with its header read and its size allowed; no pixel is decoded yet."""
+    if not data:
+        raise _Refused(ImageFacts(problem="missing", message="the file is empty"))
+    _register_heif()
+    prefix = bytes(data[:16])
+    for name in FORMATS:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        fits = accept(prefix) if accept else False
+        if isinstance(fits, str):  # the format is known, its codec is not built into this Pillow
+            raise _Refused(ImageFacts(name, problem="corrupt", message=f"cannot decode image: {fits}"))
+        if not fits or factory is None:
+            continue
+        image = factory(io.BytesIO(data), "")
+        if image.width * image.height > MAX_PIXELS:
+            said = f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are decoded"
+            size = (image.width, image.height)
+            raise _Refused(ImageFacts(name, image.mode, *size, problem="bomb", message=f"{said} (decompression bomb?)"))
+        return image
+    said = f"cannot decode image: none of the formats {', '.join(FORMATS)}"
+    raise _Refused(ImageFacts(problem="corrupt", message=said))
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """EXIF orientation 1-8 of a loaded picture; None when its EXIF block is broken, which viewers pass over, too."""
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # as in decode_image; `broken-exif` notes it
+        return None
+    return found if found in _UPRIGHT else 1
+
+
+def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
+    """A loaded picture of any mode -> upright RGB."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        if image.mode == "La":
+            image = image.convert("LA")
+        above = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of modes I;16, I and F -> L. The range comes from the mode, for a picture does not declare one.
+
+    I;16, and I as long as its values fit: 0-65535, divided by 257. F within 0-1: times 255; within 0-255: as it is;
+    within 0-65535: divided by 257. Anything else is stretched from its least to its greatest value.
+    """
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("pixels that are not finite numbers")
+    least, greatest = float(values.min()), float(values.max())
+    if image.mode == "F" and 0 <= least and greatest <= 255:
+        scaled = values * (255 if greatest <= 1 else 1)
+    elif 0 <= least and greatest <= 65535:
+        scaled = values / 257
+    else:
+        scaled = (values - least) * (255 / max(greatest - least, 1e-300))
+    key = image.info.get("transparency")  # a value that stands for transparent: white, as below every other picture
+    if isinstance(key, int):
+        scaled[values == key] = 255
+    return Image.fromarray(np.round(scaled).astype(np.uint8))
+
+
+def _frames(image: ImageFile.ImageFile, data: bytes) -> int:
+    """Pictures in the file. GIF and TIFF are searched to their end, on a handle of its own: the first is loaded."""
+    if image.format not in ("GIF", "TIFF"):
+        return int(getattr(image, "n_frames", 1))
+    try:
+        with _opened(data) as again:
+            return int(getattr(again, "n_frames", 1))
+    except Exception:  # damaged behind the first picture, the only one that is used
+        return 1
+
+
+def _notes(image: ImageFile.ImageFile, deep: bool, orientation: int | None, frames: int) -> Iterator[str]:
+    mode, (short, long) = image.mode, sorted(image.size)
+    if mode == "CMYK":
+        yield "cmyk"
+    if deep or mode.startswith("I"):
+        yield "16-bit"
+    if mode == "F":
+        yield "float"
+    if mode in _GREY or mode.startswith("I;16"):
+        yield "greyscale"
+    if mode in ("P", "PA"):
+        yield "palette"
+    if image.has_transparency_data:
+        yield "alpha"
+    if orientation is None:
+        yield "broken-exif"
+    elif orientation != 1:
+        yield "exif-rotated"
+    if frames > 1:
+        yield "several-pictures" if image.format in ("TIFF", "MPO") else "animated"
+    if short < TINY:
+        yield "tiny"
+    if long > MAX_ASPECT * short:
+        yield "extreme-aspect"
