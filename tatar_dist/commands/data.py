@@ -36,3 +36,65 @@ def demo(
     counts = make_demo(output, seed=seed, train=train, validation=validation, test=test)
     files = {str(output / f"{name}.parquet"): rows for name, rows in counts.items()}
     print(json.dumps(files) if as_json else "\n".join(f"{rows:6d}  {name}" for name, rows in files.items()))
+
+
+Registries = Annotated[
+    list[Path] | None, typer.Option("--registry", help="More sets, or other entries for known ones (YAML); may repeat.")
+]
+
+
+@app.command("import")
+def import_set(
+    name: Annotated[str, typer.Argument(help="The set, any case, with or without hyphens; see data sets.")],
+    annotations: Annotated[list[Path], typer.Option(help="Scores: CSV, text, JSON, JSON lines, Excel; may repeat.")],
+    images: Annotated[Path, typer.Option(help="Directory that image names are relative to.")],
+    output: Annotated[Path, typer.Option(help="The manifest, a Parquet file.")],
+    file_format: Annotated[str | None, typer.Option("--format", help="Format, where columns fit several.")] = None,
+    split: Annotated[str | None, typer.Option(help="All rows are train, validation or test.")] = None,
+    split_list: Annotated[
+        list[str] | None, typer.Option(metavar="SPLIT=FILE", help="Image names of a split, one a line; may repeat.")
+    ] = None,
+    attributes: Annotated[Path | None, typer.Option(help="Attribute conversations, joined by image.")] = None,
+    embed: Annotated[bool, typer.Option("--embed", help="Put the images' bytes into the manifest.")] = False,
+    encoding: Annotated[str | None, typer.Option(help="Of the annotations, if not UTF-8.")] = None,
+    no_check_images: Annotated[bool, typer.Option("--no-check-images", help="Do not look for the images.")] = False,
+    drop_bad: Annotated[bool, typer.Option("--drop-bad", help="Leave bad rows out, listed beside the output.")] = False,
+    registry: Registries = None,
+    as_json: Json = False,
+) -> None:
+    """Annotation files of a data set -> a manifest with scores on 0-100, mapped by the format's declared range.
+
+    Example: [bold]tatar-dist data import KADID-10k --annotations dmos.csv --images images --output kadid.parquet[/bold]
+    """
+    from tatar_dist.data.importer import Choices, run_import
+    from tatar_dist.data.registry import read_registry
+
+    dataset = read_registry(registry or ()).find(name)
+    choices = Choices(format=file_format, encoding=encoding, split=split, drop_bad=drop_bad)
+    report = run_import(
+        *(dataset, annotations, images, output, choices, split_list or (), attributes),
+        check_images=not no_check_images,
+        embed=embed,
+    )
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        from tatar_dist.commands.data_tables import print_import
+
+        print_import(report)
+
+
+@app.command("sets")
+def sets(registry: Registries = None, as_json: Json = False) -> None:
+    """The data sets that can be imported: formats, columns, ranges, counts, where to get them.
+
+    Example: [bold]tatar-dist data sets[/bold]
+    """
+    from tatar_dist.commands.data_tables import print_sets, sets_as_json
+    from tatar_dist.data.registry import read_registry
+
+    known = read_registry(registry or ())
+    if as_json:
+        print(json.dumps(sets_as_json(known), ensure_ascii=False))
+    else:
+        print_sets(known)

@@ -1,0 +1,161 @@
+"""What `data import` and `data sets` print: tables of a report and of the registry. In: their records. Out: text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tatar_dist.data.registry import Dataset, Format, Registry
+
+
+def _table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, title_style="bold")
+    for name in columns:
+        right = name in numbers
+        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
+    return table
+
+
+def _facts() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+_QUANTILES = ("min", "5 %", "25 %", "median", "75 %", "95 %", "max")
+
+
+def print_import(report: dict[str, Any], console: Console | None = None) -> None:
+    """A report of `run_import`: what was recognised, how it was mapped, what became of the rows, what to do next."""
+    out = console or Console()
+    title = f"{report['dataset']} ({report['task'].upper()}) → {report['manifest']}"
+    files = _table(escape(title), "file", "format", "columns read", "mapped", "rows", numbers=("rows",))
+    scores = _table("Scores", "", *_QUANTILES, numbers=_QUANTILES)
+    for f in report["files"]:
+        mapped = (
+            f"{f['range'][0]:g}–{f['range'][1]:g} → {'100–0, lower is better' if f['lower_is_better'] else '0–100'}"
+        )
+        columns, kind = ", ".join(_shortened(f["columns"])), f"{f['format']} ({f['kind']})"
+        files.add_row(*map(escape, (f["file"], kind, columns, mapped, f"{f['rows']:,}")))
+        if f["raw"]:
+            name = "raw" if len(report["files"]) == 1 else f"raw, {f['file']}"
+            scores.add_row(escape(name), *_quantiles(f["raw"], 4))
+    scores.add_row("on 0–100", *_quantiles(report["score"], 2))
+
+    of_ratings = report["images"] != report["kept"]
+    counts = _table("Rows", "", "rows", "published", numbers=("rows", "published"))
+    counts.add_row("read", f"{report['rows']:,}", "")
+    for reason, n in report["dropped"].items():
+        counts.add_row(f"[yellow]dropped: {reason}", f"[yellow]{n:,}", "")
+    counts.add_row("kept", f"{report['kept']:,}", "" if of_ratings else _published(report, "total"))
+    if of_ratings:
+        counts.add_row("images, their ratings averaged", f"{report['images']:,}", _published(report, "total"))
+    for split, n in report["splits"].items():
+        counts.add_row(f"  {split}", f"{n:,}", _published(report, split))
+
+    facts = _facts()
+    official = {True: "the official split", False: "[yellow]not the official split[/]", None: "as you say"}
+    facts.add_row("Split", f"{escape(report['split_rule'])} ({official[report['split_official']]})")
+    if report["split_official"] is False:
+        facts.add_row("", f"[dim]the official one: {escape(report['official_split'])}")
+    if not report["images_checked"]:
+        facts.add_row("Images", "not looked for (--no-check-images)")
+    for note in report["notes"]:
+        facts.add_row("Note", escape(note))
+    if report["dropped_file"]:
+        facts.add_row("Dropped", f"each row with its reason: {escape(report['dropped_file'])}")
+    facts.add_row("Next", f"[bold]tatar-dist data validate {escape(report['manifest'])}")
+    for part in (files, counts, scores, facts):
+        out.print(part)
+
+
+def _quantiles(found: dict[str, float], digits: int) -> list[str]:
+    return [f"{v:.{digits}f}".rstrip("0").rstrip(".") for k, v in found.items() if k != "n"]
+
+
+def _published(report: dict[str, Any], key: str) -> str:
+    published = report["published"].get(key)
+    if published is None:
+        return ""
+    found = report["images"] if key == "total" else report["splits"][key]
+    return f"{published:,}" if found != published else f"[green]{published:,} ✓[/]"
+
+
+def _shortened(columns: list[str]) -> list[str]:
+    return columns if len(columns) <= 8 else [*columns[:3], "…", *columns[-2:]]
+
+
+def print_sets(registry: Registry, console: Console | None = None) -> None:
+    """All sets with their counts; the formats of their own; the lists that all share; where to get them."""
+    out = console or Console()
+    numbers = ("images", "test")
+    sets = _table("Data sets", "set", "task", "domain", *numbers, "gt_score in lists", numbers=numbers)
+    own = _table("Files of the releases, recognised by their columns", "set", "format", "file", "score", "range")
+    where = _facts()
+    for each in registry.datasets.values():
+        name, domain = f"[bold]{escape(each.name)}[/]", "in" if each.in_domain else "cross"
+        counts = [f"{each.counts[k]:,}" if k in each.counts else "" for k in ("total", "test")]
+        lists = str(each.formats[each.lists[0]].range) if each.lists else ""
+        sets.add_row(name, each.task.upper(), domain, *counts, lists)
+        mine = [f for f in each.formats.values() if f.name not in each.lists]
+        for k, fmt in enumerate(mine):
+            own.add_row(name if k == 0 else "", *_format(fmt))
+        where.add_row(name, f"{escape(each.url)}\n[dim]{escape(each.terms)}")
+    shared = _table("Lists, of every set", "format", "keys", "file")
+    lists_by_name = {n: d.formats[n] for d in registry.datasets.values() for n in d.lists}
+    for fmt in lists_by_name.values():
+        shared.add_row(escape(fmt.name), escape(", ".join(fmt.columns)), ", ".join(fmt.kinds))
+    for part in (sets, own, shared, "[bold]Where to get them[/]", where):
+        out.print(part)
+    out.print("\nImport one: [bold]tatar-dist data import NAME --annotations F --images DIR --output M.parquet[/]")
+
+
+def _format(fmt: Format) -> tuple[str, str, str, str]:
+    score = fmt.score or "mean of votes"
+    if fmt.worker:
+        score += ", averaged"
+    fields = f"{len(fmt.columns)} fields without a header: " if fmt.types else ""
+    columns = f"{fields}{', '.join(_shortened(list(fmt.columns)))}"
+    direction = ", lower is better" if fmt.lower_is_better else ""
+    return (
+        f"{escape(fmt.name)}\n[dim]{escape(columns)}[/]",
+        ", ".join(fmt.kinds),
+        escape(score),
+        f"{fmt.range}{direction}",
+    )
+
+
+def sets_as_json(registry: Registry) -> list[dict[str, Any]]:
+    """The registry as `data sets --json` prints it."""
+    return [_set_as_json(each) for each in registry.datasets.values()]
+
+
+def _set_as_json(each: Dataset) -> dict[str, Any]:
+    return {
+        "name": each.name,
+        "task": each.task,
+        "in_domain": each.in_domain,
+        "url": each.url,
+        "terms": each.terms,
+        "counts": dict(each.counts),
+        "official_split": each.split.official,
+        "formats": [
+            {
+                "name": f.name,
+                "kinds": list(f.kinds),
+                "columns": list(f.columns),
+                "image": f.image,
+                "score": f.score,
+                "range": [f.range.low, f.range.high],
+                "lower_is_better": f.lower_is_better,
+                "source": f.source,
+            }
+            for f in each.formats.values()
+        ],
+    }

@@ -1,0 +1,352 @@
+"""Annotation files read into columns: CSV, header-less text, JSON lists, JSON lines, Excel.
+
+In: a file's bytes and a set's formats. Out: `RawFile`: the recognised format, the columns it uses as Python values,
+where each row stood, and rows that are broken in themselves (ragged, not JSON, a key twice). Values are judged in
+`scores.py`. Nothing is guessed: the format is recognised by its columns, a header's names must match exactly after
+blanks and a byte order mark are stripped, and a file that fits no format or two is a `UserError`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import difflib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tatar_dist.data.registry import BLANK, Dataset, Format
+from tatar_dist.errors import UserError
+
+MISSING = object()  # the row has no such key; JSON's null is None
+
+
+class Bad(NamedTuple):
+    """Why a row cannot be used: a short reason for counts, a sentence for its error line."""
+
+    reason: str
+    text: str
+
+
+@dataclass
+class RawFile:
+    """One annotation file: columns of n values each (text for CSV and text files, as stored for JSON and Excel)."""
+
+    file: str
+    kind: str
+    format: Format
+    columns: dict[str, list[Any]]
+    where: Callable[[int], str]  # row -> "FILE:LINE" or "FILE: row N"
+    bad: dict[int, Bad] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.columns[self.format.image])
+
+
+class Rows(NamedTuple):
+    """A file before its format is known. `header`: names, None for files that have none."""
+
+    kind: str
+    header: list[str] | None
+    rows: list[Any]  # lists of values, or dicts for JSON
+    where: Callable[[int], str]
+    bad: dict[int, Bad]
+
+
+def read_annotations(
+    data: bytes, file: str, dataset: Dataset, format_name: str | None = None, encoding: str | None = None
+) -> RawFile:
+    """One file's bytes -> its columns. `file` is its name in messages.
+
+    Raises:
+        UserError: empty, not text in `encoding` (default UTF-8), not the JSON, CSV or Excel it looks like, columns
+            that fit no format of the set or more than one.
+    """
+    wanted = [dataset.format(format_name)] if format_name else list(dataset.formats.values())
+    rows = parse(data, file, encoding, wanted)
+    fmt = _recognise(rows, file, dataset, wanted)
+    if not rows.rows:
+        raise UserError(f"{file}: there are no rows under the header")
+    if rows.kind in ("json", "jsonl"):
+        columns = {c: [r.get(c, MISSING) if isinstance(r, dict) else MISSING for r in rows.rows] for c in fmt.used()}
+        return RawFile(file, rows.kind, fmt, columns, rows.where, rows.bad)
+    header = list(fmt.columns) if rows.header is None else rows.header
+    for name in fmt.used():
+        if header.count(name) > 1:
+            raise UserError(f"{file}: the header has column {name!r} {header.count(name)} times")
+    width = len(header)
+    for i, row in enumerate(rows.rows):
+        if len(row) != width:
+            rows.bad.setdefault(i, Bad("ragged row", f"{len(row)} values where {width} are due"))
+            rows.rows[i] = [*row, *[""] * width][:width]
+    transposed = list(zip(*rows.rows, strict=True))
+    columns = {name: list(transposed[header.index(name)]) for name in fmt.used()}
+    return RawFile(file, rows.kind, fmt, columns, rows.where, rows.bad)
+
+
+def parse(data: bytes, file: str, encoding: str | None, formats: Sequence[Format]) -> Rows:
+    """Bytes -> rows by what they look like; CSV or header-less text is settled by the formats' signatures."""
+    if data[:4] == b"PK\x03\x04":
+        return _xlsx(data, file)
+    text = decode(data, file, encoding)
+    first = text.lstrip()[:1]
+    if not first:
+        raise UserError(f"{file}: the file is empty")
+    if first == "[":
+        return _json_list(text, file)
+    if first == "{":
+        return _json_lines(text, file)
+    line = next(line for line in text.split("\n") if line.strip()).rstrip("\r")
+    try:
+        names = [c.strip() for c in next(csv.reader([line]), [])]
+    except csv.Error:
+        names = []
+    if not any(f.kinds != ("text",) and set(f.columns) <= set(names) for f in formats):
+        for fmt in (f for f in formats if f.types and len(_split(line, f.separator)) == len(f.columns)):
+            return _plain_text(text, file, fmt.separator)
+    return _csv(text, file)
+
+
+def decode(data: bytes, file: str, encoding: str | None) -> str:
+    """Text of the bytes, without a byte order mark. Raises UserError with byte and line, suggesting --encoding."""
+    name = encoding or "utf-8"
+    try:
+        if not codecs.lookup(name)._is_text_encoding:
+            raise LookupError
+        text = data.decode(name)
+    except LookupError:
+        raise UserError(f"--encoding {name}: no such text encoding (latin-1, cp1252, utf-16, gb18030, …)") from None
+    except UnicodeError as e:
+        start = getattr(e, "start", 0)
+        line = data.count(b"\n", 0, start) + 1
+        byte = f"0x{data[start]:02x} " if start < len(data) else ""
+        wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        hint = "utf-16" if wide else "latin-1 or another that fits" if encoding is None else "another"
+        at = f"{file}:{line}: byte {start + 1} of the file, {byte}is not {name.upper()}"
+        raise UserError(f"{at}; name the encoding with --encoding {hint}") from None
+    return text.removeprefix("\ufeff")
+
+
+def _csv(text: str, file: str) -> Rows:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as e:
+        raise UserError(f"{file}:{reader.line_num}: broken CSV: {e}") from None
+    header_at = next((i for i, row in enumerate(rows) if any(v.strip() for v in row)), None)
+    if header_at is None:
+        raise UserError(f"{file}: the file is empty")
+    kept = [i for i in range(header_at + 1, len(rows)) if len(rows[i]) > 1 or any(v.strip() for v in rows[i])]
+
+    def where(i: int) -> str:
+        # Walked again only for a message: a quoted value may span lines.
+        again = csv.reader(io.StringIO(text, newline=""), strict=True)
+        before = 0
+        for k, _ in enumerate(again):
+            if k == kept[i]:
+                break
+            before = again.line_num
+        return f"{file}:{before + 1}"
+
+    return Rows("csv", [name.strip() for name in rows[header_at]], [rows[i] for i in kept], where, {})
+
+
+def _plain_text(text: str, file: str, separator: str) -> Rows:
+    lines = text.split("\n")
+    kept = [i for i, line in enumerate(lines) if line.strip()]
+    rows = [_split(lines[i], separator) for i in kept]
+    return Rows("text", None, rows, lambda i: f"{file}:{kept[i] + 1}", {})
+
+
+def _split(line: str, separator: str) -> list[str]:
+    return line.split() if separator == BLANK else line.rstrip("\r\n").split(separator)
+
+
+class _Object(dict[str, Any]):
+    """A JSON object in which a key stood twice."""
+
+    repeated = ""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    found = _Object(found)
+    keys = [k for k, _ in pairs]
+    found.repeated = next(k for k in keys if keys.count(k) > 1)
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_BROKEN = (ValueError, RecursionError)  # ValueError also for integers of thousands of digits
+
+
+def _check_object(i: int, row: Any, bad: dict[int, Bad]) -> None:
+    if not isinstance(row, dict):
+        bad[i] = Bad("wrong type", f"the row is {json_type(row)}, must be an object")
+    elif isinstance(row, _Object):
+        bad[i] = Bad("repeated key", f"key {row.repeated!r} is given twice")
+
+
+def _json_list(text: str, file: str) -> Rows:
+    try:
+        rows = _DECODER.decode(text)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{file}:{e.lineno}: broken JSON: {e.msg} (column {e.colno})") from None
+    except _BROKEN as e:
+        raise UserError(f"{file}: broken JSON: {str(e).split(';')[0]}") from None
+    bad: dict[int, Bad] = {}
+    for i, row in enumerate(rows):
+        if type(row) is not dict:
+            _check_object(i, row, bad)
+
+    def where(i: int) -> str:
+        at = text.index("[") + 1
+        for _ in range(i + 1):
+            while text[at] in " \t\r\n,":
+                at += 1
+            start = at
+            at = _DECODER.raw_decode(text, at)[1]
+        return f"{file}:{text.count(chr(10), 0, start) + 1}"
+
+    return Rows("json", None, rows, where, bad)
+
+
+def _json_lines(text: str, file: str) -> Rows:
+    lines = text.split("\n")
+    kept = [i for i, line in enumerate(lines) if line.strip()]
+    rows: list[Any] = []
+    bad: dict[int, Bad] = {}
+    for i, k in enumerate(kept):
+        try:
+            row = _DECODER.decode(lines[k])
+        except _BROKEN as e:
+            if i == 0 and _is_one_object(text):
+                raise UserError(f"{file}: one JSON object; rows must be a JSON list or one object a line") from None
+            row = {}
+            reason = f"{e.msg} (column {e.colno})" if isinstance(e, json.JSONDecodeError) else str(e).split(";")[0]
+            bad[i] = Bad("broken JSON", f"broken JSON: {reason}")
+        else:
+            if type(row) is not dict:
+                _check_object(i, row, bad)
+        rows.append(row)
+    return Rows("jsonl", None, rows, lambda i: f"{file}:{kept[i] + 1}", bad)
+
+
+def _is_one_object(text: str) -> bool:
+    try:
+        return isinstance(_DECODER.decode(text), dict)
+    except _BROKEN:
+        return False
+
+
+def _xlsx(data: bytes, file: str) -> Rows:
+    from openpyxl import load_workbook
+
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as parts:
+            if sum(part.file_size for part in parts.infolist()) > XLSX_LIMIT:
+                raise UserError(f"{file}: the workbook unpacks to more than {XLSX_LIMIT >> 20} MiB; save it as CSV")
+        sheet = load_workbook(io.BytesIO(data), read_only=True, data_only=True).worksheets[0]
+        rows = [list(row) for row in sheet.iter_rows(values_only=True)]
+    except UserError:
+        raise
+    except Exception as e:  # a damaged workbook raises whatever its part of zip, XML or openpyxl meets first
+        raise UserError(f"{file}: not a readable Excel workbook: {type(e).__name__}: {e}") from None
+    header_at = next((i for i, row in enumerate(rows) if any(v is not None for v in row)), None)
+    if header_at is None:
+        raise UserError(f"{file}: the first sheet is empty")
+    header = ["" if v is None else str(v).strip() for v in rows[header_at]]
+    while header and not header[-1]:
+        header.pop()
+    width = len(header)
+    kept = [i for i in range(header_at + 1, len(rows)) if any(v is not None for v in rows[i])]
+    # Cells right of the header that hold nothing are the sheet's shape, not values.
+    values = [[*row, *[None] * width][: max(width, _filled(row))] for row in (rows[i] for i in kept)]
+    if any(None in row for row in values):
+        _put_formulas(data, kept, values)
+    return Rows("xlsx", header, values, lambda i: f"{file}: row {kept[i] + 1}", {})
+
+
+XLSX_LIMIT = 512 << 20  # bytes unpacked; SPAQ's workbook is about 2 MiB
+
+
+def _filled(row: Sequence[Any]) -> int:
+    return max((k + 1 for k, v in enumerate(row) if v is not None), default=0)
+
+
+class Formula(str):
+    """A cell's formula whose result was never stored: it would read as empty."""
+
+
+def _put_formulas(data: bytes, kept: list[int], values: list[list[Any]]) -> None:
+    from openpyxl import load_workbook
+
+    sheet = load_workbook(io.BytesIO(data), read_only=True, data_only=False).worksheets[0]
+    place = {k: i for i, k in enumerate(kept)}
+    for k, cells in enumerate(sheet.iter_rows(values_only=True)):
+        row = values[place[k]] if k in place else []
+        for column, (cell, value) in enumerate(zip(cells, row, strict=False)):
+            if value is None and isinstance(cell, str) and cell.startswith("="):
+                row[column] = Formula(cell)
+
+
+def _recognise(rows: Rows, file: str, dataset: Dataset, wanted: list[Format]) -> Format:
+    """The format whose columns the file has; of several the one with most columns, if it holds the others'."""
+    if rows.header is not None:
+        there = rows.header
+    elif rows.kind == "text":
+        there = []
+    else:
+        first = next((r for i, r in enumerate(rows.rows) if i not in rows.bad and isinstance(r, dict)), None)
+        if first is None:
+            if not rows.rows:
+                raise UserError(f"{file}: the list is empty")
+            i = min(rows.bad)
+            raise UserError(f"{rows.where(i)}: {rows.bad[i].text}; no row of the file can be read")
+        there = list(first)
+    possible = [f for f in wanted if rows.kind in f.kinds]
+    if rows.kind == "text":
+        fits = [f for f in possible if len(f.columns) == len(rows.rows[0])]
+    else:
+        fits = [f for f in possible if set(f.columns) <= set(there)]
+    best = [f for f in fits if all(set(g.columns) <= set(f.columns) for g in fits)]
+    if len(best) == 1:
+        return best[0]
+    if fits:
+        names = ", ".join(f"{f.name} ({f.score or 'votes'} on {f.range})" for f in best or fits)
+        raise UserError(f"{file}: its columns fit more than one format of {dataset.name}: {names}; say --format NAME")
+    raise UserError(f"{file}: {_no_fit(rows, there, dataset, wanted, possible)}")
+
+
+def _no_fit(rows: Rows, there: list[str], dataset: Dataset, wanted: list[Format], possible: list[Format]) -> str:
+    if not possible:
+        known = "; ".join(f"{f.name}: {'/'.join(f.kinds)}" for f in wanted)
+        return f"looks like {rows.kind}, in which {dataset.name} has no format ({known})"
+    if rows.kind == "text":
+        return f"its lines have {len(rows.rows[0])} fields, which fits no format of {dataset.name}"
+    nearest = min(possible, key=lambda f: len(set(f.columns) - set(there)))
+    lacking = [c for c in nearest.columns if c not in there]
+    told = []
+    for name in lacking:
+        near = difflib.get_close_matches(name.casefold(), [t.casefold() for t in there], n=1, cutoff=0.75)
+        like = next((t for t in there if near and t.casefold() == near[0]), None)
+        told.append(f"{name!r}" + (f" (there is {like!r})" if like else ""))
+    found = ", ".join(map(repr, there[:12])) + (", …" if len(there) > 12 else "")
+    hint = ""
+    if rows.kind == "csv" and len(there) == 1 and (";" in there[0] or "\t" in there[0]):
+        hint = "; columns must be separated by commas"
+    what = "missing column" if rows.kind in ("csv", "xlsx") else "missing key"
+    return f"{what} {', '.join(told)} of format {nearest.name}; found {found}{hint}"
+
+
+def json_type(value: Any) -> str:
+    names: tuple[tuple[type, str], ...] = (
+        *((bool, "true or false"), (int, "a number"), (float, "a number")),
+        *((str, "text"), (list, "a list"), (dict, "an object")),
+    )
+    return next((name for kind, name in names if isinstance(value, kind)), "null")
