@@ -8,9 +8,10 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
-from tatar_dist.data.registry import Dataset, Format, Registry
+from tatar_dist.data.registry import Dataset, Registry
 
 
 def _table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
@@ -96,39 +97,37 @@ def print_sets(registry: Registry, console: Console | None = None) -> None:
     out = console or Console()
     numbers = ("images", "test")
     sets = _table("Data sets", "set", "task", "domain", *numbers, "gt_score in lists", numbers=numbers)
-    own = _table("Files of the releases, recognised by their columns", "set", "format", "file", "score", "range")
     where = _facts()
     for each in registry.datasets.values():
         name, domain = f"[bold]{escape(each.name)}[/]", "in" if each.in_domain else "cross"
         counts = [f"{each.counts[k]:,}" if k in each.counts else "" for k in ("total", "test")]
         lists = str(each.formats[each.lists[0]].range) if each.lists else ""
         sets.add_row(name, each.task.upper(), domain, *counts, lists)
-        mine = [f for f in each.formats.values() if f.name not in each.lists]
-        for k, fmt in enumerate(mine):
-            own.add_row(name if k == 0 else "", *_format(fmt))
         where.add_row(name, f"{escape(each.url)}\n[dim]{escape(each.terms)}")
     shared = _table("Lists, of every set", "format", "keys", "file")
     lists_by_name = {n: d.formats[n] for d in registry.datasets.values() for n in d.lists}
     for fmt in lists_by_name.values():
         shared.add_row(escape(fmt.name), escape(", ".join(fmt.columns)), ", ".join(fmt.kinds))
-    for part in (sets, own, shared, "[bold]Where to get them[/]", where):
+    out.print(sets)
+    out.print("[bold]Files of the releases, recognised by their columns[/]")
+    for each in registry.datasets.values():
+        _print_formats(each, out)
+    for part in ("", shared, "[bold]Where to get them[/]", where):
         out.print(part)
     out.print("\nImport one: [bold]tatar-dist data import NAME --annotations F --images DIR --output M.parquet[/]")
 
 
-def _format(fmt: Format) -> tuple[str, str, str, str]:
-    score = fmt.score or "mean of votes"
-    if fmt.worker:
-        score += ", averaged"
-    fields = f"{len(fmt.columns)} fields without a header: " if fmt.types else ""
-    columns = f"{fields}{', '.join(_shortened(list(fmt.columns)))}"
-    direction = ", lower is better" if fmt.lower_is_better else ""
-    return (
-        f"{escape(fmt.name)}\n[dim]{escape(columns)}[/]",
-        ", ".join(fmt.kinds),
-        escape(score),
-        f"{fmt.range}{direction}",
-    )
+def _print_formats(each: Dataset, out: Console) -> None:
+    mine = [f for f in each.formats.values() if f.name not in each.lists]
+    out.print(f" [bold]{escape(each.name)}[/]" + ("" if mine else "  [dim]the lists below only[/]"))
+    for fmt in mine:
+        score = (fmt.score or "mean of votes") + (", averaged per image" if fmt.worker else "")
+        scale = f"{fmt.range}{', lower is better' if fmt.lower_is_better else ''}"
+        row = f"   {fmt.name:<26}{', '.join(fmt.kinds):<11}{score:<26}{scale}"
+        out.print(escape(row.rstrip()), highlight=False)
+        fields = f"{len(fmt.columns)} fields, no header: " if fmt.types else ""
+        columns = f"[dim]{escape(fields + ', '.join(_shortened(list(fmt.columns))))}[/]"
+        out.print(Padding(columns, (0, 0, 0, 5)), highlight=False)
 
 
 def sets_as_json(registry: Registry) -> list[dict[str, Any]]:

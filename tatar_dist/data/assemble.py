@@ -18,8 +18,7 @@ import pyarrow as pa
 from tatar_dist.data.annotations import read_annotations
 from tatar_dist.data.attributes import join, read_attributes
 from tatar_dist.data.image_folder import ImageFolder
-from tatar_dist.data.registry import SPLITS, Dataset
-from tatar_dist.data.row_checks import (
+from tatar_dist.data.import_rows import (
     AllRows,
     check_duplicates,
     check_paths,
@@ -28,6 +27,7 @@ from tatar_dist.data.row_checks import (
     gather,
     read_names,
 )
+from tatar_dist.data.registry import SPLITS, Dataset
 from tatar_dist.data.scores import Scored, judge, to_score
 from tatar_dist.data.splits import Splits, by_lists, by_rule, read_split_list
 from tatar_dist.errors import UserError

@@ -40,7 +40,7 @@ class Range:
         return 100.0 / (self.high - self.low)
 
     def __str__(self) -> str:
-        return f"{self.low:g}–{self.high:g}"
+        return f"{self.low:.10g}–{self.high:.10g}"
 
 
 @dataclass(frozen=True)
