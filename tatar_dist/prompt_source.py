@@ -8,6 +8,7 @@ controller; images stay encoded bytes.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,10 @@ from typing import Any
 
 from tatar_dist.backbones import family
 from tatar_dist.config import Config, DataConfig
-from tatar_dist.data.manifest import Manifest, UnreadableImage, decode_image, read_manifest
-from tatar_dist.data.sampler import PromptSampler, Ref
+from tatar_dist.data.images import UnreadableImage, decode_image
+from tatar_dist.data.manifest import Manifest, read_manifest
+from tatar_dist.data.sampler import PromptSampler
+from tatar_dist.data.walk import Ref
 from tatar_dist.errors import UserError
 from tatar_dist.prompts import Prompts, answer_text
 from tatar_dist.records import LearnerRow, Prompt, Sample
@@ -29,11 +32,27 @@ CHECK_THREADS = 8  # decoding releases the interpreter lock
 
 
 def read_manifests(data: DataConfig, split: str) -> list[Manifest]:
-    """The manifests of data.SPLIT, relative paths below data.root. Raises UserError when there are none."""
+    """The manifests of data.SPLIT, relative paths below data.root, each with its rows of that split.
+
+    A manifest without any such row is taken whole for validation and test, and said so: somebody may want to see the
+    metrics of training data. Raises UserError when there is no manifest, or one for training without a train row.
+    """
     paths = getattr(data, split)
     if not paths:
         raise UserError(f"data.{split} is empty: name at least one Parquet manifest")
-    return [read_manifest(Path(data.root) / p) for p in paths]
+    return [_of_split(read_manifest(Path(data.root) / p, data.image_root), split) for p in paths]
+
+
+def _of_split(manifest: Manifest, split: str) -> Manifest:
+    part, others = manifest.of_split(split), ", ".join(sorted({p.split for p in manifest.pools})) or "no"
+    if part.pools or not manifest.pools:
+        return part
+    if split == "train":
+        raise UserError(
+            f"{manifest.path}: column split: holds {others} rows only, data.train reads those of split train"
+        )
+    print(f"tatar-dist: {manifest.path} has no {split} rows: data.{split} takes its {others} rows", file=sys.stderr)
+    return manifest
 
 
 class PromptSource:
@@ -108,23 +127,23 @@ class PromptSource:
     def held_out(
         self, manifests: Sequence[Manifest], per_dataset: int | None, supervised: bool = False
     ) -> list[Sample]:
-        """The first usable `per_dataset` samples of each data set (None = all), in manifest order."""
+        """The first usable `per_dataset` samples of each data set (None = all), pool by pool in manifest order."""
         taken: Counter[str] = Counter()
         result = []
-        for manifest in manifests:
-            for i, dataset in enumerate(manifest.datasets):
-                if per_dataset is not None and taken[dataset] >= per_dataset:
-                    continue
+        for manifest, pool in ((m, p) for m in manifests for p in m.pools):
+            for i in pool:
+                if per_dataset is not None and taken[pool.dataset] >= per_dataset:
+                    break
                 try:
                     sample = manifest.get(i)
                     problem = self.problem(sample, supervised)
                 except UnreadableImage as e:
                     problem = str(e)
                 if problem is not None:
-                    self.run.quarantine(manifest.sample_ids[i], str(manifest.path), problem)
-                    self.missing[dataset] += 1
+                    self.run.quarantine(manifest.sample_id(i), str(manifest.path), problem)
+                    self.missing[pool.dataset] += 1
                     continue
-                taken[dataset] += 1
+                taken[pool.dataset] += 1
                 result.append(sample)
         return result
 
@@ -158,7 +177,7 @@ class PromptSource:
                     found.append(self.prompt(sample, f"{step:06d}/{sample.dataset}/{sample.sample_id}"))
                     break
                 self.run.quarantine(sampler.sample_id(ref), str(sampler.manifests[ref[0]].path), str(problem))
-                sampler.exclude(prompt.sample.dataset, sampler.sample_id(ref))
+                sampler.exclude(ref)
                 ref = sampler.another(prompt.sample.dataset, avoid)
         return found
 

@@ -1,30 +1,36 @@
-"""Manifests: one Parquet file per data set and split, the form in which all stages read their data.
+"""Manifests: the Parquet files in which all stages read their data. This room reads them; writing.py writes them.
 
-In: a path. Out: light index columns in memory, and one `Sample` at a time with its encoded image. The image lies in
-the row itself (`image_bytes`) or in a file beside the manifest (`image`, relative, never outside that directory).
-Every fault of a file is a `UserError` that names file, row and column; a picture that does not decode is an
-`UnreadableImage`, which callers may quarantine.
+In: a path. Out: a `Manifest`, which knows its pools (pools.py) and gives one `Sample` at a time with its encoded image,
+or streams columns a row group at a time; it never holds a list with an entry per row. The image lies in the row itself
+(`image_bytes`) or in a file (`image`, relative to the manifest's image root, never outside it). Every fault of a file
+is a `UserError` that names file, row and column.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
+import zlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
 
+from tatar_dist.data.images import UnreadableImage
+from tatar_dist.data.orders import WINDOW
+from tatar_dist.data.pools import Pool, index_pools
 from tatar_dist.errors import UserError
 from tatar_dist.records import TASKS, Sample
 
+VERSION = 1
+STAMP = b"tatar_dist.manifest"  # the footer's key under which `write_manifest` leaves a `Stamp`
 SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string()),
@@ -42,97 +48,79 @@ SCHEMA = pa.schema(
     ]
 )
 REQUIRED = ("sample_id", "dataset", "task", "score", "split")
-INDEX = REQUIRED
-ROW_GROUP = 256  # rows; with embedded 112-pixel crops about 6 MB, which is what reading one sample may cost
-CACHED_GROUPS = 4
-
-
-class UnreadableImage(Exception):
-    """The bytes are no image that can be decoded; the message says whose and why."""
-
-
-def decode_image(data: bytes, where: str) -> Image.Image:
-    """Encoded bytes -> RGB image, upright by its EXIF orientation. `where` names the sample in the error.
-
-    Raises:
-        UnreadableImage: not an image, truncated, or larger than Pillow accepts as safe.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
-        raise UnreadableImage(f"{where}: cannot decode image: {e}") from None
-
-
-def write_manifest(path: Path, rows: Iterable[dict[str, Any]], row_group: int = ROW_GROUP) -> int:
-    """Write rows (dicts of SCHEMA's columns; absent ones are null; `attributes` and `meta` may be dicts).
-
-    Written beside and renamed, so that a reader never sees half a file. Returns the number of rows.
-    Raises KeyError for a column that the schema lacks.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    names = set(SCHEMA.names)
-    count = 0
-    pending: list[dict[str, Any]] = []
-
-    def flush(writer: pq.ParquetWriter) -> None:
-        columns = {n: [r.get(n) for r in pending] for n in SCHEMA.names}
-        writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=row_group)
-        pending.clear()
-
-    try:
-        # Pictures are compressed already: only the text columns profit from zstd.
-        compression = {n: "none" if n == "image_bytes" else "zstd" for n in SCHEMA.names}
-        with pq.ParquetWriter(beside, SCHEMA, compression=compression) as writer:
-            for row in rows:
-                unknown = set(row) - names
-                if unknown:
-                    raise KeyError(f"{path}: no manifest column {sorted(unknown)}")
-                objects = {k: v for k, v in row.items() if isinstance(v, dict)}
-                pending.append({**row, **{k: json.dumps(v, ensure_ascii=False) for k, v in objects.items()}})
-                count += 1
-                if len(pending) == row_group:
-                    flush(writer)
-            if pending:
-                flush(writer)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return count
+# Larger files that bear the stamp of the writer, which checked every row, are not read again as a whole at every start.
+TRUSTED_ROWS = 200_000
+# Row groups kept once read. Embedded pictures: WINDOW groups at the writer's limit, through which a sampler walks.
+CACHE_BYTES = {True: WINDOW * (64 << 20), False: 32 << 20}
 
 
 @dataclass(frozen=True)
-class _Index:
-    sample_id: list[str]
-    dataset: list[str]
-    task: list[str]
-    score: np.ndarray
+class Stamp:
+    """What the writer leaves in the footer. `groups`: checksum of the row groups' sizes, so that a file cut or merged
+    by another program does not pass for checked."""
+
+    version: int
+    rows: int
+    groups: int
+    image_root: str | None
+
+    def to_json(self) -> bytes:
+        return json.dumps(self.__dict__, sort_keys=True).encode()
+
+
+def groups_checksum(sizes: Sequence[int]) -> int:
+    return zlib.crc32(np.asarray(sizes, "<i8").tobytes())
 
 
 class Manifest:
-    """A checked manifest: `len`, index columns as attributes, `get(i)` for a whole sample.
+    """A checked manifest: `len`, `pools`, `get(i)` for a whole sample, `tables(columns)` for a stream.
 
-    Attributes: `path`, `sample_ids`, `datasets`, `tasks` (lists of str) and `scores` ((n,) float64, 0-100).
-    Pickles (open file and cache stay behind), so that Ray may carry it.
+    Attributes: `path`; `pools` (its rows by data set, task and split); `image_root` (where image paths start);
+    `embedded` (whether images lie in the rows). Pickles (open file and cache stay behind), so that Ray may carry it.
     """
 
-    def __init__(self, path: Path, index: _Index, group_starts: np.ndarray, columns: tuple[str, ...]):
-        self.path = path
-        self.sample_ids, self.datasets, self.tasks = index.sample_id, index.dataset, index.task
-        self.scores = index.score
-        self._starts = group_starts
+    def __init__(
+        self,
+        path: Path,
+        pools: tuple[Pool, ...],
+        group_sizes: Sequence[int],
+        columns: tuple[str, ...],
+        image_root: Path,
+        embedded: bool,
+    ) -> None:
+        self.path, self.pools, self.image_root, self.embedded = path, pools, image_root, embedded
+        self.starts = np.concatenate([[0], np.cumsum(group_sizes)]).astype(np.int64)  # first row of each row group
         self._columns = columns
         self._file: pq.ParquetFile | None = None
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self.sample_ids)
+        return int(self.starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None, "_cache": OrderedDict()}
+
+    def of_split(self, split: str) -> Manifest:
+        """The same file with the pools of one split only."""
+        view: Manifest = object.__new__(Manifest)
+        view.__dict__.update(self.__getstate__())
+        view.pools = tuple(p for p in self.pools if p.split == split)
+        return view
+
+    def group_of(self, i: int) -> int:
+        """The row group that row i lies in."""
+        return int(np.searchsorted(self.starts, i, side="right")) - 1
+
+    def tables(self, columns: Sequence[str], groups: Sequence[int] | None = None) -> Iterator[tuple[int, pa.Table]]:
+        """(first row, columns of one row group) for every group, or for `groups`; absent columns are null."""
+        there = [c for c in columns if c in self._columns]
+        with pq.ParquetFile(self.path) as file:
+            for g in range(file.metadata.num_row_groups) if groups is None else groups:
+                table = file.read_row_group(g, columns=there)
+                for name in columns:
+                    if name not in there:
+                        table = table.append_column(name, pa.nulls(table.num_rows, SCHEMA.field(name).type))
+                yield int(self.starts[g]), table.select(list(columns))
 
     def _group(self, g: int) -> pa.Table:
         if g in self._cache:
@@ -142,7 +130,7 @@ class Manifest:
             self._file = pq.ParquetFile(self.path)
         table = self._file.read_row_group(g, columns=list(self._columns))
         self._cache[g] = table
-        while len(self._cache) > CACHED_GROUPS:
+        while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > CACHE_BYTES[self.embedded]:
             self._cache.popitem(last=False)
         return table
 
@@ -150,8 +138,8 @@ class Manifest:
         """All columns of row i as Python values; absent columns are None, `attributes` and `meta` parsed to dicts."""
         if not 0 <= i < len(self):
             raise IndexError(f"{self.path}: row {i} of {len(self)}")
-        g = int(np.searchsorted(self._starts, i, side="right")) - 1
-        values = self._group(g).slice(i - int(self._starts[g]), 1).to_pylist()[0]
+        g = self.group_of(i)
+        values = self._group(g).slice(i - int(self.starts[g]), 1).to_pylist()[0]
         row = {name: values.get(name) for name in SCHEMA.names}
         for name in ("attributes", "meta"):
             row[name] = self._parse(row[name], i, name)
@@ -168,13 +156,14 @@ class Manifest:
             raise UserError(f"{self.path}: row {i}, column {column}: must be a JSON object")
         return value
 
+    def sample_id(self, i: int) -> str:
+        g = self.group_of(i)
+        return str(self._group(g).column("sample_id")[i - int(self.starts[g])].as_py())
+
     def has_rationales(self) -> bool:
         """Whether any row holds one; reads no other column, and no further than the first."""
-        if "rationale" not in self._columns:
-            return False
-        with pq.ParquetFile(self.path) as file:
-            texts = (t for batch in file.iter_batches(columns=["rationale"]) for t in batch.column(0).to_pylist())
-            return any(t and t.strip() for t in texts)
+        texts = (t for _, table in self.tables(["rationale"]) for t in table.column(0).to_pylist())
+        return any(t and t.strip() for t in texts)
 
     def get(self, i: int) -> Sample:
         """Row i with its encoded image.
@@ -186,33 +175,37 @@ class Manifest:
             sample_id=row["sample_id"],
             dataset=row["dataset"],
             task=row["task"],
-            image=self._image(row, i),
+            image=self.image(row, i),
             score=float(row["score"]),
             rationale=row["rationale"],
             split=row["split"],
             meta=row["meta"],
         )
 
-    def _image(self, row: dict[str, Any], i: int) -> bytes:
+    def image(self, row: dict[str, Any], i: int) -> bytes:
+        """The encoded image of row i, whose columns `image` and `image_bytes` are in `row`. Raises like `get`."""
         if row["image_bytes"] is not None:
             return row["image_bytes"]
         name = row["image"]
         where = f"{self.path}: row {i}, column image"
         if not name:
             raise UserError(f"{where}: neither a path nor image_bytes")
-        root = self.path.parent.resolve()
         # Links inside the directory may lead elsewhere on purpose; `..` and absolute paths in the file may not.
-        target = Path(os.path.normpath(root / name))
-        if Path(name).is_absolute() or not target.is_relative_to(root):
-            raise UserError(f"{where}: {name!r} leads outside the manifest's directory")
+        target = Path(os.path.normpath(self.image_root / name))
+        if Path(name).is_absolute() or not target.is_relative_to(self.image_root):
+            raise UserError(f"{where}: {name!r} leads outside {self.image_root}")
         try:
             return target.read_bytes()
-        except OSError as e:
-            raise UnreadableImage(f"{where}: {name!r}: {e.strerror or e}") from None
+        except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+            raise UnreadableImage(f"{where}: {name!r}: {getattr(e, 'strerror', None) or e}") from None
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """Open a manifest and check its index columns.
+def read_manifest(path: str | Path, image_root: str | Path | None = None, check_all: bool = False) -> Manifest:
+    """Open a manifest and check its rows; a large one that bears its writer's stamp by its footer alone.
+
+    Args:
+        image_root: where image paths start, instead of what the file says (its own directory, if it says nothing).
+        check_all: read and check every row whatever the stamp says.
 
     Raises:
         UserError: no such file, not Parquet, a column missing or of another type, no image column, and by row: null
@@ -225,24 +218,60 @@ def read_manifest(path: str | Path) -> Manifest:
         file = pq.ParquetFile(path)
         found = {f.name: f.type for f in file.schema_arrow}
     except (pa.ArrowException, OSError) as e:
-        raise UserError(f"{path}: not a Parquet file: {str(e).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a Parquet file, or half of one: {str(e).splitlines()[0]}") from None
     with file:
-        for name in REQUIRED:
-            if name not in found:
-                raise UserError(f"{path}: column {name} is missing")
-        if "image" not in found and "image_bytes" not in found:
-            raise UserError(f"{path}: neither column image nor column image_bytes is there")
-        for name in SCHEMA.names:
-            if name in found and not _fits(found[name], SCHEMA.field(name).type):
-                raise UserError(f"{path}: column {name} is {found[name]}, must be {SCHEMA.field(name).type}")
+        _check_columns(path, found)
         sizes = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+        stamp = _stamp(path, file)
+        trusted = stamp is not None and (stamp.rows, stamp.groups) == (sum(sizes), groups_checksum(sizes))
         try:
-            table = file.read(columns=list(INDEX))
+            if check_all or not trusted or sum(sizes) <= TRUSTED_ROWS:
+                _check_rows(path, file)
+            pools = index_pools(file)
+            embedded = _is_embedded(file)
         except (pa.ArrowException, OSError) as e:
             raise UserError(f"{path}: damaged Parquet file: {str(e).splitlines()[0]}") from None
-    index = _check_rows(path, table)
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64) if sizes else np.zeros(1, np.int64)
-    return Manifest(path, index, starts, tuple(n for n in SCHEMA.names if n in found))
+    for pool in pools:
+        _check_values(path, pool.runs[0, 0], pool.task, pool.score_min, pool.score_max)
+    root = Path(image_root) if image_root else path.parent / ((stamp and stamp.image_root) or "")
+    columns = tuple(n for n in SCHEMA.names if n in found)
+    return Manifest(path, pools, sizes, columns, Path(os.path.abspath(root)), embedded)
+
+
+def _stamp(path: Path, file: pq.ParquetFile) -> Stamp | None:
+    text = (file.metadata.metadata or {}).get(STAMP)
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+        version = values["version"]
+        if version <= VERSION:
+            return Stamp(version, values["rows"], values["groups"], values["image_root"])
+    except (ValueError, TypeError, KeyError) as e:
+        raise UserError(f"{path}: damaged stamp in the footer: {e!r}; import the data again") from None
+    raise UserError(f"{path}: manifest version {version}, this tatar_dist reads up to {VERSION}: update it")
+
+
+def _is_embedded(file: pq.ParquetFile) -> bool:
+    """Whether the first row holds its image."""
+    if "image_bytes" not in file.schema_arrow.names or not file.metadata.num_rows:
+        return False
+    column = file.schema_arrow.names.index("image_bytes")
+    statistics = file.metadata.row_group(0).column(column).statistics
+    if statistics is not None and statistics.has_null_count:
+        return statistics.null_count < file.metadata.row_group(0).num_rows
+    return next(file.iter_batches(1, columns=["image_bytes"])).column(0)[0].is_valid
+
+
+def _check_columns(path: Path, found: dict[str, pa.DataType]) -> None:
+    for name in REQUIRED:
+        if name not in found:
+            raise UserError(f"{path}: column {name} is missing")
+    if "image" not in found and "image_bytes" not in found:
+        raise UserError(f"{path}: neither column image nor column image_bytes is there")
+    for name in SCHEMA.names:
+        if name in found and not _fits(found[name], SCHEMA.field(name).type):
+            raise UserError(f"{path}: column {name} is {found[name]}, must be {SCHEMA.field(name).type}")
 
 
 def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
@@ -257,22 +286,68 @@ def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
     return pa.types.is_floating(found) or pa.types.is_integer(found)
 
 
-def _check_rows(path: Path, table: pa.Table) -> _Index:
-    columns = {name: table.column(name).to_pylist() for name in INDEX}
-    for name, values in columns.items():
-        if None in values:
-            raise UserError(f"{path}: row {values.index(None)}, column {name}: no value")
-    for i, task in enumerate(columns["task"]):
-        if task not in TASKS:
-            raise UserError(f"{path}: row {i}, column task: {task!r} is neither {TASKS[0]} nor {TASKS[1]}")
-    scores = np.asarray(columns["score"], dtype=np.float64)
+def _check_values(path: Path, row: int, task: str, low: float, high: float) -> None:
+    if task not in TASKS:
+        raise UserError(f"{path}: row {row}, column task: {task!r} is neither {TASKS[0]} nor {TASKS[1]}")
+    if not 0 <= low <= high <= 100:
+        bad = high if high > 100 else low
+        raise UserError(f"{path}: data set at row {row}, column score: {bad} is not a number from 0 to 100")
+
+
+def _check_rows(path: Path, file: pq.ParquetFile) -> None:
+    """Every row's index columns, a row group at a time; then that no sample_id comes twice."""
+    ids = IdCheck()
+    first = 0
+    for g in range(file.metadata.num_row_groups):
+        check_table(path, first, file.read_row_group(g, columns=list(REQUIRED)), ids)
+        first += file.metadata.row_group(g).num_rows
+    repeat = ids.first_repeat(partial(_all_ids, file))
+    if repeat is not None:
+        name, row, before = repeat
+        raise UserError(f"{path}: row {row}, column sample_id: {name!r} was used in row {before}")
+
+
+def _all_ids(file: pq.ParquetFile) -> Iterator[str]:
+    return (i for batch in file.iter_batches(columns=["sample_id"]) for i in batch.column(0).to_pylist())
+
+
+def check_table(path: Path, first: int, table: pa.Table, ids: IdCheck) -> None:
+    """Check rows `first` ... of a manifest and note their sample ids. Raises UserError naming row and column."""
+    for name in REQUIRED:
+        column = table.column(name)
+        if column.null_count:
+            row = first + pc.index(column.is_null(), True).as_py()
+            raise UserError(f"{path}: row {row}, column {name}: no value")
+    tasks = table.column("task").cast(pa.string())
+    wrong = pc.invert(pc.is_in(tasks, value_set=pa.array(TASKS)))
+    if pc.any(wrong).as_py():
+        i = pc.index(wrong, True).as_py()
+        _check_values(path, first + i, tasks[i].as_py(), 0, 0)
+    scores = table.column("score").cast(pa.float64()).to_numpy()
     bad = ~((scores >= 0) & (scores <= 100))  # true for NaN as well
     if bad.any():
         i = int(np.argmax(bad))
-        raise UserError(f"{path}: row {i}, column score: {scores[i]} is not a number from 0 to 100")
-    seen: dict[str, int] = {}
-    for i, sample_id in enumerate(columns["sample_id"]):
-        if sample_id in seen:
-            raise UserError(f"{path}: row {i}, column sample_id: {sample_id!r} was used in row {seen[sample_id]}")
-        seen[sample_id] = i
-    return _Index(columns["sample_id"], columns["dataset"], columns["task"], scores)
+        raise UserError(f"{path}: row {first + i}, column score: {scores[i]} is not a number from 0 to 100")
+    ids.add(table.column("sample_id").to_pylist())
+
+
+class IdCheck:
+    """Finds a repeated id among millions: eight bytes each, and a second look only at what may be one."""
+
+    def __init__(self) -> None:
+        self._hashes: list[np.ndarray] = []
+
+    def add(self, ids: Sequence[str]) -> None:
+        self._hashes.append(np.fromiter(map(hash, ids), np.int64, len(ids)))
+
+    def first_repeat(self, again: Callable[[], Iterable[str]]) -> tuple[str, int, int] | None:
+        """(id, its row, the earlier row) of the first id that comes twice; `again()` gives all ids once more."""
+        hashes = np.sort(np.concatenate(self._hashes or [np.zeros(0, np.int64)]))
+        suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+        if not suspects:
+            return None
+        seen: dict[str, int] = {}
+        for row, name in enumerate(again()):
+            if hash(name) in suspects and seen.setdefault(name, row) != row:
+                return name, row, seen[name]
+        return None

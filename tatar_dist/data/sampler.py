@@ -1,62 +1,25 @@
-"""Which samples make the next batch: task-balanced, rankable, without repeats, resumable to the position.
+"""Which samples make the next batch: task-balanced, rankable, without repeats, resumable to the sample.
 
-In: manifests and a seed. Out: batches of (manifest index, row). Every data set is a pool, walked in a permutation
-keyed by (seed, pool, epoch): an epoch shows each sample once. In a GRPO batch the images of a task that is ranked (IAA
-by default) come from one data set, since ranking across data sets is meaningless; the data set with the largest part
-still owed takes the turn, so that over time each gets images in proportion to its size.
+In: manifests and a seed. Out: batches of (manifest index, row). Every data set is a pool, walked in an order keyed by
+(seed, pool, epoch) and worked out a stretch at a time (orders.py): an epoch shows each sample once, nothing is held per
+row, and the state is seed, epoch and position. In a GRPO batch the images of a task that is ranked (IAA by default)
+come from one data set, since ranking across data sets is meaningless; the data set with the largest part still owed
+takes the turn, so that over time each gets images in proportion to its size.
 A batch that cannot rank is refused here, at construction, and never becomes a silent zero reward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
+import pyarrow.compute as pc
 
-from tatar_dist.data.manifest import Manifest
+from tatar_dist.data.manifest import IdCheck, Manifest
+from tatar_dist.data.pools import Pool
+from tatar_dist.data.walk import Ref, Walk
 from tatar_dist.errors import UserError
 from tatar_dist.records import TASKS, Sample, Task
-
-Ref = tuple[int, int]  # (manifest index, row)
-
-
-@dataclass
-class _Pool:
-    """One data set of one task. `served` counts rows handed out, which decides whose turn it is."""
-
-    dataset: str
-    task: Task
-    rows: list[Ref]  # in manifest order
-    key: int
-    epoch: int = 0
-    position: int = 0
-    served: int = 0
-    order: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    order_epoch: int = -1
-
-
-def epoch_order(seed: int, key: int, epoch: int, n: int) -> np.ndarray:
-    """(n,) permutation of an epoch, a function of its arguments alone.
-
-    No row of the last third of one epoch comes in the first third of the next, so that a batch across the boundary
-    holds no row twice and yet every epoch shows every row. Head rows that would clash trade places with rows of the
-    middle; tails are left as drawn, so an epoch depends on its predecessor's draw only.
-    """
-
-    def draw(e: int) -> np.ndarray:
-        return np.random.default_rng([seed, key, e]).permutation(n)
-
-    order, third = draw(epoch), n // 3
-    if epoch == 0 or third == 0:
-        return order
-    recent = np.isin(order, draw(epoch - 1)[n - third :])
-    head = np.flatnonzero(recent[:third])
-    # The middle holds n - 2 thirds >= a third of the rows, so it has a free row for every clash in the head.
-    middle = third + np.flatnonzero(~recent[third : n - third])[: len(head)]
-    order[head], order[middle] = order[middle], order[head]
-    return order
 
 
 class PromptSampler:
@@ -92,9 +55,7 @@ class PromptSampler:
         self.min_rank_pool = min_rank_pool
         self.supervised = supervised
         self.ranked = () if supervised else tuple(ranked)
-        self._excluded: set[tuple[str, str]] = set()
-        self._live: dict[str, tuple[int, bool]] = {}  # data set -> usable rows, and whether their scores differ
-        self._pools = self._build()
+        self._walks = self._build()
         for task, share in (("iqa", iqa_fraction), ("iaa", 1 - iqa_fraction)):
             if share > 0 and not self._of(task):
                 where = ", ".join(str(m.path) for m in self.manifests) or "no manifest given"
@@ -105,84 +66,54 @@ class PromptSampler:
         if supervised:
             check_rationales(self.manifests)
         for task, share in (("iqa", iqa_fraction), ("iaa", 1 - iqa_fraction)):
-            for pool in self._of(task) if task in self.ranked and share > 0 else ():
-                self._check_rankable(pool)
+            for walk in self._of(task) if task in self.ranked and share > 0 else ():
+                self._check_rankable(walk)
 
-    def _build(self) -> list[_Pool]:
-        pools: dict[str, _Pool] = {}
-        seen: dict[tuple[str, str], Ref] = {}
+    def _build(self) -> list[Walk]:
+        parts: dict[str, list[tuple[int, Manifest, Pool]]] = {}
         for m, manifest in enumerate(self.manifests):
-            for row, (name, task) in enumerate(zip(manifest.datasets, manifest.tasks, strict=True)):
-                pool = pools.setdefault(name, _Pool(name, task, [], key=0))  # type: ignore[arg-type]
-                if pool.task != task:
-                    raise UserError(f"{manifest.path}: row {row}, column task: data set {name!r} holds both tasks")
-                same = (name, manifest.sample_ids[row])
-                if same in seen:
-                    first = self.manifests[seen[same][0]].path
+            for pool in manifest.pools:
+                others = parts.setdefault(pool.dataset, [])
+                if others and others[0][2].task != pool.task:
                     raise UserError(
-                        f"{manifest.path}: row {row}, column sample_id: {same[1]!r} of data set {name!r} "
-                        f"was given already by {first}, row {seen[same][1]}"
+                        f"{manifest.path}: row {pool.runs[0, 0]}, column task: data set {pool.dataset!r} holds both tasks"
                     )
-                seen[same] = (m, row)
-                pool.rows.append((m, row))
-        ordered = sorted(pools.values(), key=lambda p: (p.task, p.dataset))
-        for key, pool in enumerate(ordered):
-            pool.key = key
-        return ordered
+                others.append((m, manifest, pool))
+        for name, found in parts.items():
+            if len({m for m, *_ in found}) > 1:
+                _check_ids(name, found)
+        ordered = sorted(parts.items(), key=lambda item: (item[1][0][2].task, item[0]))
+        return [Walk(name, found[0][2].task, found, self.seed, key) for key, (name, found) in enumerate(ordered)]  # type: ignore[arg-type]
 
-    def _usable(self, pool: _Pool) -> tuple[int, bool]:
-        """Rows that are not excluded, and whether their scores differ."""
-        if pool.dataset not in self._live:
-            live = [r for r in pool.rows if (pool.dataset, self.sample_id(r)) not in self._excluded]
-            self._live[pool.dataset] = len(live), len({float(self.manifests[m].scores[r]) for m, r in live}) > 1
-        return self._live[pool.dataset]
-
-    def _check_rankable(self, pool: _Pool) -> None:
-        count, differ = self._usable(pool)
-        if count < self.min_rank_pool:
+    def _check_rankable(self, walk: Walk) -> None:
+        if walk.usable < self.min_rank_pool:
             raise UserError(
-                f"{pool.task.upper()} data set {pool.dataset!r} has {count} usable image(s), "
+                f"{walk.task.upper()} data set {walk.dataset!r} has {walk.usable} usable image(s), "
                 f"ranking needs data.min_rank_pool={self.min_rank_pool}"
             )
-        if not differ:
+        if not walk.scores_differ():
             raise UserError(
-                f"{pool.task.upper()} data set {pool.dataset!r}: all scores are equal, nothing can be ranked"
+                f"{walk.task.upper()} data set {walk.dataset!r}: all scores are equal, nothing can be ranked"
             )
 
-    def _of(self, task: str) -> list[_Pool]:
-        return [p for p in self._pools if p.task == task]
+    def _of(self, task: str) -> list[Walk]:
+        return [w for w in self._walks if w.task == task]
+
+    def _walk_with(self, ref: Ref) -> Walk:
+        return next(w for w in self._walks if ref in w)
 
     def sample_id(self, ref: Ref) -> str:
-        return self.manifests[ref[0]].sample_ids[ref[1]]
+        return self.manifests[ref[0]].sample_id(ref[1])
 
     def get(self, ref: Ref) -> Sample:
         """The whole sample, image included."""
         return self.manifests[ref[0]].get(ref[1])
 
-    def _next_row(self, pool: _Pool, taken: set[Ref]) -> Ref:
-        """The pool's next row that is neither excluded nor in the batch already; starts a new epoch at the end."""
-        for _ in range(2 * len(pool.rows)):
-            if pool.order_epoch != pool.epoch:
-                pool.order = epoch_order(self.seed, pool.key, pool.epoch, len(pool.rows))
-                pool.order_epoch = pool.epoch
-            ref = pool.rows[int(pool.order[pool.position])]
-            pool.position += 1
-            if pool.position == len(pool.rows):
-                pool.position, pool.epoch = 0, pool.epoch + 1
-            if ref not in taken and (pool.dataset, self.sample_id(ref)) not in self._excluded:
-                taken.add(ref)
-                pool.served += 1
-                return ref
-        raise UserError(
-            f"data set {pool.dataset!r}: fewer usable samples than one batch needs "
-            f"({len(pool.rows)} rows, {len(self._excluded)} sample(s) quarantined over all data sets)"
-        )
-
-    def _owed(self, pools: list[_Pool], upcoming: int) -> _Pool:
-        """The pool furthest behind its share, by size, once `upcoming` more rows are drawn."""
-        total = sum(len(p.rows) for p in pools)
-        served = sum(p.served for p in pools) + upcoming
-        return max(pools, key=lambda p: (served * len(p.rows) / total - p.served, -p.key))
+    def _owed(self, walks: list[Walk], upcoming: int) -> Walk:
+        """The data set furthest behind its share, by size, once `upcoming` more rows are drawn."""
+        total = sum(w.rows for w in walks)
+        served = sum(w.served for w in walks) + upcoming
+        return max(walks, key=lambda w: (served * w.rows / total - w.served, -w.key))
 
     def counts(self, n: int) -> tuple[int, int]:
         """How many IQA and IAA rows a batch of n holds."""
@@ -194,83 +125,110 @@ class PromptSampler:
 
         Raises UserError when n leaves too few rows of a ranked task, or exclusions leave too few samples.
         """
+        batch: list[Ref] = []
         taken: set[Ref] = set()
-        batch = []
         for task, count in zip(TASKS, self.counts(n), strict=True):
             if task in self.ranked and 0 < count < self.min_rank_pool:
                 raise UserError(
                     f"a batch of {n} holds {count} {task.upper()} image(s), ranking needs {self.min_rank_pool}"
                 )
-            if task in self.ranked and count:
-                batch += self._rankable_part(task, count, taken)
-                continue
+            ranked = self._rankable(task, count) if task in self.ranked and count else None
             for _ in range(count):
-                batch.append(self._next_row(self._owed(self._of(task), 1), taken))
+                ref = (ranked or self._owed(self._of(task), 1)).next(taken)
+                taken.add(ref)
+                batch.append(ref)
         return batch
 
-    def _rankable_part(self, task: Task, n: int, taken: set[Ref]) -> list[Ref]:
-        """n rows of the data set whose turn it is; the next one owed when it has not n usable rows."""
-        pools = self._of(task)
-        able = [p for p in pools if self._usable(p)[0] >= n and self._usable(p)[1]]
+    def _rankable(self, task: Task, n: int) -> Walk:
+        """The data set whose turn it is to give n rows to be ranked; the next one owed when it has not n usable rows."""
+        walks = self._of(task)
+        able = [w for w in walks if w.usable >= n and w.scores_differ()]
         if not able:
-            largest = max(self._usable(p)[0] for p in pools)
             raise UserError(
                 f"a batch needs {n} images of one {task.upper()} data set, with scores that differ; the largest has "
-                f"{largest} usable ({len(self._excluded)} sample(s) quarantined): lower grpo.prompts_per_step"
+                f"{max(w.usable for w in walks)} usable ({sum(len(w.excluded) for w in walks)} sample(s) quarantined): "
+                "lower grpo.prompts_per_step"
             )
-        pool = self._owed(able, n)
-        return [self._next_row(pool, taken) for _ in range(n)]
+        return self._owed(able, n)
 
     def steps_per_epoch(self, n: int) -> int:
         """Batches of n after which the larger task, at its share of a batch, has been seen once (at least 1)."""
         steps = [
-            -(-sum(len(p.rows) for p in self._of(task)) // count)
+            -(-sum(w.rows for w in self._of(task)) // count)
             for task, count in zip(TASKS, self.counts(n), strict=True)
             if count
         ]
         return max(steps, default=1)
 
-    def exclude(self, dataset: str, sample_id: str) -> None:
-        """Never hand this sample out again (it was quarantined). Unknown ids are remembered and do no harm."""
-        self._excluded.add((dataset, sample_id))
-        self._live.clear()
+    def exclude(self, ref: Ref) -> None:
+        """Never hand this row out again (it was quarantined)."""
+        self._walk_with(ref).exclude(ref)
 
     def replace(self, ref: Ref, batch: Sequence[Ref]) -> Ref:
         """Exclude `ref` for good and draw another row of its data set that is not in `batch`."""
-        dataset = self.manifests[ref[0]].datasets[ref[1]]
-        self.exclude(dataset, self.sample_id(ref))
-        pool = next(p for p in self._pools if p.dataset == dataset)
-        return self._next_row(pool, set(batch))
+        walk = self._walk_with(ref)
+        walk.exclude(ref)
+        return walk.next(set(batch))
 
     def another(self, dataset: str, avoid: Collection[tuple[str, str]]) -> Ref | None:
         """The next row of a data set whose (data set, sample id) is not in `avoid`; None when there is none."""
-        pool = next(p for p in self._pools if p.dataset == dataset)
-        taken = {ref for ref in pool.rows if (dataset, self.sample_id(ref)) in avoid}
-        excluded = {ref for ref in pool.rows if (dataset, self.sample_id(ref)) in self._excluded}
-        return self._next_row(pool, taken) if len(taken | excluded) < len(pool.rows) else None
+        walk = next(w for w in self._walks if w.dataset == dataset)
+        avoided: list[Ref] = []
+        found = None
+        while found is None and len(avoided) < walk.usable:
+            ref = walk.next(avoided)
+            if (dataset, self.sample_id(ref)) in avoid:
+                avoided.append(ref)
+            else:
+                found = ref
+        walk.put_back(avoided)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON-able position of every pool."""
-        pools = {
-            p.dataset: {"epoch": p.epoch, "position": p.position, "served": p.served, "size": len(p.rows)}
-            for p in self._pools
-        }
-        return {"seed": self.seed, "pools": pools, "excluded": [list(e) for e in sorted(self._excluded)]}
+        """Plain JSON-able position of every data set."""
+        return {"seed": self.seed, "pools": {w.dataset: w.state_dict() for w in self._walks}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken. Raises UserError when seed or data sets are not the same."""
         if state["seed"] != self.seed:
             raise UserError(f"checkpoint's sampler has seed {state['seed']}, this run has {self.seed}")
         sizes = {name: p["size"] for name, p in state["pools"].items()}
-        mine = {p.dataset: len(p.rows) for p in self._pools}
+        mine = {w.dataset: w.rows for w in self._walks}
         if sizes != mine:
             raise UserError(f"checkpoint's sampler walked data sets {sizes}, this run has {mine}")
-        for pool in self._pools:
-            saved = state["pools"][pool.dataset]
-            pool.epoch, pool.position, pool.served = saved["epoch"], saved["position"], saved["served"]
-            pool.order_epoch = -1
-        self._excluded = {(dataset, sample_id) for dataset, sample_id in state["excluded"]}
-        self._live.clear()
+        for walk in self._walks:
+            walk.load_state_dict(state["pools"][walk.dataset])
+
+
+def shard(batch: Sequence[Ref], index: int, count: int) -> list[Ref]:
+    """Part `index` of `count` of a batch: every count-th row. The parts are disjoint and together the batch.
+
+    Any process that holds the same manifests and seed draws the same batch, so that each can take its own part
+    without being told.
+    """
+    if not 0 <= index < count:
+        raise ValueError(f"shard {index} of {count}")
+    return list(batch[index::count])
+
+
+def _check_ids(dataset: str, parts: Sequence[tuple[int, Manifest, Pool]]) -> None:
+    """Refuse a sample of a data set that two manifests hold (or one manifest that is given twice)."""
+    ids = IdCheck()
+
+    def of(manifest: Manifest, pool: Pool) -> Iterator[list[str]]:
+        for _, table in manifest.tables(["sample_id", "dataset", "split"]):
+            own = pc.and_(pc.equal(table["dataset"], dataset), pc.equal(table["split"], pool.split))
+            yield table.filter(own)["sample_id"].to_pylist()
+
+    for _, manifest, pool in parts:
+        for names in of(manifest, pool):
+            ids.add(names)
+    repeat = ids.first_repeat(lambda: (i for _, m, p in parts for names in of(m, p) for i in names))
+    if repeat is None:
+        return
+    holders = [m.path for _, m, p in parts if any(repeat[0] in names for names in of(m, p))]
+    first, last = holders[0], holders[-1]
+    raise UserError(f"{last}: column sample_id: {repeat[0]!r} of data set {dataset!r} was given already by {first}")
 
 
 def check_rationales(manifests: Iterable[Manifest]) -> None:

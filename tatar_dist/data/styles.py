@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tatar_dist.data.distortions import Distortion
-from tatar_dist.data.manifest import write_manifest
+from tatar_dist.data.writing import write_manifest
 from tatar_dist.data.photos import PHOTOS
 from tatar_dist.data.templates import iaa_fast_rationale, iqa_slow_rationale
 

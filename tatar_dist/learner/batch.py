@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from tatar_dist.backbones.qwen2_5_vl import Backbone, EncodedPrompt
-from tatar_dist.data.manifest import decode_image
+from tatar_dist.data.images import decode_image
 from tatar_dist.errors import RunError
 from tatar_dist.records import LearnerRow
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from PIL import Image
 
-from tatar_dist.data.manifest import Manifest, UnreadableImage, decode_image, read_manifest
+from tatar_dist.data.images import UnreadableImage, decode_image
+from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.errors import UserError
 
 EACH = 4
@@ -125,8 +126,9 @@ class Pictures:
             except UserError as e:
                 notes.append(str(e))
                 continue
-            keys = zip(manifest.datasets, manifest.sample_ids, strict=True)
-            self._where |= {key: (manifest, i) for i, key in enumerate(keys)}
+            for first, table in manifest.tables(["dataset", "sample_id"]):
+                keys = zip(*(column.to_pylist() for column in table.columns), strict=True)
+                self._where |= {key: (manifest, i) for i, key in enumerate(keys, first)}
 
     def uri(self, key: Key) -> str | None:
         """data:image/...;base64,... or None when the picture is not there or does not decode."""

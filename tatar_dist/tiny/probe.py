@@ -30,7 +30,8 @@ DECAYS = (1e-3, 1e-2, 1e-1, 1.0)
 
 def load_split(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(n, 112, 112, 3) uint8 pixels and (n,) scores 0-100 of a manifest. Raises UserError for another image size."""
-    from tatar_dist.data.manifest import decode_image, read_manifest
+    from tatar_dist.data.images import decode_image
+    from tatar_dist.data.manifest import read_manifest
     from tatar_dist.tiny.build import IMAGE_SIZE
 
     manifest = read_manifest(path)

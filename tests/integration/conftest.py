@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tatar_dist.config import Config, load_config
-from tatar_dist.data.manifest import write_manifest
+from tatar_dist.data.writing import write_manifest
 from tatar_dist.prompts import Prompts
 
 PIXELS = 112

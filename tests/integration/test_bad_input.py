@@ -10,8 +10,9 @@ from conftest import manifest_rows, model_words
 
 from tatar_dist import cli
 from tatar_dist.config import load_config
-from tatar_dist.data.manifest import read_manifest, write_manifest
+from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.sampler import PromptSampler
+from tatar_dist.data.writing import write_manifest
 from tatar_dist.prompt_source import PromptSource
 from tatar_dist.run_directory import RunDirectory
 

@@ -12,7 +12,7 @@ import torch
 from conftest import manifest_rows
 
 from tatar_dist import controller, export
-from tatar_dist.data.manifest import write_manifest
+from tatar_dist.data.writing import write_manifest
 from tatar_dist.evaluate import runner
 
 CONTRACT = (

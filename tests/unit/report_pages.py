@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tatar_dist.data.manifest import write_manifest
+from tatar_dist.data.writing import write_manifest
 from tatar_dist.report.html import write
 
 SCRIPT = "<script>alert(1)</script>"

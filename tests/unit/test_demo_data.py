@@ -20,7 +20,8 @@ from scipy.stats import spearmanr
 from tatar_dist.data import aesthetics, distortions, templates
 from tatar_dist.data.demo import DemoCrop, encode_png, make_crop, make_demo, sample_crops
 from tatar_dist.data.distortions import FAMILIES, Distortion
-from tatar_dist.data.manifest import decode_image, read_manifest
+from tatar_dist.data.images import decode_image
+from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.photos import PHOTOS, Photo, load_photo, locate, photos_of
 from tatar_dist.data.scenes import grade, make_scene, soften
 from tatar_dist.errors import UserError
@@ -71,7 +72,7 @@ def test_the_same_seed_gives_the_same_bytes_with_any_number_of_processes(tmp_pat
         assert (tmp_path / f"a/{name}.parquet").read_bytes() == (tmp_path / f"b/{name}.parquet").read_bytes()
         manifest = read_manifest(tmp_path / f"a/{name}.parquet")
         task, split = name.split("_")
-        assert len(manifest) == counts[name] and set(manifest.tasks) == {task}
+        assert len(manifest) == counts[name] and {p.task for p in manifest.pools} == {task}
         sample = manifest.get(5)
         crop = make_crop(task, split, 5, seed=3)
         assert np.array_equal(np.asarray(decode_image(sample.image, "x")), crop.pixels)
@@ -125,7 +126,7 @@ def test_a_set_already_made_is_kept_and_another_recipe_replaces_it(tmp_path):
     make_demo(tmp_path, seed=1, **sizes, workers=1)
     assert (tmp_path / "iqa_train.parquet").stat().st_mtime_ns == first
     make_demo(tmp_path, seed=2, **sizes, workers=1)
-    assert read_manifest(tmp_path / "iqa_train.parquet").sample_ids[0].startswith("demo-iqa-train-2-")
+    assert read_manifest(tmp_path / "iqa_train.parquet").sample_id(0).startswith("demo-iqa-train-2-")
     assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.tmp"))
 
 

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tatar_dist.data.manifest import SCHEMA, UnreadableImage, decode_image, read_manifest, write_manifest
+from tatar_dist.data.images import UnreadableImage, decode_image
+from tatar_dist.data.manifest import SCHEMA, read_manifest
+from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
 
 
@@ -32,10 +34,12 @@ def written(path, rows, **kwargs):
 
 
 def test_what_is_written_is_read_back_from_any_row_group(tmp_path):
-    path = written(tmp_path / "m.parquet", (row(i) for i in range(25)), row_group=4)
+    path = written(tmp_path / "m.parquet", (row(i) for i in range(25)), group_rows=4)
     assert pq.ParquetFile(path).metadata.num_row_groups == 7
     manifest = read_manifest(path)
-    assert len(manifest) == 25 and manifest.tasks == ["iqa"] * 25
+    assert len(manifest) == 25 and [(p.dataset, p.task, p.split, p.rows) for p in manifest.pools] == [
+        ("d", "iqa", "train", 25)
+    ]
     for i in (24, 0, 13, 12, 3, 4):
         sample = manifest.get(i)
         assert (sample.sample_id, sample.score, sample.rationale) == (f"s{i}", float(i), f"text {i}")
@@ -60,7 +64,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
 
     with pytest.raises(RuntimeError):
         write_manifest(path, broken())
-    assert read_manifest(path).sample_ids == ["s1"]
+    assert len(read_manifest(path)) == 1 and read_manifest(path).sample_id(0) == "s1"
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -119,10 +123,15 @@ def test_a_missing_file_and_a_file_that_is_not_parquet_are_named(tmp_path):
         ({"dataset": None}, "row 1, column dataset: no value"),
     ],
 )
-def test_a_bad_row_is_named_by_file_row_and_column(tmp_path, changes, message):
-    path = written(tmp_path / "bad.parquet", [row(0), row(1, **changes)])
+def test_a_bad_row_is_named_by_file_row_and_column_when_read_and_refused_when_written(tmp_path, changes, message):
+    rows = [row(0), row(1, **changes)]
+    columns = {n: [r.get(n) for r in rows] for n in ("sample_id", "dataset", "task", "score", "split", "image_bytes")}
+    pq.write_table(pa.table(columns), tmp_path / "bad.parquet")
     with pytest.raises(UserError, match=f"bad.parquet: {message}"):
-        read_manifest(path)
+        read_manifest(tmp_path / "bad.parquet")
+    with pytest.raises(UserError, match="new.parquet: .*column"):
+        written(tmp_path / "new.parquet", rows)
+    assert not (tmp_path / "new.parquet").exists()
 
 
 def table_of(**changes) -> pa.Table:

@@ -20,8 +20,10 @@ pytest.importorskip("ray")
 from PIL import Image  # noqa: E402
 
 from tatar_dist.config import DataConfig, load_config  # noqa: E402
-from tatar_dist.data.manifest import decode_image, read_manifest, write_manifest  # noqa: E402
+from tatar_dist.data.images import decode_image  # noqa: E402
+from tatar_dist.data.manifest import read_manifest  # noqa: E402
 from tatar_dist.data.sampler import PromptSampler, sft_sampler  # noqa: E402
+from tatar_dist.data.writing import write_manifest  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
 from tatar_dist.prompt_source import PromptSource, read_manifests  # noqa: E402
 from tatar_dist.prompts import answer_text  # noqa: E402

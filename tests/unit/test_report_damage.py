@@ -22,7 +22,7 @@ from report_pages import (
     sft_rows,
 )
 
-from tatar_dist.data.manifest import write_manifest
+from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
 from tatar_dist.report.html import write
 

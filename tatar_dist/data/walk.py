@@ -1,0 +1,158 @@
+"""One data set's walk through its samples: epoch after epoch in a keyed order, to be continued from its state.
+
+In: the manifests that hold the data set and a key. Out: one row after another. Holds a stretch of the order and the
+rows that were put off, nothing per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from tatar_dist.data.manifest import Manifest
+from tatar_dist.data.orders import BlockOrder, KeyedPermutation
+from tatar_dist.data.pools import Pool
+from tatar_dist.errors import UserError
+from tatar_dist.records import Task
+
+Ref = tuple[int, int]  # (manifest index, row)
+STRETCH = 1024  # positions of the order worked out at a time
+
+
+class Walk:
+    """A data set of one task, over all its manifests: `parts` are (manifest index, manifest, pool).
+
+    Attributes: `rows`; `served`, how many were handed out, which decides whose turn it is; `excluded`, never again.
+    """
+
+    def __init__(self, dataset: str, task: Task, parts: Sequence[tuple[int, Manifest, Pool]], seed: int, key: int):
+        self.dataset, self.task, self.key = dataset, task, key
+        self._seed = seed
+        self._parts = list(parts)
+        self._ends = np.cumsum([pool.rows for _, _, pool in parts])
+        self.rows = int(self._ends[-1])
+        # Pictures in the rows make a row group too large to read for one of them: walk group by group.
+        embedded = any(manifest.embedded for _, manifest, _ in parts)
+        self._blocks = np.concatenate([_block_sizes(m, p) for _, m, p in parts]) if embedded else None
+        self.epoch = self.position = self.served = 0
+        self.put_off: list[Ref] = []
+        self.excluded: set[Ref] = set()
+        self._stretch: tuple[int, int, np.ndarray] | None = None  # epoch, first position, order
+        self._order: tuple[int, KeyedPermutation | BlockOrder] | None = None
+
+    def __iter__(self) -> Iterator[Ref]:
+        """All rows, in manifest order."""
+        return ((m, row) for m, _, pool in self._parts for row in pool)
+
+    def __contains__(self, ref: object) -> bool:
+        assert isinstance(ref, tuple)
+        return any(m == ref[0] and ref[1] in pool for m, _, pool in self._parts)
+
+    @property
+    def usable(self) -> int:
+        return self.rows - len(self.excluded)
+
+    def scores_differ(self) -> bool:
+        """Whether two rows that are not excluded have different scores."""
+        low, high = min(p.score_min for *_, p in self._parts), max(p.score_max for *_, p in self._parts)
+        if low == high or not self.excluded:
+            return low != high
+        scores = (s for m, manifest, pool in self._parts for s in self._live_scores(m, manifest, pool))
+        first = next(scores, None)
+        return any(s != first for s in scores)
+
+    def _live_scores(self, m: int, manifest: Manifest, pool: Pool) -> Iterator[float]:
+        for first, count in pool.runs.tolist():
+            groups = range(manifest.group_of(first), manifest.group_of(first + count - 1) + 1)
+            for start, table in manifest.tables(["score"], groups):
+                for row, score in enumerate(table.column(0).to_pylist(), start):
+                    if first <= row < first + count and (m, row) not in self.excluded:
+                        yield score
+
+    def _ref(self, index: int) -> Ref:
+        """The `index`-th row of all parts together."""
+        k = int(np.searchsorted(self._ends, index, side="right"))
+        m, _, pool = self._parts[k]
+        return m, pool.row(index - int(self._ends[k] - pool.rows))
+
+    def _at(self, position: int) -> Ref:
+        if self._order is None or self._order[0] != self.epoch:
+            key = (self._seed, self.dataset, self.epoch)
+            order = KeyedPermutation(self.rows, key) if self._blocks is None else BlockOrder(self._blocks, key)
+            self._order, self._stretch = (self.epoch, order), None
+        start = position - position % STRETCH
+        if self._stretch is None or self._stretch[:2] != (self.epoch, start):
+            rows = self._order[1].take(start, min(start + STRETCH, self.rows))
+            self._stretch = (self.epoch, start, rows)
+        return self._ref(int(self._stretch[2][position - start]))
+
+    def _advance(self) -> Ref:
+        ref = self._at(self.position)
+        self.position += 1
+        if self.position == self.rows:
+            self.position, self.epoch = 0, self.epoch + 1
+        return ref
+
+    def next(self, taken: Collection[Ref]) -> Ref:
+        """The next row that is neither excluded nor in `taken`.
+
+        A row in `taken` (the batch reaches across an epoch's end) is put off and comes first in a later batch, so that
+        every epoch still shows every row. Raises UserError when all usable rows are taken.
+        """
+        for k, ref in enumerate(self.put_off):
+            if ref not in taken:
+                self.served += 1
+                return self.put_off.pop(k)
+        for _ in range(2 * self.rows):  # an epoch may end on the way
+            ref = self._advance()
+            if ref in self.excluded:
+                continue
+            if ref in taken or ref in self.put_off:
+                self.put_off.append(ref)
+                continue
+            self.served += 1
+            return ref
+        raise UserError(
+            f"data set {self.dataset!r}: fewer usable samples than one batch needs "
+            f"({self.rows} rows, {len(self.excluded)} of them quarantined)"
+        )
+
+    def exclude(self, ref: Ref) -> None:
+        """Never hand this row out again."""
+        self.excluded.add(ref)
+        self.put_off = [r for r in self.put_off if r != ref]
+
+    def put_back(self, refs: Sequence[Ref]) -> None:
+        """Rows that were handed out and not used come first next time."""
+        self.put_off = [*refs, *self.put_off]
+        self.served -= len(refs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON-able position."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "served": self.served,
+            "size": self.rows,
+            "put_off": [list(r) for r in self.put_off],
+            "excluded": [list(r) for r in sorted(self.excluded)],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.position, self.served = state["epoch"], state["position"], state["served"]
+        self.put_off = [(m, row) for m, row in state["put_off"]]
+        self.excluded = {(m, row) for m, row in state["excluded"]}
+
+
+def _block_sizes(manifest: Manifest, pool: Pool) -> np.ndarray:
+    """(blocks,) rows of the pool in each row group that it touches, in order."""
+    sizes = []
+    for first, count in pool.runs.tolist():
+        while count:
+            end = int(manifest.starts[manifest.group_of(first) + 1])
+            part = min(count, end - first)
+            sizes.append(part)
+            first, count = first + part, count - part
+    return np.array(sizes, np.int64)
