@@ -121,9 +121,9 @@ def _print_formats(each: Dataset, out: Console) -> None:
     mine = [f for f in each.formats.values() if f.name not in each.lists]
     out.print(f" [bold]{escape(each.name)}[/]" + ("" if mine else "  [dim]the lists below only[/]"))
     for fmt in mine:
-        score = (fmt.score or "mean of votes") + (", averaged per image" if fmt.worker else "")
+        score = (fmt.score or "mean of votes") + (", mean per image" if fmt.worker else "")
         scale = f"{fmt.range}{', lower is better' if fmt.lower_is_better else ''}"
-        row = f"   {fmt.name:<26}{', '.join(fmt.kinds):<11}{score:<26}{scale}"
+        row = f"   {fmt.name:<26}{', '.join(fmt.kinds):<11}{score:<23}{scale}"
         out.print(escape(row.rstrip()), highlight=False)
         fields = f"{len(fmt.columns)} fields, no header: " if fmt.types else ""
         columns = f"[dim]{escape(fields + ', '.join(_shortened(list(fmt.columns))))}[/]"
