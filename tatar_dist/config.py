@@ -17,6 +17,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from tatar_dist.errors import UserError
+from tatar_dist.rationale.settings import RationaleConfig
+from tatar_dist.rationale.settings import check as check_rationale
 
 if TYPE_CHECKING:
     from tatar_dist.rewards.presets import Preset
@@ -37,7 +39,8 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     root: str = "."  # where relative paths of manifests start
-    train: list[str] = field(default_factory=list)  # Parquet manifests
+    image_root: str | None = None  # where image paths of manifests start; null = what each manifest says
+    train: list[str] = field(default_factory=list)  # Parquet manifests; each section reads the rows of its split
     validation: list[str] = field(default_factory=list)
     test: list[str] = field(default_factory=list)
     prompts: str = "configs/prompts.yaml"
@@ -164,6 +167,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    rationale: RationaleConfig = field(default_factory=RationaleConfig)
 
 
 def known_keys(schema: Any = Config, prefix: str = "") -> list[str]:
@@ -195,8 +199,10 @@ def _merge(base: Any, update: Any, where: str) -> Any:
         raise UserError(f"{where}: key {e.full_key or e.key!r}: {text}") from None
 
 
-def load_config(files: list[str], overrides: list[str]) -> Config:
+def load_config(files: list[str], overrides: list[str], unused: tuple[str, ...] = ()) -> Config:
     """Merge schema defaults, `files` in order, then `overrides` (`key=value`); check; return.
+
+    Keys in `unused` may stay without a value and are then "": a command that asks an endpoint has no model.path.
 
     Raises:
         UserError: missing file, broken YAML, unknown key, wrong type, or a rule of `check` violated.
@@ -215,12 +221,21 @@ def load_config(files: list[str], overrides: list[str]) -> Config:
         if "=" not in word:
             raise UserError(f"{word!r}: expected key=value (or --config FILE)")
         conf = _merge(conf, OmegaConf.from_dotlist([word]), word)
+    for key in unused:
+        if OmegaConf.is_missing(*_parent(conf, key)):
+            OmegaConf.update(conf, key, "")
     missing = sorted(OmegaConf.missing_keys(conf))
     if missing:
         raise UserError(f"missing value for {', '.join(missing)}: set it in a config file or as {missing[0]}=…")
     result: Config = OmegaConf.to_object(conf)  # type: ignore[assignment]
     check(result)
     return result
+
+
+def _parent(conf: Any, key: str) -> tuple[Any, str]:
+    """The section that holds a dotted key, and the key's last part."""
+    section, _, last = key.rpartition(".")
+    return (OmegaConf.select(conf, section) if section else conf), last
 
 
 def to_yaml(config: Config) -> str:
@@ -334,6 +349,7 @@ def check(c: Config) -> None:
             f"rollout.top_p={c.rollout.top_p}, top_k={c.rollout.top_k}: only 1.0 and -1 are available, as the loss "
             "takes the probabilities of the full softmax"
         )
+    check_rationale(c.rationale)
     _check_reward(c)
 
 

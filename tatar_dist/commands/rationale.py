@@ -2,11 +2,133 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
 
 app = typer.Typer(help="Make the rationales that SFT learns from.", no_args_is_help=True)
+
+Manifest = Annotated[Path, typer.Argument(metavar="M.parquet", help="A manifest.")]
+Written = Annotated[Path, typer.Argument(metavar="R.parquet", help="A manifest with rationales.")]
+Output = Annotated[Path, typer.Option(help="The manifest to write; journal and report lie beside it.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of config keys.")]
+Configs = Annotated[list[Path] | None, typer.Option("--config", help="YAML file; may repeat, later files win.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be asked, send nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+DEFAULT_CONFIG = Path("configs/rationale.yaml")
 
 
 @app.callback()
 def _rationale() -> None:
     """Make the rationales that SFT learns from."""
+
+
+@app.command("build")
+def build(
+    manifest: Manifest,
+    output: Output,
+    overrides: Overrides = None,
+    config: Configs = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Have a teacher write a rationale for every row: fast for IQA, slow for IAA. Resumes by the same command.
+
+    Example: [bold]tatar-dist rationale build koniq.parquet --output koniq_r.parquet
+    rationale.teacher.url=http://127.0.0.1:8000/v1 rationale.teacher.model=teacher[/bold]
+    """
+    _ask("build", manifest, output, config, overrides, dry_run, as_json)
+
+
+@app.command("judge")
+def judge(
+    rationales: Written,
+    output: Output,
+    overrides: Overrides = None,
+    config: Configs = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Check every rationale, then have a judge mark it; rows with a low mark are left out. Resumes like build.
+
+    Example: [bold]tatar-dist rationale judge koniq_r.parquet --output koniq_kept.parquet
+    rationale.judge.url=http://127.0.0.1:8000/v1 rationale.judge.model=judge[/bold]
+    """
+    _ask("judge", rationales, output, config, overrides, dry_run, as_json)
+
+
+@app.command("template")
+def template(
+    manifest: Manifest,
+    output: Output,
+    seed: Annotated[int, typer.Option(help="Same seed, same texts.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write rationales without a teacher, from the distortions or measured attributes that each row's meta holds.
+
+    Example: [bold]tatar-dist rationale template kadid.parquet --output kadid_r.parquet[/bold]
+    """
+    from tatar_dist.rationale import template as templates
+
+    found = templates.run(manifest, output, seed)
+    print(json.dumps(found) if as_json else f"{found['rows']} rows with rationales: {found['output']}")
+
+
+def _ask(
+    name: str,
+    source: Path,
+    output: Path,
+    files: list[Path] | None,
+    words: list[str] | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from tatar_dist.config import load_config
+    from tatar_dist.rationale import run as running
+
+    if files is None:
+        files = [DEFAULT_CONFIG] if DEFAULT_CONFIG.is_file() else []
+    config = load_config([str(f) for f in files], [*(words or []), f"output={output}"], unused=("model.path",))
+    if dry_run:
+        plan = running.dry_run(name, source, config)
+        print(json.dumps(plan)) if as_json else _print_plan(plan)
+        return
+    found = running.run(name, source, config)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _print_result(name, found)
+
+
+def _print_result(name: str, found: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from tatar_dist.rationale.report import as_table
+
+    console = Console()
+    console.print(as_table(found, f"rationale {name}"))
+    cost = f", cost {found['cost']:.2f}" if found["cost"] else ""
+    tokens = found["prompt_tokens"] + found["completion_tokens"] + found["lost_tokens"]
+    console.print(f"{found['accepted']} rows in {found['output']}; {tokens:,} tokens{cost}", highlight=False)
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console()
+    console.print(f"[bold]{plan['command']}[/bold]: {plan['rows']} rows; nothing is sent", highlight=False)
+    for task, t in plan["tasks"].items():
+        left_out = "".join(f", {n} not ({code})" for code, n in t["not_asked"].items())
+        console.print(f"\n[bold]{task}[/bold]: {t['asked']} rows would be asked{left_out}", highlight=False)
+        if "prompt" not in t:
+            continue
+        sampling = f"temperature {t['temperature']:g}, top_p {t['top_p']:g}, {t['max_tokens']} tokens"
+        with_image = "with its image" if t["image"] else "without its image"
+        said = f"{t['model']} at {t['endpoint']}, key {t['key']}; {sampling}; {with_image}"
+        console.print(escape(said), highlight=False, soft_wrap=True)
+        prompt = f"--- {t['sample_id']}, system\n{t['prompt']['system']}\n--- user\n{t['prompt']['user']}"
+        console.print(escape(prompt), highlight=False, soft_wrap=True)

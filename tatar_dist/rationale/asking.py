@@ -1,0 +1,248 @@
+"""The loop that keeps an endpoint busy: slots that ask, one answer durable before the next question.
+
+In: a ledger with rows to ask, a journal, a stop flag. Out: the same ledger with what this run learned. Rows are read
+and their images prepared ahead, so that a slot with an answer on disk always finds its next question ready. A token
+budget is never exceeded: before a request goes out, the most that it can cost is set aside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from tatar_dist.data.images import UnreadableImage
+from tatar_dist.rationale.checks import Reason
+from tatar_dist.rationale.endpoint import Endpoint, NoAnswer, Stopped, tokens_bound
+from tatar_dist.rationale.journal import Journal
+from tatar_dist.rationale.ledger import Entry, Ledger, journal_line
+from tatar_dist.rationale.pictures import Picture, picture
+from tatar_dist.rationale.questions import Answer, Question, Request, Row
+from tatar_dist.rationale.replies import Refused
+from tatar_dist.rationale.rows import Rows
+
+READ_THREADS = 2  # decoding and encoding of images; they release the interpreter lock
+POLL_S = 0.1  # how soon a signal is seen
+
+
+class BudgetSpent(Exception):
+    """The next request might exceed the token budget."""
+
+
+@dataclass
+class Prepared:
+    """A row ready to be asked, or why it cannot be."""
+
+    entry: Entry
+    row: Row | None = None
+    picture: Picture | None = None
+    unreadable: str | None = None
+
+
+Preparing = asyncio.Task[Prepared]
+
+
+class Budget:
+    """Tokens spent and set aside. `limit` None: no budget. Lives inside one event loop."""
+
+    def __init__(self, limit: int | None, spent: int) -> None:
+        self.limit, self.spent, self.reserved = limit, spent, 0
+        self.closed = False
+        self._changed = asyncio.Condition()
+
+    async def reserve(self, tokens: int) -> None:
+        """Set tokens aside, waiting for requests in flight to give back what they do not need.
+
+        Raises BudgetSpent when the tokens do not fit with nothing in flight, or once they did not.
+        """
+        async with self._changed:
+            while self.limit is not None and self.spent + self.reserved + tokens > self.limit:
+                if self.closed or not self.reserved:
+                    self.closed = True
+                    self._changed.notify_all()
+                    raise BudgetSpent
+                await self._changed.wait()
+            if self.closed:
+                raise BudgetSpent
+            self.reserved += tokens
+
+    async def release(self, tokens: int, spent: int) -> None:
+        """Give back what was set aside; `spent` of it (or more) was used."""
+        async with self._changed:
+            self.reserved -= tokens
+            self.spent += spent
+            self._changed.notify_all()
+
+
+class Asking:
+    """One run against endpoints. `progress` is told after every answer; `stopping` is polled."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        rows: Rows,
+        journal: Journal,
+        say: Callable[[str], None],
+        progress: Callable[[Ledger], None],
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.ledger, self.rows, self.journal = ledger, rows, journal
+        self.say, self.progress, self.stopping = say, progress, stopping
+        self.question: Question = ledger.question
+        self.limits = self.question.c.limits
+        self.budget = Budget(self.limits.budget_tokens, ledger.tokens)
+        self._bound_factor = 1.0  # of prompt tokens, should an endpoint count more than our bound
+        self._endpoints: dict[tuple[str, str], Endpoint] = {}
+        self._writing = 0
+
+    @property
+    def budget_spent(self) -> bool:
+        return self.budget.closed
+
+    def run(self) -> None:
+        """Ask until every row is settled, the budget is spent, or the user wants to stop.
+
+        Raises UserError or RunError when the endpoint cannot be used; what was answered is in the journal.
+        """
+        asyncio.run(self._run())
+
+    async def _run(self) -> None:
+        for target in self.question.targets.values():
+            if target.url and (target.url, target.api_key_env) not in self._endpoints:
+                self._endpoints[target.url, target.api_key_env] = Endpoint(target, self.limits, self.say)
+        ready: asyncio.Queue[Preparing | None] = asyncio.Queue(self.limits.concurrency)
+        with ThreadPoolExecutor(1, "rows") as reader, ThreadPoolExecutor(READ_THREADS, "images") as encoders:
+            producer = asyncio.create_task(self._prepare_all(ready, reader, encoders))
+            slots = [asyncio.create_task(self._slot(ready)) for _ in range(self.limits.concurrency)]
+            try:
+                await self._until_done(producer, slots)
+            finally:
+                for task in (producer, *slots):
+                    task.cancel()
+                await asyncio.gather(producer, *slots, return_exceptions=True)
+                while not ready.empty():
+                    if (left := ready.get_nowait()) is not None:
+                        left.cancel()
+                await self.journal.settled()
+                self.ledger.retries = sum(e.retries for e in self._endpoints.values())
+                for endpoint in self._endpoints.values():
+                    await endpoint.close()
+
+    async def _until_done(self, producer: asyncio.Task[None], slots: list[asyncio.Task[None]]) -> None:
+        """Wait for the slots. The first error ends all; a stop waits a little for what is in flight."""
+        pending: set[asyncio.Task[None]] = {producer, *slots}
+        deadline: float | None = None
+        clock = asyncio.get_running_loop().time
+        while pending:
+            done, pending = await asyncio.wait(pending, timeout=POLL_S, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+            self.ledger.retries = sum(e.retries for e in self._endpoints.values())
+            self.progress(self.ledger)
+            if self.budget.closed and not self.in_flight:
+                return  # the rows prepared ahead are not asked
+            if deadline is None and self.stopping():
+                deadline = clock() + self.limits.stop_wait_s
+                for endpoint in self._endpoints.values():
+                    endpoint.stopped = True
+            if deadline is not None and (not self.in_flight or clock() > deadline):
+                return
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are out, and answers that are not on disk yet."""
+        return self._writing + sum(e.sending for e in self._endpoints.values())
+
+    async def _prepare_all(
+        self, ready: asyncio.Queue[Preparing | None], reader: ThreadPoolExecutor, encoders: ThreadPoolExecutor
+    ) -> None:
+        """Read rows in order and prepare their images, as far ahead as the queue is long; then one None a slot."""
+        loop = asyncio.get_running_loop()
+
+        async def prepare(entry: Entry) -> Prepared:
+            try:
+                row, sample = await loop.run_in_executor(reader, self.rows.get, entry.number)
+                if not self.question.with_image(row.task):
+                    return Prepared(entry, row)
+                pixels = self.question.targets[row.task].max_pixels
+                found = await loop.run_in_executor(encoders, picture, sample.image, pixels, row.sample_id)
+                return Prepared(entry, row, found)
+            except UnreadableImage as e:
+                return Prepared(entry, unreadable=str(e))
+
+        for entry in self.ledger.todo():
+            await ready.put(asyncio.create_task(prepare(entry)))
+        for _ in range(self.limits.concurrency):
+            await ready.put(None)
+
+    async def _slot(self, ready: asyncio.Queue[Preparing | None]) -> None:
+        """Ask row after row, one request at a time."""
+        with contextlib.suppress(BudgetSpent, Stopped):
+            while (coming := await ready.get()) is not None:
+                found = await coming
+                if found.row is None:
+                    self.ledger.reject(found.entry, Reason("image-unreadable", found.unreadable or ""))
+                    continue
+                await self._settle(found.entry, found.row, found.picture)
+
+    async def _settle(self, entry: Entry, row: Row, image: Picture | None) -> None:
+        """Ask about one row until it is settled. Raises BudgetSpent or Stopped, and what ends the run."""
+        while True:
+            request = self.question.request(row, len(entry.answers))
+            try:
+                answer = await self._ask(request, image)
+            except Refused as e:
+                return self.ledger.fail(entry, Reason("endpoint-refused", f"the endpoint refused it: {e}"))
+            except NoAnswer as e:
+                return self.ledger.fail(entry, Reason("no-answer", f"all tries failed, the last: {e}"))
+            outcome = self.question.read(row, answer)
+            if self.ledger.take(entry, answer, outcome):
+                return
+
+    async def _ask(self, request: Request, image: Picture | None) -> Answer:
+        """One durable answer, its tokens set aside before and accounted for after."""
+        endpoint = self._endpoints[request.target.url, request.target.api_key_env]
+        key = {"sample_id": request.sample_id, "attempt": request.attempt}
+        most = int(tokens_bound(request, image) * self._bound_factor) + request.max_tokens
+        await self.budget.reserve(most)
+        held = True
+
+        async def lost() -> None:
+            """A try may have cost all that was set aside; the next one needs as much again."""
+            nonlocal held
+            self.ledger.lost_tokens += most
+            held = False
+            await self.budget.release(most, most)
+            await self.journal.append({**key, "lost": most})
+            await self._reserve_again(key, most)
+            held = True
+
+        spent = 0
+        try:
+            if self.limits.budget_tokens is not None:
+                await self.journal.append({**key, "asking": most})  # a kill must not hide what is being spent
+            answer = await endpoint.ask(request, image, lost)
+            self._writing += 1
+            try:
+                spent = answer.prompt_tokens + answer.completion_tokens
+                if spent > most:
+                    self._bound_factor *= spent / most
+                await self.journal.append(journal_line(request.sample_id, request.attempt, answer))
+            finally:
+                self._writing -= 1
+            return answer
+        except (Refused, NoAnswer):
+            if self.limits.budget_tokens is not None and held:
+                await self.journal.append({**key, "lost": 0})  # it is known to have cost nothing more
+            raise
+        finally:
+            if held:
+                await self.budget.release(most, spent)
+
+    async def _reserve_again(self, key: dict[str, Any], most: int) -> None:
+        await self.budget.reserve(most)
+        if self.limits.budget_tokens is not None:
+            await self.journal.append({**key, "asking": most})

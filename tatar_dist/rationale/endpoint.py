@@ -1,0 +1,243 @@
+"""An OpenAI-compatible endpoint as a place to ask: limits, retries, timeouts, and when to give up.
+
+In: a `Request` and its picture. Out: an `Answer`. Failed tries are repeated with exponential waits and jitter; a 429
+makes all slots pause together, as long as its Retry-After says; requests and tokens a minute are held below the
+settings. What no retry can cure ends the run at once. The key is read from the environment and goes into one header.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from aiolimiter import AsyncLimiter
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
+
+from tatar_dist import __version__
+from tatar_dist.errors import RunError, UserError
+from tatar_dist.rationale.pictures import Picture
+from tatar_dist.rationale.questions import Answer, Request, Target
+from tatar_dist.rationale.replies import NoSchema, Refused, TryAgain, raise_for, read_answer
+from tatar_dist.rationale.settings import LimitsConfig
+
+MAX_REPLY = 4 << 20  # bytes; a longer reply is garbage
+CONNECT_S = 10.0
+WINDOW_S = 10.0  # of a rate limit: bursts of a sixth of a minute's worth, then evenly
+RETRY_AFTER_MAX = 900.0  # a Retry-After beyond this is taken as this
+
+
+class NoAnswer(Exception):
+    """All tries of one sample's request failed; the message says how the last one did."""
+
+
+class Stopped(Exception):
+    """The run is being stopped: nothing more is sent."""
+
+
+def tokens_bound(request: Request, picture: Picture | None) -> int:
+    """Upper bound of the prompt's tokens: a byte is at most a token, and chat templates add a few."""
+    return len(request.system.encode()) + len(request.user.encode()) + 64 + (picture.tokens if picture else 0)
+
+
+def body_of(request: Request, picture: Picture | None, structured: bool) -> bytes:
+    """The JSON body of a chat completion."""
+    content: Any = request.user
+    if picture is not None:
+        content = [{"type": "image_url", "image_url": {"url": picture.url}}, {"type": "text", "text": request.user}]
+    body: dict[str, Any] = {
+        "model": request.target.model,
+        "messages": [{"role": "system", "content": request.system}, {"role": "user", "content": content}],
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "max_tokens": request.max_tokens,
+        "seed": request.seed,
+        "stream": False,
+    }
+    if structured and request.schema is not None:
+        schema = {"name": "marks", "strict": True, "schema": request.schema}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return json.dumps(body).encode()
+
+
+def key_of(target: Target) -> str | None:
+    """The key from the environment. Raises UserError where the variable is not set or is no header value."""
+    if not target.api_key_env:
+        return None
+    key = os.environ.get(target.api_key_env, "").strip()
+    section = target.key.removesuffix(".url")
+    if not key:
+        raise UserError(f"{section}.api_key_env={target.api_key_env}: this environment variable is not set")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(f"{section}.api_key_env={target.api_key_env}: the variable holds characters that no key has")
+    return key
+
+
+def _limiter(per_minute: float) -> AsyncLimiter | None:
+    if not per_minute:
+        return None
+    per_window = per_minute * WINDOW_S / 60
+    return AsyncLimiter(per_window, WINDOW_S) if per_window >= 1 else AsyncLimiter(1, 60 / per_minute)
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+class Endpoint:
+    """One address and key. `say` receives the few things a user should know at once. Close it."""
+
+    def __init__(self, target: Target, limits: LimitsConfig, say: Callable[[str], None]) -> None:
+        self.limits, self.say = limits, say
+        self._key = key_of(target)
+        self.retries = self.sending = 0  # `sending`: requests that are out right now
+        self.stopped = False
+        self._structured = target.structured
+        self._failures = 0  # given up since the last answer
+        self._resume_at = 0.0  # monotonic; before it nobody asks
+        self._pauses = 0  # 429s since the last answer, without a Retry-After: each pause is longer
+        self._requests, self._tokens = _limiter(limits.requests_per_minute), _limiter(limits.tokens_per_minute)
+        base = urlsplit(target.url)
+        query = f"?{base.query}" if base.query else ""
+        self._url = f"{base.scheme}://{base.netloc}{base.path.rstrip('/')}/chat/completions{query}"
+        headers = {"content-type": "application/json", "user-agent": f"tatar-dist/{__version__}"}
+        if self._key:
+            headers["authorization"] = f"Bearer {self._key}"
+        self._client = httpx.AsyncClient(
+            headers=headers,
+            timeout=httpx.Timeout(target.timeout_s, connect=min(CONNECT_S, target.timeout_s), pool=None),
+            limits=httpx.Limits(max_connections=limits.concurrency, max_keepalive_connections=limits.concurrency),
+            follow_redirects=False,
+            trust_env=not _is_loopback(target.url),  # a proxy has no business between us and this machine
+        )
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def ask(
+        self, request: Request, picture: Picture | None, on_lost: Callable[[], Awaitable[None]] | None = None
+    ) -> Answer:
+        """The endpoint's answer. `on_lost` is awaited after a try that may have cost tokens and gave none.
+
+        Raises:
+            NoAnswer: all tries failed. Refused: the endpoint will not answer this one.
+            UserError: no access, no such model, a wrong address. RunError: too many failures in a row.
+        """
+        try:
+            answer = await self._with_retries(request, picture, on_lost)
+        except (TryAgain, Refused) as e:
+            self._failures += 1
+            if self._failures >= self.limits.failures_in_a_row:
+                raise RunError(
+                    f"{request.target.key}={request.target.url}: {self._failures} requests in a row got no answer, the "
+                    f"last: {e}; what was answered is kept, the same command goes on from there"
+                ) from None
+            raise (e if isinstance(e, Refused) else NoAnswer(str(e))) from None
+        self._failures = self._pauses = 0
+        return answer
+
+    async def _with_retries(
+        self, request: Request, picture: Picture | None, on_lost: Callable[[], Awaitable[None]] | None
+    ) -> Answer:
+        limits, began, counted = self.limits, time.monotonic(), 0
+
+        def give_up(state: RetryCallState) -> bool:
+            return counted > limits.retries or time.monotonic() - began > limits.give_up_s
+
+        def wait(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            assert isinstance(error, TryAgain)
+            if error.limited:  # all pause together (_pause); a little apart afterwards
+                return random.uniform(0, limits.backoff_s)
+            longest = min(limits.backoff_max_s, limits.backoff_s * 2 ** (counted - 1))
+            return max(random.uniform(longest / 2, longest), min(error.retry_after or 0.0, RETRY_AFTER_MAX))
+
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(TryAgain), stop=give_up, wait=wait, reraise=True
+        ):
+            with attempt:
+                if attempt.retry_state.attempt_number > 1:
+                    self.retries += 1
+                try:
+                    return await self._once(request, picture)
+                except TryAgain as e:
+                    counted += not e.limited
+                    if e.limited:
+                        self._pause(e.retry_after)
+                    if e.lost and on_lost is not None:
+                        await on_lost()
+                    raise
+        raise AssertionError("AsyncRetrying ends by return or by raising")
+
+    def _pause(self, seconds: float | None) -> None:
+        """Nobody asks before the pause is over. Without a Retry-After it doubles from pause to pause."""
+        now = time.monotonic()
+        if now < self._resume_at and seconds is None:
+            return  # asked before the pause that another slot began: the same event
+        if seconds is None:
+            seconds = min(self.limits.backoff_max_s, self.limits.backoff_s * 2**self._pauses)
+            self._pauses = min(self._pauses + 1, 20)
+        self._resume_at = max(self._resume_at, now + min(seconds, RETRY_AFTER_MAX))
+
+    async def _turn(self, bound: int) -> None:
+        """Wait for the shared pause and the rate limits."""
+        if self._tokens is not None:
+            await self._tokens.acquire(min(bound, self._tokens.max_rate))
+        if self._requests is not None:
+            await self._requests.acquire()
+        while (left := self._resume_at - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+        if self.stopped:
+            raise Stopped
+
+    async def _once(self, request: Request, picture: Picture | None) -> Answer:
+        bound = tokens_bound(request, picture)
+        await self._turn(bound + request.max_tokens)
+        structured = self._structured
+        try:
+            status, headers, reply = await self._post(request, body_of(request, picture, structured))
+            if status == 200:
+                return read_answer(reply, bound, self._key)
+            raise_for(status, headers, reply, request if structured else replace(request, schema=None), self._key)
+        except NoSchema as e:
+            if self._structured:
+                self._structured = False
+                self.say(f"{request.target.url} takes no JSON schema ({e}): asking for plain JSON from here on")
+            return await self._once(request, picture)
+        raise AssertionError("raise_for always raises")
+
+    async def _post(self, request: Request, body: bytes) -> tuple[int, httpx.Headers, bytes]:
+        """(status, headers, body) of one POST, all of it within timeout_s."""
+        seconds, sent = request.target.timeout_s, False
+        self.sending += 1
+        try:
+            async with asyncio.timeout(seconds):  # httpx's own timeouts start anew with every byte
+                async with self._client.stream("POST", self._url, content=body) as response:
+                    sent = True
+                    parts, size = [], 0
+                    async for part in response.aiter_bytes():
+                        parts.append(part)
+                        size += len(part)
+                        if size > MAX_REPLY:
+                            raise TryAgain(f"the reply is longer than {MAX_REPLY >> 20} MiB", lost=True)
+                    return response.status_code, response.headers, b"".join(parts)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as e:
+            raise TryAgain(f"cannot connect: {str(e) or type(e).__name__}") from None
+        except (TimeoutError, httpx.TimeoutException):
+            raise TryAgain(f"no whole answer within {seconds:g} s", lost=True) from None
+        except httpx.TransportError as e:
+            raise TryAgain(f"the connection broke: {str(e) or type(e).__name__}", lost=True) from None
+        except httpx.HTTPError as e:  # a reply that cannot be decoded, for example
+            raise TryAgain(f"the reply cannot be read: {type(e).__name__}", lost=sent) from None
+        except httpx.InvalidURL:
+            raise UserError(f"{request.target.key}: not a valid address") from None
+        finally:
+            self.sending -= 1

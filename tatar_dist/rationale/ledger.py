@@ -1,0 +1,168 @@
+"""Where a build or judge run stands: which row has which answers, what each row came to, what it has cost.
+
+In: rows of the manifest, journal lines of earlier runs, answers of this one. Out: the rows still to be asked with their
+next attempt, and counts. The outcome of a row is a function of its answers in order of attempt alone, so a resumed run
+comes to what an undisturbed one comes to.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tatar_dist.rationale.checks import Reason
+from tatar_dist.rationale.questions import Answer, Outcome, Question, Row
+from tatar_dist.records import Task
+
+
+@dataclass
+class Entry:
+    """One row's story. `failed` says why nobody answered; such a row is asked again by the next run."""
+
+    number: int
+    sample_id: str
+    dataset: str
+    task: Task
+    answers: list[tuple[Answer, Outcome]] = field(default_factory=list)
+    before: tuple[Reason, ...] = ()
+    failed: Reason | None = None
+
+    @property
+    def verdict(self) -> str | None:
+        """accept, again or reject: what the last answer came to; reject for a row that was not worth asking."""
+        if self.before:
+            return "reject"
+        return self.answers[-1][1].verdict if self.answers else None
+
+    @property
+    def accepted(self) -> bool:
+        return self.verdict == "accept"
+
+
+def journal_line(sample_id: str, attempt: int, answer: Answer) -> dict[str, Any]:
+    return {
+        "sample_id": sample_id,
+        "attempt": attempt,
+        "text": answer.text,
+        "finish": answer.finish,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+    }
+
+
+class Ledger:
+    """Filled in two passes: `remember` every journal line, then `enter` every row in order; then `take` answers."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.attempts = question.c.attempts
+        self.entries: list[Entry] = []
+        self.prompt_tokens = self.completion_tokens = self.lost_tokens = 0
+        self.retries = self.answers_here = 0  # of this process
+        self.accepted = self.rejected = self.failed = 0
+        self._durable: dict[str, dict[int, Answer]] = {}
+        self._reserved: dict[tuple[str, int], int] = {}  # asked by a killed run, never answered
+
+    def remember(self, line: dict[str, Any]) -> None:
+        """A journal line: an answer; tokens reserved for a request ("asking"); or tokens of a lost one ("lost")."""
+        key = (line["sample_id"], line["attempt"])
+        if "asking" in line:
+            self._reserved[key] = line["asking"]
+            return
+        self._reserved.pop(key, None)
+        if "lost" in line:
+            self.lost_tokens += line["lost"]
+            return
+        answer = Answer(line["text"], line["finish"], line["prompt_tokens"], line["completion_tokens"])
+        self._count(answer)
+        self._durable.setdefault(line["sample_id"], {})[line["attempt"]] = answer
+
+    def unanswered(self) -> list[dict[str, Any]]:
+        """All lines are read: what a killed run asked and got no answer for counts as spent. Lines for the journal."""
+        lines = [
+            {"sample_id": sample_id, "attempt": attempt, "lost": tokens}
+            for (sample_id, attempt), tokens in self._reserved.items()
+        ]
+        self.lost_tokens += sum(self._reserved.values())
+        self._reserved.clear()
+        return lines
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion tokens of all runs of this output, lost requests at what was reserved for them."""
+        return self.prompt_tokens + self.completion_tokens + self.lost_tokens
+
+    def _count(self, answer: Answer) -> None:
+        self.prompt_tokens += answer.prompt_tokens
+        self.completion_tokens += answer.completion_tokens
+
+    def enter(self, row: Row) -> Entry:
+        """The next row of the manifest, with what is durable of it already."""
+        entry = Entry(row.number, row.sample_id, row.dataset, row.task)
+        entry.before = tuple(self.question.before(row))
+        known = self._durable.pop(row.sample_id, {})
+        while not self.is_settled(entry) and len(entry.answers) in known:
+            answer = known[len(entry.answers)]
+            entry.answers.append((answer, self.question.read(row, answer)))
+        self.entries.append(entry)
+        self._settle(entry)
+        return entry
+
+    def is_settled(self, entry: Entry) -> bool:
+        """No (further) answer is wanted: accepted, rejected for good, or asked often enough."""
+        return entry.verdict in ("accept", "reject") or len(entry.answers) >= self.attempts
+
+    def _settle(self, entry: Entry) -> None:
+        if self.is_settled(entry):
+            self.accepted += entry.accepted
+            self.rejected += not entry.accepted
+
+    def todo(self) -> Iterator[Entry]:
+        """Rows in order that want an answer."""
+        return (e for e in self.entries if not self.is_settled(e) and e.failed is None)
+
+    def take(self, entry: Entry, answer: Answer, outcome: Outcome) -> bool:
+        """A durable answer of this run. True when the row is settled by it."""
+        entry.answers.append((answer, outcome))
+        self._count(answer)
+        self.answers_here += 1
+        self._settle(entry)
+        return self.is_settled(entry)
+
+    def fail(self, entry: Entry, reason: Reason) -> None:
+        """Nobody answered: the row is left out of this run's output and asked again by the next run."""
+        entry.failed = reason
+        self.failed += 1
+
+    def reject(self, entry: Entry, reason: Reason) -> None:
+        """The row cannot be asked at all, its image cannot be read for example."""
+        entry.before = (reason,)
+        self.rejected += 1
+
+    @property
+    def settled(self) -> int:
+        return self.accepted + self.rejected
+
+    @property
+    def open(self) -> int:
+        return len(self.entries) - self.settled - self.failed
+
+    def cost(self) -> float:
+        """In the currency of the prices; lost requests count as completion, the dearer kind."""
+        c = self.question.endpoint
+        prompt, completion = self.prompt_tokens, self.completion_tokens + self.lost_tokens
+        return (prompt * c.prompt_price + completion * c.completion_price) / 1e6
+
+    def reasons(self) -> dict[Task, Counter[str]]:
+        """By task: how often each code rejected an answer (or a row that was not asked)."""
+        found: dict[Task, Counter[str]] = {}
+        for entry in self.entries:
+            counts = found.setdefault(entry.task, Counter())
+            counts.update(r.code for r in entry.before)
+            for _, outcome in entry.answers:
+                counts.update({r.code for r in outcome.reasons})
+            if entry.failed:
+                counts[entry.failed.code] += 1
+        return found

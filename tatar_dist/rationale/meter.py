@@ -1,0 +1,76 @@
+"""The progress line of a build or judge run: how far, how much was rejected, what it costs, how long it will take.
+
+A bar on a terminal; a plain line now and then where output is a file. Time left is reckoned from this run's own pace.
+"""
+
+from __future__ import annotations
+
+import time
+
+from rich import progress
+from rich.console import Console
+
+from tatar_dist.progress import clock
+from tatar_dist.rationale.ledger import Ledger
+
+PLAIN_EVERY_S = 15.0
+
+
+class Meter:
+    """Context manager; call it with the ledger as often as you like."""
+
+    def __init__(self, name: str, total: int, console: Console | None = None) -> None:
+        self.name, self.total = name, total
+        self.console = console or Console(stderr=True)
+        self.began = time.monotonic()
+        self._printed = self.began - PLAIN_EVERY_S + 2.0  # the first plain line after two seconds
+        self._settled_before: int | None = None
+        self._bar: progress.Progress | None = None
+        if self.console.is_terminal:
+            self._bar = progress.Progress(
+                progress.SpinnerColumn(),
+                progress.TextColumn("[bold]{task.description}"),
+                progress.BarColumn(20),
+                progress.TextColumn("{task.completed}/{task.total}"),
+                progress.TextColumn("{task.fields[said]}"),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(name, total=total, said="starting")
+
+    def __enter__(self) -> Meter:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, ledger: Ledger, last: bool = False) -> None:
+        done = ledger.settled + ledger.failed
+        if self._settled_before is None:
+            self._settled_before = done
+        now = time.monotonic()
+        if self._bar:
+            self._bar.update(self._task, completed=done, said=self.line(ledger, now))
+        elif last or now - self._printed >= PLAIN_EVERY_S:
+            self._printed = now
+            text = f"{self.name}  {done}/{self.total}  {self.line(ledger, now)}"
+            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def line(self, ledger: Ledger, now: float) -> str:
+        """What stands beside the bar."""
+        done = ledger.settled + ledger.failed
+        gone = max(now - self.began, 1e-9)
+        here = done - (self._settled_before or 0)
+        parts = [f"{ledger.accepted} accepted", f"{ledger.rejected} rejected"]
+        if ledger.failed:
+            parts.append(f"{ledger.failed} failed")
+        if ledger.retries:
+            parts.append(f"{ledger.retries} retries")
+        parts.append(f"{ledger.tokens:,} tokens")
+        if cost := ledger.cost():
+            parts.append(f"cost {cost:.2f}")
+        if here:
+            parts += [f"{here / gone:.1f}/s", f"{clock((self.total - done) * gone / here)} left"]
+        return "  ".join(parts)

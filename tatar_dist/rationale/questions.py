@@ -1,0 +1,310 @@
+"""What is asked about a row and what its answer means: one class for teachers (`Build`), one for judges (`Judge`).
+
+Both are pure: rows, settings and wording in; requests, outcomes and finished rows out. Who carries the request, an
+endpoint (asking.py) or our own engines (local.py), does not matter here. The seed of a request is a hash of (run
+seed, attempt, sample id), so that asking again asks for another text and a resumed run asks what the first one asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tatar_dist.config import Config
+from tatar_dist.data.templates import EIGHT
+from tatar_dist.errors import UserError
+from tatar_dist.rationale.checks import Reason, check_text, without_reasoning
+from tatar_dist.rationale.marks import low_marks, read_marks, schema
+from tatar_dist.rationale.settings import EndpointConfig, TextConfig, VerdictConfig
+from tatar_dist.rationale.wording import Wording
+from tatar_dist.records import TASKS, Task
+from tatar_dist.rollout.engine import group_seed
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a question needs of a manifest's row, without its image. `number` counts from 0."""
+
+    number: int
+    sample_id: str
+    dataset: str
+    task: Task
+    score: float
+    rationale: str | None
+    attributes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a request goes: `url` is "" for our own engines. `key` names the setting that holds the address."""
+
+    key: str
+    url: str
+    model: str
+    api_key_env: str
+    max_pixels: int
+    timeout_s: float
+    structured: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question, its image apart. `schema` is the JSON schema that the answer must follow, if any."""
+
+    sample_id: str
+    task: Task
+    attempt: int
+    target: Target
+    system: str
+    user: str
+    image: bool
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+    schema: dict[str, Any] | None
+
+    @property
+    def prompt_hash(self) -> str:
+        return hashlib.blake2b(f"{self.system}\0{self.user}".encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back. `finish` is "stop", "length" or what the endpoint says; tokens as the endpoint counts them."""
+
+    text: str
+    finish: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """accept: keep the sample; again: this answer is rejected, another may be asked; reject: the sample is settled."""
+
+    verdict: Literal["accept", "again", "reject"]
+    reasons: tuple[Reason, ...] = ()
+
+
+def _name(text: str) -> str:
+    return " ".join(re.findall(r"[a-z]+", text.lower().replace("&", " and ")))
+
+
+_PLACE = {_name(name): i for i, name in enumerate(EIGHT)}
+
+
+def ordered_attributes(attributes: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(name, text) of the attribute texts that say something: the eight in the method's order, then any others."""
+    found = [(name, str(text).strip()) for name, text in attributes.items() if str(text).strip()]
+    return sorted(found, key=lambda pair: _PLACE.get(_name(pair[0]), len(EIGHT)))
+
+
+def _target(key: str, endpoint: EndpointConfig, own: TextConfig | None, model_path: str) -> Target:
+    url, env, where = endpoint.url, endpoint.api_key_env, f"{key}.url"
+    model = (own.model if own else "") or endpoint.model
+    if endpoint.local:
+        url, env, model = "", "", model_path
+    elif own and own.url:
+        url, env = own.url, own.api_key_env
+    return Target(where, url, model, env, endpoint.max_pixels, endpoint.timeout_s, endpoint.structured)
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+class Question:
+    """Common to both: the settings that a journal must agree on, and requests."""
+
+    name: str
+    endpoint: EndpointConfig
+
+    def __init__(self, config: Config, wording: Wording) -> None:
+        self.config, self.c, self.wording = config, config.rationale, wording
+        self.targets: dict[Task, Target] = {}
+
+    def words_of(self, task: Task) -> str:
+        """Name of the task's texts in the wording."""
+        raise NotImplementedError
+
+    def sampling(self, task: Task) -> TextConfig | VerdictConfig:
+        raise NotImplementedError
+
+    def with_image(self, task: Task) -> bool:
+        raise NotImplementedError
+
+    def schema(self, task: Task) -> dict[str, Any] | None:
+        return None
+
+    def blanks(self, row: Row) -> dict[str, str]:
+        texts = "\n".join(f"{name}: {text}" for name, text in ordered_attributes(row.attributes))
+        return {"score": f"{row.score:.1f}", "attributes": texts, "rationale": (row.rationale or "").strip()}
+
+    def request(self, row: Row, attempt: int) -> Request:
+        system, user = self.wording.ask(self.words_of(row.task), self.blanks(row))
+        s = self.sampling(row.task)
+        return Request(
+            sample_id=row.sample_id,
+            task=row.task,
+            attempt=attempt,
+            target=self.targets[row.task],
+            system=system,
+            user=user,
+            image=self.with_image(row.task),
+            temperature=s.temperature,
+            top_p=s.top_p,
+            max_tokens=s.max_tokens + s.reasoning_tokens,
+            seed=group_seed(self.config.seed, attempt, row.sample_id),
+            schema=self.schema(row.task),
+        )
+
+    def settings(self, tasks: set[Task]) -> dict[str, Any]:
+        """Flat: everything that changes what is asked. A journal written under other values is not continued."""
+        found: dict[str, Any] = {"command": f"rationale {self.name}", "seed": self.config.seed}
+        for task in sorted(tasks):
+            words, s = self.words_of(task), self.sampling(task)
+            found |= {f"{words}.{k}": getattr(s, k) for k in ("temperature", "top_p", "max_tokens", "reasoning_tokens")}
+            found |= {
+                f"{words}.model": self.targets[task].model,
+                f"{words}.image": self.with_image(task),
+                f"{words}.system": _hash(self.wording.system[words]),
+                f"{words}.user": _hash(self.wording.user[words].template),
+            }
+            if self.with_image(task):
+                local = self.endpoint.local
+                found["max_pixels"] = self.config.model.max_pixels if local else self.endpoint.max_pixels
+        return found
+
+    def before(self, row: Row) -> list[Reason]:
+        """Reasons against the row that need no asking."""
+        raise NotImplementedError
+
+    def read(self, row: Row, answer: Answer) -> Outcome:
+        raise NotImplementedError
+
+    def finished(self, values: dict[str, Any], row: Row, attempt: int, answer: Answer) -> dict[str, Any]:
+        """The accepted row of the output: `values` are the manifest's own columns."""
+        raise NotImplementedError
+
+
+class Build(Question):
+    """A teacher writes the row's rationale: fast for IQA, slow for IAA."""
+
+    name = "build"
+
+    def __init__(self, config: Config, wording: Wording) -> None:
+        super().__init__(config, wording)
+        self.endpoint = self.c.teacher
+        for task in TASKS:
+            self.targets[task] = _target("rationale.teacher", self.endpoint, self._text(task), config.model.path)
+
+    def _text(self, task: Task) -> TextConfig:
+        return self.c.fast if task == "iqa" else self.c.slow
+
+    def words_of(self, task: Task) -> str:
+        return "fast" if task == "iqa" else "slow"
+
+    def sampling(self, task: Task) -> TextConfig:
+        return self._text(task)
+
+    def with_image(self, task: Task) -> bool:
+        return self._text(task).image
+
+    def before(self, row: Row) -> list[Reason]:
+        found = len(ordered_attributes(row.attributes))
+        if row.task == "iaa" and found < self.c.min_attributes:
+            text = (
+                f"the row has {found} attribute texts, a slow rationale goes through {self.c.min_attributes} at least"
+            )
+            return [Reason("no-attributes", text)]
+        return []
+
+    def text(self, answer: Answer) -> str:
+        return without_reasoning(answer.text)
+
+    def read(self, row: Row, answer: Answer) -> Outcome:
+        text = self.text(answer)
+        reasons = check_text(text, answer.finish, row.task, row.score, row.attributes, self.c, self.wording)
+        return Outcome("again", tuple(reasons)) if reasons else Outcome("accept")
+
+    def finished(self, values: dict[str, Any], row: Row, attempt: int, answer: Answer) -> dict[str, Any]:
+        note = {
+            "teacher": self.targets[row.task].model,
+            "attempt": attempt,
+            "prompt": self.request(row, attempt).prompt_hash,
+            "tokens": answer.completion_tokens,
+        }
+        return {**values, "rationale": self.text(answer), "meta": {**values["meta"], "rationale": note}}
+
+
+class Judge(Question):
+    """A judge marks the row's rationale; hard checks come first and cost nothing."""
+
+    name = "judge"
+
+    def __init__(self, config: Config, wording: Wording) -> None:
+        super().__init__(config, wording)
+        self.endpoint = self.c.judge
+        for task in TASKS:
+            self.targets[task] = _target("rationale.judge", self.endpoint, None, config.model.path)
+
+    def words_of(self, task: Task) -> str:
+        return f"judge.{task}"
+
+    def sampling(self, task: Task) -> VerdictConfig:
+        return self.c.verdict
+
+    def with_image(self, task: Task) -> bool:
+        return True
+
+    def schema(self, task: Task) -> dict[str, Any] | None:
+        return schema(task)
+
+    def before(self, row: Row) -> list[Reason]:
+        text = row.rationale or ""
+        return check_text(text, "stop", row.task, row.score, row.attributes, self.c, self.wording)
+
+    def marks(self, row: Row, answer: Answer) -> dict[str, int] | Reason:
+        return read_marks(without_reasoning(answer.text), row.task)
+
+    def read(self, row: Row, answer: Answer) -> Outcome:
+        if answer.finish != "stop":
+            return Outcome("again", (Reason("judge-cut-off", f"the judge's answer ended with {answer.finish!r}"),))
+        marks = self.marks(row, answer)
+        if isinstance(marks, Reason):
+            return Outcome("again", (marks,))
+        low = low_marks(marks, self.c.verdict.reject_at)
+        return Outcome("reject", tuple(low)) if low else Outcome("accept")
+
+    def finished(self, values: dict[str, Any], row: Row, attempt: int, answer: Answer) -> dict[str, Any]:
+        marks = self.marks(row, answer)
+        assert not isinstance(marks, Reason), "an accepted answer has marks"
+        note = {
+            "judge": self.targets[row.task].model,
+            "marks": marks,
+            "attempt": attempt,
+            "prompt": self.request(row, attempt).prompt_hash,
+        }
+        return {**values, "meta": {**values["meta"], "judge": note}}
+
+
+def require_target(question: Question, tasks: set[Task]) -> None:
+    """Raises UserError where nobody would answer: no address, no model name, or a local model without a path."""
+    section = question.targets[min(tasks)].key.removesuffix(".url")
+    if question.endpoint.local:
+        if not question.config.model.path:
+            raise UserError(f"{section}.local=true: name the model directory as model.path=…")
+        return
+    for task in sorted(tasks):
+        target = question.targets[task]
+        if not target.url:
+            raise UserError(
+                f"{target.key} is empty: give the address of an OpenAI-compatible endpoint (http://host:port/v1), or "
+                f"{section}.local=true for our own engines"
+            )
+        if not target.model:
+            raise UserError(f"{section}.model is empty: give the name under which {target.url} serves the model")

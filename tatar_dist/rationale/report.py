@@ -1,0 +1,160 @@
+"""What a run leaves for people: every rejected answer with its reasons, and a rejection-rate report.
+
+In: a ledger. Out: `R.rejected.jsonl` (one line a rejected answer or row, in manifest order), `R.report.md`, and a table
+for the terminal. No times and nothing of this process alone, so that a resumed run leaves the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.rationale.checks import Reason
+from tatar_dist.rationale.ledger import Entry, Ledger
+from tatar_dist.records import TASKS
+
+EXAMPLES = 2  # a reason
+EXAMPLE_CHARS = 300
+
+
+def beside(output: Path, ending: str) -> Path:
+    """R.parquet -> R.<ending>, in the same directory."""
+    return output.with_name(f"{output.stem}.{ending}")
+
+
+def rejections(entry: Entry) -> Iterator[dict[str, Any]]:
+    """The lines of one row: its rejected answers, and why it was not asked or not answered."""
+    base = {"sample_id": entry.sample_id, "dataset": entry.dataset, "task": entry.task}
+
+    def listed(reasons: tuple[Reason, ...]) -> list[dict[str, str]]:
+        return [{"code": r.code, "says": r.says} for r in reasons]
+
+    if entry.before:
+        yield {**base, "attempt": None, "accepted_later": False, "reasons": listed(entry.before), "text": None}
+    for attempt, (answer, outcome) in enumerate(entry.answers):
+        if outcome.verdict != "accept":
+            yield {
+                **base,
+                "attempt": attempt,
+                "accepted_later": entry.accepted,
+                "reasons": listed(outcome.reasons),
+                "text": answer.text,
+                "finish": answer.finish,
+            }
+    if entry.failed:
+        failed = {"attempt": len(entry.answers), "accepted_later": False, "reasons": listed((entry.failed,))}
+        yield {**base, **failed, "text": None}
+
+
+def write_rejections(ledger: Ledger, path: Path) -> int:
+    """Write the lines of all rows. Returns how many there are."""
+    count = 0
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        for entry in ledger.entries:
+            for line in rejections(entry):
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+                count += 1
+    os.replace(temporary, path)
+    return count
+
+
+def summary(ledger: Ledger) -> dict[str, Any]:
+    """Counts by task and reason, tokens and cost; what --json prints."""
+    tasks: dict[str, Any] = {}
+    counts = ledger.reasons()
+    for task in TASKS:
+        entries = [e for e in ledger.entries if e.task == task]
+        if not entries:
+            continue
+        answers = sum(len(e.answers) for e in entries)
+        refused = sum(o.verdict != "accept" for e in entries for _, o in e.answers)
+        tasks[task] = {
+            "rows": len(entries),
+            "accepted": sum(e.accepted for e in entries),
+            "rejected": sum(not e.accepted and ledger.is_settled(e) for e in entries),
+            "failed": sum(e.failed is not None for e in entries),
+            "not_asked": sum(not ledger.is_settled(e) and e.failed is None for e in entries),
+            "answers": answers,
+            "rejected_answers": refused,
+            "rejection_rate": refused / answers if answers else None,
+            "reasons": dict(sorted(counts[task].items(), key=lambda pair: (-pair[1], pair[0]))),
+        }
+    return {
+        "rows": len(ledger.entries),
+        "accepted": ledger.accepted,
+        "rejected": ledger.rejected,
+        "failed": ledger.failed,
+        "not_asked": ledger.open,
+        "tasks": tasks,
+        "prompt_tokens": ledger.prompt_tokens,
+        "completion_tokens": ledger.completion_tokens,
+        "lost_tokens": ledger.lost_tokens,
+        "cost": ledger.cost(),
+    }
+
+
+def _examples(ledger: Ledger, task: str, code: str) -> list[tuple[str, str, str]]:
+    """(sample id, what the reason says, beginning of the text) of the first rejections by a reason."""
+    found = []
+    for entry in ledger.entries:
+        if entry.task != task:
+            continue
+        for line in rejections(entry):
+            says = next((r["says"] for r in line["reasons"] if r["code"] == code), None)
+            if says is not None:
+                found.append((entry.sample_id, says, (line["text"] or "")[:EXAMPLE_CHARS]))
+                if len(found) == EXAMPLES:
+                    return found
+    return found
+
+
+def _quoted(text: str) -> str:
+    return " ".join(text.replace("`", "'").split())
+
+
+def write_report(ledger: Ledger, path: Path) -> None:
+    """The rejection-rate report as Markdown: by task, by reason, with examples."""
+    found = summary(ledger)
+    lines = [f"# rationale {ledger.question.name}: {found['accepted']} of {found['rows']} rows accepted", ""]
+    lines += [
+        "| task | rows | accepted | rejected | failed | not asked | answers | rejected answers |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task, t in found["tasks"].items():
+        rate = "" if t["rejection_rate"] is None else f" ({100 * t['rejection_rate']:.1f} %)"
+        figures = [t[k] for k in ("rows", "accepted", "rejected", "failed", "not_asked", "answers")]
+        lines.append(f"| {task} | {' | '.join(map(str, figures))} | {t['rejected_answers']}{rate} |")
+    lines += ["", f"Tokens: {found['prompt_tokens']:,} prompt, {found['completion_tokens']:,} completion."]
+    for task, t in found["tasks"].items():
+        if not t["reasons"]:
+            continue
+        lines += ["", f"## {task}: why answers were rejected", "", "| reason | answers |", "|---|---|"]
+        lines += [f"| {code} | {n} |" for code, n in t["reasons"].items()]
+        for code in t["reasons"]:
+            lines += ["", f"**{code}**", ""]
+            for sample_id, says, text in _examples(ledger, task, code):
+                said = f": `{_quoted(text)}`" if text else ""
+                lines.append(f"- `{_quoted(sample_id)}` {_quoted(says)}{said}")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def as_table(found: dict[str, Any], title: str) -> Any:
+    """The same figures as a rich table."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in ("task", "rows", "accepted", "rejected", "failed", "not asked", "answers rejected"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    table.add_column("reasons")
+    for task, t in found["tasks"].items():
+        rate = "" if t["rejection_rate"] is None else f" ({100 * t['rejection_rate']:.1f} %)"
+        figures = [t[k] for k in ("rows", "accepted", "rejected", "failed", "not_asked")]
+        reasons = ", ".join(f"{code} {n}" for code, n in t["reasons"].items())
+        table.add_row(task, *map(str, figures), f"{t['rejected_answers']}{rate}", reasons)
+    return table

@@ -1,0 +1,147 @@
+"""`tatar-dist rationale build` and `judge`: read, ask what is still open, write the accepted rows.
+
+In: a manifest and a config. Out: the output manifest (accepted rows in manifest order), and beside it the journal, the
+rejected answers and a report. Run the same command again and it goes on where it stopped; a finished run asks nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.config import Config
+from tatar_dist.data.writing import write_manifest
+from tatar_dist.errors import RunError, UserError
+from tatar_dist.interrupts import Interrupted, Interrupts
+from tatar_dist.rationale import report
+from tatar_dist.rationale.journal import Journal
+from tatar_dist.rationale.ledger import Ledger
+from tatar_dist.rationale.meter import Meter
+from tatar_dist.rationale.questions import Build, Judge, Question, require_target
+from tatar_dist.rationale.rows import Rows
+from tatar_dist.rationale.wording import load_wording
+
+QUESTIONS: dict[str, type[Question]] = {"build": Build, "judge": Judge}
+
+
+def _prepare(name: str, source: Path, config: Config) -> tuple[Question, Rows]:
+    question = QUESTIONS[name](config, load_wording(config.rationale.prompts))
+    rows = Rows(source, config.rationale.limit)
+    require_target(question, rows.tasks)
+    if name == "judge" and not any(row.rationale for row in rows):
+        raise UserError(f"{source}: no row has a rationale to judge; `tatar-dist rationale build` writes them")
+    return question, rows
+
+
+def dry_run(name: str, source: Path, config: Config) -> dict[str, Any]:
+    """What a run would ask: rows by task, addresses, one rendered prompt a task. Nothing is sent or written."""
+    question, rows = _prepare(name, source, config)
+    journal = report.beside(Path(config.output), "journal.jsonl")
+    found: dict[str, Any] = {"command": f"rationale {name}", "rows": len(rows), "journal": str(journal), "tasks": {}}
+    for row in rows:
+        task = found["tasks"].setdefault(row.task, {"rows": 0, "asked": 0, "not_asked": {}})
+        task["rows"] += 1
+        if reasons := question.before(row):
+            code = reasons[0].code
+            task["not_asked"][code] = task["not_asked"].get(code, 0) + 1
+            continue
+        task["asked"] += 1
+        if "prompt" not in task:
+            request = question.request(row, 0)
+            task |= {
+                "endpoint": request.target.url or "our own engines",
+                "model": request.target.model,
+                "key": f"from ${request.target.api_key_env}" if request.target.api_key_env else "none",
+                "image": request.image,
+                "temperature": request.temperature,
+                "top_p": request.top_p,
+                "max_tokens": request.max_tokens,
+                "sample_id": row.sample_id,
+                "prompt": {"system": request.system, "user": request.user},
+            }
+    return found
+
+
+def run(name: str, source: Path, config: Config) -> dict[str, Any]:
+    """Build or judge `source` into `config.output`. Returns the summary that is printed.
+
+    Raises:
+        UserError: bad input, or an endpoint that will never answer. Interrupted: stopped by the user.
+        RunError: the endpoint failed too often, the budget is spent, or some rows got no answer.
+    """
+    output = Path(config.output)
+    if output.suffix != ".parquet":
+        raise UserError(f"--output {output}: must end in .parquet")
+    if output.resolve() == source.resolve():
+        raise UserError(f"--output {output}: is the input itself")
+    question, rows = _prepare(name, source, config)
+    settings = {**question.settings(rows.tasks), "manifest": rows.fingerprint(rationales=name == "judge")}
+    with Journal(report.beside(output, "journal.jsonl"), settings) as journal, Interrupts() as stop:
+        ledger = Ledger(question)
+        journal.read(ledger.remember)
+        for line in ledger.unanswered():
+            journal.write(line)
+        for row in rows:
+            ledger.enter(row)
+        with Meter(f"rationale {name}", len(rows)) as meter:
+            spent = False
+            if next(ledger.todo(), None) is not None:
+                spent = _ask(ledger, rows, journal, meter, stop)
+            meter(ledger, last=True)
+        _write(ledger, rows, output)
+    found = {**report.summary(ledger), "output": str(output)}
+    _complain(ledger, found, stop.requested, spent)
+    return found
+
+
+def _ask(ledger: Ledger, rows: Rows, journal: Journal, meter: Meter, stop: Interrupts) -> bool:
+    """Ask what is open. Returns whether the budget ended it."""
+    if ledger.question.endpoint.local:
+        from tatar_dist.rationale.local import LocalAsking
+
+        local = LocalAsking(ledger, rows, journal, meter, lambda: stop.requested)
+        local.run()
+        return local.budget_spent
+    from tatar_dist.rationale.asking import Asking
+
+    asking = Asking(ledger, rows, journal, _say, meter, lambda: stop.requested)
+    asking.run()
+    return asking.budget_spent
+
+
+def _say(text: str) -> None:
+    print(f"tatar-dist: {text}", file=sys.stderr, flush=True)
+
+
+def _write(ledger: Ledger, rows: Rows, output: Path) -> None:
+    """The accepted rows in manifest order, the rejected answers, the report."""
+
+    def accepted() -> Iterator[dict[str, Any]]:
+        for entry in ledger.entries:
+            if entry.accepted:
+                values = rows.manifest.row(entry.number)
+                attempt = len(entry.answers) - 1
+                yield ledger.question.finished(values, rows.row_of(values, entry.number), attempt, entry.answers[-1][0])
+
+    write_manifest(output, accepted(), image_root=rows.image_root)
+    report.write_rejections(ledger, report.beside(output, "rejected.jsonl"))
+    report.write_report(ledger, report.beside(output, "report.md"))
+
+
+def _complain(ledger: Ledger, found: dict[str, Any], stopped: bool, spent: bool) -> None:
+    """Raise what keeps the run from being complete; the files are written already."""
+    kept = f"{found['accepted']} accepted rows are in {found['output']}"
+    again = "the same command goes on from here"
+    if spent:
+        budget = ledger.question.c.limits.budget_tokens
+        raise RunError(
+            f"rationale.limits.budget_tokens={budget}: {ledger.tokens} tokens are spent and the next request might "
+            f"exceed it; {found['not_asked']} rows were not asked; {kept}; with a larger budget {again}"
+        )
+    if stopped:
+        raise Interrupted(f"stopped: {found['not_asked']} rows are left; {kept}; {again}")
+    unanswered = sum(t["reasons"].get("no-answer", 0) for t in found["tasks"].values())
+    if unanswered:
+        raise RunError(f"{unanswered} rows got no answer after all retries; {kept}; {again}")

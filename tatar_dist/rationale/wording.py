@@ -1,0 +1,119 @@
+"""What teachers and judges are told, read from configs/rationale_prompts.yaml and checked key by key.
+
+In: the YAML file. Out: `Wording`: the system and user text of each question with its blanks filled in, and the word
+lists of the hard checks as compiled patterns. Whole words count: "outline" is no "line".
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from tatar_dist.data.templates import EIGHT
+from tatar_dist.errors import UserError
+from tatar_dist.records import TASKS
+
+QUESTIONS = {  # name -> blanks that its user text may hold, all but those in _OPTIONAL must stand there
+    "fast": ("score",),
+    "slow": ("score", "attributes"),
+    "judge.iqa": ("score", "rationale"),
+    "judge.iaa": ("score", "rationale", "attributes"),
+}
+_OPTIONAL = {"judge.iaa": ("attributes",)}
+_LISTS = ("quality_factors", "refusals", "number_phrases")
+
+
+@dataclass(frozen=True)
+class Wording:
+    """`system` and `user` by question ("fast", "slow", "judge.iqa", "judge.iaa"), and the patterns of the checks."""
+
+    system: dict[str, str]
+    user: dict[str, Template]
+    quality_factors: re.Pattern[str]
+    attributes: tuple[re.Pattern[str], ...]
+    refusals: re.Pattern[str]
+    number_phrases: re.Pattern[str]
+
+    def ask(self, question: str, blanks: Mapping[str, str]) -> tuple[str, str]:
+        """(system text, user text) with the blanks filled in; blanks that the text does not use are ignored."""
+        return self.system[question], self.user[question].substitute(blanks)
+
+
+def plain(text: str) -> str:
+    """Lower case, straight apostrophes and single blanks: the form in which phrases are looked for."""
+    return " ".join(text.casefold().replace("\u2019", "'").split())
+
+
+def phrase_pattern(phrases: list[str]) -> re.Pattern[str]:
+    """One pattern for many phrases, on `plain` text: whole words; a trailing * takes any ending."""
+    parts = []
+    for phrase in sorted(phrases, key=len, reverse=True):
+        stem = plain(phrase.removesuffix("*"))
+        parts.append(re.escape(stem) + (r"\w*" if phrase.endswith("*") else ""))
+    return re.compile(r"(?<!\w)(?:" + "|".join(parts) + r")(?!\w)")
+
+
+def _mapping(node: Any, keys: tuple[str, ...], where: str) -> dict[str, Any]:
+    if not isinstance(node, dict):
+        raise UserError(f"{where}: expected the keys {', '.join(keys)}")
+    for key in node:
+        if key not in keys:
+            near = difflib.get_close_matches(str(key), keys, n=1)
+            raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    for key in keys:
+        if key not in node:
+            raise UserError(f"{where}: missing key {key!r}")
+    return node
+
+
+def _phrases(node: Any, where: str) -> re.Pattern[str]:
+    if not isinstance(node, list) or not node or not all(isinstance(w, str) and w.strip(" *") for w in node):
+        raise UserError(f"{where}: must be a list of words or phrases, at least one")
+    return phrase_pattern(node)
+
+
+def _user_text(text: Any, question: str, where: str) -> Template:
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: must be a text")
+    template = Template(text.strip())
+    if not template.is_valid():
+        raise UserError(f"{where}: a $ that starts no name; write $$ for the sign itself")
+    allowed, found = QUESTIONS[question], template.get_identifiers()
+    if unknown := [name for name in found if name not in allowed]:
+        raise UserError(f"{where}: unknown ${unknown[0]}; this text may use ${', $'.join(allowed)}")
+    needed = [name for name in allowed if name not in _OPTIONAL.get(question, ())]
+    if missing := [name for name in needed if name not in found]:
+        raise UserError(f"{where}: ${missing[0]} is missing, the text cannot be asked without it")
+    return template
+
+
+def load_wording(path: str | Path) -> Wording:
+    """Read the file. Raises UserError for a missing file, broken YAML, and a missing, unknown or wrong key."""
+    import yaml
+
+    if not Path(path).is_file():
+        raise UserError(f"rationale.prompts={path}: no such file")
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    top = _mapping(loaded, ("fast", "slow", "judge", "checks"), f"{path}")
+    judge = _mapping(top["judge"], TASKS, f"{path}: judge")
+    nodes = {"fast": top["fast"], "slow": top["slow"], **{f"judge.{task}": judge[task] for task in TASKS}}
+    system, user = {}, {}
+    for name, node in nodes.items():
+        texts = _mapping(node, ("system", "user"), f"{path}: {name}")
+        if not isinstance(texts["system"], str) or not texts["system"].strip():
+            raise UserError(f"{path}: {name}.system: must be a text")
+        system[name] = texts["system"].strip()
+        user[name] = _user_text(texts["user"], name, f"{path}: {name}.user")
+    checks = _mapping(top["checks"], (*_LISTS, "attributes"), f"{path}: checks")
+    attributes = _mapping(checks["attributes"], EIGHT, f"{path}: checks.attributes")
+    lists = {name: _phrases(checks[name], f"{path}: checks.{name}") for name in _LISTS}
+    touched = tuple(_phrases(attributes[name], f"{path}: checks.attributes.{name}") for name in EIGHT)
+    return Wording(system, user, attributes=touched, **lists)
