@@ -75,9 +75,8 @@ class PromptSampler:
             for pool in manifest.pools:
                 others = parts.setdefault(pool.dataset, [])
                 if others and others[0][2].task != pool.task:
-                    raise UserError(
-                        f"{manifest.path}: row {pool.runs[0, 0]}, column task: data set {pool.dataset!r} holds both tasks"
-                    )
+                    row = pool.runs[0, 0]
+                    raise UserError(f"{manifest.path}: row {row}, column task: {pool.dataset!r} has rows of both tasks")
                 others.append((m, manifest, pool))
         for name, found in parts.items():
             if len({m for m, *_ in found}) > 1:
@@ -140,7 +139,7 @@ class PromptSampler:
         return batch
 
     def _rankable(self, task: Task, n: int) -> Walk:
-        """The data set whose turn it is to give n rows to be ranked; the next one owed when it has not n usable rows."""
+        """The data set that gives n rows to be ranked: the one owed most of those with n usable rows."""
         walks = self._of(task)
         able = [w for w in walks if w.usable >= n and w.scores_differ()]
         if not able:
