@@ -45,6 +45,10 @@ class RawFile:
     def __len__(self) -> int:
         return len(self.columns[self.format.image])
 
+    def label(self, column: str) -> str:
+        """A column as messages call it."""
+        return f"{'key' if self.kind in ('json', 'jsonl') else 'column'} {column}"
+
 
 class Rows(NamedTuple):
     """A file before its format is known. `header`: names, None for files that have none."""
@@ -122,10 +126,10 @@ def decode(data: bytes, file: str, encoding: str | None) -> str:
     except UnicodeError as e:
         start = getattr(e, "start", 0)
         line = data.count(b"\n", 0, start) + 1
-        byte = f"0x{data[start]:02x} " if start < len(data) else ""
+        byte = f" (0x{data[start]:02x})" if start < len(data) else ""
         wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         hint = "utf-16" if wide else "latin-1 or another that fits" if encoding is None else "another"
-        at = f"{file}:{line}: byte {start + 1} of the file, {byte}is not {name.upper()}"
+        at = f"{file}:{line}: byte {start + 1} of the file{byte} is not {name.upper()}"
         raise UserError(f"{at}; name the encoding with --encoding {hint}") from None
     return text.removeprefix("\ufeff")
 
@@ -341,6 +345,8 @@ def _no_fit(rows: Rows, there: list[str], dataset: Dataset, wanted: list[Format]
     if rows.kind == "csv" and len(there) == 1 and (";" in there[0] or "\t" in there[0]):
         hint = "; columns must be separated by commas"
     what = "missing column" if rows.kind in ("csv", "xlsx") else "missing key"
+    if rows.kind == "csv":
+        hint += "".join(f"; nor lines of {len(f.columns)} fields, as in {f.name}" for f in wanted if f.types)
     return f"{what} {', '.join(told)} of format {nearest.name}; found {found}{hint}"
 
 

@@ -152,15 +152,14 @@ def check_duplicates(rows: AllRows) -> None:
     for (worker, path), (first, *others) in groups.items():
         image = f"image {path!r}" + (f" by worker {worker!r}" if worker else "")
         same = len({(float(rows.score[i]), rows.split[i], rows.rationale[i]) for i in (first, *others)}) == 1
-        for i in others:
+        for i in others if same else (first, *others):
             if same:
                 rows.bad[i] = Bad("exact duplicate", f"{image} is already in {rows.where(first)}")
                 continue
-            here, there = f"{rows.raw[i]:.10g}", f"{rows.raw[first]:.10g}"
-            differ = f"score {here} here, {there} in" if here != there else "other values than in"
-            rows.bad[i] = Bad("conflicting duplicate", f"{image}: {differ} {rows.where(first)}")
-        if not same:
-            rows.bad[first] = Bad("conflicting duplicate", f"{image}: other values than in {rows.where(others[0])}")
+            other = others[0] if i == first else first
+            here, there = f"{rows.raw[i]:.10g}", f"{rows.raw[other]:.10g}"
+            differ = f"has score {here} here and {there} in" if here != there else "has other values here than in"
+            rows.bad[i] = Bad("conflicting duplicate", f"{image} {differ} {rows.where(other)}")
 
 
 def first_bad(rows: AllRows, folder: ImageFolder | None, hint: bool = True) -> str:
@@ -169,8 +168,9 @@ def first_bad(rows: AllRows, folder: ImageFolder | None, hint: bool = True) -> s
     line = f"{rows.where(first)}: {rows.bad[first].text}"
     reasons = Counter(b.reason for b in rows.bad.values())
     if len(rows.bad) > 1:
-        kinds = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+        kinds = ", ".join(f"{n:,} × {reason}" for reason, n in reasons.most_common())
         line += f" ({len(rows.bad):,} of {len(rows.given):,} rows are bad: {kinds})"
-    if reasons["missing image"] == len(rows.given) and folder is not None:
+    strange = not any("; there is" in b.text for b in rows.bad.values())
+    if folder is not None and strange and reasons["missing image"] == len(rows.given):
         return f"{line}; no image was found: does --images name the right directory?"
     return f"{line}; correct it, or leave such rows out with --drop-bad" if hint else line

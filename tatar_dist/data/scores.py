@@ -57,6 +57,9 @@ def judge(file: RawFile) -> Scored:
     """Every used column checked; rows that fail are in `bad`, each with its first fault."""
     fmt, bad = file.format, file.bad
     image = _texts(file, fmt.image)
+    for column, kind in zip(fmt.columns, fmt.types or (), strict=False):
+        if kind == "integer" and column in file.columns:
+            _check_integers(file, column)
     if fmt.image_pattern != "{}":
         image = [fmt.image_pattern.replace("{}", name) for name in image]
     votes = _votes(file) if fmt.votes else None
@@ -69,11 +72,11 @@ def judge(file: RawFile) -> Scored:
             bad.setdefault(int(i), Bad("no votes", "all vote counts are 0"))
     outside = ~((raw >= fmt.range.low) & (raw <= fmt.range.high)) & ~np.isnan(raw)
     for i in np.flatnonzero(outside):
-        text = f"{_column(fmt.score)}{raw[i]:.10g} is outside {fmt.range}, the range of format {fmt.name}"
+        text = f"{_told(file)}{raw[i]:.10g} is outside {fmt.range}, the range of format {fmt.name}"
         bad.setdefault(int(i), Bad("out of range", text))
     if fmt.worker:
         for i in np.flatnonzero((raw != np.floor(raw)) & ~np.isnan(raw)):
-            bad.setdefault(int(i), Bad("wrong type", f"{_column(fmt.score)}{raw[i]:g} is no whole rating"))
+            bad.setdefault(int(i), Bad("wrong type", f"{_told(file)}{raw[i]:g} is no whole rating"))
     return Scored(
         file=file.file,
         kind=file.kind,
@@ -91,8 +94,8 @@ def judge(file: RawFile) -> Scored:
     )
 
 
-def _column(name: str | None) -> str:
-    return f"column {name}: " if name else "the mean of the votes, "
+def _told(file: RawFile) -> str:
+    return f"{file.label(file.format.score)}: " if file.format.score else "the mean of the votes, "
 
 
 def _texts(file: RawFile, column: str) -> list[str]:
@@ -104,31 +107,44 @@ def _texts(file: RawFile, column: str) -> list[str]:
     if not all(found):
         for i, v in enumerate(found):
             if not v:
-                file.bad.setdefault(i, Bad("empty value", f"column {column} is empty"))
+                file.bad.setdefault(i, Bad("empty value", f"{file.label(column)} is empty"))
     if not is_text("".join(found)):
         for i, v in enumerate(found):
             if not is_text(v):
-                file.bad.setdefault(i, Bad("wrong type", f"column {column}: {short(v)} holds half a character"))
+                file.bad.setdefault(i, Bad("wrong type", f"{file.label(column)}: {short(v)} holds half a character"))
     return found
 
 
+_INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
+
+
+def _check_integers(file: RawFile, column: str) -> None:
+    values = file.columns[column]
+    together = "".join(values)
+    if together.isascii() and together.isdigit() and all(values):
+        return
+    for i, value in enumerate(values):
+        if not _INTEGER.fullmatch(value.strip()):
+            file.bad.setdefault(i, Bad("wrong type", f"{file.label(column)}: {short(value)} is no whole number"))
+
+
 def _refuse(file: RawFile, i: int, column: str, value: Any, wanted: str) -> str:
-    file.bad.setdefault(i, _wrong(column, value, wanted))
+    file.bad.setdefault(i, _wrong(file.label(column), value, wanted))
     return ""
 
 
-def _wrong(column: str, value: Any, wanted: str) -> Bad:
+def _wrong(label: str, value: Any, wanted: str) -> Bad:
     if value is MISSING:
-        return Bad("missing key", f"key {column!r} is missing")
+        return Bad("missing key", f"{label} is missing")
     if value is None:
-        return Bad("empty value", f"column {column} is empty")
+        return Bad("empty value", f"{label} is empty")
     if isinstance(value, Formula):
-        text = f"column {column} holds the formula {value} without a stored result; save the sheet with values"
+        text = f"{label} holds the formula {value} without a stored result; save the sheet with values"
         return Bad("formula", text)
     if isinstance(value, bool | int | float | str | list | dict):
         shown = f" ({short(value)})" if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
-        return Bad("wrong type", f"column {column} is {json_type(value)}{shown}, must be {wanted}")
-    return Bad("wrong type", f"column {column} is a {type(value).__name__} ({value}), must be {wanted}")
+        return Bad("wrong type", f"{label} is {json_type(value)}{shown}, must be {wanted}")
+    return Bad("wrong type", f"{label} is a {type(value).__name__} ({value}), must be {wanted}")
 
 
 def short(value: Any) -> str:
@@ -158,7 +174,7 @@ def _numbers(file: RawFile, column: str) -> np.ndarray:
         pass  # a value that is no number, or an integer beyond float: found below, one by one
     found = np.full(len(values), np.nan)
     for i, value in enumerate(values):
-        one = _number(column, value, written)
+        one = _number(file.label(column), value, written)
         if isinstance(one, Bad):
             file.bad.setdefault(i, one)
         else:
@@ -166,23 +182,23 @@ def _numbers(file: RawFile, column: str) -> np.ndarray:
     return found
 
 
-def _number(column: str, value: Any, written: bool) -> float | Bad:
+def _number(label: str, value: Any, written: bool) -> float | Bad:
     if written:
         text = value.strip()
         if not text:
-            return Bad("empty value", f"column {column} is empty")
+            return Bad("empty value", f"{label} is empty")
         if not _NUMBER.fullmatch(text):
             special = text.lstrip("+-").casefold() in ("nan", "inf", "infinity", "na", "n/a", "null", "none")
-            return Bad("not finite" if special else "wrong type", f"column {column}: {short(text)} is no number")
+            return Bad("not finite" if special else "wrong type", f"{label}: {short(text)} is no number")
         value = float(text)
     elif type(value) not in (int, float):
-        return _wrong(column, value, "a number")
+        return _wrong(label, value, "a number")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        return Bad("not finite", f"column {column}: {short(value)} is no finite number")
+        return Bad("not finite", f"{label}: {short(value)} is no finite number")
     return number
 
 
@@ -247,12 +263,12 @@ def _attributes(file: RawFile) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     for i, value in enumerate(file.columns[column]):
         if not isinstance(value, dict):
-            file.bad.setdefault(i, _wrong(column, value, "an object"))
+            file.bad.setdefault(i, _wrong(file.label(column), value, "an object"))
             found.append({})
             continue
         try:
             found.append(in_order(value))
         except UserError as e:
-            file.bad.setdefault(i, Bad("attributes", f"column {column}: {e}"))
+            file.bad.setdefault(i, Bad("attributes", f"{file.label(column)}: {e}"))
             found.append({})
     return found
