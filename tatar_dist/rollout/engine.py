@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tatar_dist.config import Config
-from tatar_dist.data.manifest import decode_image
+from tatar_dist.data.images import decode_image
 from tatar_dist.errors import RunError
 from tatar_dist.records import Completion, Group, Prompt
 
