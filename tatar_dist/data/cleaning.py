@@ -1,0 +1,58 @@
+"""`tatar-dist data validate --clean`: the manifests again, without what validation found unusable.
+
+In: a Validation. Out: new manifests; what was dropped, and why. A row goes when it cannot be used, when it leaks (the
+side that is not held out), or when the same picture came before in its pool. Pictures in files stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from tatar_dist.data import duplicates
+from tatar_dist.data.manifest import SCHEMA
+from tatar_dist.data.validation import Validation, batches, open_source
+from tatar_dist.data.writing import ManifestWriter
+from tatar_dist.errors import UserError
+
+WHY = {"unusable": duplicates.UNUSABLE, "leaked": duplicates.LEAKED, "duplicate": duplicates.DUPLICATE}
+
+
+def clean_paths(paths: Sequence[Path], out: Path) -> list[Path]:
+    """Where each clean manifest goes: `out` itself for one, a file of the same name in directory `out` for several.
+
+    Raises UserError for a place that does not fit, or that would overwrite a manifest which is being read.
+    """
+    if len(paths) == 1 and not out.is_dir():
+        found = [out]
+    elif out.suffix == ".parquet":
+        raise UserError(f"--clean {out}: several manifests are given, name a directory for their clean copies")
+    else:
+        found = [out / p.name for p in paths]
+    for path, target in zip(paths, found, strict=True):
+        if target.resolve() in [p.resolve() for p in paths]:
+            raise UserError(f"--clean {target}: would overwrite {path}, which it is made from; name another place")
+    if len(set(found)) < len(found):
+        raise UserError(f"--clean {out}: two manifests have the same file name; clean them one at a time")
+    return found
+
+
+def clean(found: Validation, out: Path) -> dict[str, dict[str, int]]:
+    """Write the clean manifests. Returns by file: kept, unusable, leaked, duplicate."""
+    counts = {}
+    for manifest, target in zip(found.manifests, clean_paths([m.path for m in found.manifests], out), strict=True):
+        fate = found.fate_of(manifest)
+        keep = fate == duplicates.KEEP
+        if not keep.any():
+            raise UserError(f"{manifest.path}: no row is left to write to {target}")
+        file, root = open_source(manifest.path)
+        start = 0
+        with file, ManifestWriter(target, image_root=root) as writer:
+            for table in batches(file, SCHEMA.names):
+                writer.write(table.filter(pa.array(keep[start : start + len(table)])))
+                start += len(table)
+        counts[str(target)] = {"kept": int(keep.sum())} | {k: int(np.sum(fate == v)) for k, v in WHY.items()}
+    return counts
