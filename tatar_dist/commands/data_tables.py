@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -37,17 +38,19 @@ def print_import(report: dict[str, Any], console: Console | None = None) -> None
     out = console or Console()
     title = f"{report['dataset']} ({report['task'].upper()}) → {report['manifest']}"
     files = _table(escape(title), "file", "format", "columns read", "mapped", "rows", numbers=("rows",))
+    files.columns[3].no_wrap = True
     scores = _table("Scores", "", *_QUANTILES, numbers=_QUANTILES)
+    scores.columns[0].min_width = len("on 0–100")
+    short = _short_names([f["file"] for f in report["files"]])
     for f in report["files"]:
-        mapped = (
-            f"{f['range'][0]:g}–{f['range'][1]:g} → {'100–0, lower is better' if f['lower_is_better'] else '0–100'}"
-        )
+        low, high = (f"{end:.10g}" for end in f["range"])
+        mapped = f"{low}–{high} → {'100–0' if f['lower_is_better'] else '0–100'}"
         columns, kind = ", ".join(_shortened(f["columns"])), f"{f['format']} ({f['kind']})"
-        files.add_row(*map(escape, (f["file"], kind, columns, mapped, f"{f['rows']:,}")))
+        files.add_row(*map(escape, (short[f["file"]], kind, columns, mapped, f"{f['rows']:,}")))
         if f["raw"]:
-            name = "raw" if len(report["files"]) == 1 else f"raw, {f['file']}"
-            scores.add_row(escape(name), *_quantiles(f["raw"], 4))
-    scores.add_row("on 0–100", *_quantiles(report["score"], 2))
+            name = "raw" if len(report["files"]) == 1 else f"raw, {short[f['file']]}"
+            scores.add_row(escape(name), *_quantiles(f["raw"]))
+    scores.add_row("on 0–100", *_quantiles(report["score"]))
 
     of_ratings = report["images"] != report["kept"]
     counts = _table("Rows", "", "rows", "published", numbers=("rows", "published"))
@@ -64,7 +67,7 @@ def print_import(report: dict[str, Any], console: Console | None = None) -> None
     official = {True: "the official split", False: "[yellow]not the official split[/]", None: "as you say"}
     facts.add_row("Split", f"{escape(report['split_rule'])} ({official[report['split_official']]})")
     if report["split_official"] is False:
-        facts.add_row("", f"[dim]the official one: {escape(report['official_split'])}")
+        facts.add_row("", f"[dim]official: {escape(report['official_split'])}")
     if not report["images_checked"]:
         facts.add_row("Images", "not looked for (--no-check-images)")
     for note in report["notes"]:
@@ -76,8 +79,8 @@ def print_import(report: dict[str, Any], console: Console | None = None) -> None
         out.print(part)
 
 
-def _quantiles(found: dict[str, float], digits: int) -> list[str]:
-    return [f"{v:.{digits}f}".rstrip("0").rstrip(".") for k, v in found.items() if k != "n"]
+def _quantiles(found: dict[str, float]) -> list[str]:
+    return [f"{v:.4g}" if abs(v) < 1000 else f"{v:.0f}" for k, v in found.items() if k != "n"]
 
 
 def _published(report: dict[str, Any], key: str) -> str:
@@ -86,6 +89,12 @@ def _published(report: dict[str, Any], key: str) -> str:
         return ""
     found = report["images"] if key == "total" else report["splits"][key]
     return f"{published:,}" if found != published else f"[green]{published:,} ✓[/]"
+
+
+def _short_names(files: list[str]) -> dict[str, str]:
+    """The files' names without their directories, where that tells them apart."""
+    names = {file: Path(file).name for file in files}
+    return names if len(set(names.values())) == len(names) else {file: file for file in files}
 
 
 def _shortened(columns: list[str]) -> list[str]:

@@ -74,6 +74,7 @@ def judge(file: RawFile) -> Scored:
     for i in np.flatnonzero(outside):
         text = f"{_told(file)}{raw[i]:.10g} is outside {fmt.range}, the range of format {fmt.name}"
         bad.setdefault(int(i), Bad("out of range", text))
+    raw = np.where(outside, np.nan, raw)
     if fmt.worker:
         for i in np.flatnonzero((raw != np.floor(raw)) & ~np.isnan(raw)):
             bad.setdefault(int(i), Bad("wrong type", f"{_told(file)}{raw[i]:g} is no whole rating"))
