@@ -8,11 +8,12 @@ settings. What no retry can cure ends the run at once. The key is read from the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -111,16 +112,34 @@ class Endpoint:
         headers = {"content-type": "application/json", "user-agent": f"tatar-dist/{__version__}"}
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
-        self._client = httpx.AsyncClient(
-            headers=headers,
-            timeout=httpx.Timeout(target.timeout_s, connect=min(CONNECT_S, target.timeout_s), pool=None),
-            limits=httpx.Limits(max_connections=limits.concurrency, max_keepalive_connections=limits.concurrency),
-            follow_redirects=False,
-            trust_env=not _is_loopback(target.url),  # a proxy has no business between us and this machine
-        )
+        # A client a slot: httpx looks through all connections of a client at every request, which with 64 of them
+        # costs more than sending an image.
+        self._options: dict[str, Any] = {
+            "headers": headers,
+            "timeout": httpx.Timeout(target.timeout_s, connect=min(CONNECT_S, target.timeout_s), pool=None),
+            "limits": httpx.Limits(max_connections=1, max_keepalive_connections=1),
+            "follow_redirects": False,
+            "trust_env": not _is_loopback(target.url),  # a proxy has no business between us and this machine
+            "verify": httpx.create_ssl_context(),
+        }
+        self._clients: list[httpx.AsyncClient] = []
+        self._idle: list[httpx.AsyncClient] = []
+
+    @contextlib.contextmanager
+    def _client(self) -> Iterator[httpx.AsyncClient]:
+        """A client that nobody else uses meanwhile; its open connection is used again."""
+        if not self._idle:
+            self._clients.append(httpx.AsyncClient(**self._options))
+            self._idle.append(self._clients[-1])
+        client = self._idle.pop()
+        try:
+            yield client
+        finally:
+            self._idle.append(client)
 
     async def close(self) -> None:
-        await self._client.aclose()
+        for client in self._clients:
+            await client.aclose()
 
     async def ask(
         self, request: Request, picture: Picture | None, on_lost: Callable[[], Awaitable[None]] | None = None
@@ -220,15 +239,16 @@ class Endpoint:
         self.sending += 1
         try:
             async with asyncio.timeout(seconds):  # httpx's own timeouts start anew with every byte
-                async with self._client.stream("POST", self._url, content=body) as response:
-                    sent = True
-                    parts, size = [], 0
-                    async for part in response.aiter_bytes():
-                        parts.append(part)
-                        size += len(part)
-                        if size > MAX_REPLY:
-                            raise TryAgain(f"the reply is longer than {MAX_REPLY >> 20} MiB", lost=True)
-                    return response.status_code, response.headers, b"".join(parts)
+                with self._client() as client:
+                    async with client.stream("POST", self._url, content=body) as response:
+                        sent = True
+                        parts, size = [], 0
+                        async for part in response.aiter_bytes():
+                            parts.append(part)
+                            size += len(part)
+                            if size > MAX_REPLY:
+                                raise TryAgain(f"the reply is longer than {MAX_REPLY >> 20} MiB", lost=True)
+                        return response.status_code, response.headers, b"".join(parts)
         except (httpx.ConnectError, httpx.ConnectTimeout) as e:
             raise TryAgain(f"cannot connect: {str(e) or type(e).__name__}") from None
         except (TimeoutError, httpx.TimeoutException):
