@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from tatar_dist.bench.process import timed
 from tatar_dist.prompts import answer_text
 from tatar_dist.rewards.batch import Batch, batch_of_rows, read_answers
 from tatar_dist.rewards.presets import load_preset
@@ -92,27 +91,8 @@ def command(file: Path, link: str) -> dict[str, float]:
     preset = file.with_name(f"{link}.yaml")
     shipped = Path(__file__).parents[1] / "rewards" / "presets" / "tatar.yaml"
     preset.write_text(shipped.read_text().replace("link: logistic", f"link: {link}"))
-    words = [sys.executable, "-m", "tatar_dist", "rewards", str(file), "--preset", str(preset)]
-    core = min(os.sched_getaffinity(0))
-    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    start = time.perf_counter()
-    with subprocess.Popen(
-        [*words, "--output", str(file.with_suffix(".out"))],
-        env={**os.environ, **one},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-    ) as child:
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        said = child.stderr.read().decode() if child.stderr else ""
-    if child.returncode:
-        raise RuntimeError(f"{' '.join(words)} ended with {child.returncode}: {said}")
-    return {"seconds": time.perf_counter() - start, "peak_mib": usage.ru_maxrss * _rss_unit() / 2**20}
-
-
-def _rss_unit() -> int:
-    return 1024 if sys.platform == "linux" else 1
+    words = ["-m", "tatar_dist", "rewards", str(file), "--preset", str(preset)]
+    return timed([*words, "--output", str(file.with_suffix(".out"))], cores=1)[0]
 
 
 def run() -> dict[str, Any]:
