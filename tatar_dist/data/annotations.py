@@ -306,13 +306,14 @@ def _recognise(rows: Rows, file: str, dataset: Dataset, wanted: list[Format]) ->
     elif rows.kind == "text":
         there = []
     else:
-        first = next((r for i, r in enumerate(rows.rows) if i not in rows.bad and isinstance(r, dict)), None)
-        if first is None:
-            if not rows.rows:
-                raise UserError(f"{file}: the list is empty")
-            i = min(rows.bad)
-            raise UserError(f"{rows.where(i)}: {rows.bad[i].text}; no row of the file can be read")
-        there = list(first)
+        if not rows.rows:
+            raise UserError(f"{file}: the list is empty")
+        # The keys of all rows: by the first row alone, a rationale that it lacks would be lost in all others.
+        there = list(dict.fromkeys(key for row in rows.rows if isinstance(row, dict) for key in row))
+        if not there:
+            i = min(rows.bad, default=0)
+            reason = rows.bad[i].text if rows.bad else "the row is an empty object"
+            raise UserError(f"{rows.where(i)}: {reason}; no row of the file can be read")
     possible = [f for f in wanted if rows.kind in f.kinds]
     if rows.kind == "text":
         fits = [f for f in possible if len(f.columns) == len(rows.rows[0])]

@@ -158,6 +158,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -171,7 +173,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read the registry: {e.strerror or e}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: the registry is not UTF-8") from None
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, RecursionError) as e:
         raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a registry is a mapping with the key datasets")

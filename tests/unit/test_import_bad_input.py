@@ -84,6 +84,11 @@ BAD = [
     ("tad66k", b"[" * 50_000, "F: broken JSON"),
     ("tad66k", b"[1, 2]", "F:1: the row is a number, must be an object"),
     ("tad66k", b"PK\x03\x04 no workbook", "F: not a readable Excel workbook"),
+    (
+        "artimuse10k",
+        b'{"image": "a", "gt_score": 3}\n{"image": "b", "gt_score": 3, "aesthetic_attributes": {"mood": "x"}}',
+        "F:1: key aesthetic_attributes is missing",  # not a plain list: the second row's texts would be lost
+    ),
     ("artimuse10k", HEAD + b"a.jpg,3\n", "F: looks like csv, in which ArtiMuse-10K has no format"),
     (
         "artimuse10k",
