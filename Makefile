@@ -43,10 +43,11 @@ nightly: setup
 	@$(RUN) demo --output runs/nightly --seeds 3 $(ARGS)
 	@$(RUN) probes --output runs/probes --seeds 3 $(ARGS)
 	@.venv/bin/python tests/mutations.py
-	@$(RUN) bench rewards
+	@FUZZ_EXAMPLES=100000 .venv/bin/python -m pytest tests/unit -k fuzz --timeout 3600
+	@$(MAKE) bench
 
 bench: setup
-	@$(RUN) bench rewards $(ARGS)
+	@for name in rewards data images rationale; do $(RUN) bench $$name $(ARGS); done
 
 lint: setup
 	@.venv/bin/ruff check .

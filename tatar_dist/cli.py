@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from tatar_dist.errors import RunError, UserError
 from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+BENCHES = ("rewards", "data", "images", "rationale")  # modules of tatar_dist.bench
 RUN, CHECK = "Train and look", "Check and audit"  # the two panels of --help
 
 app = typer.Typer(
@@ -278,17 +280,16 @@ def metrics(
 
 @app.command(rich_help_panel=CHECK)
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="rewards.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=", ".join(BENCHES) + ".")],
     as_json: Json = False,
 ) -> None:
     """Time a part of the pipeline on this machine, the least it could take beside it.
 
     Example: [bold]tatar-dist bench rewards --json[/bold]
     """
-    if name != "rewards":
-        raise UserError(f"bench {name!r}: must be one of rewards")
-    from tatar_dist.bench import rewards as benchmark
-
+    if name not in BENCHES:
+        raise UserError(f"bench {name!r}: must be one of {', '.join(BENCHES)}")
+    benchmark = import_module(f"tatar_dist.bench.{name}")
     found = benchmark.run()
     print(json.dumps(found)) if as_json else benchmark.print_table(found)
 
