@@ -62,6 +62,7 @@ def validate(
             log = stack.enter_context(problem_log((output or path.parent) / f"{path.stem}.problems.jsonl"))
             checked.append(Checked(path, root, file.metadata.num_rows, first, log))
             first += file.metadata.num_rows
+        watch(0, total)
         with _Workers(workers) as pool:
             for manifest, (_, file, _) in zip(checked, opened, strict=True):
                 with file:

@@ -1,0 +1,77 @@
+"""The shells of `tatar-dist data validate` and `data show`: call the package, print, end with the right status."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tatar_dist.data import contact_sheet, validation_report
+from tatar_dist.data.cleaning import clean, clean_paths
+from tatar_dist.data.validate import validate
+from tatar_dist.errors import UserError
+from tatar_dist.progress import Progress
+
+
+def run_validation(
+    paths: list[Path], output: Path | None, workers: int | None, clean_to: Path | None, as_json: bool
+) -> None:
+    """Validate, write reports and clean manifests, print. Raises UserError when something cannot be used or leaks."""
+    if clean_to is not None:
+        clean_paths(paths, clean_to)  # a wrong place is known before hours of decoding
+    bar: list[Progress] = []
+    last = 0.0
+
+    def watch(done: int, total: int) -> None:
+        nonlocal last
+        if not bar:
+            bar.append(Progress("validate", total, unit="picture").__enter__())
+        if done and (done == total or time.monotonic() - last > 0.1):
+            last = time.monotonic()
+            bar[0].update(done, {})
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of oddities in metadata; what matters is found and listed
+            found = validate(paths, output, workers, watch)
+    finally:
+        for each in bar:
+            each.__exit__()
+    summaries = validation_report.written_reports(found)
+    cleaned = clean(found, clean_to) if clean_to is not None else {}
+    if as_json:
+        print(
+            json.dumps(validation_report.as_json(found) | ({"clean": cleaned} if cleaned else {}), ensure_ascii=False)
+        )
+    else:
+        validation_report.print_summary(found, Console())
+        for path, counts in cleaned.items():
+            dropped = ", ".join(f"{n:,} {why}" for why, n in counts.items() if why != "kept" and n) or "none"
+            print(f"clean   {path}: {counts['kept']:,} rows kept, dropped: {dropped}")
+    if not found.ok:
+        bad = [s for s, m in zip(summaries, found.manifests, strict=True) if m.log.counts]
+        raise UserError(f"{validation_report.verdict(found)[:-1]}: read {', '.join(map(str, bad))}")
+
+
+def run_show(path: Path, rows: int, sort: str, dataset: str | None, output: Path | None, as_json: bool) -> None:
+    """Pools and a contact sheet of one manifest."""
+    found = contact_sheet.show(path, rows, sort, dataset, output or path.with_name(f"{path.stem}.sheet.png"))
+    if as_json:
+        print(json.dumps(found.as_json(), ensure_ascii=False))
+        return
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for k, name in enumerate(("data set", "task", "split", "rows", "scores", "rationale", "attributes")):
+        table.add_column(name, justify="left" if k < 3 else "right", overflow="fold")
+    for pool in found.pools:
+        row = validation_report.pool_cells(pool)
+        table.add_row(*map(Text, [*row[:5], *row[7:9]]))
+    console.print(Text(f"{path}: {found.rows:,} rows, {found.images}", style="bold"))
+    console.print(table)
+    print(found.sheet)
