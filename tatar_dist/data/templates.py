@@ -16,7 +16,8 @@ from tatar_dist.data.distortions import Distortion
 STRENGTH = ("faint", "slight", "moderate", "strong", "severe", "extreme")
 GRADE = ("terrible", "poor", "mediocre", "fair", "good", "superb")
 
-# Family -> its name, what a strong one does, what a weak one does (the two lowest strengths).
+# Family -> its name, what a strong one does, what a weak one does (the two lowest strengths). After the demo's own nine
+# come the other kinds of KADID-10k; of a contrast change and a mean shift the direction is not known from the file.
 FAMILY_NAMES = {
     "over_exposure": ("over exposure", "the bright areas wash out", "the bright areas are mostly kept"),
     "under_exposure": ("under exposure", "the dark areas sink into black", "the dark areas are mostly kept"),
@@ -27,6 +28,30 @@ FAMILY_NAMES = {
     "pixelation": ("blocky pixelation", "the edges turn into large squares", "the edges only turn a little rough"),
     "banding": ("colour banding", "the smooth tones break into steps", "the smooth tones are mostly kept"),
     "jpeg": ("jpeg compression", "small blocks appear around the edges", "the edges only turn a little rough"),
+    "lens_blur": ("lens blur", "the whole looks out of focus", "the edges are only a little soft"),
+    "color_diffusion": ("colour diffusion", "the colours run over their edges", "the colours only run a little"),
+    "color_shift": ("colour shift", "coloured fringes appear around the edges", "the colours only part a little"),
+    "color_quantization": ("colour quantization", "the colours break into flat areas", "the colours are mostly kept"),
+    "desaturation": ("loss of colour", "the colours look pale and grey", "the colours are only a little pale"),
+    "oversaturation": ("excess colour", "the colours look loud and false", "the colours are only a little loud"),
+    "jpeg2000": ("jpeg compression", "the detail smears and rings at edges", "the detail only smears a little"),
+    "color_noise": ("colour noise", "the smooth areas fill with coloured grain", "the smooth areas are mostly clean"),
+    "impulse_noise": ("impulse noise", "bright and dark dots cover the areas", "only a few dots can be found"),
+    "multiplicative_noise": ("grainy noise", "the bright areas look rough", "the bright areas are mostly clean"),
+    "denoise": ("smearing by noise removal", "the fine detail looks painted over", "the fine detail is mostly kept"),
+    "brighten": ("excess brightness", "the bright areas wash out", "the bright areas are mostly kept"),
+    "darken": ("excess darkness", "the dark areas sink into black", "the dark areas are mostly kept"),
+    "mean_shift": ("brightness shift", "the tones no longer look natural", "the tones are mostly kept"),
+    "jitter": ("spatial jitter", "the edges look torn and frayed", "the edges only turn a little rough"),
+    "patch_displacement": ("patch displacement", "pieces stand in a wrong place", "only small pieces are out of place"),
+    "quantization": ("coarse quantization", "the smooth tones break into steps", "the smooth tones are mostly kept"),
+    "color_blocks": ("blocky colouring", "flat squares hide parts of it", "only a few small squares hide parts"),
+    "oversharpening": (
+        "excess sharpening",
+        "bright halos stand around the edges",
+        "the edges only look hard",
+    ),
+    "contrast_change": ("contrast change", "the tones no longer look natural", "the tones are mostly kept"),
 }
 
 EIGHT = (

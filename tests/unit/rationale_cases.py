@@ -1,0 +1,54 @@
+"""What the tests of rationale construction share: small manifests, configs, texts that pass."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tatar_dist.bench.openai_server import FAST, SLOW
+from tatar_dist.config import load_config
+from tatar_dist.data.templates import EIGHT
+from tatar_dist.data.writing import write_manifest
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ROOT / "configs" / "rationale_prompts.yaml"
+NOTES = {name: f"The {name} were noted in a few plain words." for name in EIGHT}
+
+
+def build_config(*words, output="unused.parquet"):
+    return load_config([], [f"output={output}", f"rationale.prompts={PROMPTS}", *words], unused=("model.path",))
+
+
+def png(seed, size=(24, 16)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def rows(n, task="iqa", rationale=False):
+    for i in range(n):
+        text = (FAST if task == "iqa" else SLOW) if rationale else None
+        yield {
+            "sample_id": f"{task}-{i:03d}",
+            "dataset": f"set-{task}",
+            "task": task,
+            "image_bytes": png(i),
+            "score": float(20 + i * 37 % 60) + 0.25,
+            "split": "train",
+            "rationale": text,
+            "attributes": NOTES if task == "iaa" else None,
+        }
+
+
+def manifest(path, n_iqa=6, n_iaa=0, rationale=False):
+    write_manifest(path, [*rows(n_iqa, "iqa", rationale), *rows(n_iaa, "iaa", rationale)])
+    return path
+
+
+def endpoint_words(url, **limits):
+    """Words that name a teacher and a judge at `url`, with waits short enough for a test."""
+    quick = {"backoff_s": 0.02, "backoff_max_s": 0.05, "retries": 3, "concurrency": 4, **limits}
+    words = [f"rationale.{who}.{key}" for who in ("teacher", "judge") for key in (f"url={url}", f"model={who}-model")]
+    return [*words, *(f"rationale.limits.{key}={value}" for key, value in quick.items())]
