@@ -29,7 +29,7 @@ from tatar_dist.data.import_rows import (
 )
 from tatar_dist.data.registry import SPLITS, Dataset
 from tatar_dist.data.scores import Scored, judge, to_score
-from tatar_dist.data.splits import Splits, by_lists, by_rule, read_split_list
+from tatar_dist.data.splits import SplitList, Splits, by_lists, by_rule, read_split_list
 from tatar_dist.errors import UserError
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -149,7 +149,7 @@ def _split(rows: AllRows, dataset: Dataset, sources: Sources, choices: Choices) 
     return found
 
 
-def _lists(sources: Sources, files: list[Scored]) -> list[Any]:
+def _lists(sources: Sources, files: list[Scored]) -> list[SplitList]:
     columns = list(dict.fromkeys([*(f.format.image for f in files), "image"]))
     pattern = files[0].format.image_pattern
     return [read_split_list(spec, data, name, pattern, columns) for spec, name, data in sources.split_lists]

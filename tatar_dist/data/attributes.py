@@ -11,10 +11,10 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from tatar_dist.data.annotations import json_type, parse
-from tatar_dist.data.templates import EIGHT
 from tatar_dist.errors import UserError
 
 
@@ -23,16 +23,21 @@ def _letters(name: str) -> str:
     return "".join(w for w in re.findall(r"[a-z]+", name.casefold()) if w != "and")
 
 
-_NAMES = {_letters(name): name for name in EIGHT}
+@cache
+def _names() -> dict[str, str]:
+    """The eight by their letters, in the method's order."""
+    from tatar_dist.data.templates import EIGHT  # with it comes scipy.ndimage: 0.2 s that most imports do not need
+
+    return {_letters(name): name for name in EIGHT}
 
 
 def in_order(texts: Mapping[str, Any]) -> dict[str, str]:
     """Attribute texts under the method's names, in its order. Raises UserError for an unknown name, no text, none."""
     found: dict[str, str] = {}
     for key, text in texts.items():
-        name = _NAMES.get(_letters(key))
+        name = _names().get(_letters(key))
         if name is None:
-            raise UserError(f"{key!r} is none of the eight attributes ({', '.join(EIGHT)})")
+            raise UserError(f"{key!r} is none of the eight attributes ({', '.join(_names().values())})")
         if not isinstance(text, str):
             raise UserError(f"{name!r} is {json_type(text)}, must be text")
         if not text.strip() or not is_text(text):
@@ -42,7 +47,7 @@ def in_order(texts: Mapping[str, Any]) -> dict[str, str]:
         found[name] = text.strip()
     if not found:
         raise UserError("no attribute is given")
-    return {name: found[name] for name in EIGHT if name in found}
+    return {name: found[name] for name in _names().values() if name in found}
 
 
 def is_text(value: str) -> bool:
@@ -78,7 +83,7 @@ def read_attributes(data: bytes, file: str, encoding: str | None = None) -> dict
             raise UserError(f"{rows.where(i)}: {e}") from None
     if not found:
         raise UserError(f"{file}: there are no rows")
-    return {image: {name: texts[name] for name in EIGHT if name in texts} for image, texts in found.items()}
+    return {image: {name: texts[name] for name in _names().values() if name in texts} for image, texts in found.items()}
 
 
 def join(attributes: Mapping[str, dict[str, str]], images: list[str]) -> list[dict[str, str] | None]:
@@ -115,7 +120,7 @@ def _conversation(turns: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for question, answer in zip(values[::2], values[1::2], strict=True):
         letters = _letters(question)
-        named = [name for key, name in _NAMES.items() if key in letters]
+        named = [name for key, name in _names().items() if key in letters]
         if len(named) != 1:
             raise UserError(f"a question must name one of the eight attributes, names {len(named)}")
         if named[0] in found:

@@ -42,6 +42,10 @@ def run_import(
     """
     if embed and not check_images:
         raise UserError("--embed reads the images: leave --no-check-images out")
+    beside = output.with_suffix(".dropped.jsonl")
+    for given in filter(None, (*annotations, attributes, *(Path(s.partition("=")[2]) for s in split_lists))):
+        if given.exists() and given.resolve() in (output.resolve(), beside.resolve()):
+            raise UserError(f"--output {output}: would overwrite {given}, which is read; name another file")
     for each in split_lists:
         if "=" not in each:
             raise UserError(f"--split-list {each}: must be SPLIT=FILE, such as test=names.txt")
@@ -52,7 +56,6 @@ def run_import(
         attributes=(str(attributes), _read(attributes, "--attributes")) if attributes else None,
     )
     made = assemble(sources, dataset, choices, ImageFolder(images) if check_images else None)
-    beside = output.with_suffix(".dropped.jsonl")
     root = Path(os.path.abspath(images))
     try:
         if embed:

@@ -264,6 +264,14 @@ def test_wrong_options_are_one_line(options, told, tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
+def test_no_input_is_overwritten_by_the_output(tmp_path, capsys):
+    file = tmp_path / "F.csv"
+    file.write_bytes(HEAD + b"a.jpg,3\n")
+    command = ["data", "import", "tad66k", "--annotations", str(file), "--images", str(tmp_path), "--no-check-images"]
+    assert main([*command, "--output", str(file)]) == 2
+    assert "would overwrite" in capsys.readouterr().err and file.read_bytes() == HEAD + b"a.jpg,3\n"
+
+
 def test_an_unknown_set_names_the_nearest(tmp_path, capsys):
     assert run(tmp_path, HEAD, name="TAD-66")[0] == 2
     assert "TAD-66: no such data set, did you mean TAD66K?" in capsys.readouterr().err
