@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from tatar_dist.config import Config
+from tatar_dist.config import Config, DataConfig
 from tatar_dist.errors import UserError
 from tatar_dist.records import TASKS
 
@@ -116,7 +116,7 @@ def resolve(config: Config, stage: Stage) -> Plan:
             f"(cluster.nodes={c.nodes} x cluster.gpus_per_node={c.gpus_per_node})"
         )
     split = split_rows(rows, learners, max_micro, key) if learners else None
-    samples = None if stage == "evaluate" else count_samples(config.data.train)
+    samples = None if stage == "evaluate" else count_samples(config.data)
     return Plan(
         stage=stage,
         nodes=c.nodes,
@@ -182,18 +182,18 @@ def _notes(config: Config, stage: Stage, learners: int, engines: int) -> Iterabl
         yield f"rollout.engines={engines}, but a step has only {config.grpo.prompts_per_step} prompts: some never work"
 
 
-def count_samples(manifests: list[str]) -> dict[str, int] | None:
-    """Rows by task, from the manifests' task column; None when there are none or one is not readable yet."""
-    import pyarrow
-    import pyarrow.parquet
+def count_samples(data: DataConfig) -> dict[str, int] | None:
+    """Training rows by task, from the manifests' pools; None when there are none or one is not readable yet."""
+    from tatar_dist.data.manifest import read_manifest
 
-    if not manifests or not all(Path(m).is_file() for m in manifests):
+    paths = [Path(data.root) / m for m in data.train]
+    if not paths or not all(p.is_file() for p in paths):
         return None
     counts: Counter[str] = Counter()
     try:
-        for manifest in manifests:
-            counts.update(pyarrow.parquet.read_table(manifest, columns=["task"])["task"].to_pylist())
-    except (pyarrow.ArrowException, OSError):
+        for pool in (p for m in paths for p in read_manifest(m).of_split("train").pools):
+            counts[pool.task] += pool.rows
+    except UserError:
         return None  # a plan is an estimate; the run itself reports a broken manifest with its reason
     return {task: counts[task] for task in TASKS}
 

@@ -117,12 +117,12 @@ def choose(last: Sequence[dict[str, Any]], before: dict[Key, dict[str, Any]]) ->
 class Pictures:
     """Finds samples by id in manifests and gives their pictures as data URIs; faults go to `notes`."""
 
-    def __init__(self, manifests: Sequence[Path], notes: list[str]) -> None:
+    def __init__(self, manifests: Sequence[Path], image_root: str | None, notes: list[str]) -> None:
         self._notes = notes
         self._where: dict[Key, tuple[Manifest, int]] = {}
         for path in manifests:
             try:
-                manifest = read_manifest(path)
+                manifest = read_manifest(path, image_root)
             except UserError as e:
                 notes.append(str(e))
                 continue

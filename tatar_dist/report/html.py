@@ -198,7 +198,7 @@ def _gallery(run: Run, notes: list[str]) -> list[tuple[str, str, list[Card]]]:
     chosen = [(name, task, rows, choose(rows, before)) for name, task, rows in groups if rows]
     if not chosen:
         return []
-    pictures = Pictures(run.manifests, notes)
+    pictures = Pictures(run.manifests, run.image_root, notes)
     result = []
     for name, task, rows, picks in chosen:
         row_of = {key_of(r): r for r in rows}

@@ -77,6 +77,7 @@ class Run:
     stages: list[dict[str, Any]]
     gains: dict[str, dict[str, list[float]]]
     manifests: list[Path]
+    image_root: str | None  # where their image paths start, if not where they say
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -114,15 +115,16 @@ def read_run(path: Path) -> Run:
         trainings = [t for n in DEMO_TRAININGS if (t := _training(path / n, notes))]
         evaluations = [e for n, model in DEMO_MODELS.items() if (e := _evaluation(path / n, model, notes))]
         evaluations = evaluations or _from_table(summary.get("table"))
-        manifests = sorted((path / "data").glob("*_test.parquet"))
+        manifests, image_root = sorted((path / "data").glob("*_test.parquet")), None
     else:
         training, evaluation = _training(path, notes), _evaluation(path, "this model", notes)
         trainings, evaluations = [training] if training else [], [evaluation] if evaluation else []
-        manifests = _manifests(_config(path, notes), "test" if evaluation else "train")
+        manifests, image_root = _manifests(_config(path, notes), "test" if evaluation else "train")
     if not trainings and not evaluations:
         raise UserError(f"{path}: holds no run (neither metrics.jsonl, metrics.json nor the directories of a demo)")
     stages = [s for s in _list(summary.get("stages")) if isinstance(s, dict) and is_number(s.get("seconds"))]
-    return Run(path, is_demo, trainings, evaluations, stages, _gains(summary.get("gains")), manifests, notes)
+    gains = _gains(summary.get("gains"))
+    return Run(path, is_demo, trainings, evaluations, stages, gains, manifests, image_root, notes)
 
 
 def read_rollouts(training: Training, notes: list[str]) -> list[dict[str, Any]]:
@@ -184,11 +186,14 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _manifests(config: Mapping[str, Any], split: str) -> list[Path]:
+def _manifests(config: Mapping[str, Any], split: str) -> tuple[list[Path], str | None]:
+    """The manifests of a split that are there, and the image root of the configuration."""
     data = config.get("data")
-    paths = data.get(split) if isinstance(data, dict) else None
-    root = Path(str(data.get("root", "."))) if isinstance(data, dict) else Path()
-    return [p for p in (root / str(path) for path in _list(paths)) if p.is_file()]
+    if not isinstance(data, dict):
+        return [], None
+    root, images = Path(str(data.get("root", "."))), data.get("image_root")
+    there = [p for p in (root / str(path) for path in _list(data.get(split))) if p.is_file()]
+    return there, str(images) if images else None
 
 
 def _json(file: Path, notes: list[str]) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tatar_dist.config import load_config
+from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
 from tatar_dist.plan import ray_commands, resolve, split_rows
 
@@ -85,8 +84,13 @@ def test_engine_larger_than_a_node_is_refused():
 def test_steps_come_from_the_manifests_where_they_exist(tmp_path):
     """The larger task, at its half of a batch, seen `epochs` times: ceil(90 / 8) = 12 steps an epoch."""
     manifest = tmp_path / "train.parquet"
-    pq.write_table(pa.table({"task": ["iqa"] * 90 + ["iaa"] * 20}), manifest)
-    p = plan("grpo", f"data.train=[{manifest}]")
+    rows = [("iqa", "train")] * 90 + [("iaa", "train")] * 20 + [("iaa", "test")] * 200
+    same = {"dataset": "d", "score": 50.0, "image": "x"}
+    write_manifest(
+        manifest,
+        ({"sample_id": str(i), "task": t, "split": s} | same | {"dataset": t} for i, (t, s) in enumerate(rows)),
+    )
+    p = plan("grpo", "data.train=[train.parquet]", f"data.root={tmp_path}")
     assert (p.samples, p.steps) == ({"iqa": 90, "iaa": 20}, 36)
     assert plan("grpo", f"data.train=[{manifest}]", "grpo.max_steps=5").steps == 5
     assert plan("grpo", f"data.train=[{manifest},{tmp_path}/none.parquet]").steps is None
