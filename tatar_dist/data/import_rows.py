@@ -151,7 +151,10 @@ def check_duplicates(rows: AllRows) -> None:
         groups.setdefault((workers[i], rows.path[i]), []).append(i)
     for (worker, path), (first, *others) in groups.items():
         image = f"image {path!r}" + (f" by worker {worker!r}" if worker else "")
-        same = len({(float(rows.score[i]), rows.split[i], rows.rationale[i]) for i in (first, *others)}) == 1
+        told = {
+            (float(rows.score[i]), rows.split[i], rows.rationale[i], str(rows.attributes[i])) for i in (first, *others)
+        }
+        same = len(told) == 1
         for i in others if same else (first, *others):
             if same:
                 rows.bad[i] = Bad("exact duplicate", f"{image} is already in {rows.where(first)}")

@@ -117,6 +117,12 @@ def test_bad_input_is_one_line_that_says_where(name, data, told):
     assert told in refused(data, name)
 
 
+def test_one_score_with_two_rationales_is_a_contradiction_not_a_repetition():
+    row = '{"image": "a", "gt_score": 3, "reversal_thinking": "%s"}'
+    assert "has other values here than in F:2" in refused(f"{row % 'Sharp.'}\n{row % 'Soft.'}".encode(), "koniq10k")
+    assert "is already in F:1" in refused(f"{row % 'Sharp.'}\n{row % 'Sharp.'}".encode(), "koniq10k")
+
+
 def test_an_ambiguous_file_is_read_by_the_named_format():
     assert read(BOTH, "koniq10k", format="scores-and-distributions").report["files"][0]["range"] == [0, 100]
     assert "did you mean scores-and-distributions?" in refused(BOTH, "koniq10k", format="score-distributions")
@@ -301,6 +307,11 @@ def test_a_missing_images_directory_is_told_before_anything_is_written(tmp_path,
         (b'{"conversations": []}', "A:1: key 'image' must be a file name"),
         (b'{"image": "z.jpg", "aesthetic_attributes": {"overall_gestalt": "x"}}', "none of its images is an image"),
         (b"image,text\na,b\n", "A: attributes must be JSON"),
+        (
+            b'{"image": "a.jpg", "aesthetic_attributes": {"overall_gestalt": "x"}}\n'
+            b'{"image": "a.jpg", "aesthetic_attributes": {"Overall Gestalt": "y"}}',
+            "A:2: image 'a.jpg': 'overall gestalt' is told twice, in other words",
+        ),
     ],
 )
 def test_bad_attribute_files_are_named_by_line(line, told):
