@@ -18,6 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 REWARDS = ("test_thurstone.py", "test_rewards.py", "test_released_golden.py")
+SAMPLER = ("test_sampler.py", "test_pools.py", "test_orders.py", "test_splits_of_a_run.py")
+IMPORTS = ("test_import_formats.py", "test_import_bad_input.py", "test_import_fuzz.py")
+PICTURES, TEXTS = ("test_images.py", "test_validate.py"), ("test_rationale_checks.py", "test_rationale_marks.py")
+ASKING = ("test_rationale_resume.py", "test_rationale_journal.py", "test_rationale_endpoint.py")
 ADVANTAGES, LOSSES = ("test_advantages.py", "test_rewards.py"), ("test_losses.py",)
 
 # name: (file below tatar_dist, text, what it becomes, tests)
@@ -58,6 +62,35 @@ MUTATIONS = {
     "loss: local normaliser": ("algo/losses.py", "policy = ((pg * mask).sum(dim=1) * weight).sum()", "policy = ((pg * mask).sum(dim=1) * weight).sum() / len(mask) * 7", LOSSES),
     "weights: dropped sequences counted": ("algo/aggregation.py", "max(1, int(counted.sum()))", "len(lengths)", LOSSES),
     "weights: token mean over sequences": ("algo/aggregation.py", "1.0 / tokens)", "1.0 / sequences)", LOSSES),
+    "import: lower is not flipped": ("data/scores.py", "scale.high - raw if lower_is_better", "raw - scale.low if lower_is_better", IMPORTS),
+    "import: range starts at 0": ("data/scores.py", "else raw - scale.low", "else raw", IMPORTS),
+    "import: out of range accepted": ("data/scores.py", "outside = ~((raw >= fmt.range.low) & (raw <= fmt.range.high)) & ~np.isnan(raw)", "outside = np.zeros(len(raw), bool)", IMPORTS),
+    "manifest: NaN accepted": ("data/manifest.py", "bad = ~((scores >= 0) & (scores <= 100))", "bad = (scores < 0) | (scores > 100)", ("test_manifest.py",)),
+    "manifest: stamp of another file believed": ("data/manifest.py", "(stamp.rows, stamp.groups) == (sum(sizes), groups_checksum(sizes))", "True", SAMPLER),
+    "manifest: paths may leave the root": ("data/manifest.py", "Path(name).is_absolute() or not target.is_relative_to(self.image_root)", "Path(name).is_absolute()", ("test_manifest.py",)),
+    "writer: pools mixed in a group": ("data/writing.py", "for key, part in _by_pool(table):", "for key, part in [(('', '', ''), table)]:", SAMPLER),
+    "writer: repeated ids accepted": ("data/writing.py", "        self._check_ids()\n", "", SAMPLER),
+    "splits: every row is trained on": ("data/manifest.py", "if p.split == split)", "if True)", SAMPLER),
+    "walk: excluded rows come back": ("data/walk.py", "            if ref in self.excluded:\n                continue\n", "", SAMPLER),
+    "walk: rows put off are lost": ("data/walk.py", "                self.put_off.append(ref)\n", "", SAMPLER),
+    "walk: every epoch alike": ("data/walk.py", "key = (self._seed, self.dataset, self.epoch)", "key = (self._seed, self.dataset)", SAMPLER),
+    "walk: what was put off is not resumed": ("data/walk.py", 'self.put_off = [(m, row) for m, row in state["put_off"]]', "self.put_off = []", SAMPLER),
+    "order: no cycle walking": ("data/orders.py", "x[outside] = self._walk(x[outside])", "x[outside] %= np.uint64(self.n)", SAMPLER),
+    "order: windows not shuffled": ("data/orders.py", 'rows[KeyedPermutation(len(rows), (*self._key, "window", w)).take(0, len(rows))]', "rows", SAMPLER),
+    "picture: EXIF ignored": ("data/images.py", "return _upright_rgb(image, _orientation(image) or 1)", "return _upright_rgb(image, 1)", PICTURES),
+    "picture: 16 bits clipped": ("data/images.py", "scaled = values / 257", "scaled = values.clip(0, 255)", PICTURES),
+    "picture: no limit of size": ("data/images.py", "image.width * image.height > MAX_PIXELS", "False", PICTURES),
+    "validate: leaks unseen": ("data/duplicates.py", "len(splits) > 1, protected", "False, protected", PICTURES),
+    "validate: the test side of a leak is dropped": ("data/duplicates.py", "pools[pool[row]][2] != like.protected", "pools[pool[row]][2] == like.protected", PICTURES),
+    "rationale: cut text kept": ("rationale/checks.py", 'if finish == "length":', 'if finish == "never":', TEXTS),
+    "rationale: digits kept": ("rationale/checks.py", "if unicodedata.numeric(character, None) is not None:", "if False:", TEXTS),
+    "rationale: order of attributes ignored": ("rationale/checks.py", "elif chain < least:", "elif False:", TEXTS),
+    "rationale: copies kept": ("rationale/checks.py", "known = {gram for source in sources for gram in grams(bare(source))}", "known = set()", TEXTS),
+    "judge: low marks kept": ("rationale/marks.py", "if value <= reject_at", "if value < reject_at", TEXTS),
+    "judge: booleans are marks": ("rationale/marks.py", "type(value) is not int", "not isinstance(value, int)", TEXTS),
+    "judge: repeated keys accepted": ("rationale/marks.py", "if len(found) != len(pairs):", "if False:", TEXTS),
+    "journal: damage in the middle passed over": ("rationale/journal.py", "if bad is not None:\n                    raise", "if False:\n                    raise", ASKING),
+    "journal: other settings continued": ("rationale/journal.py", 'if difference := _difference(line["settings"], found):', "if False:", ASKING),
 }  # fmt: skip
 
 
