@@ -1,0 +1,211 @@
+"""A run that is killed, stopped, out of budget or started twice: what is on disk is never asked again."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from rationale_cases import ROOT, build_config, endpoint_words, manifest
+
+from tatar_dist.bench.openai_server import FAST, OpenAIServer, Reply, completion, good_answer
+from tatar_dist.errors import RunError, UserError
+from tatar_dist.rationale import run as running
+from tatar_dist.rationale.journal import decode
+from tatar_dist.rollout.engine import group_seed
+
+
+def moody(call):
+    """An answer that depends on the seed alone: one in four leaks a number, so that attempts differ."""
+    if call.body["seed"] % 4 == 0:
+        return Reply(200, completion(FAST.replace("slight", "slight 7")))
+    if "narrative" in json.dumps(call.body["messages"]):
+        return good_answer(call)
+    ending = ("eye", "viewer", "lens")[call.body["seed"] % 3]
+    return Reply(200, completion(FAST.replace("the eye", f"the {ending}")))
+
+
+def start(source, output, url, *words, **limits):
+    """`rationale build` as a process of its own."""
+    command = [sys.executable, "-m", "tatar_dist", "rationale", "build", str(source), "--output", str(output)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [*endpoint_words(url, **limits), *words]
+    return subprocess.Popen([*command, *words], cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def durable_seeds(journal):
+    """Seeds of the answers that are whole on disk."""
+    lines = [decode(raw) for raw in journal.read_bytes().splitlines(keepends=True)] if journal.exists() else []
+    return {group_seed(0, e["attempt"], e["sample_id"]) for e in lines if e and "text" in e}
+
+
+def results(directory, stem):
+    return {end: (directory / f"{stem}.{end}").read_bytes() for end in ("parquet", "rejected.jsonl", "report.md")}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_twice_at_random_points_the_result_is_that_of_an_undisturbed_run_and_nothing_durable_is_asked_again(
+    tmp_path, seed
+):
+    rng = random.Random(seed)
+    source = manifest(tmp_path / "m.parquet", 50, 30)
+    with OpenAIServer(moody) as undisturbed:
+        config = build_config(*endpoint_words(undisturbed.url), output=tmp_path / "whole.parquet")
+        running.run("build", source, config)
+    journal = tmp_path / "killed.journal.jsonl"
+    with OpenAIServer(moody, latency=0.1) as server:
+        for _ in range(2):
+            done, asked = durable_seeds(journal), len(server.log)
+            process = start(source, tmp_path / "killed.parquet", server.url)
+            goal = asked + rng.randint(5, 40)
+            while len(server.log) < goal:
+                assert process.poll() is None, process.stderr.read().decode()
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.1)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert not done & {e["seed"] for e in server.log[asked:]}
+        done, asked = durable_seeds(journal), len(server.log)
+        process = start(source, tmp_path / "killed.parquet", server.url)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0, said.decode()
+        assert 10 <= len(done) and not done & {e["seed"] for e in server.log[asked:]}
+    assert results(tmp_path, "killed") == results(tmp_path, "whole")
+    assert b'"number"' in results(tmp_path, "whole")["rejected.jsonl"], "some answers were rejected"
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_keeps_what_is_in_flight_and_the_same_command_goes_on(tmp_path, signal_number):
+    source = manifest(tmp_path / "m.parquet", 40)
+    with OpenAIServer(latency=0.4) as server:
+        process = start(source, tmp_path / "r.parquet", server.url)
+        while len(server.log) < 10:
+            time.sleep(0.01)
+        process.send_signal(signal_number)
+        _, said = process.communicate(timeout=30)
+        asked = len(server.log)
+        assert process.returncode == 130
+        assert len(durable_seeds(tmp_path / "r.journal.jsonl")) == asked, "answers in flight were waited for"
+        assert f"{asked} accepted rows are in" in said.decode() and "the same command" in said.decode()
+        config = build_config(*endpoint_words(server.url), output=tmp_path / "r.parquet")
+        assert running.run("build", source, config)["accepted"] == 40
+        assert len(server.log) == 40
+
+
+def test_stopping_does_not_wait_out_a_long_retry_pause(tmp_path):
+    source = manifest(tmp_path / "m.parquet", 10)
+    with OpenAIServer(lambda call: Reply(429, b"", {"retry-after": "300"})) as server:
+        process = start(source, tmp_path / "r.parquet", server.url)
+        while len(server.log) < 4:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        assert process.returncode == 130 and time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("usage", [(300, 30), (900, 139)])
+def test_a_token_budget_is_never_exceeded_and_a_larger_one_goes_on(tmp_path, usage):
+    source = manifest(tmp_path / "m.parquet", 30)
+    budget = 8_000
+    with OpenAIServer(lambda call: Reply(200, completion(FAST, usage=usage)), latency=0.02) as server:
+        config = build_config(*endpoint_words(server.url, budget_tokens=budget), output=tmp_path / "r.parquet")
+        with pytest.raises(RunError, match=r"budget_tokens=8000.*rows were not asked.*larger budget"):
+            running.run("build", source, config)
+        spent = len(server.log) * sum(usage)
+        assert budget - 2000 <= spent <= budget, "not exceeded, and nearly all of it used"
+        config.rationale.limits.budget_tokens = 100_000
+        assert running.run("build", source, config)["accepted"] == 30
+        assert len(server.log) == 30
+
+
+def test_the_budget_counts_lost_answers_and_those_a_killed_run_was_waiting_for(tmp_path):
+    source = manifest(tmp_path / "m.parquet", 30)
+    broken = Reply(200, json.dumps(completion(FAST, usage=(900, 139))).encode()[:60])
+    with OpenAIServer(lambda call: broken if call.number % 2 else good_answer(call), latency=0.1) as server:
+        process = start(source, tmp_path / "r.parquet", server.url, budget_tokens=20_000)
+        while len(server.log) < 6:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        config = build_config(*endpoint_words(server.url, budget_tokens=20_000), output=tmp_path / "r.parquet")
+        for _ in range(3):  # again and again: what was lost once stays spent
+            with pytest.raises(RunError, match="budget_tokens=20000"):
+                running.run("build", source, config)
+        good, lost = (len(server.log) + 1) // 2, len(server.log) // 2
+        assert good * 200 + lost * 1039 <= 20_000
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("rationale.fast.temperature=0.5", "fast.temperature was 0.3, is 0.5"),
+        ("rationale.teacher.model=other", "fast.model was 'teacher-model', is 'other'"),
+        ("seed=1", "seed was 0, is 1"),
+    ],
+)
+def test_a_resume_that_would_ask_otherwise_is_refused_and_names_the_difference(tmp_path, word, said):
+    source = manifest(tmp_path / "m.parquet", 3)
+    with OpenAIServer() as server:
+        words = endpoint_words(server.url)
+        running.run("build", source, build_config(*words, output=tmp_path / "r.parquet"))
+        with pytest.raises(UserError, match="written under other settings") as e:
+            running.run("build", source, build_config(*words, word, output=tmp_path / "r.parquet"))
+        assert said in str(e.value) and len(server.log) == 3
+
+
+def test_other_rows_or_other_words_of_the_prompt_are_another_run(tmp_path):
+    with OpenAIServer() as server:
+        words = endpoint_words(server.url)
+        config = build_config(*words, output=tmp_path / "r.parquet")
+        running.run("build", manifest(tmp_path / "m.parquet", 3), config)
+        with pytest.raises(UserError, match="manifest was"):
+            running.run("build", manifest(tmp_path / "n.parquet", 4), config)
+        changed = tmp_path / "prompts.yaml"
+        changed.write_text((ROOT / "configs/rationale_prompts.yaml").read_text().replace("expert", "master"))
+        config = build_config(*words, f"rationale.prompts={changed}", output=tmp_path / "r.parquet")
+        with pytest.raises(UserError, match="fast.system was"):
+            running.run("build", tmp_path / "m.parquet", config)
+
+
+def test_checks_may_be_changed_without_asking_again(tmp_path):
+    source = manifest(tmp_path / "m.parquet", 3)
+    with OpenAIServer() as server:
+        words = endpoint_words(server.url)
+        running.run("build", source, build_config(*words, output=tmp_path / "r.parquet"))
+        strict = build_config(
+            *words, "rationale.fast.max_words=31", "rationale.attempts=1", output=tmp_path / "r.parquet"
+        )
+        assert running.run("build", source, strict)["rejected"] == 3
+        assert len(server.log) == 3
+
+
+def test_two_runs_of_one_output_at_once_are_refused(tmp_path):
+    source = manifest(tmp_path / "m.parquet", 20)
+    with OpenAIServer(latency=0.3) as server:
+        process = start(source, tmp_path / "r.parquet", server.url)
+        while not server.log:
+            time.sleep(0.01)
+        config = build_config(*endpoint_words(server.url), output=tmp_path / "r.parquet")
+        with pytest.raises(UserError, match="another process is writing this output"):
+            running.run("build", source, config)
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+
+
+def test_an_answer_is_on_disk_before_its_slot_asks_the_next(tmp_path):
+    source = manifest(tmp_path / "m.parquet", 12)
+    journal, seen = tmp_path / "r.journal.jsonl", []
+
+    def answer(call):
+        seen.append((len(durable_seeds(journal)), call.number))
+        return good_answer(call)
+
+    with OpenAIServer(answer) as server:
+        config = build_config(*endpoint_words(server.url, concurrency=1), output=tmp_path / "r.parquet")
+        running.run("build", source, config)
+    assert seen == [(n, n) for n in range(12)]
