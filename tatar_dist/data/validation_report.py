@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INK, QUIET, BLUE, AMBER, RED = "#22303c", "#8a97a3", "#3b7ea1", "#d9902f", "#b8433b"
-BARS = 20
+BARS = 22
 PANELS = 12  # score histograms in the picture; the summary has every pool
 
 
@@ -246,11 +246,11 @@ def _draw_sizes(axes: Axes, manifest: Checked) -> None:
 
 
 def _draw_kinds(axes: Axes, manifest: Checked) -> None:
-    """Problems in red, warnings in amber, kinds in grey, formats in blue; each with its count."""
+    """Problems in red, warnings in amber, formats in blue, kinds in grey; each with its count."""
     problems = list(manifest.log.in_order())
     bars = [(code, n, AMBER if code in WARNINGS else RED) for code, n, _ in problems]
+    bars += [(k, n, BLUE) for k, n in manifest.formats.most_common(5)]
     bars += [(k, n, QUIET) for k, n in manifest.notes.most_common() if k not in manifest.log.counts]
-    bars += [(k, n, BLUE) for k, n in manifest.formats.most_common()]
     bars = bars[:BARS] or [("no picture", 0, QUIET)]
     places = np.arange(len(bars))[::-1]
     longest = max(n for _, n, _ in bars) or 1
@@ -260,7 +260,7 @@ def _draw_kinds(axes: Axes, manifest: Checked) -> None:
     axes.set_xlim(0, longest * 1.15)
     axes.set_ylim(len(bars) - max(len(bars), 10) - 0.5, len(bars) - 0.5)  # one bar alone is no wall
     axes.set_xticks([])
-    _plain(axes, "Problems, kinds and formats")
+    _plain(axes, "Problems, formats and kinds")
     axes.set_yticks(places, [k for k, _, _ in bars])
     axes.tick_params(axis="y", colors=INK, length=0, labelsize=8)
     axes.spines["bottom"].set_visible(False)

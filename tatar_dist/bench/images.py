@@ -1,0 +1,163 @@
+"""`tatar-dist bench images`: how fast `data validate` is, beside Pillow decoding alone.
+
+In: nothing. Out: for 400 JPEGs of a megapixel, cut from the demo's photographs, the seconds of validating a manifest
+with the pictures in its rows and one with paths, and of the whole command. The limit: the same bytes, in memory,
+decoded by Pillow in as many threads, and nothing else. Both are measured in turn, so that a busy machine slows both.
+
+What validation cannot avoid beyond that is hashing (blake2b reads a gigabyte a second or so: 4-9 % of decoding such a
+JPEG) and reading the file. The command adds the start of Python and drawing, a second or so whatever the manifest's
+size, hence the larger manifest.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from tatar_dist.data.photos import PHOTOS, load_photo
+from tatar_dist.data.validate import look_at, validate
+from tatar_dist.data.writing import write_manifest
+
+PICTURES, PIXELS, REPEATS = 400, 1_000_000, 5
+COMMAND = 2000  # pictures of the whole command
+TARGET = 0.8
+
+
+def jpegs(n: int) -> list[bytes]:
+    """n different JPEGs (a comment behind the picture makes them so) of about a megapixel, quality 80 to 95."""
+    kinds = []
+    for photo in PHOTOS:
+        image = load_photo(photo)
+        factor = (PIXELS / (image.width * image.height)) ** 0.5
+        image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
+        for quality in (80, 90, 95):
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=quality)
+            kinds.append(buffer.getvalue())
+    return [kinds[i % len(kinds)] + str(i).encode() for i in range(n)]
+
+
+def rows(pictures: list[bytes], directory: Path | None) -> Iterator[dict[str, Any]]:
+    """Manifest rows with the bytes, or with paths of files written to `directory`."""
+    for i, data in enumerate(pictures):
+        row = {"sample_id": f"bench-{i}", "dataset": "bench", "task": "iqa", "score": i % 1000 / 10, "split": "train"}
+        if directory is None:
+            yield row | {"image_bytes": data}
+        else:
+            (directory / f"{i}.jpg").write_bytes(data)
+            yield row | {"image": f"{i}.jpg"}
+
+
+def decode(data: bytes) -> None:
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+
+
+def pillow(pictures: list[bytes], workers: int) -> None:
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(decode, pictures):
+            pass
+
+
+def _hash_and_decode(data: bytes) -> None:
+    look_at(memoryview(data))
+
+
+def processes(pictures: list[bytes], workers: int) -> None:
+    """The other way: spawned processes, which get the bytes through a pipe."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for _ in pool.map(_hash_and_decode, pictures, chunksize=4):
+            pass
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def command(manifest: Path) -> None:
+    words = [sys.executable, "-m", "tatar_dist", "data", "validate", str(manifest), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}: {done.stderr}")
+
+
+def _ratios(limit: Callable[[], Any], ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
+    """Seconds of the limit and of each way, measured in turn, and limit / way of the same turn."""
+    limit()  # files into the page cache, plugins loaded
+    times: dict[str, list[float]] = {"pillow": [], **{k: [] for k in ways}}
+    for _ in range(repeats):
+        times["pillow"].append(seconds(limit))
+        for name, way in ways.items():
+            times[name].append(seconds(way))
+    found: dict[str, Any] = {}
+    for name, taken in times.items():
+        ratio = [p / t for p, t in zip(times["pillow"], taken, strict=True)]
+        spread = {"min": min(ratio), "median": median(ratio), "max": max(ratio)}
+        found[name] = {"seconds": median(taken), "ratio": spread}
+    return found
+
+
+def run() -> dict[str, Any]:
+    """All measurements, as what `--json` prints; ratio = seconds of Pillow alone / seconds, 1 is the limit."""
+    workers = len(os.sched_getaffinity(0))
+    pictures = jpegs(PICTURES)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        embedded, files, large = (directory / f"{n}.parquet" for n in ("embedded", "files", "large"))
+        write_manifest(embedded, rows(pictures, None))
+        write_manifest(files, rows(pictures, directory))
+        ways = {
+            "pictures in the rows": lambda: validate([embedded], workers=workers),
+            "pictures in files": lambda: validate([files], workers=workers),
+            "spawned processes, no checks": lambda: processes(pictures, workers),
+        }
+        checks = _ratios(lambda: pillow(pictures, workers), ways, REPEATS)
+        many = jpegs(COMMAND)
+        write_manifest(large, rows(many, None))
+        whole = _ratios(lambda: pillow(many, workers), {"the whole command": lambda: command(large)}, 3)
+    return {
+        "workers": workers,
+        "target": TARGET,
+        "bytes_per_picture": round(sum(map(len, pictures)) / PICTURES),
+        "checks": {"pictures": PICTURES, **checks},
+        "command": {"pictures": COMMAND, **whole},
+    }
+
+
+def print_table(found: dict[str, Any]) -> None:
+    """The measurements beside their limit."""
+    console = Console()
+    size = f"{found['bytes_per_picture'] / 1000:.0f} kB"
+    title = f"data validate, JPEGs of a megapixel ({size}), {found['workers']} threads"
+    table = Table(title=title, title_justify="left")
+    for name in ("", "pictures", "a second", "of the limit", "min–max"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for part in ("checks", "command"):
+        n = found[part]["pictures"]
+        for way, m in found[part].items():
+            if way == "pictures":
+                continue
+            r = m["ratio"]
+            shown = [f"{r['median']:.2f}", f"{r['min']:.2f}–{r['max']:.2f}"] if way != "pillow" else ["1", ""]
+            label = "Pillow alone, the limit" if way == "pillow" else way
+            table.add_row(label, f"{n:,}", f"{n / m['seconds']:,.0f}", *shown)
+    console.print(table)
+    console.print(
+        f"Target: {found['target']} of the limit. Beyond decoding: reading the file, a blake2b hash, the checks."
+    )
