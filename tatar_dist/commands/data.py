@@ -98,3 +98,41 @@ def sets(registry: Registries = None, as_json: Json = False) -> None:
         print(json.dumps(sets_as_json(known), ensure_ascii=False))
     else:
         print_sets(known)
+
+
+@app.command("validate")
+def validate(
+    manifests: Annotated[list[Path], typer.Argument(metavar="M.parquet...", help="Leaks are looked for across all.")],
+    output: Annotated[Path | None, typer.Option(help="Directory of the reports; else beside each manifest.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads; one a core when left out.")] = None,
+    clean: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Write what can be used: OUT.parquet, or a directory for several manifests."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Decode every picture, check every row; duplicates, leaks between splits, score histograms. Exit 2 if unusable.
+
+    Example: [bold]tatar-dist data validate data/koniq.parquet --clean data/koniq-clean.parquet[/bold]
+    """
+    from tatar_dist.commands.data_validation import run_validation
+
+    run_validation(manifests, output, workers, clean, as_json)
+
+
+@app.command("show")
+def show(
+    manifest: Annotated[Path, typer.Argument(metavar="M.parquet")],
+    rows: Annotated[int, typer.Option(min=1, help="Pictures on the contact sheet.")] = 24,
+    sort: Annotated[str, typer.Option(help="score (from lowest to highest), random or row.")] = "score",
+    dataset: Annotated[str | None, typer.Option(help="Rows of this data set only.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The sheet, a PNG; else M.sheet.png beside the manifest.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What is in a manifest: a table of its pools, and a contact sheet of some pictures.
+
+    Example: [bold]tatar-dist data show data/koniq.parquet --rows 40 --sort score[/bold]
+    """
+    from tatar_dist.commands.data_validation import run_show
+
+    run_show(manifest, rows, sort, dataset, output, as_json)
