@@ -132,7 +132,7 @@ def _print_formats(each: Dataset, out: Console) -> None:
     for fmt in mine:
         score = (fmt.score or "mean of votes") + (", mean per image" if fmt.worker else "")
         scale = f"{fmt.range}{', lower is better' if fmt.lower_is_better else ''}"
-        row = f"   {fmt.name:<26}{', '.join(fmt.kinds):<11}{score:<23}{scale}"
+        row = f"   {fmt.name:<25}{', '.join(fmt.kinds):<10}{score:<22}{scale}"
         out.print(escape(row.rstrip()), highlight=False)
         fields = f"{len(fmt.columns)} fields, no header: " if fmt.types else ""
         columns = f"[dim]{escape(fields + ', '.join(_shortened(list(fmt.columns))))}[/]"
