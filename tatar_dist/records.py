@@ -33,11 +33,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an engine is asked: the sample and its rendered chat text. `group_id` names its group within the run."""
+    """What an engine is asked: the sample and its rendered chat text. `group_id` names its group within the run.
+
+    `with_image` false: the text alone, as for a teacher that reads notes (rationale construction).
+    """
 
     sample: Sample
     text: str
     group_id: str
+    with_image: bool = True
 
 
 @dataclass(frozen=True)

@@ -106,13 +106,15 @@ def _ask(
 def _print_result(name: str, found: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from tatar_dist.rationale.report import as_table
+    from tatar_dist.rationale.report import as_table, reason_lines
 
-    console = Console()
+    console = Console(highlight=False)
     console.print(as_table(found, f"rationale {name}"))
+    for line in reason_lines(found):
+        console.print(line, soft_wrap=True)
     cost = f", cost {found['cost']:.2f}" if found["cost"] else ""
     tokens = found["prompt_tokens"] + found["completion_tokens"] + found["lost_tokens"]
-    console.print(f"{found['accepted']} rows in {found['output']}; {tokens:,} tokens{cost}", highlight=False)
+    console.print(f"{found['accepted']} rows in {found['output']}; {tokens:,} tokens{cost}", soft_wrap=True)
 
 
 def _print_plan(plan: dict[str, Any]) -> None:

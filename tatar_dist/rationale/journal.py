@@ -73,7 +73,7 @@ class Journal:
             os.close(self._file)
             raise UserError(f"{path}: another process is writing this output") from None
         self._settings = settings
-        self._pending: list[tuple[bytes, asyncio.Future[None] | None]] = []
+        self._pending: list[tuple[bytes, asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
         self._writer = ThreadPoolExecutor(1, "journal")
         self._broken: OSError | None = None
@@ -130,14 +130,9 @@ class Journal:
                 "--output, or delete the journal to begin anew"
             )
 
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line and return when it is on disk. For callers outside the event loop."""
-        self._commit([encode(line)])
-
-    def note(self, line: Mapping[str, Any]) -> None:
-        """Append a line with the next commit, without waiting for it. Inside the event loop only."""
-        self._pending.append((encode(line), None))
-        self._start()
+    def write(self, *lines: Mapping[str, Any]) -> None:
+        """Append lines and return when all are on disk. For callers outside the event loop."""
+        self._commit([encode(line) for line in lines])
 
     async def append(self, line: Mapping[str, Any]) -> None:
         """Append one line; returns when it is on disk. Raises what writing raises, ENOSPC for example."""
@@ -166,11 +161,11 @@ class Journal:
             except OSError as e:
                 self._broken = e
                 for _, done in batch:
-                    if done is not None and not done.done():
+                    if not done.done():
                         done.set_exception(e)
                 continue
             for _, done in batch:
-                if done is not None and not done.done():
+                if not done.done():
                     done.set_result(None)
 
     def _commit(self, lines: list[bytes]) -> None:

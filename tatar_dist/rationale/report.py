@@ -145,16 +145,23 @@ def write_report(ledger: Ledger, path: Path) -> None:
 
 
 def as_table(found: dict[str, Any], title: str) -> Any:
-    """The same figures as a rich table."""
+    """The same figures as a rich table; `reason_lines` says why."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     for name in ("task", "rows", "accepted", "rejected", "failed", "not asked", "answers rejected"):
         table.add_column(name, justify="left" if name == "task" else "right")
-    table.add_column("reasons")
     for task, t in found["tasks"].items():
         rate = "" if t["rejection_rate"] is None else f" ({100 * t['rejection_rate']:.1f} %)"
         figures = [t[k] for k in ("rows", "accepted", "rejected", "failed", "not_asked")]
-        reasons = ", ".join(f"{code} {n}" for code, n in t["reasons"].items())
-        table.add_row(task, *map(str, figures), f"{t['rejected_answers']}{rate}", reasons)
+        table.add_row(task, *map(str, figures), f"{t['rejected_answers']}{rate}")
     return table
+
+
+def reason_lines(found: dict[str, Any]) -> list[str]:
+    """One line a task: how often each reason rejected an answer, the most frequent first."""
+    return [
+        f"{task}: " + ", ".join(f"{code} {n}" for code, n in t["reasons"].items())
+        for task, t in found["tasks"].items()
+        if t["reasons"]
+    ]

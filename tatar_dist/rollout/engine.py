@@ -2,7 +2,8 @@
 
 Plain class: `tatar_dist.cluster` makes the Ray actor of it. Every sampling parameter is explicit; nothing is read from
 the checkpoint's generation config, and what is sampled from is what the loss assumes: full softmax
-at the given temperature without the vision placeholder tokens.
+at the given temperature without the vision placeholder tokens. `Sampling.top_p` and `Sampling.schema` are for teachers
+and judges (rationale construction), whose probabilities nobody learns from; training leaves both alone.
 """
 
 from __future__ import annotations
@@ -28,13 +29,18 @@ class WrongWeightVersion(RunError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one call samples. `temperature` 0 is greedy. `seed` and `step` enter every group's seed; G = n."""
+    """How one call samples. `temperature` 0 is greedy. `seed` and `step` enter every group's seed; G = n.
+
+    `schema`: a JSON schema as text that every completion must follow; None = any text.
+    """
 
     n: int
     temperature: float
     max_tokens: int
     seed: int = 0
     step: int = 0
+    top_p: float = 1.0
+    schema: str | None = None
 
 
 def group_seed(seed: int, step: int, sample_id: str) -> int:
@@ -102,20 +108,25 @@ class RolloutEngine:
         if self.version != version:
             raise WrongWeightVersion(f"engine {self.index} holds weight version {self.version}, asked for {version}")
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
         if self.config.rollout.deterministic:
             self._reset_caches()
+        # Blanks that the schema allows between tokens would let a model go on with blanks until it is cut off.
+        form = StructuredOutputsParams(json=sampling.schema, disable_any_whitespace=True) if sampling.schema else None
         inputs: list[Any] = []
         params: list[Any] = []
         for prompt in prompts:
             seed = group_seed(sampling.seed, sampling.step, prompt.sample.sample_id)
-            image = decode_image(prompt.sample.image, prompt.sample.sample_id)
-            inputs.append({"prompt": prompt.text, "multi_modal_data": {"image": image}})
+            asked: dict[str, Any] = {"prompt": prompt.text}
+            if prompt.with_image:
+                asked["multi_modal_data"] = {"image": decode_image(prompt.sample.image, prompt.sample.sample_id)}
+            inputs.append(asked)
             params.append(
                 SamplingParams(
                     n=sampling.n,
                     temperature=sampling.temperature,
-                    top_p=1.0,
+                    top_p=sampling.top_p,
                     top_k=0,
                     min_p=0.0,
                     repetition_penalty=1.0,
@@ -124,6 +135,7 @@ class RolloutEngine:
                     logprobs=0,
                     logit_bias={i: FORBIDDEN_BIAS for i in self.forbidden},
                     skip_special_tokens=True,
+                    structured_outputs=form,
                 )
             )
         outputs = self.llm.generate(inputs, params, use_tqdm=False)

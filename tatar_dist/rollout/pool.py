@@ -7,7 +7,7 @@ deadline, and the engine that missed it is named.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -59,12 +59,25 @@ class RolloutPool:
         Raises:
             EngineFailed: an engine died or no engine finished anything before the deadline.
         """
+        groups: list[Group] = []
+        for part in self.stream(prompts, sampling):
+            groups += part
+            if on_groups:
+                on_groups(len(part))
+        return sorted(groups, key=lambda g: g.prompt.group_id)
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, more: Callable[[], bool] = lambda: True
+    ) -> Iterator[list[Group]]:
+        """The groups of each engine call as it returns. Once `more()` is false nothing new is handed out.
+
+        Raises like `generate`.
+        """
         waiting = self.chunks(prompts, sampling.n)[::-1]
         running: dict[Any, int] = {}
-        groups: list[Group] = []
 
         def dispatch(engine: int) -> None:
-            if waiting:
+            if waiting and more():
                 ref = self.engines[engine].generate.remote(waiting.pop(), sampling, self.version)
                 running[ref] = engine
 
@@ -79,11 +92,8 @@ class RolloutPool:
                 part: list[Group] = ray.get(done[0])
             except ray.exceptions.RayActorError as e:
                 raise EngineFailed(f"generating: engine {engine} died: {str(e).splitlines()[0]}") from e
-            groups += part
-            if on_groups:
-                on_groups(len(part))
+            yield part
             dispatch(engine)
-        return sorted(groups, key=lambda g: g.prompt.group_id)
 
     def push(self, buckets: Iterable[Any], version: int) -> dict[str, float]:
         """Load the buckets (object references) into every engine and advance to `version`.

@@ -1,0 +1,179 @@
+"""Our own vLLM engines on Ray as teacher or judge: `rationale.teacher.local=true model.path=...`.
+
+In: a ledger with rows to ask, a journal, a stop flag, as for an endpoint (asking.py). Out: the same ledger. Rows go
+to the engines in rounds of one attempt; an engine call's answers are on disk before that engine is handed the next.
+With `rollout.deterministic` an answer depends on its row and attempt alone, so that a killed run, resumed, ends in the
+same file as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from io import StringIO
+from itertools import islice
+from typing import Any
+
+from tatar_dist.backbones import family
+from tatar_dist.cluster import Cluster
+from tatar_dist.data.images import UnreadableImage, decode_image
+from tatar_dist.plan import resolve
+from tatar_dist.rationale.checks import Reason
+from tatar_dist.rationale.journal import Journal
+from tatar_dist.rationale.ledger import Entry, Ledger, journal_line
+from tatar_dist.rationale.questions import Answer, Request, Row
+from tatar_dist.rationale.rows import Rows
+from tatar_dist.records import Group, Prompt, Task
+from tatar_dist.rollout.engine import Sampling
+from tatar_dist.rollout.pool import RolloutPool
+
+CALLS_AHEAD = 4  # rows held in memory with their images: this many full calls of every engine
+
+
+class _Asked:
+    """One row on its way through a round."""
+
+    def __init__(self, entry: Entry, row: Row, request: Request, prompt: Prompt, most: int) -> None:
+        self.entry, self.row, self.request, self.prompt, self.most = entry, row, request, prompt, most
+
+
+class LocalAsking:
+    """One run on our own engines. `progress` is told after every engine call; `stopping` is asked before one."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        rows: Rows,
+        journal: Journal,
+        progress: Callable[[Ledger], None],
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.ledger, self.rows, self.journal = ledger, rows, journal
+        self.progress, self.stopping = progress, stopping
+        self.question = ledger.question
+        self.config = self.question.config
+        self.budget = self.question.c.limits.budget_tokens
+        self.budget_spent = False
+        backbone = family(self.config.model.family)
+        backbone.check_directory(self.config.model.path)
+        with contextlib.redirect_stderr(StringIO()):
+            self.backbone = backbone(self.config.model)
+
+    def run(self) -> None:
+        """Ask until every row is settled, the budget is spent, or the user wants to stop.
+
+        Raises UserError for a model or cluster that cannot be; RunError when an engine dies or is late.
+        """
+        plan = resolve(self.config, "evaluate")
+        with Cluster(self.config) as cluster:
+            pool = cluster.engines(plan.engines)
+            pool.started(pool.start(cluster.threads(plan.engines)))
+            size = CALLS_AHEAD * plan.engines * self.config.rollout.max_num_seqs
+            todo = self.ledger.todo()
+            while window := list(islice(todo, size)):
+                self._settle(pool, window)
+                if self._ends:
+                    return
+
+    @property
+    def _ends(self) -> bool:
+        return self.budget_spent or self.stopping()
+
+    def _settle(self, pool: RolloutPool, window: list[Entry]) -> None:
+        """Ask about these rows, attempt after attempt, until each is settled."""
+        samples = {}
+        for entry in window:
+            try:
+                samples[entry.number] = self.rows.get(entry.number)
+                if self.question.with_image(entry.task):
+                    decode_image(samples[entry.number][1].image, entry.sample_id)
+            except UnreadableImage as e:
+                self.ledger.reject(entry, Reason("image-unreadable", str(e)))
+        for attempt in range(self.ledger.attempts):
+            for task in sorted({entry.task for entry in window}):
+                entries = [e for e in window if e.task == task and len(e.answers) == attempt and self._is_open(e)]
+                asked = [a for e in entries if (a := self._asked(e, *samples[e.number])) is not None]
+                self._round(pool, asked, task, attempt)
+                if self._ends:
+                    return
+
+    def _is_open(self, entry: Entry) -> bool:
+        return not self.ledger.is_settled(entry) and entry.failed is None
+
+    def _asked(self, entry: Entry, row: Row, sample: Any) -> _Asked | None:
+        """The rendered prompt of a row; None, and the row rejected, where it would not fit into the engine."""
+        request = self.question.request(row, len(entry.answers))
+        content: list[dict[str, str]] = [{"type": "image"}] if request.image else []
+        messages = [
+            {"role": "system", "content": [{"type": "text", "text": request.system}]},
+            {"role": "user", "content": [*content, {"type": "text", "text": request.user}]},
+        ]
+        tokenizer = self.backbone.tokenizer
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            tokens = len(tokenizer(text)["input_ids"])
+            if request.image:
+                tokens += self.backbone.image_tokens(*decode_image(sample.image, entry.sample_id).size)
+        except ValueError as e:  # an image more than 200 times as wide as high
+            self.ledger.reject(entry, Reason("image-unreadable", str(e)))
+            return None
+        most, limit = tokens + request.max_tokens, self.config.rollout.max_model_len
+        if most > limit:
+            says = f"prompt and answer need {most} tokens, over rollout.max_model_len={limit}"
+            self.ledger.reject(entry, Reason("prompt-too-long", says))
+            return None
+        return _Asked(entry, row, request, Prompt(sample, text, f"{entry.number:09d}", request.image), most)
+
+    def _affordable(self, asked: list[_Asked]) -> Iterator[list[_Asked]]:
+        """The rows in parts, each of which cannot exceed the budget whatever it costs."""
+        if self.budget is None:
+            yield asked
+            return
+        rest = asked
+        while rest:
+            left, n = self.budget - self.ledger.tokens, 0
+            while n < len(rest) and rest[n].most <= left:
+                left -= rest[n].most
+                n += 1
+            if not n:
+                self.budget_spent = True
+                return
+            yield rest[:n]
+            rest = rest[n:]
+
+    def _round(self, pool: RolloutPool, asked: list[_Asked], task: Task, attempt: int) -> None:
+        """One answer for each of these rows, durable as engine calls return."""
+        if not asked:
+            return
+        s = self.question.sampling(task)
+        schema = self.question.schema(task) if self.question.endpoint.structured else None
+        sampling = Sampling(
+            n=1,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            max_tokens=s.max_tokens + s.reasoning_tokens,
+            seed=self.config.seed,
+            step=attempt,
+            schema=json.dumps(schema) if schema else None,
+        )
+        by_group = {a.prompt.group_id: a for a in asked}
+        for part in self._affordable(asked):
+            for groups in pool.stream([a.prompt for a in part], sampling, more=lambda: not self.stopping()):
+                self._take([(by_group[g.prompt.group_id], g) for g in groups])
+                self.progress(self.ledger)
+            if self.stopping():
+                return
+
+    def _take(self, answered: Iterable[tuple[_Asked, Group]]) -> None:
+        """Make the answers of one engine call durable, with one commit, then count them."""
+        found = []
+        for asked, group in answered:
+            (completion,) = group.completions
+            answer = Answer(
+                completion.text, completion.finish_reason, len(group.prompt_token_ids), len(completion.token_ids)
+            )
+            found.append((asked, answer))
+        self.journal.write(*(journal_line(a.request.sample_id, a.request.attempt, answer) for a, answer in found))
+        for asked, answer in found:
+            self.ledger.take(asked.entry, answer, self.question.read(asked.row, answer))
