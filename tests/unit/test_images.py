@@ -16,6 +16,8 @@ from PIL import Image, ImageOps, features
 
 from tatar_dist.data.images import FORMATS, MAX_PIXELS, UnreadableImage, decode_image, inspect_image
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of oddities in damaged metadata
+
 SMOOTH = np.stack([*np.meshgrid(np.linspace(20, 235, 48), np.linspace(30, 220, 64)), np.full((64, 48), 90.0)], axis=-1)
 PHOTO = Image.fromarray(SMOOTH.astype(np.uint8))  # 48 wide, 64 high, different at every corner
 
