@@ -26,6 +26,7 @@ from statistics import median
 from typing import Any
 
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -134,14 +135,14 @@ def run() -> dict[str, Any]:
         write_manifest(embedded, rows(pictures, None))
         write_manifest(files, rows(pictures, directory))
         ways = {
-            "pictures in the rows": lambda: validate([embedded], workers=workers),
-            "pictures in files": lambda: validate([files], workers=workers),
-            "spawned processes": lambda: processes(pictures, workers),
+            "bytes in rows": lambda: validate([embedded], workers=workers),
+            "files": lambda: validate([files], workers=workers),
+            "processes": lambda: processes(pictures, workers),
         }
         checks = _ratios(lambda: pillow(pictures, workers), ways, REPEATS)
         many = jpegs(COMMAND)
         write_manifest(large, rows(many, None))
-        whole = _ratios(lambda: pillow(many, workers), {"the whole command": lambda: command(large)}, 3)
+        whole = _ratios(lambda: pillow(many, workers), {"whole command": lambda: command(large)}, 3)
     return {
         "workers": workers,
         "target": TARGET,
@@ -162,7 +163,7 @@ def print_table(found: dict[str, Any]) -> None:
     table = Table(
         title=f"data validate, JPEGs of a megapixel ({size}), {found['workers']} threads", title_justify="left"
     )
-    for name in ("", "pictures", "a second", "of the limit", "processor"):
+    for name in ("", "pictures", "a second", "of the limit", "processor time"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for part in ("checks", "command"):
         n = found[part]["pictures"]
