@@ -26,7 +26,6 @@ from statistics import median
 from typing import Any
 
 from PIL import Image
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
