@@ -41,7 +41,6 @@ WARNINGS = {
     "scores-few": "a pool has a handful of distinct scores",
     "scores-narrow": "a pool's scores lie within a tenth of the scale",
 }
-LEAKS = ("leak-image", "leak-reference")
 MEANING = ERRORS | WARNINGS
 
 
