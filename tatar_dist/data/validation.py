@@ -108,7 +108,7 @@ def open_source(path: Path) -> tuple[pq.ParquetFile, Path]:
 
 
 def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The file in order, at most BATCH_ROWS rows and about BATCH_BYTES at a time. SCHEMA's types; absent columns null."""
+    """The file in order, at most BATCH_ROWS rows and BATCH_BYTES or so at a time. SCHEMA's types; absent is null."""
     there = [n for n in columns if n in file.schema_arrow.names]
     for g in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(g)

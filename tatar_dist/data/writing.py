@@ -25,7 +25,7 @@ from tatar_dist.errors import UserError
 GROUP_ROWS = 2048  # 10 million rows: a footer of 6 MB, read in 0.1 s; a row costs a millisecond or two
 EMBEDDED_ROWS = 256
 GROUP_BYTES = 64 << 20
-BATCH = 1024  # dict rows that become one table
+BATCH, BATCH_BYTES = 1024, 16 << 20  # dict rows that become one table
 
 
 class ManifestWriter:
@@ -171,7 +171,7 @@ def write_manifest(
             objects = {k: v for k, v in row.items() if isinstance(v, dict)}
             pending.append({**row, **{k: json.dumps(v, ensure_ascii=False) for k, v in objects.items()}})
             size += len(row.get("image_bytes") or b"")
-            if len(pending) == BATCH or size >= GROUP_BYTES:
+            if len(pending) == BATCH or size >= BATCH_BYTES:
                 writer.write(_table(pending))
                 pending, size = [], 0
         if pending:

@@ -90,6 +90,8 @@ class RolloutEngine:
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=object_store.BACKEND),
+            # Where JSON allows any number of blanks, a model may go on with blanks until it is cut off.
+            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             disable_log_stats=True,
             **options,
         )
@@ -112,8 +114,7 @@ class RolloutEngine:
 
         if self.config.rollout.deterministic:
             self._reset_caches()
-        # Blanks that the schema allows between tokens would let a model go on with blanks until it is cut off.
-        form = StructuredOutputsParams(json=sampling.schema, disable_any_whitespace=True) if sampling.schema else None
+        form = StructuredOutputsParams(json=sampling.schema) if sampling.schema else None
         inputs: list[Any] = []
         params: list[Any] = []
         for prompt in prompts:
