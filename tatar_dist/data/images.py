@@ -195,6 +195,9 @@ def _opened(data: bytes | memoryview) -> ImageFile.ImageFile:
             raise _Refused(ImageFacts(name, problem="corrupt", message=f"cannot decode image: {fits}"))
         if not fits or factory is None:
             continue
+        if name == "JPEG" and _ends_in_zeros(data):
+            said = "truncated: zeros where its end should be, as an unfinished download leaves"
+            raise _Refused(ImageFacts(name, problem="truncated", message=f"cannot decode image: {said}"))
         image = factory(cast(IO[bytes], _Reader(data)), "")
         if image.width * image.height > MAX_PIXELS:
             said = f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are decoded"
@@ -203,6 +206,12 @@ def _opened(data: bytes | memoryview) -> ImageFile.ImageFile:
         return image
     said = f"cannot decode image: none of the formats {', '.join(FORMATS)}"
     raise _Refused(ImageFacts(problem="corrupt", message=said))
+
+
+def _ends_in_zeros(data: bytes | memoryview) -> bool:
+    """Whether a JPEG stops in zeros before its end marker; the decoder would show grey there and say nothing."""
+    tail = bytes(data[-4096:])
+    return tail.endswith(bytes(16)) and not tail.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def _orientation(image: Image.Image) -> int | None:

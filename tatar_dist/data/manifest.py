@@ -190,14 +190,22 @@ class Manifest:
         where = f"{self.path}: row {i}, column image"
         if not name:
             raise UserError(f"{where}: neither a path nor image_bytes")
-        # Links inside the directory may lead elsewhere on purpose; `..` and absolute paths in the file may not.
-        target = Path(os.path.normpath(self.image_root / name))
-        if Path(name).is_absolute() or not target.is_relative_to(self.image_root):
+        target = image_path(self.image_root, name)
+        if target is None:
             raise UserError(f"{where}: {name!r} leads outside {self.image_root}")
         try:
             return target.read_bytes()
         except (OSError, ValueError) as e:  # ValueError: a NUL in the name
             raise UnreadableImage(f"{where}: {name!r}: {getattr(e, 'strerror', None) or e}") from None
+
+
+def image_path(root: Path, name: str) -> Path | None:
+    """The file of an `image` column; None when the name leads outside `root`, by `..` or as an absolute path.
+
+    Links inside may lead elsewhere: the user made those, whereas the name comes with the file.
+    """
+    target = os.path.normpath(root / name)
+    return Path(target) if not os.path.isabs(name) and Path(target).is_relative_to(root) else None
 
 
 def read_manifest(path: str | Path, image_root: str | Path | None = None, check_all: bool = False) -> Manifest:
@@ -220,9 +228,9 @@ def read_manifest(path: str | Path, image_root: str | Path | None = None, check_
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{path}: not a Parquet file, or half of one: {str(e).splitlines()[0]}") from None
     with file:
-        _check_columns(path, found)
+        check_columns(path, found)
         sizes = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
-        stamp = _stamp(path, file)
+        stamp = read_stamp(path, file)
         trusted = stamp is not None and (stamp.rows, stamp.groups) == (sum(sizes), groups_checksum(sizes))
         try:
             if check_all or not trusted or sum(sizes) <= TRUSTED_ROWS:
@@ -238,7 +246,7 @@ def read_manifest(path: str | Path, image_root: str | Path | None = None, check_
     return Manifest(path, pools, sizes, columns, Path(os.path.abspath(root)), embedded)
 
 
-def _stamp(path: Path, file: pq.ParquetFile) -> Stamp | None:
+def read_stamp(path: Path, file: pq.ParquetFile) -> Stamp | None:
     text = (file.metadata.metadata or {}).get(STAMP)
     if text is None:
         return None
@@ -263,7 +271,7 @@ def _is_embedded(file: pq.ParquetFile) -> bool:
     return next(file.iter_batches(1, columns=["image_bytes"])).column(0)[0].is_valid
 
 
-def _check_columns(path: Path, found: dict[str, pa.DataType]) -> None:
+def check_columns(path: Path, found: dict[str, pa.DataType]) -> None:
     for name in REQUIRED:
         if name not in found:
             raise UserError(f"{path}: column {name} is missing")

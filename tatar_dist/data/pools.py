@@ -72,7 +72,7 @@ class _Gathered:
 
 
 def index_pools(file: pq.ParquetFile) -> tuple[Pool, ...]:
-    """The pools of a manifest, in the order of their first rows. Null keys are read as "" (read_manifest refuses them)."""
+    """The pools of a manifest, in the order of their first rows. A null key reads as ""; read_manifest refuses it."""
     names = file.schema_arrow.names
     column = {name: names.index(name) for name in (*KEYS, "score")}
     found: dict[Key, _Gathered] = {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tatar_dist.data.manifest import image_path
 from tatar_dist.records import TASKS
 
 Columns = dict[str, list[Any]]  # column name -> Python values of a batch
@@ -25,15 +25,6 @@ BINS = 50  # of a score histogram, 2 points each
 FEW = 7  # so many distinct scores or fewer are suspicious ...
 FEW_ROWS = 30  # ... in a pool of at least so many rows
 NARROW = 10.0  # points; a tenth of the scale
-
-
-def resolved(root: Path, name: str) -> Path | None:
-    """The file of an `image` column; None when the name leads outside `root`, by `..` or as an absolute path.
-
-    Links inside may lead elsewhere: the user made those, whereas the name comes with the file.
-    """
-    target = os.path.normpath(root / name)
-    return Path(target) if not os.path.isabs(name) and Path(target).is_relative_to(root) else None
 
 
 def row_faults(columns: Columns, root: Path) -> Iterator[tuple[int, str, str]]:
@@ -51,7 +42,7 @@ def row_faults(columns: Columns, root: Path) -> Iterator[tuple[int, str, str]]:
     for i, (name, embedded) in enumerate(zip(columns["image"], columns["image_bytes"], strict=True)):
         if not embedded and not name:
             yield i, "no-image", "column image: neither a path nor image_bytes"
-        elif not embedded and resolved(root, name) is None:
+        elif not embedded and image_path(root, name) is None:
             yield i, "outside", f"column image: {name!r} leads outside the image root"
     for name in ("attributes", "meta"):
         for i, text in enumerate(columns[name]):

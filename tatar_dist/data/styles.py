@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tatar_dist.data.distortions import Distortion
-from tatar_dist.data.writing import write_manifest
 from tatar_dist.data.photos import PHOTOS
 from tatar_dist.data.templates import iaa_fast_rationale, iqa_slow_rationale
+from tatar_dist.data.writing import write_manifest
 
 OTHER = {"iqa": "slow", "iaa": "fast"}
 

@@ -25,9 +25,9 @@ import pyarrow.parquet as pq
 
 from tatar_dist.data.comparison import compare
 from tatar_dist.data.images import ImageFacts, inspect_image
-from tatar_dist.data.manifest import SCHEMA
+from tatar_dist.data.manifest import SCHEMA, image_path
 from tatar_dist.data.problem_log import Problem, problem_log
-from tatar_dist.data.row_checks import Columns, PoolFacts, reference_of, resolved, row_faults
+from tatar_dist.data.row_checks import Columns, PoolFacts, reference_of, row_faults
 from tatar_dist.data.validation import Checked, Rows, Validation, batches, open_source
 from tatar_dist.errors import UserError
 
@@ -132,7 +132,7 @@ def _submitted(manifest: Checked, file: pq.ParquetFile, rows: Rows, pool: _Worke
         columns: Columns = {n: table.column(n).to_pylist() for n in SCHEMA.names if n != "image_bytes"}
         columns["image_bytes"] = embedded.is_valid().to_pylist()
         items: list[Item] = [
-            memoryview(embedded[i].as_buffer()) if there else resolved(manifest.root, name) if name else None
+            memoryview(embedded[i].as_buffer()) if there else image_path(manifest.root, name) if name else None
             for i, (there, name) in enumerate(zip(columns["image_bytes"], columns["image"], strict=True))
         ]
         futures = pool.look_at(items)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tatar_dist.data import duplicates
-from tatar_dist.data.manifest import SCHEMA, _check_columns, _stamp
+from tatar_dist.data.manifest import SCHEMA, check_columns, read_stamp
 from tatar_dist.data.problem_log import WARNINGS, ProblemLog
 from tatar_dist.data.row_checks import Key, PoolFacts
 from tatar_dist.errors import UserError
@@ -102,8 +102,8 @@ def open_source(path: Path) -> tuple[pq.ParquetFile, Path]:
         found = {f.name: f.type for f in file.schema_arrow}
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{path}: not a whole Parquet file: {str(e).splitlines()[0]}") from None
-    _check_columns(path, found)
-    stamp = _stamp(path, file)
+    check_columns(path, found)
+    stamp = read_stamp(path, file)
     return file, Path(os.path.abspath(path.parent / ((stamp and stamp.image_root) or "")))
 
 

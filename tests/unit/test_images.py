@@ -293,3 +293,15 @@ def test_any_damage_to_a_picture_is_refused_or_survived_alike(data, draw):
 
 def test_every_format_named_is_one_that_pillow_knows():
     assert set(FORMATS) - {"HEIF"} <= set(Image.OPEN)
+
+
+def test_a_jpeg_whose_end_is_zeros_is_truncated_and_zeros_behind_a_whole_one_do_no_harm():
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "JPEG", quality=90)
+    data = buffer.getvalue()
+    half = data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+    assert inspect_image(half).problem == "truncated"
+    with pytest.raises(UnreadableImage, match="photo 7: .*zeros where its end should be"):
+        decode_image(half, "photo 7")
+    assert inspect_image(data + bytes(100)).problem is None
