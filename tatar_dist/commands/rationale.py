@@ -14,7 +14,9 @@ Manifest = Annotated[Path, typer.Argument(metavar="M.parquet", help="A manifest.
 Written = Annotated[Path, typer.Argument(metavar="R.parquet", help="A manifest with rationales.")]
 Output = Annotated[Path, typer.Option(help="The manifest to write; journal and report lie beside it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of config keys.")]
-Configs = Annotated[list[Path] | None, typer.Option("--config", help="YAML file; may repeat, later files win.")]
+Configs = Annotated[
+    list[Path] | None, typer.Option("--config", help="YAML file; may repeat; default configs/rationale.yaml.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be asked, send nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

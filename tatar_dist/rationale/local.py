@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from io import StringIO
 from itertools import islice
-from typing import Any
 
 from tatar_dist.backbones import family
 from tatar_dist.cluster import Cluster
@@ -24,18 +24,22 @@ from tatar_dist.rationale.journal import Journal
 from tatar_dist.rationale.ledger import Entry, Ledger, journal_line
 from tatar_dist.rationale.questions import Answer, Request, Row
 from tatar_dist.rationale.rows import Rows
-from tatar_dist.records import Group, Prompt, Task
+from tatar_dist.records import Group, Prompt, Sample, Task
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.pool import RolloutPool
 
 CALLS_AHEAD = 4  # rows held in memory with their images: this many full calls of every engine
 
 
+@dataclass(frozen=True)
 class _Asked:
-    """One row on its way through a round."""
+    """One row on its way through a round. `most`: tokens of its prompt and of the longest answer it may get."""
 
-    def __init__(self, entry: Entry, row: Row, request: Request, prompt: Prompt, most: int) -> None:
-        self.entry, self.row, self.request, self.prompt, self.most = entry, row, request, prompt, most
+    entry: Entry
+    row: Row
+    request: Request
+    prompt: Prompt
+    most: int
 
 
 class LocalAsking:
@@ -101,7 +105,7 @@ class LocalAsking:
     def _is_open(self, entry: Entry) -> bool:
         return not self.ledger.is_settled(entry) and entry.failed is None
 
-    def _asked(self, entry: Entry, row: Row, sample: Any) -> _Asked | None:
+    def _asked(self, entry: Entry, row: Row, sample: Sample) -> _Asked | None:
         """The rendered prompt of a row; None, and the row rejected, where it would not fit into the engine."""
         request = self.question.request(row, len(entry.answers))
         content: list[dict[str, str]] = [{"type": "image"}] if request.image else []

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 
@@ -42,20 +43,22 @@ class Rows:
         self.path, self.count = path, min(len(self.manifest), limit or len(self.manifest))
         if not self.count:
             raise UserError(f"{path}: holds no rows")
-        self.tasks: set[Task] = {row.task for row in self}
+        # of all rows, whatever the limit: a journal is continued under a larger one
+        self.tasks: set[Task] = {cast(Task, pool.task) for pool in self.manifest.pools}
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[Row]:
-        """All rows in order, without images."""
+        """The rows in order, without images."""
+        return islice(self._all(), self.count)
+
+    def _all(self) -> Iterator[Row]:
         number = 0
         with pq.ParquetFile(self.path) as file:
             present = [name for name in _COLUMNS if name in file.schema_arrow.names]
             for batch in file.iter_batches(batch_size=4096, columns=present):
                 for values in batch.to_pylist():
-                    if number >= self.count:
-                        return
                     yield Row(
                         number,
                         values["sample_id"],
@@ -68,9 +71,9 @@ class Rows:
                     number += 1
 
     def fingerprint(self, rationales: bool) -> str:
-        """Hash of what is asked about every row, images apart; a journal belongs to one."""
+        """Hash of what is asked about every row of the manifest, images apart; a journal belongs to one."""
         digest = hashlib.blake2b(digest_size=12)
-        for row in self:
+        for row in self._all():
             text = row.rationale if rationales else None
             digest.update(json.dumps([row.sample_id, row.task, row.score, row.attributes, text]).encode() + b"\n")
         return digest.hexdigest()

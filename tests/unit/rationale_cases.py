@@ -1,15 +1,18 @@
 """What the tests of rationale construction share: small manifests, configs, texts that pass."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from tatar_dist.bench.openai_server import FAST, SLOW
+from tatar_dist.bench.openai_server import FAST, SLOW, good_answer
 from tatar_dist.config import load_config
+from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.templates import EIGHT
 from tatar_dist.data.writing import write_manifest
+from tatar_dist.rationale import run as running
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ROOT / "configs" / "rationale_prompts.yaml"
@@ -52,3 +55,39 @@ def endpoint_words(url, **limits):
     quick = {"backoff_s": 0.02, "backoff_max_s": 0.05, "retries": 3, "concurrency": 4, **limits}
     words = [f"rationale.{who}.{key}" for who in ("teacher", "judge") for key in (f"url={url}", f"model={who}-model")]
     return [*words, *(f"rationale.limits.{key}={value}" for key, value in quick.items())]
+
+
+def build(tmp_path, server_or_url, *words, name="build", source=None, **limits):
+    url = getattr(server_or_url, "url", server_or_url)
+    source = source or manifest(tmp_path / "m.parquet")
+    config = build_config(*endpoint_words(url, **limits), *words, output=tmp_path / "r.parquet")
+    return running.run(name, source, config)
+
+
+def written(tmp_path):
+    found = read_manifest(tmp_path / "r.parquet")
+    return [found.row(i) for i in range(len(found))]
+
+
+def rejected(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "r.rejected.jsonl").read_text().splitlines()]
+
+
+def first_then_good(*replies):
+    """Answers the first calls with `replies`, all later ones well."""
+    queue = list(replies)
+
+    def answer(call):
+        return queue.pop(0) if queue else good_answer(call)
+
+    return answer
+
+
+def by_sample(bad, which="iqa-002"):
+    """Answers one sample with `bad(call)`, the others well; the sample is known by its score in the prompt."""
+    score = 20 + int(which[-3:]) * 37 % 60 + 0.25
+
+    def answer(call):
+        return bad(call) if f"{score:.1f}" in json.dumps(call.body["messages"]) else good_answer(call)
+
+    return answer

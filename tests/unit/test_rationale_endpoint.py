@@ -1,55 +1,30 @@
 """An endpoint that misbehaves, over real HTTP: what is tried again, what ends the run, what is kept and said."""
 
+import base64
+import io
 import json
-import re
 import time
 
 import pytest
-from rationale_cases import build_config, endpoint_words, manifest
+from PIL import Image
+from rationale_cases import (
+    build,
+    by_sample,
+    endpoint_words,
+    first_then_good,
+    manifest,
+    png,
+    rejected,
+    rows,
+    written,
+)
 
 from tatar_dist.bench.openai_server import FAST, SLOW, OpenAIServer, Reply, completion, good_answer
 from tatar_dist.cli import main
-from tatar_dist.data.manifest import read_manifest
+from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.rationale import run as running
 
 KEY = "sk-very/secret+0123456789"
-
-
-def build(tmp_path, server_or_url, *words, name="build", source=None, **limits):
-    url = getattr(server_or_url, "url", server_or_url)
-    source = source or manifest(tmp_path / "m.parquet")
-    config = build_config(*endpoint_words(url, **limits), *words, output=tmp_path / "r.parquet")
-    return running.run(name, source, config)
-
-
-def written(tmp_path):
-    found = read_manifest(tmp_path / "r.parquet")
-    return [found.row(i) for i in range(len(found))]
-
-
-def rejected(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "r.rejected.jsonl").read_text().splitlines()]
-
-
-def first_then_good(*replies):
-    """Answers the first calls with `replies`, all later ones well."""
-    queue = list(replies)
-
-    def answer(call):
-        return queue.pop(0) if queue else good_answer(call)
-
-    return answer
-
-
-def by_sample(bad, which="iqa-002"):
-    """Answers one sample with `bad(call)`, the others well; the sample is known by its score in the prompt."""
-    score = 20 + int(which[-3:]) * 37 % 60 + 0.25
-
-    def answer(call):
-        return bad(call) if f"{score:.1f}" in json.dumps(call.body["messages"]) else good_answer(call)
-
-    return answer
 
 
 def test_what_a_teacher_is_sent(tmp_path):
@@ -235,80 +210,7 @@ def test_a_teachers_own_reasoning_is_dropped(tmp_path):
     assert all(r["rationale"] == FAST for r in written(tmp_path))
 
 
-JUDGED = {"visual_fidelity": 4, "score_consistency": 4}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        f"Here are the marks: {json.dumps(JUDGED)}",
-        f"```json\n{json.dumps(JUDGED)}\n```",
-        '{"visual_fidelity": NaN, "score_consistency": 4}',
-        '{"visual_fidelity": 4.0, "score_consistency": 4}',
-        '{"visual_fidelity": true, "score_consistency": 4}',
-        '{"visual_fidelity": "4", "score_consistency": 4}',
-        '{"visual_fidelity": 6, "score_consistency": 4}',
-        '{"visual_fidelity": 4, "visual_fidelity": 4, "score_consistency": 4}',
-        '{"visual_fidelity": 4, "score_consistency": 4, "why": 1}',
-        '{"visual_fidelity": 4, "score_con',
-    ],
-)
-def test_marks_that_are_not_the_schema_reject_the_sample_as_unjudged(tmp_path, text):
-    source = manifest(tmp_path / "m.parquet", rationale=True)
-    with OpenAIServer(by_sample(lambda call: Reply(200, completion(text)))) as server:
-        found = build(tmp_path, server, name="judge", source=source)
-    assert (found["accepted"], found["rejected"]) == (5, 1)
-    lines = rejected(tmp_path)
-    assert [line["attempt"] for line in lines] == [0, 1, 2], "asked again before it is given up"
-    assert {line["reasons"][0]["code"] for line in lines} == {"judge-json"}
-
-
-def test_the_judge_is_held_to_a_schema_and_low_marks_reject(tmp_path):
-    low = Reply(200, completion(json.dumps({**JUDGED, "score_consistency": 2})))
-    source = manifest(tmp_path / "m.parquet", 6, 2, rationale=True)
-    with OpenAIServer(by_sample(lambda call: low)) as server:
-        found = build(tmp_path, server, name="judge", source=source)
-        formats = [c.body["response_format"] for c in server.calls]
-        assert len(server.log) == 8, "a low mark is no reason to ask again"
-        assert all(c.body["temperature"] == 0.0 for c in server.calls)
-    assert {f["type"] for f in formats} == {"json_schema"} and all(f["json_schema"]["strict"] for f in formats)
-    assert (found["accepted"], found["rejected"]) == (7, 1)
-    assert [r["reasons"][0]["code"] for r in rejected(tmp_path)] == ["low-score_consistency"]
-    assert written(tmp_path)[0]["meta"]["judge"]["marks"] == {"visual_fidelity": 4, "score_consistency": 5}
-
-
-def test_an_endpoint_without_json_schema_is_asked_in_words_and_that_is_said_once(tmp_path, capsys):
-    def old(call):
-        if "response_format" in call.body:
-            return Reply(400, {"error": {"message": "unknown parameter: response_format"}})
-        return good_answer(call)
-
-    source = manifest(tmp_path / "m.parquet", rationale=True)
-    with OpenAIServer(old) as server:
-        assert build(tmp_path, server, name="judge", source=source, concurrency=1)["accepted"] == 6
-        assert len(server.log) == 7
-    assert capsys.readouterr().err.count("takes no JSON schema") == 1
-
-
-def test_the_judge_is_not_asked_about_texts_that_fail_the_hard_checks(tmp_path):
-    source = manifest(tmp_path / "m.parquet", 3, rationale=True)
-    found = read_manifest(source)
-    rows = [found.row(i) for i in range(3)]
-    rows[1]["rationale"] = "It is bad."
-    from tatar_dist.data.writing import write_manifest
-
-    write_manifest(source, rows)
-    with OpenAIServer() as server:
-        assert build(tmp_path, server, name="judge", source=source)["accepted"] == 2
-        assert len(server.log) == 2
-    assert "too-short" in {r["code"] for r in rejected(tmp_path)[0]["reasons"]}
-
-
 def test_an_image_that_does_not_decode_is_rejected_without_asking(tmp_path):
-    from rationale_cases import rows
-
-    from tatar_dist.data.writing import write_manifest
-
     listed = list(rows(3))
     listed[1]["image_bytes"] = b"no image"
     write_manifest(tmp_path / "m.parquet", listed)
@@ -319,14 +221,6 @@ def test_an_image_that_does_not_decode_is_rejected_without_asking(tmp_path):
 
 
 def test_large_images_are_made_smaller_before_they_are_sent(tmp_path):
-    import base64
-    import io
-
-    from PIL import Image
-    from rationale_cases import png, rows
-
-    from tatar_dist.data.writing import write_manifest
-
     write_manifest(tmp_path / "m.parquet", [{**next(rows(1)), "image_bytes": png(0, (300, 200))}])
     with OpenAIServer() as server:
         build(tmp_path, server, "rationale.teacher.max_pixels=10000", source=tmp_path / "m.parquet")
@@ -347,28 +241,6 @@ def test_the_key_is_sent_and_stands_nowhere_else_even_when_the_endpoint_echoes_i
     assert len(files) >= 5
     assert all(KEY.encode() not in f.read_bytes() for f in files) and KEY not in out.out + out.err
     assert "[key]" in (tmp_path / "r.journal.jsonl").read_text()
-
-
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [
-        ("rationale.teacher.url=http://me:pass@127.0.0.1:1/v1", "user name or password"),
-        ("rationale.teacher.url=http://127.0.0.1:1/v1?api_key=abcdef", "holds a query"),
-        ("rationale.teacher.url=ftp://127.0.0.1/v1", "http:// or https://"),
-        ("rationale.teacher.api_key_env=sk-abc/def", "never the key itself"),
-        ("rationale.techer.url=x", "did you mean 'rationale.teacher'"),
-        ("rationale.fast.top_p=0", "top_p"),
-        ("rationale.limits.concurrency=0", "at least 1"),
-        ("rationale.limits.budget_tokens=0", "at least 1"),
-        ("rationale.verdict.reject_at=5", "0 to 4"),
-        ("rationale.fast.max_tokens=20", "cannot hold min_words"),
-        ("rationale.judge.timeout_s=nan", "above 0"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused_by_name_and_secrets_in_them_are_not_repeated(word, said):
-    with pytest.raises(UserError, match=re.escape(said)) as e:
-        build_config(word)
-    assert not any(secret in str(e.value) for secret in ("pass@", "abcdef", "sk-abc"))
 
 
 def test_a_missing_key_variable_is_named_before_anything_is_sent(tmp_path, monkeypatch):
@@ -405,10 +277,6 @@ def test_tokens_a_minute_are_held_below_the_limit(tmp_path):
 
 
 def test_iaa_rows_without_attribute_texts_are_rejected_without_asking(tmp_path):
-    from rationale_cases import rows
-
-    from tatar_dist.data.writing import write_manifest
-
     write_manifest(tmp_path / "m.parquet", [{**r, "attributes": None} for r in rows(2, "iaa")])
     with OpenAIServer() as server:
         assert build(tmp_path, server, source=tmp_path / "m.parquet")["rejected"] == 2
@@ -420,28 +288,3 @@ def test_slow_texts_go_through_the_attributes_and_are_accepted(tmp_path):
     with OpenAIServer() as server:
         assert build(tmp_path, server, source=manifest(tmp_path / "m.parquet", 0, 3))["accepted"] == 3
     assert all(r["rationale"] == SLOW for r in written(tmp_path))
-
-
-def test_a_dry_run_shows_a_prompt_of_each_task_and_sends_and_writes_nothing(tmp_path, capsys):
-    source = manifest(tmp_path / "m.parquet", 2, 2)
-    with OpenAIServer() as server:
-        words = ["rationale", "build", str(source), "--output", f"{tmp_path}/r.parquet", *endpoint_words(server.url)]
-        assert main([*words, "--dry-run", "--json"]) == 0
-        plan = json.loads(capsys.readouterr().out)
-        assert main([*words, "--dry-run"]) == 0
-        assert not server.log
-    assert {t: p["asked"] for t, p in plan["tasks"].items()} == {"iqa": 2, "iaa": 2}
-    assert "0 is ugly" in plan["tasks"]["iaa"]["prompt"]["user"] and plan["tasks"]["iqa"]["endpoint"] == server.url
-    assert "nothing is sent" in capsys.readouterr().out
-    assert [p.name for p in tmp_path.iterdir()] == ["m.parquet"]
-
-
-def test_json_output_is_the_summary(tmp_path, capsys):
-    source = manifest(tmp_path / "m.parquet", 2)
-    with OpenAIServer() as server:
-        words = ["rationale", "build", str(source), "--output", f"{tmp_path}/r.parquet", *endpoint_words(server.url)]
-        prices = ["rationale.teacher.prompt_price=2", "rationale.teacher.completion_price=10"]
-        assert main([*words, *prices, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["accepted"] == 2 and found["tasks"]["iqa"]["rejection_rate"] == 0
-    assert found["cost"] == pytest.approx((found["prompt_tokens"] * 2 + found["completion_tokens"] * 10) / 1e6)
