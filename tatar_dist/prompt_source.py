@@ -34,8 +34,8 @@ CHECK_THREADS = 8  # decoding releases the interpreter lock
 def read_manifests(data: DataConfig, split: str) -> list[Manifest]:
     """The manifests of data.SPLIT, relative paths below data.root, each with its rows of that split.
 
-    A manifest without any such row is taken whole for validation and test, and said so: somebody may want to see the
-    metrics of training data. Raises UserError when there is no manifest, or one for training without a train row.
+    A manifest of one other split alone is taken for validation and test, and said so: somebody may want the metrics of
+    training data. Raises UserError when there is no manifest, or one that holds other splits and not this one.
     """
     paths = getattr(data, split)
     if not paths:
@@ -47,10 +47,8 @@ def _of_split(manifest: Manifest, split: str) -> Manifest:
     part, others = manifest.of_split(split), ", ".join(sorted({p.split for p in manifest.pools})) or "no"
     if part.pools or not manifest.pools:
         return part
-    if split == "train":
-        raise UserError(
-            f"{manifest.path}: column split: holds {others} rows only, data.train reads those of split train"
-        )
+    if split == "train" or "," in others:
+        raise UserError(f"{manifest.path}: column split: holds {others} rows only, data.{split} reads {split} rows")
     print(f"tatar-dist: {manifest.path} has no {split} rows: data.{split} takes its {others} rows", file=sys.stderr)
     return manifest
 

@@ -15,6 +15,7 @@ import numpy as np
 
 Task = Literal["iqa", "iaa"]
 TASKS: tuple[Task, Task] = ("iqa", "iaa")
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ MUTATIONS = {
     "import: lower is not flipped": ("data/scores.py", "scale.high - raw if lower_is_better", "raw - scale.low if lower_is_better", IMPORTS),
     "import: range starts at 0": ("data/scores.py", "else raw - scale.low", "else raw", IMPORTS),
     "import: out of range accepted": ("data/scores.py", "outside = ~((raw >= fmt.range.low) & (raw <= fmt.range.high)) & ~np.isnan(raw)", "outside = np.zeros(len(raw), bool)", IMPORTS),
-    "manifest: NaN accepted": ("data/manifest.py", "bad = ~((scores >= 0) & (scores <= 100))", "bad = (scores < 0) | (scores > 100)", ("test_manifest.py",)),
+    "manifest: NaN accepted": ("data/rules.py", "bad = ~((scores >= 0) & (scores <= 100))", "bad = (scores < 0) | (scores > 100)", ("test_manifest.py",)),
     "manifest: stamp of another file believed": ("data/manifest.py", "(stamp.rows, stamp.groups) == (sum(sizes), groups_checksum(sizes))", "True", SAMPLER),
     "manifest: paths may leave the root": ("data/manifest.py", "if not os.path.isabs(name) and Path(target).is_relative_to(root) else None", "if not os.path.isabs(name) else None", ("test_manifest.py",)),
     "writer: pools mixed in a group": ("data/writing.py", "for key, part in _by_pool(table):", "for key, part in [(('', '', ''), table)]:", SAMPLER),

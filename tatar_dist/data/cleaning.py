@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from tatar_dist.data import duplicates
-from tatar_dist.data.manifest import SCHEMA
+from tatar_dist.data.schema import SCHEMA
 from tatar_dist.data.validation import Validation, batches, open_source
 from tatar_dist.data.writing import ManifestWriter
 from tatar_dist.errors import UserError

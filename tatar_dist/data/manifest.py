@@ -8,75 +8,40 @@ is a `UserError` that names file, row and column.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tatar_dist.data.images import UnreadableImage
 from tatar_dist.data.orders import WINDOW
 from tatar_dist.data.pools import Pool, index_pools
+from tatar_dist.data.rules import IdCheck, check_columns, check_pool, check_table
+from tatar_dist.data.schema import REQUIRED, SCHEMA, Stamp, groups_checksum, read_stamp
 from tatar_dist.errors import UserError
-from tatar_dist.records import TASKS, Sample
+from tatar_dist.records import Sample
 
-VERSION = 1
-STAMP = b"tatar_dist.manifest"  # the footer's key under which `write_manifest` leaves a `Stamp`
-SCHEMA = pa.schema(
-    [
-        pa.field("sample_id", pa.string()),
-        pa.field("dataset", pa.string()),
-        pa.field("task", pa.string()),
-        pa.field("image", pa.string()),
-        pa.field("image_bytes", pa.binary()),
-        pa.field("score", pa.float64()),
-        pa.field("score_raw", pa.float64()),
-        pa.field("score_std", pa.float64()),
-        pa.field("split", pa.string()),
-        pa.field("rationale", pa.string()),
-        pa.field("attributes", pa.string()),  # JSON object: attribute name -> text
-        pa.field("meta", pa.string()),  # JSON object
-    ]
-)
-REQUIRED = ("sample_id", "dataset", "task", "score", "split")
 # Larger files that bear the stamp of the writer, which checked every row, are not read again as a whole at every start.
 TRUSTED_ROWS = 200_000
-# Row groups kept once read. Embedded pictures: WINDOW groups at the writer's limit, through which a sampler walks.
-CACHE_BYTES = {True: WINDOW * (64 << 20), False: 32 << 20}
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """What the writer leaves in the footer. `groups`: checksum of the row groups' sizes, so that a file cut or merged
-    by another program does not pass for checked."""
-
-    version: int
-    rows: int
-    groups: int
-    image_root: str | None
-
-    def to_json(self) -> bytes:
-        return json.dumps(self.__dict__, sort_keys=True).encode()
-
-
-def groups_checksum(sizes: Sequence[int]) -> int:
-    return zlib.crc32(np.asarray(sizes, "<i8").tobytes())
+# Row groups kept once read: with pictures in them WINDOW groups of every pool, through which samplers walk at a time.
+GROUP_BYTES = 16 << 20  # of a group, as the writer makes them
+CACHE_BYTES = 32 << 20  # of groups without pictures
 
 
 class Manifest:
     """A checked manifest: `len`, `pools`, `get(i)` for a whole sample, `tables(columns)` for a stream.
 
     Attributes: `path`; `pools` (its rows by data set, task and split); `image_root` (where image paths start);
-    `embedded` (whether images lie in the rows). Pickles (open file and cache stay behind), so that Ray may carry it.
+    `embedded` (whether images lie in the rows); `fingerprint` (equal for equal files, from the footer).
+    Pickles (open file and cache stay behind), so that Ray may carry it.
     """
 
     def __init__(
@@ -87,8 +52,10 @@ class Manifest:
         columns: tuple[str, ...],
         image_root: Path,
         embedded: bool,
+        fingerprint: str,
     ) -> None:
         self.path, self.pools, self.image_root, self.embedded = path, pools, image_root, embedded
+        self.fingerprint = fingerprint
         self.starts = np.concatenate([[0], np.cumsum(group_sizes)]).astype(np.int64)  # first row of each row group
         self._columns = columns
         self._file: pq.ParquetFile | None = None
@@ -130,7 +97,8 @@ class Manifest:
             self._file = pq.ParquetFile(self.path)
         table = self._file.read_row_group(g, columns=list(self._columns))
         self._cache[g] = table
-        while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > CACHE_BYTES[self.embedded]:
+        most = (WINDOW + 1) * GROUP_BYTES * len(self.pools) if self.embedded else CACHE_BYTES
+        while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > most:
             self._cache.popitem(last=False)
         return table
 
@@ -139,7 +107,10 @@ class Manifest:
         if not 0 <= i < len(self):
             raise IndexError(f"{self.path}: row {i} of {len(self)}")
         g = self.group_of(i)
-        values = self._group(g).slice(i - int(self.starts[g]), 1).to_pylist()[0]
+        try:
+            values = self._group(g).slice(i - int(self.starts[g]), 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            raise UserError(f"{self.path}: row {i}: a text column is not UTF-8") from None
         row = {name: values.get(name) for name in SCHEMA.names}
         for name in ("attributes", "meta"):
             row[name] = self._parse(row[name], i, name)
@@ -150,7 +121,7 @@ class Manifest:
             return {}
         try:
             value = json.loads(text)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{self.path}: row {i}, column {column}: not JSON: {e}") from None
         if not isinstance(value, dict):
             raise UserError(f"{self.path}: row {i}, column {column}: must be a JSON object")
@@ -194,6 +165,8 @@ class Manifest:
         if target is None:
             raise UserError(f"{where}: {name!r} leads outside {self.image_root}")
         try:
+            if not target.is_file() and target.exists():  # reading a pipe would wait for ever
+                raise UnreadableImage(f"{where}: {name!r} is no file")
             return target.read_bytes()
         except (OSError, ValueError) as e:  # ValueError: a NUL in the name
             raise UnreadableImage(f"{where}: {name!r}: {getattr(e, 'strerror', None) or e}") from None
@@ -224,11 +197,11 @@ def read_manifest(path: str | Path, image_root: str | Path | None = None, check_
         raise UserError(f"{path}: no such manifest")
     try:
         file = pq.ParquetFile(path)
-        found = {f.name: f.type for f in file.schema_arrow}
+        schema = file.schema_arrow
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{path}: not a Parquet file, or half of one: {str(e).splitlines()[0]}") from None
     with file:
-        check_columns(path, found)
+        check_columns(path, schema)
         sizes = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
         stamp = read_stamp(path, file)
         trusted = stamp is not None and (stamp.rows, stamp.groups) == (sum(sizes), groups_checksum(sizes))
@@ -240,24 +213,29 @@ def read_manifest(path: str | Path, image_root: str | Path | None = None, check_
         except (pa.ArrowException, OSError) as e:
             raise UserError(f"{path}: damaged Parquet file: {str(e).splitlines()[0]}") from None
     for pool in pools:
-        _check_values(path, pool.runs[0, 0], pool.task, pool.score_min, pool.score_max)
-    root = Path(image_root) if image_root else path.parent / ((stamp and stamp.image_root) or "")
-    columns = tuple(n for n in SCHEMA.names if n in found)
-    return Manifest(path, pools, sizes, columns, Path(os.path.abspath(root)), embedded)
+        check_pool(path, pool)
+    columns = tuple(n for n in SCHEMA.names if n in schema.names)
+    root = Path(os.path.abspath(image_root)) if image_root else stamped_root(path, stamp)
+    return Manifest(path, pools, sizes, columns, root, embedded, _fingerprint(file))
 
 
-def read_stamp(path: Path, file: pq.ParquetFile) -> Stamp | None:
-    text = (file.metadata.metadata or {}).get(STAMP)
-    if text is None:
-        return None
-    try:
-        values = json.loads(text)
-        version = values["version"]
-        if version <= VERSION:
-            return Stamp(version, values["rows"], values["groups"], values["image_root"])
-    except (ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{path}: damaged stamp in the footer: {e!r}; import the data again") from None
-    raise UserError(f"{path}: manifest version {version}, this tatar_dist reads up to {VERSION}: update it")
+def stamped_root(path: Path, stamp: Stamp | None) -> Path:
+    """Where the image paths of a manifest start, by its stamp: relative to where the file really lies, behind links."""
+    if stamp is None or stamp.image_root is None:
+        return Path(os.path.abspath(path.parent))
+    return Path(os.path.normpath(Path(os.path.realpath(path)).parent / stamp.image_root))
+
+
+def _fingerprint(file: pq.ParquetFile) -> str:
+    """Of the footer: row groups with their sizes and the range of their ids."""
+    digest = hashlib.blake2b(digest_size=12)
+    ids = file.schema_arrow.names.index("sample_id")
+    for g in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(g)
+        found = group.column(ids).statistics
+        ends = (found.min, found.max) if found is not None and found.has_min_max else ()
+        digest.update(repr((group.num_rows, group.total_byte_size, *ends)).encode())
+    return digest.hexdigest()
 
 
 def _is_embedded(file: pq.ParquetFile) -> bool:
@@ -269,37 +247,6 @@ def _is_embedded(file: pq.ParquetFile) -> bool:
     if statistics is not None and statistics.has_null_count:
         return statistics.null_count < file.metadata.row_group(0).num_rows
     return next(file.iter_batches(1, columns=["image_bytes"])).column(0)[0].is_valid
-
-
-def check_columns(path: Path, found: dict[str, pa.DataType]) -> None:
-    for name in REQUIRED:
-        if name not in found:
-            raise UserError(f"{path}: column {name} is missing")
-    if "image" not in found and "image_bytes" not in found:
-        raise UserError(f"{path}: neither column image nor column image_bytes is there")
-    for name in SCHEMA.names:
-        if name in found and not _fits(found[name], SCHEMA.field(name).type):
-            raise UserError(f"{path}: column {name} is {found[name]}, must be {SCHEMA.field(name).type}")
-
-
-def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
-    if pa.types.is_dictionary(found):
-        found = found.value_type
-    if pa.types.is_null(found):
-        return True
-    if pa.types.is_string(wanted):
-        return pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found)
-    if pa.types.is_binary(wanted):
-        return pa.types.is_binary(found) or pa.types.is_large_binary(found) or pa.types.is_binary_view(found)
-    return pa.types.is_floating(found) or pa.types.is_integer(found)
-
-
-def _check_values(path: Path, row: int, task: str, low: float, high: float) -> None:
-    if task not in TASKS:
-        raise UserError(f"{path}: row {row}, column task: {task!r} is neither {TASKS[0]} nor {TASKS[1]}")
-    if not 0 <= low <= high <= 100:
-        bad = high if high > 100 else low
-        raise UserError(f"{path}: data set at row {row}, column score: {bad} is not a number from 0 to 100")
 
 
 def _check_rows(path: Path, file: pq.ParquetFile) -> None:
@@ -317,45 +264,3 @@ def _check_rows(path: Path, file: pq.ParquetFile) -> None:
 
 def _all_ids(file: pq.ParquetFile) -> Iterator[str]:
     return (i for batch in file.iter_batches(columns=["sample_id"]) for i in batch.column(0).to_pylist())
-
-
-def check_table(path: Path, first: int, table: pa.Table, ids: IdCheck) -> None:
-    """Check rows `first` ... of a manifest and note their sample ids. Raises UserError naming row and column."""
-    for name in REQUIRED:
-        column = table.column(name)
-        if column.null_count:
-            row = first + pc.index(column.is_null(), True).as_py()
-            raise UserError(f"{path}: row {row}, column {name}: no value")
-    tasks = table.column("task").cast(pa.string())
-    wrong = pc.invert(pc.is_in(tasks, value_set=pa.array(TASKS)))
-    if pc.any(wrong).as_py():
-        i = pc.index(wrong, True).as_py()
-        _check_values(path, first + i, tasks[i].as_py(), 0, 0)
-    scores = table.column("score").cast(pa.float64()).to_numpy()
-    bad = ~((scores >= 0) & (scores <= 100))  # true for NaN as well
-    if bad.any():
-        i = int(np.argmax(bad))
-        raise UserError(f"{path}: row {first + i}, column score: {scores[i]} is not a number from 0 to 100")
-    ids.add(table.column("sample_id").to_pylist())
-
-
-class IdCheck:
-    """Finds a repeated id among millions: eight bytes each, and a second look only at what may be one."""
-
-    def __init__(self) -> None:
-        self._hashes: list[np.ndarray] = []
-
-    def add(self, ids: Sequence[str]) -> None:
-        self._hashes.append(np.fromiter(map(hash, ids), np.int64, len(ids)))
-
-    def first_repeat(self, again: Callable[[], Iterable[str]]) -> tuple[str, int, int] | None:
-        """(id, its row, the earlier row) of the first id that comes twice; `again()` gives all ids once more."""
-        hashes = np.sort(np.concatenate(self._hashes or [np.zeros(0, np.int64)]))
-        suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-        if not suspects:
-            return None
-        seen: dict[str, int] = {}
-        for row, name in enumerate(again()):
-            if hash(name) in suspects and seen.setdefault(name, row) != row:
-                return name, row, seen[name]
-        return None

@@ -14,7 +14,7 @@ import numpy as np
 
 ROUNDS = 8  # of which blake2b makes all keys at once (64 bytes at most)
 EXACT = 65_536  # up to so many rows (512 KiB) every permutation is equally likely
-WINDOW = 4  # row groups whose rows are mixed; a reader keeps so many open
+WINDOW = 8  # row groups whose rows are mixed; a reader keeps so many open
 
 
 def _round_keys(key: Sequence[object]) -> np.ndarray:

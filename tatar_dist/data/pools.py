@@ -47,6 +47,12 @@ class Pool:
         first, count = self.runs[k]
         return int(first + position - (self._ends[k] - count))
 
+    def rows_before(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) how many of the pool's rows come before each of `rows` (n,) int64 of the manifest."""
+        k = np.searchsorted(self.runs[:, 0], rows, side="right") - 1
+        within = np.minimum(rows - self.runs[k, 0], self.runs[k, 1])
+        return np.where(k < 0, 0, self._ends[k] - self.runs[k, 1] + within)
+
     def __contains__(self, row: object) -> bool:
         assert isinstance(row, int)
         k = int(np.searchsorted(self.runs[:, 0], row, side="right")) - 1
@@ -58,17 +64,19 @@ class Pool:
 
 @dataclass
 class _Gathered:
-    runs: list[tuple[int, int]]
+    """What is known of a pool so far: arrays of runs, lowest and highest score."""
+
+    runs: list[np.ndarray]
     low: float = math.inf
     high: float = -math.inf
 
-    def add(self, first: int, count: int, low: float, high: float) -> None:
-        if self.runs and sum(self.runs[-1]) == first:
-            first, count = self.runs[-1][0], self.runs[-1][1] + count
-            self.runs[-1] = (first, count)
-        else:
-            self.runs.append((first, count))
-        self.low, self.high = min(self.low, low), max(self.high, high)
+    def pool(self, key: Key) -> Pool:
+        runs = np.concatenate(self.runs)
+        first, last = runs[:, 0], runs.sum(axis=1)
+        starts = np.flatnonzero(np.r_[True, first[1:] != last[:-1]])  # runs that touch become one
+        ends = np.r_[starts[1:], len(runs)] - 1
+        merged = np.stack([first[starts], last[ends] - first[starts]], axis=1)
+        return Pool(*key, merged, self.low, self.high)
 
 
 def index_pools(file: pq.ParquetFile) -> tuple[Pool, ...]:
@@ -79,18 +87,19 @@ def index_pools(file: pq.ParquetFile) -> tuple[Pool, ...]:
     first = 0
     for g in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(g)
-        spans = _by_statistics(group, column) or _by_reading(file, g)
-        for key, start, count, low, high in spans:
-            found.setdefault(key, _Gathered([])).add(first + start, count, low, high)
+        for key, runs, low, high in _by_statistics(group, column) or _by_reading(file, g):
+            pool = found.setdefault(key, _Gathered([]))
+            pool.runs.append(runs + np.array([first, 0]))
+            pool.low, pool.high = min(pool.low, low), max(pool.high, high)
         first += group.num_rows
-    return tuple(Pool(*key, np.array(p.runs, np.int64).reshape(-1, 2), p.low, p.high) for key, p in found.items())
+    return tuple(sorted((p.pool(key) for key, p in found.items()), key=lambda p: int(p.runs[0, 0])))
 
 
-_Span = tuple[Key, int, int, float, float]  # key, first row within the group, rows, lowest and highest score
+_Part = tuple[Key, np.ndarray, float, float]  # key, runs (k, 2) within the group, lowest and highest score
 
 
-def _by_statistics(group: Any, column: dict[str, int]) -> list[_Span] | None:
-    """One span for a group that one pool fills, or None when its statistics do not say so."""
+def _by_statistics(group: Any, column: dict[str, int]) -> list[_Part] | None:
+    """The one part of a group that one pool fills, or None when its statistics do not say so."""
     values = []
     for name in KEYS:
         found = group.column(column[name]).statistics
@@ -100,11 +109,12 @@ def _by_statistics(group: Any, column: dict[str, int]) -> list[_Span] | None:
     score = group.column(column["score"]).statistics
     if score is None or not score.has_min_max:
         return None
-    return [((values[0], values[1], values[2]), 0, group.num_rows, float(score.min), float(score.max))]
+    run = np.array([[0, group.num_rows]], np.int64)
+    return [((values[0], values[1], values[2]), run, float(score.min), float(score.max))]
 
 
-def _by_reading(file: pq.ParquetFile, g: int) -> list[_Span]:
-    """The spans of a group that holds several pools, or has no statistics."""
+def _by_reading(file: pq.ParquetFile, g: int) -> list[_Part]:
+    """The parts of a group that holds several pools, or has no statistics."""
     table = file.read_row_group(g, columns=[*KEYS, "score"])
     if not table.num_rows:
         return []
@@ -115,13 +125,14 @@ def _by_reading(file: pq.ParquetFile, g: int) -> list[_Span]:
         encoded = values.dictionary_encode()
         words.append(encoded.dictionary.to_pylist())
         code = code * len(words[-1]) + encoded.indices.to_numpy()
-    score = table.column("score").cast(pa.float64()).to_numpy()
+    score = table.column("score").cast(pa.float64(), safe=False).to_numpy()
     starts = np.concatenate([[0], np.flatnonzero(np.diff(code)) + 1])
-    counts = np.diff(np.append(starts, table.num_rows))
-    low, high = np.fmin.reduceat(score, starts), np.fmax.reduceat(score, starts)
-    spans = []
-    for start, count, lo, hi in zip(starts.tolist(), counts.tolist(), low.tolist(), high.tolist(), strict=True):
-        rest, split = divmod(int(code[start]), len(words[2]))
+    runs = np.stack([starts, np.diff(np.append(starts, table.num_rows))], axis=1)
+    parts: list[_Part] = []
+    for c in np.unique(code).tolist():
+        rest, split = divmod(c, len(words[2]))
         dataset, task = divmod(rest, len(words[1]))
-        spans.append(((words[0][dataset], words[1][task], words[2][split]), start, count, lo, hi))
-    return spans
+        own = score[code == c]
+        low, high = float(np.fmin.reduce(own)), float(np.fmax.reduce(own))
+        parts.append(((words[0][dataset], words[1][task], words[2][split]), runs[code[starts] == c], low, high))
+    return parts

@@ -15,8 +15,9 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from tatar_dist.data.manifest import IdCheck, Manifest
+from tatar_dist.data.manifest import Manifest
 from tatar_dist.data.pools import Pool
+from tatar_dist.data.rules import IdCheck
 from tatar_dist.data.walk import Ref, Walk
 from tatar_dist.errors import UserError
 from tatar_dist.records import TASKS, Sample, Task
@@ -185,16 +186,33 @@ class PromptSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON-able position of every data set."""
-        return {"seed": self.seed, "pools": {w.dataset: w.state_dict() for w in self._walks}}
+        return {
+            "seed": self.seed,
+            "manifests": [m.fingerprint for m in self.manifests],
+            "pools": {w.dataset: w.state_dict() for w in self._walks},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken. Raises UserError when seed or data sets are not the same."""
-        if state["seed"] != self.seed:
-            raise UserError(f"checkpoint's sampler has seed {state['seed']}, this run has {self.seed}")
-        sizes = {name: p["size"] for name, p in state["pools"].items()}
+        """Continue where `state_dict` was taken.
+
+        Raises UserError when seed, manifests (by what is in them, wherever they lie) or data sets are not the same.
+        """
+        try:
+            seed, manifests = state["seed"], state["manifests"]
+            sizes = {name: p["size"] for name, p in state["pools"].items()}
+        except KeyError as e:
+            raise UserError(f"the checkpoint's sampler state has no {e}: it is of another version") from None
+        if seed != self.seed:
+            raise UserError(f"checkpoint's sampler has seed {seed}, this run has {self.seed}")
         mine = {w.dataset: w.rows for w in self._walks}
         if sizes != mine:
             raise UserError(f"checkpoint's sampler walked data sets {sizes}, this run has {mine}")
+        for k, (then, manifest) in enumerate(zip(manifests, self.manifests, strict=False)):
+            if then != manifest.fingerprint:
+                raise UserError(
+                    f"{manifest.path}: manifest {k + 1} of data.train is not what the checkpoint was made with: give "
+                    "the same files in the same order, or train into another directory"
+                )
         for walk in self._walks:
             walk.load_state_dict(state["pools"][walk.dataset])
 

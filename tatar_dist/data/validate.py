@@ -25,9 +25,10 @@ import pyarrow.parquet as pq
 
 from tatar_dist.data.comparison import compare
 from tatar_dist.data.images import ImageFacts, inspect_image
-from tatar_dist.data.manifest import SCHEMA, image_path
+from tatar_dist.data.manifest import image_path
 from tatar_dist.data.problem_log import Problem, problem_log
 from tatar_dist.data.row_checks import Columns, PoolFacts, reference_of, row_faults
+from tatar_dist.data.schema import SCHEMA
 from tatar_dist.data.validation import Checked, Rows, Validation, batches, open_source
 from tatar_dist.errors import UserError
 

@@ -5,7 +5,6 @@ Unlike `read_manifest`, which refuses a manifest at its first wrong row, this re
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tatar_dist.data import duplicates
-from tatar_dist.data.manifest import SCHEMA, check_columns, read_stamp
+from tatar_dist.data.manifest import stamped_root
 from tatar_dist.data.problem_log import WARNINGS, ProblemLog
 from tatar_dist.data.row_checks import Key, PoolFacts
+from tatar_dist.data.rules import check_columns
+from tatar_dist.data.schema import SCHEMA, read_stamp
 from tatar_dist.errors import UserError
 
 BATCH_BYTES, BATCH_ROWS = 8 << 20, 128
@@ -99,12 +100,11 @@ def open_source(path: Path) -> tuple[pq.ParquetFile, Path]:
     try:
         # Read in pieces: a row group of another program's file may be larger than memory.
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-        found = {f.name: f.type for f in file.schema_arrow}
+        schema = file.schema_arrow
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{path}: not a whole Parquet file: {str(e).splitlines()[0]}") from None
-    check_columns(path, found)
-    stamp = read_stamp(path, file)
-    return file, Path(os.path.abspath(path.parent / ((stamp and stamp.image_root) or "")))
+    check_columns(path, schema)
+    return file, stamped_root(path, read_stamp(path, file))
 
 
 def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:

@@ -141,18 +141,13 @@ class Walk:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken, over the same manifests in the same order."""
         self.epoch, self.position, self.served = state["epoch"], state["position"], state["served"]
         self.put_off = [(m, row) for m, row in state["put_off"]]
         self.excluded = {(m, row) for m, row in state["excluded"]}
 
 
 def _block_sizes(manifest: Manifest, pool: Pool) -> np.ndarray:
-    """(blocks,) rows of the pool in each row group that it touches, in order."""
-    sizes = []
-    for first, count in pool.runs.tolist():
-        while count:
-            end = int(manifest.starts[manifest.group_of(first) + 1])
-            part = min(count, end - first)
-            sizes.append(part)
-            first, count = first + part, count - part
-    return np.array(sizes, np.int64)
+    """(blocks,) rows of the pool in each row group that holds any, in order."""
+    sizes = np.diff(pool.rows_before(manifest.starts))
+    return sizes[sizes > 0]

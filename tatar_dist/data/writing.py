@@ -1,7 +1,7 @@
 """Writing manifests: rows or Arrow tables in, one Parquet file out, whole or not at all.
 
 Row groups hold one pool each (data set, task, split), so that a reader finds its pools in the footer; they hold at
-most `GROUP_ROWS` rows (`EMBEDDED_ROWS` with pictures in them) and `GROUP_BYTES` bytes, which is what reading one
+most `GROUP_ROWS` rows (`EMBEDDED_ROWS` with pictures in them) and about `GROUP_BYTES` bytes, which is what reading one
 random row may cost. Memory is bounded by one unfinished group per pool.
 """
 
@@ -18,13 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tatar_dist.data.manifest import SCHEMA, STAMP, VERSION, IdCheck, Stamp, check_table, groups_checksum
+from tatar_dist.data.manifest import GROUP_BYTES
 from tatar_dist.data.pools import KEYS, Key
+from tatar_dist.data.rules import IdCheck, check_table
+from tatar_dist.data.schema import SCHEMA, STAMP, VERSION, Stamp, groups_checksum
 from tatar_dist.errors import UserError
 
 GROUP_ROWS = 2048  # 10 million rows: a footer of 6 MB, read in 0.1 s; a row costs a millisecond or two
 EMBEDDED_ROWS = 256
-GROUP_BYTES = 64 << 20
 BATCH, BATCH_BYTES = 1024, 16 << 20  # dict rows that become one table
 
 
@@ -99,16 +100,22 @@ class ManifestWriter:
             rest = pa.concat_tables(tables)
             if len(rest):
                 self._flush(rest)
-        root = None
-        if self._root is not None:
-            root = os.path.relpath(os.path.abspath(self._root), os.path.abspath(self.path.parent))
-        stamp = Stamp(VERSION, self.rows, groups_checksum(self._sizes), root)
+        stamp = Stamp(VERSION, self.rows, groups_checksum(self._sizes), self._relative_root())
         self._writer.add_key_value_metadata({STAMP.decode(): stamp.to_json().decode()})
         self._writer.close()
         self._check_ids()
         with self._beside.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(self._beside, self.path)
+
+    def _relative_root(self) -> str | None:
+        """The image root as the stamp names it: below the manifest as it is called, else from where both really lie."""
+        if self._root is None:
+            return None
+        root, home = os.path.abspath(self._root), os.path.abspath(self.path.parent)
+        if Path(root).is_relative_to(home):
+            return os.path.relpath(root, home)
+        return os.path.relpath(os.path.realpath(root), os.path.realpath(home))
 
     def _check_ids(self) -> None:
         def again() -> Iterator[str]:

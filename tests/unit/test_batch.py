@@ -19,7 +19,7 @@ from PIL import Image  # noqa: E402
 
 from tatar_dist.backbones import family  # noqa: E402
 from tatar_dist.config import load_config  # noqa: E402
-from tatar_dist.data.manifest import UnreadableImage  # noqa: E402
+from tatar_dist.data.images import UnreadableImage  # noqa: E402
 from tatar_dist.learner.batch import Collator, MicroBatch, PromptMismatch  # noqa: E402
 from tatar_dist.learner.model import PolicyModel, TokenLogprobs  # noqa: E402
 from tatar_dist.records import LearnerRow  # noqa: E402

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from tatar_dist.data.images import UnreadableImage, decode_image
-from tatar_dist.data.manifest import SCHEMA, read_manifest
+from tatar_dist.data.manifest import read_manifest
+from tatar_dist.data.schema import SCHEMA
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
 

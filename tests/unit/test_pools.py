@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tatar_dist.data import manifest as manifests
-from tatar_dist.data.manifest import STAMP, read_manifest
+from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.sampler import PromptSampler, shard
+from tatar_dist.data.schema import STAMP
 from tatar_dist.data.writing import ManifestWriter, write_manifest, write_table
 from tatar_dist.errors import UserError
 

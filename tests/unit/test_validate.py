@@ -22,7 +22,8 @@ from PIL import Image
 from tatar_dist.cli import main
 from tatar_dist.data.cleaning import clean
 from tatar_dist.data.duplicates import DUPLICATE, KEEP
-from tatar_dist.data.manifest import SCHEMA, read_manifest
+from tatar_dist.data.manifest import read_manifest
+from tatar_dist.data.schema import SCHEMA
 from tatar_dist.data.validate import validate
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError

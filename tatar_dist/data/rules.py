@@ -1,0 +1,117 @@
+"""The rules that every row of a manifest obeys: pure functions on Arrow tables, for its reader and its writer alike.
+
+In: a schema, a pool or a table of consecutive rows. Out: nothing, or a `UserError` that names file, row and column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tatar_dist.data.pools import Pool
+from tatar_dist.data.schema import REQUIRED, SCHEMA
+from tatar_dist.errors import UserError
+from tatar_dist.records import SPLITS, TASKS
+
+
+def check_columns(path: Path, schema: pa.Schema) -> None:
+    """Raise UserError for a column that is missing, there twice, or of another type than SCHEMA's."""
+    found = {field.name: field.type for field in schema}
+    for name in SCHEMA.names:
+        if schema.names.count(name) > 1:
+            raise UserError(f"{path}: column {name} is there {schema.names.count(name)} times")
+    for name in REQUIRED:
+        if name not in found:
+            raise UserError(f"{path}: column {name} is missing")
+    if "image" not in found and "image_bytes" not in found:
+        raise UserError(f"{path}: neither column image nor column image_bytes is there")
+    for name in SCHEMA.names:
+        if name in found and not _fits(found[name], SCHEMA.field(name).type):
+            raise UserError(f"{path}: column {name} is {found[name]}, must be {SCHEMA.field(name).type}")
+
+
+def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if pa.types.is_null(found):
+        return True
+    if pa.types.is_string(wanted):
+        return pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found)
+    if pa.types.is_binary(wanted):
+        return pa.types.is_binary(found) or pa.types.is_large_binary(found) or pa.types.is_binary_view(found)
+    return pa.types.is_floating(found) or pa.types.is_integer(found)
+
+
+def check_pool(path: Path, pool: Pool) -> None:
+    """What the statistics of a pool can show to be wrong."""
+    _check_keys(path, int(pool.runs[0, 0]), pool.dataset, pool.task, pool.split)
+    if not 0 <= pool.score_min <= pool.score_max <= 100:
+        bad = pool.score_max if pool.score_max > 100 else pool.score_min
+        raise UserError(f"{path}: data set {pool.dataset!r}, column score: {bad} is not a number from 0 to 100")
+
+
+def _check_keys(path: Path, row: int, dataset: str, task: str, split: str) -> None:
+    if not dataset:
+        raise UserError(f"{path}: row {row}, column dataset: is empty")
+    if task not in TASKS:
+        raise UserError(f"{path}: row {row}, column task: {task!r} is neither {TASKS[0]} nor {TASKS[1]}")
+    if split not in SPLITS:
+        raise UserError(f"{path}: row {row}, column split: {split!r} is none of {', '.join(SPLITS)}")
+
+
+def check_table(path: Path, first: int, table: pa.Table, ids: IdCheck) -> None:
+    """Check rows `first` ... of a manifest and note their sample ids. Raises UserError naming row and column."""
+    try:
+        table.validate(full=True)
+    except pa.ArrowInvalid as e:
+        end = first + len(table) - 1
+        raise UserError(f"{path}: rows {first} to {end}: not UTF-8 text: {str(e).splitlines()[0]}") from None
+    for name in REQUIRED:
+        column = table.column(name)
+        if column.null_count:
+            row = first + pc.index(column.is_null(), True).as_py()
+            raise UserError(f"{path}: row {row}, column {name}: no value")
+    keys = [table.column(name).cast(pa.string()) for name in ("dataset", "task", "split")]
+    wrong = pc.or_(
+        pc.equal(keys[0], ""),
+        pc.invert(pc.and_(pc.is_in(keys[1], value_set=pa.array(TASKS)), pc.is_in(keys[2], value_set=pa.array(SPLITS)))),
+    )
+    if pc.any(wrong).as_py():
+        i = pc.index(wrong, True).as_py()
+        dataset, task, split = (column[i].as_py() for column in keys)
+        _check_keys(path, first + i, dataset, task, split)
+    empty = pc.equal(table.column("sample_id").cast(pa.string()), "")
+    if pc.any(empty).as_py():
+        raise UserError(f"{path}: row {first + pc.index(empty, True).as_py()}, column sample_id: is empty")
+    scores = table.column("score").cast(pa.float64(), safe=False).to_numpy()
+    bad = ~((scores >= 0) & (scores <= 100))  # true for NaN as well
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise UserError(f"{path}: row {first + i}, column score: {scores[i]} is not a number from 0 to 100")
+    ids.add(table.column("sample_id").to_pylist())
+
+
+class IdCheck:
+    """Finds a repeated id among millions: eight bytes each, and a second look only at what may be one."""
+
+    def __init__(self) -> None:
+        self._hashes: list[np.ndarray] = []
+
+    def add(self, ids: Sequence[str]) -> None:
+        self._hashes.append(np.fromiter(map(hash, ids), np.int64, len(ids)))
+
+    def first_repeat(self, again: Callable[[], Iterable[str]]) -> tuple[str, int, int] | None:
+        """(id, its row, the earlier row) of the first id that comes twice; `again()` gives all ids once more."""
+        hashes = np.sort(np.concatenate(self._hashes or [np.zeros(0, np.int64)]))
+        suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+        if not suspects:
+            return None
+        seen: dict[str, int] = {}
+        for row, name in enumerate(again()):
+            if hash(name) in suspects and seen.setdefault(name, row) != row:
+                return name, row, seen[name]
+        return None
