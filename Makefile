@@ -43,7 +43,7 @@ nightly: setup
 	@$(RUN) demo --output runs/nightly --seeds 3 $(ARGS)
 	@$(RUN) probes --output runs/probes --seeds 3 $(ARGS)
 	@.venv/bin/python tests/mutations.py
-	@FUZZ_EXAMPLES=100000 .venv/bin/python -m pytest tests/unit -k fuzz --timeout 3600
+	@FUZZ_EXAMPLES=100000 .venv/bin/python -m pytest --timeout 3600 $$(grep -l FUZZ_EXAMPLES tests/unit/test_*.py)
 	@$(MAKE) bench
 
 bench: setup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 
 import numpy as np
@@ -122,6 +123,9 @@ def test_a_missing_file_and_a_file_that_is_not_parquet_are_named(tmp_path):
         ({"score": None}, "row 1, column score: no value"),
         ({"sample_id": "s0"}, "row 1, column sample_id: 's0' was used in row 0"),
         ({"dataset": None}, "row 1, column dataset: no value"),
+        ({"dataset": ""}, "row 1, column dataset: is empty"),
+        ({"sample_id": ""}, "row 1, column sample_id: is empty"),
+        ({"split": "training"}, "row 1, column split: 'training' is none of train, validation, test"),
     ],
 )
 def test_a_bad_row_is_named_by_file_row_and_column_when_read_and_refused_when_written(tmp_path, changes, message):
@@ -160,6 +164,53 @@ def test_files_of_other_writers_may_lack_optional_columns_and_use_integers(tmp_p
     pq.write_table(table_of(score=[42]), tmp_path / "m.parquet")
     sample = read_manifest(tmp_path / "m.parquet").get(0)
     assert (sample.score, sample.rationale, sample.meta) == (42.0, None, {})
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    table = table_of()
+    pq.write_table(table.append_column("score", table["score"]), tmp_path / "m.parquet")
+    with pytest.raises(UserError, match="m.parquet: column score is there 2 times"):
+        read_manifest(tmp_path / "m.parquet")
+
+
+def test_an_integer_score_too_large_for_a_float_is_a_wrong_score(tmp_path):
+    pq.write_table(table_of(score=[2**62 + 1]), tmp_path / "m.parquet")
+    with pytest.raises(UserError, match="row 0, column score: 4.6.*e.18 is not a number from 0 to 100"):
+        read_manifest(tmp_path / "m.parquet")
+
+
+def bad_text(table: pa.Table, column: str) -> pa.Table:
+    """The table with bytes that are no UTF-8 in a text column, as some programs write them."""
+    values = pa.array([b"\xff\xfe"] * len(table), pa.binary())
+    text = pa.Array.from_buffers(pa.string(), len(table), values.buffers())
+    return table.set_column(table.column_names.index(column), column, text)
+
+
+@pytest.mark.parametrize("column", ["sample_id", "dataset", "split"])
+def test_text_that_is_not_utf_8_is_named(tmp_path, column):
+    pq.write_table(bad_text(table_of(), column), tmp_path / "m.parquet")
+    with pytest.raises(UserError, match="m.parquet: rows 0 to 0: not UTF-8 text"):
+        read_manifest(tmp_path / "m.parquet")
+
+
+def test_a_rationale_that_is_not_utf_8_is_named_by_row(tmp_path):
+    table = table_of().append_column("rationale", pa.array(["x"]))
+    pq.write_table(bad_text(table, "rationale"), tmp_path / "m.parquet")
+    with pytest.raises(UserError, match="m.parquet: row 0: a text column is not UTF-8"):
+        read_manifest(tmp_path / "m.parquet").get(0)
+
+
+def test_a_pipe_in_place_of_a_picture_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    path = written(tmp_path / "m.parquet", [row(0, image_bytes=None, image="pipe.jpg")])
+    with pytest.raises(UnreadableImage, match="'pipe.jpg' is no file"):
+        read_manifest(path).get(0)
+
+
+def test_json_nested_too_deep_is_named(tmp_path):
+    manifest = read_manifest(written(tmp_path / "m.parquet", [row(0, meta="[" * 100_000)]))
+    with pytest.raises(UserError, match="row 0, column meta: not JSON"):
+        manifest.get(0)
 
 
 def test_broken_json_in_meta_is_named(tmp_path):

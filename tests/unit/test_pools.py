@@ -126,6 +126,37 @@ def test_a_stamped_manifest_whose_statistics_show_a_wrong_score_or_task_is_refus
             read_manifest(large)
 
 
+@pytest.mark.parametrize("splits", ["train", "ttvr"])
+def test_batches_from_pictures_in_rows_open_each_row_group_about_once(tmp_path, monkeypatch, splits):
+    """Eight pools in one file, walked in turn; and a foreign file whose rows alternate between splits."""
+    opened: list[int] = []
+    read = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda self, g, **more: opened.append(g) or read(self, g, **more)
+    )
+    names = {"t": "train", "v": "validation", "r": "test"}
+    same = {"image_bytes": b"x" * 50_000, "score": 50.0}
+    table = [
+        {"sample_id": str(i), "dataset": f"set-{i % 8}", "task": ("iqa", "iaa")[i % 2], "split": "train"} | same
+        if splits == "train"
+        else {"sample_id": str(i), "dataset": "a", "task": "iqa", "split": names[splits[i % 4]]} | same
+        for i in range(4096)
+    ]
+    if splits == "train":
+        write_manifest(tmp_path / "m.parquet", table)
+    else:
+        pq.write_table(pa.Table.from_pylist(table), tmp_path / "m.parquet", row_group_size=256)
+    found = read_manifest(tmp_path / "m.parquet").of_split("train")
+    sampler = PromptSampler([found], 0, iqa_fraction=0.5 if splits == "train" else 1.0, ranked=())
+    rows = sum(p.rows for p in found.pools)
+    opened.clear()
+    for _ in range(rows // 16):
+        for m, row in sampler.next_batch(16):
+            sampler.manifests[m].row(row)
+    groups = pq.ParquetFile(tmp_path / "m.parquet").metadata.num_row_groups
+    assert len(opened) <= 1.5 * groups, f"{len(opened)} groups opened for {groups}"
+
+
 def test_a_manifest_of_a_newer_version_is_refused(tmp_path):
     table = rows(3).replace_schema_metadata({STAMP: json.dumps({"version": 99})})
     pq.write_table(table, tmp_path / "m.parquet")
@@ -159,6 +190,19 @@ def test_an_id_that_comes_twice_far_apart_is_found_when_written(tmp_path):
             writer.write(rows(5000))
             writer.write(rows(5000).slice(3, 1))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_are_found_whether_the_manifest_is_named_by_a_link_or_from_inside_the_linked_directory(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "storage").mkdir()
+    (tmp_path / "project" / "pics").mkdir(parents=True)
+    (tmp_path / "project" / "pics" / "0.jpg").write_bytes(b"zero")
+    (tmp_path / "project" / "data").symlink_to(tmp_path / "storage")
+    write_table(tmp_path / "project" / "data" / "m.parquet", rows(1), image_root=tmp_path / "project" / "pics")
+    assert read_manifest(tmp_path / "project" / "data" / "m.parquet").get(0).image == b"zero"
+    monkeypatch.chdir(tmp_path / "project" / "data")
+    assert read_manifest("m.parquet").get(0).image == b"zero"
 
 
 def test_images_are_found_below_the_root_that_the_manifest_names_even_after_both_moved(tmp_path):

@@ -89,6 +89,27 @@ def test_state_of_another_seed_or_other_data_is_refused(both, tmp_path):
         PromptSampler(other, seed=4).load_state_dict(state)
 
 
+def test_state_of_other_files_of_the_same_sizes_or_in_another_order_is_refused(tmp_path):
+    two = [manifest(tmp_path, "iqa", 30), manifest(tmp_path, "iaa", 30)]
+    state = json.loads(json.dumps(PromptSampler(two, seed=4).state_dict()))
+    PromptSampler(two, seed=4).load_state_dict(state)
+    with pytest.raises(UserError, match="set-iaa-iaa.parquet: manifest 1 of data.train is not what the checkpoint"):
+        PromptSampler(two[::-1], seed=4).load_state_dict(state)
+    (tmp_path / "other").mkdir()
+    renamed = manifest(tmp_path / "other", "iaa", 30, text="why not")
+    with pytest.raises(UserError, match="manifest 2 of data.train is not what"):
+        PromptSampler([two[0], renamed], seed=4).load_state_dict(state)
+    del state["manifests"]
+    with pytest.raises(UserError, match="has no 'manifests': it is of another version"):
+        PromptSampler(two, seed=4).load_state_dict(state)
+
+
+def test_a_checkpoint_continues_after_the_manifests_moved(both, tmp_path):
+    state = PromptSampler(both, seed=4).state_dict()
+    moved = [read_manifest(m.path.rename(tmp_path / f"moved-{m.path.name}")) for m in both]
+    PromptSampler(moved, seed=4).load_state_dict(state)
+
+
 def test_excluded_samples_never_come_back(both):
     sampler = PromptSampler(both, seed=5)
     gone = set(sampler.next_batch(8))

@@ -33,6 +33,13 @@ def test_training_refuses_a_manifest_without_training_rows(tmp_path):
         read_manifests(data, "train")
 
 
+@pytest.mark.parametrize("section", ["validation", "test"])
+def test_held_out_sections_never_take_rows_of_a_manifest_that_keeps_others_apart(tmp_path, section):
+    path = written(tmp_path / "m.parquet", "rrt" if section == "validation" else "rrv")
+    with pytest.raises(UserError, match=f"rows only, data.{section} reads {section} rows"):
+        read_manifests(DataConfig(**{section: [path]}), section)
+
+
 def test_a_test_on_training_rows_is_done_and_said(tmp_path, capsys):
     data = DataConfig(test=[written(tmp_path / "m.parquet", "rrr")])
     assert sum(p.rows for p in read_manifests(data, "test")[0].pools) == 3
