@@ -96,16 +96,18 @@ def run(slots: int = SLOTS, latency: float = LATENCY, rounds: int = ROUNDS) -> d
         size = journal.stat().st_size
     assert found["accepted"] == len(log) == n, "every row is asked once and kept"
     arrived = [e["arrived"] for e in log]
+    busy = busy_share(log, slots)
     return {
         "slots": slots,
         "latency_seconds": latency,
         "requests": n,
         "image_bytes": sum(map(len, pictures)) / len(pictures),
-        "busy": busy_share(log, slots),
+        "busy": busy,
         "limit": 1.0,
         "wanted": WANTED,
         "requests_per_second": (n - 1) / (max(arrived) - min(arrived)),
         "seconds": seconds,
+        "idle_seconds_per_request": (1 - busy) * slots * (max(arrived) - min(arrived)) / n,
         "client_cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "fsync_seconds": sync,
         "journal_bytes": size,
@@ -132,12 +134,16 @@ def print_table(found: dict[str, Any]) -> None:
     console.print(
         f"rationale build against {found['slots']} slots of {found['latency_seconds']:g} s: busy "
         f"[bold]{100 * found['busy']:.1f} %[/bold] (limit 100 %, wanted {100 * found['wanted']:.0f} %), {rate:.0f} of "
-        f"at most {ideal:.0f} requests a second"
+        f"at most {ideal:.0f} requests a second",
+        soft_wrap=True,
     )
     cpu = found["client_cpu_seconds"] / found["requests"]
     console.print(
-        f"{found['requests']} requests with images of {found['image_bytes'] / 1e3:.0f} kB; client CPU {1e3 * cpu:.1f} "
-        f"ms a request; one fsync {1e3 * found['fsync_seconds']:.1f} ms, shared by all answers that wait for it"
+        f"{found['requests']} requests with images of {found['image_bytes'] / 1e3:.0f} kB; a slot waits "
+        f"{1e3 * found['idle_seconds_per_request']:.0f} ms for its next question: its answer's fsync "
+        f"({1e3 * found['fsync_seconds']:.1f} ms on this disk now, after the one under way), and the CPU "
+        f"({1e3 * cpu:.1f} ms a request, the server's beside it)",
+        soft_wrap=True,
     )
 
 

@@ -140,7 +140,7 @@ def _complain(ledger: Ledger, found: dict[str, Any], stopped: bool, spent: bool)
             f"rationale.limits.budget_tokens={budget}: {ledger.tokens} tokens are spent and the next request might "
             f"exceed it; {found['not_asked']} rows were not asked; {kept}; with a larger budget {again}"
         )
-    if stopped:
+    if stopped and found["not_asked"]:
         raise Interrupted(f"stopped: {found['not_asked']} rows are left; {kept}; {again}")
     unanswered = sum(t["reasons"].get("no-answer", 0) for t in found["tasks"].values())
     if unanswered:

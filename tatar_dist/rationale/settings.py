@@ -32,7 +32,7 @@ class EndpointConfig:
 class TextConfig:
     """How one kind of text is asked for and what it must be like."""
 
-    url: str = ""  # "" = the teacher's; another endpoint for this kind alone
+    url: str = ""  # "" = the teacher's; another endpoint for this kind alone (cost is reckoned by the teacher's prices)
     api_key_env: str = ""  # of that other endpoint: the teacher's key goes to the teacher's address alone
     model: str = ""  # "" = the teacher's
     image: bool = True

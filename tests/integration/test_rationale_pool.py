@@ -30,6 +30,7 @@ def words(directory: Path) -> list[str]:
         f"rationale.prompts={wording_file(directory)}",
         "rationale.teacher.local=true",
         "rationale.judge.local=true",
+        "rationale.slow.image=false",
         "cluster.gpus_per_node=0",
         "cluster.learners=1",
         "cluster.learner_cpus=0.5",
