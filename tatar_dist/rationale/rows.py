@@ -92,4 +92,7 @@ class Rows:
 
     def get(self, number: int) -> tuple[Row, Sample]:
         """One row with its encoded image. Raises UnreadableImage when the image file cannot be read."""
-        return self.row_of(self.manifest.row(number), number), self.manifest.get(number)
+        values = self.manifest.row(number)  # once: reading a row costs more than the rest
+        row = self.row_of(values, number)
+        image = self.manifest.image(values, number)
+        return row, Sample(row.sample_id, row.dataset, row.task, image, row.score, row.rationale, values["split"])
