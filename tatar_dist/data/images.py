@@ -12,7 +12,8 @@ ourselves, before a pixel is decoded; no state is shared, so threads need no loc
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import IO, cast
@@ -37,9 +38,13 @@ from PIL import (  # noqa: F401
     WebPImagePlugin,
 )
 
-# Width x height. What Pillow refuses by default (it warns from half of that); 716 MB once decoded, and more than
-# the 151 megapixels of the largest cameras.
+# Width x height. What Pillow refuses by default (it warns from half of that), and more than the 151 megapixels of the
+# largest cameras. Memory at the limit, in bytes a pixel (measured on 25 megapixels): Pillow keeps 4 of a colour
+# picture; `decode_image` adds 4 for the RGB picture it returns, and 4 while it turns a transparent one; while it
+# decodes, a codec adds none (JPEG, PNG), 4 (TIFF), 6 (progressive JPEG), 8 (AVIF), 12 (WebP) or 20 (JPEG 2000).
+# `inspect_image` needs 0.7 GB for a JPEG of this size, 1.8 GB for a progressive one, 4.4 GB for JPEG 2000, the worst.
 MAX_PIXELS = 178_956_970
+STRIP = 1 << 20  # pixels of a piece, where a conversion would need a copy of another type
 MAX_ASPECT = 200  # Qwen2.5-VL's processor refuses a longer side of more than 200 times the shorter
 TINY = 28  # pixels; a shorter side below one merged patch of Qwen2.5-VL (2 x 14) is scaled up before it is seen
 
@@ -110,20 +115,25 @@ def decode_image(data: bytes | memoryview, where: str) -> Image.Image:
         raise UnreadableImage(f"{where}: cannot decode image: {_said(e)}") from None
 
 
-def inspect_image(data: bytes | memoryview) -> ImageFacts:
+def inspect_image(
+    data: bytes | memoryview, room: Callable[[int], AbstractContextManager[None]] = lambda pixels: nullcontext()
+) -> ImageFacts:
     """Decode once, completely, and say what the picture is. Raises nothing: what is wrong is in `problem`.
 
-    `problem` is None exactly when `decode_image` succeeds on the same bytes.
+    `problem` is None exactly when `decode_image` succeeds on the same bytes. `room(pixels)` is entered when the header
+    has told the size, before a pixel is decoded, and left when the pixels are gone: it may wait for memory.
     """
     known = ImageFacts()
     try:
-        with _opened(data) as image:
+        with _opened(data) as image, room(image.width * image.height):
             known = ImageFacts(image.format or "", image.mode, image.width, image.height)
             deep = any(";16" in str(tile[3]) for tile in image.tile)  # 16 bits a channel, of which Pillow keeps 8
             image.load()
             orientation = _orientation(image)
-            if image.mode != "RGB":  # not every mode survives this step
-                _upright_rgb(image, 1)
+            if _is_deep(image):
+                _range(image)  # refuses pixels that are no numbers
+            if image.mode != "RGB":  # a corner tells whether the mode can be converted
+                _upright_rgb(image.crop((0, 0, 1, 1)), 1)
             size = image.size[::-1] if orientation in _TRANSPOSED else image.size
             frames = _frames(image, data)
             notes = tuple(_notes(image, deep, orientation, frames))
@@ -224,17 +234,51 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
-    """A loaded picture of any mode -> upright RGB."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_8_bits(image)
-    if image.has_transparency_data:
-        if image.mode == "La":
-            image = image.convert("LA")
-        above = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
+    """A loaded picture of any mode -> upright RGB, a picture of its own."""
+    made = _to_8_bits(image) if _is_deep(image) else image
+    if made.has_transparency_data:
+        made = _on_white(made)
     if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    return image.convert("RGB")
+        made = made.transpose(_UPRIGHT[orientation])
+    return made.convert("RGB") if made is image or made.mode != "RGB" else made
+
+
+def _boxes(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """(left, upper, right, lower) of pieces of at most STRIP pixels that together are the picture."""
+    across = min(image.width, STRIP)
+    down = max(1, STRIP // max(1, across))
+    for y in range(0, image.height, down):
+        for x in range(0, image.width, across):
+            yield x, y, min(x + across, image.width), min(y + down, image.height)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Any mode with transparency -> RGB."""
+    page = Image.new("RGB", image.size)
+    for box in _boxes(image):
+        piece = image.crop(box)
+        above = (piece.convert("LA") if piece.mode == "La" else piece).convert("RGBA")
+        page.paste(Image.alpha_composite(Image.new("RGBA", above.size, "white"), above).convert("RGB"), box)
+    return page
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether its pixels are single numbers of more than 8 bits."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _numbers(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
+    """A piece of a deep picture, (height, width) float64."""
+    return np.asarray(image.crop(box)).astype(np.float64)
+
+
+def _range(image: Image.Image) -> tuple[float, float]:
+    """The least and the greatest value of a deep picture. Raises ValueError when not all are finite."""
+    ends = [(values.min(), values.max()) for values in (_numbers(image, box) for box in _boxes(image))]
+    least, greatest = float(np.min(ends)), float(np.max(ends))  # NaN, if one is anywhere
+    if not np.isfinite([least, greatest]).all():
+        raise ValueError("pixels that are not finite numbers")
+    return least, greatest
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -243,20 +287,21 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     I;16, and I as long as its values fit: 0-65535, divided by 257. F within 0-1: times 255; within 0-255: as it is;
     within 0-65535: divided by 257. Anything else is stretched from its least to its greatest value.
     """
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("pixels that are not finite numbers")
-    least, greatest = float(values.min()), float(values.max())
-    if image.mode == "F" and 0 <= least and greatest <= 255:
-        scaled = values * (255 if greatest <= 1 else 1)
-    elif 0 <= least and greatest <= 65535:
-        scaled = values / 257
-    else:
-        scaled = (values - least) * (255 / max(greatest - least, 1e-300))
+    least, greatest = _range(image)
     key = image.info.get("transparency")  # a value that stands for transparent: white, as below every other picture
-    if isinstance(key, int):
-        scaled[values == key] = 255
-    return Image.fromarray(np.round(scaled).astype(np.uint8))
+    made = Image.new("L", image.size)
+    for box in _boxes(image):
+        values = _numbers(image, box)
+        if image.mode == "F" and 0 <= least and greatest <= 255:
+            scaled = values * (255 if greatest <= 1 else 1)
+        elif 0 <= least and greatest <= 65535:
+            scaled = values / 257
+        else:
+            scaled = (values - least) * (255 / max(greatest - least, 1e-300))
+        if isinstance(key, int):
+            scaled[values == key] = 255
+        made.paste(Image.fromarray(np.round(scaled).astype(np.uint8)), box)
+    return made
 
 
 def _frames(image: ImageFile.ImageFile, data: bytes | memoryview) -> int:

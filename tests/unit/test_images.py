@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import threading
 import warnings
 import zlib
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
+from tatar_dist.data import images
 from tatar_dist.data.images import FORMATS, MAX_PIXELS, UnreadableImage, decode_image, inspect_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of oddities in damaged metadata
@@ -305,3 +309,63 @@ def test_a_jpeg_whose_end_is_zeros_is_truncated_and_zeros_behind_a_whole_one_do_
     with pytest.raises(UnreadableImage, match="photo 7: .*zeros where its end should be"):
         decode_image(half, "photo 7")
     assert inspect_image(data + bytes(100)).problem is None
+
+
+@pytest.mark.parametrize("strip", [1, 7, 100])
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(Image.fromarray(GRADIENT)),
+        encoded(Image.fromarray(np.linspace(-5, 70_000, 60, dtype=np.float32).reshape(6, 10)), "TIFF"),
+        encoded(Image.fromarray(SMOOTH.astype(np.uint8)[..., [0, 1, 2, 1]], "RGBA")),
+        encoded(PHOTO.quantize(8), transparency=1),
+        encoded(PHOTO, transparency=PHOTO.getpixel((5, 5))),
+    ],
+)
+def test_converting_piece_by_piece_changes_no_pixel(data, strip, monkeypatch):
+    whole = pixels(data)
+    monkeypatch.setattr(images, "STRIP", strip)
+    assert np.array_equal(pixels(data), whole)
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from tatar_dist.data import images
+data = Path(sys.argv[2]).read_bytes()
+images.inspect_image(Path(sys.argv[3]).read_bytes())  # the codec and numpy are loaded
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[1] == "inspect":
+    assert images.inspect_image(data).problem is None
+else:
+    images.decode_image(data, "x")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.parametrize("name, depth, colour, channel_bytes", [("16-bit grey", 16, 0, 2), ("transparent", 8, 6, 4)])
+@pytest.mark.parametrize("what, most", [("inspect", 6), ("decode", 11)])
+def test_memory_of_a_large_picture_is_what_the_limit_says(tmp_path, name, depth, colour, channel_bytes, what, most):
+    side = 4000
+    (tmp_path / "large").write_bytes(png(side, side, depth, colour, (b"\0" + bytes(side * channel_bytes)) * side))
+    (tmp_path / "small").write_bytes(png(9, 9, depth, colour, (b"\0" + bytes(9 * channel_bytes)) * 9))
+    words = [sys.executable, "-c", PEAK, what, str(tmp_path / "large"), str(tmp_path / "small")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert int(done.stdout) / side**2 < most  # bytes a pixel
+
+
+def test_inspection_asks_for_room_when_it_knows_the_size_and_gives_it_back():
+    asked: list[int] = []
+
+    @contextmanager
+    def room(size):
+        asked.append(size)
+        try:
+            yield
+        finally:
+            asked.append(-size)
+
+    assert inspect_image(encoded(PHOTO), room).problem is None
+    assert inspect_image(encoded(PHOTO)[:-60], room).problem == "truncated"
+    assert asked == [48 * 64, -48 * 64] * 2
+    assert inspect_image(png(100_000, 100_000, 8, 2, b""), room).problem == "bomb" and len(asked) == 4
