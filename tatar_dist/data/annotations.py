@@ -13,9 +13,11 @@ import csv
 import difflib
 import io
 import json
+import re
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 from tatar_dist.data.registry import BLANK, Dataset, Format
@@ -145,17 +147,18 @@ def _csv(text: str, file: str) -> Rows:
         raise UserError(f"{file}: the file is empty")
     kept = [i for i in range(header_at + 1, len(rows)) if len(rows[i]) > 1 or any(v.strip() for v in rows[i])]
 
-    def where(i: int) -> str:
-        # Walked again only for a message: a quoted value may span lines.
+    def lines() -> list[int]:
         again = csv.reader(io.StringIO(text, newline=""), strict=True)
-        before = 0
-        for k, _ in enumerate(again):
-            if k == kept[i]:
-                break
-            before = again.line_num
-        return f"{file}:{before + 1}"
+        ends = [0, *(again.line_num for _ in again)]  # a quoted value may span lines
+        return [ends[i] + 1 for i in kept]
 
-    return Rows("csv", [name.strip() for name in rows[header_at]], [rows[i] for i in kept], where, {})
+    return Rows("csv", [name.strip() for name in rows[header_at]], [rows[i] for i in kept], _place(file, lines), {})
+
+
+def _place(file: str, lines: Callable[[], list[int]]) -> Callable[[int], str]:
+    """Row -> FILE:LINE. `lines`, of all rows, are counted once and only if a message asks: most files have no fault."""
+    counted = cache(lines)
+    return lambda i: f"{file}:{counted()[i]}"
 
 
 def _plain_text(text: str, file: str, separator: str) -> Rows:
@@ -186,6 +189,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_BETWEEN = re.compile(r"[ \t\r\n,]*")  # the rows of a list
 _BROKEN = (ValueError, RecursionError)  # ValueError also for integers of thousands of digits
 
 
@@ -208,16 +212,16 @@ def _json_list(text: str, file: str) -> Rows:
         if type(row) is not dict:
             _check_object(i, row, bad)
 
-    def where(i: int) -> str:
-        at = text.index("[") + 1
-        for _ in range(i + 1):
-            while text[at] in " \t\r\n,":
-                at += 1
-            start = at
-            at = _DECODER.raw_decode(text, at)[1]
-        return f"{file}:{text.count(chr(10), 0, start) + 1}"
+    def lines() -> list[int]:
+        found, line, counted, at = [], 1, 0, text.index("[") + 1
+        for _ in rows:
+            start = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+            line += text.count("\n", counted, start)
+            found.append(line)
+            counted, at = start, _DECODER.raw_decode(text, start)[1]
+        return found
 
-    return Rows("json", None, rows, where, bad)
+    return Rows("json", None, rows, _place(file, lines), bad)
 
 
 def _json_lines(text: str, file: str) -> Rows:

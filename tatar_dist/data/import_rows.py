@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -47,11 +50,13 @@ class AllRows:
 
     def where(self, row: int) -> str:
         """FILE:LINE of a row."""
-        for file in self.files:
-            if row < len(file):
-                return file.where(row)
-            row -= len(file)
-        raise IndexError(row)
+        k = bisect_right(self._starts, row) - 1
+        return self.files[k].where(row - self._starts[k])
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The first row of each file; a set may come as hundreds (PIPAL's labels do)."""
+        return list(accumulate(map(len, self.files), initial=0))[:-1]
 
 
 def gather(files: list[Scored]) -> AllRows:
