@@ -42,9 +42,9 @@ def run_import(
     """
     if embed and not check_images:
         raise UserError("--embed reads the images: leave --no-check-images out")
-    beside = output.with_suffix(".dropped.jsonl")
+    beside = _dropped_file(output)
     for given in filter(None, (*annotations, attributes, *(Path(s.partition("=")[2]) for s in split_lists))):
-        if given.exists() and given.resolve() in (output.resolve(), beside.resolve()):
+        if os.path.realpath(given) in (os.path.realpath(output), os.path.realpath(beside)):
             raise UserError(f"--output {output}: would overwrite {given}, which is read; name another file")
     for each in split_lists:
         if "=" not in each:
@@ -67,6 +67,20 @@ def run_import(
         raise UserError(f"--output {output}: cannot write: {e.strerror or e}") from None
     where = {"manifest": str(output), "dropped_file": str(beside) if made.dropped else None, "embedded": embed}
     return where | made.report
+
+
+def _dropped_file(output: Path) -> Path:
+    """The list of dropped rows beside `output`. Raises UserError if either cannot be a file, before hours are lost."""
+    if not output.name or os.path.isdir(output):
+        raise UserError(f"--output {output}: is a directory; name the manifest, a Parquet file")
+    beside = output.with_suffix(".dropped.jsonl")
+    for path in (output, beside):
+        if os.path.exists(path) and not os.path.isfile(path):  # a device would be replaced by the file
+            raise UserError(f"--output {output}: {path} is there and no file; name another")
+    above = next(parent for parent in output.absolute().parents if os.path.lexists(parent))
+    if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"--output {output}: cannot write into {above}")
+    return beside
 
 
 def _read(path: Path, option: str) -> bytes:

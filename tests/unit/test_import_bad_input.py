@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from datetime import date
 from pathlib import Path
 
@@ -202,6 +203,32 @@ def test_images_are_found_by_exact_name_and_near_misses_are_named(tmp_path):
     assert "F:3: image 'one/d.jpg' is already in F:2" in refused(HEAD + b"d.jpg,3\none/d.jpg,3\n", folder=folder)
 
 
+def test_only_files_are_images(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    (tmp_path / "sub").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for link, end in (("b.jpg", "a.jpg"), ("c.jpg", "gone.jpg"), ("sub/d.jpg", "d.jpg"), ("e.jpg", "pipe.jpg")):
+        (tmp_path / link).symlink_to(end)
+    folder = ImageFolder(tmp_path)
+    rows = HEAD + b"".join(f"{name},3\n".encode() for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "pipe.jpg"))
+    made = read(rows, folder=folder, drop_bad=True)
+    assert made.table["image"].to_pylist() == ["a.jpg", "b.jpg"]
+    assert made.report["dropped"] == {"broken link": 2, "pipe, socket or device": 2}
+    assert "F:2: image 'sub/d.jpg' is a broken link" in refused(HEAD + b"d.jpg,3\n", folder=folder)
+
+
+@pytest.mark.parametrize("blank", ["\u00a0", "\u3000", "\u202f", "é", "\ue000"])
+def test_names_with_any_visible_or_blank_character_are_names(blank):
+    name = f"Screenshot 10.15{blank}AM.png"
+    assert read(f"image,score\n{name},3\n".encode()).table["image"].to_pylist() == [name]
+
+
+@pytest.mark.parametrize("unseen", ["\x07", "\x7f", "\u200b", "\u202e", "\u2028"])
+def test_names_with_unseen_characters_are_refused_and_shown_escaped(unseen):
+    line = refused(f"image,score\na{unseen}b.png,3\n".encode())
+    assert "has a character that does not print" in line and unseen not in line
+
+
 def run(tmp_path, data, *options, name="tad66k"):
     (tmp_path / "F.csv").write_bytes(data)
     out = tmp_path / "out" / "m.parquet"
@@ -276,6 +303,26 @@ def test_no_input_is_overwritten_by_the_output(tmp_path, capsys):
     command = ["data", "import", "tad66k", "--annotations", str(file), "--images", str(tmp_path), "--no-check-images"]
     assert main([*command, "--output", str(file)]) == 2
     assert "would overwrite" in capsys.readouterr().err and file.read_bytes() == HEAD + b"a.jpg,3\n"
+
+
+@pytest.mark.parametrize("output", [".", "", "/", "..", "held", "pipe", "file/m.parquet", "m.parquet"])
+def test_an_output_that_cannot_be_a_file_is_refused_before_the_work(output, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "held").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "m.dropped.jsonl").mkdir()
+    command = ["data", "import", "tad66k", "--annotations", "not read yet", "--images", ".", "--no-check-images"]
+    assert main([*command, "--output", output]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("tatar-dist: --output ") and len(line.splitlines()) == 1
+
+
+def test_a_name_longer_than_a_file_may_have_is_one_line(tmp_path, capsys):
+    command = ["data", "import", "tad66k", "--annotations", "a" * 300, "--output", str(tmp_path / "m.parquet")]
+    assert main([*command, "--images", str(tmp_path)]) == 2
+    assert main([*command[:3], "--annotations", __file__, *command[5:], "--images", "b" * 300]) == 2
+    assert "--images " + "b" * 300 + ": no such directory" in capsys.readouterr().err
 
 
 def test_an_unknown_set_names_the_nearest(tmp_path, capsys):
