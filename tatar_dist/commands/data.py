@@ -32,8 +32,10 @@ def demo(
     Example: [bold]tatar-dist data demo --output data/demo --seed 0[/bold]
     """
     from tatar_dist.data.demo import make_demo
+    from tatar_dist.data.whole_files import writing
 
-    counts = make_demo(output, seed=seed, train=train, validation=validation, test=test)
+    with writing(output):
+        counts = make_demo(output, seed=seed, train=train, validation=validation, test=test)
     files = {str(output / f"{name}.parquet"): rows for name, rows in counts.items()}
     print(json.dumps(files) if as_json else "\n".join(f"{rows:6d}  {name}" for name, rows in files.items()))
 
@@ -100,6 +102,11 @@ def sets(registry: Registries = None, as_json: Json = False) -> None:
         print_sets(known)
 
 
+ImageRoot = Annotated[
+    Path | None, typer.Option("--images", metavar="DIR", help="Where image paths start, whatever the manifest says.")
+]
+
+
 @app.command("validate")
 def validate(
     manifests: Annotated[list[Path], typer.Argument(metavar="M.parquet...", help="Leaks are looked for across all.")],
@@ -109,6 +116,7 @@ def validate(
         Path | None,
         typer.Option(metavar="OUT", help="Write what can be used: OUT.parquet, or a directory for several manifests."),
     ] = None,
+    images: ImageRoot = None,
     as_json: Json = False,
 ) -> None:
     """Decode every picture, check every row; duplicates, leaks between splits, score histograms. Exit 2 if unusable.
@@ -117,7 +125,7 @@ def validate(
     """
     from tatar_dist.commands.data_validation import run_validation
 
-    run_validation(manifests, output, workers, clean, as_json)
+    run_validation(manifests, output, workers, clean, images, as_json)
 
 
 @app.command("show")
@@ -127,6 +135,7 @@ def show(
     sort: Annotated[str, typer.Option(help="score (from lowest to highest), random or row.")] = "score",
     dataset: Annotated[str | None, typer.Option(help="Rows of this data set only.")] = None,
     output: Annotated[Path | None, typer.Option(help="The sheet, a PNG; else M.sheet.png beside the manifest.")] = None,
+    images: ImageRoot = None,
     as_json: Json = False,
 ) -> None:
     """What is in a manifest: a table of its pools, and a contact sheet of some pictures.
@@ -135,4 +144,4 @@ def show(
     """
     from tatar_dist.commands.data_validation import run_show
 
-    run_show(manifest, rows, sort, dataset, output, as_json)
+    run_show(manifest, rows, sort, dataset, output, images, as_json)

@@ -20,9 +20,15 @@ from tatar_dist.progress import Progress
 
 
 def run_validation(
-    paths: list[Path], output: Path | None, workers: int | None, clean_to: Path | None, as_json: bool
+    paths: list[Path],
+    output: Path | None,
+    workers: int | None,
+    clean_to: Path | None,
+    images: Path | None,
+    as_json: bool,
 ) -> None:
     """Validate, write reports and clean manifests, print. Raises UserError when something cannot be used or leaks."""
+    _check_directory(images)
     if clean_to is not None:
         clean_paths(paths, clean_to)  # a wrong place is known before hours of decoding
     bar: list[Progress] = []
@@ -39,7 +45,7 @@ def run_validation(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of oddities in metadata; what matters is found and listed
-            found = validate(paths, output, workers, watch)
+            found = validate(paths, output, workers, watch, images)
     finally:
         for each in bar:
             each.__exit__()
@@ -55,13 +61,30 @@ def run_validation(
             dropped = ", ".join(f"{n:,} {why}" for why, n in counts.items() if why != "kept" and n) or "none"
             print(f"clean   {path}: {counts['kept']:,} rows kept, dropped: {dropped}")
     if not found.ok:
-        bad = [s for s, m in zip(summaries, found.manifests, strict=True) if m.log.counts]
-        raise UserError(f"{validation_report.verdict(found)[:-1]}: read {', '.join(map(str, bad))}")
+        bad = [s for s, m in zip(summaries, found.manifests, strict=True) if m.log.counts or not m.rows]
+        hints = dict.fromkeys(said for m in found.manifests if (said := validation_report.hint(m)))
+        said = f"{validation_report.verdict(found)[:-1]}: read {', '.join(map(str, bad))}"
+        raise UserError("; ".join([said, *hints]))
 
 
-def run_show(path: Path, rows: int, sort: str, dataset: str | None, output: Path | None, as_json: bool) -> None:
+def _check_directory(images: Path | None) -> None:
+    if images is not None and not images.is_dir():
+        raise UserError(f"--images {images}: no such directory")
+
+
+def run_show(
+    path: Path,
+    rows: int,
+    sort: str,
+    dataset: str | None,
+    output: Path | None,
+    images: Path | None,
+    as_json: bool,
+) -> None:
     """Pools and a contact sheet of one manifest."""
-    found = contact_sheet.show(path, rows, sort, dataset, output or path.with_name(f"{path.stem}.sheet.png"))
+    _check_directory(images)
+    sheet = output or path.with_name(f"{path.stem}.sheet.png")
+    found = contact_sheet.show(path, rows, sort, dataset, sheet, images)
     if as_json:
         print(json.dumps(found.as_json(), ensure_ascii=False))
         return
@@ -71,7 +94,9 @@ def run_show(path: Path, rows: int, sort: str, dataset: str | None, output: Path
         table.add_column(name, justify="left" if k < 3 else "right", overflow="fold")
     for pool in found.pools:
         row = validation_report.pool_cells(pool)
-        table.add_row(*map(Text, [*row[:5], *row[7:9]]))
+        table.add_row(*(Text(validation_report.printable(cell)) for cell in [*row[:5], *row[7:9]]))
     console.print(Text(f"{path}: {found.rows:,} rows, {found.images}", style="bold"))
     console.print(table)
+    if found.absent == len(found.chosen):
+        print("None of these images is there: name their directory with --images.")
     print(found.sheet)

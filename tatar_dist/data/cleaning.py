@@ -15,6 +15,7 @@ import pyarrow as pa
 from tatar_dist.data import duplicates
 from tatar_dist.data.schema import SCHEMA
 from tatar_dist.data.validation import Validation, batches, open_source
+from tatar_dist.data.whole_files import probe, writing
 from tatar_dist.data.writing import ManifestWriter
 from tatar_dist.errors import UserError
 
@@ -24,9 +25,12 @@ WHY = {"unusable": duplicates.UNUSABLE, "leaked": duplicates.LEAKED, "duplicate"
 def clean_paths(paths: Sequence[Path], out: Path) -> list[Path]:
     """Where each clean manifest goes: `out` itself for one, a file of the same name in directory `out` for several.
 
-    Raises UserError for a place that does not fit, or that would overwrite a manifest which is being read.
+    Raises UserError for a place that does not fit, that cannot be written, or that would overwrite a manifest which is
+    being read.
     """
-    if len(paths) == 1 and not out.is_dir():
+    with writing(out):
+        is_directory = out.is_dir()
+    if len(paths) == 1 and not is_directory:
         found = [out]
     elif out.suffix == ".parquet":
         raise UserError(f"--clean {out}: several manifests are given, name a directory for their clean copies")
@@ -37,20 +41,27 @@ def clean_paths(paths: Sequence[Path], out: Path) -> list[Path]:
             raise UserError(f"--clean {target}: would overwrite {path}, which it is made from; name another place")
     if len(set(found)) < len(found):
         raise UserError(f"--clean {out}: two manifests have the same file name; clean them one at a time")
+    for target in found:
+        probe(target)
     return found
 
 
 def clean(found: Validation, out: Path) -> dict[str, dict[str, int]]:
-    """Write the clean manifests. Returns by file: kept, unusable, leaked, duplicate."""
+    """Write the clean manifests. Returns by file: kept, unusable, leaked, duplicate.
+
+    Raises UserError when of some manifest no row is left, before any is written, or when one cannot be written.
+    """
     counts = {}
-    for manifest, target in zip(found.manifests, clean_paths([m.path for m in found.manifests], out), strict=True):
+    targets = clean_paths([m.path for m in found.manifests], out)
+    for manifest, target in zip(found.manifests, targets, strict=True):
+        if not (found.fate_of(manifest) == duplicates.KEEP).any():
+            raise UserError(f"{manifest.path}: no row is left to write to {target}")
+    for manifest, target in zip(found.manifests, targets, strict=True):
         fate = found.fate_of(manifest)
         keep = fate == duplicates.KEEP
-        if not keep.any():
-            raise UserError(f"{manifest.path}: no row is left to write to {target}")
-        file, root = open_source(manifest.path)
+        file, _ = open_source(manifest.path)
         start = 0
-        with file, ManifestWriter(target, image_root=root) as writer:
+        with file, writing(target), ManifestWriter(target, image_root=manifest.root) as writer:
             for table in batches(file, SCHEMA.names):
                 writer.write(table.filter(pa.array(keep[start : start + len(table)])))
                 start += len(table)

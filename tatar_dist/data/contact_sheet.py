@@ -7,7 +7,6 @@ read only for the rows shown.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,8 +17,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tatar_dist.data.images import UnreadableImage, decode_image
-from tatar_dist.data.manifest import Manifest, read_manifest
+from tatar_dist.data.manifest import Manifest, image_path, read_manifest
 from tatar_dist.data.row_checks import PoolFacts
+from tatar_dist.data.whole_files import probe, written_whole
 from tatar_dist.errors import UserError
 
 SORTS = ("score", "random", "row")
@@ -33,7 +33,10 @@ TASK_INK = {"iqa": "#2f6f94", "iaa": "#a9701f"}
 
 @dataclass(frozen=True)
 class Shown:
-    """What `show` found. `images`: in words, where the pictures lie. `chosen`: the rows on the sheet."""
+    """What `show` found. `images`: in words, where the pictures lie. `chosen`: the rows on the sheet.
+
+    absent: how many of those name a picture file that is not there.
+    """
 
     path: Path
     rows: int
@@ -41,33 +44,47 @@ class Shown:
     images: str
     chosen: list[int]
     broken: int
+    absent: int
     sheet: Path
 
     def as_json(self) -> dict[str, Any]:
         texts = {"path": str(self.path), "rows": self.rows, "images": self.images, "sheet": str(self.sheet)}
-        return texts | {"shown": self.chosen, "broken": self.broken, "pools": [p.as_json() for p in self.pools]}
+        numbers = {"shown": self.chosen, "broken": self.broken, "absent": self.absent}
+        return texts | numbers | {"pools": [p.as_json() for p in self.pools]}
 
 
-def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path) -> Shown:
-    """Look through a manifest and draw `n` of its rows.
+def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path, image_root: Path | None = None) -> Shown:
+    """Look through a manifest and draw `n` of its rows. image_root: where image paths start, whatever the file says.
 
-    Raises UserError for an unknown `sort`, a `dataset` that is not there, a manifest without rows, or a wrong one.
+    Raises UserError for an unknown `sort`, a `dataset` that is not there, a manifest without rows, or a wrong one, and
+    for a sheet that cannot be written.
     """
     if sort not in SORTS:
         raise UserError(f"--sort {sort}: must be one of {', '.join(SORTS)}")
-    manifest = read_manifest(path)
-    pools, rows, scores = _survey(manifest, dataset)
+    probe(sheet)
+    manifest = read_manifest(path, image_root)
+    try:
+        pools, rows, scores = _survey(manifest, dataset)
+    except UnicodeDecodeError:  # in a column that reading did not look at
+        raise UserError(f"{path}: text that is not UTF-8: tatar-dist data validate {path} names the rows") from None
     if not len(rows):
         there = ", ".join(sorted({p.dataset for p in manifest.pools}))
         raise UserError(f"{path}: " + (f"no row of data set {dataset!r}; it has {there}" if there else "has no rows"))
     chosen = chosen_rows(rows, scores, n, sort)
     page, broken = drawn_sheet(manifest, chosen, f"{len(chosen)} of {len(rows):,} rows, {_ORDER[sort]}")
-    sheet.parent.mkdir(parents=True, exist_ok=True)
-    beside = sheet.with_name(f".{sheet.name}.{os.getpid()}.tmp")
-    page.save(beside, "PNG")
-    os.replace(beside, sheet)
+    with written_whole(sheet) as place:
+        page.save(place, "PNG")
     where = "pictures in the rows" if manifest.embedded else f"pictures in {manifest.image_root}"
-    return Shown(path, len(manifest), pools, where, chosen, broken, sheet)
+    absent = sum(_is_absent(manifest, manifest.row(i)) for i in chosen) if broken else 0
+    return Shown(path, len(manifest), pools, where, chosen, broken, absent, sheet)
+
+
+def _is_absent(manifest: Manifest, row: dict[str, Any]) -> bool:
+    """Whether a row names a file inside the image root that is not there."""
+    if row["image_bytes"] is not None or not row["image"]:
+        return False
+    place = image_path(manifest.image_root, row["image"])
+    return place is not None and not place.is_file()
 
 
 _ORDER = {"score": "from the lowest score to the highest", "random": "at random", "row": "in the order of the file"}

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from tatar_dist.data.row_checks import Key
+from tatar_dist.records import SPLITS
 
 KEEP, UNUSABLE, LEAKED, DUPLICATE = range(4)  # a row's fate in a clean manifest
-# The more protected side of a leak keeps its rows. A split of another name counts as held out.
-_PROTECTION = {"train": 0, "validation": 1, "val": 1}
 
 
 @dataclass(frozen=True)
 class Likeness:
     """Rows, ascending, that share a picture or a reference.
 
-    leaks: they lie in two splits or more; the rows outside the `protected` split are those that leak.
+    leaks: they lie in two splits or more; the rows outside the `protected` split, the last of SPLITS, are those that
+        leak.
     """
 
     rows: tuple[int, ...]
@@ -52,6 +52,7 @@ def likenesses(
 ) -> list[Likeness]:
     """Groups of equal keys, each with whether it leaks. pool: (n,) int32, the row's place in `pools`.
 
+    Rows of a split that is none of SPLITS must not be `present`: which side of a leak is held out is not known of them.
     leaks_only: leave out the rest, which for references is the normal case and as large as the data set.
     """
     found = []
@@ -59,7 +60,7 @@ def likenesses(
         splits = {pools[p][2] for p in np.unique(pool[group])}
         if leaks_only and len(splits) == 1:
             continue
-        protected = max(splits, key=lambda s: (_PROTECTION.get(s, 2), s))
+        protected = max(splits, key=SPLITS.index)
         found.append(Likeness(tuple(group.tolist()), len(splits) > 1, protected))
     return found
 

@@ -10,17 +10,22 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
+
+from tatar_dist.data.whole_files import beside, probe, writing
 
 EXAMPLES = 5  # of each code, for the summary
 
 # code -> what it means, in the order of a summary. An error makes the command end with status 2.
 ERRORS = {
-    "no-value": "a required column is empty",
+    "no-value": "a required column has no value",
+    "empty-key": "the sample_id or the name of the data set is empty",
+    "bad-text": "text that is not UTF-8",
     "bad-task": "the task is neither iqa nor iaa",
+    "bad-split": "the split is none of train, validation and test",
     "bad-score": "the score is not a number from 0 to 100",
     "bad-json": "attributes or meta is not a JSON object",
     "duplicate-id": "the sample_id was used before",
@@ -72,7 +77,8 @@ class ProblemLog:
         if len(kept := self.examples.setdefault(problem.code, [])) < EXAMPLES:
             kept.append(problem)
         line = asdict(problem) | {"level": problem.level}
-        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with writing(self.path):
+            self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def in_order(self) -> Iterator[tuple[str, int, list[Problem]]]:
         """(code, how many, the first few), errors first."""
@@ -81,12 +87,20 @@ class ProblemLog:
 
 @contextmanager
 def problem_log(path: Path) -> Iterator[ProblemLog]:
-    """A log written beside `path` and renamed at the end; what an interrupted run leaves is the file from before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A log written beside `path` and renamed at the end; what an interrupted run leaves is the file from before.
+
+    Raises UserError when it cannot be written, at once where that can be known.
+    """
+    probe(path)
+    with writing(path):
+        place = beside(path)
+        file = place.open("w", encoding="utf-8")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            yield ProblemLog(path, file)
-        os.replace(beside, path)
+        yield ProblemLog(path, file)
+        with writing(path):
+            file.close()
+            os.replace(place, path)
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # of a file that is given up: the disk is full, and that has been said
+            file.close()
+        place.unlink(missing_ok=True)

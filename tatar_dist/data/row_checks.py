@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tatar_dist.data.manifest import image_path
-from tatar_dist.records import TASKS
+from tatar_dist.records import SPLITS, TASKS
 
 Columns = dict[str, list[Any]]  # column name -> Python values of a batch
 Key = tuple[str, str, str]  # dataset, task, split
@@ -25,6 +25,7 @@ BINS = 50  # of a score histogram, 2 points each
 FEW = 7  # so many distinct scores or fewer are suspicious ...
 FEW_ROWS = 30  # ... in a pool of at least so many rows
 NARROW = 10.0  # points; a tenth of the scale
+BROKEN = (ValueError, RecursionError)  # what json.loads raises; the second for text that is nested thousands deep
 
 
 def row_faults(columns: Columns, root: Path) -> Iterator[tuple[int, str, str]]:
@@ -33,9 +34,16 @@ def row_faults(columns: Columns, root: Path) -> Iterator[tuple[int, str, str]]:
         for i, value in enumerate(columns[name]):
             if value is None:
                 yield i, "no-value", f"column {name}: no value"
+    for name in ("sample_id", "dataset"):
+        for i, value in enumerate(columns[name]):
+            if value == "":
+                yield i, "empty-key", f"column {name}: is empty"
     for i, task in enumerate(columns["task"]):
         if task is not None and task not in TASKS:
             yield i, "bad-task", f"column task: {task!r} is neither {' nor '.join(TASKS)}"
+    for i, split in enumerate(columns["split"]):
+        if split is not None and split not in SPLITS:
+            yield i, "bad-split", f"column split: {split!r} must be one of {', '.join(SPLITS)}"
     for i, score in enumerate(columns["score"]):
         if score is not None and not 0 <= score <= 100:  # true for NaN as well
             yield i, "bad-score", f"column score: {score} is not a number from 0 to 100"
@@ -53,7 +61,7 @@ def row_faults(columns: Columns, root: Path) -> Iterator[tuple[int, str, str]]:
 def _not_an_object(text: str) -> str | None:
     try:
         value = json.loads(text)
-    except ValueError as e:
+    except BROKEN as e:
         return f"not JSON: {e}"
     return None if isinstance(value, dict) else "must be a JSON object"
 
@@ -64,7 +72,7 @@ def reference_of(meta: str | None) -> str | None:
         return None
     try:
         found = json.loads(meta)
-    except ValueError:  # reported by row_faults
+    except BROKEN:  # reported by row_faults
         return None
     value = found.get("reference") if isinstance(found, dict) else None
     return str(value) if value not in (None, "") else None

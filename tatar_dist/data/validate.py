@@ -1,8 +1,8 @@
 """`tatar-dist data validate`: looks at every row and decodes every picture of one or more manifests.
 
 In: manifests. Out: a `Validation`: what is wrong by row (streamed to `M.problems.jsonl`), what the pools look like,
-which rows a clean manifest would keep. Memory: 37 bytes a row, plus what is in flight (two batches of at most 32 MiB
-of embedded pictures, and one decoded picture a worker).
+which rows a clean manifest would keep. Memory: 37 bytes a row, plus what is in flight: two batches of at most 32 MiB
+of embedded pictures, and decoded pictures of as many pixels as `_Room` has (images.MAX_PIXELS says what a pixel costs).
 
 Threads, not processes: Pillow lets go of Python's lock while it decodes, threads start at once and need no pickling
 (`tatar-dist bench images` has the figures). The main thread reads the next batch while the workers decode this one.
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +26,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tatar_dist.data.comparison import compare
-from tatar_dist.data.images import ImageFacts, inspect_image
+from tatar_dist.data.images import MAX_PIXELS, ImageFacts, inspect_image
 from tatar_dist.data.manifest import image_path
 from tatar_dist.data.problem_log import Problem, problem_log
 from tatar_dist.data.row_checks import Columns, PoolFacts, reference_of, row_faults
 from tatar_dist.data.schema import SCHEMA
-from tatar_dist.data.validation import Checked, Rows, Validation, batches, open_source
+from tatar_dist.data.validation import Checked, Rows, Validation, batches, open_source, values_of
+from tatar_dist.data.whole_files import probe
 from tatar_dist.errors import UserError
 
 CHUNK = 4  # pictures a worker takes at a time
+WORKER_PIXELS = 25_000_000  # decoded at once, for each worker: a picture of a usual camera
 SIZES = 20_000  # picture sizes kept for the plot, a fair sample of all
 
 Item = memoryview | Path | None  # embedded bytes, a file, or a row that names neither
@@ -44,13 +48,15 @@ def validate(
     output: Path | None = None,
     workers: int | None = None,
     watch: Callable[[int, int], None] = lambda done, total: None,
+    images: Path | None = None,
 ) -> Validation:
     """Check all rows and pictures; leaves `M.problems.jsonl` beside each manifest, or in `output`.
 
     workers: decoding threads, by default one a core this process may use. watch(done, total): called as rows pass.
-    Raises UserError for files that are no manifests at all, or two of one name.
+    images: where image paths start, instead of what the manifests say.
+    Raises UserError for files that are no manifests at all, two of one name, or reports that cannot be written.
     """
-    opened = [(Path(p), *open_source(Path(p))) for p in paths]
+    opened = [(Path(p), *open_source(Path(p), images)) for p in paths]
     names = Counter((output or p.parent, p.stem) for p, _, _ in opened)
     if clash := [stem for (_, stem), n in names.items() if n > 1]:
         raise UserError(f"{clash[0]}: given twice, or two manifests of this name would write the same report")
@@ -60,6 +66,8 @@ def validate(
     with ExitStack() as stack:
         first = 0
         for path, file, root in opened:
+            for suffix in ("validate.md", "validate.png"):  # known before hours of decoding
+                probe((output or path.parent) / f"{path.stem}.{suffix}")
             log = stack.enter_context(problem_log((output or path.parent) / f"{path.stem}.problems.jsonl"))
             checked.append(Checked(path, root, file.metadata.num_rows, first, log))
             first += file.metadata.num_rows
@@ -80,6 +88,7 @@ class _Workers:
 
     def __init__(self, workers: int) -> None:
         self._pool, self._stop = ThreadPoolExecutor(workers, "decode"), threading.Event()
+        self._room = _Room(max(MAX_PIXELS, workers * WORKER_PIXELS))
 
     def __enter__(self) -> _Workers:
         return self
@@ -92,18 +101,44 @@ class _Workers:
         return [self._pool.submit(self._look, items[k : k + CHUNK]) for k in range(0, len(items), CHUNK)]
 
     def _look(self, items: list[Item]) -> list[Looked]:
-        return [look_at(item) for item in items if not self._stop.is_set()]
+        return [look_at(item, self._room.taken) for item in items if not self._stop.is_set()]
 
 
-def look_at(item: Item) -> Looked:
-    """Read, hash and decode one picture. The hash is empty where there are no bytes."""
+class _Room:
+    """So many pixels may be decoded at once. Large pictures wait for each other; usual ones never do."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free, self._changed = pixels, threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Waits until there is room. A large picture waits at most for all small ones of two batches."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+def look_at(item: Item, room: Callable[[int], AbstractContextManager[None]] = lambda pixels: nullcontext()) -> Looked:
+    """Read, hash and decode one picture. The hash is empty where there are no bytes. `room`: see inspect_image."""
     if item is None:
         return ImageFacts(problem="no-image"), b""  # row_faults has said so
     try:
-        data = item.read_bytes() if isinstance(item, Path) else item
+        data = _file_bytes(item) if isinstance(item, Path) else item
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         return ImageFacts(problem="missing", message=f"{item}: {getattr(e, 'strerror', None) or e}"), b""
-    return inspect_image(data), hashlib.blake2b(data, digest_size=16).digest()
+    return inspect_image(data, room), hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _file_bytes(path: Path) -> bytes:
+    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+        raise OSError("not a regular file")
+    return path.read_bytes()
 
 
 _Batch = tuple[int, Columns, set[int], list["Future[list[Looked]]"]]
@@ -130,15 +165,22 @@ def _submitted(manifest: Checked, file: pq.ParquetFile, rows: Rows, pool: _Worke
     start = manifest.first
     for table in batches(file, SCHEMA.names):
         embedded = table.column("image_bytes").combine_chunks()
-        columns: Columns = {n: table.column(n).to_pylist() for n in SCHEMA.names if n != "image_bytes"}
+        values = {n: values_of(table.column(n)) for n in SCHEMA.names if n != "image_bytes"}
+        columns: Columns = {n: found for n, (found, _) in values.items()}
         columns["image_bytes"] = embedded.is_valid().to_pylist()
+        for i in values["image"][1]:
+            columns["image"][i] = None  # no name of a file; it is a fault as it is
         items: list[Item] = [
             memoryview(embedded[i].as_buffer()) if there else image_path(manifest.root, name) if name else None
             for i, (there, name) in enumerate(zip(columns["image_bytes"], columns["image"], strict=True))
         ]
         futures = pool.look_at(items)
+        manifest.files += sum(isinstance(item, Path) for item in items)
         wrong = set()
-        for i, code, message in row_faults(columns, manifest.root):
+        not_text = (
+            (i, "bad-text", f"column {n}: {found[i]!r} is not UTF-8") for n, (found, bad) in values.items() for i in bad
+        )
+        for i, code, message in chain(not_text, row_faults(columns, manifest.root)):
             manifest.log.add(Problem(start - manifest.first + i, columns["sample_id"][i], code, message))
             wrong.add(i)
         _note_rows(manifest, rows, start, columns)
@@ -186,6 +228,7 @@ def _record(
                 rows.unusable[at] = True
             else:
                 rows.picture[at] = np.frombuffer(digest, np.uint64)
+            manifest.absent += facts.problem == "missing" and not digest
             manifest.notes.update(facts.notes)
             if facts.format:
                 manifest.formats[facts.format] += 1

@@ -5,6 +5,7 @@ Unlike `read_manifest`, which refuses a manifest at its first wrong row, this re
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ class Checked:
     notes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height
+    files: int = 0  # rows whose picture is a file
+    absent: int = 0  # of those, the files that cannot be read
 
     def place(self, suffix: str) -> Path:
         """The report file with this suffix, beside the problems."""
@@ -87,24 +90,32 @@ class Validation:
 
     @property
     def ok(self) -> bool:
-        return not self.unusable and not self.leaking
+        return not self.unusable and not self.leaking and not self.without_rows
+
+    @property
+    def without_rows(self) -> list[Path]:
+        return [m.path for m in self.manifests if not m.rows]
 
     def fate_of(self, manifest: Checked) -> np.ndarray:
         return self.fate[manifest.first : manifest.first + manifest.rows]
 
 
-def open_source(path: Path) -> tuple[pq.ParquetFile, Path]:
-    """The open file and its image root. Raises UserError for what is no manifest at all; no row is looked at."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such manifest")
+def open_source(path: Path, images: Path | None = None) -> tuple[pq.ParquetFile, Path]:
+    """The open file and its image root, which is `images`, if given, whatever the file says.
+
+    Raises UserError for what is no manifest at all; no row is looked at.
+    """
     try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such manifest")
         # Read in pieces: a row group of another program's file may be larger than memory.
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
         schema = file.schema_arrow
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{path}: not a whole Parquet file: {str(e).splitlines()[0]}") from None
     check_columns(path, schema)
-    return file, stamped_root(path, read_stamp(path, file))
+    root = stamped_root(path, read_stamp(path, file))
+    return file, Path(os.path.abspath(images)) if images else root
 
 
 def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -118,7 +129,9 @@ def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:
             made = {}
             for name in columns:
                 kind = SCHEMA.field(name).type
-                made[name] = batch.column(name).cast(kind) if name in there else pa.nulls(len(batch), kind)
+                # unsafe: a whole number beyond 2**53 is a wrong score, not a damaged file
+                safe = not pa.types.is_floating(kind)
+                made[name] = batch.column(name).cast(kind, safe=safe) if name in there else pa.nulls(len(batch), kind)
             yield pa.table(made)
 
 
@@ -129,5 +142,19 @@ def columns_of(checked: Sequence[Checked], names: Sequence[str]) -> Iterator[tup
         start = manifest.first
         with file:
             for table in batches(file, names):
-                yield start, {n: table.column(n).to_pylist() for n in names}
+                yield start, {n: values_of(table.column(n))[0] for n in names}
                 start += len(table)
+
+
+def values_of(column: pa.ChunkedArray) -> tuple[list[Any], list[int]]:
+    """A column's Python values, and the places of texts that are not UTF-8: their wrong bytes are shown as escapes."""
+    try:
+        return column.to_pylist(), []
+    except UnicodeDecodeError:
+        values, wrong = column.cast(pa.binary()).to_pylist(), []
+    for i, raw in enumerate(values):
+        if raw is not None:
+            values[i] = raw.decode(errors="backslashreplace")
+            if values[i].encode() != raw:
+                wrong.append(i)
+    return values, wrong

@@ -6,15 +6,19 @@ In: a Validation. Out: texts and pictures, each with the verdict first. Nothing 
 from __future__ import annotations
 
 import io
-import os
+import re
+import unicodedata
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 
 from tatar_dist.data.problem_log import MEANING, WARNINGS
 from tatar_dist.data.row_checks import BINS, PoolFacts
 from tatar_dist.data.validation import Checked, Validation
+from tatar_dist.data.whole_files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +34,18 @@ def counted(n: int, word: str) -> str:
     return f"{n:,} {plural}"
 
 
+def printable(text: str) -> str:
+    """The text on one line, with escapes for what a terminal would obey or not show: controls, formats, surrogates."""
+    unseen = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    shown = (c if unicodedata.category(c) not in unseen else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
+def plain(text: str) -> str:
+    """The text for Markdown: nothing in it is markup, none of it ends a table's cell."""
+    return re.sub(r"([\\`*<\[|])", r"\\\1", printable(text))
+
+
 def verdict(found: Validation) -> str:
     """One sentence: can it be used, and if not, how much of it."""
     if not found.rows:
@@ -37,7 +53,7 @@ def verdict(found: Validation) -> str:
     if found.ok:
         warned = f"; {counted(found.warnings, 'warning')}" if found.warnings else ""
         return f"All {counted(found.rows, 'row')} can be used and no split leaks{warned}."
-    parts = []
+    parts = [f"{path.name} has no rows" for path in found.without_rows]
     if found.unusable:
         parts.append(f"{found.unusable:,} of {counted(found.rows, 'row')} cannot be used")
     if found.leaking:
@@ -45,20 +61,29 @@ def verdict(found: Validation) -> str:
     return " and ".join(parts) + "."
 
 
+def hint(manifest: Checked) -> str | None:
+    """What to do when of many picture files none is there, which is one mistake and not many."""
+    if manifest.absent < manifest.files or 2 * manifest.files <= manifest.rows:
+        return None
+    return f"no image was found under {manifest.root}: name their directory with --images"
+
+
 def written_reports(found: Validation) -> list[Path]:
-    """Write summary and picture of every manifest; returns the summaries' paths."""
+    """Write the summary of every manifest, and the picture of those with rows; returns the summaries' paths.
+
+    Raises UserError when they cannot be written.
+    """
     paths = []
     for manifest in found.manifests:
-        _write(manifest.place("validate.md"), markdown(found, manifest).encode())
-        _write(manifest.place("validate.png"), picture(found, manifest))
+        with written_whole(manifest.place("validate.md")) as place:
+            place.write_text(markdown(found, manifest), encoding="utf-8")
+        if manifest.rows:
+            with written_whole(manifest.place("validate.png")) as place:
+                place.write_bytes(picture(found, manifest))
+        else:  # none of an earlier run may stay
+            manifest.place("validate.png").unlink(missing_ok=True)
         paths.append(manifest.place("validate.md"))
     return paths
-
-
-def _write(path: Path, data: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_bytes(data)
-    os.replace(beside, path)
 
 
 def _range(pool: PoolFacts) -> str:
@@ -86,13 +111,16 @@ def markdown(found: Validation, manifest: Checked) -> str:
     """The summary of one manifest, readable as text."""
     fate = found.fate_of(manifest)
     mine = Validation([manifest], fate)
-    lines = [f"# {manifest.path.name}", "", f"**{verdict(mine)}**", ""]
+    lines = [f"# {plain(manifest.path.name)}", "", f"**{plain(verdict(mine))}**", ""]
+    if said := hint(manifest):
+        lines += [plain(said[0].upper() + said[1:] + "."), ""]
     if len(found.manifests) > 1:
         others = ", ".join(m.path.name for m in found.manifests if m is not manifest)
-        lines += [f"Checked together with {others}: {verdict(found)}", ""]
-    lines += [f"![Scores, sizes and kinds of pictures]({manifest.place('validate.png').name})", ""]
+        lines += [plain(f"Checked together with {others}: {verdict(found)}"), ""]
+    if manifest.rows:
+        lines += [f"![Scores, sizes and kinds of pictures]({quote(manifest.place('validate.png').name)})", ""]
     if manifest.log.counts:
-        lines += ["## Problems", "", f"All of them, a line each: `{manifest.log.path.name}`.", ""]
+        lines += ["## Problems", "", f"All of them, a line each: {plain(manifest.log.path.name)}.", ""]
         lines += ["| rows | code | meaning |", "|---:|---|---|"]
         for code, n, _ in manifest.log.in_order():
             lines.append(f"| {n:,} | {code}{' (warning)' if code in WARNINGS else ''} | {MEANING[code]} |")
@@ -100,12 +128,12 @@ def markdown(found: Validation, manifest: Checked) -> str:
         for code, n, examples in manifest.log.in_order():
             lines += [f"**{code}**" + (f", the first {len(examples)} of {n:,}" if n > len(examples) else ""), ""]
             for e in examples:
-                where = f"row {e.row}, `{e.sample_id}`: " if e.row is not None else ""
-                lines.append(f"- {where}{e.message}")
+                where = f"row {e.row}, {e.sample_id}: " if e.row is not None else ""
+                lines.append(f"- {plain(where + e.message)}")
             lines.append("")
     lines += ["## Pools", "", "Shares of rows that have a rationale, attributes, the spread of opinions.", ""]
     lines += ["| " + " | ".join(POOL_COLUMNS) + " |", "|---|---|---|" + "---:|" * (len(POOL_COLUMNS) - 3)]
-    lines += ["| " + " | ".join(pool_cells(p)) + " |" for p in manifest.pools.values()]
+    lines += ["| " + " | ".join(map(plain, pool_cells(p))) + " |" for p in manifest.pools.values()]
     lines += ["", "## Pictures", "", "| pictures | kind |", "|---:|---|"]
     lines += [
         f"| {n:,} | {kind} |" for counts in (manifest.formats, manifest.notes) for kind, n in counts.most_common()
@@ -123,8 +151,9 @@ def as_json(found: Validation) -> dict[str, Any]:
             "notes": dict(m.notes),
             "pools": [p.as_json() for p in m.pools.values()],
             "summary": str(m.place("validate.md")),
-            "picture": str(m.place("validate.png")),
+            "picture": str(m.place("validate.png")) if m.rows else None,
             "problems_file": str(m.log.path),
+            "hint": hint(m),
         }
         for m in found.manifests
     ]
@@ -139,7 +168,7 @@ def print_summary(found: Validation, console: Console) -> None:
     from rich.text import Text
 
     mark, style = ("✓", "bold green") if found.ok else ("✗", "bold red")
-    console.print(Text(f"{mark} {verdict(found)}", style=style))
+    console.print(Text(f"{mark} {printable(verdict(found))}", style=style))
     several = len(found.manifests) > 1
     if any(m.log.counts for m in found.manifests):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -149,16 +178,19 @@ def print_summary(found: Validation, console: Console) -> None:
             for code, n, (first, *_) in m.log.in_order():
                 where = f"row {first.row}, {first.sample_id}: " if first.row is not None else ""
                 kind = Text(code, style="yellow" if code in WARNINGS else "red")
-                table.add_row(*([m.path.name] if several else []), f"{n:,}", kind, Text(where + first.message))
+                file = [Text(printable(m.path.name))] if several else []
+                table.add_row(*file, f"{n:,}", kind, Text(printable(where + first.message)))
         console.print(table)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for k, name in enumerate(POOL_COLUMNS[:8]):  # what fits 80 columns; the summary has the rest
         table.add_column(name, justify="left" if k < 3 else "right", overflow="fold")
     for m in found.manifests:
         for pool in m.pools.values():
-            table.add_row(*map(Text, pool_cells(pool)[:8]))
+            table.add_row(*(Text(printable(cell)) for cell in pool_cells(pool)[:8]))
     console.print(table)
     for m in found.manifests:
+        if said := hint(m):
+            console.print(Text(printable(said[0].upper() + said[1:]), style="bold"))
         console.print(Text(f"summary {m.place('validate.md')}", style="dim"), soft_wrap=True)
 
 
@@ -177,12 +209,13 @@ def picture(found: Validation, manifest: Checked) -> bytes:
     FigureCanvasAgg(figure)
     mine = Validation([manifest], found.fate_of(manifest))
     figure.suptitle(
-        f"{manifest.path.name}: {verdict(mine)}",
+        printable(f"{manifest.path.name}: {verdict(mine)}"),
         x=0.01,
         ha="left",
         fontsize=12,
         color=INK if mine.ok else RED,
         weight="bold",
+        parse_math=False,  # a $ in a name is a $
     )
     parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[sum(heights[:-1]) + 0.55 * down, heights[-1] + 0.55])
     upper, lower = parts[:, 0]
@@ -197,7 +230,9 @@ def picture(found: Validation, manifest: Checked) -> bytes:
     _draw_sizes(sizes, manifest)
     _draw_kinds(kinds, manifest)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter the font lacks is drawn as a box
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
@@ -206,7 +241,7 @@ def _plain(axes: Axes, title: str, under: str = "") -> None:
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(QUIET)
     axes.tick_params(colors=QUIET, labelsize=8, length=2)
-    axes.set_title(title, loc="left", fontsize=9, color=INK, weight="bold")
+    axes.set_title(title, loc="left", fontsize=9, color=INK, weight="bold", parse_math=False)
     if under:
         axes.set_xlabel(under, fontsize=8, color=QUIET)
 
@@ -219,7 +254,7 @@ def _draw_scores(axes: Axes, pool: PoolFacts) -> None:
     axes.set_yticks([])
     axes.tick_params(labelbottom=True)
     said = f"{counted(pool.rows, 'row')}, mean {pool.mean:.0f}, std {pool.std:.0f}" if pool.scored else "no valid score"
-    _plain(axes, pool.name, said + (" (suspicious)" if suspicious else ""))
+    _plain(axes, printable(pool.name), said + (" (suspicious)" if suspicious else ""))
 
 
 def _draw_sizes(axes: Axes, manifest: Checked) -> None:

@@ -61,7 +61,7 @@ def test_broken_pictures_are_shown_as_such(tmp_path):
     write_manifest(
         tmp_path / "m.parquet",
         [
-            {"sample_id": k, "dataset": "d", "task": "iaa", "split": "t", "score": 1.0}
+            {"sample_id": k, "dataset": "d", "task": "iaa", "split": "test", "score": 1.0}
             | ({"image_bytes": data} if data else {"image": "gone.png"})
             for k, data in rows
         ],

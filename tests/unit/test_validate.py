@@ -12,53 +12,19 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from manifest_cases import codes, picture, problems, raw, row, written
 from PIL import Image
 
 from tatar_dist.cli import main
 from tatar_dist.data.cleaning import clean
 from tatar_dist.data.duplicates import DUPLICATE, KEEP
 from tatar_dist.data.manifest import read_manifest
-from tatar_dist.data.schema import SCHEMA
 from tatar_dist.data.validate import validate
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
-
-
-def picture(colour: int = 0, kind: str = "PNG", size: tuple[int, int] = (32, 40)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (colour % 256, colour // 256, 99)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def row(i: int, **changes) -> dict:
-    base = {"sample_id": f"s{i}", "dataset": "d", "task": "iqa", "image_bytes": picture(i), "score": float(i % 101)}
-    return base | {"split": "train"} | changes
-
-
-def written(path: Path, rows: list[dict]) -> Path:
-    write_manifest(path, rows)
-    return path
-
-
-def raw(path: Path, rows: list[dict]) -> Path:
-    """A manifest as another program may write it, without our writer's checks."""
-    columns = {n: [r.get(n) for r in rows] for n in SCHEMA.names}
-    pq.write_table(pa.table(columns, schema=SCHEMA), path, row_group_size=7)
-    return path
-
-
-def problems(path: Path) -> list[tuple]:
-    lines = path.with_name(f"{path.stem}.problems.jsonl").read_text().splitlines()
-    return [(p["row"], p["code"]) for p in map(json.loads, lines)]
-
-
-def codes(path: Path) -> set[str]:
-    return {code for _, code in problems(path)}
 
 
 def test_a_clean_manifest_passes_and_leaves_its_reports(tmp_path, capsys):
@@ -80,12 +46,18 @@ def test_a_clean_manifest_passes_and_leaves_its_reports(tmp_path, capsys):
     [
         ("no-value", {"sample_id": None}),
         ("no-value", {"split": None}),
+        ("empty-key", {"sample_id": ""}),
+        ("empty-key", {"dataset": ""}),
         ("bad-task", {"task": "ocr"}),
+        ("bad-split", {"split": "training"}),
+        ("bad-split", {"split": ""}),
         ("bad-score", {"score": 100.5}),
         ("bad-score", {"score": float("nan")}),
         ("bad-score", {"score": float("-inf")}),
         ("bad-json", {"meta": "{half"}),
         ("bad-json", {"attributes": "[1]"}),
+        ("bad-json", {"meta": "[" * 100_000}),
+        ("bad-json", {"attributes": '{"reference":' * 100_000}),
         ("no-image", {"image_bytes": None}),
         ("outside", {"image_bytes": None, "image": "../other/x.png"}),
         ("outside", {"image_bytes": None, "image": "/etc/hostname"}),
