@@ -116,6 +116,9 @@ def check_paths(rows: AllRows, folder: ImageFolder | None) -> None:
             rows.bad.setdefault(i, reason)
 
 
+_LEVEL = re.compile(r"\d{1,9}", re.ASCII)
+
+
 def read_names(rows: AllRows, dataset: Dataset) -> None:
     """Reference and distortions out of the images' names, where the set's names say them."""
     if dataset.names is None:
@@ -125,19 +128,21 @@ def read_names(rows: AllRows, dataset: Dataset) -> None:
     rows.group, rows.names = list(rows.given), list(rows.names)
     for i, name in enumerate(rows.given):
         found = match(name)
-        if found is None:
+        if found is None or not found["reference"]:
             text = f"image {name!r} is not named as {dataset.name} names its images"
             rows.bad.setdefault(i, Bad("name pattern", text))
             continue
         rows.group[i] = reference = found["reference"]
         said = f'"reference":{json.dumps(reference)}'
         if told.distortions:
-            family = told.distortions.get(found["type"])
-            if family is None:
-                text = f"image {name!r}: {dataset.name} has no distortion type {found['type']}"
+            family = told.distortions.get(found["type"] or "")
+            level = int(found["level"]) if _LEVEL.fullmatch(found["level"] or "") else 0
+            if family is None or not 1 <= level <= told.levels:
+                lacks = f"distortion type {found['type']}" if family is None else f"level {found['level']}"
+                text = f"image {name!r}: {dataset.name} has no {lacks}"
                 rows.bad.setdefault(i, Bad("name pattern", text))
                 continue
-            strength = int(found["level"]) / told.levels
+            strength = level / told.levels
             said += f',"distortions":[{{"family":{json.dumps(family)},"strength":{strength:.10g}}}]'
         rows.names[i] = said
 

@@ -8,15 +8,13 @@ file formats. Nothing here opens a data set's file; a new set is a YAML entry, n
 from __future__ import annotations
 
 import difflib
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tatar_dist.data import yaml_entries as entries
 from tatar_dist.errors import UserError
 from tatar_dist.records import TASKS
 
@@ -112,7 +110,7 @@ class Dataset:
     def format(self, name: str) -> Format:
         """Raises UserError for a name this set lacks, with the nearest one."""
         if name not in self.formats:
-            raise UserError(f"--format {name}: {self.name} has no such format{_near(name, self.formats)}")
+            raise UserError(f"--format {name}: {self.name} has no such format{entries.near(name, self.formats)}")
         return self.formats[name]
 
 
@@ -137,75 +135,25 @@ def read_registry(files: Sequence[Path] = ()) -> Registry:
     """The checkout's registry, then `files`, whose sets are added or replace those of the same name.
 
     Raises:
-        UserError: file missing or not YAML, and by place: unknown or missing key, wrong type, unknown column.
+        UserError: file missing or not YAML, and by place: unknown or missing key, wrong type, unknown column, a
+            column with two meanings, a range that is no scale.
     """
     sets: dict[str, Dataset] = {}
     lists: dict[str, Any] = {}
     for path in (REGISTRY, *files):
-        tree = _read_yaml(Path(path))
-        _keys(tree, ("list_formats", "datasets"), f"{path}")
-        lists |= _mapping(tree, "list_formats", f"{path}")
-        for name, entry in _mapping(tree, "datasets", f"{path}").items():
+        tree = entries.read_yaml(Path(path), "registry")
+        entries.only_keys(tree, ("list_formats", "datasets"), f"{path}")
+        lists |= _lists(tree, f"{path}")
+        mine: dict[str, str] = {}
+        for name, entry in entries.mapping(tree, "datasets", f"{path}").items():
+            if mine.setdefault(_plain(name), name) != name:
+                raise UserError(
+                    f"{path}: {name} and {mine[_plain(name)]} are one name, in any case and without hyphens"
+                )
             plain = {_plain(n): n for n in sets}
-            sets.pop(plain.get(_plain(str(name)), ""), None)
-            sets[str(name)] = _dataset(str(name), entry, lists, f"{path}: {name}")
+            sets.pop(plain.get(_plain(name), ""), None)
+            sets[name] = _dataset(name, entry, lists, f"{path}: {name}")
     return Registry(sets)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice: the second would win silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
-    except OSError as e:
-        raise UserError(f"{path}: cannot read the registry: {e.strerror or e}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: the registry is not UTF-8") from None
-    except (yaml.YAMLError, RecursionError) as e:
-        raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a registry is a mapping with the key datasets")
-    return tree
-
-
-def _dataset(name: str, entry: Any, lists: Mapping[str, Any], where: str) -> Dataset:
-    known = ("task", "in_domain", "url", "terms", "counts", "list_range", "names", "split", "formats")
-    _keys(entry, known, where)
-    task = _choice(_need(entry, "task", where), TASKS, f"{where}: task")
-    in_domain = _need(entry, "in_domain", where)
-    if not isinstance(in_domain, bool):
-        raise UserError(f"{where}: in_domain must be true or false, is {in_domain!r}")
-    counts = _mapping(entry, "counts", where)
-    _keys(counts, ("total", *SPLITS), f"{where}: counts")
-    for key, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise UserError(f"{where}: counts: {key} must be a whole number, is {count!r}")
-    formats = {str(k): v for k, v in _mapping(entry, "formats", where).items()}
-    shared: dict[str, Any] = {}
-    if "list_range" in entry:
-        # A list in another task's form is not this set's: its rationale keys differ.
-        mine = {k: v for k, v in lists.items() if isinstance(v, dict) and v.get("task") in (None, task)}
-        shared = {k: {a: b for a, b in v.items() if a != "task"} for k, v in mine.items()}
-        formats = {**{k: {**v, "range": entry["list_range"]} for k, v in shared.items()}, **formats}
-    if not formats:
-        raise UserError(f"{where}: needs a format, or list_range for the usual lists")
-    read = {k: _format(k, v, f"{where}: format {k}") for k, v in formats.items()}
-    names = _names(entry["names"], f"{where}: names") if "names" in entry else None
-    split = _split_rule(_need(entry, "split", where), names, f"{where}: split")
-    url, terms = str(_need(entry, "url", where)), str(_need(entry, "terms", where))
-    return Dataset(name, task, in_domain, url, terms, counts, split, read, tuple(shared), names)
 
 
 _FORMAT_KEYS = (
@@ -214,148 +162,186 @@ _FORMAT_KEYS = (
 )
 
 
+def _lists(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The list formats' keys; what they say is checked with each set that uses them, for it gives the range."""
+    found = entries.mapping(tree, "list_formats", where)
+    for name, entry in found.items():
+        at = f"{where}: list format {name}"
+        entries.only_keys(entry, ("task", *(k for k in _FORMAT_KEYS if k != "range")), at)
+        if "task" in entry:
+            entries.choice(entry["task"], TASKS, f"{at}: task")
+    return found
+
+
+def _dataset(name: str, entry: Any, lists: Mapping[str, Any], where: str) -> Dataset:
+    known = ("task", "in_domain", "url", "terms", "counts", "list_range", "names", "split", "formats")
+    entries.only_keys(entry, known, where)
+    task = entries.choice(entries.need(entry, "task", where), TASKS, f"{where}: task")
+    in_domain = entries.flag(entries.need(entry, "in_domain", where), f"{where}: in_domain")
+    counts = entries.mapping(entry, "counts", where)
+    entries.only_keys(counts, ("total", *SPLITS), f"{where}: counts")
+    for key, count in counts.items():
+        entries.whole(count, 0, f"{where}: counts: {key}")
+    formats = entries.mapping(entry, "formats", where)
+    shared: dict[str, Any] = {}
+    if "list_range" in entry:
+        _range(entry["list_range"], f"{where}: list_range")
+        # A list in another task's form is not this set's: its rationale keys differ.
+        mine = {k: v for k, v in lists.items() if v.get("task") in (None, task)}
+        shared = {k: {a: b for a, b in v.items() if a != "task"} for k, v in mine.items()}
+        formats = {**{k: {**v, "range": entry["list_range"]} for k, v in shared.items()}, **formats}
+    if not formats:
+        raise UserError(f"{where}: needs a format, or list_range for the usual lists")
+    read = {k: _format(k, v, f"{where}: format {k}") for k, v in formats.items()}
+    names = _names(entry["names"], f"{where}: names") if "names" in entry else None
+    split = _split_rule(entries.need(entry, "split", where), names, f"{where}: split")
+    url, terms = (entries.text(entries.need(entry, k, where), f"{where}: {k}") for k in ("url", "terms"))
+    return Dataset(name, task, in_domain, url, terms, counts, split, read, tuple(shared), names)
+
+
 def _format(name: str, entry: Any, where: str) -> Format:
-    _keys(entry, _FORMAT_KEYS, where)
-    kinds = _need(entry, "kind", where)
-    kinds = tuple(_choice(k, KINDS, f"{where}: kind") for k in (kinds if isinstance(kinds, list) else [kinds]))
-    columns = _need(entry, "columns", where)
-    types = None
-    if "text" in kinds:
-        if not isinstance(columns, dict) or len(kinds) > 1:
-            raise UserError(f"{where}: columns of kind text must be a mapping of field names to {', '.join(TYPES)}")
-        types = tuple(_choice(t, TYPES, f"{where}: columns: {c}") for c, t in columns.items())
-    elif not isinstance(columns, list):
-        raise UserError(f"{where}: columns must be a list of names")
-    columns = tuple(str(c) for c in columns)
-    if not columns or len(set(columns)) < len(columns):
-        raise UserError(f"{where}: columns must be names, none of them twice")
+    entries.only_keys(entry, _FORMAT_KEYS, where)
+    kinds, columns, types = _layout(entry, where)
 
     def column(of: Mapping[str, Any], key: str, at: str) -> str:
-        if str(of[key]) not in columns:
-            raise UserError(f"{at}: {key} names {of[key]!r}, which is not among columns{_near(of[key], columns)}")
-        return str(of[key])
+        named = entries.need(of, key, at)
+        if named not in columns:
+            told = entries.near(named, columns)
+            raise UserError(f"{at}: {key} names {entries.shown(named)}, which is not among columns{told}")
+        return named
 
     def optional(key: str) -> str | None:
         return column(entry, key, where) if key in entry else None
 
-    votes = _mapping(entry, "votes", where)
-    for key, value in votes.items():
+    def pair(key: str, other: str) -> dict[str, Any]:
+        at = f"{where}: {key}"
+        found = entries.mapping(entry, key, where)
+        if key in entry:
+            entries.only_keys(found, ("column", other), at)
+            column(found, "column", at)
+            entries.need(found, other, at)
+        return found
+
+    scale = _range(entries.need(entry, "range", where), f"{where}: range")
+    votes, std, split = _votes(entry, scale, where), pair("std", "range"), pair("split", "values")
+    for key in votes:
         column({"votes": key}, "votes", where)
-        _number(value, f"{where}: votes: {key}")
-    std, split = _mapping(entry, "std", where), _mapping(entry, "split", where)
-    _need(entry, "image", where)
-    if "score" not in entry and not votes:
-        raise UserError(f"{where}: needs score (a column) or votes (columns and their values)")
+    values = entries.mapping(split, "values", f"{where}: split")
+    for key, value in values.items():
+        entries.choice(value, SPLITS, f"{where}: split: values: {key}")
+    if split and not values:
+        raise UserError(f"{where}: split: values is empty")
     if "worker" in entry and (votes or std or "score" not in entry):
         raise UserError(f"{where}: worker goes with score alone: votes and std are computed from the ratings")
-    if std:
-        _keys(std, ("column", "range"), f"{where}: std")
-    if split:
-        _keys(split, ("column", "values"), f"{where}: split")
-        for key, value in _mapping(split, "values", f"{where}: split").items():
-            _choice(value, SPLITS, f"{where}: split: values: {key}")
-    pattern = str(entry.get("image_pattern", "{}"))
+    pattern = entries.text(entry.get("image_pattern", "{}"), f"{where}: image_pattern")
     if pattern.count("{}") != 1 or pattern.count("{") != 1 or pattern.count("}") != 1:
-        raise UserError(f"{where}: image_pattern {pattern!r} must hold {{}} once, where the image's name goes")
-    return Format(
+        told = entries.shown(pattern)
+        raise UserError(f"{where}: image_pattern {told} must hold {{}} once, where the image's name goes")
+    made = Format(
         name=name,
         kinds=kinds,
         columns=columns,
         image=column(entry, "image", where),
-        range=_range(_need(entry, "range", where), f"{where}: range"),
-        source=str(_need(entry, "source", where)),
+        range=scale,
+        source=entries.text(entries.need(entry, "source", where), f"{where}: source"),
         types=types,
-        separator=_choice(entry.get("separator", ","), (",", ";", "\t", BLANK), f"{where}: separator"),
-        lower_is_better=_choice(entry.get("better", "higher"), ("higher", "lower"), f"{where}: better") == "lower",
+        separator=entries.choice(entry.get("separator", ","), (",", ";", "\t", BLANK), f"{where}: separator"),
+        lower_is_better=entries.choice(entry.get("better", "higher"), ("higher", "lower"), f"{where}: better")
+        == "lower",
         score=optional("score"),
         worker=optional("worker"),
-        votes=tuple((str(k), float(v)) for k, v in votes.items()),
+        votes=tuple(votes.items()),
         votes_total=optional("votes_total"),
-        std=column(std, "column", f"{where}: std") if std else None,
-        std_range=_range(_need(std, "range", f"{where}: std"), f"{where}: std: range") if std else None,
+        std=std.get("column"),
+        std_range=_range(std["range"], f"{where}: std: range") if std else None,
         image_pattern=pattern,
-        split=column(split, "column", f"{where}: split") if split else None,
-        split_values={str(k): v for k, v in _need(split, "values", f"{where}: split").items()} if split else None,
+        split=split.get("column"),
+        split_values=values if split else None,
         rationale=optional("rationale"),
         attributes=optional("attributes"),
     )
+    meant = [c for c in (made.image, made.score, made.worker, made.votes_total, made.std, made.split) if c]
+    meant += [c for c in (made.rationale, made.attributes, *votes) if c]
+    if len(set(meant)) < len(meant):
+        raise UserError(f"{where}: column {next(c for c in meant if meant.count(c) > 1)} has two meanings")
+    return made
+
+
+def _layout(entry: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...] | None]:
+    """Kinds, columns, and the columns' types for header-less text."""
+    kinds = entries.need(entry, "kind", where)
+    kinds = tuple(entries.choice(k, KINDS, f"{where}: kind") for k in (kinds if isinstance(kinds, list) else [kinds]))
+    columns, types = entries.need(entry, "columns", where), None
+    if not kinds or not columns:
+        raise UserError(f"{where}: {'columns' if kinds else 'kind'} is empty")
+    if "text" in kinds:
+        if not isinstance(columns, dict) or len(kinds) > 1:
+            raise UserError(f"{where}: columns of kind text must be a mapping of field names to {', '.join(TYPES)}")
+        types = tuple(entries.choice(t, TYPES, f"{where}: columns: {entries.shown(c)}") for c, t in columns.items())
+    elif "separator" in entry:
+        raise UserError(f"{where}: separator goes with kind text; the others have one of their own")
+    return kinds, entries.names(list(columns) if types else columns, f"{where}: columns"), types
+
+
+def _votes(entry: Mapping[str, Any], scale: Range, where: str) -> dict[str, float]:
+    """Vote columns and their values, which are on the scale where their mean is the score."""
+    given = entries.mapping(entry, "votes", where)
+    votes = {key: entries.number(value, f"{where}: votes: {key}") for key, value in given.items()}
+    if "score" not in entry and not votes:
+        raise UserError(f"{where}: needs score (a column) or votes (columns and their values)")
+    if "votes_total" in entry and not votes:
+        raise UserError(f"{where}: votes_total needs votes, the shares of that column")
+    if len({f"{value:g}" for value in votes.values()}) < len(votes):
+        raise UserError(f"{where}: votes: two columns have one value")
+    for key, value in votes.items():
+        if "score" not in entry and not scale.low <= value <= scale.high:
+            raise UserError(f"{where}: votes: {key}: {value:g} is outside the range {scale}")
+    return votes
 
 
 def _names(entry: Any, where: str) -> Names:
-    _keys(entry, ("pattern", "levels", "distortions"), where)
+    entries.only_keys(entry, ("pattern", "levels", "distortions"), where)
+    pattern = entries.text(entries.need(entry, "pattern", where), f"{where}: pattern")
     try:
-        groups = re.compile(str(_need(entry, "pattern", where))).groupindex
-    except re.error as e:
-        raise UserError(f"{where}: pattern is no regular expression: {e}") from None
+        groups = re.compile(pattern, re.ASCII).groupindex
+    except (re.error, ValueError, OverflowError, RecursionError) as e:
+        raise UserError(f"{where}: pattern is no regular expression: {' '.join(str(e).split())}") from None
     if "reference" not in groups:
         raise UserError(f"{where}: pattern needs a group (?P<reference>…)")
-    distortions, levels = _mapping(entry, "distortions", where), entry.get("levels", 1)
-    if distortions and not ({"type", "level"} <= set(groups) and isinstance(levels, int) and levels >= 1):
+    distortions = entries.mapping(entry, "distortions", where)
+    for key, family in distortions.items():
+        entries.name(family, f"{where}: distortions: {key}")
+    levels = entries.whole(entry.get("levels", 1), 1, f"{where}: levels")
+    if distortions and not ({"type", "level"} <= set(groups) and "levels" in entry):
         raise UserError(f"{where}: distortions need groups type and level in pattern, and levels (a whole number)")
-    return Names(str(entry["pattern"]), {str(k): str(v) for k, v in distortions.items()}, levels)
+    return Names(pattern, distortions, levels)
 
 
 def _split_rule(entry: Any, names: Names | None, where: str) -> SplitRule:
-    _keys(entry, ("by", "fractions", "test", "official"), where)
-    by = _choice(_need(entry, "by", where), ("image", "reference"), f"{where}: by")
+    entries.only_keys(entry, ("by", "fractions", "test", "official"), where)
+    by = entries.choice(entries.need(entry, "by", where), ("image", "reference"), f"{where}: by")
     if by == "reference" and names is None:
         raise UserError(f"{where}: by reference needs names with a pattern")
-    fractions = _mapping(entry, "fractions", where)
-    _keys(fractions, SPLITS, f"{where}: fractions")
-    values = [_number(v, f"{where}: fractions: {k}") for k, v in fractions.items()]
-    if min(values, default=-1) < 0 or abs(sum(values) - 1) > 1e-9:
+    fractions = entries.mapping(entry, "fractions", where)
+    entries.only_keys(fractions, SPLITS, f"{where}: fractions")
+    shares = {k: entries.number(v, f"{where}: fractions: {k}") for k, v in fractions.items()}
+    if min(shares.values(), default=-1) < 0 or abs(sum(shares.values()) - 1) > 1e-9:
         raise UserError(f"{where}: fractions must be shares that add up to 1")
-    test = tuple(str(g) for g in entry.get("test", []))
-    return SplitRule(by, {k: float(v) for k, v in fractions.items()}, test, str(_need(entry, "official", where)))
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]", "", name).casefold()
-
-
-def _near(name: Any, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else f" (known: {', '.join(known)})"
-
-
-def _keys(entry: Any, known: Sequence[str], where: str) -> None:
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: must be a mapping with keys among {', '.join(known)}")
-    for key in entry:
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}{_near(key, known)}")
-
-
-def _need(entry: Mapping[str, Any], key: str, where: str) -> Any:
-    if entry.get(key) is None:
-        raise UserError(f"{where}: key {key} is missing")
-    return entry[key]
-
-
-def _mapping(entry: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    value = entry.get(key, {})
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: {key} must be a mapping, is {value!r}")
-    return value
-
-
-def _choice(value: Any, allowed: Sequence[str], where: str) -> str:
-    if value not in allowed:
-        raise UserError(f"{where} is {value!r}, must be one of {', '.join(map(repr, allowed))}")
-    return value
-
-
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{where} must be a number, is {value!r}")
-    return float(value)
+    test = entries.names(entry.get("test", []), f"{where}: test")
+    official = entries.text(entries.need(entry, "official", where), f"{where}: official")
+    return SplitRule(by, shares, test, official)
 
 
 def _range(value: Any, where: str) -> Range:
     if not isinstance(value, list) or len(value) != 2:
-        raise UserError(f"{where} must be [lowest, highest], is {value!r}")
-    low, high = (_number(v, where) for v in value)
+        raise UserError(f"{where} must be [lowest, highest], is {entries.shown(value)}")
+    low, high = (entries.number(v, where) for v in value)
     if not low < high:
         raise UserError(f"{where}: {low:g} is not below {high:g}")
+    if not 1e-12 <= high - low <= 1e12:  # far beyond any scale of opinion, and points must not overflow
+        raise UserError(f"{where}: from {low:g} to {high:g} is no scale")
     return Range(low, high)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).casefold()

@@ -228,7 +228,10 @@ def _mean(votes: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _spread(file: RawFile, votes: np.ndarray | None) -> np.ndarray | None:
-    """(n,) standard deviation in units of the format's range: its own column, else that of the votes."""
+    """(n,) standard deviation in units of the format's range: its own column, else that of the votes.
+
+    None too for votes beside a score column, whose scale may be another than theirs.
+    """
     fmt = file.format
     if fmt.std is not None:
         assert fmt.std_range is not None
@@ -238,7 +241,7 @@ def _spread(file: RawFile, votes: np.ndarray | None) -> np.ndarray | None:
             text = f"column {fmt.std}: {std[i]:.10g} is no standard deviation on {fmt.std_range}"
             file.bad.setdefault(int(i), Bad("out of range", text))
         return std * fmt.std_range.points / fmt.range.points
-    if votes is None:
+    if votes is None or fmt.score is not None:
         return None
     values = np.array([value for _, value in fmt.votes])
     mean = _mean(votes, values)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tatar_dist.cli import main
+from tatar_dist.data.assemble import Choices, Sources, assemble
 from tatar_dist.data.registry import SPLITS, Range, read_registry
 from tatar_dist.errors import UserError
 
@@ -121,6 +122,34 @@ def test_later_files_add_sets_and_replace_them_whole(tmp_path):
         ("datasets:", "dataset:", "unknown key 'dataset', did you mean datasets?"),
         ("counts: {total: 2}", "counts: {total: 2", "not YAML"),
         ("task: iaa", "? [a]\n    : task", "not YAML"),
+        ("terms: mine", "terms: 2024-13-45", "not YAML"),
+        ("counts: {total: 2}", "counts: {total: 0x" + "f" * 20 + "}", "the number is too large"),
+        ("official: none}", "official: none, test: 5}", "split: test must be a list of names, is 5"),
+        ("official: none}", "official: none, test: null}", "split: test must be a list of names, is None"),
+        ("official: none}", "official: none, test: [08, 010]}", "split: test must be text, is 8"),
+        ("source: own", "source: own, std: {range: [1, 5]}", "std: key column is missing"),
+        ("source: own", "source: own, std: {column: points}", "std: key range is missing"),
+        ("source: own", "source: own, split: {values: {a: test}}", "split: key column is missing"),
+        ("source: own", "source: own, split: {column: points, values: {}}", "split: values is empty"),
+        ("source: own", "source: own, votes_total: points", "votes_total needs votes"),
+        ("source: own", "source: own, votes: {points: 1}", "column points has two meanings"),
+        ("source: own", "source: own, separator: ';'", "separator goes with kind text"),
+        ("score: points, ", "votes: {points: 51}, ", "votes: points: 51 is outside the range 0–50"),
+        ("kind: csv", "kind: []", "kind is empty"),
+        ("[file, points]", "[file, points, no]", "columns must be text, is False for YAML; put it in quotes"),
+        ("[file, points]", "[file, points, ' x']", "is no name"),
+        ("[file, points]", "[file, points, file]", "columns must be names, none of them twice"),
+        ("range: [0, 50]", "range: [0, 1.0e-320]", "is no scale"),
+        ("range: [0, 50]", "range: [-1.0e+308, 1.0e+308]", "is no scale"),
+        (
+            "    url:",
+            "    names: {pattern: '(?P<reference>.)', levels: true}\n    url:",
+            "levels must be a whole number",
+        ),
+        ("    url:", "    names: {pattern: '(?u)(?P<reference>.)'}\n    url:", "pattern is no regular expression"),
+        ("datasets:", "list_formats: {own: [3]}\ndatasets:", "list format own: must be a mapping"),
+        ("datasets:", "list_formats: {own: {range: [0, 1]}}\ndatasets:", "list format own: unknown key 'range'"),
+        ("  Mine:", "  m-i-n-e: {}\n  Mine:", "m-i-n-e: key task is missing"),
     ],
 )
 def test_a_wrong_entry_names_its_place_and_the_nearest_key(old, new, told, tmp_path):
@@ -130,6 +159,39 @@ def test_a_wrong_entry_names_its_place_and_the_nearest_key(old, new, told, tmp_p
         read_registry([file])
     line = str(caught.value)
     assert line.startswith(str(file)) and told in line and "\n" not in line
+
+
+def test_one_name_twice_in_a_file_is_refused(tmp_path):
+    entry = MINE.partition("  Mine:\n")[2]
+    with pytest.raises(UserError, match="M-INE and Mine are one name"):
+        read_registry([written(tmp_path, MINE + "  M-INE:\n" + entry)])
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        ("I1_01_x.png", "Mine has no level x"),
+        ("I1_01_9.png", "Mine has no level 9"),
+        ("I1_01_0.png", "Mine has no level 0"),
+        ("I1_01_.png", "Mine has no level"),
+        ("I1_07_1.png", "Mine has no distortion type 07"),
+        ("_01_1.png", "is not named as Mine names its images"),
+    ],
+)
+def test_a_level_that_is_none_is_a_bad_row(image, told, tmp_path):
+    names = (
+        r"names: {pattern: '(?P<reference>\w*?)_(?P<type>\d+)_(?P<level>\w*)', levels: 2, distortions: {'01': blur}}"
+    )
+    mine = read_registry([written(tmp_path, MINE.replace("    url:", f"    {names}\n    url:"))]).find("mine")
+    with pytest.raises(UserError, match=told):
+        assemble(Sources((("F", f"file,points\n{image},3\n".encode()),)), mine, Choices())
+
+
+def test_votes_beside_a_score_give_counts_but_no_deviation_on_another_scale(tmp_path):
+    text = MINE.replace("[file, points]", "[file, points, n1, n2]").replace("own}", "own, votes: {n1: 1, n2: 5}}")
+    mine = read_registry([written(tmp_path, text)]).find("mine")
+    made = assemble(Sources((("F", b"file,points,n1,n2\na,3,1,1\n"),)), mine, Choices()).table.to_pylist()[0]
+    assert made["score_std"] is None and json.loads(made["meta"]) == {"counts": {"1": 1, "5": 1}}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "datasets: 3", "datasets: {x: 3}", "datasets: {3: {}}"])
