@@ -20,7 +20,7 @@ Configs = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be asked, send nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-DEFAULT_CONFIG = Path("configs/rationale.yaml")
+DEFAULT_CONFIG = "configs/rationale.yaml"
 
 
 @app.callback()
@@ -92,7 +92,7 @@ def _ask(
     from tatar_dist.rationale import run as running
 
     if files is None:
-        files = [DEFAULT_CONFIG] if DEFAULT_CONFIG.is_file() else []
+        files = [running.shipped(DEFAULT_CONFIG)]
     config = load_config([str(f) for f in files], [*(words or []), f"output={output}"], unused=("model.path",))
     if dry_run:
         plan = running.dry_run(name, source, config)
@@ -111,7 +111,7 @@ def _print_result(name: str, found: dict[str, Any]) -> None:
     from tatar_dist.rationale.report import as_table, reason_lines
 
     console = Console(highlight=False)
-    console.print(as_table(found, f"rationale {name}"))
+    console.print(as_table(found, f"rationale {name}: {_of(found)}"))
     for line in reason_lines(found):
         console.print(line, soft_wrap=True)
     cost = f", cost {found['cost']:.2f}" if found["cost"] else ""
@@ -119,12 +119,17 @@ def _print_result(name: str, found: dict[str, Any]) -> None:
     console.print(f"{found['accepted']} rows in {found['output']}; {tokens:,} tokens{cost}", soft_wrap=True)
 
 
+def _of(found: dict[str, Any]) -> str:
+    splits = f"of {' and '.join(found['splits'])}" if found["splits"] else "of all splits"
+    return f"{found['rows']} rows {splits}"
+
+
 def _print_plan(plan: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
 
     console = Console()
-    console.print(f"[bold]{plan['command']}[/bold]: {plan['rows']} rows; nothing is sent", highlight=False)
+    console.print(f"[bold]{plan['command']}[/bold]: {_of(plan)}; nothing is sent", highlight=False)
     for task, t in plan["tasks"].items():
         left_out = "".join(f", {n} not ({code})" for code, n in t["not_asked"].items())
         console.print(f"\n[bold]{task}[/bold]: {t['asked']} rows would be asked{left_out}", highlight=False)
@@ -132,7 +137,8 @@ def _print_plan(plan: dict[str, Any]) -> None:
             continue
         sampling = f"temperature {t['temperature']:g}, top_p {t['top_p']:g}, {t['max_tokens']} tokens"
         with_image = "with its image" if t["image"] else "without its image"
-        said = f"{t['model']} at {t['endpoint']}, key {t['key']}; {sampling}; {with_image}"
+        who = f"{t['model'] or 'no model yet'} at {t['endpoint'] or 'no address yet'}"
+        said = f"{who}, key {t['key']}; {sampling}; {with_image}"
         console.print(escape(said), highlight=False, soft_wrap=True)
         prompt = f"--- {t['sample_id']}, system\n{t['prompt']['system']}\n--- user\n{t['prompt']['user']}"
         console.print(escape(prompt), highlight=False, soft_wrap=True)

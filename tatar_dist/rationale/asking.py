@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from tatar_dist.data.images import UnreadableImage
+from tatar_dist.errors import RunError, UserError
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.endpoint import Endpoint, NoAnswer, Stopped, tokens_bound
 from tatar_dist.rationale.journal import Journal
 from tatar_dist.rationale.ledger import Entry, Ledger, journal_line
 from tatar_dist.rationale.pictures import Picture, picture
 from tatar_dist.rationale.questions import Answer, Question, Request, Row
-from tatar_dist.rationale.replies import Refused
-from tatar_dist.rationale.rows import Rows
+from tatar_dist.rationale.replies import NoAccess, Refused
+from tatar_dist.rationale.rows import Rows, reject_unreadable
 
 READ_THREADS = 2  # decoding and encoding of images; they release the interpreter lock
 POLL_S = 0.1  # how soon a signal is seen
@@ -94,7 +95,7 @@ class Asking:
         self.question: Question = ledger.question
         self.limits = self.question.c.limits
         self.budget = Budget(self.limits.budget_tokens, ledger.tokens)
-        self._bound_factor = 1.0  # of prompt tokens, should an endpoint count more than our bound
+        self._bound_factor = 1.0  # of prompt tokens: the most that an endpoint counted over our bound
         self._endpoints: dict[tuple[str, str], Endpoint] = {}
         self._writing = 0
 
@@ -105,7 +106,8 @@ class Asking:
     def run(self) -> None:
         """Ask until every row is settled, the budget is spent, or the user wants to stop.
 
-        Raises UserError or RunError when the endpoint cannot be used; what was answered is in the journal.
+        Raises UserError or RunError when the endpoint cannot be used; what was answered is in the journal, answers in
+        flight at that moment too.
         """
         asyncio.run(self._run())
 
@@ -132,24 +134,26 @@ class Asking:
                     await endpoint.close()
 
     async def _until_done(self, producer: asyncio.Task[None], slots: list[asyncio.Task[None]]) -> None:
-        """Wait for the slots. The first error ends all; a stop waits a little for what is in flight."""
+        """Wait for the slots. An error or a stop ends all, after a little wait for answers in flight: they are paid."""
         pending: set[asyncio.Task[None]] = {producer, *slots}
         deadline: float | None = None
+        error: BaseException | None = None
         clock = asyncio.get_running_loop().time
         while pending:
             done, pending = await asyncio.wait(pending, timeout=POLL_S, return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
+            error = error or next((e for task in done if (e := task.exception())), None)
             self.ledger.retries = sum(e.retries for e in self._endpoints.values())
             self.progress(self.ledger)
             if self.budget.closed and not self.in_flight:
-                return  # the rows prepared ahead are not asked
-            if deadline is None and self.stopping():
+                break  # the rows prepared ahead are not asked
+            if deadline is None and (error is not None or self.stopping()):
                 deadline = clock() + self.limits.stop_wait_s
                 for endpoint in self._endpoints.values():
                     endpoint.stopped = True
             if deadline is not None and (not self.in_flight or clock() > deadline):
-                return
+                break
+        if error is not None:
+            raise error
 
     @property
     def in_flight(self) -> int:
@@ -184,8 +188,9 @@ class Asking:
             while (coming := await ready.get()) is not None:
                 found = await coming
                 if found.row is None:
-                    self.ledger.reject(found.entry, Reason("image-unreadable", found.unreadable or ""))
+                    reject_unreadable(self.ledger, self.rows, found.entry, found.unreadable or "")
                     continue
+                self.ledger.images_read += 1
                 await self._settle(found.entry, found.row, found.picture)
 
     async def _settle(self, entry: Entry, row: Row, image: Picture | None) -> None:
@@ -193,7 +198,7 @@ class Asking:
         while True:
             request = self.question.request(row, len(entry.answers))
             try:
-                answer = await self._ask(request, image)
+                answer = await self._ask(entry, request, image)
             except Refused as e:
                 return self.ledger.fail(entry, Reason("endpoint-refused", f"the endpoint refused it: {e}"))
             except NoAnswer as e:
@@ -202,11 +207,12 @@ class Asking:
             if self.ledger.take(entry, answer, outcome):
                 return
 
-    async def _ask(self, request: Request, image: Picture | None) -> Answer:
+    async def _ask(self, entry: Entry, request: Request, image: Picture | None) -> Answer:
         """One durable answer, its tokens set aside before and accounted for after."""
         endpoint = self._endpoints[request.target.url, request.target.api_key_env]
         key = {"sample_id": request.sample_id, "attempt": request.attempt}
-        most = int(tokens_bound(request, image) * self._bound_factor) + request.max_tokens
+        bound = tokens_bound(request, image)
+        most = int(bound * self._bound_factor) + request.max_tokens
         await self.budget.reserve(most)
         held = True
 
@@ -222,21 +228,21 @@ class Asking:
 
         spent = 0
         try:
-            if self.limits.budget_tokens is not None:
-                await self.journal.append({**key, "asking": most})  # a kill must not hide what is being spent
+            await self._note({**key, "asking": most})  # a kill must not hide what is being spent
             answer = await endpoint.ask(request, image, lost)
             self._writing += 1
             try:
                 spent = answer.prompt_tokens + answer.completion_tokens
-                if spent > most:
-                    self._bound_factor *= spent / most
-                await self.journal.append(journal_line(request.sample_id, request.attempt, answer))
+                self._bound_factor = max(self._bound_factor, (spent - request.max_tokens) / bound)
+                await self.journal.append(journal_line(entry, request.attempt, answer))
             finally:
                 self._writing -= 1
             return answer
-        except (Refused, NoAnswer):
-            if self.limits.budget_tokens is not None and held:
-                await self.journal.append({**key, "lost": 0})  # it is known to have cost nothing more
+        except (Refused, NoAnswer, NoAccess, RunError) as e:  # it is known to have cost nothing more
+            await self.journal.append({**key, "lost": 0, "failed": str(e)})
+            raise
+        except (Stopped, UserError):
+            await self._note({**key, "lost": 0})
             raise
         finally:
             if held:
@@ -244,5 +250,10 @@ class Asking:
 
     async def _reserve_again(self, key: dict[str, Any], most: int) -> None:
         await self.budget.reserve(most)
+        await self._note({**key, "asking": most})
+
+    async def _note(self, line: dict[str, Any]) -> None:
+        """A line about spending: on disk before more is spent where a budget is set, else with the next commit."""
+        noted = self.journal.hand_in(line)
         if self.limits.budget_tokens is not None:
-            await self.journal.append({**key, "asking": most})
+            await asyncio.shield(noted)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import time
@@ -26,12 +27,14 @@ from tatar_dist import __version__
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.rationale.pictures import Picture
 from tatar_dist.rationale.questions import Answer, Request, Target
-from tatar_dist.rationale.replies import NoSchema, Refused, TryAgain, raise_for, read_answer
+from tatar_dist.rationale.replies import NoAccess, NoSchema, Refused, TryAgain, raise_for, read_answer
 from tatar_dist.rationale.settings import LimitsConfig
 
 MAX_REPLY = 4 << 20  # bytes; a longer reply is garbage
 CONNECT_S = 10.0
-WINDOW_S = 10.0  # of a rate limit: bursts of a sixth of a minute's worth, then evenly
+WINDOW_S = 2.0  # of a rate limit: bursts of two seconds' worth, then evenly
+POLL_S = 0.05
+SAY_EVERY_S = 15.0  # an endpoint that asks for pauses is quoted no more often
 RETRY_AFTER_MAX = 900.0  # a Retry-After beyond this is taken as this
 
 
@@ -48,7 +51,7 @@ def tokens_bound(request: Request, picture: Picture | None) -> int:
     return len(request.system.encode()) + len(request.user.encode()) + 64 + (picture.tokens if picture else 0)
 
 
-def body_of(request: Request, picture: Picture | None, structured: bool) -> bytes:
+def body_of(request: Request, picture: Picture | None) -> bytes:
     """The JSON body of a chat completion."""
     content: Any = request.user
     if picture is not None:
@@ -62,7 +65,7 @@ def body_of(request: Request, picture: Picture | None, structured: bool) -> byte
         "seed": request.seed,
         "stream": False,
     }
-    if structured and request.schema is not None:
+    if request.schema is not None:
         schema = {"name": "marks", "strict": True, "schema": request.schema}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     return json.dumps(body).encode()
@@ -81,11 +84,20 @@ def key_of(target: Target) -> str | None:
     return key
 
 
-def _limiter(per_minute: float) -> AsyncLimiter | None:
+def limiter(per_minute: float) -> AsyncLimiter | None:
+    """None for 0. No minute sees more than `per_minute`: its burst and what comes evenly after add up to no more."""
     if not per_minute:
         return None
-    per_window = per_minute * WINDOW_S / 60
+    per_window = per_minute * WINDOW_S / (60 + WINDOW_S)
     return AsyncLimiter(per_window, WINDOW_S) if per_window >= 1 else AsyncLimiter(1, 60 / per_minute)
+
+
+async def acquire(limit: AsyncLimiter | None, amount: float) -> None:
+    """Wait for `amount`, in parts where it is more than a burst."""
+    while limit is not None and amount > 0:
+        part = min(amount, limit.max_rate)
+        await limit.acquire(part)
+        amount -= part
 
 
 def _is_loopback(url: str) -> bool:
@@ -102,10 +114,14 @@ class Endpoint:
         self.retries = self.sending = 0  # `sending`: requests that are out right now
         self.stopped = False
         self._structured = target.structured
-        self._failures = 0  # given up since the last answer
+        self._schema_known = False  # an answer by schema has come
+        self._answered = False
+        self._asking = self._undecided = 0  # calls of `ask`; those of them that wait for what a 403 or 404 means
+        self._failures = self._barred = 0  # since the last answer: given up, and 403 or 404
         self._resume_at = 0.0  # monotonic; before it nobody asks
         self._pauses = 0  # 429s since the last answer, without a Retry-After: each pause is longer
-        self._requests, self._tokens = _limiter(limits.requests_per_minute), _limiter(limits.tokens_per_minute)
+        self._said_at = -math.inf
+        self._requests, self._tokens = limiter(limits.requests_per_minute), limiter(limits.tokens_per_minute)
         base = urlsplit(target.url)
         query = f"?{base.query}" if base.query else ""
         self._url = f"{base.scheme}://{base.netloc}{base.path.rstrip('/')}/chat/completions{query}"
@@ -150,18 +166,45 @@ class Endpoint:
             NoAnswer: all tries failed. Refused: the endpoint will not answer this one.
             UserError: no access, no such model, a wrong address. RunError: too many failures in a row.
         """
+        self._asking += 1
         try:
             answer = await self._with_retries(request, picture, on_lost)
-        except (TryAgain, Refused) as e:
-            self._failures += 1
-            if self._failures >= self.limits.failures_in_a_row:
-                raise RunError(
-                    f"{request.target.key}={request.target.url}: {self._failures} requests in a row got no answer, the "
-                    f"last: {e}; what was answered is kept, the same command goes on from there"
-                ) from None
-            raise (e if isinstance(e, Refused) else NoAnswer(str(e))) from None
-        self._failures = self._pauses = 0
+        except NoAccess as e:
+            self._barred += 1
+            if self._barred >= self.limits.failures_in_a_row or not await self._others_answered():
+                raise
+            raise Refused(str(e)) from None
+        except Refused as e:
+            if not self._answered:  # else it is about this sample, and others are answered
+                self._failed(request, e)
+            raise
+        except TryAgain as e:
+            self._failed(request, e)
+            raise NoAnswer(str(e)) from None
+        finally:
+            self._asking -= 1
+        self._answered = True
+        self._failures = self._barred = self._pauses = 0
         return answer
+
+    def _failed(self, request: Request, error: Exception) -> None:
+        """One more without an answer. Raises RunError when that makes too many in a row."""
+        self._failures += 1
+        if self._failures >= self.limits.failures_in_a_row:
+            raise RunError(
+                f"{request.target.key}={request.target.url}: {self.limits.failures_in_a_row} requests in a row got no "
+                f"answer, the last: {error}; what was answered is kept, the same command goes on from there"
+            ) from None
+
+    async def _others_answered(self) -> bool:
+        """Whether this endpoint answers anybody; waits while that may still turn out."""
+        self._undecided += 1
+        try:
+            while not self._answered and self._undecided < self._asking and not self.stopped:
+                await asyncio.sleep(POLL_S)
+        finally:
+            self._undecided -= 1
+        return self._answered
 
     async def _with_retries(
         self, request: Request, picture: Picture | None, on_lost: Callable[[], Awaitable[None]] | None
@@ -190,48 +233,63 @@ class Endpoint:
                 except TryAgain as e:
                     counted += not e.limited
                     if e.limited:
-                        self._pause(e.retry_after)
+                        self._pause(request, e)
                     if e.lost and on_lost is not None:
                         await on_lost()
                     raise
         raise AssertionError("AsyncRetrying ends by return or by raising")
 
-    def _pause(self, seconds: float | None) -> None:
+    def _pause(self, request: Request, error: TryAgain) -> None:
         """Nobody asks before the pause is over. Without a Retry-After it doubles from pause to pause."""
-        now = time.monotonic()
+        now, seconds = time.monotonic(), error.retry_after
         if now < self._resume_at and seconds is None:
             return  # asked before the pause that another slot began: the same event
         if seconds is None:
             seconds = min(self.limits.backoff_max_s, self.limits.backoff_s * 2**self._pauses)
             self._pauses = min(self._pauses + 1, 20)
         self._resume_at = max(self._resume_at, now + min(seconds, RETRY_AFTER_MAX))
+        if now - self._said_at >= SAY_EVERY_S:
+            self._said_at = now
+            left = self._resume_at - now
+            self.say(f"{request.target.url} asks us to slow down: nothing is asked for {left:.0f} s ({error})")
 
     async def _turn(self, bound: int) -> None:
-        """Wait for the shared pause and the rate limits."""
-        if self._tokens is not None:
-            await self._tokens.acquire(min(bound, self._tokens.max_rate))
-        if self._requests is not None:
-            await self._requests.acquire()
-        while (left := self._resume_at - time.monotonic()) > 0:
-            await asyncio.sleep(left)
-        if self.stopped:
-            raise Stopped
+        """Wait for the shared pause, then for the rate limits: a turn taken before a pause would add to the burst."""
+        while True:
+            while (left := self._resume_at - time.monotonic()) > 0:
+                await asyncio.sleep(left)
+            await acquire(self._tokens, bound)
+            await acquire(self._requests, 1)
+            if self.stopped:
+                raise Stopped
+            if time.monotonic() >= self._resume_at:
+                return
 
     async def _once(self, request: Request, picture: Picture | None) -> Answer:
-        bound = tokens_bound(request, picture)
-        await self._turn(bound + request.max_tokens)
-        structured = self._structured
+        """One try; two where the endpoint may not know the schema: then what works is kept."""
+        plain = replace(request, schema=None)
+        if request.schema is None or not self._structured:
+            return await self._send(plain, picture)
         try:
-            status, headers, reply = await self._post(request, body_of(request, picture, structured))
-            if status == 200:
-                return read_answer(reply, bound, self._key)
-            raise_for(status, headers, reply, request if structured else replace(request, schema=None), self._key)
+            answer = await self._send(request, picture)
         except NoSchema as e:
+            if self._schema_known:
+                raise e.otherwise from None
+            answer = await self._send(plain, picture)
             if self._structured:
                 self._structured = False
                 self.say(f"{request.target.url} takes no JSON schema ({e}): asking for plain JSON from here on")
-            return await self._once(request, picture)
-        raise AssertionError("raise_for always raises")
+            return answer
+        self._schema_known = True
+        return answer
+
+    async def _send(self, request: Request, picture: Picture | None) -> Answer:
+        bound = tokens_bound(request, picture)
+        await self._turn(bound + request.max_tokens)
+        status, headers, reply = await self._post(request, body_of(request, picture))
+        if status != 200:
+            raise_for(status, headers, reply, request, self._key)
+        return read_answer(reply, bound, request.max_tokens, self._key)
 
     async def _post(self, request: Request, body: bytes) -> tuple[int, httpx.Headers, bytes]:
         """(status, headers, body) of one POST, all of it within timeout_s."""

@@ -4,7 +4,7 @@ In: small dicts, one an answer. Out: a file of JSON lines beside the output, eac
 killed run left is read back by the next. Many slots share one fsync (group commit), so that durability costs a few
 milliseconds whatever the concurrency. A lock on the file keeps two runs out of one output.
 
-    {"sum": "89abcdef", "line": {"journal": 1, "settings": {...}}}      the first line: what the run asks
+    {"sum": "89abcdef", "line": {"journal": 2, "settings": {...}}}      the first line: what the run asks
     {"sum": "01234567", "line": {"sample_id": "a", "attempt": 0, "text": "...", ...}}
 """
 
@@ -22,7 +22,8 @@ from typing import Any
 
 from tatar_dist.errors import UserError
 
-VERSION = 1
+VERSION = 2
+_BEGINNING = b'{"sum":"'
 
 
 def encode(line: Mapping[str, Any]) -> bytes:
@@ -33,7 +34,7 @@ def encode(line: Mapping[str, Any]) -> bytes:
 
 def decode(raw: bytes) -> dict[str, Any] | None:
     """The dict of one line, or None for a line that was torn or altered."""
-    if not (raw.startswith(b'{"sum":"') and raw.endswith(b"}\n") and raw[16:25] == b'","line":'):
+    if not (raw.startswith(_BEGINNING) and raw.endswith(b"}\n") and raw[16:25] == b'","line":'):
         return None
     body = raw[25:-2]
     if b"%08x" % zlib.crc32(body) != raw[8:16]:
@@ -57,7 +58,8 @@ class Journal:
     """Opens (and locks) the journal; `read` hands back the lines of earlier runs. Use as a context manager.
 
     Raises:
-        UserError: another process holds it, it is damaged before its end, or it was written under other settings.
+        UserError: another process holds it, it is no journal, it is damaged before its end, or it was written under
+            other settings.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -78,6 +80,7 @@ class Journal:
         self._writer = ThreadPoolExecutor(1, "journal")
         self._broken: OSError | None = None
         self.syncs = 0
+        self.cut: str | None = None  # after `read`: what had to be cut from the end, for the user
 
     def __enter__(self) -> Journal:
         return self
@@ -114,11 +117,28 @@ class Journal:
                     take(line)
                     count += 1
         if bad is not None:
-            os.ftruncate(self._file, good)  # what was being written when the process was killed
+            self._cut_end(good)
         if not good:
             self.write({"journal": VERSION, "settings": dict(self._settings)})
             _sync_directory(self.path.parent)
         return count
+
+    def _cut_end(self, good: int) -> None:
+        """Cut what follows the last whole line. A kill tears one commit; whatever it tore is kept beside."""
+        with open(self.path, "rb") as f:
+            f.seek(good)
+            rest = f.read()
+        torn = rest.count(b"\n") + (not rest.endswith(b"\n"))
+        if not good and (torn > 1 or rest.endswith(b"\n") or not rest.startswith(_BEGINNING[: len(rest)])):
+            raise UserError(f"{self.path}: is no journal; choose another --output, or move the file away")
+        self.cut = f"{self.path}: its last line was torn by a kill and is cut"
+        if torn > 1 or rest.endswith(b"\n"):
+            kept = self.path.with_name(f"{self.path.name}.damaged")
+            with open(kept, "ab") as f:
+                f.write(rest)
+                os.fsync(f.fileno())
+            self.cut = f"{self.path}: its last {torn} lines are damaged and cut, their samples asked again; see {kept}"
+        os.ftruncate(self._file, good)
 
     def _check_first(self, line: Mapping[str, Any]) -> None:
         if line.get("journal") != VERSION or not isinstance(line.get("settings"), dict):
@@ -136,14 +156,16 @@ class Journal:
 
     async def append(self, line: Mapping[str, Any]) -> None:
         """Append one line; returns when it is on disk. Raises what writing raises, ENOSPC for example."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pending.append((encode(line), done))
-        self._start()
-        await asyncio.shield(done)
+        await asyncio.shield(self.hand_in(line))
 
-    def _start(self) -> None:
+    def hand_in(self, line: Mapping[str, Any]) -> asyncio.Future[None]:
+        """Append one line with the next commit. What writing raises is in the future, and met by every later line."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody need await it
+        self._pending.append((encode(line), done))
         if self._flusher is None or self._flusher.done():
             self._flusher = asyncio.get_running_loop().create_task(self._flush())
+        return done
 
     async def settled(self) -> None:
         """Wait until everything handed in so far is on disk."""

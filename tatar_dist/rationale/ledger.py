@@ -19,12 +19,17 @@ from tatar_dist.records import Task
 
 @dataclass
 class Entry:
-    """One row's story. `failed` says why nobody answered; such a row is asked again by the next run."""
+    """One row's story. `failed` says why nobody answered; such a row is asked again by the next run.
+
+    `digest`: of what is asked about it. `failed_before`: an earlier run got no answer, so that others go first.
+    """
 
     number: int
     sample_id: str
     dataset: str
     task: Task
+    digest: str
+    failed_before: bool = False
     answers: list[tuple[Answer, Outcome]] = field(default_factory=list)
     before: tuple[Reason, ...] = ()
     failed: Reason | None = None
@@ -41,9 +46,10 @@ class Entry:
         return self.verdict == "accept"
 
 
-def journal_line(sample_id: str, attempt: int, answer: Answer) -> dict[str, Any]:
+def journal_line(entry: Entry, attempt: int, answer: Answer) -> dict[str, Any]:
     return {
-        "sample_id": sample_id,
+        "sample_id": entry.sample_id,
+        "row": entry.digest,
         "attempt": attempt,
         "text": answer.text,
         "finish": answer.finish,
@@ -62,11 +68,16 @@ class Ledger:
         self.prompt_tokens = self.completion_tokens = self.lost_tokens = 0
         self.retries = self.answers_here = 0  # of this process
         self.accepted = self.rejected = self.failed = 0
-        self._durable: dict[str, dict[int, Answer]] = {}
+        self.images_read = self.images_unreadable = 0  # of this process
+        self._durable: dict[tuple[str, str], dict[int, Answer]] = {}  # by sample id and digest of the row
+        self._failed_before: set[str] = set()
         self._reserved: dict[tuple[str, int], int] = {}  # asked by a killed run, never answered
 
     def remember(self, line: dict[str, Any]) -> None:
-        """A journal line: an answer; tokens reserved for a request ("asking"); or tokens of a lost one ("lost")."""
+        """A journal line: an answer; tokens reserved for a request ("asking"); or tokens of a lost one ("lost").
+
+        With "failed" beside "lost", the request got no answer for good, and this is what was said.
+        """
         key = (line["sample_id"], line["attempt"])
         if "asking" in line:
             self._reserved[key] = line["asking"]
@@ -74,10 +85,13 @@ class Ledger:
         self._reserved.pop(key, None)
         if "lost" in line:
             self.lost_tokens += line["lost"]
+            if "failed" in line:
+                self._failed_before.add(line["sample_id"])
             return
         answer = Answer(line["text"], line["finish"], line["prompt_tokens"], line["completion_tokens"])
         self._count(answer)
-        self._durable.setdefault(line["sample_id"], {})[line["attempt"]] = answer
+        self._durable.setdefault((line["sample_id"], line["row"]), {})[line["attempt"]] = answer
+        self._failed_before.discard(line["sample_id"])
 
     def unanswered(self) -> list[dict[str, Any]]:
         """All lines are read: what a killed run asked and got no answer for counts as spent. Lines for the journal."""
@@ -100,9 +114,11 @@ class Ledger:
 
     def enter(self, row: Row) -> Entry:
         """The next row of the manifest, with what is durable of it already."""
-        entry = Entry(row.number, row.sample_id, row.dataset, row.task)
+        digest = self.question.digest(row)
+        failed_before = row.sample_id in self._failed_before
+        entry = Entry(row.number, row.sample_id, row.dataset, row.task, digest, failed_before)
         entry.before = tuple(self.question.before(row))
-        known = self._durable.pop(row.sample_id, {})
+        known = self._durable.pop((row.sample_id, digest), {})
         while not self.is_settled(entry) and len(entry.answers) in known:
             answer = known[len(entry.answers)]
             entry.answers.append((answer, self.question.read(row, answer)))
@@ -120,8 +136,11 @@ class Ledger:
             self.rejected += not entry.accepted
 
     def todo(self) -> Iterator[Entry]:
-        """Rows in order that want an answer."""
-        return (e for e in self.entries if not self.is_settled(e) and e.failed is None)
+        """Rows in order that want an answer; last those that got none before, lest they keep the others waiting."""
+        for last in (False, True):
+            for e in self.entries:
+                if e.failed_before == last and not self.is_settled(e) and e.failed is None:
+                    yield e
 
     def take(self, entry: Entry, answer: Answer, outcome: Outcome) -> bool:
         """A durable answer of this run. True when the row is settled by it."""

@@ -23,7 +23,7 @@ from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.journal import Journal
 from tatar_dist.rationale.ledger import Entry, Ledger, journal_line
 from tatar_dist.rationale.questions import Answer, Request, Row
-from tatar_dist.rationale.rows import Rows
+from tatar_dist.rationale.rows import Rows, reject_unreadable
 from tatar_dist.records import Group, Prompt, Sample, Task
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.pool import RolloutPool
@@ -92,8 +92,9 @@ class LocalAsking:
                 samples[entry.number] = self.rows.get(entry.number)
                 if self.question.with_image(entry.task):
                     decode_image(samples[entry.number][1].image, entry.sample_id)
+                self.ledger.images_read += 1
             except UnreadableImage as e:
-                self.ledger.reject(entry, Reason("image-unreadable", str(e)))
+                reject_unreadable(self.ledger, self.rows, entry, str(e))
         for attempt in range(self.ledger.attempts):
             for task in sorted({entry.task for entry in window}):
                 entries = [e for e in window if e.task == task and len(e.answers) == attempt and self._is_open(e)]
@@ -178,6 +179,6 @@ class LocalAsking:
                 completion.text, completion.finish_reason, len(group.prompt_token_ids), len(completion.token_ids)
             )
             found.append((asked, answer))
-        self.journal.write(*(journal_line(a.request.sample_id, a.request.attempt, answer) for a, answer in found))
+        self.journal.write(*(journal_line(a.entry, a.request.attempt, answer) for a, answer in found))
         for asked, answer in found:
             self.ledger.take(asked.entry, answer, self.question.read(asked.row, answer))

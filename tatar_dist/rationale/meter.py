@@ -24,7 +24,7 @@ class Meter:
         self.console = console or Console(stderr=True)
         self.began = time.monotonic()
         self._printed = self.began - PLAIN_EVERY_S + 2.0  # the first plain line after two seconds
-        self._settled_before: int | None = None
+        self._settled_before = 0
         self._bar: progress.Progress | None = None
         if self.console.is_terminal:
             self._bar = progress.Progress(
@@ -46,10 +46,19 @@ class Meter:
         if self._bar:
             self._bar.stop()
 
+    def reading(self, ledger: Ledger) -> None:
+        """Rows are entered into the ledger, before any is asked; the pace is reckoned from the last call of this."""
+        now, done = time.monotonic(), ledger.settled
+        if self._bar:
+            self._bar.update(self._task, completed=done, said="reading what is there")
+        elif now - self._printed >= PLAIN_EVERY_S:
+            self._printed = now
+            text = f"{self.name}  {len(ledger.entries)}/{self.total}  reading what is there"
+            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self.began, self._settled_before = now, done
+
     def __call__(self, ledger: Ledger, last: bool = False) -> None:
         done = ledger.settled + ledger.failed
-        if self._settled_before is None:
-            self._settled_before = done
         now = time.monotonic()
         if self._bar:
             self._bar.update(self._task, completed=done, said=self.line(ledger, now))
@@ -62,7 +71,7 @@ class Meter:
         """What stands beside the bar."""
         done = ledger.settled + ledger.failed
         gone = max(now - self.began, 1e-9)
-        here = done - (self._settled_before or 0)
+        here = done - self._settled_before
         parts = [f"{ledger.accepted} accepted", f"{ledger.rejected} rejected"]
         if ledger.failed:
             parts.append(f"{ledger.failed} failed")

@@ -8,6 +8,7 @@ seed, attempt, sample id), so that asking again asks for another text and a resu
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -179,6 +180,14 @@ class Question:
                 found["max_pixels"] = self.config.model.max_pixels if local else self.endpoint.max_pixels
         return found
 
+    def about(self, row: Row) -> list[Any]:
+        """What of a row is asked about, its image apart."""
+        return [row.task, row.score, row.attributes]
+
+    def digest(self, row: Row) -> str:
+        """Of what is asked about the row: an answer to a row that has changed since is no answer to this one."""
+        return _hash(json.dumps(self.about(row)))
+
     def before(self, row: Row) -> list[Reason]:
         """Reasons against the row that need no asking."""
         raise NotImplementedError
@@ -264,6 +273,12 @@ class Judge(Question):
     def schema(self, task: Task) -> dict[str, Any] | None:
         return schema(task)
 
+    def settings(self, tasks: set[Task]) -> dict[str, Any]:
+        return super().settings(set(TASKS))  # a build that is still growing may come to the other task later
+
+    def about(self, row: Row) -> list[Any]:
+        return [*super().about(row), row.rationale]
+
     def before(self, row: Row) -> list[Reason]:
         text = row.rationale or ""
         return check_text(text, "stop", row.task, row.score, row.attributes, self.c, self.wording)
@@ -272,11 +287,13 @@ class Judge(Question):
         return read_marks(without_reasoning(answer.text), row.task)
 
     def read(self, row: Row, answer: Answer) -> Outcome:
+        """A verdict that cannot be read is asked for again, except at temperature 0: it would be the same."""
+        unread: Literal["again", "reject"] = "again" if self.c.verdict.temperature > 0 else "reject"
         if answer.finish != "stop":
-            return Outcome("again", (Reason("judge-cut-off", f"the judge's answer ended with {answer.finish!r}"),))
+            return Outcome(unread, (Reason("judge-cut-off", f"the judge's answer ended with {answer.finish!r}"),))
         marks = self.marks(row, answer)
         if isinstance(marks, Reason):
-            return Outcome("again", (marks,))
+            return Outcome(unread, (marks,))
         low = low_marks(marks, self.c.verdict.reject_at)
         return Outcome("reject", tuple(low)) if low else Outcome("accept")
 

@@ -16,6 +16,10 @@ from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.ledger import Entry, Ledger
 from tatar_dist.records import TASKS
 
+FAILURES = {  # codes of rows that nobody answered, and how they are told of
+    "no-answer": "rows got no answer after all retries",
+    "endpoint-refused": "rows were refused by the endpoint",
+}
 EXAMPLES = 2  # a reason
 EXAMPLE_CHARS = 300
 

@@ -1,14 +1,13 @@
 """Rows of a manifest as questions need them, streamed in order; images and whole rows one at a time.
 
-In: a manifest. Out: `Row`s without images in bounded memory, a fingerprint of all of them, single rows for asking and
-writing. A Parquet file is not safe to share between threads: whoever reads here is one thread at a time.
+In: a manifest. Out: `Row`s without images in bounded memory, single rows for asking and writing. A Parquet file is not
+safe to share between threads: whoever reads here is one thread at a time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +16,14 @@ import pyarrow.parquet as pq
 
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.errors import UserError
+from tatar_dist.rationale.checks import Reason
+from tatar_dist.rationale.ledger import Entry, Ledger
 from tatar_dist.rationale.questions import Row
 from tatar_dist.records import Sample, Task
 
-_COLUMNS = ("sample_id", "dataset", "task", "score", "rationale", "attributes")
+_COLUMNS = ("sample_id", "dataset", "task", "score", "split", "rationale", "attributes")
+
+IMAGES_TRIED = 16
 
 
 def _attributes(text: str | None, path: Path, number: int) -> dict[str, str]:
@@ -35,48 +38,75 @@ def _attributes(text: str | None, path: Path, number: int) -> dict[str, str]:
     return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
-class Rows:
-    """The first `limit` rows of a manifest (None = all)."""
+def reject_unreadable(ledger: Ledger, rows: Rows, entry: Entry, says: str) -> None:
+    """Reject a row whose image cannot be read. Raises UserError when so many were tried and none can."""
+    ledger.reject(entry, Reason("image-unreadable", says))
+    ledger.images_unreadable += 1
+    if ledger.images_unreadable >= IMAGES_TRIED and not ledger.images_read and not ledger.tokens:
+        where = "images lie in the rows" if rows.manifest.embedded else f"image paths start at {rows.image_root}"
+        raise UserError(
+            f"{rows.path}: none of the first {IMAGES_TRIED} images can be read, the last: {says}; {where}: check the "
+            "manifest, or say where they start as data.image_root=…"
+        )
 
-    def __init__(self, path: Path, limit: int | None = None) -> None:
-        self.manifest: Manifest = read_manifest(path)  # checks ids, tasks and scores
-        self.path, self.count = path, min(len(self.manifest), limit or len(self.manifest))
-        if not self.count:
-            raise UserError(f"{path}: holds no rows")
+
+class Rows:
+    """The rows of a manifest that a run looks at: of these `splits` (none: of all), the first `limit` (None: all).
+
+    Args:
+        image_root: where image paths start, instead of what the manifest says.
+        written: only rows that have a rationale.
+
+    Raises UserError where that leaves none.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        splits: Sequence[str] = (),
+        limit: int | None = None,
+        image_root: str | None = None,
+        written: bool = False,
+    ) -> None:
+        self.manifest: Manifest = read_manifest(path, image_root)  # checks ids, tasks and scores
+        self.path, self.splits, self.limit, self.written = path, tuple(splits), limit, written
+        pools = [pool for pool in self.manifest.pools if not splits or pool.split in splits]
+        if not pools:
+            there = sorted({str(pool.split) for pool in self.manifest.pools})
+            asked = f"of split {' or '.join(splits)}, only of {', '.join(there)}: see rationale.splits" if there else ""
+            raise UserError(f"{path}: holds no rows {asked}".strip())
         # of all rows, whatever the limit: a journal is continued under a larger one
-        self.tasks: set[Task] = {cast(Task, pool.task) for pool in self.manifest.pools}
+        self.tasks: set[Task] = {cast(Task, pool.task) for pool in pools}
+        self.count = sum(1 for _ in self) if written else min(sum(p.rows for p in pools), limit or len(self.manifest))
+        if not self.count:
+            raise UserError(f"{path}: no row has a rationale to judge; `tatar-dist rationale build` writes them")
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[Row]:
-        """The rows in order, without images."""
-        return islice(self._all(), self.count)
+        """The rows in order, without images. `number` is the manifest's."""
+        return islice(self._all(), self.limit)
 
     def _all(self) -> Iterator[Row]:
-        number = 0
+        number = -1
         with pq.ParquetFile(self.path) as file:
             present = [name for name in _COLUMNS if name in file.schema_arrow.names]
             for batch in file.iter_batches(batch_size=4096, columns=present):
                 for values in batch.to_pylist():
+                    number += 1
+                    text = values.get("rationale")
+                    if (self.splits and values.get("split") not in self.splits) or (self.written and not text):
+                        continue
                     yield Row(
                         number,
                         values["sample_id"],
                         values["dataset"],
                         values["task"],
                         float(values["score"]),
-                        values.get("rationale"),
+                        text,
                         _attributes(values.get("attributes"), self.path, number),
                     )
-                    number += 1
-
-    def fingerprint(self, rationales: bool) -> str:
-        """Hash of what is asked about every row of the manifest, images apart; a journal belongs to one."""
-        digest = hashlib.blake2b(digest_size=12)
-        for row in self._all():
-            text = row.rationale if rationales else None
-            digest.update(json.dumps([row.sample_id, row.task, row.score, row.attributes, text]).encode() + b"\n")
-        return digest.hexdigest()
 
     @property
     def image_root(self) -> Path:

@@ -6,6 +6,7 @@ rejected answers and a report. Run the same command again and it goes on where i
 
 from __future__ import annotations
 
+import glob
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,22 +25,28 @@ from tatar_dist.rationale.rows import Rows
 from tatar_dist.rationale.wording import load_wording
 
 QUESTIONS: dict[str, type[Question]] = {"build": Build, "judge": Judge}
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SHOW_EVERY = 1000  # rows entered between two looks of the meter
+
+
+def shipped(name: str) -> Path:
+    """A file that a setting names; where there is none, configs/… means the one that comes with the package."""
+    path, ours = Path(name), CONFIGS / Path(name).name
+    return ours if not path.exists() and path.parent == Path(CONFIGS.name) and ours.is_file() else path
 
 
 def _prepare(name: str, source: Path, config: Config) -> tuple[Question, Rows]:
-    question = QUESTIONS[name](config, load_wording(config.rationale.prompts))
-    rows = Rows(source, config.rationale.limit)
-    require_target(question, rows.tasks)
-    if name == "judge" and not any(row.rationale for row in rows):
-        raise UserError(f"{source}: no row has a rationale to judge; `tatar-dist rationale build` writes them")
-    return question, rows
+    c = config.rationale
+    question = QUESTIONS[name](config, load_wording(shipped(c.prompts)))
+    return question, Rows(source, c.splits or (), c.limit, config.data.image_root, written=name == "judge")
 
 
 def dry_run(name: str, source: Path, config: Config) -> dict[str, Any]:
     """What a run would ask: rows by task, addresses, one rendered prompt a task. Nothing is sent or written."""
     question, rows = _prepare(name, source, config)
     journal = report.beside(Path(config.output), "journal.jsonl")
-    found: dict[str, Any] = {"command": f"rationale {name}", "rows": len(rows), "journal": str(journal), "tasks": {}}
+    found: dict[str, Any] = {"command": f"rationale {name}", "rows": len(rows), "splits": rows.splits or None}
+    found |= {"journal": str(journal), "tasks": {}}
     for row in rows:
         task = found["tasks"].setdefault(row.task, {"rows": 0, "asked": 0, "not_asked": {}})
         task["rows"] += 1
@@ -51,8 +58,8 @@ def dry_run(name: str, source: Path, config: Config) -> dict[str, Any]:
         if "prompt" not in task:
             request = question.request(row, 0)
             task |= {
-                "endpoint": request.target.url or "our own engines",
-                "model": request.target.model,
+                "endpoint": request.target.url or ("our own engines" if question.endpoint.local else None),
+                "model": request.target.model or None,
                 "key": f"from ${request.target.api_key_env}" if request.target.api_key_env else "none",
                 "image": request.image,
                 "temperature": request.temperature,
@@ -69,7 +76,7 @@ def run(name: str, source: Path, config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: bad input, or an endpoint that will never answer. Interrupted: stopped by the user.
-        RunError: the endpoint failed too often, the budget is spent, or some rows got no answer.
+        RunError: the endpoint failed too often, the budget is spent, some rows got no answer, or none was accepted.
     """
     output = Path(config.output)
     if output.suffix != ".parquet":
@@ -77,21 +84,31 @@ def run(name: str, source: Path, config: Config) -> dict[str, Any]:
     if output.resolve() == source.resolve():
         raise UserError(f"--output {output}: is the input itself")
     question, rows = _prepare(name, source, config)
-    settings = {**question.settings(rows.tasks), "manifest": rows.fingerprint(rationales=name == "judge")}
-    with Journal(report.beside(output, "journal.jsonl"), settings) as journal, Interrupts() as stop:
+    require_target(question, rows.tasks)
+    beside = [report.beside(output, ending) for ending in ("journal.jsonl", "rejected.jsonl", "report.md")]
+    for path in (output, *beside):
+        if path.is_dir():
+            raise UserError(f"{path}: is a directory, a file will be written there; choose another --output")
+    with Journal(beside[0], question.settings(rows.tasks)) as journal, Interrupts() as stop:
+        for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
+            left.unlink()  # of a killed run: the lock is ours, so nobody is writing it
         ledger = Ledger(question)
         journal.read(ledger.remember)
-        for line in ledger.unanswered():
-            journal.write(line)
-        for row in rows:
-            ledger.enter(row)
+        if journal.cut:
+            _say(journal.cut)
+        journal.write(*ledger.unanswered())
         with Meter(f"rationale {name}", len(rows)) as meter:
+            for n, row in enumerate(rows):
+                ledger.enter(row)
+                if n % SHOW_EVERY == 0:
+                    meter.reading(ledger)
+            meter.reading(ledger)
             spent = False
             if next(ledger.todo(), None) is not None:
                 spent = _ask(ledger, rows, journal, meter, stop)
             meter(ledger, last=True)
         _write(ledger, rows, output)
-    found = {**report.summary(ledger), "output": str(output)}
+    found = {**report.summary(ledger), "splits": rows.splits or None, "output": str(output)}
     _complain(ledger, found, stop.requested, spent)
     return found
 
@@ -132,6 +149,7 @@ def _write(ledger: Ledger, rows: Rows, output: Path) -> None:
 
 def _complain(ledger: Ledger, found: dict[str, Any], stopped: bool, spent: bool) -> None:
     """Raise what keeps the run from being complete; the files are written already."""
+    output = Path(found["output"])
     kept = f"{found['accepted']} accepted rows are in {found['output']}"
     again = "the same command goes on from here"
     if spent:
@@ -142,6 +160,12 @@ def _complain(ledger: Ledger, found: dict[str, Any], stopped: bool, spent: bool)
         )
     if stopped and found["not_asked"]:
         raise Interrupted(f"stopped: {found['not_asked']} rows are left; {kept}; {again}")
-    unanswered = sum(t["reasons"].get("no-answer", 0) for t in found["tasks"].values())
-    if unanswered:
-        raise RunError(f"{unanswered} rows got no answer after all retries; {kept}; {again}")
+    if found["failed"]:
+        codes = {code: sum(t["reasons"].get(code, 0) for t in found["tasks"].values()) for code in report.FAILURES}
+        said = " and ".join(f"{n} {report.FAILURES[code]}" for code, n in codes.items() if n)
+        raise RunError(f"{said}; {kept}; the same command asks about them again")
+    if not found["accepted"]:
+        reasons = "; ".join(report.reason_lines(found))
+        raise RunError(
+            f"none of {found['rows']} rows was accepted ({reasons}): see {report.beside(output, 'report.md')}"
+        )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, urlsplit
 
 from tatar_dist.errors import UserError
+from tatar_dist.records import SPLITS
 
 
 @dataclass
@@ -74,7 +75,8 @@ class LimitsConfig:
 class RationaleConfig:
     prompts: str = "configs/rationale_prompts.yaml"
     attempts: int = 3  # times a sample is asked before it is rejected for good
-    limit: int | None = None  # rows of the manifest that are looked at; null = all
+    splits: list[str] | None = field(default_factory=lambda: ["train"])  # whose rows are looked at; null = all
+    limit: int | None = None  # so many of these rows are looked at; null = all
     teacher: EndpointConfig = field(default_factory=EndpointConfig)
     fast: TextConfig = field(default_factory=lambda: TextConfig(sentences=2))
     slow: TextConfig = field(
@@ -148,6 +150,11 @@ def check(c: RationaleConfig) -> None:
     """Rules that types cannot say. Raises UserError naming the key, never a value that may be a secret."""
     _at_least("rationale.attempts", c.attempts, 1)
     _at_least("rationale.limit", c.limit, 1)
+    for split in c.splits or ():
+        if split not in SPLITS:
+            raise UserError(
+                f"rationale.splits: {split!r} is no split; they are {', '.join(SPLITS)}; null takes all rows"
+            )
     _at_least("rationale.min_attributes", c.min_attributes, 0)
     _at_least("rationale.copied_words", c.copied_words, 2)
     if c.min_attributes > 8:
@@ -158,6 +165,12 @@ def check(c: RationaleConfig) -> None:
         if text.url:
             check_url(text.url, f"{key}.url")
         _check_variable(f"{key}.api_key_env", text.api_key_env)
+        if text.url and c.teacher.local:
+            raise UserError(
+                f"{key}.url: with rationale.teacher.local=true our own engines write all texts; leave it out"
+            )
+        if text.api_key_env and not text.url:
+            raise UserError(f"{key}.api_key_env: belongs to {key}.url, which is empty; the teacher's is its own")
         _at_least(f"{key}.sentences", text.sentences, 0)
         if not 1 <= text.min_words <= text.max_words:
             raise UserError(f"{key}.min_words={text.min_words}: must lie between 1 and max_words={text.max_words}")
