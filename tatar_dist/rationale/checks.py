@@ -12,15 +12,19 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, combinations
 
 from tatar_dist.data.templates import EIGHT
 from tatar_dist.errors import UserError
 from tatar_dist.prompts import answer_text, parse
-from tatar_dist.rationale.settings import RationaleConfig, TextConfig
+from tatar_dist.rationale.number_words import words_that_leak
+from tatar_dist.rationale.prose import form_faults, sentences
+from tatar_dist.rationale.settings import RationaleConfig
 from tatar_dist.rationale.wording import Wording, plain
 from tatar_dist.records import Task
 
 MAX_CHARS = 20_000  # a longer text is rejected unread: a hard bound on the work per text
+SPREAD = 3  # sentences over which a slow text's attributes are spread at least, where it has so many
 
 
 @dataclass(frozen=True)
@@ -31,27 +35,6 @@ class Reason:
     says: str
 
 
-# A tag or what is left of one, chat-template tokens, instruction marks, code fences. "a < b" is none.
-_DEBRIS = re.compile(
-    r"</?[a-zA-Z!?][^<>\n]{0,60}>?|<\||\|>|<<\s*/?\s*SYS|\[/?INST\]|```|\{\{|\}\}|\[/?(?:THINK|ANSWER)\]", re.I
-)
-_ROLE = re.compile(r"^\s*(?:assistant|user|system|human|ai)\s*:", re.I)
-_MARKUP = re.compile(r"\*\*|__|^\s*#{1,6}\s|^\s*[{\[]|^\s*\|", re.M)
-_LIST = re.compile(
-    r"^\s*(?:[-*\u2022\u2023\u25aa\u25e6\u2013\u2014]\s|\(?[a-z]{1,2}[.)]\s|\(?\w{1,3}\)\s)", re.I | re.M
-)
-_STEP = re.compile(
-    r"(?<!\w)(?:step|point|item|number)\s+(?:one|two|three|four|five|six|seven|eight)(?!\w)|(?<!\w)\([a-h]\)", re.I
-)
-# Abbreviations whose full stop ends no sentence; "etc." ends one only before a capital.
-_NEVER_END = frozenset("e.g i.e eg ie vs cf approx fig mr mrs ms dr prof st viz resp".split())
-_MAY_END = frozenset(("etc", "al"))
-_STOP = re.compile(r"[.!?]+[\"'\u201d\u2019)\]]*(?=\s|$)")
-
-_UNITS = "one two three four five six seven eight nine".split()
-_TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_COMPOUND = re.compile(rf"(?<!\w)(?:{'|'.join(_TENS)})[\s-]+(?:{'|'.join(_UNITS)})(?!\w)")
 _DASHES = str.maketrans({c: "-" for c in "\u2010\u2011\u2012\u2013\u2014\u2212\u00ad"})
 
 
@@ -61,49 +44,8 @@ def without_reasoning(text: str) -> str:
     return (after if tag else before).strip()
 
 
-def sentences(text: str) -> list[str]:
-    """The sentences of an English text. Full stops in "e.g.", "J. Smith", "3.5" and "..." in mid-sentence end none."""
-    found, start = [], 0
-    for stop in _STOP.finditer(text):
-        after = text[stop.end() :].lstrip()
-        words = text[start : stop.start()].split()
-        word = words[-1].casefold().lstrip("(\"'\u201c\u2018[") if words else ""
-        mark = stop.group().rstrip("\"'\u201d\u2019)]")
-        starts_low = after[:1].islower()
-        if mark == "." and after:
-            initial = len(word) == 1 and word.isalpha() and word not in "ai"
-            if word in _NEVER_END or initial or (word in _MAY_END and starts_low):
-                continue
-        if mark.startswith("..") and starts_low:
-            continue
-        if text[start : stop.end()].strip():
-            found.append(text[start : stop.end()].strip())
-        start = stop.end()
-    if rest := text[start:].strip():
-        found.append(rest)
-    return found
-
-
-def spelled(number: int) -> str:
-    """A whole number from 0 to 100 in English words: 72 -> "seventy-two"."""
-    if number == 0:
-        return "zero"
-    if number == 100:
-        return "hundred"
-    if number < 10:
-        return _UNITS[number - 1]
-    if number < 20:
-        return _TEENS[number - 10]
-    tens, unit = divmod(number, 10)
-    return _TENS[tens - 2] + (f"-{_UNITS[unit - 1]}" if unit else "")
-
-
 def number_leak(text: str, score: float, wording: Wording) -> str | None:
-    """What gives a number away, or None: any numeral of any script, number phrases, the score in words.
-
-    A compound such as "seventy-two" is a leak whatever the score; single words only where they are the score, rounded
-    up or down, and more than ten, because "two blurred edges" says nothing of the score.
-    """
+    """What gives a number away, or None: any numeral of any script, number phrases, the score in words."""
     folded = unicodedata.normalize("NFKC", text)
     for character in folded:
         if unicodedata.numeric(character, None) is not None:
@@ -111,31 +53,39 @@ def number_leak(text: str, score: float, wording: Wording) -> str | None:
     words = plain(folded.translate(_DASHES))
     if found := wording.number_phrases.search(words):
         return found.group()
-    if found := _COMPOUND.search(words):
-        return found.group()
-    for value in sorted({math.floor(score), math.ceil(score)}):
-        name = spelled(value)
-        if value > 10 and re.search(rf"(?<!\w){name}(?!\w)", words):
-            return name
-    return None
+    return words_that_leak(words, score)
 
 
-def attributes_in_order(text: str, patterns: Sequence[re.Pattern[str]]) -> tuple[int, int]:
-    """(attributes touched, longest chain of attributes whose words stand in the method's order)."""
-    words = plain(unicodedata.normalize("NFKC", text))
-    touched = 0
-    ends: list[int] = [0]  # ends[k]: the earliest place at which a chain of k attributes can end
-    for pattern in patterns:
-        touched += pattern.search(words) is not None
-        for k in range(len(ends) - 1, -1, -1):
-            hit = pattern.search(words, ends[k])
-            if hit is None:
-                continue
-            if k + 1 == len(ends):
-                ends.append(hit.end())
-            else:
-                ends[k + 1] = min(ends[k + 1], hit.end())
-    return touched, len(ends) - 1
+def attributes_in_order(parts: Sequence[str], patterns: Sequence[re.Pattern[str]], most: int) -> tuple[int, int]:
+    """(attributes touched, longest chain of attributes in the method's order), at most `most` of a part in the chain.
+
+    A chain's attributes follow each other in the text: in the parts, and within a part by the places of their words.
+    """
+    touched: set[int] = set()
+    longest = [0] * (len(patterns) + 1)  # longest[a]: the longest chain so far of attributes before a
+    for part in parts:
+        words = plain(unicodedata.normalize("NFKC", part))
+        places = {a: [m.span() for m in pattern.finditer(words)] for a, pattern in enumerate(patterns)}
+        here = [a for a, spans in places.items() if spans]
+        touched.update(here)
+        grown = longest.copy()
+        for size in range(1, min(most, len(here)) + 1):
+            for group in combinations(here, size):
+                if _follow([places[a] for a in group]):
+                    grown[group[-1] + 1] = max(grown[group[-1] + 1], longest[group[0]] + size)
+        longest = list(accumulate(grown, max))
+    return len(touched), longest[-1]
+
+
+def _follow(places: Sequence[Sequence[tuple[int, int]]]) -> bool:
+    """Whether one span can be taken of each list so that each begins where the one before has ended, or later."""
+    at = 0
+    for spans in places:
+        ends = [end for start, end in spans if start >= at]
+        if not ends:
+            return False
+        at = min(ends)
+    return True
 
 
 def copied(text: str, sources: Sequence[str], n: int) -> str | None:
@@ -159,30 +109,6 @@ def _ending(finish: str) -> list[Reason]:
     return [Reason("not-finished", f"the endpoint ended it with {finish!r}")]
 
 
-def _form(text: str, wanted: TextConfig) -> list[Reason]:
-    """Length, sentences, and everything that is not plain prose."""
-    reasons = []
-    n_words = len(text.split())
-    if n_words < wanted.min_words:
-        reasons.append(Reason("too-short", f"{n_words} words, at least {wanted.min_words} are wanted"))
-    if n_words > wanted.max_words:
-        reasons.append(Reason("too-long", f"{n_words} words, at most {wanted.max_words} are wanted"))
-    found = sentences(text)
-    if wanted.sentences and len(found) != wanted.sentences:
-        reasons.append(Reason("sentences", f"{len(found)} sentence(s), exactly {wanted.sentences} are wanted"))
-    if not re.search(r"[.!?\u2026][\"'\u201d\u2019)]*$", text):
-        reasons.append(Reason("unfinished", "it does not end like a sentence"))
-    if debris := _DEBRIS.search(text) or _ROLE.search(text):
-        reasons.append(Reason("debris", f"{debris.group().strip()!r} belongs to a chat template or a tag"))
-    if _LIST.search(text) or _STEP.search(text):
-        reasons.append(Reason("list", "it is a list or goes by steps, not prose"))
-    if markup := _MARKUP.search(text):
-        reasons.append(Reason("markup", f"{markup.group().strip()!r} is markup"))
-    if any(unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn") and c not in "\n\t\r" for c in text):
-        reasons.append(Reason("debris", "it holds control or unassigned characters"))
-    return reasons
-
-
 def _content(text: str, task: Task, config: RationaleConfig, wording: Wording, sources: Sequence[str]) -> list[Reason]:
     """What the text must speak of, and what it must not take over."""
     if task == "iqa":
@@ -190,12 +116,15 @@ def _content(text: str, task: Task, config: RationaleConfig, wording: Wording, s
             return [Reason("no-quality-factor", "it names no quality factor")]
         return []
     reasons = []
-    touched, chain = attributes_in_order(text, wording.attributes)
-    least = config.min_attributes
+    least, parts = config.min_attributes, sentences(text)
+    touched, chain = attributes_in_order(parts, wording.attributes, len(EIGHT))
+    most = math.ceil(least / max(min(SPREAD, len(parts)), 1))
     if touched < least:
         reasons.append(Reason("attributes", f"it touches {touched} of {len(EIGHT)} attributes, {least} are wanted"))
     elif chain < least:
         reasons.append(Reason("attribute-order", f"only {chain} attributes come in order, {least} are wanted"))
+    elif attributes_in_order(parts, wording.attributes, most)[1] < least:
+        reasons.append(Reason("heaped", f"its attributes are heaped up: at most {most} of a sentence count"))
     if gram := copied(text, sources, config.copied_words):
         reasons.append(Reason("copied", f"it copies the attribute texts: {gram!r}"))
     return reasons
@@ -236,9 +165,14 @@ def check_text(
         return [*_ending(finish), Reason("too-long", f"{len(text)} characters, which no rationale has")]
     if not text:
         return [*_ending(finish), Reason("empty", "there is no text")]
-    reasons = _ending(finish) + _form(text, config.fast if task == "iqa" else config.slow)
+    reasons = _ending(finish)
+    reasons += [Reason(*fault) for fault in form_faults(text, config.fast if task == "iqa" else config.slow)]
     if leak := number_leak(text, score, wording):
         reasons.append(Reason("number", f"{leak!r} gives a number away"))
+    if rating := wording.ratings.search(plain(text)):
+        reasons.append(Reason("rating", f"{rating.group()!r} speaks of a rating, which a reader has not seen"))
+    if chat := wording.chat.search(plain(text)):
+        reasons.append(Reason("chat", f"{chat.group()!r} speaks to whoever asked"))
     if refusal := wording.refusals.search(plain(text)):
         reasons.append(Reason("refusal", f"the teacher refuses: {refusal.group()!r}"))
     reasons += _content(text, task, config, wording, list(attributes.values()))

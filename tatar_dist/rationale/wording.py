@@ -25,7 +25,7 @@ QUESTIONS = {  # name -> blanks that its user text may hold, all but those in _O
     "judge.iaa": ("score", "rationale", "attributes"),
 }
 _OPTIONAL = {"judge.iaa": ("attributes",)}
-_LISTS = ("quality_factors", "refusals", "number_phrases")
+_LISTS = ("quality_factors", "refusals", "chat", "number_phrases", "ratings")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Wording:
     quality_factors: re.Pattern[str]
     attributes: tuple[re.Pattern[str], ...]
     refusals: re.Pattern[str]
+    chat: re.Pattern[str]
     number_phrases: re.Pattern[str]
+    ratings: re.Pattern[str]
 
     def ask(self, question: str, blanks: Mapping[str, str]) -> tuple[str, str]:
         """(system text, user text) with the blanks filled in; blanks that the text does not use are ignored."""
@@ -50,11 +52,16 @@ def plain(text: str) -> str:
 
 
 def phrase_pattern(phrases: list[str]) -> re.Pattern[str]:
-    """One pattern for many phrases, on `plain` text: whole words; a trailing * takes any ending."""
+    """One pattern for many phrases, on `plain` text: whole words; a trailing * takes any ending, (a|b) is either,
+    (a )? may be missing.
+
+    Raises re.error for brackets that do not match.
+    """
     parts = []
     for phrase in sorted(phrases, key=len, reverse=True):
-        stem = plain(phrase.removesuffix("*"))
-        parts.append(re.escape(stem) + (r"\w*" if phrase.endswith("*") else ""))
+        escaped = re.escape(plain(phrase.removesuffix("*")))
+        either = escaped.replace(r"\(", "(?:").replace(r"\|", "|").replace(r"\)\?", ")?").replace(r"\)", ")")
+        parts.append(f"(?:{either})" + (r"\w*" if phrase.endswith("*") else ""))
     return re.compile(r"(?<!\w)(?:" + "|".join(parts) + r")(?!\w)")
 
 
@@ -74,6 +81,11 @@ def _mapping(node: Any, keys: tuple[str, ...], where: str) -> dict[str, Any]:
 def _phrases(node: Any, where: str) -> re.Pattern[str]:
     if not isinstance(node, list) or not node or not all(isinstance(w, str) and w.strip(" *") for w in node):
         raise UserError(f"{where}: must be a list of words or phrases, at least one")
+    for phrase in node:
+        try:
+            phrase_pattern([phrase])
+        except re.error as e:
+            raise UserError(f"{where}: {phrase!r}: write alternatives as (this|that): {e}") from None
     return phrase_pattern(node)
 
 
