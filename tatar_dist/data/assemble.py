@@ -133,12 +133,13 @@ def _split(rows: AllRows, dataset: Dataset, sources: Sources, choices: Choices) 
     has = np.concatenate([np.full(len(f), f.format.split is None) for f in rows.files])
     open_rows = [int(i) for i in np.flatnonzero(has & rows.alive())]
     names = [rows.given[i] for i in open_rows]
+    groups = names if dataset.split.by == "image" else [rows.group[i] for i in open_rows]
     if choices.split:
         found = Splits([choices.split] * len(names), f"all {choices.split}, by --split", None)
     elif sources.split_lists and names:
-        found = by_lists(names, _lists(sources, rows.files))
+        found = by_lists(names, groups, _lists(sources, rows.files), dataset)
     else:
-        found = by_rule(names if dataset.split.by == "image" else [rows.group[i] for i in open_rows], dataset)
+        found = by_rule(groups, dataset)
     rows.split = list(rows.split)
     for k, i in enumerate(open_rows):
         rows.split[i] = found.split[k]

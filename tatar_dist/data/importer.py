@@ -7,9 +7,11 @@ splitting are `assemble`'s; this room opens and writes files. An error leaves no
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,9 @@ def run_import(
         split_lists=tuple((spec, name, _read(Path(name), "--split-list")) for spec, name in lists),
         attributes=(str(attributes), _read(attributes, "--attributes")) if attributes else None,
     )
-    made = assemble(sources, dataset, choices, ImageFolder(images) if check_images else None)
+    folder = ImageFolder(images) if check_images else None
+    with _without_collector():
+        made = assemble(sources, dataset, choices, folder)
     root = Path(os.path.abspath(images))
     try:
         if embed:
@@ -67,6 +71,18 @@ def run_import(
         raise UserError(f"--output {output}: cannot write: {e.strerror or e}") from None
     where = {"manifest": str(output), "dropped_file": str(beside) if made.dropped else None, "embedded": embed}
     return where | made.report
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """No collector: rows are millions of small objects without a cycle; to walk them took AVA 1.4 of 5.1 s."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _dropped_file(output: Path) -> Path:

@@ -12,7 +12,7 @@ import csv
 import hashlib
 import io
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -78,19 +78,32 @@ def read_split_list(spec: str, data: bytes, file: str, pattern: str, columns: Se
     return SplitList(split, file, frozenset(complete))
 
 
-def by_lists(images: Sequence[str], lists: Sequence[SplitList]) -> Splits:
-    """Rows by the user's lists. Without a list for train, images in no list are train; with one, they are bad rows."""
+def by_lists(images: Sequence[str], groups: Sequence[str], lists: Sequence[SplitList], dataset: Dataset) -> Splits:
+    """Rows by the user's lists; `groups` as in `by_rule`.
+
+    With a list for train, images in no list are bad rows. With one for validation and none for train they are train.
+    With lists for test alone the set's rule parts them into train and validation, by its shares of these two.
+    """
     found: dict[str, SplitList] = {}
     for each in lists:
         for name in each.names:
             other = found.setdefault(name, each)
             if other.split != each.split:
                 raise UserError(f"image {name!r} is in {other.split}={other.file} and in {each.split}={each.file}")
-    rest = "" if any(each.split == "train" for each in lists) else "train"
-    splits = [found[name].split if name in found else rest for name in images]
+    shares = _shares_of_others({each.split for each in lists}, dataset)
+    rest = {group: _hashed(group, dataset.name, shares) for group in set(groups)} if shares else {}
+    splits = [
+        found[name].split if name in found else rest.get(group, "") for name, group in zip(images, groups, strict=True)
+    ]
     bad = {i: Bad("in no split list", f"image {images[i]!r} is in none of the split lists") for i in _empty(splits)}
     told = ", ".join(f"{each.split} = {each.file}" for each in lists)
-    result = Splits(splits, told + ("; all others train" if rest else ""), None, bad)
+    how = f"; the others {_by_hash(dataset, shares)}" if len(shares) > 1 else "; all others train" if shares else ""
+    result = Splits(splits, told + how, None, bad)
+    if len(shares) > 1:
+        result.notes.append(
+            "validation is drawn by hash from the images outside the lists, which is not the official split; "
+            "--split-list validation=FILE names your own"
+        )
     there = set(images)
     for each in lists:
         absent = len(each.names - there)
@@ -103,25 +116,40 @@ def by_lists(images: Sequence[str], lists: Sequence[SplitList]) -> Splits:
     return result
 
 
+def _shares_of_others(listed: set[str], dataset: Dataset) -> dict[str, float]:
+    """How the images outside the lists are parted; empty if they have no place."""
+    if "train" in listed:
+        return {}
+    drawn = {name: dataset.split.fractions.get(name, 0.0) for name in ("train", "validation")}
+    if "validation" in listed or min(drawn.values()) == 0:
+        return {"train": 1.0}
+    return {name: share / sum(drawn.values()) for name, share in drawn.items()}
+
+
 def by_rule(groups: Sequence[str], dataset: Dataset) -> Splits:
     """Rows by the set's rule. `groups`: what may not cross splits, a row's image or reference image."""
     rule = dataset.split
-    chosen = {group: _hashed(group, dataset) for group in set(groups)} | {g: "test" for g in rule.test}
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in rule.fractions.items())
-    how = f"by hash of the {rule.by}{'' if rule.by == 'image' else ' image'}: {shares}"
+    chosen = {g: _hashed(g, dataset.name, rule.fractions) for g in set(groups)} | {g: "test" for g in rule.test}
+    how = _by_hash(dataset, rule.fractions)
     if rule.test:
         how = f"test = {len(rule.test)} {rule.by} images of the published test list; the others {how}"
     return Splits([chosen[group] for group in groups], how, False)
 
 
-def _hashed(group: str, dataset: Dataset) -> str:
-    digest = hashlib.blake2b(f"{dataset.name}\0{group}".encode(), digest_size=8).digest()
+def _by_hash(dataset: Dataset, shares: Mapping[str, float]) -> str:
+    told = ", ".join(f"{name} {100 * share:.3g}%" for name, share in shares.items())
+    return f"by hash of the {dataset.split.by}{'' if dataset.split.by == 'image' else ' image'}: {told}"
+
+
+def _hashed(group: str, dataset: str, shares: Mapping[str, float]) -> str:
+    """The split of `shares`, which add up to 1, on whose stretch of [0, 1) the hash of the group falls."""
+    digest = hashlib.blake2b(f"{dataset}\0{group}".encode(), digest_size=8).digest()
     at = int.from_bytes(digest, "big") / 2.0**64
-    for name, share in dataset.split.fractions.items():
+    for name, share in shares.items():
         at -= share
         if at < 0:
             return name
-    return next(name for name, share in reversed(list(dataset.split.fractions.items())) if share > 0)
+    return next(name for name, share in reversed(list(shares.items())) if share > 0)
 
 
 def _empty(values: Sequence[str]) -> list[int]:

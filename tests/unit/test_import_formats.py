@@ -265,7 +265,7 @@ def test_split_lists_take_bare_ids_csv_and_json_and_say_what_is_not_there():
     lists = (("test=g.jpgl", "g.jpgl", (FILES / "generic_test.jpgl").read_bytes()),)
     made = assemble(Sources(ava, lists), REGISTRY.find("ava"), Choices())
     assert made.report["splits"] == {"train": 8, "test": 4} and made.report["split_official"] is None
-    assert made.report["notes"] == ["1 of the 5 names in g.jpgl are not in the annotations"]
+    assert made.report["notes"][-1] == "1 of the 5 names in g.jpgl are not in the annotations"
     tad = (("t.csv", (FILES / "tad66k_test.csv").read_bytes()),)
     rows = (FILES / "tad66k_test.csv").read_text().splitlines()
     as_csv = "\n".join(rows[:6]).encode()
@@ -275,3 +275,42 @@ def test_split_lists_take_bare_ids_csv_and_json_and_say_what_is_not_there():
         assert made.report["splits"]["validation"] == n
     with pytest.raises(UserError, match="in none of the split lists"):
         assemble(Sources(tad, (("train=l", "l", as_csv),)), REGISTRY.find("tad66k"), Choices())
+
+
+def listed(name, rows, *lists):
+    sources = tuple((f"{split}=L{k}", f"L{k}", "\n".join(names).encode()) for k, (split, names) in enumerate(lists))
+    made = assemble(Sources((("F", rows.encode()),), sources), REGISTRY.find(name), Choices())
+    splits = dict(zip(made.table["image"].to_pylist(), made.table["split"].to_pylist(), strict=True))
+    return splits, made.report
+
+
+def test_beside_a_test_list_alone_the_rule_parts_the_others_into_train_and_validation():
+    names = [f"{i}.jpg" for i in range(5000)]
+    rows = "image,score\n" + "".join(f"{n},5\n" for n in names)
+    splits, report = listed("tad66k", rows, ("test", names[:1000]))
+    assert {n for n, s in splits.items() if s == "test"} == set(names[:1000])
+    # 0.7 and 0.1 of the rule, as shares of what is left
+    assert list(splits.values()).count("validation") / 4000 == pytest.approx(1 / 8, abs=0.02)
+    assert report["split_rule"] == "test = L0; the others by hash of the image: train 87.5%, validation 12.5%"
+    assert "not the official split" in report["notes"][0] and report["split_official"] is None
+    assert listed("tad66k", rows, ("test", names[:1000]))[0] == splits
+
+
+def test_a_list_for_validation_or_train_is_obeyed_as_it_is():
+    names = [f"{i}.jpg" for i in range(200)]
+    rows = "image,score\n" + "".join(f"{n},5\n" for n in names)
+    _, report = listed("tad66k", rows, ("test", names[:20]), ("validation", names[20:30]))
+    assert report["splits"] == {"train": 170, "validation": 10, "test": 20} and not report["notes"]
+    _, report = listed("tad66k", rows, ("test", names[:20]), ("train", names[20:]))
+    assert report["splits"] == {"train": 180, "test": 20} and not report["notes"]
+
+
+def test_what_is_drawn_beside_a_test_list_keeps_reference_images_together():
+    names = [f"I{r:02d}_0{t}_0{v}.png" for r in range(1, 82) for t in range(1, 6) for v in range(1, 6)]
+    rows = "dist_img,ref_img,dmos,var\n" + "".join(f"{n},{n[:3]}.png,3,0.1\n" for n in names)
+    splits, report = listed("kadid10k", rows, ("test", [n for n in names if n < "I11"]))
+    of = {}
+    for image, split in splits.items():
+        of.setdefault(image[:3], set()).add(split)
+    assert all(len(found) == 1 for found in of.values()) and report["splits"]["validation"] > 0
+    assert "by hash of the reference image: train 90%, validation 10%" in report["split_rule"]
