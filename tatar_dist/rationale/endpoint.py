@@ -117,7 +117,7 @@ class Endpoint:
         self._schema_known = False  # an answer by schema has come
         self._answered = False
         self._asking = self._undecided = 0  # calls of `ask`; those of them that wait for what a 403 or 404 means
-        self._failures = self._barred = 0  # since the last answer: given up, and 403 or 404
+        self._failures = 0  # given up since the last answer
         self._resume_at = 0.0  # monotonic; before it nobody asks
         self._pauses = 0  # 429s since the last answer, without a Retry-After: each pause is longer
         self._said_at = -math.inf
@@ -170,8 +170,7 @@ class Endpoint:
         try:
             answer = await self._with_retries(request, picture, on_lost)
         except NoAccess as e:
-            self._barred += 1
-            if self._barred >= self.limits.failures_in_a_row or not await self._others_answered():
+            if not await self._others_answered():
                 raise
             raise Refused(str(e)) from None
         except Refused as e:
@@ -184,7 +183,7 @@ class Endpoint:
         finally:
             self._asking -= 1
         self._answered = True
-        self._failures = self._barred = self._pauses = 0
+        self._failures = self._pauses = 0
         return answer
 
     def _failed(self, request: Request, error: Exception) -> None:

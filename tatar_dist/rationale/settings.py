@@ -152,9 +152,7 @@ def check(c: RationaleConfig) -> None:
     _at_least("rationale.limit", c.limit, 1)
     for split in c.splits or ():
         if split not in SPLITS:
-            raise UserError(
-                f"rationale.splits: {split!r} is no split; they are {', '.join(SPLITS)}; null takes all rows"
-            )
+            raise UserError(f"rationale.splits: {split!r} is none of {', '.join(SPLITS)}; null takes all rows")
     _at_least("rationale.min_attributes", c.min_attributes, 0)
     _at_least("rationale.copied_words", c.copied_words, 2)
     if c.min_attributes > 8:

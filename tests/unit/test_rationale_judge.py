@@ -4,14 +4,14 @@ import json
 import re
 
 import pytest
-from rationale_cases import build, build_config, by_sample, endpoint_words, manifest, rejected, written
+from rationale_cases import ROOT, build, build_config, by_sample, endpoint_words, manifest, png, rejected, rows, written
 
-from tatar_dist.bench.openai_server import OpenAIServer, Reply, completion, good_answer
+from tatar_dist.bench.openai_server import FAST, OpenAIServer, Reply, completion, good_answer
 from tatar_dist.cli import main
 from tatar_dist.config import load_config
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.writing import write_manifest
-from tatar_dist.errors import UserError
+from tatar_dist.errors import RunError, UserError
 
 JUDGED = {"visual_fidelity": 4, "score_consistency": 4}
 
@@ -36,9 +36,15 @@ def test_marks_that_are_not_the_schema_reject_the_sample_as_unjudged(tmp_path, t
     with OpenAIServer(by_sample(lambda call: Reply(200, completion(text)))) as server:
         found = build(tmp_path, server, name="judge", source=source)
     assert (found["accepted"], found["rejected"]) == (5, 1)
-    lines = rejected(tmp_path)
-    assert [line["attempt"] for line in lines] == [0, 1, 2], "asked again before it is given up"
-    assert {line["reasons"][0]["code"] for line in lines} == {"judge-json"}
+    (line,) = rejected(tmp_path)
+    assert line["reasons"][0]["code"] == "judge-json", "asked once: at temperature 0 it would say the same again"
+
+
+def test_a_judge_with_a_temperature_is_asked_again_before_a_sample_is_given_up(tmp_path):
+    source = manifest(tmp_path / "m.parquet", rationale=True)
+    with OpenAIServer(by_sample(lambda call: Reply(200, completion("It is fine.")))) as server:
+        build(tmp_path, server, "rationale.verdict.temperature=0.5", name="judge", source=source)
+    assert [line["attempt"] for line in rejected(tmp_path)] == [0, 1, 2]
 
 
 def test_the_judge_is_held_to_a_schema_and_low_marks_reject(tmp_path):
@@ -55,10 +61,20 @@ def test_the_judge_is_held_to_a_schema_and_low_marks_reject(tmp_path):
     assert written(tmp_path)[0]["meta"]["judge"]["marks"] == {"visual_fidelity": 4, "score_consistency": 5}
 
 
-def test_an_endpoint_without_json_schema_is_asked_in_words_and_that_is_said_once(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (400, "unknown parameter: response_format"),
+        (400, "This response format is not supported by the model"),
+        (422, "extra fields not permitted"),
+        (500, "json_schema not implemented"),
+        (501, "not implemented"),
+    ],
+)
+def test_an_endpoint_without_json_schema_is_asked_in_words_and_that_is_said_once(tmp_path, capsys, status, message):
     def old(call):
         if "response_format" in call.body:
-            return Reply(400, {"error": {"message": "unknown parameter: response_format"}})
+            return Reply(status, {"error": {"message": message}})
         return good_answer(call)
 
     source = manifest(tmp_path / "m.parquet", rationale=True)
@@ -66,6 +82,27 @@ def test_an_endpoint_without_json_schema_is_asked_in_words_and_that_is_said_once
         assert build(tmp_path, server, name="judge", source=source, concurrency=1)["accepted"] == 6
         assert len(server.log) == 7
     assert capsys.readouterr().err.count("takes no JSON schema") == 1
+
+
+@pytest.mark.parametrize("which", ["iqa-000", "iqa-003"])
+def test_a_refused_sample_does_not_turn_the_schema_off(tmp_path, which):
+    source = manifest(tmp_path / "m.parquet", rationale=True)
+    with OpenAIServer(by_sample(lambda call: Reply(400), which)) as server:
+        with pytest.raises(RunError, match="1 rows were refused"):
+            build(tmp_path, server, name="judge", source=source, concurrency=1)
+        assert sum("response_format" in c.body for c in server.calls) == 6
+
+
+def test_a_judge_looks_at_the_rows_that_have_a_rationale(tmp_path):
+    source = manifest(tmp_path / "m.parquet", 4, rationale=True)
+    found = read_manifest(source)
+    write_manifest(source, [{**found.row(i), "rationale": None if i % 2 else FAST} for i in range(4)])
+    with OpenAIServer() as server:
+        assert build(tmp_path, server, name="judge", source=source)["rows"] == 2
+    assert [r["sample_id"] for r in written(tmp_path)] == ["iqa-000", "iqa-002"]
+    write_manifest(source, [{**found.row(0), "rationale": None}])
+    with pytest.raises(UserError, match="no row has a rationale to judge"):
+        build(tmp_path, "http://127.0.0.1:9/v1", name="judge", source=source)
 
 
 def test_the_judge_is_not_asked_about_texts_that_fail_the_hard_checks(tmp_path):
@@ -94,6 +131,8 @@ def test_the_judge_is_not_asked_about_texts_that_fail_the_hard_checks(tmp_path):
         ("rationale.verdict.reject_at=5", "0 to 4"),
         ("rationale.fast.max_tokens=20", "cannot hold min_words"),
         ("rationale.judge.timeout_s=nan", "above 0"),
+        ("rationale.splits=[trian]", "'trian' is none of train, validation, test"),
+        ("rationale.slow.api_key_env=OTHER", "belongs to rationale.slow.url"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name_and_secrets_in_them_are_not_repeated(word, said):
@@ -114,6 +153,32 @@ def test_a_dry_run_shows_a_prompt_of_each_task_and_sends_and_writes_nothing(tmp_
     assert "0 is ugly" in plan["tasks"]["iaa"]["prompt"]["user"] and plan["tasks"]["iqa"]["endpoint"] == server.url
     assert "nothing is sent" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["m.parquet"]
+
+
+def test_other_engines_than_our_own_are_refused_where_our_own_are_asked_for():
+    with pytest.raises(UserError, match=r"rationale\.slow\.url.*local=true"):
+        build_config("rationale.teacher.local=true", "rationale.slow.url=http://127.0.0.1:1/v1")
+
+
+def test_a_dry_run_wants_no_address_and_runs_in_any_directory(tmp_path, monkeypatch, capsys):
+    source = manifest(tmp_path / "m.parquet", 2, 2)
+    monkeypatch.chdir(tmp_path)
+    assert main(["rationale", "build", str(source), "--output", "r.parquet", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "no model yet at no address yet" in said and "4 rows of train" in said
+
+
+def test_the_examples_in_the_shipped_config_run_as_they_stand(tmp_path, monkeypatch):
+    text = (ROOT / "configs/rationale.yaml").read_text().replace(" \\\n#    ", "")
+    examples = [line.removeprefix("#   tatar-dist ").split() for line in text.splitlines() if "#   tatar-dist" in line]
+    assert len(examples) == 3
+    (tmp_path / "data").mkdir()
+    manifest(tmp_path / "data" / "koniq_train.parquet", 3)
+    monkeypatch.chdir(tmp_path)
+    with OpenAIServer() as server:
+        for words in examples:
+            assert main([re.sub(r"http://[\d.:]+/v1", server.url, word) for word in words]) == 0
+    assert len(read_manifest(tmp_path / "data" / "koniq_kept.parquet")) == 3
 
 
 def test_json_output_is_the_summary(tmp_path, capsys):
@@ -140,3 +205,44 @@ def test_a_limit_looks_at_the_first_rows_and_a_larger_one_goes_on(tmp_path):
         assert build(tmp_path, server, "rationale.limit=2", source=source)["accepted"] == 2
         assert build(tmp_path, server, source=source)["accepted"] == 7
         assert len(server.log) == 7
+
+
+def with_splits(path):
+    splits = ("train", "test", "validation", "train", "test", "train")
+    write_manifest(path, [{**r, "split": split} for r, split in zip(rows(6), splits, strict=True)])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "numbers"),
+    [
+        ([], [0, 3, 5]),
+        (["rationale.splits=[test]"], [1, 4]),
+        (["rationale.splits=[]"], [0, 1, 2, 3, 4, 5]),
+        (["rationale.splits=null"], [0, 1, 2, 3, 4, 5]),
+        (["rationale.limit=2"], [0, 3]),
+    ],
+)
+def test_rows_of_the_train_split_are_asked_about_unless_others_are_named(tmp_path, words, numbers):
+    source = with_splits(tmp_path / "m.parquet")
+    with OpenAIServer() as server:
+        found = build(tmp_path, server, *words, source=source)
+        assert len(server.log) == len(numbers) == found["rows"]
+    assert sorted(r["sample_id"] for r in written(tmp_path)) == [f"iqa-{n:03d}" for n in numbers]
+
+
+def test_a_split_without_rows_is_named_with_those_that_have_some(tmp_path):
+    source = manifest(tmp_path / "m.parquet", 2)
+    with pytest.raises(UserError, match=r"no rows of split test, only of train: see rationale\.splits"):
+        build(tmp_path, "http://127.0.0.1:9/v1", "rationale.splits=[test]", source=source)
+
+
+def test_image_paths_start_where_the_config_says_and_the_output_says_so_too(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        (tmp_path / "pictures" / f"{i}.png").write_bytes(png(i))
+    listed = [{**r, "image_bytes": None, "image": f"{i}.png"} for i, r in enumerate(rows(3))]
+    write_manifest(tmp_path / "m.parquet", listed)
+    with OpenAIServer() as server:
+        build(tmp_path, server, f"data.image_root={tmp_path}/pictures", source=tmp_path / "m.parquet")
+    assert read_manifest(tmp_path / "r.parquet").get(2).image == png(2)
