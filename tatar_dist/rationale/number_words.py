@@ -42,7 +42,7 @@ def spelled(number: int) -> str:
 
 
 def decade(score: float) -> str | None:
-    """ "seventies" for 70-79, None below 20 and at 100."""
+    """The decade of a score, "seventies" for 70-79; None below 20 and at 100."""
     return _DECADES[int(score // 10) - 2] if 20 <= score < 100 else None
 
 
