@@ -71,6 +71,66 @@ def test_a_journal_torn_in_its_first_line_begins_anew(tmp_path):
     assert lines(path) == [] and decode(path.read_bytes())["settings"] == SETTINGS
 
 
+@pytest.mark.parametrize(
+    "content", [b"my notes\nof a year\n", b"one line\n", b"no newline", b"\x00\xff" * 4000, b'{"sum":"1"}\n', b"\n"]
+)
+def test_a_file_that_holds_no_line_of_a_journal_is_refused_and_left_alone(tmp_path, content):
+    path = tmp_path / "j"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is no journal"):
+        lines(path)
+    assert path.read_bytes() == content and os.listdir(tmp_path) == ["j"]
+
+
+def test_several_damaged_lines_at_the_end_are_counted_and_kept_beside(tmp_path):
+    path = filled(tmp_path / "j")
+    raw = path.read_bytes().splitlines(keepends=True)
+    bad = [line.replace(b'"i"', b'"j"') for line in raw[3:]]
+    path.write_bytes(b"".join([*raw[:3], *bad]))
+    with Journal(path, SETTINGS) as journal:
+        assert journal.read(lambda line: None) == 2
+        assert "last 3 lines are damaged" in journal.cut and "j.damaged" in journal.cut
+    assert (tmp_path / "j.damaged").read_bytes() == b"".join(bad)
+    with Journal(path, SETTINGS) as journal:
+        journal.read(lambda line: None)
+        assert journal.cut is None
+
+
+def test_a_torn_last_line_is_said(tmp_path):
+    path = filled(tmp_path / "j")
+    path.write_bytes(path.read_bytes()[:-10])
+    with Journal(path, SETTINGS) as journal:
+        journal.read(lambda line: None)
+        assert "torn by a kill" in journal.cut
+    assert os.listdir(tmp_path) == ["j"]
+
+
+def test_nothing_is_reported_as_appended_before_a_sync_that_followed_its_write(tmp_path, monkeypatch):
+    events, write, sync = [], os.write, os.fdatasync
+
+    def noted_write(file, data):
+        events.append(("write", bytes(data)))
+        return write(file, data)
+
+    def noted_sync(file):
+        sync(file)
+        events.append(("sync", b""))
+
+    async def append_all(journal):
+        for i in range(20):
+            await journal.append({"i": i})
+            written = next(n for n, (what, data) in enumerate(events) if what == "write" and b'"i":%d}' % i in data)
+            assert ("sync", b"") in events[written:], "on disk, not only handed to the system"
+
+    with Journal(tmp_path / "j", SETTINGS) as journal:
+        journal.read(lambda line: None)
+        monkeypatch.setattr(os, "write", noted_write)
+        monkeypatch.setattr(os, "fdatasync", noted_sync)
+        asyncio.run(append_all(journal))
+        journal.write({"i": 20})
+        assert events[-2][0] == "write" and events[-1][0] == "sync"
+
+
 def test_damage_before_the_end_is_refused_with_its_line(tmp_path):
     path = filled(tmp_path / "j")
     raw = path.read_bytes().splitlines(keepends=True)

@@ -9,9 +9,10 @@ import sys
 import time
 
 import pytest
-from rationale_cases import ROOT, build_config, endpoint_words, manifest
+from rationale_cases import ROOT, build_config, endpoint_words, manifest, rows
 
 from tatar_dist.bench.openai_server import FAST, OpenAIServer, Reply, completion, good_answer
+from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.rationale import run as running
 from tatar_dist.rationale.journal import decode
@@ -19,7 +20,10 @@ from tatar_dist.rollout.engine import group_seed
 
 
 def moody(call):
-    """An answer that depends on the seed alone: one in four leaks a number, so that attempts differ."""
+    """An answer that depends on the seed alone: one in four is rejected, so that attempts and verdicts differ."""
+    if "response_format" in call.body:
+        marks = json.loads(good_answer(call).body["choices"][0]["message"]["content"])
+        return Reply(200, completion(json.dumps(dict.fromkeys(marks, 1 + call.body["seed"] % 4))))
     if call.body["seed"] % 4 == 0:
         return Reply(200, completion(FAST.replace("slight", "slight 7")))
     if "narrative" in json.dumps(call.body["messages"]):
@@ -28,9 +32,28 @@ def moody(call):
     return Reply(200, completion(FAST.replace("the eye", f"the {ending}")))
 
 
-def start(source, output, url, *words, **limits):
-    """`rationale build` as a process of its own."""
-    command = [sys.executable, "-m", "tatar_dist", "rationale", "build", str(source), "--output", str(output)]
+DIES = """
+import os, signal, sys
+from tatar_dist.cli import main
+
+moves, replace = int(sys.argv.pop(1)), os.replace
+
+def counted(*paths, **options):
+    global moves
+    moves -= 1
+    if moves == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*paths, **options)
+
+os.replace = counted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(source, output, url, *words, name="build", dies_at=None, **limits):
+    """`rationale build` (or judge) as a process of its own. `dies_at`: killed as it would move its n-th file."""
+    program = ["-c", DIES, str(dies_at)] if dies_at else ["-m", "tatar_dist"]
+    command = [sys.executable, *program, "rationale", name, str(source), "--output", str(output)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [*endpoint_words(url, **limits), *words]
     return subprocess.Popen([*command, *words], cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -46,35 +69,56 @@ def results(directory, stem):
     return {end: (directory / f"{stem}.{end}").read_bytes() for end in ("parquet", "rejected.jsonl", "report.md")}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["build", "judge"])
+@pytest.mark.parametrize("seed", [0, None])
 def test_killed_twice_at_random_points_the_result_is_that_of_an_undisturbed_run_and_nothing_durable_is_asked_again(
-    tmp_path, seed
+    tmp_path, name, seed
 ):
+    seed = random.randrange(1 << 32) if seed is None else seed
+    print(f"seed {seed}")
     rng = random.Random(seed)
-    source = manifest(tmp_path / "m.parquet", 50, 30)
+    source = manifest(tmp_path / "m.parquet", 50, 30, rationale=name == "judge")
     with OpenAIServer(moody) as undisturbed:
         config = build_config(*endpoint_words(undisturbed.url), output=tmp_path / "whole.parquet")
-        running.run("build", source, config)
+        running.run(name, source, config)
     journal = tmp_path / "killed.journal.jsonl"
     with OpenAIServer(moody, latency=0.1) as server:
         for _ in range(2):
             done, asked = durable_seeds(journal), len(server.log)
-            process = start(source, tmp_path / "killed.parquet", server.url)
-            goal = asked + rng.randint(5, 40)
+            process = start(source, tmp_path / "killed.parquet", server.url, name=name)
+            goal = asked + rng.randint(1, 30)
             while len(server.log) < goal:
                 assert process.poll() is None, process.stderr.read().decode()
-                time.sleep(0.01)
-            time.sleep(rng.random() * 0.1)
+                time.sleep(0.003)
+            time.sleep(rng.random() * 0.2)  # anywhere between two answers
             process.send_signal(signal.SIGKILL)
             process.communicate()
             assert not done & {e["seed"] for e in server.log[asked:]}
         done, asked = durable_seeds(journal), len(server.log)
-        process = start(source, tmp_path / "killed.parquet", server.url)
+        process = start(source, tmp_path / "killed.parquet", server.url, name=name)
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0, said.decode()
-        assert 10 <= len(done) and not done & {e["seed"] for e in server.log[asked:]}
+        assert not done & {e["seed"] for e in server.log[asked:]}
     assert results(tmp_path, "killed") == results(tmp_path, "whole")
-    assert b'"number"' in results(tmp_path, "whole")["rejected.jsonl"], "some answers were rejected"
+    assert (b'"number"' if name == "build" else b'"low-') in results(tmp_path, "whole")["rejected.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["build", "judge"])
+@pytest.mark.parametrize("move", [1, 2, 3])
+def test_killed_while_its_files_are_put_in_place_a_run_ends_the_same_and_leaves_nothing_behind(tmp_path, name, move):
+    source = manifest(tmp_path / "m.parquet", 6, 3, rationale=name == "judge")
+    with OpenAIServer(moody) as server:
+        config = build_config(*endpoint_words(server.url), output=tmp_path / "whole.parquet")
+        running.run(name, source, config)
+        process = start(source, tmp_path / "killed.parquet", server.url, name=name, dies_at=move)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, said.decode()
+        assert move != 1 or not (tmp_path / "killed.parquet").exists()
+        asked = len(server.log)
+        running.run(name, source, build_config(*endpoint_words(server.url), output=tmp_path / "killed.parquet"))
+        assert len(server.log) == asked, "everything was durable"
+    assert results(tmp_path, "killed") == results(tmp_path, "whole")
+    assert not [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
@@ -158,18 +202,39 @@ def test_a_resume_that_would_ask_otherwise_is_refused_and_names_the_difference(t
         assert said in str(e.value) and len(server.log) == 3
 
 
-def test_other_rows_or_other_words_of_the_prompt_are_another_run(tmp_path):
+def test_other_words_of_the_prompt_are_another_run(tmp_path):
     with OpenAIServer() as server:
         words = endpoint_words(server.url)
-        config = build_config(*words, output=tmp_path / "r.parquet")
-        running.run("build", manifest(tmp_path / "m.parquet", 3), config)
-        with pytest.raises(UserError, match="manifest was"):
-            running.run("build", manifest(tmp_path / "n.parquet", 4), config)
+        running.run("build", manifest(tmp_path / "m.parquet", 3), build_config(*words, output=tmp_path / "r.parquet"))
         changed = tmp_path / "prompts.yaml"
         changed.write_text((ROOT / "configs/rationale_prompts.yaml").read_text().replace("expert", "master"))
         config = build_config(*words, f"rationale.prompts={changed}", output=tmp_path / "r.parquet")
         with pytest.raises(UserError, match="fast.system was"):
             running.run("build", tmp_path / "m.parquet", config)
+
+
+@pytest.mark.parametrize("name", ["build", "judge"])
+def test_a_manifest_may_grow_and_only_rows_that_are_new_or_changed_are_asked(tmp_path, name):
+    source = manifest(tmp_path / "m.parquet", 4, rationale=True)
+    with OpenAIServer() as server:
+        config = build_config(*endpoint_words(server.url), output=tmp_path / "r.parquet")
+        assert running.run(name, source, config)["accepted"] == 4
+        grown = list(rows(6, rationale=True))
+        grown[1]["score"] += 10.0
+        grown[2]["rationale"] = FAST.replace("the eye", "the viewer")
+        write_manifest(source, grown)
+        assert running.run(name, source, config)["accepted"] == 6
+        assert len(server.log) == 4 + (3 if name == "build" else 4), "a build does not look at the text that is there"
+        assert running.run(name, source, config)["accepted"] == 6
+        assert len(server.log) == 4 + (3 if name == "build" else 4)
+
+
+def test_a_judge_follows_a_build_into_its_other_task(tmp_path):
+    with OpenAIServer() as server:
+        config = build_config(*endpoint_words(server.url), output=tmp_path / "r.parquet")
+        running.run("judge", manifest(tmp_path / "m.parquet", 4, rationale=True), config)
+        assert running.run("judge", manifest(tmp_path / "m.parquet", 4, 2, rationale=True), config)["accepted"] == 6
+        assert len(server.log) == 6
 
 
 def test_checks_may_be_changed_without_asking_again(tmp_path):
@@ -180,8 +245,19 @@ def test_checks_may_be_changed_without_asking_again(tmp_path):
         strict = build_config(
             *words, "rationale.fast.max_words=31", "rationale.attempts=1", output=tmp_path / "r.parquet"
         )
-        assert running.run("build", source, strict)["rejected"] == 3
+        with pytest.raises(RunError, match=r"none of 3 rows was accepted \(iqa: too-long 3\)"):
+            running.run("build", source, strict)
         assert len(server.log) == 3
+
+
+@pytest.mark.parametrize("ending", ["parquet", "journal.jsonl", "rejected.jsonl", "report.md"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_asked(tmp_path, ending):
+    (tmp_path / f"r.{ending}").mkdir()
+    with OpenAIServer() as server:
+        config = build_config(*endpoint_words(server.url), output=tmp_path / "r.parquet")
+        with pytest.raises(UserError, match=f"r.{ending}: is a directory"):
+            running.run("build", manifest(tmp_path / "m.parquet", 3), config)
+        assert not server.log
 
 
 def test_two_runs_of_one_output_at_once_are_refused(tmp_path):
