@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 REWARDS = ("test_thurstone.py", "test_rewards.py", "test_released_golden.py")
 SAMPLER = ("test_sampler.py", "test_pools.py", "test_orders.py", "test_splits_of_a_run.py")
 IMPORTS = ("test_import_formats.py", "test_import_bad_input.py", "test_import_fuzz.py")
-PICTURES, TEXTS = ("test_images.py", "test_validate.py"), ("test_rationale_checks.py", "test_rationale_marks.py")
+PICTURES, TEXTS = ("test_images.py", "test_validate.py", "test_validate_foreign.py"), ("test_rationale_checks.py", "test_rationale_marks.py")
 ASKING = ("test_rationale_resume.py", "test_rationale_journal.py", "test_rationale_endpoint.py")
 ADVANTAGES, LOSSES = ("test_advantages.py", "test_rewards.py"), ("test_losses.py",)
 
@@ -99,7 +99,7 @@ def survives(name: str) -> str | None:
     file, text, becomes, tests = MUTATIONS[name]
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
-        for part in ("tatar_dist", "tests"):
+        for part in ("tatar_dist", "tests", "configs"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "integration"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         source = (copy / "tatar_dist" / file).read_text()
@@ -117,7 +117,9 @@ def survives(name: str) -> str | None:
         return "no test noticed"
     if done.returncode != 1:  # 1: tests ran and failed
         return f"pytest ended with {done.returncode}: {done.stdout[-300:]}"
-    failed = next((line for line in done.stdout.splitlines() if line.startswith("FAILED")), "FAILED")
+    failed = next((line for line in done.stdout.splitlines() if line.startswith("FAILED")), None)
+    if failed is None:  # an error before any test ran would notice every mutation, or none
+        return f"no test failed, yet pytest ended with 1: {done.stdout[-300:]}"
     print(f"noticed   {name}: {failed.removeprefix('FAILED tests/unit/').split(' - ')[0]}", flush=True)
     return None
 
