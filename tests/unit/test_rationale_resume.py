@@ -1,5 +1,6 @@
 """A run that is killed, stopped, out of budget or started twice: what is on disk is never asked again."""
 
+import io
 import json
 import os
 import random
@@ -10,12 +11,18 @@ import time
 
 import pytest
 from rationale_cases import ROOT, build_config, endpoint_words, manifest, rows
+from rich.console import Console
 
 from tatar_dist.bench.openai_server import FAST, OpenAIServer, Reply, completion, good_answer
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.rationale import run as running
 from tatar_dist.rationale.journal import decode
+from tatar_dist.rationale.ledger import Entry, Ledger, journal_line
+from tatar_dist.rationale.meter import Meter
+from tatar_dist.rationale.questions import Answer, Build
+from tatar_dist.rationale.rows import Rows
+from tatar_dist.rationale.wording import load_wording
 from tatar_dist.rollout.engine import group_seed
 
 
@@ -285,3 +292,21 @@ def test_an_answer_is_on_disk_before_its_slot_asks_the_next(tmp_path):
         config = build_config(*endpoint_words(server.url, concurrency=1), output=tmp_path / "r.parquet")
         running.run("build", source, config)
     assert seen == [(n, n) for n in range(12)]
+
+
+def test_reading_what_is_there_shows_and_does_not_count_as_pace(tmp_path):
+    config = build_config(*endpoint_words("http://127.0.0.1:9/v1"), output=tmp_path / "r.parquet")
+    ledger, said = Ledger(Build(config, load_wording(config.rationale.prompts))), io.StringIO()
+    found = Rows(manifest(tmp_path / "m.parquet", 5))
+    for row in found:
+        answer = Answer(FAST, "stop", 100, 30)
+        digest = ledger.question.digest(row)
+        ledger.remember(journal_line(Entry(row.number, row.sample_id, row.dataset, row.task, digest), 0, answer))
+    meter = Meter("rationale build", 5, Console(file=said))
+    meter.began = meter.began - 1000.0
+    meter._printed = meter.began
+    for row in found:
+        ledger.enter(row)
+        meter.reading(ledger)
+    assert said.getvalue() == "rationale build  1/5  reading what is there\n"
+    assert ledger.accepted == 5 and "/s" not in meter.line(ledger, time.monotonic()), "none of them is of this run"
