@@ -91,9 +91,8 @@ def _ask(
     from tatar_dist.config import load_config
     from tatar_dist.rationale import run as running
 
-    if files is None:
-        files = [running.shipped(DEFAULT_CONFIG)]
-    config = load_config([str(f) for f in files], [*(words or []), f"output={output}"], unused=("model.path",))
+    named = [str(running.shipped(str(f))) for f in files or [DEFAULT_CONFIG]]
+    config = load_config(named, [*(words or []), f"output={output}"], unused=("model.path",))
     if dry_run:
         plan = running.dry_run(name, source, config)
         print(json.dumps(plan)) if as_json else _print_plan(plan)

@@ -253,16 +253,24 @@ class Endpoint:
             self.say(f"{request.target.url} asks us to slow down: nothing is asked for {left:.0f} s ({error})")
 
     async def _turn(self, bound: int) -> None:
-        """Wait for the shared pause, then for the rate limits: a turn taken before a pause would add to the burst."""
-        while True:
-            while (left := self._resume_at - time.monotonic()) > 0:
-                await asyncio.sleep(left)
-            await acquire(self._tokens, bound)
-            await acquire(self._requests, 1)
+        """Wait for the shared pause, then for the rate limits: a turn taken before a pause would add to the burst.
+
+        Raises Stopped when the run is being stopped, also by a cancel meanwhile: nothing was sent, nothing is spent.
+        """
+        try:
+            while True:
+                while (left := self._resume_at - time.monotonic()) > 0:
+                    await asyncio.sleep(left)
+                await acquire(self._tokens, bound)
+                await acquire(self._requests, 1)
+                if self.stopped:
+                    raise Stopped
+                if time.monotonic() >= self._resume_at:
+                    return
+        except asyncio.CancelledError:
             if self.stopped:
-                raise Stopped
-            if time.monotonic() >= self._resume_at:
-                return
+                raise Stopped from None
+            raise
 
     async def _once(self, request: Request, picture: Picture | None) -> Answer:
         """One try; two where the endpoint may not know the schema: then what works is kept."""

@@ -66,7 +66,7 @@ class LimitsConfig:
     backoff_s: float = 1.0  # first wait, doubled each time, with jitter
     backoff_max_s: float = 60.0
     give_up_s: float = 1800.0  # for one sample's request with all its waits, those after 429 included
-    failures_in_a_row: int = 16  # requests given up with no answer between them that end the run
+    failures_in_a_row: int = 16  # given up with no answer between them; refusals after an answer do not count
     stop_wait_s: float = 20.0  # after Ctrl-C, for answers in flight
     budget_tokens: int | None = None  # prompt + completion tokens over all runs of one output; null = no budget
 

@@ -157,6 +157,10 @@ def test_stopping_does_not_wait_out_a_long_retry_pause(tmp_path):
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
         assert process.returncode == 130 and time.monotonic() - began < 5
+    ledger = Ledger(Build(config := build_config(*endpoint_words(server.url)), load_wording(config.rationale.prompts)))
+    for raw in (tmp_path / "r.journal.jsonl").read_bytes().splitlines(keepends=True)[1:]:
+        ledger.remember(decode(raw))
+    assert ledger.unanswered() == [], "what waited for its turn was not spent"
 
 
 @pytest.mark.parametrize("usage", [(300, 30), (900, 139)])
