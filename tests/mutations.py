@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[1]
 REWARDS = ("test_thurstone.py", "test_rewards.py", "test_released_golden.py")
 SAMPLER = ("test_sampler.py", "test_pools.py", "test_orders.py", "test_splits_of_a_run.py")
 IMPORTS = ("test_import_formats.py", "test_import_bad_input.py", "test_import_fuzz.py")
-PICTURES, TEXTS = ("test_images.py", "test_validate.py", "test_validate_foreign.py"), ("test_rationale_checks.py", "test_rationale_marks.py")
+PICTURES, TEXTS = (
+    ("test_images.py", "test_validate.py", "test_validate_foreign.py"),
+    ("test_rationale_checks.py", "test_rationale_marks.py"),
+)
 ASKING = ("test_rationale_resume.py", "test_rationale_journal.py", "test_rationale_endpoint.py")
 ADVANTAGES, LOSSES = ("test_advantages.py", "test_rewards.py"), ("test_losses.py",)
 
