@@ -30,6 +30,18 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def bar(console: Console) -> progress.Progress:
+    """Name, bar, count, and what a task's field `said` holds."""
+    return progress.Progress(
+        progress.SpinnerColumn(),
+        progress.TextColumn("[bold]{task.description}"),
+        progress.BarColumn(20),
+        progress.TextColumn("{task.completed}/{task.total}"),
+        progress.TextColumn("{task.fields[said]}"),
+        console=console,
+    )
+
+
 class Progress:
     """Context manager; call `ready` when the actors are up and `update` after every unit of work."""
 
@@ -43,14 +55,7 @@ class Progress:
         self._every = max(1, total // 25)
         self._bar: progress.Progress | None = None
         if self.console.is_terminal:
-            self._bar = progress.Progress(
-                progress.SpinnerColumn(),
-                progress.TextColumn("[bold]{task.description}"),
-                progress.BarColumn(24),
-                progress.TextColumn("{task.completed}/{task.total}"),
-                progress.TextColumn("{task.fields[said]}"),
-                console=self.console,
-            )
+            self._bar = bar(self.console)
             self._task = self._bar.add_task(stage, total=total, completed=start, said="starting")
 
     def __enter__(self) -> Progress:

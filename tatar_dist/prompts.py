@@ -177,8 +177,8 @@ class Prompts:
             loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as e:
             raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
-        top = _section(loaded, ("system", "user"), f"{path}")
-        user = _section(top["user"], TASKS, f"{path}: user")
+        top = section(loaded, ("system", "user"), f"{path}")
+        user = section(top["user"], TASKS, f"{path}: user")
         texts = {"system": top["system"], **{f"user.{task}": user[task] for task in TASKS}}
         for key, value in texts.items():
             if not isinstance(value, str) or not value.strip():
@@ -203,7 +203,8 @@ class Prompts:
         return chat_template_fn(self.messages(task))
 
 
-def _section(node: Any, keys: tuple[str, ...], where: str) -> dict[str, Any]:
+def section(node: Any, keys: tuple[str, ...], where: str) -> dict[str, Any]:
+    """A mapping of a YAML file with exactly these keys. Raises UserError naming the key, and the nearest one."""
     if not isinstance(node, dict):
         raise UserError(f"{where}: expected the keys {', '.join(keys)}")
     for key in node:

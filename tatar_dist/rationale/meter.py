@@ -10,7 +10,7 @@ import time
 from rich import progress
 from rich.console import Console
 
-from tatar_dist.progress import clock
+from tatar_dist.progress import bar, clock
 from tatar_dist.rationale.ledger import Ledger
 
 PLAIN_EVERY_S = 15.0
@@ -27,14 +27,7 @@ class Meter:
         self._settled_before = 0
         self._bar: progress.Progress | None = None
         if self.console.is_terminal:
-            self._bar = progress.Progress(
-                progress.SpinnerColumn(),
-                progress.TextColumn("[bold]{task.description}"),
-                progress.BarColumn(20),
-                progress.TextColumn("{task.completed}/{task.total}"),
-                progress.TextColumn("{task.fields[said]}"),
-                console=self.console,
-            )
+            self._bar = bar(self.console)
             self._task = self._bar.add_task(name, total=total, said="starting")
 
     def __enter__(self) -> Meter:

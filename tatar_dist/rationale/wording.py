@@ -6,7 +6,6 @@ lists of the hard checks as compiled patterns. Whole words count: "outline" is n
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from tatar_dist.data.templates import EIGHT
 from tatar_dist.errors import UserError
+from tatar_dist.prompts import section
 from tatar_dist.records import TASKS
 
 QUESTIONS = {  # name -> blanks that its user text may hold, all but those in _OPTIONAL must stand there
@@ -65,19 +65,6 @@ def phrase_pattern(phrases: list[str]) -> re.Pattern[str]:
     return re.compile(r"(?<!\w)(?:" + "|".join(parts) + r")(?!\w)")
 
 
-def _mapping(node: Any, keys: tuple[str, ...], where: str) -> dict[str, Any]:
-    if not isinstance(node, dict):
-        raise UserError(f"{where}: expected the keys {', '.join(keys)}")
-    for key in node:
-        if key not in keys:
-            near = difflib.get_close_matches(str(key), keys, n=1)
-            raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    for key in keys:
-        if key not in node:
-            raise UserError(f"{where}: missing key {key!r}")
-    return node
-
-
 def _phrases(node: Any, where: str) -> re.Pattern[str]:
     if not isinstance(node, list) or not node or not all(isinstance(w, str) and w.strip(" *") for w in node):
         raise UserError(f"{where}: must be a list of words or phrases, at least one")
@@ -114,18 +101,18 @@ def load_wording(path: str | Path) -> Wording:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
-    top = _mapping(loaded, ("fast", "slow", "judge", "checks"), f"{path}")
-    judge = _mapping(top["judge"], TASKS, f"{path}: judge")
+    top = section(loaded, ("fast", "slow", "judge", "checks"), f"{path}")
+    judge = section(top["judge"], TASKS, f"{path}: judge")
     nodes = {"fast": top["fast"], "slow": top["slow"], **{f"judge.{task}": judge[task] for task in TASKS}}
     system, user = {}, {}
     for name, node in nodes.items():
-        texts = _mapping(node, ("system", "user"), f"{path}: {name}")
+        texts = section(node, ("system", "user"), f"{path}: {name}")
         if not isinstance(texts["system"], str) or not texts["system"].strip():
             raise UserError(f"{path}: {name}.system: must be a text")
         system[name] = texts["system"].strip()
         user[name] = _user_text(texts["user"], name, f"{path}: {name}.user")
-    checks = _mapping(top["checks"], (*_LISTS, "attributes"), f"{path}: checks")
-    attributes = _mapping(checks["attributes"], EIGHT, f"{path}: checks.attributes")
+    checks = section(top["checks"], (*_LISTS, "attributes"), f"{path}: checks")
+    attributes = section(checks["attributes"], EIGHT, f"{path}: checks.attributes")
     lists = {name: _phrases(checks[name], f"{path}: checks.{name}") for name in _LISTS}
     touched = tuple(_phrases(attributes[name], f"{path}: checks.attributes.{name}") for name in EIGHT)
     return Wording(system, user, attributes=touched, **lists)
