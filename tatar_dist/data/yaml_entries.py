@@ -22,6 +22,14 @@ _SHORT = reprlib.Repr()  # a value may hold itself, or a thousand copies of itse
 _SHORT.maxstring = _SHORT.maxother = 60
 
 
+KNOWN = 30  # names that a message lists
+
+
+def _cut(name: str, most: int = 40) -> str:
+    """A name from a file, short enough for a message."""
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
 def shown(value: Any) -> str:
     """A value as messages show it: one line of bounded length."""
     return _SHORT.repr(value)
@@ -69,7 +77,10 @@ def near(name: Any, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or all of them."""
     known = list(known)
     found = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5) if isinstance(name, str | int) else []
-    return f", did you mean {found[0]}?" if found else f" (known: {', '.join(known)})"
+    if found:
+        return f", did you mean {_cut(found[0])}?"
+    names = [_cut(k) for k in known]
+    return f" (known: {', '.join(names[:KNOWN])}{', …' if len(names) > KNOWN else ''})"
 
 
 def only_keys(entry: Any, known: Sequence[str], where: str) -> None:
