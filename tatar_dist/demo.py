@@ -19,16 +19,15 @@ from typing import Any
 
 from rich.console import Console
 
+from tatar_dist import CONFIGS
 from tatar_dist import demo_figures as figures
 from tatar_dist.config import Config, load_config
 from tatar_dist.data.demo import make_demo
-from tatar_dist.data.photos import SPLITS
 from tatar_dist.errors import UserError
 from tatar_dist.export import model_of
-from tatar_dist.records import TASKS
+from tatar_dist.records import SPLITS, TASKS
 
 PACKAGE = Path(__file__).parent
-CONFIGS = PACKAGE.parent / "configs"
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tatar_dist import probe_figures
+from tatar_dist import CONFIGS, probe_figures
 from tatar_dist.data.demo import make_demo
 from tatar_dist.data.styles import restyle
-from tatar_dist.demo import CONFIGS, FULL, SMOKE, demo_config, same_settings
+from tatar_dist.demo import FULL, SMOKE, demo_config, same_settings
 from tatar_dist.export import model_of
 
 

@@ -25,6 +25,8 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
+from tatar_dist import CONFIGS
+
 SLOTS, LATENCY, ROUNDS = 64, 0.5, 24
 SIZE = (512, 384)  # KonIQ-10k's smaller release
 WANTED = 0.9
@@ -75,7 +77,7 @@ def run(slots: int = SLOTS, latency: float = LATENCY, rounds: int = ROUNDS) -> d
     from tatar_dist.config import load_config
     from tatar_dist.rationale import run as running
 
-    prompts = Path(__file__).parents[2] / "configs" / "rationale_prompts.yaml"
+    prompts = CONFIGS / "rationale_prompts.yaml"
     pictures = [jpeg(seed) for seed in range(64)]
     with tempfile.TemporaryDirectory() as directory, server(latency, slots) as url:
         from tatar_dist.data.writing import write_manifest

@@ -27,10 +27,11 @@ from tatar_dist.data.import_rows import (
     gather,
     read_names,
 )
-from tatar_dist.data.registry import SPLITS, Dataset
+from tatar_dist.data.registry import Dataset
 from tatar_dist.data.scores import Scored, judge, to_score
 from tatar_dist.data.splits import SplitList, Splits, by_lists, by_rule, read_split_list
 from tatar_dist.errors import UserError
+from tatar_dist.records import SPLITS
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 

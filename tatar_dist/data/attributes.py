@@ -31,6 +31,12 @@ def _names() -> dict[str, str]:
     return {_letters(name): name for name in EIGHT}
 
 
+def place(name: str) -> int:
+    """Where an attribute stands among the eight, from 0; 8 for any other name."""
+    known = list(_names())
+    return known.index(_letters(name)) if _letters(name) in known else len(known)
+
+
 def in_order(texts: Mapping[str, Any]) -> dict[str, str]:
     """Attribute texts under the method's names, in its order. Raises UserError for an unknown name, no text, none."""
     found: dict[str, str] = {}

@@ -29,10 +29,10 @@ import numpy as np
 from PIL import Image
 
 from tatar_dist.data import aesthetics, distortions, templates
-from tatar_dist.data.photos import PHOTOS, SPLITS, locate
+from tatar_dist.data.photos import PHOTOS, locate
 from tatar_dist.data.scenes import grade, make_scene
 from tatar_dist.data.writing import write_manifest
-from tatar_dist.records import TASKS, Task
+from tatar_dist.records import SPLITS, TASKS, Task
 
 VERSION = 2  # raise it when the same seed gives other bytes
 DATASETS: dict[Task, str] = {"iqa": "demo-iqa", "iaa": "demo-iaa"}

@@ -20,6 +20,7 @@ import pyarrow as pa
 from tatar_dist.data.assemble import Choices, Sources, assemble
 from tatar_dist.data.image_folder import ImageFolder
 from tatar_dist.data.registry import Dataset
+from tatar_dist.data.whole_files import written_whole
 from tatar_dist.data.writing import write_manifest, write_table
 from tatar_dist.errors import UserError
 
@@ -111,9 +112,8 @@ def _write_dropped(path: Path, dropped: list[dict[str, Any]]) -> None:
     if not dropped:
         path.unlink(missing_ok=True)
         return
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text("".join(json.dumps(d, ensure_ascii=False) + "\n" for d in dropped), encoding="utf-8")
-    os.replace(beside, path)
+    with written_whole(path) as place:
+        place.write_text("".join(json.dumps(d, ensure_ascii=False) + "\n" for d in dropped), encoding="utf-8")
 
 
 def _with_bytes(table: pa.Table, root: Path) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,6 @@ is a `UserError` that names file, row and column.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from tatar_dist.data.images import UnreadableImage
 from tatar_dist.data.orders import WINDOW
 from tatar_dist.data.pools import Pool, index_pools
 from tatar_dist.data.rules import IdCheck, check_columns, check_pool, check_table
-from tatar_dist.data.schema import REQUIRED, SCHEMA, Stamp, groups_checksum, read_stamp
+from tatar_dist.data.schema import REQUIRED, SCHEMA, Stamp, groups_checksum, json_object, read_stamp
 from tatar_dist.errors import UserError
 from tatar_dist.records import Sample
 
@@ -120,12 +119,9 @@ class Manifest:
         if not text:
             return {}
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{self.path}: row {i}, column {column}: not JSON: {e}") from None
-        if not isinstance(value, dict):
-            raise UserError(f"{self.path}: row {i}, column {column}: must be a JSON object")
-        return value
+            return json_object(text)
+        except ValueError as e:
+            raise UserError(f"{self.path}: row {i}, column {column}: {e}") from None
 
     def sample_id(self, i: int) -> str:
         g = self.group_of(i)
@@ -181,12 +177,11 @@ def image_path(root: Path, name: str) -> Path | None:
     return Path(target) if not os.path.isabs(name) and Path(target).is_relative_to(root) else None
 
 
-def read_manifest(path: str | Path, image_root: str | Path | None = None, check_all: bool = False) -> Manifest:
+def read_manifest(path: str | Path, image_root: str | Path | None = None) -> Manifest:
     """Open a manifest and check its rows; a large one that bears its writer's stamp by its footer alone.
 
     Args:
         image_root: where image paths start, instead of what the file says (its own directory, if it says nothing).
-        check_all: read and check every row whatever the stamp says.
 
     Raises:
         UserError: no such file, not Parquet, a column missing or of another type, no image column, and by row: null
@@ -206,7 +201,7 @@ def read_manifest(path: str | Path, image_root: str | Path | None = None, check_
         stamp = read_stamp(path, file)
         trusted = stamp is not None and (stamp.rows, stamp.groups) == (sum(sizes), groups_checksum(sizes))
         try:
-            if check_all or not trusted or sum(sizes) <= TRUSTED_ROWS:
+            if not trusted or sum(sizes) <= TRUSTED_ROWS:
                 _check_rows(path, file)
             pools = index_pools(file)
             embedded = _is_embedded(file)

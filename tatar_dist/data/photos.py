@@ -16,9 +16,9 @@ from typing import Literal
 from PIL import Image, ImageOps
 
 from tatar_dist.errors import UserError
+from tatar_dist.records import SPLITS
 
 Category = Literal["landscape", "object", "portrait", "animal"]
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tatar_dist import CONFIGS
 from tatar_dist.data import yaml_entries as entries
 from tatar_dist.errors import UserError
-from tatar_dist.records import TASKS
+from tatar_dist.records import SPLITS, TASKS
 
-REGISTRY = Path(__file__).resolve().parents[2] / "configs" / "datasets.yaml"
+REGISTRY = CONFIGS / "datasets.yaml"
 KINDS = ("csv", "xlsx", "json", "jsonl", "text")
-SPLITS = ("train", "validation", "test")
 TYPES = ("text", "number", "integer")  # of a header-less file's fields
 BLANK = "blank"  # any run of blanks separates
 

@@ -6,7 +6,6 @@ running sums that need a few hundred bytes per pool however many rows it has.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tatar_dist.data.manifest import image_path
+from tatar_dist.data.schema import json_object
 from tatar_dist.records import SPLITS, TASKS
 
 Columns = dict[str, list[Any]]  # column name -> Python values of a batch
@@ -25,7 +25,6 @@ BINS = 50  # of a score histogram, 2 points each
 FEW = 7  # so many distinct scores or fewer are suspicious ...
 FEW_ROWS = 30  # ... in a pool of at least so many rows
 NARROW = 10.0  # points; a tenth of the scale
-BROKEN = (ValueError, RecursionError)  # what json.loads raises; the second for text that is nested thousands deep
 
 
 def row_faults(columns: Columns, root: Path) -> Iterator[tuple[int, str, str]]:
@@ -60,10 +59,10 @@ def row_faults(columns: Columns, root: Path) -> Iterator[tuple[int, str, str]]:
 
 def _not_an_object(text: str) -> str | None:
     try:
-        value = json.loads(text)
-    except BROKEN as e:
-        return f"not JSON: {e}"
-    return None if isinstance(value, dict) else "must be a JSON object"
+        json_object(text)
+    except ValueError as e:
+        return str(e)
+    return None
 
 
 def reference_of(meta: str | None) -> str | None:
@@ -71,10 +70,9 @@ def reference_of(meta: str | None) -> str | None:
     if not meta or '"reference"' not in meta:
         return None
     try:
-        found = json.loads(meta)
-    except BROKEN:  # reported by row_faults
+        value = json_object(meta).get("reference")
+    except ValueError:  # reported by row_faults
         return None
-    value = found.get("reference") if isinstance(found, dict) else None
     return str(value) if value not in (None, "") else None
 
 

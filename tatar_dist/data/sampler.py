@@ -207,7 +207,11 @@ class PromptSampler:
         mine = {w.dataset: w.rows for w in self._walks}
         if sizes != mine:
             raise UserError(f"checkpoint's sampler walked data sets {sizes}, this run has {mine}")
-        for k, (then, manifest) in enumerate(zip(manifests, self.manifests, strict=False)):
+        if len(manifests) != len(self.manifests):
+            raise UserError(
+                f"the checkpoint was made with {len(manifests)} manifests, data.train names {len(self.manifests)}"
+            )
+        for k, (then, manifest) in enumerate(zip(manifests, self.manifests, strict=True)):
             if then != manifest.fingerprint:
                 raise UserError(
                     f"{manifest.path}: manifest {k + 1} of data.train is not what the checkpoint was made with: give "

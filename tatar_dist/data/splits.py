@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tatar_dist.data.annotations import Bad, decode, parse
-from tatar_dist.data.registry import SPLITS, Dataset
+from tatar_dist.data.registry import Dataset
 from tatar_dist.errors import UserError
+from tatar_dist.records import SPLITS
 
 
 class SplitList(NamedTuple):

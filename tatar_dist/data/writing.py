@@ -22,6 +22,7 @@ from tatar_dist.data.manifest import GROUP_BYTES
 from tatar_dist.data.pools import KEYS, Key
 from tatar_dist.data.rules import IdCheck, check_table
 from tatar_dist.data.schema import SCHEMA, STAMP, VERSION, Stamp, groups_checksum
+from tatar_dist.data.whole_files import beside
 from tatar_dist.errors import UserError
 
 GROUP_ROWS = 2048  # 10 million rows: a footer of 6 MB, read in 0.1 s; a row costs a millisecond or two
@@ -45,14 +46,13 @@ class ManifestWriter:
         self.path = Path(path)
         self._root = image_root
         self._limit = group_rows
-        self._beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._ids = IdCheck()
         self._sizes: list[int] = []
         self._waiting: dict[Key, list[pa.Table]] = {}
         self.rows = 0
 
     def __enter__(self) -> ManifestWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._beside = beside(self.path)
         # Pictures are compressed already: only the text columns profit from zstd.
         compression = {n: "none" if n == "image_bytes" else "zstd" for n in SCHEMA.names}
         self._writer = pq.ParquetWriter(self._beside, SCHEMA, compression=compression)

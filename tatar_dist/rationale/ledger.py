@@ -66,7 +66,7 @@ class Ledger:
         self.attempts = question.c.attempts
         self.entries: list[Entry] = []
         self.prompt_tokens = self.completion_tokens = self.lost_tokens = 0
-        self.retries = self.answers_here = 0  # of this process
+        self.retries = 0  # of this process
         self.accepted = self.rejected = self.failed = 0
         self.images_read = self.images_unreadable = 0  # of this process
         self._durable: dict[tuple[str, str], dict[int, Answer]] = {}  # by sample id and digest of the row
@@ -146,7 +146,6 @@ class Ledger:
         """A durable answer of this run. True when the row is settled by it."""
         entry.answers.append((answer, outcome))
         self._count(answer)
-        self.answers_here += 1
         self._settle(entry)
         return self.is_settled(entry)
 

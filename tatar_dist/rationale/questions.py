@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tatar_dist.config import Config
-from tatar_dist.data.templates import EIGHT
+from tatar_dist.data.attributes import place
 from tatar_dist.errors import UserError
 from tatar_dist.rationale.checks import Reason, check_text, without_reasoning
 from tatar_dist.rationale.marks import low_marks, read_marks, schema
@@ -70,7 +70,7 @@ class Request:
 
     @property
     def prompt_hash(self) -> str:
-        return hashlib.blake2b(f"{self.system}\0{self.user}".encode(), digest_size=8).hexdigest()
+        return _hash(f"{self.system}\0{self.user}")
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,10 @@ class Outcome:
     reasons: tuple[Reason, ...] = ()
 
 
-def _name(text: str) -> str:
-    return " ".join(re.findall(r"[a-z]+", text.lower().replace("&", " and ")))
-
-
-_PLACE = {_name(name): i for i, name in enumerate(EIGHT)}
-
-
 def ordered_attributes(attributes: Mapping[str, str]) -> list[tuple[str, str]]:
     """(name, text) of the attribute texts that say something: the eight in the method's order, then any others."""
     found = [(name, str(text).strip()) for name, text in attributes.items() if str(text).strip()]
-    return sorted(found, key=lambda pair: _PLACE.get(_name(pair[0]), len(EIGHT)))
+    return sorted(found, key=lambda pair: place(pair[0]))
 
 
 def _target(key: str, endpoint: EndpointConfig, own: TextConfig | None, model_path: str) -> Target:
@@ -118,7 +111,7 @@ def _hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-class Question:
+class Question(ABC):
     """Common to both: the settings that a journal must agree on, and requests."""
 
     name: str
@@ -128,15 +121,15 @@ class Question:
         self.config, self.c, self.wording = config, config.rationale, wording
         self.targets: dict[Task, Target] = {}
 
+    @abstractmethod
     def words_of(self, task: Task) -> str:
         """Name of the task's texts in the wording."""
-        raise NotImplementedError
 
-    def sampling(self, task: Task) -> TextConfig | VerdictConfig:
-        raise NotImplementedError
+    @abstractmethod
+    def sampling(self, task: Task) -> TextConfig | VerdictConfig: ...
 
-    def with_image(self, task: Task) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def with_image(self, task: Task) -> bool: ...
 
     def schema(self, task: Task) -> dict[str, Any] | None:
         return None
@@ -188,16 +181,16 @@ class Question:
         """Of what is asked about the row: an answer to a row that has changed since is no answer to this one."""
         return _hash(json.dumps(self.about(row)))
 
+    @abstractmethod
     def before(self, row: Row) -> list[Reason]:
         """Reasons against the row that need no asking."""
-        raise NotImplementedError
 
-    def read(self, row: Row, answer: Answer) -> Outcome:
-        raise NotImplementedError
+    @abstractmethod
+    def read(self, row: Row, answer: Answer) -> Outcome: ...
 
+    @abstractmethod
     def finished(self, values: dict[str, Any], row: Row, attempt: int, answer: Answer) -> dict[str, Any]:
         """The accepted row of the output: `values` are the manifest's own columns."""
-        raise NotImplementedError
 
 
 class Build(Question):

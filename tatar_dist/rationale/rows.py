@@ -6,7 +6,6 @@ safe to share between threads: whoever reads here is one thread at a time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, cast
 import pyarrow.parquet as pq
 
 from tatar_dist.data.manifest import Manifest, read_manifest
+from tatar_dist.data.schema import json_object
 from tatar_dist.errors import UserError
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.ledger import Entry, Ledger
@@ -30,11 +30,9 @@ def _attributes(text: str | None, path: Path, number: int) -> dict[str, str]:
     if not text:
         return {}
     try:
-        found = json.loads(text)
+        found = json_object(text)
     except ValueError as e:
-        raise UserError(f"{path}: row {number}, column attributes: not JSON: {e}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: row {number}, column attributes: must be a JSON object")
+        raise UserError(f"{path}: row {number}, column attributes: {e}") from None
     return {name: value for name, value in found.items() if isinstance(value, str)}
 
 

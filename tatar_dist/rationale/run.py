@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tatar_dist import CONFIGS
 from tatar_dist.config import Config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError
@@ -25,7 +26,6 @@ from tatar_dist.rationale.rows import Rows
 from tatar_dist.rationale.wording import load_wording
 
 QUESTIONS: dict[str, type[Question]] = {"build": Build, "judge": Judge}
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHOW_EVERY = 1000  # rows entered between two looks of the meter
 
 

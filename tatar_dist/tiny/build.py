@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tatar_dist import CONFIGS
+
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -49,7 +51,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-PROMPT_FILE = Path(__file__).resolve().parents[2] / "configs" / "prompts.yaml"
+PROMPT_FILE = CONFIGS / "prompts.yaml"
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ from torch.nn import functional as F
 
 from tatar_dist.errors import UserError
 from tatar_dist.evaluate.metrics import srcc
-from tatar_dist.records import TASKS
+from tatar_dist.records import SPLITS, TASKS
 
-SPLITS = ("train", "validation", "test")
 DECAYS = (1e-3, 1e-2, 1e-1, 1.0)
 
 

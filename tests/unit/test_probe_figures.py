@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from tatar_dist import probe_figures
+from tatar_dist import CONFIGS, probe_figures
 from tatar_dist.data.demo import make_demo
 from tatar_dist.data.styles import restyle
-from tatar_dist.demo import CONFIGS, demo_config
+from tatar_dist.demo import demo_config
 from tatar_dist.probes import RUNS
 
 N = 120

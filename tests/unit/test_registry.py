@@ -6,8 +6,9 @@ import pytest
 
 from tatar_dist.cli import main
 from tatar_dist.data.assemble import Choices, Sources, assemble
-from tatar_dist.data.registry import SPLITS, Range, read_registry
+from tatar_dist.data.registry import Range, read_registry
 from tatar_dist.errors import UserError
+from tatar_dist.records import SPLITS
 
 # METHOD.md, section 2: task, test images, scale of the lists
 PUBLISHED = {
