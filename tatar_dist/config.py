@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
-from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from tatar_dist.errors import UserError
 from tatar_dist.rationale.settings import RationaleConfig
-from tatar_dist.rationale.settings import check as check_rationale
-
-if TYPE_CHECKING:
-    from tatar_dist.rewards.presets import Preset
 
 
 @dataclass
@@ -62,6 +57,13 @@ class ClusterConfig:
     object_store_mib: int = 512  # used only when Ray is started here
     master_port: int = 0  # 0 = a free port
     start_timeout_s: float = 600.0
+    placement: str = "disaggregated"  # disaggregated | colocated: engines share the learners' GPUs and sleep meanwhile
+    learner_placement: str = "pack"  # pack: fill one node after the other | spread: one node each, as far as there are
+    network_interface: str | None = None  # of gloo and NCCL, for example ib0 or eth0; null = what they choose
+    collective_timeout_s: float = 1800.0  # a collective of the learners that takes longer fails
+    learner_restarts: int = 3  # restarts of the learners in a row without a finished step between them
+    elastic: bool = True  # after a lost node learners may restart in a smaller number that divides the batch
+    node_wait_s: float = 120.0  # how long to wait for a lost node before that
 
 
 @dataclass
@@ -130,8 +132,15 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.85
     cpu_kv_cache_gib: int = 1
     bucket_mib: int = 256  # weight push: bytes in flight at once
-    call_timeout_s: float = 1800.0
+    call_timeout_s: float = 1800.0  # an engine that takes longer for one call is dead
+    suspect_after_s: float = 600.0  # an engine that takes longer is suspect: it gets no more work until it answers
+    hedge: bool = False  # a suspect engine's prompts are given to an idle one too; the first answer counts
+    min_engines: int = 1  # with fewer living or restarting engines the run stops
+    engine_restarts: int = 5  # of one engine in a row without an answer between them
+    restart_backoff_s: float = 1.0  # before the first restart; doubles with each, up to a minute
     deterministic: bool = False  # one group per engine call, caches reset before it
+    push: str = "object_store"  # weight push: object_store (any network) | nccl | cuda_ipc (colocated)
+    push_timeout_s: float = 600.0  # an engine that takes longer for one bucket is dead
 
 
 @dataclass
@@ -150,8 +159,23 @@ class EvaluateConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 50  # steps; 0 = only at the end
-    keep: int = 2
+    keep: int = 2  # the newest that stay
+    keep_every: int = 0  # and those whose step is a multiple of this; 0 = none
+    keep_best: str | None = None  # and the best one by this metric, for example eval/koniq/srcc
+    best_mode: str = "max"  # max | min
+    asynchronous: bool = True  # files are written while training goes on
+    verify: bool = True  # read everything and compare checksums before resuming
+    storage: str = "shared"  # shared: all nodes see output | local: only the controller does, parts come through Ray
     resume: bool = True  # continue from OUTPUT/checkpoints/latest when it exists
+    grace_seconds: float = 120.0  # from SIGTERM or SIGUSR1 to the end of the process
+
+
+@dataclass
+class WatchConfig:
+    stall_factor: float = 10.0  # no progress for this many median steps is a stall; 0 = no watching
+    stall_min_s: float = 300.0  # and at least this long
+    stall_action: str = "report"  # report: stack dumps | restart: and restart what hangs | stop: and end the run
+    prometheus: bool = True  # metrics through Ray's exporter, where the cluster has one
 
 
 @dataclass
@@ -167,6 +191,8 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    failpoints: list[str] = field(default_factory=list)  # faults on purpose, see failpoints.py
     rationale: RationaleConfig = field(default_factory=RationaleConfig)
 
 
@@ -227,8 +253,10 @@ def load_config(files: list[str], overrides: list[str], unused: tuple[str, ...] 
     missing = sorted(OmegaConf.missing_keys(conf))
     if missing:
         raise UserError(f"missing value for {', '.join(missing)}: set it in a config file or as {missing[0]}=…")
+    from tatar_dist.config_rules import check as check_rules
+
     result: Config = OmegaConf.to_object(conf)  # type: ignore[assignment]
-    check(result)
+    check_rules(result)
     return result
 
 
@@ -241,146 +269,3 @@ def _parent(conf: Any, key: str) -> tuple[Any, str]:
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, as written to a run directory."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
-
-
-CHOICES = {  # of section grpo
-    "advantage": ("std", "mean", "per_term"),
-    "zero_std": ("keep", "drop", "refill"),
-    "aggregation": ("sequence-mean", "token-mean", "constant"),
-    "ratio": ("token", "sequence"),
-    "importance": ("none", "token", "sequence"),
-    "importance_mode": ("truncate", "mask"),
-    "kl_schedule": ("constant", "linear", "cosine"),
-}
-AT_LEAST_ONE = (  # those that are null mean "no limit" and pass
-    "cluster.nodes",
-    "cluster.object_store_mib",
-    "data.eval_limit",
-    "sft.global_batch",
-    "sft.micro_batch",
-    "sft.max_steps",
-    "grpo.prompts_per_step",
-    "grpo.micro_batch",
-    "grpo.inner_iterations",
-    "grpo.max_steps",
-    "grpo.refill_limit",
-    "rollout.tensor_parallel",
-    "rollout.max_new_tokens",
-    "rollout.max_num_seqs",
-    "rollout.bucket_mib",
-)
-ABOVE_ZERO = ("cluster.learner_cpus", "cluster.engine_cpus", "rollout.call_timeout_s")
-NOT_NEGATIVE = (
-    "cluster.learners",
-    "cluster.gpus_per_node",
-    "sft.eval_every",
-    "sft.optim.lr",
-    "sft.optim.warmup_steps",
-    "grpo.eval_every",
-    "grpo.kl_beta",
-    "grpo.kl_beta_end",
-    "grpo.clip_low",
-    "grpo.clip_high",
-    "grpo.advantage_eps",
-    "grpo.logprob_gap_limit",
-    "grpo.optim.lr",
-    "grpo.optim.warmup_steps",
-    "rollout.engines",
-    "evaluate.samples",
-    "checkpoint.every",
-)
-
-
-def _check_ranges(c: Config) -> None:
-    """The tables above. Comparisons are negated, so that NaN is refused too."""
-    get = {key: attrgetter(key)(c) for key in (*AT_LEAST_ONE, *ABOVE_ZERO, *NOT_NEGATIVE)}
-    for key in AT_LEAST_ONE:
-        if get[key] is not None and not get[key] >= 1:
-            raise UserError(f"{key}={get[key]}: must be at least 1")
-    for key in ABOVE_ZERO:
-        if not get[key] > 0:
-            raise UserError(f"{key}={get[key]}: must be above 0")
-    for key in NOT_NEGATIVE:
-        if not get[key] >= 0:
-            raise UserError(f"{key}={get[key]}: must not be negative")
-
-
-def check(c: Config) -> None:
-    """Rules that types cannot say. Raises UserError naming the key."""
-    _one_of("model.dtype", c.model.dtype, ("bfloat16", "float32"))
-    _one_of("model.attention", c.model.attention, ("sdpa", "flash_attention_2", "eager"))
-    for key, allowed in CHOICES.items():
-        _one_of(f"grpo.{key}", getattr(c.grpo, key), allowed)
-    if not c.grpo.importance_cap >= 1:
-        raise UserError(f"grpo.importance_cap={c.grpo.importance_cap}: must be at least 1, the ratio of equal weights")
-    for stage, optim in (("sft", c.sft.optim), ("grpo", c.grpo.optim)):
-        _one_of(f"{stage}.optim.name", optim.name, ("adamw", "sgd"))
-        _one_of(f"{stage}.optim.schedule", optim.schedule, ("linear", "cosine", "constant"))
-        for part, factor in optim.lr_scale.items():
-            if factor < 0:
-                raise UserError(f"{stage}.optim.lr_scale.{part}={factor}: must not be negative")
-    _check_ranges(c)
-    if c.data.min_rank_pool < 2:
-        raise UserError(f"data.min_rank_pool={c.data.min_rank_pool}: ranking needs at least 2 images")
-    if c.rollout.max_new_tokens >= c.rollout.max_model_len:
-        raise UserError(
-            f"rollout.max_new_tokens={c.rollout.max_new_tokens} leaves no room for a prompt: "
-            f"rollout.max_model_len={c.rollout.max_model_len} holds both"
-        )
-    if c.grpo.group_size < 2:
-        raise UserError(
-            f"grpo.group_size={c.grpo.group_size}: a group needs at least 2 completions to have an advantage"
-        )
-    if c.grpo.staleness != 0:
-        raise UserError(f"grpo.staleness={c.grpo.staleness}: only 0 (generate, then learn) is available")
-    if not 0.0 <= c.data.iqa_fraction <= 1.0:
-        raise UserError(f"data.iqa_fraction={c.data.iqa_fraction}: must lie in [0, 1]")
-    if c.rollout.temperature <= 0:
-        raise UserError(
-            f"rollout.temperature={c.rollout.temperature}: must be positive (evaluation decodes greedily anyway)"
-        )
-    if c.rollout.top_p != 1.0 or c.rollout.top_k not in (-1, 0):
-        raise UserError(
-            f"rollout.top_p={c.rollout.top_p}, top_k={c.rollout.top_k}: only 1.0 and -1 are available, as the loss "
-            "takes the probabilities of the full softmax"
-        )
-    check_rationale(c.rationale)
-    _check_reward(c)
-
-
-def _check_reward(c: Config) -> None:
-    """Rules that follow from the reward: batches that can rank, and room for the words it asks for."""
-    from tatar_dist.rewards.presets import load_preset
-
-    preset = load_preset(c.reward.preset, c.reward.weights, c.reward.params)
-    n_iqa = round(c.grpo.prompts_per_step * c.data.iqa_fraction)
-    for task, n in (("iqa", n_iqa), ("iaa", c.grpo.prompts_per_step - n_iqa)):
-        if task in preset.ranked_tasks and 0 < n < c.data.min_rank_pool:
-            raise UserError(
-                f"grpo.prompts_per_step={c.grpo.prompts_per_step} holds {n} {task.upper()} image(s) a step, ranking "
-                f"needs data.min_rank_pool={c.data.min_rank_pool}: raise prompts_per_step or change data.iqa_fraction"
-            )
-    _check_length_budget(c, preset)
-
-
-def _check_length_budget(c: Config, preset: Preset) -> None:
-    """Refuse a generation limit under which an IAA rationale cannot reach the words the reward asks of it.
-
-    The released code asks for 125 words and stops generation after about 180, tags and answer included.
-    """
-    from dataclasses import replace
-
-    from tatar_dist.rewards.length import check_token_budget
-
-    if c.data.iqa_fraction == 1.0:
-        return
-    if preset.weight("length") != 0 and "iaa" in preset.tasks["length"]:
-        check_token_budget(preset.length, c.rollout.max_new_tokens)
-    gate = preset.gaussian.gate_iaa_min_words
-    if preset.weight("gaussian") != 0 and "iaa" in preset.tasks["gaussian"] and gate is not None:
-        check_token_budget(replace(preset.length, iaa_min=gate), c.rollout.max_new_tokens)

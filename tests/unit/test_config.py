@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tatar_dist.config import ABOVE_ZERO, AT_LEAST_ONE, NOT_NEGATIVE, Config, known_keys, load_config, to_yaml
+from tatar_dist.config import Config, known_keys, load_config, to_yaml
+from tatar_dist.config_rules import ABOVE_ZERO, AT_LEAST_ONE, NOT_NEGATIVE
 from tatar_dist.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
