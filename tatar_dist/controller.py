@@ -11,12 +11,13 @@ import time
 from typing import Any
 
 from tatar_dist.checkpoint import Checkpoints
-from tatar_dist.cluster import Cluster, LearnerGroup
+from tatar_dist.cluster import Cluster
 from tatar_dist.collect import collect
 from tatar_dist.config import Config
 from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.evaluate.runner import held_out_metrics
 from tatar_dist.interrupts import Interrupted, Interrupts
+from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.learner.sharding import global_weights, shard_groups
 from tatar_dist.plan import resolve
 from tatar_dist.progress import Progress

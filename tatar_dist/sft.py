@@ -10,11 +10,12 @@ import math
 import time
 
 from tatar_dist.checkpoint import Checkpoints
-from tatar_dist.cluster import Cluster, LearnerGroup
+from tatar_dist.cluster import Cluster
 from tatar_dist.config import Config
 from tatar_dist.data.sampler import check_rationales, sft_sampler
 from tatar_dist.errors import UserError
 from tatar_dist.interrupts import Interrupted, Interrupts
+from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.learner.sharding import shard_rows
 from tatar_dist.plan import resolve
 from tatar_dist.progress import Progress
