@@ -1,4 +1,4 @@
-"""All ZeRO-3 ranks, addressed as one: every call goes to all of them, and the first error of any is the call's error."""
+"""All ZeRO-3 ranks, addressed as one: every call goes to all of them, the first error of any is the call's error."""
 
 from __future__ import annotations
 
