@@ -335,7 +335,7 @@ def main(args: list[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     except Interrupted as e:
         _complain(e)
-        return EXIT_INTERRUPTED
+        return e.status
     except OSError as e:
         cause = getattr(e, "cause", e)
         if cause.errno != errno.ENOSPC:

@@ -10,19 +10,28 @@ import contextlib
 import os
 import secrets
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import total_resources_per_node
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tatar_dist.config import Config
-from tatar_dist.errors import UserError
+from tatar_dist.errors import RunError, UserError
+from tatar_dist.failpoints import Failpoints
 from tatar_dist.learner.actor import Learner
 from tatar_dist.learner.group import LearnerGroup
+from tatar_dist.plan import Stage, fewer_learners
 from tatar_dist.rewards.actor import RewardScorer
+from tatar_dist.rewards.remote import RemoteScorer
 from tatar_dist.rollout.engine import RolloutEngine
 from tatar_dist.rollout.pool import RolloutPool
+from tatar_dist.waiting import TICK_S
 
 COMMON_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -32,6 +41,7 @@ COMMON_ENV = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TQDM_DISABLE": "1",
 }
+FEWER_WAIT_S = 10.0  # for a place of fewer learners: their nodes are there already
 CPU_ENGINE_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -44,9 +54,11 @@ def _require_token() -> None:
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """The config with absolute model and preset: actors of a joined cluster have a working directory of their own."""
+    """The config with absolute output, model and preset: actors of a joined cluster have a working directory of their own."""
     model, preset = Path(config.model.path), Path(config.reward.preset)
     found = config
+    if config.output:
+        found = replace(found, output=str(Path(config.output).absolute()))
     if model.is_dir():
         found = replace(found, model=replace(found.model, path=str(model.resolve())))
     if preset.is_file():
@@ -57,16 +69,20 @@ def _with_absolute_paths(config: Config) -> Config:
 class Cluster:
     """A connection to Ray and the actors made through it; closing it ends them and, if started here, Ray."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = _with_absolute_paths(config)
+    def __init__(self, config: Config, log: Callable[..., None] = lambda event, **fields: None) -> None:
+        self.config, self.log = _with_absolute_paths(config), log
         self.address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+        self.local = self.address is None or self.address.split(":")[0] in ("127.0.0.1", "localhost")
         self.gpu = config.cluster.gpus_per_node > 0
         self.cores = config.cluster.threads or len(os.sched_getaffinity(0))
         self._actors: list[Any] = []
+        self._learners: list[Any] = []
+        self._bundles: PlacementGroup | None = None
         self._asked = {"CPU": 0.0, "GPU": 0.0}
         self._own = not ray.is_initialized()
         if self._own:
             self._start()
+        self._nodes = self._living()
 
     def _start(self) -> None:
         c = self.config.cluster
@@ -93,7 +109,30 @@ class Cluster:
         """CPU threads for each of `processes` equal processes that work at the same time."""
         return max(1, self.cores // processes)
 
-    def _actor(self, cls: type, *args: Any, cpus: float, gpus: float = 0, env: dict[str, str] | None = None) -> Any:
+    @staticmethod
+    def _living() -> dict[str, str]:
+        """Node id -> address of the nodes that Ray holds for alive."""
+        return {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
+
+    def note_nodes(self) -> None:
+        """Log which nodes left and came since the last call."""
+        before, self._nodes = self._nodes, self._living()
+        for event, ids, names in (
+            ("node/lost", before.keys() - self._nodes.keys(), before),
+            ("node/joined", self._nodes.keys() - before.keys(), self._nodes),
+        ):
+            for node in sorted(ids):
+                self.log(event, node=node, host=names[node])
+
+    def _actor(
+        self,
+        cls: type,
+        *args: Any,
+        cpus: float,
+        gpus: float = 0,
+        env: dict[str, str] | None = None,
+        where: Any = "SPREAD",
+    ) -> Any:
         # no restarts, no retries: a restarted actor would hold initial weights and answer as if nothing had happened
         remote: Any = ray.remote(cls)
         variables = {**COMMON_ENV, **(env or {})}
@@ -102,10 +141,20 @@ class Cluster:
         if not self.address:  # elsewhere, paths are that machine's or that job's own
             variables["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         actor = remote.options(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, runtime_env={"env_vars": variables}
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=where,
+            runtime_env={"env_vars": variables},
         ).remote(*args)
         self._actors.append(actor)
         return actor
+
+    def _network_env(self) -> dict[str, str]:
+        """Which interface gloo and NCCL use; without it a learner takes the one of its node's address."""
+        nic = self.config.cluster.network_interface or ("lo" if self.local else None)
+        return {"GLOO_SOCKET_IFNAME": nic, "NCCL_SOCKET_IFNAME": nic} if nic else {}
 
     def _reserve(self, what: str, count: int, cpus: float, gpus: int) -> None:
         """Raises UserError where Ray could never place the actors: it would leave them waiting without a word."""
@@ -117,52 +166,128 @@ class Cluster:
                     f"{count} {what} and what was started before need {self._asked[resource]:g} {resource}s, Ray has "
                     f"{has.get(resource, 0.0):g}: add nodes, or lower cluster.learners, rollout.engines or {key}"
                 )
+        rooms = [min(_fit(n, "GPU", gpus), _fit(n, "CPU", cpus)) for n in total_resources_per_node().values()]
+        if sum(rooms) < count:
+            raise UserError(
+                f"{count} {what} of {gpus} GPUs and {cpus:g} CPUs each: no node is large enough for one, or together "
+                f"the nodes hold only {sum(rooms)}"
+            )
 
-    def learners(self, count: int) -> LearnerGroup:
+    def learners(
+        self,
+        count: int,
+        stage: Stage = "grpo",
+        again: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ) -> LearnerGroup:
+        """`count` ranks, each in a bundle of one placement group, packed by node or spread over nodes.
+
+        Args:
+            count: how many.
+            stage: whose batch they share; says what smaller numbers divide it.
+            again: a restart: their node may be on its way back. After `cluster.node_wait_s` there may be fewer of them.
+            check: called twice a second of the wait; may raise to leave it.
+
+        Raises:
+            UserError: the cluster never had room for them. RunError: it has none any more.
+        """
         c = self.config.cluster
-        self._reserve("learner(s)", count, c.learner_cpus, int(self.gpu))
-        threads = self.threads(count)
+        if not again:
+            self._reserve("learner(s)", count, c.learner_cpus, int(self.gpu))
+        placed = self._place(count, c.node_wait_s if again else c.start_timeout_s, check)
+        if placed is None and again and c.elastic:
+            fewer = fewer_learners(self.config, stage, count)
+            placed = next((n for n in fewer if self._place(n, FEWER_WAIT_S, check)), None)
+        if placed is None:
+            raise RunError(
+                f"{count} learners found no place within {c.node_wait_s if again else c.start_timeout_s:g} s: they "
+                f"need {count * c.learner_cpus:g} CPUs and {count * self.gpu} GPUs; free are {_free()}"
+            )
+        threads = self.threads(placed)
         env = {} if self.gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        env |= {"OMP_NUM_THREADS": str(threads)}
-        if not self.address:
-            env |= {"GLOO_SOCKET_IFNAME": "lo"}
-        actors = [
-            self._actor(Learner, self.config, rank, count, cpus=c.learner_cpus, gpus=int(self.gpu), env=env)
-            for rank in range(count)
+        env |= {"OMP_NUM_THREADS": str(threads), **self._network_env()}
+        self._learners = [
+            self._actor(
+                Learner,
+                self.config,
+                rank,
+                placed,
+                cpus=c.learner_cpus,
+                gpus=int(self.gpu),
+                env=env,
+                where=PlacementGroupSchedulingStrategy(self._bundles, rank),
+            )
+            for rank in range(placed)
         ]
-        return LearnerGroup(self.config, actors, threads, local=not self.address)
+        group = LearnerGroup(self.config, self._learners, threads, local=self.local)
+        group.check = check
+        return group
+
+    def _place(self, count: int, timeout: float, check: Callable[[], None]) -> int | None:
+        """Reserve `count` bundles for learners; None when there was no room within `timeout`."""
+        c = self.config.cluster
+        bundle = {"CPU": c.learner_cpus, **({"GPU": 1} if self.gpu else {})}
+        self._bundles = placement_group([bundle] * count, strategy=c.learner_placement.upper())
+        ready, deadline = self._bundles.ready(), time.monotonic() + timeout
+        while not ray.wait([ready], timeout=TICK_S)[0]:
+            check()
+            if time.monotonic() > deadline:
+                self._unplace()
+                return None
+        return count
+
+    def _unplace(self) -> None:
+        if self._bundles is not None:
+            remove_placement_group(self._bundles)
+            self._bundles = None
+
+    def end_learners(self) -> None:
+        """End all ranks, whatever they do, and give back their places."""
+        for actor in self._learners:
+            _kill(actor)
+            self._actors.remove(actor)
+        self._learners = []
+        self._unplace()
+        self.note_nodes()
 
     def engines(self, count: int, version: int = 0, cls: type[RolloutEngine] = RolloutEngine) -> RolloutPool:
-        r = self.config.rollout
+        """A pool of `count` engines, spread over the nodes; none is started yet."""
+        r, c = self.config.rollout, self.config.cluster
         if r.tensor_parallel > 1:
             raise UserError(
                 f"rollout.tensor_parallel={r.tensor_parallel}: only 1 runs so far; use more engines, each on one GPU"
             )
         gpus = r.tensor_parallel if self.gpu else 0
-        self._reserve("engine(s)", count, self.config.cluster.engine_cpus, gpus)
+        self._reserve("engine(s)", count, c.engine_cpus, gpus)
         env = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": str(r.cpu_kv_cache_gib),
             "OMP_NUM_THREADS": str(self.threads(count)),
+            **self._network_env(),
             **({} if self.gpu else CPU_ENGINE_ENV),
         }
-        actors = [
-            self._actor(cls, self.config, i, cpus=self.config.cluster.engine_cpus, gpus=gpus, env=env)
-            for i in range(count)
-        ]
-        return RolloutPool(self.config, actors, version)
 
-    def reward_actor(self) -> Any:
-        return self._actor(RewardScorer, self.config.reward, self.config.grpo, cpus=0)
+        def make(index: int) -> Any:
+            return self._actor(cls, self.config, index, cpus=c.engine_cpus, gpus=gpus, env=env)
+
+        return RolloutPool(self.config, count, make, version, self.log)
+
+    def scorer(self) -> RemoteScorer:
+        """The reward actor, made at its first call."""
+        c = self.config
+        arguments = (c.reward, c.grpo, Failpoints(c.failpoints, c.output))
+        make = lambda: self._actor(RewardScorer, *arguments, cpus=0)  # noqa: E731
+        return RemoteScorer(make, c.rollout.call_timeout_s, self.log)
 
     def release(self) -> None:
         """End the actors made through this object; Ray stays."""
         for actor in self._actors:
-            with contextlib.suppress(Exception):  # one that died already needs no killing
-                ray.kill(actor)
+            _kill(actor)
         self._actors.clear()
+        self._learners = []
+        self._unplace()
         self._asked = dict.fromkeys(self._asked, 0.0)
 
     def close(self) -> None:
@@ -175,3 +300,18 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _kill(actor: Any) -> None:
+    with contextlib.suppress(Exception):  # one that died already needs no killing
+        ray.kill(actor)
+
+
+def _fit(node: dict[str, float], resource: str, amount: float) -> int:
+    """How many actors of `amount` fit a node, by one resource."""
+    return int(node.get(resource, 0.0) / amount + 1e-9) if amount else 1 << 30
+
+
+def _free() -> str:
+    free = ray.available_resources()
+    return f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs on {len(Cluster._living())} node(s)"

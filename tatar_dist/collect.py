@@ -10,16 +10,14 @@ depends on who is in it (dynamic sampling, arXiv 2503.14476); groups silent afte
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import ray
 
 from tatar_dist.config import GRPOConfig
 from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.prompt_source import PromptSource
 from tatar_dist.records import Prompt, ScoredGroup
+from tatar_dist.rewards.remote import RemoteScorer
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.pool import RolloutPool
 
@@ -40,11 +38,12 @@ def collect(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     pool: RolloutPool,
-    scorer: Any,
+    scorer: RemoteScorer,
     source: PromptSource,
     sampler: PromptSampler,
+    begin: Callable[[str], None],
 ) -> Collected:
-    """Generate and score one global batch. Raises what the pool and the reward actor raise."""
+    """Generate and score one global batch. `begin` is told of each phase. Raises what pool and reward actor raise."""
     out = Collected([])
     asked, groups = list(prompts), []
     for round_ in range(1 + (grpo.refill_limit if grpo.zero_std == "refill" else 0)):
@@ -58,11 +57,13 @@ def collect(
             gone = {s.group.prompt.group_id for s in given_up}
             groups = [g for g in groups if g.prompt.group_id not in gone]
             asked += fresh
+        begin("generate")
         start = time.perf_counter()
         groups += pool.generate(asked if not round_ else fresh, sampling)
         groups.sort(key=lambda g: g.prompt.group_id)
         middle = time.perf_counter()
-        out.scored, out.metrics = ray.get(scorer.score.remote(groups))
+        begin("reward")
+        out.scored, out.metrics = scorer.score(groups, sampling.step)
         out.generate_seconds += middle - start
         out.reward_seconds += time.perf_counter() - middle
     if grpo.zero_std != "keep":

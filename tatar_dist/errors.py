@@ -11,3 +11,7 @@ class UserError(Exception):
 
 class RunError(RuntimeError):
     """The run cannot go on: a process died or is late, engines and learners disagree. Exit status 1."""
+
+
+class LearnersFailed(RunError):
+    """A learner died, is late or broke: all of them restart from the last checkpoint."""

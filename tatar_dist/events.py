@@ -5,10 +5,10 @@ event has to say. Appended with one write a line, so that several processes can 
 metrics.jsonl: a step that ran twice stands here twice. Everything that watches a run reads it: `tatar-dist status`, the
 stall detector, the tests of faults.
 
-    run/start run/end run/interrupted       pid, host, from_step, learners, engines; status
+    run/start run/end run/interrupted       pid, host, stage, total, from_step, learners, engines; reason
     phase                                   phase = generate | reward | learn | sync | checkpoint | evaluate begins
     step/done                               seconds
-    engine/ready suspect dead restarting stale healthy gave_up hedged      engine, pid, host, reason
+    engine/ready suspect dead restarting stale healthy gone hedged         engine, pid, host, node, reason
     learners/ready failed restarting restored                              world_size, pids, hosts, reason, from_step
     reward/ready failed                     pid, host, reason
     push/done push/late                     version, engines, reason

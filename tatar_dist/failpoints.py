@@ -6,10 +6,12 @@ run's life, also over restarts: the process that fires it leaves a marker in RUN
 event log. Without entries a failpoint costs one look into an empty tuple.
 
     entry   POINT:ACTION[:KEY=VALUE…]       action: kill (SIGKILL), stop (SIGSTOP), raise (RuntimeError)
-    points  engine.generate engine.update   step, engine
-            learner.forward learner.backward learner.gather      step, rank
-            reward.score                    step
-            controller.STEP_PHASE           step; generate, learn, sync, checkpoint
+    points  engine.generate     step, engine
+            engine.update       version, engine
+            learner.backward    step, rank
+            learner.gather      rank
+            reward.score        step
+            controller.generate controller.reward controller.learn controller.sync      step
 """
 
 from __future__ import annotations

@@ -106,8 +106,7 @@ def resolve(config: Config, stage: Stage) -> Plan:
     gpus = c.nodes * c.gpus_per_node
     if c.gpus_per_node and tp > c.gpus_per_node:
         raise UserError(f"rollout.tensor_parallel={tp}: an engine must fit a node, which has {c.gpus_per_node} GPUs")
-    rows, max_micro, key = _batch(config, stage)
-    learners, engines = _counts(config, stage, rows)
+    learners, engines = _counts(config, stage, _batch(config, stage)[0])
     wanted = {"learners": learners, "engines": engines * tp}
     if c.gpus_per_node and sum(wanted.values()) > gpus:
         parts = " + ".join(f"{n} for {role}" for role, n in wanted.items() if n)
@@ -115,7 +114,7 @@ def resolve(config: Config, stage: Stage) -> Plan:
             f"{stage} needs {sum(wanted.values())} GPUs ({parts}), there are {gpus} "
             f"(cluster.nodes={c.nodes} x cluster.gpus_per_node={c.gpus_per_node})"
         )
-    split = split_rows(rows, learners, max_micro, key) if learners else None
+    split = split_of(config, stage, learners) if learners else None
     samples = None if stage == "evaluate" else count_samples(config.data)
     return Plan(
         stage=stage,
@@ -130,6 +129,18 @@ def resolve(config: Config, stage: Stage) -> Plan:
         warmup_steps={"sft": config.sft.optim.warmup_steps, "grpo": config.grpo.optim.warmup_steps}.get(stage, 0),
         notes=tuple(_notes(config, stage, learners, engines)),
     )
+
+
+def split_of(config: Config, stage: Stage, learners: int) -> Split:
+    """The split of a stage's batch over `learners` ranks. Raises UserError when it does not come out even."""
+    rows, max_micro, key = _batch(config, stage)
+    return split_rows(rows, learners, max_micro, key)
+
+
+def fewer_learners(config: Config, stage: Stage, learners: int) -> list[int]:
+    """The smaller numbers of learners that divide the batch, largest first: what a run may go on with."""
+    rows = _batch(config, stage)[0]
+    return [n for n in range(learners - 1, 0, -1) if rows % n == 0]
 
 
 def _batch(config: Config, stage: Stage) -> tuple[int, int, str]:

@@ -67,9 +67,10 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def ready(self) -> None:
-        """Everything has started; from here on time counts for steps."""
+    def ready(self, first: int | None = None) -> None:
+        """Everything has started, at step `first` if it is another; from here on time counts for steps."""
         self.since = time.monotonic()
+        self.first = self.first if first is None else first
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
         """`done` units of `total` are finished."""

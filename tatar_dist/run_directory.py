@@ -1,7 +1,7 @@
 """Everything a run leaves behind, and the lock that keeps two runs out of one directory.
 
-config.yaml  metrics.jsonl  tensorboard/  rollouts/[replaced/]step_*.parquet  checkpoints/  quarantine.jsonl
-report.html
+config.yaml  metrics.jsonl  events.jsonl  tensorboard/  rollouts/[replaced/]step_*.parquet  checkpoints/
+quarantine.jsonl  logs/  stacks/  report.html
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 from tatar_dist.config import Config, to_yaml
 from tatar_dist.errors import UserError
+from tatar_dist.events import Events
+from tatar_dist.failpoints import Failpoints
 from tatar_dist.records import ScoredGroup
 
 
@@ -38,6 +40,8 @@ class RunDirectory:
         except OSError:
             raise UserError(f"output={self.path}: another process is running in this directory") from None
         (self.path / "config.yaml").write_text(to_yaml(config))
+        self.events = Events(self.path)
+        self._failpoints = Failpoints(config.failpoints, str(self.path))
         self._writer: Any = None
         self._quarantined: set[tuple[str, str]] | None = None  # (sample id, manifest), once read
 
@@ -51,6 +55,11 @@ class RunDirectory:
         if self._writer is not None:
             self._writer.close()
         self._lock.close()
+
+    def begin(self, phase: str, step: int) -> None:
+        """A phase of the loop begins: it stands in the event log, and failpoints of the controller fire."""
+        self.events.begin(phase, step)
+        self._failpoints.reach(f"controller.{phase}", step=step)
 
     def rewind(self, step: int) -> None:
         """Forget metrics and rollouts of steps >= `step`: the run resumes there and will write them again."""

@@ -9,19 +9,17 @@ from __future__ import annotations
 import math
 import time
 
-from tatar_dist.checkpoint import Checkpoints
-from tatar_dist.cluster import Cluster
 from tatar_dist.config import Config
 from tatar_dist.data.sampler import check_rationales, sft_sampler
 from tatar_dist.errors import UserError
-from tatar_dist.interrupts import Interrupted, Interrupts
+from tatar_dist.interrupts import Interrupts
 from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.learner.sharding import shard_rows
 from tatar_dist.plan import resolve
-from tatar_dist.progress import Progress
 from tatar_dist.prompt_source import PromptSource, read_manifests
 from tatar_dist.records import LearnerRow, Sample
 from tatar_dist.run_directory import RunDirectory
+from tatar_dist.training import Steps, Training
 
 EVAL_ROWS_PER_DATASET = 64  # held-out rows behind eval/loss: a curve, not a verdict
 
@@ -29,46 +27,38 @@ EVAL_ROWS_PER_DATASET = 64  # held-out rows behind eval/loss: a curve, not a ver
 def run(config: Config) -> None:
     """Train until `sft.max_steps` or `sft.epochs`. Raises Interrupted after a clean stop, UserError for bad input."""
     plan, s = resolve(config, "sft"), config.sft
-    with RunDirectory(config) as directory, Interrupts() as stop:
-        source = PromptSource(config, directory)
-        sampler = sft_sampler(read_manifests(config.data, "train"), config.seed, config.data.iqa_fraction)
-        total = s.max_steps or max(1, round(s.epochs * sampler.steps_per_epoch(s.global_batch)))
-        checkpoints = Checkpoints(directory.path.absolute(), config.checkpoint.keep)
-        same = {"stage": "sft", "learners": plan.learners, "model.path": config.model.path}
-        found = checkpoints.resume(same) if config.checkpoint.resume else None
-        first = found[1]["step"] if found else 0
-        directory.rewind(first)
-        if first >= total:
-            return
-        held_out = _held_out(config, source, plan.learners * plan.split.micro_batch)
-        with Cluster(config) as cluster, Progress("sft", total, first) as progress:
-            learners = cluster.learners(plan.learners)
-            learners.setup("sft", plan.split, total)
-            if found:
-                learners.load(found[0])
-                sampler.load_state_dict(found[1]["sampler"])
-            progress.ready()
-            for step in range(first, total):
-                start = time.perf_counter()
-                rows = [source.sft_row(sample) for sample in source.samples(sampler, s.global_batch)]
-                tokens = sum(len(r.completion_ids) for r in rows)
-                report = learners.sft_step(shard_rows(rows, plan.learners), step, tokens)
-                seconds = time.perf_counter() - start
-                metrics = {
-                    **report.metrics,
-                    "time/learn": report.seconds,
-                    "time/step": seconds,
-                    "perf/tokens_per_second": tokens / seconds,
-                }
-                last = step + 1 == total
-                if held_out and (last or (s.eval_every and (step + 1) % s.eval_every == 0)):
-                    metrics |= _held_out_loss(learners, held_out)
-                directory.log(step, metrics)
-                progress.update(step + 1, metrics)
-                if last or stop.requested or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
-                    checkpoints.save(step + 1, {"same": same, "sampler": sampler.state_dict()}, learners.save)
-                if stop.requested and not last:
-                    raise Interrupted(f"stopped after step {step + 1} of {total}; the same command continues there")
+    with RunDirectory(config) as directory, Interrupts(config.checkpoint.grace_seconds) as stop:
+        steps = SFTSteps(config, directory, plan.learners * plan.split.micro_batch)
+        total = s.max_steps or max(1, round(s.epochs * steps.sampler.steps_per_epoch(s.global_batch)))
+        Training(config, "sft", plan, steps, total, directory, stop).run()
+
+
+class SFTSteps(Steps):
+    """Read, learn, now and then measure the held-out loss on `multiple` rows or a multiple of it."""
+
+    def __init__(self, config: Config, directory: RunDirectory, multiple: int) -> None:
+        self.config, self.directory = config, directory
+        self.source = PromptSource(config, directory)
+        self.sampler = sft_sampler(read_manifests(config.data, "train"), config.seed, config.data.iqa_fraction)
+        self.held_out = _held_out(config, self.source, multiple)
+
+    def step(self, step: int, last: bool) -> dict[str, float]:
+        s, start, ranks = self.config.sft, time.perf_counter(), len(self.learners.actors)
+        rows = [self.source.sft_row(sample) for sample in self.source.samples(self.sampler, s.global_batch)]
+        tokens = sum(len(r.completion_ids) for r in rows)
+        self.directory.begin("learn", step)
+        report = self.learners.sft_step(shard_rows(rows, ranks), step, tokens)
+        seconds = time.perf_counter() - start
+        metrics = {
+            **report.metrics,
+            "time/learn": report.seconds,
+            "time/step": seconds,
+            "perf/tokens_per_second": tokens / seconds,
+        }
+        if self.held_out and (last or (s.eval_every and (step + 1) % s.eval_every == 0)):
+            self.directory.begin("evaluate", step)
+            metrics |= _held_out_loss(self.learners, self.held_out)
+        return metrics
 
 
 def _held_out(config: Config, source: PromptSource, multiple: int) -> list[LearnerRow]:
@@ -98,7 +88,9 @@ def _held_out(config: Config, source: PromptSource, multiple: int) -> list[Learn
 
 
 def _held_out_loss(learners: LearnerGroup, rows: list[LearnerRow]) -> dict[str, float]:
-    sums = learners.sft_loss(shard_rows(rows, len(learners.actors)))
+    ranks = len(learners.actors)
+    rows = rows[: max(ranks, len(rows) // ranks * ranks)]  # with fewer learners after a fault the rest is left out
+    sums = learners.sft_loss(shard_rows(rows, ranks))
     return {
         f"eval/loss/{t}": sums[f"nll/{t}"] / sums[f"tokens/{t}"] if sums[f"tokens/{t}"] else math.nan
         for t in ("iqa", "iaa")

@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from tatar_dist.cluster import Cluster
 from tatar_dist.config import Config
 from tatar_dist.errors import UserError
 from tatar_dist.evaluate.metrics import score_metrics
-from tatar_dist.interrupts import Interrupts
+from tatar_dist.interrupts import Interrupted, Interrupts, StopAsked
 from tatar_dist.plan import resolve
 from tatar_dist.progress import Progress
 from tatar_dist.prompt_source import PromptSource, read_manifests
 from tatar_dist.prompts import parse, think_words
 from tatar_dist.records import Prompt, ScoredGroup
+from tatar_dist.rewards.remote import RemoteScorer
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run_directory import RunDirectory, write_rollouts
@@ -46,22 +46,24 @@ def run(config: Config) -> dict[str, Any]:
         prompts = [source.prompt(s, f"eval/{s.dataset}/{s.sample_id}") for s in samples]
         with Cluster(config) as cluster, Progress("evaluate", len(prompts), unit="image") as progress:
             pool = cluster.engines(plan.engines)
-            pool.started(pool.start(cluster.threads(plan.engines)))
-            progress.ready()
-            result = evaluate_prompts(
-                config, pool, cluster.reward_actor(), prompts, directory.path, progress, stop, source.missing
-            )
-    return result
+            scorer = cluster.scorer()
+            pool.check = scorer.check = stop.leave_if_asked
+            pool.start(cluster.threads(plan.engines))
+            try:
+                pool.started()
+                progress.ready()
+                return evaluate_prompts(config, pool, scorer, prompts, directory.path, progress, source.missing)
+            except StopAsked:
+                raise Interrupted("stopped; the same command starts the evaluation again", stop.status) from None
 
 
 def evaluate_prompts(
     config: Config,
     pool: RolloutPool,
-    scorer: Any,
+    scorer: RemoteScorer,
     prompts: Sequence[Prompt],
     output: Path,
     progress: Progress | None = None,
-    stop: Interrupts | None = None,
     missing: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Greedy completions of all prompts, and `evaluate.samples` sampled ones scored as one global batch."""
@@ -70,8 +72,6 @@ def evaluate_prompts(
 
     def advance(n: int) -> None:
         nonlocal done
-        if stop is not None and stop.requested:
-            raise KeyboardInterrupt
         done += n
         if progress:
             progress.update(min(done, progress.total), {})
@@ -89,8 +89,8 @@ def evaluate_prompts(
     if e.samples:
         sampling = Sampling(e.samples, config.rollout.temperature, limit, e.seed, REWARD_STEP)
         scored: list[ScoredGroup]
-        groups = pool.generate(prompts, sampling, lambda n: advance(0))
-        scored, result["rewards"] = ray.get(scorer.score.remote(groups))
+        groups = pool.generate(prompts, sampling)
+        scored, result["rewards"] = scorer.score(groups)
         write_rollouts(output / "sampled.parquet", 0, scored)
     result["seconds"] = time.perf_counter() - start
     (output / "metrics.json").write_text(json.dumps(result, indent=1))

@@ -18,6 +18,8 @@ from typing import Any
 
 from tatar_dist.config import Config
 from tatar_dist.errors import RunError, UserError
+from tatar_dist.failpoints import Failpoints
+from tatar_dist.process import process_facts
 from tatar_dist.records import LearnerRow, StepReport
 
 IMPORTANCE = {"mean": "importance", "cut": "cut"}  # policy/importance_* -> its sum over trained tokens
@@ -46,6 +48,7 @@ class Learner:
 
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
         self.config, self.rank, self.world_size = config, rank, world_size
+        self.failpoints = Failpoints(config.failpoints, config.output, rank=rank)
 
     def address(self, local: bool) -> tuple[str, int]:
         """(IP, free port) where rank 0 can listen; loopback when all ranks are on this machine."""
@@ -101,7 +104,7 @@ class Learner:
         self.micro_batch, self.total_steps = micro_batch, total_steps
         self.collate = Collator(self.zero3.backbone)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.zero3.engine.module.parameters())
-        return {"rank": self.rank, "parameters": parameters, "host": socket.gethostname(), "pid": os.getpid()}
+        return {"rank": self.rank, "parameters": parameters, **process_facts()}
 
     def _micro_batches(self, rows: Sequence[LearnerRow]) -> list[Any]:
         """The rank's rows in micro-batches; images are decoded and preprocessed once per step."""
@@ -120,6 +123,7 @@ class Learner:
         total, norm = 0.0, 0.0
         for batch in self._micro_batches(rows):
             out = self.zero3.engine(batch)
+            out.logp.register_hook(lambda _: self.failpoints.reach("learner.backward", step=step))
             loss = sft_loss(out.logp, batch.mask, global_tokens)
             self.zero3.backward(loss)
             norm = self.zero3.optimizer_step() or norm
@@ -179,6 +183,7 @@ class Learner:
         for iteration in range(g.inner_iterations):
             for i, batch in enumerate(batches):
                 out = self.zero3.engine(batch)
+                out.logp.register_hook(lambda _: self.failpoints.reach("learner.backward", step=step))
                 if iteration == 0:
                     difference = ((out.logp.detach() - batch.sampled_logprobs) * batch.mask).abs()
                     gap_sum += float(difference.sum())
@@ -242,6 +247,7 @@ class Learner:
         rank 0 yields {name: array}, the other ranks gather along and yield nothing."""
         from tatar_dist.sync.source import buckets
 
+        self.failpoints.reach("learner.gather")
         yield from buckets(self.zero3.full_parameters(), bucket_bytes, self.rank == 0)
 
     def save(self, directory: str, export: bool) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from tatar_dist.config import Config
-from tatar_dist.errors import RunError, UserError
+from tatar_dist.errors import LearnersFailed, RunError, UserError
 from tatar_dist.plan import Split
 from tatar_dist.records import LearnerRow, StepReport
-from tatar_dist.waiting import wait_all
+from tatar_dist.waiting import TICK_S, error_of, first_line, wait_all
 
-
-class LearnersFailed(RunError):
-    """A learner died or missed its deadline."""
+DEATH_IS_KNOWN_S = 5.0
 
 
 class LearnerGroup:
@@ -24,13 +23,24 @@ class LearnerGroup:
 
     def __init__(self, config: Config, actors: list[Any], threads: int, local: bool) -> None:
         self.config, self.actors, self.threads, self.local = config, actors, threads, local
+        self.check: Callable[[], None] = lambda: None  # called twice a second of a wait; may raise to leave it
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         return self.wait([getattr(a, method).remote(*args) for a in self.actors])
 
     def wait(self, refs: list[Any], timeout: float | None = None) -> list[Any]:
-        """All results; the first error of any rank is raised at once, because its peers would wait for it."""
-        return wait_all(refs, timeout or self.config.rollout.call_timeout_s, "learner rank", LearnersFailed)
+        """All results; the first error of any rank is raised at once, because its peers would wait for it.
+
+        Raises:
+            LearnersFailed: a rank died, is late, or raised what is neither bad input nor a verdict on the run.
+        """
+        try:
+            limit = timeout or self.config.rollout.call_timeout_s
+            return wait_all(refs, limit, "learner rank", LearnersFailed, self.check)
+        except (UserError, RunError, OSError):
+            raise
+        except ray.exceptions.RayTaskError as e:
+            raise LearnersFailed(_culprit(refs, e)) from e
 
     def setup(self, stage: str, split: Split, total_steps: int) -> None:
         """Load the model on all ranks; every wait is bounded by `cluster.start_timeout_s`."""
@@ -59,20 +69,27 @@ class LearnerGroup:
         )
         yield from self._stream(lead)
         for stream in others:
-            for _ in self._stream(stream):
-                pass
+            for failed in self._stream(stream):  # they yield nothing, but an error comes as an item
+                raise LearnersFailed(f"gathering weights: {first_line(error_of(failed) or RuntimeError('one item'))}")
 
     def _stream(self, stream: Any) -> Iterator[Any]:
         """The references of a streaming call, each within the deadline."""
-        timeout = self.config.rollout.call_timeout_s
+        timeout, since = self.config.rollout.call_timeout_s, time.monotonic()
         while True:
-            ready, _ = ray.wait([stream], timeout=timeout, fetch_local=False)
+            ready, _ = ray.wait([stream], timeout=TICK_S, fetch_local=False)
+            self.check()
             if not ready:
-                raise LearnersFailed(f"gathering weights: nothing for {timeout:g} s")
+                if time.monotonic() - since > timeout:
+                    raise LearnersFailed(f"gathering weights: nothing for {timeout:g} s")
+                continue
             try:
-                yield next(stream)
+                reference = next(stream)
             except StopIteration:
                 return
+            except ray.exceptions.RayError as e:
+                raise LearnersFailed(f"gathering weights: {first_line(e)}") from e
+            yield reference
+            since = time.monotonic()
 
     def save(self, directory: Path, export: bool = True) -> None:
         """Every rank writes its part of a checkpoint. Raises UserError when they wrote where we cannot see it."""
@@ -86,3 +103,15 @@ class LearnerGroup:
 
     def load(self, directory: Path) -> None:
         self._all("load", str(directory))
+
+
+def _culprit(refs: list[Any], error: Exception) -> str:
+    """Which rank it was: a peer of a dead one hears of a broken connection before Ray knows of the death."""
+    deadline = time.monotonic() + DEATH_IS_KNOWN_S
+    waiting = list(refs)
+    while waiting and time.monotonic() < deadline:
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=TICK_S)
+        for ref in done:
+            if isinstance(found := error_of(ref), ray.exceptions.RayActorError):
+                return f"learner rank {refs.index(ref)} died: {first_line(found)}"
+    return first_line(error)

@@ -72,7 +72,8 @@ class LocalAsking:
         plan = resolve(self.config, "evaluate")
         with Cluster(self.config) as cluster:
             pool = cluster.engines(plan.engines)
-            pool.started(pool.start(cluster.threads(plan.engines)))
+            pool.start(cluster.threads(plan.engines))
+            pool.started()
             size = CALLS_AHEAD * plan.engines * self.config.rollout.max_num_seqs
             todo = self.ledger.todo()
             while window := list(islice(todo, size)):

@@ -109,7 +109,7 @@ def run(name: str, source: Path, config: Config) -> dict[str, Any]:
             meter(ledger, last=True)
         _write(ledger, rows, output)
     found = {**report.summary(ledger), "splits": rows.splits or None, "output": str(output)}
-    _complain(ledger, found, stop.requested, spent)
+    _complain(ledger, found, stop, spent)
     return found
 
 
@@ -147,7 +147,7 @@ def _write(ledger: Ledger, rows: Rows, output: Path) -> None:
     report.write_report(ledger, report.beside(output, "report.md"))
 
 
-def _complain(ledger: Ledger, found: dict[str, Any], stopped: bool, spent: bool) -> None:
+def _complain(ledger: Ledger, found: dict[str, Any], stop: Interrupts, spent: bool) -> None:
     """Raise what keeps the run from being complete; the files are written already."""
     output = Path(found["output"])
     kept = f"{found['accepted']} accepted rows are in {found['output']}"
@@ -158,8 +158,8 @@ def _complain(ledger: Ledger, found: dict[str, Any], stopped: bool, spent: bool)
             f"rationale.limits.budget_tokens={budget}: {ledger.tokens} tokens are spent and the next request might "
             f"exceed it; {found['not_asked']} rows were not asked; {kept}; with a larger budget {again}"
         )
-    if stopped and found["not_asked"]:
-        raise Interrupted(f"stopped: {found['not_asked']} rows are left; {kept}; {again}")
+    if stop.requested and found["not_asked"]:
+        raise Interrupted(f"stopped: {found['not_asked']} rows are left; {kept}; {again}", stop.status)
     if found["failed"]:
         codes = {code: sum(t["reasons"].get(code, 0) for t in found["tasks"].values()) for code in report.FAILURES}
         said = " and ".join(f"{n} {report.FAILURES[code]}" for code, n in codes.items() if n)

@@ -18,6 +18,8 @@ from typing import Any
 from tatar_dist.config import Config
 from tatar_dist.data.images import decode_image
 from tatar_dist.errors import RunError
+from tatar_dist.failpoints import Failpoints
+from tatar_dist.process import process_facts
 from tatar_dist.records import Completion, Group, Prompt
 
 FORBIDDEN_BIAS = -100.0  # vLLM's smallest logit bias; exp(-100) is 0 beside any sampled token in float32
@@ -54,6 +56,7 @@ class RolloutEngine:
 
     def __init__(self, config: Config, index: int) -> None:
         self.config, self.index = config, index
+        self.failpoints = Failpoints(config.failpoints, config.output, engine=index)
         self.version = -1
         self._updating: int | None = None
 
@@ -98,7 +101,7 @@ class RolloutEngine:
         self.llm.init_weight_transfer_engine({"init_info": {}})
         self.forbidden = family(m.family)(m).forbidden_ids()
         self.version = version
-        return {"engine": self.index, "pid": os.getpid(), "seconds": time.perf_counter() - start}
+        return {**process_facts(), "seconds": round(time.perf_counter() - start, 2)}
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Group]:
         """Sample `sampling.n` completions for each prompt, in one batch.
@@ -112,6 +115,7 @@ class RolloutEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
+        self.failpoints.reach("engine.generate", step=sampling.step)
         if self.config.rollout.deterministic:
             self._reset_caches()
         form = StructuredOutputsParams(json=sampling.schema) if sampling.schema else None
@@ -162,6 +166,7 @@ class RolloutEngine:
 
     def update(self, bucket: Any) -> int:
         """Load one bucket of named tensors. Returns its bytes."""
+        self.failpoints.reach("engine.update", version=self._updating)
         self.llm.update_weights({"update_info": {"bucket": bucket}})
         return sum(w.data.nbytes for w in bucket.values())
 

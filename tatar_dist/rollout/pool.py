@@ -1,46 +1,140 @@
-"""The pool of engines: hands out prompts as engines become free, and pushes weights to all of them.
+"""The pool of engines: hands out prompts as engines become free, survives the death of any of them, pushes weights.
 
-In: prompts and a sampling. Out: groups sorted by sample id, whichever engine made them and whenever. Every wait has a
-deadline, and the engine that missed it is named.
+In: prompts and a sampling. Out: each prompt's group exactly once, whichever engine made it and after whatever faults.
+An engine that dies, hangs, fails or returns nonsense is ended and restarted with back-off, its prompts go to others;
+it serves again once it has the current weights (health.py). Every wait has a deadline, and who missed it is named.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from tatar_dist.config import Config
-from tatar_dist.errors import RunError
+from tatar_dist.errors import LearnersFailed, RunError, UserError
 from tatar_dist.records import Group, Prompt
 from tatar_dist.rollout.engine import Sampling
-from tatar_dist.waiting import wait_all
+from tatar_dist.rollout.health import Health, State
+from tatar_dist.rollout.verification import problem
+from tatar_dist.waiting import TICK_S, error_of, first_line, wait_all
+
+ATTEMPTS = 3  # engines that may fail on one prompt before the prompt is blamed
 
 
 class EngineFailed(RunError):
-    """An engine died or missed its deadline."""
+    """Too few engines live, or one prompt ends every engine that it is given to."""
+
+
+@dataclass(eq=False)
+class Chunk:
+    """Prompts of one engine call. `failures`: engines that ended on it; `done` once any engine's answer is taken."""
+
+    prompts: list[Prompt]
+    failures: int = 0
+    done: bool = False
+
+
+@dataclass(eq=False)
+class Engine:
+    """One engine: its health, its actor, and the call it works on. `chunk` None: an answer nobody waits for."""
+
+    health: Health
+    actor: Any = None
+    version: int = -1
+    call: Any = None
+    chunk: Chunk | None = None
+    since: float = 0.0
+
+    @property
+    def idle(self) -> bool:
+        return self.health.state is State.HEALTHY and self.call is None
 
 
 class RolloutPool:
-    """`engines` are Ray actor handles of `RolloutEngine`, all holding weight version `version`."""
+    """`count` engines made by `make(index)`, Ray actor handles of `RolloutEngine`.
 
-    def __init__(self, config: Config, engines: Sequence[Any], version: int = 0) -> None:
-        self.config, self.engines, self.version = config, list(engines), version
-        self.timeout = config.rollout.call_timeout_s
+    Attributes:
+        version: the weight version that completions are asked for; at first that of `model.path`.
+        weights: where an engine that starts late gets the current weights, as buckets; None while nobody trains, and
+            then the files of `model.path` are the current weights.
+        check: called every half second of a wait; may raise to leave it.
+    """
 
-    def _get(self, refs: Sequence[Any], doing: str, timeout: float | None = None) -> list[Any]:
-        """Results of one call per engine, in engine order. The first that fails, or all that are late, are named."""
-        return wait_all(refs, timeout or self.timeout, f"{doing}: engine", EngineFailed)
+    def __init__(
+        self,
+        config: Config,
+        count: int,
+        make: Callable[[int], Any],
+        version: int = 0,
+        log: Callable[..., None] = lambda event, **fields: None,
+    ) -> None:
+        r = config.rollout
+        self.config, self.make, self.version, self.log = config, make, version, log
+        self.engines = [Engine(Health(i, r.engine_restarts, r.restart_backoff_s, log)) for i in range(count)]
+        self.weights: Callable[[], Iterable[Any]] | None = None
+        self.check: Callable[[], None] = lambda: None
+        self._threads = 1
 
-    def start(self, threads: int) -> list[Any]:
-        """Begin to load the model on every engine; hand the result to `started`."""
-        return [e.setup.remote(threads, self.version) for e in self.engines]
+    # -- start and restart -------------------------------------------------------------------------------------------
 
-    def started(self, refs: list[Any]) -> list[dict[str, Any]]:
-        """Wait until every engine is ready."""
-        return self._get(refs, "starting engines", self.config.cluster.start_timeout_s)
+    def start(self, threads: int) -> None:
+        """Begin to load the model on every engine; then call `started`."""
+        self._threads = threads
+        for e in self.engines:
+            self._launch(e, self.version)
+
+    def started(self) -> None:
+        """Wait until every engine is ready. At the start of a run one that fails is an error, not a fault."""
+        starting = [e for e in self.engines if e.health.state is State.RESTARTING and e.health.restarts == 0]
+        limit = self.config.cluster.start_timeout_s
+        facts = wait_all([e.call for e in starting], limit, "starting: engine", EngineFailed, self.check)
+        for e, found in zip(starting, facts, strict=True):
+            e.call = None
+            e.health.ready(**found)
+            e.health.current()
+
+    def _launch(self, e: Engine, version: int) -> None:
+        """`version`: which one the files of model.path are, -1 where they are old."""
+        e.actor, e.version, e.since = self.make(e.health.index), version, time.monotonic()
+        e.call, e.chunk = e.actor.setup.remote(self._threads, version), None
+
+    def end_starts(self) -> None:
+        """End the engines that are being started: what they wait for is needed elsewhere. They start again later."""
+        for e in self.engines:
+            if e.health.state is State.RESTARTING:
+                e.health.restarts = max(0, e.health.restarts - 1)  # not the engine's fault
+                self._lose(e, "start put off")
+
+    def _tend(self) -> None:
+        """Restart what is due."""
+        now = time.monotonic()
+        for e in self.engines:
+            if e.health.due(now):
+                e.health.restarting()
+                self._launch(e, -1 if self.weights else self.version)
+        living = [e for e in self.engines if e.health.state is not State.GONE]
+        if len(living) < self.config.rollout.min_engines:
+            reasons = "; ".join(f"engine {e.health.index}: {e.health.reason}" for e in self.engines if e not in living)
+            raise EngineFailed(
+                f"{len(living)} of {len(self.engines)} engines are left, rollout.min_engines="
+                f"{self.config.rollout.min_engines}; {reasons}"
+            )
+
+    def _lose(self, e: Engine, reason: str) -> Chunk | None:
+        """End an engine whatever it does; returns the chunk that it leaves undone."""
+        with suppress(Exception):  # one that died needs no killing
+            ray.kill(e.actor)
+        left, e.call, e.chunk, e.version = e.chunk, None, None, -1
+        e.health.died(reason, time.monotonic())
+        return left if left and not left.done else None
+
+    # -- generation --------------------------------------------------------------------------------------------------
 
     def chunks(self, prompts: Sequence[Prompt], n: int) -> list[list[Prompt]]:
         """Prompts by engine call: one in deterministic mode, else enough to fill an engine, at most its share."""
@@ -57,7 +151,7 @@ class RolloutPool:
         """All groups of `prompts`, sorted by sample id. `on_groups(n)` is told how many more are done.
 
         Raises:
-            EngineFailed: an engine died or no engine finished anything before the deadline.
+            EngineFailed: fewer engines than `rollout.min_engines` can be kept alive, or a prompt ends every engine.
         """
         groups: list[Group] = []
         for part in self.stream(prompts, sampling):
@@ -73,38 +167,170 @@ class RolloutPool:
 
         Raises like `generate`.
         """
-        waiting = self.chunks(prompts, sampling.n)[::-1]
-        running: dict[Any, int] = {}
+        queue = deque(Chunk(part) for part in self.chunks(prompts, sampling.n))
+        try:
+            while queue or self._working():
+                if queue and not more():
+                    queue.clear()
+                    continue
+                self._tend()
+                self._hand_out(queue, sampling)
+                for e in self._answers():
+                    yield from self._take(e, queue, sampling)
+                self._judge(queue)
+                self.check()
+        finally:  # left early: what the engines still work on is thrown away when it comes
+            for e in self.engines:
+                e.chunk = None
 
-        def dispatch(engine: int) -> None:
-            if waiting and more():
-                ref = self.engines[engine].generate.remote(waiting.pop(), sampling, self.version)
-                running[ref] = engine
+    def _working(self) -> list[Engine]:
+        return [e for e in self.engines if e.chunk is not None and not e.chunk.done]
 
-        for i in range(len(self.engines)):
-            dispatch(i)
-        while running:
-            done, _ = ray.wait(list(running), num_returns=1, timeout=self.timeout)
-            if not done:
-                raise EngineFailed(f"generating: engine(s) {sorted(running.values())} late after {self.timeout:g} s")
-            engine = running.pop(done[0])
-            try:
-                part: list[Group] = ray.get(done[0])
-            except ray.exceptions.RayActorError as e:
-                raise EngineFailed(f"generating: engine {engine} died: {str(e).splitlines()[0]}") from e
-            yield part
-            dispatch(engine)
+    def _hand_out(self, queue: deque[Chunk], sampling: Sampling) -> None:
+        """Work for every idle engine; a stale one gets the current weights first, when there is work for it."""
+        stale = [e for e in self.engines if e.health.state is State.STALE and e.call is None]
+        if queue and stale and self.weights:
+            self._send(stale, self.weights(), self.version)
+        for e in (e for e in self.engines if e.idle):
+            chunk = queue.popleft() if queue else self._hedged()
+            if chunk is None:
+                return
+            e.call = e.actor.generate.remote(chunk.prompts, sampling, self.version)
+            e.chunk, e.since = chunk, time.monotonic()
+
+    def _hedged(self) -> Chunk | None:
+        """With `rollout.hedge`: an undone chunk that only a suspect engine works on."""
+        if not self.config.rollout.hedge:
+            return None
+        for slow in (e for e in self._working() if e.health.state is State.SUSPECT):
+            if sum(e.chunk is slow.chunk for e in self.engines) == 1:
+                self.log("engine/hedged", engine=slow.health.index, prompts=len(slow.chunk.prompts))  # type: ignore[union-attr]
+                return slow.chunk
+        return None
+
+    def _answers(self) -> list[Engine]:
+        """Engines whose call has returned; waits a tick at most."""
+        calls = {e.call: e for e in self.engines if e.call is not None}
+        if not calls:
+            time.sleep(TICK_S)  # all are dead and their restart is not due yet
+            return []
+        done, _ = ray.wait(list(calls), num_returns=1, timeout=TICK_S)
+        return [calls[ref] for ref in done]
+
+    def _take(self, e: Engine, queue: deque[Chunk], sampling: Sampling) -> Iterator[list[Group]]:
+        """One returned call: a start that succeeded, groups, or a failure."""
+        starting, chunk = e.health.state is State.RESTARTING, e.chunk
+        try:
+            answer = ray.get(e.call)
+            wrong = None if starting or chunk is None else problem(answer, chunk.prompts, sampling, self.version)
+        except UserError:
+            raise
+        except ray.exceptions.RayError as error:  # died, or raised: out of memory, a lost node, a broken engine
+            wrong = first_line(error)
+        if wrong is not None:
+            self._again(self._lose(e, wrong), queue, wrong)
+            return
+        e.call, e.chunk = None, None
+        if starting:
+            e.health.ready(**answer)
+            if self.weights is None:
+                e.health.current()
+            return
+        e.health.answered(e.version == self.version)
+        if chunk is not None and not chunk.done:
+            chunk.done = True
+            yield answer
+
+    def _again(self, chunk: Chunk | None, queue: deque[Chunk], reason: str) -> None:
+        """Put a chunk that an engine left undone back, split once it has ended two: one of its prompts may be why."""
+        if chunk is None or any(e.chunk is chunk for e in self.engines):
+            return
+        chunk.failures += 1
+        if chunk.failures >= ATTEMPTS and len(chunk.prompts) == 1:
+            raise EngineFailed(f"{chunk.prompts[0].group_id}: {ATTEMPTS} engines in a row ended on it: {reason}")
+        if chunk.failures >= ATTEMPTS - 1 and len(chunk.prompts) > 1:
+            queue.extendleft(Chunk([p], chunk.failures - 1) for p in reversed(chunk.prompts))
+        else:
+            queue.appendleft(chunk)
+
+    def _judge(self, queue: deque[Chunk]) -> None:
+        """Deadlines: a late engine is suspect, a very late one dead."""
+        r, now = self.config.rollout, time.monotonic()
+        for e in (e for e in self.engines if e.call is not None):
+            starting = e.health.state is State.RESTARTING
+            limit = self.config.cluster.start_timeout_s if starting else r.call_timeout_s
+            if now - e.since > limit:
+                reason = f"{'not ready' if starting else 'no answer'} after {limit:g} s"
+                self._again(self._lose(e, reason), queue, reason)
+            elif e.health.state is State.HEALTHY and now - e.since > r.suspect_after_s:
+                e.health.late(r.suspect_after_s)
+
+    # -- weights -----------------------------------------------------------------------------------------------------
 
     def push(self, buckets: Iterable[Any], version: int) -> dict[str, float]:
         """Load the buckets (object references) into every engine and advance to `version`.
 
-        One bucket is in flight at a time; the next is being gathered meanwhile. Returns sync/seconds and sync/bytes.
+        One bucket is in flight at a time; the next is being gathered meanwhile. An engine that dies or is late is ended
+        and restarted; one that is suspect or starting misses the push and gets the weights before it serves again.
+        Returns sync/seconds and sync/bytes.
         """
         start = time.perf_counter()
-        self._get([e.start_update.remote(version) for e in self.engines], "starting a weight push")
-        sent = 0
-        for bucket in buckets:
-            sent += sum(self._get([e.update.remote(bucket) for e in self.engines], "pushing weights"))
-        self._get([e.finish_update.remote() for e in self.engines], "finishing a weight push")
         self.version = version
+        busy = [e for e in self.engines if e.call is not None and e.health.state is State.HEALTHY]
+        for e in busy:  # with a call that nobody waits for any more
+            e.health.missed_push()
+        takers = [e for e in self.engines if e.health.state in (State.HEALTHY, State.STALE) and e.call is None]
+        sent = self._send(takers, buckets, version)
+        self.log("push/done", version=version, engines=[e.health.index for e in takers if e.version == version])
         return {"sync/seconds": time.perf_counter() - start, "sync/bytes": float(sent)}
+
+    def _send(self, takers: list[Engine], buckets: Iterable[Any], version: int) -> int:
+        """Push to `takers`; those that do not make it are lost. Exhausts `buckets`: gathering is collective."""
+        left = self._all(takers, lambda e: e.actor.start_update.remote(version))[0]
+        sent = 0
+        try:
+            for bucket in buckets:
+                left, sizes = self._all(left, lambda e, bucket=bucket: e.actor.update.remote(bucket), bucket)
+                sent += sum(sizes)
+        except BaseException:  # the learners died half-way: an engine with half of the weights cannot be updated again
+            for e in left:
+                self._lose(e, "weight push cut short")
+            raise
+        for e in self._all(left, lambda e: e.actor.finish_update.remote())[0]:
+            e.version = version
+            e.health.current()
+        return sent
+
+    def _all(
+        self, takers: list[Engine], call: Callable[[Engine], Any], given: Any = None
+    ) -> tuple[list[Engine], list[Any]]:
+        """One call on each; the engines that answered within `rollout.push_timeout_s`, and their answers.
+
+        Raises:
+            LearnersFailed: a call failed because what it was given, a reference, is no bucket but its maker's error.
+        """
+        limit = self.config.rollout.push_timeout_s
+        calls = {call(e): e for e in takers}
+        deadline, waiting = time.monotonic() + limit, list(calls)
+        while waiting and time.monotonic() < deadline:
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=TICK_S)
+            self.check()
+        kept, answers = [], []
+        for ref, e in calls.items():
+            if ref in waiting:
+                self.log(
+                    "push/late", engine=e.health.index, version=self.version, reason=f"no answer within {limit:g} s"
+                )
+                self._lose(e, f"weight push: no answer within {limit:g} s")
+                continue
+            try:
+                answers.append(ray.get(ref))
+                kept.append(e)
+            except ray.exceptions.RayError as error:
+                if given is not None and (failed := error_of(given)):
+                    raise LearnersFailed(f"gathering weights: {first_line(failed)}") from failed
+                self._lose(e, f"weight push: {first_line(error)}")
+        return kept, answers
+
+    def states(self) -> dict[int, str]:
+        return {e.health.index: str(e.health.state) for e in self.engines}

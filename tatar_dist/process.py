@@ -1,0 +1,15 @@
+"""Where a process runs: what the event log says of every actor, and what signals and stack dumps need to find it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+
+def process_facts() -> dict[str, Any]:
+    """pid, host name, and Ray's node id (None outside Ray)."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+    return {"pid": os.getpid(), "host": socket.gethostname(), "node": node}

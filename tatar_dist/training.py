@@ -1,0 +1,183 @@
+"""The loop around the steps of a stage, the same for SFT and GRPO: start, resume, checkpoints, faults, preemption.
+
+In: a stage that knows how to make one step. Out: a run directory whose `checkpoints/latest/model` is the trained model.
+Learners are a unit: when one dies, all restart from the last checkpoint, in a smaller number if their node does not
+come back. What a stage brings along (engines, the reward actor) looks after itself.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.checkpoint import Checkpoints
+from tatar_dist.cluster import Cluster
+from tatar_dist.config import Config
+from tatar_dist.data.sampler import PromptSampler
+from tatar_dist.errors import LearnersFailed
+from tatar_dist.interrupts import Interrupted, Interrupts, StopAsked
+from tatar_dist.learner.group import LearnerGroup
+from tatar_dist.plan import Plan, Stage, split_of
+from tatar_dist.progress import Progress
+from tatar_dist.run_directory import RunDirectory
+
+Found = tuple[Path, dict[str, Any]] | None
+
+
+class Steps(ABC):
+    """What a stage does in its steps. `learners` are set before `ready` and may be replaced later."""
+
+    sampler: PromptSampler
+    learners: LearnerGroup
+
+    def start(self, cluster: Cluster) -> None:  # noqa: B027  a stage may have learners only
+        """Begin to start what the stage needs besides learners; called once."""
+
+    def ready(self, step: int, changed: bool) -> None:  # noqa: B027
+        """The learners hold the weights of `step`; `changed`: not those of model.path. Called after every start."""
+
+    def pause(self) -> None:  # noqa: B027
+        """The learners are gone and need a place again: nothing else may take it."""
+
+    @abstractmethod
+    def step(self, step: int, last: bool) -> dict[str, float]:
+        """One optimiser step; its metrics. Raises StopAsked while nothing has been learned, LearnersFailed."""
+
+
+@dataclass
+class Training:
+    """One run of a stage, from its start or the newest checkpoint to `total` steps.
+
+    Call `run`. Raises Interrupted after a clean stop, UserError for bad input, RunError when it cannot go on.
+    """
+
+    config: Config
+    stage: Stage
+    plan: Plan
+    steps: Steps
+    total: int
+    directory: RunDirectory
+    stop: Interrupts
+    _saved: set[int] = field(default_factory=set)  # steps of the checkpoints begun here
+    _at: int = 0  # step of the checkpoint that everything now stands on; 0 = the start
+    _failures: int = 0
+
+    def run(self) -> None:
+        c, log = self.config, self.directory.events.log
+        self.checkpoints = Checkpoints(self.directory.path.absolute(), c.checkpoint, self.directory.events)
+        found = self.checkpoints.resume(self._same()) if c.checkpoint.resume else None
+        first = found[1]["step"] if found else 0
+        self.directory.rewind(first)
+        if first >= self.total:
+            return
+        self._initial = self.steps.sampler.state_dict()
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "stage": self.stage, "from_step": first}
+        log("run/start", **facts, total=self.total, learners=self.plan.learners, engines=self.plan.engines)
+        try:
+            with Cluster(c, log) as cluster, Progress(self.stage, self.total, first) as self.progress:
+                self._until_done(cluster, found)
+        except BaseException as e:
+            stopped = isinstance(e, Interrupted | KeyboardInterrupt)
+            log("run/interrupted" if stopped else "run/failed", reason=f"{type(e).__name__}: {e}")
+            raise
+        log("run/end")
+
+    def _same(self) -> dict[str, Any]:
+        return {"stage": self.stage, "model.path": self.config.model.path}
+
+    def _until_done(self, cluster: Cluster, found: Found) -> None:
+        while True:
+            try:
+                first = self._bring_up(cluster, found)
+                return self._loop(cluster, first)
+            except LearnersFailed as e:
+                self._failures += 1
+                self.directory.events.log("learners/failed", reason=str(e), failures=self._failures)
+                if self._failures > self.config.cluster.learner_restarts:
+                    raise
+                self.checkpoints.abandon()
+                self.steps.pause()
+                cluster.end_learners()
+                found = self._newest()
+
+    def _newest(self) -> Found:
+        """The checkpoint to restart from: with `checkpoint.resume=false` only one of this run."""
+        found = self.checkpoints.resume(self._same())
+        return found if found and (self.config.checkpoint.resume or found[1]["step"] in self._saved) else None
+
+    def _bring_up(self, cluster: Cluster, found: Found) -> int:
+        """Learners (and, the first time, everything else) with the weights of the checkpoint; returns its step."""
+        events, steps, restart = self.directory.events, self.steps, hasattr(self.steps, "learners")
+        first, state = (found[1]["step"], found[1]) if found else (0, None)
+        events.step = first
+        self.directory.rewind(first)
+        steps.sampler.load_state_dict(state["sampler"] if state else self._initial)
+        try:
+            if restart:
+                events.log("learners/restarting", from_step=first)
+            learners = cluster.learners(self.plan.learners, self.stage, again=restart, check=self.stop.leave_if_asked)
+            if not restart:
+                steps.start(cluster)
+            world = len(learners.actors)
+            facts = learners.setup(
+                self.stage, split_of(self.config, self.stage, world), self.total, state and state["learners"]
+            )
+            each = {k + "s": [f[k] for f in facts] for k in ("pid", "host", "node")}
+            events.log("learners/ready", world_size=world, **each)
+            if found:
+                learners.load(found[0], found[1]["learners"])
+            steps.learners = learners
+            steps.ready(first, changed=bool(found) or restart)
+            learners.check = lambda: None  # from here on a step that has begun to learn is finished
+        except StopAsked:
+            raise Interrupted(
+                f"stopped while starting; the same command starts at step {first}", self.stop.status
+            ) from None
+        if found or restart:
+            events.log("learners/restored", from_step=first, world_size=world)
+        self._at = first
+        self.progress.ready(first)
+        return first
+
+    def _loop(self, cluster: Cluster, first: int) -> None:
+        for step in range(first, self.total):
+            before, start, last = self.steps.sampler.state_dict(), time.perf_counter(), step + 1 == self.total
+            try:
+                metrics = self.steps.step(step, last)
+            except StopAsked:
+                self._stop(step, before)
+            self._failures = 0
+            self.directory.log(step, metrics)
+            self.directory.events.log("step/done", seconds=round(time.perf_counter() - start, 3))
+            self.progress.update(step + 1, metrics)
+            cluster.note_nodes()
+            self.checkpoints.poll()
+            every = self.config.checkpoint.every
+            if last or (every and (step + 1) % every == 0):
+                self._save(step + 1, self.steps.sampler.state_dict(), metrics)
+            if last:
+                self.checkpoints.finish()
+            elif self.stop.requested:
+                self._stop(step + 1, self.steps.sampler.state_dict())
+
+    def _save(self, step: int, sampler: dict[str, Any], metrics: dict[str, float]) -> None:
+        self.directory.begin("checkpoint", step)
+        state = {"same": self._same(), "sampler": sampler}
+        self._saved.add(step)
+        self._at = step
+        self.checkpoints.save(step, state, self.steps.learners, metrics)
+
+    def _stop(self, step: int, sampler: dict[str, Any]) -> None:
+        """Leave a checkpoint of `step` and end. Raises Interrupted."""
+        self.directory.events.log("signal", name=self.stop.name)
+        if step > self._at:
+            self._save(step, sampler, {})
+        self.checkpoints.finish()
+        raise Interrupted(
+            f"stopped after step {step} of {self.total}; the same command continues there", self.stop.status
+        )
