@@ -128,35 +128,35 @@ def model_words(path: str) -> list[str]:
     ]
 
 
+def tiny_words(model: str, manifests: list[str]) -> list[str]:
+    """Overrides for GRPO of the fixture model with two learners and two engines on CPU; all but `output`."""
+    return [
+        *model_words(model),
+        f"data.train=[{','.join(manifests)}]",
+        "cluster.gpus_per_node=0",
+        "cluster.learners=2",
+        "cluster.learner_cpus=0.5",
+        "cluster.engine_cpus=0.5",
+        "cluster.object_store_mib=128",
+        "rollout.engines=2",
+        "rollout.max_new_tokens=40",
+        "rollout.max_model_len=448",
+        "rollout.max_num_seqs=16",
+        "rollout.bucket_mib=1",
+        "rollout.call_timeout_s=240",
+        "reward.params.length_iaa_min=2",
+        "grpo.prompts_per_step=4",
+        "grpo.group_size=4",
+        "grpo.logprob_gap_limit=0.0001",
+        "grpo.kl_beta=0.01",
+    ]
+
+
 @pytest.fixture
 def make_config(manifests: list[str], tmp_path):
     """make_config(model, 'key=value', ...) -> a checked Config for two learners and two engines on CPU."""
 
     def make(model: str, *words: str) -> Config:
-        return load_config(
-            [],
-            [
-                f"output={tmp_path / 'run'}",
-                *model_words(model),
-                f"data.train=[{','.join(manifests)}]",
-                "cluster.gpus_per_node=0",
-                "cluster.learners=2",
-                "cluster.learner_cpus=0.5",
-                "cluster.engine_cpus=0.5",
-                "cluster.object_store_mib=128",
-                "rollout.engines=2",
-                "rollout.max_new_tokens=40",
-                "rollout.max_model_len=448",
-                "rollout.max_num_seqs=16",
-                "rollout.bucket_mib=1",
-                "rollout.call_timeout_s=240",
-                "reward.params.length_iaa_min=2",
-                "grpo.prompts_per_step=4",
-                "grpo.group_size=4",
-                "grpo.logprob_gap_limit=0.0001",
-                "grpo.kl_beta=0.01",
-                *words,
-            ],
-        )
+        return load_config([], [f"output={tmp_path / 'run'}", *tiny_words(model, manifests), *words])
 
     return make
