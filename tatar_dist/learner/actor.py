@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import shutil
 import socket
 import time
@@ -23,24 +22,11 @@ from tatar_dist.process import process_facts
 from tatar_dist.records import LearnerRow, StepReport
 
 IMPORTANCE = {"mean": "importance", "cut": "cut"}  # policy/importance_* -> its sum over trained tokens
-PORTS = range(20_000, 32_000)  # above the ports of Ray's workers, below Linux's ephemeral ones
 FULL_DISK = 16 << 20  # bytes free under which a failed write is put down to the disk
 
 
 class WeightsOutOfSync(RunError):
     """The engine's log-probabilities are not the learner's: the engine samples from other weights."""
-
-
-def free_port() -> int:
-    """A port free now and below the ephemeral range, so that no passing connection takes it before we listen."""
-    for port in random.SystemRandom().sample(PORTS, 100):
-        with socket.socket() as s:
-            try:
-                s.bind(("", port))
-            except OSError:
-                continue
-            return port
-    raise RunError(f"no free port between {PORTS.start} and {PORTS.stop}; set cluster.master_port")
 
 
 class Learner:
@@ -50,34 +36,18 @@ class Learner:
         self.config, self.rank, self.world_size = config, rank, world_size
         self.failpoints = Failpoints(config.failpoints, config.output, rank=rank)
 
-    def address(self, local: bool) -> tuple[str, int]:
-        """(IP, free port) where rank 0 can listen; loopback when all ranks are on this machine."""
-        import ray
-
-        port = self.config.cluster.master_port
-        if port:
-            with socket.socket() as s:
-                try:
-                    s.bind(("", port))
-                except OSError as e:
-                    where = f"cluster.master_port={port}: {e.strerror} on {socket.gethostname()}"
-                    raise UserError(f"{where}; choose another, or 0 for a free one") from None
-        return "127.0.0.1" if local else ray.util.get_node_ip_address(), port or free_port()
-
     def setup(
-        self, master: tuple[str, int], stage: str, micro_batch: int, accumulation: int, total_steps: int, threads: int
+        self, rendezvous: Any, stage: str, micro_batch: int, accumulation: int, total_steps: int, threads: int
     ) -> dict[str, Any]:
-        """Join the process group, load the model, shard it. Collective. Returns sizes for the log."""
-        os.environ.update(
-            RANK=str(self.rank),
-            WORLD_SIZE=str(self.world_size),
-            LOCAL_RANK="0",
-            MASTER_ADDR=master[0],
-            MASTER_PORT=str(master[1]),
-        )
+        """Join the process group at `rendezvous` (store.py), load the model, shard it. Collective.
+
+        Returns sizes for the log.
+        """
+        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK="0")
         import torch
 
         from tatar_dist.learner.batch import Collator
+        from tatar_dist.learner.listeners import listening, silence
         from tatar_dist.learner.schedule import needs_reference
         from tatar_dist.learner.zero3 import Zero3, init_process_group
 
@@ -89,7 +59,8 @@ class Learner:
                 f"{socket.gethostname()}: install with DEVICE=cuda, or set 0 for the CPU"
             )
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        init_process_group(self.device, self.config.rollout.call_timeout_s)
+        others = listening()
+        init_process_group(rendezvous, self.rank, self.world_size, self.device, self.config.cluster)
         self.stage_config: Any = getattr(self.config, stage)
         with_reference = stage == "grpo" and needs_reference(self.config.grpo)
         self.zero3 = Zero3(
@@ -101,6 +72,8 @@ class Learner:
             temperature=self.config.rollout.temperature if stage == "grpo" else 1.0,
             device=self.device,
         )
+        if self.device.type == "cpu":  # NCCL connects when it first needs to, and asks for a secret of the run
+            silence(listening() - others)
         self.micro_batch, self.total_steps = micro_batch, total_steps
         self.collate = Collator(self.zero3.backbone)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.zero3.engine.module.parameters())

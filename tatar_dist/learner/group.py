@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tatar_dist.config import Config
 from tatar_dist.errors import LearnersFailed, RunError, UserError
+from tatar_dist.learner.rendezvous import Rendezvous
 from tatar_dist.plan import Split
 from tatar_dist.records import LearnerRow, StepReport
 from tatar_dist.waiting import TICK_S, error_of, first_line, wait_all
@@ -45,8 +47,10 @@ class LearnerGroup:
     def setup(self, stage: str, split: Split, total_steps: int) -> None:
         """Load the model on all ranks; every wait is bounded by `cluster.start_timeout_s`."""
         limit = self.config.cluster.start_timeout_s
-        (master,) = self.wait([self.actors[0].address.remote(self.local)], limit)
-        arguments = (master, stage, split.micro_batch, split.accumulation, total_steps, self.threads)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        meeting: Any = ray.remote(Rendezvous)
+        self._rendezvous = meeting.options(num_cpus=0, scheduling_strategy=here).remote()
+        arguments = (self._rendezvous, stage, split.micro_batch, split.accumulation, total_steps, self.threads)
         self.wait([a.setup.remote(*arguments) for a in self.actors], limit)
 
     def sft_step(self, shards: list[list[LearnerRow]], step: int, global_tokens: int) -> StepReport:

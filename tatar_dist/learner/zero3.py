@@ -1,13 +1,14 @@
 """One rank of DeepSpeed ZeRO-3: sharded policy and optimizer, a sharded frozen reference, gathers, checkpoints.
 
-Everything here is collective: all ranks must make the same calls in the same order. `ranks` processes are expected to
-have RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in their environment before `Zero3` is made.
+Everything here is collective: all ranks must make the same calls in the same order. `init_process_group` comes first;
+RANK, WORLD_SIZE and LOCAL_RANK are in the environment.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -18,20 +19,37 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tatar_dist.backbones import family
-from tatar_dist.config import Config, OptimConfig
+from tatar_dist.config import ClusterConfig, Config, OptimConfig
 from tatar_dist.errors import UserError
 from tatar_dist.learner.model import PolicyModel
 
 DEEPSPEED_TAG = "deepspeed"
 
 
-def init_process_group(device: torch.device, timeout_s: float) -> None:
-    """gloo on CPU, NCCL on GPUs; every collective of the run fails after `timeout_s` instead of hanging."""
-    import deepspeed
+def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torch.device, c: ClusterConfig) -> None:
+    """gloo on CPU, NCCL on GPUs; every collective of the run fails after `cluster.collective_timeout_s`.
 
+    On a single node gloo stays on loopback. NCCL is only told of `cluster.network_interface`.
+
+    Raises:
+        RunError: naming ranks that did not come within half of `cluster.start_timeout_s`.
+    """
+    import deepspeed
+    import ray
+
+    from tatar_dist.learner.store import RayStore
+
+    # half: late ranks are named here, before whoever waits for this call gives up on all of them
+    store = RayStore(rendezvous, c.start_timeout_s / 2)
+    hosts = store.join(rank, world_size, ray.get_runtime_context().get_node_id())
+    interface = "lo" if device.type == "cpu" and len(set(hosts)) == 1 else c.network_interface
+    if interface:
+        os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+    wait = timedelta(seconds=c.collective_timeout_s)
+    device_id = device if device.type == "cuda" and world_size > 1 else None
     backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait, device_id=device_id)
     with contextlib.redirect_stdout(io.StringIO()):
-        wait = timedelta(seconds=timeout_s)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=wait, verbose=False)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 
 import pytest
 from conftest import manifest_rows, model_words
@@ -47,16 +46,6 @@ def test_a_model_directory_without_a_model_is_named(command, capsys, tmp_path):
 def test_an_unwritable_output_is_named(command, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write there" in fails(capsys, *command, f"output={tmp_path}/file/run")
-
-
-def test_a_port_in_use_is_named(command, capsys):
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert f"cluster.master_port={port}: Address already in use" in fails(
-            capsys, *command, f"cluster.master_port={port}"
-        )
 
 
 def test_a_second_run_in_the_same_directory_is_refused(command, capsys, tmp_path, model_untied):

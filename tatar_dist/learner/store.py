@@ -1,0 +1,80 @@
+"""A rank's view of the rendezvous: what torch.distributed, and DeepSpeed through it, agree through.
+
+In: the handle of a `Rendezvous` actor. Nothing listens; every call carries the cluster's token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import ray
+import torch.distributed as dist
+
+from tatar_dist.errors import RunError
+
+
+class RayStore(dist.Store):
+    """A rank's view of a `Rendezvous`. Every wait ends after `timeout_s` at the latest, with DistStoreError."""
+
+    def __init__(self, rendezvous: Any, timeout_s: float) -> None:
+        super().__init__()
+        self._rendezvous, self._timeout_s = rendezvous, timeout_s
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        return ray.get(getattr(self._rendezvous, method).remote(*args), timeout=self._timeout_s)
+
+    def _get(self, keys: Sequence[str], timeout_s: float) -> list[bytes]:
+        call = self._rendezvous.get.remote(list(keys), timeout_s)
+        found: list[bytes] | None = ray.get(call, timeout=timeout_s + self._timeout_s)
+        if found is None:
+            raise dist.DistStoreError(f"{', '.join(self._ask('missing', list(keys)))}: not set within {timeout_s:g} s")
+        return found
+
+    def set(self, key: str, value: bytes | str) -> None:
+        self._ask("set", key, value.encode() if isinstance(value, str) else value)
+
+    def get(self, key: str) -> bytes:
+        return self._get([key], self._timeout_s)[0]
+
+    def add(self, key: str, value: int) -> int:
+        total: int = self._ask("add", key, value)
+        return total
+
+    def compare_set(self, key: str, expected_value: bytes, desired_value: bytes) -> bytes:
+        held: bytes = self._ask("compare_set", key, expected_value, desired_value)
+        return held
+
+    def check(self, keys: list[str]) -> bool:
+        return not self._ask("missing", keys)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        self._get(keys, self._timeout_s if timeout is None else timeout.total_seconds())
+
+    def delete_key(self, key: str) -> bool:
+        gone: bool = self._ask("delete", key)
+        return gone
+
+    def num_keys(self) -> int:
+        n: int = self._ask("size")
+        return n
+
+    # what torch's C++ side calls the two
+    deleteKey, getNumKeys = delete_key, num_keys
+
+    def join(self, rank: int, world_size: int, host: str) -> list[str]:
+        """Wait until every rank has come here; what each gave as `host`.
+
+        Raises:
+            RunError: naming the ranks that did not come in time.
+        """
+        self.set(f"host/{rank}", host)
+        keys = [f"host/{r}" for r in range(world_size)]
+        try:
+            return [h.decode() for h in self._get(keys, self._timeout_s)]
+        except dist.DistStoreError:
+            late = [int(k.removeprefix("host/")) for k in self._ask("missing", keys)]
+            raise RunError(
+                f"learner rank(s) {late} did not join the process group within {self._timeout_s:g} s"
+            ) from None

@@ -1,0 +1,111 @@
+"""Ranks meet through a Ray actor: gloo groups stand on it, late ranks are named, and no socket is left that answers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from datetime import timedelta
+
+import pytest
+import ray
+
+from tatar_dist.errors import RunError
+from tatar_dist.learner.listeners import listening, silence
+from tatar_dist.learner.rendezvous import Rendezvous
+from tatar_dist.learner.store import RayStore
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started():
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def rendezvous():
+    return ray.remote(Rendezvous).options(num_cpus=0).remote()
+
+
+@ray.remote(num_cpus=1)
+class Rank:
+    def __init__(self, rendezvous, rank, timeout_s):
+        self.store, self.rank = RayStore(rendezvous, timeout_s), rank
+
+    def join(self, world_size):
+        return self.store.join(self.rank, world_size, f"host-{self.rank}")
+
+    def sums(self, world_size):
+        """The sum of all ranks in the default group and in a second one; ports opened on the way."""
+        import torch
+        import torch.distributed as dist
+
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        before = listening()
+        wait = timedelta(seconds=60)
+        dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=world_size, timeout=wait)
+        self.opened = listening() - before
+        return self._sum(), self._sum(dist.new_group(list(range(world_size)))), torch.get_num_threads() > 0
+
+    def _sum(self, group=None):
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor(self.rank)
+        dist.all_reduce(total, group=group)
+        return int(total)
+
+    def ports(self):
+        ports = []
+        for fd in self.opened:
+            with socket.socket(fileno=os.dup(fd)) as s:
+                ports.append(s.getsockname()[1])
+        return ports
+
+    def silence(self):
+        silence(self.opened)
+
+    def again(self):
+        return self._sum()
+
+
+def answers(port):
+    with socket.socket() as s:
+        s.settimeout(2)
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_gloo_groups_stand_on_it_and_their_listeners_can_be_silenced(rendezvous):
+    ranks = [Rank.remote(rendezvous, r, 60) for r in range(3)]
+    assert ray.get([r.join.remote(3) for r in ranks], timeout=90) == [["host-0", "host-1", "host-2"]] * 3
+    assert ray.get([r.sums.remote(3) for r in ranks], timeout=90) == [(3, 3, True)] * 3
+    ports = sum(ray.get([r.ports.remote() for r in ranks]), [])
+    assert len(ports) >= 3 and all(answers(p) for p in ports)  # the hole: gloo accepts anybody
+    ray.get([r.silence.remote() for r in ranks])
+    assert not any(answers(p) for p in ports)
+    assert ray.get([r.again.remote() for r in ranks], timeout=30) == [3, 3, 3]
+
+
+def test_a_rank_that_does_not_come_is_named(rendezvous):
+    ranks = [Rank.remote(rendezvous, r, 2) for r in (0, 2)]
+    with pytest.raises(RunError, match=r"rank\(s\) \[1\] did not join the process group within 2 s"):
+        ray.get([r.join.remote(3) for r in ranks], timeout=60)
+
+
+def test_store_does_what_a_store_does(rendezvous):
+    RayStore(rendezvous, 60).num_keys()  # the actor is up
+    store = RayStore(rendezvous, 5)
+    store.set("a", "x")
+    assert store.get("a") == b"x" and store.num_keys() == 1
+    assert store.check(["a"]) and not store.check(["a", "b"])
+    assert store.add("n", 2) == 2 and store.add("n", -5) == -3 and store.get("n") == b"-3"
+    assert store.compare_set("a", b"other", b"y") == b"x" and store.get("a") == b"x"
+    assert store.compare_set("a", b"x", b"y") == b"y" and store.get("a") == b"y"
+    assert store.compare_set("new", b"", b"z") == b"z"
+    assert store.compare_set("none", b"something", b"z") == b"something" and not store.check(["none"])
+    assert store.delete_key("a") and not store.delete_key("a")
+    with pytest.raises(Exception, match="late: not set within 5 s"):
+        store.get("late")
+    threading.Timer(1, lambda: store.set("late", b"1")).start()
+    store.wait(["late", "n"], timedelta(seconds=30))
