@@ -6,15 +6,16 @@ The controller sends every rank its rows of one global batch; all ranks make the
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tatar_dist.checkpoint.files import Files, Job, write
 from tatar_dist.config import Config
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.failpoints import Failpoints
@@ -22,7 +23,6 @@ from tatar_dist.process import process_facts
 from tatar_dist.records import LearnerRow, StepReport
 
 IMPORTANCE = {"mean": "importance", "cut": "cut"}  # policy/importance_* -> its sum over trained tokens
-FULL_DISK = 16 << 20  # bytes free under which a failed write is put down to the disk
 
 
 class WeightsOutOfSync(RunError):
@@ -35,6 +35,8 @@ class Learner:
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
         self.config, self.rank, self.world_size = config, rank, world_size
         self.failpoints = Failpoints(config.failpoints, config.output, rank=rank)
+        self._snapshot: list[Job] = []
+        self._private: str | None = None  # where files wait with checkpoint.storage=local
 
     def setup(
         self, rendezvous: Any, stage: str, micro_batch: int, accumulation: int, total_steps: int, threads: int
@@ -60,7 +62,7 @@ class Learner:
             )
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         others = listening()
-        init_process_group(rendezvous, self.rank, self.world_size, self.device, self.config.cluster)
+        self.store = init_process_group(rendezvous, self.rank, self.world_size, self.device, self.config.cluster)
         self.stage_config: Any = getattr(self.config, stage)
         with_reference = stage == "grpo" and needs_reference(self.config.grpo)
         self.zero3 = Zero3(
@@ -223,16 +225,53 @@ class Learner:
         self.failpoints.reach("learner.gather")
         yield from buckets(self.zero3.full_parameters(), bucket_bytes, self.rank == 0)
 
-    def save(self, directory: str, export: bool) -> None:
-        """Write this rank's training state into DIRECTORY/deepspeed, the Hugging Face model into DIRECTORY/model."""
-        try:
-            self.zero3.save(Path(directory))
-            if export:
-                self.zero3.export(Path(directory) / "model")
-        except Exception as e:  # the writers of torch and safetensors say "no space" in words of their own
-            if shutil.disk_usage(Path(directory).parent).free < FULL_DISK:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), directory) from e
-            raise
+    def save(self) -> int:
+        """Take a snapshot for a checkpoint into CPU memory; `write` writes it. Collective. Returns its bytes."""
+        self._snapshot = []  # what was never written goes first
+        self._snapshot = self.zero3.snapshot()
+        size: int = self.zero3.engine.checkpoint_engine.bytes
+        return size
 
-    def load(self, directory: str) -> None:
-        self.zero3.load(Path(directory))
+    # The next three run beside training, in the concurrency group `io` (transfer.py).
+
+    def write(self, directory: str | None) -> Files:
+        """Write the last snapshot into `directory`, None: a private one on this node; what was written.
+
+        Raises:
+            OSError: ENOSPC when the disk is full, FileNotFoundError when there is no such directory here.
+        """
+        jobs, self._snapshot = self._snapshot, []
+        if directory is None:
+            self.discard()
+            directory = self._private = tempfile.mkdtemp(prefix="tatar_checkpoint_")
+        return write(Path(directory), jobs)
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """A part of a file that `write` put on this node."""
+        assert self._private is not None
+        with open(Path(self._private) / name, "rb") as f:
+            f.seek(offset)
+            return f.read(size)
+
+    def discard(self) -> None:
+        """Delete the private directory."""
+        if self._private is not None:
+            shutil.rmtree(self._private, ignore_errors=True)
+            self._private = None
+
+    def receive(self, name: str, offset: int, data: bytes) -> None:
+        """A part of a checkpoint's file for `load(None, …)`, in order."""
+        if self._private is None:
+            self._private = tempfile.mkdtemp(prefix="tatar_checkpoint_")
+        path = Path(self._private) / name
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "r+b" if offset else "wb") as f:
+            f.seek(offset)
+            f.write(data)
+
+    def load(self, directory: str | None, saved_ranks: int) -> None:
+        """Restore a checkpoint of `saved_ranks` ranks; None: from what was received. Collective."""
+        source = directory or self._private
+        assert source is not None
+        self.zero3.load(Path(source), saved_ranks)
+        self.discard()

@@ -19,17 +19,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tatar_dist.backbones import family
+from tatar_dist.checkpoint.files import Job
 from tatar_dist.config import ClusterConfig, Config, OptimConfig
 from tatar_dist.errors import UserError
+from tatar_dist.learner import reshard
 from tatar_dist.learner.model import PolicyModel
 
 DEEPSPEED_TAG = "deepspeed"
 
 
-def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torch.device, c: ClusterConfig) -> None:
+def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torch.device, c: ClusterConfig) -> Any:
     """gloo on CPU, NCCL on GPUs; every collective of the run fails after `cluster.collective_timeout_s`.
 
-    On a single node gloo stays on loopback. NCCL is only told of `cluster.network_interface`.
+    On a single node gloo stays on loopback. NCCL is only told of `cluster.network_interface`. Returns the group's
+    store, which must be kept: torch calls into it, but does not keep its Python part alive.
 
     Raises:
         RunError: naming ranks that did not come within half of `cluster.start_timeout_s`.
@@ -51,6 +54,7 @@ def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torc
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait, device_id=device_id)
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=wait, verbose=False)
+    return store
 
 
 def deepspeed_config(config: Config, optim: OptimConfig, micro_batch: int, accumulation: int) -> dict[str, Any]:
@@ -96,6 +100,8 @@ class Zero3:
         import deepspeed
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+        from tatar_dist.learner.snapshot import SnapshotEngine
+
         self.device, self.optim = device, optim
         self.backbone = family(config.model.family)(config.model)
         self.world_size = dist.get_world_size()
@@ -112,6 +118,8 @@ class Zero3:
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
             model=policy, model_parameters=groups, optimizer=self._make_optimizer(groups), config=settings
         )
+        self.engine.checkpoint_engine = SnapshotEngine()
+        self.engine._copy_recovery_script = lambda _: None  # would write at once, into a directory not there yet
         self.reference = None
         if reference_path is not None:
             frozen = self._wrap(config, temperature, reference_path)
@@ -176,24 +184,32 @@ class Zero3:
                     torch.cuda.synchronize()
             yield from full
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's shards of weights, master weights and optimizer under `directory`. Collective."""
-        self.engine.save_checkpoint(str(directory), tag=DEEPSPEED_TAG, save_latest=False)
+    def snapshot(self) -> list[Job]:
+        """Copy this rank's part of a checkpoint to CPU memory; who runs the jobs writes it. Collective.
 
-    def load(self, directory: Path) -> None:
-        """Restore what `save` wrote, at the same number of ranks. Collective."""
+        deepspeed/ gets this rank's shards of weights, master weights and optimizer, model/ from rank 0 a Hugging Face
+        model directory (safetensors, processor, generation config).
+        """
+        snapshots = self.engine.checkpoint_engine
+        snapshots.clear()
+        self.engine.save_checkpoint(".", tag=DEEPSPEED_TAG, save_latest=False)
+        state = {n: t.cpu() for n, t in self.full_parameters() if t.numel()}
+        if self.rank == 0:
+            snapshots.add("model", state, lambda directory: self._write_model(state, directory))
+        return snapshots.take()
+
+    def _write_model(self, state: dict[str, Tensor], directory: Path) -> None:
+        model: Any = self.engine.module.backbone
+        model.save_pretrained(directory, state_dict=state, safe_serialization=True)
+        self.backbone.processor.save_pretrained(directory)
+
+    def load(self, directory: Path, saved_ranks: int) -> None:
+        """Restore what `saved_ranks` ranks wrote, any number. Collective."""
+        if saved_ranks != self.world_size:
+            return reshard.load(directory / DEEPSPEED_TAG, saved_ranks, self.engine, self.rank, self.world_size)
         path, _ = self.engine.load_checkpoint(str(directory), tag=DEEPSPEED_TAG)
         if path is None:
             raise RuntimeError(f"{directory}: DeepSpeed found nothing to load")
-
-    def export(self, directory: Path) -> None:
-        """Write a Hugging Face model directory (safetensors, processor, generation config). Collective."""
-        state = {n: t.cpu() for n, t in self.full_parameters() if t.numel()}
-        if self.rank == 0:
-            model: Any = self.engine.module.backbone
-            model.save_pretrained(directory, state_dict=state, safe_serialization=True)
-            self.backbone.processor.save_pretrained(directory)
-        dist.barrier()
 
 
 def parameter_groups(named: list[tuple[str, Any]], lr_scale: dict[str, float]) -> list[dict[str, Any]]:
