@@ -175,6 +175,37 @@ def evaluate(config: Configs, overrides: Overrides = None, dry_run: DryRun = Fal
 
 
 @app.command(rich_help_panel=RUN)
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Draw again every second, until Ctrl-C.")] = False,
+) -> None:
+    """What a run is doing: step, phase, engines' health, speed, time left, checkpoint, faults. Reads its files only.
+
+    Example: [bold]tatar-dist status runs/grpo --watch[/bold]
+    """
+    from tatar_dist.status import RunFiles
+
+    if watch and as_json:
+        raise UserError("--watch draws, --json prints one object: give one of them")
+    files = RunFiles(run)
+    if as_json:
+        print(json.dumps(files.read().to_dict()))
+        return
+    import time
+
+    from rich.console import Console
+
+    from tatar_dist import status_view
+
+    console = Console()
+    if watch:
+        status_view.watch(files, console)
+    else:
+        console.print(status_view.view(files.read(), time.time()))
+
+
+@app.command(rich_help_panel=RUN)
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
     """Write one HTML page about a run: learning curves, metrics, a gallery of answers.
 
@@ -204,18 +235,37 @@ def plan(
     config: Configs,
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="sft, grpo or evaluate; all of them when left out.")] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Predict a GRPO step, and the best split for 1 to 1024 GPUs.")
+    ] = False,
+    measured: Annotated[
+        list[Path] | None, typer.Option(metavar="RUN", help="A GRPO run directory to take times from; may repeat.")
+    ] = None,
+    times: Annotated[Path | None, typer.Option(metavar="FILE", help="Times from a YAML file instead.")] = None,
+    gpus: Annotated[str | None, typer.Option(metavar="N,N", help="Numbers of GPUs to simulate.")] = None,
     as_json: Json = False,
 ) -> None:
     """What a run would start: processes, GPUs, the split of a batch. Loads no model.
 
-    Example: [bold]tatar-dist plan --config configs/grpo.yaml --stage grpo cluster.nodes=16[/bold]
+    Without --measured or --times, --simulate estimates from FLOPs and bytes on H100s.
+
+    Example: [bold]tatar-dist plan --config configs/grpo.yaml --simulate --measured runs/grpo[/bold]
     """
     from tatar_dist.config import load_config
     from tatar_dist.plan import STAGES
 
     if stage is not None and stage not in STAGES:
         raise UserError(f"--stage {stage}: must be one of {', '.join(STAGES)}")
+    if not simulate and (measured or times or gpus):
+        raise UserError("--measured, --times and --gpus belong to --simulate: add it")
+    if simulate and stage not in (None, "grpo"):
+        raise UserError(f"--simulate --stage {stage}: only grpo is simulated")
     loaded = load_config([str(f) for f in config], overrides or [])
+    if simulate:
+        from tatar_dist.simulate import command
+
+        command.run(loaded, measured or [], times, gpus, as_json)
+        return
     _print_plans(loaded, [stage] if stage else list(STAGES), as_json)
 
 

@@ -24,6 +24,7 @@ COMMANDS = [
     "bench",
     "rationale",
     "plan",
+    "status",
     "report",
     "export",
     "doctor",

@@ -1,0 +1,209 @@
+"""The stall detector, on real processes: one hung in a loop, one stopped, one that is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tatar_dist.config import WatchConfig
+from tatar_dist.events import Events, read_events
+from tatar_dist.process_log import answer_stack_signal
+from tatar_dist.stacks import stacks_of
+from tatar_dist.stall import Process, StallDetector, Stalled, processes_of
+
+ANSWERING = """
+from tatar_dist.process_log import answer_stack_signal
+answer_stack_signal()
+def computing_for_ever():
+    print("ready", flush=True)
+    while True:
+        pass
+computing_for_ever()
+"""
+DEAF = """
+def never_heard_of_us():
+    print("ready", flush=True)
+    while True:
+        pass
+never_heard_of_us()
+"""
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[str], subprocess.Popen]]:
+    made = []
+
+    def child(code: str) -> subprocess.Popen:
+        made.append(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True))
+        assert made[-1].stdout.readline() == "ready\n"
+        return made[-1]
+
+    yield child
+    for process in made:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.02)
+
+
+def stalls(run) -> list[dict]:
+    return [e for e in read_events(run) if e["event"] == "stall"]
+
+
+def detector(run, action: str = "report", processes=lambda: [], factor: float = 2.0, least: float = 0.2, first=0.2):
+    config = WatchConfig(stall_factor=factor, stall_min_s=least, stall_action=action)
+    return StallDetector(run, config, first, Events(run), processes)
+
+
+def test_a_process_in_an_endless_loop_writes_its_own_stack(start):
+    (found,) = stacks_of([start(ANSWERING).pid])
+    assert found.answered and found.state.startswith("R")
+    assert "in computing_for_ever" in found.text
+
+
+def test_each_dump_holds_one_answer(start):
+    pid = start(ANSWERING).pid
+    first, second = stacks_of([pid])[0], stacks_of([pid])[0]
+    assert first.text.count("Current thread") == second.text.count("Current thread") == 1
+
+
+def test_a_stopped_process_is_seen_from_outside(start):
+    process = start(ANSWERING)
+    process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: not stacks_of([process.pid])[0].answered, "the process to stop")
+    (found,) = stacks_of([process.pid])
+    assert found.state == "T (stopped)"
+    assert "T (stopped)" in found.text and "computing_for_ever" in found.text
+
+
+def test_a_process_without_our_handler_is_not_killed_by_the_question(start):
+    process = start(DEAF)
+    (found,) = stacks_of([process.pid])
+    assert not found.answered and "never_heard_of_us" in found.text
+    assert process.poll() is None
+
+
+def test_a_process_that_is_gone_is_named_so(start):
+    process = start(ANSWERING)
+    process.kill()
+    process.wait()
+    (found,) = stacks_of([process.pid])
+    assert (found.state, found.answered) == ("gone", False)
+
+
+def test_a_stall_is_logged_with_the_stacks_of_all_processes(tmp_path, start):
+    answer_stack_signal()
+    hung, stopped = start(ANSWERING), start(ANSWERING)
+    stopped.send_signal(signal.SIGSTOP)
+    wait_for(lambda: not stacks_of([stopped.pid])[0].answered, "the process to stop")
+    processes = [
+        Process("controller", os.getpid()),
+        Process("learner-0", hung.pid),
+        Process("engine-1", stopped.pid),
+    ]
+    events = Events(tmp_path)
+    config = WatchConfig(stall_factor=2.0, stall_min_s=0.2, stall_action="stop")
+    with StallDetector(tmp_path, config, 0.2, events, lambda: processes) as watch:
+        events.begin("generate", 4)
+        wait_for(lambda: stalls(tmp_path), "the stall")
+        (stall,) = stalls(tmp_path)
+        with pytest.raises(Stalled, match=r"phase generate of step 4.*engine-1 \(T \(stopped\)\)") as raised:
+            wait_for(watch.raise_if_asked, "the exception")
+        assert raised.value.action == "stop"
+        watch.raise_if_asked()  # once a stall
+    assert (stall["step"], stall["phase"], stall["action"]) == (4, "generate", "stop")
+    assert stall["seconds"] >= stall["limit"] == 0.2
+    assert stall["processes"] == ["controller", "learner-0", "engine-1"]
+    assert stall["silent"] == {"engine-1": "T (stopped)"}
+    texts = {p.name: (tmp_path / stall["stacks"] / f"{p.name}.txt").read_text() for p in processes}
+    assert "test_a_stall_is_logged" in texts["controller"] and "stall.py" in texts["controller"]  # all its threads
+    assert "computing_for_ever" in texts["learner-0"]
+    assert texts["engine-1"].startswith(f"engine-1, pid {stopped.pid} on ")
+
+
+def test_one_dump_a_stall_and_progress_arms_it_again(tmp_path):
+    with detector(tmp_path) as watch:
+        wait_for(lambda: stalls(tmp_path), "the first stall")
+        time.sleep(1.0)  # five limits: a second dump would have come
+        assert len(stalls(tmp_path)) == 1
+        watch.progress()
+        wait_for(lambda: len(stalls(tmp_path)) == 2, "the second stall")
+
+
+def test_progress_keeps_it_quiet(tmp_path):
+    with detector(tmp_path, least=5.0, first=5.0) as watch:
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            watch.progress()
+            time.sleep(0.05)
+    assert stalls(tmp_path) == []
+
+
+def test_the_limit_follows_the_median_step(tmp_path):
+    watch = detector(tmp_path, factor=10.0, least=30.0, first=600.0)
+    assert watch.limit() == 600.0  # starting takes longer than any step
+    watch.step(1.0)
+    assert watch.limit() == 30.0
+    for seconds in (60.0, 61.0, 500.0):
+        watch.step(seconds)
+    assert watch.limit() == 10.0 * 60.5
+
+
+def test_factor_0_watches_nothing(tmp_path):
+    with detector(tmp_path, factor=0.0):
+        time.sleep(0.5)
+    assert stalls(tmp_path) == []
+
+
+def test_report_raises_nothing_and_late_progress_takes_the_request_back(tmp_path):
+    with detector(tmp_path, "report") as watch:
+        wait_for(lambda: stalls(tmp_path), "the stall")
+        watch.raise_if_asked()
+    with detector(tmp_path, "restart") as watch:
+        wait_for(lambda: watch._asked, "the request")
+        watch.progress()
+        watch.raise_if_asked()
+
+
+def test_a_stall_that_cannot_be_written_down_does_not_end_the_watch(tmp_path):
+    calls = []
+
+    def processes() -> list[Process]:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("no space left")
+        return []
+
+    with detector(tmp_path, processes=processes) as watch:
+        wait_for(lambda: calls, "the first try")
+        watch.progress()
+        wait_for(lambda: stalls(tmp_path), "the second stall")
+
+
+def test_the_processes_of_a_run_come_from_its_event_log(tmp_path):
+    events = Events(tmp_path)
+    events.log("run/start", stage="grpo", learners=2, engines=2)
+    events.log("learners/ready", world_size=2, pids=[10, 11], hosts=["a", "b"], nodes=["n0", "n1"])
+    for i in range(2):
+        events.log("engine/ready", engine=i, pid=20 + i, host="a", node="n0")
+    events.log("reward/ready", pid=30, host="a", node="n0")
+    events.log("engine/dead", engine=0, reason="died")
+    assert processes_of(tmp_path) == [
+        Process("controller", os.getpid()),
+        Process("learner-0", 10, "n0"),
+        Process("learner-1", 11, "n1"),
+        Process("engine-1", 21, "n0"),
+        Process("reward", 30, "n0"),
+    ]
