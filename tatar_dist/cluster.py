@@ -26,6 +26,7 @@ from tatar_dist.errors import RunError, UserError
 from tatar_dist.failpoints import Failpoints
 from tatar_dist.learner.actor import Learner
 from tatar_dist.learner.group import LearnerGroup
+from tatar_dist.learner.transfer import IO
 from tatar_dist.plan import Stage, fewer_learners
 from tatar_dist.rewards.actor import RewardScorer
 from tatar_dist.rewards.remote import RemoteScorer
@@ -134,7 +135,8 @@ class Cluster:
         where: Any = "SPREAD",
     ) -> Any:
         # no restarts, no retries: a restarted actor would hold initial weights and answer as if nothing had happened
-        remote: Any = ray.remote(cls)
+        # a second thread for what runs beside an actor's work: learners write checkpoints in it
+        remote: Any = ray.remote(concurrency_groups={IO: 1})(cls) if issubclass(cls, Learner) else ray.remote(cls)
         variables = {**COMMON_ENV, **(env or {})}
         if Path(self.config.model.path).is_dir():
             variables["HF_HUB_OFFLINE"] = "1"  # there is nothing to ask the hub for

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tatar_dist.checkpoint import Checkpoints
+from tatar_dist.checkpoint import latest
 from tatar_dist.errors import UserError
 
 
 def model_of(run: str | Path) -> Path:
     """The model directory of a run's newest finished checkpoint. Raises UserError when there is none."""
-    found = Checkpoints(Path(run), keep=1).latest()
+    found = latest(Path(run))
     if found is None:
         raise UserError(f"{run}: no finished checkpoint in it")
     return found[0] / "model"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tatar_dist.config import Config
 from tatar_dist.errors import LearnersFailed, RunError, UserError
+from tatar_dist.learner import transfer
 from tatar_dist.learner.rendezvous import Rendezvous
 from tatar_dist.plan import Split
 from tatar_dist.records import LearnerRow, StepReport
@@ -44,14 +48,14 @@ class LearnerGroup:
         except ray.exceptions.RayTaskError as e:
             raise LearnersFailed(_culprit(refs, e)) from e
 
-    def setup(self, stage: str, split: Split, total_steps: int) -> None:
-        """Load the model on all ranks; every wait is bounded by `cluster.start_timeout_s`."""
+    def setup(self, stage: str, split: Split, total_steps: int) -> list[dict[str, Any]]:
+        """Load the model on all ranks; every wait is bounded by `cluster.start_timeout_s`. Says where each runs."""
         limit = self.config.cluster.start_timeout_s
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         meeting: Any = ray.remote(Rendezvous)
         self._rendezvous = meeting.options(num_cpus=0, scheduling_strategy=here).remote()
         arguments = (self._rendezvous, stage, split.micro_batch, split.accumulation, total_steps, self.threads)
-        self.wait([a.setup.remote(*arguments) for a in self.actors], limit)
+        return self.wait([a.setup.remote(*arguments) for a in self.actors], limit)
 
     def sft_step(self, shards: list[list[LearnerRow]], step: int, global_tokens: int) -> StepReport:
         pairs = zip(self.actors, shards, strict=True)
@@ -95,18 +99,25 @@ class LearnerGroup:
             yield reference
             since = time.monotonic()
 
-    def save(self, directory: Path, export: bool = True) -> None:
-        """Every rank writes its part of a checkpoint. Raises UserError when they wrote where we cannot see it."""
-        self._all("save", str(directory), export)
-        parts = ["deepspeed", "model"] if export else ["deepspeed"]
-        if missing := [p for p in parts if not (directory / p).is_dir()]:
-            raise UserError(
-                f"{directory}: the learners wrote {' and '.join(missing)} somewhere else: output must lie on a file "
-                "system that all nodes share"
-            )
+    def save(self, directory: Path) -> transfer.Writing:
+        """All ranks take a snapshot; the result comes when they have written it below `directory`, beside training.
 
-    def load(self, directory: Path) -> None:
-        self._all("load", str(directory))
+        Raises:
+            OSError: it has not the room for it.
+        """
+        size = sum(self._all("save"))
+        if size > shutil.disk_usage(directory).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+        limit, local = self.config.rollout.call_timeout_s, self.config.checkpoint.storage == "local"
+        return transfer.Writing(lambda given_up: transfer.write(self.actors, directory, local, limit, given_up))
+
+    def load(self, directory: Path, saved_ranks: int) -> None:
+        """Restore the checkpoint in `directory`, which `saved_ranks` ranks wrote: any number. After `setup`."""
+        source: str | None = str(directory)
+        if self.config.checkpoint.storage == "local":
+            transfer.send(self.actors, directory, saved_ranks, self.config.rollout.call_timeout_s)
+            source = None
+        self._all("load", source, saved_ranks)
 
 
 def _culprit(refs: list[Any], error: Exception) -> str:

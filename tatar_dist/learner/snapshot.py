@@ -1,0 +1,53 @@
+"""DeepSpeed's checkpoint files as a snapshot: tensors are copied to the CPU at once, the files written when asked.
+
+`engine.checkpoint_engine = SnapshotEngine()`; then `engine.save_checkpoint(...)` touches no disk and leaves jobs, which
+any thread may run while training goes on. The files are what DeepSpeed itself would have written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from torch.utils._pytree import tree_leaves
+
+from tatar_dist.checkpoint.files import Job
+
+
+class SnapshotEngine(TorchCheckpointEngine):
+    """Loads like DeepSpeed's own engine; `save` keeps a copy. Paths are relative to the checkpoint's directory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0  # of the last snapshot
+        self._jobs: list[Job] = []
+
+    def clear(self) -> None:
+        self._jobs, self.bytes = [], 0
+
+    def take(self) -> list[Job]:
+        """The jobs of the snapshot; the copies live as long as they do."""
+        jobs, self._jobs = self._jobs, []
+        return jobs
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass  # by who writes
+
+    def save(self, state_dict: Any, path: str) -> None:
+        copy = clone_tensors_for_torch_save(state_dict)
+        self.add(Path(path).as_posix(), copy, partial(_write, copy))
+
+    def add(self, path: str, copied: Any, write: Callable[[Path], None]) -> None:
+        """A file or directory to be written from `copied`, tensors of any nesting."""
+        self.bytes += sum(t.nbytes for t in tree_leaves(copied) if isinstance(t, torch.Tensor))
+        self._jobs.append((path, write))
+
+
+def _write(state: Any, path: Path) -> None:
+    with open(path, "wb") as f:  # Python's own file: a full disk is then reported as an OSError
+        torch.save(state, f)

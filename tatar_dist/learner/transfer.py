@@ -1,0 +1,103 @@
+"""The controller's side of a checkpoint's files: wait for the learners that write them; with node-local storage, fetch
+them from there and bring them back, in chunks through Ray's object store.
+
+Learners write in their concurrency group `io`, beside training; so a thread of the controller waits for them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from tatar_dist.checkpoint.files import Files, seal
+from tatar_dist.errors import LearnersFailed
+
+CHUNK = 64 << 20  # bytes
+IO = "io"  # the concurrency group of learner calls that run beside training
+TICK_S = 0.5
+
+
+class Writing(Future[Files]):
+    """The result of `work(given_up)` in a thread of its own; `cancel` ends it within moments."""
+
+    def __init__(self, work: Callable[[threading.Event], Files]) -> None:
+        super().__init__()
+        self._given_up = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[threading.Event], Files]) -> None:
+        try:
+            self.set_result(work(self._given_up))
+        except BaseException as e:
+            self.set_exception(e)
+
+    def cancel(self) -> bool:
+        self._given_up.set()
+        self._thread.join()
+        return True
+
+
+def write(actors: Sequence[Any], directory: Path, local: bool, timeout: float, given_up: threading.Event) -> Files:
+    """All ranks write their files of the last snapshot below `directory`; waits for all of them.
+
+    Raises:
+        OSError: a file could not be written. LearnersFailed: a rank died, or needs longer than `timeout`.
+    """
+    refs = [a.write.options(concurrency_group=IO).remote(None if local else str(directory)) for a in actors]
+    deadline = time.monotonic() + timeout
+    while late := [r for r in range(len(refs)) if not ray.wait([refs[r]], timeout=0)[0]]:
+        if given_up.is_set() or time.monotonic() > deadline:
+            raise LearnersFailed(f"learner rank(s) {late} did not write their checkpoint within {timeout:g} s")
+        ray.wait([refs[r] for r in late], num_returns=len(late), timeout=TICK_S)
+    files: Files = {}
+    for rank, (actor, ref) in enumerate(zip(actors, refs, strict=True)):
+        written: Files = _get(ref, rank, timeout)
+        for name, facts in written.items() if local else ():
+            _fetch(actor, rank, name, facts, directory, timeout, given_up)
+        files |= written
+    if local:
+        ray.get([a.discard.options(concurrency_group=IO).remote() for a in actors], timeout=timeout)
+    return files
+
+
+def send(actors: Sequence[Any], directory: Path, saved_ranks: int, timeout: float) -> None:
+    """Bring each rank what it loads of the checkpoint in `directory`: its own shards, or all to cut them anew."""
+    for path in sorted((directory / "deepspeed").iterdir()):
+        name, same = path.relative_to(directory).as_posix(), saved_ranks == len(actors)
+        takers = [r for r in range(len(actors)) if not same or f"zero_pp_rank_{r}_" in name]
+        with open(path, "rb") as f:
+            while True:
+                chunk = f.read(CHUNK)
+                held = ray.put(chunk)
+                for rank, ref in [(r, actors[r].receive.remote(name, f.tell() - len(chunk), held)) for r in takers]:
+                    _get(ref, rank, timeout)
+                if len(chunk) < CHUNK:
+                    break
+
+
+def _fetch(
+    actor: Any, rank: int, name: str, facts: dict[str, Any], directory: Path, timeout: float, given_up: threading.Event
+) -> None:
+    path = directory / name
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "wb") as f:
+        while f.tell() < facts["bytes"] and not given_up.is_set():
+            f.write(_get(actor.read.options(concurrency_group=IO).remote(name, f.tell(), CHUNK), rank, timeout))
+    if seal(path) != facts:
+        raise LearnersFailed(f"{name} of learner rank {rank} did not arrive as it was written")
+
+
+def _get(ref: Any, rank: int, timeout: float) -> Any:
+    try:
+        return ray.get(ref, timeout=timeout)
+    except ray.exceptions.RayTaskError as e:
+        raise (e.cause if isinstance(e.cause, OSError) else e) from e
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as e:
+        raise LearnersFailed(f"learner rank {rank}: {str(e).splitlines()[0]}") from e
