@@ -55,7 +55,7 @@ def _require_token() -> None:
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """The config with absolute output, model and preset: actors of a joined cluster have a working directory of their own."""
+    """The config with absolute output, model and preset: actors of a joined cluster have another working directory."""
     model, preset = Path(config.model.path), Path(config.reward.preset)
     found = config
     if config.output:

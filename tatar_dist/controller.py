@@ -57,6 +57,7 @@ class GRPOSteps(Steps):
         self.pool.start(cluster.threads(self.engines))
 
     def ready(self, step: int, changed: bool) -> None:
+        self.pool.progress = self.watch.progress
         with self._may_stop():
             self.pool.started()
         if changed:
@@ -64,6 +65,9 @@ class GRPOSteps(Steps):
 
     def pause(self) -> None:
         self.pool.end_starts()
+
+    def hung(self) -> None:
+        self.pool.end_busy()
 
     def _push(self, version: int) -> dict[str, float]:
         assert self.pool.weights is not None
@@ -101,11 +105,16 @@ class GRPOSteps(Steps):
     @contextmanager
     def _may_stop(self) -> Iterator[None]:
         """Inside, a signal ends every wait at once (StopAsked); outside, what has begun is finished."""
-        self.pool.check = self.scorer.check = self.stop.leave_if_asked
+
+        def check() -> None:
+            self.stop.leave_if_asked()
+            self.watch.raise_if_asked()
+
+        self.pool.check = self.scorer.check = check
         try:
             yield
         finally:
-            self.pool.check = self.scorer.check = lambda: None
+            self.pool.check = self.scorer.check = self.watch.raise_if_asked
 
 
 def _times(batch: Collected, scored: list[ScoredGroup], learn: float, sync: float, total: float) -> dict[str, float]:

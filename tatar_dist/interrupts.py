@@ -75,7 +75,7 @@ class Interrupts:
 
     def _grace_over(self, number: int, frame: FrameType | None) -> None:
         raise Interrupted(
-            f"no safe point within checkpoint.grace_seconds={self.grace_seconds:g}: stopped; the same command continues "
-            "from the last checkpoint",
+            f"no safe point within checkpoint.grace_seconds={self.grace_seconds:g}: stopped; the same command "
+            "continues from the last checkpoint",
             self.status,
         )

@@ -20,20 +20,25 @@ from tatar_dist.cluster import Cluster
 from tatar_dist.config import Config
 from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.errors import LearnersFailed
+from tatar_dist.exporter import Exporter
 from tatar_dist.interrupts import Interrupted, Interrupts, StopAsked
 from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.plan import Plan, Stage, split_of
+from tatar_dist.process_log import open_log
 from tatar_dist.progress import Progress
+from tatar_dist.rollout.health import State
 from tatar_dist.run_directory import RunDirectory
+from tatar_dist.stall import StallDetector, Stalled, processes_of
 
 Found = tuple[Path, dict[str, Any]] | None
 
 
 class Steps(ABC):
-    """What a stage does in its steps. `learners` are set before `ready` and may be replaced later."""
+    """What a stage does in its steps. `learners` and `watch` are set before `ready`; learners may be replaced later."""
 
     sampler: PromptSampler
     learners: LearnerGroup
+    watch: StallDetector
 
     def start(self, cluster: Cluster) -> None:  # noqa: B027  a stage may have learners only
         """Begin to start what the stage needs besides learners; called once."""
@@ -43,6 +48,9 @@ class Steps(ABC):
 
     def pause(self) -> None:  # noqa: B027
         """The learners are gone and need a place again: nothing else may take it."""
+
+    def hung(self) -> None:  # noqa: B027
+        """Nothing moves any more: end whatever is at work besides the learners."""
 
     @abstractmethod
     def step(self, step: int, last: bool) -> dict[str, float]:
@@ -78,14 +86,27 @@ class Training:
         self._initial = self.steps.sampler.state_dict()
         facts = {"pid": os.getpid(), "host": socket.gethostname(), "stage": self.stage, "from_step": first}
         log("run/start", **facts, total=self.total, learners=self.plan.learners, engines=self.plan.engines)
+        open_log(self.directory.path, "controller", printed=False)
+        run, first_s = self.directory.path, c.cluster.start_timeout_s
+        watch = StallDetector(run, c.watch, first_s, self.directory.events, lambda: processes_of(run))
         try:
-            with Cluster(c, log) as cluster, Progress(self.stage, self.total, first) as self.progress:
-                self._until_done(cluster, found)
+            with Cluster(c, self._log) as cluster, Progress(self.stage, self.total, first) as self.progress:
+                self.exporter = Exporter(run.name) if c.watch.prometheus else None
+                with watch as self.watch:
+                    self._until_done(cluster, found)
         except BaseException as e:
             stopped = isinstance(e, Interrupted | KeyboardInterrupt)
             log("run/interrupted" if stopped else "run/failed", reason=f"{type(e).__name__}: {e}")
             raise
         log("run/end")
+
+    def _log(self, event: str, **fields: Any) -> None:
+        """What happens to the actors: into the event log; it is progress, and engine states are metrics."""
+        self.directory.events.log(event, **fields)
+        self.watch.progress()
+        subject, _, what = event.partition("/")
+        if self.exporter and subject == "engine" and what in set(State):
+            self.exporter.engine(fields["engine"], what)
 
     def _same(self) -> dict[str, Any]:
         return {"stage": self.stage, "model.path": self.config.model.path}
@@ -95,7 +116,11 @@ class Training:
             try:
                 first = self._bring_up(cluster, found)
                 return self._loop(cluster, first)
-            except LearnersFailed as e:
+            except (LearnersFailed, Stalled) as e:
+                if isinstance(e, Stalled):
+                    if e.action != "restart":
+                        raise
+                    self.steps.hung()
                 self._failures += 1
                 self.directory.events.log("learners/failed", reason=str(e), failures=self._failures)
                 if self._failures > self.config.cluster.learner_restarts:
@@ -124,16 +149,14 @@ class Training:
             if not restart:
                 steps.start(cluster)
             world = len(learners.actors)
-            facts = learners.setup(
-                self.stage, split_of(self.config, self.stage, world), self.total, state and state["learners"]
-            )
+            facts = learners.setup(self.stage, split_of(self.config, self.stage, world), self.total)
             each = {k + "s": [f[k] for f in facts] for k in ("pid", "host", "node")}
             events.log("learners/ready", world_size=world, **each)
             if found:
                 learners.load(found[0], found[1]["learners"])
-            steps.learners = learners
+            steps.learners, steps.watch = learners, self.watch
             steps.ready(first, changed=bool(found) or restart)
-            learners.check = lambda: None  # from here on a step that has begun to learn is finished
+            learners.check = self.watch.raise_if_asked  # and no longer: a step that has begun to learn is finished
         except StopAsked:
             raise Interrupted(
                 f"stopped while starting; the same command starts at step {first}", self.stop.status
@@ -151,9 +174,12 @@ class Training:
                 metrics = self.steps.step(step, last)
             except StopAsked:
                 self._stop(step, before)
-            self._failures = 0
+            seconds, self._failures = time.perf_counter() - start, 0
             self.directory.log(step, metrics)
-            self.directory.events.log("step/done", seconds=round(time.perf_counter() - start, 3))
+            self.directory.events.log("step/done", seconds=round(seconds, 3))
+            self.watch.step(seconds)
+            if self.exporter:
+                self.exporter.step(metrics)
             self.progress.update(step + 1, metrics)
             cluster.note_nodes()
             self.checkpoints.poll()

@@ -20,6 +20,7 @@ from tatar_dist.config import Config
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.failpoints import Failpoints
 from tatar_dist.process import process_facts
+from tatar_dist.process_log import open_log
 from tatar_dist.records import LearnerRow, StepReport
 
 IMPORTANCE = {"mean": "importance", "cut": "cut"}  # policy/importance_* -> its sum over trained tokens
@@ -33,6 +34,7 @@ class Learner:
     """One rank. Plain class: `tatar_dist.cluster` makes the Ray actor of it."""
 
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        open_log(config.output, f"learner-{rank}")
         self.config, self.rank, self.world_size = config, rank, world_size
         self.failpoints = Failpoints(config.failpoints, config.output, rank=rank)
         self._snapshot: list[Job] = []

@@ -8,6 +8,7 @@ from typing import Any
 from tatar_dist.config import GRPOConfig, RewardConfig
 from tatar_dist.failpoints import Failpoints
 from tatar_dist.process import process_facts
+from tatar_dist.process_log import open_log
 from tatar_dist.records import Group, ScoredGroup
 from tatar_dist.rewards.batch import batch_of_groups
 from tatar_dist.rewards.presets import load_preset
@@ -18,6 +19,7 @@ class RewardScorer:
     """Plain class: `tatar_dist.cluster` makes the Ray actor of it."""
 
     def __init__(self, config: RewardConfig, grpo: GRPOConfig, failpoints: Failpoints) -> None:
+        open_log(failpoints.run, "reward")
         self.preset = load_preset(config.preset, weights=config.weights, params=config.params)
         self.grpo, self.failpoints = grpo, failpoints
 

@@ -20,6 +20,7 @@ from tatar_dist.data.images import decode_image
 from tatar_dist.errors import RunError
 from tatar_dist.failpoints import Failpoints
 from tatar_dist.process import process_facts
+from tatar_dist.process_log import open_log
 from tatar_dist.records import Completion, Group, Prompt
 
 FORBIDDEN_BIAS = -100.0  # vLLM's smallest logit bias; exp(-100) is 0 beside any sampled token in float32
@@ -55,6 +56,8 @@ class RolloutEngine:
     """A vLLM engine in this process."""
 
     def __init__(self, config: Config, index: int) -> None:
+        if config.output:
+            open_log(config.output, f"engine-{index}")
         self.config, self.index = config, index
         self.failpoints = Failpoints(config.failpoints, config.output, engine=index)
         self.version = -1

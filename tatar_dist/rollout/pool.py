@@ -64,6 +64,7 @@ class RolloutPool:
         weights: where an engine that starts late gets the current weights, as buckets; None while nobody trains, and
             then the files of `model.path` are the current weights.
         check: called every half second of a wait; may raise to leave it.
+        progress: called whenever an engine answered.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class RolloutPool:
         self.engines = [Engine(Health(i, r.engine_restarts, r.restart_backoff_s, log)) for i in range(count)]
         self.weights: Callable[[], Iterable[Any]] | None = None
         self.check: Callable[[], None] = lambda: None
+        self.progress: Callable[[], None] = lambda: None
         self._threads = 1
 
     # -- start and restart -------------------------------------------------------------------------------------------
@@ -110,6 +112,12 @@ class RolloutPool:
             if e.health.state is State.RESTARTING:
                 e.health.restarts = max(0, e.health.restarts - 1)  # not the engine's fault
                 self._lose(e, "start put off")
+
+    def end_busy(self) -> None:
+        """End the engines that have not answered yet: nothing moves, and they may be why."""
+        for e in self.engines:
+            if e.call is not None:
+                self._lose(e, "did not answer when the run stalled")
 
     def _tend(self) -> None:
         """Restart what is due."""
@@ -230,6 +238,7 @@ class RolloutPool:
         if wrong is not None:
             self._again(self._lose(e, wrong), queue, wrong)
             return
+        self.progress()
         e.call, e.chunk = None, None
         if starting:
             e.health.ready(**answer)
@@ -313,7 +322,9 @@ class RolloutPool:
         calls = {call(e): e for e in takers}
         deadline, waiting = time.monotonic() + limit, list(calls)
         while waiting and time.monotonic() < deadline:
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=TICK_S)
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=TICK_S)
+            if done:
+                self.progress()
             self.check()
         kept, answers = [], []
         for ref, e in calls.items():
