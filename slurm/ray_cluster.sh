@@ -1,0 +1,260 @@
+#!/usr/bin/env bash
+# Ray on the nodes of a Slurm job: up, one stage on the first node, down again. sft.sh, grpo.sh and eval.sh source this
+# and call `run_stage STAGE ARGUMENTS...`; on each node srun executes it as `ray_cluster.sh node|driver COMMAND...`.
+#
+# The job ends with the stage's exit status. A stage that was asked to stop and has left its checkpoint (75), or that
+# was killed, is requeued and goes on where it was. A node whose Ray ends while the job lives starts it again.
+#
+# Environment, all optional:
+#   TATAR_ACTIVATE       script sourced on every node first (modules, conda, venv); default: .venv/bin/activate
+#   TATAR_CONTAINER      prefix of every command, for example "apptainer exec --nv image.sif"; then no .venv is activated
+#   TATAR_INTERFACE      network device of the cluster's traffic, for example ib0; default: the address Slurm uses
+#   TATAR_START_TIMEOUT  seconds for all nodes to join (300)
+#   TATAR_MAX_REQUEUES   (20)
+#   TATAR_DASHBOARD      1 = Ray's dashboard, on the first node's loopback
+#   TATAR_TMPDIR         node-local directory with a short path for Ray's files (/tmp)
+#   TATAR_LOGS           shared directory for the nodes' logs and the job's token (runs/slurm)
+#   TATAR_RAY_ARGS       more arguments of `ray start`
+set -euo pipefail
+
+say() { echo "$stage: $*" >&2; }
+
+die() { # STATUS MESSAGE
+    say "$2"
+    exit "$1"
+}
+
+activate() {
+    read -ra container <<<"${TATAR_CONTAINER:-}"
+    local script=${TATAR_ACTIVATE:-}
+    [[ -n $script || ${#container[@]} -gt 0 || ! -e .venv/bin/activate ]] || script=.venv/bin/activate
+    [[ -n $script ]] || return 0
+    set +u # not every environment's script is written for it
+    # shellcheck disable=SC1090
+    source "$script" || die 1 "TATAR_ACTIVATE=$script failed on ${SLURMD_NODENAME:-$HOSTNAME}"
+    set -u
+}
+
+# ---- on every node, started by srun -----------------------------------------------------------------------------
+
+# node COMMAND...: keeps `ray start --block` running. Before the whole cluster was up once, a failure is final.
+node() {
+    local child='' delay=1 status
+    trap 'trap "" TERM; [[ -z $child ]] || { kill "$child" && wait "$child"; }; exit 143' TERM
+    activate
+    while :; do
+        # shellcheck disable=SC2086
+        "${container[@]}" "$@" --num-cpus="${SLURM_CPUS_ON_NODE:-1}" ${TATAR_RAY_ARGS:-} &
+        child=$!
+        status=0
+        wait "$child" || status=$?
+        [[ -e $TATAR_JOB/up ]] || die 1 "ray start ended with $status on ${SLURMD_NODENAME:-$HOSTNAME}"
+        say "ray start ended with $status on ${SLURMD_NODENAME:-$HOSTNAME}; again in $delay s"
+        sleep "$delay"
+        delay=$((delay < 30 ? delay * 2 : 60))
+    done
+}
+
+driver() {
+    activate
+    exec "${container[@]}" "$@"
+}
+
+# ---- in the batch script, on the first node ---------------------------------------------------------------------
+
+# NODE: its address in the cluster
+address_of() {
+    local slurm_name device=${TATAR_INTERFACE:-}
+    if [[ -n $device ]]; then
+        "${step[@]}" --nodelist="$1" ip -4 -o addr show dev "$device" | awk '{sub("/.*", "", $4); print $4; exit}'
+    else
+        slurm_name=$(scontrol show node "$1" | grep -o 'NodeAddr=[^ ]*')
+        getent ahostsv4 "${slurm_name#*=}" | awk '$1 !~ /^127\./ {print $1; exit}'
+    fi
+}
+
+# The ports that several jobs on one node could fight for. Ray takes free ones for everything given as 0.
+ports=(--object-manager-port=0 --node-manager-port=0 --min-worker-port=0 --max-worker-port=0
+    --dashboard-agent-listen-port=0 --metrics-export-port=0 --runtime-env-agent-port=0)
+
+# JOB: its first of three ports on the first node: Ray's own, its client server's, the dashboard's
+first_port() {
+    echo $((20000 + $1 % 2500 * 4)) # below those that are handed out as free ones
+}
+
+ports_are_free() { # ADDRESS FIRST_PORT
+    local port
+    for port in "$2" $(($2 + 1)) $(($2 + 2)); do
+        ! (exec 3<>"/dev/tcp/$1/$port") 2>/dev/null || return 1
+    done
+}
+
+# head_command ADDRESS PORT, worker_command ADDRESS HEAD_ADDRESS PORT: into the array `command`
+head_command() {
+    command=(ray start --head --node-ip-address="$1" --port="$2" --ray-client-server-port=$(($2 + 1))
+        "${ports[@]}"
+        --temp-dir="${TATAR_TMPDIR:-/tmp}/tatar-${SLURM_JOB_ID:-JOB}" --disable-usage-stats)
+    if [[ ${TATAR_DASHBOARD:-} == 1 ]]; then
+        command+=(--include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port=$(($2 + 2)))
+    else
+        command+=(--include-dashboard=false)
+    fi
+    command+=(--block)
+}
+
+worker_command() {
+    command=(ray start --address="$2:$3" --node-ip-address="$1" "${ports[@]}"
+        --temp-dir="${TATAR_TMPDIR:-/tmp}/tatar-${SLURM_JOB_ID:-JOB}" --disable-usage-stats --block)
+}
+
+# on_node NODE LOG ROLE COMMAND...: a background step; its srun's number is in $!
+on_node() {
+    local name=$1 log=$2
+    shift 2
+    "${step[@]}" --nodelist="$name" --output="$log" --error="$log" --open-mode=append \
+        bash slurm/ray_cluster.sh "$@" &
+}
+
+dry_run() { # SCRIPT ARGUMENTS...
+    echo "# ${SLURM_JOB_NUM_NODES:-N} node(s), a token of the job's own, logs in ${TATAR_LOGS:-runs/slurm}/job-${SLURM_JOB_ID:-JOB}"
+    head_command FIRST_NODE "$(first_port "${SLURM_JOB_ID:-0}")"
+    echo "${command[*]}    # on the first node"
+    worker_command NODE FIRST_NODE "$(first_port "${SLURM_JOB_ID:-0}")"
+    echo "${command[*]}    # on each other node"
+    printf '%q ' python "$@"
+    printf '   # on the first node, with RAY_ADDRESS\n'
+    shift
+    "${container[@]}" python -m tatar_dist plan --stage "${stage/eval/evaluate}" "$@"
+}
+
+clean_up() {
+    [[ -z ${steps[*]} ]] || kill "${steps[@]}" 2>/dev/null || true
+    wait || true
+    rm -f "${RAY_AUTH_TOKEN_PATH:-}"
+}
+
+forward() {
+    interrupted=1
+    [[ -z ${driver_pid:-} ]] || kill -USR1 "$driver_pid" 2>/dev/null || true
+}
+
+# Until PID has ended, whatever signals come meanwhile; its exit status into `status`
+wait_for() {
+    while kill -0 "$1" 2>/dev/null; do wait "$1" || true; done
+    status=0
+    wait "$1" || status=$?
+}
+
+# All nodes are in the cluster, or the job ends and says which one is not.
+wait_for_nodes() { # NAME=ADDRESS...
+    local waiter i log timeout=${TATAR_START_TIMEOUT:-300}
+    "${container[@]}" python launch/ray_nodes.py "$RAY_ADDRESS" "$timeout" "$@" 2>"$TATAR_JOB/nodes.log" &
+    waiter=$!
+    while kill -0 "$waiter" 2>/dev/null; do
+        wait -n "$waiter" "${steps[@]}" || true # the first to end, or a signal
+        [[ -z $interrupted ]] || return 0
+        for i in "${!steps[@]}"; do
+            kill -0 "${steps[i]}" 2>/dev/null && continue
+            kill "$waiter" 2>/dev/null || true
+            log=$TATAR_JOB/${nodes[i]}.log
+            die 1 "node ${nodes[i]} did not come: $(tail -n 1 "$log" 2>/dev/null) (all of it: $log)"
+        done
+    done
+    wait_for "$waiter"
+    [[ $status == 0 ]] || die 1 "$(cat "$TATAR_JOB/nodes.log"); logs of the nodes are in $TATAR_JOB"
+    touch "$TATAR_JOB/up"
+}
+
+requeue_or_exit() { # STATUS
+    local restarts=${SLURM_RESTART_COUNT:-0} most=${TATAR_MAX_REQUEUES:-20} head_is_up=1
+    [[ -z ${steps[*]} ]] || kill -0 "${steps[0]}" 2>/dev/null || head_is_up=''
+    # 75: stopped after a checkpoint; from 128: killed; anything while being told to stop or with Ray's head gone
+    if (($1 == 75 || $1 >= 128)) || { (($1 != 0 && $1 != 2)) && [[ -n $interrupted || -z $head_is_up ]]; }; then
+        if ((restarts >= most)); then
+            say "ended with $1 after $restarts requeues (TATAR_MAX_REQUEUES=$most)"
+        elif scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then # not one that was cancelled
+            say "ended with $1: requeued, it goes on from its last checkpoint"
+            clean_up
+            scontrol requeue "$SLURM_JOB_ID" && exit 0
+        fi
+    fi
+    exit "$1"
+}
+
+run_stage() { # STAGE ARGUMENTS...
+    stage=$1
+    shift
+    local script=launch/$stage.py config=configs/$stage.yaml word nodes_given='' interface_given='' dry=''
+    [[ $stage != eval ]] || script=launch/evaluate.py
+    local arguments=() given_config=''
+    for word; do
+        case $word in
+            --dry-run) dry=1 && continue ;;
+            --config | --config=*) given_config=1 ;;
+            cluster.nodes=*) nodes_given=1 ;;
+            cluster.network_interface=*) interface_given=1 ;;
+        esac
+        arguments+=("$word")
+    done
+    [[ -n $given_config ]] || arguments=(--config "$config" "${arguments[@]}")
+    [[ -n $nodes_given ]] || arguments+=("cluster.nodes=${SLURM_JOB_NUM_NODES:-1}")
+    [[ -z ${TATAR_INTERFACE:-} || -n $interface_given ]] || arguments+=("cluster.network_interface=$TATAR_INTERFACE")
+
+    activate
+    if [[ -n $dry ]]; then
+        dry_run "$script" "${arguments[@]}"
+        return
+    fi
+    [[ -n ${SLURM_JOB_ID:-} ]] || die 2 "runs inside a Slurm job: sbatch --nodes=N slurm/$stage.sh ..."
+    # what is wrong with the configuration is said before a cluster is started for it
+    "${container[@]}" python "$script" "${arguments[@]}" --dry-run >/dev/null || exit $?
+
+    step=(srun --quiet --overlap --no-kill --kill-on-bad-exit=0 --nodes=1 --ntasks=1)
+    [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || step+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+    local i port addresses=() pairs=()
+    steps=() driver_pid=''
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    for i in "${!nodes[@]}"; do
+        addresses[i]=$(address_of "${nodes[i]}")
+        [[ -n ${addresses[i]} ]] || die 1 "node ${nodes[i]} has no address ${TATAR_INTERFACE:+on $TATAR_INTERFACE}"
+        pairs[i]=${nodes[i]}=${addresses[i]}
+    done
+    port=$(first_port "$SLURM_JOB_ID")
+    until ports_are_free "${addresses[0]}" "$port"; do port=$((port + 4)); done
+
+    export TATAR_JOB=${TATAR_LOGS:-runs/slurm}/job-$SLURM_JOB_ID TATAR_STAGE=$stage PYTHONUNBUFFERED=1 SLURM_CPU_BIND=none
+    mkdir -p "$TATAR_JOB"
+    TATAR_JOB=$(cd "$TATAR_JOB" && pwd)
+    rm -f "$TATAR_JOB/up"
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$TATAR_JOB/token
+    rm -f "$RAY_AUTH_TOKEN_PATH"
+    (umask 077 && head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
+    unset RAY_ADDRESS
+    trap forward USR1 TERM
+    trap clean_up EXIT
+
+    for i in "${!nodes[@]}"; do
+        if ((i == 0)); then
+            head_command "${addresses[0]}" "$port"
+        else
+            worker_command "${addresses[i]}" "${addresses[0]}" "$port"
+        fi
+        on_node "${nodes[i]}" "$TATAR_JOB/${nodes[i]}.log" node "${command[@]}"
+        steps+=($!)
+    done
+    export RAY_ADDRESS=${addresses[0]}:$port
+    wait_for_nodes "${pairs[@]}"
+    [[ -z $interrupted ]] || requeue_or_exit 75
+
+    say "Ray is up on ${#nodes[@]} node(s), driver on ${nodes[0]}"
+    "${step[@]}" --nodelist="${nodes[0]}" bash slurm/ray_cluster.sh driver python "$script" "${arguments[@]}" &
+    driver_pid=$!
+    [[ -z $interrupted ]] || forward # it came in between
+    wait_for "$driver_pid"
+    requeue_or_exit "$status"
+}
+
+container=() interrupted=${interrupted:-} stage=${TATAR_STAGE:-}
+case ${1:-} in
+    node | driver) [[ ${BASH_SOURCE[0]} != "$0" ]] || "$@" ;;
+esac
