@@ -8,6 +8,7 @@ returns, and the future is done when all files are written.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -149,7 +150,7 @@ class Checkpoints:
     def _seal(self, beside: Path, state: dict[str, Any]) -> None:
         """state.json appears at once and last: from here on `beside` is a whole checkpoint."""
         part = beside / f".{STATE}"
-        part.write_text(json.dumps(state))
+        part.write_text(json.dumps({**state, "sha256": _digest(state)}))
         for path in (part, *{(beside / name).parent for name in state["files"]}):
             sync(path)
         os.replace(part, beside / STATE)
@@ -266,8 +267,11 @@ def _read(directory: Path) -> dict[str, Any] | None:
         state = json.loads((directory / STATE).read_text())
     except (OSError, ValueError):
         return None
-    keys = {"step": int, "files": dict, "metrics": dict}
-    return state if isinstance(state, dict) and all(isinstance(state.get(k), t) for k, t in keys.items()) else None
+    return state if isinstance(state, dict) and state.pop("sha256", None) == _digest(state) else None
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _require_same(directory: Path, state: dict[str, Any], same: dict[str, Any]) -> None:

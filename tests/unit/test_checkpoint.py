@@ -1,208 +1,257 @@
-"""Checkpoints and export: what was finished is found again, what was torn never counts, a failure costs nothing."""
+"""Checkpoints: what was finished is found again, a failure costs nothing, and the rules say what stays."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
+from checkpoint_cases import SAME, SIZES, Learners, checkpoints, damage, names, plain_job, save, tag_of
 
-from tatar_dist import export
-from tatar_dist.checkpoint import Checkpoints
-from tatar_dist.errors import UserError
-
-
-def fill(text: str = "weights"):
-    """What the learners write: a model directory and one shard."""
-
-    def write(directory: Path) -> None:
-        (directory / "model").mkdir()
-        (directory / "model" / "model.safetensors").write_text(text)
-        (directory / "deepspeed").mkdir()
-        (directory / "deepspeed" / "rank_0.pt").write_text("shard of " + text)
-
-    return write
+from tatar_dist.checkpoint import latest
+from tatar_dist.checkpoint.files import Files, write
+from tatar_dist.checkpoint.retention import Finished, kept
+from tatar_dist.config import CheckpointConfig
+from tatar_dist.errors import RunError, UserError
+from tatar_dist.events import Events, read_events
 
 
-def names(run: Path) -> list[str]:
-    """Everything under checkpoints/, hidden names too."""
-    return sorted(p.name for p in (run / "checkpoints").iterdir())
+class Failing(Learners):
+    """Writes the first file, then raises."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, directory: Path) -> Files:
+        def job(path: Path) -> None:
+            raise self.error
+
+        name = next(iter(SIZES))
+        return write(directory, [(name, plain_job("half", name)), ("model", job)])
 
 
-def test_a_run_without_checkpoints_has_no_latest(tmp_path):
-    assert Checkpoints(tmp_path, keep=2).latest() is None
-    assert list(tmp_path.iterdir()) == []  # asking leaves no trace
+# Saving and finding -------------------------------------------------------------------------------------------------
 
 
-def test_latest_is_what_was_saved_last_with_its_state(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(3, {"stage": "grpo", "sampler": {"seed": 1}}, fill("a"))
-    saved = checkpoints.save(10, {"stage": "grpo", "sampler": {"seed": 2}}, fill("b"))
-    directory, state = Checkpoints(tmp_path, keep=2).latest()
-    assert directory == saved == tmp_path / "checkpoints" / "step_000010"
-    assert state == {"step": 10, "stage": "grpo", "sampler": {"seed": 2}}
-    assert (directory / "model" / "model.safetensors").read_text() == "b"
-    link = tmp_path / "checkpoints" / "latest"
-    assert os.readlink(link) == "step_000010"  # relative: the run directory may be moved
-    assert link.resolve() == saved.resolve()
+def test_a_run_without_checkpoints_has_none_and_asking_leaves_no_trace(tmp_path):
+    assert checkpoints(tmp_path).resume(SAME) is None and latest(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, [4]), (2, [3, 4]), (0, [4]), (9, [1, 2, 3, 4])])
-def test_only_the_newest_are_kept_and_never_none(tmp_path, keep, left):
-    checkpoints = Checkpoints(tmp_path, keep)
-    for step in (1, 2, 3, 4):
-        checkpoints.save(step, {}, fill())
-    assert names(tmp_path) == ["latest", *(f"step_{i:06d}" for i in left)]
+def test_what_was_saved_last_is_found_with_its_state_and_the_sizes_and_hashes_of_its_files(tmp_path):
+    store = checkpoints(tmp_path)
+    save(store, 3, {"sampler": {"seed": 1}}, Learners("old"))
+    saved = save(store, 10, {"sampler": {"seed": 2, "excluded": ["é"]}}, Learners("new"))
+    directory, state = checkpoints(tmp_path).resume(SAME)
+    assert directory == saved == tmp_path / "checkpoints" / "step_000010" and tag_of(directory) == "new"
+    assert (state["step"], state["learners"]) == (10, 2)
+    assert state["sampler"] == {"seed": 2, "excluded": ["é"]}
+    assert {n: f["bytes"] for n, f in state["files"].items()} == SIZES
+    assert all(len(f["sha256"]) == 64 for f in state["files"].values())
+    assert os.readlink(tmp_path / "checkpoints" / "latest") == "step_000010"  # relative: the run may be moved
+    assert latest(tmp_path) == (directory, state)
+
+
+def test_the_state_is_the_one_of_the_moment_of_saving(tmp_path):
+    store, gate, state = checkpoints(tmp_path), threading.Event(), {"same": SAME, "sampler": {"position": 7}}
+    store.save(1, state, Learners(gate=gate), {})
+    state["sampler"]["position"] = 8  # training goes on
+    gate.set()
+    store.finish()
+    assert latest(tmp_path)[1]["sampler"] == {"position": 7}
+
+
+def test_while_files_are_written_the_caller_goes_on_and_nothing_counts_yet(tmp_path):
+    store, gate, events = checkpoints(tmp_path), threading.Event(), Events(tmp_path)
+    store.events = events
+    save(store, 1, learners=Learners("old"))
+    store.save(2, {"same": SAME}, Learners("new", gate), {})
+    for step in range(3):
+        store.poll()
+        events.log("step/done", number=step)
+    assert tag_of(latest(tmp_path)[0]) == "old"
+    gate.set()
+    store.finish()
+    assert tag_of(latest(tmp_path)[0]) == "new"
+    order = [e["event"] for e in read_events(tmp_path)]
+    assert order == ["checkpoint/saved", *["step/done"] * 3, "checkpoint/saved"]
+    saved = read_events(tmp_path)[-1]
+    assert saved["bytes"] == sum(SIZES.values()) and saved["path"].endswith("step_000002") and saved["seconds"] >= 0
+
+
+def test_poll_finishes_a_save_whose_files_are_written(tmp_path):
+    store = checkpoints(tmp_path)
+    store.save(1, {"same": SAME}, Learners(), {})
+    store.poll()
+    assert names(tmp_path) == ["latest", "step_000001"]
+
+
+def test_a_save_first_finishes_the_one_before(tmp_path):
+    store, gate = checkpoints(tmp_path, keep=9), threading.Event()
+    store.save(1, {"same": SAME}, Learners("old", gate), {})
+    threading.Timer(0.2, gate.set).start()
+    save(store, 2, learners=Learners("new"))
+    assert names(tmp_path) == ["latest", "step_000001", "step_000002"]
+
+
+def test_without_asynchronous_saving_a_save_is_finished_when_it_returns(tmp_path):
+    checkpoints(tmp_path, asynchronous=False).save(1, {"same": SAME}, Learners(), {})
+    assert names(tmp_path) == ["latest", "step_000001"]
+
+
+def test_an_abandoned_save_leaves_nothing_and_a_late_writer_does_not_bring_it_back(tmp_path):
+    store, gate = checkpoints(tmp_path), threading.Event()
+    learners = Learners("new", gate)
+    store.save(2, {"same": SAME}, learners, {})
+    late = store._under_way.files
+    late.cancel = lambda: False  # a learner on another node, which cannot be told
+    store.abandon()
+    gate.set()
+    assert isinstance(late.exception(30), FileNotFoundError)
+    assert names(tmp_path) == []
+    store.finish()  # nothing under way
+    assert save(store, 2).is_dir()
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(5, {"try": 1}, fill("old"))
-    directory = checkpoints.save(5, {"try": 2}, fill("new"))
-    assert checkpoints.latest() == (directory, {"step": 5, "try": 2})
-    assert (directory / "model" / "model.safetensors").read_text() == "new"
+    store = checkpoints(tmp_path)
+    save(store, 5, learners=Learners("old"))
+    assert tag_of(save(store, 5, learners=Learners("new"))) == "new"
     assert names(tmp_path) == ["latest", "step_000005"]
-
-
-def test_a_full_disk_while_saving_is_said_and_leaves_the_last_checkpoint_and_no_half_directory(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    kept = checkpoints.save(1, {"a": 1}, fill("good"))
-
-    def full(directory: Path) -> None:
-        fill("half")(directory)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with pytest.raises(UserError, match="step_000002: cannot write the checkpoint: No space left on device"):
-        checkpoints.save(2, {"a": 2}, full)
-    assert checkpoints.latest() == (kept, {"step": 1, "a": 1})
-    assert (kept / "model" / "model.safetensors").read_text() == "good"
-    assert names(tmp_path) == ["latest", "step_000001"]
-
-
-def test_any_other_error_while_saving_leaves_no_half_directory(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, {}, fill())
-
-    def dies(directory: Path) -> None:
-        fill("half")(directory)
-        raise RuntimeError("PytorchStreamWriter failed writing file")  # what torch.save says on a full disk
-
-    with pytest.raises((UserError, RuntimeError)):
-        checkpoints.save(2, {}, dies)
-    assert checkpoints.latest()[1] == {"step": 1}
-    assert names(tmp_path) == ["latest", "step_000001"]
-
-
-def test_after_a_failed_save_the_same_step_can_be_saved(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
-
-    def dies(directory: Path) -> None:
-        (directory / "leftover").write_text("of the first try")
-        raise RuntimeError("rank 1 died")
-
-    with pytest.raises(RuntimeError):
-        checkpoints.save(2, {}, dies)
-    assert checkpoints.latest() is None
-    directory = checkpoints.save(2, {}, fill())
-    assert not (directory / "leftover").exists()
-    assert names(tmp_path) == ["latest", "step_000002"]
-
-
-@pytest.mark.parametrize("state", [None, "", '{"step": 2', "\x00" * 20])
-def test_a_torn_directory_is_not_taken_for_a_checkpoint(tmp_path, state):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    whole = checkpoints.save(1, {}, fill())
-    torn = tmp_path / "checkpoints" / "step_000002"
-    torn.mkdir()
-    fill("half")(torn)
-    if state is not None:
-        (torn / "state.json").write_text(state)
-    assert checkpoints.latest() == (whole, {"step": 1})
-
-
-def test_a_directory_still_being_written_is_not_taken_for_a_checkpoint(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    seen = []
-
-    def look(directory: Path) -> None:
-        fill()(directory)
-        seen.append(Checkpoints(tmp_path, keep=2).latest())
-
-    checkpoints.save(1, {}, look)
-    checkpoints.save(2, {}, look)
-    assert seen[0] is None and seen[1][1] == {"step": 1}
 
 
 def test_a_run_started_afresh_over_an_older_one_finds_its_own_checkpoint(tmp_path):
     """`checkpoint.resume=false` in a directory whose former run got further."""
-    former = Checkpoints(tmp_path, keep=2)
-    former.save(100, {"run": "former"}, fill("former"))
-    afresh = Checkpoints(tmp_path, keep=2)
-    afresh.save(10, {"run": "afresh"}, fill("afresh"))
-    assert afresh.latest()[1] == {"step": 10, "run": "afresh"}
+    save(checkpoints(tmp_path), 100, {"run": "former"})
+    save(checkpoints(tmp_path), 10, {"run": "afresh"})
+    assert checkpoints(tmp_path).resume(SAME)[1]["run"] == "afresh"
+
+
+def test_another_kind_of_run_is_refused(tmp_path):
+    save(checkpoints(tmp_path), 1)
+    with pytest.raises(UserError, match="stage=grpo, this one has stage=sft"):
+        checkpoints(tmp_path).resume({"stage": "sft"})
+
+
+# Failing ------------------------------------------------------------------------------------------------------------
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+WORDS = [
+    FULL,
+    OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+    RuntimeError('Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "..." }'),
+]
+
+
+@pytest.mark.parametrize("error", WORDS, ids=["ENOSPC", "EDQUOT", "safetensors"])
+def test_a_full_disk_in_the_middle_of_a_run_is_said_and_the_run_goes_on_with_the_last_checkpoint(
+    tmp_path, capsys, error
+):
+    store = checkpoints(tmp_path, Events(tmp_path), keep=1)
+    kept = save(store, 1, learners=Learners("old"))
+    store.save(2, {"same": SAME}, Failing(error), {})
+    store.poll()
+    assert tag_of(kept) == "old" and names(tmp_path) == ["latest", "step_000001"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "step_000002: cannot write" in said and "step_000001 is kept" in said
+    assert "No space left" in said or "quota exceeded" in said
+    assert read_events(tmp_path)[-1]["event"] == "checkpoint/failed"
+    assert save(store, 3).is_dir()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_full_disk_at_the_end_is_an_error(tmp_path, asynchronous):
+    store = checkpoints(tmp_path, asynchronous=asynchronous)
+    kept = save(store, 1, learners=Learners("old"))
+    with pytest.raises(UserError, match="step_000002: cannot write the checkpoint: No space left.*step_000001 is kept"):
+        save(store, 2, learners=Failing(FULL))
+    assert latest(tmp_path)[0] == kept and names(tmp_path) == ["latest", "step_000001"]
+
+
+def test_what_kills_the_learners_is_raised_and_leaves_no_half_directory(tmp_path):
+    store = checkpoints(tmp_path)
+    save(store, 1)
+    store.save(2, {"same": SAME}, Failing(RunError("rank 1 died")), {})
+    with pytest.raises(RunError, match="rank 1 died"):
+        store.poll()
+    assert names(tmp_path) == ["latest", "step_000001"]
+    store.finish()
+
+
+def test_learners_that_see_another_file_system_are_noticed_at_the_first_checkpoint(tmp_path):
+    class Elsewhere(Learners):
+        def write(self, directory: Path) -> Files:
+            (tmp_path / "elsewhere").mkdir()
+            return super().write(tmp_path / "elsewhere")
+
+    class Nowhere(Learners):
+        def write(self, directory: Path) -> Files:
+            return super().write(tmp_path / "nowhere")
+
+    for learners in (Elsewhere(), Nowhere()):
+        store = checkpoints(tmp_path)
+        store.save(1, {"same": SAME}, learners, {})
+        with pytest.raises(UserError, match="checkpoint.storage=local"):
+            store.poll()
+        assert names(tmp_path) == []
 
 
 def test_a_run_directory_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(UserError, match="cannot write the checkpoint"):
-        Checkpoints(tmp_path, keep=1).save(1, {}, fill())
+        checkpoints(tmp_path, asynchronous=False).save(1, {}, Learners(), {})
 
 
-def test_the_state_is_readable_json_beside_the_model(tmp_path):
-    directory = Checkpoints(tmp_path, keep=1).save(7, {"sampler": {"excluded": ["é"]}}, fill())
-    assert json.loads((directory / "state.json").read_text()) == {"step": 7, "sampler": {"excluded": ["é"]}}
+# Retention ----------------------------------------------------------------------------------------------------------
+
+#    settings, metric by step -> steps that stay
+RETENTION = [
+    ({"keep": 1}, {}, [6]),
+    ({"keep": 0}, {}, [6]),
+    ({"keep": 2}, {}, [5, 6]),
+    ({"keep": 9}, {}, [1, 2, 3, 4, 5, 6]),
+    ({"keep": 1, "keep_every": 2}, {}, [2, 4, 6]),
+    ({"keep": 1, "keep_best": "m"}, {2: 0.9, 4: 0.1, 6: 0.5}, [2, 6]),
+    ({"keep": 1, "keep_best": "m", "best_mode": "min"}, {2: 0.9, 4: 0.1, 6: 0.5}, [4, 6]),
+    ({"keep": 1, "keep_best": "m"}, {2: 0.9, 4: float("nan"), 5: 0.9}, [5, 6]),  # of equals the newest
+    ({"keep": 1, "keep_best": "m"}, {}, [6]),  # never measured
+    ({"keep": 2, "keep_every": 3, "keep_best": "m"}, {1: 1.0}, [1, 3, 5, 6]),
+]
 
 
-# Export -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("settings", "metric", "stay"), RETENTION)
+def test_what_stays(tmp_path, settings, metric, stay):
+    store = checkpoints(tmp_path, **settings)
+    for step in range(1, 7):
+        save(store, step, metrics={"m": metric[step]} if step in metric else {})
+    assert names(tmp_path) == ["latest", *(f"step_{i:06d}" for i in stay)]
+    assert latest(tmp_path)[1]["step"] == 6
 
 
-def test_export_copies_the_newest_finished_model_and_nothing_else(tmp_path):
-    run = tmp_path / "run"
-    checkpoints = Checkpoints(run, keep=3)
-    checkpoints.save(1, {}, fill("old"))
-    checkpoints.save(2, {}, fill("new"))
-    torn = run / "checkpoints" / "step_000003"
-    torn.mkdir()
-    fill("torn")(torn)
-    target = export.run(run, tmp_path / "out" / "model")
-    assert target == tmp_path / "out" / "model"
-    assert {p.name: p.read_text() for p in target.iterdir()} == {"model.safetensors": "new"}
-    assert export.model_of(run) == run / "checkpoints" / "step_000002" / "model"
+def test_a_value_of_another_metric_does_not_make_a_checkpoint_the_best(tmp_path):
+    save(checkpoints(tmp_path, keep=1, keep_best="a"), 1, metrics={"a": 9.0})
+    store = checkpoints(tmp_path, keep=1, keep_best="b")
+    save(store, 2, metrics={"b": 0.1})
+    save(store, 3, metrics={"b": 0.0})
+    assert names(tmp_path) == ["latest", "step_000002", "step_000003"]
 
 
-def test_export_takes_an_empty_directory_and_refuses_anything_that_it_would_overwrite(tmp_path):
-    run, full, file, empty = (tmp_path / n for n in ("run", "full", "file", "empty"))
-    Checkpoints(run, keep=1).save(1, {}, fill())
-    full.mkdir()
-    (full / "mine.txt").write_text("mine")
-    file.write_text("mine")
-    empty.mkdir()
-    for target in (full, file):
-        with pytest.raises(UserError, match="exists and is not an empty directory"):
-            export.run(run, target)
-    assert [p.name for p in full.iterdir()] == ["mine.txt"] and file.read_text() == "mine"
-    assert (export.run(run, empty) / "model.safetensors").is_file()
+def test_the_newest_stays_whatever_the_rules_say():
+    finished = [Finished("c", 3), Finished("b", 2), Finished("a", 1)]
+    assert kept(finished, CheckpointConfig(keep=0)) == {"c"}
+    assert kept([], CheckpointConfig()) == set()
 
 
-def test_export_of_a_run_without_a_checkpoint_says_so_and_makes_nothing(tmp_path):
-    for run in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="no finished checkpoint"):
-            export.run(run, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_exported_model_outlives_its_run(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "run", keep=1)
-    checkpoints.save(1, {}, fill("first"))
-    target = export.run(tmp_path / "run", tmp_path / "out")
-    checkpoints.save(2, {}, fill("second"))  # keep=1: step 1 goes
-    assert (target / "model.safetensors").read_text() == "first"
-
-
-def test_export_to_a_place_that_cannot_be_written_is_said(tmp_path):
-    Checkpoints(tmp_path / "run", keep=1).save(1, {}, fill())
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
-        export.run(tmp_path / "run", tmp_path / "file" / "out")
+def test_a_damaged_checkpoint_does_not_push_out_a_good_one(tmp_path):
+    store = checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        save(store, step)
+    damage(tmp_path / "checkpoints" / "step_000002" / "model" / "model.safetensors", 5)
+    store = checkpoints(tmp_path, keep=2)
+    assert store.resume(SAME)[1]["step"] == 1
+    assert os.readlink(tmp_path / "checkpoints" / "latest") == "step_000001"
+    save(store, 3)
+    assert names(tmp_path) == ["latest", "step_000001", "step_000003"]
