@@ -22,7 +22,7 @@ from tatar_dist.errors import RunError, UserError
 from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
-BENCHES = ("rewards", "data", "images", "rationale")  # modules of tatar_dist.bench
+BENCHES = ("rewards", "data", "images", "rationale", "simulate")  # modules of tatar_dist.bench
 RUN, CHECK = "Train and look", "Check and audit"  # the two panels of --help
 
 app = typer.Typer(
@@ -331,6 +331,7 @@ def metrics(
 @app.command(rich_help_panel=CHECK)
 def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help=", ".join(BENCHES) + ".")],
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Time a part of the pipeline on this machine, the least it could take beside it.
@@ -340,7 +341,9 @@ def bench(
     if name not in BENCHES:
         raise UserError(f"bench {name!r}: must be one of {', '.join(BENCHES)}")
     benchmark = import_module(f"tatar_dist.bench.{name}")
-    found = benchmark.run()
+    if overrides and name != "simulate":
+        raise UserError(f"bench {name}: takes no {overrides[0]!r}, only bench simulate has config keys")
+    found = benchmark.run(overrides) if overrides else benchmark.run()
     print(json.dumps(found)) if as_json else benchmark.print_table(found)
 
 

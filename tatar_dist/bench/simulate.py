@@ -1,0 +1,152 @@
+"""`tatar-dist bench simulate`: does `plan --simulate` foretell runs that it has not seen? On this machine or a cluster.
+
+In: nothing, or config words (`tatar-dist bench simulate cluster.address=… output=DIR`); RAY_ADDRESS is honoured, then
+DIR must lie on a file system that all nodes share. Out: for each split and batch of `FORETOLD`, the step and the idle
+shares that were predicted from the runs of `CALIBRATION`, beside those measured, as a ratio of the step and differences
+of shares. Real runs of the demo's model (fine-tuned for 50 steps, so that its answers end; not if `model.path=` is
+given), each made twice, in turns, so that what else the machine does meets all of them. About ten minutes on two idle
+cores; `load` is what the machine had to do when each run began, its own last run included.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tatar_dist import CONFIGS
+from tatar_dist.config import Config, load_config
+
+Run = tuple[int, int, int, int]  # learners, engines, prompts a step, group size
+CALIBRATION: tuple[Run, ...] = ((1, 1, 8, 8), (2, 2, 8, 8), (2, 1, 16, 8))
+FORETOLD: tuple[Run, ...] = ((1, 2, 12, 8), (2, 2, 16, 4), (1, 1, 4, 8), (2, 2, 16, 8))
+ROUNDS, STEPS = 2, 8
+LIMIT = 0.15  # what the README promises of the step
+IMAGES = {"train": 200, "validation": 40, "test": 60}
+
+
+def _config(words: Sequence[str]) -> Config:
+    return load_config([str(CONFIGS / "grpo.yaml"), str(CONFIGS / "demo.yaml")], list(words))
+
+
+def _words(data: Path, model: str, words: Sequence[str]) -> list[str]:
+    sets = f"[{data}/iqa_train.parquet,{data}/iaa_train.parquet]"
+    return [f"data.train={sets}", "data.validation=[]", "data.test=[]", f"model.path={model}", *words]
+
+
+def _fine_tuned(directory: Path, data: Path, words: Sequence[str]) -> str:
+    from tatar_dist import sft
+    from tatar_dist.export import model_of
+
+    here = next((w.removeprefix("model.path=") for w in words if w.startswith("model.path=")), None)
+    if here:
+        return here
+    base = _config([f"output={directory}", *words]).model.path
+    more = ["sft.max_steps=50", "sft.eval_every=0", f"output={directory / 'sft'}"]
+    sft.run(_config([*_words(data, base, words), *more]))
+    return str(model_of(directory / "sft"))
+
+
+def measure(directory: Path, words: Sequence[str] = ()) -> dict[Run, list[Path]]:
+    """Make every run ROUNDS times, in turns. Returns their directories; beside each, FILE.load."""
+    from tatar_dist import controller
+    from tatar_dist.cluster import Cluster
+    from tatar_dist.data.demo import make_demo
+
+    data = directory / "data"
+    make_demo(data, **IMAGES)
+    found: dict[Run, list[Path]] = {run: [] for run in (*CALIBRATION, *FORETOLD)}
+    largest = [f"cluster.learners={max(r[0] for r in found)}", f"rollout.engines={max(r[1] for r in found)}"]
+    with Cluster(_config([*words, f"output={directory}", *largest])):  # one Ray for all
+        model = _fine_tuned(directory, data, words)
+        for round_ in range(ROUNDS):
+            for run in found:
+                learners, engines, prompts, group = run
+                output = directory / f"{learners}-{engines}-{prompts}-{group}-{round_}"
+                sizes = [f"cluster.learners={learners}", f"rollout.engines={engines}", f"output={output}"]
+                sizes += [f"grpo.prompts_per_step={prompts}", f"grpo.group_size={group}", "grpo.eval_every=0"]
+                load = os.getloadavg()[0]
+                controller.run(_config([*_words(data, model, words), f"grpo.max_steps={STEPS}", *sizes]))
+                output.with_suffix(".load").write_text(f"{load:.2f}")
+                found[run].append(output)
+    return found
+
+
+def compare(runs: dict[Run, list[Path]]) -> dict[str, Any]:
+    """Predictions from the calibration's runs beside what all runs measured."""
+    from tatar_dist.simulate.measured import costs_of_runs, read_run
+    from tatar_dist.simulate.search import Simulator
+
+    costs = costs_of_runs([path for run in CALIBRATION for path in runs[run]])
+    rows = []
+    for run, paths in runs.items():
+        read = [read_run(p) for p in paths]
+        steps = [s.seconds for r in read for s in r.steps]
+        whole = np.array([sum(s.values()) for s in steps])
+        predicted = Simulator(read[0].config, costs, shared_cores=True).predict(run[0], run[1], "disaggregated")
+        measured = {
+            "step_seconds": float(np.median(whole)),
+            "rollout_idle": float(np.median(1 - np.array([s["generate"] for s in steps]) / whole)),
+            "learner_idle": float(np.median(1 - np.array([s["learn"] for s in steps]) / whole)),
+        }
+        rows.append(
+            {
+                **dict(zip(("learners", "engines", "prompts", "group_size"), run, strict=True)),
+                "calibration": run in CALIBRATION,
+                "steps": len(steps),
+                "load": [float(p.with_suffix(".load").read_text()) for p in paths],
+                "by_round": [float(np.median([sum(s.seconds.values()) for s in r.steps])) for r in read],
+                "measured": measured,
+                "predicted": {key: getattr(predicted, key) for key in measured},
+                "parts": {
+                    part: {"measured": float(np.median([s[part] for s in steps])), "predicted": predicted.parts[part]}
+                    for part in ("generate", "learn", "sync")
+                },
+                "ratio": predicted.step_seconds / measured["step_seconds"],
+            }
+        )
+    worst = max(abs(r["ratio"] - 1) for r in rows if not r["calibration"])
+    return {"runs": rows, "worst_error": worst, "limit": LIMIT, "notes": list(costs.notes)}
+
+
+def run(words: Sequence[str] = ()) -> dict[str, Any]:
+    """All measurements, as what `--json` prints. `output=DIR` among the words keeps the runs."""
+    kept = next((Path(w.removeprefix("output=")) for w in words if w.startswith("output=")), None)
+    others = [w for w in words if not w.startswith("output=")]
+    if kept:
+        return compare(measure(kept.absolute(), others))
+    with tempfile.TemporaryDirectory() as directory:
+        return compare(measure(Path(directory), others))
+
+
+def print_table(found: dict[str, Any]) -> None:
+    table = Table(title="Steps foretold and measured", title_justify="left")
+    for name in (
+        "learners\n+ engines",
+        "prompts\nx group",
+        "step\nforetold",
+        "step\nmeasured",
+        "ratio",
+        "E idle",
+        "L idle",
+        "load",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for r in found["runs"]:
+        m, p = r["measured"], r["predicted"]
+        name = f"{r['learners']}+{r['engines']}" + (" *" if r["calibration"] else "")
+        shares = [f"{p[key]:.0%} / {m[key]:.0%}" for key in ("rollout_idle", "learner_idle")]
+        steps = [f"{p['step_seconds']:.2f} s", f"{m['step_seconds']:.2f} s", f"{r['ratio']:.2f}"]
+        load = " ".join(f"{x:.0f}" for x in r["load"])
+        table.add_row(name, f"{r['prompts']} x {r['group_size']}", *steps, *shares, load)
+    table.caption = "*: its times were given to the simulator. Idle: foretold / measured."
+    table.caption_justify = "left"
+    console = Console()
+    console.print(table)
+    console.print(f"Worst error of a step not seen before: {found['worst_error']:.0%} (limit {found['limit']:.0%})")
