@@ -18,6 +18,7 @@ process with one thread; with t threads it takes `serial + (1 - serial) / t` of 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,6 +136,9 @@ def _value(key: str, value: Any, where: str) -> Any:
         return str(value) if key == "source" else tuple(map(str, value))
     if value is None and key in ("cores", "gather_across_nodes"):
         return None
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)  # YAML reads 8e9, without a dot and a sign, as text
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise UserError(f"{where}: must be a number, 0 or more, found {value!r}")
     if key == "serial" and value > 1:

@@ -37,7 +37,7 @@ def _own(f: Forecast) -> Any:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     table.add_row("split", f"{p.learners} learners + {p.engines} engines, {p.placement}")
-    parts = ", ".join(f"{name} {duration(s)}" for name, s in p.parts.items())
+    parts = ", ".join(f"{name} {duration(s)}" for name, s in p.parts.items() if s)
     table.add_row("step", f"{duration(p.step_seconds)} (95 % under {duration(p.step_p95)})")
     table.add_row("parts", parts)
     table.add_row("idle", f"engines {p.rollout_idle:.0%}, learners {p.learner_idle:.0%} of a step")
@@ -85,5 +85,7 @@ def _by_gpus(f: Forecast) -> Any:
     return table
 
 
-def _notes(f: Forecast) -> list[str]:
-    return [f"note: {n}" for n in f.notes]
+def _notes(f: Forecast) -> list[Any]:
+    from rich.text import Text
+
+    return [Text(f"note: {n}") for n in f.notes]

@@ -343,6 +343,12 @@ def test_a_wrong_file_of_times_is_one_line_that_names_the_key(tmp_path, change, 
         read_costs(file)
 
 
+def test_numbers_with_an_exponent_are_numbers(tmp_path):
+    (tmp_path / "times.yaml").write_text("lengths: {iqa: [5]}\nparameters: 8.29e9\nengine: {per_step: 1e-2}\n")
+    found = read_costs(tmp_path / "times.yaml")
+    assert (found.parameters, found.engine.per_step) == (8.29e9, 0.01)
+
+
 def test_a_file_of_times_needs_lengths(tmp_path):
     (tmp_path / "times.yaml").write_text("engine: {per_step: 0.02}\n")
     with pytest.raises(UserError, match="lengths"):
