@@ -262,6 +262,25 @@ def test_costs_from_runs_foretell_a_run_of_other_sizes(tmp_path):
     assert len(read_run(runs[0]).steps) == 3  # two steps warm up, one was disturbed
 
 
+def test_the_benchmark_sets_what_was_foretold_beside_what_was_measured(tmp_path):
+    from tatar_dist.bench.simulate import CALIBRATION, FORETOLD, compare
+
+    truth, runs = replace(COSTS, cores=2), {}
+    for learners, engines, prompts, group in (*CALIBRATION, *FORETOLD):
+        path = tmp_path / f"{learners}-{engines}-{prompts}-{group}"
+        sizes = [f"cluster.learners={learners}", f"rollout.engines={engines}", f"grpo.prompts_per_step={prompts}"]
+        runs[learners, engines, prompts, group] = [
+            write_run(path, truth, *sizes, f"grpo.group_size={group}", "cluster.threads=2")
+        ]
+        path.with_suffix(".load").write_text("0.5")
+    found = compare(runs)
+    assert [r["calibration"] for r in found["runs"]] == [True] * len(CALIBRATION) + [False] * len(FORETOLD)
+    assert found["worst_error"] < 0.1
+    for r in found["runs"]:
+        assert r["ratio"] == pytest.approx(r["predicted"]["step_seconds"] / r["measured"]["step_seconds"])
+        assert r["predicted"]["rollout_idle"] == pytest.approx(r["measured"]["rollout_idle"], abs=0.06)
+
+
 def test_one_run_is_foretold_as_it_was_and_the_guesses_are_named(tmp_path):
     truth = replace(COSTS, cores=2)
     run = write_run(tmp_path / "run", truth, "cluster.threads=2", steps=12)
