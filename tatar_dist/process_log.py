@@ -5,7 +5,8 @@ In: a run directory and the process's name in the run. Out, in RUN/logs:
     NAME.jsonl   one object a line: time (Unix seconds), level, logger, host, pid, message, and the traceback if any
     NAME.out     what is printed, also by native libraries (vLLM, NCCL, gloo) and by a process that crashes
 
-A process that does not see the run directory (no shared file system) logs to its machine's temporary directory and
+The event `process/started` says where it runs, so that it can be found while it starts, too. A process that does not
+see the run directory (no shared file system) logs to its machine's temporary directory and
 says so there. SIGUSR2 makes a process write the stacks of all its threads, in C, so that it answers while its
 interpreter is stuck. They go to memory that `tatar_dist.stacks` reads through /proc: no file is left behind.
 """
@@ -23,9 +24,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tatar_dist.events import Events
+from tatar_dist.process import process_facts
+
 STACKS = "tatar_dist-stacks"  # the name of that memory under /proc/PID/fd
 STACK_SIGNAL = signal.SIGUSR2
 
+log = logging.getLogger(__name__)
 _handler: logging.Handler | None = None
 _stacks: Any = None  # the open file behind STACKS: faulthandler needs it as long as the process lives
 
@@ -76,10 +81,12 @@ def open_log(run: str | Path, name: str, printed: bool = True) -> Path:
     if printed:
         _redirect(directory / f"{name}.out")
     answer_stack_signal()
-    if not visible:
-        logging.getLogger(__name__).warning(
-            "%s does not see %s: %s logs to %s there", socket.gethostname(), run, name, directory
-        )
+    facts = process_facts()
+    log.info("%s starts on node %s", name, facts["node"])
+    if visible:
+        Events(Path(run)).log("process/started", name=name, **facts)
+    else:
+        log.warning("%s does not see %s: %s logs to %s there", facts["host"], run, name, directory)
     return directory
 
 

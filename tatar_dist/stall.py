@@ -196,8 +196,8 @@ def processes_of(run: Path) -> list[Process]:
     s = RunFiles(run).read()
     found = [Process("controller", os.getpid())]
     if s.learners:
-        pairs = zip(s.learners.pids, s.learners.nodes, strict=True)
-        found += [Process(f"learner-{rank}", pid, node) for rank, (pid, node) in enumerate(pairs)]
+        pairs = enumerate(zip(s.learners.pids, s.learners.nodes, strict=True))
+        found += [Process(f"learner-{rank}", pid, node) for rank, (pid, node) in pairs if pid is not None]
     found += [Process(f"engine-{e.engine}", e.pid, e.node) for e in s.engines if e.pid is not None]
     if s.reward and s.reward.pid is not None:
         found.append(Process("reward", s.reward.pid, s.reward.node))

@@ -26,6 +26,7 @@ LIVING = ("starting", "running", "stalled")
 RECENT = 20  # steps behind seconds a step and the time left
 TROUBLES = 8  # the last so many are kept
 TAIL_BYTES = 1 << 18  # of metrics.jsonl: more than its last line
+ENDS = {"run/end": "finished", "run/interrupted": "interrupted", "run/failed": "failed"}
 ENGINE_EVENTS = ("ready", "suspect", "dead", "restarting", "stale", "healthy", "gone")
 TROUBLE = {
     "engine/suspect", "engine/dead", "engine/gone", "engine/hedged", "learners/failed", "learners/restarting",
@@ -55,9 +56,9 @@ class Engine(Process):
 @dataclass
 class Learners(Process):
     world_size: int | None = None
-    hosts: list[str] = field(default_factory=list)  # this and the next two by rank
+    hosts: list[str | None] = field(default_factory=list)  # this and the next two by rank, as far as known
     nodes: list[str | None] = field(default_factory=list)
-    pids: list[int] = field(default_factory=list)
+    pids: list[int | None] = field(default_factory=list)
 
 
 @dataclass
@@ -133,7 +134,8 @@ class RunFiles:
         s.tokens_per_second = speed if isinstance(speed, int | float) else None
         s.checkpoint = self._checkpoint()
         if s.state in LIVING and not self._locked():
-            s.state = "dead" if s.started is not None else "finished" if s.step else "dead"
+            whole = s.started is None and (s.step or (self.path / "metrics.json").is_file())  # it logs no events
+            s.state = "finished" if whole else "dead"
         if s.state not in LIVING:
             s.phase = s.phase_since = s.eta_seconds = None
         return s
@@ -223,11 +225,10 @@ class EventReader:
             s.state = "running"  # whatever was logged after it: something moves again
         if name == "run/start":
             self._start(when, event)
-        elif name == "run/end":
-            s.reason = event.get("reason")
-            s.state = "failed" if s.reason else "finished"
-        elif name == "run/interrupted":
-            s.state, s.reason = "interrupted", event.get("reason")
+        elif name in ENDS:
+            s.state, s.reason = ENDS[name], event.get("reason")
+        elif name == "process/started":
+            self._started(str(event["name"]), event)
         elif name == "phase":
             s.phase, s.phase_since = event["phase"], when
         elif name == "step/done":
@@ -259,6 +260,20 @@ class EventReader:
         self._engines = {i: Engine(since=when, engine=i) for i in range(engines)}
         self._done.clear()
 
+    def _started(self, name: str, event: dict[str, Any]) -> None:
+        """A process of the run exists; whether it is ready is another matter."""
+        s, (kind, _, index) = self._status, name.partition("-")
+        host, node, pid = (event.get(k) for k in ("host", "node", "pid"))
+        if kind == "learner" and s.learners:
+            for values, value in ((s.learners.hosts, host), (s.learners.nodes, node), (s.learners.pids, pid)):
+                values.extend([None] * (int(index) + 1 - len(values)))
+                values[int(index)] = value
+        elif kind == "engine" and int(index) in self._engines:
+            e = self._engines[int(index)]
+            e.host, e.node, e.pid = host, node, pid
+        elif kind == "reward" and s.reward:
+            s.reward.host, s.reward.node, s.reward.pid = host, node, pid
+
     def _engine(self, what: str, when: float, event: dict[str, Any]) -> None:
         index = int(event["engine"])
         e = self._engines.setdefault(index, Engine(engine=index))
@@ -279,7 +294,7 @@ class EventReader:
             group.world_size = int(event["world_size"])
             group.hosts, group.nodes, group.pids = (list(event.get(k) or []) for k in ("hosts", "nodes", "pids"))
         elif what == "failed":
-            group.pids = []
+            group.hosts, group.nodes, group.pids = [], [], []
         elif what == "restarting":
             group.restarts += 1
         elif what == "restored" and event.get("from_step") is not None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tatar_dist.events import read_events
+
 
 def run_process(code: str, *args: object) -> subprocess.CompletedProcess:
     code = "import logging, os, sys\nfrom tatar_dist.process_log import open_log\n" + code
@@ -30,7 +32,7 @@ except ZeroDivisionError:
 """
     done = run_process(code, tmp_path)
     assert done.returncode == 0, done.stderr
-    first, second = rows(tmp_path / "logs" / "learner-0.jsonl")
+    _, first, second = rows(tmp_path / "logs" / "learner-0.jsonl")
     assert (first["level"], first["logger"], first["message"]) == ("INFO", "tatar_dist.x", "step 3\nof two lines")
     assert first["host"] == os.uname().nodename and first["pid"] > 1 and first["time"] > 1e9
     assert second["message"] == "failed" and "ZeroDivisionError" in second["traceback"]
@@ -69,7 +71,7 @@ logging.getLogger("tatar_dist").info("still here")
     done = run_process(f"os.environ['TMPDIR'] = {str(temporary)!r}\n" + code, tmp_path / "of another machine" / "grpo")
     directory = Path(done.stdout.strip())
     assert directory.parent == temporary and directory.stat().st_mode & 0o777 == 0o700
-    said, after = rows(directory / "reward.jsonl")
+    _, said, after = rows(directory / "reward.jsonl")
     assert "does not see" in said["message"] and str(directory) in said["message"]
     assert after["message"] == "still here"
     assert not (tmp_path / "of another machine").exists()
@@ -85,4 +87,13 @@ for run in sys.argv[1:]:
 """
     run_process(code, tmp_path / "a", tmp_path / "b")
     for name in ("a", "b"):
-        assert [r["message"] for r in rows(tmp_path / name / "logs" / "controller.jsonl")] == [str(tmp_path / name)]
+        _, said = rows(tmp_path / name / "logs" / "controller.jsonl")
+        assert said["message"] == str(tmp_path / name)
+
+
+def test_the_event_log_says_where_a_process_started(tmp_path):
+    done = run_process("open_log(sys.argv[1], 'reward', printed=False); print(os.getpid())", tmp_path)
+    (event,) = read_events(tmp_path)
+    assert (event["event"], event["name"], event["pid"]) == ("process/started", "reward", int(done.stdout))
+    assert event["host"] == os.uname().nodename
+    assert rows(tmp_path / "logs" / "reward.jsonl")[0]["message"].startswith("reward starts")

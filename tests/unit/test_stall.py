@@ -200,10 +200,13 @@ def test_the_processes_of_a_run_come_from_its_event_log(tmp_path):
         events.log("engine/ready", engine=i, pid=20 + i, host="a", node="n0")
     events.log("reward/ready", pid=30, host="a", node="n0")
     events.log("engine/dead", engine=0, reason="died")
+    events.log("engine/dead", engine=1, reason="died")
+    events.log("engine/restarting", engine=1)
+    events.log("process/started", name="engine-1", pid=22, host="b", node="n1")  # it may hang while it starts
     assert processes_of(tmp_path) == [
         Process("controller", os.getpid()),
         Process("learner-0", 10, "n0"),
         Process("learner-1", 11, "n1"),
-        Process("engine-1", 21, "n0"),
+        Process("engine-1", 22, "n1"),
         Process("reward", 30, "n0"),
     ]

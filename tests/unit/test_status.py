@@ -126,6 +126,19 @@ def test_learners_that_restart_from_a_checkpoint_go_back_in_steps(run):
     assert (s.step, s.learners.state, s.learners.world_size, s.learners.restarts) == (4, "ready", 1, 1)
 
 
+def test_processes_are_known_while_they_start(run):
+    run.log("run/start", **START)
+    run.log("process/started", name="controller", pid=1, host="a", node="n0")
+    run.log("process/started", name="learner-1", pid=11, host="b", node="n1")
+    run.log("process/started", name="engine-0", pid=20, host="a", node="n0")
+    s = run.read()
+    assert (s.learners.state, s.learners.pids, s.learners.nodes) == ("starting", [None, 11], [None, "n1"])
+    assert (s.engines[0].state, s.engines[0].pid) == ("starting", 20)
+    assert "11" in run.drawn()
+    run.log("learners/ready", world_size=1, pids=[12], hosts=["a"], nodes=["n0"])
+    assert run.read().learners.pids == [12]
+
+
 def test_a_resumed_run_has_new_processes(run):
     run.start()
     run.steps(0, 3)
@@ -141,7 +154,7 @@ def test_a_resumed_run_has_new_processes(run):
     ("event", "fields", "state"),
     [
         ("run/end", {}, "finished"),
-        ("run/end", {"reason": "no engine left"}, "failed"),
+        ("run/failed", {"reason": "no engine left"}, "failed"),
         ("run/interrupted", {"reason": "SIGTERM"}, "interrupted"),
     ],
 )
@@ -215,6 +228,14 @@ def test_metrics_and_checkpoint(run):
 def test_a_run_without_an_event_log(run):
     (run.path / "metrics.jsonl").write_text('{"step": 6}\n')
     assert (run.read().state, run.read().step) == ("starting", 7)
+    run.lock.close()
+    assert run.read().state == "finished"
+
+
+def test_an_evaluation(run):
+    run.log("process/started", name="engine-0", pid=20, host="a", node="n0")
+    assert run.read().state == "starting"
+    (run.path / "metrics.json").write_text("{}")
     run.lock.close()
     assert run.read().state == "finished"
 
