@@ -11,9 +11,13 @@ import os
 import socket
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from tatar_dist.checkpoint import Checkpoints
 from tatar_dist.cluster import Cluster
@@ -29,6 +33,7 @@ from tatar_dist.progress import Progress
 from tatar_dist.rollout.health import State
 from tatar_dist.run_directory import RunDirectory
 from tatar_dist.stall import StallDetector, Stalled, processes_of
+from tatar_dist.waiting import first_line
 
 Found = tuple[Path, dict[str, Any]] | None
 
@@ -125,6 +130,8 @@ class Training:
                 self.directory.events.log("learners/failed", reason=str(e), failures=self._failures)
                 if self._failures > self.config.cluster.learner_restarts:
                     raise
+                with suppress(LearnersFailed), _learners_write():
+                    self.checkpoints.poll()  # the one under way counts if all of it was written before
                 self.checkpoints.abandon()
                 self.steps.pause()
                 cluster.end_learners()
@@ -182,12 +189,13 @@ class Training:
                 self.exporter.step(metrics)
             self.progress.update(step + 1, metrics)
             cluster.note_nodes()
-            self.checkpoints.poll()
+            with _learners_write():
+                self.checkpoints.poll()
             every = self.config.checkpoint.every
             if last or (every and (step + 1) % every == 0):
                 self._save(step + 1, self.steps.sampler.state_dict(), metrics)
             if last:
-                self.checkpoints.finish()
+                self._finish()
             elif self.stop.requested:
                 self._stop(step + 1, self.steps.sampler.state_dict())
 
@@ -196,14 +204,28 @@ class Training:
         state = {"same": self._same(), "sampler": sampler}
         self._saved.add(step)
         self._at = step
-        self.checkpoints.save(step, state, self.steps.learners, metrics)
+        with _learners_write():
+            self.checkpoints.save(step, state, self.steps.learners, metrics)
+
+    def _finish(self) -> None:
+        with _learners_write():
+            self.checkpoints.finish()
 
     def _stop(self, step: int, sampler: dict[str, Any]) -> None:
         """Leave a checkpoint of `step` and end. Raises Interrupted."""
         self.directory.events.log("signal", name=self.stop.name)
         if step > self._at:
             self._save(step, sampler, {})
-        self.checkpoints.finish()
+        self._finish()
         raise Interrupted(
             f"stopped after step {step} of {self.total}; the same command continues there", self.stop.status
         )
+
+
+@contextmanager
+def _learners_write() -> Iterator[None]:
+    """A learner that dies while it writes a checkpoint is a learner that died."""
+    try:
+        yield
+    except ray.exceptions.RayActorError as e:
+        raise LearnersFailed(f"writing a checkpoint: {first_line(e)}") from e
