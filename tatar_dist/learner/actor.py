@@ -36,6 +36,8 @@ class Learner:
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
         open_log(config.output, f"learner-{rank}")
         self.config, self.rank, self.world_size = config, rank, world_size
+        self.sender: Any = None  # of a weight push through NCCL
+        self.chunks: Any = None  # of one through CUDA IPC
         self.failpoints = Failpoints(config.failpoints, config.output, rank=rank)
         self._snapshot: list[Job] = []
         self._private: str | None = None  # where files wait with checkpoint.storage=local
@@ -226,6 +228,68 @@ class Learner:
 
         self.failpoints.reach("learner.gather")
         yield from buckets(self.zero3.full_parameters(), bucket_bytes, self.rank == 0)
+
+    def weight_metadata(self) -> dict[str, list[Any]]:
+        names, dtypes, shapes = zip(*self.zero3.metadata(), strict=True)
+        return {"names": list(names), "dtype_names": [str(d)[6:] for d in dtypes], "shapes": list(shapes)}
+
+    def nccl_unique_id(self) -> str:
+        from tatar_dist.sync.learner_side import unique_id
+
+        return unique_id()
+
+    def nccl_join(self, unique_id: str, world_size: int, timeout_s: float) -> str | None:
+        """Rank 0: lead a new NCCL group with the engines' workers. What went wrong, or None."""
+        from tatar_dist.sync.learner_side import NcclSender
+
+        if self.sender is not None:
+            self.sender.leave()
+        try:
+            self.sender = NcclSender(unique_id, world_size, timeout_s)
+        except RunError as e:
+            return str(e)
+        return None
+
+    def nccl_broadcast(self, bucket_bytes: int, timeout_s: float) -> tuple[int, str | None]:
+        """Send all weights to the group. Collective; (bytes sent, what went wrong)."""
+        parameters, sent, problem = self.zero3.full_parameters(), 0, None
+        if self.rank == 0:
+            try:
+                sent = self.sender.broadcast(parameters, bucket_bytes, timeout_s)
+            except RunError as e:
+                problem = str(e)
+        for _ in parameters:  # to the end also after a failure: the other ranks gather with us
+            pass
+        return sent, problem
+
+    def ipc_next(self, bucket_bytes: int) -> dict[str, Any] | None:
+        """The next chunk of weights in this GPU's memory, None after the last. Collective; frees the one before."""
+        from tatar_dist.sync.learner_side import ipc_chunks
+
+        if self.chunks is None:
+            self.chunks = ipc_chunks(self.zero3.full_parameters(everywhere=True), bucket_bytes)
+        chunk = next(self.chunks, None)
+        if chunk is None:
+            self.chunks = None
+        return chunk
+
+    def logprob_gap(self, rows: Sequence[LearnerRow]) -> dict[str, float]:
+        """Mean and worst |engine - learner| log-probability over the tokens of all ranks' rows. Updates nothing.
+
+        Raises:
+            WeightsOutOfSync: the mean is over `grpo.logprob_gap_limit`.
+        """
+        import torch
+
+        total, worst, tokens = 0.0, 0.0, 0.0
+        self.zero3.engine.eval()
+        with torch.no_grad():
+            for batch in self._micro_batches(rows):
+                gap = ((self.zero3.engine(batch).logp - batch.sampled_logprobs) * batch.mask).abs()
+                total, worst = total + float(gap.sum()), max(worst, float(gap.max()))
+                tokens += float(batch.mask.sum())
+        self.zero3.engine.train()
+        return self._checked_gap(total, worst, tokens)
 
     def save(self) -> int:
         """Take a snapshot for a checkpoint into CPU memory; `write` writes it. Collective. Returns its bytes."""

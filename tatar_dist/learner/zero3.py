@@ -168,18 +168,25 @@ class Zero3:
         dist.all_reduce(t, op=op)
         return dict(zip(names, t.tolist(), strict=True))
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def _named(self) -> list[tuple[str, Any]]:
+        return [(PolicyModel.clean_name(n), p) for n, p in self.engine.module.named_parameters()]
+
+    def metadata(self) -> list[tuple[str, torch.dtype, list[int]]]:
+        """(name, dtype, full shape) of what `full_parameters` yields, in its order. Not collective."""
+        return [(n, p.dtype, list(getattr(p, "ds_shape", p.shape))) for n, p in self._named()]
+
+    def full_parameters(self, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, full tensor) of every parameter, gathered one layer group at a time.
 
-        Collective. The tensor is a clone made on the default stream and only valid on rank 0; other ranks get an
+        Collective. The tensor is a clone made on the default stream, on rank 0 or `everywhere`; other ranks get an
         empty one. Tied parameters come once.
         """
         import deepspeed
 
-        named = [(PolicyModel.clean_name(n), p) for n, p in self.engine.module.named_parameters()]
+        named, full_here = self._named(), everywhere or self.rank == 0
         for group in layer_groups(named):
             with deepspeed.zero.GatheredParameters([p for _, p in group]):
-                full = [(n, p.detach().clone() if self.rank == 0 else torch.empty(0, dtype=p.dtype)) for n, p in group]
+                full = [(n, p.detach().clone() if full_here else torch.empty(0, dtype=p.dtype)) for n, p in group]
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
             yield from full
