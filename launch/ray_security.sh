@@ -3,10 +3,10 @@
 #
 # Every port of Ray then asks for the token, except the ones below, which cannot and are therefore not opened:
 #   metrics exporter of each node, of the autoscaler and of the dashboard (plain HTTP, every interface)
-# TATAR_METRICS=1 opens them all the same, for a Prometheus behind a firewall. TOKEN_FILE is made (mode 600) when it is
-# not there; without one, RAY_AUTH_TOKEN_PATH must name it. The token itself is in no environment and no command line.
+# TATAR_METRICS=1 opens them all the same, for a Prometheus behind a firewall. FILE is made, mode 600, when it is not
+# there. The token itself is in no environment and no command line.
 
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=${1:-${RAY_AUTH_TOKEN_PATH:?source launch/ray_security.sh TOKEN_FILE}}
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH:?must name the file of the token}
 unset RAY_AUTH_TOKEN
 if [[ ! -e $RAY_AUTH_TOKEN_PATH ]]; then
     (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
