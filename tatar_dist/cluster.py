@@ -75,6 +75,7 @@ class Cluster:
         self.address = config.cluster.address or os.environ.get("RAY_ADDRESS")
         self.local = self.address is None or self.address.split(":")[0] in ("127.0.0.1", "localhost")
         self.gpu = config.cluster.gpus_per_node > 0
+        self.colocated = config.cluster.placement == "colocated"
         self.cores = config.cluster.threads or len(os.sched_getaffinity(0))
         self._actors: list[Any] = []
         self._learners: list[Any] = []
@@ -195,7 +196,7 @@ class Cluster:
         """
         c = self.config.cluster
         if not again:
-            self._reserve("learner(s)", count, c.learner_cpus, int(self.gpu))
+            self._reserve("learner(s)", count, self._bundle()["CPU"], int(self.gpu))
         placed = self._place(count, c.node_wait_s if again else c.start_timeout_s, check)
         if placed is None and again and c.elastic:
             fewer = fewer_learners(self.config, stage, count)
@@ -203,7 +204,7 @@ class Cluster:
         if placed is None:
             raise RunError(
                 f"{count} learners found no place within {c.node_wait_s if again else c.start_timeout_s:g} s: they "
-                f"need {count * c.learner_cpus:g} CPUs and {count * self.gpu} GPUs; free are {_free()}"
+                f"need {count * self._bundle()['CPU']:g} CPUs and {count * self.gpu} GPUs; free are {_free()}"
             )
         threads = self.threads(placed)
         env = {} if self.gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -215,7 +216,7 @@ class Cluster:
                 rank,
                 placed,
                 cpus=c.learner_cpus,
-                gpus=int(self.gpu),
+                gpus=self._learner_gpus(),
                 env=env,
                 where=PlacementGroupSchedulingStrategy(self._bundles, rank),
             )
@@ -227,9 +228,8 @@ class Cluster:
 
     def _place(self, count: int, timeout: float, check: Callable[[], None]) -> int | None:
         """Reserve `count` bundles for learners; None when there was no room within `timeout`."""
-        c = self.config.cluster
-        bundle = {"CPU": c.learner_cpus, **({"GPU": 1} if self.gpu else {})}
-        self._bundles = placement_group([bundle] * count, strategy=c.learner_placement.upper())
+        strategy = self.config.cluster.learner_placement.upper()
+        self._bundles = placement_group([self._bundle()] * count, strategy=strategy)
         ready, deadline = self._bundles.ready(), time.monotonic() + timeout
         while not ray.wait([ready], timeout=TICK_S)[0]:
             check()
@@ -237,6 +237,15 @@ class Cluster:
                 self._unplace()
                 return None
         return count
+
+    def _bundle(self) -> dict[str, float]:
+        """What one learner needs and, colocated, the engine beside it."""
+        c = self.config.cluster
+        cpus = c.learner_cpus + (c.engine_cpus if self.colocated else 0)
+        return {"CPU": cpus, **({"GPU": 1.0} if self.gpu else {})}
+
+    def _learner_gpus(self) -> float:
+        return 0.5 if self.gpu and self.colocated else float(self.gpu)
 
     def _unplace(self) -> None:
         if self._bundles is not None:
@@ -259,8 +268,10 @@ class Cluster:
             raise UserError(
                 f"rollout.tensor_parallel={r.tensor_parallel}: only 1 runs so far; use more engines, each on one GPU"
             )
-        gpus = r.tensor_parallel if self.gpu else 0
-        self._reserve("engine(s)", count, c.engine_cpus, gpus)
+        shared = self.colocated and self._bundles is not None  # an evaluation has engines only
+        gpus = (0.5 if shared else r.tensor_parallel) if self.gpu else 0
+        if not shared:
+            self._reserve("engine(s)", count, c.engine_cpus, gpus)
         env = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "ERROR",
@@ -272,7 +283,11 @@ class Cluster:
         }
 
         def make(index: int) -> Any:
-            return self._actor(cls, self.config, index, cpus=c.engine_cpus, gpus=gpus, env=env)
+            # colocated with learner `index`; with fewer learners after a lost node some share
+            where: Any = "SPREAD"
+            if shared:
+                where = PlacementGroupSchedulingStrategy(self._bundles, index % len(self._learners))
+            return self._actor(cls, self.config, index, cpus=c.engine_cpus, gpus=gpus, env=env, where=where)
 
         return RolloutPool(self.config, count, make, version, self.log)
 

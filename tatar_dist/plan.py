@@ -53,6 +53,7 @@ class Plan:
     samples: dict[str, int] | None  # training rows by task; None when a manifest is not there yet
     steps: int | None  # optimiser steps of the whole run; None when neither samples nor max_steps are known
     warmup_steps: int
+    colocated: bool = False  # engines on the learners' GPUs
     notes: tuple[str, ...] = ()
 
     @property
@@ -61,7 +62,9 @@ class Plan:
 
     @property
     def gpus_used(self) -> int:
-        return self.learners + self.engines * self.tensor_parallel if self.gpus_per_node else 0
+        engines = self.engines * self.tensor_parallel
+        used = max(self.learners, engines) if self.colocated else self.learners + engines
+        return used if self.gpus_per_node else 0
 
     @property
     def processes(self) -> dict[str, int]:
@@ -107,7 +110,13 @@ def resolve(config: Config, stage: Stage) -> Plan:
     if c.gpus_per_node and tp > c.gpus_per_node:
         raise UserError(f"rollout.tensor_parallel={tp}: an engine must fit a node, which has {c.gpus_per_node} GPUs")
     learners, engines = _counts(config, stage, _batch(config, stage)[0])
-    wanted = {"learners": learners, "engines": engines * tp}
+    colocated = c.placement == "colocated" and stage == "grpo"
+    if colocated and (tp > 1 or engines > learners):
+        raise UserError(
+            f"cluster.placement=colocated puts one engine on a learner's GPU: {engines} engines of "
+            f"rollout.tensor_parallel={tp} do not fit {learners} learners"
+        )
+    wanted = {"learners": learners, "engines": 0 if colocated else engines * tp}
     if c.gpus_per_node and sum(wanted.values()) > gpus:
         parts = " + ".join(f"{n} for {role}" for role, n in wanted.items() if n)
         raise UserError(
@@ -127,6 +136,7 @@ def resolve(config: Config, stage: Stage) -> Plan:
         samples=samples,
         steps=_steps(config, stage, samples),
         warmup_steps={"sft": config.sft.optim.warmup_steps, "grpo": config.grpo.optim.warmup_steps}.get(stage, 0),
+        colocated=colocated,
         notes=tuple(_notes(config, stage, learners, engines)),
     )
 
@@ -155,7 +165,7 @@ def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
     """(learners, engines), with 0 = auto filled in; a role that a stage does not have is 0."""
     c, r = config.cluster, config.rollout
     gpus, tp = c.nodes * c.gpus_per_node, r.tensor_parallel
-    learners, engines = c.learners, r.engines
+    learners, engines, shared = c.learners, r.engines, c.placement == "colocated"
     if stage == "sft":
         return learners or _largest_divisor(rows, gpus or c.nodes), 0
     if stage == "evaluate":
@@ -163,10 +173,10 @@ def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
     if not learners:
         # On GPUs half of them; with few prompts the engines cannot use their half, but learners stay a power of two.
         left = gpus - engines * tp if engines else min(gpus // 2, gpus - tp)  # room for one engine at least
-        room = max(1, left if gpus else c.nodes)
+        room = max(1, (gpus if shared else left) if gpus else c.nodes)
         learners = _largest_divisor(rows, room, power_of_two=True)
     if not engines:
-        room = max(1, (gpus - learners) // tp) if gpus else c.nodes
+        room = learners if shared else max(1, (gpus - learners) // tp) if gpus else c.nodes
         # A group is sampled by one engine whole: engines beyond the prompts of a step would never have work.
         engines = min(room, config.grpo.prompts_per_step)
     return learners, engines
@@ -181,7 +191,8 @@ def _largest_divisor(rows: int, limit: int, power_of_two: bool = False) -> int:
 
 def _notes(config: Config, stage: Stage, learners: int, engines: int) -> Iterable[str]:
     gpus = config.cluster.nodes * config.cluster.gpus_per_node
-    idle = gpus - learners - engines * config.rollout.tensor_parallel
+    shared = config.cluster.placement == "colocated" and stage == "grpo"
+    idle = gpus - learners - (0 if shared else engines * config.rollout.tensor_parallel)
     if gpus and idle > 0:
         cure = {
             "sft": "raise sft.global_batch to use them",
@@ -248,6 +259,8 @@ def as_table(plan: Plan) -> Any:
         table.add_row("learners", f"{plan.learners} ZeRO-3 ranks" + (", one GPU each" if plan.gpus_per_node else ""))
     if plan.engines:
         each = f", {plan.tensor_parallel} GPU(s) each" if plan.gpus_per_node else ""
+        if plan.colocated:
+            each = ", each with a learner" + (" on its GPU, asleep while that works" if plan.gpus_per_node else "")
         table.add_row("engines", f"{plan.engines} vLLM engines{each}")
     if plan.split:
         s = plan.split
