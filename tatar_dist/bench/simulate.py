@@ -128,25 +128,17 @@ def run(words: Sequence[str] = ()) -> dict[str, Any]:
 
 def print_table(found: dict[str, Any]) -> None:
     table = Table(title="Steps foretold and measured", title_justify="left")
-    for name in (
-        "learners\n+ engines",
-        "prompts\nx group",
-        "step\nforetold",
-        "step\nmeasured",
-        "ratio",
-        "E idle",
-        "L idle",
-        "load",
-    ):
+    idle = ("engines\nidle, %", "learners\nidle, %")
+    for name in ("split", "batch", "step\nforetold", "step\nmeasured", "ratio", *idle, "load"):
         table.add_column(name, justify="right", no_wrap=True)
     for r in found["runs"]:
         m, p = r["measured"], r["predicted"]
         name = f"{r['learners']}+{r['engines']}" + (" *" if r["calibration"] else "")
-        shares = [f"{p[key]:.0%} / {m[key]:.0%}" for key in ("rollout_idle", "learner_idle")]
+        shares = [f"{100 * p[key]:.0f} / {100 * m[key]:.0f}" for key in ("rollout_idle", "learner_idle")]
         steps = [f"{p['step_seconds']:.2f} s", f"{m['step_seconds']:.2f} s", f"{r['ratio']:.2f}"]
         load = " ".join(f"{x:.0f}" for x in r["load"])
         table.add_row(name, f"{r['prompts']} x {r['group_size']}", *steps, *shares, load)
-    table.caption = "*: its times were given to the simulator. Idle: foretold / measured."
+    table.caption = "Split: learners + engines. *: its times were given to the simulator. Idle: foretold / measured."
     table.caption_justify = "left"
     console = Console()
     console.print(table)
