@@ -94,6 +94,7 @@ class Cluster:
                 ray.init(address=self.address, **quiet)
                 return
             _require_token()
+            ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # every port on loopback
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
             need = 2 + max(1, c.learners) * c.learner_cpus + max(1, self.config.rollout.engines) * c.engine_cpus
             ray.init(

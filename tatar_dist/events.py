@@ -5,7 +5,7 @@ event has to say. Appended with one write a line, so that several processes can 
 metrics.jsonl: a step that ran twice stands here twice. Everything that watches a run reads it: `tatar-dist status`, the
 stall detector, the tests of faults.
 
-    run/start run/end run/interrupted       pid, host, stage, total, from_step, learners, engines; reason
+    run/start run/end run/interrupted run/failed    pid, host, stage, total, from_step, learners, engines; reason
     phase                                   phase = generate | reward | learn | sync | checkpoint | evaluate begins
     step/done                               seconds
     engine/ready suspect dead restarting stale healthy gone hedged         engine, pid, host, node, reason
@@ -15,7 +15,8 @@ stall detector, the tests of faults.
     checkpoint/saved skipped failed         path, seconds, reason
     node/lost node/joined                   node
     signal                                  name
-    stall                                   seconds, limit, action
+    process/started                         name, pid, host, node
+    stall                                   seconds, limit, action, stacks, processes, silent
     fault                                   point, action: a failpoint fired (failpoints.py)
 """
 

@@ -7,6 +7,7 @@ come back. What a stage brings along (engines, the reward actor) looks after its
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -79,6 +80,7 @@ class Training:
     _saved: set[int] = field(default_factory=set)  # steps of the checkpoints begun here
     _at: int = 0  # step of the checkpoint that everything now stands on; 0 = the start
     _failures: int = 0
+    exporter: Exporter | None = None
 
     def run(self) -> None:
         c, log = self.config, self.directory.events.log
@@ -93,15 +95,17 @@ class Training:
         log("run/start", **facts, total=self.total, learners=self.plan.learners, engines=self.plan.engines)
         open_log(self.directory.path, "controller", printed=False)
         run, first_s = self.directory.path, c.cluster.start_timeout_s
-        watch = StallDetector(run, c.watch, first_s, self.directory.events, lambda: processes_of(run))
+        self.watch = StallDetector(run, c.watch, first_s, self.directory.events, lambda: processes_of(run))
         try:
             with Cluster(c, self._log) as cluster, Progress(self.stage, self.total, first) as self.progress:
                 self.exporter = Exporter(run.name) if c.watch.prometheus else None
-                with watch as self.watch:
+                with self.watch:
                     self._until_done(cluster, found)
         except BaseException as e:
             stopped = isinstance(e, Interrupted | KeyboardInterrupt)
-            log("run/interrupted" if stopped else "run/failed", reason=f"{type(e).__name__}: {e}")
+            log("run/interrupted" if stopped else "run/failed", reason=f"{type(e).__name__}: {first_line(e)}")
+            if not stopped:
+                logging.getLogger(__name__).exception("the run failed")
             raise
         log("run/end")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tatar_dist.config import load_config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
-from tatar_dist.plan import ray_commands, resolve, split_rows
+from tatar_dist.plan import fewer_learners, ray_commands, resolve, split_of, split_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -128,3 +128,22 @@ def test_automatic_counts_always_fit_and_divide(nodes, gpus, tp, stage):
     p = plan(stage, f"cluster.nodes={nodes}", f"cluster.gpus_per_node={gpus}", f"rollout.tensor_parallel={tp}")
     assert p.learners >= 1 and p.gpus_used <= p.gpus
     assert p.split.ranks * p.split.accumulation * p.split.micro_batch == 128
+
+
+def test_colocated_engines_share_the_learners_gpus():
+    words = ["cluster.placement=colocated", "cluster.gpus_per_node=8", "cluster.learners=0", "rollout.engines=0"]
+    shared = plan("grpo", *words)
+    assert (shared.learners, shared.engines, shared.gpus_used) == (8, 8, 8) and shared.colocated
+    apart = plan("grpo", *words[1:])
+    assert (apart.learners, apart.engines, apart.gpus_used) == (4, 4, 8) and not apart.colocated
+    assert not plan("sft", words[0]).colocated
+    for more in (["rollout.tensor_parallel=2"], ["cluster.learners=4", "rollout.engines=5"]):
+        with pytest.raises(UserError, match="cluster.placement=colocated puts one engine on a learner's GPU"):
+            plan("grpo", *words, *more)
+
+
+def test_the_numbers_of_learners_that_a_run_may_go_on_with_divide_its_batch():
+    c = load_config([str(CONFIGS / "grpo.yaml")], ["grpo.prompts_per_step=6", "grpo.group_size=4"])
+    assert fewer_learners(c, "grpo", 8) == [6, 4, 3, 2, 1]
+    assert fewer_learners(c, "grpo", 1) == []
+    assert split_of(c, "grpo", 3).rows_per_rank == 8
