@@ -12,13 +12,10 @@ import os
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import ray
 
 from tatar_dist.checkpoint import Checkpoints
 from tatar_dist.cluster import Cluster
@@ -130,11 +127,13 @@ class Training:
                     if e.action != "restart":
                         raise
                     self.steps.hung()
+                if not hasattr(self.steps, "learners"):  # they never came up: more likely a mistake than a fault
+                    raise
                 self._failures += 1
                 self.directory.events.log("learners/failed", reason=str(e), failures=self._failures)
                 if self._failures > self.config.cluster.learner_restarts:
                     raise
-                with suppress(LearnersFailed), _learners_write():
+                with suppress(LearnersFailed):
                     self.checkpoints.poll()  # the one under way counts if all of it was written before
                 self.checkpoints.abandon()
                 self.steps.pause()
@@ -193,13 +192,12 @@ class Training:
                 self.exporter.step(metrics)
             self.progress.update(step + 1, metrics)
             cluster.note_nodes()
-            with _learners_write():
-                self.checkpoints.poll()
+            self.checkpoints.poll()
             every = self.config.checkpoint.every
             if last or (every and (step + 1) % every == 0):
                 self._save(step + 1, self.steps.sampler.state_dict(), metrics)
             if last:
-                self._finish()
+                self.checkpoints.finish()
             elif self.stop.requested:
                 self._stop(step + 1, self.steps.sampler.state_dict())
 
@@ -208,28 +206,14 @@ class Training:
         state = {"same": self._same(), "sampler": sampler}
         self._saved.add(step)
         self._at = step
-        with _learners_write():
-            self.checkpoints.save(step, state, self.steps.learners, metrics)
-
-    def _finish(self) -> None:
-        with _learners_write():
-            self.checkpoints.finish()
+        self.checkpoints.save(step, state, self.steps.learners, metrics)
 
     def _stop(self, step: int, sampler: dict[str, Any]) -> None:
         """Leave a checkpoint of `step` and end. Raises Interrupted."""
         self.directory.events.log("signal", name=self.stop.name)
         if step > self._at:
             self._save(step, sampler, {})
-        self._finish()
+        self.checkpoints.finish()
         raise Interrupted(
             f"stopped after step {step} of {self.total}; the same command continues there", self.stop.status
         )
-
-
-@contextmanager
-def _learners_write() -> Iterator[None]:
-    """A learner that dies while it writes a checkpoint is a learner that died."""
-    try:
-        yield
-    except ray.exceptions.RayActorError as e:
-        raise LearnersFailed(f"writing a checkpoint: {first_line(e)}") from e

@@ -27,18 +27,19 @@ def test_iaa_reward_depends_on_another_engines_images_and_iqa_reward_does_not(mo
     config = make_config(model_untied, "rollout.deterministic=true")
     with RunDirectory(config) as directory, Cluster(config) as cluster:
         pool = cluster.engines(2)
-        pool.started(pool.start(1))
+        pool.start(1)
+        pool.started()
         prompts = PromptSource(config, directory).batch(make_sampler(config), 4, 0)
         iaa = [p for p in prompts if p.sample.task == "iaa"]
         iqa = [p for p in prompts if p.sample.task == "iqa"]
         sampling = Sampling(4, 1.0, 40, 0, 0)
         # the first image of each task goes to engine 0, the second to engine 1
-        calls = [e.generate.remote([iaa[i], iqa[i]], sampling, 0) for i, e in enumerate(pool.engines)]
+        calls = [e.actor.generate.remote([iaa[i], iqa[i]], sampling, 0) for i, e in enumerate(pool.engines)]
         (iaa0, iqa0), (iaa1, iqa1) = ray.get(calls)
-        scorer = cluster.reward_actor()
+        scorer = cluster.scorer()
 
         def rewards(groups):
-            scored, _ = ray.get(scorer.score.remote(groups))
+            scored, _ = scorer.score(groups)
             return {s.group.prompt.group_id: s for s in scored}
 
         fixed_iaa, fixed_iqa = answering(iaa0, "50.00"), answering(iqa0, "50.00")

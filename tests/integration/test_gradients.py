@@ -62,11 +62,12 @@ def gradients(config, ranks: int, directory) -> dict[str, dict[str, np.ndarray]]
         tokens = sum(len(r.completion_ids) for r in rows)
         learners.sft_step(shard_rows(rows, ranks), MOVING, tokens)
         start = directory / f"start-{ranks}"
-        learners.save(start, False)
+        start.mkdir()
+        learners.save(start).result()
         before = weights(learners)
         learners.sft_step(shard_rows(rows, ranks), WARMUP, tokens)
         sft = weights(learners)
-        learners.load(start)
+        learners.load(start, ranks)
         assert all(np.array_equal(v, before[n]) for n, v in weights(learners).items())
         report = learners.grpo_step(shard_rows(rows, ranks), WARMUP)
         assert report.metrics["loss/kl"] > 1e-5  # or the reference would have no part in the gradient

@@ -12,7 +12,7 @@ from tatar_dist.learner.actor import WeightsOutOfSync
 from tatar_dist.plan import resolve
 from tatar_dist.prompt_source import PromptSource
 from tatar_dist.records import LearnerRow
-from tatar_dist.rollout.engine import RolloutEngine, Sampling
+from tatar_dist.rollout.engine import RolloutEngine, Sampling, WrongWeightVersion
 from tatar_dist.run_directory import RunDirectory
 from tatar_dist.sync.source import from_wire
 
@@ -33,9 +33,9 @@ class Rig:
         self.config, self.step = config, 0
         self.learners = cluster.learners(2)
         self.pool = cluster.engines(2, cls=engine_class)
-        started = self.pool.start(1)
+        self.pool.start(1)
         self.learners.setup("grpo", resolve(config, "grpo").split, 10)
-        self.pool.started(started)
+        self.pool.started()
         self.prompts = source.batch(make_sampler(config), config.grpo.prompts_per_step, 0)
 
     def generate(self):
@@ -108,8 +108,9 @@ def test_an_engine_refuses_to_sample_from_another_weight_version(model_untied, m
     config = make_config(model_untied, "rollout.engines=1")
     with RunDirectory(config) as directory, Cluster(config) as cluster:
         pool = cluster.engines(1)
-        pool.started(pool.start(2))
+        pool.start(2)
+        pool.started()
         prompts = PromptSource(config, directory).batch(make_sampler(config), 4, 0)
-        pool.version = 5  # as if a restarted engine, which holds the initial weights, were asked for version 5
-        with pytest.raises(Exception, match="holds weight version 0, asked for 5"):
-            pool.generate(prompts, Sampling(2, 1.0, 8))
+        # as if a restarted engine, which holds the initial weights, were asked for version 5
+        with pytest.raises(WrongWeightVersion, match="holds weight version 0, asked for 5"):
+            ray.get(pool.engines[0].actor.generate.remote(prompts, Sampling(2, 1.0, 8), 5))
