@@ -81,7 +81,8 @@ class Checkpoints:
             beside.mkdir(parents=True)
             files = learners.save(beside)
         except OSError as e:
-            return self._failed(final, beside, e, strict=not self.config.asynchronous)
+            files = Future()  # judged with those that fail later: whether it ends the run depends on who asks
+            files.set_exception(e)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,21 @@ def test_a_full_disk_at_the_end_is_an_error(tmp_path, asynchronous):
     with pytest.raises(UserError, match="step_000002: cannot write the checkpoint: No space left.*step_000001 is kept"):
         save(store, 2, learners=Failing(FULL))
     assert latest(tmp_path)[0] == kept and names(tmp_path) == ["latest", "step_000001"]
+
+
+def test_a_disk_known_to_be_full_before_a_byte_is_written_is_judged_like_one_that_fills_up(tmp_path, capsys):
+    class Refusing(Learners):
+        def save(self, directory: Path) -> Future[Files]:
+            raise FULL
+
+    store = checkpoints(tmp_path)
+    save(store, 1)
+    store.save(2, {"same": SAME}, Refusing(), {})
+    store.poll()
+    assert capsys.readouterr().err.count("Training goes on") == 1 and names(tmp_path) == ["latest", "step_000001"]
+    with pytest.raises(UserError, match="step_000003: cannot write the checkpoint: No space left"):
+        save(store, 3, learners=Refusing())
+    assert names(tmp_path) == ["latest", "step_000001"]
 
 
 def test_what_kills_the_learners_is_raised_and_leaves_no_half_directory(tmp_path):
