@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -22,6 +23,8 @@ GIB = 1 << 30
 MIN_RAM = 8 * GIB  # the demo peaks below it
 MIN_DISK = 10 * GIB  # its environment and runs
 MIN_SHM = 1 * GIB  # Ray's object store
+MIN_FILES = 65_536
+SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse.ceph", "glusterfs", "wekafs", "cifs", "smb", "9p")
 RAY_PORTS = {6379: "Ray's control store", 8265: "Ray's dashboard and jobs", 10001: "Ray's client"}
 PACKAGE = Path(__file__).parent
 BASE_MODEL = PACKAGE / "assets" / "tiny-qwen2_5-vl"
@@ -60,7 +63,9 @@ def run() -> list[Check]:
         _packages,
         _torch,
         _machine,
+        _cluster,
         _ports,
+        _paths,
         _photographs,
         _base_model,
     )
@@ -141,6 +146,39 @@ def _machine() -> Iterator[Check]:
         size = shutil.disk_usage(shm).free
         hint = "Ray keeps its objects there (docker: --shm-size=2g); else they go to disk, slowly"
         yield Check("/dev/shm", size >= MIN_SHM, False, f"{_gib(size)} free", hint)
+
+
+def _cluster() -> Iterator[Check]:
+    """What matters on a cluster: networks, limits, and whether this directory is shared by its nodes."""
+    import psutil
+
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    names = [
+        f"{name} {a.address}"
+        for name, addresses in sorted(psutil.net_if_addrs().items())
+        for a in addresses
+        if name in up and a.family == socket.AF_INET and name != "lo"
+    ]
+    hint = "one machine only; cluster.network_interface names the one to use where there are several"
+    yield Check("networks", bool(names), False, ", ".join(names) or "loopback only", hint)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    shown = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
+    enough = hard == resource.RLIM_INFINITY or hard >= MIN_FILES
+    hint = f"Ray raises its own limit up to that; {MIN_FILES} are advised (limits.conf, or the container's --ulimit)"
+    yield Check("open files", enough, False, f"{soft}, may be raised to {shown}", hint)
+    here = Path.cwd()
+    mounts = [m for m in psutil.disk_partitions(all=True) if here.is_relative_to(m.mountpoint)]
+    kind = max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else "unknown"
+    shared = "shared" if kind.startswith(SHARED) else "this machine's own, as far as its type says"
+    yield Check("file system here", True, False, f"{kind}: {shared} (checkpoint.storage)")
+
+
+def _paths() -> Iterator[Check]:
+    """Where each path of the pipeline has been run, so far as anyone knows."""
+    from tatar_dist.proven import PATHS
+
+    for path in PATHS:
+        yield Check(path.name, True, False, f"{path.status} ({path.key})")
 
 
 def _gib(n: float) -> str:

@@ -6,8 +6,10 @@ In: a config. Out: the paths it takes that nobody has run yet. Needs no package.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tatar_dist.config import Config
+if TYPE_CHECKING:
+    from tatar_dist.config import Config
 
 HERE = "run here"  # on CPU, in this repository's tests
 ONE_GPU = "run on one GPU"

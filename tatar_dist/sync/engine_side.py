@@ -1,10 +1,10 @@
-"""The engine's side of the GPU weight pushes, and sleep: written from vLLM 0.32's source, never run on a GPU.
+"""The engine's side of the GPU weight pushes: written from vLLM 0.32's source, never run on a GPU.
 
 `PushEngine` runs in every vLLM worker and takes an update by what it carries: a bucket from Ray's object store, an NCCL
 broadcast of learner rank 0, or CUDA IPC handles of learners on the same GPUs. One engine for all three, because one
-that joins late gets its weights through the object store, whatever the others use. `GpuPushes` and `Sleeping` are the
-methods of `RolloutEngine` that go with it. Workers of a tensor-parallel engine are processes of their own, which learn
-of `PushEngine` by importing this module for `EXTENSION`.
+that joins late gets its weights through the object store, whatever the others use. `engine_calls.py` has the methods of
+`RolloutEngine` that go with it. Workers of a tensor-parallel engine are processes of their own, which learn of
+`PushEngine` by importing this module for `EXTENSION`.
 """
 
 from __future__ import annotations
@@ -110,56 +110,3 @@ def register() -> None:
 
 
 register()
-
-
-class GpuPushes:
-    """`RolloutEngine`'s calls of a GPU push, between `start_update` and `finish_update`."""
-
-    llm: Any
-
-    def nccl_join(self, unique_id: str, rank: int, world_size: int, bucket_bytes: int) -> None:
-        """Join the group of `unique_id`; this engine's workers have the ranks from `rank` on. Waits for all others."""
-        nccl = {
-            "nccl_unique_id_b64": unique_id,
-            "rank_offset": rank,
-            "world_size": world_size,
-            "packed": True,
-            "packed_buffer_size_bytes": bucket_bytes,
-        }
-        self.llm.init_weight_transfer_engine({"init_info": {"nccl": nccl}})
-
-    def nccl_update(self, names: list[str], dtype_names: list[str], shapes: list[list[int]], timeout_s: float) -> None:
-        """Receive all weights, while learner rank 0 broadcasts them."""
-        update = {"names": names, "dtype_names": dtype_names, "shapes": shapes, "timeout_s": timeout_s}
-        self.llm.update_weights({"update_info": update})
-
-    def ipc_update(self, chunk: dict[str, Any]) -> None:
-        """Copy one chunk out of a learner's memory on the same GPU."""
-        self.llm.update_weights({"update_info": chunk})
-
-
-class Sleeping:
-    """Engines that share the learners' GPUs give their memory back while those work; on a CPU nothing happens."""
-
-    llm: Any
-    asleep = False
-
-    def sleep(self) -> None:
-        """Free weights and KV cache. Weights are outdated by the update anyway, a push follows every wake-up."""
-        if self._can_sleep() and not self.asleep:
-            self.llm.sleep(level=2)
-        self.asleep = True
-
-    def wake_for_update(self) -> None:
-        """Memory for weights, before a push into them; the KV cache's comes with `wake`."""
-        if self._can_sleep() and self.asleep:
-            self.llm.wake_up(tags=["weights"])
-
-    def wake(self) -> None:
-        """Memory for the KV cache, after a push: the engine can generate again."""
-        if self._can_sleep() and self.asleep:
-            self.llm.wake_up(tags=["kv_cache"])
-        self.asleep = False
-
-    def _can_sleep(self) -> bool:
-        return bool(self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode)
