@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,11 @@ from tatar_dist.config import Config, to_yaml
 from tatar_dist.errors import UserError
 from tatar_dist.events import Events
 from tatar_dist.failpoints import Failpoints
+from tatar_dist.interrupts import Interrupted
+from tatar_dist.process_log import open_log
 from tatar_dist.records import ScoredGroup
+
+IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of `ray job submit`
 
 
 class RunDirectory:
@@ -30,15 +38,18 @@ class RunDirectory:
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.output)
+        if IN_RAY_JOB in os.environ and not self.path.is_absolute():
+            raise UserError(
+                f"output={self.path}: a Ray job's working directory goes when the job ends: give an absolute path that "
+                "every node sees"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held as long as the run lives
         except OSError as e:
             raise UserError(f"output={self.path}: cannot write there: {e.strerror}") from e
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"output={self.path}: another process is running in this directory") from None
+        if not _locked(self._lock):
+            raise UserError(f"output={self.path}: another process is running in this directory")
         (self.path / "config.yaml").write_text(to_yaml(config))
         self.events = Events(self.path)
         self._failpoints = Failpoints(config.failpoints, str(self.path))
@@ -55,6 +66,23 @@ class RunDirectory:
         if self._writer is not None:
             self._writer.close()
         self._lock.close()
+
+    @contextmanager
+    def running(self, stage: str, total: int, first: int, learners: int, engines: int) -> Iterator[None]:
+        """Around the run of a stage: its start and its end stand in the event log, its log is open."""
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "stage": stage, "total": total, "from_step": first}
+        self.events.log("run/start", **facts, learners=learners, engines=engines)
+        open_log(self.path, "controller", printed=False)
+        try:
+            yield
+        except BaseException as e:
+            stopped = isinstance(e, Interrupted | KeyboardInterrupt)
+            cause = " ".join(str(getattr(e, "cause", None) or e).split())
+            self.events.log("run/interrupted" if stopped else "run/failed", reason=f"{type(e).__name__}: {cause[:500]}")
+            if not stopped:
+                logging.getLogger(__name__).exception("the run failed")
+            raise
+        self.events.log("run/end")
 
     def begin(self, phase: str, step: int) -> None:
         """A phase of the loop begins: it stands in the event log, and failpoints of the controller fire."""
@@ -123,6 +151,17 @@ class RunDirectory:
         write_rollouts(self.path / "rollouts" / name, step, scored)
         if replaced:
             write_rollouts(self.path / "rollouts" / "replaced" / name, step, replaced)
+
+
+def _locked(file: Any) -> bool:
+    """Take the lock. A few tries: `tatar-dist status` holds it for moments, to see whether a run does."""
+    for _ in range(10):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.05)
+    return False
 
 
 def _line(row: Mapping[str, Any]) -> str:

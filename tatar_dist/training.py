@@ -7,9 +7,6 @@ come back. What a stage brings along (engines, the reward actor) looks after its
 
 from __future__ import annotations
 
-import logging
-import os
-import socket
 import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -26,12 +23,10 @@ from tatar_dist.exporter import Exporter
 from tatar_dist.interrupts import Interrupted, Interrupts, StopAsked
 from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.plan import Plan, Stage, split_of
-from tatar_dist.process_log import open_log
 from tatar_dist.progress import Progress
 from tatar_dist.rollout.health import State
 from tatar_dist.run_directory import RunDirectory
 from tatar_dist.stall import StallDetector, Stalled, processes_of
-from tatar_dist.waiting import first_line
 
 Found = tuple[Path, dict[str, Any]] | None
 
@@ -80,7 +75,7 @@ class Training:
     exporter: Exporter | None = None
 
     def run(self) -> None:
-        c, log = self.config, self.directory.events.log
+        c = self.config
         self.checkpoints = Checkpoints(self.directory.path.absolute(), c.checkpoint, self.directory.events)
         found = self.checkpoints.resume(self._same()) if c.checkpoint.resume else None
         first = found[1]["step"] if found else 0
@@ -88,23 +83,16 @@ class Training:
         if first >= self.total:
             return
         self._initial = self.steps.sampler.state_dict()
-        facts = {"pid": os.getpid(), "host": socket.gethostname(), "stage": self.stage, "from_step": first}
-        log("run/start", **facts, total=self.total, learners=self.plan.learners, engines=self.plan.engines)
-        open_log(self.directory.path, "controller", printed=False)
         run, first_s = self.directory.path, c.cluster.start_timeout_s
         self.watch = StallDetector(run, c.watch, first_s, self.directory.events, lambda: processes_of(run))
-        try:
-            with Cluster(c, self._log) as cluster, Progress(self.stage, self.total, first) as self.progress:
-                self.exporter = Exporter(run.name) if c.watch.prometheus else None
-                with self.watch:
-                    self._until_done(cluster, found)
-        except BaseException as e:
-            stopped = isinstance(e, Interrupted | KeyboardInterrupt)
-            log("run/interrupted" if stopped else "run/failed", reason=f"{type(e).__name__}: {first_line(e)}")
-            if not stopped:
-                logging.getLogger(__name__).exception("the run failed")
-            raise
-        log("run/end")
+        with (
+            self.directory.running(self.stage, self.total, first, self.plan.learners, self.plan.engines),
+            Cluster(c, self._log) as cluster,
+            Progress(self.stage, self.total, first) as self.progress,
+            self.watch,
+        ):
+            self.exporter = Exporter(run.name) if c.watch.prometheus else None
+            self._until_done(cluster, found)
 
     def _log(self, event: str, **fields: Any) -> None:
         """What happens to the actors: into the event log; it is progress, and engine states are metrics."""

@@ -44,7 +44,11 @@ def run(config: Config) -> dict[str, Any]:
         if not samples:
             raise UserError("data.test: no usable sample")
         prompts = [source.prompt(s, f"eval/{s.dataset}/{s.sample_id}") for s in samples]
-        with Cluster(config) as cluster, Progress("evaluate", len(prompts), unit="image") as progress:
+        with (
+            directory.running("evaluate", len(prompts), 0, 0, plan.engines),
+            Cluster(config, directory.events.log) as cluster,
+            Progress("evaluate", len(prompts), unit="image") as progress,
+        ):
             pool = cluster.engines(plan.engines)
             scorer = cluster.scorer()
             pool.check = scorer.check = stop.leave_if_asked
