@@ -162,7 +162,8 @@ def test_f4_a_node_cut_off_and_back(make_run, cluster: RayCluster, hosts: Hosts,
 
 
 def test_a_node_that_never_comes_back_costs_its_share_only(make_run, cluster: RayCluster, hosts: Hosts, reference: Run):
-    run = make_run("fewer", "cluster.node_wait_s=5").start()
+    # the other host has room for one learner, not for two
+    run = make_run("fewer", "cluster.node_wait_s=5", "cluster.learner_cpus=2", "cluster.engine_cpus=1").start()
     run.until("phase", phase="learn", step=2)
     hosts[1].power_off()
     run.finish()
