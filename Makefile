@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test nightly bench lint format sft grpo eval
+.PHONY: help setup demo test test-cluster nightly bench lint format sft grpo eval
 
 # What .venv was made for; for a new one cuda where nvidia-smi works, else cpu. Demo and tests are for the CPU.
 DEVICE := $(or $(DEVICE),$(shell cat .venv/.device 2>/dev/null),$(if $(filter demo test nightly,$(MAKECMDGOALS)),cpu),$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu))
@@ -11,6 +11,7 @@ DEVICE := $(or $(DEVICE),$(shell cat .venv/.device 2>/dev/null),$(if $(filter de
 TORCH_INDEX ?=
 PYTHON ?=
 NODES ?=
+WAIT ?=
 ARGS ?=
 SMOKE ?=
 OUTPUT ?=
@@ -18,17 +19,21 @@ SMOKED := $(filter-out 0,$(SMOKE))
 export DEVICE TORCH_INDEX PYTHON
 
 RUN := .venv/bin/tatar-dist
-NODE_ARGS := $(if $(NODES),cluster.nodes=$(NODES))
+# several nodes: Slurm, an existing Ray cluster, or a development cluster here
+SEVERAL := $(filter-out 1,$(NODES))
+SUBMIT = .venv/bin/python launch/submit.py $@ $(NODES) $(if $(filter-out 0,$(WAIT)),--wait)
 
 help:
 	@echo "make setup [DEVICE=cpu|cuda] [TORCH_INDEX=…]  create .venv with everything in it (here: DEVICE=$(DEVICE))"
 	@echo "make demo [SMOKE=1] [OUTPUT=…] [ARGS=\"k=v …\"] data, SFT, GRPO, evaluation and report of a tiny model on this CPU"
 	@echo "make test                                     unit and integration tests on real Ray, vLLM and DeepSpeed"
 	@echo "make lint | format                            ruff and mypy | rewrite the formatting"
-	@echo "make sft|grpo|eval [NODES=n] [ARGS=\"k=v …\"]   the recipe of configs/*.yaml; ARGS=--dry-run prints the plan"
+	@echo "make test-cluster                             hosts as namespaces, Slurm, faults; as root, after .ci/packages"
+	@echo "make sft|grpo|eval [NODES=n] [ARGS=\"k=v …\"]   the recipe of configs/*.yaml; ARGS=--dry-run prints what would run"
+	@echo "                                              n > 1: by sbatch (WAIT=1 stays with it), to RAY_ADDRESS, or on n Ray nodes here"
 	@echo "make nightly                                  demo and probes with three seeds, mutations, benches: the README's figures"
 	@echo "make bench                                    timings beside their limits"
-	@echo "Still to come: test-cluster, bench-trl."
+	@echo "Still to come: bench-trl."
 
 setup:
 	@bash launch/setup.sh
@@ -38,6 +43,9 @@ demo: setup
 
 test: setup
 	@.venv/bin/python -m pytest tests/unit tests/integration $(ARGS)
+
+test-cluster: setup
+	@.venv/bin/python -m pytest tests/cluster $(ARGS)
 
 nightly: setup
 	@$(RUN) demo --output runs/nightly --seeds 3 $(ARGS)
@@ -58,8 +66,5 @@ format: setup
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
 
-sft grpo: setup
-	@$(RUN) $@ --config configs/$@.yaml $(NODE_ARGS) $(ARGS)
-
-eval: setup
-	@$(RUN) evaluate --config configs/eval.yaml $(NODE_ARGS) $(ARGS)
+sft grpo eval: setup
+	@$(if $(SEVERAL),$(SUBMIT),$(RUN) $(@:eval=evaluate)) --config configs/$@.yaml $(ARGS)

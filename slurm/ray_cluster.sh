@@ -11,6 +11,7 @@
 #   TATAR_INTERFACE      network device of the cluster's traffic, for example ib0; default: the address Slurm uses
 #   TATAR_START_TIMEOUT  seconds for all nodes to join (300)
 #   TATAR_MAX_REQUEUES   (20)
+#   TATAR_METRICS        1 = metrics for Prometheus, on ports that ask for no token (launch/ray_security.sh)
 #   TATAR_DASHBOARD      1 = Ray's dashboard, on the first node's loopback
 #   TATAR_TMPDIR         node-local directory with a short path for Ray's files (/tmp)
 #   TATAR_LOGS           shared directory for the nodes' logs and the job's token (runs/slurm)
@@ -145,10 +146,10 @@ wait_for() {
     wait "$1" || status=$?
 }
 
-# All nodes are in the cluster, or the job ends and says which one is not.
+# These nodes are in the cluster, or the job ends and says which one is not.
 wait_for_nodes() { # NAME=ADDRESS...
     local waiter i log timeout=${TATAR_START_TIMEOUT:-300}
-    "${container[@]}" python launch/ray_nodes.py "$RAY_ADDRESS" "$timeout" "$@" 2>"$TATAR_JOB/nodes.log" &
+    "${container[@]}" python launch/ray_nodes.py "$address" "$timeout" "$@" 2>"$TATAR_JOB/nodes.log" &
     waiter=$!
     while kill -0 "$waiter" 2>/dev/null; do
         wait -n "$waiter" "${steps[@]}" || true # the first to end, or a signal
@@ -162,7 +163,6 @@ wait_for_nodes() { # NAME=ADDRESS...
     done
     wait_for "$waiter"
     [[ $status == 0 ]] || die 1 "$(cat "$TATAR_JOB/nodes.log"); logs of the nodes are in $TATAR_JOB"
-    touch "$TATAR_JOB/up"
 }
 
 requeue_or_exit() { # STATUS
@@ -226,28 +226,29 @@ run_stage() { # STAGE ARGUMENTS...
     mkdir -p "$TATAR_JOB"
     TATAR_JOB=$(cd "$TATAR_JOB" && pwd)
     rm -f "$TATAR_JOB/up"
-    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$TATAR_JOB/token
-    rm -f "$RAY_AUTH_TOKEN_PATH"
-    (umask 077 && head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
+    rm -f "$TATAR_JOB/token"
+    export RAY_AUTH_TOKEN_PATH=$TATAR_JOB/token
+    source launch/ray_security.sh
     unset RAY_ADDRESS
     trap forward USR1 TERM
     trap clean_up EXIT
 
-    for i in "${!nodes[@]}"; do
-        if ((i == 0)); then
-            head_command "${addresses[0]}" "$port"
-        else
-            worker_command "${addresses[i]}" "${addresses[0]}" "$port"
-        fi
+    head_command "${addresses[0]}" "$port"
+    on_node "${nodes[0]}" "$TATAR_JOB/${nodes[0]}.log" node "${command[@]}"
+    steps+=($!)
+    address=${addresses[0]}:$port
+    wait_for_nodes "${pairs[0]}"
+    for ((i = 1; i < ${#nodes[@]}; i++)); do
+        worker_command "${addresses[i]}" "${addresses[0]}" "$port"
         on_node "${nodes[i]}" "$TATAR_JOB/${nodes[i]}.log" node "${command[@]}"
         steps+=($!)
     done
-    export RAY_ADDRESS=${addresses[0]}:$port
     wait_for_nodes "${pairs[@]}"
+    touch "$TATAR_JOB/up"
     [[ -z $interrupted ]] || requeue_or_exit 75
 
     say "Ray is up on ${#nodes[@]} node(s), driver on ${nodes[0]}"
-    "${step[@]}" --nodelist="${nodes[0]}" bash slurm/ray_cluster.sh driver python "$script" "${arguments[@]}" &
+    RAY_ADDRESS=$address "${step[@]}" --nodelist="${nodes[0]}" bash slurm/ray_cluster.sh driver python "$script" "${arguments[@]}" &
     driver_pid=$!
     [[ -z $interrupted ]] || forward # it came in between
     wait_for "$driver_pid"
