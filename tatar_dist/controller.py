@@ -6,6 +6,7 @@ In: a checked config. Out: a run directory (see run_directory.py) whose `checkpo
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,10 +20,13 @@ from tatar_dist.interrupts import Interrupts, StopAsked
 from tatar_dist.learner.sharding import global_weights, shard_groups
 from tatar_dist.plan import resolve
 from tatar_dist.prompt_source import PromptSource, read_manifests
+from tatar_dist.proven import unproven, warnings_for
 from tatar_dist.records import ScoredGroup
 from tatar_dist.rewards.presets import load_preset
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.run_directory import RunDirectory
+from tatar_dist.sync.transports import gpu_push
+from tatar_dist.sync.verify import PROMPTS, verify
 from tatar_dist.training import Steps, Training
 
 
@@ -55,13 +59,21 @@ class GRPOSteps(Steps):
         self.pool, self.scorer = cluster.engines(self.engines), cluster.scorer()
         self.pool.weights = lambda: self.learners.weight_buckets(self.config.rollout.bucket_mib << 20)
         self.pool.start(cluster.threads(self.engines))
+        self.transport, self.colocated = gpu_push(self.config), cluster.colocated
+        for warning in warnings_for(self.config):
+            print(f"tatar-dist: {warning}", file=sys.stderr)
 
     def ready(self, step: int, changed: bool) -> None:
         self.pool.progress = self.watch.progress
         with self._may_stop():
             self.pool.started()
-        if changed:
+        check = unproven(self.config)
+        if changed or check:
             self._push(step)
+        if check:
+            state = self.sampler.state_dict()
+            verify(self.pool, self.learners, self.source.batch(self.sampler, PROMPTS, step), self.config)
+            self.sampler.load_state_dict(state)
 
     def pause(self) -> None:
         self.pool.end_starts()
@@ -71,6 +83,8 @@ class GRPOSteps(Steps):
 
     def _push(self, version: int) -> dict[str, float]:
         assert self.pool.weights is not None
+        if self.transport is not None:
+            return self.pool.push_by(self.transport, self.learners, version)
         return self.pool.push(self.pool.weights(), version)
 
     def step(self, step: int, last: bool) -> dict[str, float]:
@@ -87,6 +101,8 @@ class GRPOSteps(Steps):
         scored = batch.scored
         self.directory.rollouts(step, scored, batch.replaced)  # before anything can go wrong: the update's evidence
         weights = global_weights(scored, g.aggregation, r.max_new_tokens, g.mask_truncated)
+        if self.colocated:
+            self.pool.sleep()
         self.directory.begin("learn", step)
         t0 = time.perf_counter()
         report = self.learners.grpo_step(shard_groups(scored, len(self.learners.actors), weights), step)

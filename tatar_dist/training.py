@@ -92,7 +92,10 @@ class Training:
             self.watch,
         ):
             self.exporter = Exporter(run.name) if c.watch.prometheus else None
-            self._until_done(cluster, found)
+            try:
+                self._until_done(cluster, found)
+            finally:
+                self.checkpoints.abandon()  # its thread must not use a Ray that is shut down
 
     def _log(self, event: str, **fields: Any) -> None:
         """What happens to the actors: into the event log; it is progress, and engine states are metrics."""

@@ -22,6 +22,7 @@ from tatar_dist.failpoints import Failpoints
 from tatar_dist.process import process_facts
 from tatar_dist.process_log import open_log
 from tatar_dist.records import Completion, Group, Prompt
+from tatar_dist.sync.engine_calls import GpuPushes, Sleeping
 
 FORBIDDEN_BIAS = -100.0  # vLLM's smallest logit bias; exp(-100) is 0 beside any sampled token in float32
 
@@ -52,7 +53,7 @@ def group_seed(seed: int, step: int, sample_id: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-class RolloutEngine:
+class RolloutEngine(GpuPushes, Sleeping):
     """A vLLM engine in this process."""
 
     def __init__(self, config: Config, index: int) -> None:
@@ -165,6 +166,7 @@ class RolloutEngine:
     def start_update(self, version: int) -> None:
         """Begin a weight push; the engine serves nothing until `finish_update`."""
         self._updating, self.version = version, -1
+        self.wake_for_update()
         self.llm.start_weight_update()
 
     def update(self, bucket: Any) -> int:
@@ -177,6 +179,7 @@ class RolloutEngine:
         """End the push, drop every cache that depends on weights, take the new version. Returns it."""
         assert self._updating is not None, "finish_update without start_update"
         self.llm.finish_weight_update(weight_version=str(self._updating))
+        self.wake()
         self._reset_caches()
         self.version, self._updating = self._updating, None
         return self.version

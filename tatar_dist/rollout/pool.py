@@ -22,6 +22,7 @@ from tatar_dist.records import Group, Prompt
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.health import Health, State
 from tatar_dist.rollout.verification import problem
+from tatar_dist.sync.transports import Push
 from tatar_dist.waiting import TICK_S, error_of, first_line, wait_all
 
 ATTEMPTS = 3  # engines that may fail on one prompt before the prompt is blamed
@@ -283,15 +284,43 @@ class RolloutPool:
         and restarted; one that is suspect or starting misses the push and gets the weights before it serves again.
         Returns sync/seconds and sync/bytes.
         """
+        return self._push(version, lambda takers: self._send(takers, buckets, version))
+
+    def push_by(self, transport: Push, learners: Any, version: int) -> dict[str, float]:
+        """As `push`, by another way than buckets (sync/transports.py)."""
+
+        def send(takers: list[Engine]) -> int:
+            try:
+                failed, each = transport.push(learners, {e.health.index: e.actor for e in takers}, version)
+            except BaseException:
+                for e in takers:
+                    self._lose(e, "weight push cut short")
+                raise
+            for e in takers:
+                if e.health.index in failed:
+                    self._lose(e, failed[e.health.index])
+                else:
+                    e.version = version
+                    e.health.current()
+            return each * (len(takers) - len(failed))
+
+        return self._push(version, send)
+
+    def _push(self, version: int, send: Callable[[list[Engine]], int]) -> dict[str, float]:
         start = time.perf_counter()
         self.version = version
-        busy = [e for e in self.engines if e.call is not None and e.health.state is State.HEALTHY]
-        for e in busy:  # with a call that nobody waits for any more
-            e.health.missed_push()
+        for e in self.engines:  # with a call that nobody waits for any more
+            if e.call is not None and e.health.state is State.HEALTHY:
+                e.health.missed_push()
         takers = [e for e in self.engines if e.health.state in (State.HEALTHY, State.STALE) and e.call is None]
-        sent = self._send(takers, buckets, version)
+        sent = send(takers)
         self.log("push/done", version=version, engines=[e.health.index for e in takers if e.version == version])
         return {"sync/seconds": time.perf_counter() - start, "sync/bytes": float(sent)}
+
+    def sleep(self) -> None:
+        """Colocated engines give their memory to the learners; the next push wakes them."""
+        idle = [e for e in self.engines if e.idle]
+        self._all(idle, lambda e: e.actor.sleep.remote(), "going to sleep")
 
     def _send(self, takers: list[Engine], buckets: Iterable[Any], version: int) -> int:
         """Push to `takers`; those that do not make it are lost. Exhausts `buckets`: gathering is collective."""
@@ -299,7 +328,7 @@ class RolloutPool:
         sent = 0
         try:
             for bucket in buckets:
-                left, sizes = self._all(left, lambda e, bucket=bucket: e.actor.update.remote(bucket), bucket)
+                left, sizes = self._all(left, lambda e, bucket=bucket: e.actor.update.remote(bucket), given=bucket)
                 sent += sum(sizes)
         except BaseException:  # the learners died half-way: an engine with half of the weights cannot be updated again
             for e in left:
@@ -311,7 +340,7 @@ class RolloutPool:
         return sent
 
     def _all(
-        self, takers: list[Engine], call: Callable[[Engine], Any], given: Any = None
+        self, takers: list[Engine], call: Callable[[Engine], Any], doing: str = "weight push", given: Any = None
     ) -> tuple[list[Engine], list[Any]]:
         """One call on each; the engines that answered within `rollout.push_timeout_s`, and their answers.
 
@@ -332,7 +361,7 @@ class RolloutPool:
                 self.log(
                     "push/late", engine=e.health.index, version=self.version, reason=f"no answer within {limit:g} s"
                 )
-                self._lose(e, f"weight push: no answer within {limit:g} s")
+                self._lose(e, f"{doing}: no answer within {limit:g} s")
                 continue
             try:
                 answers.append(ray.get(ref))
@@ -340,7 +369,7 @@ class RolloutPool:
             except ray.exceptions.RayError as error:
                 if given is not None and (failed := error_of(given)):
                     raise LearnersFailed(f"gathering weights: {first_line(failed)}") from failed
-                self._lose(e, f"weight push: {first_line(error)}")
+                self._lose(e, f"{doing}: {first_line(error)}")
         return kept, answers
 
     def states(self) -> dict[int, str]:

@@ -112,7 +112,6 @@ class IpcPush:
 
     def push(self, learners: Any, engines: Engines, version: int) -> tuple[dict[int, str], int]:
         sync, sent = _Round(engines, self.limit), 0
-        sync.call("waking up", lambda i, e: e.wake_for_update.remote())
         sync.call("starting a weight push", lambda i, e: e.start_update.remote(version))
         while True:  # to the end, whoever fails: gathering is collective
             parts = _learners([a.ipc_next.remote(self.bucket) for a in learners.actors], self.limit, "gathering")
@@ -123,7 +122,6 @@ class IpcPush:
             sent += sum(chunk["tensor_sizes"])
             sync.wait("weight push", {i: e.ipc_update.remote(chunk) for i, e in sync.left.items()})
         sync.call("finishing a weight push", lambda i, e: e.finish_update.remote())
-        sync.call("waking up", lambda i, e: e.wake.remote())
         return sync.failed, sent
 
 
