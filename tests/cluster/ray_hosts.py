@@ -31,27 +31,31 @@ COMMON = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "RAY_USAGE_STATS_
 class RayCluster:
     """`env` is what a client needs. Logs of `ray start` are in `directory`, Ray's own in /tmp/ray of each host."""
 
-    def __init__(self, hosts: Hosts, directory: Path, cpus: int = 4) -> None:
+    def __init__(
+        self, hosts: Hosts, directory: Path, cpus: int = 4, metrics: bool = False, dashboard: bool = False
+    ) -> None:
         self.hosts, self.directory, self.cpus = hosts, directory, cpus
+        self._dashboard = [f"--include-dashboard={str(dashboard).lower()}"]  # at the head's 127.0.0.1:8265
         self.address = f"{hosts[0].ip}:{PORT}"
         token = directory / "ray-token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(24))
-        self._node_env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **QUICK, **COMMON}
-        self.env = {**self._node_env, "RAY_ADDRESS": self.address}
+        self.env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **COMMON, "RAY_ADDRESS": self.address}
+        self._node_env = {**self.env, **QUICK, "TATAR_METRICS": str(int(metrics))}
+        del self._node_env["RAY_ADDRESS"]
         self._starts: dict[str, subprocess.Popen[str]] = {}
         for host in hosts:
             self._ray_start(host)
         self.wait_for([*hosts])
 
     def _ray_start(self, host: Host) -> None:
-        where = ["--head", f"--port={PORT}"] if host is self.hosts[0] else [f"--address={self.address}"]
+        head = ["--head", f"--port={PORT}", *self._dashboard]
+        where = head if host is self.hosts[0] else [f"--address={self.address}"]
         command = [
+            *("bash", "-c", 'source launch/ray_security.sh; exec "$@"', "bash"),
             *(sys.executable, "-m", "ray.scripts.scripts", "start", *where, f"--node-ip-address={host.ip}"),
-            *(f"--num-cpus={self.cpus}", "--object-store-memory=200000000", "--include-dashboard=false", "--block"),
+            *(f"--num-cpus={self.cpus}", "--object-store-memory=200000000", "--block"),
         ]
-        if host is not self.hosts[0]:
-            command.remove("--include-dashboard=false")
         with (self.directory / f"ray-{host.name}.log").open("a") as log:
             self._starts[host.name] = host.popen(
                 command, cwd=ROOT, env=self._node_env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
