@@ -52,6 +52,8 @@ nightly: setup
 	@$(RUN) probes --output runs/probes --seeds 3 $(ARGS)
 	@.venv/bin/python tests/mutations.py
 	@FUZZ_EXAMPLES=100000 .venv/bin/python -m pytest --timeout 3600 $$(grep -l FUZZ_EXAMPLES tests/unit/test_*.py)
+	@.venv/bin/python tests/cluster/chaos.py --minutes 30 --seed 30 --output runs/chaos
+	@$(RUN) bench simulate
 	@$(MAKE) bench
 
 bench: setup
