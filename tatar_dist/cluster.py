@@ -6,10 +6,12 @@ staleness 0, so each side has threads for all of them (`Cluster.threads`), and i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,10 +50,14 @@ CPU_ENGINE_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "
 
 def _require_token() -> None:
     """Token authentication for the Ray we start: nobody else on this machine may submit work to it."""
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        ray._raylet.Config.initialize("")  # Ray cached the mode when it was imported
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    fd, path = tempfile.mkstemp(prefix="tatar-ray-token-")  # mode 600
+    with os.fdopen(fd, "w") as f:
+        f.write(secrets.token_hex(32))
+    atexit.register(Path(path).unlink, missing_ok=True)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": path}
+    ray._raylet.Config.initialize("")  # Ray cached the mode when it was imported
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -265,10 +271,6 @@ class Cluster:
     def engines(self, count: int, version: int = 0, cls: type[RolloutEngine] = RolloutEngine) -> RolloutPool:
         """A pool of `count` engines, spread over the nodes; none is started yet."""
         r, c = self.config.rollout, self.config.cluster
-        if r.tensor_parallel > 1:
-            raise UserError(
-                f"rollout.tensor_parallel={r.tensor_parallel}: only 1 runs so far; use more engines, each on one GPU"
-            )
         shared = self.colocated and self._bundles is not None  # an evaluation has engines only
         gpus = (0.5 if shared else r.tensor_parallel) if self.gpu else 0
         if not shared:
@@ -280,6 +282,7 @@ class Cluster:
             "VLLM_CPU_KVCACHE_SPACE": str(r.cpu_kv_cache_gib),
             "OMP_NUM_THREADS": str(self.threads(count)),
             **self._network_env(),
+            "GLOO_SOCKET_IFNAME": "lo",  # an engine's workers are on one node, and gloo answers strangers
             **({} if self.gpu else CPU_ENGINE_ENV),
         }
 

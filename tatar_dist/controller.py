@@ -62,13 +62,16 @@ class GRPOSteps(Steps):
         self.transport, self.colocated = gpu_push(self.config), cluster.colocated
         for warning in warnings_for(self.config):
             print(f"tatar-dist: {warning}", file=sys.stderr)
+        if self.colocated:  # one after the other: both measure how much of the GPU is free
+            self.pool.started()
+            self.pool.sleep()
 
     def ready(self, step: int, changed: bool) -> None:
         self.pool.progress = self.watch.progress
         with self._may_stop():
             self.pool.started()
         check = unproven(self.config)
-        if changed or check:
+        if changed or check or self.colocated:
             self._push(step)
         if check:
             state = self.sampler.state_dict()

@@ -74,13 +74,15 @@ class RolloutEngine(GpuPushes, Sleeping):
         from vllm.config.weight_transfer import WeightTransferConfig
 
         from tatar_dist.backbones import family
-        from tatar_dist.sync import object_store
+        from tatar_dist.sync import engine_side
 
-        object_store.register()
         gpu = torch.cuda.is_available()
         options: dict[str, Any] = {}
         if gpu:
             options["gpu_memory_utilization"] = r.gpu_memory_utilization
+            options["enable_sleep_mode"] = self.config.cluster.placement == "colocated"
+            if r.tensor_parallel > 1:
+                options["distributed_executor_backend"] = "mp"  # in a placement group vLLM would choose Ray
         else:
             torch.set_num_threads(threads)
             # A seeded request whose prefill is chunked crashes vLLM's CPU sampler: leave room for all prompts at once.
@@ -96,7 +98,8 @@ class RolloutEngine(GpuPushes, Sleeping):
             mm_processor_kwargs={"min_pixels": m.min_pixels, "max_pixels": m.max_pixels},
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
-            weight_transfer_config=WeightTransferConfig(backend=object_store.BACKEND),
+            weight_transfer_config=WeightTransferConfig(backend=engine_side.BACKEND),
+            worker_extension_cls=engine_side.EXTENSION,
             # Where JSON allows any number of blanks, a model may go on with blanks until it is cut off.
             structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             disable_log_stats=True,

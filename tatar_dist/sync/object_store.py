@@ -1,7 +1,7 @@
 """The engine's side of a weight push: a vLLM weight-transfer engine fed by buckets from Ray's object store.
 
-It works on CPU and GPU, across nodes, and lets engines join or leave. Registered with vLLM's own factory under
-`object_store`; runs inside each vLLM worker. Two traps of vLLM 0.32 are handled here: parameters are repacked for CPU
+It works on CPU and GPU, across nodes, and lets engines join or leave. Runs inside each vLLM worker, as a part of
+`engine_side.PushEngine`. Two traps of vLLM 0.32 are handled here: parameters are repacked for CPU
 kernels, so the layerwise reload must frame every update, and a tied lm_head keeps its old packed copy after a reload.
 """
 
@@ -12,11 +12,8 @@ from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from tatar_dist.sync.source import Wire, from_wire
-
-BACKEND = "object_store"
 
 
 @dataclass
@@ -70,9 +67,3 @@ def refresh_tied_head(model: Any) -> None:
     head, embedding = getattr(text, "lm_head", None), text.model.embed_tokens
     if head is not None and head.weight.data_ptr() == embedding.weight.data_ptr():
         head.quant_method.process_weights_after_loading(head)
-
-
-def register() -> None:
-    """Make the backend known to vLLM in this process; safe to call again."""
-    if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, ObjectStoreWeightTransferEngine)
