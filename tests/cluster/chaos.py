@@ -35,7 +35,7 @@ from tatar_dist.data.writing import write_manifest
 from tatar_dist.status import RunFiles
 from tatar_dist.tiny.build import build
 
-STEPS_A_MINUTE = 12
+STEPS_A_MINUTE = 15
 RECOVERS_S = 240  # a fault after which no step follows within this time was not survived
 CONTROLLER_STATUS = {"controller killed": -9, "preempted": 75}
 WORDS = [
@@ -72,8 +72,8 @@ class Chaos:
 
     def go(self, minutes: float) -> None:
         """Faults until the run is over or the time is up, then the rest of the steps in peace."""
-        end = time.monotonic() + minutes * 60
         self._wait_for_step(0.0)
+        end = time.monotonic() + minutes * 60
         kinds: list[str] = []
         while time.monotonic() < end and not self._over():
             time.sleep(self.random.uniform(1, 8))  # anywhere in a step
@@ -199,7 +199,8 @@ def figures(chaos: Chaos, run: Run, seconds: float, seed: int, steps: int) -> di
 
 def table(found: dict[str, Any]) -> Table:
     title = f"chaos, seed {found['seed']}: {found['faults']} faults in {found['minutes']} min, {found['steps']} steps"
-    rows = Table(title=title, caption=f"{found['steps_made_again']} steps made again; from the fault to the next step")
+    caption = f"{found['steps_made_again']} steps made again; times are from a fault to the next step"
+    rows = Table(title=title, caption=caption, min_width=len(title) + 4, title_justify="left", caption_justify="left")
     for column in ("fault", "times", "median, s", "longest, s"):
         rows.add_column(column, justify="left" if column == "fault" else "right")
     for kind, k in found["kinds"].items():
