@@ -222,7 +222,9 @@ run_stage() { # STAGE ARGUMENTS...
     port=$(first_port "$SLURM_JOB_ID")
     until ports_are_free "${addresses[0]}" "$port"; do port=$((port + 4)); done
 
-    export TATAR_JOB=${TATAR_LOGS:-runs/slurm}/job-$SLURM_JOB_ID TATAR_STAGE=$stage PYTHONUNBUFFERED=1 SLURM_CPU_BIND=none
+    export TATAR_JOB=${TATAR_LOGS:-runs/slurm}/job-$SLURM_JOB_ID TATAR_STAGE=$stage PYTHONUNBUFFERED=1
+    # a step of one task would be bound to one core, and all of Ray with it
+    if ! scontrol show config | grep -q '^TaskPlugin .*task/none'; then export SLURM_CPU_BIND=none; fi
     mkdir -p "$TATAR_JOB"
     TATAR_JOB=$(cd "$TATAR_JOB" && pwd)
     rm -f "$TATAR_JOB/up"
