@@ -10,8 +10,10 @@ import atexit
 import contextlib
 import os
 import secrets
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -95,6 +97,7 @@ class Cluster:
     def _start(self) -> None:
         c = self.config.cluster
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             if self.address:
                 ray.init(address=self.address, **quiet)
@@ -113,6 +116,9 @@ class Cluster:
             raise UserError(
                 f"Ray did not start: {str(e).strip().splitlines()[0]} (cluster.address={self.address})"
             ) from e
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # ray.init takes it for itself: no checkpoint, no clean end
 
     def threads(self, processes: int) -> int:
         """CPU threads for each of `processes` equal processes that work at the same time."""
