@@ -16,7 +16,6 @@ import shutil
 import statistics
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -193,13 +192,41 @@ def figures(chaos: Chaos, run: Run, seconds: float, seed: int, steps: int) -> di
         "kinds": kinds,
         "driver_starts": len(run.events("run/start")),
         "learner_restarts": len(run.events("learners/restarting")),
-        "engine_restarts": Counter(e["event"] for e in run.events())["engine/restarting"],
+        "engine_restarts": len(run.events("engine/restarting")),
+        **recoveries(run),
+    }
+
+
+def recoveries(run: Run) -> dict[str, float | None]:
+    """Median seconds, from the event log: the first start; a dead engine's way back; learners' restart with their load."""
+    events = run.events()
+
+    def after(start: dict[str, Any], name: str, **fields: Any) -> dict[str, Any] | None:
+        later = (e for e in events if e["time"] >= start["time"] and e["event"] == name)
+        return next((e for e in later if fields.items() <= e.items()), None)
+
+    def median(starts: str, ends: str, *same: str) -> float | None:
+        pairs = [(e, after(e, ends, **{k: e[k] for k in same})) for e in run.events(starts)]
+        found = [end["time"] - e["time"] for e, end in pairs if end]
+        return round(statistics.median(found), 1) if found else None
+
+    first = run.events("run/start")[0]
+    begun, loads = after(first, "phase"), [e["seconds"] for e in run.events("engine/ready")]
+    return {
+        "first_start_s": round(begun["time"] - first["time"], 1) if begun else None,
+        "engine_load_s": round(statistics.median(loads), 1),
+        "engine_dead_to_healthy_s": median("engine/dead", "engine/healthy", "engine"),
+        "learners_failed_to_restored_s": median("learners/failed", "learners/restored"),
     }
 
 
 def table(found: dict[str, Any]) -> Table:
     title = f"chaos, seed {found['seed']}: {found['faults']} faults in {found['minutes']} min, {found['steps']} steps"
-    caption = f"{found['steps_made_again']} steps made again; times are from a fault to the next step"
+    caption = (
+        f"{found['steps_made_again']} steps made again; times are from a fault to the next step. A start takes "
+        f"{found['first_start_s']} s, a dead engine is back after {found['engine_dead_to_healthy_s']} s, of which "
+        f"loading takes {found['engine_load_s']} s; learners after {found['learners_failed_to_restored_s']} s"
+    )
     rows = Table(title=title, caption=caption, min_width=len(title) + 4, title_justify="left", caption_justify="left")
     for column in ("fault", "times", "median, s", "longest, s"):
         rows.add_column(column, justify="left" if column == "fault" else "right")
