@@ -104,8 +104,7 @@ class GRPOSteps(Steps):
         scored = batch.scored
         self.directory.rollouts(step, scored, batch.replaced)  # before anything can go wrong: the update's evidence
         weights = global_weights(scored, g.aggregation, r.max_new_tokens, g.mask_truncated)
-        if self.colocated:
-            self.pool.sleep()
+        self.pool.sleep() if self.colocated else self.pool.tend()  # what is to be restarted loads meanwhile
         self.directory.begin("learn", step)
         t0 = time.perf_counter()
         report = self.learners.grpo_step(shard_groups(scored, len(self.learners.actors), weights), step)

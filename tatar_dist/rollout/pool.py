@@ -120,8 +120,8 @@ class RolloutPool:
             if e.call is not None:
                 self._lose(e, "did not answer when the run stalled")
 
-    def _tend(self) -> None:
-        """Restart what is due."""
+    def tend(self) -> None:
+        """Restart what is due. Raises EngineFailed: too few are left."""
         now = time.monotonic()
         for e in self.engines:
             if e.health.due(now):
@@ -182,7 +182,7 @@ class RolloutPool:
                 if queue and not more():
                     queue.clear()
                     continue
-                self._tend()
+                self.tend()
                 self._hand_out(queue, sampling)
                 for e in self._answers():
                     yield from self._take(e, queue, sampling)

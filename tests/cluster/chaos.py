@@ -198,7 +198,7 @@ def figures(chaos: Chaos, run: Run, seconds: float, seed: int, steps: int) -> di
 
 
 def recoveries(run: Run) -> dict[str, float | None]:
-    """Median seconds, from the event log: the first start; a dead engine's way back; learners' restart with their load."""
+    """Median seconds, from the event log: the first start, the way back of dead engines and of failed learners."""
     events = run.events()
 
     def after(start: dict[str, Any], name: str, **fields: Any) -> dict[str, Any] | None:
