@@ -26,6 +26,7 @@ from tatar_dist.interrupts import Interrupted
 from tatar_dist.process_log import open_log
 from tatar_dist.records import ScoredGroup
 
+LEASE_S = 120.0
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of `ray job submit`
 
 
@@ -154,8 +155,10 @@ class RunDirectory:
 
 
 def _locked(file: Any) -> bool:
-    """Take the lock. A few tries: `tatar-dist status` holds it for moments, to see whether a run does."""
-    for _ in range(10):
+    """Take the lock, in several tries: `tatar-dist status` holds it for moments, to see whether a run does; and for a
+    node that died a network file system holds it until the lease is over, when Slurm has started the job again."""
+    deadline = time.monotonic() + (LEASE_S if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.5)
+    while time.monotonic() < deadline:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True

@@ -17,7 +17,11 @@ ENGINE_FAULTS = {  # step -> failpoint; F1, F5, F11, F2
     3: "engine.update:kill:version=4:engine=1",
     4: "engine.generate:stop:step=4",
 }
-LEARNER_FAULTS = ("learner.backward:kill:step=3:rank=1", "controller.learn:kill:step=4")  # F3, F6
+LEARNER_FAULTS = (  # a straggler that is hedged, F3, F6
+    "engine.generate:stop:step=1:engine=0",
+    "learner.backward:kill:step=3:rank=1",
+    "controller.learn:kill:step=4",
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,7 @@ def engine_faults(make_run) -> Run:
 
 @pytest.fixture(scope="module")
 def learner_faults(make_run) -> Run:
-    run = make_run("learners", failpoints(*LEARNER_FAULTS), "checkpoint.every=2").start()
+    run = make_run("learners", failpoints(*LEARNER_FAULTS), "checkpoint.every=2", "rollout.hedge=true").start()
     assert run.wait() == -9, run.said[-3000:]
     return run.start().finish()
 
@@ -123,6 +127,17 @@ def test_f11_a_receiver_dies_in_a_weight_push(engine_faults: Run, reference: Run
     push = next(e for e in engine_faults.events("push/done") if e["version"] == 4)
     assert 1 not in push["engines"]
     assert_same(engine_faults, reference)
+
+
+def test_a_stragglers_prompt_is_hedged(learner_faults: Run, reference: Run):
+    (event,) = [e for e in learner_faults.events("fault") if e["action"] == "stop"]
+    suspect = learner_faults.events("engine/suspect")[0]
+    hedged = learner_faults.events("engine/hedged")[0]
+    assert suspect["engine"] == hedged["engine"] == event["engine"] == 0 and hedged["step"] == suspect["step"] == 1
+    done = next(e for e in learner_faults.events("step/done") if e["step"] == 1)
+    dead = next(e for e in learner_faults.events("engine/dead") if e["engine"] == 0)
+    assert hedged["time"] < done["time"] < dead["time"]  # the step did not wait for the straggler's end
+    assert_same(learner_faults, reference)
 
 
 def test_f3_a_learner_killed_in_backward(learner_faults: Run, reference: Run):
