@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from hosts import Hosts, wait_until
-
 from slurm import Slurm
+
 from tatar_dist.events import read_events
 
 ROOT = Path(__file__).parents[2]
