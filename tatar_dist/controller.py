@@ -47,7 +47,7 @@ def make_sampler(config: Config) -> PromptSampler:
 
 
 class GRPOSteps(Steps):
-    """Generate, score, learn, push. Engines and reward actor survive the learners' restarts."""
+    """Generate, score, learn, push. Reward actor and engines, unless colocated, survive the learners' restarts."""
 
     def __init__(self, config: Config, directory: RunDirectory, stop: Interrupts, engines: int) -> None:
         self.config, self.directory, self.stop, self.engines = config, directory, stop, engines
@@ -63,11 +63,13 @@ class GRPOSteps(Steps):
         for warning in warnings_for(self.config):
             print(f"tatar-dist: {warning}", file=sys.stderr)
         if self.colocated:  # one after the other: both measure how much of the GPU is free
-            self.pool.started()
+            with self._may_stop():
+                self.pool.started()
             self.pool.sleep()
 
     def ready(self, step: int, changed: bool) -> None:
         self.pool.progress = self.watch.progress
+        self.pool.places = len(self.learners.actors) if self.colocated else None
         with self._may_stop():
             self.pool.started()
         check = unproven(self.config)
@@ -79,10 +81,11 @@ class GRPOSteps(Steps):
             self.sampler.load_state_dict(state)
 
     def pause(self) -> None:
-        self.pool.end_starts()
+        self.pool.end_all() if self.colocated else self.pool.end_starts()
 
     def hung(self) -> None:
         self.pool.end_busy()
+        self.scorer.end()
 
     def _push(self, version: int) -> dict[str, float]:
         assert self.pool.weights is not None

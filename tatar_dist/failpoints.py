@@ -11,7 +11,7 @@ event log. Without entries a failpoint costs one look into an empty tuple.
             learner.backward    step, rank
             learner.gather      rank
             reward.score        step
-            controller.generate controller.reward controller.learn controller.sync      step
+            controller.PHASE    step; PHASE: generate, reward, learn, sync, checkpoint, evaluate
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from types import FrameType
 
 EXIT_INTERRUPTED = 130
@@ -66,12 +67,13 @@ class Interrupts:
                 raise KeyboardInterrupt
             said = b"\nstopping at the next safe point; Ctrl-C again stops at once\n"
         else:
-            self.status = EXIT_PREEMPTED
             said = b"\nasked to stop: writing a checkpoint\n"
-            if self.grace_seconds is not None and not self.requested:
+            first, self.status = self.status != EXIT_PREEMPTED, EXIT_PREEMPTED
+            if self.grace_seconds is not None and first:
                 signal.setitimer(signal.ITIMER_REAL, max(1.0, self.grace_seconds - MARGIN_S))
         self.requested, self.name = True, signal.Signals(number).name
-        os.write(2, said)  # print may not be re-entered
+        with suppress(OSError):
+            os.write(2, said)  # print may not be re-entered
 
     def _grace_over(self, number: int, frame: FrameType | None) -> None:
         raise Interrupted(

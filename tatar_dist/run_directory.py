@@ -92,6 +92,9 @@ class RunDirectory:
 
     def rewind(self, step: int) -> None:
         """Forget metrics and rollouts of steps >= `step`: the run resumes there and will write them again."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None  # the next one hides what this one wrote of those steps
         kept = [line for line in self.metrics() if line["step"] < step]
         self._replace("metrics.jsonl", kept)
         for file in (self.path / "rollouts").rglob("step_*.parquet"):

@@ -7,18 +7,19 @@ come back. What a stage brings along (engines, the reward actor) looks after its
 
 from __future__ import annotations
 
+import secrets
 import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from tatar_dist.checkpoint import Checkpoints
+from tatar_dist.checkpoint import Checkpoints, latest
 from tatar_dist.cluster import Cluster
 from tatar_dist.config import Config
 from tatar_dist.data.sampler import PromptSampler
-from tatar_dist.errors import LearnersFailed
+from tatar_dist.errors import LearnersFailed, UserError
 from tatar_dist.exporter import Exporter
 from tatar_dist.interrupts import Interrupted, Interrupts, StopAsked
 from tatar_dist.learner.group import LearnerGroup
@@ -27,12 +28,13 @@ from tatar_dist.progress import Progress
 from tatar_dist.rollout.health import State
 from tatar_dist.run_directory import RunDirectory
 from tatar_dist.stall import StallDetector, Stalled, processes_of
+from tatar_dist.waiting import first_line
 
 Found = tuple[Path, dict[str, Any]] | None
 
 
 class Steps(ABC):
-    """What a stage does in its steps. `learners` and `watch` are set before `ready`; learners may be replaced later."""
+    """What a stage does in its steps. `watch` is set before `start`, `learners` before `ready`, anew at each restart."""
 
     sampler: PromptSampler
     learners: LearnerGroup
@@ -69,10 +71,11 @@ class Training:
     total: int
     directory: RunDirectory
     stop: Interrupts
-    _saved: set[int] = field(default_factory=set)  # steps of the checkpoints begun here
-    _at: int = 0  # step of the checkpoint that everything now stands on; 0 = the start
-    _failures: int = 0
     exporter: Exporter | None = None
+    _id: str = field(default_factory=lambda: secrets.token_hex(8))  # stands in the checkpoints of this process
+    _at: int = 0  # the step that learners were restored at
+    _up: bool = False  # learners were up once
+    _failures: int = 0
 
     def run(self) -> None:
         c = self.config
@@ -95,6 +98,7 @@ class Training:
             try:
                 self._until_done(cluster, found)
             finally:
+                cluster.end_learners()
                 self.checkpoints.abandon()  # its thread must not use a Ray that is shut down
 
     def _log(self, event: str, **fields: Any) -> None:
@@ -118,44 +122,46 @@ class Training:
                     if e.action != "restart":
                         raise
                     self.steps.hung()
-                if not hasattr(self.steps, "learners"):  # they never came up: more likely a mistake than a fault
+                if not self._up:  # they never came up: more likely a mistake than a fault
                     raise
                 self._failures += 1
-                self.directory.events.log("learners/failed", reason=str(e), failures=self._failures)
+                self._log("learners/failed", reason=first_line(e), failures=self._failures)
                 if self._failures > self.config.cluster.learner_restarts:
                     raise
-                with suppress(LearnersFailed):
+                with suppress(LearnersFailed, UserError):
                     self.checkpoints.poll()  # the one under way counts if all of it was written before
-                self.checkpoints.abandon()
                 self.steps.pause()
                 cluster.end_learners()
+                self.checkpoints.abandon()
                 found = self._newest()
 
     def _newest(self) -> Found:
         """The checkpoint to restart from: with `checkpoint.resume=false` only one of this run."""
         found = self.checkpoints.resume(self._same())
-        return found if found and (self.config.checkpoint.resume or found[1]["step"] in self._saved) else None
+        return found if found and (self.config.checkpoint.resume or found[1].get("by") == self._id) else None
 
     def _bring_up(self, cluster: Cluster, found: Found) -> int:
         """Learners (and, the first time, everything else) with the weights of the checkpoint; returns its step."""
-        events, steps, restart = self.directory.events, self.steps, hasattr(self.steps, "learners")
-        first, state = (found[1]["step"], found[1]) if found else (0, None)
-        events.step = first
+        steps, restart = self.steps, self._up
+        first = found[1]["step"] if found else 0
+        self.directory.events.step = first
         self.directory.rewind(first)
-        steps.sampler.load_state_dict(state["sampler"] if state else self._initial)
+        steps.sampler.load_state_dict(found[1]["sampler"] if found else self._initial)
+        steps.watch = self.watch
         try:
             if restart:
-                events.log("learners/restarting", from_step=first)
+                self._log("learners/restarting", from_step=first)
             learners = cluster.learners(self.plan.learners, self.stage, again=restart, check=self.stop.leave_if_asked)
             if not restart:
                 steps.start(cluster)
             world = len(learners.actors)
             facts = learners.setup(self.stage, split_of(self.config, self.stage, world), self.total)
             each = {k + "s": [f[k] for f in facts] for k in ("pid", "host", "node")}
-            events.log("learners/ready", world_size=world, **each)
+            self._log("learners/ready", world_size=world, **each)
             if found:
                 learners.load(found[0], found[1]["learners"])
-            steps.learners, steps.watch = learners, self.watch
+            steps.learners, self._up = learners, True
+            self.watch.progress()
             steps.ready(first, changed=bool(found) or restart)
             learners.check = self.watch.raise_if_asked  # and no longer: a step that has begun to learn is finished
         except StopAsked:
@@ -163,7 +169,7 @@ class Training:
                 f"stopped while starting; the same command starts at step {first}", self.stop.status
             ) from None
         if found or restart:
-            events.log("learners/restored", from_step=first, world_size=world)
+            self._log("learners/restored", from_step=first, world_size=world)
         self._at = first
         self.progress.ready(first)
         return first
@@ -171,9 +177,12 @@ class Training:
     def _loop(self, cluster: Cluster, first: int) -> None:
         for step in range(first, self.total):
             before, start, last = self.steps.sampler.state_dict(), time.perf_counter(), step + 1 == self.total
+            metrics = None
             try:
                 metrics = self.steps.step(step, last)
             except StopAsked:
+                pass  # not here: the traceback keeps a weight stream that was cut short alive, and rank 0 in it
+            if metrics is None:
                 self._stop(step, before)
             seconds, self._failures = time.perf_counter() - start, 0
             self.directory.log(step, metrics)
@@ -194,17 +203,20 @@ class Training:
 
     def _save(self, step: int, sampler: dict[str, Any], metrics: dict[str, float]) -> None:
         self.directory.begin("checkpoint", step)
-        state = {"same": self._same(), "sampler": sampler}
-        self._saved.add(step)
-        self._at = step
+        state = {"same": self._same(), "sampler": sampler, "by": self._id}
         self.checkpoints.save(step, state, self.steps.learners, metrics)
+        self.watch.progress()
 
-    def _stop(self, step: int, sampler: dict[str, Any]) -> None:
-        """Leave a checkpoint of `step` and end. Raises Interrupted."""
+    def _stop(self, step: int, sampler: dict[str, Any]) -> NoReturn:
+        """Leave a checkpoint of `step` and end. Raises Interrupted, UserError when it cannot be written."""
         self.directory.events.log("signal", name=self.stop.name)
-        if step > self._at:
+        with suppress(UserError):
+            self.checkpoints.finish()
+        newest = latest(self.directory.path)
+        saved = newest is not None and newest[1].get("by") == self._id and newest[1]["step"] == step
+        if step != self._at and not saved:
             self._save(step, sampler, {})
-        self.checkpoints.finish()
+            self.checkpoints.finish()
         raise Interrupted(
             f"stopped after step {step} of {self.total}; the same command continues there", self.stop.status
         )

@@ -42,7 +42,9 @@ def wait_all(
         since = time.monotonic()
         try:
             ray.get(done[0])
-        except ray.exceptions.RayActorError as e:
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as e:  # died, was out of memory, lost its node
             raise error(f"{who} {list(refs).index(done[0])} died: {first_line(e)}") from e
     return ray.get(list(refs))
 

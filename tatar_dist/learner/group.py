@@ -43,6 +43,8 @@ class LearnerGroup:
         try:
             limit = timeout or self.config.rollout.call_timeout_s
             return wait_all(refs, limit, "learner rank", LearnersFailed, self.check)
+        except ray.exceptions.GetTimeoutError as e:  # an OSError to Python; of a rank that waited for another
+            raise LearnersFailed(_culprit(refs, e)) from e
         except (UserError, RunError, OSError):
             raise
         except ray.exceptions.RayTaskError as e:

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import torch.distributed as dist
 
-from tatar_dist.errors import RunError
+from tatar_dist.errors import LearnersFailed
 
 
 class RayStore(dist.Store):
@@ -67,7 +67,7 @@ class RayStore(dist.Store):
         """Wait until every rank has come here; what each gave as `host`.
 
         Raises:
-            RunError: naming the ranks that did not come in time.
+            LearnersFailed: naming the ranks that did not come in time.
         """
         self.set(f"host/{rank}", host)
         keys = [f"host/{r}" for r in range(world_size)]
@@ -75,6 +75,6 @@ class RayStore(dist.Store):
             return [h.decode() for h in self._get(keys, self._timeout_s)]
         except dist.DistStoreError:
             late = [int(k.removeprefix("host/")) for k in self._ask("missing", keys)]
-            raise RunError(
+            raise LearnersFailed(
                 f"learner rank(s) {late} did not join the process group within {self._timeout_s:g} s"
             ) from None

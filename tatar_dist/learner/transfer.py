@@ -16,11 +16,11 @@ from typing import Any
 import ray
 
 from tatar_dist.checkpoint.files import Files, seal
-from tatar_dist.errors import LearnersFailed
+from tatar_dist.errors import LearnersFailed, RunError, UserError
+from tatar_dist.waiting import TICK_S, first_line
 
 CHUNK = 64 << 20  # bytes
 IO = "io"  # the concurrency group of learner calls that run beside training
-TICK_S = 0.5
 
 
 class Writing(Future[Files]):
@@ -63,7 +63,8 @@ def write(actors: Sequence[Any], directory: Path, local: bool, timeout: float, g
             _fetch(actor, rank, name, facts, directory, timeout, given_up)
         files |= written
     if local:
-        ray.get([a.discard.options(concurrency_group=IO).remote() for a in actors], timeout=timeout)
+        for rank, actor in enumerate(actors):
+            _get(actor.discard.options(concurrency_group=IO).remote(), rank, timeout)
     return files
 
 
@@ -98,6 +99,8 @@ def _get(ref: Any, rank: int, timeout: float) -> Any:
     try:
         return ray.get(ref, timeout=timeout)
     except ray.exceptions.RayTaskError as e:
-        raise (e.cause if isinstance(e.cause, OSError) else e) from e
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as e:
+        if isinstance(e.cause, OSError | UserError | RunError):
+            raise e.cause from e
+        raise LearnersFailed(f"learner rank {rank}: {first_line(e)}") from e
+    except ray.exceptions.RayError as e:
         raise LearnersFailed(f"learner rank {rank}: {str(e).splitlines()[0]}") from e

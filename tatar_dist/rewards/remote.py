@@ -31,7 +31,8 @@ class RemoteScorer:
 
     def score(self, groups: Sequence[Group], step: int = 0) -> tuple[list[ScoredGroup], dict[str, float]]:
         """The groups with their rewards, in order, and metrics. Raises ScorerFailed after three attempts."""
-        for attempt in range(ATTEMPTS):
+        attempt = 0
+        while True:
             try:
                 if self._actor is None:
                     self._actor = self.make()
@@ -39,13 +40,17 @@ class RemoteScorer:
                     self.log("reward/ready", **facts)
                 return self._wait(self._actor.score.remote(groups, step))[0]
             except ScorerFailed as e:
-                self.log("reward/failed", reason=first_line(e), attempt=attempt + 1)
-                with suppress(Exception):  # it may be dead already
-                    ray.kill(self._actor)
-                self._actor = None
-                if attempt + 1 == ATTEMPTS:
+                attempt += 1
+                self.log("reward/failed", reason=first_line(e), attempt=attempt)
+                self.end()
+                if attempt == ATTEMPTS:
                     raise
-        raise AssertionError
+
+    def end(self) -> None:
+        """End the actor, whatever it does; the next call makes another."""
+        with suppress(Exception):  # it may be dead already
+            ray.kill(self._actor)
+        self._actor = None
 
     def _wait(self, ref: Any) -> list[Any]:
         return wait_all([ref], self.timeout, "reward actor", ScorerFailed, self.check)

@@ -66,6 +66,7 @@ class RolloutPool:
             then the files of `model.path` are the current weights.
         check: called every half second of a wait; may raise to leave it.
         progress: called whenever an engine answered.
+        places: how many engines have a place to start in; None = all. The first ones are meant.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class RolloutPool:
         self.weights: Callable[[], Iterable[Any]] | None = None
         self.check: Callable[[], None] = lambda: None
         self.progress: Callable[[], None] = lambda: None
+        self.places: int | None = None
         self._threads = 1
 
     # -- start and restart -------------------------------------------------------------------------------------------
@@ -114,6 +116,12 @@ class RolloutPool:
                 e.health.restarts = max(0, e.health.restarts - 1)  # not the engine's fault
                 self._lose(e, "start put off")
 
+    def end_all(self) -> None:
+        """End every living engine: the place it lives in goes. They start again later."""
+        for e in (e for e in self.engines if e.health.state not in (State.DEAD, State.GONE)):
+            e.health.restarts = max(0, e.health.restarts - 1)
+            self._lose(e, "its place was given back")
+
     def end_busy(self) -> None:
         """End the engines that have not answered yet: nothing moves, and they may be why."""
         for e in self.engines:
@@ -123,7 +131,7 @@ class RolloutPool:
     def tend(self) -> None:
         """Restart what is due. Raises EngineFailed: too few are left."""
         now = time.monotonic()
-        for e in self.engines:
+        for e in self.engines[: self.places]:
             if e.health.due(now):
                 e.health.restarting()
                 self._launch(e, -1 if self.weights else self.version)
@@ -223,7 +231,8 @@ class RolloutPool:
         if not calls:
             time.sleep(TICK_S)  # all are dead and their restart is not due yet
             return []
-        done, _ = ray.wait(list(calls), num_returns=1, timeout=TICK_S)
+        ray.wait(list(calls), num_returns=1, timeout=TICK_S)
+        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
         return [calls[ref] for ref in done]
 
     def _take(self, e: Engine, queue: deque[Chunk], sampling: Sampling) -> Iterator[list[Group]]:
@@ -313,25 +322,28 @@ class RolloutPool:
             if e.call is not None and e.health.state is State.HEALTHY:
                 e.health.missed_push()
         takers = [e for e in self.engines if e.health.state in (State.HEALTHY, State.STALE) and e.call is None]
+        for e in (e for e in self.engines if e not in takers):
+            e.version = -1  # its number proves nothing: after a restart of the learners numbers come again
         sent = send(takers)
         self.log("push/done", version=version, engines=[e.health.index for e in takers if e.version == version])
         return {"sync/seconds": time.perf_counter() - start, "sync/bytes": float(sent)}
 
     def sleep(self) -> None:
         """Colocated engines give their memory to the learners; the next push wakes them."""
-        idle = [e for e in self.engines if e.idle]
-        self._all(idle, lambda e: e.actor.sleep.remote(), "going to sleep")
+        self.end_starts()
+        awake = [e for e in self.engines if e.health.state in (State.HEALTHY, State.STALE) and e.call is None]
+        self._all(awake, lambda e: e.actor.sleep.remote(), "going to sleep")
 
     def _send(self, takers: list[Engine], buckets: Iterable[Any], version: int) -> int:
         """Push to `takers`; those that do not make it are lost. Exhausts `buckets`: gathering is collective."""
-        left = self._all(takers, lambda e: e.actor.start_update.remote(version))[0]
-        sent = 0
+        left, sent = takers, 0
         try:
+            left = self._all(left, lambda e: e.actor.start_update.remote(version))[0]
             for bucket in buckets:
                 left, sizes = self._all(left, lambda e, bucket=bucket: e.actor.update.remote(bucket), given=bucket)
                 sent += sum(sizes)
         except BaseException:  # the learners died half-way: an engine with half of the weights cannot be updated again
-            for e in left:
+            for e in (e for e in left if e.health.state in (State.HEALTHY, State.STALE)):
                 self._lose(e, "weight push cut short")
             raise
         for e in self._all(left, lambda e: e.actor.finish_update.remote())[0]:

@@ -170,7 +170,8 @@ def check(run: Run, config: Config) -> None:
     for step in range(total):
         refs = sampler.next_batch(config.grpo.prompts_per_step)
         samples = [sampler.get(r) for r in refs]
-        expected += [(step, f"{step:06d}/{s.dataset}/{s.sample_id}") for s in samples]
+        groups = [f"{step:06d}/{s.dataset}/{s.sample_id}" for s in samples]
+        expected += [(step, group, i) for group in groups for i in range(config.grpo.group_size)]
     assert run.prompts() == sorted(expected)
 
 

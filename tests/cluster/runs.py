@@ -66,11 +66,11 @@ class Run:
     def _find(self, name: str, fields: dict[str, Any]) -> dict[str, Any] | None:
         return next((e for e in self.events(name) if fields.items() <= e.items()), None)
 
-    def prompts(self) -> list[tuple[int, str]]:
-        """(step, group) of every group that was learned from, as often as it was."""
+    def prompts(self) -> list[tuple[int, str, int]]:
+        """(step, group, index) of every completion that was learned from, as often as it was."""
         files = sorted((self.output / "rollouts").glob("step_*.parquet"))
-        tables = [pq.read_table(f, columns=["step", "group_id"]).to_pylist() for f in files]
-        return sorted({(r["step"], r["group_id"]) for t in tables for r in t})
+        tables = [pq.read_table(f, columns=["step", "group_id", "index"]).to_pylist() for f in files]
+        return sorted((r["step"], r["group_id"], r["index"]) for t in tables for r in t)
 
     def steps(self) -> list[int]:
         return [json.loads(line)["step"] for line in (self.output / "metrics.jsonl").read_text().splitlines()]
