@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from tatar_dist import proven
 from tatar_dist.commands import data as data_commands
 from tatar_dist.commands import rationale as rationale_commands
 from tatar_dist.errors import RunError, UserError
@@ -89,6 +90,8 @@ def _run_stage(stage: str, files: list[Path], words: list[str] | None, dry_run: 
         command = " ".join(["tatar-dist", stage, *(f"--config {f}" for f in files), *(words or [])])
         _print_plans(config, [stage], as_json, command)
         return
+    for warning in proven.warnings_for(config, stage):
+        print(f"tatar-dist: {warning}", file=sys.stderr)
     result: Any
     if stage == "sft":
         from tatar_dist import sft as sft_stage

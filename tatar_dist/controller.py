@@ -6,7 +6,6 @@ In: a checked config. Out: a run directory (see run_directory.py) whose `checkpo
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +19,7 @@ from tatar_dist.interrupts import Interrupts, StopAsked
 from tatar_dist.learner.sharding import global_weights, shard_groups
 from tatar_dist.plan import resolve
 from tatar_dist.prompt_source import PromptSource, read_manifests
-from tatar_dist.proven import unproven, warnings_for
+from tatar_dist.proven import unproven
 from tatar_dist.records import ScoredGroup
 from tatar_dist.rewards.presets import load_preset
 from tatar_dist.rollout.engine import Sampling
@@ -60,8 +59,6 @@ class GRPOSteps(Steps):
         self.pool.weights = lambda: self.learners.weight_buckets(self.config.rollout.bucket_mib << 20)
         self.pool.start(cluster.threads(self.engines))
         self.transport, self.colocated = gpu_push(self.config), cluster.colocated
-        for warning in warnings_for(self.config):
-            print(f"tatar-dist: {warning}", file=sys.stderr)
         if self.colocated:  # one after the other: both measure how much of the GPU is free
             with self._may_stop():
                 self.pool.started()

@@ -34,7 +34,7 @@ Found = tuple[Path, dict[str, Any]] | None
 
 
 class Steps(ABC):
-    """What a stage does in its steps. `watch` is set before `start`, `learners` before `ready`, anew at each restart."""
+    """What a stage does in its steps. `watch` is set before `start`, `learners` before `ready`, anew at a restart."""
 
     sampler: PromptSampler
     learners: LearnerGroup
