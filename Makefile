@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .PHONY: help setup demo test test-cluster nightly bench lint format sft grpo eval
 
 # What .venv was made for; for a new one cuda where nvidia-smi works, else cpu. Demo and tests are for the CPU.
-DEVICE := $(or $(DEVICE),$(shell cat .venv/.device 2>/dev/null),$(if $(filter demo test nightly,$(MAKECMDGOALS)),cpu),$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu))
+DEVICE := $(or $(DEVICE),$(shell cat .venv/.device 2>/dev/null),$(if $(filter demo test test-cluster nightly,$(MAKECMDGOALS)),cpu),$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu))
 # Index that torch alone is installed from; empty: wherever your pip is configured to look
 TORCH_INDEX ?=
 PYTHON ?=
@@ -19,8 +19,7 @@ SMOKED := $(filter-out 0,$(SMOKE))
 export DEVICE TORCH_INDEX PYTHON
 
 RUN := .venv/bin/tatar-dist
-# several nodes: Slurm, an existing Ray cluster, or a development cluster here
-SEVERAL := $(filter-out 1,$(NODES))
+# with NODES: Slurm, an existing Ray cluster, or a development cluster here
 SUBMIT = .venv/bin/python launch/submit.py $@ $(NODES) $(if $(filter-out 0,$(WAIT)),--wait)
 
 help:
@@ -30,7 +29,7 @@ help:
 	@echo "make lint | format                            ruff and mypy | rewrite the formatting"
 	@echo "make test-cluster                             hosts as namespaces, Slurm, faults; as root, after .ci/packages"
 	@echo "make sft|grpo|eval [NODES=n] [ARGS=\"k=v …\"]   the recipe of configs/*.yaml; ARGS=--dry-run prints what would run"
-	@echo "                                              n > 1: by sbatch (WAIT=1 stays with it), to RAY_ADDRESS, or on n Ray nodes here"
+	@echo "                                              with n: by sbatch (WAIT=1 stays with it), to RAY_ADDRESS, or on n Ray nodes here"
 	@echo "make nightly                                  demo and probes with three seeds, mutations, benches: the README's figures"
 	@echo "make bench                                    timings beside their limits"
 	@echo "Still to come: bench-trl."
@@ -69,4 +68,4 @@ format: setup
 	@.venv/bin/ruff format .
 
 sft grpo eval: setup
-	@$(if $(SEVERAL),$(SUBMIT),$(RUN) $(@:eval=evaluate)) --config configs/$@.yaml $(ARGS)
+	@$(if $(NODES),$(SUBMIT),$(RUN) $(@:eval=evaluate)) --config configs/$@.yaml $(ARGS)

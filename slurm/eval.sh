@@ -13,7 +13,7 @@
 #SBATCH --mem=0
 #SBATCH --requeue
 #SBATCH --no-kill
-#SBATCH --signal=B:USR1@120
+#SBATCH --signal=B:USR1@180
 trap 'interrupted=1' USR1 TERM # first of all: Slurm may send it a minute early, and its default ends this shell
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit
 # shellcheck source=slurm/ray_cluster.sh

@@ -13,7 +13,7 @@
 #   TATAR_MAX_REQUEUES   (20)
 #   TATAR_METRICS        1 = metrics for Prometheus, on ports that ask for no token (launch/ray_security.sh)
 #   TATAR_DASHBOARD      1 = Ray's dashboard, on the first node's loopback
-#   TATAR_TMPDIR         node-local directory with a short path for Ray's files (/tmp)
+#   TATAR_TMPDIR         node-local directory with a short path; Ray's files of the job lie there while it runs (/tmp)
 #   TATAR_LOGS           shared directory for the nodes' logs and the job's token (runs/slurm)
 #   TATAR_RAY_ARGS       more arguments of `ray start`
 set -euo pipefail
@@ -38,10 +38,20 @@ activate() {
 
 # ---- on every node, started by srun -----------------------------------------------------------------------------
 
+# Ray's files of this job on this node
+temp_dir() {
+    echo "${TATAR_TMPDIR:-/tmp}/tatar-${SLURM_JOB_ID:-JOB}"
+}
+
 # node COMMAND...: keeps `ray start --block` running. Before the whole cluster was up once, a failure is final.
 node() {
-    local child='' delay=1 status
-    trap 'trap "" TERM; [[ -z $child ]] || { kill "$child" && wait "$child"; }; exit 143' TERM
+    local child='' delay=1 status directory
+    directory=$(temp_dir)
+    # whoever can write there takes part in the cluster
+    mkdir -m 700 "$directory" 2>/dev/null || [[ -d $directory && ! -L $directory && -O $directory ]] ||
+        die 1 "$directory on ${SLURMD_NODENAME:-$HOSTNAME} is another user's, or cannot be made: set TATAR_TMPDIR"
+    chmod 700 "$directory"
+    trap 'trap "" TERM; [[ -z $child ]] || { kill "$child" && wait "$child"; }; rm -rf "$directory"; exit 143' TERM
     activate
     while :; do
         # shellcheck disable=SC2086
@@ -94,7 +104,7 @@ ports_are_free() { # ADDRESS FIRST_PORT
 head_command() {
     command=(ray start --head --node-ip-address="$1" --port="$2" --ray-client-server-port=$(($2 + 1))
         "${ports[@]}"
-        --temp-dir="${TATAR_TMPDIR:-/tmp}/tatar-${SLURM_JOB_ID:-JOB}" --disable-usage-stats)
+        --temp-dir="$(temp_dir)" --disable-usage-stats)
     if [[ ${TATAR_DASHBOARD:-} == 1 ]]; then
         command+=(--include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port=$(($2 + 2)))
     else
@@ -105,7 +115,7 @@ head_command() {
 
 worker_command() {
     command=(ray start --address="$2:$3" --node-ip-address="$1" "${ports[@]}"
-        --temp-dir="${TATAR_TMPDIR:-/tmp}/tatar-${SLURM_JOB_ID:-JOB}" --disable-usage-stats --block)
+        --temp-dir="$(temp_dir)" --disable-usage-stats --block)
 }
 
 # on_node NODE LOG ROLE COMMAND...: a background step; its srun's number is in $!
@@ -117,13 +127,17 @@ on_node() {
 }
 
 dry_run() { # SCRIPT ARGUMENTS...
+    # shellcheck disable=SC2016
+    local port cpus='--num-cpus=$SLURM_CPUS_ON_NODE'
+    port=$(first_port "${SLURM_JOB_ID:-0}")
     echo "# ${SLURM_JOB_NUM_NODES:-N} node(s), a token of the job's own, logs in ${TATAR_LOGS:-runs/slurm}/job-${SLURM_JOB_ID:-JOB}"
-    head_command FIRST_NODE "$(first_port "${SLURM_JOB_ID:-0}")"
-    echo "${command[*]}    # on the first node"
-    worker_command NODE FIRST_NODE "$(first_port "${SLURM_JOB_ID:-0}")"
-    echo "${command[*]}    # on each other node"
-    printf '%q ' python "$@"
-    printf '   # on the first node, with RAY_ADDRESS\n'
+    head_command FIRST_NODE "$port"
+    echo "${container[*]}${container:+ }${command[*]} $cpus ${TATAR_RAY_ARGS:-}    # on the first node"
+    worker_command NODE FIRST_NODE "$port"
+    echo "${container[*]}${container:+ }${command[*]} $cpus ${TATAR_RAY_ARGS:-}    # on each other node"
+    printf 'RAY_ADDRESS=FIRST_NODE:%s ' "$port"
+    printf '%q ' "${container[@]}" python "$@"
+    printf '   # on the first node\n'
     shift
     "${container[@]}" python -m tatar_dist plan --stage "${stage/eval/evaluate}" "$@"
 }
@@ -134,9 +148,10 @@ clean_up() {
     rm -f "${RAY_AUTH_TOKEN_PATH:-}"
 }
 
+# To what is being waited for: the driver, or what waits for the nodes, whose end it is
 forward() {
     interrupted=1
-    [[ -z ${driver_pid:-} ]] || kill -USR1 "$driver_pid" 2>/dev/null || true
+    [[ -z $awaited ]] || kill -USR1 "$awaited" 2>/dev/null || true
 }
 
 # Until PID has ended, whatever signals come meanwhile; its exit status into `status`
@@ -148,20 +163,23 @@ wait_for() {
 
 # These nodes are in the cluster, or the job ends and says which one is not.
 wait_for_nodes() { # NAME=ADDRESS...
-    local waiter i log timeout=${TATAR_START_TIMEOUT:-300}
+    local i log timeout=${TATAR_START_TIMEOUT:-300}
     "${container[@]}" python launch/ray_nodes.py "$address" "$timeout" "$@" 2>"$TATAR_JOB/nodes.log" &
-    waiter=$!
-    while kill -0 "$waiter" 2>/dev/null; do
-        wait -n "$waiter" "${steps[@]}" || true # the first to end, or a signal
-        [[ -z $interrupted ]] || return 0
+    awaited=$!
+    [[ -z $interrupted ]] || forward # it came in between
+    while kill -0 "$awaited" 2>/dev/null; do
+        wait -n "$awaited" "${steps[@]}" || true # the first to end, or a signal
+        [[ -z $interrupted ]] || break
         for i in "${!steps[@]}"; do
             kill -0 "${steps[i]}" 2>/dev/null && continue
-            kill "$waiter" 2>/dev/null || true
+            kill "$awaited" 2>/dev/null || true
             log=$TATAR_JOB/${nodes[i]}.log
             die 1 "node ${nodes[i]} did not come: $(tail -n 1 "$log" 2>/dev/null) (all of it: $log)"
         done
     done
-    wait_for "$waiter"
+    wait_for "$awaited"
+    awaited=''
+    [[ -z $interrupted ]] || requeue_or_exit 75
     [[ $status == 0 ]] || die 1 "$(cat "$TATAR_JOB/nodes.log"); logs of the nodes are in $TATAR_JOB"
 }
 
@@ -173,9 +191,12 @@ requeue_or_exit() { # STATUS
         if ((restarts >= most)); then
             say "ended with $1 after $restarts requeues (TATAR_MAX_REQUEUES=$most)"
         elif scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then # not one that was cancelled
-            say "ended with $1: requeued, it goes on from its last checkpoint"
             clean_up
-            scontrol requeue "$SLURM_JOB_ID" && exit 0
+            if scontrol requeue "$SLURM_JOB_ID"; then
+                say "ended with $1: requeued, it goes on from its last checkpoint"
+                exit 0
+            fi
+            say "ended with $1, and Slurm does not requeue it"
         fi
     fi
     exit "$1"
@@ -212,11 +233,11 @@ run_stage() { # STAGE ARGUMENTS...
     step=(srun --quiet --overlap --no-kill --kill-on-bad-exit=0 --nodes=1 --ntasks=1)
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || step+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
     local i port addresses=() pairs=()
-    steps=() driver_pid=''
+    steps=() awaited=''
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     for i in "${!nodes[@]}"; do
-        addresses[i]=$(address_of "${nodes[i]}")
-        [[ -n ${addresses[i]} ]] || die 1 "node ${nodes[i]} has no address ${TATAR_INTERFACE:+on $TATAR_INTERFACE}"
+        addresses[i]=$(address_of "${nodes[i]}") || true
+        [[ -n ${addresses[i]} ]] || die 1 "node ${nodes[i]} has no address${TATAR_INTERFACE:+ on $TATAR_INTERFACE}"
         pairs[i]=${nodes[i]}=${addresses[i]}
     done
     port=$(first_port "$SLURM_JOB_ID")
@@ -247,13 +268,12 @@ run_stage() { # STAGE ARGUMENTS...
     done
     wait_for_nodes "${pairs[@]}"
     touch "$TATAR_JOB/up"
-    [[ -z $interrupted ]] || requeue_or_exit 75
 
     say "Ray is up on ${#nodes[@]} node(s), driver on ${nodes[0]}"
     RAY_ADDRESS=$address "${step[@]}" --nodelist="${nodes[0]}" bash slurm/ray_cluster.sh driver python "$script" "${arguments[@]}" &
-    driver_pid=$!
+    awaited=$!
     [[ -z $interrupted ]] || forward # it came in between
-    wait_for "$driver_pid"
+    wait_for "$awaited"
     requeue_or_exit "$status"
 }
 

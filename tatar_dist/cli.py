@@ -348,6 +348,8 @@ def bench(
         raise UserError(f"bench {name}: takes no {overrides[0]!r}, only bench simulate has config keys")
     found = benchmark.run(overrides) if overrides else benchmark.run()
     print(json.dumps(found)) if as_json else benchmark.print_table(found)
+    if not found.get("ok", True):
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=CHECK)

@@ -175,10 +175,11 @@ def _cluster() -> Iterator[Check]:
 
 def _paths() -> Iterator[Check]:
     """Where each path of the pipeline has been run, so far as anyone knows."""
-    from tatar_dist.proven import PATHS
+    from tatar_dist.proven import NEVER, PATHS
 
     for path in PATHS:
-        yield Check(path.name, True, False, f"{path.status} ({path.key})")
+        known = path.status != NEVER
+        yield Check(path.name, known, False, f"{path.status} ({path.key})", "run tests/gpu there before you rely on it")
 
 
 def _gib(n: float) -> str:
@@ -235,7 +236,9 @@ def as_table(checks: list[Check]) -> Any:
     """The checks as a rich table; what is missing is followed by what to do."""
     from rich.table import Table
 
-    table = Table(title="tatar-dist doctor", title_justify="left")
+    from tatar_dist.proven import LEGEND
+
+    table = Table(title="tatar-dist doctor", title_justify="left", caption=LEGEND, caption_justify="left")
     for column in ("check", "", "found", "what to do"):
         table.add_column(column, overflow="fold")
     for c in checks:

@@ -235,10 +235,14 @@ def _steps(config: Config, stage: Stage, samples: dict[str, int] | None) -> int 
 
 
 def ray_commands(plan: Plan, stage_command: str) -> list[str]:
-    """The shell lines that bring up Ray on `plan.nodes` machines and start the stage; for one node just the stage."""
+    """The shell lines that bring up Ray on `plan.nodes` machines and start the stage; for one node just the stage.
+
+    Where Slurm is, `make STAGE NODES=n` does all of it.
+    """
     if plan.nodes == 1:
         return [stage_command]
     return [
+        "export RAY_AUTH_TOKEN_PATH=SHARED_FILE; source launch/ray_security.sh  # on every node: the token",
         "ray start --head --port=6379                        # on the first node",
         f"ray start --address=FIRST_NODE:6379 --block         # on each of the other {plan.nodes - 1} nodes",
         f"{stage_command} cluster.address=FIRST_NODE:6379",

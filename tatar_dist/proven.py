@@ -10,34 +10,37 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tatar_dist.config import Config
+    from tatar_dist.plan import Stage
 
 HERE = "run here"  # on CPU, in this repository's tests
 ONE_GPU = "run on one GPU"
 NEVER = "written from the vLLM source, never run"
+LEGEND = f"A path is {HERE} (on CPU, by this repository's tests), {ONE_GPU} (tests/gpu), or {NEVER}."
 
 
 @dataclass(frozen=True)
 class Path:
-    """One way of doing something. `key`: the configuration that takes it."""
+    """One way of doing something. `key`: the configuration that takes it, in these stages."""
 
     name: str
     key: str
     status: str
+    stages: tuple[Stage, ...] = ("sft", "grpo", "evaluate")
 
 
 PATHS = (
     Path("learners over gloo, engines on CPU", "cluster.gpus_per_node=0", HERE),
-    Path("weight push through Ray's object store", "rollout.push=object_store", HERE),
+    Path("weight push through Ray's object store", "rollout.push=object_store", HERE, ("grpo",)),
     Path("learners over NCCL, engines on GPUs", "cluster.gpus_per_node>0", NEVER),
-    Path("weight push through NCCL", "rollout.push=nccl", NEVER),
-    Path("weight push through CUDA IPC", "rollout.push=cuda_ipc", NEVER),
-    Path("engines that sleep on the learners' GPUs", "cluster.placement=colocated", NEVER),
-    Path("tensor-parallel engines", "rollout.tensor_parallel>1", NEVER),
+    Path("weight push through NCCL", "rollout.push=nccl", NEVER, ("grpo",)),
+    Path("weight push through CUDA IPC", "rollout.push=cuda_ipc", NEVER, ("grpo",)),
+    Path("engines that sleep on the learners' GPUs", "cluster.placement=colocated", NEVER, ("grpo",)),
+    Path("tensor-parallel engines", "rollout.tensor_parallel>1", NEVER, ("grpo", "evaluate")),
 )
 
 
-def unproven(config: Config) -> list[Path]:
-    """The paths that `config` takes and that were never run."""
+def unproven(config: Config, stage: Stage = "grpo") -> list[Path]:
+    """The paths that `config` takes in `stage` and that were never run."""
     c, r = config.cluster, config.rollout
     taken = {
         "cluster.gpus_per_node=0": c.gpus_per_node == 0,
@@ -48,12 +51,12 @@ def unproven(config: Config) -> list[Path]:
         "cluster.placement=colocated": c.gpus_per_node > 0 and c.placement == "colocated",
         "rollout.tensor_parallel>1": r.tensor_parallel > 1,
     }
-    return [p for p in PATHS if p.status == NEVER and taken[p.key]]
+    return [p for p in PATHS if p.status == NEVER and stage in p.stages and taken[p.key]]
 
 
-def warnings_for(config: Config) -> list[str]:
+def warnings_for(config: Config, stage: Stage = "grpo") -> list[str]:
     """One line a path, for the start of a run."""
+    checked = "The run checks itself before it trains; run" if stage == "grpo" else "Run"
     return [
-        f"{p.name} ({p.key}): {p.status}. The run checks itself before it trains; run tests/gpu on your nodes first."
-        for p in unproven(config)
+        f"{p.name} ({p.key}): {p.status}. {checked} tests/gpu on your nodes first." for p in unproven(config, stage)
     ]

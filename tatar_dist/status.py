@@ -202,8 +202,9 @@ class EventReader:
     def line(self, line: bytes) -> None:
         try:
             event = json.loads(line)
-            self._apply(str(event["event"]), float(event["time"]), event)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            event["time"] = float(event["time"])
+            self._apply(str(event["event"]), event["time"], event)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             self._status.unreadable_lines += 1
 
     def status(self, run: str) -> Status:

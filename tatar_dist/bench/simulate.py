@@ -5,7 +5,8 @@ DIR must lie on a file system that all nodes share. Out: for each split and batc
 shares that were predicted from the runs of `CALIBRATION`, beside those measured, as a ratio of the step and differences
 of shares. Real runs of the demo's model (fine-tuned for 50 steps, so that its answers end; not if `model.path=` is
 given), each made twice, in turns, so that what else the machine does meets all of them. About fifteen minutes on two
-idle cores; `load` is what the machine had to do when each run began, its own last run included.
+idle cores. Exit status 1 if the worst step is off by more than LIMIT. `load` is what the machine had to do when each run
+began, its own last run included.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def compare(runs: dict[Run, list[Path]]) -> dict[str, Any]:
             }
         )
     worst = max(abs(r["ratio"] - 1) for r in rows if not r["calibration"])
-    return {"runs": rows, "worst_error": worst, "limit": LIMIT, "notes": list(costs.notes)}
+    return {"ok": worst <= LIMIT, "runs": rows, "worst_error": worst, "limit": LIMIT, "notes": list(costs.notes)}
 
 
 def run(words: Sequence[str] = ()) -> dict[str, Any]:
@@ -142,4 +143,6 @@ def print_table(found: dict[str, Any]) -> None:
     table.caption_justify = "left"
     console = Console()
     console.print(table)
-    console.print(f"Worst error of a step not seen before: {found['worst_error']:.0%} (limit {found['limit']:.0%})")
+    verdict = "within" if found["ok"] else "over"
+    worst, limit = f"{found['worst_error']:.0%}", f"{found['limit']:.0%}"
+    console.print(f"Worst error of a step not seen before: {worst}, {verdict} the limit of {limit}.")

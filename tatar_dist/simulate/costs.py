@@ -133,7 +133,7 @@ def _value(key: str, value: Any, where: str) -> Any:
     if key == "lengths":
         return _lengths(value, where)
     if key in ("source", "notes"):
-        return str(value) if key == "source" else tuple(map(str, value))
+        return str(value) if key == "source" else tuple(map(str, value if isinstance(value, list) else [value]))
     if value is None and key in ("cores", "gather_across_nodes"):
         return None
     if isinstance(value, str):

@@ -57,11 +57,14 @@ def model_size(path: str) -> Size:
     directory = Path(path)
     weights = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
     if weights and (directory / "config.json").is_file():
-        config = json.loads((directory / "config.json").read_text())
-        text = config.get("text_config", config)
-        head = text["hidden_size"] // text["num_attention_heads"]
-        wide = 4 if "float32" in (config.get("torch_dtype"), config.get("dtype")) else 2
-        return Size(weights / wide, text["num_hidden_layers"] * text["num_key_value_heads"] * head * 4)
+        try:
+            config = json.loads((directory / "config.json").read_text())
+            text = config.get("text_config", config)
+            head = text["hidden_size"] // text["num_attention_heads"]
+            wide = 4 if "float32" in (config.get("torch_dtype"), config.get("dtype")) else 2
+            return Size(weights / wide, text["num_hidden_layers"] * text["num_key_value_heads"] * head * 4)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+            raise UserError(f"{directory / 'config.json'}: not a model's: {type(e).__name__}: {e}") from None
     named = re.search(r"Qwen2\.5-VL-(\d+B)", path)
     if named and named[1] in SIZES:
         return SIZES[named[1]]

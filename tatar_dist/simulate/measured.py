@@ -90,12 +90,13 @@ def read_run(path: Path) -> Run:
 
 def _metrics(file: Path) -> list[dict[str, Any]]:
     found = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue  # cut off by a crash
-        if all(isinstance(row.get(f"time/{part}"), float | int) for part in (*PARTS, "step")):
+        times = [row.get(f"time/{part}") for part in (*PARTS, "step")] if isinstance(row, dict) else [None]
+        if all(isinstance(t, float | int) for t in times) and isinstance(row.get("step"), int):
             found.append(row)
     return found
 
@@ -119,6 +120,8 @@ def _observed(path: Path, setup: Setup, metrics: dict[str, Any]) -> Observed:
     except (OSError, ValueError) as e:  # pyarrow's errors are ValueErrors
         raise UserError(f"{file}: cannot read the completions of a measured step: {str(e).splitlines()[0]}") from None
     columns = table.to_pydict()
+    if set(columns["task"]) - set(TASKS):
+        raise UserError(f"{file}: holds a task that is none of {', '.join(TASKS)}")
     groups: dict[str, list[int]] = {}
     task_of = dict(zip(columns["group_id"], columns["task"], strict=True))
     for group, tokens in zip(columns["group_id"], columns["tokens"], strict=True):

@@ -4,8 +4,9 @@ In: a configuration, `Costs`, numbers of GPUs. Out: a `Forecast`. Every split th
 same draws of completion lengths (fixed seed), so that splits differ by what they are, not by luck:
     learners   every divisor of the global batch that fits (plan.split_rows allows no other)
     engines    every number that makes the calls smaller than one engine fewer would, up to one a prompt
-both `disaggregated` (GPUs of their own) and `colocated` (the same GPUs, in turns). With staleness 0 the parts follow
-each other, so generation depends on the engines alone and learning on the learners alone: each is simulated once.
+both `disaggregated` (GPUs of their own) and `colocated` (each engine on a learner's GPU, in turns, as in plan.resolve).
+With staleness 0 the parts follow each other, so generation depends on the engines alone and learning on the learners
+alone: each is simulated once.
 """
 
 from __future__ import annotations
@@ -102,13 +103,15 @@ class Simulator:
         return np.array([simulate_step(self.costs, setup, lengths).learn for lengths in self.lengths])
 
     def predict(self, learners: int, engines: int, placement: str) -> Prediction:
-        """Raises UserError when the rows do not divide by the learners."""
+        """Raises UserError when the rows do not divide by the learners, or nothing costs any time."""
         setup = replace(self.setup, learners=learners, engines=engines, colocated=placement == "colocated")
         times, learn = self._engines(engines), self._learners(learners)
         switch = self.costs.switch if setup.colocated else 0.0
         names = ("generate", "reward", "sync", "other")
         parts = {name: np.array([getattr(t, name) for t in times]) for name in names} | {"learn": learn}
         step: np.ndarray = np.sum(list(parts.values()), axis=0) + switch
+        if not step.all():
+            raise UserError(f"a step takes no time by these times ({self.costs.source}): give engine and learner some")
         busy = np.array([t.engines_busy for t in times]) * setup.tensor_parallel + learners * learn
         mean = {name: float(parts[name].mean()) for name in ("generate", "reward", "learn", "sync", "other")}
         return Prediction(
@@ -128,11 +131,13 @@ class Simulator:
     def splits(self, gpus: int, placement: str) -> list[tuple[int, int]]:
         """(learners, engines) that could be best on `gpus` GPUs and fit their memory."""
         s, tp = self.setup, self.setup.tensor_parallel
-        found = []
+        found: list[tuple[int, int]] = []
+        if placement == "colocated" and tp > 1:
+            return found
         for learners in (n for n in range(1, min(gpus, s.rows) + 1) if s.rows % n == 0):
             if not self.fits(learners, placement):
                 continue
-            room = (gpus if placement == "colocated" else gpus - learners) // tp
+            room = learners if placement == "colocated" else (gpus - learners) // tp
             sizes = {-(-s.prompts // k) for k in range(1, s.prompts + 1)}
             found += [(learners, e) for e in sorted({*(n for n in sizes if n <= room), min(room, s.prompts)}) if e]
         return found
@@ -227,7 +232,6 @@ def forecast(config: Config, costs: Costs, gpus: Sequence[int] = GPUS) -> Foreca
             f"times of {kind[0]} ({costs.source}) say nothing about {kind[1]}: measure there, "
             f"or set cluster.gpus_per_node={0 if costs.cores else 8}"
         )
-    assert plan.split is not None
     own = Simulator(config, costs, shared_cores=True).predict(plan.learners, plan.engines, config.cluster.placement)
     many = Simulator(config, costs)
     rows = tuple((n, {p: many.best(n, p) for p in PLACEMENTS}) for n in sorted(set(gpus)))
@@ -242,7 +246,9 @@ def _notes(config: Config, costs: Costs, simulator: Simulator) -> list[str]:
         notes.append("CPUs: the table supposes for every process the cores that the measured ones shared")
     if not costs.switch:
         notes.append("colocated: what putting engines to sleep and waking them costs was not measured, 0 is taken")
-    if costs.parameters and not simulator.fits(1, "disaggregated"):
-        least = next(n for n in range(1, 1 << 20) if simulator.fits(n, "disaggregated"))
-        notes.append(f"memory: the learners' state takes at least {least} GPUs of {costs.gpu_gib:g} GiB")
+    if not simulator.fits(1, "disaggregated"):
+        least = next((n for n in range(2, simulator.setup.rows + 1) if simulator.fits(n, "disaggregated")), None)
+        least_said = f"the learners' state takes at least {least} GPUs of {costs.gpu_gib:g} GiB"
+        none_said = f"no split fits GPUs of {costs.gpu_gib:g} GiB: raise rollout.tensor_parallel, or take larger ones"
+        notes.append(f"memory: {least_said if least else none_said}")
     return notes

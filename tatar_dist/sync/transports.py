@@ -7,8 +7,8 @@ neither the old weights nor the new: it must be restarted, and gets the current 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 
@@ -16,11 +16,14 @@ from tatar_dist.config import Config
 from tatar_dist.errors import LearnersFailed
 from tatar_dist.waiting import first_line
 
+if TYPE_CHECKING:
+    from tatar_dist.learner.group import LearnerGroup
+
 Engines = dict[int, Any]
 
 
 class Push(Protocol):
-    def push(self, learners: Any, engines: Engines, version: int) -> tuple[dict[int, str], int]: ...
+    def push(self, learners: LearnerGroup, engines: Engines, version: int) -> tuple[dict[int, str], int]: ...
 
 
 class _Round:
@@ -48,12 +51,13 @@ class _Round:
         self.left.pop(index, None)
 
 
-def _learners(refs: Iterable[Any], limit: float, what: str) -> list[Any]:
-    """Raises LearnersFailed: a rank died, failed or is late."""
-    refs = list(refs)
+def _learners(learners: LearnerGroup, refs: list[Any], limit: float, what: str) -> list[Any]:
+    """Raises LearnersFailed: a rank died, failed or is late, and which one."""
     try:
-        return ray.get(refs, timeout=limit)
-    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as e:
+        return learners.wait(refs, limit)
+    except LearnersFailed as e:
+        raise LearnersFailed(f"{what}: {e}") from e
+    except OSError as e:  # a connection, here: no full disk
         raise LearnersFailed(f"{what}: {first_line(e)}") from e
 
 
@@ -69,20 +73,20 @@ class NcclPush:
         self.workers = config.rollout.tensor_parallel  # of one engine
         self._group: Engines = {}
 
-    def push(self, learners: Any, engines: Engines, version: int) -> tuple[dict[int, str], int]:
+    def push(self, learners: LearnerGroup, engines: Engines, version: int) -> tuple[dict[int, str], int]:
         sync, lead = _Round(engines, self.limit), learners.actors[0]
         sync.call("starting a weight push", lambda i, e: e.start_update.remote(version))
         if not sync.left:
             return sync.failed, 0
         if sync.left != self._group:  # handles, not only numbers: a restarted engine is another one
-            self._connect(lead, sync)
+            self._connect(learners, sync)
         if not sync.left:
             return sync.failed, 0
-        (meta,) = _learners([lead.weight_metadata.remote()], self.limit, "weight metadata")
+        (meta,) = _learners(learners, [lead.weight_metadata.remote()], self.limit, "weight metadata")
         calls = {i: e.nccl_update.remote(**meta, timeout_s=self.limit) for i, e in sync.left.items()}
         sends = [a.nccl_broadcast.remote(self.bucket, self.limit) for a in learners.actors]
         # each chunk has its own deadline on the sender; all of them together are bounded by the learners' calls
-        (sent, problem), *_ = _learners(sends, learners.config.rollout.call_timeout_s, "weight broadcast")
+        (sent, problem), *_ = _learners(learners, sends, learners.config.rollout.call_timeout_s, "weight broadcast")
         sync.wait("weight push", calls)
         if problem or sync.failed:
             self._group = {}
@@ -91,12 +95,13 @@ class NcclPush:
         sync.call("finishing a weight push", lambda i, e: e.finish_update.remote())
         return sync.failed, sent
 
-    def _connect(self, lead: Any, sync: _Round) -> None:
-        (unique,) = _learners([lead.nccl_unique_id.remote()], self.limit, "NCCL")
+    def _connect(self, learners: LearnerGroup, sync: _Round) -> None:
+        lead = learners.actors[0]
+        (unique,) = _learners(learners, [lead.nccl_unique_id.remote()], self.limit, "NCCL")
         world = 1 + self.workers * len(sync.left)
         ranks = {i: 1 + n * self.workers for n, i in enumerate(sync.left)}
         joins = {i: e.nccl_join.remote(unique, ranks[i], world, self.bucket) for i, e in sync.left.items()}
-        (problem,) = _learners([lead.nccl_join.remote(unique, world, self.limit)], 2 * self.limit, "NCCL")
+        (problem,) = _learners(learners, [lead.nccl_join.remote(unique, world, self.limit)], 2 * self.limit, "NCCL")
         sync.wait("joining the NCCL group", joins)
         if problem or sync.failed:
             for i in list(sync.left):  # they are in a group that will never be whole
@@ -110,11 +115,13 @@ class IpcPush:
     def __init__(self, config: Config) -> None:
         self.limit, self.bucket = config.rollout.push_timeout_s, config.rollout.bucket_mib << 20
 
-    def push(self, learners: Any, engines: Engines, version: int) -> tuple[dict[int, str], int]:
+    def push(self, learners: LearnerGroup, engines: Engines, version: int) -> tuple[dict[int, str], int]:
         sync, sent = _Round(engines, self.limit), 0
         sync.call("starting a weight push", lambda i, e: e.start_update.remote(version))
         while True:  # to the end, whoever fails: gathering is collective
-            parts = _learners([a.ipc_next.remote(self.bucket) for a in learners.actors], self.limit, "gathering")
+            parts = _learners(
+                learners, [a.ipc_next.remote(self.bucket) for a in learners.actors], self.limit, "gathering"
+            )
             if parts[0] is None:
                 break
             handles = {gpu: handle for part in parts for gpu, handle in part["ipc_handles"].items()}

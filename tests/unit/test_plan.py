@@ -97,8 +97,9 @@ def test_steps_come_from_the_manifests_where_they_exist(tmp_path):
 
 
 def test_several_nodes_show_the_lines_that_start_ray():
-    lines = ray_commands(plan("sft", "cluster.nodes=4"), "tatar-dist sft")
-    assert "ray start --head" in lines[0] and "other 3 nodes" in lines[1] and "cluster.address=" in lines[2]
+    token, head, others, stage = ray_commands(plan("sft", "cluster.nodes=4"), "tatar-dist sft")
+    assert "source launch/ray_security.sh" in token
+    assert "ray start --head" in head and "other 3 nodes" in others and "cluster.address=" in stage
     assert ray_commands(plan("sft"), "tatar-dist sft") == ["tatar-dist sft"]
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+from tatar_dist import doctor
 from tatar_dist.config import Config
-from tatar_dist.proven import HERE, NEVER, ONE_GPU, PATHS, unproven, warnings_for
+from tatar_dist.proven import LEGEND, NEVER, PATHS, unproven, warnings_for
 
 
 def config(gpus=0, placement="disaggregated", push="object_store", tp=1):
@@ -18,7 +21,7 @@ def config(gpus=0, placement="disaggregated", push="object_store", tp=1):
 
 
 def test_a_cpu_run_takes_only_proven_paths():
-    assert warnings_for(config()) == []
+    assert warnings_for(config(), "grpo") == []
 
 
 def test_every_unproven_path_that_is_taken_is_named():
@@ -29,11 +32,24 @@ def test_every_unproven_path_that_is_taken_is_named():
         "cluster.placement=colocated",
         "rollout.tensor_parallel>1",
     }
-    assert [w.split(" (")[0] for w in warnings_for(config(8, push="nccl"))] == [
-        "learners over NCCL, engines on GPUs",
-        "weight push through NCCL",
-    ]
 
 
-def test_every_path_has_one_of_the_three_statuses():
-    assert {p.status for p in PATHS} <= {HERE, ONE_GPU, NEVER}
+@pytest.mark.parametrize(
+    ("stage", "keys"),
+    [
+        ("sft", ["cluster.gpus_per_node>0"]),
+        ("evaluate", ["cluster.gpus_per_node>0", "rollout.tensor_parallel>1"]),
+        ("grpo", ["cluster.gpus_per_node>0", "rollout.push=nccl", "rollout.tensor_parallel>1"]),
+    ],
+)
+def test_a_stage_warns_of_what_it_takes_and_promises_a_check_only_where_there_is_one(stage, keys):
+    warnings = warnings_for(config(8, push="nccl", tp=2), stage)
+    assert [w.split("(")[1].split(")")[0] for w in warnings] == keys
+    assert all(("checks itself" in w) == (stage == "grpo") for w in warnings)
+
+
+def test_doctor_asks_to_look_at_what_was_never_run_and_is_content_all_the_same():
+    checks = list(doctor._paths())
+    assert {c.name for c in checks if not c.ok} == {p.name for p in PATHS if p.status == NEVER} != set()
+    assert all("tests/gpu" in c.hint for c in checks) and doctor.as_json(checks)["ok"]
+    assert doctor.as_table(checks).caption == LEGEND

@@ -16,7 +16,7 @@ from tatar_dist.cli import main
 from tatar_dist.config import load_config, to_yaml
 from tatar_dist.errors import UserError
 from tatar_dist.learner.sharding import shard_groups
-from tatar_dist.plan import split_rows
+from tatar_dist.plan import resolve, split_rows
 from tatar_dist.records import Completion, Group, Prompt, Sample, ScoredGroup
 from tatar_dist.simulate.command import costs_from, numbers_of_gpus
 from tatar_dist.simulate.costs import (
@@ -197,11 +197,21 @@ def test_the_best_split_is_the_best_of_all(placement, gpus):
         simulator.predict(learners, engines, placement).step_seconds
         for learners in range(1, gpus + 1)
         if 40 % learners == 0
-        for engines in range(1, 1 + (gpus if placement == "colocated" else gpus - learners))
+        for engines in range(1, 1 + (learners if placement == "colocated" else gpus - learners))
     ]
     found = simulator.best(gpus, placement)
     assert found.step_seconds == pytest.approx(min(every))
     assert found.gpus <= gpus
+
+
+def test_colocated_splits_are_those_that_a_run_accepts():
+    for tp in (1, 2):
+        config = grpo(f"rollout.tensor_parallel={tp}")
+        splits = Simulator(config, COSTS).splits(16, "colocated")
+        assert bool(splits) == (tp == 1)
+        for learners, engines in splits:
+            words = [f"cluster.learners={learners}", f"rollout.engines={engines}", "cluster.nodes=2"]
+            resolve(grpo(*words, "cluster.placement=colocated", "rollout.push=cuda_ipc"), "grpo")
 
 
 def test_more_gpus_never_make_the_best_step_longer():
@@ -391,6 +401,8 @@ def test_what_cannot_be_simulated_is_said(tmp_path):
         forecast(GRPO, replace(COSTS, cores=2))
     with pytest.raises(UserError, match="say nothing about CPUs"):
         forecast(DEMO, COSTS)
+    with pytest.raises(UserError, match="takes no time"):
+        forecast(GRPO, Costs(lengths=LENGTHS))
     with pytest.raises(UserError, match="of task iaa"):
         forecast(GRPO, replace(COSTS, lengths={"iqa": ((5,),)}))
 
@@ -409,3 +421,25 @@ def test_a_run_with_other_completions_than_its_config_says_is_refused(tmp_path):
     (run / "config.yaml").write_text(to_yaml(demo("grpo.group_size=4")))
     with pytest.raises(UserError, match="config.yaml says 8 of 4"):
         read_run(run)
+
+
+def test_a_model_that_no_gpu_holds_is_a_note():
+    found = forecast(GRPO, replace(COSTS, parameters=70e9), [8])
+    assert found.rows == ((8, {"disaggregated": None, "colocated": None}),)
+    assert "no split fits" in found.notes[-1]
+
+
+@pytest.mark.parametrize("line", ["3", '{"time/generate": 1}', "{"])
+def test_lines_of_metrics_that_hold_no_step_are_left_out(tmp_path, line):
+    run = write_run(tmp_path / "run", replace(COSTS, cores=2))
+    before = costs_of_runs([run])
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + line)
+    assert costs_of_runs([run]) == before
+
+
+def test_a_model_directory_without_sense_is_one_line(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"00")
+    for text in ("{", "[]", '{"hidden_size": 8}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match="config.json: not a model's"):
+            costs_from(grpo(f"model.path={tmp_path}"), [], None)

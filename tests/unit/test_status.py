@@ -192,10 +192,11 @@ def test_damaged_lines_are_counted_and_left_out(run):
     run.write("[1, 2]\n\xff\x00\n")
     run.write('{"time": "yesterday", "event": "phase"}\n{"event": "step/done", "time": 5}\n')
     run.write('{"time": 5, "event": "engine/dead", "engine": [1]}\n')
+    run.write('{"time": 5, "event": "step/done", "step": Infinity, "seconds": 1}\n')
     run.steps(0, 2)
     s = run.read()
-    assert (s.step, s.unreadable_lines) == (2, 6)
-    assert "6 unreadable line(s)" in run.drawn()
+    assert (s.step, s.unreadable_lines) == (2, 7)
+    assert "7 unreadable line(s)" in run.drawn()
 
 
 def test_a_line_still_being_written_is_read_when_it_is_whole(run):
