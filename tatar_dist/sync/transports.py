@@ -71,14 +71,14 @@ class NcclPush:
     def __init__(self, config: Config) -> None:
         self.limit, self.bucket = config.rollout.push_timeout_s, config.rollout.bucket_mib << 20
         self.workers = config.rollout.tensor_parallel  # of one engine
-        self._group: Engines = {}
+        self._group: tuple[Any, Engines] = (None, {})  # who is in it: the sender and the engines
 
     def push(self, learners: LearnerGroup, engines: Engines, version: int) -> tuple[dict[int, str], int]:
         sync, lead = _Round(engines, self.limit), learners.actors[0]
         sync.call("starting a weight push", lambda i, e: e.start_update.remote(version))
         if not sync.left:
             return sync.failed, 0
-        if sync.left != self._group:  # handles, not only numbers: a restarted engine is another one
+        if (lead, sync.left) != self._group:  # handles: a restarted engine or learner is another one
             self._connect(learners, sync)
         if not sync.left:
             return sync.failed, 0
@@ -89,7 +89,7 @@ class NcclPush:
         (sent, problem), *_ = _learners(learners, sends, learners.config.rollout.call_timeout_s, "weight broadcast")
         sync.wait("weight push", calls)
         if problem or sync.failed:
-            self._group = {}
+            self._group = (None, {})
             for i in list(sync.left):
                 sync.lose(i, f"weight push: {problem or 'another engine of the NCCL group failed'}")
         sync.call("finishing a weight push", lambda i, e: e.finish_update.remote())
@@ -106,7 +106,7 @@ class NcclPush:
         if problem or sync.failed:
             for i in list(sync.left):  # they are in a group that will never be whole
                 sync.lose(i, f"joining the NCCL group: {problem or 'another engine did not'}")
-        self._group = dict(sync.left)
+        self._group = (lead, dict(sync.left))
 
 
 class IpcPush:
