@@ -7,6 +7,16 @@ import socket
 from typing import Any
 
 
+def interface_of(ip: str) -> str | None:
+    """The network interface that has this address, None where no one has."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == ip for a in addresses):
+            return name
+    return None
+
+
 def process_facts() -> dict[str, Any]:
     """pid, host name, and Ray's node id (None outside Ray)."""
     import ray

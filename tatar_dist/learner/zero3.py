@@ -24,6 +24,7 @@ from tatar_dist.config import ClusterConfig, Config, OptimConfig
 from tatar_dist.errors import UserError
 from tatar_dist.learner import reshard
 from tatar_dist.learner.model import PolicyModel
+from tatar_dist.process import interface_of
 
 DEEPSPEED_TAG = "deepspeed"
 
@@ -31,7 +32,8 @@ DEEPSPEED_TAG = "deepspeed"
 def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torch.device, c: ClusterConfig) -> Any:
     """gloo on CPU, NCCL on GPUs; every collective of the run fails after `cluster.collective_timeout_s`.
 
-    On a single node gloo stays on loopback. NCCL is only told of `cluster.network_interface`. Returns the group's
+    On a single node gloo stays on loopback, else it takes the interface of the node's address in the cluster (a host's
+    name may resolve to loopback). NCCL is only told of `cluster.network_interface`. Returns the group's
     store, which must be kept: torch calls into it, but does not keep its Python part alive.
 
     Raises:
@@ -42,12 +44,19 @@ def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torc
 
     from tatar_dist.learner.store import RayStore
 
+    # compiled at the first use, behind a lock file: a process killed meanwhile would leave all later ones waiting for
+    # ever; and only inference uses it
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # half: late ranks are named here, before whoever waits for this call gives up on all of them
     store = RayStore(rendezvous, c.start_timeout_s / 2)
     hosts = store.join(rank, world_size, ray.get_runtime_context().get_node_id())
-    interface = "lo" if device.type == "cpu" and len(set(hosts)) == 1 else c.network_interface
-    if interface:
-        os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+    gloo = c.network_interface or interface_of(ray.util.get_node_ip_address())
+    if device.type == "cpu" and len(set(hosts)) == 1:
+        gloo = "lo"
+    if gloo:
+        os.environ["GLOO_SOCKET_IFNAME"] = gloo
+    if c.network_interface:
+        os.environ["NCCL_SOCKET_IFNAME"] = c.network_interface
     wait = timedelta(seconds=c.collective_timeout_s)
     device_id = device if device.type == "cuda" and world_size > 1 else None
     backend = "nccl" if device.type == "cuda" else "gloo"
