@@ -47,7 +47,7 @@ temp_dir() {
 node() {
     local child='' delay=1 status directory
     directory=$(temp_dir)
-    # whoever can write there takes part in the cluster
+    # whoever can write there takes part in the cluster, and Ray lets everyone write in its own directory below
     mkdir -m 700 "$directory" 2>/dev/null || [[ -d $directory && ! -L $directory && -O $directory ]] ||
         die 1 "$directory on ${SLURMD_NODENAME:-$HOSTNAME} is another user's, or cannot be made: set TATAR_TMPDIR"
     chmod 700 "$directory"
@@ -104,7 +104,7 @@ ports_are_free() { # ADDRESS FIRST_PORT
 head_command() {
     command=(ray start --head --node-ip-address="$1" --port="$2" --ray-client-server-port=$(($2 + 1))
         "${ports[@]}"
-        --temp-dir="$(temp_dir)" --disable-usage-stats)
+        --temp-dir="$(temp_dir)/r" --disable-usage-stats)
     if [[ ${TATAR_DASHBOARD:-} == 1 ]]; then
         command+=(--include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port=$(($2 + 2)))
     else
@@ -115,7 +115,7 @@ head_command() {
 
 worker_command() {
     command=(ray start --address="$2:$3" --node-ip-address="$1" "${ports[@]}"
-        --temp-dir="$(temp_dir)" --disable-usage-stats --block)
+        --temp-dir="$(temp_dir)/r" --disable-usage-stats --block)
 }
 
 # on_node NODE LOG ROLE COMMAND...: a background step; its srun's number is in $!

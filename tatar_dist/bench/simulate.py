@@ -5,8 +5,8 @@ DIR must lie on a file system that all nodes share. Out: for each split and batc
 shares that were predicted from the runs of `CALIBRATION`, beside those measured, as a ratio of the step and differences
 of shares. Real runs of the demo's model (fine-tuned for 50 steps, so that its answers end; not if `model.path=` is
 given), each made twice, in turns, so that what else the machine does meets all of them. About fifteen minutes on two
-idle cores. Exit status 1 if the worst step is off by more than LIMIT. `load` is what the machine had to do when each run
-began, its own last run included.
+idle cores. Exit status 1 if the worst step is off by more than LIMIT. `load` is what the machine had to do when each
+run began, its own last run included.
 """
 
 from __future__ import annotations

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from hosts import Hosts, wait_until
 from slurm import Slurm
+from test_security import REFUSED, asked, listening
 
 from tatar_dist.events import read_events
 
 ROOT = Path(__file__).parents[2]
+SLURMS_OWN = {"srun", "slurmd", "slurmstepd"}  # munge guards them
 STEPS = 10
 DETERMINISTIC = ["rollout.deterministic=true", "cluster.learner_placement=spread", f"grpo.max_steps={STEPS}"]
 SMALL_SFT = ["sft.global_batch=4", "sft.max_steps=2", "sft.eval_every=0", "cluster.learners=1"]
@@ -85,7 +87,7 @@ def test_a_node_that_does_not_come_is_named_at_once(submit, slurm: Slurm, tmp_pa
     assert not (directory / "run").exists()
 
 
-def test_two_jobs_on_one_node_do_not_collide(submit, slurm: Slurm):
+def test_two_jobs_on_one_node_do_not_collide_and_ask_strangers_for_a_token(submit, slurm: Slurm, hosts: Hosts):
     half = ("--nodes=1", "--nodelist=node1", "--oversubscribe", "--cpus-per-task=2", "--mem=5000")
     jobs = [submit("sft", *SMALL_SFT, f"seed={seed}", sbatch=half) for seed in range(2)]
 
@@ -93,6 +95,14 @@ def test_two_jobs_on_one_node_do_not_collide(submit, slurm: Slurm):
         return all(slurm.job(job)["JobState"] == "RUNNING" and (d / "run/events.jsonl").exists() for job, d in jobs)
 
     wait_until(both, 120, "both jobs running at the same time")
+    tokens = [*jobs[0][1].glob("logs/*/token"), *jobs[1][1].glob("logs/*/token")]
+    assert [t.stat().st_mode & 0o777 for t in tokens] == [0o600] * 2
+    assert tokens[0].read_text() != tokens[1].read_text()
+    for job, _ in jobs:
+        assert hosts[0].run(["stat", "-c", "%a", f"/tmp/ray/tatar-{job}"]).stdout == "700\n"
+    ours = {port: name for port, name in listening(hosts[0]).items() if name not in SLURMS_OWN}
+    answers = asked(hosts.outsider, hosts[0].ip, list(ours))
+    assert {"gcs_server", "raylet"} <= set(ours.values()) and set(answers.values()) <= REFUSED, (ours, answers)
     for job, directory in jobs:
         found = slurm.wait(job)
         assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), slurm.output(job)
@@ -122,3 +132,19 @@ def test_f9_a_preempted_job_is_requeued_and_ends_with_the_same_weights(
     assert steps_of(run) == list(range(STEPS))
     assert weights_of(run) == weights_of(reference / "run")
     assert weights_of(run) != weights_of(run, starts[1])
+
+
+def test_a_signal_while_the_nodes_start_requeues_at_once(submit, slurm: Slurm, tmp_path: Path):
+    """The first start hangs on node2; after the signal the job is requeued and trains."""
+    activate = tmp_path / "activate"
+    activate.write_text(
+        f"source {ROOT}/.venv/bin/activate; "
+        "[[ $SLURMD_NODENAME != node2 || ${SLURM_RESTART_COUNT:-0} != 0 ]] || sleep 100000\n"
+    )
+    job, directory = submit("sft", *SMALL_SFT, TATAR_ACTIVATE=str(activate))
+    wait_until(lambda: [*directory.glob("logs/*/node2.log")], 120, "node2 starting")
+    slurm.run(["scancel", "--batch", "--signal=USR1", job], check=True)
+    found = slurm.wait(job, 200)
+    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("COMPLETED", "0:0", "1"), slurm.output(job)
+    assert "ended with 75: requeued" in slurm.output(job)
+    assert steps_of(directory / "run") == [0, 1]
