@@ -54,7 +54,7 @@ def unproven(config: Config, stage: Stage = "grpo") -> list[Path]:
     return [p for p in PATHS if p.status == NEVER and stage in p.stages and taken[p.key]]
 
 
-def warnings_for(config: Config, stage: Stage = "grpo") -> list[str]:
+def warnings_for(config: Config, stage: Stage) -> list[str]:
     """One line a path, for the start of a run."""
     checked = "The run checks itself before it trains; run" if stage == "grpo" else "Run"
     return [
