@@ -81,7 +81,6 @@ class Cluster:
     def __init__(self, config: Config, log: Callable[..., None] = lambda event, **fields: None) -> None:
         self.config, self.log = _with_absolute_paths(config), log
         self.address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-        self.local = self.address is None or self.address.split(":")[0] in ("127.0.0.1", "localhost")
         self.gpu = config.cluster.gpus_per_node > 0
         self.colocated = config.cluster.placement == "colocated"
         self.cores = config.cluster.threads or len(os.sched_getaffinity(0))
@@ -167,11 +166,6 @@ class Cluster:
         self._actors.append(actor)
         return actor
 
-    def _network_env(self) -> dict[str, str]:
-        """Which interface gloo and NCCL use; without it a learner takes the one of its node's address."""
-        nic = self.config.cluster.network_interface or ("lo" if self.local else None)
-        return {"GLOO_SOCKET_IFNAME": nic, "NCCL_SOCKET_IFNAME": nic} if nic else {}
-
     def _reserve(self, what: str, count: int, cpus: float, gpus: int) -> None:
         """Raises UserError where Ray could never place the actors: it would leave them waiting without a word."""
         has = ray.cluster_resources()
@@ -210,18 +204,19 @@ class Cluster:
         c = self.config.cluster
         if not again:
             self._reserve("learner(s)", count, self._bundle()["CPU"], int(self.gpu))
-        placed = self._place(count, c.node_wait_s if again else c.start_timeout_s, check)
+        limit = c.node_wait_s if again else c.start_timeout_s
+        placed = count if self._place(count, limit, check) else None
         if placed is None and again and c.elastic:
             fewer = fewer_learners(self.config, stage, count)
             placed = next((n for n in fewer if self._place(n, FEWER_WAIT_S, check)), None)
         if placed is None:
             raise RunError(
-                f"{count} learners found no place within {c.node_wait_s if again else c.start_timeout_s:g} s: they "
+                f"{count} learners found no place within {limit:g} s: they "
                 f"need {count * self._bundle()['CPU']:g} CPUs and {count * self.gpu} GPUs; free are {_free()}"
             )
         threads = self.threads(placed)
         env = {} if self.gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        env |= {"OMP_NUM_THREADS": str(threads), **self._network_env()}
+        env |= {"OMP_NUM_THREADS": str(threads)}
         self._learners = [
             self._actor(
                 Learner,
@@ -235,12 +230,12 @@ class Cluster:
             )
             for rank in range(placed)
         ]
-        group = LearnerGroup(self.config, self._learners, threads, local=self.local)
+        group = LearnerGroup(self.config, self._learners, threads)
         group.check = check
         return group
 
-    def _place(self, count: int, timeout: float, check: Callable[[], None]) -> int | None:
-        """Reserve `count` bundles for learners; None when there was no room within `timeout`."""
+    def _place(self, count: int, timeout: float, check: Callable[[], None]) -> bool:
+        """Reserve `count` bundles for learners; false when there was no room within `timeout` seconds."""
         strategy = self.config.cluster.learner_placement.upper()
         self._bundles = placement_group([self._bundle()] * count, strategy=strategy)
         ready, deadline = self._bundles.ready(), time.monotonic() + timeout
@@ -248,8 +243,8 @@ class Cluster:
             check()
             if time.monotonic() > deadline:
                 self._unplace()
-                return None
-        return count
+                return False
+        return True
 
     def _bundle(self) -> dict[str, float]:
         """What one learner needs and, colocated, the engine beside it."""
@@ -287,7 +282,7 @@ class Cluster:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": str(r.cpu_kv_cache_gib),
             "OMP_NUM_THREADS": str(self.threads(count)),
-            **self._network_env(),
+            **({"NCCL_SOCKET_IFNAME": c.network_interface} if c.network_interface else {}),
             "GLOO_SOCKET_IFNAME": "lo",  # an engine's workers are on one node, and gloo answers strangers
             **({} if self.gpu else CPU_ENGINE_ENV),
         }

@@ -77,7 +77,7 @@ def run() -> list[Check]:
 def _tools() -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
     yield Check("python", (3, 11) <= sys.version_info[:2] < (3, 13), True, version, "use Python 3.11 or 3.12")
-    for tool, why in (("gcc", "torch and vLLM compile kernels"), ("g++", "DeepSpeed compiles operators")):
+    for tool, why in ((t, "torch and vLLM compile kernels") for t in ("gcc", "g++")):
         path = shutil.which(tool)
         yield Check(tool, path is not None, True, path or "not found", f"install {tool}: {why}")
     sbatch = shutil.which("sbatch")

@@ -11,6 +11,8 @@ def interface_of(ip: str) -> str | None:
     """The network interface that has this address, None where no one has."""
     import psutil
 
+    if ip.startswith("127."):  # all of them are loopback's, only one is listed
+        return "lo"
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address == ip for a in addresses):
             return name

@@ -12,10 +12,9 @@ import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
-from tatar_dist.checkpoint import Checkpoints, latest
+from tatar_dist.checkpoint import Checkpoints, Found, latest
 from tatar_dist.cluster import Cluster
 from tatar_dist.config import Config
 from tatar_dist.data.sampler import PromptSampler
@@ -29,8 +28,6 @@ from tatar_dist.rollout.health import State
 from tatar_dist.run_directory import RunDirectory
 from tatar_dist.stall import StallDetector, Stalled, processes_of
 from tatar_dist.waiting import first_line
-
-Found = tuple[Path, dict[str, Any]] | None
 
 
 class Steps(ABC):
@@ -112,7 +109,7 @@ class Training:
     def _same(self) -> dict[str, Any]:
         return {"stage": self.stage, "model.path": self.config.model.path}
 
-    def _until_done(self, cluster: Cluster, found: Found) -> None:
+    def _until_done(self, cluster: Cluster, found: Found | None) -> None:
         while True:
             try:
                 first = self._bring_up(cluster, found)
@@ -135,12 +132,12 @@ class Training:
                 self.checkpoints.abandon()
                 found = self._newest()
 
-    def _newest(self) -> Found:
+    def _newest(self) -> Found | None:
         """The checkpoint to restart from: with `checkpoint.resume=false` only one of this run."""
         found = self.checkpoints.resume(self._same())
         return found if found and (self.config.checkpoint.resume or found[1].get("by") == self._id) else None
 
-    def _bring_up(self, cluster: Cluster, found: Found) -> int:
+    def _bring_up(self, cluster: Cluster, found: Found | None) -> int:
         """Learners (and, the first time, everything else) with the weights of the checkpoint; returns its step."""
         steps, restart = self.steps, self._up
         first = found[1]["step"] if found else 0

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tatar_dist.data.whole_files import sync
+
 Files = dict[str, dict[str, Any]]
 Job = tuple[str, Callable[[Path], None]]  # path below the checkpoint, what writes that file or directory
 
@@ -49,15 +51,6 @@ def seal(path: Path) -> dict[str, Any]:
     """Sync a file; its size and hash."""
     sync(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def sync(path: Path) -> None:
-    """fsync a file or directory, so that a rename never names data that a power cut can still lose."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def sha256(path: Path) -> str:

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tatar_dist.checkpoint.files import Files, first_damage, sync
+from tatar_dist.checkpoint.files import Files, first_damage
 from tatar_dist.checkpoint.retention import Finished, kept
 from tatar_dist.config import CheckpointConfig
+from tatar_dist.data.whole_files import sync
 from tatar_dist.errors import UserError
 from tatar_dist.events import Events
 

@@ -16,6 +16,7 @@ from tatar_dist.data import contact_sheet, validation_report
 from tatar_dist.data.cleaning import clean, clean_paths
 from tatar_dist.data.validate import validate
 from tatar_dist.errors import UserError
+from tatar_dist.interrupts import Interrupted, Interrupts
 from tatar_dist.progress import Progress
 
 
@@ -27,7 +28,8 @@ def run_validation(
     images: Path | None,
     as_json: bool,
 ) -> None:
-    """Validate, write reports and clean manifests, print. Raises UserError when something cannot be used or leaks."""
+    """Validate, write reports and clean manifests, print. Raises UserError when something cannot be used
+    or leaks, Interrupted after a signal."""
     _check_directory(images)
     if clean_to is not None:
         clean_paths(paths, clean_to)  # a wrong place is known before hours of decoding
@@ -36,6 +38,8 @@ def run_validation(
 
     def watch(done: int, total: int) -> None:
         nonlocal last
+        if stop.requested:
+            raise Interrupted("interrupted", stop.status)
         if not bar:
             bar.append(Progress("validate", total, unit="picture").__enter__())
         if done and (done == total or time.monotonic() - last > 0.1):
@@ -43,7 +47,8 @@ def run_validation(
             bar[0].update(done, {})
 
     try:
-        with warnings.catch_warnings():
+        # a flag that every picture asks for: the exception of a first Ctrl-C was seen to get lost
+        with warnings.catch_warnings(), Interrupts() as stop:
             warnings.simplefilter("ignore")  # Pillow's, of oddities in metadata; what matters is found and listed
             found = validate(paths, output, workers, watch, images)
     finally:

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all. One that cannot be written is a `UserError`, before the work if possible.
 
-In: a path. Out: `written_whole` gives a place beside it and renames at the end; `probe` only asks.
+In: a path. Out: `written_whole` gives a place beside it and renames at the end; `probe` only asks;
+`sync` makes what was written last.
 """
 
 from __future__ import annotations
@@ -49,3 +50,12 @@ def written_whole(path: Path) -> Iterator[Path]:
             os.replace(place, path)
         finally:
             place.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or directory, so that a rename never names data that a power cut can still lose."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

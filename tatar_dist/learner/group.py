@@ -27,8 +27,8 @@ DEATH_IS_KNOWN_S = 5.0
 class LearnerGroup:
     """All ZeRO-3 ranks, addressed as one. Learners are a unit: an error of one is the error of the step."""
 
-    def __init__(self, config: Config, actors: list[Any], threads: int, local: bool) -> None:
-        self.config, self.actors, self.threads, self.local = config, actors, threads, local
+    def __init__(self, config: Config, actors: list[Any], threads: int) -> None:
+        self.config, self.actors, self.threads = config, actors, threads
         self.check: Callable[[], None] = lambda: None  # called twice a second of a wait; may raise to leave it
 
     def _all(self, method: str, *args: Any) -> list[Any]:

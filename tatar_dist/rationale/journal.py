@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tatar_dist.data.whole_files import sync
 from tatar_dist.errors import UserError
 
 VERSION = 2
@@ -120,7 +121,7 @@ class Journal:
             self._cut_end(good)
         if not good:
             self.write({"journal": VERSION, "settings": dict(self._settings)})
-            _sync_directory(self.path.parent)
+            sync(self.path.parent)
         return count
 
     def _cut_end(self, good: int) -> None:
@@ -196,12 +197,3 @@ class Journal:
             data = data[os.write(self._file, data) :]
         os.fdatasync(self._file)
         self.syncs += 1
-
-
-def _sync_directory(path: Path) -> None:
-    """A new file is durable only when its directory is."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
