@@ -52,7 +52,8 @@ class StallDetector:
     """Context manager around the controller's loop; it watches from a thread of its own.
 
     Args:
-        first_s: the limit before the first step is finished: starting and warming up take longer than any step.
+        first_s: the limit until the first step after a start is finished: starting and warming up take longer than
+            any step.
         processes: all processes of the run as they are at that moment.
     """
 
@@ -93,6 +94,11 @@ class StallDetector:
     def step(self, seconds: float) -> None:
         """A step is finished and took so long."""
         self._steps.append(seconds)
+        self.progress()
+
+    def starting(self) -> None:
+        """Processes start (again): until the next step is finished the limit is that of a start."""
+        self._steps.clear()
         self.progress()
 
     def raise_if_asked(self) -> None:

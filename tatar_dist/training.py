@@ -145,6 +145,7 @@ class Training:
         self.directory.rewind(first)
         steps.sampler.load_state_dict(found[1]["sampler"] if found else self._initial)
         steps.watch = self.watch
+        self.watch.starting()
         try:
             if restart:
                 self._log("learners/restarting", from_step=first)
@@ -158,7 +159,6 @@ class Training:
             if found:
                 learners.load(found[0], found[1]["learners"])
             steps.learners, self._up = learners, True
-            self.watch.progress()
             steps.ready(first, changed=bool(found) or restart)
             learners.check = self.watch.raise_if_asked  # and no longer: a step that has begun to learn is finished
         except StopAsked:

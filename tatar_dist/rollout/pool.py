@@ -273,7 +273,7 @@ class RolloutPool:
             queue.appendleft(chunk)
 
     def _judge(self, queue: deque[Chunk]) -> None:
-        """Deadlines: a late engine is suspect, a very late one dead."""
+        """Deadlines: a late engine is suspect, a very late one dead. Loading is progress: its deadline is another."""
         r, now = self.config.rollout, time.monotonic()
         for e in (e for e in self.engines if e.call is not None):
             starting = e.health.state is State.RESTARTING
@@ -281,6 +281,8 @@ class RolloutPool:
             if now - e.since > limit:
                 reason = f"{'not ready' if starting else 'no answer'} after {limit:g} s"
                 self._again(self._lose(e, reason), queue, reason)
+            elif starting:
+                self.progress()
             elif e.health.state is State.HEALTHY and now - e.since > r.suspect_after_s:
                 e.health.late(r.suspect_after_s)
 

@@ -1,0 +1,95 @@
+"""Engines that run out of memory, answer nonsense or hang: replaced, and the run goes on, or says why it cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tatar_dist import controller
+from tatar_dist.cluster import Cluster
+from tatar_dist.controller import make_sampler
+from tatar_dist.events import read_events
+from tatar_dist.prompt_source import PromptSource
+from tatar_dist.rollout.engine import RolloutEngine, Sampling
+from tatar_dist.rollout.pool import EngineFailed
+from tatar_dist.run_directory import RunDirectory
+
+
+class TroubledEngine(RolloutEngine):
+    """Engine 0 runs out of memory in its first call of step 0, and answers nonsense in its first call of step 1."""
+
+    def generate(self, prompts, sampling, version):
+        first = Path(self.config.output) / f"first-call-of-step-{sampling.step}"
+        if self.index or sampling.step > 1 or first.exists():
+            return super().generate(prompts, sampling, version)
+        first.touch()
+        if sampling.step == 0:
+            raise MemoryError("no room for the KV cache")
+        groups = super().generate(prompts, sampling, version)
+        bad = [dataclasses.replace(c, logprobs=(math.nan,) * len(c.token_ids)) for c in groups[0].completions]
+        return [dataclasses.replace(groups[0], completions=tuple(bad)), *groups[1:]]
+
+
+def test_an_engine_out_of_memory_and_one_that_answers_nonsense_are_replaced(model_untied, make_config):
+    config = make_config(model_untied, "rollout.deterministic=true")
+    with RunDirectory(config) as directory, Cluster(config, directory.events.log) as cluster:
+        pool = cluster.engines(2, cls=TroubledEngine)
+        pool.start(1)
+        pool.started()
+        prompts = PromptSource(config, directory).batch(make_sampler(config), 4, 0)
+        asked = sorted(p.group_id for p in prompts)
+        step, dead = 0, []
+        while len(dead) < 2:  # step 2 and later until engine 0 has been back for the nonsense
+            groups = pool.generate(prompts, Sampling(2, 1.0, 16, 0, step))
+            assert [g.prompt.group_id for g in groups] == asked
+            assert all(math.isfinite(p) for g in groups for c in g.completions for p in c.logprobs)
+            dead = [e for e in read_events(directory.path) if e["event"] == "engine/dead"]
+            back = any(e["event"] == "engine/restarting" for e in read_events(directory.path))
+            step = 1 if back and pool.states()[0] == "healthy" else 2
+        assert [e["engine"] for e in dead] == [0, 0]
+        assert "MemoryError: no room for the KV cache" in dead[0]["reason"]
+        assert "log-probability that is none" in dead[1]["reason"]
+
+
+def test_too_few_engines_end_the_run_with_their_reasons(model_untied, make_config):
+    config = make_config(model_untied, "rollout.engine_restarts=0", "rollout.min_engines=2")
+    with RunDirectory(config) as directory, Cluster(config, directory.events.log) as cluster:
+        pool = cluster.engines(2, cls=TroubledEngine)
+        pool.start(1)
+        pool.started()
+        prompts = PromptSource(config, directory).batch(make_sampler(config), 4, 0)
+        with pytest.raises(EngineFailed, match="1 of 2 engines are left, rollout.min_engines=2; engine 0: MemoryError"):
+            pool.generate(prompts, Sampling(2, 1.0, 16, 0, 0))
+        assert pool.states() == {0: "gone", 1: "healthy"}
+
+
+def test_a_stalled_run_writes_all_stacks_and_restarts_what_hangs(model_untied, make_config):
+    config = make_config(
+        model_untied,
+        "grpo.max_steps=3",
+        "rollout.engines=1",
+        "cluster.learners=1",
+        "failpoints=['engine.generate:stop:step=1']",
+        "watch.stall_action=restart",
+        "watch.stall_min_s=5",
+        "watch.stall_factor=1",
+    )
+    controller.run(config)
+    run = Path(config.output)
+    events = read_events(run)
+    assert events[-1]["event"] == "run/end"
+    assert [e["step"] for e in events if e["event"] == "step/done"] == [0, 0, 1, 2]  # no checkpoint: from the start
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+    (stall,) = [e for e in events if e["event"] == "stall"]
+    assert (stall["step"], stall["phase"], stall["action"]) == (1, "generate", "restart")
+    assert {"controller", "learner-0", "engine-0", "reward"} <= set(stall["processes"])
+    for name in stall["processes"]:
+        assert (run / stall["stacks"] / f"{name}.txt").stat().st_size > 100
+    dead = next(e for e in events if e["event"] == "engine/dead")
+    assert dead["time"] > stall["time"] and dead["reason"] == "did not answer when the run stalled"
+    failed = next(e for e in events if e["event"] == "learners/failed")
+    assert "no progress for" in failed["reason"]
