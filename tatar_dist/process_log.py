@@ -6,9 +6,10 @@ In: a run directory and the process's name in the run. Out, in RUN/logs:
     NAME.out     what is printed, also by native libraries (vLLM, NCCL, gloo) and by a process that crashes
 
 The event `process/started` says where it runs, so that it can be found while it starts, too. A process that does not
-see the run directory (no shared file system) logs to its machine's temporary directory and
-says so there. SIGUSR2 makes a process write the stacks of all its threads, in C, so that it answers while its
-interpreter is stuck. They go to memory that `tatar_dist.stacks` reads through /proc: no file is left behind.
+see the run directory (no shared file system) logs to its machine's temporary directory and says so there. A thread of
+every process waits to be asked for the stacks of all its threads (`tatar_dist.stacks` asks): the question is a byte in
+a pipe, the answer goes to memory, both found under /proc; no file is left behind. Not a signal: its handler would walk
+the frames of threads that run meanwhile, which now and then crashes a healthy process.
 """
 
 from __future__ import annotations
@@ -17,22 +18,21 @@ import faulthandler
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 from tatar_dist.events import Events
 from tatar_dist.process import process_facts
 
-STACKS = "tatar_dist-stacks"  # the name of that memory under /proc/PID/fd
-STACK_SIGNAL = signal.SIGUSR2
+STACKS = "tatar_dist-stacks-"  # the name of that memory under /proc/PID/fd; the number of the pipe follows
 
 log = logging.getLogger(__name__)
 _handler: logging.Handler | None = None
-_stacks: Any = None  # the open file behind STACKS: faulthandler needs it as long as the process lives
+_stacks: Any = None  # the open file behind STACKS
 
 
 class JsonLines(logging.Formatter):
@@ -80,7 +80,7 @@ def open_log(run: str | Path, name: str, printed: bool = True) -> Path:
     logging.getLogger("tatar_dist").setLevel(logging.INFO)
     if printed:
         _redirect(directory / f"{name}.out")
-    answer_stack_signal()
+    answer_stack_requests()
     facts = process_facts()
     log.info("%s starts on node %s", name, facts["node"])
     if visible:
@@ -101,9 +101,15 @@ def _redirect(path: Path) -> None:
     faulthandler.enable(file=2, all_threads=True)
 
 
-def answer_stack_signal() -> None:
-    """From now on STACK_SIGNAL makes this process write its stacks."""
+def answer_stack_requests() -> None:
+    """From now on a thread of this process answers who asks for its stacks."""
     global _stacks
     if _stacks is None:
-        _stacks = os.fdopen(os.memfd_create(STACKS), "wb", buffering=0)
-        faulthandler.register(STACK_SIGNAL, file=_stacks, all_threads=True)
+        asked, _ = os.pipe()  # who asks opens the other end for himself
+        _stacks = os.fdopen(os.memfd_create(f"{STACKS}{asked}"), "wb", buffering=0)
+        threading.Thread(target=_answer, args=(asked, _stacks), name="stacks", daemon=True).start()
+
+
+def _answer(asked: int, answer: Any) -> None:
+    while os.read(asked, 1):
+        faulthandler.dump_traceback(answer, all_threads=True)

@@ -1,13 +1,14 @@
 """What processes of this machine are doing right now: their Python stacks and their state, whatever they hang in.
 
-In: process ids. Out: one text each. A process that called `process_log.open_log` writes its stacks itself when it gets
-the signal; one that cannot (it is stopped, or the signal would kill it) is read from outside by py-spy, which comes
-with Ray. What neither can show is named with its state from /proc. Runs as a Ray task on other nodes (stall.py).
+In: process ids. Out: one text each. A process that called `process_log.open_log` writes its stacks itself when it is
+asked; one that cannot (it is stopped, or C code keeps the interpreter's lock) is read from outside by py-spy, which
+comes with Ray. What neither can show is named with its state from /proc. Runs as a Ray task on other nodes (stall.py).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tatar_dist.process_log import STACK_SIGNAL, STACKS
+from tatar_dist.process_log import STACKS
 
-ANSWER_S = 3.0  # the signal handler needs milliseconds; a process that swaps may need more
+ANSWER_S = 3.0  # it takes milliseconds; a process that swaps may need more
 SPY_S = 10.0
 
 
@@ -44,7 +45,7 @@ def _stacks(pid: int) -> Stacks:
     head = f"pid {pid} on {socket.gethostname()}: {state}\n\n"
     if not status:
         return Stacks(state, False, head)
-    own = None if state[0] in "TtZX" or not _catches(status) else _ask(pid)
+    own = None if state[0] in "TtZX" else _ask(pid)
     if own is not None:
         return Stacks(state, True, head + own)
     return Stacks(state, False, head + f"It did not write its stacks; seen from outside:\n{_spy(pid)}")
@@ -59,21 +60,17 @@ def _status(pid: int) -> dict[str, str]:
     return {key: value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
 
 
-def _catches(status: dict[str, str]) -> bool:
-    """Whether the process handles the signal: another one, or one that is still starting, would die of it."""
-    return bool(int(status["SigCgt"], 16) >> (STACK_SIGNAL - 1) & 1)
-
-
 def _ask(pid: int) -> str | None:
-    """What the process wrote upon the signal; None when it wrote nothing in time."""
+    """What the process wrote when asked; None when it wrote nothing in time."""
     try:
         fds = Path(f"/proc/{pid}/fd")
-        path = next((f for f in fds.iterdir() if STACKS in os.readlink(f)), None)
-        if path is None:
+        found = ((f, re.search(rf"{STACKS}(\d+)", os.readlink(f))) for f in fds.iterdir())
+        memory, pipe = next(((f, match[1]) for f, match in found if match), (None, None))
+        if memory is None:
             return None
-        with open(path, "rb") as file:
+        with open(memory, "rb") as file, open(fds / str(pipe), "wb", buffering=0) as question:
             file.seek(0, os.SEEK_END)
-            os.kill(pid, STACK_SIGNAL)
+            question.write(b"?")
             return _read_until_quiet(file.fileno())
     except OSError:  # it ended meanwhile, or belongs to another user
         return None

@@ -13,13 +13,13 @@ import pytest
 
 from tatar_dist.config import WatchConfig
 from tatar_dist.events import Events, read_events
-from tatar_dist.process_log import answer_stack_signal
+from tatar_dist.process_log import answer_stack_requests
 from tatar_dist.stacks import stacks_of
 from tatar_dist.stall import Process, StallDetector, Stalled, processes_of
 
 ANSWERING = """
-from tatar_dist.process_log import answer_stack_signal
-answer_stack_signal()
+from tatar_dist.process_log import answer_stack_requests
+answer_stack_requests()
 def computing_for_ever():
     print("ready", flush=True)
     while True:
@@ -32,6 +32,20 @@ def never_heard_of_us():
     while True:
         pass
 never_heard_of_us()
+"""
+BUSY = """
+import threading
+from tatar_dist.process_log import answer_stack_requests
+answer_stack_requests()
+def deep(n):
+    return deep(n - 1) if n else sum(range(30))
+def work():
+    while True:
+        deep(60)
+for _ in range(4):
+    threading.Thread(target=work, daemon=True).start()
+print("ready", flush=True)
+work()
 """
 
 
@@ -79,6 +93,14 @@ def test_each_dump_holds_one_answer(start):
     assert first.text.count("Current thread") == second.text.count("Current thread") == 1
 
 
+def test_a_busy_process_can_be_asked_as_often_as_one_likes(start):
+    process = start(BUSY)
+    for _ in range(40):
+        (found,) = stacks_of([process.pid])
+        assert process.poll() is None
+        assert found.answered and found.text.count("in deep") > 4
+
+
 def test_a_stopped_process_is_seen_from_outside(start):
     process = start(ANSWERING)
     process.send_signal(signal.SIGSTOP)
@@ -104,7 +126,7 @@ def test_a_process_that_is_gone_is_named_so(start):
 
 
 def test_a_stall_is_logged_with_the_stacks_of_all_processes(tmp_path, start):
-    answer_stack_signal()
+    answer_stack_requests()
     hung, stopped = start(ANSWERING), start(ANSWERING)
     stopped.send_signal(signal.SIGSTOP)
     wait_for(lambda: not stacks_of([stopped.pid])[0].answered, "the process to stop")
