@@ -24,7 +24,6 @@ class ModelConfig:
     path: str = "???"  # Hugging Face model directory (or hub name where the hub is reachable)
     family: str = "qwen2_5_vl"  # a module of tatar_dist.backbones
     dtype: str = "bfloat16"  # bfloat16 | float32, for learners and engines alike
-    attention: str = "sdpa"  # sdpa | flash_attention_2 | eager
     min_pixels: int = 3136
     max_pixels: int = 1572864
     train_vision: bool = True

@@ -21,7 +21,6 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 CHOICES = {
     "model.dtype": ("bfloat16", "float32"),
-    "model.attention": ("sdpa", "flash_attention_2", "eager"),
     "cluster.placement": ("disaggregated", "colocated"),
     "cluster.learner_placement": ("pack", "spread"),
     "rollout.push": ("object_store", "nccl", "cuda_ipc"),

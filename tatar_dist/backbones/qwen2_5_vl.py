@@ -81,7 +81,7 @@ class Backbone:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             self.config.path,
             dtype=DTYPES[self.config.dtype],
-            attn_implementation=self.config.attention,
+            attn_implementation="sdpa",  # the learner exchanges it (learner/shared_prefix.py)
             use_safetensors=True,
         )
         if not self.config.train_vision:
@@ -111,6 +111,26 @@ class Backbone:
         b = self.processor(text=[text], images=[image], return_tensors="pt")
         return EncodedPrompt(b["input_ids"][0], b["mm_token_type_ids"][0], b["pixel_values"], b["image_grid_thw"])
 
+    def positions(self, prompt: EncodedPrompt) -> torch.Tensor:
+        """(3, P) positions in time, height and width: text counts on in all three, an image's tokens are a grid whose
+        longer side is what the text behind it goes on from (arXiv 2409.12191, section 2.1)."""
+        grids = iter(prompt.grid // torch.tensor([1, self._merge, self._merge]))
+        parts, start, at, types = [], 0, 0, prompt.type_ids.tolist()
+        while at < len(types):
+            if types[at]:
+                t, h, w = next(grids).tolist()
+                grid = torch.stack(torch.meshgrid(*map(torch.arange, (t, h, w)), indexing="ij"))
+                parts.append(start + grid.reshape(3, -1))
+                start, at = start + max(h, w), at + t * h * w
+            else:
+                parts.append(torch.full((3, 1), start))
+                start, at = start + 1, at + 1
+        return torch.cat(parts, dim=1)
+
+    @property
+    def _merge(self) -> int:
+        return int(self.processor.image_processor.merge_size)
+
     @staticmethod
     def vision(model: Any, pixel_values: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One pass of the vision tower over all images: a tuple of (tokens_i, hidden) features, image by image."""
@@ -118,26 +138,19 @@ class Backbone:
 
     @staticmethod
     def hidden_states(
-        model: Any,
-        ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        type_ids: torch.Tensor,
-        grids: torch.Tensor,
-        features: tuple[torch.Tensor, ...],
+        model: Any, ids: torch.Tensor, positions: torch.Tensor, layout: Any, features: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        """Last hidden states (B, L, H) of padded rows; `features[i]`, `grids[i]` belong to row i.
+        """Last hidden states (T, H) of a packed row (learner/shared_prefix.py); `features` in the order of the images.
 
-        Positions are computed here and passed, because the model otherwise keeps `rope_deltas` between calls.
+        Positions are passed, because the model otherwise keeps `rope_deltas` between calls.
         """
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        positions, _ = model.model.get_rope_index(ids, type_ids, image_grid_thw=grids, attention_mask=attention_mask)
         out = model.model(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            image_grid_thw=grids,
+            input_ids=ids[None],
+            position_ids=positions[:, None],
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
             use_cache=False,
+            layout=layout,
         )
-        return out.last_hidden_state
+        return out.last_hidden_state[0]

@@ -1,47 +1,53 @@
-"""Turns learner rows into padded tensors, each image decoded and preprocessed once per step.
+"""Turns learner rows into one packed row without padding, each image decoded and preprocessed once per step.
 
-In: `LearnerRow`s of one micro-batch. Out: a `MicroBatch` of CPU tensors. Labels come from token spans: the loss
-covers the completion's own tokens, its end-of-turn token included, and nothing of the prompt, for either padding side.
+In: `LearnerRow`s of one micro-batch. Out: a `MicroBatch` of CPU tensors: every prompt once, then its completions
+(shared_prefix.py). A completion's last token is not in it: nothing is predicted from it. Labels come from token
+spans: the loss covers the completion's own tokens, its end-of-turn token included, and nothing of the prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from tatar_dist.backbones.qwen2_5_vl import Backbone, EncodedPrompt
 from tatar_dist.data.images import decode_image
 from tatar_dist.errors import RunError
+from tatar_dist.learner.shared_prefix import Layout
 from tatar_dist.records import LearnerRow
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B padded rows over n_images distinct images.
+    """B rows over n distinct images, packed into T tokens; N completion tokens in all, at most C in a row.
 
-    ids, attention_mask, type_ids: (B, L) int64; pixel_values: (patches, dim) float32 of the distinct images;
-    grids: (n_images, 3); image_of_row: (B,) int64; completion_ids: (B, C) right-padded; mask: (B, C) bool;
-    first: (B,) index in ids of each completion's first token; advantage: (B,) float32;
-    weight: (B,) float32; sampled_logprobs: (B, C) float32 (0 where absent).
+    ids: (T,) int64; positions: (3, T) int64, of rotary embeddings; layout: which tokens are whose;
+    pixel_values: (patches, dim) float32 of the distinct images; grids: (n, 3) int64;
+    target: (N,) int64 completion tokens; source: (N,) where in the packed row the state is that predicts each of them;
+    row, column: (N,) int64 its place in the right-padded tensors; mask: (B, C) bool; advantage, weight: (B,) float32;
+    sampled_logprobs: (B, C) float32 (0 where absent).
     """
 
     ids: torch.Tensor
-    attention_mask: torch.Tensor
-    type_ids: torch.Tensor
+    positions: torch.Tensor
+    layout: Layout
     pixel_values: torch.Tensor
     grids: torch.Tensor
-    image_of_row: torch.Tensor
-    completion_ids: torch.Tensor
+    target: torch.Tensor
+    source: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
     mask: torch.Tensor
-    first: torch.Tensor
     advantage: torch.Tensor
     weight: torch.Tensor
     sampled_logprobs: torch.Tensor
 
     def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return MicroBatch(**{k: v if k == "layout" else v.to(device, non_blocking=True) for k, v in moved.items()})
 
 
 class PromptMismatch(RunError):
@@ -49,10 +55,10 @@ class PromptMismatch(RunError):
 
 
 class Collator:
-    """Encodes prompts (cached for one step) and pads rows. `padding_side` moves the padding, never the loss."""
+    """Encodes prompts (cached for one step) and packs rows."""
 
-    def __init__(self, backbone: Backbone, padding_side: str = "right") -> None:
-        self.backbone, self.padding_side = backbone, padding_side
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
         self._encoded: dict[str, EncodedPrompt] = {}
 
     def new_step(self) -> None:
@@ -71,45 +77,49 @@ class Collator:
         return found
 
     def __call__(self, rows: Sequence[LearnerRow]) -> MicroBatch:
-        index: dict[str, int] = {}
-        encoded: list[EncodedPrompt] = []
-        for row in rows:
-            if row.image_id not in index:
-                index[row.image_id] = len(encoded)
-                encoded.append(self.encode(row))
-        image_of_row = [index[row.image_id] for row in rows]
-        width = max(len(encoded[i].ids) + len(row.completion_ids) for i, row in zip(image_of_row, rows, strict=True))
-        longest = max(len(row.completion_ids) for row in rows)
-        n = len(rows)
-        pad = self.backbone.tokenizer.pad_token_id
-        ids = torch.full((n, width), pad, dtype=torch.long)
-        attention = torch.zeros((n, width), dtype=torch.long)
-        types = torch.zeros((n, width), dtype=torch.long)
-        completion = torch.full((n, longest), pad, dtype=torch.long)
-        mask = torch.zeros((n, longest), dtype=torch.bool)
-        sampled = torch.zeros((n, longest))
-        first = torch.zeros(n, dtype=torch.long)
+        encoded: dict[str, EncodedPrompt] = {}
+        members: dict[str, list[int]] = {}
         for r, row in enumerate(rows):
-            prompt = encoded[image_of_row[r]]
-            p, c = len(prompt.ids), len(row.completion_ids)
-            start = 0 if self.padding_side == "right" else width - p - c
-            answer = torch.tensor(row.completion_ids, dtype=torch.long)
-            ids[r, start : start + p], ids[r, start + p : start + p + c] = prompt.ids, answer
-            attention[r, start : start + p + c] = 1
-            types[r, start : start + p] = prompt.type_ids
-            completion[r, :c], mask[r, :c], first[r] = answer, True, start + p
+            encoded[row.image_id] = self.encode(row)
+            members.setdefault(row.image_id, []).append(r)
+        prompts = list(encoded.values())
+        ids = [p.ids for p in prompts]
+        positions = [self.backbone.positions(p) for p in prompts]
+        target, source, row_of, column = [], [], [], []
+        lengths, ends, at = [], [], 0
+        for p in prompts:
+            at += len(p.ids)
+            ends.append(at - 1)
+        for group, last, before in zip(members.values(), ends, list(positions), strict=True):
+            lengths.append(tuple(len(rows[r].completion_ids) - 1 for r in group))
+            start = before.max() + 1  # an image takes fewer positions than tokens
+            for r, n in zip(group, lengths[-1], strict=True):
+                answer = torch.tensor(rows[r].completion_ids, dtype=torch.long)
+                ids.append(answer[:-1])
+                positions.append((start + torch.arange(n)).expand(3, n))
+                target.append(answer)
+                source.append(torch.cat([torch.tensor([last]), at + torch.arange(n)]))
+                row_of.append(torch.full((n + 1,), r))
+                column.append(torch.arange(n + 1))
+                at += n
+        longest = max(len(row.completion_ids) for row in rows)
+        mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+        sampled = torch.zeros((len(rows), longest))
+        for r, row in enumerate(rows):
+            mask[r, : len(row.completion_ids)] = True
             if row.sampled_logprobs is not None:
-                sampled[r, :c] = torch.tensor(row.sampled_logprobs)
+                sampled[r, : len(row.completion_ids)] = torch.tensor(row.sampled_logprobs)
         return MicroBatch(
-            ids=ids,
-            attention_mask=attention,
-            type_ids=types,
-            pixel_values=torch.cat([e.pixel_values for e in encoded]),
-            grids=torch.cat([e.grid for e in encoded]),
-            image_of_row=torch.tensor(image_of_row),
-            completion_ids=completion,
+            ids=torch.cat(ids),
+            positions=torch.cat(positions, dim=1),
+            layout=Layout(tuple(len(p.ids) for p in prompts), tuple(lengths)),
+            pixel_values=torch.cat([p.pixel_values for p in prompts]),
+            grids=torch.cat([p.grid for p in prompts]),
+            target=torch.cat(target),
+            source=torch.cat(source),
+            row=torch.cat(row_of),
+            column=torch.cat(column),
             mask=mask,
-            first=first,
             advantage=torch.tensor([row.advantage for row in rows], dtype=torch.float32),
             weight=torch.tensor([row.weight for row in rows], dtype=torch.float32),
             sampled_logprobs=sampled,

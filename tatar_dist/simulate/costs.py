@@ -5,7 +5,7 @@ holds its costs in the same form under "costs", and JSON is YAML: what was measu
 
     engine      a call = per_call + per_step x decode steps + per_token x tokens + per_prompt x prompts
     learner     a step = per_update + micro-batches x (per_micro_batch + gather x (ranks - 1) / ranks)
-                         + per_row x rows + per_image x images + per_token x padded completion tokens, of one rank
+                         + per_row x rows + per_image x images + per_token x completion tokens, of one rank
     reward      a batch = per_batch + per_completion x completions
     push        per_push + GB x (1 + 1 / buckets) x per_gb + GB x (receivers - 1) x per_gb_receiver
                 receivers: nodes that have engines; on CPUs, engines

@@ -109,7 +109,7 @@ def estimate(config: Config, seed: int = 0) -> Costs:
         ),
         learner=LearnerCosts(
             per_update=0.5,
-            per_row=token * prompt,
+            per_image=token * prompt,  # once a micro-batch: its completions share it
             per_token=token,
             gather=moved / (NVLINK * LINK),
             gather_across_nodes=moved / (NETWORK * LINK),

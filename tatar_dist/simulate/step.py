@@ -179,9 +179,15 @@ def learn_work(setup: Setup, lengths: np.ndarray) -> np.ndarray:
     tokens = lengths[order].reshape(shape)
     images = np.repeat(order, setup.group_size).reshape(shape)
     distinct = 1 + (np.diff(images, axis=2) != 0).sum(axis=2)
-    padded = tokens.max(axis=2) * split.micro_batch
     gathers = split.accumulation * (ranks - 1) / ranks
-    work = [1, split.accumulation, split.rows_per_rank, distinct.max(axis=0).sum(), padded.max(axis=0).sum(), gathers]
+    work = [
+        1,
+        split.accumulation,
+        split.rows_per_rank,
+        distinct.max(axis=0).sum(),
+        tokens.sum(axis=2).max(axis=0).sum(),
+        gathers,
+    ]
     return np.array(work, dtype=float)
 
 

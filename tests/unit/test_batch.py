@@ -1,4 +1,4 @@
-"""Rows to tensors to log-probabilities: the loss sees the answer and nothing else, wherever the padding is."""
+"""Rows to one packed row to log-probabilities: the loss sees the answer and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image  # noqa: E402
 from tatar_dist.backbones import family  # noqa: E402
 from tatar_dist.config import load_config  # noqa: E402
 from tatar_dist.data.images import UnreadableImage  # noqa: E402
-from tatar_dist.learner.batch import Collator, MicroBatch, PromptMismatch  # noqa: E402
+from tatar_dist.learner.batch import Collator, PromptMismatch  # noqa: E402
 from tatar_dist.learner.model import PolicyModel, TokenLogprobs  # noqa: E402
 from tatar_dist.records import LearnerRow  # noqa: E402
 from tatar_dist.tiny.build import Sizes, build  # noqa: E402
@@ -37,7 +37,6 @@ ANSWERS = (
     "<think>a plain view of it a plain view of it</think><answer>93.50</answer>",
     "<think>of it</think><answer>100.00</answer>",
 )
-SIDES = pytest.mark.parametrize("side", ["right", "left"])
 
 
 def png(seed: int, size: tuple[int, int] = (PIXELS, PIXELS)) -> bytes:
@@ -57,7 +56,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     words = [f"model.path={path}", "model.dtype=float32", f"model.min_pixels={PIXELS**2}"]
     config = load_config([], ["output=unused", *words, f"model.max_pixels={4 * PIXELS**2}"])
     backbone = family("qwen2_5_vl")(config.model)
-    model = backbone.load_model().eval()
+    # a policy exchanges its model's attention and head, `plain` keeps transformers' own
+    model, plain = backbone.load_model().eval(), backbone.load_model().eval()
     prompts = {
         task: backbone.tokenizer.apply_chat_template(
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
@@ -74,12 +74,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         completion = (*ids, backbone.end_of_turn())
         logprobs = tuple(-0.125 * (i + 1) - 0.25 * k for k in range(len(completion)))
         rows.append(LearnerRow(image, images[image], prompts[task], completion, task, i - 1.5, logprobs))
-    return SimpleNamespace(backbone=backbone, model=model, rows=rows, prompts=prompts, images=images)
-
-
-def positions(batch: MicroBatch, r: int) -> list[int]:
-    """The columns of `ids` that the loss of row r covers."""
-    return [int(batch.first[r]) + c for c in range(batch.mask.shape[1]) if batch.mask[r, c]]
+    return SimpleNamespace(backbone=backbone, model=model, plain=plain, rows=rows, prompts=prompts, images=images)
 
 
 def prompt_ids(tiny: SimpleNamespace, row: LearnerRow) -> list[int]:
@@ -95,52 +90,61 @@ def test_the_rows_of_this_file_are_uneven_in_prompt_and_completion(tiny):
     assert len({len(r.completion_ids) for r in tiny.rows}) == 4
 
 
-@SIDES
-def test_the_mask_selects_the_answer_with_its_end_of_turn_and_nothing_of_the_prompt(tiny, side):
-    batch = Collator(tiny.backbone, side)(tiny.rows)
+def test_the_loss_covers_the_answer_with_its_end_of_turn_and_nothing_of_the_prompt(tiny):
+    batch = Collator(tiny.backbone)(tiny.rows)
     for r, (row, answer) in enumerate(zip(tiny.rows, ANSWERS, strict=True)):
-        covered = positions(batch, r)
-        assert tiny.backbone.tokenizer.decode(batch.ids[r, covered]) == answer + "<|im_end|>"
-        assert batch.completion_ids[r][batch.mask[r]].tolist() == batch.ids[r, covered].tolist()
-        others = [p for p in range(batch.ids.shape[1]) if batch.attention_mask[r, p] and p not in covered]
-        assert batch.ids[r, others].tolist() == prompt_ids(tiny, row)
-        assert int(batch.ids[r, covered[-1]]) == tiny.backbone.end_of_turn()
+        mine = batch.row == r
+        assert batch.column[mine].tolist() == list(range(len(row.completion_ids)))
+        assert batch.mask[r].sum() == len(row.completion_ids)
+        assert tiny.backbone.tokenizer.decode(batch.target[mine]) == answer + "<|im_end|>"
+        assert int(batch.target[mine][-1]) == tiny.backbone.end_of_turn()
 
 
-@SIDES
-def test_first_points_at_the_token_after_the_prompt(tiny, side):
-    batch = Collator(tiny.backbone, side)(tiny.rows)
-    width = batch.ids.shape[1]
+def test_a_packed_row_holds_every_prompt_once_then_its_completions_without_their_last_tokens(tiny):
+    batch = Collator(tiny.backbone)(tiny.rows)
+    a, b = prompt_ids(tiny, tiny.rows[0]), prompt_ids(tiny, tiny.rows[1])
+    answers = [tiny.rows[r].completion_ids[:-1] for r in (0, 2, 1, 3)]
+    assert batch.ids.tolist() == [*a, *b, *(t for answer in answers for t in answer)]
+    assert batch.layout.prompts == (len(a), len(b))
+    assert batch.layout.completions == (tuple(map(len, answers[:2])), tuple(map(len, answers[2:])))
+    assert batch.layout.tokens == len(batch.ids)
+
+
+def test_a_token_is_predicted_by_the_one_before_it_the_first_by_the_prompts_last(tiny):
+    batch = Collator(tiny.backbone)(tiny.rows)
+    last = {"a": batch.layout.prompts[0] - 1, "b": sum(batch.layout.prompts) - 1}
     for r, row in enumerate(tiny.rows):
-        expected = len(prompt_ids(tiny, row)) if side == "right" else width - len(row.completion_ids)
-        assert int(batch.first[r]) == expected
-        assert int(batch.ids[r, expected]) == row.completion_ids[0]
+        source = batch.source[batch.row == r].tolist()
+        assert source[0] == last[row.image_id]
+        assert batch.ids[source[1:]].tolist() == list(row.completion_ids[:-1])
 
 
-@SIDES
-def test_padding_is_on_the_named_side_only_and_is_never_attended(tiny, side):
-    batch = Collator(tiny.backbone, side)(tiny.rows)
-    lengths = [len(prompt_ids(tiny, r)) + len(r.completion_ids) for r in tiny.rows]
-    assert batch.ids.shape[1] == max(lengths) and min(lengths) < max(lengths)
-    for r, n in enumerate(lengths):
-        padding = [0] * (max(lengths) - n)
-        kept = [1] * n
-        assert batch.attention_mask[r].tolist() == (kept + padding if side == "right" else padding + kept)
-        pads = batch.ids[r][batch.attention_mask[r] == 0]
-        assert set(pads.tolist()) <= {tiny.backbone.tokenizer.pad_token_id}
+def test_a_completion_of_one_token_adds_none_to_the_packed_row(tiny):
+    short = replace(tiny.rows[0], completion_ids=tiny.rows[0].completion_ids[-1:], sampled_logprobs=None)
+    batch = Collator(tiny.backbone)([short])
+    assert batch.ids.tolist() == prompt_ids(tiny, short)
+    assert (batch.target.tolist(), batch.source.tolist()) == ([tiny.backbone.end_of_turn()], [len(batch.ids) - 1])
 
 
-@SIDES
-def test_image_tokens_are_typed_and_lie_in_the_prompt(tiny, side):
-    batch = Collator(tiny.backbone, side)(tiny.rows)
-    image_pad = tiny.backbone.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    assert torch.equal(batch.type_ids == 1, batch.ids == image_pad)
-    assert batch.type_ids.sum(1).tolist() == [16, 32, 16, 32]
+def test_positions_are_the_models_and_a_completion_goes_on_from_its_prompts_highest(tiny):
+    batch = Collator(tiny.backbone)(tiny.rows)
+    at = 0
+    for row, n in zip(tiny.rows, batch.layout.prompts, strict=False):
+        image = Image.open(io.BytesIO(row.image)).convert("RGB")
+        prompt = tiny.backbone.encode_prompt(row.prompt_text, image)
+        expected, _ = tiny.model.model.get_rope_index(
+            prompt.ids[None], prompt.type_ids[None], image_grid_thw=prompt.grid
+        )
+        assert torch.equal(batch.positions[:, at : at + n], expected[:, 0])
+        answer = batch.source[batch.row == tiny.rows.index(row)][1:]
+        start = int(expected.max()) + 1
+        assert start < n  # an image takes fewer positions than tokens
+        assert (batch.positions[:, answer] == start + torch.arange(len(answer))).all()
+        at += n
 
 
 def test_an_image_is_in_the_batch_once_however_many_rows_ask_about_it(tiny):
     batch = Collator(tiny.backbone)(tiny.rows)
-    assert batch.image_of_row.tolist() == [0, 1, 0, 1]
     assert batch.grids.tolist() == [[1, 8, 8], [1, 8, 16]]
     assert batch.pixel_values.shape[0] == 8 * 8 + 8 * 16
 
@@ -188,9 +192,9 @@ def policy(tiny: SimpleNamespace, forbidden: list[int], temperature: float = 1.0
     return PolicyModel(tiny.model, tiny.backbone, forbidden, temperature)
 
 
-def run(tiny, rows, forbidden: list[int] | None = None, temperature: float = 1.0, side: str = "right") -> TokenLogprobs:
+def run(tiny, rows, forbidden: list[int] | None = None, temperature: float = 1.0) -> TokenLogprobs:
     with torch.no_grad():
-        return policy(tiny, forbidden or [], temperature)(Collator(tiny.backbone, side)(rows))
+        return policy(tiny, forbidden or [], temperature)(Collator(tiny.backbone)(rows))
 
 
 def plain_logits(tiny: SimpleNamespace, row: LearnerRow) -> torch.Tensor:
@@ -201,9 +205,9 @@ def plain_logits(tiny: SimpleNamespace, row: LearnerRow) -> torch.Tensor:
     inputs["input_ids"] = torch.cat([prompt, answer], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(answer)], 1)
-    tiny.model.model.rope_deltas = None
+    tiny.plain.model.rope_deltas = None
     with torch.no_grad():
-        logits = tiny.model(**inputs, use_cache=False).logits[0]
+        logits = tiny.plain(**inputs, use_cache=False).logits[0]
     return logits[prompt.shape[1] - 1 : -1].float()
 
 
@@ -211,16 +215,9 @@ def of_tokens(logp: torch.Tensor, row: LearnerRow) -> torch.Tensor:
     return logp.gather(-1, torch.tensor(row.completion_ids)[:, None])[:, 0]
 
 
-def test_padding_left_or_right_gives_the_same_log_probabilities_and_entropies(tiny):
-    right, left = run(tiny, tiny.rows, side="right"), run(tiny, tiny.rows, side="left")
-    torch.testing.assert_close(left.logp, right.logp, atol=1e-5, rtol=0)
-    torch.testing.assert_close(left.entropy, right.entropy, atol=1e-5, rtol=0)
-
-
-@SIDES
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-def test_log_probabilities_are_those_of_a_plain_forward_of_each_row_alone(tiny, side, temperature):
-    out = run(tiny, tiny.rows, temperature=temperature, side=side)
+def test_log_probabilities_are_those_of_a_plain_forward_of_each_row_alone(tiny, temperature):
+    out = run(tiny, tiny.rows, temperature=temperature)
     for r, row in enumerate(tiny.rows):
         n = len(row.completion_ids)
         expected = (plain_logits(tiny, row) / temperature).log_softmax(-1)
@@ -245,7 +242,7 @@ def test_a_forbidden_token_has_probability_zero_and_the_others_share_its_part(ti
     assert forbidden
     with torch.no_grad():
         free, barred = policy(tiny, [])(batch), policy(tiny, forbidden)(batch)
-        asked = replace(batch, completion_ids=torch.full_like(batch.completion_ids, forbidden[0]))
+        asked = replace(batch, target=torch.full_like(batch.target, forbidden[0]))
         assert torch.isneginf(policy(tiny, forbidden)(asked).logp).all()
         assert torch.isfinite(policy(tiny, [])(asked).logp).all()
     lost = logits.softmax(-1)[:, forbidden].sum(-1)
@@ -263,7 +260,7 @@ def test_the_vision_placeholders_are_forbidden(tiny):
     model = policy(tiny, forbidden)
     for token in forbidden:
         with torch.no_grad():
-            out = model(replace(batch, completion_ids=torch.full_like(batch.completion_ids, token)))
+            out = model(replace(batch, target=torch.full_like(batch.target, token)))
         assert torch.isneginf(out.logp).all() and torch.isfinite(out.entropy).all()
 
 

@@ -122,11 +122,11 @@ def test_learner_work_is_that_of_the_batchers_shards(prompts, group_size, micro,
     shards = shard_groups(groups, ranks, [np.ones(group_size)] * prompts)
     m = split_rows(rows, ranks, micro).micro_batch
     batches = [[shard[i : i + m] for shard in shards] for i in range(0, rows // ranks, m)]
-    padded = sum(max(m * max(len(r.completion_ids) for r in batch) for batch in at_once) for at_once in batches)
+    tokens = sum(max(sum(len(r.completion_ids) for r in batch) for batch in at_once) for at_once in batches)
     images = sum(max(len({r.image_id for r in batch}) for batch in at_once) for at_once in batches)
     work = learn_work(setup_of(ranks, 1, prompts, group_size, micro_batch=micro), lengths)
     assert work.tolist() == pytest.approx(
-        [1, len(batches), rows // ranks, images, padded, len(batches) * (1 - 1 / ranks)]
+        [1, len(batches), rows // ranks, images, tokens, len(batches) * (1 - 1 / ranks)]
     )
 
 

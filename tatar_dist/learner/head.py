@@ -1,0 +1,77 @@
+"""The language model's head at chosen tokens: log-probability and entropy, chunk by chunk, never all logits at once.
+
+A vocabulary of 152k makes 0.6 MB of float32 logits a token; CHUNK_BYTES bounds what exists at any time, forward and
+backward (which computes the logits again). `install` makes it the forward of a model's `lm_head`, so that ZeRO-3
+gathers its weight around it as around any other layer.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_BYTES = 256 << 20
+
+
+def _chunks(tokens: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+    return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+
+
+class TokenLogprob(torch.autograd.Function):
+    """states (N, H), weight (V, H), targets (N,), forbidden ids, temperature -> logp (N,), entropy (N,), float32.
+
+    The distribution is softmax(states weight^T / temperature) without the forbidden ids. Entropy has no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, forbidden: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        n = len(targets)
+        logp, entropy, norm = (torch.empty(n, dtype=torch.float32, device=states.device) for _ in range(3))
+        for c in _chunks(n, len(weight)):
+            logits = _logits(states[c], weight, forbidden, temperature)
+            norm[c] = logits.logsumexp(-1)
+            logp[c] = logits.gather(-1, targets[c, None])[:, 0] - norm[c]
+            p = (logits - norm[c, None]).exp()
+            entropy[c] = norm[c] - (p * logits.index_fill_(-1, forbidden, 0.0)).sum(-1)  # 0 x -inf is no number
+        ctx.save_for_backward(states, weight, targets, forbidden, norm)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        states, weight, targets, forbidden, norm = ctx.saved_tensors
+        grad, t = grads[0], ctx.temperature
+        d_states = torch.empty_like(states)
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for c in _chunks(len(targets), len(weight)):
+            d = _logits(states[c], weight, forbidden, t).sub_(norm[c, None]).exp_().neg_()
+            d[torch.arange(len(d), device=d.device), targets[c]] += 1
+            d = d.mul_(grad[c, None] / t).to(states.dtype)
+            d_states[c] = d @ weight
+            if d_weight is not None:
+                d_weight.addmm_(d.T, states[c])
+        return d_states, d_weight, None, None, None
+
+
+def _logits(states: Tensor, weight: Tensor, forbidden: Tensor, temperature: float) -> Tensor:
+    """(n, V) float32, -inf where an id is forbidden."""
+    logits = (states @ weight.T).float()
+    if temperature != 1.0:
+        logits /= temperature
+    return logits.index_fill_(-1, forbidden, float("-inf"))
+
+
+def install(head: nn.Linear, temperature: float) -> None:
+    """`head(states, targets, forbidden)` then gives (logp, entropy) of `TokenLogprob`."""
+
+    def forward(self: Any, states: Tensor, targets: Tensor, forbidden: Tensor) -> Any:
+        return TokenLogprob.apply(states, self.weight, targets, forbidden, temperature)
+
+    head.forward = types.MethodType(forward, head)

@@ -1,0 +1,51 @@
+"""The forward that everybody else makes: one padded row a completion, its prompt and image repeated, all logits.
+
+What the packed forward is tested against and measured beside (bench learner); no run uses it. A frozen or trained
+transformers model as it comes, without anything of ours in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from tatar_dist.learner.batch import Collator
+from tatar_dist.records import LearnerRow
+
+
+def pad(collate: Collator, rows: Sequence[LearnerRow]) -> dict[str, Tensor]:
+    """What `model(**inputs)` takes for B right-padded rows, each with its own copy of its image's patches."""
+    prompts = [collate.encode(row) for row in rows]
+    answers = [torch.tensor(row.completion_ids) for row in rows]
+    ids = [torch.cat([p.ids, a]) for p, a in zip(prompts, answers, strict=True)]
+    types = [torch.cat([p.type_ids, torch.zeros_like(a)]) for p, a in zip(prompts, answers, strict=True)]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=collate.backbone.tokenizer.pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+        "mm_token_type_ids": pad_sequence(types, batch_first=True),
+        "pixel_values": torch.cat([p.pixel_values for p in prompts]),
+        "image_grid_thw": torch.cat([p.grid for p in prompts]),
+    }
+
+
+def token_logprobs(
+    model: nn.Module, collate: Collator, rows: Sequence[LearnerRow], forbidden: Sequence[int], temperature: float = 1.0
+) -> Tensor:
+    """(B, C) float32 log-probabilities of completion tokens, 0 at padding, as `PolicyModel` gives them."""
+    device = next(model.parameters()).device
+    inputs = {k: v.to(device) for k, v in pad(collate, rows).items()}
+    module: Any = model
+    module.model.rope_deltas = None  # kept between calls
+    longest = max(len(row.completion_ids) for row in rows)
+    logits = module(**inputs, use_cache=False).logits.float() / temperature
+    logits = logits.index_fill(-1, torch.tensor(forbidden, dtype=torch.long, device=device), float("-inf"))
+    logp = logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+    out = torch.zeros(len(rows), longest, device=device)
+    for r, row in enumerate(rows):
+        first, n = len(collate.encode(row).ids), len(row.completion_ids)
+        out[r, :n] = logp[r, first - 1 : first - 1 + n]
+    return out
