@@ -68,6 +68,16 @@ def test_two_nodes_train_and_the_job_is_completed(reference: Path):
     assert [p.name for p in reference.glob("logs/*/*") if p.name == "token"] == []
 
 
+def test_a_jobs_model_is_evaluated_by_another_job(submit, slurm: Slurm, manifests: list[str], reference: Path):
+    words = [f"model.path={reference}/run/checkpoints/latest/model", f"data.test=[{','.join(manifests)}]"]
+    job, directory = submit("eval", *words, "data.eval_limit=4")
+    found = slurm.wait(job, 300)
+    assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), slurm.output(job)
+    measured = json.loads((directory / "run/metrics.json").read_text())["datasets"]
+    assert {name: m["n"] for name, m in measured.items()} == {"set-iqa": 4, "set-iaa": 4}
+    assert {e["host"] for e in read_events(directory / "run") if e["event"] == "engine/ready"} == {"node1", "node2"}
+
+
 def test_bad_arguments_are_exit_status_2_and_one_line(submit, slurm: Slurm):
     job, directory = submit("grpo", "grpo.groupsize=3")
     found = slurm.wait(job, 60)
