@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster nightly bench lint format sft grpo eval
+.PHONY: help setup demo test test-cluster nightly bench bench-trl lint format sft grpo eval
 
 # What .venv was made for; for a new one cuda where nvidia-smi works, else cpu. Demo and tests are for the CPU.
 DEVICE := $(or $(DEVICE),$(shell cat .venv/.device 2>/dev/null),$(if $(filter demo test test-cluster nightly,$(MAKECMDGOALS)),cpu),$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu))
@@ -32,7 +32,7 @@ help:
 	@echo "                                              with n: by sbatch (WAIT=1 stays with it), to RAY_ADDRESS, or on n Ray nodes here"
 	@echo "make nightly                                  demo and probes with three seeds, mutations, benches: the README's figures"
 	@echo "make bench                                    timings beside their limits"
-	@echo "Still to come: bench-trl."
+	@echo "make bench-trl                                a GRPO step beside TRL's, in a .venv-trl of its own"
 
 setup:
 	@bash launch/setup.sh
@@ -53,10 +53,14 @@ nightly: setup
 	@FUZZ_EXAMPLES=100000 .venv/bin/python -m pytest --timeout 3600 $$(grep -l FUZZ_EXAMPLES tests/unit/test_*.py)
 	@.venv/bin/python tests/cluster/chaos.py --minutes 30 --seed 30 --output runs/chaos
 	@$(RUN) bench simulate
-	@$(MAKE) bench
+	@$(MAKE) bench bench-trl
 
 bench: setup
-	@for name in rewards data images rationale; do $(RUN) bench $$name $(ARGS); done
+	@for name in learner rewards data images rationale; do $(RUN) bench $$name $(ARGS); done
+
+bench-trl: setup
+	@bash launch/setup_trl.sh
+	@$(RUN) bench step $(ARGS)
 
 lint: setup
 	@.venv/bin/ruff check .

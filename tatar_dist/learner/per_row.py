@@ -1,4 +1,4 @@
-"""The forward that everybody else makes: one padded row a completion, its prompt and image repeated, all logits.
+"""The forward that everybody else makes: one padded row a completion, its prompt and image repeated, all its logits.
 
 What the packed forward is tested against and measured beside (bench learner); no run uses it. A frozen or trained
 transformers model as it comes, without anything of ours in it.
@@ -41,11 +41,15 @@ def token_logprobs(
     module: Any = model
     module.model.rope_deltas = None  # kept between calls
     longest = max(len(row.completion_ids) for row in rows)
-    logits = module(**inputs, use_cache=False).logits.float() / temperature
+    first = [len(collate.encode(row).ids) for row in rows]
+    skipped = min(first) - 1  # before the first completion token no logits are asked for
+    keep = inputs["input_ids"].shape[1] - skipped
+    logits = module(**inputs, use_cache=False, logits_to_keep=keep).logits.float() / temperature
     logits = logits.index_fill(-1, torch.tensor(forbidden, dtype=torch.long, device=device), float("-inf"))
-    logp = logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+    target = inputs["input_ids"][:, skipped + 1 :, None]
+    logp = logits[:, :-1].log_softmax(-1).gather(-1, target)[..., 0]
     out = torch.zeros(len(rows), longest, device=device)
     for r, row in enumerate(rows):
-        first, n = len(collate.encode(row).ids), len(row.completion_ids)
-        out[r, :n] = logp[r, first - 1 : first - 1 + n]
+        start, n = first[r] - 1 - skipped, len(row.completion_ids)
+        out[r, :n] = logp[r, start : start + n]
     return out

@@ -1,0 +1,156 @@
+"""`tatar-dist bench step`: a whole GRPO step beside TRL's GRPOTrainer (`make bench-trl` makes its .venv-trl).
+
+In: nothing. Out: how many times faster a step is (generate, score, learn, push) than TRL's with its defaults and tuned
+as far as its options go: same random 14M model, images, prompts, completions and machine, runs in turns, each with all
+cores, the first step of each left out. Ours is the real pipeline (controller.py): one vLLM engine, one ZeRO-3 learner.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tatar_dist import CONFIGS
+from tatar_dist.bench import subject
+from tatar_dist.bench.result import ratio, result, summary
+from tatar_dist.errors import RunError, UserError
+from tatar_dist.prompts import Prompts
+
+PEER = Path(".venv-trl/bin/python")
+PROMPTS, GROUP, TOKENS, STEPS, ROUNDS = 2, 8, 64, 2, 2
+TARGETS = {"defaults": 8.0, "tuned": 5.0}
+SAME_WORK = 0.05  # mean completion tokens may differ by this much
+
+Side = dict[str, list[float]]  # seconds and tokens of each counted step
+
+
+def theirs(model: Path, directory: Path, variant: str) -> Side:
+    """Steps of TRL. Raises UserError without .venv-trl, RunError when it fails."""
+    if not PEER.exists():
+        raise UserError("bench step: .venv-trl is not there: run make bench-trl")
+    asked = {"prompts": PROMPTS, "group": GROUP, "tokens": TOKENS, "steps": STEPS, "variant": variant}
+    script = Path(__file__).with_name("trl_side.py")
+    log = directory / f"trl-{variant}.log"
+    with log.open("w") as f:
+        done = subprocess.run(
+            [str(PEER.absolute()), str(script), str(model), str(directory), json.dumps(asked)],
+            stdout=subprocess.PIPE, stderr=f, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    if done.returncode:
+        raise RunError(f"TRL ended with {done.returncode}: {log.read_text()[-2000:]}")
+    return read_steps(done.stdout)
+
+
+def read_steps(said: str) -> Side:
+    """The JSON lines of trl_side.py, without the first step."""
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith('{"seconds"')]
+    if len(lines) < 2:
+        raise RunError(f"TRL printed {len(lines)} steps, at least 2 are needed: {said[-500:]}")
+    return {key: [line[key] for line in lines[1:]] for key in ("seconds", "tokens")}
+
+
+def ours(model: Path, directory: Path) -> Side:
+    """Steps of the pipeline on the same images."""
+    from tatar_dist import controller
+    from tatar_dist.config import load_config
+    from tatar_dist.data.writing import write_manifest
+
+    manifest, output = directory / "iqa.parquet", Path(tempfile.mkdtemp(dir=directory))
+    if not manifest.exists():
+        rows = [
+            {
+                "sample_id": str(i), "dataset": "bench", "task": "iqa", "split": "train", "rationale": None,
+                "score": 50.0, "image_bytes": (directory / f"{i}.png").read_bytes(),
+            }
+            for i in range(PROMPTS)
+        ]  # fmt: skip
+        write_manifest(manifest, rows)
+    area = subject.PIXELS**2
+    words = [
+        f"output={output}", f"model.path={model}", "model.dtype=float32", f"model.min_pixels={area}",
+        f"model.max_pixels={area}", "model.gradient_checkpointing=false", f"data.train=[{manifest}]",
+        "data.iqa_fraction=1", "cluster.gpus_per_node=0", "cluster.learners=1", "rollout.engines=1",
+        "cluster.learner_cpus=0.5", "cluster.engine_cpus=0.5", f"grpo.prompts_per_step={PROMPTS}",
+        f"grpo.group_size={GROUP}", f"grpo.micro_batch={PROMPTS * GROUP}", f"grpo.max_steps={STEPS + 1}",
+        "grpo.kl_beta=0", f"rollout.max_new_tokens={TOKENS}", "rollout.max_model_len=1536",
+        f"rollout.max_num_seqs={PROMPTS * GROUP}", "checkpoint.every=0", "watch.prometheus=false",
+    ]  # fmt: skip
+    controller.run(load_config([], words))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][1:]
+    parts = ("time/step", "time/generate", "time/learn", "time/sync", "time/reward", "completion/tokens/iqa")
+    found = {name: [line[name] for line in lines] for name in parts}
+    return {"seconds": found.pop("time/step"), "tokens": found.pop("completion/tokens/iqa"), **found}
+
+
+def _messages() -> list[dict[str, str]]:
+    """The pipeline's own prompt; TRL puts the image in by itself."""
+    messages = Prompts.load(CONFIGS / "prompts.yaml").messages("iqa")
+    return [
+        {"role": m["role"], "content": m["content"] if isinstance(m["content"], str) else m["content"][-1]["text"]}
+        for m in messages
+    ]
+
+
+def compare(peer: Side, mine: Side) -> dict[str, float]:
+    """The ratio, step by step. Raises RunError when the two did not make as many tokens."""
+    made = [statistics.mean(side["tokens"]) for side in (peer, mine)]
+    if abs(made[0] / made[1] - 1) > SAME_WORK:
+        raise RunError(f"not the same work: TRL made {made[0]:.1f} tokens a completion, the pipeline {made[1]:.1f}")
+    n = min(len(peer["seconds"]), len(mine["seconds"]))
+    return ratio(peer["seconds"][:n], mine["seconds"][:n])
+
+
+def run() -> dict[str, Any]:
+    """All measurements, as what `--json` prints. Raises UserError without .venv-trl."""
+    sides: dict[str, list[Side]] = {"defaults": [], "tuned": [], "ours": []}
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        if not PEER.exists():
+            raise UserError("bench step: .venv-trl is not there: run make bench-trl")
+        model = Path(subject.make(directory).model.path)
+        (directory / "messages.json").write_text(json.dumps(_messages()))
+        for i in range(PROMPTS):
+            (directory / f"{i}.png").write_bytes(subject.image(i))
+        for _ in range(ROUNDS):
+            sides["defaults"].append(theirs(model, directory, "defaults"))
+            sides["ours"].append(ours(model, directory))
+            sides["tuned"].append(theirs(model, directory, "tuned"))
+    joined = {name: {key: [x for s in each for x in s[key]] for key in each[0]} for name, each in sides.items()}
+    ratios = {variant: compare(joined[variant], joined["ours"]) for variant in TARGETS}
+    return result(
+        "step",
+        "TRL's GRPOTrainer with its defaults",
+        ratios["defaults"],
+        TARGETS["defaults"],
+        "none counted: the two generate with different engines",
+        tuned={"ratio": ratios["tuned"], "target": TARGETS["tuned"]},
+        ok=all(ratios[v]["median"] >= t for v, t in TARGETS.items()),
+        steps=joined,
+    )
+
+
+def print_table(found: dict[str, Any]) -> None:
+    """Seconds a step by side, and the ratios."""
+    table = Table(
+        title=f"A GRPO step of {PROMPTS} images x {GROUP} completions x {TOKENS} tokens", title_justify="left"
+    )
+    for name in ("", "median step, s", "tokens a completion", "times slower than ours"):
+        table.add_column(name, justify="right" if name else "left")
+    ratios = {"defaults": found["ratio"], "tuned": found["tuned"]["ratio"]}
+    for name, side in found["steps"].items():
+        r = ratios.get(name)
+        label = f"TRL, {name}" if r else "tatar_dist"
+        times = f"{r['median']:.1f} ({r['min']:.1f} to {r['max']:.1f})" if r else ""
+        seconds = statistics.median(side["seconds"])
+        table.add_row(label, f"{seconds:.2f}", f"{statistics.mean(side['tokens']):.1f}", times)
+    console = Console()
+    console.print(table)
+    console.print(summary(found))

@@ -1,0 +1,73 @@
+"""What benches work on: a random Qwen2.5-VL of 14 million parameters, and groups that share a prompt with an image.
+
+896 x 896 pixels are 1,024 image tokens; with the text around them a prompt has about 1,050. Completions are random
+tokens: how long a forward takes does not depend on which.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tatar_dist import CONFIGS
+from tatar_dist.config import Config, load_config
+from tatar_dist.prompts import Prompts
+from tatar_dist.records import LearnerRow
+from tatar_dist.tiny.build import Sizes, build
+
+SIZES = Sizes(
+    vocab=4096, text_hidden=256, text_layers=6, text_heads=8, text_kv_heads=2, text_intermediate=1024,
+    vision_hidden=256, vision_depth=8, vision_heads=8, vision_intermediate=512,
+)  # fmt: skip
+PIXELS = 896
+TEXT = "Rate the quality of this image."
+
+
+def image(seed: int, pixels: int = PIXELS) -> bytes:
+    """A PNG of `pixels` x `pixels`."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(coarse).resize((pixels, pixels), Image.Resampling.BICUBIC).save(out, "PNG")
+    return out.getvalue()
+
+
+def make(directory: Path, pixels: int = PIXELS, sizes: Sizes = SIZES, words: Sequence[str] = ()) -> Config:
+    """Write the model; a configuration that reads it, images at `pixels` x `pixels`, float32."""
+    from transformers import AutoProcessor
+
+    path, area = directory / "model", pixels * pixels
+    if not path.exists():
+        wording = Prompts.load(CONFIGS / "prompts.yaml")  # its words are the vocabulary, so that they are few tokens
+        build(path, corpus=[wording.system, *wording.user.values(), TEXT, "system user assistant"] * 20, sizes=sizes)
+        AutoProcessor.from_pretrained(path, min_pixels=area, max_pixels=area).save_pretrained(path)  # for a peer, too
+    model = [f"model.path={path}", "model.dtype=float32", f"model.min_pixels={area}", f"model.max_pixels={area}"]
+    return load_config([], [f"output={directory / 'run'}", *model, *words])
+
+
+def prompt_text(backbone: Any) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": TEXT}]
+    messages = [{"role": "user", "content": content}]
+    return backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def rows(backbone: Any, groups: int, size: int, tokens: int, pixels: int = PIXELS, seed: int = 0) -> list[LearnerRow]:
+    """`groups` groups of `size` completions of `tokens` tokens, advantages of both signs."""
+    rng = np.random.default_rng(seed)
+    text = prompt_text(backbone)
+    made = []
+    for g in range(groups):
+        png = image(g, pixels)
+        for i in range(size):
+            ids = tuple(int(x) for x in rng.integers(40, 200, tokens))
+            advantage = 2.0 * i / max(1, size - 1) - 1.0
+            made.append(
+                LearnerRow(
+                    f"{g}", png, text, ids, "iqa", advantage, (-8.0,) * tokens, weight=1 / groups / size / tokens
+                )
+            )
+    return made
