@@ -11,7 +11,8 @@ pytest.importorskip("transformers")
 
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from tatar_dist.bench import learner  # noqa: E402
+from tatar_dist.backbones import family  # noqa: E402
+from tatar_dist.bench import learner, shapes, subject  # noqa: E402
 from tatar_dist.bench.result import in_turns, ratio, result, summary  # noqa: E402
 
 ATEN = torch.ops.aten
@@ -92,3 +93,23 @@ def test_the_json_of_a_comparison_is_complete():
 def test_a_median_below_the_target_has_not_met_it():
     found = result("learner", "rows", {"min": 6.0, "median": 6.999, "max": 9.0}, 7.0, "")
     assert found["met"] is False and "missed" in summary(found)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("3B", 3.75), ("7B", 8.29)])  # as the hub states them
+def test_a_shape_has_the_parameters_of_the_released_model(name, billions, tmp_path):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    small = subject.make(tmp_path, 112)
+    config = shapes.make_config(shapes.SHAPES[name], family("qwen2_5_vl")(small.model))
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+def test_useful_flops_leave_out_what_is_computed_twice(tmp_path):
+    config = learner._update(learner.Work(pixels=112), tmp_path, True)[1].config
+    work = learner.Work(pixels=112, checkpointing=True)
+    once, text = shapes.useful_flops(config, work, 40), config.text_config
+    logits = 8 * 64 * 2 * text.hidden_size * text.vocab_size
+    assert once == pytest.approx(learner.flops(config, learner.Work(pixels=112), 40, True) - logits)
+    assert once < learner.flops(config, work, 40, True) - logits

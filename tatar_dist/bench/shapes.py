@@ -1,0 +1,210 @@
+"""The learner's update at the shapes of Qwen2.5-VL-3B and 7B on one CUDA GPU: random bfloat16 weights, no hub.
+
+    python -m tatar_dist.bench.shapes
+
+Never run on a GPU: no GPU was at hand. On a CPU only the update itself was run, with a small shape.
+In: nothing. Out: for 1,024 and 2,025 image tokens, groups of 8, completions of 64 and 256 tokens: tokens/s, peak memory
+and MFU of the packed update, gradient checkpointing off and on; at the 3B shape also with AdamW (bfloat16 states). A
+case that does not fit says so. MFU counts useful FLOPs: nothing that is computed twice. Needs torch and transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.bench import subject
+from tatar_dist.bench.learner import Work, flops
+from tatar_dist.bench.result import machine
+from tatar_dist.errors import UserError
+
+ROUNDS = 5
+PIXELS = {1024: 896, 2025: 1260}  # by image tokens
+COMPLETIONS = (64, 256)
+# dense bfloat16 FLOP/s of the data sheets, by what the device's name holds
+PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "A100": 312e12}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What differs between the released sizes; the vision tower is the same but for its output."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tied: bool
+
+
+SHAPES = {
+    "3B": Shape(2048, 11008, 36, 16, 2, 151_936, True),
+    "7B": Shape(3584, 18944, 28, 28, 4, 152_064, False),
+}
+
+
+def make_config(shape: Shape, backbone: Any) -> Any:
+    """The Qwen2_5_VLConfig of a shape; token ids are those of the backbone's (small) tokenizer."""
+    from transformers import Qwen2_5_VLConfig
+
+    def token(text: str) -> int:
+        return int(backbone.tokenizer.convert_tokens_to_ids(text))
+
+    text = {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "tie_word_embeddings": shape.tied,
+    }
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config={**vision, "out_hidden_size": shape.hidden},
+        tie_word_embeddings=shape.tied,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )
+
+
+def packed_update(
+    shape: Shape, work: Work, directory: Path, device: str, adamw: bool = False
+) -> tuple[Callable[[], None], Any, Any]:
+    """A function that makes one update of a bfloat16 model on `device`, the model's config, and the batch."""
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from tatar_dist.algo.losses import PolicyLoss, policy_loss
+    from tatar_dist.backbones import family
+    from tatar_dist.learner.batch import Collator
+    from tatar_dist.learner.model import PolicyModel
+
+    small = subject.make(directory, work.pixels)
+    backbone = family(small.model.family)(small.model)
+    rows = subject.rows(backbone, work.groups, work.size, work.tokens, work.pixels)
+    batch = Collator(backbone)(rows).to(torch.device(device))
+    config = make_config(shape, backbone)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16).train()
+    if work.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = PolicyModel(model, backbone, backbone.forbidden_ids()).to(device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True) if adamw else None
+    form = PolicyLoss()
+
+    def update() -> None:
+        policy.zero_grad(set_to_none=optimizer is not None)
+        logp = policy(batch).logp
+        torch.autograd.backward(policy_loss(form, logp, None, None, batch.advantage, batch.mask, batch.weight).loss)
+        if optimizer is not None:
+            optimizer.step()
+
+    return update, config, batch
+
+
+def useful_flops(config: Any, work: Work, prompt: int) -> float:
+    """FLOPs of forward and backward without checkpointing's forward and without the head's second logits."""
+    text = config.text_config
+    head = work.groups * work.size * work.tokens * 2 * text.hidden_size * text.vocab_size
+    return flops(config, replace(work, checkpointing=False), prompt, True) - head
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bfloat16 FLOP/s, None for a device that is not in the table."""
+    return next((peak for part, peak in PEAKS.items() if part in device_name), None)
+
+
+def measure(shape: Shape, work: Work, adamw: bool) -> dict[str, float | None]:
+    """Median seconds of an update, tokens/s (packed, and of completions alone), peak GiB, MFU (None: peak unknown)."""
+    import statistics
+
+    import torch
+
+    with tempfile.TemporaryDirectory() as directory:
+        update, config, batch = packed_update(shape, work, Path(directory), "cuda", adamw)
+        update()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            update()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds)
+    peak = peak_flops(torch.cuda.get_device_name())
+    useful = useful_flops(config, work, batch.layout.prompts[0])
+    return {
+        "seconds": median,
+        "tokens_per_second": batch.layout.tokens / median,
+        "completion_tokens_per_second": work.groups * work.size * work.tokens / median,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "useful_tflops": useful / 1e12,
+        "mfu": useful / median / peak if peak else None,
+    }
+
+
+def cases() -> Iterator[tuple[str, int, Work, bool]]:
+    """(shape, image tokens, work, with AdamW)."""
+    for name in SHAPES:
+        for image, pixels in PIXELS.items():
+            for tokens in COMPLETIONS:
+                for checkpointing in (False, True):
+                    for adamw in (False, True) if name == "3B" else (False,):
+                        yield name, image, Work(tokens=tokens, pixels=pixels, checkpointing=checkpointing), adamw
+
+
+def run() -> dict[str, Any]:
+    """All cases on the first GPU. Raises UserError without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("bench shapes: torch sees no CUDA GPU here")
+    found = []
+    for name, image, work, adamw in cases():
+        row: dict[str, Any] = {
+            "shape": name, "image_tokens": image, "group": work.size, "completion_tokens": work.tokens,
+            "checkpointing": work.checkpointing, "adamw": adamw,
+        }  # fmt: skip
+        try:
+            row |= measure(SHAPES[name], work, adamw)
+        except torch.cuda.OutOfMemoryError as e:
+            row["out_of_memory"] = str(e).splitlines()[0]
+        torch.cuda.empty_cache()
+        found.append(row)
+    return {"name": "shapes", "cases": found, "machine": machine()}
+
+
+def print_table(found: dict[str, Any]) -> None:
+    """One line a case."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"One packed update, bfloat16, {found['machine']['gpus'][0]}", title_justify="left")
+    for name in ("shape", "image", "completion", "checkpointing", "AdamW", "seconds", "tokens/s", "peak", "MFU"):
+        table.add_column(name, justify="right")
+    for c in found["cases"]:
+        sizes = (c["shape"], str(c["image_tokens"]), str(c["completion_tokens"]))
+        ways = ("on" if c["checkpointing"] else "off", "yes" if c["adamw"] else "no")
+        if "out_of_memory" in c:
+            table.add_row(*sizes, *ways, "out of memory", "", "", "")
+            continue
+        mfu = f"{c['mfu']:.0%}" if c["mfu"] is not None else "—"
+        figures = (f"{c['seconds']:.3f}", f"{c['tokens_per_second']:,.0f}", f"{c['peak_gib']:.1f} GiB", mfu)
+        table.add_row(*sizes, *ways, *figures)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    print(json.dumps(run()))
