@@ -1,7 +1,7 @@
 """Model families. Everything that is specific to one family lives in one module here, chosen by `model.family`.
 
-A family module provides the class `Backbone` with the interface of `qwen2_5_vl.Backbone`; to add a family, write
-that one file and name it in the config.
+A family module provides the class `Backbone` with the interface of `base.QwenVL`; to add a family, write that one file
+and name it in the config.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from tatar_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from tatar_dist.backbones.qwen2_5_vl import Backbone
+    from tatar_dist.backbones.base import QwenVL
 
 
-def family(name: str) -> type[Backbone]:
+def family(name: str) -> type[QwenVL]:
     """The `Backbone` class of family `name`. Raises UserError with the nearest name."""
-    known = [m.name for m in pkgutil.iter_modules(__path__)]
+    known = [m.name for m in pkgutil.iter_modules(__path__) if m.name != "base"]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tatar_dist.backbones.qwen2_5_vl import Backbone, EncodedPrompt
+from tatar_dist.backbones.base import EncodedPrompt, QwenVL
 from tatar_dist.data.images import decode_image
 from tatar_dist.errors import RunError
 from tatar_dist.learner.shared_prefix import Layout
@@ -57,7 +57,7 @@ class PromptMismatch(RunError):
 class Collator:
     """Encodes prompts (cached for one step) and packs rows."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: QwenVL) -> None:
         self.backbone = backbone
         self._encoded: dict[str, EncodedPrompt] = {}
 

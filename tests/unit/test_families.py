@@ -1,0 +1,165 @@
+"""Every model family: the packed forward against transformers' own padded rows, log-probabilities and gradients."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from test_batch import png  # noqa: E402
+
+from tatar_dist.backbones import family  # noqa: E402
+from tatar_dist.config import load_config  # noqa: E402
+from tatar_dist.errors import UserError  # noqa: E402
+from tatar_dist.learner import per_row  # noqa: E402
+from tatar_dist.learner.batch import Collator  # noqa: E402
+from tatar_dist.learner.model import PolicyModel  # noqa: E402
+from tatar_dist.learner.shared_prefix import Layout  # noqa: E402
+from tatar_dist.records import LearnerRow  # noqa: E402
+from tatar_dist.tiny.build import Sizes, build, make_config, make_processor, train_tokenizer  # noqa: E402
+
+SIZES = Sizes(
+    vocab=512, text_hidden=64, text_layers=2, text_heads=2, text_kv_heads=1, text_intermediate=64,
+    vision_hidden=64, vision_depth=2, vision_heads=2, vision_intermediate=64,
+)  # fmt: skip
+TEXTS = {"a": "how good", "b": "a plain view of it", "c": "it"}
+IMAGES = {"a": (112, 112), "b": (224, 112), "c": (96, 160)}
+CORPUS = [*TEXTS.values(), "system user assistant"] * 20
+TEMPERATURE = 0.7
+
+
+def build_qwen3(directory, tie: bool):
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    tokenizer = train_tokenizer(CORPUS, SIZES.vocab)
+    known = make_config(tokenizer, SIZES, tie).to_dict()
+    text = {k: known["text_config"][k] for k in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "initializer_range", "rope_parameters",
+    )}  # fmt: skip
+    vision = {k: known["vision_config"][k] for k in ("depth", "hidden_size", "intermediate_size", "num_heads")}
+    ids = {k: v for k, v in known.items() if k.endswith("_token_id")}
+    torch.manual_seed(0)
+    config = Qwen3VLConfig(
+        text_config=text | {"head_dim": 32, "tie_word_embeddings": tie},
+        vision_config=vision | {
+            "out_hidden_size": SIZES.text_hidden, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+        },
+        tie_word_embeddings=tie,
+        **ids,
+    )  # fmt: skip
+    Qwen3VLForConditionalGeneration(config).save_pretrained(directory)
+    Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(),
+        chat_template=make_processor(tokenizer).chat_template,
+    ).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl-tied", "qwen2_5_vl-untied", "qwen3_vl-tied", "qwen3_vl-untied"])
+def tiny(request, tmp_path_factory) -> SimpleNamespace:
+    torch.set_num_threads(1)
+    name, tie = request.param.split("-")
+    path = tmp_path_factory.mktemp(name)
+    if name == "qwen3_vl":
+        build_qwen3(path, tie == "tied")
+    else:
+        build(path, corpus=CORPUS, sizes=SIZES, tie=tie == "tied")
+    words = [f"model.path={path}", f"model.family={name}", "model.dtype=float32"]
+    config = load_config([], ["output=unused", *words, "model.min_pixels=12544", "model.max_pixels=50176"])
+    backbone = family(name)(config.model)
+    assert backbone.check_directory(str(path))["model_type"] == name
+    rng, rows = np.random.default_rng(0), []
+    for image, n in zip("abacb", (7, 1, 40, 12, 33), strict=True):
+        content = [{"type": "image"}, {"type": "text", "text": TEXTS[image]}]
+        prompt = backbone.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        ids = tuple(int(i) for i in rng.integers(40, 200, n))
+        rows.append(LearnerRow(image, png(ord(image), IMAGES[image]), prompt, ids, "iqa"))
+    plain = backbone.load_model().train()
+    collate = Collator(backbone)
+    batch = collate(rows)
+    logp = per_row.token_logprobs(plain, collate, rows, backbone.forbidden_ids(), TEMPERATURE)
+    weights = torch.randn(logp.shape, generator=torch.Generator().manual_seed(1)) * batch.mask
+    (logp * weights).sum().backward()
+    policy = PolicyModel(backbone.load_model().train(), backbone, backbone.forbidden_ids(), TEMPERATURE)
+    return SimpleNamespace(**locals())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_log_probabilities_and_every_gradient_are_those_of_padded_rows(tiny, checkpointing):
+    model = tiny.policy.backbone
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+    tiny.policy.zero_grad()
+    out = tiny.policy(tiny.batch).logp
+    (out * tiny.weights).sum().backward()
+    torch.testing.assert_close(out, tiny.logp, atol=1e-5, rtol=0)
+    expected = {n: p.grad for n, p in tiny.plain.named_parameters()}
+    largest = max(g.norm() for g in expected.values())
+    assert ("lm_head.weight" in expected) == (tiny.tie == "untied")
+    for n, p in model.named_parameters():
+        # a key's bias moves all scores of a query alike: its true gradient is 0, what is left is rounding
+        error = (p.grad - expected[n]).norm() / max(expected[n].norm(), 1e-4 * largest)
+        assert error <= 1e-5, f"{n}: {error:.2e} of {expected[n].norm():.2e}"
+
+
+def test_positions_are_the_models_own(tiny):
+    for row in tiny.rows:
+        prompt = tiny.collate.encode(row)
+        expected, _ = tiny.plain.model.get_rope_index(
+            prompt.ids[None], prompt.type_ids[None], image_grid_thw=prompt.grid
+        )
+        assert torch.equal(tiny.backbone.positions(prompt), expected[:, 0])
+
+
+def test_image_tokens_are_counted_as_the_processor_places_them(tiny):
+    for row in tiny.rows:
+        assert int(tiny.collate.encode(row).type_ids.sum()) == tiny.backbone.image_tokens(*IMAGES[row.image_id]) + 1
+
+
+def difference(tiny, batch) -> float:
+    with torch.no_grad():
+        return float((tiny.policy(batch).logp - tiny.logp).abs().max())
+
+
+def test_completions_that_see_each_other_are_found_out(tiny):
+    lengths = tiny.batch.layout.completions
+    joined = Layout(tiny.batch.layout.prompts, tuple((sum(group),) for group in lengths))
+    assert difference(tiny, replace(tiny.batch, layout=joined)) > 1e-3
+
+
+def test_a_completion_one_position_late_is_found_out(tiny):
+    positions = tiny.batch.positions.clone()
+    positions[:, tiny.batch.layout.prompt_tokens :] += 1
+    assert difference(tiny, replace(tiny.batch, positions=positions)) > 1e-3
+
+
+def test_patches_in_another_order_are_found_out(tiny):
+    """Otherwise the equality would hold for a forward that never looks."""
+    pixels = tiny.batch.pixel_values.flip(0)
+    assert difference(tiny, replace(tiny.batch, pixel_values=pixels)) > 1e-3
+
+
+def test_what_families_share_is_no_family():
+    with pytest.raises(UserError, match="known families are qwen2_5_vl, qwen3_vl"):
+        family("base")
