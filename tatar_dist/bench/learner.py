@@ -224,6 +224,8 @@ def _main() -> None:
     work = Work(**options.work)
     with tempfile.TemporaryDirectory() as directory:
         update, model, prompt = _update(work, Path(directory), bool(options.packed))
+        for weight in model.parameters():
+            weight.sum()  # read from the mapped file now: else it counts as memory of the update
         before = _mib("VmRSS")
         start = time.perf_counter()
         update()
