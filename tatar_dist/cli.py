@@ -23,7 +23,8 @@ from tatar_dist.errors import RunError, UserError
 from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
-BENCHES = ("learner", "shapes", "step", "rewards", "data", "images", "rationale", "simulate")  # modules of tatar_dist.bench
+# modules of tatar_dist.bench
+BENCHES = ("learner", "shapes", "step", "rewards", "data", "images", "rationale", "simulate")
 RUN, CHECK = "Train and look", "Check and audit"  # the two panels of --help
 
 app = typer.Typer(

@@ -7,9 +7,26 @@ Qwen2.5-VL; their frequencies are interleaved inside the model.
 
 from __future__ import annotations
 
+from typing import Any
+
 from tatar_dist.backbones.base import QwenVL
+from tatar_dist.errors import UserError
 
 
 class Backbone(QwenVL):
     model_type = "qwen3_vl"
     model_class = "Qwen3VLForConditionalGeneration"
+
+    @classmethod
+    def check_directory(cls, path: str) -> dict[str, Any]:
+        """As for every family; and the flag of interleaved frequencies, which vLLM reads and transformers takes for
+        granted: without it engine and learner would be two models."""
+        settings = super().check_directory(path)
+        text = settings.get("text_config", {})
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if settings and not rope.get("mrope_interleaved"):
+            raise UserError(
+                f"model.path={path}: config.json has no text_config.rope_parameters.mrope_interleaved=true, which "
+                "Qwen3-VL needs: vLLM would not interleave rotary frequencies, the learner does"
+            )
+        return settings

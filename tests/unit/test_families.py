@@ -47,15 +47,17 @@ def build_qwen3(directory, tie: bool):
 
     tokenizer = train_tokenizer(CORPUS, SIZES.vocab)
     known = make_config(tokenizer, SIZES, tie).to_dict()
+    # vLLM reads the flag that published configurations have; transformers always interleaves
+    rope = known["text_config"]["rope_parameters"] | {"mrope_interleaved": True}
     text = {k: known["text_config"][k] for k in (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "max_position_embeddings", "initializer_range", "rope_parameters",
+        "num_key_value_heads", "max_position_embeddings", "initializer_range",
     )}  # fmt: skip
     vision = {k: known["vision_config"][k] for k in ("depth", "hidden_size", "intermediate_size", "num_heads")}
     ids = {k: v for k, v in known.items() if k.endswith("_token_id")}
     torch.manual_seed(0)
     config = Qwen3VLConfig(
-        text_config=text | {"head_dim": 32, "tie_word_embeddings": tie},
+        text_config=text | {"head_dim": 32, "tie_word_embeddings": tie, "rope_parameters": rope},
         vision_config=vision | {
             "out_hidden_size": SIZES.text_hidden, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
         },
@@ -163,3 +165,16 @@ def test_patches_in_another_order_are_found_out(tiny):
 def test_what_families_share_is_no_family():
     with pytest.raises(UserError, match="known families are qwen2_5_vl, qwen3_vl"):
         family("base")
+
+
+def test_a_qwen3_without_the_flag_that_the_engine_reads_is_refused(tmp_path):
+    import json
+
+    build_qwen3(tmp_path, False)
+    assert family("qwen3_vl").check_directory(str(tmp_path))["model_type"] == "qwen3_vl"
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["text_config"]["rope_parameters"]["mrope_interleaved"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="mrope_interleaved=true, which Qwen3-VL needs"):
+        family("qwen3_vl").check_directory(str(tmp_path))
