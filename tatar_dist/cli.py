@@ -24,7 +24,7 @@ from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 # modules of tatar_dist.bench
-BENCHES = ("learner", "shapes", "step", "rewards", "data", "images", "rationale", "simulate")
+BENCHES = ("learner", "shapes", "step", "rollout", "rewards", "data", "images", "rationale", "simulate")
 RUN, CHECK = "Train and look", "Check and audit"  # the two panels of --help
 
 app = typer.Typer(

@@ -31,7 +31,7 @@ class Path:
 PATHS = (
     Path("learners over gloo, engines on CPU", "cluster.gpus_per_node=0", HERE),
     Path("weight push through Ray's object store", "rollout.push=object_store", HERE, ("grpo",)),
-    Path("learners over NCCL, engines on GPUs", "cluster.gpus_per_node>0", NEVER),
+    Path("learners over NCCL, packed attention and engines on GPUs", "cluster.gpus_per_node>0", NEVER),
     Path("weight push through NCCL", "rollout.push=nccl", NEVER, ("grpo",)),
     Path("weight push through CUDA IPC", "rollout.push=cuda_ipc", NEVER, ("grpo",)),
     Path("engines that sleep on the learners' GPUs", "cluster.placement=colocated", NEVER, ("grpo",)),

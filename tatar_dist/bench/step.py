@@ -68,7 +68,7 @@ def ours(model: Path, directory: Path) -> Side:
         rows = [
             {
                 "sample_id": str(i), "dataset": "bench", "task": "iqa", "split": "train", "rationale": None,
-                "score": 50.0, "image_bytes": (directory / f"{i}.png").read_bytes(),
+                "score": 50.0, "image_bytes": subject.file(i, directory).read_bytes(),
             }
             for i in range(PROMPTS)
         ]  # fmt: skip
@@ -118,7 +118,7 @@ def run() -> dict[str, Any]:
         model = Path(subject.make(directory).model.path)
         (directory / "messages.json").write_text(json.dumps(_messages()))
         for i in range(PROMPTS):
-            (directory / f"{i}.png").write_bytes(subject.image(i))
+            subject.file(i, directory).write_bytes(subject.image(i))
         for _ in range(ROUNDS):
             sides["defaults"].append(theirs(model, directory, "defaults"))
             sides["ours"].append(ours(model, directory))

@@ -36,6 +36,11 @@ def image(seed: int, pixels: int = PIXELS) -> bytes:
     return out.getvalue()
 
 
+def file(seed: int, directory: Path) -> Path:
+    """Where a bench keeps `image(seed)` for its processes."""
+    return directory / f"{seed}.png"
+
+
 def make(directory: Path, pixels: int = PIXELS, sizes: Sizes = SIZES, words: Sequence[str] = ()) -> Config:
     """Write the model; a configuration that reads it, images at `pixels` x `pixels`, float32."""
     from transformers import AutoProcessor
