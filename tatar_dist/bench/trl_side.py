@@ -3,8 +3,9 @@
     python trl_side.py MODEL DIRECTORY '{"prompts": 2, "group": 8, "tokens": 64, "steps": 2, "variant": "defaults"}'
 
 DIRECTORY holds 0.png, 1.png, … and messages.json, the chat without its image. Prints one JSON line a step: seconds, and
-completion tokens. `defaults` is what GRPOConfig gives for this batch; `tuned` sets what its options allow on a CPU:
-gradient checkpointing off. The end token is kept from coming early, so that every completion has all its tokens.
+completion tokens. `defaults` is what GRPOConfig gives for this batch (all of it in one forward); `tuned` has gradient
+checkpointing off, which this size has memory for. The end token is kept from coming early, so that every completion
+has all its tokens.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 def main() -> None:
     model_path, directory, asked = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     import torch
+    import trl
     from datasets import Dataset
     from PIL import Image
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, TrainerCallback
@@ -56,7 +58,8 @@ def main() -> None:
             self.start = time.perf_counter()
 
         def on_step_end(self, *_: object, **__: object) -> None:
-            line = {"seconds": time.perf_counter() - self.start, "tokens": sum(made) / max(1, len(made))}
+            seconds = time.perf_counter() - self.start  # generation included
+            line = {"seconds": seconds, "tokens": sum(made) / max(1, len(made)), "trl": trl.__version__}
             print(json.dumps(line), flush=True)
             made.clear()
 

@@ -10,9 +10,9 @@ from tatar_dist.errors import RunError, UserError
 
 
 def test_the_first_step_of_the_peer_is_left_out_and_so_is_what_else_it_prints():
-    lines = ["Loading", '{"seconds": 9.0, "tokens": 64}', '{"loss": 0}']
-    lines += ['{"seconds": 4.0, "tokens": 63}', '{"seconds": 5.0, "tokens": 62}']
-    assert step.read_steps("\n".join(lines)) == {"seconds": [4.0, 5.0], "tokens": [63, 62]}
+    lines = ["Loading", '{"seconds": 9.0, "tokens": 64, "trl": "1"}', '{"loss": 0}']
+    lines += ['{"seconds": 4.0, "tokens": 63, "trl": "1"}', '{"seconds": 5.0, "tokens": 62, "trl": "1"}']
+    assert step.read_steps("\n".join(lines)) == {"seconds": [4.0, 5.0], "tokens": [63, 62], "trl": ["1", "1"]}
 
 
 def test_a_peer_without_a_counted_step_is_refused():
