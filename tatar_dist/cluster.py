@@ -106,6 +106,7 @@ class Cluster:
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
             need = 2 + max(1, c.learners) * c.learner_cpus + max(1, self.config.rollout.engines) * c.engine_cpus
             ray.init(
+                address="local",  # without it Ray joins whatever another run has started on this machine
                 num_cpus=max(self.cores, int(need + 1)),  # logical: processes on a laptop take turns on its cores
                 include_dashboard=False,
                 object_store_memory=c.object_store_mib << 20,

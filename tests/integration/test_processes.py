@@ -1,4 +1,4 @@
-"""A run leaves nothing behind: not when it is killed, not after Ctrl-C; and Ctrl-C leaves a checkpoint that resumes."""
+"""A run leaves nothing behind, killed or after Ctrl-C, which leaves a checkpoint that resumes; and it has its own Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import uuid
 from pathlib import Path
 
 import pytest
+import ray
 from conftest import model_words
+
+from tatar_dist.cluster import Cluster
 
 MARK = "TATAR_DIST_TEST_RUN"
 # After a SIGKILL two of Ray's own agents try for 60 s to tell a server that is gone, then end by themselves.
@@ -92,3 +95,20 @@ def test_ctrl_c_leaves_no_process_and_a_checkpoint_that_resumes(run_at_step_two,
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in lines] == list(range(done + 1))
     wait_for(lambda: not processes(mark), 30, "the end of all processes")
+
+
+def test_a_run_starts_a_ray_of_its_own_beside_another(model_untied, make_config):
+    code = (
+        "import ray, sys; ray.init(address='local', num_cpus=1, include_dashboard=False); "
+        "print('node', ray.get_runtime_context().get_node_id(), flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdin and other.stdout
+    try:
+        node = next(line for line in other.stdout if line.startswith("node")).split()[1]
+        with Cluster(make_config(model_untied)):
+            assert ray.get_runtime_context().get_node_id() != node
+            assert len(ray.nodes()) == 1
+    finally:
+        other.stdin.close()
+        other.wait(60)
