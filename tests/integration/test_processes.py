@@ -1,4 +1,4 @@
-"""A run leaves nothing behind, killed or after Ctrl-C, which leaves a checkpoint that resumes; and it has its own Ray."""
+"""A run leaves nothing behind, killed or after Ctrl-C, which leaves a checkpoint that resumes; its Ray is its own."""
 
 from __future__ import annotations
 
