@@ -56,7 +56,7 @@ nightly: setup
 	@$(MAKE) bench bench-trl
 
 bench: setup
-	@for name in learner rewards data images rationale; do $(RUN) bench $$name $(ARGS); done
+	@bad=0; for name in learner rollout rewards data images rationale; do $(RUN) bench $$name $(ARGS) || bad=1; done; exit $$bad
 
 bench-trl: setup
 	@bash launch/setup_trl.sh

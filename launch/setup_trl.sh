@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 rm -rf .venv-trl
 .venv/bin/python -m venv .venv-trl
 {
-    .venv-trl/bin/python -m pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
+    .venv-trl/bin/python -m pip install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
     .venv-trl/bin/python -m pip install -c "$constraints" trl transformers accelerate datasets pillow
     .venv-trl/bin/python -m pip install --no-deps -c "$constraints" torchvision
     .venv-trl/bin/python launch/fix_torchvision.py

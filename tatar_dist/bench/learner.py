@@ -95,6 +95,7 @@ def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], Non
     backbone = family(config.model.family)(config.model)
     rows, collate = subject.rows(backbone, work.groups, work.size, work.tokens, work.pixels), Collator(backbone)
     batch, forbidden = collate(rows), backbone.forbidden_ids()
+    padded = None if packed else per_row.pad(collate, rows)
     model = backbone.load_model().train()
     if work.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
@@ -103,7 +104,7 @@ def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], Non
 
     def update() -> None:
         model.zero_grad()
-        logp = policy(batch).logp if policy else per_row.token_logprobs(model, collate, rows, forbidden)
+        logp = policy(batch).logp if policy else per_row.token_logprobs(model, collate, rows, forbidden, padded=padded)
         loss = policy_loss(form, logp, None, None, batch.advantage, batch.mask, batch.weight).loss
         torch.autograd.backward(loss)
 

@@ -2,14 +2,15 @@
 
 In: nothing. Out: the ratio of completion tokens a second for 4 images of 1,024 image tokens x 8 completions x 64
 tokens, random 14M model, sampled, float32. Each side is a process that has loaded its model and waits; they work in
-turns, with all cores. `generate` repeats a prompt in every row, as peers that roll out with it do; the engine keeps it
-in its cache. Decoding and scaling of images is in the engine's time, not in the other's.
+turns, on the CPU, with all cores. `generate` repeats a prompt in every row, as peers that roll out with it do; the
+engine keeps it in its cache. Images are scaled before the rounds that count.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from tatar_dist.bench import subject
 from tatar_dist.bench.result import ratio, result, summary
+from tatar_dist.cluster import CPU_ENGINE_ENV
 
 PROMPTS, GROUP, TOKENS, ROUNDS, TARGET = 4, 8, 64, 3, 5.0
 SIDES = ("generate", "engine")
@@ -62,8 +64,6 @@ def generate(directory: Path) -> Callable[[int], int]:
 
 def engine(directory: Path) -> Callable[[int], int]:
     """The same by `RolloutEngine`."""
-    import os
-
     from tatar_dist.records import Prompt, Sample
     from tatar_dist.rollout.engine import RolloutEngine, Sampling
 
@@ -91,8 +91,9 @@ class Side:
     def __init__(self, name: str, directory: Path) -> None:
         self.log = (directory / f"{name}.log").open("w")
         words = [sys.executable, "-m", "tatar_dist.bench.rollout", name, str(directory)]
+        env = {**os.environ, **CPU_ENGINE_ENV, "CUDA_VISIBLE_DEVICES": ""}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
-        self.process: Any = subprocess.Popen(words, text=True, **pipes)
+        self.process: Any = subprocess.Popen(words, text=True, env=env, **pipes)
 
     def round(self, seed: int) -> dict[str, float]:
         self.process.stdin.write(f"{seed}\n")

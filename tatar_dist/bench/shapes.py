@@ -10,6 +10,7 @@ case that does not fit says so. MFU counts useful FLOPs: nothing that is compute
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 import time
@@ -181,6 +182,7 @@ def run() -> dict[str, Any]:
             row |= measure(SHAPES[name], work, adamw)
         except torch.cuda.OutOfMemoryError as e:
             row["out_of_memory"] = str(e).splitlines()[0]
+        gc.collect()  # a model is in cycles of references
         torch.cuda.empty_cache()
         found.append(row)
     return {"name": "shapes", "cases": found, "machine": machine()}

@@ -1,8 +1,8 @@
 """The language model's head at chosen tokens: log-probability and entropy, chunk by chunk, never all logits at once.
 
-A vocabulary of 152k makes 0.6 MB of float32 logits a token; CHUNK_BYTES bounds what exists at any time, forward and
-backward (which computes the logits again). `install` makes it the forward of a model's `lm_head`, so that ZeRO-3
-gathers its weight around it as around any other layer.
+A vocabulary of 152k makes 0.6 MB of float32 logits a token; CHUNK_BYTES bounds the logits of a chunk, of which a few
+copies exist at a time, forward and backward (which computes them again). `install` makes it the forward of a model's
+`lm_head`, so that ZeRO-3 gathers its weight around it as around any other layer.
 """
 
 from __future__ import annotations

@@ -33,11 +33,19 @@ def pad(collate: Collator, rows: Sequence[LearnerRow]) -> dict[str, Tensor]:
 
 
 def token_logprobs(
-    model: nn.Module, collate: Collator, rows: Sequence[LearnerRow], forbidden: Sequence[int], temperature: float = 1.0
+    model: nn.Module,
+    collate: Collator,
+    rows: Sequence[LearnerRow],
+    forbidden: Sequence[int],
+    temperature: float = 1.0,
+    padded: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """(B, C) float32 log-probabilities of completion tokens, 0 at padding, as `PolicyModel` gives them."""
+    """(B, C) float32 log-probabilities of completion tokens, 0 at padding, as `PolicyModel` gives them.
+
+    `padded`: the rows' `pad`, where it is there already.
+    """
     device = next(model.parameters()).device
-    inputs = {k: v.to(device) for k, v in pad(collate, rows).items()}
+    inputs = {k: v.to(device) for k, v in (padded or pad(collate, rows)).items()}
     module: Any = model
     module.model.rope_deltas = None  # kept between calls
     longest = max(len(row.completion_ids) for row in rows)

@@ -60,8 +60,8 @@ class _SharedPrefix(torch.autograd.Function):
         if p < layout.tokens:
             seen, norm = ragged.forward(q[p:], k[:p], v[:p], layout.cross, scale)
             both = torch.logaddexp(lse[p:], norm)
-            share = [(x - both).exp()[..., None].to(out.dtype) for x in (lse[p:], norm)]
-            out = torch.cat([out[:p], out[p:] * share[0] + seen * share[1]])
+            share = [(x - both).exp()[..., None] for x in (lse[p:], norm)]  # in float32, rounded once
+            out = torch.cat([out[:p], (out[p:] * share[0] + seen * share[1]).to(out.dtype)])
             lse = torch.cat([lse[:p], both])
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.scale = layout, scale

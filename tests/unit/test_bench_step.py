@@ -28,7 +28,7 @@ def test_sides_that_did_not_do_the_same_work_are_not_compared():
 
 
 def test_without_its_environment_one_line_says_what_to_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(step, "PEER", tmp_path / "python")
     with pytest.raises(UserError, match=r"\.venv-trl is not there: run make bench-trl"):
         step.run()
 
