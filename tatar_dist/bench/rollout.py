@@ -25,6 +25,8 @@ from rich.table import Table
 from tatar_dist.bench import subject
 from tatar_dist.bench.result import ratio, result, summary
 from tatar_dist.cluster import CPU_ENGINE_ENV
+from tatar_dist.config import RolloutConfig
+from tatar_dist.errors import RunError
 
 PROMPTS, GROUP, TOKENS, ROUNDS, TARGET = 4, 8, 64, 3, 5.0
 SIDES = ("generate", "engine")
@@ -89,24 +91,28 @@ class Side:
     """A process that makes a round whenever it is asked."""
 
     def __init__(self, name: str, directory: Path) -> None:
+        self.name = name
         self.log = (directory / f"{name}.log").open("w")
         words = [sys.executable, "-m", "tatar_dist.bench.rollout", name, str(directory)]
-        env = {**os.environ, **CPU_ENGINE_ENV, "CUDA_VISIBLE_DEVICES": ""}
+        space = {"VLLM_CPU_KVCACHE_SPACE": str(RolloutConfig().cpu_kv_cache_gib)}
+        env = {**os.environ, **CPU_ENGINE_ENV, **space}  # as engines have it in a run (cluster.py)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process: Any = subprocess.Popen(words, text=True, env=env, **pipes)
 
     def round(self, seed: int) -> dict[str, float]:
-        self.process.stdin.write(f"{seed}\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith('{"seconds"'):
-                found: dict[str, float] = json.loads(line)
-                return found
-        raise RuntimeError(f"{self.process.args} ended: {Path(self.log.name).read_text()[-2000:]}")
+        """Seconds and completion tokens of one round. Raises RunError with the end of its log when the side died."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(f"{seed}\n")
+            self.process.stdin.flush()
+            for line in self.process.stdout:
+                if line.startswith('{"seconds"'):
+                    found: dict[str, float] = json.loads(line)
+                    return found
+        raise RunError(f"bench rollout: {self.name} ended: {Path(self.log.name).read_text()[-2000:]}")
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(60)
+        self.process.kill()  # it holds nothing
+        self.process.wait()
         self.log.close()
 
 
