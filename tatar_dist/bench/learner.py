@@ -185,20 +185,22 @@ def run() -> dict[str, Any]:
 def print_table(found: dict[str, Any]) -> None:
     """Both ways beside each other, then how the packed one grows."""
     console = Console()
-    table = Table(title="One update of a group of 8 behind 1,024 image tokens", title_justify="left")
-    for name in ("checkpointing", "per-row", "packed", "ratio", "by FLOPs", "GFLOP/s", "memory", "gradients apart"):
+    caption = "Recompute: gradient checkpointing. FLOPs: the ratio they allow. Apart: gradients, relative L2."
+    title = "One update of a group of 8 behind 1,024 image tokens"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for name in ("recompute", "per-row", "packed", "ratio", "FLOPs", "GFLOP/s", "memory, MiB", "apart"):
         table.add_column(name, justify="right")
     for name, f in found["checkpointing"].items():
         seconds = {k: min(v) for k, v in f["seconds"].items()}
         rate = f["gflops"]["packed"] / seconds["packed"]
-        memory = f"{f['mib']['packed']:.0f} of {f['mib']['per_row']:.0f} MiB"
+        memory = f"{f['mib']['packed']:.0f}/{f['mib']['per_row']:.0f}"
         table.add_row(
             name, f"{seconds['per_row']:.2f} s", f"{seconds['packed']:.2f} s", f"{f['ratio']['median']:.2f}",
             f"{f['flops_ratio']:.2f}", f"{rate:.0f}", memory, f"{f['gradient_difference']:.1e}",
         )  # fmt: skip
     console.print(table)
     sizes = Table(title="How a packed update grows", title_justify="left")
-    for name in ("along", "groups", "image", "tokens", "vocabulary", "GFLOP", "seconds", "memory"):
+    for name in ("along", "groups", "image", "tokens", "vocab", "GFLOP", "s", "memory"):
         sizes.add_column(name, justify="left" if name == "along" else "right")
     for name, works in found["growth"].items():
         for i, w in enumerate(works):
