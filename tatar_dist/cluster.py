@@ -1,7 +1,8 @@
 """Ray on this machine or a cluster it joins, and the actors of a run: learners, engines, the reward actor.
 
 The only file that makes Ray actors. On a CPU machine the actors share the cores: learners and engines take turns with
-staleness 0, so each side has threads for all of them (`Cluster.threads`), and idle ones sleep.
+staleness 0, so each side has threads for all of them (`Cluster.threads`), and idle ones sleep; with staleness they work
+at the same time, and each side has threads for half of the cores.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tatar_dist.learner.actor import Learner
 from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.learner.transfer import IO
 from tatar_dist.plan import Stage, fewer_learners
+from tatar_dist.process import pin
 from tatar_dist.rewards.actor import RewardScorer
 from tatar_dist.rewards.remote import RemoteScorer
 from tatar_dist.rollout.engine import RolloutEngine
@@ -76,14 +78,20 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 class Cluster:
-    """A connection to Ray and the actors made through it; closing it ends them and, if started here, Ray."""
+    """A connection to Ray and the actors made through it; closing it ends them and, if started here, Ray.
 
-    def __init__(self, config: Config, log: Callable[..., None] = lambda event, **fields: None) -> None:
+    `overlap`: learners and engines work at the same time.
+    """
+
+    def __init__(
+        self, config: Config, log: Callable[..., None] = lambda event, **fields: None, overlap: bool = False
+    ) -> None:
         self.config, self.log = _with_absolute_paths(config), log
         self.address = config.cluster.address or os.environ.get("RAY_ADDRESS")
         self.gpu = config.cluster.gpus_per_node > 0
         self.colocated = config.cluster.placement == "colocated"
         self.cores = config.cluster.threads or len(os.sched_getaffinity(0))
+        self._sides = 2 if overlap or config.cluster.pin_cores else 1
         self._actors: list[Any] = []
         self._learners: list[Any] = []
         self._bundles: PlacementGroup | None = None
@@ -121,8 +129,13 @@ class Cluster:
                 signal.signal(signal.SIGTERM, handler)  # ray.init takes it for itself: no checkpoint, no clean end
 
     def threads(self, processes: int) -> int:
-        """CPU threads for each of `processes` equal processes that work at the same time."""
-        return max(1, self.cores // processes)
+        """CPU threads for each of `processes` equal processes, learners or engines."""
+        return max(1, self.cores // self._sides // processes)
+
+    def _pin(self, actor: Any, side: int, index: int, count: int) -> None:
+        """With `cluster.pin_cores`: actor `index` of `count` on its share of half of the cores; side 0: engines."""
+        if self.config.cluster.pin_cores:
+            actor.__ray_call__.remote(pin, side, index, count)
 
     @staticmethod
     def _living() -> dict[str, str]:
@@ -231,6 +244,8 @@ class Cluster:
             )
             for rank in range(placed)
         ]
+        for rank, learner in enumerate(self._learners):
+            self._pin(learner, 1, rank, placed)
         group = LearnerGroup(self.config, self._learners, threads)
         group.check = check
         return group
@@ -293,7 +308,9 @@ class Cluster:
             where: Any = "SPREAD"
             if shared:
                 where = PlacementGroupSchedulingStrategy(self._bundles, index % len(self._learners))
-            return self._actor(cls, self.config, index, cpus=c.engine_cpus, gpus=gpus, env=env, where=where)
+            engine = self._actor(cls, self.config, index, cpus=c.engine_cpus, gpus=gpus, env=env, where=where)
+            self._pin(engine, 0, index, count)
+            return engine
 
         return RolloutPool(self.config, count, make, version, self.log)
 

@@ -16,10 +16,8 @@ from dataclasses import dataclass, field, replace
 from tatar_dist.config import GRPOConfig
 from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.prompt_source import PromptSource
-from tatar_dist.records import Prompt, ScoredGroup
+from tatar_dist.records import Group, Prompt, ScoredGroup
 from tatar_dist.rewards.remote import RemoteScorer
-from tatar_dist.rollout.engine import Sampling
-from tatar_dist.rollout.pool import RolloutPool
 
 
 @dataclass
@@ -36,20 +34,23 @@ class Collected:
 def collect(
     grpo: GRPOConfig,
     prompts: Sequence[Prompt],
-    sampling: Sampling,
-    pool: RolloutPool,
+    step: int,
+    generate: Callable[[Sequence[Prompt]], list[Group]],
     scorer: RemoteScorer,
     source: PromptSource,
     sampler: PromptSampler,
     begin: Callable[[str], None],
 ) -> Collected:
-    """Generate and score one global batch. `begin` is told of each phase. Raises what pool and reward actor raise."""
+    """Generate and score the global batch of a step. `begin` is told of each phase.
+
+    Raises what `generate` and the reward actor raise.
+    """
     out = Collected([])
     asked, groups = list(prompts), []
     for round_ in range(1 + (grpo.refill_limit if grpo.zero_std == "refill" else 0)):
         if round_:
             silent = [s for s in out.scored if s.zero_std]
-            fresh = source.more([s.group.prompt for s in silent], asked, sampler, sampling.step)
+            fresh = source.more([s.group.prompt for s in silent], asked, sampler, step)
             if not fresh:
                 break
             given_up = silent[: len(fresh)]
@@ -59,11 +60,11 @@ def collect(
             asked += fresh
         begin("generate")
         start = time.perf_counter()
-        groups += pool.generate(asked if not round_ else fresh, sampling)
+        groups += generate(asked if not round_ else fresh)
         groups.sort(key=lambda g: g.prompt.group_id)
         middle = time.perf_counter()
         begin("reward")
-        out.scored, out.metrics = scorer.score(groups, sampling.step)
+        out.scored, out.metrics = scorer.score(groups, step)
         out.generate_seconds += middle - start
         out.reward_seconds += time.perf_counter() - middle
     if grpo.zero_std != "keep":

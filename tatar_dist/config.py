@@ -53,6 +53,7 @@ class ClusterConfig:
     learner_cpus: float = 1.0  # logical CPUs Ray reserves for a learner
     engine_cpus: float = 1.0
     threads: int | None = None  # CPU threads to share out; null = this machine's cores
+    pin_cores: bool = False  # CPU, one machine: engines on the first half of the cores, learners on the other
     object_store_mib: int = 512  # used only when Ray is started here
     start_timeout_s: float = 600.0
     placement: str = "disaggregated"  # disaggregated | colocated: engines share the learners' GPUs and sleep meanwhile
@@ -102,7 +103,9 @@ class GRPOConfig:
     ratio: str = "token"  # token | sequence (GSPO, whose clips are near 3e-4)
     clip_low: float = 0.2
     clip_high: float = 0.2
-    importance: str = "none"  # none | token | sequence: correct for engine probabilities that are not the learner's
+    importance: str = (
+        "auto"  # none | token | sequence correction for other probabilities in engines; auto: token with staleness
+    )
     importance_mode: str = "truncate"  # truncate at importance_cap | mask what lies outside [1/cap, cap]
     importance_cap: float = 2.0
     mask_truncated: bool = False  # true: a completion cut off by max_new_tokens stays out of the loss
@@ -111,7 +114,7 @@ class GRPOConfig:
     zero_std: str = "keep"  # keep | drop | refill: groups whose completions all got the same reward
     refill_limit: int = 2  # rounds of new prompts a step for such groups, with refill; what is left is dropped
     inner_iterations: int = 1
-    staleness: int = 0
+    staleness: int = 0  # k: completions are sampled from the weights of k steps before, while the learners work
     eval_every: int = 0  # steps between greedy answers on data.validation (eval/*); 0 = never
     logprob_gap_limit: float = 0.05  # nats, mean |engine - learner| over a step's tokens; above it the run stops
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -31,7 +31,7 @@ CHOICES = {
     "grpo.zero_std": ("keep", "drop", "refill"),
     "grpo.aggregation": ("sequence-mean", "token-mean", "constant"),
     "grpo.ratio": ("token", "sequence"),
-    "grpo.importance": ("none", "token", "sequence"),
+    "grpo.importance": ("auto", "none", "token", "sequence"),
     "grpo.importance_mode": ("truncate", "mask"),
     "grpo.kl_schedule": ("constant", "linear", "cosine"),
 }
@@ -72,6 +72,7 @@ NOT_NEGATIVE = (
     "sft.optim.lr",
     "sft.optim.warmup_steps",
     "grpo.eval_every",
+    "grpo.staleness",
     "grpo.kl_beta",
     "grpo.kl_beta_end",
     "grpo.clip_low",
@@ -130,8 +131,11 @@ def check(c: Config) -> None:
         raise UserError(
             f"grpo.group_size={c.grpo.group_size}: a group needs at least 2 completions to have an advantage"
         )
-    if c.grpo.staleness != 0:
-        raise UserError(f"grpo.staleness={c.grpo.staleness}: only 0 (generate, then learn) is available")
+    if c.grpo.staleness and c.cluster.placement == "colocated":
+        raise UserError(
+            f"grpo.staleness={c.grpo.staleness}: engines on the learners' GPUs sleep while those work, "
+            "cluster.placement=colocated has nothing to gain: use disaggregated"
+        )
     if not 0.0 <= c.data.iqa_fraction <= 1.0:
         raise UserError(f"data.iqa_fraction={c.data.iqa_fraction}: must lie in [0, 1]")
     if c.rollout.temperature <= 0:

@@ -1,28 +1,35 @@
 """The GRPO loop, on one screen: sampler, engines, reward actor (collect.py), batcher, learners, engines again.
 
 In: a checked config. Out: a run directory (see run_directory.py) whose `checkpoints/latest/model` is the trained model.
-`staleness 0`: engines and learners take turns on the same weights. Start, checkpoints and faults: training.py.
+`staleness: 0`: engines and learners take turns on the same weights; `k`: while the learners work, the engines sample
+the batch of k steps later (batches.py). Start, checkpoints and faults: training.py.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
+from tatar_dist.batches import Batch, Batches
 from tatar_dist.cluster import Cluster
 from tatar_dist.collect import Collected, collect
 from tatar_dist.config import Config
 from tatar_dist.data.sampler import PromptSampler
+from tatar_dist.errors import UserError
 from tatar_dist.evaluate.runner import held_out_metrics
 from tatar_dist.interrupts import Interrupts, StopAsked
+from tatar_dist.learner.group import Learning
 from tatar_dist.learner.sharding import global_weights, shard_groups
 from tatar_dist.plan import resolve
 from tatar_dist.prompt_source import PromptSource, read_manifests
 from tatar_dist.proven import unproven
-from tatar_dist.records import ScoredGroup
+from tatar_dist.records import Group, Prompt, ScoredGroup
 from tatar_dist.rewards.presets import load_preset
+from tatar_dist.rewards.remote import ScorerFailed
 from tatar_dist.rollout.engine import Sampling
+from tatar_dist.rollout.pool import EngineFailed
 from tatar_dist.run_directory import RunDirectory
 from tatar_dist.sync.transports import gpu_push
 from tatar_dist.sync.verify import PROMPTS, verify
@@ -35,6 +42,7 @@ def run(config: Config) -> None:
     with RunDirectory(config) as directory, Interrupts(config.checkpoint.grace_seconds) as stop:
         steps = GRPOSteps(config, directory, stop, plan.engines)
         total = g.max_steps or max(1, round(g.epochs * steps.sampler.steps_per_epoch(g.prompts_per_step)))
+        steps.batches.total = total
         Training(config, "grpo", plan, steps, total, directory, stop).run()
 
 
@@ -51,8 +59,16 @@ class GRPOSteps(Steps):
     def __init__(self, config: Config, directory: RunDirectory, stop: Interrupts, engines: int) -> None:
         self.config, self.directory, self.stop, self.engines = config, directory, stop, engines
         self.source = PromptSource(config, directory)
-        self.sampler = make_sampler(config)
+        self.sampler, n = make_sampler(config), config.grpo.prompts_per_step
+        draw = lambda step: self.source.batch(self.sampler, n, step)  # noqa: E731
+        self.batches = Batches(self.sampler, draw, self._collect, config.grpo.staleness)
         self.held_out = self.source.held_out_prompts() if config.grpo.eval_every else []
+
+    def state(self) -> dict[str, Any]:
+        return self.batches.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.batches.load_state(state)
 
     def start(self, cluster: Cluster) -> None:
         self.pool, self.scorer = cluster.engines(self.engines), cluster.scorer()
@@ -69,7 +85,8 @@ class GRPOSteps(Steps):
         self.pool.places = len(self.learners.actors) if self.colocated else None
         with self._may_stop():
             self.pool.started()
-        check = unproven(self.config)
+        # with a lag a step's own comparison of probabilities contains what was learned since: compare here, before that
+        check = unproven(self.config) or self.config.grpo.staleness
         if changed or check or self.colocated:
             self._push(step)
         if check:
@@ -94,39 +111,60 @@ class GRPOSteps(Steps):
         """One optimiser step; returns its metrics by their contract names."""
         g, r = self.config.grpo, self.config.rollout
         start = time.perf_counter()
-        prompts = self.source.batch(self.sampler, g.prompts_per_step, step)
-        sampling = Sampling(g.group_size, r.temperature, r.max_new_tokens, self.config.seed, step)
         with self._may_stop():
-            batch = collect(
-                g, prompts, sampling, self.pool, self.scorer, self.source, self.sampler,
-                lambda phase: self.directory.begin(phase, step),
-            )  # fmt: skip
+            batch = self.batches.take(step)
         scored = batch.scored
         self.directory.rollouts(step, scored, batch.replaced)  # before anything can go wrong: the update's evidence
         weights = global_weights(scored, g.aggregation, r.max_new_tokens, g.mask_truncated)
         self.pool.sleep() if self.colocated else self.pool.tend()  # what is to be restarted loads meanwhile
         self.directory.begin("learn", step)
-        t0 = time.perf_counter()
-        report = self.learners.grpo_step(shard_groups(scored, len(self.learners.actors), weights), step)
+        learning = self.learners.start_grpo_step(shard_groups(scored, len(self.learners.actors), weights), step)
+        self._work_ahead(step, learning)
+        report = learning.result()
         self.directory.begin("sync", step)
-        t1 = time.perf_counter()
+        t0 = time.perf_counter()
         sync = self._push(step + 1)
         end = time.perf_counter()
         metrics = {**batch.metrics, **_completion_metrics(scored), **report.metrics, **sync}
-        metrics |= _times(batch, scored, t1 - t0, end - t1, end - start)
+        metrics["policy/staleness"] = sum(step - s.group.weight_version for s in scored) / len(scored)
+        metrics |= _times(batch, scored, report.seconds, end - t0, end - start)
         if self.held_out and ((step + 1) % g.eval_every == 0 or last):
             self.directory.begin("evaluate", step)
             with suppress(StopAsked), self._may_stop():  # the step itself counts
                 metrics |= held_out_metrics(self.pool, self.held_out, r.max_new_tokens)
         return metrics
 
+    def _collect(self, batch: Batch) -> Collected:
+        """Generate and score a batch with the weights that the engines have."""
+        r, step = self.config.rollout, batch.step
+        sampling = Sampling(self.config.grpo.group_size, r.temperature, r.max_new_tokens, self.config.seed, step)
+
+        def generate(prompts: Sequence[Prompt]) -> list[Group]:
+            known, new = self.batches.recall(prompts)
+            return known + (self.pool.generate(new, sampling) if new else [])
+
+        begin = (lambda phase: None) if self.pool.held else (lambda phase: self.directory.begin(phase, step))
+        return collect(self.config.grpo, batch.prompts, step, generate, self.scorer, self.source, self.sampler, begin)
+
+    def _work_ahead(self, step: int, learning: Learning) -> None:
+        """While the learners work on `step`. What goes wrong here and lasts is met again with the step behind us."""
+        self.pool.held = True
+        try:
+            with self._may_stop(learning.check):
+                self.batches.work_ahead(step)
+        except (StopAsked, UserError, EngineFailed, ScorerFailed):
+            pass
+        finally:
+            self.pool.held = False
+
     @contextmanager
-    def _may_stop(self) -> Iterator[None]:
+    def _may_stop(self, also: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Inside, a signal ends every wait at once (StopAsked); outside, what has begun is finished."""
 
         def check() -> None:
             self.stop.leave_if_asked()
             self.watch.raise_if_asked()
+            also()
 
         self.pool.check = self.scorer.check = check
         try:

@@ -1,4 +1,4 @@
-"""Where a process runs: what the event log says of every actor, and what signals and stack dumps need to find it."""
+"""Where a process runs: what the event log says of every actor, what signals and stack dumps need; its cores."""
 
 from __future__ import annotations
 
@@ -25,3 +25,16 @@ def process_facts() -> dict[str, Any]:
 
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
     return {"pid": os.getpid(), "host": socket.gethostname(), "node": node}
+
+
+def pin(_: Any, side: int, index: int, count: int) -> None:
+    """Keep this process on its share of this machine's cores: process `index` of `count` of the first or second half.
+
+    Called on an actor, which comes as the first argument. Where there are fewer cores than processes, some share one.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    half = cores[: len(cores) // 2] if side == 0 else cores[len(cores) // 2 :]
+    half = half or cores
+    own = half[index * len(half) // count : (index + 1) * len(half) // count] or [half[index % len(half)]]
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), own)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 from tatar_dist.config import Config
 from tatar_dist.data.sampler import check_rationales, sft_sampler
@@ -41,6 +42,12 @@ class SFTSteps(Steps):
         self.source = PromptSource(config, directory)
         self.sampler = sft_sampler(read_manifests(config.data, "train"), config.seed, config.data.iqa_fraction)
         self.held_out = _held_out(config, self.source, multiple)
+
+    def state(self) -> dict[str, Any]:
+        return {"sampler": self.sampler.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state["sampler"])
 
     def step(self, step: int, last: bool) -> dict[str, float]:
         s, start, ranks = self.config.sft, time.perf_counter(), len(self.learners.actors)

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 from tatar_dist.checkpoint import Checkpoints, Found, latest
 from tatar_dist.cluster import Cluster
 from tatar_dist.config import Config
-from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.errors import LearnersFailed, UserError
 from tatar_dist.exporter import Exporter
 from tatar_dist.interrupts import Interrupted, Interrupts, StopAsked
@@ -33,9 +32,16 @@ from tatar_dist.waiting import first_line
 class Steps(ABC):
     """What a stage does in its steps. `watch` is set before `start`, `learners` before `ready`, anew at a restart."""
 
-    sampler: PromptSampler
     learners: LearnerGroup
     watch: StallDetector
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Where in the data the next step begins, as JSON: part of a checkpoint."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to what `state` returned; called before the first step and after every restart."""
 
     def start(self, cluster: Cluster) -> None:  # noqa: B027  a stage may have learners only
         """Begin to start what the stage needs besides learners; called once."""
@@ -82,12 +88,12 @@ class Training:
         self.directory.rewind(first)
         if first >= self.total:
             return
-        self._initial = self.steps.sampler.state_dict()
+        self._initial = self.steps.state()
         run, first_s = self.directory.path, c.cluster.start_timeout_s
         self.watch = StallDetector(run, c.watch, first_s, self.directory.events, lambda: processes_of(run))
         with (
             self.directory.running(self.stage, self.total, first, self.plan.learners, self.plan.engines),
-            Cluster(c, self._log) as cluster,
+            Cluster(c, self._log, overlap=self.stage == "grpo" and c.grpo.staleness > 0) as cluster,
             Progress(self.stage, self.total, first) as self.progress,
             self.watch,
         ):
@@ -143,7 +149,7 @@ class Training:
         first = found[1]["step"] if found else 0
         self.directory.events.step = first
         self.directory.rewind(first)
-        steps.sampler.load_state_dict(found[1]["sampler"] if found else self._initial)
+        steps.restore(found[1] if found else self._initial)
         steps.watch = self.watch
         self.watch.starting()
         try:
@@ -173,7 +179,7 @@ class Training:
 
     def _loop(self, cluster: Cluster, first: int) -> None:
         for step in range(first, self.total):
-            before, start, last = self.steps.sampler.state_dict(), time.perf_counter(), step + 1 == self.total
+            before, start, last = self.steps.state(), time.perf_counter(), step + 1 == self.total
             metrics = None
             try:
                 metrics = self.steps.step(step, last)
@@ -192,19 +198,19 @@ class Training:
             self.checkpoints.poll()
             every = self.config.checkpoint.every
             if last or (every and (step + 1) % every == 0):
-                self._save(step + 1, self.steps.sampler.state_dict(), metrics)
+                self._save(step + 1, self.steps.state(), metrics)
             if last:
                 self.checkpoints.finish()
             elif self.stop.requested:
-                self._stop(step + 1, self.steps.sampler.state_dict())
+                self._stop(step + 1, self.steps.state())
 
-    def _save(self, step: int, sampler: dict[str, Any], metrics: dict[str, float]) -> None:
+    def _save(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> None:
         self.directory.begin("checkpoint", step)
-        state = {"same": self._same(), "sampler": sampler, "by": self._id}
-        self.checkpoints.save(step, state, self.steps.learners, metrics)
+        whole = {"same": self._same(), "by": self._id, **state}
+        self.checkpoints.save(step, whole, self.steps.learners, metrics)
         self.watch.progress()
 
-    def _stop(self, step: int, sampler: dict[str, Any]) -> NoReturn:
+    def _stop(self, step: int, state: dict[str, Any]) -> NoReturn:
         """Leave a checkpoint of `step` and end. Raises Interrupted, UserError when it cannot be written."""
         self.directory.events.log("signal", name=self.stop.name)
         with suppress(UserError):
@@ -212,7 +218,7 @@ class Training:
         newest = latest(self.directory.path)
         saved = newest is not None and newest[1].get("by") == self._id and newest[1]["step"] == step
         if step != self._at and not saved:
-            self._save(step, sampler, {})
+            self._save(step, state, {})
             self.checkpoints.finish()
         raise Interrupted(
             f"stopped after step {step} of {self.total}; the same command continues there", self.stop.status

@@ -143,7 +143,8 @@ class Learner:
 
         start = time.perf_counter()
         g = self.config.grpo
-        form = PolicyLoss(g.clip_low, g.clip_high, g.ratio, g.importance, g.importance_mode, g.importance_cap)
+        importance = ("token" if g.staleness else "none") if g.importance == "auto" else g.importance
+        form = PolicyLoss(g.clip_low, g.clip_high, g.ratio, importance, g.importance_mode, g.importance_cap)
         beta = kl_beta(g, step, self.total_steps)
         lr = learning_rate(g.optim, step, self.total_steps)
         self.zero3.set_learning_rate(lr)
@@ -211,13 +212,14 @@ class Learner:
 
         s = self.zero3.all_reduce({"gap": gap_sum, "tokens": tokens})
         worst = self.zero3.all_reduce({"gap": gap_max}, dist.ReduceOp.MAX)["gap"]
-        mean, limit = s["gap"] / s["tokens"], self.config.grpo.logprob_gap_limit
+        mean, limit, lag = s["gap"] / s["tokens"], self.config.grpo.logprob_gap_limit, self.config.grpo.staleness
         if not mean <= limit:
             raise WeightsOutOfSync(
                 f"engine and learner log-probabilities differ by {mean:.3g} nats a token on average (limit "
                 f"grpo.logprob_gap_limit={limit:g}, worst {worst:.3g}). Likely causes: a weight push was skipped or "
                 "did not reach the vision tower or lm_head, the engine's encoder or prefix cache was not reset, engine "
-                "and learner use other dtypes, pixels or temperature."
+                "and learner use other dtypes, pixels or temperature"
+                + (f"; or, with grpo.staleness={lag}, the policy moved that far: raise the limit." if lag else ".")
             )
         return {"sync/logprob_gap": mean, "sync/logprob_gap_max": worst}
 

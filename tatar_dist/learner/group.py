@@ -24,6 +24,24 @@ from tatar_dist.waiting import TICK_S, error_of, first_line, wait_all
 DEATH_IS_KNOWN_S = 5.0
 
 
+class Learning:
+    """A step that the learners work on, while whoever started it does something else."""
+
+    def __init__(self, group: LearnerGroup, refs: list[Any]) -> None:
+        self._group, self._refs = group, refs
+
+    def check(self) -> None:
+        """Raises what `result` would, if a rank has failed already. Does not wait."""
+        done, _ = ray.wait(self._refs, num_returns=len(self._refs), timeout=0)
+        if any(error_of(ref) for ref in done):
+            self.result()
+
+    def result(self) -> StepReport:
+        """Waits for all ranks. Raises LearnersFailed."""
+        report: StepReport = self._group.wait(self._refs)[0]
+        return report
+
+
 class LearnerGroup:
     """All ZeRO-3 ranks, addressed as one. Learners are a unit: an error of one is the error of the step."""
 
@@ -67,7 +85,11 @@ class LearnerGroup:
         return self.wait([a.sft_loss.remote(r) for a, r in zip(self.actors, shards, strict=True)])[0]
 
     def grpo_step(self, shards: list[list[LearnerRow]], step: int) -> StepReport:
-        return self.wait([a.grpo_step.remote(rows, step) for a, rows in zip(self.actors, shards, strict=True)])[0]
+        return self.start_grpo_step(shards, step).result()
+
+    def start_grpo_step(self, shards: list[list[LearnerRow]], step: int) -> Learning:
+        pairs = zip(self.actors, shards, strict=True)
+        return Learning(self, [a.grpo_step.remote(rows, step) for a, rows in pairs])
 
     def weight_buckets(self, bucket_bytes: int) -> Iterator[Any]:
         """References to the buckets of rank 0, streamed while the ranks gather together."""

@@ -67,6 +67,7 @@ class RolloutPool:
         check: called every half second of a wait; may raise to leave it.
         progress: called whenever an engine answered.
         places: how many engines have a place to start in; None = all. The first ones are meant.
+        held: nobody can be given weights, because the learners work; a stale engine stays out meanwhile.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class RolloutPool:
         self.check: Callable[[], None] = lambda: None
         self.progress: Callable[[], None] = lambda: None
         self.places: int | None = None
+        self.held = False
         self._threads = 1
 
     # -- start and restart -------------------------------------------------------------------------------------------
@@ -191,6 +193,8 @@ class RolloutPool:
                     queue.clear()
                     continue
                 self.tend()
+                if self.held and not any(e.health.state in (State.HEALTHY, State.SUSPECT) for e in self.engines):
+                    raise EngineFailed("no engine is left that holds the current weights, and the learners are at work")
                 self._hand_out(queue, sampling)
                 for e in self._answers():
                     yield from self._take(e, queue, sampling)
@@ -206,7 +210,7 @@ class RolloutPool:
     def _hand_out(self, queue: deque[Chunk], sampling: Sampling) -> None:
         """Work for every idle engine; a stale one gets the current weights first, when there is work for it."""
         stale = [e for e in self.engines if e.health.state is State.STALE and e.call is None]
-        if queue and stale and self.weights:
+        if queue and stale and self.weights and not self.held:
             self._send(stale, self.weights(), self.version)
         for e in (e for e in self.engines if e.idle):
             chunk = queue.popleft() if queue else self._hedged()

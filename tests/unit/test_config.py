@@ -66,7 +66,7 @@ def test_missing_value_missing_file_and_broken_yaml_are_named(tmp_path):
     [
         "model.dtype=float16",
         "grpo.group_size=1",
-        "grpo.staleness=1",
+        "grpo.staleness=-1",
         "data.iqa_fraction=1.5",
         "data.min_rank_pool=1",
         "rollout.temperature=0",
