@@ -1,0 +1,123 @@
+"""`tatar-dist bench staleness`: does GRPO learn as much when completions are a step old? And four steps, uncorrected?
+
+In: nothing, or `output=DIR` to keep the runs there and continue them. Out: for each seed one SFT of the demo and, from
+its model, GRPO with each of `VARIANTS`; of each the reward at the end, SRCC on held-out crops, how far the policy has
+moved from the one that sampled (mean |log-probability difference| a token), and the KL from the start. The ratio is
+the reward with staleness 1 over that with 0, seed by seed; the target is what seeds alone do to it: the worst seed
+of staleness 0 over their mean. About an hour on two idle cores.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tatar_dist.bench.result import ratio, result, summary
+from tatar_dist.errors import UserError
+from tatar_dist.records import SPLITS, TASKS
+
+VARIANTS: dict[str, list[str]] = {
+    "0": [],
+    "1": ["grpo.staleness=1"],
+    "4": ["grpo.staleness=4"],
+    "4, uncorrected": ["grpo.staleness=4", "grpo.importance=none"],
+}
+SEEDS, STEPS, LAST = 3, 60, 15  # LAST: steps at the end whose mean reward counts
+IMAGES = {"train": 2000, "validation": 300, "test": 60}
+
+
+def train(directory: Path, words: Sequence[str] = ()) -> None:
+    """Every run that has no result yet: DIR/seed_K/sft, DIR/seed_K/VARIANT."""
+    from tatar_dist import controller, sft
+    from tatar_dist.cluster import Cluster
+    from tatar_dist.data.demo import make_demo
+    from tatar_dist.demo import demo_config
+    from tatar_dist.export import model_of
+
+    data = directory / "data"
+    make_demo(data, **IMAGES)
+    sets = [f"data.{s}=[{','.join(f'{task}_{s}.parquet' for task in TASKS)}]" for s in SPLITS]
+    console = Console(stderr=True)
+    with Cluster(demo_config(directory / "base", data, [*sets, *words])):  # one Ray for all
+        for seed in range(SEEDS):
+            for name, more in {"sft": ["sft.eval_every=0"], **VARIANTS}.items():
+                output = directory / f"seed_{seed}" / name
+                if (output / "finished").exists():
+                    continue
+                console.print(f"[bold]seed {seed}[/bold]  {name if name == 'sft' else f'staleness {name}'}")
+                own = [*sets, f"seed={seed}", *more]
+                if name == "sft":
+                    sft.run(demo_config(output, data, [*own, *words]))
+                else:
+                    own += [f"model.path={model_of(directory / f'seed_{seed}' / 'sft')}", f"grpo.max_steps={STEPS}"]
+                    own += [f"grpo.eval_every={STEPS}", "grpo.logprob_gap_limit=10"]  # the gap is what is looked at
+                    controller.run(demo_config(output, data, [*own, *words]))
+                (output / "finished").touch()
+
+
+def figures(run: Path) -> dict[str, float]:
+    """What is compared of one run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    end = lines[-LAST:]
+    found = {f"reward/{t}": float(np.mean([m[f"reward/total/{t}"] for m in end])) for t in TASKS}
+    found["reward"] = float(np.mean(list(found.values())))
+    found |= {f"srcc/{t}": lines[-1][f"eval/demo-{t}/srcc"] for t in TASKS}
+    found["drift"] = float(np.mean([m["sync/logprob_gap"] for m in lines]))
+    found["drift_max"] = max(m["sync/logprob_gap_max"] for m in lines)
+    found |= {"kl": lines[-1]["loss/kl"], "entropy": float(np.mean([m["policy/entropy"] for m in end]))}
+    found["cut"] = float(np.mean([m.get("policy/importance_cut", 0.0) for m in lines]))
+    return found
+
+
+def run(words: Sequence[str] = ()) -> dict[str, Any]:
+    """All runs and figures, as what `--json` prints."""
+    keep = next((w.removeprefix("output=") for w in words if w.startswith("output=")), None)
+    if other := [w for w in words if not w.startswith("output=")]:
+        raise UserError(f"bench staleness takes output=DIR only, not {other[0]!r}")
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(keep or temporary)
+        directory.mkdir(parents=True, exist_ok=True)
+        train(directory)
+        seeds = [{name: figures(directory / f"seed_{k}" / name) for name in VARIANTS} for k in range(SEEDS)]
+    own = [s["0"]["reward"] for s in seeds]
+    return result(
+        "staleness",
+        "staleness 0, reward at the end",
+        ratio([s["1"]["reward"] for s in seeds], own),
+        min(own) / float(np.mean(own)),
+        "1, or the worst seed over the mean of seeds, which is the target",
+        steps=STEPS,
+        seeds=seeds,
+    )
+
+
+def print_table(found: dict[str, Any]) -> None:
+    """Each variant's mean over seeds, and their range."""
+    table = Table(
+        title=f"GRPO of the demo by staleness: {found['steps']} steps, {len(found['seeds'])} seeds, mean (range)",
+        caption="Drift: mean |log p learner - log p engine| a token, before the update. Cut: tokens at the cap.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    shown = {
+        "reward/iqa": "reward, IQA", "reward/iaa": "reward, IAA", "srcc/iqa": "SRCC, IQA", "srcc/iaa": "SRCC, IAA",
+        "drift": "drift, nats", "kl": "KL", "cut": "cut",
+    }  # fmt: skip
+    for name in ("staleness", *shown.values()):
+        table.add_column(name, justify="left" if name == "staleness" else "right")
+    for name in VARIANTS:
+        cells = []
+        for key in shown:
+            values = [s[name][key] for s in found["seeds"]]
+            cells.append(f"{np.mean(values):.3g} ({min(values):.3g}–{max(values):.3g})")
+        table.add_row(name, *cells)
+    console = Console()
+    console.print(table)
+    console.print(summary(found))
