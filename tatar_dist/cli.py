@@ -24,7 +24,9 @@ from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 # modules of tatar_dist.bench
-BENCHES = ("learner", "shapes", "step", "rollout", "rewards", "data", "images", "rationale", "simulate", "staleness")
+BENCHES = (
+    "learner", "shapes", "step", "overlap", "rollout", "rewards", "data", "images", "rationale", "simulate", "staleness",
+)  # fmt: skip
 RUN, CHECK = "Train and look", "Check and audit"  # the two panels of --help
 
 app = typer.Typer(
@@ -345,7 +347,7 @@ def bench(
     if name not in BENCHES:
         raise UserError(f"bench {name!r}: must be one of {', '.join(BENCHES)}")
     benchmark = import_module(f"tatar_dist.bench.{name}")
-    if overrides and name not in ("simulate", "staleness"):
+    if overrides and name not in ("simulate", "staleness", "overlap"):
         raise UserError(f"bench {name}: takes no {overrides[0]!r}, only bench simulate and staleness have config keys")
     found = benchmark.run(overrides) if overrides else benchmark.run()
     print(json.dumps(found)) if as_json else benchmark.print_table(found)

@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def read_steps(said: str) -> Side:
     return {key: [line[key] for line in lines[1:]] for key in ("seconds", "tokens", "trl")}
 
 
-def ours(model: Path, directory: Path) -> Side:
-    """Steps of the pipeline on the same images."""
+def ours(model: Path, directory: Path, more: Sequence[str] = ()) -> Side:
+    """Steps of the pipeline on the same images; `more`: config words."""
     from tatar_dist import controller
     from tatar_dist.config import load_config
     from tatar_dist.data.writing import write_manifest
@@ -83,6 +84,7 @@ def ours(model: Path, directory: Path) -> Side:
         f"grpo.group_size={GROUP}", f"grpo.micro_batch={PROMPTS * GROUP}", f"grpo.max_steps={STEPS}",
         "grpo.kl_beta=0", f"rollout.max_new_tokens={TOKENS}", "rollout.max_model_len=1536",
         f"rollout.max_num_seqs={PROMPTS * GROUP}", "checkpoint.every=0", "watch.prometheus=false",
+        *more,
     ]  # fmt: skip
     controller.run(load_config([], words))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][1:]

@@ -1,0 +1,70 @@
+"""`tatar-dist bench overlap`: a step with staleness 1 beside its slower half alone, engine and learner on own cores.
+
+In: nothing. Out: max(generate, learn + sync) of steps with staleness 0 over the whole step with staleness 1: 1 would be
+perfect overlap of generating with learning and pushing. The pipeline of `bench step`, engine pinned to the first half
+of the cores and learner to the other in both (`cluster.pin_cores`), in turns. A push waits for the engine to finish its
+batch, so what is left beside generating is the push, reward and the controller's own work.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tatar_dist.bench import step, subject
+from tatar_dist.bench.result import ratio, result, summary
+from tatar_dist.errors import UserError
+
+STEPS, ROUNDS, TARGET = 5, 2, 1 / 1.1
+PARTS = ("seconds", "time/generate", "time/learn", "time/sync", "time/reward")
+
+
+def run() -> dict[str, Any]:
+    """All measurements, as what `--json` prints. Raises UserError on a machine of one core."""
+    if len(os.sched_getaffinity(0)) < 2:
+        raise UserError("bench overlap: needs 2 cores, one for the engine and one for the learner")
+    sides: dict[str, list[step.Side]] = {"0": [], "1": []}
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        model = Path(subject.make(directory).model.path)
+        for i in range(step.PROMPTS):
+            subject.file(i, directory).write_bytes(subject.image(i))
+        words = ["cluster.pin_cores=true", f"grpo.max_steps={STEPS}", "grpo.logprob_gap_limit=10"]
+        for _ in range(ROUNDS):
+            for lag, found in sides.items():
+                found.append(step.ours(model, directory, [*words, f"grpo.staleness={lag}"]))
+    joined = {lag: {part: [x for s in found for x in s[part]] for part in PARTS} for lag, found in sides.items()}
+    apart = joined["0"]
+    halves = zip(apart["time/generate"], apart["time/learn"], apart["time/sync"], strict=True)
+    slower = [max(generate, learn + sync) for generate, learn, sync in halves]
+    # the last step of a run has nothing ahead to sample
+    each = [s for i, s in enumerate(joined["1"]["seconds"]) if (i + 1) % (STEPS - 1)]
+    kept = [s for i, s in enumerate(slower) if (i + 1) % (STEPS - 1)]
+    return result(
+        "overlap",
+        "max(generate, learn + sync) with staleness 0",
+        ratio(kept, each),
+        TARGET,
+        "1, perfect overlap",
+        steps=joined,
+        speed_up=statistics.median(apart["seconds"]) / statistics.median(each),
+    )
+
+
+def print_table(found: dict[str, Any]) -> None:
+    """Median seconds of both by part."""
+    table = Table(title="A step with engine and learner on cores of their own, median seconds", title_justify="left")
+    for name in ("staleness", "step", "generate", "learn", "sync", "reward"):
+        table.add_column(name, justify="left" if name == "staleness" else "right")
+    for lag, parts in found["steps"].items():
+        table.add_row(lag, *(f"{statistics.median(parts[p]):.2f}" for p in PARTS))
+    console = Console()
+    console.print(table)
+    console.print(summary(found))
+    console.print(f"staleness 1 is {found['speed_up']:.2f} times faster than staleness 0")
