@@ -25,7 +25,8 @@ from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 # modules of tatar_dist.bench
 BENCHES = (
-    "learner", "shapes", "step", "overlap", "rollout", "rewards", "data", "images", "rationale", "simulate", "staleness",
+    "learner", "shapes", "step", "overlap", "rollout", "rewards", "data", "images", "rationale", "simulate",
+    "staleness",
 )  # fmt: skip
 RUN, CHECK = "Train and look", "Check and audit"  # the two panels of --help
 

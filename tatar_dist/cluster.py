@@ -32,7 +32,6 @@ from tatar_dist.failpoints import Failpoints
 from tatar_dist.learner.actor import Learner
 from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.learner.transfer import IO
-from tatar_dist.plan import Stage, fewer_learners
 from tatar_dist.process import pin
 from tatar_dist.rewards.actor import RewardScorer
 from tatar_dist.rewards.remote import RemoteScorer
@@ -200,7 +199,6 @@ class Cluster:
     def learners(
         self,
         count: int,
-        stage: Stage = "grpo",
         again: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> LearnerGroup:
@@ -208,7 +206,6 @@ class Cluster:
 
         Args:
             count: how many.
-            stage: whose batch they share; says what smaller numbers divide it.
             again: a restart: their node may be on its way back. After `cluster.node_wait_s` there may be fewer of them.
             check: called twice a second of the wait; may raise to leave it.
 
@@ -221,8 +218,7 @@ class Cluster:
         limit = c.node_wait_s if again else c.start_timeout_s
         placed = count if self._place(count, limit, check) else None
         if placed is None and again and c.elastic:
-            fewer = fewer_learners(self.config, stage, count)
-            placed = next((n for n in fewer if self._place(n, FEWER_WAIT_S, check)), None)
+            placed = next((n for n in range(count - 1, 0, -1) if self._place(n, FEWER_WAIT_S, check)), None)
         if placed is None:
             raise RunError(
                 f"{count} learners found no place within {limit:g} s: they "

@@ -61,7 +61,7 @@ class ClusterConfig:
     network_interface: str | None = None  # of gloo and NCCL, for example ib0 or eth0; null = what they choose
     collective_timeout_s: float = 1800.0  # a collective of the learners that takes longer fails
     learner_restarts: int = 3  # restarts of the learners in a row without a finished step between them
-    elastic: bool = True  # after a lost node learners may restart in a smaller number that divides the batch
+    elastic: bool = True  # after a lost node learners may restart in a smaller number
     node_wait_s: float = 120.0  # how long to wait for a lost node before that
 
 
@@ -81,7 +81,7 @@ class OptimConfig:
 @dataclass
 class SFTConfig:
     global_batch: int = 128  # rows per optimiser step; fixed, whatever the number of ranks
-    micro_batch: int = 8  # at most this many rows in one forward
+    micro_tokens: int = 16384  # tokens in one forward, prompts and answers packed; a longer row goes alone
     epochs: float = 2.0
     max_steps: int | None = None
     max_tokens: int = 4096  # prompt + answer; longer rows are rejected
@@ -93,7 +93,7 @@ class SFTConfig:
 class GRPOConfig:
     prompts_per_step: int = 16
     group_size: int = 8  # G
-    micro_batch: int = 8  # at most this many completions in one forward
+    micro_tokens: int = 16384  # tokens in one forward: prompts, each once, and completions; a longer one goes alone
     epochs: float = 3.0
     max_steps: int | None = None
     kl_beta: float = 0.001

@@ -59,6 +59,7 @@ class GRPOSteps(Steps):
     def __init__(self, config: Config, directory: RunDirectory, stop: Interrupts, engines: int) -> None:
         self.config, self.directory, self.stop, self.engines = config, directory, stop, engines
         self.source = PromptSource(config, directory)
+        self.costs = self.source.backbone.costs()
         self.sampler, n = make_sampler(config), config.grpo.prompts_per_step
         draw = lambda step: self.source.batch(self.sampler, n, step)  # noqa: E731
         self.batches = Batches(self.sampler, draw, self._collect, config.grpo.staleness)
@@ -118,7 +119,8 @@ class GRPOSteps(Steps):
         weights = global_weights(scored, g.aggregation, r.max_new_tokens, g.mask_truncated)
         self.pool.sleep() if self.colocated else self.pool.tend()  # what is to be restarted loads meanwhile
         self.directory.begin("learn", step)
-        learning = self.learners.start_grpo_step(shard_groups(scored, len(self.learners.actors), weights), step)
+        shards = shard_groups(scored, len(self.learners.actors), weights, g.micro_tokens, self.costs)
+        learning = self.learners.start_grpo_step(shards, step)
         self._work_ahead(step, learning)
         report = learning.result()
         self.directory.begin("sync", step)

@@ -2,12 +2,12 @@
 
 In: a checked `Config` and a stage. Out: a `Plan`: learners (ZeRO-3 ranks, one GPU each), engines (x tensor parallel),
 processes, and the batch split. Nothing is loaded, no torch. The runs themselves start from the same `resolve`, so what
-a dry run shows is what happens. The global batch is part of the recipe: more ranks mean fewer accumulation steps,
-never a larger batch; a split that does not come out even is an error that names the nearest one that does.
+a dry run shows is what happens. The global batch is part of the recipe: more ranks mean fewer forwards on each, never a
+larger batch, and any number of ranks up to its rows can share it.
 
 `cluster.learners: 0` and `rollout.engines: 0` mean "as many as fit":
     sft       every GPU a learner
-    grpo      about half of the GPUs learners (a power of two that divides the batch), the others engines
+    grpo      about half of the GPUs learners (a power of two), the others engines
     evaluate  every GPU for engines
 """
 
@@ -30,13 +30,14 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 @dataclass(frozen=True)
 class Split:
-    """One optimiser step's rows: rows = ranks x accumulation x micro_batch. Rows are completions in GRPO."""
+    """One optimiser step's rows (completions in GRPO) and the ranks that share them; how: learner/packing.py.
+
+    micro_tokens: the most tokens in one forward. How many forwards a step takes depends on its tokens.
+    """
 
     rows: int
     ranks: int
-    rows_per_rank: int
-    micro_batch: int
-    accumulation: int
+    micro_tokens: int
 
 
 @dataclass(frozen=True)
@@ -83,27 +84,11 @@ class Plan:
         return asdict(self) | {"gpus": self.gpus, "gpus_used": self.gpus_used, "processes": self.processes}
 
 
-def split_rows(rows: int, ranks: int, max_micro: int, key: str = "the batch") -> Split:
-    """Split `rows` evenly over `ranks`, with the largest micro-batch <= `max_micro` that divides a rank's rows.
-
-    Raises:
-        UserError: rows do not divide by ranks; names `key` and the nearest valid numbers of ranks.
-    """
-    if rows % ranks:
-        below = max(n for n in range(1, min(ranks, rows) + 1) if rows % n == 0)
-        above = next((n for n in range(ranks + 1, rows + 1) if rows % n == 0), None)
-        near = f"{below} or {above}" if above else f"{below}"
-        raise UserError(f"{key}={rows} rows cannot be split over {ranks} learners: use cluster.learners={near}")
-    per_rank = rows // ranks
-    micro = max(m for m in range(1, min(max_micro, per_rank) + 1) if per_rank % m == 0)
-    return Split(rows, ranks, per_rank, micro, per_rank // micro)
-
-
 def resolve(config: Config, stage: Stage) -> Plan:
     """The plan of one stage.
 
     Raises:
-        UserError: the batch does not divide by the learners, too few GPUs, or an engine larger than a node.
+        UserError: more learners than rows, too few GPUs, or an engine larger than a node.
     """
     c, tp = config.cluster, config.rollout.tensor_parallel
     gpus = c.nodes * c.gpus_per_node
@@ -142,23 +127,19 @@ def resolve(config: Config, stage: Stage) -> Plan:
 
 
 def split_of(config: Config, stage: Stage, learners: int) -> Split:
-    """The split of a stage's batch over `learners` ranks. Raises UserError when it does not come out even."""
-    rows, max_micro, key = _batch(config, stage)
-    return split_rows(rows, learners, max_micro, key)
-
-
-def fewer_learners(config: Config, stage: Stage, learners: int) -> list[int]:
-    """The smaller numbers of learners that divide the batch, largest first: what a run may go on with."""
-    rows = _batch(config, stage)[0]
-    return [n for n in range(learners - 1, 0, -1) if rows % n == 0]
+    """The split of a stage's batch over `learners` ranks. Raises UserError when there are more ranks than rows."""
+    rows, budget, key = _batch(config, stage)
+    if learners > rows:
+        raise UserError(f"{key}={rows} rows are too few for {learners} learners: use cluster.learners={rows} or fewer")
+    return Split(rows, learners, budget)
 
 
 def _batch(config: Config, stage: Stage) -> tuple[int, int, str]:
-    """Rows of an optimiser step, the most rows in one forward, and the config key the rows come from."""
+    """Rows of an optimiser step, the most tokens in one forward, and the config key the rows come from."""
     if stage == "sft":
-        return config.sft.global_batch, config.sft.micro_batch, "sft.global_batch"
+        return config.sft.global_batch, config.sft.micro_tokens, "sft.global_batch"
     g = config.grpo
-    return g.prompts_per_step * g.group_size, g.micro_batch, "grpo.prompts_per_step x grpo.group_size"
+    return g.prompts_per_step * g.group_size, g.micro_tokens, "grpo.prompts_per_step x grpo.group_size"
 
 
 def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
@@ -167,26 +148,19 @@ def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
     gpus, tp = c.nodes * c.gpus_per_node, r.tensor_parallel
     learners, engines, shared = c.learners, r.engines, c.placement == "colocated"
     if stage == "sft":
-        return learners or _largest_divisor(rows, gpus or c.nodes), 0
+        return learners or min(rows, gpus or c.nodes), 0
     if stage == "evaluate":
         return 0, engines or max(1, gpus // tp if gpus else c.nodes)
     if not learners:
         # On GPUs half of them; with few prompts the engines cannot use their half, but learners stay a power of two.
         left = gpus - engines * tp if engines else min(gpus // 2, gpus - tp)  # room for one engine at least
         room = max(1, (gpus if shared else left) if gpus else c.nodes)
-        learners = _largest_divisor(rows, room, power_of_two=True)
+        learners = 1 << (min(rows, room).bit_length() - 1)
     if not engines:
         room = learners if shared else max(1, (gpus - learners) // tp) if gpus else c.nodes
         # A group is sampled by one engine whole: engines beyond the prompts of a step would never have work.
         engines = min(room, config.grpo.prompts_per_step)
     return learners, engines
-
-
-def _largest_divisor(rows: int, limit: int, power_of_two: bool = False) -> int:
-    candidates: Iterable[int] = range(1, min(rows, limit) + 1)
-    if power_of_two:
-        candidates = (1 << k for k in range(min(rows, limit).bit_length()))
-    return max(n for n in candidates if rows % n == 0)
 
 
 def _notes(config: Config, stage: Stage, learners: int, engines: int) -> Iterable[str]:
@@ -269,7 +243,7 @@ def as_table(plan: Plan) -> Any:
     if plan.split:
         s = plan.split
         what = "completions" if plan.stage == "grpo" else "rows"
-        text = f"{s.rows} {what} = {s.ranks} ranks x {s.accumulation} accumulation x {s.micro_batch} micro-batch"
+        text = f"{s.rows} {what} over {s.ranks} ranks, at most {s.micro_tokens} tokens in one forward"
         table.add_row("batch", text)
         samples = plan.samples and ", ".join(f"{n} {task}" for task, n in plan.samples.items())
         table.add_row("samples", samples or "unknown: manifests not there yet")

@@ -19,7 +19,7 @@ from typing import Any
 
 from tatar_dist.backbones import family
 from tatar_dist.config import Config, DataConfig
-from tatar_dist.data.images import UnreadableImage, decode_image
+from tatar_dist.data.images import UnreadableImage, decode_image, image_size
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.data.walk import Ref
@@ -189,4 +189,5 @@ class PromptSource:
             prompt_text=self._text[sample.task],
             completion_ids=(*ids, self.backbone.end_of_turn()),
             task=sample.task,
+            prompt_tokens=self._text_tokens[sample.task] + self.backbone.image_tokens(*image_size(sample.image)),
         )

@@ -87,7 +87,8 @@ class LearnerRow:
 
     `weight` is what each of its tokens counts in the global loss (algo/aggregation.py). SFT rows carry no advantage, no
     weight (all tokens count the same) and no sampled log-probabilities. Rows with equal `image_id` inside one
-    micro-batch share a single pass through the vision tower.
+    micro-batch share a single pass through the vision tower and the prompt, of `prompt_tokens` tokens. A `filler`
+    counts nowhere: its rank has nothing else to compute while the others do.
     """
 
     image_id: str
@@ -99,6 +100,8 @@ class LearnerRow:
     sampled_logprobs: tuple[float, ...] | None = None
     prompt_token_ids: tuple[int, ...] | None = None
     weight: float = 0.0
+    prompt_tokens: int = 0
+    filler: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tatar_dist.errors import LearnersFailed, UserError
 from tatar_dist.exporter import Exporter
 from tatar_dist.interrupts import Interrupted, Interrupts, StopAsked
 from tatar_dist.learner.group import LearnerGroup
-from tatar_dist.plan import Plan, Stage, split_of
+from tatar_dist.plan import Plan, Stage
 from tatar_dist.progress import Progress
 from tatar_dist.rollout.health import State
 from tatar_dist.run_directory import RunDirectory
@@ -155,11 +155,11 @@ class Training:
         try:
             if restart:
                 self._log("learners/restarting", from_step=first)
-            learners = cluster.learners(self.plan.learners, self.stage, again=restart, check=self.stop.leave_if_asked)
+            learners = cluster.learners(self.plan.learners, again=restart, check=self.stop.leave_if_asked)
             if not restart:
                 steps.start(cluster)
             world = len(learners.actors)
-            facts = learners.setup(self.stage, split_of(self.config, self.stage, world), self.total)
+            facts = learners.setup(self.stage, self.total)
             each = {k + "s": [f[k] for f in facts] for k in ("pid", "host", "node")}
             self._log("learners/ready", world_size=world, **each)
             if found:

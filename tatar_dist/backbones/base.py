@@ -15,6 +15,7 @@ from PIL import Image
 
 from tatar_dist.config import ModelConfig
 from tatar_dist.errors import UserError
+from tatar_dist.learner.packing import Costs
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -79,6 +80,21 @@ class QwenVL:
         if not any(directory.glob("*.safetensors")):
             raise UserError(f"model.path={path}: holds no *.safetensors weights")
         return settings
+
+    def costs(self) -> Costs:
+        """What a prompt and attention cost beside a token of the language model, by FLOPs; of a 7B where unknown."""
+        settings = self.check_directory(self.config.path)
+        try:
+            text, vision = settings.get("text_config", settings), settings["vision_config"]
+            hidden, wide = text["hidden_size"], text["intermediate_size"]
+            kv = hidden // text["num_attention_heads"] * text["num_key_value_heads"]
+            token = 2 * hidden**2 + 2 * hidden * kv + 3 * hidden * wide  # weights of a layer
+            size, depth = vision["hidden_size"], vision["depth"]
+            patches = vision.get("spatial_merge_size", 2) ** 2
+            image = patches * depth * (4 * size**2 + 3 * size * vision["intermediate_size"])
+            return Costs(image / (text["num_hidden_layers"] * token), 2 * hidden / token)
+        except (KeyError, TypeError, ZeroDivisionError):
+            return Costs()
 
     def load_model(self) -> torch.nn.Module:
         """The transformers model in `config.dtype`, vision tower frozen if the config says so."""

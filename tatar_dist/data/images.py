@@ -115,6 +115,12 @@ def decode_image(data: bytes | memoryview, where: str) -> Image.Image:
         raise UnreadableImage(f"{where}: cannot decode image: {_said(e)}") from None
 
 
+def image_size(data: bytes | memoryview) -> tuple[int, int]:
+    """Width and height by the header, before the EXIF orientation. Of a picture that `decode_image` has read."""
+    with _opened(data) as image:
+        return image.size
+
+
 def inspect_image(
     data: bytes | memoryview, room: Callable[[int], AbstractContextManager[None]] = lambda pixels: nullcontext()
 ) -> ImageFacts:

@@ -11,7 +11,8 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from tatar_dist.checkpoint.files import Files, Job, write
 from tatar_dist.config import Config
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.failpoints import Failpoints
+from tatar_dist.learner.sharding import Shard
 from tatar_dist.process import process_facts
 from tatar_dist.process_log import open_log
-from tatar_dist.records import LearnerRow, StepReport
+from tatar_dist.records import StepReport
 
 IMPORTANCE = {"mean": "importance", "cut": "cut"}  # policy/importance_* -> its sum over trained tokens
 
@@ -42,9 +44,7 @@ class Learner:
         self._snapshot: list[Job] = []
         self._private: str | None = None  # where files wait with checkpoint.storage=local
 
-    def setup(
-        self, rendezvous: Any, stage: str, micro_batch: int, accumulation: int, total_steps: int, threads: int
-    ) -> dict[str, Any]:
+    def setup(self, rendezvous: Any, stage: str, total_steps: int, threads: int) -> dict[str, Any]:
         """Join the process group at `rendezvous` (store.py), load the model, shard it. Collective.
 
         Returns sizes for the log.
@@ -72,27 +72,29 @@ class Learner:
         self.zero3 = Zero3(
             self.config,
             self.stage_config.optim,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
             reference_path=self.config.model.path if with_reference else None,
             temperature=self.config.rollout.temperature if stage == "grpo" else 1.0,
             device=self.device,
         )
         if self.device.type == "cpu":  # NCCL connects when it first needs to, and asks for a secret of the run
             silence(listening() - others)
-        self.micro_batch, self.total_steps = micro_batch, total_steps
+        self.total_steps = total_steps
         self.collate = Collator(self.zero3.backbone)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.zero3.engine.module.parameters())
         return {"rank": self.rank, "parameters": parameters, **process_facts()}
 
-    def _micro_batches(self, rows: Sequence[LearnerRow]) -> list[Any]:
-        """The rank's rows in micro-batches; images are decoded and preprocessed once per step."""
-        self.collate.new_step()
-        m = self.micro_batch
-        return [self.collate(rows[i : i + m]).to(self.device) for i in range(0, len(rows), m)]
+    def _batches(self, shard: Shard) -> Iterator[Any]:
+        """The micro-batches of a shard, the next ones made by a thread while one is computed.
 
-    def sft_step(self, rows: Sequence[LearnerRow], step: int, global_tokens: int) -> StepReport:
-        """One optimiser step on this rank's rows. `global_tokens`: trained tokens of the whole batch."""
+        Images are decoded and preprocessed once per step.
+        """
+        self.collate.new_step()
+        with ThreadPoolExecutor(1) as thread:
+            for batch in [thread.submit(self.collate, rows) for rows in shard]:
+                yield batch.result().to(self.device)
+
+    def sft_step(self, shard: Shard, step: int, global_tokens: int) -> StepReport:
+        """One optimiser step on this rank's micro-batches. `global_tokens`: trained tokens of the whole batch."""
         from tatar_dist.algo.losses import sft_loss
         from tatar_dist.learner.schedule import learning_rate
 
@@ -100,7 +102,8 @@ class Learner:
         lr = learning_rate(self.stage_config.optim, step, self.total_steps)
         self.zero3.set_learning_rate(lr)
         total, norm = 0.0, 0.0
-        for batch in self._micro_batches(rows):
+        for i, batch in enumerate(self._batches(shard)):
+            self.zero3.begin(last=i == len(shard) - 1)
             out = self.zero3.engine(batch)
             out.logp.register_hook(lambda _: self.failpoints.reach("learner.backward", step=step))
             loss = sft_loss(out.logp, batch.mask, global_tokens)
@@ -111,23 +114,23 @@ class Learner:
         metrics |= {"optim/lr": lr, "optim/grad_norm": norm}
         return StepReport(step, metrics, time.perf_counter() - start)
 
-    def sft_loss(self, rows: Sequence[LearnerRow]) -> dict[str, float]:
-        """Held-out sums over this rank's rows, reduced: negative log-likelihood and tokens, by task."""
+    def sft_loss(self, shard: Shard) -> dict[str, float]:
+        """Held-out sums over this rank's micro-batches, reduced: negative log-likelihood and tokens, by task."""
         import torch
 
         self.zero3.engine.eval()
         sums = {f"{k}/{t}": 0.0 for k in ("nll", "tokens") for t in ("iqa", "iaa")}
         with torch.no_grad():
-            for i, batch in enumerate(self._micro_batches(rows)):
-                logp = self.zero3.engine(batch).logp
-                for r, row in enumerate(rows[i * self.micro_batch : (i + 1) * self.micro_batch]):
+            for rows, batch in zip(shard, self._batches(shard), strict=True):
+                logp = self.zero3.engine(batch).logp * batch.mask
+                for r, row in enumerate(rows):
                     sums[f"nll/{row.task}"] -= float(logp[r].sum())
                     sums[f"tokens/{row.task}"] += float(batch.mask[r].sum())
         self.zero3.engine.train()
         return self.zero3.all_reduce(sums)
 
-    def grpo_step(self, rows: Sequence[LearnerRow], step: int) -> StepReport:
-        """Clipped policy loss and k3 KL on this rank's completions, `inner_iterations` times; rows carry their weight.
+    def grpo_step(self, shard: Shard, step: int) -> StepReport:
+        """Clipped policy loss and k3 KL on this rank's micro-batches, `inner_iterations` times; rows have weights.
 
         Before the (first) update the engine's log-probabilities are compared with the learner's on all tokens of the
         step; a mean gap over `grpo.logprob_gap_limit` raises on every rank and nothing is updated.
@@ -148,20 +151,23 @@ class Learner:
         beta = kl_beta(g, step, self.total_steps)
         lr = learning_rate(g.optim, step, self.total_steps)
         self.zero3.set_learning_rate(lr)
-        batches = self._micro_batches(rows)
-        reference: list[Any] = [None] * len(batches)
-        if self.zero3.reference is not None:
-            with torch.no_grad():
-                reference = [self.zero3.reference(b).logp for b in batches]
-        old: list[Any] = [None] * len(batches)
-        if g.inner_iterations > 1:
-            with torch.no_grad():
-                old = [self.zero3.engine(b).logp for b in batches]
+        n = len(shard)
+        made, batches = self._batches(shard), list[Any]()
+        reference: list[Any] = [None] * n
+        old: list[Any] = [None] * n
+        with torch.no_grad():
+            for i in range(n) if self.zero3.reference is not None or g.inner_iterations > 1 else ():
+                batches.append(next(made))
+                if self.zero3.reference is not None:
+                    reference[i] = self.zero3.reference(batches[i]).logp
+                if g.inner_iterations > 1:
+                    old[i] = self.zero3.engine(batches[i]).logp
         sums: dict[str, float] = {}
         gap_sum, gap_max, ratio_max, norm = 0.0, 0.0, 0.0, 0.0
         gap: dict[str, float] = {}
         for iteration in range(g.inner_iterations):
-            for i, batch in enumerate(batches):
+            for i, batch in enumerate(batches or made):
+                self.zero3.begin(last=i == n - 1)
                 out = self.zero3.engine(batch)
                 out.logp.register_hook(lambda _: self.failpoints.reach("learner.backward", step=step))
                 if iteration == 0:
@@ -184,13 +190,12 @@ class Learner:
                 for key, value in parts.sums.items():
                     sums[key] = sums.get(key, 0.0) + value
                 ratio_max = max(ratio_max, parts.ratio_max)
-                if iteration == 0 and i == len(batches) - 1:
+                if iteration == 0 and i == n - 1:
                     gap = self._checked_gap(gap_sum, gap_max, sums["tokens"])  # before anything is updated
                 norm = self.zero3.optimizer_step() or norm
         total = self.zero3.all_reduce(sums)
-        n = g.inner_iterations
         ratio = self.zero3.all_reduce({"ratio": ratio_max}, dist.ReduceOp.MAX)["ratio"]
-        policy, kl = total["policy"] / n, total.get("kl", 0.0) / n
+        policy, kl = (total.get(k, 0.0) / g.inner_iterations for k in ("policy", "kl"))
         trained = max(total["trained"], 1.0)
         metrics = {
             "loss/policy": policy,
@@ -275,7 +280,7 @@ class Learner:
             self.chunks = None
         return chunk
 
-    def logprob_gap(self, rows: Sequence[LearnerRow]) -> dict[str, float]:
+    def logprob_gap(self, shard: Shard) -> dict[str, float]:
         """Mean and worst |engine - learner| log-probability over the tokens of all ranks' rows. Updates nothing.
 
         Raises:
@@ -286,7 +291,7 @@ class Learner:
         total, worst, tokens = 0.0, 0.0, 0.0
         self.zero3.engine.eval()
         with torch.no_grad():
-            for batch in self._micro_batches(rows):
+            for batch in self._batches(shard):
                 gap = ((self.zero3.engine(batch).logp - batch.sampled_logprobs) * batch.mask).abs()
                 total, worst = total + float(gap.sum()), max(worst, float(gap.max()))
                 tokens += float(batch.mask.sum())

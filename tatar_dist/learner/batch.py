@@ -106,7 +106,7 @@ class Collator:
         mask = torch.zeros((len(rows), longest), dtype=torch.bool)
         sampled = torch.zeros((len(rows), longest))
         for r, row in enumerate(rows):
-            mask[r, : len(row.completion_ids)] = True
+            mask[r, : len(row.completion_ids)] = not row.filler
             if row.sampled_logprobs is not None:
                 sampled[r, : len(row.completion_ids)] = torch.tensor(row.sampled_logprobs)
         return MicroBatch(

@@ -17,8 +17,8 @@ from tatar_dist.config import Config
 from tatar_dist.errors import LearnersFailed, RunError, UserError
 from tatar_dist.learner import transfer
 from tatar_dist.learner.rendezvous import Rendezvous
-from tatar_dist.plan import Split
-from tatar_dist.records import LearnerRow, StepReport
+from tatar_dist.learner.sharding import Shard
+from tatar_dist.records import StepReport
 from tatar_dist.waiting import TICK_S, error_of, first_line, wait_all
 
 DEATH_IS_KNOWN_S = 5.0
@@ -68,26 +68,26 @@ class LearnerGroup:
         except ray.exceptions.RayTaskError as e:
             raise LearnersFailed(_culprit(refs, e)) from e
 
-    def setup(self, stage: str, split: Split, total_steps: int) -> list[dict[str, Any]]:
+    def setup(self, stage: str, total_steps: int) -> list[dict[str, Any]]:
         """Load the model on all ranks; every wait is bounded by `cluster.start_timeout_s`. Says where each runs."""
         limit = self.config.cluster.start_timeout_s
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         meeting: Any = ray.remote(Rendezvous)
         self._rendezvous = meeting.options(num_cpus=0, scheduling_strategy=here).remote()
-        arguments = (self._rendezvous, stage, split.micro_batch, split.accumulation, total_steps, self.threads)
+        arguments = (self._rendezvous, stage, total_steps, self.threads)
         return self.wait([a.setup.remote(*arguments) for a in self.actors], limit)
 
-    def sft_step(self, shards: list[list[LearnerRow]], step: int, global_tokens: int) -> StepReport:
+    def sft_step(self, shards: list[Shard], step: int, global_tokens: int) -> StepReport:
         pairs = zip(self.actors, shards, strict=True)
         return self.wait([a.sft_step.remote(rows, step, global_tokens) for a, rows in pairs])[0]
 
-    def sft_loss(self, shards: list[list[LearnerRow]]) -> dict[str, float]:
+    def sft_loss(self, shards: list[Shard]) -> dict[str, float]:
         return self.wait([a.sft_loss.remote(r) for a, r in zip(self.actors, shards, strict=True)])[0]
 
-    def grpo_step(self, shards: list[list[LearnerRow]], step: int) -> StepReport:
+    def grpo_step(self, shards: list[Shard], step: int) -> StepReport:
         return self.start_grpo_step(shards, step).result()
 
-    def start_grpo_step(self, shards: list[list[LearnerRow]], step: int) -> Learning:
+    def start_grpo_step(self, shards: list[Shard], step: int) -> Learning:
         pairs = zip(self.actors, shards, strict=True)
         return Learning(self, [a.grpo_step.remote(rows, step) for a, rows in pairs])
 

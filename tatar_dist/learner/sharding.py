@@ -1,21 +1,23 @@
-"""The batcher: turns scored groups or SFT rows into equal shards, one list of rows a rank.
+"""The batcher: turns scored groups or SFT rows into shards, one a rank: its micro-batches, each a list of rows.
 
 Before it deals the groups it gives every row its weight in the global loss; a row of weight 0 (a dropped group, a
-truncated completion that is masked) is dealt like the others, so that all ranks keep the same number of calls.
-
-Every rank gets the same number of rows (they make the same number of collective calls) and, where the groups divide
-evenly, about the same number of tokens; rows of one image stay together, so that a micro-batch encodes it once. Pure
-and deterministic.
+truncated completion that is masked) is dealt like the others. Who gets what: packing.py. Every rank gets the same
+number of micro-batches, because it must make the same collective calls; one that would stay empty holds a filler, a
+row that counts nowhere. Pure and deterministic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from tatar_dist.algo.aggregation import token_weights
+from tatar_dist.learner.packing import Costs, Unit, pack
 from tatar_dist.records import LearnerRow, ScoredGroup
+
+Shard = list[list[LearnerRow]]
 
 
 def global_weights(
@@ -43,46 +45,36 @@ def group_rows(scored: ScoredGroup, weights: np.ndarray) -> list[LearnerRow]:
             weight=float(weights[i]),
             sampled_logprobs=c.logprobs,
             prompt_token_ids=scored.group.prompt_token_ids,
+            prompt_tokens=len(scored.group.prompt_token_ids),
         )
         for i, c in enumerate(scored.group.completions)
     ]
 
 
-def _tokens(rows: Sequence[LearnerRow]) -> int:
-    return sum(len(r.completion_ids) for r in rows)
-
-
-def shard_groups(groups: Sequence[ScoredGroup], ranks: int, weights: Sequence[np.ndarray]) -> list[list[LearnerRow]]:
-    """Deal groups over ranks, longest first, back and forth; a remainder of groups is split by rows.
-
-    `weights`: one (G,) array a group, from `global_weights`.
-
-    Raises:
-        ValueError: the rows do not divide by the ranks (the plan refuses such a config before a run starts).
-    """
+def shard_groups(
+    groups: Sequence[ScoredGroup], ranks: int, weights: Sequence[np.ndarray], budget: int, costs: Costs
+) -> list[Shard]:
+    """The shards of scored groups. `weights`: one (G,) array a group, from `global_weights`."""
     pairs = zip(groups, weights, strict=True)
-    units = sorted((group_rows(g, w) for g, w in pairs), key=lambda rows: (-_tokens(rows), rows[0].image_id))
-    total = sum(map(len, units))
-    if total % ranks:
-        raise ValueError(f"{total} rows do not divide over {ranks} ranks")
-    if len(units) % ranks:
-        rows = [row for unit in units for row in unit]
-        size = total // ranks
-        return [rows[i * size : (i + 1) * size] for i in range(ranks)]
-    return [[row for unit in shard for row in unit] for shard in _snake(units, ranks)]
+    return shard_rows([row for g, w in pairs for row in group_rows(g, w)], ranks, budget, costs)
 
 
-def shard_rows(rows: Sequence[LearnerRow], ranks: int) -> list[list[LearnerRow]]:
-    """Deal rows over ranks, longest first, back and forth: neighbours in a shard have similar lengths."""
-    if len(rows) % ranks:
-        raise ValueError(f"{len(rows)} rows do not divide over {ranks} ranks")
-    ordered = sorted(rows, key=lambda r: (-len(r.completion_ids), r.image_id))
-    return _snake(ordered, ranks)
+def shard_rows(rows: Sequence[LearnerRow], ranks: int, budget: int, costs: Costs = Costs()) -> list[Shard]:  # noqa: B008
+    """For each rank its micro-batches of at most `budget` tokens (packing.py); rows of one image stay together."""
+    ordered = sorted(rows, key=lambda r: (r.image_id, -len(r.completion_ids)))
+    members: dict[str, list[int]] = {}
+    for i, row in enumerate(ordered):
+        members.setdefault(row.image_id, []).append(i)
+    units = [
+        Unit(tuple(own), ordered[own[0]].prompt_tokens, tuple(len(ordered[i].completion_ids) for i in own))
+        for own in members.values()
+    ]
+    filler = replace(min(rows, key=_tokens), filler=True, weight=0.0)
+    return [
+        [[ordered[i] for unit in batch for i in unit.rows] or [filler] for batch in batches]
+        for batches in pack(units, ranks, budget, costs)
+    ]
 
 
-def _snake(units: Sequence, ranks: int) -> list[list]:
-    shards: list[list] = [[] for _ in range(ranks)]
-    for i, unit in enumerate(units):
-        lap, place = divmod(i, ranks)
-        shards[place if lap % 2 == 0 else ranks - 1 - place].append(unit)
-    return shards
+def _tokens(row: LearnerRow) -> int:
+    return row.prompt_tokens + len(row.completion_ids)

@@ -66,11 +66,14 @@ def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torc
     return store
 
 
-def deepspeed_config(config: Config, optim: OptimConfig, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """ZeRO-3 with our batch split. Clipping is on the global norm, after gradients are averaged over ranks."""
+def deepspeed_config(config: Config, optim: OptimConfig) -> dict[str, Any]:
+    """ZeRO-3. Clipping is on the global norm, after gradients are averaged over ranks.
+
+    DeepSpeed wants a batch size: how many micro-batches make a step differs by step, `Zero3.begin` says when it ends.
+    """
     return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.clip_norm,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
         "zero_allow_untested_optimizer": True,
@@ -100,8 +103,6 @@ class Zero3:
         config: Config,
         optim: OptimConfig,
         *,
-        micro_batch: int,
-        accumulation: int,
         reference_path: str | None,
         temperature: float,
         device: torch.device,
@@ -115,7 +116,7 @@ class Zero3:
         self.backbone = family(config.model.family)(config.model)
         self.world_size = dist.get_world_size()
         self.rank = dist.get_rank()
-        settings = deepspeed_config(config, optim, micro_batch, accumulation)
+        settings = deepspeed_config(config, optim)
         self._hf_config = HfDeepSpeedConfig(settings)  # makes from_pretrained shard while it loads; must stay alive
         self._forbidden = self.backbone.forbidden_ids()
         policy = self._wrap(config, temperature, config.model.path)
@@ -156,6 +157,10 @@ class Zero3:
         for group, scale in zip(self.engine.optimizer.param_groups, self._scales, strict=True):
             group["lr"] = lr * scale
 
+    def begin(self, last: bool) -> None:
+        """Before the forward of every micro-batch that is learned from; `last`: the step ends with it."""
+        self.engine.set_gradient_accumulation_boundary(last)
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of this rank's share of a *global* loss.
 
@@ -165,7 +170,7 @@ class Zero3:
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def optimizer_step(self) -> float:
-        """Call after every backward; at the accumulation boundary it updates. Returns the gradient norm, else 0."""
+        """Call after every backward; after the last one it updates. Returns the gradient norm, else 0."""
         boundary = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
         return float(self.engine.get_global_grad_norm() or 0.0) if boundary else 0.0

@@ -24,13 +24,13 @@ import numpy as np
 from tatar_dist.config import Config
 from tatar_dist.errors import UserError
 from tatar_dist.simulate.costs import Costs, EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts
+from tatar_dist.simulate.step import prompt_tokens
 
 # An H100 SXM, from NVIDIA's data sheet: dense bf16 FLOP/s, HBM and NVLink bytes/s (one direction); 400 Gb/s a GPU.
 FLOPS, HBM, NVLINK, NETWORK, GPU_GIB = 989e12, 3.35e12, 450e9, 50e9, 80.0
 # The shares of them that are reached: our assumptions, on the low side of what is published.
 TRAIN, PREFILL, MEMORY, LINK = 0.35, 0.4, 0.6, 0.6
 COPY, TRANSFER = 2e9, 5e9  # bytes/s of a copy through host memory, and of Ray's object store between nodes: assumed
-TEXT_TOKENS, PIXELS, PIXELS_A_TOKEN = 200, 1024 * 768, 28 * 28  # a prompt's text; an image of KonIQ-10k
 # Mean and standard deviation of completion tokens: about 40 words for IQA, 150 for IAA, as the length reward wants.
 LENGTHS = {"iqa": (80, 12), "iaa": (230, 35)}
 
@@ -85,7 +85,7 @@ def estimate(config: Config, seed: int = 0) -> Costs:
     m, g, r = config.model, config.grpo, config.rollout
     wide = 2 if m.dtype == "bfloat16" else 4
     weights = size.parameters * wide
-    prompt = TEXT_TOKENS + min(m.max_pixels, max(m.min_pixels, PIXELS)) / PIXELS_A_TOKEN
+    prompt = prompt_tokens(config)
     means = {"iqa": LENGTHS["iqa"][0], "iaa": LENGTHS["iaa"][0]}
     context = prompt + (config.data.iqa_fraction * means["iqa"] + (1 - config.data.iqa_fraction) * means["iaa"]) / 2
     once = 2 * bool(g.kl_beta) + 2 * (g.inner_iterations > 1)  # reference; old policy

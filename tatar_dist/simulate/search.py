@@ -2,11 +2,11 @@
 
 In: a configuration, `Costs`, numbers of GPUs. Out: a `Forecast`. Every split that could be best is simulated on the
 same draws of completion lengths (fixed seed), so that splits differ by what they are, not by luck:
-    learners   every divisor of the global batch that fits (plan.split_rows allows no other)
+    learners   every divisor of the global batch that fits (others work, too, and are rarely better)
     engines    every number that makes the calls smaller than one engine fewer would, up to one a prompt
 both `disaggregated` (GPUs of their own) and `colocated` (each engine on a learner's GPU, in turns, as in plan.resolve).
-With staleness 0 the parts follow each other, so generation depends on the engines alone and learning on the learners
-alone: each is simulated once.
+Generation depends on the engines alone and learning on the learners alone: each is simulated once. With staleness they
+run beside each other, and colocated engines, which sleep meanwhile, are not simulated.
 """
 
 from __future__ import annotations
@@ -103,13 +103,15 @@ class Simulator:
         return np.array([simulate_step(self.costs, setup, lengths).learn for lengths in self.lengths])
 
     def predict(self, learners: int, engines: int, placement: str) -> Prediction:
-        """Raises UserError when the rows do not divide by the learners, or nothing costs any time."""
+        """Raises UserError when there are fewer rows than learners, or nothing costs any time."""
         setup = replace(self.setup, learners=learners, engines=engines, colocated=placement == "colocated")
         times, learn = self._engines(engines), self._learners(learners)
         switch = self.costs.switch if setup.colocated else 0.0
         names = ("generate", "reward", "sync", "other")
         parts = {name: np.array([getattr(t, name) for t in times]) for name in names} | {"learn": learn}
         step: np.ndarray = np.sum(list(parts.values()), axis=0) + switch
+        if setup.staleness:  # the shorter of the two takes no time of its own
+            step -= np.minimum(parts["generate"] + parts["reward"], parts["learn"])
         if not step.all():
             raise UserError(f"a step takes no time by these times ({self.costs.source}): give engine and learner some")
         busy = np.array([t.engines_busy for t in times]) * setup.tensor_parallel + learners * learn
@@ -132,7 +134,7 @@ class Simulator:
         """(learners, engines) that could be best on `gpus` GPUs and fit their memory."""
         s, tp = self.setup, self.setup.tensor_parallel
         found: list[tuple[int, int]] = []
-        if placement == "colocated" and tp > 1:
+        if placement == "colocated" and (tp > 1 or s.staleness):
             return found
         for learners in (n for n in range(1, min(gpus, s.rows) + 1) if s.rows % n == 0):
             if not self.fits(learners, placement):
@@ -221,7 +223,7 @@ def forecast(config: Config, costs: Costs, gpus: Sequence[int] = GPUS) -> Foreca
     """Simulate the configured split and the best splits for each number of `gpus`.
 
     Raises:
-        UserError: a number below 1, times of CPUs for a cluster of GPUs or the reverse, a batch that does not divide.
+        UserError: a number below 1, times of CPUs for a cluster of GPUs or the reverse, more learners than completions.
     """
     if wrong := [n for n in gpus if n < 1]:
         raise UserError(f"--gpus {wrong[0]}: must be at least 1")

@@ -1,8 +1,8 @@
 """One GRPO step, event by event: engines take calls as they become free, the reward sees all, ranks learn in step.
 
 In: `Costs`, a `Setup` (sizes and split), completion lengths in tokens (P prompts, G a group). Out: `StepTimes`.
-With staleness 0 the parts follow each other, as in controller._step; what happens inside a part is followed by events:
-the calls of rollout/pool.py, the dealing of learner/sharding.py, the micro-batches of plan.split_rows.
+With staleness 0 the parts follow each other, as in controller.py, else generating and scoring run beside learning; what
+happens inside a part is followed by events: the calls of rollout/pool.py, the micro-batches of learner/packing.py.
 
 A part's time is linear in its costs, and the functions here return the *work* (the vector the costs are multiplied
 with), so that measured.py fits costs with the very model that predicts from them.
@@ -17,8 +17,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from tatar_dist.config import Config
-from tatar_dist.plan import split_rows
+from tatar_dist.errors import UserError
+from tatar_dist.learner.packing import Unit, pack
 from tatar_dist.simulate.costs import Costs, EngineCosts, LearnerCosts, PushCosts
+
+TEXT_TOKENS, PIXELS, PIXELS_A_TOKEN = 200, 1024 * 768, 28 * 28  # a prompt's text; an image of KonIQ-10k
+
+
+def prompt_tokens(config: Config) -> int:
+    """Of a prompt with an image of KonIQ-10k's size, within the limits of the configuration."""
+    m = config.model
+    return TEXT_TOKENS + min(m.max_pixels, max(m.min_pixels, PIXELS)) // PIXELS_A_TOKEN
 
 
 @dataclass(frozen=True)
@@ -29,8 +38,10 @@ class Setup:
     engines: int
     prompts: int
     group_size: int
-    micro_batch: int
+    micro_tokens: int
     max_num_seqs: int
+    prompt_tokens: int = 0
+    staleness: int = 0
     iqa_fraction: float = 0.5
     deterministic: bool = False
     colocated: bool = False
@@ -47,8 +58,10 @@ class Setup:
             engines=engines,
             prompts=g.prompts_per_step,
             group_size=g.group_size,
-            micro_batch=g.micro_batch,
+            micro_tokens=g.micro_tokens,
             max_num_seqs=r.max_num_seqs,
+            prompt_tokens=prompt_tokens(config),
+            staleness=g.staleness,
             iqa_fraction=config.data.iqa_fraction,
             deterministic=r.deterministic,
             colocated=c.placement == "colocated",
@@ -79,10 +92,13 @@ class StepTimes:
     other: float
     switch: float
     engines_busy: float
+    overlap: bool = False
 
     @property
     def step(self) -> float:
-        return self.generate + self.reward + self.learn + self.sync + self.other + self.switch
+        first, second = self.generate + self.reward, self.learn
+        work = max(first, second) if self.overlap else first + second
+        return work + self.sync + self.other + self.switch
 
 
 @dataclass(frozen=True)
@@ -167,28 +183,29 @@ def generate(costs: EngineCosts, setup: Setup, lengths: np.ndarray) -> tuple[Ser
 
 
 def learn_work(setup: Setup, lengths: np.ndarray) -> np.ndarray:
-    """(6,) what `learner_vector` multiplies, of the slowest rank in every micro-batch: collectives wait for it."""
-    ranks = setup.learners
-    split = split_rows(setup.rows, ranks, setup.micro_batch, "grpo.prompts_per_step x grpo.group_size")
-    order = np.argsort(-lengths.sum(axis=1), kind="stable")
-    if setup.prompts % ranks == 0:  # whole groups, dealt back and forth
-        laps = order.reshape(-1, ranks).copy()
-        laps[1::2] = laps[1::2, ::-1]
-        order = laps.T.ravel()
-    shape = (ranks, split.accumulation, split.micro_batch)
-    tokens = lengths[order].reshape(shape)
-    images = np.repeat(order, setup.group_size).reshape(shape)
-    distinct = 1 + (np.diff(images, axis=2) != 0).sum(axis=2)
-    gathers = split.accumulation * (ranks - 1) / ranks
-    work = [
-        1,
-        split.accumulation,
-        split.rows_per_rank,
-        distinct.max(axis=0).sum(),
-        tokens.sum(axis=2).max(axis=0).sum(),
-        gathers,
-    ]
-    return np.array(work, dtype=float)
+    """(6,) what `learner_vector` multiplies, of the slowest rank in every micro-batch: collectives wait for it.
+
+    Raises:
+        UserError: fewer rows than learners.
+    """
+    ranks, g = setup.learners, setup.group_size
+    if setup.rows < ranks:
+        raise UserError(f"{setup.rows} completions a step are too few for {ranks} learners")
+    rows = (-np.sort(-lengths)).tolist()  # longest first, as the batcher has them
+    units = [Unit(tuple(range(i * g, i * g + g)), setup.prompt_tokens, tuple(row)) for i, row in enumerate(rows)]
+    at_once = list(zip(*pack(units, ranks, setup.micro_tokens), strict=True))  # the k-th micro-batches of all ranks
+
+    def slowest(what: Callable[[list[Unit]], int]) -> int:
+        return sum(max(map(what, batches)) for batches in at_once)
+
+    n = len(at_once)
+    row_count, tokens = (
+        slowest(lambda b: sum(len(u.rows) for u in b)),
+        slowest(lambda b: sum(sum(u.lengths) for u in b)),
+    )
+    images = slowest(lambda b: len({u.rows[0] // g for u in b}))  # parts of a prompt may meet again
+    work = [1, n, row_count, images, tokens]
+    return np.array([*work, n * (ranks - 1) / ranks], dtype=float)
 
 
 def learn_factor(serial: float, setup: Setup) -> float:
@@ -223,7 +240,7 @@ def simulate_step(costs: Costs, setup: Setup, lengths: np.ndarray) -> StepTimes:
     """One step with completions of `lengths` (P, G), IQA prompts first as the sampler draws them.
 
     Raises:
-        UserError: the rows do not divide by the learners.
+        UserError: fewer rows than learners.
     """
     service, _ = generate(costs.engine, setup, lengths)
     learn = learn_work(setup, lengths) @ learner_vector(costs.learner, setup)
@@ -235,4 +252,5 @@ def simulate_step(costs: Costs, setup: Setup, lengths: np.ndarray) -> StepTimes:
         other=costs.other.per_step + costs.other.per_completion * setup.rows,
         switch=costs.switch if setup.colocated else 0.0,
         engines_busy=service.busy,
+        overlap=setup.staleness > 0,
     )

@@ -6,11 +6,11 @@ and the learners, both at the pool's version, and prompts. Out: the gap; Weights
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from tatar_dist.config import Config
+from tatar_dist.learner.sharding import shard_rows
 from tatar_dist.records import LearnerRow, Prompt
 from tatar_dist.rollout.engine import Sampling
 
@@ -25,7 +25,7 @@ def verify(pool: Any, learners: Any, prompts: Sequence[Prompt], config: Config) 
         WeightsOutOfSync: the mean gap is over `grpo.logprob_gap_limit`.
     """
     asked, ranks = list(prompts)[:PROMPTS], len(learners.actors)
-    n = ranks // math.gcd(len(asked), ranks)  # every rank must make as many forward passes as the others
+    n = -(-ranks // len(asked))  # every rank has a completion
     r = config.rollout
     groups = pool.generate(asked, Sampling(n, r.temperature, min(TOKENS, r.max_new_tokens), config.seed, step=-1))
     rows = [
@@ -39,10 +39,12 @@ def verify(pool: Any, learners: Any, prompts: Sequence[Prompt], config: Config) 
             weight=0.0,
             sampled_logprobs=c.logprobs,
             prompt_token_ids=g.prompt_token_ids,
+            prompt_tokens=len(g.prompt_token_ids),
         )
         for g in groups
         for c in g.completions
     ]
-    refs = [a.logprob_gap.remote(rows[i::ranks]) for i, a in enumerate(learners.actors)]
+    shards = shard_rows(rows, ranks, config.grpo.micro_tokens)
+    refs = [a.logprob_gap.remote(shard) for a, shard in zip(learners.actors, shards, strict=True)]
     gap: dict[str, float] = learners.wait(refs)[0]
     return gap

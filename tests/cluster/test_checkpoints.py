@@ -31,9 +31,8 @@ from tatar_dist.errors import RunError
 from tatar_dist.events import Events, read_events
 from tatar_dist.learner.actor import Learner
 from tatar_dist.learner.group import LearnerGroup
-from tatar_dist.plan import split_of
+from tatar_dist.learner.sharding import Shard, shard_rows
 from tatar_dist.prompt_source import PromptSource, read_manifests
-from tatar_dist.records import LearnerRow
 from tatar_dist.run_directory import RunDirectory
 
 SAME = {"stage": "grpo"}
@@ -64,7 +63,7 @@ class OpenLearner(Learner):
         found["rates"] = np.array([g["lr"] for g in base.param_groups])
         return found
 
-    def gradient(self, rows: list[LearnerRow]) -> dict[str, np.ndarray]:
+    def gradient(self, shard: Shard) -> dict[str, np.ndarray]:
         """One step of the policy loss with KL to the frozen reference; the full gradient before it."""
         import torch
         from deepspeed.utils import safe_get_full_grad
@@ -72,7 +71,8 @@ class OpenLearner(Learner):
         from tatar_dist.algo.losses import PolicyLoss, policy_loss
 
         named = dict(self.zero3.engine.module.named_parameters())
-        for batch in self._micro_batches(rows):
+        for i, batch in enumerate(self._batches(shard)):
+            self.zero3.begin(last=i == len(shard) - 1)
             with torch.no_grad():
                 reference = self.zero3.reference(batch).logp
             out = self.zero3.engine(batch)
@@ -119,12 +119,11 @@ class Rig:
 
     def start(self, count: int) -> LearnerGroup:
         learners = self.cluster.learners(count)
-        learners.setup("grpo", split_of(self.config, "grpo", count), 10)
+        learners.setup("grpo", 10)
         return learners
 
-    def shards(self, learners: LearnerGroup) -> list[list[LearnerRow]]:
-        n = ROWS // len(learners.actors)
-        return [self.rows[i : i + n] for i in range(0, ROWS, n)]
+    def shards(self, learners: LearnerGroup) -> list[Shard]:
+        return shard_rows(self.rows, len(learners.actors), self.config.grpo.micro_tokens)
 
     def ask(self, learners: LearnerGroup, method: str, shards: list[Any] | None = None) -> Any:
         """Rank 0's answer to a collective call."""
@@ -151,7 +150,8 @@ def config_of(words: list[str], output: Path, *more: str) -> Config:
         [],
         [
             f"output={output}", *words, "grpo.optim.lr=0.003", "grpo.optim.lr_scale={visual: 0.5}",
-            "grpo.prompts_per_step=6", "grpo.group_size=2", "grpo.micro_batch=2", "grpo.logprob_gap_limit=100", *more,
+            "grpo.prompts_per_step=6", "grpo.group_size=2", "grpo.micro_tokens=120",
+            "grpo.logprob_gap_limit=100", *more,
         ],
     )  # fmt: skip
 

@@ -78,8 +78,8 @@ def test_dry_run_prints_the_commands_and_starts_nothing(make, slurm: Slurm, host
 
 def test_what_cannot_run_is_refused_before_anything_starts(make, slurm: Slurm, hosts: Hosts, tmp_path: Path):
     for host, env in ((hosts[0], {}), (slurm.control, slurm.env)):
-        done = make(host, "sft.global_batch=3", env=env)
+        done = make(host, "sft.global_batch=1", env=env)
         assert done.returncode == 2  # make's own status for a recipe that failed
-        assert "tatar-dist: sft.global_batch=3 rows cannot be split over 2 learners" in done.stderr, done.stderr
+        assert "tatar-dist: sft.global_batch=1 rows are too few for 2 learners" in done.stderr, done.stderr
     assert slurm.run(["squeue", "-h"]).stdout == ""
     assert not (tmp_path / "run").exists()

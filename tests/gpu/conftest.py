@@ -15,7 +15,6 @@ import pytest
 from tatar_dist.cluster import Cluster
 from tatar_dist.config import Config, load_config
 from tatar_dist.controller import make_sampler
-from tatar_dist.plan import resolve
 from tatar_dist.prompt_source import PromptSource
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.run_directory import RunDirectory
@@ -67,7 +66,7 @@ class Rig:
         self.pool = cluster.engines(1)
         self.pool.start(1)
         self.pool.started()
-        self.learners.setup("grpo", resolve(config, "grpo").split, 10)
+        self.learners.setup("grpo", 10)
         self.prompts = source.batch(make_sampler(config), config.grpo.prompts_per_step, 0)
 
     @property

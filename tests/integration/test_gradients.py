@@ -12,7 +12,6 @@ from conftest import png
 from tatar_dist.algo.aggregation import token_weights
 from tatar_dist.cluster import Cluster
 from tatar_dist.learner.sharding import shard_rows
-from tatar_dist.plan import resolve
 from tatar_dist.records import LearnerRow
 from tatar_dist.sync.source import from_wire
 
@@ -21,6 +20,7 @@ from tatar_dist.sync.source import from_wire
 LR = 1e4
 WARMUP = 10**8  # steps; what the learning rate of an early step is follows from it
 MOVING = 10**3  # at this step it is 0.1: enough to take the policy away from its reference
+BUDGET = 150  # tokens: two rows of an image at most, several micro-batches a step, and not as many on each rank
 PROMPT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -58,18 +58,18 @@ def gradients(config, ranks: int, directory) -> dict[str, dict[str, np.ndarray]]
     config.cluster.learners = ranks
     with Cluster(config) as cluster:
         learners = cluster.learners(ranks)
-        learners.setup("grpo", resolve(config, "grpo").split, WARMUP)
+        learners.setup("grpo", WARMUP)
         tokens = sum(len(r.completion_ids) for r in rows)
-        learners.sft_step(shard_rows(rows, ranks), MOVING, tokens)
+        learners.sft_step(shard_rows(rows, ranks, BUDGET), MOVING, tokens)
         start = directory / f"start-{ranks}"
         start.mkdir()
         learners.save(start).result()
         before = weights(learners)
-        learners.sft_step(shard_rows(rows, ranks), WARMUP, tokens)
+        learners.sft_step(shard_rows(rows, ranks, BUDGET), WARMUP, tokens)
         sft = weights(learners)
         learners.load(start, ranks)
         assert all(np.array_equal(v, before[n]) for n, v in weights(learners).items())
-        report = learners.grpo_step(shard_rows(rows, ranks), WARMUP)
+        report = learners.grpo_step(shard_rows(rows, ranks, BUDGET), WARMUP)
         assert report.metrics["loss/kl"] > 1e-5  # or the reference would have no part in the gradient
         if config.grpo.importance in ("token", "sequence"):
             assert 0 < report.metrics["policy/importance_cut"] < 1
@@ -93,7 +93,6 @@ def test_two_learners_have_the_gradients_of_one(form, model_untied, make_config,
         model_untied,
         "grpo.prompts_per_step=4",
         "grpo.group_size=3",
-        "grpo.micro_batch=3",  # accumulated
         "grpo.optim.name=sgd",
         f"grpo.optim.lr={LR}",
         f"grpo.optim.warmup_steps={WARMUP}",

@@ -9,7 +9,6 @@ import ray
 from tatar_dist.cluster import Cluster
 from tatar_dist.controller import make_sampler
 from tatar_dist.learner.actor import WeightsOutOfSync
-from tatar_dist.plan import resolve
 from tatar_dist.prompt_source import PromptSource
 from tatar_dist.records import LearnerRow
 from tatar_dist.rollout.engine import RolloutEngine, Sampling, WrongWeightVersion
@@ -34,7 +33,7 @@ class Rig:
         self.learners = cluster.learners(2)
         self.pool = cluster.engines(2, cls=engine_class)
         self.pool.start(1)
-        self.learners.setup("grpo", resolve(config, "grpo").split, 10)
+        self.learners.setup("grpo", 10)
         self.pool.started()
         self.prompts = source.batch(make_sampler(config), config.grpo.prompts_per_step, 0)
 

@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 
 from PIL import Image  # noqa: E402
 
+from tatar_dist.algo.losses import sft_loss  # noqa: E402
 from tatar_dist.backbones import family  # noqa: E402
 from tatar_dist.config import load_config  # noqa: E402
 from tatar_dist.data.images import UnreadableImage  # noqa: E402
@@ -282,3 +283,15 @@ def test_parameter_names_are_those_of_the_checkpoint(tiny):
     names = {PolicyModel.clean_name(n) for n, _ in policy(tiny, [3]).named_parameters()}
     assert names == {n for n, _ in tiny.model.named_parameters()}
     assert set(policy(tiny, [3]).state_dict()) == {PolicyModel.PREFIX + n for n in tiny.model.state_dict()}
+
+
+def test_a_filler_is_computed_and_counts_nowhere(tiny):
+    row = replace(tiny.rows[0], filler=True)
+    batch = Collator(tiny.backbone)([row])
+    assert not batch.mask.any() and batch.ids.numel() > 0
+    out = tiny.policy(batch)
+    loss = sft_loss(out.logp, batch.mask, 7)
+    loss.backward()
+    grads = [p.grad for p in tiny.policy.parameters() if p.grad is not None]
+    assert float(loss.detach()) == 0 and grads and not any(g.any() for g in grads)
+    tiny.policy.zero_grad()

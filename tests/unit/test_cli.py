@@ -108,7 +108,7 @@ def test_dry_run_prints_the_split_and_makes_no_run_directory(capsys, tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert main(["sft", "--config", str(ROOT / "configs/sft.yaml"), "cluster.nodes=4", "--dry-run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["learners"], found["split"]["accumulation"], found["split"]["micro_batch"]) == (32, 1, 4)
+    assert (found["learners"], found["split"]) == (32, {"rows": 128, "ranks": 32, "micro_tokens": 16384})
     assert list(tmp_path.iterdir()) == []
 
 

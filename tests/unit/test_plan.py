@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tatar_dist.config import load_config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
-from tatar_dist.plan import fewer_learners, ray_commands, resolve, split_of, split_rows
+from tatar_dist.plan import Split, ray_commands, resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -19,24 +19,21 @@ def plan(stage, *words):
     return resolve(load_config([str(CONFIGS / f"{name}.yaml")], list(words)), stage)
 
 
-@pytest.mark.parametrize(
-    ("nodes", "learners", "micro", "accumulation"),
-    [(1, 8, 8, 2), (4, 32, 4, 1), (16, 128, 1, 1)],  # one node is the published 8 x 8 x 2
-)
-def test_sft_recipe_keeps_its_batch_of_128_on_any_number_of_nodes(nodes, learners, micro, accumulation):
+@pytest.mark.parametrize(("nodes", "learners"), [(1, 8), (4, 32), (16, 128), (40, 128)])
+def test_sft_recipe_keeps_its_batch_of_128_on_any_number_of_nodes(nodes, learners):
     p = plan("sft", f"cluster.nodes={nodes}")
-    assert (p.learners, p.engines, p.gpus_used) == (learners, 0, nodes * 8)
-    assert (p.split.rows, p.split.micro_batch, p.split.accumulation) == (128, micro, accumulation)
+    assert (p.learners, p.engines, p.gpus_used) == (learners, 0, learners)
+    assert p.split == Split(128, learners, 16384)
 
 
 @pytest.mark.parametrize(
-    ("nodes", "learners", "engines", "micro", "accumulation"),
-    [(1, 4, 4, 8, 4), (4, 16, 16, 8, 1), (16, 64, 16, 2, 1)],  # a step of 16 prompts feeds 16 engines at most
+    ("nodes", "learners", "engines"),
+    [(1, 4, 4), (4, 16, 16), (16, 64, 16)],  # a step of 16 prompts feeds 16 engines at most
 )
-def test_grpo_recipe_shares_gpus_between_learners_and_engines(nodes, learners, engines, micro, accumulation):
+def test_grpo_recipe_shares_gpus_between_learners_and_engines(nodes, learners, engines):
     p = plan("grpo", f"cluster.nodes={nodes}")
     assert (p.learners, p.engines) == (learners, engines)
-    assert (p.split.rows, p.split.micro_batch, p.split.accumulation) == (128, micro, accumulation)
+    assert p.split == Split(128, learners, 16384)
     assert p.processes == {"controller": 1, "learners": learners, "engines": engines, "reward": 1}
 
 
@@ -59,13 +56,12 @@ def test_evaluation_gives_every_gpu_to_engines():
 def test_cpu_demo_needs_no_gpus():
     p = resolve(load_config([str(CONFIGS / "demo.yaml")], ["output=x"]), "grpo")
     assert (p.learners, p.engines, p.gpus_used, p.steps) == (2, 1, 0, 120)
-    assert p.split.ranks * p.split.accumulation * p.split.micro_batch == 64
+    assert (p.split.rows, p.split.ranks) == (64, 2)
 
 
-def test_batch_that_does_not_divide_names_the_nearest_ranks():
-    with pytest.raises(UserError, match=r"sft.global_batch=128.*3 learners.*cluster.learners=2 or 4"):
-        plan("sft", "cluster.learners=3")
-    with pytest.raises(UserError, match=r"cluster.learners=128$"):
+def test_any_number_of_learners_up_to_the_rows_can_share_a_batch():
+    assert plan("sft", "cluster.learners=3").split == Split(128, 3, 16384)
+    with pytest.raises(UserError, match=r"sft.global_batch=128 .*200 learners: use cluster.learners=128 or fewer$"):
         plan("sft", "cluster.learners=200", "cluster.nodes=32")
 
 
@@ -103,20 +99,6 @@ def test_several_nodes_show_the_lines_that_start_ray():
     assert ray_commands(plan("sft"), "tatar-dist sft") == ["tatar-dist sft"]
 
 
-@given(rows=st.integers(1, 512), ranks=st.integers(1, 600), most=st.integers(1, 64))
-def test_a_split_is_exact_and_never_exceeds_the_micro_batch(rows, ranks, most):
-    if rows % ranks:
-        with pytest.raises(UserError) as e:
-            split_rows(rows, ranks, most)
-        named = str(e.value).rsplit("=", 1)[1].split(" or ")
-        assert all(rows % int(n) == 0 for n in named)
-        return
-    s = split_rows(rows, ranks, most)
-    assert s.ranks * s.micro_batch * s.accumulation == rows
-    assert s.micro_batch <= most
-    assert not any(s.rows_per_rank % m == 0 for m in range(s.micro_batch + 1, min(most, s.rows_per_rank) + 1))
-
-
 @settings(deadline=None)
 @given(
     nodes=st.integers(1, 40),
@@ -124,11 +106,11 @@ def test_a_split_is_exact_and_never_exceeds_the_micro_batch(rows, ranks, most):
     tp=st.sampled_from([1, 2, 4]),
     stage=st.sampled_from(["sft", "grpo"]),
 )
-def test_automatic_counts_always_fit_and_divide(nodes, gpus, tp, stage):
+def test_automatic_counts_always_fit(nodes, gpus, tp, stage):
     assume(tp <= gpus and nodes * gpus >= 1 + tp)
     p = plan(stage, f"cluster.nodes={nodes}", f"cluster.gpus_per_node={gpus}", f"rollout.tensor_parallel={tp}")
     assert p.learners >= 1 and p.gpus_used <= p.gpus
-    assert p.split.ranks * p.split.accumulation * p.split.micro_batch == 128
+    assert (p.split.rows, p.split.ranks) == (128, p.learners)
 
 
 def test_colocated_engines_share_the_learners_gpus():
@@ -141,10 +123,3 @@ def test_colocated_engines_share_the_learners_gpus():
     for more in (["rollout.tensor_parallel=2"], ["cluster.learners=4", "rollout.engines=5"]):
         with pytest.raises(UserError, match="cluster.placement=colocated puts one engine on a learner's GPU"):
             plan("grpo", *words, *more)
-
-
-def test_the_numbers_of_learners_that_a_run_may_go_on_with_divide_its_batch():
-    c = load_config([str(CONFIGS / "grpo.yaml")], ["grpo.prompts_per_step=6", "grpo.group_size=4"])
-    assert fewer_learners(c, "grpo", 8) == [6, 4, 3, 2, 1]
-    assert fewer_learners(c, "grpo", 1) == []
-    assert split_of(c, "grpo", 3).rows_per_rank == 8

@@ -246,6 +246,7 @@ def test_the_length_of_a_supervised_row_is_prompt_image_and_answer(make_source, 
     source = make_source()
     made = source.sft_row(sample)
     prompt = source.backbone.encode_prompt(made.prompt_text, decode_image(sample.image, ""))
+    assert made.prompt_tokens == len(prompt.ids)
     source.config.sft.max_tokens = exact = len(prompt.ids) + len(made.completion_ids)
     assert source.problem(sample, supervised=True) is None
     source.config.sft.max_tokens = exact - 1
@@ -255,20 +256,18 @@ def test_the_length_of_a_supervised_row_is_prompt_image_and_answer(make_source, 
     assert source.problem(sample) is None
 
 
-def held_out_rows(source: PromptSource, multiple: int) -> list[str]:
-    return [r.image_id for r in _held_out(source.config, source, multiple)]
+def held_out_rows(source: PromptSource, least: int) -> list[str]:
+    return [r.image_id for r in _held_out(source.config, source, least)]
 
 
-def test_held_out_rows_are_cut_to_the_multiple_from_all_data_sets_alike(make_source, tmp_path):
+def test_held_out_rows_are_the_usable_ones_and_enough_for_the_learners(make_source, tmp_path):
     assert held_out_rows(make_source(), 4) == []  # no manifest, no held-out loss
     rows = [row(i, dataset="a") for i in range(6)] + [row(i, "iaa", dataset="b") for i in range(3)]
     rows[0]["rationale"] = None
     write_manifest(tmp_path / "v.parquet", rows)
     source = make_source(f"data.validation=[{tmp_path / 'v.parquet'}]", f"output={tmp_path / 'other'}")
-    ids = held_out_rows(source, 4)  # 8 are usable
-    assert sorted(ids) == [f"a/iqa-{i}" for i in range(1, 6)] + [f"b/iaa-{i}" for i in range(3)]
-    assert held_out_rows(source, 3) == ["a/iqa-1", "b/iaa-0", "a/iqa-2", "b/iaa-1", "a/iqa-3", "a/iqa-4"]
-    with pytest.raises(UserError, match="data.validation has 8 usable rows, the held-out loss needs at least 9 "):
+    assert sorted(held_out_rows(source, 8)) == [f"a/iqa-{i}" for i in range(1, 6)] + [f"b/iaa-{i}" for i in range(3)]
+    with pytest.raises(UserError, match="data.validation has 8 usable rows, the held-out loss needs at least 9, one a"):
         held_out_rows(source, 9)
 
 

@@ -1,4 +1,4 @@
-"""The batcher: every row reaches exactly one rank, ranks get equal counts, rows of one image stay together."""
+"""The batcher: every row reaches exactly one rank, ranks get equally many micro-batches, fillers count nowhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tatar_dist.learner.sharding import global_weights, group_rows, shard_rows
+from tatar_dist.learner.packing import Costs
+from tatar_dist.learner.sharding import Shard, global_weights, group_rows, shard_rows
 from tatar_dist.learner.sharding import shard_groups as shard_weighted_groups
 from tatar_dist.records import Completion, Group, LearnerRow, Prompt, Sample, ScoredGroup
 
@@ -29,15 +30,15 @@ def scored_group(name: str, lengths: list[int]) -> ScoredGroup:
 
 
 def row(name: str, length: int) -> LearnerRow:
-    return LearnerRow(name, b"", "text", tuple(range(length)), "iqa")
+    return LearnerRow(name, b"", "text", tuple(range(length)), "iqa", prompt_tokens=3)
 
 
-def shard_groups(groups: list[ScoredGroup], ranks: int) -> list[list[LearnerRow]]:
-    return shard_weighted_groups(groups, ranks, global_weights(groups, "sequence-mean", 30))
+def shard_groups(groups: list[ScoredGroup], ranks: int, budget: int = 40) -> list[Shard]:
+    return shard_weighted_groups(groups, ranks, global_weights(groups, "sequence-mean", 30), budget, Costs())
 
 
-def tokens(rows: list[LearnerRow]) -> int:
-    return sum(len(r.completion_ids) for r in rows)
+def flat(shard: Shard) -> list[LearnerRow]:
+    return [r for batch in shard for r in batch]
 
 
 def key(r: LearnerRow) -> tuple[str, tuple[int, ...]]:
@@ -57,6 +58,7 @@ def test_a_row_carries_what_the_loss_needs_of_its_completion():
         weight=0.5,
         sampled_logprobs=(-1.0,) * 4,
         prompt_token_ids=(1, 2, 3),
+        prompt_tokens=3,
     )
 
 
@@ -66,76 +68,48 @@ lengths_of_groups = st.integers(1, 4).flatmap(
 
 
 @settings(deadline=None, max_examples=40)
-@given(lengths_of_groups, st.integers(1, 6))
-def test_every_row_reaches_exactly_one_rank_and_ranks_get_equal_counts(lengths, ranks):
+@given(lengths_of_groups, st.integers(1, 6), st.integers(1, 60))
+def test_every_row_reaches_exactly_one_rank_and_ranks_make_equally_many_calls(lengths, ranks, budget):
     groups = [scored_group(f"g{i:02d}", part) for i, part in enumerate(lengths)]
     rows = [r for g in groups for r in group_rows(g, np.zeros(len(g.reward)))]
-    if len(rows) % ranks:
-        with pytest.raises(ValueError, match=f"{len(rows)} rows do not divide over {ranks} ranks"):
-            shard_groups(groups, ranks)
-        return
-    shards = shard_groups(groups, ranks)
-    assert [len(s) for s in shards] == [len(rows) // ranks] * ranks
-    assert Counter(key(r) for s in shards for r in s) == Counter(map(key, rows))
+    shards = shard_groups(groups, ranks, budget)
+    assert len({len(shard) for shard in shards}) == 1 and all(batch for shard in shards for batch in shard)
+    kept = [r for shard in shards for r in flat(shard) if not r.filler]
+    assert Counter(map(key, kept)) == Counter(map(key, rows))
+    fillers = [batch for shard in shards for batch in shard if any(r.filler for r in batch)]
+    assert all(len(batch) == 1 and batch[0].weight == 0 for batch in fillers)
 
 
-@settings(deadline=None, max_examples=40)
-@given(lengths_of_groups, st.integers(1, 6))
-def test_rows_of_an_image_are_neighbours_and_on_one_rank_when_groups_divide(lengths, ranks):
-    groups = [scored_group(f"g{i:02d}", part) for i, part in enumerate(lengths * ranks)]
-    for shard in shard_groups(groups, ranks):
-        images = [r.image_id for r in shard]
-        changes = 1 + sum(a != b for a, b in zip(images, images[1:], strict=False))
-        assert changes == len(set(images)) == len(lengths)
+def test_rows_of_an_image_share_its_micro_batch():
+    shard, *_ = shard_groups([scored_group("a", [5, 3, 4]), scored_group("b", [2, 2, 2])], 1, budget=100)
+    assert [[r.image_id for r in batch] for batch in shard] == [["a"] * 3 + ["b"] * 3]
+    assert [len(r.completion_ids) for r in shard[0]] == [5, 4, 3, 2, 2, 2]
 
 
-def test_a_remainder_of_groups_is_split_by_rows_and_cuts_only_at_the_borders_of_ranks():
-    groups = [scored_group(n, [k] * 4) for n, k in (("a", 9), ("b", 5), ("c", 2))]
-    first, second = shard_groups(groups, 2)
-    assert [r.image_id for r in first] == ["a"] * 4 + ["b"] * 2
-    assert [r.image_id for r in second] == ["b"] * 2 + ["c"] * 4
-
-
-def test_groups_are_dealt_back_and_forth_so_that_tokens_balance():
-    groups = [scored_group(n, [k]) for n, k in zip("abcdef", (6, 5, 4, 3, 2, 1), strict=True)]
-    shards = shard_groups(groups, 3)
-    assert [[r.image_id for r in s] for s in shards] == [["a", "f"], ["b", "e"], ["c", "d"]]
-    assert [tokens(s) for s in shards] == [7, 7, 7]
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(1, 200), min_size=1, max_size=40), st.integers(1, 5))
-def test_ranks_differ_by_less_tokens_than_the_longest_and_shortest_row_do(lengths, ranks):
-    rows = [row(f"r{i:03d}", k) for i, k in enumerate(lengths * ranks)]
-    shards = shard_rows(rows, ranks)
-    sums = [tokens(s) for s in shards]
-    assert max(sums) - min(sums) <= max(lengths) - min(lengths)
-    assert Counter(key(r) for s in shards for r in s) == Counter(map(key, rows))
-    assert {len(s) for s in shards} == {len(lengths)}
-
-
-def test_a_shard_runs_from_long_to_short_so_that_micro_batches_pad_little():
-    shards = shard_rows([row(f"r{i}", k) for i, k in enumerate((3, 50, 7, 41, 5, 60))], 2)
-    assert [[len(r.completion_ids) for r in s] for s in shards] == [[60, 7, 5], [50, 41, 3]]
+def test_the_same_image_behind_another_prompt_is_no_business_of_the_batcher():
+    """Rows are told apart by `image_id`, which a prompt has of its own."""
+    shards = shard_rows([row(f"r{i}", k) for i, k in enumerate((3, 50, 7))], 1, budget=60)
+    assert [[len(r.completion_ids) for r in batch] for batch in shards[0]] == [[50, 3], [7]]
 
 
 def test_the_deal_does_not_depend_on_the_order_of_arrival():
     groups = [scored_group(f"g{i}", [3, 3 + i % 2]) for i in range(8)]
     rows = [row(f"r{i}", 4) for i in range(8)]
-    expected = shard_groups(groups, 4), shard_rows(rows, 4)
+    expected = shard_groups(groups, 4), shard_rows(rows, 4, 20)
     rng = random.Random(0)
     for _ in range(5):
         rng.shuffle(groups)
         rng.shuffle(rows)
-        found = shard_groups(groups, 4), shard_rows(rows, 4)
-        assert [[list(map(key, s)) for s in part] for part in found] == [
-            [list(map(key, s)) for s in part] for part in expected
+        found = shard_groups(groups, 4), shard_rows(rows, 4, 20)
+        assert [[list(map(key, flat(s))) for s in part] for part in found] == [
+            [list(map(key, flat(s))) for s in part] for part in expected
         ]
 
 
-def test_rows_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="3 rows do not divide over 2 ranks"):
-        shard_rows([row(f"r{i}", 1) for i in range(3)], 2)
+def test_ranks_without_rows_hold_fillers():
+    first, second, third = shard_rows([row("a", 4), row("b", 2)], 3, 20)
+    assert [[r.filler for r in flat(s)] for s in (first, second, third)] == [[False], [False], [True]]
+    assert key(third[0][0]) == ("b", (0, 1)), "the cheapest row there is"
 
 
 def test_weights_are_normalised_over_all_groups_and_leave_out_what_is_not_trained():
@@ -146,5 +120,5 @@ def test_weights_are_normalised_over_all_groups_and_leave_out_what_is_not_traine
     assert [w.tolist() for w in weights] == [[1 / 12, 1 / 12], [0, 0], [1 / 12, 1 / 12]]
     masked = global_weights(groups, "sequence-mean", 30, mask_truncated=True)
     np.testing.assert_allclose(np.concatenate(masked), [1 / 6, 1 / 12, 0, 0, 0, 1 / 3])
-    shards = shard_weighted_groups(groups, 2, masked)
-    assert sum(r.weight * len(r.completion_ids) for s in shards for r in s) == pytest.approx(1)
+    shards = shard_weighted_groups(groups, 2, masked, 9, Costs())
+    assert sum(r.weight * len(r.completion_ids) for s in shards for r in flat(s)) == pytest.approx(1)

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tatar_dist.cli import main
 from tatar_dist.config import load_config, to_yaml
 from tatar_dist.errors import UserError
+from tatar_dist.learner.packing import Costs as TokenCosts
 from tatar_dist.learner.sharding import shard_groups
-from tatar_dist.plan import resolve, split_rows
+from tatar_dist.plan import resolve
 from tatar_dist.records import Completion, Group, Prompt, Sample, ScoredGroup
 from tatar_dist.simulate.command import costs_from, numbers_of_gpus
 from tatar_dist.simulate.costs import (
@@ -58,7 +59,7 @@ GRPO, DEMO = grpo(), demo()
 
 
 def setup_of(learners=1, engines=1, prompts=4, group_size=4, **other):
-    return Setup(learners, engines, prompts, group_size, **{"micro_batch": 4, "max_num_seqs": 64, **other})
+    return Setup(learners, engines, prompts, group_size, **{"micro_tokens": 400, "max_num_seqs": 64, **other})
 
 
 works = st.lists(st.floats(0.01, 10), min_size=1, max_size=40)
@@ -113,21 +114,35 @@ def scored_group(i, lengths):
     return ScoredGroup(Group(prompt, (1,), completions, 0), np.ones(n, bool), {}, np.zeros(n), np.zeros(n))
 
 
-@given(st.integers(1, 12), st.sampled_from([2, 4, 6]), st.integers(1, 8), st.integers(0, 99), st.data())
-def test_learner_work_is_that_of_the_batchers_shards(prompts, group_size, micro, seed, data):
-    rows = prompts * group_size
-    ranks = data.draw(st.sampled_from([n for n in range(1, rows + 1) if rows % n == 0]))
+@settings(deadline=None)
+@given(st.integers(1, 12), st.sampled_from([2, 4, 6]), st.integers(1, 200), st.integers(0, 99), st.integers(1, 12))
+def test_learner_work_is_that_of_the_batchers_shards(prompts, group_size, budget, seed, ranks):
+    assume(ranks <= prompts * group_size)
     lengths = np.random.default_rng(seed).integers(1, 30, (prompts, group_size))
     groups = [scored_group(i, row) for i, row in enumerate(lengths.tolist())]
-    shards = shard_groups(groups, ranks, [np.ones(group_size)] * prompts)
-    m = split_rows(rows, ranks, micro).micro_batch
-    batches = [[shard[i : i + m] for shard in shards] for i in range(0, rows // ranks, m)]
-    tokens = sum(max(sum(len(r.completion_ids) for r in batch) for batch in at_once) for at_once in batches)
-    images = sum(max(len({r.image_id for r in batch}) for batch in at_once) for at_once in batches)
-    work = learn_work(setup_of(ranks, 1, prompts, group_size, micro_batch=micro), lengths)
-    assert work.tolist() == pytest.approx(
-        [1, len(batches), rows // ranks, images, tokens, len(batches) * (1 - 1 / ranks)]
-    )
+    shards = shard_groups(groups, ranks, [np.ones(group_size)] * prompts, budget, TokenCosts())
+    shards = [[[r for r in batch if not r.filler] for batch in shard] for shard in shards]
+
+    def slowest(what):
+        return sum(max(map(what, batches)) for batches in zip(*shards, strict=True))
+
+    tokens = slowest(lambda batch: sum(len(r.completion_ids) for r in batch))
+    images, rows = slowest(lambda batch: len({r.image_id for r in batch})), slowest(len)
+    work = learn_work(setup_of(ranks, 1, prompts, group_size, micro_tokens=budget, prompt_tokens=1), lengths)
+    n = len(shards[0])
+    assert work.tolist() == pytest.approx([1, n, rows, images, tokens, n * (1 - 1 / ranks)])
+
+
+def test_with_staleness_the_longer_of_generating_and_learning_makes_the_step():
+    lengths = np.full((4, 4), 100)
+    turns, beside = (simulate_step(COSTS, setup_of(2, 2, staleness=k), lengths) for k in (0, 1))
+    assert (turns.generate, turns.learn) == (beside.generate, beside.learn)
+    shorter = min(turns.generate + turns.reward, turns.learn)
+    assert beside.step == pytest.approx(turns.step - shorter)
+    stale = replace(GRPO, grpo=replace(GRPO.grpo, staleness=1))
+    apart = [Simulator(c, COSTS).predict(4, 4, "disaggregated") for c in (GRPO, stale)]
+    assert apart[1].step_seconds < apart[0].step_seconds and apart[1].parts == apart[0].parts
+    assert Simulator(stale, COSTS).splits(8, "colocated") == []
 
 
 def test_a_step_with_equal_lengths_has_the_closed_form():

@@ -1,0 +1,135 @@
+"""Which rows a rank computes in which micro-batch: ranks balanced by cost, micro-batches within a token budget.
+
+In: units (completions that share a prompt, by their numbers of tokens), ranks, a budget. Out: for each rank its
+micro-batches, each a list of units, as many on every rank: collectives need equal numbers of calls. Pure and
+deterministic; the simulator (simulate/step.py) uses it as it is.
+
+A unit is dealt whole, most costly first, to the rank with the least (longest processing time first, Graham 1969). Then
+units are parted while that lowers the cost of the rank with the most: each part computes the prompt again. Units are
+also parted where one is over the budget, and where a rank has fewer micro-batches than another. A micro-batch stays
+empty where a rank has fewer rows than others have micro-batches.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MicroBatches = list[list["Unit"]]  # of one rank
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows of one prompt. rows: their numbers in the batch; prompt: tokens; lengths: tokens of each completion."""
+
+    rows: tuple[int, ...]
+    prompt: int
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """In the packed row."""
+        return self.prompt + sum(self.lengths)
+
+    def parted(self, n: int) -> tuple[Unit, Unit]:
+        """The first n rows, and the others."""
+        return (
+            Unit(self.rows[:n], self.prompt, self.lengths[:n]),
+            Unit(self.rows[n:], self.prompt, self.lengths[n:]),
+        )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What work costs beside a token through the language model's matrices, which costs 1.
+
+    vision: of an image, a token of the prompt; pair: of a query and a key that it sees, in attention.
+    """
+
+    vision: float = 0.4
+    pair: float = 3e-5
+
+    def of(self, unit: Unit) -> float:
+        pairs = unit.prompt**2 / 2 + sum(n * (unit.prompt + n / 2) for n in unit.lengths)
+        return unit.tokens + self.vision * unit.prompt + self.pair * pairs
+
+
+def pack(units: Sequence[Unit], ranks: int, budget: int, costs: Costs = Costs()) -> list[MicroBatches]:  # noqa: B008
+    """Micro-batches for each of `ranks` ranks, of at most `budget` tokens (a row that has more goes alone)."""
+    found = [_cut(own, budget) for own in _deal(units, ranks, costs)]
+    most = max(map(len, found))
+    for batches in found:
+        while len(batches) < most:
+            _one_more(batches)
+        batches.sort(key=_tokens, reverse=True)  # the k-th of all ranks alike: collectives wait for the slowest
+    return found
+
+
+def _tokens(batch: Sequence[Unit]) -> int:
+    return sum(u.tokens for u in batch)
+
+
+def _deal(units: Sequence[Unit], ranks: int, costs: Costs) -> list[list[Unit]]:
+    heap = [(0.0, rank) for rank in range(ranks)]
+    own: list[list[Unit]] = [[] for _ in range(ranks)]
+    for unit in sorted(units, key=lambda u: (-costs.of(u), u.rows)):
+        load, rank = heapq.heappop(heap)
+        own[rank].append(unit)
+        heapq.heappush(heap, (load + costs.of(unit), rank))
+    loads = [load for load, _ in sorted(heap, key=lambda entry: entry[1])]
+    while ranks > 1 and _relieve(own, loads, costs):
+        pass
+    return own
+
+
+def _relieve(own: list[list[Unit]], loads: list[float], costs: Costs) -> bool:
+    """Move rows of the rank with the most cost to the one with the least, if that lowers the larger of the two."""
+    heavy, light = max(range(len(own)), key=loads.__getitem__), min(range(len(own)), key=loads.__getitem__)
+    best = loads[heavy] * (1 - 1e-3)  # less is not worth a prompt
+    found = None
+    for at, unit in enumerate(own[heavy]):
+        rest = loads[heavy] - costs.of(unit)
+        for n in range(1, len(unit.rows)):
+            stays, goes = unit.parted(n)
+            after = rest + costs.of(stays), loads[light] + costs.of(goes)
+            if max(after) < best:
+                best, found = max(after), (at, stays, goes, after)
+    if found:
+        _, own[heavy][found[0]], goes, (loads[heavy], loads[light]) = found
+        own[light].append(goes)
+    return found is not None
+
+
+def _cut(units: Sequence[Unit], budget: int) -> MicroBatches:
+    """Micro-batches within the budget: the largest unit first, each into the fullest one that has room (best fit)."""
+    batches: MicroBatches = []
+    for unit in sorted((p for u in units for p in _within(u, budget)), key=lambda u: (-u.tokens, u.rows)):
+        room = [b for b in batches if _tokens(b) + unit.tokens <= budget]
+        if room:
+            max(room, key=_tokens).append(unit)
+        else:
+            batches.append([unit])
+    return batches
+
+
+def _within(unit: Unit, budget: int) -> list[Unit]:
+    """The unit in parts of at most `budget` tokens, as equal as they come."""
+    if unit.tokens <= budget or len(unit.rows) == 1:
+        return [unit]
+    first, second = unit.parted(len(unit.rows) // 2)
+    return _within(first, budget) + _within(second, budget)
+
+
+def _one_more(batches: MicroBatches) -> None:
+    """Part a micro-batch in two, the largest that can be; else add an empty one."""
+    for batch in sorted(batches, key=_tokens, reverse=True):
+        if len(batch) > 1:
+            batches.remove(batch)
+            batches += [batch[::2], batch[1::2]]
+            return
+        if batch and len(batch[0].rows) > 1:
+            batches.remove(batch)
+            batches += [[part] for part in batch[0].parted(len(batch[0].rows) // 2)]
+            return
+    batches.append([])
