@@ -1,7 +1,7 @@
 """The CUDA branch of ragged attention on the CPU: torch's own wrapper over dense stand-ins for the CUDA kernels.
 
-Only `_flash_attention_forward` and `_backward` are stood in for, behind torch's dispatcher: names, order and types of the
-arguments are checked against the real schema, and the stand-ins demand what the kernels demand of their tensors.
+Only `_flash_attention_forward` and `_backward` are stood in for, behind torch's dispatcher: names, order and types of
+the arguments are checked against the real schema; the stand-ins demand what the kernels demand of their tensors.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def cuda_branch(monkeypatch):
         return run
 
     with torch.library._scoped_library("aten", "IMPL") as library:
-        for name, kernel in (("_flash_attention_forward", flash_forward), ("_flash_attention_backward", flash_backward)):
+        for kernel in (flash_forward, flash_backward):
+            name = kernel.__name__.replace("flash", "_flash_attention")
             library.impl(name, counted(name, kernel), "CPU")
         monkeypatch.setattr(ragged, "_has_varlen", lambda q: True)
         yield calls
