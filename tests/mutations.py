@@ -25,6 +25,7 @@ PICTURES, TEXTS = (
     ("test_rationale_checks.py", "test_rationale_marks.py"),
 )
 ASKING = ("test_rationale_resume.py", "test_rationale_journal.py", "test_rationale_endpoint.py")
+PACKED, CUDA, HEAD, BATCH = ("test_shared_prefix.py",), ("test_ragged_cuda.py",), ("test_head.py",), ("test_batch.py",)
 ADVANTAGES, LOSSES = ("test_advantages.py", "test_rewards.py"), ("test_losses.py",)
 
 # name: (file below tatar_dist, text, what it becomes, tests)
@@ -97,6 +98,23 @@ MUTATIONS = {
     "judge: repeated keys accepted": ("rationale/marks.py", "if len(found) != len(pairs):", "if False:", TEXTS),
     "journal: damage in the middle passed over": ("rationale/journal.py", "if bad is not None:\n                    raise", "if False:\n                    raise", ASKING),
     "journal: other settings continued": ("rationale/journal.py", 'if difference := _difference(line["settings"], found):', "if False:", ASKING),
+    "prefix: prompts not causal": ("learner/shared_prefix.py", "return ragged.ragged(lengths, lengths, True)", "return ragged.ragged(lengths, lengths, False)", PACKED),
+    "prefix: merge sign": ("learner/shared_prefix.py", "(x - both).exp()", "(both - x).exp()", PACKED),
+    "prefix: shares swapped": ("learner/shared_prefix.py", "for x in (lse[p:], norm)]", "for x in (norm, lse[p:])]", PACKED),
+    "prefix: backward with the parts' own lse": ("learner/shared_prefix.py", "lse = torch.cat([lse[:p], both])", "pass", PACKED),
+    "prefix: no gradient through the prompt": ("learner/shared_prefix.py", "                total += part\n", "                pass\n", PACKED),
+    "ragged: repeated queries pass gradient on": ("learner/ragged.py", "g = g * valid[:, None, :, None].to(g.device)", "pass", PACKED),
+    "ragged: index one segment late": ("learner/ragged.py", "starts = [list(accumulate(x, initial=0))", "starts = [list(accumulate(x, initial=1))", PACKED),
+    "ragged cuda: lse not transposed": ("learner/ragged.py", "lse.transpose(0, 1).contiguous()", "lse.contiguous()", CUDA),
+    "ragged cuda: never causal": ("learner/ragged.py", "max_q, max_k, segments.causal, scale, None", "max_q, max_k, False, scale, None", CUDA),
+    "ragged cuda: bounds swapped": ("learner/ragged.py", "lse.transpose(0, 1).contiguous(), cu_q, cu_k,", "lse.transpose(0, 1).contiguous(), cu_k, cu_q,", CUDA),
+    "head: temperature missing in the gradient": ("learner/head.py", "d.mul_(grad[c, None] / t)", "d.mul_(grad[c, None])", HEAD),
+    "head: weight's gradient adds up in low precision": ("learner/head.py", "dtype=torch.promote_types(weight.dtype, torch.float32))", "dtype=weight.dtype)", HEAD),
+    "head: forbidden ids allowed": ("learner/head.py", 'logits.index_fill_(-1, forbidden, float("-inf"))', "logits", HEAD),
+    "batch: completions one position late": ("learner/batch.py", "start = before.max() + 1 ", "start = before.max() + 2 ", BATCH),
+    "batch: not the prompt's last token": ("learner/batch.py", "ends.append(at - 1)", "ends.append(at - 2)", BATCH),
+    "batch: mask without the end of turn": ("learner/batch.py", "mask[r, : len(row.completion_ids)] = True", "mask[r, : len(row.completion_ids) - 1] = True", BATCH),
+    "batch: empty completions accepted": ("learner/batch.py", "if not row.completion_ids:", "if False:", BATCH),
 }  # fmt: skip
 
 

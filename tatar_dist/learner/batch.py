@@ -80,6 +80,8 @@ class Collator:
         encoded: dict[str, EncodedPrompt] = {}
         members: dict[str, list[int]] = {}
         for r, row in enumerate(rows):
+            if not row.completion_ids:
+                raise RunError(f"{row.image_id}: a completion without a token, which has nothing to learn from")
             encoded[row.image_id] = self.encode(row)
             members.setdefault(row.image_id, []).append(r)
         prompts = list(encoded.values())

@@ -49,15 +49,19 @@ class TokenLogprob(torch.autograd.Function):
         states, weight, targets, forbidden, norm = ctx.saved_tensors
         grad, t = grads[0], ctx.temperature
         d_states = torch.empty_like(states)
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        total = None  # at least float32: in lower precision what a late chunk adds would be rounded away
+        if ctx.needs_input_grad[1]:
+            total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for c in _chunks(len(targets), len(weight)):
             d = _logits(states[c], weight, forbidden, t).sub_(norm[c, None]).exp_().neg_()
             d[torch.arange(len(d), device=d.device), targets[c]] += 1
             d = d.mul_(grad[c, None] / t).to(states.dtype)
             d_states[c] = d @ weight
-            if d_weight is not None:
-                d_weight.addmm_(d.T, states[c])
-        return d_states, d_weight, None, None, None
+            if total is not None and total.dtype == d.dtype:
+                total.addmm_(d.T, states[c])
+            elif total is not None:
+                total += d.T @ states[c]
+        return d_states, None if total is None else total.to(weight.dtype), None, None, None
 
 
 def _logits(states: Tensor, weight: Tensor, forbidden: Tensor, temperature: float) -> Tensor:

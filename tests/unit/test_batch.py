@@ -21,6 +21,7 @@ from tatar_dist.algo.losses import sft_loss  # noqa: E402
 from tatar_dist.backbones import family  # noqa: E402
 from tatar_dist.config import load_config  # noqa: E402
 from tatar_dist.data.images import UnreadableImage  # noqa: E402
+from tatar_dist.errors import RunError  # noqa: E402
 from tatar_dist.learner.batch import Collator, PromptMismatch  # noqa: E402
 from tatar_dist.learner.model import PolicyModel, TokenLogprobs  # noqa: E402
 from tatar_dist.records import LearnerRow  # noqa: E402
@@ -125,6 +126,15 @@ def test_a_completion_of_one_token_adds_none_to_the_packed_row(tiny):
     batch = Collator(tiny.backbone)([short])
     assert batch.ids.tolist() == prompt_ids(tiny, short)
     assert (batch.target.tolist(), batch.source.tolist()) == ([tiny.backbone.end_of_turn()], [len(batch.ids) - 1])
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_completion_of_no_tokens_is_refused_by_the_name_of_its_image(tiny, place):
+    rows = list(tiny.rows)
+    rows[place] = replace(rows[place], completion_ids=(), sampled_logprobs=())
+    with pytest.raises(RunError, match=f"^{rows[place].image_id}: a completion without a token") as raised:
+        Collator(tiny.backbone)(rows)
+    assert "\n" not in str(raised.value)
 
 
 def test_positions_are_the_models_and_a_completion_goes_on_from_its_prompts_highest(tiny):

@@ -125,6 +125,24 @@ def test_log_probabilities_and_every_gradient_are_those_of_padded_rows(tiny, che
         assert error <= 1e-5, f"{n}: {error:.2e} of {expected[n].norm():.2e}"
 
 
+def test_with_a_frozen_vision_tower_the_others_gradients_are_the_same_and_it_has_none(tiny):
+    backbone = family(tiny.name)(replace(tiny.config.model, train_vision=False))
+    plain, packed = backbone.load_model().train(), backbone.load_model().train()
+    policy = PolicyModel(packed, backbone, backbone.forbidden_ids(), TEMPERATURE)
+    out = policy(tiny.batch).logp
+    expected = per_row.token_logprobs(plain, tiny.collate, tiny.rows, backbone.forbidden_ids(), TEMPERATURE)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    for logp in (out, expected):
+        (logp * tiny.weights).sum().backward()
+    trained = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
+    largest = max(g.norm() for g in trained.values())
+    for n, p in packed.named_parameters():
+        assert (p.grad is None) == n.startswith("model.visual.") == (n not in trained), n
+        if n in trained:
+            error = (p.grad - trained[n]).norm() / max(trained[n].norm(), 1e-4 * largest)
+            assert error <= 1e-5, f"{n}: {error:.2e} of {trained[n].norm():.2e}"
+
+
 def test_positions_are_the_models_own(tiny):
     for row in tiny.rows:
         prompt = tiny.collate.encode(row)
