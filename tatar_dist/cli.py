@@ -24,7 +24,9 @@ from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 # modules of tatar_dist.bench
-BENCHES = ("learner", "shapes", "step", "rollout", "rewards", "data", "images", "rationale", "simulate")
+BENCHES = (
+    "learner", "rollout", "sync", "reward", "data", "scaling", "step", "shapes", "images", "rationale", "simulate",
+)  # fmt: skip
 RUN, CHECK = "Train and look", "Check and audit"  # the two panels of --help
 
 app = typer.Typer(
@@ -334,21 +336,39 @@ def metrics(
 
 @app.command(rich_help_panel=CHECK)
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=", ".join(BENCHES) + ".")],
-    overrides: Overrides = None,
+    name: Annotated[str, typer.Argument(metavar="NAME", help=", ".join(BENCHES) + "; or table.")],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="WORD", help="simulate: config keys; table: files of --json.")
+    ] = None,
     as_json: Json = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="learner: draw how an update grows.")] = None,
 ) -> None:
-    """Time a part of the pipeline on this machine, the least it could take beside it.
+    """Time a part of the pipeline on this machine beside a baseline and the least it could take.
 
-    Example: [bold]tatar-dist bench rewards --json[/bold]
+    `bench table build/bench/*.json` prints what `--json` wrote as one Markdown table.
+
+    Example: [bold]tatar-dist bench reward --json[/bold]
     """
+    if name == "table":
+        from tatar_dist.bench import table
+
+        if not words:
+            raise UserError("bench table: give it files that bench NAME --json wrote")
+        print(table.markdown([table.read(Path(word)) for word in words]))
+        return
     if name not in BENCHES:
-        raise UserError(f"bench {name!r}: must be one of {', '.join(BENCHES)}")
+        raise UserError(f"bench {name!r}: must be one of {', '.join(BENCHES)}, table")
     benchmark = import_module(f"tatar_dist.bench.{name}")
-    if overrides and name != "simulate":
-        raise UserError(f"bench {name}: takes no {overrides[0]!r}, only bench simulate has config keys")
-    found = benchmark.run(overrides) if overrides else benchmark.run()
+    if words and name != "simulate":
+        raise UserError(f"bench {name}: takes no {words[0]!r}, only bench simulate has config keys")
+    if plot and name != "learner":
+        raise UserError(f"bench {name}: draws no plot, only bench learner does")
+    found = benchmark.run(words) if words else benchmark.run()
     print(json.dumps(found)) if as_json else benchmark.print_table(found)
+    if plot:
+        from tatar_dist.bench import plot as drawing
+
+        drawing.draw(found, plot)
     if not found.get("ok", True):
         raise typer.Exit(1)
 
