@@ -84,9 +84,10 @@ def kept_bytes(config: Any, work: Work, prompt: int) -> float:
 
 
 def peak_bytes(config: Any, work: Work, prompt: int, parameters: int) -> float:
-    """The largest of three moments: the head makes logits (three of a chunk's size live at once), the head's gradient
-    is made (it, and two of them), all gradients are there and nothing else is left."""
+    """The largest of three moments: the head makes logits (three tensors of a chunk's size live at once, four where a
+    chunk before it is still held), the head's gradient is made (it, and two), all gradients are all that is left."""
     t, kept = config.text_config, kept_bytes(config, work, prompt)
-    logits = min(CHUNK_BYTES, FLOAT * work.groups * work.size * work.tokens * t.vocab_size)
+    whole = FLOAT * work.groups * work.size * work.tokens * t.vocab_size
+    logits, live = (whole, 3) if whole <= CHUNK_BYTES else (CHUNK_BYTES, 4)
     head = FLOAT * t.hidden_size * t.vocab_size
-    return max(kept + 3 * logits, kept + head + 2 * logits, FLOAT * parameters)
+    return max(kept + live * logits, kept + head + 2 * logits, FLOAT * parameters)

@@ -75,6 +75,9 @@ def test_the_peak_is_the_largest_of_three_moments(tmp_path):
     kept, logits = counts.kept_bytes(config, work, 40), 4 * 8 * 64 * config.text_config.vocab_size
     assert counts.peak_bytes(config, work, 40, 14_000_000) == kept + 3 * logits
     assert counts.peak_bytes(config, work, 40, 10**9) == 4e9
+    chunk, many = 256 << 20, counts.Work(groups=40, pixels=112)
+    config.text_config.vocab_size = 8192
+    assert counts.peak_bytes(config, many, 40, 14_000_000) == counts.kept_bytes(config, many, 40) + 4 * chunk
 
 
 def test_shared_prompts_are_counted_once(tmp_path):
