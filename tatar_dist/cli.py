@@ -6,6 +6,7 @@ Nothing heavy is imported here: a sub-command imports what it runs, so that `--h
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import sys
@@ -363,7 +364,8 @@ def bench(
         raise UserError(f"bench {name}: takes no {words[0]!r}, only bench simulate has config keys")
     if plot and name != "learner":
         raise UserError(f"bench {name}: draws no plot, only bench learner does")
-    found = benchmark.run(words) if words else benchmark.run()
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print, too; standard output is for the result
+        found = benchmark.run(words) if words else benchmark.run()
     print(json.dumps(found)) if as_json else benchmark.print_table(found)
     if plot:
         from tatar_dist.bench import plot as drawing

@@ -107,7 +107,7 @@ GROWTH = {
     "groups": [Work(groups=n) for n in (1, 2, 4)],
     "image": [Work(pixels=p) for p in (448, 672, 896)],
     "tokens": [Work(tokens=n) for n in (64, 128, 256)],
-    "vocab": [Work(vocab=n, pixels=448, tokens=256) for n in (4096, 32768, 131072)],
+    "vocab": [Work(vocab=n, pixels=448) for n in (4096, 32768, 131072)],
 }
 
 

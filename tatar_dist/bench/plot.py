@@ -16,7 +16,7 @@ TITLES = {
     "groups": ("groups", "1,024 image tokens, 64 a completion"),
     "image": ("image tokens", "64 tokens a completion"),
     "tokens": ("completion tokens", "1,024 image tokens"),
-    "vocab": ("vocabulary", "256 image tokens, 256 a completion"),
+    "vocab": ("vocabulary", "256 image tokens, 64 a completion"),
 }
 
 

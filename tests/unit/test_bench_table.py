@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tatar_dist.bench import reward
 from tatar_dist.bench.table import markdown, read
 from tatar_dist.cli import main
 from tatar_dist.errors import UserError
@@ -34,6 +35,17 @@ def test_the_command_prints_it(tmp_path, capsys):
     file.write_text(json.dumps(RESULT))
     assert main(["bench", "table", str(file)]) == 0
     assert capsys.readouterr().out == markdown([RESULT]) + "\n"
+
+
+def test_json_is_all_that_stands_on_standard_output(monkeypatch, capsys):
+    def run():
+        print("a library's warning")
+        return RESULT
+
+    monkeypatch.setattr(reward, "run", run)
+    assert main(["bench", "reward", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == RESULT and "warning" in said.err
 
 
 @pytest.mark.parametrize(
