@@ -57,9 +57,10 @@ nightly: setup
 	@$(MAKE) bench bench-trl
 
 bench: setup
-	@mkdir -p build/bench; bad=0; for name in $(BENCHES); do \
-	    echo "bench $$name"; $(RUN) bench $$name --json > build/bench/$$name.json || bad=1; done; \
-	$(RUN) bench table $(BENCHES:%=build/bench/%.json); exit $$bad
+	@rm -rf build/bench; mkdir -p build/bench; bad=0; for name in $(BENCHES); do \
+	    file=build/bench/$$name; plot=; [ $$name != learner ] || plot="--plot $$file.svg"; echo "bench $$name"; \
+	    $(RUN) bench $$name --json $$plot > $$file.json || bad=1; [ -s $$file.json ] || rm $$file.json; done; \
+	$(RUN) bench table build/bench/*.json; exit $$bad
 
 bench-trl: setup
 	@bash launch/setup_trl.sh

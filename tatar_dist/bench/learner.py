@@ -113,7 +113,7 @@ GROWTH = {
 
 def growth(directory: Path) -> dict[str, list[dict[str, Any]]]:
     """Seconds and peak MiB of one packed update, along one size at a time, beside what is counted."""
-    works = {work for each in GROWTH.values() for work in each}
+    works = dict.fromkeys(work for each in GROWTH.values() for work in each)
     found = {work: work.__dict__ | alone(work, True, directory) for work in works}
     return {name: [found[work] for work in each] for name, each in GROWTH.items()}
 
