@@ -10,6 +10,8 @@ the process whose memory is measured; so does the other, and each pair is a roun
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -194,6 +196,8 @@ def _main() -> None:
     update, model, prompt = _update(work, options.directory, packed)
     for weight in model.parameters():
         weight.sum()  # read from the mapped file now: else it counts as memory of the update
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the small update freed goes back, it is no room for this one
     before = _mib("VmRSS")
     seconds = _seconds(update)
     mib = _mib("VmHWM") - before
