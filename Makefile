@@ -19,6 +19,7 @@ SMOKED := $(filter-out 0,$(SMOKE))
 export DEVICE TORCH_INDEX PYTHON
 
 RUN := .venv/bin/tatar-dist
+BENCHES := learner rollout sync reward data scaling
 # with NODES: Slurm, an existing Ray cluster, or a development cluster here
 SUBMIT = .venv/bin/python launch/submit.py $@ $(NODES) $(if $(filter-out 0,$(WAIT)),--wait)
 
@@ -31,7 +32,7 @@ help:
 	@echo "make sft|grpo|eval [NODES=n] [ARGS=\"k=v …\"]   the recipe of configs/*.yaml; ARGS=--dry-run prints what would run"
 	@echo "                                              with n: by sbatch (WAIT=1 stays with it), to RAY_ADDRESS, or on n Ray nodes here"
 	@echo "make nightly                                  demo and probes with three seeds, mutations, benches: the README's figures"
-	@echo "make bench                                    timings beside their limits"
+	@echo "make bench                                    timings beside baselines and limits, as one table (15 minutes)"
 	@echo "make bench-trl                                a GRPO step beside TRL's, in a .venv-trl of its own"
 
 setup:
@@ -52,11 +53,14 @@ nightly: setup
 	@.venv/bin/python tests/mutations.py
 	@FUZZ_EXAMPLES=100000 .venv/bin/python -m pytest --timeout 3600 $$(grep -l FUZZ_EXAMPLES tests/unit/test_*.py)
 	@.venv/bin/python tests/cluster/chaos.py --minutes 30 --seed 30 --output runs/chaos
-	@$(RUN) bench simulate
+	@bad=0; for name in images rationale simulate; do $(RUN) bench $$name || bad=1; done; exit $$bad
 	@$(MAKE) bench bench-trl
 
 bench: setup
-	@bad=0; for name in learner rollout rewards data images rationale; do $(RUN) bench $$name $(ARGS) || bad=1; done; exit $$bad
+	@rm -rf build/bench; mkdir -p build/bench; bad=0; for name in $(BENCHES); do \
+	    file=build/bench/$$name; plot=; [ $$name != learner ] || plot="--plot $$file.svg"; echo "bench $$name"; \
+	    $(RUN) bench $$name --json $$plot > $$file.json || bad=1; [ -s $$file.json ] || rm $$file.json; done; \
+	$(RUN) bench table build/bench/*.json; exit $$bad
 
 bench-trl: setup
 	@bash launch/setup_trl.sh

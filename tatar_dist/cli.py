@@ -6,6 +6,7 @@ Nothing heavy is imported here: a sub-command imports what it runs, so that `--h
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import sys
@@ -25,8 +26,8 @@ from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 # modules of tatar_dist.bench
 BENCHES = (
-    "learner", "shapes", "step", "overlap", "rollout", "rewards", "data", "images", "rationale", "simulate",
-    "staleness",
+    "learner", "rollout", "sync", "reward", "data", "scaling", "overlap", "step", "shapes", "images", "rationale",
+    "simulate", "staleness",
 )  # fmt: skip
 RUN, CHECK = "Train and look", "Check and audit"  # the two panels of --help
 
@@ -337,21 +338,41 @@ def metrics(
 
 @app.command(rich_help_panel=CHECK)
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=", ".join(BENCHES) + ".")],
-    overrides: Overrides = None,
+    name: Annotated[str, typer.Argument(metavar="NAME", help=", ".join(BENCHES) + "; or table.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="WORD", help="simulate, staleness: config keys; table: files of --json."),
+    ] = None,
     as_json: Json = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="learner: draw how an update grows.")] = None,
 ) -> None:
-    """Time a part of the pipeline on this machine, the least it could take beside it.
+    """Time a part of the pipeline on this machine beside a baseline and the least it could take.
 
-    Example: [bold]tatar-dist bench rewards --json[/bold]
+    `bench table build/bench/*.json` prints what `--json` wrote as one Markdown table.
+
+    Example: [bold]tatar-dist bench reward --json[/bold]
     """
+    if name == "table":
+        from tatar_dist.bench import table
+
+        if not words:
+            raise UserError("bench table: give it files that bench NAME --json wrote")
+        print(table.markdown([table.read(Path(word)) for word in words]))
+        return
     if name not in BENCHES:
-        raise UserError(f"bench {name!r}: must be one of {', '.join(BENCHES)}")
+        raise UserError(f"bench {name!r}: must be one of {', '.join(BENCHES)}, table")
     benchmark = import_module(f"tatar_dist.bench.{name}")
-    if overrides and name not in ("simulate", "staleness", "overlap"):
-        raise UserError(f"bench {name}: takes no {overrides[0]!r}, only bench simulate and staleness have config keys")
-    found = benchmark.run(overrides) if overrides else benchmark.run()
+    if words and name not in ("simulate", "staleness"):
+        raise UserError(f"bench {name}: takes no {words[0]!r}, only bench simulate and staleness have config keys")
+    if plot and name != "learner":
+        raise UserError(f"bench {name}: draws no plot, only bench learner does")
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print, too; standard output is for the result
+        found = benchmark.run(words) if words else benchmark.run()
     print(json.dumps(found)) if as_json else benchmark.print_table(found)
+    if plot:
+        from tatar_dist.bench import plot as drawing
+
+        drawing.draw(found, plot)
     if not found.get("ok", True):
         raise typer.Exit(1)
 

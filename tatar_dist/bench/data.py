@@ -1,9 +1,10 @@
-"""`tatar-dist bench data`: importing 100,000 rows, and starting a sampler on 10 million.
+"""`tatar-dist bench data`: reading pictures, importing 100,000 rows, and starting a sampler on 10 million.
 
-In: nothing. Out: seconds and peak memory of whole processes, start of Python included, beside their targets (5 s an
-import; 2 s and 300 MiB a sampler). The limit of an import is what reading the file's text takes (csv or json alone);
-that of the sampler is importing pyarrow and reading the footer. The manifest of ten million rows is written here by
-`ManifestWriter`, eight sets, as an import writes it.
+In: nothing. Out: how fast pictures are validated (the slower of two kinds of manifest; hashing and checks included) as
+a share of Pillow decoding alone (images.py); seconds and peak memory of whole processes, start of Python included,
+beside their targets (5 s an import; 2 s and 300 MiB a sampler). The limit of an import is what reading the file's text
+takes (csv or json alone); that of the sampler is importing pyarrow and reading the footer. The manifest of ten million
+rows is written here by `ManifestWriter`, eight sets, as an import writes it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
+from tatar_dist.bench import images
 from tatar_dist.bench.process import timed
+from tatar_dist.bench.result import result, summary
 
 ROWS, LARGE = 100_000, 10_000_000
 IMPORT_TARGET, START_TARGET, MEMORY_TARGET = 5.0, 2.0, 300.0
@@ -112,17 +115,18 @@ def run() -> dict[str, Any]:
     """All measurements, as what `--json` prints. Each whole process runs three times."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
+        pictures = images.checks(directory)
         ava, lines, table = directory / "AVA.txt", directory / "list.json", directory / "train.csv"
         write_ava(ava), write_list(lines), write_csv(table)
-        images = directory / "images"
-        images.mkdir()
+        empty = directory / "images"
+        empty.mkdir()
         for i in range(ROWS):
-            (images / f"{i}.jpg").touch()
+            (empty / f"{i}.jpg").touch()
         imports = [
             _import(directory, "AVA", ava, None, lambda: _csv_alone(ava)),
             _import(directory, "TAD66K", table, None, lambda: _csv_alone(table)),
             _import(directory, "TAD66K", lines, None, lambda: json.loads(lines.read_text())),
-            _import(directory, "TAD66K", lines, images, lambda: json.loads(lines.read_text())),
+            _import(directory, "TAD66K", lines, empty, lambda: json.loads(lines.read_text())),
         ]
         large = directory / "large.parquet"
         start = time.perf_counter()
@@ -136,10 +140,16 @@ def run() -> dict[str, Any]:
     peak = max(m["peak_mib"] for m, _ in starts)
     slowest = max(i["seconds"][-1] for i in imports)
     met = slowest < IMPORT_TARGET and seconds[-1] < START_TARGET and peak < MEMORY_TARGET and not inside["torch"]
-    return {
-        "name": "data",
-        "imports": imports,
-        "sampler": {
+    slower = min(("bytes in rows", "files"), key=lambda way: pictures["checks"][way]["ratio"]["median"])
+    return result(
+        "data",
+        f"Pillow alone, {slower}",
+        pictures["checks"][slower]["ratio"],
+        images.TARGET,
+        "1: decoding, without reading, hashing and checks",
+        pictures=pictures,
+        imports=imports,
+        sampler={
             "rows": LARGE,
             "bytes": size,
             "write_seconds": written,
@@ -150,13 +160,13 @@ def run() -> dict[str, Any]:
             "draw_seconds": inside["draw"],
             "torch_imported": inside["torch"],
         },
-        "target": {"import_s": IMPORT_TARGET, "start_s": START_TARGET, "peak_mib": MEMORY_TARGET},
-        "met": met,
-    }
+        targets={"import_s": IMPORT_TARGET, "start_s": START_TARGET, "peak_mib": MEMORY_TARGET, "met": met},
+    )
 
 
 def print_table(found: dict[str, Any]) -> None:
     """The measurements beside limit and target."""
+    images.print_table(found["pictures"])
     console = Console(soft_wrap=True)
     table = Table(title=f"data import of {ROWS:,} rows, the whole command", title_justify="left")
     for column in ("annotations", "median", "slowest", "text alone", "peak"):
@@ -176,8 +186,9 @@ def print_table(found: dict[str, Any]) -> None:
     console.print(
         f"Then {1e6 * s['draw_seconds']:.1f} µs to draw a row, {1e3 * s['row_seconds']:.1f} ms to read one at random."
     )
-    t = found["target"]
+    t = found["targets"]
     console.print(
         f"Targets: an import under {t['import_s']:g} s, a start under {t['start_s']:g} s and {t['peak_mib']:g} MiB, "
-        f"no torch: {'met' if found['met'] else '[red]not met[/red]'}."
+        f"no torch: {'met' if t['met'] else '[red]not met[/red]'}."
     )
+    console.print(summary(found))

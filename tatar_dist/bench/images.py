@@ -1,8 +1,9 @@
 """`tatar-dist bench images`: how fast `data validate` is, beside Pillow decoding alone.
 
 In: nothing. Out: for 400 JPEGs of a megapixel, cut from the demo's photographs, the seconds of validating a manifest
-with the pictures in its rows and one with paths, and of the whole command. The limit: the same bytes, in memory,
-decoded by Pillow in as many threads, and nothing else. Both are measured in turn, so that a busy machine slows both.
+with the pictures in its rows and one with paths, of `decode_image`, by which learners and engines read them, and of the
+whole command. The limit: the same bytes, in memory, decoded by Pillow in as many threads, and nothing else. Both are
+measured in turn, so that a busy machine slows both. `bench data` has all of it but the whole command.
 
 What validation cannot avoid beyond that is hashing (blake2b reads a gigabyte a second or so: 4-9 % of decoding such a
 JPEG) and reading the file. The command adds the start of Python and drawing, a second or so whatever the manifest's
@@ -29,6 +30,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from tatar_dist.data.images import decode_image
 from tatar_dist.data.photos import PHOTOS, load_photo
 from tatar_dist.data.validate import look_at, validate
 from tatar_dist.data.writing import write_manifest
@@ -68,10 +70,14 @@ def decode(data: bytes) -> None:
         image.load()
 
 
-def pillow(pictures: list[bytes], workers: int) -> None:
+def threads(work: Callable[[bytes], Any], pictures: list[bytes], workers: int) -> None:
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(decode, pictures):
+        for _ in pool.map(work, pictures):
             pass
+
+
+def _for_training(data: bytes) -> None:
+    decode_image(data, "bench")
 
 
 def _hash_and_decode(data: bytes) -> None:
@@ -124,31 +130,37 @@ def _ratios(limit: Callable[[], Any], ways: dict[str, Callable[[], Any]], repeat
     return found
 
 
-def run() -> dict[str, Any]:
-    """All measurements, as what `--json` prints; ratio = seconds of Pillow alone / seconds, 1 is the limit."""
+def checks(directory: Path) -> dict[str, Any]:
+    """Every way beside Pillow alone; ratio = seconds of Pillow alone / seconds, 1 is the limit."""
     workers = len(os.sched_getaffinity(0))
     pictures = jpegs(PICTURES)
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary)
-        embedded, files, large = (directory / f"{n}.parquet" for n in ("embedded", "files", "large"))
-        write_manifest(embedded, rows(pictures, None))
-        write_manifest(files, rows(pictures, directory))
-        ways = {
-            "bytes in rows": lambda: validate([embedded], workers=workers),
-            "files": lambda: validate([files], workers=workers),
-            "processes": lambda: processes(pictures, workers),
-        }
-        checks = _ratios(lambda: pillow(pictures, workers), ways, REPEATS)
-        many = jpegs(COMMAND)
-        write_manifest(large, rows(many, None))
-        whole = _ratios(lambda: pillow(many, workers), {"whole command": lambda: command(large)}, 3)
+    embedded, files = (directory / f"{n}.parquet" for n in ("embedded", "files"))
+    write_manifest(embedded, rows(pictures, None))
+    write_manifest(files, rows(pictures, directory))
+    ways = {
+        "bytes in rows": lambda: validate([embedded], workers=workers),
+        "files": lambda: validate([files], workers=workers),
+        "decode_image": lambda: threads(_for_training, pictures, workers),
+        "processes": lambda: processes(pictures, workers),
+    }
+    found = _ratios(lambda: threads(decode, pictures, workers), ways, REPEATS)
     return {
         "workers": workers,
         "target": TARGET,
         "bytes_per_picture": round(sum(map(len, pictures)) / PICTURES),
-        "checks": {"pictures": PICTURES, **checks},
-        "command": {"pictures": COMMAND, **whole},
+        "checks": {"pictures": PICTURES, **found},
     }
+
+
+def run() -> dict[str, Any]:
+    """All measurements, as what `--json` prints."""
+    with tempfile.TemporaryDirectory() as temporary:
+        found, large = checks(Path(temporary)), Path(temporary) / "large.parquet"
+        many = jpegs(COMMAND)
+        write_manifest(large, rows(many, None))
+        pillow = lambda: threads(decode, many, found["workers"])  # noqa: E731
+        whole = _ratios(pillow, {"whole command": lambda: command(large)}, 3)
+    return found | {"command": {"pictures": COMMAND, **whole}}
 
 
 def _spread(ratio: dict[str, float]) -> str:
@@ -164,7 +176,7 @@ def print_table(found: dict[str, Any]) -> None:
     )
     for name in ("", "pictures", "a second", "of the limit", "processor time"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for part in ("checks", "command"):
+    for part in (p for p in ("checks", "command") if p in found):
         n = found[part]["pictures"]
         for way, m in ((w, m) for w, m in found[part].items() if w != "pictures"):
             shown = [_spread(m[k]) if way != "pillow" else "1" for k in ("ratio", "processor_ratio")]

@@ -3,20 +3,22 @@
 In: nothing. Out: the ratio of seconds (policy loss, forward and backward; float32, all cores, no optimiser), with
 gradient checkpointing off and on, in turns; how far the two gradients are apart; peak memory of each in a process of
 its own; the ratio that the FLOPs of both allow; how time and memory grow with groups, image, completion and vocabulary.
-
-A matrix product of (m, k) and (k, n) counts 2 m k n; backward counts twice the forward, checkpointing one forward more.
+What FLOPs and memory are counted as: counts.py. The slow side works twice: here, where gradients are compared, and in
+the process whose memory is measured; so does the other, and each pair is a round.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,59 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tatar_dist.bench import subject
-from tatar_dist.bench.result import in_turns, ratio, result, summary
+from tatar_dist.bench.counts import Work, flops, peak_bytes
+from tatar_dist.bench.result import ratio, result, summary
 
-GROUP, TOKENS, ROUNDS = 8, 64, 3
 TARGET, MEMORY_TARGET, GRADIENT_TARGET = 7.0, 0.4, 1e-5
-
-
-@dataclass(frozen=True)
-class Work:
-    """Sizes of one update: groups of `size` completions of `tokens` tokens, images of `pixels` x `pixels`."""
-
-    groups: int = 1
-    size: int = GROUP
-    tokens: int = TOKENS
-    pixels: int = subject.PIXELS
-    vocab: int = subject.SIZES.vocab
-    checkpointing: bool = False
-
-
-def _counts(work: Work, prompt: int, packed: bool) -> tuple[int, int, float]:
-    """Images encoded, tokens through the language model, and pairs of a query and a key in each of its layers."""
-    rows = work.groups * work.size
-    if not packed:
-        length = prompt + work.tokens
-        return rows, rows * length, rows * length**2 / 2
-    answer = work.tokens - 1
-    pairs = prompt**2 / 2 + work.size * answer * (prompt + answer / 2)
-    return work.groups, work.groups * (prompt + work.size * answer), work.groups * pairs
-
-
-def attention_flops(config: Any, work: Work, prompt: int, packed: bool) -> float:
-    """FLOPs of scores and weighted sums in one forward; causal attention counts the half that it needs."""
-    v, t = config.vision_config, config.text_config
-    patches, window = (work.pixels // v.patch_size) ** 2, (v.window_size // v.patch_size) ** 2
-    images, _, pairs = _counts(work, prompt, packed)
-    full = len(v.fullatt_block_indexes)
-    seen = full * patches + (v.depth - full) * min(window, patches)
-    return images * patches * 4 * v.hidden_size * seen + t.num_hidden_layers * pairs * 4 * t.hidden_size
-
-
-def flops(config: Any, work: Work, prompt: int, packed: bool) -> float:
-    """FLOPs of forward and backward. `config`: a Qwen2_5_VLConfig; `prompt`: tokens of a prompt."""
-    v, t = config.vision_config, config.text_config
-    patches, merged = (work.pixels // v.patch_size) ** 2, v.hidden_size * v.spatial_merge_size**2
-    image = patches * v.depth * 2 * (4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size)
-    patch = 2 * v.in_channels * v.temporal_patch_size * v.patch_size**2 * v.hidden_size
-    image += patches / v.spatial_merge_size**2 * 2 * (merged**2 + merged * v.out_hidden_size)
-    kv = t.num_key_value_heads * t.hidden_size // t.num_attention_heads
-    linear = 2 * (2 * t.hidden_size**2 + 2 * t.hidden_size * kv + 3 * t.hidden_size * t.intermediate_size)
-    images, tokens, _ = _counts(work, prompt, packed)
-    body = images * image + t.num_hidden_layers * tokens * linear + attention_flops(config, work, prompt, packed)
-    head = work.groups * work.size * work.tokens * 2 * t.hidden_size * t.vocab_size
-    # pixels have no gradient; the chunked head makes its logits twice
-    return body * (3 + work.checkpointing) + images * patches * patch * 2 + head * (3 + packed)
 
 
 def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], None], Any, int]:
@@ -111,27 +64,35 @@ def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], Non
     return update, model, batch.layout.prompts[0]
 
 
-def peak(work: Work, packed: bool) -> dict[str, float]:
-    """Seconds and MiB of one update in a process of its own: the peak above what the loaded model takes."""
+def alone(work: Work, packed: bool, directory: Path) -> dict[str, float]:
+    """One update in a process of its own: seconds, MiB above what the loaded model takes, and both as counted."""
     words = [sys.executable, "-m", "tatar_dist.bench.learner", json.dumps(work.__dict__), str(int(packed))]
-    done = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run([*words, str(directory / str(work.vocab))], stdout=subprocess.PIPE, check=True, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def compare(work: Work) -> dict[str, Any]:
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def compare(work: Work, directory: Path) -> dict[str, Any]:
     """Both ways in turns: seconds, the gradients' difference, FLOPs."""
     import torch
 
-    with tempfile.TemporaryDirectory() as directory:
-        theirs, model, prompt = _update(work, Path(directory), packed=False)
-        ours, policy, _ = _update(work, Path(directory), packed=True)
-        seconds = in_turns(theirs, ours, ROUNDS)
-        right = {n: p.grad for n, p in model.named_parameters()}
-        apart = torch.stack([(p.grad - right[n]).norm() for n, p in policy.named_parameters()]).norm()
-        whole = torch.stack([g.norm() for g in right.values()]).norm()
-        counted = [flops(model.config, work, prompt, packed) for packed in (False, True)]
-    memory = [peak(work, packed)["mib"] for packed in (False, True)]
+    theirs, model, prompt = _update(work, directory / str(work.vocab), packed=False)
+    ours, policy, _ = _update(work, directory / str(work.vocab), packed=True)
+    ours()  # threads and kernels are there now
+    rounds = [(_seconds(theirs), _seconds(ours))]
+    right = {n: p.grad for n, p in model.named_parameters()}
+    apart = torch.stack([(p.grad - right[n]).norm() for n, p in policy.named_parameters()]).norm()
+    whole = torch.stack([g.norm() for g in right.values()]).norm()
+    counted = [flops(model.config, work, prompt, packed) for packed in (False, True)]
+    processes = [alone(work, packed, directory) for packed in (False, True)]
+    rounds.append((processes[0]["seconds"], processes[1]["seconds"]))
+    seconds, memory = [list(side) for side in zip(*rounds, strict=True)], [p["mib"] for p in processes]
     return {
         "prompt_tokens": prompt,
         "seconds": {"per_row": seconds[0], "packed": seconds[1]},
@@ -147,21 +108,25 @@ def compare(work: Work) -> dict[str, Any]:
 GROWTH = {
     "groups": [Work(groups=n) for n in (1, 2, 4)],
     "image": [Work(pixels=p) for p in (448, 672, 896)],
-    "tokens": [Work(tokens=n) for n in (32, 64, 128, 256)],
-    "vocab": [Work(vocab=n, pixels=448, tokens=256) for n in (1024, 4096, 32768, 131072)],
+    "tokens": [Work(tokens=n) for n in (64, 128, 256)],
+    "vocab": [Work(vocab=n, pixels=448) for n in (4096, 32768, 131072)],
 }
 
 
-def growth() -> dict[str, list[dict[str, Any]]]:
-    """Seconds, peak MiB and counted GFLOPs of one packed update, along one size at a time."""
-    return {name: [work.__dict__ | peak(work, packed=True) for work in works] for name, works in GROWTH.items()}
+def growth(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """Seconds and peak MiB of one packed update, along one size at a time, beside what is counted."""
+    works = dict.fromkeys(work for each in GROWTH.values() for work in each)
+    found = {work: work.__dict__ | alone(work, True, directory) for work in works}
+    return {name: [found[work] for work in each] for name, each in GROWTH.items()}
 
 
 def run() -> dict[str, Any]:
     """All measurements, as what `--json` prints."""
     import torch
 
-    off, on = compare(Work()), compare(Work(checkpointing=True))
+    with tempfile.TemporaryDirectory() as name:
+        off, on = (compare(Work(checkpointing=c), Path(name)) for c in (False, True))
+        grown = growth(Path(name))
     worst = min((off, on), key=lambda found: found["ratio"]["median"])
     return result(
         "learner",
@@ -178,7 +143,7 @@ def run() -> dict[str, Any]:
             and f["gradient_difference"] <= GRADIENT_TARGET
             for f in (off, on)
         ),
-        growth=growth(),
+        growth=grown,
     )
 
 
@@ -200,13 +165,13 @@ def print_table(found: dict[str, Any]) -> None:
         )  # fmt: skip
     console.print(table)
     sizes = Table(title="How a packed update grows", title_justify="left")
-    for name in ("along", "groups", "image", "tokens", "vocab", "GFLOP", "s", "memory"):
+    for name in ("along", "groups", "image", "tokens", "vocab", "GFLOP", "s", "MiB", "counted"):
         sizes.add_column(name, justify="left" if name == "along" else "right")
     for name, works in found["growth"].items():
         for i, w in enumerate(works):
             sizes.add_row(
                 name if not i else "", str(w["groups"]), f"{w['pixels']} px", str(w["tokens"]), str(w["vocab"]),
-                f"{w['gflops']:.0f}", f"{w['seconds']:.2f}", f"{w['mib']:.0f} MiB",
+                f"{w['gflops']:.0f}", f"{w['seconds']:.2f}", f"{w['mib']:.0f}", f"{w['counted_mib']:.0f}",
             )  # fmt: skip
         sizes.add_section()
     console.print(sizes)
@@ -223,19 +188,25 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description="One side of the comparison in a process of its own.")
     parser.add_argument("work", type=json.loads)
     parser.add_argument("packed", type=int)
+    parser.add_argument("directory", type=Path)
     options = parser.parse_args()
-    work = Work(**options.work)
-    with tempfile.TemporaryDirectory() as directory:
-        update, model, prompt = _update(work, Path(directory), bool(options.packed))
-        for weight in model.parameters():
-            weight.sum()  # read from the mapped file now: else it counts as memory of the update
-        before = _mib("VmRSS")
-        start = time.perf_counter()
-        update()
-        seconds = time.perf_counter() - start
+    work, packed = Work(**options.work), bool(options.packed)
+    small = replace(work, groups=1, size=2, tokens=8, pixels=112)
+    _update(small, options.directory, packed)[0]()  # threads and kernels are there now
+    update, model, prompt = _update(work, options.directory, packed)
+    for weight in model.parameters():
+        weight.sum()  # read from the mapped file now: else it counts as memory of the update
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the small update freed goes back, it is no room for this one
+    before = _mib("VmRSS")
+    seconds = _seconds(update)
     mib = _mib("VmHWM") - before
-    counted = flops(model.config, work, prompt, bool(options.packed)) / 1e9
-    print(json.dumps({"seconds": seconds, "mib": mib, "gflops": counted}))
+    parameters = sum(p.numel() for p in model.parameters())
+    counted = {
+        "gflops": flops(model.config, work, prompt, packed) / 1e9,
+        "counted_mib": peak_bytes(model.config, work, prompt, parameters) / 2**20,
+    }
+    print(json.dumps({"seconds": seconds, "mib": mib, **counted}))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tatar_dist.bench import subject
-from tatar_dist.bench.learner import Work, flops
+from tatar_dist.bench.counts import Work, flops
 from tatar_dist.bench.result import machine
 from tatar_dist.errors import UserError
 

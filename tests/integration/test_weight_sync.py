@@ -93,6 +93,16 @@ def test_engines_follow_the_learners_through_three_steps_and_notice_when_they_do
             rig.learn(rig.generate())
 
 
+def test_bfloat16_weights_are_two_bytes_each_on_the_wire(model_untied, make_config):
+    config = make_config(model_untied, "model.dtype=bfloat16", "grpo.logprob_gap_limit=0.05")
+    with RunDirectory(config) as directory, Cluster(config) as cluster:
+        rig = Rig(config, cluster, PromptSource(config, directory))
+        weights = rig.weights()
+        assert {str(t.dtype) for t in weights.values()} == {"torch.bfloat16"}
+        assert rig.push()["sync/bytes"] == 2 * 2 * sum(t.numel() for t in weights.values())  # two engines
+        assert rig.learn(rig.generate())["sync/logprob_gap"] < 0.05
+
+
 def test_a_push_without_an_encoder_cache_reset_is_noticed(model_untied, make_config):
     config = make_config(model_untied, "grpo.optim.lr=0.003", "grpo.optim.schedule=constant")
     with RunDirectory(config) as directory, Cluster(config) as cluster:

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from tatar_dist.backbones import family  # noqa: E402
-from tatar_dist.bench import learner, shapes, subject  # noqa: E402
+from tatar_dist.bench import counts, learner, shapes, subject  # noqa: E402
 from tatar_dist.bench.result import in_turns, ratio, result, summary  # noqa: E402
 
 ATEN = torch.ops.aten
@@ -38,31 +38,60 @@ UNCOUNTED = {
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_flops_are_those_of_the_operators_that_run(packed, tmp_path):
-    work = learner.Work(groups=2, size=2, tokens=24, pixels=112, vocab=8192)
+    work = counts.Work(groups=2, size=2, tokens=24, pixels=112, vocab=8192)
     update, model, prompt = learner._update(work, tmp_path, packed)
     with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         update()
     text = model.config.text_config
     # the row's last token predicts nothing, but a row-wise forward makes its logits, too
     surplus = 0 if packed else 4 * 3 * 2 * text.hidden_size * text.vocab_size
-    assert counter.get_total_flops() == pytest.approx(learner.flops(model.config, work, prompt, packed) + surplus)
+    assert counter.get_total_flops() == pytest.approx(counts.flops(model.config, work, prompt, packed) + surplus)
     kernels = counter.get_flop_counts()["Global"]
     attended = kernels[ATEN._scaled_dot_product_flash_attention_for_cpu]
-    assert attended == pytest.approx(learner.attention_flops(model.config, work, prompt, packed))
+    assert attended == pytest.approx(counts.attention_flops(model.config, work, prompt, packed))
+
+
+@pytest.mark.parametrize("work", [counts.Work(size=2, tokens=24, pixels=112), counts.Work(2, 3, 8, 224, vocab=1024)])
+def test_what_is_kept_for_backward_is_counted(work, tmp_path):
+    update, model, prompt = learner._update(work, tmp_path, True)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        update()
+    measured = sum(storage.nbytes() for storage in kept.values())
+    assert measured == pytest.approx(counts.kept_bytes(model.config, work, prompt), rel=0.06)  # and what the ends keep
+
+
+def test_the_peak_is_the_largest_of_three_moments(tmp_path):
+    config = learner._update(counts.Work(pixels=112), tmp_path, True)[1].config
+    work = counts.Work(pixels=112)
+    kept, logits = counts.kept_bytes(config, work, 40), 4 * 8 * 64 * config.text_config.vocab_size
+    assert counts.peak_bytes(config, work, 40, 14_000_000) == kept + 3 * logits
+    assert counts.peak_bytes(config, work, 40, 10**9) == 4e9
+    chunk, many = 256 << 20, counts.Work(groups=40, pixels=112)
+    config.text_config.vocab_size = 8192
+    assert counts.peak_bytes(config, many, 40, 14_000_000) == counts.kept_bytes(config, many, 40) + 4 * chunk
 
 
 def test_shared_prompts_are_counted_once(tmp_path):
-    config = learner._update(learner.Work(pixels=112), tmp_path, True)[1].config
-    alone, group = (learner.Work(size=n, tokens=1) for n in (1, 8))
-    prompts = [learner.flops(config, w, 1054, True) for w in (alone, group)]
+    config = learner._update(counts.Work(pixels=112), tmp_path, True)[1].config
+    alone, group = (counts.Work(size=n, tokens=1) for n in (1, 8))
+    prompts = [counts.flops(config, w, 1054, True) for w in (alone, group)]
     head = 2 * config.text_config.hidden_size * config.text_config.vocab_size
     assert prompts[1] - prompts[0] == pytest.approx(7 * 4 * head)  # their first token is predicted from the prompt
-    assert learner.flops(config, group, 1054, False) == pytest.approx(8 * learner.flops(config, alone, 1054, False))
+    assert counts.flops(config, group, 1054, False) == pytest.approx(8 * counts.flops(config, alone, 1054, False))
 
 
 def test_checkpointing_costs_one_forward_more_of_all_but_the_ends(tmp_path):
-    config = learner._update(learner.Work(pixels=112), tmp_path, True)[1].config
-    off, on = (learner.flops(config, learner.Work(pixels=112, checkpointing=c), 40, False) for c in (False, True))
+    config = learner._update(counts.Work(pixels=112), tmp_path, True)[1].config
+    off, on = (counts.flops(config, counts.Work(pixels=112, checkpointing=c), 40, False) for c in (False, True))
     v, t = config.vision_config, config.text_config
     head = 3 * 8 * 64 * 2 * t.hidden_size * t.vocab_size
     pixels = 2 * 8 * 64 * 2 * v.in_channels * v.temporal_patch_size * v.patch_size**2 * v.hidden_size
@@ -107,9 +136,9 @@ def test_a_shape_has_the_parameters_of_the_released_model(name, billions, tmp_pa
 
 
 def test_useful_flops_leave_out_what_is_computed_twice(tmp_path):
-    config = learner._update(learner.Work(pixels=112), tmp_path, True)[1].config
-    work = learner.Work(pixels=112, checkpointing=True)
+    config = learner._update(counts.Work(pixels=112), tmp_path, True)[1].config
+    work = counts.Work(pixels=112, checkpointing=True)
     once, text = shapes.useful_flops(config, work, 40), config.text_config
     logits = 8 * 64 * 2 * text.hidden_size * text.vocab_size
-    assert once == pytest.approx(learner.flops(config, learner.Work(pixels=112), 40, True) - logits)
-    assert once < learner.flops(config, work, 40, True) - logits
+    assert once == pytest.approx(counts.flops(config, counts.Work(pixels=112), 40, True) - logits)
+    assert once < counts.flops(config, work, 40, True) - logits

@@ -24,9 +24,9 @@ LAYOUTS = [
 
 def segments(q, k, cu_q, cu_k, max_q, max_k):
     """(query slice, key slice) of every segment, after the checks of the kernels."""
-    for cu, longest, total in ((cu_q, max_q, len(q)), (cu_k, max_k, len(k))):
+    for cu, longest, total, least in ((cu_q, max_q, len(q), 2), (cu_k, max_k, len(k), 0)):
         assert cu.dtype == torch.int32 and cu.is_contiguous()
-        assert int(cu[0]) == 0 and int(cu[-1]) == total and int(cu.diff().max()) == longest
+        assert int(cu[0]) == 0 and int(cu[-1]) == total and max(least, int(cu.diff().max())) == longest
     assert len(cu_q) == len(cu_k) and q.stride(-1) == k.stride(-1) == 1
     ends = zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:], strict=False)
     return [(slice(a, b), slice(c, d)) for a, b, c, d in ends]

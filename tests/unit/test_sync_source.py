@@ -113,13 +113,19 @@ def test_scalars_and_transposed_tensors_keep_their_shape_and_values():
         assert back.shape == tensor.shape and torch.equal(back, tensor)
 
 
-def test_a_received_tensor_may_be_written_though_the_object_store_is_read_only():
+def test_a_received_tensor_is_the_object_stores_own_memory():
     wire = to_wire(torch.ones(4))
     shared = wire.data.copy()
     shared.flags.writeable = False
     back = from_wire(Wire(shared, wire.dtype, wire.shape))
-    back += 1
-    assert back.tolist() == [2.0] * 4 and np.frombuffer(shared, np.float32).tolist() == [1.0] * 4
+    assert back.data_ptr() == shared.ctypes.data and back.tolist() == [1.0] * 4
+
+
+def test_bfloat16_takes_two_bytes_a_parameter_on_the_wire():
+    model = torch.nn.Linear(10, 7).to(torch.bfloat16)
+    (bucket,) = buckets(model.named_parameters(), 1 << 20, True)
+    assert nbytes(bucket) == 2 * (10 * 7 + 7)
+    assert {w.dtype for w in bucket.values()} == {"bfloat16"}
 
 
 def test_a_parameter_that_still_has_a_gradient_can_be_sent():

@@ -1,0 +1,82 @@
+"""`tatar-dist bench learner --plot FILE.svg`: time and peak memory of a packed update as it grows, beside counts.
+
+In: what `bench learner` found. Out: an SVG of 2 x 4 panels: seconds and GiB along groups, image tokens, completion
+tokens and vocabulary. Dots are measured. The lines are counted (counts.py): FLOPs at the rate of the update that the
+bench compares, peak bytes as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+MEASURED, COUNTED, INK, FAINT = "#2b6cb0", "#c05621", "#2d3748", "#e2e8f0"
+PATCH = 28  # pixels along an image token
+TITLES = {
+    "groups": ("groups", "1,024 image tokens, 64 a completion"),
+    "image": ("image tokens", "64 tokens a completion"),
+    "tokens": ("completion tokens", "1,024 image tokens"),
+    "vocab": ("vocabulary", "256 image tokens, 64 a completion"),
+}
+
+
+def along(name: str, work: dict[str, Any]) -> int:
+    """Where a work stands on its axis."""
+    return (work["pixels"] // PATCH) ** 2 if name == "image" else int(work[name])
+
+
+def series(found: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """By axis: x, seconds and GiB, measured and counted."""
+    first = found["growth"]["groups"][0]  # the update that is compared with the per-row one
+    rate = first["gflops"] / first["seconds"]
+    return {
+        name: {
+            "x": [along(name, w) for w in works],
+            "seconds": [w["seconds"] for w in works],
+            "counted seconds": [w["gflops"] / rate for w in works],
+            "GiB": [w["mib"] / 1024 for w in works],
+            "counted GiB": [w["counted_mib"] / 1024 for w in works],
+        }
+        for name, works in found["growth"].items()
+    }
+
+
+def draw(found: dict[str, Any], file: Path) -> None:
+    """Write the SVG; the same figures give the same file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "bench"
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    figure, panels = plt.subplots(2, 4, figsize=(11, 5.6), sharey="row")
+    drawn = series(found)
+    for column, (name, values) in enumerate(drawn.items()):
+        title, held = TITLES[name]
+        panels[0, column].set_title(f"along {title}", fontsize=10.5, loc="left", color=INK, pad=18)
+        panels[0, column].text(0, 1.045, held, transform=panels[0, column].transAxes, fontsize=7.5, color="#718096")
+        panels[1, column].set_xlabel(title, fontsize=9, color=INK)
+        for row, unit in enumerate(("seconds", "GiB")):
+            axes = panels[row, column]
+            axes.plot(values["x"], values[f"counted {unit}"], color=COUNTED, linewidth=1.8, zorder=2)
+            axes.plot(values["x"], values[unit], "o", color=MEASURED, markersize=6.5, zorder=3, clip_on=False)
+            axes.set_xticks(values["x"], [f"{x:,}" if x < 4096 else f"{x // 1024}k" for x in values["x"]])
+            axes.set_xlim(0, 1.08 * max(values["x"]))
+            axes.set_ylim(0, 1.08 * max(y for v in drawn.values() for y in (*v[unit], *v[f"counted {unit}"])))
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.grid(axis="y", color=FAINT, linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.spines["bottom"].set_color("#a0aec0")
+            axes.tick_params(labelsize=8.5, colors=INK, length=0)
+    panels[0, 0].set_ylabel("seconds an update", fontsize=9, color=INK)
+    panels[1, 0].set_ylabel("peak above the model, GiB", fontsize=9, color=INK)
+    marks = [
+        plt.Line2D([], [], color=MEASURED, marker="o", linestyle="", markersize=6.5, label="measured"),
+        plt.Line2D([], [], color=COUNTED, linewidth=1.8, label="counted: FLOPs at one rate, bytes kept for backward"),
+    ]
+    figure.legend(handles=marks, loc="lower right", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
+    figure.tight_layout(rect=(0, 0.055, 1, 1))
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)

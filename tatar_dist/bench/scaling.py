@@ -1,0 +1,143 @@
+"""`tatar-dist bench scaling`: two learners and two engines beside one of each, every process on a core of its own.
+
+In: nothing. Out: how many times faster two are: an update of the same global batch of 2 groups (real ZeRO-3), and
+completions of the same 4 prompts; random 14M model, float32, in turns. Ideal is 2. A process is pinned to its core with
+all its threads and computes with one. More processes than cores cannot be measured here: `tatar-dist plan --simulate`
+foretells them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tatar_dist.bench import subject
+from tatar_dist.bench.result import in_turns, ratio, result, summary
+from tatar_dist.errors import UserError
+
+GROUPS, GROUP, TOKENS, PIXELS = 2, 4, 48, 448  # of an update
+PROMPTS, MADE = 4, 48  # of a generation: GROUP completions of MADE tokens each
+ROUNDS, TARGET, IDEAL = 4, 1.6, 2
+
+
+def two_cores() -> tuple[int, int]:
+    """The cores that are used. Raises UserError where there are fewer than two."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < IDEAL:
+        raise UserError(f"bench scaling: needs 2 cores, this process may use {len(cores)}")
+    return cores[0], cores[1]
+
+
+def _pin(actor: Any, core: int) -> None:
+    """In the actor: every thread of the process onto one core; threads that come later inherit it."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+            os.sched_setaffinity(int(thread), {core})
+
+
+def _forget(engine: Any) -> None:
+    """In the engine: drop what an earlier round left in its caches, as a weight push does."""
+    engine._reset_caches()
+
+
+def _everywhere(actors: list[Any], call: Callable[..., None], *each: list[Any]) -> None:
+    import ray
+
+    ray.get([a.__ray_call__.remote(call, *args) for a, *args in zip(actors, *each, strict=True)])
+
+
+def _config(directory: Path, processes: int) -> Any:
+    words = [
+        "cluster.gpus_per_node=0", "cluster.threads=1", f"cluster.learners={processes}", f"rollout.engines={processes}",
+        "cluster.learner_cpus=0.5", "cluster.engine_cpus=0.5", f"rollout.max_num_seqs={PROMPTS * GROUP}",
+        "rollout.max_model_len=512", f"grpo.prompts_per_step={GROUPS}", f"grpo.group_size={GROUP}",
+        "data.iqa_fraction=1", "grpo.kl_beta=0", "grpo.logprob_gap_limit=1000",
+        "model.gradient_checkpointing=false", "watch.prometheus=false",
+    ]  # fmt: skip
+    return subject.make(directory, PIXELS, words=words)
+
+
+class Rig:
+    """`processes` learners and as many engines, each on a core of its own; learners and engines take turns."""
+
+    def __init__(self, directory: Path, processes: int, cores: tuple[int, int], stack: contextlib.ExitStack) -> None:
+        from tatar_dist.backbones import family
+        from tatar_dist.cluster import Cluster
+        from tatar_dist.learner.sharding import shard_rows
+        from tatar_dist.records import Prompt, Sample
+
+        config, own = _config(directory, processes), list(cores[:processes])
+        cluster = stack.enter_context(Cluster(config))
+        self.learners, self.pool = cluster.learners(processes), cluster.engines(processes)
+        self.pool.start(1)
+        self.learners.setup("grpo", 1)
+        self.pool.started()
+        self._engines = [e.actor for e in self.pool.engines]
+        for actors in (self.learners.actors, self._engines):
+            _everywhere(actors, _pin, own)
+        backbone = family(config.model.family)(config.model)
+        rows = subject.rows(backbone, GROUPS, GROUP, TOKENS, PIXELS)
+        self._shards = shard_rows(rows, processes, config.grpo.micro_tokens, backbone.costs())
+        text = subject.prompt_text(backbone)
+        images = [subject.image(i, PIXELS) for i in range(PROMPTS)]
+        self._prompts = [Prompt(Sample(str(i), "bench", "iqa", b, 50.0), text, str(i)) for i, b in enumerate(images)]
+
+    def learn(self) -> None:
+        self.learners.grpo_step(self._shards, 0)
+
+    def generate(self) -> int:
+        """Completion tokens made."""
+        from tatar_dist.rollout.engine import Sampling
+
+        _everywhere(self._engines, _forget)
+        groups = self.pool.generate(self._prompts, Sampling(GROUP, 1.0, MADE))
+        return sum(len(c.token_ids) for g in groups for c in g.completions)
+
+
+def run() -> dict[str, Any]:
+    """All measurements, as what `--json` prints. Raises UserError where there are fewer than two cores."""
+    from tatar_dist.cluster import Cluster
+
+    cores = two_cores()
+    seconds: dict[str, tuple[list[float], list[float]]] = {}
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        directory = Path(name)
+        stack.enter_context(Cluster(_config(directory, 4)))  # one Ray with room for both
+        one, two = (Rig(directory, n, cores, stack) for n in (1, 2))
+        seconds["learners"] = in_turns(one.learn, two.learn, ROUNDS)
+        seconds["engines"] = in_turns(one.generate, two.generate, ROUNDS)
+    speedups = {part: ratio(*found) for part, found in seconds.items()}
+    worst = min(speedups, key=lambda part: speedups[part]["median"])
+    return result(
+        "scaling",
+        f"one process instead of two, {worst}",
+        speedups[worst],
+        TARGET,
+        f"{IDEAL}: 2 cores; more is only simulated (tatar-dist plan --simulate)",
+        speedups=speedups,
+        seconds={part: {"one": found[0], "two": found[1]} for part, found in seconds.items()},
+        cores=cores,
+    )
+
+
+def print_table(found: dict[str, Any]) -> None:
+    """Seconds with one process and with two, learners and engines."""
+    table = Table(title="The same work with one process and with two, a core each", title_justify="left")
+    for name in ("", "one, s", "two, s", "speed-up", "of the ideal"):
+        table.add_column(name, justify="right" if name else "left")
+    for part, seconds in found["seconds"].items():
+        r = found["speedups"][part]
+        medians = [f"{statistics.median(seconds[n]):.2f}" for n in ("one", "two")]
+        spread = f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})"
+        table.add_row(part, *medians, spread, f"{r['median'] / IDEAL:.0%}")
+    console = Console()
+    console.print(table)
+    console.print(summary(found))

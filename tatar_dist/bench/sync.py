@@ -1,0 +1,221 @@
+"""`tatar-dist bench sync`: a weight push, learner to engine, beside copying the same bytes in memory.
+
+In: nothing. Out: for a random model of 14 million parameters and one of 130 million, in float32 and bfloat16, how long
+a push takes (Ray's object store, one ZeRO-3 learner, one vLLM engine, this machine), as (2 x copy + constant) / push.
+Copy: one thread, torch's copy_ into memory that is there already. Constant: a push of as many tensors with nearly no
+bytes, of a model as deep and very thin: calls, Ray, and vLLM's work for every tensor and layer of a reload. Then where
+the time goes: gathering alone in the learner, gathering into the object store without an engine, the engine's calls.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tatar_dist.bench import subject
+from tatar_dist.bench.result import ratio, result, summary
+from tatar_dist.rollout.engine import RolloutEngine
+from tatar_dist.tiny.build import Sizes
+
+THIN = Sizes(
+    vocab=1024, text_hidden=64, text_layers=6, text_heads=2, text_kv_heads=1, text_intermediate=64,
+    vision_hidden=64, vision_depth=8, vision_heads=2, vision_intermediate=64,
+)  # fmt: skip
+LARGE = Sizes(
+    vocab=4096, text_hidden=1024, text_layers=6, text_heads=32, text_kv_heads=8, text_intermediate=4096,
+    vision_hidden=512, vision_depth=8, vision_heads=16, vision_intermediate=2048,
+)  # fmt: skip
+ROUNDS, TARGET, PIXELS = 5, 1.0, 112
+PARTS = ("gather", "to store", "start", "load", "finish")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its dtype. All are as deep as each other."""
+
+    name: str
+    sizes: Sizes
+    dtype: str = "float32"
+
+
+CASES = (
+    Case("thin", THIN),
+    *(
+        Case(name, s, dtype)
+        for name, s in (("14M", subject.SIZES), ("130M", LARGE))
+        for dtype in ("float32", "bfloat16")
+    ),
+)
+
+
+class TimedEngine(RolloutEngine):
+    """Adds up the seconds of a push's three kinds of calls."""
+
+    def _timed(self, part: str, call: Callable[..., Any], *args: Any) -> Any:
+        start = time.perf_counter()
+        found = call(*args)
+        self.__dict__.setdefault("parts", {}).setdefault(part, []).append(time.perf_counter() - start)
+        return found
+
+    def start_update(self, version: int) -> None:
+        self._timed("start", super().start_update, version)
+
+    def update(self, bucket: Any) -> int:
+        loaded: int = self._timed("load", super().update, bucket)
+        return loaded
+
+    def finish_update(self) -> int:
+        version: int = self._timed("finish", super().finish_update)
+        return version
+
+    def take_parts(self) -> dict[str, float]:
+        """Seconds of the last push by kind of call, and forget them."""
+        return {part: sum(seconds) for part, seconds in self.__dict__.pop("parts", {}).items()}
+
+
+def _gather(learner: Any) -> float:
+    """In the learner: seconds of making all full tensors."""
+    start = time.perf_counter()
+    for _ in learner.zero3.full_parameters():
+        pass
+    return time.perf_counter() - start
+
+
+def copies(nbytes: int, rounds: int = ROUNDS) -> list[float]:
+    """Seconds of copying that many bytes in memory, one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    source, target = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        target.copy_(source)
+        found.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return found
+
+
+def _config(case: Case, directory: Path) -> Any:
+    words = [
+        f"model.dtype={case.dtype}", "model.gradient_checkpointing=false", "cluster.gpus_per_node=0",
+        "cluster.learners=1", "rollout.engines=1", "cluster.learner_cpus=0.5", "cluster.engine_cpus=0.5",
+        "cluster.object_store_mib=1536", "rollout.max_num_seqs=2", "rollout.max_model_len=448", "grpo.kl_beta=0",
+        "grpo.prompts_per_step=1", "grpo.group_size=2", "data.iqa_fraction=1", "grpo.optim.name=sgd",
+        "watch.prometheus=false",
+    ]  # fmt: skip
+    return subject.make(directory / case.name, PIXELS, case.sizes, words)
+
+
+def measure(case: Case, directory: Path) -> dict[str, Any]:
+    """Pushes of one model: seconds of each, of its copy, bytes, and the parts of a push, each alone."""
+    import ray
+
+    from tatar_dist.cluster import Cluster
+
+    config = _config(case, directory)
+    bucket = config.rollout.bucket_mib << 20
+    with Cluster(config) as cluster:
+        learners, pool = cluster.learners(1), cluster.engines(1, cls=TimedEngine)
+        pool.start(cluster.cores)
+        facts = learners.setup("grpo", 1)
+        pool.started()
+        engine, learner = pool.engines[0].actor, learners.actors[0]
+
+        def push() -> dict[str, float]:
+            return pool.push(learners.weight_buckets(bucket), pool.version + 1)
+
+        nbytes = int(push()["sync/bytes"])
+        ray.get(engine.take_parts.remote())
+        pushes, parts, copied = [], dict[str, list[float]](), []
+        for _ in range(ROUNDS):
+            copied.append(min(copies(nbytes, 2)))
+            pushes.append(push()["sync/seconds"])
+            gather = ray.get(learner.__ray_call__.remote(_gather))
+            found = ray.get(engine.take_parts.remote()) | {"gather": gather}
+            start = time.perf_counter()
+            for _ in learners.weight_buckets(bucket):
+                pass
+            found["to store"] = max(0.0, time.perf_counter() - start - gather)
+            for part, seconds in found.items():
+                parts.setdefault(part, []).append(seconds)
+    return {
+        "model": case.name,
+        "dtype": case.dtype,
+        "parameters": facts[0]["parameters"],
+        "bytes": nbytes,
+        "push_seconds": pushes,
+        "copy_seconds": copied,
+        "parts_seconds": {part: statistics.median(parts[part]) for part in PARTS},
+    }
+
+
+def ratios(found: dict[str, Any], constant: float) -> dict[str, float]:
+    """(2 x copy + constant) / push, round by round."""
+    return ratio([2 * c + constant for c in found["copy_seconds"]], found["push_seconds"])
+
+
+def compare(cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """All cases but the first with what they are compared with; the first is the constant."""
+    constant = statistics.median(cases[0]["push_seconds"])
+    for found in cases[1:]:
+        push, copy = (statistics.median(found[k]) for k in ("push_seconds", "copy_seconds"))
+        rates = {"gb_per_second": found["bytes"] / push / 1e9, "share_of_copy": copy / push}
+        yield found | {"constant_seconds": constant, "ratio": ratios(found, constant), **rates}
+
+
+def run() -> dict[str, Any]:
+    """All measurements, as what `--json` prints."""
+    from tatar_dist.cluster import Cluster
+
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        with Cluster(_config(CASES[0], directory)):  # one Ray for all
+            cases = [measure(case, directory) for case in CASES]
+    compared = list(compare(cases))
+    worst = min(compared, key=lambda found: found["ratio"]["median"])
+    constant = worst["constant_seconds"]
+    return result(
+        "sync",
+        f"2 copies in memory + {1000 * constant:.0f} ms, {worst['model']} {worst['dtype']}",
+        worst["ratio"],
+        TARGET,
+        "bytes: into the object store and out of it",
+        constant_seconds=constant,
+        constant_case=cases[0],
+        cases=compared,
+    )
+
+
+def print_table(found: dict[str, Any]) -> None:
+    """Bytes, seconds and rates of each model, then the parts of a push."""
+    console = Console()
+    table = Table(title="A weight push, one learner to one engine", title_justify="left")
+    for column in ("model", "dtype", "MB", "push, s", "copy, s", "ratio", "GB/s", "of a copy's"):
+        table.add_column(column, justify="right")
+    parts = Table(title="Parts of a push, s", title_justify="left")
+    for column in ("model", "dtype", *PARTS):
+        parts.add_column(column, justify="right")
+    for c in found["cases"]:
+        push, copy = (statistics.median(c[k]) for k in ("push_seconds", "copy_seconds"))
+        table.add_row(
+            c["model"], c["dtype"], f"{c['bytes'] / 1e6:.0f}", f"{push:.3f}", f"{copy:.3f}",
+            f"{c['ratio']['median']:.2f}", f"{c['gb_per_second']:.2f}", f"{c['share_of_copy']:.0%}",
+        )  # fmt: skip
+        parts.add_row(c["model"], c["dtype"], *(f"{c['parts_seconds'][p]:.3f}" for p in PARTS))
+    thin = found["constant_case"]
+    parts.add_row(thin["model"], thin["dtype"], *(f"{thin['parts_seconds'][p]:.3f}" for p in PARTS))
+    console.print(table)
+    console.print(parts)
+    console.print("Gathering the next bucket overlaps with loading the last. Finish: packing for the CPU, caches.")
+    console.print(f"Constant: {1000 * found['constant_seconds']:.0f} ms, a push of {thin['bytes'] / 1e6:.0f} MB.")
+    console.print(summary(found))

@@ -1,0 +1,75 @@
+"""The table over all benches, and what their commands refuse: one line, status 2."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tatar_dist.bench import reward
+from tatar_dist.bench.table import markdown, read
+from tatar_dist.cli import main
+from tatar_dist.errors import UserError
+
+RESULT = {
+    "name": "sync",
+    "baseline": "2 copies",
+    "ratio": {"min": 0.5, "median": 0.75, "max": 1.25},
+    "target": 1.0,
+    "met": False,
+    "limit": "bytes",
+    "versions": {},
+    "machine": {},
+}
+
+
+def test_a_row_a_bench_in_the_order_given():
+    lines = markdown([RESULT, RESULT | {"name": "data", "met": True, "target": 0.8}]).splitlines()
+    assert lines[0] == "| bench | baseline | ratio, median (min–max) | target | met | limit |"
+    assert lines[2] == "| sync | 2 copies | 0.75 (0.50–1.25) | 1 | no | bytes |"
+    assert lines[3] == "| data | 2 copies | 0.75 (0.50–1.25) | 0.8 | yes | bytes |"
+
+
+def test_the_command_prints_it(tmp_path, capsys):
+    file = tmp_path / "sync.json"
+    file.write_text(json.dumps(RESULT))
+    assert main(["bench", "table", str(file)]) == 0
+    assert capsys.readouterr().out == markdown([RESULT]) + "\n"
+
+
+def test_json_is_all_that_stands_on_standard_output(monkeypatch, capsys):
+    def run():
+        print("a library's warning")
+        return RESULT
+
+    monkeypatch.setattr(reward, "run", run)
+    assert main(["bench", "reward", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == RESULT and "warning" in said.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(None, "no such file"), ("", "cut short"), ("[1]", "not what"), ('{"name": "shapes"}', "not what")],
+)
+def test_what_is_no_result_of_a_bench_is_refused(text, said, tmp_path):
+    file = tmp_path / "x.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=rf"x\.json: {said}|x\.json: no JSON; was the bench {said}"):
+        read(file)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rewards"], "must be one of learner, rollout, sync, reward, data, scaling"),
+        (["table"], "give it files"),
+        (["reward", "seed=1"], "takes no 'seed=1'"),
+        (["reward", "--plot", "x.svg"], "only bench learner"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(words, said, capsys):
+    assert main(["bench", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
