@@ -58,8 +58,8 @@ class Ragged:
     def varlen(self, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
         """cu_seq_q, cu_seq_k (segments + 1,) int32 and the longest segments, as flash attention's varlen form wants.
 
-        The longest of queries is said to be 2 at least: for 1 the kernel takes a path of its own (decoding, with grouped
-        heads), which counts on a query in every segment.
+        The longest of queries is said to be 2 at least: for 1 the kernel takes a path of its own (decoding, with
+        grouped heads), which counts on a query in every segment.
         """
         if device not in self._on_device:
             bounds = [torch.tensor([0, *accumulate(x)], dtype=torch.int32) for x in (self.queries, self.keys)]
