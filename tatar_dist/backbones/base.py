@@ -92,7 +92,10 @@ class QwenVL:
             size, depth = vision["hidden_size"], vision["depth"]
             patches = vision.get("spatial_merge_size", 2) ** 2
             image = patches * depth * (4 * size**2 + 3 * size * vision["intermediate_size"])
-            return Costs(image / (text["num_hidden_layers"] * token), 2 * hidden / token)
+            full = len(vision.get("fullatt_block_indexes", range(depth)))
+            pairs = full * 2 * size * patches**2
+            layers = text["num_hidden_layers"]
+            return Costs(image / (layers * token), 2 * hidden / token, pairs / (layers * token))
         except (KeyError, TypeError, ZeroDivisionError):
             return Costs()
 

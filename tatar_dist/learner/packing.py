@@ -44,15 +44,18 @@ class Unit:
 class Costs:
     """What work costs beside a token through the language model's matrices, which costs 1.
 
-    vision: of an image, a token of the prompt; pair: of a query and a key that it sees, in attention.
+    pair: of a query and a key that it sees, in attention; vision, vision_pair: the same in the vision tower, a token
+    of the prompt and a pair of them, as if all of a prompt were its image.
     """
 
     vision: float = 0.4
     pair: float = 3e-5
+    vision_pair: float = 3e-5
 
     def of(self, unit: Unit) -> float:
         pairs = unit.prompt**2 / 2 + sum(n * (unit.prompt + n / 2) for n in unit.lengths)
-        return unit.tokens + self.vision * unit.prompt + self.pair * pairs
+        image = self.vision * unit.prompt + self.vision_pair * unit.prompt**2
+        return unit.tokens + self.pair * pairs + image
 
 
 def pack(units: Sequence[Unit], ranks: int, budget: int, costs: Costs = Costs()) -> list[MicroBatches]:  # noqa: B008

@@ -22,6 +22,7 @@ from tatar_dist.errors import UserError  # noqa: E402
 from tatar_dist.learner import per_row  # noqa: E402
 from tatar_dist.learner.batch import Collator  # noqa: E402
 from tatar_dist.learner.model import PolicyModel  # noqa: E402
+from tatar_dist.learner.packing import Unit  # noqa: E402
 from tatar_dist.learner.shared_prefix import Layout  # noqa: E402
 from tatar_dist.records import LearnerRow  # noqa: E402
 from tatar_dist.tiny.build import Sizes, build, make_config, make_processor, train_tokenizer  # noqa: E402
@@ -196,3 +197,23 @@ def test_a_qwen3_without_the_flag_that_the_engine_reads_is_refused(tmp_path):
     file.write_text(json.dumps(settings))
     with pytest.raises(UserError, match="mrope_interleaved=true, which Qwen3-VL needs"):
         family("qwen3_vl").check_directory(str(tmp_path))
+
+
+@pytest.mark.parametrize("tokens", [16, 128, 1024])
+def test_a_units_cost_is_as_its_flops(tokens, tmp_path):
+    """Beside bench/counts.py, which leaves nothing out: attention in the vision tower, its merger, the head."""
+    from transformers import Qwen2_5_VLConfig
+
+    from tatar_dist.bench.counts import Work, flops
+    from tatar_dist.bench.subject import SIZES as REAL
+
+    config = load_config([], ["output=unused", f"model.path={build(tmp_path, corpus=CORPUS, sizes=REAL)}"])
+    costs, sizes = family("qwen2_5_vl")(config.model).costs(), Qwen2_5_VLConfig.from_pretrained(tmp_path)
+    mine, counted = (
+        [of(n) for n in (64, tokens)]
+        for of in (
+            lambda n: costs.of(Unit(tuple(range(8)), 1050, (n,) * 8)),
+            lambda n: flops(sizes, Work(tokens=n, vocab=1), 1050, packed=True),
+        )
+    )
+    assert mine[1] / mine[0] == pytest.approx(counted[1] / counted[0], rel=0.1)

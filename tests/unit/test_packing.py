@@ -57,7 +57,7 @@ def test_groups_that_come_out_even_stay_whole():
 
 def test_a_remainder_is_parted_where_that_saves_time():
     """Three groups on two ranks: 1.5 groups and one more prompt each, not 2 and 1."""
-    costs = Costs(vision=0, pair=0)
+    costs = Costs(vision=0, pair=0, vision_pair=0)
     busy = loads(pack(units_of([(1000, [200] * 8)] * 3), 2, 10**6, costs), costs)
     assert busy == [2600 + 1800] * 2
 
@@ -76,7 +76,7 @@ def test_one_rank_fills_micro_batches_to_the_budget():
 def test_attention_counts():
     """Twice the tokens in one row cost more than in two rows, by the pairs they make."""
     long, short = Unit((0,), 20_000, (10,)), Unit((0,), 10_000, (10,))
-    assert Costs().of(long) > 2 * Costs().of(short) > 2 * Costs(pair=0).of(short)
-    pairs = Costs(vision=0, pair=1).of(Unit((0, 1), 100, (10, 4))) - 114
+    assert Costs().of(long) > 2 * Costs().of(short) > 2 * Costs(0.4, 0, 0).of(short)
+    pairs = Costs(vision=0, pair=1, vision_pair=0).of(Unit((0, 1), 100, (10, 4))) - 114
     dense = 100 * 100 / 2 + sum(np.sum(100 + np.arange(n) + 0.5) for n in (10, 4))
     assert pairs == dense
