@@ -26,6 +26,7 @@ PICTURES, TEXTS = (
 )
 ASKING = ("test_rationale_resume.py", "test_rationale_journal.py", "test_rationale_endpoint.py")
 PACKED, CUDA, HEAD, BATCH = ("test_shared_prefix.py",), ("test_ragged_cuda.py",), ("test_head.py",), ("test_batch.py",)
+PACKING, BATCHES = ("test_packing.py",), ("test_batches.py",)
 ADVANTAGES, LOSSES = ("test_advantages.py", "test_rewards.py"), ("test_losses.py",)
 
 # name: (file below tatar_dist, text, what it becomes, tests)
@@ -113,7 +114,14 @@ MUTATIONS = {
     "head: forbidden ids allowed": ("learner/head.py", 'logits.index_fill_(-1, forbidden, float("-inf"))', "logits", HEAD),
     "batch: completions one position late": ("learner/batch.py", "start = before.max() + 1 ", "start = before.max() + 2 ", BATCH),
     "batch: not the prompt's last token": ("learner/batch.py", "ends.append(at - 1)", "ends.append(at - 2)", BATCH),
-    "batch: mask without the end of turn": ("learner/batch.py", "mask[r, : len(row.completion_ids)] = True", "mask[r, : len(row.completion_ids) - 1] = True", BATCH),
+    "batch: mask without the end of turn": ("learner/batch.py", "mask[r, : len(row.completion_ids)] = not", "mask[r, : len(row.completion_ids) - 1] = not", BATCH),
+    "batch: fillers count": ("learner/batch.py", "= not row.filler", "= True", BATCH),
+    "packing: budget forgotten": ("learner/packing.py", "if _tokens(b) + unit.tokens <= budget", "if True", PACKING),
+    "packing: ranks not relieved": ("learner/packing.py", "ranks > 1 and _relieve", "ranks > 9 and _relieve", PACKING),
+    "packing: a prompt is free": ("learner/packing.py", "return self.prompt + sum", "return sum", PACKING),
+    "batches: one step staler": ("batches.py", "n = step + 1 + len(self._queue)", "n = step + 2 + len(self._queue)", BATCHES),
+    "batches: what is ahead is not kept": ("batches.py", "_packed(g) for g in groups}", "_packed(g) for g in groups[:0]}", BATCHES),
+    "batches: sampler not rewound": ("batches.py", "            self.sampler.load_state_dict(before)\n", "", BATCHES),
     "batch: empty completions accepted": ("learner/batch.py", "if not row.completion_ids:", "if False:", BATCH),
 }  # fmt: skip
 
