@@ -33,8 +33,6 @@ def run() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model = Path(subject.make(directory).model.path)
-        for i in range(step.PROMPTS):
-            subject.file(i, directory).write_bytes(subject.image(i))
         words = ["cluster.pin_cores=true", f"grpo.max_steps={STEPS}", "grpo.logprob_gap_limit=10"]
         for _ in range(ROUNDS):
             for lag, found in sides.items():

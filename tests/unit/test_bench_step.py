@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tatar_dist.bench import step
@@ -10,21 +12,36 @@ from tatar_dist.errors import RunError, UserError
 
 
 def test_the_first_step_of_the_peer_is_left_out_and_so_is_what_else_it_prints():
-    lines = ["Loading", '{"seconds": 9.0, "tokens": 64, "trl": "1"}', '{"loss": 0}']
-    lines += ['{"seconds": 4.0, "tokens": 63, "trl": "1"}', '{"seconds": 5.0, "tokens": 62, "trl": "1"}']
-    assert step.read_steps("\n".join(lines)) == {"seconds": [4.0, 5.0], "tokens": [63, 62], "trl": ["1", "1"]}
+    one = {"tokens": 64, "prompt": 1050.0, "trl": "1"}
+    lines = ["Loading", *(json.dumps({"seconds": s, **one}) for s in (9.0, 4.0)), '{"loss": 0}']
+    assert step.read_steps("\n".join(lines)) == {"seconds": [4.0], "tokens": [64], "prompt": [1050.0], "trl": ["1"]}
+    assert step.read_steps(lines[1], steps=1)["seconds"] == [9.0]
 
 
-def test_a_peer_without_a_counted_step_is_refused():
-    with pytest.raises(RunError, match="TRL printed 1 steps"):
+def test_a_peer_without_all_its_steps_is_refused():
+    with pytest.raises(RunError, match="TRL printed 1 steps, 2 were asked for"):
         step.read_steps('{"seconds": 9.0, "tokens": 64}\n')
 
 
 def test_sides_that_did_not_do_the_same_work_are_not_compared():
-    peer, mine = {"seconds": [8.0, 9.0], "tokens": [64.0]}, {"seconds": [2.0, 3.0], "tokens": [63.0]}
+    peer = {"seconds": [8.0, 9.0], "tokens": [64.0], "prompt": [1050.0]}
+    mine = {"seconds": [2.0, 3.0], "tokens": [63.0], "prompt": [1060]}
     assert step.compare(peer, mine) == {"min": 3.0, "median": 3.5, "max": 4.0}
-    with pytest.raises(RunError, match=r"not the same work: TRL made 64.0 tokens a completion, the pipeline 40.0"):
+    with pytest.raises(RunError, match=r"not the same work: TRL had 64.0 tokens a completion, the pipeline 40.0"):
         step.compare(peer, {**mine, "tokens": [40.0]})
+    with pytest.raises(RunError, match=r"not the same work: TRL had 1050.0 tokens a prompt, the pipeline 34.0"):
+        step.compare(peer, {**mine, "prompt": [34]})
+
+
+def test_the_fastest_variant_that_runs_is_the_tuned_one(monkeypatch, tmp_path):
+    def theirs(model, directory, variant, steps):
+        if variant == "static cache":
+            raise RunError("TRL ended with 1: Traceback\nValueError: no such cache")
+        return {"seconds": [{"kept activations": 5.0}.get(variant, 4.0)]}
+
+    monkeypatch.setattr(step, "theirs", theirs)
+    best, tried = step.tune(tmp_path, tmp_path)
+    assert best == "a group a forward" and tried["static cache"] == "ValueError: no such cache"
 
 
 def test_without_its_environment_one_line_says_what_to_run(tmp_path, monkeypatch):
