@@ -23,9 +23,10 @@ from tatar_dist.bench import subject
 from tatar_dist.bench.result import in_turns, ratio, result, summary
 from tatar_dist.errors import UserError
 
-GROUPS, GROUP, TOKENS, PIXELS = 2, 4, 48, 448  # of an update
-PROMPTS, MADE = 4, 48  # of a generation: GROUP completions of MADE tokens each
-ROUNDS, TARGET, IDEAL = 4, 1.6, 2
+PIXELS = 448  # 256 image tokens
+GROUPS, GROUP, TOKENS = 2, 8, 64  # an update: groups, completions of each, their tokens
+PROMPTS, SAMPLES, MADE = 4, 4, 48  # a generation
+ROUNDS, TARGET, IDEAL = 3, 1.6, 2
 
 
 def two_cores() -> tuple[int, int]:
@@ -57,7 +58,7 @@ def _everywhere(actors: list[Any], call: Callable[..., None], *each: list[Any]) 
 def _config(directory: Path, processes: int) -> Any:
     words = [
         "cluster.gpus_per_node=0", "cluster.threads=1", f"cluster.learners={processes}", f"rollout.engines={processes}",
-        "cluster.learner_cpus=0.5", "cluster.engine_cpus=0.5", f"rollout.max_num_seqs={PROMPTS * GROUP}",
+        "cluster.learner_cpus=0.5", "cluster.engine_cpus=0.5", f"rollout.max_num_seqs={PROMPTS * SAMPLES}",
         "rollout.max_model_len=512", f"grpo.prompts_per_step={GROUPS}", f"grpo.group_size={GROUP}",
         "data.iqa_fraction=1", "grpo.kl_beta=0", "grpo.logprob_gap_limit=1000",
         "model.gradient_checkpointing=false", "watch.prometheus=false",
@@ -98,7 +99,7 @@ class Rig:
         from tatar_dist.rollout.engine import Sampling
 
         _everywhere(self._engines, _forget)
-        groups = self.pool.generate(self._prompts, Sampling(GROUP, 1.0, MADE))
+        groups = self.pool.generate(self._prompts, Sampling(SAMPLES, 1.0, MADE))
         return sum(len(c.token_ids) for g in groups for c in g.completions)
 
 

@@ -1,6 +1,6 @@
 """`tatar-dist bench sync`: a weight push, learner to engine, beside copying the same bytes in memory.
 
-In: nothing. Out: for a random model of 14 million parameters and one of 130 million, in float32 and bfloat16, how long
+In: nothing. Out: for a random model of 14 million parameters and one of 140 million, in float32 and bfloat16, how long
 a push takes (Ray's object store, one ZeRO-3 learner, one vLLM engine, this machine), as (2 x copy + constant) / push.
 Copy: one thread, torch's copy_ into memory that is there already. Constant: a push of as many tensors with nearly no
 bytes, of a model as deep and very thin: calls, Ray, and vLLM's work for every tensor and layer of a reload. Then where
@@ -50,7 +50,7 @@ CASES = (
     Case("thin", THIN),
     *(
         Case(name, s, dtype)
-        for name, s in (("14M", subject.SIZES), ("130M", LARGE))
+        for name, s in (("14M", subject.SIZES), ("140M", LARGE))
         for dtype in ("float32", "bfloat16")
     ),
 )
@@ -216,6 +216,8 @@ def print_table(found: dict[str, Any]) -> None:
     parts.add_row(thin["model"], thin["dtype"], *(f"{thin['parts_seconds'][p]:.3f}" for p in PARTS))
     console.print(table)
     console.print(parts)
-    console.print("Gathering the next bucket overlaps with loading the last. Finish: packing for the CPU, caches.")
+    console.print(
+        "Load: vLLM's work for each tensor, a copy, packing for the CPU. Gathering the next bucket overlaps it."
+    )
     console.print(f"Constant: {1000 * found['constant_seconds']:.0f} ms, a push of {thin['bytes'] / 1e6:.0f} MB.")
     console.print(summary(found))
