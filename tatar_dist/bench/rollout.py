@@ -163,7 +163,8 @@ def limit(counted: dict[str, float], rate: float, seconds: dict[str, list[float]
     """What FLOPs allow. `rate`: what a matrix product reaches; `seconds`: of the rounds, by side.
 
     `equal_speed`: the ratio at the same FLOPs a second on both sides. `ratio`: an engine that works at `rate` all the
-    time beside the baseline as it is; no setting of the engine can pass it. `least_seconds`: of such an engine's round.
+    time beside the baseline as it is; it holds only where nothing else ran on the machine.
+    `least_seconds`: of such an engine's round.
     """
     least = counted["engine"] / rate
     return {
