@@ -1,14 +1,18 @@
 """`tatar-dist bench rollout`: grouped completions by our vLLM engine beside Hugging Face's `generate`.
 
-In: nothing. Out: the ratio of completion tokens a second for 4 images of 1,024 image tokens x 8 completions x 64
-tokens, random 14M model, sampled, float32. Each side is a process that has loaded its model and waits; they work in
-turns, on the CPU, with all cores. `generate` repeats a prompt in every row, as peers that roll out with it do; the
-engine keeps it in its cache. Images are scaled before the rounds that count.
+In: nothing. Out: completion tokens a second for 4 images of 1,024 image tokens x 8 completions x 64 tokens, random 14M
+model, sampled, float32, and their ratio. Each side is a process that has loaded its model and waits; they work in
+turns, on the CPU, with all cores. Every round has other images, decoded and scaled within it.
+
+What each side computes of a group: `generate` (num_return_sequences) encodes its image once and runs the prompt through
+the language model in every row; `rows` repeats the image, too, as trainers that sample rows independently do (TRL);
+the engine does both once. Target and verdict are about `generate`, the stronger of the two.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -16,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +28,34 @@ from rich.console import Console
 from rich.table import Table
 
 from tatar_dist.bench import subject
+from tatar_dist.bench.learner import Work, flops
 from tatar_dist.bench.result import ratio, result, summary
-from tatar_dist.cluster import CPU_ENGINE_ENV
+from tatar_dist.cluster import COMMON_ENV, CPU_ENGINE_ENV
 from tatar_dist.config import RolloutConfig
 from tatar_dist.errors import RunError
 
-PROMPTS, GROUP, TOKENS, ROUNDS, TARGET = 4, 8, 64, 3, 5.0
-SIDES = ("generate", "engine")
+WORK, ROUNDS, TARGET = Work(groups=4, size=8, tokens=64), 3, 5.0
+SIDES = {"generate": "transformers' generate", "rows": "generate, images repeated", "engine": "vLLM engine"}
+PRODUCT = 2048  # rows and columns of the matrices whose product says what the machine can do
 
 
-def _config(directory: Path) -> Any:
-    return subject.make(
-        directory,
-        words=[f"rollout.max_num_seqs={PROMPTS * GROUP}", "rollout.max_model_len=1536", "cluster.gpus_per_node=0"],
-    )
+def _config(directory: Path, work: Work = WORK) -> Any:
+    words = [f"rollout.max_num_seqs={work.groups * work.size}", "rollout.max_model_len=1536", "cluster.gpus_per_node=0"]
+    return subject.make(directory, work.pixels, words=words)
 
 
-def generate(directory: Path) -> Callable[[int], int]:
+def _files(directory: Path, round_: int, work: Work) -> list[Path]:
+    """Where the images of a round are."""
+    return [subject.file(round_ * work.groups + i, directory) for i in range(work.groups)]
+
+
+def write_images(directory: Path, rounds: int, work: Work = WORK) -> None:
+    """Other images for every round."""
+    for i in range(rounds * work.groups):
+        subject.file(i, directory).write_bytes(subject.image(i, work.pixels))
+
+
+def generate(directory: Path, work: Work = WORK, repeat: bool = False) -> Callable[[int], int]:
     """Rounds of transformers' generate; each returns how many completion tokens it made."""
     import torch
     from PIL import Image
@@ -47,44 +63,118 @@ def generate(directory: Path) -> Callable[[int], int]:
 
     from tatar_dist.backbones import family
 
-    config = _config(directory)
+    config = _config(directory, work)
     backbone = family(config.model.family)(config.model)
     model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model.path, dtype=torch.float32).eval()
     text = subject.prompt_text(backbone)
-    pixels = [Image.open(subject.file(i, directory)).convert("RGB") for i in range(PROMPTS)]
-    inputs = backbone.processor(text=[text] * PROMPTS, images=pixels, return_tensors="pt")
+    rows, returned = (work.size, 1) if repeat else (1, work.size)
 
     def round_(seed: int) -> int:
         torch.manual_seed(seed)
-        made = model.generate(
-            **inputs, num_return_sequences=GROUP, do_sample=True, top_k=0, min_new_tokens=TOKENS, max_new_tokens=TOKENS
-        )
+        images = [Image.open(f).convert("RGB") for f in _files(directory, seed, work) for _ in range(rows)]
+        inputs = backbone.processor(text=[text] * len(images), images=images, return_tensors="pt")
+        length = {"min_new_tokens": work.tokens, "max_new_tokens": work.tokens}
+        made = model.generate(**inputs, num_return_sequences=returned, do_sample=True, top_k=0, **length)
         return (made.shape[1] - inputs["input_ids"].shape[1]) * made.shape[0]
 
     return round_
 
 
-def engine(directory: Path) -> Callable[[int], int]:
+def rows(directory: Path, work: Work = WORK) -> Callable[[int], int]:
+    """The same with the image of a prompt repeated in every row."""
+    return generate(directory, work, repeat=True)
+
+
+def engine(directory: Path, work: Work = WORK) -> Callable[[int], int]:
     """The same by `RolloutEngine`."""
+    from tatar_dist.backbones import family
     from tatar_dist.records import Prompt, Sample
     from tatar_dist.rollout.engine import RolloutEngine, Sampling
 
-    config = _config(directory)
+    config = _config(directory, work)
     config.output = ""
     made = RolloutEngine(config, 0)
     made.setup(len(os.sched_getaffinity(0)), 0)
-    from tatar_dist.backbones import family
-
     text = subject.prompt_text(family(config.model.family)(config.model))
-    samples = [Sample(str(i), "bench", "iqa", subject.file(i, directory).read_bytes(), 50.0) for i in range(PROMPTS)]
-    prompts = [Prompt(s, text, s.sample_id) for s in samples]
 
     def round_(seed: int) -> int:
         made._reset_caches()  # as after a weight push
-        groups = made.generate(prompts, Sampling(GROUP, 1.0, TOKENS, seed=seed, step=seed), 0)
+        samples = [Sample(f.stem, "bench", "iqa", f.read_bytes(), 50.0) for f in _files(directory, seed, work)]
+        prompts = [Prompt(s, text, s.sample_id) for s in samples]
+        groups = made.generate(prompts, Sampling(work.size, 1.0, work.tokens, seed=seed, step=seed), 0)
         return sum(len(c.token_ids) for g in groups for c in g.completions)
 
     return round_
+
+
+def _layers(config: Any, work: Work, prompt: int, packed: bool) -> float:
+    """FLOPs of all layers in one forward: what checkpointing adds to an update."""
+    on, off = (flops(config, replace(work, checkpointing=c), prompt, packed) for c in (True, False))
+    return on - off
+
+
+def round_flops(config: Any, prompt: int, work: Work = WORK) -> dict[str, float]:
+    """FLOPs of a round by side. `config`: a Qwen2_5_VLConfig; `prompt`: tokens of a prompt.
+
+    All tokens of a completion come from logits; all but the last go through the layers.
+    """
+    v, t = config.vision_config, config.text_config
+    blind = copy.deepcopy(config)
+    blind.text_config.num_hidden_layers = 0
+    tower = _layers(blind, replace(work, groups=1, size=1), prompt, True)
+    patch = 2 * v.in_channels * v.temporal_patch_size * v.patch_size**2 * v.hidden_size
+    image = tower + (work.pixels // v.patch_size) ** 2 * patch
+    count = work.groups * work.size
+    head = count * work.tokens * 2 * t.hidden_size * t.vocab_size
+    shared = _layers(config, work, prompt, True) - work.groups * tower + head
+    repeated = _layers(config, replace(work, tokens=work.tokens - 1), prompt, False) - count * tower + head
+    return {
+        "generate": work.groups * image + repeated,
+        "rows": count * image + repeated,
+        "engine": work.groups * image + shared,
+    }
+
+
+def _shape(directory: Path) -> tuple[Any, int]:
+    """The model's configuration and the tokens of a prompt."""
+    from transformers import AutoConfig
+
+    from tatar_dist.backbones import family
+
+    config = _config(directory)
+    backbone = family(config.model.family)(config.model)
+    shape: Any = AutoConfig.from_pretrained(config.model.path)
+    merged = (WORK.pixels // shape.vision_config.patch_size // shape.vision_config.spatial_merge_size) ** 2
+    ids = backbone.tokenizer(subject.prompt_text(backbone))["input_ids"]
+    return shape, len(ids) - 1 + merged  # one placeholder becomes the image
+
+
+def product_rate() -> float:
+    """FLOPs a second of a product of float32 matrices on all cores."""
+    import torch
+
+    a, b = torch.rand(2, PRODUCT, PRODUCT)
+    start = time.perf_counter()
+    a @ b
+    return 2 * PRODUCT**3 / (time.perf_counter() - start)
+
+
+def limit(counted: dict[str, float], rate: float, seconds: dict[str, list[float]]) -> dict[str, float]:
+    """What FLOPs allow. `rate`: what a matrix product reaches; `seconds`: of the rounds, by side.
+
+    `equal_speed`: the ratio at the same FLOPs a second on both sides. `ratio`: an engine that works at `rate` all the
+    time beside the baseline as it is; it holds only where nothing else ran on the machine.
+    `least_seconds`: of such an engine's round.
+    """
+    least = counted["engine"] / rate
+    return {
+        "equal_speed": counted["generate"] / counted["engine"],
+        "equal_speed_rows": counted["rows"] / counted["engine"],
+        "gflops_per_second": rate / 1e9,
+        "least_seconds": least,
+        "seconds": min(seconds["engine"]),
+        "ratio": min(seconds["generate"]) / least,
+    }
 
 
 class Side:
@@ -94,8 +184,11 @@ class Side:
         self.name = name
         self.log = (directory / f"{name}.log").open("w")
         words = [sys.executable, "-m", "tatar_dist.bench.rollout", name, str(directory)]
-        space = {"VLLM_CPU_KVCACHE_SPACE": str(RolloutConfig().cpu_kv_cache_gib)}
-        env = {**os.environ, **CPU_ENGINE_ENV, **space}  # as engines have it in a run (cluster.py)
+        own = {
+            "VLLM_CPU_KVCACHE_SPACE": str(RolloutConfig().cpu_kv_cache_gib),
+            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+        }
+        env = {**os.environ, **COMMON_ENV, **CPU_ENGINE_ENV, **own}  # as engines have it in a run (cluster.py)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process: Any = subprocess.Popen(words, text=True, env=env, **pipes)
 
@@ -119,11 +212,12 @@ class Side:
 def run() -> dict[str, Any]:
     """All measurements, as what `--json` prints."""
     rates: dict[str, list[float]] = {name: [] for name in SIDES}
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    products: list[float] = []
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         directory = Path(name)
-        _config(directory)
-        for i in range(PROMPTS):
-            subject.file(i, directory).write_bytes(subject.image(i))
+        counted = round_flops(*_shape(directory))
+        write_images(directory, ROUNDS + 1)
         sides = {name: Side(name, directory) for name in SIDES}
         for side in sides.values():
             stack.callback(side.close)
@@ -132,33 +226,48 @@ def run() -> dict[str, Any]:
                 found = side.round(round_)
                 if round_:
                     rates[name].append(found["tokens"] / found["seconds"])
+                    seconds[name].append(found["seconds"])
+            products += [product_rate() for _ in range(3)]
+    bound = limit(counted, max(products), seconds)
     return result(
         "rollout",
         "transformers' generate",
         ratio(rates["engine"], rates["generate"]),
         TARGET,
-        "none counted",
+        f"{bound['ratio']:.2f} times, a round of {bound['least_seconds']:.1f} s at the "
+        f"{bound['gflops_per_second']:.0f} GFLOP/s of a matrix product (ours: {bound['seconds']:.1f} s); "
+        f"{bound['equal_speed']:.2f} times by FLOPs counted",
         tokens_per_second=rates,
+        seconds=seconds,
+        gflops={name: count / 1e9 for name, count in counted.items()},
+        bound=bound,
+        ratio_rows=ratio(rates["engine"], rates["rows"]),
     )
 
 
 def print_table(found: dict[str, Any]) -> None:
-    """Tokens a second of both."""
-    table = Table(title=f"{PROMPTS} images x {GROUP} completions x {TOKENS} tokens", title_justify="left")
-    for name in ("", "tokens/s, by round"):
+    """Tokens a second of all sides, and what they compute."""
+    title = f"{WORK.groups} images x {WORK.size} completions x {WORK.tokens} tokens"
+    table = Table(title=title, title_justify="left")
+    for name in ("", "tokens/s, by round", "GFLOP a round", "GFLOP/s"):
         table.add_column(name)
     for name, rates in found["tokens_per_second"].items():
-        table.add_row(
-            {"generate": "transformers' generate", "engine": "vLLM engine"}[name], ", ".join(f"{r:.0f}" for r in rates)
-        )
+        count = found["gflops"][name]
+        speed = count / min(found["seconds"][name])
+        table.add_row(SIDES[name], ", ".join(f"{r:.0f}" for r in rates), f"{count:.0f}", f"{speed:.0f}")
     console = Console()
     console.print(table)
     console.print(summary(found))
+    rows_ = found["ratio_rows"]["median"]
+    console.print(
+        f"Beside generate with the image repeated in every row: {rows_:.2f} times "
+        f"({found['bound']['equal_speed_rows']:.2f} by FLOPs counted)"
+    )
 
 
 def _main() -> None:
     """One side: a round for every line on standard input."""
-    make = {"generate": generate, "engine": engine}[sys.argv[1]]
+    make = {"generate": generate, "rows": rows, "engine": engine}[sys.argv[1]]
     work = make(Path(sys.argv[2]))
     for line in sys.stdin:
         start = time.perf_counter()
