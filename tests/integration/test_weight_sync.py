@@ -55,7 +55,7 @@ class Rig:
         ]  # fmt: skip
         self.step += 1
         half = len(rows) // 2
-        return self.learners.grpo_step([rows[:half], rows[half:]], 0).metrics
+        return self.learners.grpo_step([[rows[:half]], [rows[half:]]], 0).metrics
 
     def weights(self):
         found = {}
