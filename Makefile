@@ -53,7 +53,7 @@ nightly: setup
 	@.venv/bin/python tests/mutations.py
 	@FUZZ_EXAMPLES=100000 .venv/bin/python -m pytest --timeout 3600 $$(grep -l FUZZ_EXAMPLES tests/unit/test_*.py)
 	@.venv/bin/python tests/cluster/chaos.py --minutes 30 --seed 30 --output runs/chaos
-	@bad=0; for name in images rationale simulate; do $(RUN) bench $$name || bad=1; done; exit $$bad
+	@bad=0; for name in overlap images rationale simulate staleness; do $(RUN) bench $$name || bad=1; done; exit $$bad
 	@$(MAKE) bench bench-trl
 
 bench: setup
