@@ -1,7 +1,7 @@
 """The packed forward on one CUDA GPU, with torch and transformers alone: `python -m pytest tests/gpu_learner`.
 
-What it must equal is the packed forward on the CPU, which tests/unit compares with padded rows. Never run on a GPU: none
-was at hand; on the CPU only the test itself was tried. Without a GPU it fails, it does not skip.
+What it must equal is the packed forward on the CPU, which tests/unit compares with padded rows. Never run on a GPU:
+none was at hand; on the CPU only the test itself was tried. Without a GPU it fails, it does not skip.
 """
 
 from __future__ import annotations
