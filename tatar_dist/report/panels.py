@@ -140,6 +140,8 @@ def _step_time(training: Training) -> Panel | None:
         parts.append((other, "t5"))
         legend.append(("other", "t5", f"{other.mean():.1f} s"))
     caption = f"Seconds of each {training.kind.upper()} step; {total.mean():.1f} s on average."
+    if known.mean() > 1.02 * total.mean():
+        caption += " The parts add up to more: engines sampled ahead while the learners worked."
     return Panel("Step time", caption, [stacked_bars(step, parts, "Seconds per step by part")], legend)
 
 

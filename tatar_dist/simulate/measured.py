@@ -132,7 +132,10 @@ def _observed(path: Path, setup: Setup, metrics: dict[str, Any]) -> Observed:
             f"{file}: holds {len(names)} groups, config.yaml says {setup.prompts} of {setup.group_size} completions"
         )
     seconds = {part: float(metrics[f"time/{part}"]) for part in PARTS}
-    seconds["other"] = max(0.0, float(metrics["time/step"]) - sum(seconds.values()))
+    known = sum(seconds.values())
+    if setup.staleness:  # engines and learners worked side by side
+        known -= min(seconds["generate"] + seconds["reward"], seconds["learn"])
+    seconds["other"] = max(0.0, float(metrics["time/step"]) - known)
     gb = float(metrics.get("sync/bytes") or 0.0) / setup.engines / 1e9
     return Observed(setup, np.array([groups[g] for g in names]), tuple(task_of[g] for g in names), seconds, gb)
 

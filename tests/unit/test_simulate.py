@@ -458,3 +458,13 @@ def test_a_model_directory_without_sense_is_one_line(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match="config.json: not a model's"):
             costs_from(grpo(f"model.path={tmp_path}"), [], None)
+
+
+def test_what_worked_side_by_side_is_not_missing_from_the_rest(tmp_path):
+    """Else `other` would be 0: with staleness the parts add up to more than the step."""
+    costs = replace(COSTS, cores=2, other=OtherCosts(per_step=0.5))
+    write_run(tmp_path / "run", costs, "grpo.staleness=1")
+    found = read_run(tmp_path / "run").steps
+    assert [s.seconds["other"] for s in found] == pytest.approx([0.5] * len(found))
+    step = simulate_step(costs, found[0].setup, found[0].lengths)
+    assert step.generate + step.reward + step.learn + step.sync > step.step
