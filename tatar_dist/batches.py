@@ -5,7 +5,8 @@ weights of step n - k (those the run starts with, for the first k), while the le
 a run can be repeated. Prompts of the next batch are always drawn ahead, images read and checked.
 
 What is ahead belongs to a checkpoint: `state` holds the sampler's position before it, and its completions. After a
-resume the same prompts are drawn, and completions that are remembered are scored again instead of sampled again.
+resume the same prompts are drawn, and completions that are remembered are scored again instead of sampled again. A
+batch that was cut short (a signal, the last engine's death) is sampled later, from fresher weights.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.state import total_resources_per_node
+from ray._private.state import available_resources_per_node, total_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -218,7 +218,7 @@ class Cluster:
         limit = c.node_wait_s if again else c.start_timeout_s
         placed = count if self._place(count, limit, check) else None
         if placed is None and again and c.elastic:
-            placed = next((n for n in range(count - 1, 0, -1) if self._place(n, FEWER_WAIT_S, check)), None)
+            placed = next((n for n in range(self._room(count - 1), 0, -1) if self._place(n, FEWER_WAIT_S, check)), None)
         if placed is None:
             raise RunError(
                 f"{count} learners found no place within {limit:g} s: they "
@@ -263,6 +263,12 @@ class Cluster:
         c = self.config.cluster
         cpus = c.learner_cpus + (c.engine_cpus if self.colocated else 0)
         return {"CPU": cpus, **({"GPU": 1.0} if self.gpu else {})}
+
+    def _room(self, most: int) -> int:
+        """How many learners, up to `most`, the free resources of the nodes would hold; 1 at least."""
+        need = self._bundle()
+        rooms = [min(_fit(n, r, a) for r, a in need.items()) for n in available_resources_per_node().values()]
+        return max(1, min(most, sum(rooms)))
 
     def _learner_gpus(self) -> float:
         return 0.5 if self.gpu and self.colocated else float(self.gpu)

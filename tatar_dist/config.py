@@ -54,7 +54,7 @@ class ClusterConfig:
     engine_cpus: float = 1.0
     threads: int | None = None  # CPU threads to share out; null = this machine's cores
     pin_cores: bool = False  # CPU, one machine: engines on the first half of the cores, learners on the other
-    object_store_mib: int = 512  # used only when Ray is started here
+    object_store_mib: int = 1024  # used only when Ray is started here
     start_timeout_s: float = 600.0
     placement: str = "disaggregated"  # disaggregated | colocated: engines share the learners' GPUs and sleep meanwhile
     learner_placement: str = "pack"  # pack: fill one node after the other | spread: one node each, as far as there are

@@ -136,6 +136,8 @@ def check(c: Config) -> None:
             f"grpo.staleness={c.grpo.staleness}: engines on the learners' GPUs sleep while those work, "
             "cluster.placement=colocated has nothing to gain: use disaggregated"
         )
+    if c.cluster.pin_cores and (c.cluster.gpus_per_node or c.cluster.nodes > 1):
+        raise UserError("cluster.pin_cores=true is for one machine without GPUs: cluster.nodes=1 and gpus_per_node=0")
     if not 0.0 <= c.data.iqa_fraction <= 1.0:
         raise UserError(f"data.iqa_fraction={c.data.iqa_fraction}: must lie in [0, 1]")
     if c.rollout.temperature <= 0:

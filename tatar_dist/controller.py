@@ -8,7 +8,7 @@ the batch of k steps later (batches.py). Start, checkpoints and faults: training
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -32,7 +32,7 @@ from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.pool import EngineFailed
 from tatar_dist.run_directory import RunDirectory
 from tatar_dist.sync.transports import gpu_push
-from tatar_dist.sync.verify import PROMPTS, verify
+from tatar_dist.sync.verify import verify
 from tatar_dist.training import Steps, Training
 
 
@@ -92,7 +92,12 @@ class GRPOSteps(Steps):
             self._push(step)
         if check:
             state = self.sampler.state_dict()
-            verify(self.pool, self.learners, self.source.batch(self.sampler, PROMPTS, step), self.config)
+            verify(
+                self.pool,
+                self.learners,
+                self.source.batch(self.sampler, self.config.grpo.prompts_per_step, step),
+                self.config,
+            )
             self.sampler.load_state_dict(state)
 
     def pause(self) -> None:
@@ -111,7 +116,7 @@ class GRPOSteps(Steps):
     def step(self, step: int, last: bool) -> dict[str, float]:
         """One optimiser step; returns its metrics by their contract names."""
         g, r = self.config.grpo, self.config.rollout
-        start = time.perf_counter()
+        start, self._spent = time.perf_counter(), dict.fromkeys(("generate", "reward"), 0.0)
         with self._may_stop():
             batch = self.batches.take(step)
         scored = batch.scored
@@ -129,7 +134,7 @@ class GRPOSteps(Steps):
         end = time.perf_counter()
         metrics = {**batch.metrics, **_completion_metrics(scored), **report.metrics, **sync}
         metrics["policy/staleness"] = sum(step - s.group.weight_version for s in scored) / len(scored)
-        metrics |= _times(batch, scored, report.seconds, end - t0, end - start)
+        metrics |= _times(self._spent | {"learn": report.seconds, "sync": end - t0, "step": end - start}, scored)
         if self.held_out and ((step + 1) % g.eval_every == 0 or last):
             self.directory.begin("evaluate", step)
             with suppress(StopAsked), self._may_stop():  # the step itself counts
@@ -146,13 +151,20 @@ class GRPOSteps(Steps):
             return known + (self.pool.generate(new, sampling) if new else [])
 
         begin = (lambda phase: None) if self.pool.held else (lambda phase: self.directory.begin(phase, step))
-        return collect(self.config.grpo, batch.prompts, step, generate, self.scorer, self.source, self.sampler, begin)
+        g, source = self.config.grpo, self.source
+        found = collect(g, batch.prompts, step, generate, self.scorer, source, self.sampler, begin)
+        self._spent["generate"] += found.generate_seconds  # in this step, for whichever batch
+        self._spent["reward"] += found.reward_seconds
+        return found
 
     def _work_ahead(self, step: int, learning: Learning) -> None:
-        """While the learners work on `step`. What goes wrong here and lasts is met again with the step behind us."""
+        """While the learners work on `step`. What goes wrong here and lasts is met again with the step behind us.
+
+        After a signal the batch is still worth having, as long as the learners are at work anyway.
+        """
         self.pool.held = True
         try:
-            with self._may_stop(learning.check):
+            with self._may_stop(learning):
                 self.batches.work_ahead(step)
         except (StopAsked, UserError, EngineFailed, ScorerFailed):
             pass
@@ -160,13 +172,14 @@ class GRPOSteps(Steps):
             self.pool.held = False
 
     @contextmanager
-    def _may_stop(self, also: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Inside, a signal ends every wait at once (StopAsked); outside, what has begun is finished."""
+    def _may_stop(self, learning: Learning | None = None) -> Iterator[None]:
+        """Inside, a signal ends every wait at once (StopAsked), beside `learning` once that is over; outside, what has
+        begun is finished."""
 
         def check() -> None:
-            self.stop.leave_if_asked()
             self.watch.raise_if_asked()
-            also()
+            if learning is None or learning.over():
+                self.stop.leave_if_asked()
 
         self.pool.check = self.scorer.check = check
         try:
@@ -175,17 +188,13 @@ class GRPOSteps(Steps):
             self.pool.check = self.scorer.check = self.watch.raise_if_asked
 
 
-def _times(batch: Collected, scored: list[ScoredGroup], learn: float, sync: float, total: float) -> dict[str, float]:
-    tokens = sum(len(c.token_ids) for s in scored for c in s.group.completions)
-    return {
-        "time/generate": batch.generate_seconds,
-        "time/reward": batch.reward_seconds,
-        "time/learn": learn,
-        "time/sync": sync,
-        "time/step": total,
+def _times(seconds: dict[str, float], scored: list[ScoredGroup]) -> dict[str, float]:
+    """Seconds by part of this step. With staleness the parts lie side by side, and generating is for a later step."""
+    tokens, total = sum(len(c.token_ids) for s in scored for c in s.group.completions), seconds["step"]
+    return {f"time/{part}": spent for part, spent in seconds.items()} | {
         "perf/tokens_per_second": tokens / total,
-        "perf/rollout_idle": 1 - batch.generate_seconds / total,
-        "perf/learner_idle": 1 - learn / total,
+        "perf/rollout_idle": 1 - seconds["generate"] / total,
+        "perf/learner_idle": 1 - seconds["learn"] / total,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from typing import Any
 
 
@@ -37,4 +38,5 @@ def pin(_: Any, side: int, index: int, count: int) -> None:
     half = half or cores
     own = half[index * len(half) // count : (index + 1) * len(half) // count] or [half[index % len(half)]]
     for thread in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(thread), own)
+        with suppress(ProcessLookupError):  # it ended meanwhile
+            os.sched_setaffinity(int(thread), own)

@@ -29,7 +29,7 @@ def run(config: Config) -> None:
     """Train until `sft.max_steps` or `sft.epochs`. Raises Interrupted after a clean stop, UserError for bad input."""
     plan, s = resolve(config, "sft"), config.sft
     with RunDirectory(config) as directory, Interrupts(config.checkpoint.grace_seconds) as stop:
-        steps = SFTSteps(config, directory, plan.learners)
+        steps = SFTSteps(config, directory)
         total = s.max_steps or max(1, round(s.epochs * steps.sampler.steps_per_epoch(s.global_batch)))
         Training(config, "sft", plan, steps, total, directory, stop).run()
 
@@ -37,12 +37,12 @@ def run(config: Config) -> None:
 class SFTSteps(Steps):
     """Read, learn, now and then measure the held-out loss."""
 
-    def __init__(self, config: Config, directory: RunDirectory, learners: int) -> None:
+    def __init__(self, config: Config, directory: RunDirectory) -> None:
         self.config, self.directory = config, directory
         self.source = PromptSource(config, directory)
         self.sampler = sft_sampler(read_manifests(config.data, "train"), config.seed, config.data.iqa_fraction)
         self.costs = self.source.backbone.costs()
-        self.held_out = _held_out(config, self.source, learners)
+        self.held_out = _held_out(config, self.source)
 
     def state(self) -> dict[str, Any]:
         return {"sampler": self.sampler.state_dict()}
@@ -75,20 +75,17 @@ class SFTSteps(Steps):
         return shard_rows(rows, len(self.learners.actors), self.config.sft.micro_tokens, self.costs)
 
 
-def _held_out(config: Config, source: PromptSource, least: int) -> list[LearnerRow]:
+def _held_out(config: Config, source: PromptSource) -> list[LearnerRow]:
     """Validation rows, at most `EVAL_ROWS_PER_DATASET` of each data set; none without a manifest.
 
     Raises:
-        UserError: fewer usable rows than `least`, or a manifest without any rationale.
+        UserError: no usable row, or a manifest without any rationale.
     """
     if not config.data.validation:
         return []
     manifests = read_manifests(config.data, "validation")
     check_rationales(manifests)
     samples = source.held_out(manifests, EVAL_ROWS_PER_DATASET, supervised=True)
-    if len(samples) < least:
-        raise UserError(
-            f"data.validation has {len(samples)} usable rows, the held-out loss needs at least {least}, one a learner: "
-            "name more, or set data.validation=[]"
-        )
+    if not samples:
+        raise UserError("data.validation has no usable row for the held-out loss: name others, or data.validation=[]")
     return [source.sft_row(s) for s in samples]

@@ -64,6 +64,7 @@ def rows(backbone: Any, groups: int, size: int, tokens: int, pixels: int = PIXEL
     """`groups` groups of `size` completions of `tokens` tokens, advantages of both signs."""
     rng = np.random.default_rng(seed)
     text = prompt_text(backbone)
+    prompt = len(backbone.tokenizer(text)["input_ids"]) + backbone.image_tokens(pixels, pixels)
     made = []
     for g in range(groups):
         png = image(g, pixels)
@@ -72,7 +73,15 @@ def rows(backbone: Any, groups: int, size: int, tokens: int, pixels: int = PIXEL
             advantage = 2.0 * i / max(1, size - 1) - 1.0
             made.append(
                 LearnerRow(
-                    f"{g}", png, text, ids, "iqa", advantage, (-8.0,) * tokens, weight=1 / groups / size / tokens
+                    f"{g}",
+                    png,
+                    text,
+                    ids,
+                    "iqa",
+                    advantage,
+                    (-8.0,) * tokens,
+                    weight=1 / groups / size / tokens,
+                    prompt_tokens=prompt,
                 )
             )
     return made

@@ -30,11 +30,12 @@ class Learning:
     def __init__(self, group: LearnerGroup, refs: list[Any]) -> None:
         self._group, self._refs = group, refs
 
-    def check(self) -> None:
-        """Raises what `result` would, if a rank has failed already. Does not wait."""
-        done, _ = ray.wait(self._refs, num_returns=len(self._refs), timeout=0)
+    def over(self) -> bool:
+        """Whether all ranks have answered. Does not wait. Raises what `result` would, if one has failed."""
+        done, waiting = ray.wait(self._refs, num_returns=len(self._refs), timeout=0)
         if any(error_of(ref) for ref in done):
             self.result()
+        return not waiting
 
     def result(self) -> StepReport:
         """Waits for all ranks. Raises LearnersFailed."""

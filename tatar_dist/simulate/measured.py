@@ -75,6 +75,11 @@ def read_run(path: Path) -> Run:
     if not (path / "config.yaml").is_file() or not metrics_file.is_file():
         raise UserError(f"{path}: no run directory of GRPO (config.yaml and metrics.jsonl), give one that has trained")
     config = load_config([str(path / "config.yaml")], [])
+    if config.grpo.staleness:
+        raise UserError(
+            f"{path / 'config.yaml'}: grpo.staleness={config.grpo.staleness}: times of parts that ran side by side do "
+            "not tell what each costs; measure with grpo.staleness=0, the simulator lays them side by side itself"
+        )
     lines = _metrics(metrics_file)
     if not lines:
         raise UserError(f"{metrics_file}: no step with time/generate: give the directory of a GRPO run")
@@ -132,10 +137,7 @@ def _observed(path: Path, setup: Setup, metrics: dict[str, Any]) -> Observed:
             f"{file}: holds {len(names)} groups, config.yaml says {setup.prompts} of {setup.group_size} completions"
         )
     seconds = {part: float(metrics[f"time/{part}"]) for part in PARTS}
-    known = sum(seconds.values())
-    if setup.staleness:  # engines and learners worked side by side
-        known -= min(seconds["generate"] + seconds["reward"], seconds["learn"])
-    seconds["other"] = max(0.0, float(metrics["time/step"]) - known)
+    seconds["other"] = max(0.0, float(metrics["time/step"]) - sum(seconds.values()))
     gb = float(metrics.get("sync/bytes") or 0.0) / setup.engines / 1e9
     return Observed(setup, np.array([groups[g] for g in names]), tuple(task_of[g] for g in names), seconds, gb)
 
@@ -212,7 +214,7 @@ def costs_of_runs(paths: Sequence[Path]) -> Costs:
         raise UserError(f"{paths[0]} and others ran on different hardware: give runs of one kind of machine")
     setups = {s.setup for s in steps}
     cores = steps[0].setup.cores
-    threads = {role: {max(1, cores // getattr(s, role)) if cores else 1 for s in setups} for role in ROLES}
+    threads = {role: {s.threads(getattr(s, role)) for s in setups} for role in ROLES}
     engine, engine_error = _best_serial(lambda s: _fit_engine(steps, s), threads["engines"])
     learner, learner_error = _best_serial(lambda s: _fit_learner(steps, s), threads["learners"])
     rows = np.array([[1.0, s.setup.rows] for s in steps])

@@ -42,6 +42,7 @@ class Setup:
     max_num_seqs: int
     prompt_tokens: int = 0
     staleness: int = 0
+    pinned: bool = False  # cluster.pin_cores
     iqa_fraction: float = 0.5
     deterministic: bool = False
     colocated: bool = False
@@ -62,6 +63,7 @@ class Setup:
             max_num_seqs=r.max_num_seqs,
             prompt_tokens=prompt_tokens(config),
             staleness=g.staleness,
+            pinned=c.pin_cores,
             iqa_fraction=config.data.iqa_fraction,
             deterministic=r.deterministic,
             colocated=c.placement == "colocated",
@@ -74,6 +76,15 @@ class Setup:
     @property
     def rows(self) -> int:
         return self.prompts * self.group_size
+
+    @property
+    def side_cores(self) -> int | None:
+        """Cores of the engines, and of the learners: all where they take turns."""
+        return self.cores and max(1, self.cores // (2 if self.staleness or self.pinned else 1))
+
+    def threads(self, processes: int) -> int:
+        """Of each of `processes` engines or learners, as Cluster.threads."""
+        return max(1, self.side_cores // processes) if self.side_cores else 1
 
     @property
     def gpus(self) -> int:
@@ -139,11 +150,6 @@ def amdahl(serial: float, threads: int) -> float:
     return serial + (1 - serial) / threads
 
 
-def _threads(processes: int, cores: int | None) -> int:
-    """As Cluster.threads."""
-    return max(1, cores // processes) if cores else 1
-
-
 def calls(setup: Setup) -> list[range]:
     """Prompts by engine call, as RolloutPool.chunks."""
     size = 1
@@ -169,7 +175,7 @@ def engine_vector(c: EngineCosts) -> np.ndarray:
 def generate(costs: EngineCosts, setup: Setup, lengths: np.ndarray) -> tuple[Service, np.ndarray]:
     """The service of a step's calls, and the (4,) work of the engine that was last, times its slow-down."""
     work = np.array([call_work(lengths[r.start : r.stop], setup.max_num_seqs) for r in calls(setup)])
-    cores, threads = setup.cores, _threads(setup.engines, setup.cores)
+    cores, threads = setup.side_cores, setup.threads(setup.engines)
     factor = amdahl(costs.serial, threads)
 
     def speed(busy: int) -> float:
@@ -210,10 +216,10 @@ def learn_work(setup: Setup, lengths: np.ndarray) -> np.ndarray:
 
 def learn_factor(serial: float, setup: Setup) -> float:
     """Slow-down of ranks that share cores: their threads, and more threads than cores."""
-    if not setup.cores:
+    if not setup.side_cores:
         return 1.0
-    threads = _threads(setup.learners, setup.cores)
-    return amdahl(serial, threads) * max(1.0, setup.learners * threads / setup.cores)
+    threads = setup.threads(setup.learners)
+    return amdahl(serial, threads) * max(1.0, setup.learners * threads / setup.side_cores)
 
 
 def learner_vector(c: LearnerCosts, setup: Setup) -> np.ndarray:

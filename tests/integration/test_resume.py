@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import shutil
+import signal
+import threading
+import time
 
 import pyarrow.parquet as pq
 import pytest
 
 from tatar_dist import controller, sft
 from tatar_dist.errors import UserError
+from tatar_dist.events import read_events
+from tatar_dist.interrupts import Interrupted
 from tatar_dist.run_directory import RunDirectory
 
 WALL_CLOCK = ("time/", "perf/", "sync/seconds")
@@ -55,6 +62,30 @@ def test_resumed_grpo_equals_uninterrupted_grpo_to_the_bit(lag, model_untied, ma
     for step in (2, 3):
         name = f"rollouts/step_{step:06d}.parquet"
         assert pq.read_table(other / name).equals(pq.read_table(tmp_path / "run" / name))
+
+
+def test_a_signal_while_the_engines_work_ahead_costs_nothing(model_untied, make_config, tmp_path):
+    words = ("rollout.deterministic=true", "grpo.max_steps=4", "grpo.optim.lr=0.003", "grpo.staleness=1")
+    config = make_config(model_untied, *words, "grpo.logprob_gap_limit=10", "checkpoint.every=0")
+    controller.run(config)
+    stopped = dataclasses.replace(config, output=str(tmp_path / "stopped"))
+
+    def stop() -> None:
+        while not any(e["event"] == "phase" and (e["phase"], e["step"]) == ("learn", 1) for e in read_events(run)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    run = tmp_path / "stopped"
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
+        controller.run(stopped)
+    thread.join()
+    state = json.loads((run / "checkpoints/latest/state.json").read_text())
+    assert {name[:7] for name in state["ahead"]} == {"000002/"}, "what was under way was finished and kept"
+    controller.run(stopped)
+    assert lines(stopped) == lines(config)
+    assert [m["policy/staleness"] for m in lines(stopped)] == [0, 1, 1, 1]
 
 
 def test_resumed_sft_equals_uninterrupted_sft_to_the_bit(model_tied, make_config, tmp_path):

@@ -256,26 +256,27 @@ def test_the_length_of_a_supervised_row_is_prompt_image_and_answer(make_source, 
     assert source.problem(sample) is None
 
 
-def held_out_rows(source: PromptSource, least: int) -> list[str]:
-    return [r.image_id for r in _held_out(source.config, source, least)]
+def held_out_rows(source: PromptSource) -> list[str]:
+    return [r.image_id for r in _held_out(source.config, source)]
 
 
-def test_held_out_rows_are_the_usable_ones_and_enough_for_the_learners(make_source, tmp_path):
-    assert held_out_rows(make_source(), 4) == []  # no manifest, no held-out loss
+def test_held_out_rows_are_the_usable_ones(make_source, tmp_path):
+    assert held_out_rows(make_source()) == []  # no manifest, no held-out loss
     rows = [row(i, dataset="a") for i in range(6)] + [row(i, "iaa", dataset="b") for i in range(3)]
     rows[0]["rationale"] = None
     write_manifest(tmp_path / "v.parquet", rows)
     source = make_source(f"data.validation=[{tmp_path / 'v.parquet'}]", f"output={tmp_path / 'other'}")
-    assert sorted(held_out_rows(source, 8)) == [f"a/iqa-{i}" for i in range(1, 6)] + [f"b/iaa-{i}" for i in range(3)]
-    with pytest.raises(UserError, match="data.validation has 8 usable rows, the held-out loss needs at least 9, one a"):
-        held_out_rows(source, 9)
+    assert sorted(held_out_rows(source)) == [f"a/iqa-{i}" for i in range(1, 6)] + [f"b/iaa-{i}" for i in range(3)]
+    source.config.sft.max_tokens = 1
+    with pytest.raises(UserError, match="data.validation has no usable row for the held-out loss"):
+        held_out_rows(source)
 
 
 def test_validation_without_any_rationale_is_refused_by_manifest_and_column(make_source, tmp_path):
     write_manifest(tmp_path / "v.parquet", [row(i, rationale=None) for i in range(3)])
     source = make_source(f"data.validation=[{tmp_path / 'v.parquet'}]")
     with pytest.raises(UserError, match="v.parquet: column rationale: no row has one"):
-        held_out_rows(source, 1)
+        held_out_rows(source)
 
 
 def test_no_manifest_at_all_is_said_by_its_key():

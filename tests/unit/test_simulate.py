@@ -460,11 +460,14 @@ def test_a_model_directory_without_sense_is_one_line(tmp_path):
             costs_from(grpo(f"model.path={tmp_path}"), [], None)
 
 
-def test_what_worked_side_by_side_is_not_missing_from_the_rest(tmp_path):
-    """Else `other` would be 0: with staleness the parts add up to more than the step."""
-    costs = replace(COSTS, cores=2, other=OtherCosts(per_step=0.5))
-    write_run(tmp_path / "run", costs, "grpo.staleness=1")
-    found = read_run(tmp_path / "run").steps
-    assert [s.seconds["other"] for s in found] == pytest.approx([0.5] * len(found))
-    step = simulate_step(costs, found[0].setup, found[0].lengths)
-    assert step.generate + step.reward + step.learn + step.sync > step.step
+def test_times_of_parts_that_ran_side_by_side_are_no_measurement(tmp_path):
+    write_run(tmp_path / "run", replace(COSTS, cores=2), "grpo.staleness=1")
+    with pytest.raises(UserError, match=r"config.yaml: grpo.staleness=1: .* measure with grpo.staleness=0"):
+        read_run(tmp_path / "run")
+
+
+def test_sides_that_work_at_once_have_half_of_the_cores_each():
+    lengths = np.full((4, 4), 100)
+    turns, beside = (simulate_step(COSTS, setup_of(1, 1, cores=4, staleness=k), lengths) for k in (0, 1))
+    two = simulate_step(COSTS, setup_of(1, 1, cores=2), lengths)
+    assert (beside.generate, beside.learn) == (two.generate, two.learn) > (turns.generate, turns.learn)
