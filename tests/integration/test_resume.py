@@ -27,12 +27,9 @@ def lines(config) -> list[dict]:
         return [{k: v for k, v in m.items() if not k.startswith(WALL_CLOCK)} for m in directory.metrics()]
 
 
-@pytest.mark.parametrize("lag", [0, 2])
-def test_resumed_grpo_equals_uninterrupted_grpo_to_the_bit(lag, model_untied, make_config, tmp_path):
+def test_resumed_grpo_equals_uninterrupted_grpo_to_the_bit(model_untied, make_config, tmp_path):
     config = make_config(
         model_untied,
-        f"grpo.staleness={lag}",
-        f"grpo.logprob_gap_limit={10.0 if lag else 0.0001}",
         "rollout.deterministic=true",
         "grpo.max_steps=4",
         "grpo.optim.lr=0.003",
@@ -43,9 +40,7 @@ def test_resumed_grpo_equals_uninterrupted_grpo_to_the_bit(lag, model_untied, ma
     whole = lines(config)
     assert [m["step"] for m in whole] == [0, 1, 2, 3]
     assert any(m["optim/grad_norm"] > 0 for m in whole[:2]) and whole[3]["optim/grad_norm"] > 0
-    assert [m["policy/staleness"] for m in whole] == [min(n, lag) for n in range(4)]
-    assert all((m["sync/logprob_gap_max"] < 1e-4) == (n == 0 or not lag) for n, m in enumerate(whole))
-    assert lag == 0 or whole[3]["policy/importance_mean"] != 1
+    assert all(m["sync/logprob_gap_max"] < 1e-4 and m["policy/staleness"] == 0 for m in whole)
 
     other = tmp_path / "resumed"
     shutil.copytree(config.output, other, symlinks=True)
