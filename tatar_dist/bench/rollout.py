@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tatar_dist.bench import subject
-from tatar_dist.bench.learner import Work, flops
+from tatar_dist.bench.counts import Work, flops
 from tatar_dist.bench.result import ratio, result, summary
 from tatar_dist.cluster import COMMON_ENV, CPU_ENGINE_ENV
 from tatar_dist.config import RolloutConfig
