@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from tatar_dist.bench import rollout  # noqa: E402
-from tatar_dist.bench.learner import Work, attention_flops  # noqa: E402
+from tatar_dist.bench.counts import Work, attention_flops  # noqa: E402
 
 WORK = Work(groups=2, size=3, tokens=4, pixels=112)
 
