@@ -82,6 +82,7 @@ class Batches:
         return {"sampler": sampler, "ahead": {**self.remembered, **{g.prompt.group_id: _packed(g) for g in groups}}}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Go back to what `state` returned; one without "ahead" is of before batches were kept."""
         self._queue.clear()
         self.sampler.load_state_dict(state["sampler"])
         self.remembered = dict(state.get("ahead", {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -37,6 +38,11 @@ def pin(_: Any, side: int, index: int, count: int) -> None:
     half = cores[: len(cores) // 2] if side == 0 else cores[len(cores) // 2 :]
     half = half or cores
     own = half[index * len(half) // count : (index + 1) * len(half) // count] or [half[index % len(half)]]
+    keep_on(own)
+
+
+def keep_on(cores: Iterable[int]) -> None:
+    """Every thread of this process onto these cores; threads that come later inherit it."""
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it ended meanwhile
-            os.sched_setaffinity(int(thread), own)
+            os.sched_setaffinity(int(thread), cores)

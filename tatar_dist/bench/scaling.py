@@ -22,6 +22,7 @@ from rich.table import Table
 from tatar_dist.bench import subject
 from tatar_dist.bench.result import in_turns, ratio, result, summary
 from tatar_dist.errors import UserError
+from tatar_dist.process import keep_on
 
 PIXELS = 448  # 256 image tokens
 GROUPS, GROUP, TOKENS = 2, 8, 64  # an update: groups, completions of each, their tokens
@@ -38,10 +39,8 @@ def two_cores() -> tuple[int, int]:
 
 
 def _pin(actor: Any, core: int) -> None:
-    """In the actor: every thread of the process onto one core; threads that come later inherit it."""
-    for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
-            os.sched_setaffinity(int(thread), {core})
+    """In the actor."""
+    keep_on([core])
 
 
 def _forget(engine: Any) -> None:

@@ -205,13 +205,10 @@ def learn_work(setup: Setup, lengths: np.ndarray) -> np.ndarray:
         return sum(max(map(what, batches)) for batches in at_once)
 
     n = len(at_once)
-    row_count, tokens = (
-        slowest(lambda b: sum(len(u.rows) for u in b)),
-        slowest(lambda b: sum(sum(u.lengths) for u in b)),
-    )
-    images = slowest(lambda b: len({u.rows[0] // g for u in b}))  # parts of a prompt may meet again
-    work = [1, n, row_count, images, tokens]
-    return np.array([*work, n * (ranks - 1) / ranks], dtype=float)
+    completions = slowest(lambda batch: sum(len(u.rows) for u in batch))
+    images = slowest(lambda batch: len({u.rows[0] // g for u in batch}))  # parts of a prompt may meet again
+    tokens = slowest(lambda batch: sum(sum(u.lengths) for u in batch))
+    return np.array([1, n, completions, images, tokens, n * (ranks - 1) / ranks], dtype=float)
 
 
 def learn_factor(serial: float, setup: Setup) -> float:

@@ -67,6 +67,7 @@ def test_missing_value_missing_file_and_broken_yaml_are_named(tmp_path):
         "model.dtype=float16",
         "grpo.group_size=1",
         "grpo.staleness=-1",
+        "cluster.pin_cores=true",  # with GPUs
         "data.iqa_fraction=1.5",
         "data.min_rank_pool=1",
         "rollout.temperature=0",
@@ -144,3 +145,11 @@ def test_resolved_config_reads_back_equal(tmp_path):
 
 def test_known_keys_reach_the_leaves():
     assert {"grpo", "grpo.optim.lr", "rollout.engines"} <= set(known_keys())
+
+
+def test_engines_that_sleep_while_learners_work_cannot_work_ahead():
+    apart = load_config([], [*MINIMAL, "grpo.staleness=2", "cluster.gpus_per_node=8"])
+    assert apart.grpo.staleness == 2
+    words = ["cluster.placement=colocated", "rollout.push=cuda_ipc"]
+    with pytest.raises(UserError, match=r"grpo.staleness=2: .*cluster.placement=colocated has nothing to gain"):
+        load_config([], [*MINIMAL, "grpo.staleness=2", "cluster.gpus_per_node=8", *words])
