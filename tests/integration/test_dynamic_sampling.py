@@ -50,7 +50,7 @@ def groups_of(file: Path) -> dict[str, list[dict]]:
 
 @pytest.mark.parametrize("policy", ["refill", "drop"])
 def test_silent_groups_are_replaced_or_dropped(policy, preset_word, model_untied, make_config):
-    config = make_config(model_untied, preset_word, f"grpo.zero_std={policy}", *FORM)
+    config = make_config(model_untied, preset_word, f"grpo.zero_std={policy}", *FORM, "rollout.engines=1")
     controller.run(config)
     run = Path(config.output)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

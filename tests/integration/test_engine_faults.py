@@ -20,21 +20,22 @@ from tatar_dist.run_directory import RunDirectory
 
 
 class TroubledEngine(RolloutEngine):
-    """Engine 0 runs out of memory in its first call of step 0, and answers nonsense in its first call of step 1."""
+    """Engine 0 runs out of memory in its first call of step 0, and answers nonsense in its first call of step 1;
+    engine 1 runs out of memory in step 9."""
 
     def generate(self, prompts, sampling, version):
         first = Path(self.config.output) / f"first-call-of-step-{sampling.step}"
-        if self.index or sampling.step > 1 or first.exists():
+        if (self.index, sampling.step) not in ((0, 0), (0, 1), (1, 9)) or first.exists():
             return super().generate(prompts, sampling, version)
         first.touch()
-        if sampling.step == 0:
+        if sampling.step != 1:
             raise MemoryError("no room for the KV cache")
         groups = super().generate(prompts, sampling, version)
         bad = [dataclasses.replace(c, logprobs=(math.nan,) * len(c.token_ids)) for c in groups[0].completions]
         return [dataclasses.replace(groups[0], completions=tuple(bad)), *groups[1:]]
 
 
-def test_an_engine_out_of_memory_and_one_that_answers_nonsense_are_replaced(model_untied, make_config):
+def test_engines_out_of_memory_or_answering_nonsense_are_replaced_and_too_few_end_the_run(model_untied, make_config):
     config = make_config(model_untied, "rollout.deterministic=true")
     with RunDirectory(config) as directory, Cluster(config, directory.events.log) as cluster:
         pool = cluster.engines(2, cls=TroubledEngine)
@@ -54,17 +55,10 @@ def test_an_engine_out_of_memory_and_one_that_answers_nonsense_are_replaced(mode
         assert "MemoryError: no room for the KV cache" in dead[0]["reason"]
         assert "log-probability that is none" in dead[1]["reason"]
 
-
-def test_too_few_engines_end_the_run_with_their_reasons(model_untied, make_config):
-    config = make_config(model_untied, "rollout.engine_restarts=0", "rollout.min_engines=2")
-    with RunDirectory(config) as directory, Cluster(config, directory.events.log) as cluster:
-        pool = cluster.engines(2, cls=TroubledEngine)
-        pool.start(1)
-        pool.started()
-        prompts = PromptSource(config, directory).batch(make_sampler(config), 4, 0)
-        with pytest.raises(EngineFailed, match="1 of 2 engines are left, rollout.min_engines=2; engine 0: MemoryError"):
-            pool.generate(prompts, Sampling(2, 1.0, 16, 0, 0))
-        assert pool.states() == {0: "gone", 1: "healthy"}
+        config.rollout.min_engines, pool.engines[1].health.max_restarts = 2, 0
+        with pytest.raises(EngineFailed, match="1 of 2 engines are left, rollout.min_engines=2; engine 1: MemoryError"):
+            pool.generate(prompts, Sampling(2, 1.0, 16, 0, 9))
+        assert pool.states()[1] == "gone" != pool.states()[0]
 
 
 def test_a_stalled_run_writes_all_stacks_and_restarts_what_hangs(model_untied, make_config):

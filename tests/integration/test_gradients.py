@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import ray
-from conftest import png
+from conftest import png, tiny_words
 
 from tatar_dist.algo.aggregation import token_weights
 from tatar_dist.cluster import Cluster
+from tatar_dist.config import load_config
 from tatar_dist.learner.sharding import shard_rows
 from tatar_dist.records import LearnerRow
 from tatar_dist.sync.source import from_wire
@@ -22,6 +23,23 @@ WARMUP = 10**8  # steps; what the learning rate of an early step is follows from
 MOVING = 10**3  # at this step it is 0.1: enough to take the policy away from its reference
 BUDGET = 120  # tokens: two rows of an image at most, several micro-batches a step, and not as many on each rank
 PROMPT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
+
+WORDS = [
+    "grpo.prompts_per_step=4",
+    "grpo.group_size=3",
+    "grpo.optim.name=sgd",
+    f"grpo.optim.lr={LR}",
+    f"grpo.optim.warmup_steps={WARMUP}",
+    "grpo.optim.schedule=constant",
+    "grpo.kl_beta=1",
+    "grpo.optim.clip_norm=0",
+    "grpo.logprob_gap_limit=1000",  # the rows' sampled log-probabilities are made up
+]
+FORMS = {
+    "grpo": [],
+    "corrected": ["grpo.aggregation=token-mean", "grpo.importance=token", "grpo.importance_mode=mask"],
+    "gspo": ["grpo.aggregation=constant", "grpo.ratio=sequence", "grpo.importance=sequence", "grpo.kl_schedule=linear"],
+}
 
 
 def rows_of(n: int, aggregation: str = "sequence-mean") -> list[LearnerRow]:
@@ -54,69 +72,66 @@ def weights(learners) -> dict[str, np.ndarray]:
     return found
 
 
-def gradients(config, ranks: int, directory) -> dict[str, dict[str, np.ndarray]]:
-    rows = rows_of(12, config.grpo.aggregation)
-    config.cluster.learners = ranks
-    with Cluster(config) as cluster:
-        learners = cluster.learners(ranks)
-        learners.setup("grpo", WARMUP)
-        tokens = sum(len(r.completion_ids) for r in rows)
-        learners.sft_step(shard_rows(rows, ranks, BUDGET), MOVING, tokens)
-        start = directory / f"start-{ranks}"
-        start.mkdir()
-        learners.save(start).result()
-        before = weights(learners)
-        learners.sft_step(shard_rows(rows, ranks, BUDGET), WARMUP, tokens)
-        sft = weights(learners)
+def use(learner, grpo) -> None:
+    """In a learner: the loss takes this form from the next step on."""
+    learner.config.grpo = grpo
+
+
+def gradients(learners, form, ranks: int, start) -> dict[str, dict[str, np.ndarray]]:
+    """By stage and parameter, from the state saved in `start`, which comes back at the end."""
+    rows = rows_of(12, form.aggregation)
+    shards, before = shard_rows(rows, ranks, BUDGET), weights(learners)
+    ray.get([actor.__ray_call__.remote(use, form) for actor in learners.actors])
+
+    def gradient(report) -> dict[str, np.ndarray]:
+        after = weights(learners)
         learners.load(start, ranks)
         assert all(np.array_equal(v, before[n]) for n, v in weights(learners).items())
-        report = learners.grpo_step(shard_rows(rows, ranks, BUDGET), WARMUP)
-        assert report.metrics["loss/kl"] > 1e-5  # or the reference would have no part in the gradient
-        if config.grpo.importance in ("token", "sequence"):
-            assert 0 < report.metrics["policy/importance_cut"] < 1
-        grpo = weights(learners)
-        learners.load(start, ranks)
-        learners.grpo_step(shard_rows(rows[:1], ranks, BUDGET), WARMUP)  # a second learner has a filler only
-        single = weights(learners)
-    return {
-        "sft": {n: (before[n] - v) / LR for n, v in sft.items()},
-        "grpo": {n: (before[n] - v) / LR for n, v in grpo.items()},
-        "one row": {n: (before[n] - v) / LR for n, v in single.items()},
-    }
+        return {n: (before[n] - v) / LR for n, v in after.items()}
+
+    found = {"sft": gradient(learners.sft_step(shards, WARMUP, sum(len(r.completion_ids) for r in rows)))}
+    report = learners.grpo_step(shards, WARMUP)
+    assert report.metrics["loss/kl"] > 1e-5  # or the reference would have no part in the gradient
+    if form.importance in ("token", "sequence"):
+        assert 0 < report.metrics["policy/importance_cut"] < 1
+    found["grpo"] = gradient(report)
+    one_row = shard_rows(rows[1:2], ranks, BUDGET)  # a second learner has a filler only
+    return found | {"one row": gradient(learners.grpo_step(one_row, WARMUP))}
 
 
-FORMS = {
-    "grpo": [],
-    "corrected": ["grpo.aggregation=token-mean", "grpo.importance=token", "grpo.importance_mode=mask"],
-    "gspo": ["grpo.aggregation=constant", "grpo.ratio=sequence", "grpo.importance=sequence", "grpo.kl_schedule=linear"],
-}
+@pytest.fixture(scope="module")
+def found(model_untied, manifests, tmp_path_factory) -> dict[int, dict[str, dict[str, dict[str, np.ndarray]]]]:
+    """Gradients by ranks, form and stage. One cluster and one start of the learners for each number of ranks."""
+    directory, found = tmp_path_factory.mktemp("gradients"), {}
+    for ranks in (1, 2):
+        words = [f"output={directory / str(ranks)}", *tiny_words(model_untied, manifests), *WORDS]
+        config = load_config([], [*words, f"cluster.learners={ranks}"])
+        with Cluster(config) as cluster:
+            learners = cluster.learners(ranks)
+            learners.setup("grpo", WARMUP)
+            rows = rows_of(12)
+            learners.sft_step(shard_rows(rows, ranks, BUDGET), MOVING, sum(len(r.completion_ids) for r in rows))
+            start = directory / f"start-{ranks}"
+            start.mkdir()
+            learners.save(start).result()
+            found[ranks] = {
+                name: gradients(learners, load_config([], [*words, *form]).grpo, ranks, start)
+                for name, form in FORMS.items()
+            }
+    return found
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_two_learners_have_the_gradients_of_one(form, model_untied, make_config, tmp_path):
-    config = make_config(
-        model_untied,
-        "grpo.prompts_per_step=4",
-        "grpo.group_size=3",
-        "grpo.optim.name=sgd",
-        f"grpo.optim.lr={LR}",
-        f"grpo.optim.warmup_steps={WARMUP}",
-        "grpo.optim.schedule=constant",
-        "grpo.kl_beta=1",
-        "grpo.optim.clip_norm=0",
-        "grpo.logprob_gap_limit=1000",  # the rows' sampled log-probabilities are made up
-        *FORMS[form],
-    )
-    one, two = gradients(config, 1, tmp_path), gradients(config, 2, tmp_path)
-    for stage in ("sft", "grpo", "one row"):
-        total = np.sqrt(sum((g**2).sum() for g in one[stage].values()))
-        assert total > 1e-3
+def test_two_learners_have_the_gradients_of_one(form, found):
+    for stage, one in found[1][form].items():
+        total = np.sqrt(sum((g**2).sum() for g in one.values()))
+        assert total > 1e-3, stage
         compared = 0
-        for name, g in one[stage].items():
+        for name, g in one.items():
             norm = np.linalg.norm(g)
             if norm < 1e-6 * total:
                 continue
             compared += 1
-            difference = np.linalg.norm(two[stage][name] - g) / norm
+            difference = np.linalg.norm(found[2][form][stage][name] - g) / norm
             assert difference <= 1e-5, f"{stage}: {name} differs by {difference:.2e}"
         assert compared > 60

@@ -26,7 +26,7 @@ def test_sft_then_grpo_in_bfloat16_with_gradient_checkpointing(model_untied, mak
     model = Path(tuned.output) / "checkpoints/latest/model"
     assert {t.dtype for t in load_file(model / "model.safetensors").values()} == {torch.bfloat16}
 
-    refined = make_config(str(model), *RECIPE, "grpo.max_steps=2", "grpo.optim.lr=0.001")
+    refined = make_config(str(model), *RECIPE, "grpo.max_steps=2", "grpo.optim.lr=0.001", "rollout.engines=1")
     controller.run(refined)
     first, second = metrics(refined)
     assert first["sync/logprob_gap"] < 0.05 and second["sync/logprob_gap"] < 0.05

@@ -19,6 +19,7 @@ from tatar_dist.events import read_events
 from tatar_dist.interrupts import Interrupted
 from tatar_dist.run_directory import RunDirectory
 
+ONE = ("rollout.engines=1", "cluster.learners=1")
 WALL_CLOCK = ("time/", "perf/", "sync/seconds")
 
 
@@ -61,7 +62,7 @@ def test_resumed_grpo_equals_uninterrupted_grpo_to_the_bit(model_untied, make_co
 
 def test_a_signal_while_the_engines_work_ahead_costs_nothing(model_untied, make_config, tmp_path):
     words = ("rollout.deterministic=true", "grpo.max_steps=4", "grpo.optim.lr=0.003", "grpo.staleness=1")
-    config = make_config(model_untied, *words, "grpo.logprob_gap_limit=10", "checkpoint.every=0")
+    config = make_config(model_untied, *words, "grpo.logprob_gap_limit=10", "checkpoint.every=0", *ONE)
     controller.run(config)
     stopped = dataclasses.replace(config, output=str(tmp_path / "stopped"))
 

@@ -46,7 +46,7 @@ def test_a_run_leaves_what_the_contract_names(model_tied, make_config, tmp_path)
         "data.eval_limit=4",
         "evaluate.samples=2",
     )
-    config = make_config(model_tied, *words)
+    config = make_config(model_tied, *words, "rollout.engines=1")
     controller.run(config)
     run = Path(config.output)
 

@@ -1,0 +1,217 @@
+"""Two learners, two engines and the reward actor, stepped by hand: after a push the engines sample from the learners'
+weights, all of them; a push gone wrong is noticed; the reward sees the global batch.
+
+The untied model's processes are started once for all tests of this file. Each test begins with the learners' first
+state, pushed to the engines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import ray
+from conftest import tiny_words
+
+from tatar_dist.cluster import Cluster
+from tatar_dist.config import load_config
+from tatar_dist.controller import make_sampler
+from tatar_dist.learner.actor import WeightsOutOfSync
+from tatar_dist.prompt_source import PromptSource
+from tatar_dist.records import Completion, LearnerRow
+from tatar_dist.rollout.engine import Sampling, WrongWeightVersion
+from tatar_dist.run_directory import RunDirectory
+from tatar_dist.sync.source import from_wire
+from tatar_dist.sync.verify import verify
+
+PARTS = {"vision": "visual.", "language": "language_model.layers.", "embedding": "embed_tokens", "head": "lm_head"}
+MOVING = ("grpo.optim.lr=0.003", "grpo.optim.schedule=constant")
+
+
+class Rig:
+    """Learners, engines and fixed prompts of one model, stepped with made-up advantages."""
+
+    def __init__(self, config, cluster, source):
+        self.config, self.cluster, self.step = config, cluster, 0
+        self.learners = cluster.learners(config.cluster.learners)
+        self.pool = cluster.engines(config.rollout.engines)
+        self.pool.start(1)
+        self.learners.setup("grpo", 10)
+        self.pool.started()
+        self.prompts = source.batch(make_sampler(config), config.grpo.prompts_per_step, 0)
+
+    def sampling(self):
+        return Sampling(4, 1.0, 40, 0, self.step)
+
+    def generate(self):
+        groups = self.pool.generate(self.prompts, self.sampling())
+        assert {g.weight_version for g in groups} == {self.pool.version}
+        return groups
+
+    def learn(self, groups):
+        """One update towards random advantages; returns the step's metrics. Raises WeightsOutOfSync."""
+        rng = np.random.default_rng(self.step)
+        rows = [
+            LearnerRow(
+                g.prompt.group_id, g.prompt.sample.image, g.prompt.text, c.token_ids, g.prompt.sample.task,
+                float(rng.normal()), c.logprobs, g.prompt_token_ids, 1 / 40 / len(groups),
+            )
+            for g in groups
+            for c in g.completions
+        ]  # fmt: skip
+        self.step += 1
+        ranks = len(self.learners.actors)
+        return self.learners.grpo_step([[rows[r::ranks]] for r in range(ranks)], 0).metrics
+
+    def weights(self):
+        found = {}
+        for ref in self.learners.weight_buckets(1 << 20):
+            found |= {n: from_wire(w).clone() for n, w in ray.get(ref).items()}
+        return found
+
+    def push(self):
+        return self.pool.push(self.learners.weight_buckets(1 << 20), self.pool.version + 1)
+
+
+@contextmanager
+def rig_of(model: str, manifests: list[str], output, *words: str) -> Iterator[Rig]:
+    config = load_config([], [f"output={output}", *tiny_words(model, manifests), *words])
+    with RunDirectory(config) as directory, Cluster(config) as cluster:
+        yield Rig(config, cluster, PromptSource(config, directory))
+
+
+@pytest.fixture(scope="module")
+def started(model_untied, manifests, tmp_path_factory) -> Iterator[Rig]:
+    directory = tmp_path_factory.mktemp("rig")
+    with rig_of(model_untied, manifests, directory / "run", *MOVING) as rig:
+        rig.start = directory / "start"
+        rig.start.mkdir()
+        rig.learners.save(rig.start).result()
+        yield rig
+
+
+@pytest.fixture
+def rig(started: Rig) -> Rig:
+    started.learners.load(started.start, len(started.learners.actors))
+    started.push()
+    return started
+
+
+def follow(rig: Rig, engines: int, tied: bool) -> None:
+    """Three steps and pushes, which move every part of the model; the engines' log-probabilities stay the learners'."""
+    before = rig.weights()
+    assert ("lm_head.weight" in before) == (not tied)
+    for _ in range(3):
+        metrics = rig.learn(rig.generate())
+        assert metrics["sync/logprob_gap_max"] < 1e-4
+        assert metrics["optim/grad_norm"] > 0
+        sync = rig.push()
+    assert sync["sync/bytes"] == engines * sum(t.numel() * 4 for t in before.values())  # float32
+    after = rig.weights()
+    for part, mark in PARTS.items():
+        if part != "head" or not tied:
+            moved = max(float((after[n] - before[n]).abs().max()) for n in before if mark in n)
+            assert moved > 1e-3, f"{part} did not change, so the comparison proves nothing for it"
+    assert rig.learn(rig.generate())["sync/logprob_gap_max"] < 1e-4  # weights of the last push, the same prompts
+    # now the update of the line above is not pushed
+    with pytest.raises(WeightsOutOfSync, match="push was skipped"):
+        rig.learn(rig.generate())
+
+
+def test_engines_follow_the_learners_through_three_steps_and_notice_when_they_do_not(rig):
+    follow(rig, engines=2, tied=False)
+
+
+def test_so_does_a_tied_model(model_tied, manifests, tmp_path):
+    one = ("rollout.engines=1", "cluster.learners=1")
+    with rig_of(model_tied, manifests, tmp_path / "run", *MOVING, *one) as rig:
+        follow(rig, engines=1, tied=True)
+
+
+def test_bfloat16_weights_are_two_bytes_each_on_the_wire(model_untied, manifests, tmp_path):
+    words = ("model.dtype=bfloat16", "grpo.logprob_gap_limit=0.05", "rollout.engines=1", "cluster.learners=1")
+    with rig_of(model_untied, manifests, tmp_path / "run", *words) as rig:
+        weights = rig.weights()
+        assert {str(t.dtype) for t in weights.values()} == {"torch.bfloat16"}
+        assert rig.push()["sync/bytes"] == 2 * sum(t.numel() for t in weights.values())
+        assert rig.learn(rig.generate())["sync/logprob_gap"] < 0.05
+
+
+def forget(engine) -> None:
+    """From now on the engine keeps the vision tower's cached outputs over a push."""
+    engine._reset_caches = engine.llm.reset_prefix_cache
+
+
+def remember(engine) -> None:
+    del engine._reset_caches
+
+
+def test_a_push_without_an_encoder_cache_reset_is_noticed(rig):
+    rig.generate()  # outputs of the tower are cached now
+    engines = [e.actor for e in rig.pool.engines]
+    ray.get([e.__ray_call__.remote(forget) for e in engines])
+    try:
+        rig.learn(rig.generate())
+        rig.push()
+        with pytest.raises(WeightsOutOfSync, match="encoder"):
+            rig.learn(rig.generate())
+    finally:
+        ray.get([e.__ray_call__.remote(remember) for e in engines])
+
+
+def test_the_check_before_training_passes_after_a_push_and_stops_a_run_whose_push_was_skipped(rig):
+    rig.learn(rig.generate())
+    with pytest.raises(WeightsOutOfSync, match="push was skipped"):
+        verify(rig.pool, rig.learners, rig.prompts, rig.config)
+    rig.push()
+    before = {n: w.sum() for n, w in rig.weights().items()}
+    gap = verify(rig.pool, rig.learners, rig.prompts[:3], rig.config)  # an odd number, over two learners
+    assert 0 < gap["sync/logprob_gap"] <= gap["sync/logprob_gap_max"] < 1e-4
+    assert {n: w.sum() for n, w in rig.weights().items()} == before  # it only looks
+
+
+def test_an_engine_refuses_to_sample_from_another_weight_version(rig):
+    other = rig.pool.version + 5  # as if a restarted engine, which holds the initial weights, were asked for it
+    with pytest.raises(WrongWeightVersion, match=f"holds weight version {rig.pool.version}, asked for {other}"):
+        ray.get(rig.pool.engines[0].actor.generate.remote(rig.prompts, Sampling(2, 1.0, 8), other))
+
+
+def answering(group, number: str):
+    """The group with every completion replaced by one answer."""
+    text = f"<think>a plain view</think><answer>{number}</answer>"
+    return dataclasses.replace(
+        group, completions=tuple(Completion(text, (1,), (0.0,), "stop") for _ in group.completions)
+    )
+
+
+def test_iaa_reward_depends_on_another_engines_images_and_iqa_reward_does_not(rig):
+    iaa = [p for p in rig.prompts if p.sample.task == "iaa"]
+    iqa = [p for p in rig.prompts if p.sample.task == "iqa"]
+    # the first image of each task goes to engine 0, the second to engine 1
+    calls = [
+        e.actor.generate.remote([iaa[i], iqa[i]], rig.sampling(), rig.pool.version)
+        for i, e in enumerate(rig.pool.engines)
+    ]
+    (iaa0, iqa0), (iaa1, iqa1) = ray.get(calls)
+    scorer = rig.cluster.scorer()
+
+    def rewards(*groups):
+        scored, _ = scorer.score(list(groups))
+        return {s.group.prompt.group_id: s for s in scored}
+
+    first, second = (
+        rewards(answering(iaa0, "50.00"), answering(iqa0, "50.00"), answering(iaa1, n), answering(iqa1, n))
+        for n in ("10.00", "90.00")
+    )
+    iaa_id, iqa_id = iaa0.prompt.group_id, iqa0.prompt.group_id
+    assert np.abs(first[iaa_id].terms["thurstone"] - second[iaa_id].terms["thurstone"]).min() > 1e-3
+    assert np.array_equal(first[iqa_id].reward, second[iqa_id].reward)
+    assert np.array_equal(first[iqa_id].terms["gaussian"], second[iqa_id].terms["gaussian"])
+    # and with the completions the two engines really made
+    real = rewards(iaa0, iqa0, iaa1, iqa1)
+    altered = rewards(iaa0, iqa0, answering(iaa1, "1.00"), answering(iqa1, "1.00"))
+    assert np.array_equal(real[iqa_id].reward, altered[iqa_id].reward)
+    assert not np.array_equal(real[iaa_id].reward, altered[iaa_id].reward)
