@@ -42,7 +42,8 @@ demo: setup
 	@$(RUN) demo --output $(or $(OUTPUT),runs/demo$(if $(SMOKED),-smoke)) $(if $(SMOKED),--smoke) $(ARGS)
 
 test: setup
-	@.venv/bin/python -m pytest tests/unit tests/integration $(ARGS)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 8 tests/unit $(ARGS)
+	@.venv/bin/python -m pytest tests/integration $(ARGS)
 
 test-cluster: setup
 	@.venv/bin/python -m pytest tests/cluster $(ARGS)

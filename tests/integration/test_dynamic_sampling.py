@@ -48,9 +48,10 @@ def groups_of(file: Path) -> dict[str, list[dict]]:
     return found
 
 
-@pytest.mark.parametrize("policy", ["refill", "drop"])
-def test_silent_groups_are_replaced_or_dropped(policy, preset_word, model_untied, make_config):
-    config = make_config(model_untied, preset_word, f"grpo.zero_std={policy}", *FORM, "rollout.engines=1")
+@pytest.mark.parametrize(("policy", "learners"), [("refill", 2), ("drop", 1)])
+def test_silent_groups_are_replaced_or_dropped(policy, learners, preset_word, model_untied, make_config):
+    counts = ("rollout.engines=1", f"cluster.learners={learners}")
+    config = make_config(model_untied, preset_word, f"grpo.zero_std={policy}", *FORM, *counts)
     controller.run(config)
     run = Path(config.output)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -69,12 +69,18 @@ def run_at_step_two(tmp_path, model_untied, manifests):
         process.kill()
 
 
-def test_a_killed_run_leaves_no_process(run_at_step_two):
+@pytest.fixture(scope="module")
+def killed_runs() -> list[str]:
+    """Marks of runs that were killed, whose last processes the end of this file waits for."""
+    return []
+
+
+def test_a_killed_run_leaves_no_process_but_rays_agents(run_at_step_two, killed_runs):
     mark, _, process = run_at_step_two
     process.send_signal(signal.SIGKILL)
     process.wait()
+    killed_runs.append(mark)
     wait_for(lambda: not [p for p in processes(mark) if "Agent" not in p], 30, "the end of all but Ray's agents")
-    wait_for(lambda: not processes(mark), RAY_AGENTS_S, "the end of all processes")
 
 
 def test_ctrl_c_leaves_no_process_and_a_checkpoint_that_resumes(run_at_step_two, model_untied, manifests):
@@ -112,3 +118,8 @@ def test_a_run_starts_a_ray_of_its_own_beside_another(model_untied, make_config)
     finally:
         other.stdin.close()
         other.wait(60)
+
+
+def test_rays_agents_of_a_killed_run_end_by_themselves(killed_runs):
+    for mark in killed_runs:
+        wait_for(lambda mark=mark: not processes(mark), RAY_AGENTS_S, "the end of all processes")

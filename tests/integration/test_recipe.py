@@ -26,8 +26,11 @@ def test_sft_then_grpo_in_bfloat16_with_gradient_checkpointing(model_untied, mak
     model = Path(tuned.output) / "checkpoints/latest/model"
     assert {t.dtype for t in load_file(model / "model.safetensors").values()} == {torch.bfloat16}
 
-    refined = make_config(str(model), *RECIPE, "grpo.max_steps=2", "grpo.optim.lr=0.001", "rollout.engines=1")
+    one = ("rollout.engines=1", "cluster.learners=1")
+    refined = make_config(str(model), *RECIPE, "grpo.max_steps=2", "grpo.optim.lr=0.001", *one)
     controller.run(refined)
     first, second = metrics(refined)
+    # two bytes a weight on the wire
+    assert second["sync/bytes"] == 2 * sum(t.numel() for t in load_file(model / "model.safetensors").values())
     assert first["sync/logprob_gap"] < 0.05 and second["sync/logprob_gap"] < 0.05
     assert first["optim/grad_norm"] > 0 and second["loss/kl"] > 0

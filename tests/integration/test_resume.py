@@ -19,7 +19,7 @@ from tatar_dist.events import read_events
 from tatar_dist.interrupts import Interrupted
 from tatar_dist.run_directory import RunDirectory
 
-ONE = ("rollout.engines=1", "cluster.learners=1")
+ONE = ("rollout.engines=1", "cluster.learners=1", "rollout.max_new_tokens=24")
 WALL_CLOCK = ("time/", "perf/", "sync/seconds")
 
 
@@ -32,6 +32,7 @@ def test_resumed_grpo_equals_uninterrupted_grpo_to_the_bit(model_untied, make_co
     config = make_config(
         model_untied,
         "rollout.deterministic=true",
+        "rollout.engines=1",
         "grpo.max_steps=4",
         "grpo.optim.lr=0.003",
         "checkpoint.every=2",
@@ -61,8 +62,9 @@ def test_resumed_grpo_equals_uninterrupted_grpo_to_the_bit(model_untied, make_co
 
 
 def test_a_signal_while_the_engines_work_ahead_costs_nothing(model_untied, make_config, tmp_path):
-    words = ("rollout.deterministic=true", "grpo.max_steps=4", "grpo.optim.lr=0.003", "grpo.staleness=1")
-    config = make_config(model_untied, *words, "grpo.logprob_gap_limit=10", "checkpoint.every=0", *ONE)
+    words = ("rollout.deterministic=true", "grpo.max_steps=4", "grpo.optim.lr=0.0005", "grpo.staleness=1", *ONE)
+    longer = "grpo.inner_iterations=8"  # learning takes longer than generating, which can so be finished
+    config = make_config(model_untied, *words, longer, "grpo.logprob_gap_limit=10", "checkpoint.every=0")
     controller.run(config)
     stopped = dataclasses.replace(config, output=str(tmp_path / "stopped"))
 

@@ -1,7 +1,8 @@
 """Two learners, two engines and the reward actor, stepped by hand: after a push the engines sample from the learners'
 weights, all of them; a push gone wrong is noticed; the reward sees the global batch.
 
-The untied model's processes are started once for all tests of this file. Each test begins with the learners' first
+The processes are started once for all tests of this file; a tied model is pushed in test_run.py, bfloat16 in
+test_recipe.py. Each test begins with the learners' first
 state, pushed to the engines.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -76,18 +76,13 @@ class Rig:
         return self.pool.push(self.learners.weight_buckets(1 << 20), self.pool.version + 1)
 
 
-@contextmanager
-def rig_of(model: str, manifests: list[str], output, *words: str) -> Iterator[Rig]:
-    config = load_config([], [f"output={output}", *tiny_words(model, manifests), *words])
-    with RunDirectory(config) as directory, Cluster(config) as cluster:
-        yield Rig(config, cluster, PromptSource(config, directory))
-
-
 @pytest.fixture(scope="module")
 def started(model_untied, manifests, tmp_path_factory) -> Iterator[Rig]:
-    directory = tmp_path_factory.mktemp("rig")
-    with rig_of(model_untied, manifests, directory / "run", *MOVING) as rig:
-        rig.start = directory / "start"
+    place = tmp_path_factory.mktemp("rig")
+    config = load_config([], [f"output={place / 'run'}", *tiny_words(model_untied, manifests), *MOVING])
+    with RunDirectory(config) as directory, Cluster(config) as cluster:
+        rig = Rig(config, cluster, PromptSource(config, directory))
+        rig.start = place / "start"
         rig.start.mkdir()
         rig.learners.save(rig.start).result()
         yield rig
@@ -100,44 +95,22 @@ def rig(started: Rig) -> Rig:
     return started
 
 
-def follow(rig: Rig, engines: int, tied: bool) -> None:
-    """Three steps and pushes, which move every part of the model; the engines' log-probabilities stay the learners'."""
+def test_engines_follow_the_learners_through_three_steps_and_notice_when_they_do_not(rig):
     before = rig.weights()
-    assert ("lm_head.weight" in before) == (not tied)
     for _ in range(3):
         metrics = rig.learn(rig.generate())
         assert metrics["sync/logprob_gap_max"] < 1e-4
         assert metrics["optim/grad_norm"] > 0
         sync = rig.push()
-    assert sync["sync/bytes"] == engines * sum(t.numel() * 4 for t in before.values())  # float32
+    assert sync["sync/bytes"] == 2 * sum(t.numel() * 4 for t in before.values())  # two engines, float32
     after = rig.weights()
     for part, mark in PARTS.items():
-        if part != "head" or not tied:
-            moved = max(float((after[n] - before[n]).abs().max()) for n in before if mark in n)
-            assert moved > 1e-3, f"{part} did not change, so the comparison proves nothing for it"
+        moved = max(float((after[n] - before[n]).abs().max()) for n in before if mark in n)
+        assert moved > 1e-3, f"{part} did not change, so the comparison proves nothing for it"
     assert rig.learn(rig.generate())["sync/logprob_gap_max"] < 1e-4  # weights of the last push, the same prompts
     # now the update of the line above is not pushed
     with pytest.raises(WeightsOutOfSync, match="push was skipped"):
         rig.learn(rig.generate())
-
-
-def test_engines_follow_the_learners_through_three_steps_and_notice_when_they_do_not(rig):
-    follow(rig, engines=2, tied=False)
-
-
-def test_so_does_a_tied_model(model_tied, manifests, tmp_path):
-    one = ("rollout.engines=1", "cluster.learners=1")
-    with rig_of(model_tied, manifests, tmp_path / "run", *MOVING, *one) as rig:
-        follow(rig, engines=1, tied=True)
-
-
-def test_bfloat16_weights_are_two_bytes_each_on_the_wire(model_untied, manifests, tmp_path):
-    words = ("model.dtype=bfloat16", "grpo.logprob_gap_limit=0.05", "rollout.engines=1", "cluster.learners=1")
-    with rig_of(model_untied, manifests, tmp_path / "run", *words) as rig:
-        weights = rig.weights()
-        assert {str(t.dtype) for t in weights.values()} == {"torch.bfloat16"}
-        assert rig.push()["sync/bytes"] == 2 * sum(t.numel() for t in weights.values())
-        assert rig.learn(rig.generate())["sync/logprob_gap"] < 0.05
 
 
 def forget(engine) -> None:
