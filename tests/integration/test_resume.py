@@ -19,7 +19,7 @@ from tatar_dist.events import read_events
 from tatar_dist.interrupts import Interrupted
 from tatar_dist.run_directory import RunDirectory
 
-ONE = ("rollout.engines=1", "cluster.learners=1", "rollout.max_new_tokens=24")
+ONE = ("rollout.engines=1", "cluster.learners=1")
 WALL_CLOCK = ("time/", "perf/", "sync/seconds")
 
 
