@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -361,6 +363,8 @@ def bench(
         return
     if name not in BENCHES:
         raise UserError(f"bench {name!r}: must be one of {', '.join(BENCHES)}, table")
+    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other
     benchmark = import_module(f"tatar_dist.bench.{name}")
     if words and name not in ("simulate", "staleness"):
         raise UserError(f"bench {name}: takes no {words[0]!r}, only bench simulate and staleness have config keys")

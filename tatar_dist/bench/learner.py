@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,11 @@ def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], Non
     return update, model, batch.layout.prompts[0]
 
 
-def alone(work: Work, packed: bool, directory: Path) -> dict[str, float]:
-    """One update in a process of its own: seconds, MiB above what the loaded model takes, and both as counted."""
-    words = [sys.executable, "-m", "tatar_dist.bench.learner", json.dumps(work.__dict__), str(int(packed))]
-    done = subprocess.run([*words, str(directory / str(work.vocab))], stdout=subprocess.PIPE, check=True, text=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def alone(works: Sequence[Work], packed: bool, directory: Path) -> list[dict[str, float]]:
+    """An update each in another process: seconds, MiB above what the loaded model takes, and both as counted."""
+    words = [sys.executable, "-m", "tatar_dist.bench.learner", json.dumps([w.__dict__ for w in works])]
+    done = subprocess.run([*words, str(int(packed)), str(directory)], stdout=subprocess.PIPE, check=True, text=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
 
 
 def _seconds(work: Callable[[], None]) -> float:
@@ -90,7 +89,7 @@ def compare(work: Work, directory: Path) -> dict[str, Any]:
     apart = torch.stack([(p.grad - right[n]).norm() for n, p in policy.named_parameters()]).norm()
     whole = torch.stack([g.norm() for g in right.values()]).norm()
     counted = [flops(model.config, work, prompt, packed) for packed in (False, True)]
-    processes = [alone(work, packed, directory) for packed in (False, True)]
+    processes = [alone([work], packed, directory)[0] for packed in (False, True)]
     rounds.append((processes[0]["seconds"], processes[1]["seconds"]))
     seconds, memory = [list(side) for side in zip(*rounds, strict=True)], [p["mib"] for p in processes]
     return {
@@ -115,8 +114,8 @@ GROWTH = {
 
 def growth(directory: Path) -> dict[str, list[dict[str, Any]]]:
     """Seconds and peak MiB of one packed update, along one size at a time, beside what is counted."""
-    works = dict.fromkeys(work for each in GROWTH.values() for work in each)
-    found = {work: work.__dict__ | alone(work, True, directory) for work in works}
+    works = list(dict.fromkeys(work for each in GROWTH.values() for work in each))
+    found = {work: work.__dict__ | m for work, m in zip(works, alone(works, True, directory), strict=True)}
     return {name: [found[work] for work in each] for name, each in GROWTH.items()}
 
 
@@ -186,18 +185,26 @@ def _mib(field: str) -> float:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description="One side of the comparison in a process of its own.")
-    parser.add_argument("work", type=json.loads)
+    parser.add_argument("works", type=json.loads)
     parser.add_argument("packed", type=int)
     parser.add_argument("directory", type=Path)
     options = parser.parse_args()
-    work, packed = Work(**options.work), bool(options.packed)
-    small = replace(work, groups=1, size=2, tokens=8, pixels=112)
-    _update(small, options.directory, packed)[0]()  # threads and kernels are there now
-    update, model, prompt = _update(work, options.directory, packed)
+    packed = bool(options.packed)
+    small = Work(size=2, tokens=8, pixels=112)
+    for work in (small, *(Work(**w) for w in options.works)):  # after the small one threads and kernels are there
+        found = _measured(work, packed, options.directory / str(work.vocab))
+        if work is not small:
+            print(json.dumps(found), flush=True)
+
+
+def _measured(work: Work, packed: bool, directory: Path) -> dict[str, float]:
+    """One update here: its seconds, its peak memory, what was counted."""
+    update, model, prompt = _update(work, directory, packed)
     for weight in model.parameters():
         weight.sum()  # read from the mapped file now: else it counts as memory of the update
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the small update freed goes back, it is no room for this one
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, it is no room for this one
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before = _mib("VmRSS")
     seconds = _seconds(update)
     mib = _mib("VmHWM") - before
@@ -206,7 +213,7 @@ def _main() -> None:
         "gflops": flops(model.config, work, prompt, packed) / 1e9,
         "counted_mib": peak_bytes(model.config, work, prompt, parameters) / 2**20,
     }
-    print(json.dumps({"seconds": seconds, "mib": mib, **counted}))
+    return {"seconds": seconds, "mib": mib, **counted}
 
 
 if __name__ == "__main__":
