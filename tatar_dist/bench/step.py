@@ -2,9 +2,9 @@
 
 In: nothing. Out: how many times faster a step is (generate, score, learn, push) than TRL's, all completions in one
 forward there: with its other defaults, gradient checkpointing on in both, and with the variant of trl_side.py that is
-fastest here (`tuned`), checkpointing off in ours; both targets must be met. Same random 14M model, prompts, lengths and
-machine, other images each step, runs in turns, each with all cores, the first step of each left out. Ours is the real
-pipeline (controller.py): one vLLM engine, one ZeRO-3 learner.
+fastest here by its first step (`tuned`), checkpointing off in ours; both targets must be met. Same random 14M model,
+prompts, lengths and machine, other images each step, runs in turns, each with all cores, the first step of each left
+out. Ours is the real pipeline (controller.py): one vLLM engine, one ZeRO-3 learner.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from tatar_dist.errors import RunError, UserError
 from tatar_dist.prompts import Prompts
 
 PEER = Path(__file__).parents[2] / ".venv-trl/bin/python"
-PROMPTS, GROUP, TOKENS, STEPS, ROUNDS = 2, 8, 64, 2, 2
+PROMPTS, GROUP, TOKENS, STEPS, ROUNDS = 2, 8, 64, 3, 1
 TARGETS = {"defaults": 8.0, "tuned": 5.0}
 SAME_WORK = 0.05  # mean completion tokens may differ by this much
 
 Side = dict[str, list[Any]]  # seconds and tokens of each counted step
 
 
-def theirs(model: Path, directory: Path, variant: str) -> Side:
-    """Steps of TRL but the first. Raises RunError when it fails."""
-    asked = {"prompts": PROMPTS, "group": GROUP, "tokens": TOKENS, "steps": STEPS, "variant": variant}
+def theirs(model: Path, directory: Path, variant: str, steps: int = STEPS) -> Side:
+    """Steps of TRL, the first among them. Raises RunError when it fails."""
+    asked = {"prompts": PROMPTS, "group": GROUP, "tokens": TOKENS, "steps": steps, "variant": variant}
     script = Path(__file__).with_name("trl_side.py")
     log = directory / f"trl-{variant.replace(' ', '-')}.log"
     with log.open("w") as f:
@@ -49,23 +49,28 @@ def theirs(model: Path, directory: Path, variant: str) -> Side:
         )  # fmt: skip
     if done.returncode:
         raise RunError(f"TRL ({variant}) ended with {done.returncode}: {log.read_text()[-2000:]}")
-    return read_steps(done.stdout)
+    return read_steps(done.stdout, steps)
 
 
-def read_steps(said: str, steps: int = STEPS) -> Side:
-    """The JSON lines of trl_side.py but the first. Raises RunError when there are not `steps`."""
+def read_steps(said: str, steps: int) -> Side:
+    """The JSON lines of trl_side.py. Raises RunError when there are not `steps`."""
     lines = [json.loads(line) for line in said.splitlines() if line.startswith('{"seconds"')]
     if len(lines) != steps:
         raise RunError(f"TRL printed {len(lines)} steps, {steps} were asked for: {said[-500:]}")
-    return {key: [line[key] for line in lines[1:]] for key in ("seconds", "tokens", "prompt", "trl")}
+    return {key: [line[key] for line in lines] for key in ("seconds", "tokens", "prompt", "trl")}
+
+
+def warm(side: Side) -> Side:
+    """Without the first step."""
+    return {key: values[1:] for key, values in side.items()}
 
 
 def tune(model: Path, directory: Path) -> tuple[str, dict[str, float | str]]:
-    """TRL's fastest variant by the second step of each, and seconds of all; an error's text where one cannot run."""
+    """TRL's fastest variant by the first step of each, and seconds of all; an error's text where one cannot run."""
     found: dict[str, float | str] = {}
     for variant in (v for v in VARIANTS if v != "defaults"):
         try:
-            found[variant] = theirs(model, directory, variant)["seconds"][0]
+            found[variant] = theirs(model, directory, variant, 1)["seconds"][0]
         except RunError as e:
             found[variant] = str(e).splitlines()[-1]
     times = {v: s for v, s in found.items() if isinstance(s, float)}
@@ -153,9 +158,9 @@ def run() -> dict[str, Any]:
             subject.file(i, directory).write_bytes(subject.image(i))
         best, tried = tune(model, directory)
         for _ in range(ROUNDS):
-            sides["defaults"].append(theirs(model, directory, "defaults"))
+            sides["defaults"].append(warm(theirs(model, directory, "defaults")))
             sides["ours, recomputing"].append(ours(model, directory, ["model.gradient_checkpointing=true"]))
-            sides["tuned"].append(theirs(model, directory, best))
+            sides["tuned"].append(warm(theirs(model, directory, best)))
             sides["ours"].append(ours(model, directory, ["model.gradient_checkpointing=false"]))
     joined = {name: {key: [x for s in each for x in s[key]] for key in each[0]} for name, each in sides.items()}
     ratios = {}

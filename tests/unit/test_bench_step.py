@@ -14,12 +14,13 @@ from tatar_dist.errors import RunError, UserError
 def test_the_first_step_of_the_peer_is_left_out_and_so_is_what_else_it_prints():
     one = {"tokens": 64, "prompt": 1050.0, "trl": "1"}
     lines = ["Loading", *(json.dumps({"seconds": s, **one}) for s in (9.0, 4.0)), '{"loss": 0}']
-    assert step.read_steps("\n".join(lines)) == {"seconds": [4.0], "tokens": [64], "prompt": [1050.0], "trl": ["1"]}
+    side = step.warm(step.read_steps("\n".join(lines), 2))
+    assert side == {"seconds": [4.0], "tokens": [64], "prompt": [1050.0], "trl": ["1"]}
 
 
 def test_a_peer_without_all_its_steps_is_refused():
     with pytest.raises(RunError, match="TRL printed 1 steps, 2 were asked for"):
-        step.read_steps('{"seconds": 9.0, "tokens": 64}\n')
+        step.read_steps('{"seconds": 9.0, "tokens": 64}\n', 2)
 
 
 def test_sides_that_did_not_do_the_same_work_are_not_compared():
@@ -33,7 +34,8 @@ def test_sides_that_did_not_do_the_same_work_are_not_compared():
 
 
 def test_the_fastest_variant_that_runs_is_the_tuned_one(monkeypatch, tmp_path):
-    def theirs(model, directory, variant):
+    def theirs(model, directory, variant, steps):
+        assert steps == 1
         if variant == "static cache":
             raise RunError("TRL ended with 1: Traceback\nValueError: no such cache")
         return {"seconds": [{"kept activations": 5.0}.get(variant, 4.0)]}
