@@ -1,0 +1,36 @@
+"""Costs and configurations that the simulator's tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tatar_dist.config import load_config
+from tatar_dist.simulate.costs import Costs, EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts
+from tatar_dist.simulate.step import Setup
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+LENGTHS = {"iqa": ((50, 60, 55), (40, 45, 70)), "iaa": ((150, 160, 190), (170, 200, 180))}
+COSTS = Costs(
+    lengths=LENGTHS,
+    engine=EngineCosts(per_call=0.2, per_step=0.01, per_token=1e-4, per_prompt=0.03, serial=0.4),
+    learner=LearnerCosts(0.5, 0.1, 0.02, 0.05, 1e-4, 0.2, serial=0.3),
+    reward=RewardCosts(0.01, 1e-4),
+    push=PushCosts(0.05, 2.0, 0.5),
+    other=OtherCosts(0.02, 1e-4),
+    model_gb=0.5,
+)
+
+
+def grpo(*words):
+    return load_config([str(CONFIGS / "grpo.yaml")], list(words))
+
+
+def demo(*words):
+    return load_config([str(CONFIGS / "grpo.yaml"), str(CONFIGS / "demo.yaml")], ["output=x", *words])
+
+
+GRPO, DEMO = grpo(), demo()
+
+
+def setup_of(learners=1, engines=1, prompts=4, group_size=4, **other):
+    return Setup(learners, engines, prompts, group_size, **{"micro_tokens": 400, "max_num_seqs": 64, **other})
