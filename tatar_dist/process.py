@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -41,7 +41,7 @@ def pin(_: Any, side: int, index: int, count: int) -> None:
     keep_on(own)
 
 
-def keep_on(cores: Iterable[int]) -> None:
+def keep_on(cores: Collection[int]) -> None:
     """Every thread of this process onto these cores; threads that come later inherit it."""
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it ended meanwhile

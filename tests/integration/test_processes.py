@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,12 +71,15 @@ def run_at_step_two(tmp_path, model_untied, manifests):
 
 
 @pytest.fixture(scope="module")
-def killed_runs() -> list[str]:
-    """Marks of runs that were killed, whose last processes the end of this file waits for."""
-    return []
+def killed_runs() -> Iterator[list[str]]:
+    """Marks of runs that were killed: when the other tests of this file are done, their last processes must be gone."""
+    marks: list[str] = []
+    yield marks
+    for mark in marks:
+        wait_for(lambda mark=mark: not processes(mark), RAY_AGENTS_S, "the end of all processes of a killed run")
 
 
-def test_a_killed_run_leaves_no_process_but_rays_agents(run_at_step_two, killed_runs):
+def test_a_killed_run_leaves_no_process(run_at_step_two, killed_runs):
     mark, _, process = run_at_step_two
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -118,8 +122,3 @@ def test_a_run_starts_a_ray_of_its_own_beside_another(model_untied, make_config)
     finally:
         other.stdin.close()
         other.wait(60)
-
-
-def test_rays_agents_of_a_killed_run_end_by_themselves(killed_runs):
-    for mark in killed_runs:
-        wait_for(lambda mark=mark: not processes(mark), RAY_AGENTS_S, "the end of all processes")
