@@ -117,7 +117,8 @@ def _layers(config: Any, work: Work, prompt: int, packed: bool) -> float:
 def round_flops(config: Any, prompt: int, work: Work = WORK) -> dict[str, float]:
     """FLOPs of a round by side, and of the vision tower in the engine's.
 
-    `config`: a Qwen2_5_VLConfig; `prompt`: tokens of a prompt. All tokens of a completion come from logits; all but the last go through the layers.
+    `config`: a Qwen2_5_VLConfig; `prompt`: tokens of a prompt. All tokens of a completion come from logits; all but
+    the last go through the layers.
     """
     v, t = config.vision_config, config.text_config
     blind = copy.deepcopy(config)
