@@ -21,6 +21,7 @@ from typer.exceptions import TyperException
 
 from tatar_dist import proven
 from tatar_dist.commands import data as data_commands
+from tatar_dist.commands import evaluation
 from tatar_dist.commands import rationale as rationale_commands
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
@@ -112,6 +113,12 @@ def _run_stage(stage: str, files: list[Path], words: list[str] | None, dry_run: 
         from tatar_dist.evaluate import runner
 
         result = runner.run(config)
+        if not as_json:
+            from tatar_dist.evaluate import tables
+
+            tables.show(result, config.evaluate.published)
+            print(f"evaluate: predictions, metrics and tables are in {config.output}")
+            return
     if result is not None:
         _print_result(result, as_json)
     elif as_json:
@@ -177,11 +184,17 @@ def grpo(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, 
 
 @app.command(rich_help_panel=RUN)
 def evaluate(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
-    """Greedy answers on the test manifests; SRCC and PLCC by data set, with n and parse failures.
+    """Agreement with opinion scores on test manifests, by data set, with n and parse failures. Killed, it goes on.
+
+    evaluate.samples=5 adds the spread of sampled answers, evaluate.expected=true expected scores,
+    evaluate.bootstrap=1000 intervals, evaluate.published=true the figures of papers.
 
     Example: [bold]tatar-dist evaluate --config configs/eval.yaml model.path=runs/model data.eval_limit=200[/bold]
     """
     _run_stage("evaluate", config, overrides, dry_run, as_json)
+
+
+app.command(rich_help_panel=RUN)(evaluation.score)
 
 
 @app.command(rich_help_panel=RUN)
@@ -320,22 +333,8 @@ def rewards(
         _print_result({**audit.summary(found), "output": str(output)}, as_json)
 
 
-@app.command(rich_help_panel=CHECK)
-def metrics(
-    file: Annotated[Path, typer.Argument(help="JSON lines: dataset, task, target, and prediction or completion.")],
-    as_json: Json = False,
-    bootstrap: Annotated[int, typer.Option(metavar="N", help="Rounds for 95 % intervals; 0 = none.")] = 0,
-    unparsed: Annotated[str, typer.Option(help="drop, or midpoint: count an unparsed answer as 50.")] = "drop",
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
-) -> None:
-    """Agreement with opinion scores by data set: SRCC, PLCC, KRCC, RMSE, MAE, with n and n_parsed.
-
-    Example: [bold]tatar-dist metrics predictions.jsonl --bootstrap 1000 --json[/bold]
-    """
-    from tatar_dist.evaluate import audit
-
-    found = audit.run(file, bootstrap=bootstrap, unparsed=unparsed, seed=seed)
-    print(json.dumps(audit.as_json(found)) if as_json else audit.as_table(found))
+app.command(rich_help_panel=CHECK)(evaluation.metrics)
+app.command(rich_help_panel=CHECK)(evaluation.compare)
 
 
 @app.command(rich_help_panel=CHECK)

@@ -36,19 +36,11 @@ from tatar_dist.process import pin
 from tatar_dist.rewards.actor import RewardScorer
 from tatar_dist.rewards.remote import RemoteScorer
 from tatar_dist.rollout.engine import RolloutEngine
+from tatar_dist.rollout.environment import COMMON_ENV, engine_environment
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.waiting import TICK_S
 
-COMMON_ENV = {
-    "TOKENIZERS_PARALLELISM": "false",
-    # an idle OpenMP pool must not spin on cores that another process was handed
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "KMP_BLOCKTIME": "0",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TQDM_DISABLE": "1",
-}
 FEWER_WAIT_S = 10.0  # for a place of fewer learners: their nodes are there already
-CPU_ENGINE_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _require_token() -> None:
@@ -294,16 +286,7 @@ class Cluster:
         gpus = (0.5 if shared else r.tensor_parallel) if self.gpu else 0
         if not shared:
             self._reserve("engine(s)", count, c.engine_cpus, gpus)
-        env = {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CPU_KVCACHE_SPACE": str(r.cpu_kv_cache_gib),
-            "OMP_NUM_THREADS": str(self.threads(count)),
-            **({"NCCL_SOCKET_IFNAME": c.network_interface} if c.network_interface else {}),
-            "GLOO_SOCKET_IFNAME": "lo",  # an engine's workers are on one node, and gloo answers strangers
-            **({} if self.gpu else CPU_ENGINE_ENV),
-        }
+        env = engine_environment(self.config, self.gpu, self.threads(count))
 
         def make(index: int) -> Any:
             # colocated with learner `index`; with fewer learners after a lost node some share

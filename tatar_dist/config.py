@@ -153,8 +153,14 @@ class RewardConfig:
 
 @dataclass
 class EvaluateConfig:
-    samples: int = 0  # sampled completions per image whose reward terms are reported; 0 = greedy answers only
+    samples: int = 0  # sampled completions per image: their mean and spread, and reward terms; 0 = greedy answers only
     seed: int = 0  # of the sampled completions
+    expected: bool = False  # beside each greedy answer the expectation over the scores it might have been
+    unparsed: str = "drop"  # drop | midpoint: an answer without a score is left out, or counts as 50
+    bootstrap: int = 0  # rounds for 95 % intervals of SRCC and PLCC; 0 = none
+    in_domain: list[str] | None = None  # data sets that were trained on; null = as configs/datasets.yaml has it
+    slices: list[str] = field(default_factory=lambda: ["distortion", "distortions", "style", "styles"])  # of meta
+    published: bool = False  # print figures of configs/published.yaml beside ours
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
@@ -23,9 +24,8 @@ def interface_of(ip: str) -> str | None:
 
 def process_facts() -> dict[str, Any]:
     """pid, host name, and Ray's node id (None outside Ray)."""
-    import ray
-
-    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+    ray = sys.modules.get("ray")  # a process that has not imported it is in none
+    node = ray.get_runtime_context().get_node_id() if ray and ray.is_initialized() else None
     return {"pid": os.getpid(), "host": socket.gethostname(), "node": node}
 
 

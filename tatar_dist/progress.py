@@ -78,7 +78,8 @@ class Progress:
         each = (now - self.since) / max(1, done - self.first)
         loss = {} if "reward/total/iqa" in metrics or "reward/total/iaa" in metrics else {"loss/total": "loss"}
         parts = [f"{name} {metrics[key]:.3g}" for key, name in (loss | SHOWN).items() if key in metrics]
-        pace = f"{each:.1f} s a {self.unit}" if each >= 0.1 else f"{1 / max(each, 1e-9):.0f} {self.unit}s a second"
+        a = "an" if self.unit[0] in "aeiou" else "a"
+        pace = f"{each:.1f} s {a} {self.unit}" if each >= 0.1 else f"{1 / max(each, 1e-9):.0f} {self.unit}s a second"
         left = clock(each * (self.total - done))
         said = "  ".join([*parts, pace, f"{clock(now - self.began)} gone", f"{left} left"])
         if self._bar:

@@ -7,28 +7,27 @@ controller; images stay encoded bytes.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from io import StringIO
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from tatar_dist.backbones import family
 from tatar_dist.config import Config, DataConfig
-from tatar_dist.data.images import UnreadableImage, decode_image, image_size
+from tatar_dist.data.images import UnreadableImage, image_size
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.data.walk import Ref
 from tatar_dist.errors import UserError
-from tatar_dist.prompts import Prompts, answer_text
+from tatar_dist.prompt_texts import PromptTexts
+from tatar_dist.prompts import answer_text
 from tatar_dist.records import LearnerRow, Prompt, Sample
 from tatar_dist.run_directory import RunDirectory
 
 CHECK_THREADS = 8  # decoding releases the interpreter lock
+WINDOW = 64  # held-out rows that are read and checked at a time
 
 
 def read_manifests(data: DataConfig, split: str) -> list[Manifest]:
@@ -53,6 +52,12 @@ def _of_split(manifest: Manifest, split: str) -> Manifest:
     return manifest
 
 
+def _windows(rows: Iterable[int]) -> Iterator[tuple[int, ...]]:
+    rows = iter(rows)
+    while window := tuple(islice(rows, WINDOW)):
+        yield window
+
+
 class PromptSource:
     """Renders prompts for the model of `config`; `run` receives the quarantine.
 
@@ -60,31 +65,18 @@ class PromptSource:
     """
 
     def __init__(self, config: Config, run: RunDirectory) -> None:
-        backbone_class = family(config.model.family)
-        backbone_class.check_directory(config.model.path)
         self.config, self.run = config, run
         self.missing: Counter[str] = Counter()
-        with contextlib.redirect_stderr(StringIO()):
-            self.backbone = backbone_class(config.model)
-        self.prompts = Prompts.load(config.data.prompts)
-        self._text = {task: self.prompts.render(task, self._chat) for task in self.prompts.user}  # type: ignore[arg-type]
-        self._text_tokens = {t: len(self.backbone.tokenizer(text)["input_ids"]) for t, text in self._text.items()}
-
-    def _chat(self, messages: list[dict[str, Any]]) -> str:
-        return self.backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        self.texts = PromptTexts(config)
+        self.backbone = self.texts.backbone
 
     def problem(self, sample: Sample | str, supervised: bool = False) -> str | None:
         """Why a sample cannot be used, as a prompt or as a supervised row, or None."""
         if isinstance(sample, str):
             return sample
-        try:
-            size = decode_image(sample.image, sample.sample_id).size
-            tokens = self._text_tokens[sample.task] + self.backbone.image_tokens(*size)
-        except (UnreadableImage, ValueError) as e:  # ValueError: more than 200 times as wide as high, or the reverse
-            return str(e)
-        limit = self.config.data.max_prompt_tokens
-        if tokens > limit:
-            return f"prompt of {tokens} tokens is over data.max_prompt_tokens={limit}"
+        tokens = self.texts.measure(sample.image, sample.task, sample.sample_id)
+        if isinstance(tokens, str):
+            return tokens
         return self._target_problem(sample, tokens) if supervised else None
 
     def _target_problem(self, sample: Sample, prompt_tokens: int) -> str | None:
@@ -123,27 +115,50 @@ class PromptSource:
         return [s for s in read if isinstance(s, Sample)]
 
     def held_out(
-        self, manifests: Sequence[Manifest], per_dataset: int | None, supervised: bool = False
-    ) -> list[Sample]:
-        """The first usable `per_dataset` samples of each data set (None = all), pool by pool in manifest order."""
+        self,
+        manifests: Sequence[Manifest],
+        per_dataset: int | None,
+        supervised: bool = False,
+        known: Callable[[Sample], bool] = lambda sample: False,
+    ) -> Iterator[Sample]:
+        """The first usable `per_dataset` samples of each data set (None = all), pool by pool in manifest order.
+
+        Read as they are asked for; a sample that is `known` is usable without another look at its image.
+        """
         taken: Counter[str] = Counter()
-        result = []
         for manifest, pool in ((m, p) for m in manifests for p in m.pools):
-            for i in pool:
-                if per_dataset is not None and taken[pool.dataset] >= per_dataset:
+            for rows in _windows(pool):
+                if taken[pool.dataset] == per_dataset:
                     break
-                try:
-                    sample = manifest.get(i)
-                    problem = self.problem(sample, supervised)
-                except UnreadableImage as e:
-                    problem = str(e)
-                if problem is not None:
-                    self.run.quarantine(manifest.sample_id(i), str(manifest.path), problem)
-                    self.missing[pool.dataset] += 1
-                    continue
-                taken[pool.dataset] += 1
-                result.append(sample)
-        return result
+                for row, found in zip(rows, self._checked(manifest, rows, supervised, known), strict=True):
+                    if taken[pool.dataset] == per_dataset:
+                        break
+                    if isinstance(found, str):
+                        self.run.quarantine(manifest.sample_id(row), str(manifest.path), found)
+                        self.missing[pool.dataset] += 1
+                        continue
+                    taken[pool.dataset] += 1
+                    yield found
+
+    def _checked(
+        self, manifest: Manifest, rows: Sequence[int], supervised: bool, known: Callable[[Sample], bool]
+    ) -> list[Sample | str]:
+        """The samples of these rows, or why one cannot be used."""
+
+        def read(row: int) -> Sample | str:
+            try:
+                return manifest.get(row)
+            except UnreadableImage as e:
+                return str(e)
+
+        def check(sample: Sample | str) -> Sample | str:
+            if isinstance(sample, Sample) and known(sample):
+                return sample
+            return self.problem(sample, supervised) or sample
+
+        found = [read(row) for row in rows]  # one thread: a Parquet file is not safe to share
+        with ThreadPoolExecutor(CHECK_THREADS) as threads:
+            return list(threads.map(check, found))
 
     def held_out_prompts(self) -> list[Prompt]:
         """Prompts of `data.eval_limit` validation samples of each data set; none without a manifest."""
@@ -154,7 +169,7 @@ class PromptSource:
         return [self.prompt(s, f"eval/{s.dataset}/{s.sample_id}") for s in samples]
 
     def prompt(self, sample: Sample, group_id: str) -> Prompt:
-        return Prompt(sample, self._text[sample.task], group_id)
+        return Prompt(sample, self.texts.text[sample.task], group_id)
 
     def batch(self, sampler: PromptSampler, n: int, step: int) -> list[Prompt]:
         """The next n prompts; group ids sort by sample id within the step."""
@@ -186,8 +201,8 @@ class PromptSource:
         return LearnerRow(
             image_id=f"{sample.dataset}/{sample.sample_id}",
             image=sample.image,
-            prompt_text=self._text[sample.task],
+            prompt_text=self.texts.text[sample.task],
             completion_ids=(*ids, self.backbone.end_of_turn()),
             task=sample.task,
-            prompt_tokens=self._text_tokens[sample.task] + self.backbone.image_tokens(*image_size(sample.image)),
+            prompt_tokens=self.texts.tokens[sample.task] + self.backbone.image_tokens(*image_size(sample.image)),
         )

@@ -116,6 +116,17 @@ def parse(text: str, strict: bool = True) -> Parsed:
     return Parsed(value, out_of_range=not SCORE_MIN <= value <= SCORE_MAX)
 
 
+def answer_start(text: str) -> tuple[int, str] | None:
+    """(where the number of the answer begins in `text`, the number as written), None for a text that does not parse."""
+    if parse(text).value is None:
+        return None
+    tag = next(t for t in _ANSWER_TAG.finditer(text) if not t.group(1))  # strict: the only one
+    start = tag.end() + len(text[tag.end() :]) - len(text[tag.end() :].lstrip(_BLANKS))
+    number = _STRICT.match(text, start)
+    assert number is not None  # it has parsed
+    return start, number.group()
+
+
 def think_text(text: str) -> str:
     """The text inside the <think> blocks, joined by a blank; "" when there is none.
 

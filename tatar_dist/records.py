@@ -46,13 +46,27 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What a model's answer might have been (expected_score.py). mean, sd: points; mass: the share of the probability
+    that they are over."""
+
+    mean: float
+    sd: float
+    mass: float
+
+
+@dataclass(frozen=True)
 class Completion:
-    """One sampled answer. `logprobs` are natural-log probabilities of `token_ids`, both of length n_tokens."""
+    """One sampled answer. `logprobs` are natural-log probabilities of `token_ids`, both of length n_tokens.
+
+    `expected`: the expectation over the scores it might have written, where it was asked for and the answer parses.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: Literal["stop", "length"]
+    expected: Expected | None = None
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def _held_out(config: Config, source: PromptSource) -> list[LearnerRow]:
         return []
     manifests = read_manifests(config.data, "validation")
     check_rationales(manifests)
-    samples = source.held_out(manifests, EVAL_ROWS_PER_DATASET, supervised=True)
+    samples = list(source.held_out(manifests, EVAL_ROWS_PER_DATASET, supervised=True))
     if not samples:
         raise UserError("data.validation has no usable row for the held-out loss: name others, or data.validation=[]")
     return [source.sft_row(s) for s in samples]

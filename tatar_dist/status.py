@@ -232,6 +232,8 @@ class EventReader:
             self._started(str(event["name"]), event)
         elif name == "phase":
             s.phase, s.phase_since = event["phase"], when
+            if s.stage == "evaluate":
+                s.step = int(event["step"])  # answers that are there
         elif name == "step/done":
             s.step = int(event["step"]) + 1
             self._done.append((when, float(event["seconds"])))

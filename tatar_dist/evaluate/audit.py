@@ -20,12 +20,19 @@ from tatar_dist.rewards.audit import common_error, number_error, numbered_rows
 
 
 def run(
-    file: str | Path, *, bootstrap: int = 0, unparsed: str = "drop", strict: bool = True, seed: int = 0
+    file: str | Path,
+    *,
+    bootstrap: int = 0,
+    ci_all: bool = False,
+    unparsed: str = "drop",
+    strict: bool = True,
+    seed: int = 0,
 ) -> dict[str, DatasetMetrics]:
     """Metrics by data set name, in order of appearance.
 
     Args:
         bootstrap: rounds of the 95 % intervals; 0 = none.
+        ci_all: of every metric, not only of SRCC and PLCC.
         unparsed: drop | midpoint.
         strict: the answer grammar, for rows with a completion.
 
@@ -49,7 +56,13 @@ def run(
     for (name, task), entries in found.items():
         target, prediction, truncated = (np.array(x) for x in zip(*entries, strict=True))
         result[name if names.count(name) == 1 else f"{name}/{task}"] = score_metrics(
-            target, prediction, unparsed=unparsed, n_truncated=int(truncated.sum()), bootstrap=bootstrap, seed=seed
+            target,
+            prediction,
+            unparsed=unparsed,
+            n_truncated=int(truncated.sum()),
+            bootstrap=bootstrap,
+            ci_all=ci_all,
+            seed=seed,
         )
     return result
 

@@ -8,7 +8,9 @@ seed, same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,12 +22,16 @@ MIN_DEFINED = 0.95  # share of resamples in which the statistic must exist
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic on the full data and its percentile interval. `rounds`: resamples in which it existed."""
+    """A statistic on the full data and its percentile interval. `rounds`: resamples in which it existed.
+
+    p: two-sided, of no difference: twice the smaller share of resamples on either side of 0, 1 / rounds at least.
+    """
 
     estimate: float
     lo: float
     hi: float
     rounds: int
+    p: float = float("nan")
 
 
 class _Ranks:
@@ -87,6 +93,30 @@ def correlation_intervals(
     return {name: _percentiles(np.concatenate(parts), level) for name, parts in draws.items()}
 
 
+def intervals(
+    statistics: Mapping[str, Callable[[np.ndarray, np.ndarray], float]],
+    target: np.ndarray,
+    prediction: np.ndarray,
+    *,
+    rounds: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, tuple[float, float] | None]:
+    """Percentile intervals of any statistic(target, prediction) over resampled rows; None where undefined.
+
+    target, prediction: (n,) float64 without NaN. Every statistic is worked out anew in each round.
+    """
+    rng, n = np.random.default_rng(seed), len(target)
+    draws: dict[str, list[float]] = {name: [] for name in statistics}
+    for _ in range(rounds if n > 1 else 0):
+        rows = rng.integers(0, n, n)
+        t, p = target[rows], prediction[rows]
+        defined = np.ptp(t) > 0 and np.ptp(p) > 0
+        for name, statistic in statistics.items():
+            draws[name].append(statistic(t, p) if defined or name in ("rmse", "mae") else np.nan)
+    return {name: _percentiles(np.array(values), level) for name, values in draws.items()}
+
+
 def _row_counts(rng: np.random.Generator, rounds: int, n: int) -> np.ndarray:
     """(rounds, n) float64: how often each of n rows is drawn in n draws with replacement."""
     drawn = rng.integers(0, n, (rounds, n)) + n * np.arange(rounds)[:, None]
@@ -122,6 +152,14 @@ def paired_mean_difference(
 
 
 def paired_srcc_difference(
+    target: np.ndarray, before: np.ndarray, after: np.ndarray, cluster: np.ndarray, **how: Any
+) -> Interval:
+    """`paired_difference` of SRCC."""
+    return paired_difference("srcc", target, before, after, cluster, **how)
+
+
+def paired_difference(
+    statistic: Literal["srcc", "plcc"],
     target: np.ndarray,
     before: np.ndarray,
     after: np.ndarray,
@@ -131,7 +169,8 @@ def paired_srcc_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Interval of SRCC(after) - SRCC(before), resampled by cluster; with seeds as first axis, of its mean over seeds.
+    """Interval of the correlation with `after` minus that with `before`, resampled by cluster; with seeds as first
+    axis, of its mean over seeds.
 
     All seeds share each resample, so that what the photographs have in common is not averaged away. Unparsed
     predictions (NaN) count as the midpoint 50, so that before and after keep the same rows; predictions are clamped to
@@ -148,15 +187,14 @@ def paired_srcc_difference(
     target = np.asarray(target, np.float64)
     if target.shape != before.shape[1:]:
         raise ValueError(f"target {target.shape} and predictions {before.shape} do not have the same rows")
-    ranks_t = _Ranks(target)
-    ranks = [(_Ranks(b), _Ranks(a)) for b, a in zip(before, after, strict=True)]
+    under = [_values(statistic, x) for x in (target, *before, *after)]
     _, index = np.unique(np.asarray(cluster), return_inverse=True)
     n_clusters = int(index.max()) + 1
 
     def differences(counts: np.ndarray) -> np.ndarray:
-        t = ranks_t.under(counts)
-        each = [[_weighted_pearson(t, r.under(counts), counts) for r in pair] for pair in ranks]
-        return np.mean([after_r - before_r for before_r, after_r in each], axis=0)
+        t = under[0](counts)
+        each = [_weighted_pearson(t, u(counts), counts) for u in under[1:]]
+        return np.mean(each[len(before) :], axis=0) - np.mean(each[: len(before)], axis=0)
 
     rng = np.random.default_rng(seed)
     draws = np.concatenate(
@@ -164,7 +202,15 @@ def paired_srcc_difference(
     )
     lo, hi = _percentiles(draws, level) or (np.nan, np.nan)
     estimate = float(differences(np.ones((1, len(target))))[0])
-    return Interval(estimate, float(lo), float(hi), int(np.isfinite(draws).sum()))
+    defined = draws[np.isfinite(draws)]
+    sides = min((defined <= 0).mean(), (defined >= 0).mean()) if len(defined) else np.nan
+    p = float(np.clip(2 * sides, 1 / max(1, len(defined)), 1.0))
+    return Interval(estimate, float(lo), float(hi), len(defined), p)
+
+
+def _values(statistic: str, values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """What is correlated, under (R, n) counts: average ranks, or the values as they are."""
+    return _Ranks(values).under if statistic == "srcc" else lambda counts: values
 
 
 def _paired(before: np.ndarray, after: np.ndarray, cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

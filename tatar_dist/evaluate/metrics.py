@@ -72,6 +72,7 @@ def score_metrics(
     n_missing: int = 0,
     n_truncated: int = 0,
     bootstrap: int = 0,
+    ci_all: bool = False,
     seed: int = 0,
 ) -> DatasetMetrics:
     """All metrics of one data set.
@@ -82,6 +83,7 @@ def score_metrics(
         unparsed: drop | midpoint (50).
         n_missing, n_truncated: counts to report beside them.
         bootstrap: rounds for 95 % percentile intervals of SRCC and PLCC; 0 = none.
+        ci_all: intervals of the other metrics too, which are worked out anew for each resample.
     """
     raw = np.asarray(prediction, np.float64)
     t, p = usable(target, raw, unparsed)
@@ -98,19 +100,21 @@ def score_metrics(
             why = "the best rising logistic is flat: predictions do not rise with the target"
         if why:
             reason[name] = why
-    error = p - t
-    for name, value in (("rmse", lambda: np.sqrt(np.mean(error**2))), ("mae", lambda: np.mean(np.abs(error)))):
-        values[name] = float(value()) if len(t) else None
+    for name, error in (("rmse", rmse), ("mae", mae)):
+        values[name] = error(t, p) if len(t) else None
         if not len(t):
             reason[name] = "no usable row"
     ci95: dict[str, tuple[float, float] | None] = {}
     if bootstrap > 0:
-        from tatar_dist.evaluate.bootstrap import correlation_intervals
+        from tatar_dist.evaluate.bootstrap import correlation_intervals, intervals
 
         ci95 = correlation_intervals(t, p, rounds=bootstrap, seed=seed)
+        if ci_all:
+            others = {name: STATISTICS[name] for name in STATISTICS if values[name] is not None}
+            ci95 |= dict.fromkeys(STATISTICS) | intervals(others, t, p, rounds=bootstrap, seed=seed)
         for name, interval in ci95.items():
             if interval is None:
-                reason[f"ci95.{name}"] = undefined or "too many resamples are constant"
+                reason[f"ci95.{name}"] = undefined or reason.get(name) or "too many resamples are constant"
     return DatasetMetrics(
         n=len(raw),
         n_parsed=int((~np.isnan(raw)).sum()),
@@ -156,6 +160,16 @@ def krcc(target: np.ndarray, prediction: np.ndarray) -> float:
     return float(kendalltau(prediction, target).statistic)
 
 
+def rmse(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Root of the mean squared error, in points."""
+    return float(np.sqrt(np.mean((prediction - target) ** 2)))
+
+
+def mae(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Mean absolute error, in points."""
+    return float(np.mean(np.abs(prediction - target)))
+
+
 def plcc_fitted(target: np.ndarray, prediction: np.ndarray) -> float:
     """Pearson's r after a monotone logistic map of the predictions (VQEG): low + (high - low) / (1 + exp(-(x - c) /
     s)).
@@ -197,3 +211,6 @@ def plcc_fitted(target: np.ndarray, prediction: np.ndarray) -> float:
     fits = [least_squares(lambda b: mapped(b) - y, start, **options) for start in starts]
     curve = mapped(min(fits, key=lambda f: f.cost).x)
     return plcc(y, curve) if np.ptp(curve) > 1e-6 else math.nan
+
+
+STATISTICS = {"krcc": krcc, "plcc_fitted": plcc_fitted, "rmse": rmse, "mae": mae}  # besides SRCC and PLCC

@@ -1,15 +1,19 @@
-"""Evaluation on the engine pool: greedy answers for SRCC/PLCC, sampled answers for the reward terms.
+"""Evaluation on the engine pool: greedy answers for SRCC and PLCC, on request sampled ones and expected scores.
 
-In: a config (`model.path`, `data.test`). Out: `predictions.parquet`, `metrics.json`, and the result as a dict. A metric
-never comes without its n, n_parsed and n_truncated.
+In: a config (`model.path`, `data.test`). Out: `answers.jsonl` (the journal: killed, the same command goes on),
+`predictions.parquet`, `metrics.json`, `table.{md,tex,csv}`, and the result as a dict. A metric never comes without its
+n, n_parsed and n_truncated. Engines are started only when something is left to ask; images pass through, none stays.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +23,21 @@ import pyarrow.parquet as pq
 
 from tatar_dist.cluster import Cluster
 from tatar_dist.config import Config
+from tatar_dist.data.manifest import Manifest
 from tatar_dist.errors import UserError
+from tatar_dist.evaluate import tables
+from tatar_dist.evaluate.answers import Answers, batch_size, batches, key_of, model_fingerprint, without_image
+from tatar_dist.evaluate.breakdown import averages, slices
 from tatar_dist.evaluate.metrics import score_metrics
 from tatar_dist.interrupts import Interrupted, Interrupts, StopAsked
 from tatar_dist.plan import resolve
 from tatar_dist.progress import Progress
 from tatar_dist.prompt_source import PromptSource, read_manifests
 from tatar_dist.prompts import parse, think_words
-from tatar_dist.records import Prompt, ScoredGroup
-from tatar_dist.rewards.remote import RemoteScorer
+from tatar_dist.records import TASKS, Completion, Group, Prompt, Sample
+from tatar_dist.rewards.batch import batch_of_groups
+from tatar_dist.rewards.presets import load_preset
+from tatar_dist.rewards.score import reward_metrics, score_batch, scored_groups
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run_directory import RunDirectory, write_rollouts
@@ -36,113 +46,261 @@ REWARD_STEP = 1 << 20  # the step that enters the seeds of sampled evaluation; n
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Evaluate `model.path` on `data.test`. Returns {"datasets": {name: metrics}, "rewards": {...}}."""
-    plan = resolve(config, "evaluate")
+    """Evaluate `model.path` on `data.test`; what metrics.json holds. Continues what is in `output`."""
     with RunDirectory(config) as directory, Interrupts() as stop:
         source = PromptSource(config, directory)
-        samples = source.held_out(read_manifests(config.data, "test"), config.data.eval_limit)
-        if not samples:
-            raise UserError("data.test: no usable sample")
-        prompts = [source.prompt(s, f"eval/{s.dataset}/{s.sample_id}") for s in samples]
-        with (
-            directory.running("evaluate", len(prompts), 0, 0, plan.engines),
-            Cluster(config, directory.events.log) as cluster,
-            Progress("evaluate", len(prompts), unit="image") as progress,
-        ):
-            pool = cluster.engines(plan.engines)
-            scorer = cluster.scorer()
-            pool.check = scorer.check = stop.leave_if_asked
-            pool.start(cluster.threads(plan.engines))
+        with Answers(directory.path / "answers.jsonl", _settings(config, source)) as answers:
             try:
-                pool.started()
-                progress.ready()
-                return evaluate_prompts(config, pool, scorer, prompts, directory.path, progress, source.missing)
+                return Evaluation(config, directory, source, answers, stop.leave_if_asked).run()
             except StopAsked:
-                raise Interrupted("stopped; the same command starts the evaluation again", stop.status) from None
+                raise Interrupted("stopped; the same command continues the evaluation", stop.status) from None
 
 
-def evaluate_prompts(
-    config: Config,
-    pool: RolloutPool,
-    scorer: RemoteScorer,
-    prompts: Sequence[Prompt],
-    output: Path,
-    progress: Progress | None = None,
-    missing: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
-    """Greedy completions of all prompts, and `evaluate.samples` sampled ones scored as one global batch."""
-    start = time.perf_counter()
-    done = 0
-
-    def advance(n: int) -> None:
-        nonlocal done
-        done += n
-        if progress:
-            progress.update(min(done, progress.total), {})
-
-    limit, e = config.rollout.max_new_tokens, config.evaluate
-    rows = greedy_answers(pool, prompts, limit, advance)
-    generated = time.perf_counter() - start
-    output.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), output / "predictions.parquet")
-    result: dict[str, Any] = {
-        "model": config.model.path,
-        "datasets": dataset_metrics(rows, missing or {}),
-        "tokens_per_second": sum(r["tokens"] for r in rows) / generated,
+def _settings(config: Config, source: PromptSource) -> dict[str, Any]:
+    """What an answer depends on: answers under other settings are not mixed with these."""
+    m, e = config.model, config.evaluate
+    sampled = {"samples": e.samples, "temperature": config.rollout.temperature, "seed": e.seed} if e.samples else None
+    return {
+        "model": model_fingerprint(m.path),
+        "dtype": m.dtype,
+        "pixels": [m.min_pixels, m.max_pixels],
+        "prompts": source.texts.text,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "sampled": sampled,
+        "expected": e.expected,
     }
-    if e.samples:
-        sampling = Sampling(e.samples, config.rollout.temperature, limit, e.seed, REWARD_STEP)
-        scored: list[ScoredGroup]
-        groups = pool.generate(prompts, sampling)
-        scored, result["rewards"] = scorer.score(groups)
-        write_rollouts(output / "sampled.parquet", 0, scored)
-    result["seconds"] = time.perf_counter() - start
-    (output / "metrics.json").write_text(json.dumps(result, indent=1))
-    return result
 
 
-def greedy_answers(
-    pool: RolloutPool, prompts: Sequence[Prompt], max_tokens: int, advance: Callable[[int], None] | None = None
-) -> list[dict[str, Any]]:
-    """One row a prompt: target, prediction (None when unparsed), completion, its words and tokens, truncated or not."""
-    rows = []
-    for g in pool.generate(prompts, Sampling(1, 0.0, max_tokens), advance):
-        sample, completion = g.prompt.sample, g.completions[0]
-        rows.append(
-            {
-                "sample_id": sample.sample_id,
-                "dataset": sample.dataset,
-                "task": sample.task,
-                "source": str(sample.meta.get("photo", "")),
-                "target": sample.score,
-                "prediction": parse(completion.text).value,
-                "completion": completion.text,
-                "think_words": think_words(completion.text),
-                "tokens": len(completion.token_ids),
-                "truncated": completion.finish_reason == "length",
-            }
-        )
-    return rows
+class Evaluation:
+    """One run: `samples` are those asked, without their images, in the order of the manifests."""
+
+    def __init__(
+        self,
+        config: Config,
+        directory: RunDirectory,
+        source: PromptSource,
+        answers: Answers,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config, self.directory, self.source, self.answers, self.check = config, directory, source, answers, check
+        self.plan = resolve(config, "evaluate")
+        self.manifests = read_manifests(config.data, "test")
+        self.total = _rows(self.manifests, config.data.eval_limit)
+        self.samples: list[Sample] = []
+        limit, e = config.rollout.max_new_tokens, config.evaluate
+        self.sampling = {"greedy": Sampling(1, 0.0, limit, expected=e.expected)}
+        if e.samples:
+            self.sampling["sampled"] = Sampling(e.samples, config.rollout.temperature, limit, e.seed, REWARD_STEP)
+
+    def run(self) -> dict[str, Any]:
+        """Ask what is not answered yet, and write the results."""
+        start, path = time.perf_counter(), self.directory.path
+        units = self.total * len(self.sampling)
+        with (
+            self.directory.running("evaluate", units, 0, 0, self.plan.engines),
+            Progress("evaluate", units, unit="answer") as progress,
+        ):
+            tokens, seconds = self._ask_all(progress)
+        if not self.samples:
+            raise UserError("data.test: no usable sample")
+        rows = [self._row(s) for s in self.samples]
+        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path / "predictions.parquet")
+        e = self.config.evaluate
+        result: dict[str, Any] = {"model": self.config.model.path}
+        found = by_dataset(rows, "prediction", self.missing, unparsed=e.unparsed, bootstrap=e.bootstrap)
+        result["datasets"] = found
+        result["averages"] = averages(found, e.in_domain)
+        result["slices"] = slices(rows, e.slices, unparsed=e.unparsed)
+        for name, column in (("expected", "expected"), ("sample_mean", "sample_mean")):
+            if any(r[column] is not None for r in rows):
+                result[name] = by_dataset(rows, column, self.missing, unparsed=e.unparsed, bootstrap=e.bootstrap)
+        if e.samples:
+            result["rewards"] = self._rewards(path / "sampled.parquet")
+        result["tokens_per_second"] = tokens / seconds if tokens else None  # of this start; nothing asked: null
+        result["seconds"] = time.perf_counter() - start
+        tables.write(path, result, e.published)
+        _replace(path / "metrics.json", json.dumps(result, indent=1))
+        return result
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+
+    def _ask_all(self, progress: Progress) -> tuple[int, float]:
+        """Every kind of asking; returns tokens made and seconds it took."""
+        tokens, done, began = 0, 0, 0.0
+        with ExitStack() as stack:
+            pool: RolloutPool | None = None
+            for kind, sampling in self.sampling.items():
+                parts = self._parts(kind)
+                first = next(parts, None)
+                if first is not None:
+                    if pool is None:
+                        pool = self._engines(stack)
+                        began = time.perf_counter()
+                        done = sum(min(self.answers.count(k), self.total) for k in self.sampling)
+                        progress.ready(done)
+                    for groups in pool.feed(chain([first], parts), sampling):
+                        self.answers.keep(kind, groups)
+                        tokens += sum(len(c.token_ids) for g in groups for c in g.completions)
+                        done += len(groups)
+                        self.directory.begin("evaluate", done)
+                        progress.update(min(done, progress.total), {})
+                if kind == list(self.sampling)[-1]:
+                    self.directory.begin("results", progress.total)
+                if kind == "greedy":
+                    self.missing = dict(self.source.missing)  # another kind comes by the same samples again
+        return tokens, time.perf_counter() - began
+
+    def _parts(self, kind: str) -> Iterator[list[Prompt]]:
+        """Prompts without an answer by engine call. Of the first kind, `samples` is filled on the way."""
+        size = batch_size(self.total, self.plan.engines, self.config.rollout.max_num_seqs, self.sampling[kind].n)
+        if self.config.rollout.deterministic:
+            size = 1
+        return batches(self._held_out(kind), size, self._prompt, lambda s: self.answers.has(kind, s))
+
+    def _held_out(self, kind: str) -> Iterator[Sample]:
+        known = lambda s: self.answers.has("greedy", s)  # noqa: E731
+        for sample in self.source.held_out(self.manifests, self.config.data.eval_limit, known=known):
+            if kind == "greedy":
+                self.samples.append(without_image(sample))
+            yield sample
+
+    def _prompt(self, sample: Sample) -> Prompt:
+        return self.source.prompt(sample, f"eval/{key_of(sample)}")
+
+    def _engines(self, stack: ExitStack) -> RolloutPool:
+        cluster = stack.enter_context(Cluster(self.config, self.directory.events.log))
+        pool = cluster.engines(self.plan.engines)
+        pool.check = self.check
+        pool.start(cluster.threads(self.plan.engines))
+        pool.started()
+        return pool
+
+    # -- results -----------------------------------------------------------------------------------------------------
+
+    def _row(self, sample: Sample) -> dict[str, Any]:
+        (greedy,) = self.answers.get("greedy", sample)
+        row = prediction_row(sample, greedy)
+        if "sampled" in self.sampling:
+            values = [parse(c.text).value for c in self.answers.get("sampled", sample)]
+            parsed = np.clip([v for v in values if v is not None], 0.0, 100.0)
+            row["samples"] = values
+            row["sample_mean"] = float(parsed.mean()) if len(parsed) else None
+            row["sample_sd"] = float(parsed.std(ddof=1)) if len(parsed) > 1 else None
+        return row
+
+    def _rewards(self, file: Path) -> dict[str, float]:
+        """The sampled completions as one global batch: its metrics; every completion with its terms goes to `file`."""
+        groups = [
+            Group(Prompt(s, "", f"eval/{key_of(s)}"), (), self.answers.get("sampled", s), 0)
+            for s in sorted(self.samples, key=key_of)
+        ]
+        r, g = self.config.reward, self.config.grpo
+        batch = batch_of_groups(groups)
+        preset = load_preset(r.preset, weights=r.weights, params=r.params)
+        scored = score_batch(batch, preset, advantage=g.advantage, eps=g.advantage_eps)
+        write_rollouts(file, 0, scored_groups(groups, scored))
+        return reward_metrics(batch, scored)
 
 
-def dataset_metrics(rows: Sequence[Mapping[str, Any]], missing: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Data set -> its metrics, from the rows of `greedy_answers`. `missing`: samples that could not be asked."""
+_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("dataset", pa.string()),
+        ("task", pa.string()),
+        ("source", pa.string()),
+        ("target", pa.float64()),
+        ("prediction", pa.float64()),
+        ("completion", pa.string()),
+        ("think_words", pa.int64()),
+        ("tokens", pa.int64()),
+        ("truncated", pa.bool_()),
+        ("expected", pa.float64()),
+        ("expected_sd", pa.float64()),
+        ("samples", pa.list_(pa.float64())),
+        ("sample_mean", pa.float64()),
+        ("sample_sd", pa.float64()),
+        ("meta", pa.string()),
+    ]
+)
+
+
+def _rows(manifests: Sequence[Manifest], limit: int | None) -> int:
+    """Samples to ask at most."""
+    of_set: dict[str, int] = {}
+    for pool in (p for m in manifests for p in m.pools):
+        of_set[pool.dataset] = of_set.get(pool.dataset, 0) + pool.rows
+    return sum(n if limit is None else min(n, limit) for n in of_set.values())
+
+
+def _replace(file: Path, text: str) -> None:
+    beside = file.with_name(f".{file.name}")
+    beside.write_text(text)
+    os.replace(beside, file)
+
+
+def prediction_row(sample: Sample, completion: Completion) -> dict[str, Any]:
+    """Target, prediction (None when unparsed), completion, its words and tokens, truncated or not."""
+    expected = completion.expected
+    return {
+        "sample_id": sample.sample_id,
+        "dataset": sample.dataset,
+        "task": sample.task,
+        "source": str(sample.meta.get("photo", "")),
+        "target": sample.score,
+        "prediction": parse(completion.text).value,
+        "completion": completion.text,
+        "think_words": think_words(completion.text),
+        "tokens": len(completion.token_ids),
+        "truncated": completion.finish_reason == "length",
+        "expected": expected.mean if expected else None,
+        "expected_sd": expected.sd if expected else None,
+        "samples": None,
+        "sample_mean": None,
+        "sample_sd": None,
+        "meta": json.dumps(sample.meta) if sample.meta else None,
+    }
+
+
+def by_dataset(
+    rows: Sequence[Mapping[str, Any]],
+    column: str,
+    missing: Mapping[str, int],
+    unparsed: str = "drop",
+    bootstrap: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Data set -> its metrics, of `column` of prediction rows. `missing`: samples that could not be asked.
+
+    A name that stands for both tasks is split into NAME/iqa and NAME/iaa: their scores do not belong in one ranking.
+    """
+    tasks: dict[str, set[str]] = {name: set() for name in missing}
+    for r in rows:
+        tasks.setdefault(r["dataset"], set()).add(r["task"])
     found = {}
-    for name in sorted({r["dataset"] for r in rows} | missing.keys()):
-        part = [r for r in rows if r["dataset"] == name]
-        predictions = [math.nan if r["prediction"] is None else r["prediction"] for r in part]
-        found[name] = score_metrics(
-            np.array([r["target"] for r in part]),
-            np.array(predictions),
+    for name, task in sorted(((n, t) for n in tasks for t in tasks[n] or {None}), key=_quality_first):
+        part = [r for r in rows if r["dataset"] == name and r["task"] == task]
+        found[name if len(tasks[name]) < 2 else f"{name}/{task}"] = score_metrics(
+            np.array([r["target"] for r in part], np.float64),
+            np.array([math.nan if r[column] is None else r[column] for r in part], np.float64),
             n_missing=missing.get(name, 0),
             n_truncated=sum(r["truncated"] for r in part),
-        ).to_dict()
+            unparsed=unparsed,
+            bootstrap=bootstrap,
+        ).to_dict() | ({"task": task} if task else {})
     return found
+
+
+def _quality_first(entry: tuple[str, str | None]) -> tuple[int, str]:
+    """IQA before IAA, as everywhere, then by name; sets of which no sample could be asked last."""
+    name, task = entry
+    return TASKS.index(task) if task in TASKS else len(TASKS), name
 
 
 def held_out_metrics(pool: RolloutPool, prompts: Sequence[Prompt], max_tokens: int) -> dict[str, float]:
     """eval/{dataset}/{srcc,plcc} of a running training's weights, which the engines hold; NaN where undefined."""
-    datasets = dataset_metrics(greedy_answers(pool, prompts, max_tokens), {})
+    groups = pool.generate(prompts, Sampling(1, 0.0, max_tokens))
+    rows = [prediction_row(g.prompt.sample, g.completions[0]) for g in groups]
     return {
-        f"eval/{name}/{k}": math.nan if m[k] is None else m[k] for name, m in datasets.items() for k in ("srcc", "plcc")
+        f"eval/{name}/{k}": math.nan if m[k] is None else m[k]
+        for name, m in by_dataset(rows, "prediction", {}).items()
+        for k in ("srcc", "plcc")
     }

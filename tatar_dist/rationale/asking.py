@@ -16,9 +16,9 @@ from typing import Any
 
 from tatar_dist.data.images import UnreadableImage
 from tatar_dist.errors import RunError, UserError
+from tatar_dist.journal import Journal
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.endpoint import Endpoint, NoAnswer, Stopped, tokens_bound
-from tatar_dist.rationale.journal import Journal
 from tatar_dist.rationale.ledger import Entry, Ledger, journal_line
 from tatar_dist.rationale.pictures import Picture, picture
 from tatar_dist.rationale.questions import Answer, Question, Request, Row

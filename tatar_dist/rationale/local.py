@@ -18,9 +18,9 @@ from itertools import islice
 from tatar_dist.backbones import family
 from tatar_dist.cluster import Cluster
 from tatar_dist.data.images import UnreadableImage, decode_image
+from tatar_dist.journal import Journal
 from tatar_dist.plan import resolve
 from tatar_dist.rationale.checks import Reason
-from tatar_dist.rationale.journal import Journal
 from tatar_dist.rationale.ledger import Entry, Ledger, journal_line
 from tatar_dist.rationale.questions import Answer, Request, Row
 from tatar_dist.rationale.rows import Rows, reject_unreadable

@@ -17,8 +17,8 @@ from tatar_dist.config import Config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.interrupts import Interrupted, Interrupts
+from tatar_dist.journal import Journal
 from tatar_dist.rationale import report
-from tatar_dist.rationale.journal import Journal
 from tatar_dist.rationale.ledger import Ledger
 from tatar_dist.rationale.meter import Meter
 from tatar_dist.rationale.questions import Build, Judge, Question, require_target

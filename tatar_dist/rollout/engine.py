@@ -9,15 +9,17 @@ and judges (rationale construction), whose probabilities nobody learns from; tra
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tatar_dist.config import Config
 from tatar_dist.data.images import decode_image
 from tatar_dist.errors import RunError
+from tatar_dist.expected_score import Question, expected_scores
 from tatar_dist.failpoints import Failpoints
 from tatar_dist.process import process_facts
 from tatar_dist.process_log import open_log
@@ -35,7 +37,8 @@ class WrongWeightVersion(RunError):
 class Sampling:
     """How one call samples. `temperature` 0 is greedy. `seed` and `step` enter every group's seed; G = n.
 
-    `schema`: a JSON schema as text that every completion must follow; None = any text.
+    `schema`: a JSON schema as text that every completion must follow; None = any text. `expected`: with the expectation
+    over the scores that each might have written.
     """
 
     n: int
@@ -45,12 +48,21 @@ class Sampling:
     step: int = 0
     top_p: float = 1.0
     schema: str | None = None
+    expected: bool = False
 
 
 def group_seed(seed: int, step: int, sample_id: str) -> int:
     """Seed of a group: a hash of (run seed, step, sample id). vLLM adds a completion's index to it."""
     digest = hashlib.blake2b(f"{seed}/{step}/{sample_id}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def _asked(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as vLLM takes it, its image decoded once."""
+    asked: dict[str, Any] = {"prompt": prompt.text}
+    if prompt.with_image:
+        asked["multi_modal_data"] = {"image": decode_image(prompt.sample.image, prompt.sample.sample_id)}
+    return asked
 
 
 class RolloutEngine(GpuPushes, Sleeping):
@@ -103,6 +115,7 @@ class RolloutEngine(GpuPushes, Sleeping):
             # Where JSON allows any number of blanks, a model may go on with blanks until it is cut off.
             structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **options,
         )
         self.llm.init_weight_transfer_engine({"init_info": {}})
@@ -126,14 +139,10 @@ class RolloutEngine(GpuPushes, Sleeping):
         if self.config.rollout.deterministic:
             self._reset_caches()
         form = StructuredOutputsParams(json=sampling.schema) if sampling.schema else None
-        inputs: list[Any] = []
+        inputs = [_asked(prompt) for prompt in prompts]
         params: list[Any] = []
         for prompt in prompts:
             seed = group_seed(sampling.seed, sampling.step, prompt.sample.sample_id)
-            asked: dict[str, Any] = {"prompt": prompt.text}
-            if prompt.with_image:
-                asked["multi_modal_data"] = {"image": decode_image(prompt.sample.image, prompt.sample.sample_id)}
-            inputs.append(asked)
             params.append(
                 SamplingParams(
                     n=sampling.n,
@@ -151,7 +160,8 @@ class RolloutEngine(GpuPushes, Sleeping):
                 )
             )
         outputs = self.llm.generate(inputs, params, use_tqdm=False)
-        return [self._group(p, o, version) for p, o in zip(prompts, outputs, strict=True)]
+        groups = [self._group(p, o, version) for p, o in zip(prompts, outputs, strict=True)]
+        return self._with_expected(groups, inputs) if sampling.expected else groups
 
     @staticmethod
     def _group(prompt: Prompt, output: Any, version: int) -> Group:
@@ -165,6 +175,34 @@ class RolloutEngine(GpuPushes, Sleeping):
             for c in sorted(output.outputs, key=lambda c: c.index)
         )
         return Group(prompt, tuple(output.prompt_token_ids), completions, version)
+
+    def _with_expected(self, groups: list[Group], inputs: Sequence[dict[str, Any]]) -> list[Group]:
+        """The groups with `Completion.expected`; `inputs` are what their prompts were asked with."""
+        from vllm import SamplingParams
+
+        flat = [(at, c) for at, g in zip(inputs, groups, strict=True) for c in g.completions]
+        tokenizer = self.llm.get_tokenizer()
+
+        def ask(questions: list[Question]) -> list[dict[str, float]]:
+            asked, params = [], []
+            for i, text, symbols in questions:
+                at = flat[i][0]
+                asked.append({**at, "prompt": at["prompt"] + text})
+                allowed = [tokenizer.encode(s, add_special_tokens=False)[0] for s in symbols]
+                params.append(
+                    SamplingParams(max_tokens=1, temperature=0.0, logprobs=len(allowed), allowed_token_ids=allowed)
+                )
+            outputs = self.llm.generate(asked, params, use_tqdm=False)
+            found = []
+            for (_, _, symbols), p, o in zip(questions, params, outputs, strict=True):
+                ids, given = p.allowed_token_ids or [], o.outputs[0].logprobs[0]
+                found.append({s: math.exp(given[t].logprob) for s, t in zip(symbols, ids, strict=True) if t in given})
+            return found
+
+        expected = iter(expected_scores([c.text for _, c in flat], ask))
+        return [
+            replace(g, completions=tuple(replace(c, expected=next(expected)) for c in g.completions)) for g in groups
+        ]
 
     def start_update(self, version: int) -> None:
         """Begin a weight push; the engine serves nothing until `finish_update`."""

@@ -41,6 +41,30 @@ class Chunk:
     done: bool = False
 
 
+class Queue:
+    """Chunks to be handed out: those that an engine left undone first, then new ones, made one ahead of need."""
+
+    def __init__(self, parts: Iterable[list[Prompt]]) -> None:
+        self._again: deque[Chunk] = deque()
+        self._parts = iter(parts)
+
+    def __bool__(self) -> bool:
+        if not self._again and (part := next(self._parts, None)) is not None:
+            self._again.append(Chunk(part))
+        return bool(self._again)
+
+    def take(self) -> Chunk | None:
+        return self._again.popleft() if self else None
+
+    def put_back(self, chunks: Sequence[Chunk]) -> None:
+        """They come first, in this order."""
+        self._again.extendleft(reversed(chunks))
+
+    def clear(self) -> None:
+        self._again.clear()
+        self._parts = iter(())
+
+
 @dataclass(eq=False)
 class Engine:
     """One engine: its health, its actor, and the call it works on. `chunk` None: an answer nobody waits for."""
@@ -186,7 +210,13 @@ class RolloutPool:
 
         Raises like `generate`.
         """
-        queue = deque(Chunk(part) for part in self.chunks(prompts, sampling.n))
+        yield from self.feed(self.chunks(prompts, sampling.n), sampling, more)
+
+    def feed(
+        self, parts: Iterable[list[Prompt]], sampling: Sampling, more: Callable[[], bool] = lambda: True
+    ) -> Iterator[list[Group]]:
+        """As `stream`; each of `parts` is one engine call, and is asked for when an engine is about to be free."""
+        queue = Queue(parts)
         try:
             while queue or self._working():
                 if queue and not more():
@@ -207,13 +237,13 @@ class RolloutPool:
     def _working(self) -> list[Engine]:
         return [e for e in self.engines if e.chunk is not None and not e.chunk.done]
 
-    def _hand_out(self, queue: deque[Chunk], sampling: Sampling) -> None:
+    def _hand_out(self, queue: Queue, sampling: Sampling) -> None:
         """Work for every idle engine; a stale one gets the current weights first, when there is work for it."""
         stale = [e for e in self.engines if e.health.state is State.STALE and e.call is None]
         if queue and stale and self.weights and not self.held:
             self._send(stale, self.weights(), self.version)
         for e in (e for e in self.engines if e.idle):
-            chunk = queue.popleft() if queue else self._hedged()
+            chunk = queue.take() or self._hedged()
             if chunk is None:
                 return
             e.call = e.actor.generate.remote(chunk.prompts, sampling, self.version)
@@ -239,7 +269,7 @@ class RolloutPool:
         done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
         return [calls[ref] for ref in done]
 
-    def _take(self, e: Engine, queue: deque[Chunk], sampling: Sampling) -> Iterator[list[Group]]:
+    def _take(self, e: Engine, queue: Queue, sampling: Sampling) -> Iterator[list[Group]]:
         """One returned call: a start that succeeded, groups, or a failure."""
         starting, chunk = e.health.state is State.RESTARTING, e.chunk
         try:
@@ -264,7 +294,7 @@ class RolloutPool:
             chunk.done = True
             yield answer
 
-    def _again(self, chunk: Chunk | None, queue: deque[Chunk], reason: str) -> None:
+    def _again(self, chunk: Chunk | None, queue: Queue, reason: str) -> None:
         """Put a chunk that an engine left undone back, split once it has ended two: one of its prompts may be why."""
         if chunk is None or any(e.chunk is chunk for e in self.engines):
             return
@@ -272,11 +302,11 @@ class RolloutPool:
         if chunk.failures >= ATTEMPTS and len(chunk.prompts) == 1:
             raise EngineFailed(f"{chunk.prompts[0].group_id}: {ATTEMPTS} engines in a row ended on it: {reason}")
         if chunk.failures >= ATTEMPTS - 1 and len(chunk.prompts) > 1:
-            queue.extendleft(Chunk([p], chunk.failures - 1) for p in reversed(chunk.prompts))
+            queue.put_back([Chunk([p], chunk.failures - 1) for p in chunk.prompts])
         else:
-            queue.appendleft(chunk)
+            queue.put_back([chunk])
 
-    def _judge(self, queue: deque[Chunk]) -> None:
+    def _judge(self, queue: Queue) -> None:
         """Deadlines: a late engine is suspect, a very late one dead. Loading is progress: its deadline is another."""
         r, now = self.config.rollout, time.monotonic()
         for e in (e for e in self.engines if e.call is not None):

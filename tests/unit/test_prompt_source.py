@@ -139,7 +139,7 @@ def test_a_prompt_that_is_too_long_is_rejected_with_its_length_and_never_truncat
     def length(text: str, image: bytes) -> int:
         return len(source.backbone.encode_prompt(text, decode_image(image, "")).ids)
 
-    whole = source.prompts.render("iqa", source._chat)
+    whole = source.texts.wording.render("iqa", source.texts._chat)
     too_long = length(whole, rows[1]["image_bytes"])
     assert too_long > limit
     assert quarantined(tmp_path)["iqa-1"]["reason"] == (
@@ -152,7 +152,7 @@ def test_a_prompt_that_is_too_long_is_rejected_with_its_length_and_never_truncat
 def test_a_prompt_of_exactly_the_limit_is_taken_and_one_token_over_is_not(make_source, tmp_path):
     source = make_source()
     manifest_row = row(0)
-    text = source.prompts.render("iqa", source._chat)
+    text = source.texts.wording.render("iqa", source.texts._chat)
     exact = len(source.backbone.encode_prompt(text, decode_image(manifest_row["image_bytes"], "")).ids)
     write_manifest(tmp_path / "m.parquet", [manifest_row])
     sample = read_manifest(tmp_path / "m.parquet").get(0)
@@ -195,7 +195,7 @@ def test_group_ids_name_step_data_set_and_sample_and_come_sorted(make_source, tm
 def test_a_limit_of_held_out_samples_takes_from_every_data_set(make_source, tmp_path):
     rows = [row(i, dataset=name, sample_id=f"{name}-{i}") for name in ("a", "b") for i in range(3)]
     write_manifest(tmp_path / "m.parquet", rows)
-    found = make_source().held_out([read_manifest(tmp_path / "m.parquet")], 2)
+    found = list(make_source().held_out([read_manifest(tmp_path / "m.parquet")], 2))
     assert [s.sample_id for s in found] == ["a-0", "a-1", "b-0", "b-1"]  # both sets are of one task
 
 
@@ -209,7 +209,7 @@ def test_held_out_samples_are_the_first_usable_ones_of_each_data_set(make_source
     assert [s.sample_id for s in source.held_out(manifests, 2)] == ["iqa-1", "iqa-2", "iaa-0", "iaa-2"]
     assert set(quarantined(tmp_path)) == {"iqa-0", "iaa-1"}
     assert source.missing == {"set-iqa": 1, "set-iaa": 1}
-    assert len(source.held_out(manifests, None)) == 6
+    assert len(list(source.held_out(manifests, None))) == 6
 
 
 def test_a_supervised_row_is_the_whole_answer_and_its_end_of_turn(make_source, tmp_path):
@@ -237,7 +237,7 @@ def test_rows_that_are_no_supervised_targets_are_quarantined_and_replaced(make_s
     assert set(found) == {"iqa-1", "iqa-2", "iqa-4", "iqa-5"} and found["iqa-1"] == found["iqa-2"] == "no rationale"
     assert "over sft.max_tokens=400" in found["iqa-4"] and "'<answer>'" in found["iqa-5"]
     assert [s.sample_id for s in source.held_out([manifest], None, supervised=True)] == ["iqa-0", "iqa-3"]
-    assert len(source.held_out([manifest], None)) == 6  # as prompts all of them will do
+    assert len(list(source.held_out([manifest], None))) == 6  # as prompts all of them will do
 
 
 def test_the_length_of_a_supervised_row_is_prompt_image_and_answer(make_source, tmp_path):

@@ -1,4 +1,4 @@
-"""The journal of a build or judge run: every answer is on disk before the slot that got it asks again.
+"""The journal of a run that asks models (rationales, evaluation): an answer is on disk before the next is asked for.
 
 In: small dicts, one an answer. Out: a file of JSON lines beside the output, each with a checksum, append-only; what a
 killed run left is read back by the next. Many slots share one fsync (group commit), so that durability costs a few

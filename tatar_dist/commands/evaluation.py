@@ -1,0 +1,102 @@
+"""`tatar-dist score`, `metrics`, `compare`: scores of pictures; how far scores agree with people. Parses, prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tatar_dist.errors import UserError
+from tatar_dist.records import TASKS
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def score(
+    pictures: Annotated[
+        list[str], typer.Argument(metavar="PICTURE...", help="Files, directories, globs; - reads from standard input.")
+    ],
+    model: Annotated[Path, typer.Option(help="Model directory, for example RUN/checkpoints/latest/model.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A config key of the engine; may repeat.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="iqa, iaa or both.")] = "both",
+    samples: Annotated[int, typer.Option(min=0, help="Sampled answers beside the greedy one: mean and spread.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampled answers.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampled answers.")] = 0,
+    expected: Annotated[
+        bool, typer.Option("--expected", help="Also the expectation over the scores that might have been written.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also a page with thumbnails.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, each as soon as it is known.")] = False,
+) -> None:
+    """Score pictures for quality (iqa) and aesthetics (iaa), with the model's own words.
+
+    What cannot be read is named at the end, the rest is scored; exit status 1 then. `-` takes one picture, or a list of
+    files, a line each.
+
+    Example: [bold]tatar-dist score photo.jpg holiday/ --model runs/demo/grpo/checkpoints/latest/model[/bold]
+    """
+    from tatar_dist import score_output
+    from tatar_dist.scorer import Scorer, model_config
+
+    found = score_output.find_pictures(pictures)
+    model_config(model, overrides or [])  # before anything is loaded
+    if task not in (*TASKS, "both"):
+        raise UserError(f"--task {task}: must be one of {', '.join(TASKS)}, both")
+    warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    how: dict[str, Any] = {"samples": samples, "temperature": temperature, "seed": seed, "expected": expected}
+    failed = score_output.run(
+        lambda: partial(Scorer(model, overrides or []).score, found, task, **how),
+        total=len(found) * (2 if task == "both" else 1),
+        as_json=as_json,
+        html=html,
+    )
+    if failed:
+        raise typer.Exit(1)
+
+
+def metrics(
+    file: Annotated[Path, typer.Argument(help="JSON lines: dataset, task, target, and prediction or completion.")],
+    as_json: Json = False,
+    bootstrap: Annotated[int, typer.Option(metavar="N", help="Rounds for 95 % intervals; 0 = none.")] = 0,
+    ci_all: Annotated[bool, typer.Option("--ci-all", help="Intervals of every metric, also of KRCC, RMSE…")] = False,
+    unparsed: Annotated[str, typer.Option(help="drop, or midpoint: count an unparsed answer as 50.")] = "drop",
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+) -> None:
+    """Agreement with opinion scores by data set: SRCC, PLCC, KRCC, RMSE, MAE, with n and n_parsed.
+
+    Example: [bold]tatar-dist metrics predictions.jsonl --bootstrap 1000 --json[/bold]
+    """
+    from tatar_dist.evaluate import audit
+
+    if ci_all and not bootstrap:
+        raise UserError("--ci-all: how many rounds? Add --bootstrap 1000")
+    found = audit.run(file, bootstrap=bootstrap, ci_all=ci_all, unparsed=unparsed, seed=seed)
+    print(json.dumps(audit.as_json(found)) if as_json else audit.as_table(found))
+
+
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A", help="Output of an evaluation.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Output of another on the same samples.")],
+    bootstrap: Annotated[int, typer.Option(metavar="N", help="Rounds of resampling.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Is model B better than A? Paired differences of SRCC and PLCC by data set, with intervals and p-values.
+
+    Example: [bold]tatar-dist compare runs/demo/sft_eval runs/demo/grpo_eval[/bold]
+    """
+    from tatar_dist.evaluate import compare as paired
+
+    found = paired.run(before, after, rounds=bootstrap, seed=seed)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        paired.show(found)

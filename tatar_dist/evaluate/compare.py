@@ -1,0 +1,131 @@
+"""`tatar-dist compare A B`: is B better than A? Two evaluations of the same samples, paired.
+
+In: two directories with predictions.parquet. Out: for each data set both SRCC and PLCC, the difference with its 95 %
+interval and p-value from resampling the pairs (by source photograph where the manifest names one, for crops of one are
+no independent witnesses). A sample that only one of the two has is counted and left out; an answer without a score
+counts as 50 in both, so that a model cannot gain by refusing the hard ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tatar_dist.errors import UserError
+from tatar_dist.evaluate.bootstrap import paired_difference
+from tatar_dist.evaluate.metrics import plcc, srcc, usable
+
+ROUNDS = 2000
+STATISTICS = {"srcc": srcc, "plcc": plcc}
+COLUMNS = ["sample_id", "dataset", "task", "source", "target", "prediction"]
+Rows = dict[tuple[str, str, str], dict[str, Any]]
+
+
+def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> dict[str, Any]:
+    """{"datasets": {NAME: {n, only_before, only_after, srcc: {...}, plcc: {...}}}}.
+
+    Each statistic: before, after, difference, ci95, p, reason (why there is no value).
+
+    Raises:
+        UserError: no predictions in a directory, none in common, or another target for the same sample.
+    """
+    if rounds < 1:
+        raise UserError(f"--bootstrap {rounds}: must be at least 1")
+    first, second = _read(before), _read(after)
+    found: dict[str, Any] = {}
+    for task, name in sorted({key[:2] for key in (*first, *second)}):
+        mine = [{k: v for k, v in rows.items() if k[:2] == (task, name)} for rows in (first, second)]
+        both = sorted(mine[0].keys() & mine[1].keys())
+        for key in both:
+            if mine[0][key]["target"] != mine[1][key]["target"]:
+                raise UserError(
+                    f"{after}: {name}/{key[2]} has the target {mine[1][key]['target']}, in {before} it has "
+                    f"{mine[0][key]['target']}: these are not evaluations of one manifest"
+                )
+        entry: dict[str, Any] = {
+            "task": task,
+            "n": len(both),
+            "only_before": len(mine[0]) - len(both),
+            "only_after": len(mine[1]) - len(both),
+        }
+        found[f"{name}/{task}" if (("iqa", name) in _sets(first) and ("iaa", name) in _sets(first)) else name] = entry
+        columns = [[rows[key] for key in both] for rows in mine]
+        for statistic in STATISTICS:
+            entry[statistic] = _compare(statistic, columns[0], columns[1], rounds, seed)
+    if not any(entry["n"] for entry in found.values()):
+        raise UserError(f"{before} and {after} have no sample in common")
+    return {"before": str(before), "after": str(after), "rounds": rounds, "datasets": found}
+
+
+def _sets(rows: Rows) -> set[tuple[str, str]]:
+    return {(task, name) for task, name, _ in rows}
+
+
+def _read(directory: Path) -> Rows:
+    file = Path(directory) / "predictions.parquet"
+    if not file.is_file():
+        raise UserError(f"{directory}: no predictions.parquet in it: give the output of `tatar-dist evaluate`")
+    try:
+        rows = pq.read_table(file, columns=COLUMNS).to_pylist()
+    except (pa.ArrowInvalid, OSError) as e:
+        raise UserError(f"{file}: cannot be read: {e}") from e
+    return {(r["task"], r["dataset"], r["sample_id"]): r for r in rows}
+
+
+def _compare(
+    statistic: Any, first: list[dict[str, Any]], second: list[dict[str, Any]], rounds: int, seed: int
+) -> dict[str, Any]:
+    target = np.array([r["target"] for r in first], np.float64)
+    sides = [
+        np.array([math.nan if r["prediction"] is None else r["prediction"] for r in rows], np.float64)
+        for rows in (first, second)
+    ]
+    values = [_one(statistic, target, p) for p in sides]
+    entry: dict[str, Any] = {"before": values[0], "after": values[1], "difference": None, "ci95": None, "p": None}
+    if None in values:
+        return entry | {"reason": "a correlation does not exist: too few rows, or one side is constant"}
+    cluster = np.array([r["source"] or r["sample_id"] for r in first])
+    i = paired_difference(statistic, target, sides[0], sides[1], cluster, rounds=rounds, seed=seed)
+    interval = asdict(i)
+    ci95 = [interval["lo"], interval["hi"]] if math.isfinite(interval["lo"]) else None
+    return entry | {"difference": i.estimate, "ci95": ci95, "p": i.p, "reason": None}
+
+
+def _one(statistic: str, target: np.ndarray, prediction: np.ndarray) -> float | None:
+    t, p = usable(target, prediction, "midpoint")
+    if len(t) < 2 or np.ptp(t) == 0 or np.ptp(p) == 0:
+        return None
+    return STATISTICS[statistic](t, p)
+
+
+def show(result: dict[str, Any]) -> None:
+    """On the terminal: a row a data set and statistic, what is significant at 5 % in bold."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    title = f"{result['after']} against {result['before']}"
+    table = Table(title=title, title_justify="left")
+    for i, head in enumerate(("data set", "n", "", "before", "after", "difference", "95 % interval", "p")):
+        table.add_column(head, justify="left" if i in (0, 2) else "right")
+    for name, m in result["datasets"].items():
+        for i, statistic in enumerate(STATISTICS):
+            s = m[statistic]
+            numbers = ["—" if s[k] is None else f"{s[k]:.3f}" for k in ("before", "after")]
+            difference = "—" if s["difference"] is None else f"{s['difference']:+.3f}"
+            interval = f"{s['ci95'][0]:+.3f} to {s['ci95'][1]:+.3f}" if s["ci95"] else "—"
+            p = "—" if s["p"] is None else f"{s['p']:.3f}"
+            sure = s["ci95"] is not None and (s["ci95"][0] > 0 or s["ci95"][1] < 0)
+            first = [name, str(m["n"])] if i == 0 else ["", ""]
+            table.add_row(*first, statistic.upper(), *numbers, difference, interval, p, style="bold" if sure else None)
+    console.print(table)
+    for name, m in result["datasets"].items():
+        if m["only_before"] or m["only_after"]:
+            only = f"{m['only_before']} samples only in the first, {m['only_after']} only in the second: left out"
+            console.print(f"  {name}: {only}", style="dim", highlight=False)

@@ -1,0 +1,50 @@
+"""The prompt of each task as the model reads it: its text and its number of tokens, for whoever asks a model.
+
+In: the model's family and directory, the wording. Out: texts, and why an image cannot be asked about. Training,
+evaluation and scoring all render here, so that a model is asked what it was trained on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from io import StringIO
+from typing import Any
+
+from tatar_dist.backbones import family
+from tatar_dist.config import Config
+from tatar_dist.data.images import UnreadableImage, decode_image
+from tatar_dist.prompts import Prompts
+from tatar_dist.records import Task
+
+
+class PromptTexts:
+    """`text[task]`, `tokens[task]` (without the image) for the model of `config`; `backbone`, `wording`."""
+
+    def __init__(self, config: Config) -> None:
+        backbone_class = family(config.model.family)
+        backbone_class.check_directory(config.model.path)
+        with contextlib.redirect_stderr(StringIO()):
+            self.backbone = backbone_class(config.model)
+        self.wording = Prompts.load(config.data.prompts)
+        self.limit = config.data.max_prompt_tokens
+        self.text = {task: self.wording.render(task, self._chat) for task in self.wording.user}  # type: ignore[arg-type]
+        self.tokens = {t: len(self.backbone.tokenizer(text)["input_ids"]) for t, text in self.text.items()}
+
+    def _chat(self, messages: list[dict[str, Any]]) -> str:
+        return self.backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def longest(self, answer: int) -> int:
+        """Tokens of the longest prompt, with a picture as large as the model sees one, and an answer of `answer`."""
+        m = self.backbone.config
+        side = max(1, int(m.max_pixels**0.5))
+        return max(self.tokens.values()) + self.backbone.image_tokens(side, side) + 64 + answer
+
+    def measure(self, image: bytes, task: Task, where: str) -> int | str:
+        """Tokens of the prompt with this image, or why it cannot be asked. `where` names the image."""
+        try:
+            tokens = self.tokens[task] + self.backbone.image_tokens(*decode_image(image, where).size)
+        except (UnreadableImage, ValueError) as e:  # ValueError: more than 200 times as wide as high, or the reverse
+            return str(e)
+        if tokens > self.limit:
+            return f"prompt of {tokens} tokens is over data.max_prompt_tokens={self.limit}"
+        return tokens

@@ -1,0 +1,158 @@
+"""Averages, slices and the printed table of an evaluation."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+
+from tatar_dist.errors import UserError
+from tatar_dist.evaluate import compare, tables
+from tatar_dist.evaluate.breakdown import averages, slices
+from tatar_dist.evaluate.metrics import score_metrics
+
+
+def metrics(task: str, noise: float, n: int = 50, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    target = rng.uniform(0, 100, n)
+    return score_metrics(target, target + rng.normal(0, noise, n)).to_dict() | {"task": task}
+
+
+CONSTANT = score_metrics(np.arange(9.0), np.full(9, 5.0)).to_dict() | {"task": "iqa"}
+
+
+def test_averages_are_means_over_sets_in_and_across_domains():
+    found = {
+        "KonIQ-10k": metrics("iqa", 5),
+        "SPAQ": metrics("iqa", 20),
+        "PIPAL": metrics("iqa", 40),
+        "mine": metrics("iqa", 60),
+        "AVA": metrics("iaa", 30),
+    }
+    means = averages(found, None)
+    assert means["iqa"]["in_domain"]["datasets"] == ["KonIQ-10k"]
+    assert means["iqa"]["cross_domain"]["datasets"] == ["SPAQ", "PIPAL"]
+    assert means["iqa"]["cross_domain"]["srcc"] == pytest.approx((found["SPAQ"]["srcc"] + found["PIPAL"]["srcc"]) / 2)
+    assert means["iqa"]["all"]["datasets"] == ["KonIQ-10k", "SPAQ", "PIPAL", "mine"]
+    assert set(means["iaa"]) == {"cross_domain", "all"}
+    listed = averages(found, ["mine"])["iqa"]
+    assert listed["in_domain"]["datasets"] == ["mine"] and len(listed["cross_domain"]["datasets"]) == 3
+
+
+def test_a_set_without_a_value_is_named_and_not_counted_as_nought():
+    mean = averages({"KonIQ-10k": metrics("iqa", 5), "SPAQ": CONSTANT}, None)["iqa"]["all"]
+    assert mean["without"] == ["SPAQ"] and mean["srcc"] > 0.9
+
+
+def row(i: int, meta: dict | None, prediction: float | None = None) -> dict:
+    target = float(i % 100)
+    return {
+        "dataset": "d",
+        "target": target,
+        "prediction": target if prediction is None else prediction,
+        "truncated": False,
+        "meta": json.dumps(meta) if meta else None,
+    }
+
+
+def test_slices_by_range_and_by_members_of_meta():
+    rows = [
+        row(i, {"distortions": [{"family": "blur" if i % 2 else "noise", "strength": 1}], "style": "x"})
+        for i in range(100)
+    ]
+    found = slices(rows, ["distortions", "style", "absent"])["d"]
+    assert found["target=00-20"]["n"] == 20 and found["target=80-100"]["n"] == 20
+    assert found["distortions=blur"]["n"] == found["distortions=noise"]["n"] == 50
+    assert found["style=x"]["srcc"] == 1.0 and len(found) == 8
+    rare = slices([row(i, {"style": "rare"} if i < 9 else None) for i in range(100)], ["style"])["d"]
+    assert "style=rare" not in rare  # nine rows say little
+
+
+RESULT = {
+    "model": "runs/a_model",
+    "datasets": {"KonIQ-10k": metrics("iqa", 5), "SPAQ": metrics("iqa", 20), "AVA": metrics("iaa", 9)},
+    "expected": {"AVA": metrics("iaa", 4)},
+}
+RESULT["averages"] = averages(RESULT["datasets"], None)
+
+
+def test_the_table_has_sets_variants_and_averages_in_order():
+    names = [cells[0] for cells in tables.rows_of(RESULT)]
+    assert names == [
+        "KonIQ-10k",
+        "SPAQ",
+        "IQA, average, in domain",
+        "IQA, average, cross domain",
+        "AVA",
+        "AVA, expected score",
+    ]
+    assert all(len(cells) == len(tables.COLUMNS) for cells in tables.rows_of(RESULT))
+
+
+def test_files_hold_the_same_figures(tmp_path):
+    tables.write(tmp_path, RESULT, published=True)
+    koniq = RESULT["datasets"]["KonIQ-10k"]
+    text = (tmp_path / "table.md").read_text()
+    assert (
+        f"{koniq['plcc']:.3f} | {koniq['srcc']:.3f}" in text
+        and "| Q-Insight | 0.933 / 0.916 | 0.907 / 0.905 | — |" in text
+    )
+    tex = (tmp_path / "table.tex").read_text()
+    assert f"{koniq['plcc']:.3f}/{koniq['srcc']:.3f}".replace("0.", ".") in tex and "a\\_model" in tex
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))
+    assert float(lines[0]["srcc"]) == koniq["srcc"] and lines[-1]["answers"] == "expected"
+
+
+def test_notes_name_what_a_figure_hides():
+    unparsed = score_metrics(np.arange(20.0), np.array([np.nan, 120.0, *range(18)]), bootstrap=100).to_dict() | {
+        "task": "iqa"
+    }
+    notes = tables.notes_of({"datasets": {"a": unparsed, "b": CONSTANT}})
+    assert any(n.startswith("a: SRCC 95 % [") for n in notes) and "b: srcc: constant prediction" in notes
+    assert "a: 1 answers without a score, left out" in notes and "a: 1 answers outside 0 to 100, clamped" in notes
+
+
+def evaluation(directory, predictions: dict[str, float | None], targets: dict[str, float], source: str = ""):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    directory.mkdir()
+    rows = [
+        {"sample_id": i, "dataset": "d", "task": "iqa", "source": source, "target": targets[i], "prediction": p}
+        for i, p in predictions.items()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), directory / "predictions.parquet")
+    return directory
+
+
+def test_a_better_model_is_told_from_an_equal_one(tmp_path):
+    rng = np.random.default_rng(0)
+    targets = {str(i): float(t) for i, t in enumerate(rng.uniform(0, 100, 300))}
+    noisy = lambda sd: {i: float(np.clip(t + rng.normal(0, sd), 0, 100)) for i, t in targets.items()}  # noqa: E731
+    a = evaluation(tmp_path / "a", noisy(25), targets)
+    b = evaluation(tmp_path / "b", noisy(10), targets)
+    better = compare.run(a, b, rounds=500)["datasets"]["d"]
+    assert better["n"] == 300 and better["srcc"]["ci95"][0] > 0 and better["srcc"]["p"] == pytest.approx(1 / 500)
+    assert better["plcc"]["difference"] == pytest.approx(better["plcc"]["after"] - better["plcc"]["before"])
+    same = compare.run(a, evaluation(tmp_path / "c", noisy(25), targets), rounds=500)["datasets"]["d"]
+    assert same["srcc"]["ci95"][0] < 0 < same["srcc"]["ci95"][1] and same["srcc"]["p"] > 0.05
+
+
+def test_comparing_needs_common_samples_with_one_target(tmp_path):
+    targets = {str(i): float(i) for i in range(9)}
+    a = evaluation(tmp_path / "a", dict(targets), targets)
+    some = evaluation(
+        tmp_path / "some", {i: None if i == "3" else 9 - t for i, t in list(targets.items())[2:]}, targets
+    )
+    found = compare.run(a, some, rounds=50)["datasets"]["d"]
+    assert (found["n"], found["only_before"], found["only_after"]) == (7, 2, 0)
+    other = evaluation(tmp_path / "other", dict(targets), {i: t + 1 for i, t in targets.items()})
+    with pytest.raises(UserError, match="has the target 1.0, in .* it has 0.0"):
+        compare.run(a, other)
+    with pytest.raises(UserError, match="no predictions.parquet"):
+        compare.run(a, tmp_path)
+    flat = evaluation(tmp_path / "flat", dict.fromkeys(targets, 5.0), targets)
+    assert compare.run(a, flat, rounds=50)["datasets"]["d"]["srcc"]["reason"]
