@@ -27,6 +27,7 @@ PICTURES, TEXTS = (
 ASKING = ("test_rationale_resume.py", "test_rationale_journal.py", "test_rationale_endpoint.py")
 PACKED, CUDA, HEAD, BATCH = ("test_shared_prefix.py",), ("test_ragged_cuda.py",), ("test_head.py",), ("test_batch.py",)
 PACKING, BATCHES = ("test_packing.py",), ("test_batches.py",)
+EXPECTED, ANSWERS = ("test_expected_score.py",), ("test_evaluate_answers.py",)
 ADVANTAGES, LOSSES = ("test_advantages.py", "test_rewards.py"), ("test_losses.py",)
 
 # name: (file below tatar_dist, text, what it becomes, tests)
@@ -52,6 +53,12 @@ MUTATIONS = {
     "length: unparsed paid": ("rewards/length.py", "np.where(parsed,", "np.where(parsed | True,", REWARDS),
     "binary: inverted": ("rewards/binary.py", "np.abs(q - g) <", "np.abs(q - g) >=", REWARDS),
     "reward: weights ignored": ("algo/advantages.py", "total += weight * np.nan_to_num", "total += np.nan_to_num", ("test_custom_terms.py", *ADVANTAGES)),
+    "expected: 100 forgotten": ("expected_score.py", '(100 if symbol == "0" else 10, p * q)', "(10, p * q)", EXPECTED),
+    "expected: half points on 100": ("expected_score.py", "v + half if v < 100 else 100.0", "v + half", EXPECTED),
+    "expected: not normalised": ("expected_score.py", "for v, p in points) / mass\n    return", "for v, p in points)\n    return", EXPECTED),
+    "evaluate: answers of another picture": ("evaluate/answers.py", ' and line["image"] == _digest(sample)', "", ANSWERS),
+    "evaluate: done ones not counted in batches": ("evaluate/answers.py", "        call.append(sample)", "        if done(sample):\n            continue\n        call.append(sample)", ANSWERS),
+    "compare: unpaired sides swapped": ("evaluate/bootstrap.py", "np.mean(each[len(before) :], axis=0) - np.mean(each[: len(before)], axis=0)", "np.mean(each[: len(before)], axis=0) - np.mean(each[len(before) :], axis=0)", ("test_evaluation_tables.py", "test_metrics.py")),
     "advantage: biased std": ("algo/advantages.py", "np.maximum(n - 1, 1)", "np.maximum(n, 1)", ADVANTAGES),
     "advantage: not centred": ("algo/advantages.py", "reward - group_mean(reward, group)[group], 0.0)", "reward, 0.0)", ADVANTAGES),
     "advantage: per term sums first": ("algo/advantages.py", 'if mode == "per_term":', 'if mode == "never":', ADVANTAGES),
@@ -97,8 +104,8 @@ MUTATIONS = {
     "judge: low marks kept": ("rationale/marks.py", "if value <= reject_at", "if value < reject_at", TEXTS),
     "judge: booleans are marks": ("rationale/marks.py", "type(value) is not int", "not isinstance(value, int)", TEXTS),
     "judge: repeated keys accepted": ("rationale/marks.py", "if len(found) != len(pairs):", "if False:", TEXTS),
-    "journal: damage in the middle passed over": ("rationale/journal.py", "if bad is not None:\n                    raise", "if False:\n                    raise", ASKING),
-    "journal: other settings continued": ("rationale/journal.py", 'if difference := _difference(line["settings"], found):', "if False:", ASKING),
+    "journal: damage in the middle passed over": ("journal.py", "if bad is not None:\n                    raise", "if False:\n                    raise", ASKING),
+    "journal: other settings continued": ("journal.py", 'if difference := _difference(line["settings"], found):', "if False:", ASKING),
     "prefix: prompts not causal": ("learner/shared_prefix.py", "return ragged.ragged(lengths, lengths, True)", "return ragged.ragged(lengths, lengths, False)", PACKED),
     "prefix: merge sign": ("learner/shared_prefix.py", "(x - both).exp()", "(both - x).exp()", PACKED),
     "prefix: shares swapped": ("learner/shared_prefix.py", "for x in (lse[p:], norm)]", "for x in (norm, lse[p:])]", PACKED),

@@ -233,3 +233,16 @@ def test_missing_and_empty_files_are_one_clear_line(tmp_path):
         audit.run(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="no rows"):
         audit.run(write(tmp_path / "empty.jsonl", []))
+
+
+def test_intervals_of_every_metric_on_request():
+    target, prediction = noisy(120)
+    m = score_metrics(target, prediction, bootstrap=200, ci_all=True)
+    assert set(m.ci95) == {"srcc", "plcc", "krcc", "plcc_fitted", "rmse", "mae"}
+    for name, (lo, hi) in m.ci95.items():
+        assert lo < getattr(m, name) < hi, name
+    error = (prediction - target) ** 2
+    lo, hi = m.ci95["rmse"]
+    assert (hi**2 - lo**2) == pytest.approx(2 * 1.96 * error.std() / math.sqrt(len(error)), rel=0.3)
+    flat = score_metrics(target, np.full(120, 5.0), bootstrap=50, ci_all=True)
+    assert flat.ci95["krcc"] is None and flat.reason["ci95.krcc"] == "constant prediction" and flat.ci95["mae"]

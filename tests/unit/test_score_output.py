@@ -102,9 +102,9 @@ def test_a_model_is_asked_as_its_own_files_say(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     size = {"image_processor": {"size": {"shortest_edge": 12544, "longest_edge": 50176}}}
     (tmp_path / "processor_config.json").write_text(json.dumps(size))
-    config = model_config(tmp_path, ["rollout.max_new_tokens=99"])
+    config = model_config(tmp_path, ["rollout.max_new_tokens=250"])
     assert (config.model.min_pixels, config.model.max_pixels, config.model.dtype) == (12544, 50176, "float32")
-    assert config.rollout.max_model_len == 1024 and config.rollout.max_new_tokens == 99
+    assert config.rollout.max_model_len == 1024 and config.rollout.max_new_tokens == 250
     (tmp_path / "processor_config.json").unlink()
     (tmp_path / "preprocessor_config.json").write_text('{"min_pixels": 784, "max_pixels": 1568}')
     (tmp_path / "prompts.yaml").write_text("")
