@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -63,7 +64,11 @@ def corpus() -> list[str]:
     return [wording.system, *wording.user.values(), "a plain view of it"] * 20
 
 
-def train_format(directory: str) -> None:
+def any_number(rng: np.random.Generator) -> str:
+    return f"{rng.integers(10, 99)}.{rng.integers(10, 99)}"
+
+
+def train_format(directory: str, number: Callable[[np.random.Generator], str] = any_number) -> None:
     """Teach a random model the answer format, in this process and in seconds; it learns nothing of the images."""
     import torch
     from transformers.utils import logging
@@ -88,7 +93,7 @@ def train_format(directory: str) -> None:
         rows = []
         for i in range(6):
             think = "a plain view" if rng.random() < 0.5 else "a plain view of it"
-            text = f"<think>{think}</think><answer>{rng.integers(10, 99)}.{rng.integers(10, 99)}</answer>"
+            text = f"<think>{think}</think><answer>{number(rng)}</answer>"
             ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
             rows.append(LearnerRow(f"i{i % 2}", image, prompts[i % 2], (*ids, backbone.end_of_turn()), "iqa"))
         batch = Collator(backbone)(rows)
@@ -115,6 +120,16 @@ def model_tied(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     directory = str(build(tmp_path_factory.mktemp("tied"), tie=True, corpus=corpus()))
     train_format(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def model_parsing(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Its greedy answers are numbers, too: of one that was taught any number they are often none, like 2.2.2."""
+    from tatar_dist.tiny.build import build
+
+    directory = str(build(tmp_path_factory.mktemp("parsing"), corpus=corpus()))
+    train_format(directory, lambda rng: f"{rng.choice([3, 5, 5, 7])}{rng.integers(0, 10)}.50")
     return directory
 
 

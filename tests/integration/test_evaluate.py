@@ -1,0 +1,78 @@
+"""An evaluation that is killed, twice, and whose engine dies, ends with the table of one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import manifest_rows, tiny_words
+
+from tatar_dist.config import load_config
+from tatar_dist.data.writing import write_manifest
+from tatar_dist.evaluate import runner
+from tatar_dist.events import read_events
+
+KILLED = -9
+
+
+@pytest.fixture(scope="module")
+def words(model_parsing, tmp_path_factory) -> list[str]:
+    """Overrides but for `output`: 24 pictures, one of them broken, in calls of two."""
+    file = tmp_path_factory.mktemp("held_out") / "m.parquet"
+    rows = [{**r, "split": "test"} for task in ("iqa", "iaa") for r in manifest_rows(task, 12, seed=5)]
+    rows[3]["image_bytes"] = b"not an image"
+    write_manifest(file, rows)
+    own = ["rollout.engines=1", "rollout.max_num_seqs=2", "rollout.max_new_tokens=48", "rollout.restart_backoff_s=0.1"]
+    asked = ["evaluate.samples=1", "evaluate.expected=true", "evaluate.bootstrap=20"]
+    return [*tiny_words(model_parsing, []), f"data.test=[{file}]", *own, *asked]
+
+
+def evaluate(output: Path, words: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tatar_dist", "evaluate", "--config", "configs/eval.yaml", "--json"]
+    return subprocess.run([*command, f"output={output}", *words, *more], capture_output=True, text=True, timeout=300)
+
+
+def figures(output: Path) -> dict:
+    """What does not depend on the time it took."""
+    found = json.loads((output / "metrics.json").read_text())
+    return {k: v for k, v in found.items() if k not in ("seconds", "tokens_per_second")}
+
+
+def test_killed_twice_and_with_a_dead_engine_the_table_is_the_same(words, tmp_path):
+    quiet, troubled = tmp_path / "quiet", tmp_path / "troubled"
+    expected = runner.run(load_config([], [f"output={quiet}", *words]))
+    assert expected["datasets"]["set-iqa"]["n"] == 11 and expected["datasets"]["set-iqa"]["n_missing"] == 1
+    assert set(expected["expected"]) == set(expected["sample_mean"]) == {"set-iqa", "set-iaa"}
+
+    faults = ["controller.evaluate:kill:step=8", "controller.evaluate:kill:step=30"]
+    dies = "engine.generate:kill:step=0"  # the engine, in its first call
+    for _ in faults:
+        done = evaluate(troubled, words, f"failpoints=['{dies}','{faults[0]}','{faults[1]}']")
+        assert done.returncode == KILLED, done.stderr
+        assert not (troubled / "metrics.json").exists()
+    done = evaluate(troubled, words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["datasets"] == expected["datasets"]
+    assert figures(troubled) == figures(quiet)
+    assert (troubled / "table.md").read_text() == (quiet / "table.md").read_text()
+    tables = [pq.read_table(run / "predictions.parquet") for run in (quiet, troubled)]
+    assert tables[0].equals(tables[1])
+
+    events = read_events(troubled)
+    assert [e["point"] for e in events if e["event"] == "fault"].count("controller.evaluate") == 2
+    assert any(e["event"] == "engine/dead" for e in events)
+    starts = [e["step"] for e in events if e["event"] == "phase"]
+    assert starts == sorted(starts) and starts[-1] == 48  # no answer was asked for twice
+
+    again = evaluate(troubled, words)  # everything is answered: no engine is started
+    assert again.returncode == 0 and figures(troubled) == figures(quiet)
+    assert sum(e["event"] == "engine/ready" for e in read_events(troubled)) == sum(
+        e["event"] == "engine/ready" for e in events
+    )
+
+    other = evaluate(troubled, words, "rollout.max_new_tokens=49")
+    assert other.returncode == 2 and "was written under other settings (max_new_tokens was 48, is 49)" in other.stderr

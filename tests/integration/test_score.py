@@ -1,0 +1,121 @@
+"""`tatar-dist score` and `Scorer` on a real engine: same answers everywhere, expected scores as in transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import png
+from PIL import Image
+
+SCORING = """
+import io, json, sys
+from PIL import Image
+from tatar_dist import Scorer
+
+directory, model = sys.argv[1:]
+scorer = Scorer(model, ["reward.params.length_iaa_min=2", "rollout.max_new_tokens=48", "rollout.max_num_seqs=2"])
+files = sorted(f"{directory}/{i}.png" for i in range(5))
+one = list(scorer.score(files, "iqa", expected=True, samples=3, seed=1))
+again = list(scorer.score([open(f, "rb").read() for f in files], "iqa", samples=3, seed=1))
+pillow = list(scorer.score([Image.open(files[0])], "both"))
+assert "tatar_dist.cluster" not in sys.modules  # no Ray, no learners
+print("RESULT" + json.dumps({
+    "scores": [[s.score, s.completion, s.samples, s.mean, s.expected, s.expected_sd] for s in one],
+    "bytes": [[s.score, s.completion, s.expected] for s in again],
+    "pillow": [[s.task, s.image, s.completion] for s in pillow],
+    "refused": [[s.image, s.error] for s in scorer.score([b"", files[1], "gone.png"], "iaa") if s.error],
+    "text": scorer.texts.text["iqa"],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("pictures")
+    for i in range(5):
+        (directory / f"{i}.png").write_bytes(png(40 + i))
+    (directory / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing follows")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def found(pictures, model_parsing) -> dict:
+    """What the scorer says in a process of its own: an engine keeps its memory."""
+    command = [sys.executable, "-c", SCORING, str(pictures), model_parsing]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("RESULT")[1])
+
+
+def test_scores_do_not_depend_on_how_a_picture_comes(found):
+    assert [s[:2] for s in found["scores"]] == [s[:2] for s in found["bytes"]]
+    assert all(s[2] is None for s in found["bytes"])  # nobody asked for it
+    assert [p[0] for p in found["pillow"]] == ["iqa", "iaa"] and found["pillow"][0][2] == found["scores"][0][1]
+    parsed = [s for s in found["scores"] if s[0] is not None]
+    assert len(parsed) >= 3 and all(0 <= s[0] <= 100 for s in parsed)  # the fixture model was taught the format
+    assert all(len(s[2]) == 3 for s in found["scores"]) and any(len(set(s[2])) > 1 for s in found["scores"])
+    assert found["refused"] == [
+        ["picture 1", "the file is empty"],
+        ["gone.png", "cannot be read: No such file or directory"],
+    ]
+
+
+def test_expected_scores_are_those_of_the_model_in_transformers(found, pictures, model_parsing):
+    import torch
+
+    from tatar_dist.backbones import family
+    from tatar_dist.expected_score import expected_scores
+    from tatar_dist.scorer import model_config
+
+    config = model_config(Path(model_parsing), ["reward.params.length_iaa_min=2"])
+    backbone = family("qwen2_5_vl")(config.model)
+    model = backbone.load_model().eval()
+    checked = 0
+    for i, (score, completion, *_, mean, sd) in enumerate(found["scores"]):
+        if score is None:
+            continue
+        image = Image.open(pictures / f"{i}.png").convert("RGB")
+
+        @torch.no_grad()
+        def ask(questions, image=image):
+            answers = []
+            for _, text, symbols in questions:
+                inputs = backbone.processor(text=[found["text"] + text], images=[image], return_tensors="pt")
+                ids = [backbone.tokenizer.encode(s, add_special_tokens=False)[0] for s in symbols]
+                p = model(**inputs).logits[0, -1][ids].softmax(-1)
+                answers.append(dict(zip(symbols, p.tolist(), strict=True)))
+            return answers
+
+        (expected,) = expected_scores([completion], ask)
+        assert (mean, sd) == pytest.approx((expected.mean, expected.sd), abs=1e-3)
+        checked += 1
+    assert checked >= 3
+
+
+def test_the_command_scores_what_can_be_read_and_names_the_rest(found, pictures, model_parsing, tmp_path):
+    words = ["--set", "reward.params.length_iaa_min=2", "--set", "rollout.max_new_tokens=48"]
+    command = [
+        sys.executable,
+        "-m",
+        "tatar_dist",
+        "score",
+        str(pictures),
+        "--model",
+        model_parsing,
+        *words,
+        "--task",
+        "iqa",
+    ]
+    page = tmp_path / "page.html"
+    done = subprocess.run([*command, "--json", "--html", str(page)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [Path(line["image"]).name for line in lines] == ["0.png", "1.png", "2.png", "3.png", "4.png", "broken.jpg"]
+    assert [line.get("completion") for line in lines[:5]] == [s[1] for s in found["scores"]]
+    assert "cannot decode image" in lines[5]["error"] and "1 of 6 pictures could not be scored" in done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert page.read_text().count("data:image/jpeg") == 5
