@@ -1,4 +1,4 @@
-"""What a run left on disk, as records: the only file of the report that opens files of a run.
+"""What a run left on disk, as records; its rollouts alone are read elsewhere (rollouts.py, explanation.py).
 
 In: a run directory (SFT, GRPO or evaluation), or a demo directory that holds several. Out: `Run`. A part that is not
 there is absent in the record; a part that is damaged is absent too and named in `Run.notes`, which the page prints.
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from tatar_dist.errors import UserError
+from tatar_dist.events import read_events
 
 DEMO_MODELS = {"baseline": "base", "sft_eval": "SFT", "grpo_eval": "GRPO"}  # directory -> name on the page
 DEMO_TRAININGS = ("sft", "grpo")
@@ -27,13 +28,14 @@ PREDICTION_COLUMNS = ("sample_id", "dataset", "task", "source", "target", "predi
 
 @dataclass(frozen=True)
 class Training:
-    """The curves of one SFT or GRPO run. `rows`: one dict a step; `quarantine`: samples it could not use."""
+    """One SFT or GRPO run. `rows`: one dict a step; `quarantine`: samples it could not use; `events`: its log."""
 
     kind: str  # sft | grpo
     config: Mapping[str, Any]
     rows: list[dict[str, Any]]
     quarantine: list[dict[str, Any]]
     path: Path
+    events: list[dict[str, Any]] = field(default_factory=list)
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of one metric, (n,) float64 each, only where it was logged and is finite."""
@@ -115,7 +117,8 @@ def read_run(path: Path) -> Run:
         trainings = [t for n in DEMO_TRAININGS if (t := _training(path / n, notes))]
         evaluations = [e for n, model in DEMO_MODELS.items() if (e := _evaluation(path / n, model, notes))]
         evaluations = evaluations or _from_table(summary.get("table"))
-        manifests, image_root = sorted((path / "data").glob("*_test.parquet")), None
+        manifests = [m for split in ("test", "train") for m in sorted((path / "data").glob(f"*_{split}.parquet"))]
+        image_root = None
     else:
         training, evaluation = _training(path, notes), _evaluation(path, "this model", notes)
         trainings, evaluations = [training] if training else [], [evaluation] if evaluation else []
@@ -127,18 +130,21 @@ def read_run(path: Path) -> Run:
     return Run(path, is_demo, trainings, evaluations, stages, gains, manifests, image_root, notes)
 
 
-def read_rollouts(training: Training, notes: list[str]) -> list[dict[str, Any]]:
-    """The completions of the last step that were written, with their reward terms; [] when there are none."""
-    files = sorted((training.path / "rollouts").glob("step_*.parquet"))
-    return _table(files[-1], notes) if files else []
-
-
 def _training(path: Path, notes: list[str]) -> Training | None:
     rows = _json_lines(path / "metrics.jsonl", notes)
     if not rows:
         return None
     kind = "grpo" if any(k.startswith("reward/") for r in rows for k in r) else "sft"
-    return Training(kind, _config(path, notes), rows, _json_lines(path / "quarantine.jsonl", notes), path)
+    quarantine = _json_lines(path / "quarantine.jsonl", notes)
+    return Training(kind, _config(path, notes), rows, quarantine, path, _events(path, notes))
+
+
+def _events(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    try:
+        return read_events(path)
+    except OSError as e:
+        notes.append(f"{path.name}/events.jsonl could not be read: {e}")
+        return []
 
 
 def _evaluation(path: Path, model: str, notes: list[str]) -> Evaluation | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tatar_dist.report.charts import number
+from tatar_dist.report.faults import history
 from tatar_dist.report.reading import Evaluation, Run, Training, is_number
 
 TASK_NAMES = {"iqa": "quality", "iaa": "aesthetics"}
@@ -50,6 +51,12 @@ def edges(values: np.ndarray) -> tuple[float, float]:
 
 
 def headline(run: Run) -> Headline:
+    found = _headline(run)
+    past = [history(t.events, len(t.rows)) for t in run.trainings[-1:]]
+    return Headline(found.title, found.lines + [p.progress for p in past if p and p.progress])
+
+
+def _headline(run: Run) -> Headline:
     if len(run.evaluations) >= 2:
         return _before_after(run)
     lines = [_curve_line(t) for t in run.trainings]
@@ -136,6 +143,7 @@ def checks(run: Run) -> list[Check]:
     for training in run.trainings:
         found.append(_finite(training))
         found += _grpo_checks(training) if training.kind == "grpo" else [_overfitting(training)]
+        found.append(_faults(training))
     if run.evaluations:
         found.append(_eval_parses(run.evaluations[-1]))
     rejected = sum(len(t.quarantine) for t in run.trainings)
@@ -187,6 +195,14 @@ def _grpo_checks(training: Training) -> list[Check | None]:
         seen = "none" if not total else _count(total, "group")
         result.append(Check("watch" if total else "good", "Groups without a rival to rank against", seen, "none"))
     return result
+
+
+def _faults(training: Training) -> Check | None:
+    past = history(training.events, len(training.rows))
+    if past is None:
+        return None
+    seen = past.summary or "no fault"
+    return Check("watch" if past.summary else "good", f"{training.kind.upper()} processes", seen, "no fault")
 
 
 def _finite(training: Training) -> Check | None:
