@@ -71,6 +71,8 @@ def number(value: float) -> str:
 
 
 def _tick(value: float, step: float) -> str:
+    if step < 1e-3:  # more decimals than the margin has room for
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("-", "\N{MINUS SIGN}") if value else "0"
     digits = next((d for d in range(6) if abs(step * 10**d - round(step * 10**d)) < 1e-6), 6)
     return (f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:.{digits}f}").replace("-", "\N{MINUS SIGN}")
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 from tatar_dist.report.charts import Line, line_chart, number
 from tatar_dist.report.faults import History, history
 from tatar_dist.report.panels import Panel
-from tatar_dist.report.reading import Run, Training
+from tatar_dist.report.reading import Run, Training, is_number
 from tatar_dist.report.settings import RECIPES, Setting, settings
-from tatar_dist.report.verdict import GAP_LIMIT, TASK_NAMES, edges
+from tatar_dist.report.verdict import TASK_NAMES, edges
 
 SHORT = 105  # height of one of two charts in a panel
 
@@ -47,33 +49,34 @@ def _panels(training: Training) -> list[Panel]:
     return [p for p in found if any(p.charts)]
 
 
-def _by_task(training: Training, metric: str, title: str, height: int = SHORT):
+def _shares(training: Training, metric: str, title: str, most: float, height: int = SHORT) -> Markup:
     lines = [Line(n, *training.series(f"{metric}/{t}"), t) for t, n in TASK_NAMES.items()]
-    return line_chart(lines, title, y_range=(0.0, 1e-6), height=height)
+    return line_chart(lines, title, y_range=(0.0, most), height=height)
 
 
-def _one(training: Training, metric: str, name: str, height: int = SHORT, smooth: bool = True):
+def _one(training: Training, metric: str, name: str, smooth: bool = True) -> Markup:
     line = Line(name, *training.series(metric), "ink", smooth=smooth)
-    return line_chart([line], f"{name} over steps", y_range=(0.0, 1e-9), height=height)
+    return line_chart([line], f"{name} over steps", y_range=(0.0, 1e-9), height=SHORT)
 
 
 def _gap(training: Training) -> Panel:
     grpo = training.config.get("grpo")
-    limit = grpo.get("logprob_gap_limit", GAP_LIMIT) if isinstance(grpo, dict) else GAP_LIMIT
-    caption = f"Mean |log-probability in engine − in learner| of the sampled tokens, in nats; the run stops at {limit}."
+    limit = grpo.get("logprob_gap_limit") if isinstance(grpo, dict) else None
+    stops = f" The run stops at {limit:g}." if is_number(limit) else ""
+    caption = f"How far log-probabilities of engine and learner differ, in nats a token: mean, and largest.{stops}"
     charts = [_one(training, "sync/logprob_gap", "mean gap"), _one(training, "sync/logprob_gap_max", "largest")]
     return Panel("Sync gap", caption, charts)
 
 
 def _waste(training: Training) -> Panel:
-    chart = _by_task(training, "reward/frac_zero_std/total", "Groups that teach nothing over steps", 210)
+    chart = _shares(training, "reward/frac_zero_std/total", "Groups that teach nothing over steps", 1.0, 210)
     return Panel("Groups that teach nothing", "Share of groups whose completions all got one reward.", [chart])
 
 
 def _failures(training: Training) -> Panel:
     charts = [
-        _by_task(training, "completion/parse_failures", "Unparsed completions over steps"),
-        _by_task(training, "completion/clipped_ratio", "Completions cut off over steps"),
+        _shares(training, "completion/parse_failures", "Unparsed completions over steps", 0.1),
+        _shares(training, "completion/clipped_ratio", "Completions cut off over steps", 0.1),
     ]
     return Panel("Unparsed, and cut off", "Shares of the sampled completions: without a score above, cut off below.", charts)
 

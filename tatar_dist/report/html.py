@@ -46,15 +46,18 @@ FACTS = {  # kind of run -> (section, key, what the page calls it)
 }
 
 
-def write(run: Path) -> Path:
-    """Write RUN/report.html and return its path.
+def write(run: Path, file: Path | None = None) -> Path:
+    """Write the page of a run to `file`, else RUN/report.html, and return its path.
 
     Raises:
         UserError: no such directory, no run in it, or the page cannot be written there.
     """
-    run = Path(run)
-    page = render(read_run(run))
-    target, beside = run / "report.html", run / ".report.html"
+    return replace_page(Path(file or Path(run) / "report.html"), render(read_run(run)))
+
+
+def replace_page(target: Path, page: str) -> Path:
+    """Write a page whole or not at all; returns its path. Raises UserError."""
+    beside = target.with_name(f".{target.name}")
     try:
         beside.write_text(page, encoding="utf-8", errors="replace")
         os.replace(beside, target)

@@ -109,11 +109,10 @@ def _policy(training: Training) -> Panel:
 
 
 def _held_out_srcc(training: Training) -> Panel | None:
-    names = sorted({k for r in training.rows for k in r if k.startswith("eval/") and k.endswith("/srcc")})
-    lines = []
-    for name in names:
-        dataset = name.split("/")[1]
-        lines.append(Line(dataset, *training.series(name), "iaa" if "iaa" in dataset else "iqa", smooth=False))
+    lines = [
+        Line(d, *training.series(f"eval/{d}/srcc"), "iaa" if "iaa" in d else "iqa", smooth=False)
+        for d in training.held_out
+    ]
     if not lines:
         return None
     shown = line_chart(lines, "Held-out SRCC over steps", y_range=(0.0, 1.0))

@@ -44,6 +44,12 @@ class Training:
         array = np.array(kept, np.float64).reshape(-1, 2)
         return array[:, 0], array[:, 1]
 
+    @property
+    def held_out(self) -> list[str]:
+        """Data sets whose held-out SRCC was logged during training."""
+        names = {k for r in self.rows for k in r if k.startswith("eval/") and k.endswith("/srcc")}
+        return sorted({k.removeprefix("eval/").removesuffix("/srcc") for k in names})
+
     def not_finite(self, name: str) -> int:
         """Number of steps at which this metric was logged but is no finite number."""
         return sum(1 for r in self.rows if name in r and not is_number(r[name]))
@@ -81,6 +87,7 @@ class Run:
     manifests: list[Path]
     image_root: str | None  # where their image paths start, if not where they say
     notes: list[str] = field(default_factory=list)
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the directory itself
 
     @property
     def datasets(self) -> list[str]:
@@ -113,6 +120,7 @@ def read_run(path: Path) -> Run:
         for n in (*DEMO_MODELS, *DEMO_TRAININGS)
     )
     summary = _json(path / "summary.json", notes)
+    config: Mapping[str, Any] = {}
     if is_demo:
         trainings = [t for n in DEMO_TRAININGS if (t := _training(path / n, notes))]
         evaluations = [e for n, model in DEMO_MODELS.items() if (e := _evaluation(path / n, model, notes))]
@@ -122,12 +130,13 @@ def read_run(path: Path) -> Run:
     else:
         training, evaluation = _training(path, notes), _evaluation(path, "this model", notes)
         trainings, evaluations = [training] if training else [], [evaluation] if evaluation else []
-        manifests, image_root = _manifests(_config(path, notes), "test" if evaluation else "train")
+        config = training.config if training else _config(path, notes)
+        manifests, image_root = _manifests(config, "test" if evaluation else "train")
     if not trainings and not evaluations:
         raise UserError(f"{path}: holds no run (neither metrics.jsonl, metrics.json nor the directories of a demo)")
     stages = [s for s in _list(summary.get("stages")) if isinstance(s, dict) and is_number(s.get("seconds"))]
     gains = _gains(summary.get("gains"))
-    return Run(path, is_demo, trainings, evaluations, stages, gains, manifests, image_root, notes)
+    return Run(path, is_demo, trainings, evaluations, stages, gains, manifests, image_root, notes, config)
 
 
 def _training(path: Path, notes: list[str]) -> Training | None:

@@ -61,9 +61,11 @@ def flat(config: Mapping[str, Any], left_out: Sequence[str] = ()) -> dict[str, s
     def walk(section: Mapping[Any, Any], prefix: str) -> None:
         for key, value in section.items():
             name = f"{prefix}{key}"
-            if isinstance(value, Mapping) and value and name not in left_out:
+            if name in left_out:
+                continue
+            if isinstance(value, Mapping):
                 walk(value, name + ".")
-            elif name not in left_out:
+            else:
                 found[name] = _text(value)
 
     walk(config, "")
@@ -79,7 +81,7 @@ def _text(value: Any) -> str:
         return f"{value:g}" if abs(value) < 1e5 and value == float(f"{value:g}") else str(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_text(v) for v in value) + "]"
-    return "{}" if value == {} else clean(str(value))
+    return clean(str(value))
 
 
 @cache

@@ -116,4 +116,4 @@ def calibration(found: Sequence[Bin], color: str, title: str) -> Markup:
 def calibration_note(found: Sequence[Bin]) -> str:
     """What stands above the chart."""
     off = miscalibration(found)
-    return "no answer with a score" if off is None else f"{number(off)} points off on average"
+    return "no score" if off is None else f"off by {number(off)} points"

@@ -60,6 +60,7 @@ def _headline(run: Run) -> Headline:
     if len(run.evaluations) >= 2:
         return _before_after(run)
     lines = [_curve_line(t) for t in run.trainings]
+    lines += [line for t in run.trainings if (line := _held_out_line(t))]
     if run.evaluations:
         found = _scores(run, run.evaluations[-1])
         return Headline("Held-out scores: " + found if found else "No rank correlation could be computed", lines)
@@ -100,9 +101,9 @@ def _before_after(run: Run) -> Headline:
     if not learned:
         title = "It did not learn to rank images"
     elif not_learned:
-        title = f"It learned {_and(name_of(run, d) for d in learned)}, not {_and(name_of(run, d) for d in not_learned)}"
+        title = f"It learned {listed(name_of(run, d) for d in learned)}, not {listed(name_of(run, d) for d in not_learned)}"
     else:
-        title = f"It learned to score {_and(name_of(run, d) for d in learned)}"
+        title = f"It learned to score {listed(name_of(run, d) for d in learned)}"
     lines = [f"Rank correlation (SRCC) with the targets on held-out images, before and after: {'; '.join(moves)}."]
     parsed = [(m.get("n_parsed"), m.get("n")) for m in last.metrics.values()]
     counts = [(p, n) for p, n in parsed if is_number(p) and is_number(n) and n]
@@ -112,9 +113,10 @@ def _before_after(run: Run) -> Headline:
     return Headline(title, lines)
 
 
-def _and(names: Iterable[str]) -> str:
-    listed = list(names)
-    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
+def listed(names: Iterable[str]) -> str:
+    """a, b and c"""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _curve_line(training: Training) -> str:
@@ -130,6 +132,16 @@ def _curve_line(training: Training) -> str:
             first, last = (values[0], values[-1]) if name.startswith("eval") else edges(values)
             return f"{text}: {number(first)} \N{RIGHTWARDS ARROW} {number(last)}."
     return "Too few steps to say how the loss moved."
+
+
+def _held_out_line(training: Training) -> str:
+    """How the held-out SRCC moved during training, "" where it was not looked at twice."""
+    moves = []
+    for dataset in training.held_out:
+        values = training.series(f"eval/{dataset}/srcc")[1]
+        if len(values) >= 2:
+            moves.append(f"{dataset} {number(values[0])} \N{RIGHTWARDS ARROW} {number(values[-1])}")
+    return f"Held-out SRCC, first to last look: {', '.join(moves)}." if moves else ""
 
 
 def _arrow(values: np.ndarray) -> str:
