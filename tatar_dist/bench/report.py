@@ -2,8 +2,8 @@
 
 In: nothing. Out: how many times faster than 20 s the page of a GRPO run of 1,000 steps with 100,000 rollouts is written
 (the command as a whole, start of Python included, on one core), and its size beside 10 MB. The run is made here with
-what a run writes with: `write_rollouts`, the metrics' names, an event log with faults, a manifest of photographs-sized
-pictures. The limit is reading all rollouts and parsing their answers, done in the same process.
+what a run writes with: `write_rollouts`, the metrics' names, an event log with faults, a manifest of pictures. The
+limit is reading all rollouts and parsing their answers, timed in this process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ SENTENCE, SENTENCES = 10, 200  # words of one, and how many there are to choose 
 LENGTH = {"iqa": 4, "iaa": 13}  # sentences of a rationale
 
 
-def write_run(path: Path, steps: int = STEPS, images: int = IMAGES, side: tuple[int, int] = SIDE, seed: int = 0) -> Path:
+def write_run(
+    path: Path, steps: int = STEPS, images: int = IMAGES, side: tuple[int, int] = SIDE, seed: int = 0
+) -> Path:
     """Make the directory of a GRPO run that learned: PROMPTS x GROUP completions a step, half IQA. Returns `path`."""
     from tatar_dist.config import Config, DataConfig, ModelConfig, to_yaml
     from tatar_dist.events import Events
@@ -40,7 +42,9 @@ def write_run(path: Path, steps: int = STEPS, images: int = IMAGES, side: tuple[
     rng = np.random.default_rng(seed)
     path.mkdir(parents=True, exist_ok=True)
     samples = _samples(path / "train.parquet", images, side, rng)
-    config = Config(output=str(path), model=ModelConfig(path="model"), data=DataConfig(train=[str(path / "train.parquet")]))
+    config = Config(
+        output=str(path), model=ModelConfig(path="model"), data=DataConfig(train=[str(path / "train.parquet")])
+    )
     config.grpo.prompts_per_step, config.grpo.group_size = PROMPTS, GROUP
     (path / "config.yaml").write_text(to_yaml(config))
     sentences = [" ".join(rng.choice(WORDS, SENTENCE)) + "." for _ in range(SENTENCES)]

@@ -41,9 +41,7 @@ def write(runs: Sequence[Path], file: Path) -> Path:
         twice = next(p for p in whole if whole.count(p) > 1)
         raise UserError(f"{twice}: given twice, a run is not compared with itself")
     names = short_names(whole)
-    entrants = [
-        Entrant(LETTERS[i], clean(names[i]), read_run(path), f"r{i % COLORS}") for i, path in enumerate(paths)
-    ]
+    entrants = [Entrant(LETTERS[i], clean(names[i]), read_run(path), f"r{i % COLORS}") for i, path in enumerate(paths)]
     return replace_page(Path(file), render(entrants))
 
 

@@ -254,7 +254,9 @@ def tables(entrants: Sequence[Entrant]) -> list[tuple[str, str, list[Row]]]:
             _row("SRCC", [s and s.srcc for s in scores], _three, max),
             _row("PLCC", [s and s.plcc for s in scores], _three, max),
             _row("MAE, points", [s and s.mae for s in scores], lambda v: f"{v:.1f}", min),
-            _row("parsed", [s.n_parsed / s.n if s and s.n and s.n_parsed is not None else None for s in scores], _percent),
+            _row(
+                "parsed", [s.n_parsed / s.n if s and s.n and s.n_parsed is not None else None for s in scores], _percent
+            ),
             _row("images", [s and s.n for s in scores], lambda v: f"{v:,.0f}"),
         ]
         found.append((f"Held-out images, {dataset}", "iaa" if "iaa" in dataset else "iqa", rows))

@@ -78,7 +78,9 @@ def _failures(training: Training) -> Panel:
         _shares(training, "completion/parse_failures", "Unparsed completions over steps", 0.1),
         _shares(training, "completion/clipped_ratio", "Completions cut off over steps", 0.1),
     ]
-    return Panel("Unparsed, and cut off", "Shares of the sampled completions: without a score above, cut off below.", charts)
+    return Panel(
+        "Unparsed, and cut off", "Shares of the sampled completions: without a score above, cut off below.", charts
+    )
 
 
 def _optimiser(training: Training) -> Panel:

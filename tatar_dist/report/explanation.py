@@ -3,7 +3,8 @@ Thurstone term.
 
 In: the last file of RUN/rollouts and the run's reward configuration. Out: `Explained` groups, for each task the one
 whose rewards spread most, which teaches most, the best and the worst. The terms are those that the run wrote down; the
-comparisons are computed again as `tatar-dist rewards FILE --explain ROW` does, and say so where they come out otherwise.
+comparisons are computed again as `tatar-dist rewards FILE --explain ROW` does, and a figure that comes out otherwise
+is said to.
 """
 
 from __future__ import annotations

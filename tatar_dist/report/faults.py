@@ -123,5 +123,9 @@ def _progress(events: Sequence[Mapping[str, Any]], steps: int) -> str:
     total = events[starts[-1]].get("total")
     of = f" of {total:,}" if is_number(total) else ""
     ends = [e["event"] for e in events[starts[-1] :] if e["event"] in ENDS]
-    how = f"It {ENDS[ends[-1]].replace('interrupted', 'was interrupted')}" if ends else "It had not ended when this page was written,"
+    how = (
+        f"It {ENDS[ends[-1]].replace('interrupted', 'was interrupted')}"
+        if ends
+        else "It had not ended when this page was written,"
+    )
     return f"{how} after {steps:,}{of} steps."

@@ -103,12 +103,14 @@ def calibration(found: Sequence[Bin], color: str, title: str) -> Markup:
     most = max((b.n for b in found), default=1)
     line = "L".join(f"{px(b.predicted):.1f} {py(b.target):.1f}" for b in found)
     if len(found) > 1:
-        out.append(Markup('<path class="line" style="stroke:var(--{});stroke-opacity:.5" d="M{}"/>').format(color, line))
-    for b in found:
-        dot = Markup(
-            '<circle r="{:.1f}" cx="{:.1f}" cy="{:.1f}" style="fill:var(--{})"><title>{}</title></circle>'
+        out.append(
+            Markup('<path class="line" style="stroke:var(--{});stroke-opacity:.5" d="M{}"/>').format(color, line)
         )
-        said = f"scores {b.low:.0f} to {b.high:.0f}: n = {b.n:,}, mean score {b.predicted:.1f}, mean target {b.target:.1f}"
+    for b in found:
+        dot = Markup('<circle r="{:.1f}" cx="{:.1f}" cy="{:.1f}" style="fill:var(--{})"><title>{}</title></circle>')
+        said = (
+            f"scores {b.low:.0f} to {b.high:.0f}: n = {b.n:,}, mean score {b.predicted:.1f}, mean target {b.target:.1f}"
+        )
         out.append(dot.format(1.8 + 4.2 * math.sqrt(b.n / most), px(b.predicted), py(b.target), color, said))
     return Markup("").join([*out, Markup("</svg>")])
 

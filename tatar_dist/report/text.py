@@ -1,4 +1,4 @@
-"""Texts of a model or a log, made fit for a page. In: whatever they wrote. Out: text; escaping is the template's work."""
+"""Texts of a model or a log, made fit for a page. In: whatever they wrote. Out: text, which the template escapes."""
 
 from __future__ import annotations
 

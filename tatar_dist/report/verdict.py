@@ -101,7 +101,9 @@ def _before_after(run: Run) -> Headline:
     if not learned:
         title = "It did not learn to rank images"
     elif not_learned:
-        title = f"It learned {listed(name_of(run, d) for d in learned)}, not {listed(name_of(run, d) for d in not_learned)}"
+        title = (
+            f"It learned {listed(name_of(run, d) for d in learned)}, not {listed(name_of(run, d) for d in not_learned)}"
+        )
     else:
         title = f"It learned to score {listed(name_of(run, d) for d in learned)}"
     lines = [f"Rank correlation (SRCC) with the targets on held-out images, before and after: {'; '.join(moves)}."]
