@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 WIDTH = 360
 Point = Callable[[float, float], tuple[float, float]]  # data -> drawing units
-LEFT, RIGHT, TOP, BOTTOM = 36, 112, 10, 26  # margins; the right one holds the direct labels
+LEFT, RIGHT, TOP, BOTTOM = 42, 112, 10, 26  # margins; the right one holds the direct labels
 MAX_POINTS = 240  # more steps than this are averaged into bins: a pixel shows no more
 LABEL_GAP = 14  # units between the baselines of two direct labels
 

@@ -150,14 +150,14 @@ def _held_out_finding(entrants: Sequence[Entrant], dataset: str, names: Sequence
 
 
 def _moved(h: HeldOut) -> str:
-    start = f"{number(h.start)} {ARROW} " if h.start is not None else ""
-    return start + f"{h.srcc:.3f}".replace("-", MINUS)
+    start = f"{_three(h.start)} {ARROW} " if h.start is not None else ""
+    return start + (_three(h.srcc) if h.srcc is not None else "none")
 
 
 def _counted(h: HeldOut) -> str:
     if h.n is None:
         return "n not logged"
-    parsed = f", {h.n_parsed / h.n:.1%} parsed" if h.n and h.n_parsed is not None else ""
+    parsed = f", {_percent(h.n_parsed / h.n)} parsed" if h.n and h.n_parsed is not None else ""
     return f"n = {h.n:,}{parsed}"
 
 
@@ -169,8 +169,10 @@ def _difference(first: Entrant, a: HeldOut, second: Entrant, b: HeldOut, dataset
         target, after, before, cluster, by = paired
         found = paired_srcc_difference(target, before, after, cluster, rounds=ROUNDS)
         if math.isfinite(found.lo) and math.isfinite(found.estimate):
+            missing = int((np.isnan(after) | np.isnan(before)).sum())
+            unparsed = f", {missing:,} with an answer that does not parse, which counts as 50" if missing else ""
             figures = f"{found.estimate:+.3f} (95 % {found.lo:+.3f} to {found.hi:+.3f})".replace("-", MINUS)
-            return found.lo > 0, f"{names}: {figures}, the same {len(target):,} images resampled by {by}."
+            return found.lo > 0, f"{names}: {figures}, the same {len(target):,} images resampled by {by}{unparsed}."
     if a.srcc is not None and b.srcc is not None and all(h.n_parsed and h.n_parsed > 3 for h in (a, b)):
         z = [math.atanh(min(max(h.srcc or 0.0, -0.9999), 0.9999)) for h in (a, b)]
         error = math.sqrt(sum(FISHER / ((h.n_parsed or 4) - 3) for h in (a, b)))
@@ -222,7 +224,7 @@ def _reward_finding(entrants: Sequence[Entrant], task: str) -> Finding | None:
     parts = []
     for gain, _, first, last, k, e, training in found:
         failures = training.series(f"completion/parse_failures/{task}")[1]
-        parsed = f", {1 - edges(failures)[1]:.1%} parsed" if len(failures) else ""
+        parsed = f", {_percent(1 - edges(failures)[1])} parsed" if len(failures) else ""
         moved = f"{number(first)} {ARROW} {number(last)}, {gain:+.2f}".replace("-", MINUS)
         parts.append(f"{e.letter} {moved} (last {k:,} of {len(training.rows):,} steps{parsed})")
     line = f"Mean reward for {TASK_NAMES[task]}, first to last fifth of the steps: {'; '.join(parts)}."
@@ -307,4 +309,4 @@ def _three(value: float) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{value:.1%}"
+    return f"{value:.1%}" if value < 1 else "100%"

@@ -16,7 +16,7 @@ from tatar_dist.status import ENDS, TROUBLE
 
 SHOWN = TROUBLE | ENDS.keys() | {"run/start", "engine/restarting"}
 MOST_ROWS = 200
-MOST_CHARS = 220  # of one reason
+MOST_CHARS = 160  # of one reason
 COUNTED = {  # event -> (one, several), as the health check says it
     "engine/dead": ("engine failure", "engine failures"),
     "engine/suspect": ("slow engine", "slow engines"),

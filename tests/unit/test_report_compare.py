@@ -36,7 +36,7 @@ def test_a_run_that_scores_held_out_images_better_than_chance_explains_is_named_
     b = evaluation(tmp_path / "b", {"set-iqa": scores(0.97, n=300, n_parsed=300)}, answers(300, 5.0))
     page = compare(tmp_path, a, b)
     assert "<h1>B scores quality best</h1>" in page.source
-    assert "B 0.970 (n = 300, 100.0% parsed), A 0.700 (n = 300, 96.7% parsed)" in page.text
+    assert "B 0.970 (n = 300, 100% parsed), A 0.700 (n = 300, 96.7% parsed)" in page.text
     assert re.search(
         r"B − A: \+0\.\d+ \(95 % \+0\.\d+ to \+0\.\d+\), the same 300 images resampled by source", page.text
     )
@@ -57,7 +57,7 @@ def test_without_predictions_the_images_count_as_unpaired_and_with_too_few_nothi
     c = lines(tmp_path / "c", [{"step": i, "reward/total/iqa": 1.0, "eval/set-iqa/srcc": 0.1 * i} for i in range(5)])
     page = compare(tmp_path, c, a)
     assert "A is ahead" not in page.text and "<h1>B is ahead on quality, not tested for chance</h1>" in page.source
-    assert "0 → 0.400 (n not logged)" in page.text
+    assert "0.000 → 0.400 (n not logged)" in page.text
 
 
 def test_without_held_out_scores_the_rise_of_the_reward_answers(tmp_path):
@@ -67,7 +67,7 @@ def test_without_held_out_scores_the_rise_of_the_reward_answers(tmp_path):
     )
     page = compare(tmp_path, a, b)
     assert "A gained most reward on quality" in page.text and "no clear difference on aesthetics" in page.text
-    assert "A 1.15 → 2.75, +1.60 (last 4 of 20 steps, 100.0% parsed)" in page.text
+    assert "A 1.15 → 2.75, +1.60 (last 4 of 20 steps, 100% parsed)" in page.text
 
 
 def test_rewards_that_were_configured_differently_are_said_to_be_so(tmp_path):
