@@ -82,9 +82,8 @@ def read_rollouts(training: Training, notes: list[str]) -> Rollouts | None:
     for file in sorted((training.path / "rollouts").glob("step_*.parquet")):
         try:
             table = _light(file)
-        except (pa.ArrowException, OSError, KeyError) as e:
-            why = f"no column {e}" if isinstance(e, KeyError) else str(e).splitlines()[0]
-            bad.append(f"{file.parent.name}/{file.name} could not be read: {why}")
+        except (pa.ArrowException, OSError, ValueError) as e:
+            bad.append(f"{file.parent.name}/{file.name} could not be read: {str(e).splitlines()[0]}")
             continue
         kept = [i for i, t in enumerate(table["target"]) if is_number(t)]
         if not kept:
@@ -109,12 +108,14 @@ def read_rollouts(training: Training, notes: list[str]) -> Rollouts | None:
 
 
 def _light(file: Path) -> dict[str, list[Any]]:
-    """What the page needs of every completion, by column; a KeyError names the column that is not there."""
+    """What the page needs of every completion, by column; a ValueError names one that is amiss."""
     opened = pq.ParquetFile(file)
     names = set(opened.schema_arrow.names)
     for name in (*TEXTS, "target"):
         if name not in names:
-            raise KeyError(name)
+            raise ValueError(f"no column {name}")
+    if not pa.types.is_string(opened.schema_arrow.field("completion").type):
+        raise ValueError("column completion holds no text")
     wanted = [n for n in (*TEXTS, "index", "step", "target", "reward") if n in names]
     found = opened.read(columns=wanted).to_pydict()
     n = opened.metadata.num_rows

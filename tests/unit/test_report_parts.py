@@ -6,6 +6,7 @@ import json
 import re
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from report_pages import HOSTILE, assert_safe, evaluation, grpo_rows, lines, predictions, report, rollouts, scores
@@ -75,12 +76,24 @@ def test_all_rollouts_are_read_and_a_damaged_file_is_named(run, tmp_path):
     position = int(np.flatnonzero((found.step == 14) & (found.row == 7))[0])
     assert found.text(position) == last["completion"] and found.target[position] == last["target"]
     lines(tmp_path, grpo_rows())
-    rollouts(tmp_path, [{"sample_id": "s", "completion": None}], step=1)
+    rollouts(tmp_path, [{"sample_id": "s", "completion": None}, {"sample_id": "t", "completion": "x"}], step=1)
     for step in range(2, 10):
         (tmp_path / "rollouts" / f"step_{step:06d}.parquet").write_text("no")
     page = report(tmp_path)
     assert sum("could not be read" in n for n in page.notes) == 6  # five by name, and that there are more
     assert "3 more files of rollouts could not be read" in page.notes
+
+
+def test_rollouts_without_a_column_or_with_another_type_cost_only_themselves(tmp_path):
+    run = lines(tmp_path, grpo_rows())
+    rollouts(run, [{"sample_id": "s", "completion": 5}], step=1)
+    pq.write_table(pa.table({"dataset": ["d"], "task": ["iqa"]}), run / "rollouts" / "step_000002.parquet")
+    page = report(run)
+    assert page.notes == [
+        "rollouts/step_000001.parquet could not be read: column completion holds no text",
+        "rollouts/step_000002.parquet could not be read: no column sample_id",
+    ]
+    assert "How it went" in page.sections
 
 
 def test_a_grpo_run_shows_its_answers_early_and_late_and_what_changed(page):
