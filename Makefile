@@ -19,7 +19,7 @@ SMOKED := $(filter-out 0,$(SMOKE))
 export DEVICE TORCH_INDEX PYTHON
 
 RUN := .venv/bin/tatar-dist
-BENCHES := learner rollout sync reward data scaling
+BENCHES := learner rollout sync reward data scaling report
 # with NODES: Slurm, an existing Ray cluster, or a development cluster here
 SUBMIT = .venv/bin/python launch/submit.py $@ $(NODES) $(if $(filter-out 0,$(WAIT)),--wait)
 

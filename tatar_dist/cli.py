@@ -30,7 +30,7 @@ EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 # modules of tatar_dist.bench
 BENCHES = (
     "learner", "rollout", "sync", "reward", "data", "scaling", "overlap", "step", "shapes", "images", "rationale",
-    "simulate", "staleness",
+    "simulate", "staleness", "report",
 )  # fmt: skip
 RUN, CHECK = "Train and look", "Check and audit"  # the two panels of --help
 
@@ -229,14 +229,29 @@ def status(
 
 
 @app.command(rich_help_panel=RUN)
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
-    """Write one HTML page about a run: learning curves, metrics, a gallery of answers.
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="A run directory or a demo's; several are compared.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="The page; else RUN/report.html, or ./compare.html of several runs."),
+    ] = None,
+) -> None:
+    """Write one HTML page about a run, or one that compares several: what was learned, health, curves, answers.
 
-    Example: [bold]tatar-dist report runs/grpo[/bold]
+    A run's page goes to RUN/report.html, a comparison to compare.html in the current directory, or either to --output.
+
+    Example: [bold]tatar-dist report runs/grpo[/bold], [bold]tatar-dist report runs/a runs/b --output a-b.html[/bold]
     """
-    from tatar_dist.report import html
+    if len(runs) == 1:
+        from tatar_dist.report import html
 
-    print(html.write(run) or run / "report.html")
+        print(html.write(runs[0], output))
+        return
+    from tatar_dist.report import compare
+
+    print(compare.write(runs, output or Path(compare.FILE)))
 
 
 @app.command(rich_help_panel=RUN)

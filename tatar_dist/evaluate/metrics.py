@@ -9,6 +9,7 @@ scipy is imported where it is used, so importing this module costs only numpy.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -171,20 +172,26 @@ def mae(target: np.ndarray, prediction: np.ndarray) -> float:
 
 
 def plcc_fitted(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Pearson's r after a monotone logistic map of the predictions (VQEG): low + (high - low) / (1 + exp(-(x - c) /
-    s)).
+    """Pearson's r after `logistic_map` of the predictions. NaN when the best rising map is flat."""
+    curve = logistic_map(target, prediction)(prediction)
+    return plcc(target, curve) if np.ptp(curve) > 1e-6 * float(target.std()) else math.nan
 
-    The map may only rise (high >= low, s > 0): a free sign would turn a wrong-way predictor into a good one. NaN when
-    the best rising map is flat.
+
+def logistic_map(target: np.ndarray, prediction: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The monotone logistic map from predictions to targets with the least squared error (VQEG), both in points:
+    low + (high - low) / (1 + exp(-(x - c) / s)).
+
+    The map may only rise (high >= low, s > 0): a free sign would turn a wrong-way predictor into a good one. Neither
+    argument, (n,) float64, may be constant.
     """
     from scipy.optimize import least_squares
     from scipy.special import expit
 
-    x = (prediction - prediction.mean()) / prediction.std()
-    spread = float(target.std())
-    y = (target - target.mean()) / spread
+    middle, width = prediction.mean(), prediction.std()
+    level, spread = target.mean(), target.std()
+    x, y = (prediction - middle) / width, (target - level) / spread
 
-    def mapped(b: np.ndarray) -> np.ndarray:
+    def mapped(b: np.ndarray, x: np.ndarray = x) -> np.ndarray:
         return b[0] + b[1] * expit((x - b[2]) / b[3])
 
     def jacobian(b: np.ndarray) -> np.ndarray:
@@ -209,8 +216,8 @@ def plcc_fitted(target: np.ndarray, prediction: np.ndarray) -> float:
         "gtol": 1e-12,
     }
     fits = [least_squares(lambda b: mapped(b) - y, start, **options) for start in starts]
-    curve = mapped(min(fits, key=lambda f: f.cost).x)
-    return plcc(y, curve) if np.ptp(curve) > 1e-6 else math.nan
+    best = min(fits, key=lambda f: f.cost).x
+    return lambda points: level + spread * mapped(best, (points - middle) / width)
 
 
 STATISTICS = {"krcc": krcc, "plcc_fitted": plcc_fitted, "rmse": rmse, "mae": mae}  # besides SRCC and PLCC

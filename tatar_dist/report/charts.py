@@ -1,4 +1,4 @@
-"""Inline SVG charts: lines with direct labels, stacked bars, a scatter. Pure functions of numbers, returning Markup.
+"""Inline SVG charts over steps: lines with direct labels, stacked bars. Pure functions of numbers, returning Markup.
 
 Colours are CSS variables of the page (`--iqa`, `--iaa`, `--ink`, `--muted`, ...), so one chart serves light and dark.
 All text is escaped here. A drawing is 360 units wide, about its width on a phone and in the page's columns,
@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 WIDTH = 360
 Point = Callable[[float, float], tuple[float, float]]  # data -> drawing units
-LEFT, RIGHT, TOP, BOTTOM = 36, 112, 10, 26  # margins; the right one holds the direct labels
+LEFT, RIGHT, TOP, BOTTOM = 42, 112, 10, 26  # margins; the right one holds the direct labels
 MAX_POINTS = 240  # more steps than this are averaged into bins: a pixel shows no more
 LABEL_GAP = 14  # units between the baselines of two direct labels
 
@@ -71,6 +71,8 @@ def number(value: float) -> str:
 
 
 def _tick(value: float, step: float) -> str:
+    if step < 1e-3:  # more decimals than the margin has room for
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("-", "\N{MINUS SIGN}") if value else "0"
     digits = next((d for d in range(6) if abs(step * 10**d - round(step * 10**d)) < 1e-6), 6)
     return (f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:.{digits}f}").replace("-", "\N{MINUS SIGN}")
 
@@ -98,7 +100,7 @@ def _spread(wanted: list[float], lo: float, hi: float) -> list[float]:
     return at
 
 
-def _open(width: float, height: float, label: str) -> Markup:
+def open_svg(width: float, height: float, label: str) -> Markup:
     return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(width, height, label)
 
 
@@ -151,7 +153,7 @@ def line_chart(
         lo, hi = lo - (abs(lo) or 1.0) * 0.1, hi + (abs(hi) or 1.0) * 0.1
     xs = np.concatenate([x for _, x, _ in drawn])
     axes, at = _axes(float(xs.min()), float(xs.max()), lo, hi, height, x_label, RIGHT)
-    parts, ends = [_open(WIDTH, height, title), axes], []
+    parts, ends = [open_svg(WIDTH, height, title), axes], []
     for line, x, y in drawn:
         soft = smoothed(y) if line.smooth else y
         bx, by = binned(x, np.stack([y, soft]))
@@ -184,7 +186,7 @@ def stacked_bars(x: np.ndarray, parts: Sequence[tuple[np.ndarray, str]], title: 
     top = np.cumsum(values, axis=0)
     axes, at = _axes(float(x[0]) - 0.5, float(x[-1]) + 0.5, 0.0, float(top[-1].max()) or 1.0, height, "step", 40)
     width = max(1.0, 0.8 * (WIDTH - LEFT - 40) / len(x))
-    out = [_open(WIDTH, height, title), axes]
+    out = [open_svg(WIDTH, height, title), axes]
     for k, (_, color) in enumerate(parts):
         bars = []
         for i, at_x in enumerate(x):
@@ -193,31 +195,4 @@ def stacked_bars(x: np.ndarray, parts: Sequence[tuple[np.ndarray, str]], title: 
             if lower - upper > 0.05:
                 bars.append(f"M{left - width / 2:.1f} {lower:.1f}V{upper:.1f}h{width:.1f}V{lower:.1f}z")
         out.append(Markup('<path style="fill:var(--{})" d="{}"/>').format(color, "".join(bars)))
-    return Markup("").join([*out, Markup("</svg>")])
-
-
-def scatter(target: Sequence[float], prediction: Sequence[float], color: str, title: str, most: int = 1500) -> Markup:
-    """Predictions over targets on 0-100 with the diagonal; more than `most` points are thinned evenly."""
-    left, top, side = 30, 8, 162
-    width, height = left + side + 14, top + side + 22
-
-    def px(value: float) -> float:
-        return left + side * value / 100
-
-    def py(value: float) -> float:
-        return top + side * (1 - min(max(value, 0.0), 100.0) / 100)
-
-    out = [_open(width, height, title)]
-    for t in (0, 50, 100):
-        grid = Markup('<path class="grid" d="M{:.1f} {:.1f}H{:.1f}M{:.1f} {:.1f}V{:.1f}"/>')
-        out.append(grid.format(left, py(t), px(100), px(t), py(0), py(100)))
-        out.append(Markup('<text class="end" x="{}" y="{:.1f}">{}</text>').format(left - 5, py(t) + 4, t))
-        out.append(Markup('<text class="mid" x="{:.1f}" y="{:.1f}">{}</text>').format(px(t), py(0) + 15, t))
-    out.append(Markup('<path class="diagonal" d="M{} {:.1f}L{} {:.1f}"/>').format(left, py(0), px(100), py(100)))
-    pairs = list(zip(target, prediction, strict=True))
-    pairs = pairs[:: max(1, math.ceil(len(pairs) / most))]
-    dots = "".join(f"M{px(t):.1f} {py(p):.1f}h0" for t, p in pairs)  # a dot is a line of no length with round caps
-    opacity = 0.35 if len(pairs) > 150 else 0.6
-    path = Markup('<path class="dots" style="stroke:var(--{});stroke-opacity:{}" d="{}"/>')
-    out.append(path.format(color, opacity, dots))
     return Markup("").join([*out, Markup("</svg>")])

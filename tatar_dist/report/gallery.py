@@ -1,15 +1,14 @@
 """Which answers to show, and their pictures as data URIs.
 
-In: predictions of the models in order of training. Out: `Card`s. Choice is by rule, never by taste: the four answers
-that training moved closest to the target, the four best (one from each quarter of the target range, so that they are
-not all alike), the four worst; an image is shown once.
+In: predictions of the models in order of training, or sampled completions. Out: `Card`s. Choice is by rule, never by
+taste: the four answers that training moved closest to the target, the four best (one from each quarter of the target
+range, so that they are not all alike), the four worst; an image is shown once.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +19,16 @@ from PIL import Image
 from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.errors import UserError
+from tatar_dist.report.reading import Run
+from tatar_dist.report.rollouts import Rollouts
+from tatar_dist.report.text import rationale, split_teaser
+from tatar_dist.report.verdict import TASK_NAMES, name_of
 
 EACH = 4
 KEEP_BYTES, KEEP_SIDE = 48_000, 400  # a picture within both is embedded as it is: JPEG would add a distortion to judge
 SMALL_SIDE = 320
-TEASER_WORDS = 26
-MOST_CHARS = 4000  # of one rationale
 
-# What HTML forbids or a terminal obeys, except tab and newline.
 Key = tuple[str, str]  # data set, sample id
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_THINK = re.compile(r"<think>(.*?)(?:</think>|<answer>|$)", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -50,28 +48,6 @@ class Card:
 def key_of(row: dict[str, Any]) -> Key:
     """What names an image: sample ids are unique within a data set only."""
     return str(row["dataset"]), str(row["sample_id"])
-
-
-def clean(text: str | None) -> str:
-    """Text without control characters, at most MOST_CHARS long. Escaping is the template's work."""
-    text = _CONTROL.sub("", text or "").strip()
-    return text if len(text) <= MOST_CHARS else text[:MOST_CHARS] + "…"
-
-
-def rationale(completion: str | None) -> tuple[str, bool]:
-    """(the think text, True), or (the whole completion, False) when it has none."""
-    text = clean(completion)
-    found = _THINK.search(text)
-    inside = found.group(1).strip() if found else ""
-    return (inside, True) if inside else (text, False)
-
-
-def split_teaser(text: str) -> tuple[str, str]:
-    """The first words, and the rest ("" when it is hardly longer)."""
-    words = text.split()
-    if len(words) <= TEASER_WORDS + 8:
-        return " ".join(words), ""
-    return " ".join(words[:TEASER_WORDS]), " ".join(words[TEASER_WORDS:])
 
 
 def error(row: dict[str, Any] | None) -> float | None:
@@ -157,3 +133,49 @@ def card(why: str, row: dict[str, Any], models: Sequence[tuple[str, dict[str, An
     teaser, rest = split_teaser(text)
     scores = [(name, r["prediction"]) for name, r in models if r is not None]
     return Card(why, row["sample_id"], image, row["target"], scores, teaser, rest, has_think)
+
+
+def walls(run: Run, rollouts: Rollouts | None, pictures: Pictures) -> list[tuple[str, str, list[Card]]]:
+    """(heading, task, cards): held-out answers if the run has some, else completions of its last training steps.
+
+    `rollouts`: of the last GRPO training. There an image stands for its first completion, and "improved" is measured
+    from the first time that the image was asked to the last.
+    """
+    if any(e.predictions for e in run.evaluations):
+        by_model = [(e.model, {key_of(p): p for p in e.predictions}) for e in run.evaluations if e.predictions]
+        groups = [(name_of(run, d), run.task(d), run.evaluations[-1].of(d)) for d in run.datasets]
+        # "Improved" is measured from SFT: the base model's scores, where it gives any, are noise.
+        before = by_model[-2][1] if len(by_model) > 1 else {}
+    elif rollouts is not None:
+        before, last = visits(rollouts)
+        by_model = [("asked first", before), ("asked last", last)] if before else [("completion", last)]
+        groups = [(n, t, [r for r in last.values() if r["task"] == t]) for t, n in TASK_NAMES.items()]
+    else:
+        return []
+    result = []
+    for name, task, rows in groups:
+        if not rows:
+            continue
+        row_of, cards = {key_of(r): r for r in rows}, []
+        for why, key in choose(rows, before):
+            row = row_of[key]
+            if "at" in row and rollouts is not None:
+                row = row | {"completion": rollouts.text(row["at"])}
+            cards.append(card(why, row, [(m, found.get(key)) for m, found in by_model], pictures.uri(key)))
+        result.append((name, task, cards))
+    return result
+
+
+def visits(rollouts: Rollouts) -> tuple[dict[Key, dict[str, Any]], dict[Key, dict[str, Any]]]:
+    """(first time, last time) that an image was asked, its first completion each: the last times of the late steps,
+    and first times of these images where they were steps before."""
+    last: dict[Key, dict[str, Any]] = {}
+    for row in rollouts.answers(rollouts.part(late=True)):
+        key = key_of(row)
+        if key not in last or rollouts.file[row["at"]] > rollouts.file[last[key]["at"]]:
+            last[key] = row
+    before: dict[Key, dict[str, Any]] = {}
+    for i, key in enumerate(rollouts.key):
+        if key in last and key not in before and rollouts.file[i] < rollouts.file[last[key]["at"]]:
+            before[key] = rollouts.answers([i])[0]
+    return before, last

@@ -15,11 +15,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tatar_dist import __version__
 from tatar_dist.errors import UserError
-from tatar_dist.prompts import parse
 from tatar_dist.report.charts import nice_ticks, number
-from tatar_dist.report.gallery import Card, Key, Pictures, card, choose, clean, key_of
-from tatar_dist.report.panels import clouds, panels, photographs
-from tatar_dist.report.reading import Run, is_number, read_rollouts, read_run
+from tatar_dist.report.details import details
+from tatar_dist.report.explanation import explanations
+from tatar_dist.report.gallery import Pictures, walls
+from tatar_dist.report.panels import panels, photographs
+from tatar_dist.report.reading import Run, is_number, read_run
+from tatar_dist.report.rollouts import read_rollouts
+from tatar_dist.report.scores import clouds
+from tatar_dist.report.text import clean
 from tatar_dist.report.verdict import TASK_NAMES, checks, headline, name_of
 
 MINUS = "\N{MINUS SIGN}"
@@ -42,15 +46,18 @@ FACTS = {  # kind of run -> (section, key, what the page calls it)
 }
 
 
-def write(run: Path) -> Path:
-    """Write RUN/report.html and return its path.
+def write(run: Path, file: Path | None = None) -> Path:
+    """Write the page of a run to `file`, else RUN/report.html, and return its path.
 
     Raises:
         UserError: no such directory, no run in it, or the page cannot be written there.
     """
-    run = Path(run)
-    page = render(read_run(run))
-    target, beside = run / "report.html", run / ".report.html"
+    return replace_page(Path(file or Path(run) / "report.html"), render(read_run(run)))
+
+
+def replace_page(target: Path, page: str) -> Path:
+    """Write a page whole or not at all; returns its path. Raises UserError."""
+    beside = target.with_name(f".{target.name}")
     try:
         beside.write_text(page, encoding="utf-8", errors="replace")
         os.replace(beside, target)
@@ -59,38 +66,57 @@ def write(run: Path) -> Path:
     return target
 
 
-def render(run: Run) -> str:
-    """The page as text."""
-    environment = Environment(
+def environment() -> Environment:
+    """Of this directory's templates, with everything of a run escaped."""
+    found = Environment(
         loader=PackageLoader("tatar_dist.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "signed": signed, "percent": percent, "duration": duration}
+    found.filters |= {"number": number, "signed": signed, "percent": percent, "duration": duration}
+    return found
+
+
+def render(run: Run) -> str:
+    """The page as text."""
     notes = list(run.notes)
     quarantined = [q for t in run.trainings for q in t.quarantine]
-    return environment.get_template("template.html.j2").render(
-        name=run.path.resolve().name,
-        kind="Demo" if run.is_demo else ("Evaluation" if not run.trainings else run.trainings[-1].kind.upper()),
-        headline=headline(run),
-        strips=_strips(run),
-        scores=_scores(run),
-        gains=_gains(run),
-        checks=checks(run),
-        quarantined=[
-            [clean(str(q.get(k, ""))) for k in ("sample_id", "reason")] for q in quarantined[:MOST_QUARANTINED]
-        ],
-        n_quarantined=len(quarantined),
-        panels=panels(run),
-        clouds=clouds(run),
-        photographs=photographs(run),
-        gallery=_gallery(run, notes),
-        stages=_stages(run),
-        facts=_facts(run),
-        notes=list(dict.fromkeys(notes)),
-        version=__version__,
+    sampled = next((t for t in reversed(run.trainings) if t.kind == "grpo"), None)
+    rollouts = read_rollouts(sampled, notes) if sampled else None
+    explained = explanations(sampled, notes) if sampled else []
+    pictures = Pictures(run.manifests, run.image_root, notes)
+    drawn, held_out = clouds(run, rollouts)
+    return (
+        environment()
+        .get_template("template.html.j2")
+        .render(
+            name=run.path.resolve().name,
+            kind="Demo" if run.is_demo else ("Evaluation" if not run.trainings else run.trainings[-1].kind.upper()),
+            headline=headline(run),
+            strips=_strips(run),
+            scores=_scores(run),
+            gains=_gains(run),
+            checks=checks(run),
+            quarantined=[
+                [clean(str(q.get(k, ""))) for k in ("sample_id", "reason")] for q in quarantined[:MOST_QUARANTINED]
+            ],
+            n_quarantined=len(quarantined),
+            panels=panels(run),
+            clouds=drawn,
+            held_out=held_out,
+            photographs=photographs(run),
+            gallery=walls(run, rollouts, pictures),
+            explained=explained,
+            images={g.key: pictures.uri(g.key) for g in explained},
+            task_names=TASK_NAMES,
+            details=details(run),
+            stages=_stages(run),
+            facts=_facts(run),
+            notes=list(dict.fromkeys(notes)),
+            version=__version__,
+        )
     )
 
 
@@ -182,40 +208,6 @@ def _gains(run: Run) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def _gallery(run: Run, notes: list[str]) -> list[tuple[str, str, list[Card]]]:
-    """(heading, task, cards): held-out answers if the run has some, else completions of its last training step."""
-    if run.evaluations and any(e.predictions for e in run.evaluations):
-        by_model = [(e.model, {key_of(p): p for p in e.predictions}) for e in run.evaluations if e.predictions]
-        groups = [(name_of(run, d), run.task(d), run.evaluations[-1].of(d)) for d in run.datasets]
-        # "Improved" is measured from SFT: the base model's scores, where it gives any, are noise.
-        before = by_model[-2][1] if len(by_model) > 1 else {}
-    else:
-        rows = _training_answers(run, notes)
-        by_model, before = [("completion", {key_of(r): r for r in rows})], {}
-        groups = [(n, t, [r for r in rows if r["task"] == t]) for t, n in TASK_NAMES.items()]
-    chosen = [(name, task, rows, choose(rows, before)) for name, task, rows in groups if rows]
-    if not chosen:
-        return []
-    pictures = Pictures(run.manifests, run.image_root, notes)
-    result = []
-    for name, task, rows, picks in chosen:
-        row_of = {key_of(r): r for r in rows}
-        cards = [
-            card(why, row_of[i], [(m, found.get(i)) for m, found in by_model], pictures.uri(i)) for why, i in picks
-        ]
-        result.append((name, task, cards))
-    return result
-
-
-def _training_answers(run: Run, notes: list[str]) -> list[dict[str, Any]]:
-    """One completion an image of the last step of the last GRPO run, as prediction rows."""
-    training = next((t for t in reversed(run.trainings) if t.kind == "grpo"), None)
-    rows: dict[Key, dict[str, Any]] = {}
-    for r in read_rollouts(training, notes) if training else []:
-        rows.setdefault(key_of(r), {**r, "prediction": parse(r["completion"]).value})
-    return list(rows.values())
 
 
 def _stages(run: Run) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The charts of the page, chosen from what a run logged: learning curves, scatters, SRCC by photograph.
+"""The charts of the page, chosen from what a run logged: learning curves, and SRCC by photograph.
 
 In: `Run`. Out: plain records for the template. A curve that was not logged is left out, and so is a panel with none.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from tatar_dist.evaluate.metrics import srcc, usable
-from tatar_dist.report.charts import Line, line_chart, number, scatter, stacked_bars
+from tatar_dist.report.charts import Line, line_chart, number, stacked_bars
 from tatar_dist.report.reading import Evaluation, Run, Training, is_number
 from tatar_dist.report.verdict import TASK_NAMES, edges, name_of
 
@@ -109,11 +109,10 @@ def _policy(training: Training) -> Panel:
 
 
 def _held_out_srcc(training: Training) -> Panel | None:
-    names = sorted({k for r in training.rows for k in r if k.startswith("eval/") and k.endswith("/srcc")})
-    lines = []
-    for name in names:
-        dataset = name.split("/")[1]
-        lines.append(Line(dataset, *training.series(name), "iaa" if "iaa" in dataset else "iqa", smooth=False))
+    lines = [
+        Line(d, *training.series(f"eval/{d}/srcc"), "iaa" if "iaa" in d else "iqa", smooth=False)
+        for d in training.held_out
+    ]
     if not lines:
         return None
     shown = line_chart(lines, "Held-out SRCC over steps", y_range=(0.0, 1.0))
@@ -132,45 +131,22 @@ def _step_time(training: Training) -> Panel | None:
         values = np.array([dict(zip(at, seconds, strict=True)).get(s, 0.0) for s in step])
         known += values
         parts.append((values, color))
-        legend.append(
-            (name, color, f"{values.mean():.1f} s" if values.mean() >= 0.1 else f"{1000 * values.mean():.0f} ms")
-        )
+        legend.append((name, color, _seconds(values, total)))
     other = np.maximum(total - known, 0.0)
     if other.mean() > 0.01 * total.mean():
         parts.append((other, "t5"))
-        legend.append(("other", "t5", f"{other.mean():.1f} s"))
+        legend.append(("other", "t5", _seconds(other, total)))
     caption = f"Seconds of each {training.kind.upper()} step; {total.mean():.1f} s on average."
     if known.mean() > 1.02 * total.mean():
         caption += " The parts add up to more: engines sampled ahead while the learners worked."
     return Panel("Step time", caption, [stacked_bars(step, parts, "Seconds per step by part")], legend)
 
 
-@dataclass(frozen=True)
-class Cloud:
-    """Scatter of one model on one data set."""
-
-    model: str
-    note: str
-    chart: Markup
-
-
-def clouds(run: Run) -> list[tuple[str, str, list[Cloud]]]:
-    """(data set as named on the page, task, one scatter a model) where predictions were kept."""
-    result = []
-    for dataset in run.datasets:
-        row, name, task = [], name_of(run, dataset), run.task(dataset)
-        for evaluation in run.evaluations:
-            points = [p for p in evaluation.of(dataset) if is_number(p["prediction"])]
-            if not points:
-                continue
-            title = f"{name}, {evaluation.model}: prediction over target"
-            chart = scatter([p["target"] for p in points], [p["prediction"] for p in points], task or "ink", title)
-            value = evaluation.metrics.get(dataset, {}).get("srcc")
-            note = f"SRCC {number(value)}" if is_number(value) else "no SRCC"
-            row.append(Cloud(evaluation.model, f"{note}, n = {len(points)}", chart))
-        if row:
-            result.append((name, task, row))
-    return result
+def _seconds(part: np.ndarray, total: np.ndarray) -> str:
+    """Mean seconds of a part of the step, and their share of all."""
+    mean = float(part.mean())
+    share = f", {mean / total.mean():.0%}" if total.mean() > 0 else ""
+    return (f"{mean:.1f} s" if mean >= 0.1 else f"{1000 * mean:.0f} ms") + share
 
 
 def correlation(rows: Sequence[dict[str, Any]]) -> float | None:

@@ -1,4 +1,4 @@
-"""What a run left on disk, as records: the only file of the report that opens files of a run.
+"""What a run left on disk, as records; its rollouts alone are read elsewhere (rollouts.py, explanation.py).
 
 In: a run directory (SFT, GRPO or evaluation), or a demo directory that holds several. Out: `Run`. A part that is not
 there is absent in the record; a part that is damaged is absent too and named in `Run.notes`, which the page prints.
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from tatar_dist.errors import UserError
+from tatar_dist.events import read_events
 
 DEMO_MODELS = {"baseline": "base", "sft_eval": "SFT", "grpo_eval": "GRPO"}  # directory -> name on the page
 DEMO_TRAININGS = ("sft", "grpo")
@@ -27,13 +28,14 @@ PREDICTION_COLUMNS = ("sample_id", "dataset", "task", "source", "target", "predi
 
 @dataclass(frozen=True)
 class Training:
-    """The curves of one SFT or GRPO run. `rows`: one dict a step; `quarantine`: samples it could not use."""
+    """One SFT or GRPO run. `rows`: one dict a step; `quarantine`: samples it could not use; `events`: its log."""
 
     kind: str  # sft | grpo
     config: Mapping[str, Any]
     rows: list[dict[str, Any]]
     quarantine: list[dict[str, Any]]
     path: Path
+    events: list[dict[str, Any]] = field(default_factory=list)
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of one metric, (n,) float64 each, only where it was logged and is finite."""
@@ -41,6 +43,12 @@ class Training:
         kept = [(s, v) for s, v in pairs if is_number(v) and is_number(s)]
         array = np.array(kept, np.float64).reshape(-1, 2)
         return array[:, 0], array[:, 1]
+
+    @property
+    def held_out(self) -> list[str]:
+        """Data sets whose held-out SRCC was logged during training."""
+        names = {k for r in self.rows for k in r if k.startswith("eval/") and k.endswith("/srcc")}
+        return sorted({k.removeprefix("eval/").removesuffix("/srcc") for k in names})
 
     def not_finite(self, name: str) -> int:
         """Number of steps at which this metric was logged but is no finite number."""
@@ -79,6 +87,7 @@ class Run:
     manifests: list[Path]
     image_root: str | None  # where their image paths start, if not where they say
     notes: list[str] = field(default_factory=list)
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the directory itself
 
     @property
     def datasets(self) -> list[str]:
@@ -111,26 +120,23 @@ def read_run(path: Path) -> Run:
         for n in (*DEMO_MODELS, *DEMO_TRAININGS)
     )
     summary = _json(path / "summary.json", notes)
+    config: Mapping[str, Any] = {}
     if is_demo:
         trainings = [t for n in DEMO_TRAININGS if (t := _training(path / n, notes))]
         evaluations = [e for n, model in DEMO_MODELS.items() if (e := _evaluation(path / n, model, notes))]
         evaluations = evaluations or _from_table(summary.get("table"))
-        manifests, image_root = sorted((path / "data").glob("*_test.parquet")), None
+        manifests = [m for split in ("test", "train") for m in sorted((path / "data").glob(f"*_{split}.parquet"))]
+        image_root = None
     else:
         training, evaluation = _training(path, notes), _evaluation(path, "this model", notes)
         trainings, evaluations = [training] if training else [], [evaluation] if evaluation else []
-        manifests, image_root = _manifests(_config(path, notes), "test" if evaluation else "train")
+        config = training.config if training else _config(path, notes)
+        manifests, image_root = _manifests(config, "test" if evaluation else "train")
     if not trainings and not evaluations:
         raise UserError(f"{path}: holds no run (neither metrics.jsonl, metrics.json nor the directories of a demo)")
     stages = [s for s in _list(summary.get("stages")) if isinstance(s, dict) and is_number(s.get("seconds"))]
     gains = _gains(summary.get("gains"))
-    return Run(path, is_demo, trainings, evaluations, stages, gains, manifests, image_root, notes)
-
-
-def read_rollouts(training: Training, notes: list[str]) -> list[dict[str, Any]]:
-    """The completions of the last step that were written, with their reward terms; [] when there are none."""
-    files = sorted((training.path / "rollouts").glob("step_*.parquet"))
-    return _table(files[-1], notes) if files else []
+    return Run(path, is_demo, trainings, evaluations, stages, gains, manifests, image_root, notes, config)
 
 
 def _training(path: Path, notes: list[str]) -> Training | None:
@@ -138,7 +144,16 @@ def _training(path: Path, notes: list[str]) -> Training | None:
     if not rows:
         return None
     kind = "grpo" if any(k.startswith("reward/") for r in rows for k in r) else "sft"
-    return Training(kind, _config(path, notes), rows, _json_lines(path / "quarantine.jsonl", notes), path)
+    quarantine = _json_lines(path / "quarantine.jsonl", notes)
+    return Training(kind, _config(path, notes), rows, quarantine, path, _events(path, notes))
+
+
+def _events(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    try:
+        return read_events(path)
+    except OSError as e:
+        notes.append(f"{path.name}/events.jsonl could not be read: {e}")
+        return []
 
 
 def _evaluation(path: Path, model: str, notes: list[str]) -> Evaluation | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tatar_dist.report.charts import number
+from tatar_dist.report.faults import history
 from tatar_dist.report.reading import Evaluation, Run, Training, is_number
 
 TASK_NAMES = {"iqa": "quality", "iaa": "aesthetics"}
@@ -50,9 +51,16 @@ def edges(values: np.ndarray) -> tuple[float, float]:
 
 
 def headline(run: Run) -> Headline:
+    found = _headline(run)
+    past = [history(t.events, len(t.rows)) for t in run.trainings[-1:]]
+    return Headline(found.title, found.lines + [p.progress for p in past if p and p.progress])
+
+
+def _headline(run: Run) -> Headline:
     if len(run.evaluations) >= 2:
         return _before_after(run)
     lines = [_curve_line(t) for t in run.trainings]
+    lines += [line for t in run.trainings if (line := _held_out_line(t))]
     if run.evaluations:
         found = _scores(run, run.evaluations[-1])
         return Headline("Held-out scores: " + found if found else "No rank correlation could be computed", lines)
@@ -93,9 +101,11 @@ def _before_after(run: Run) -> Headline:
     if not learned:
         title = "It did not learn to rank images"
     elif not_learned:
-        title = f"It learned {_and(name_of(run, d) for d in learned)}, not {_and(name_of(run, d) for d in not_learned)}"
+        title = (
+            f"It learned {listed(name_of(run, d) for d in learned)}, not {listed(name_of(run, d) for d in not_learned)}"
+        )
     else:
-        title = f"It learned to score {_and(name_of(run, d) for d in learned)}"
+        title = f"It learned to score {listed(name_of(run, d) for d in learned)}"
     lines = [f"Rank correlation (SRCC) with the targets on held-out images, before and after: {'; '.join(moves)}."]
     parsed = [(m.get("n_parsed"), m.get("n")) for m in last.metrics.values()]
     counts = [(p, n) for p, n in parsed if is_number(p) and is_number(n) and n]
@@ -105,9 +115,10 @@ def _before_after(run: Run) -> Headline:
     return Headline(title, lines)
 
 
-def _and(names: Iterable[str]) -> str:
-    listed = list(names)
-    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
+def listed(names: Iterable[str]) -> str:
+    """a, b and c"""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _curve_line(training: Training) -> str:
@@ -125,6 +136,16 @@ def _curve_line(training: Training) -> str:
     return "Too few steps to say how the loss moved."
 
 
+def _held_out_line(training: Training) -> str:
+    """How the held-out SRCC moved during training, "" where it was not looked at twice."""
+    moves = []
+    for dataset in training.held_out:
+        values = training.series(f"eval/{dataset}/srcc")[1]
+        if len(values) >= 2:
+            moves.append(f"{dataset} {number(values[0])} \N{RIGHTWARDS ARROW} {number(values[-1])}")
+    return f"Held-out SRCC, first to last look: {', '.join(moves)}." if moves else ""
+
+
 def _arrow(values: np.ndarray) -> str:
     first, last = edges(values)
     return f"{number(first)} \N{RIGHTWARDS ARROW} {number(last)}"
@@ -136,6 +157,7 @@ def checks(run: Run) -> list[Check]:
     for training in run.trainings:
         found.append(_finite(training))
         found += _grpo_checks(training) if training.kind == "grpo" else [_overfitting(training)]
+        found.append(_faults(training))
     if run.evaluations:
         found.append(_eval_parses(run.evaluations[-1]))
     rejected = sum(len(t.quarantine) for t in run.trainings)
@@ -187,6 +209,14 @@ def _grpo_checks(training: Training) -> list[Check | None]:
         seen = "none" if not total else _count(total, "group")
         result.append(Check("watch" if total else "good", "Groups without a rival to rank against", seen, "none"))
     return result
+
+
+def _faults(training: Training) -> Check | None:
+    past = history(training.events, len(training.rows))
+    if past is None:
+        return None
+    seen = past.summary or "no fault"
+    return Check("watch" if past.summary else "good", f"{training.kind.upper()} processes", seen, "no fault")
 
 
 def _finite(training: Training) -> Check | None:

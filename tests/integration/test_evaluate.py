@@ -48,7 +48,7 @@ def test_killed_twice_and_with_a_dead_engine_the_table_is_the_same(words, tmp_pa
     assert expected["datasets"]["set-iqa"]["n"] == 11 and expected["datasets"]["set-iqa"]["n_missing"] == 1
     assert set(expected["expected"]) == set(expected["sample_mean"]) == {"set-iqa", "set-iaa"}
 
-    faults = ["controller.evaluate:kill:step=8", "controller.evaluate:kill:step=30"]
+    faults = ["controller.evaluate:kill:step=8", "controller.evaluate:kill:step=31"]
     dies = "engine.generate:kill:step=0"  # the engine, in its first call
     for _ in faults:
         done = evaluate(troubled, words, f"failpoints=['{dies}','{faults[0]}','{faults[1]}']")

@@ -1,0 +1,103 @@
+"""What the page keeps folded: the curves behind the main ones, configurations, the log of faults.
+
+In: a `Training`. Out: plain records for the template; what was not logged is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from tatar_dist.report.charts import Line, line_chart, number
+from tatar_dist.report.faults import History, history
+from tatar_dist.report.panels import Panel
+from tatar_dist.report.reading import Run, Training, is_number
+from tatar_dist.report.settings import RECIPES, Setting, settings
+from tatar_dist.report.verdict import TASK_NAMES, edges
+
+SHORT = 105  # height of one of two charts in a panel
+
+
+@dataclass(frozen=True)
+class Details:
+    """Of one training. `recipe`: the file its settings are held against; differing: the settings that are not its."""
+
+    kind: str
+    panels: list[Panel]
+    settings: list[Setting]
+    differing: list[Setting]
+    recipe: str
+    history: History | None
+
+
+def details(run: Run) -> list[Details]:
+    """One record a training that has something to fold away."""
+    found = []
+    for training in run.trainings:
+        known = settings(training.config, training.kind)
+        past = history(training.events, len(training.rows))
+        differing = [s for s in known if s.differs]
+        found.append(
+            Details(training.kind, _panels(training), known, differing, f"configs/{RECIPES[training.kind]}", past)
+        )
+    return [d for d in found if d.panels or d.settings or d.history]
+
+
+def _panels(training: Training) -> list[Panel]:
+    found = [_gap(training), _waste(training), _failures(training), _optimiser(training), _speed(training)]
+    return [p for p in found if any(p.charts)]
+
+
+def _shares(training: Training, metric: str, title: str, most: float, height: int = SHORT) -> Markup:
+    lines = [Line(n, *training.series(f"{metric}/{t}"), t) for t, n in TASK_NAMES.items()]
+    return line_chart(lines, title, y_range=(0.0, most), height=height)
+
+
+def _one(training: Training, metric: str, name: str, smooth: bool = True) -> Markup:
+    line = Line(name, *training.series(metric), "ink", smooth=smooth)
+    return line_chart([line], f"{name} over steps", y_range=(0.0, 1e-9), height=SHORT)
+
+
+def _gap(training: Training) -> Panel:
+    grpo = training.config.get("grpo")
+    limit = grpo.get("logprob_gap_limit") if isinstance(grpo, dict) else None
+    stops = f" The run stops at {limit:g}." if is_number(limit) else ""
+    caption = f"How far log-probabilities of engine and learner differ, in nats a token: mean, and largest.{stops}"
+    charts = [_one(training, "sync/logprob_gap", "mean gap"), _one(training, "sync/logprob_gap_max", "largest")]
+    return Panel("Sync gap", caption, charts)
+
+
+def _waste(training: Training) -> Panel:
+    chart = _shares(training, "reward/frac_zero_std/total", "Groups that teach nothing over steps", 1.0, 210)
+    return Panel("Groups that teach nothing", "Share of groups whose completions all got one reward.", [chart])
+
+
+def _failures(training: Training) -> Panel:
+    charts = [
+        _shares(training, "completion/parse_failures", "Unparsed completions over steps", 0.1),
+        _shares(training, "completion/clipped_ratio", "Completions cut off over steps", 0.1),
+    ]
+    return Panel(
+        "Unparsed, and cut off", "Shares of the sampled completions: without a score above, cut off below.", charts
+    )
+
+
+def _optimiser(training: Training) -> Panel:
+    charts = [
+        _one(training, "optim/grad_norm", "gradient"),
+        _one(training, "optim/lr", "rate", smooth=False),
+    ]
+    return Panel("Optimiser", "Norm of the gradient before clipping, and the learning rate.", charts)
+
+
+def _speed(training: Training) -> Panel:
+    speed, idle = training.series("perf/tokens_per_second")[1], training.series("perf/learner_idle")[1]
+    late = f" Late: {number(edges(speed)[1])} tokens a second." if len(speed) else ""
+    lines = [
+        Line("engines", *training.series("perf/rollout_idle"), "t1"),
+        Line("learners", *training.series("perf/learner_idle"), "t2"),
+    ]
+    charts = [_one(training, "perf/tokens_per_second", "tokens/s")]
+    charts += [line_chart(lines, "Idle share over steps", y_range=(0.0, 1.0), height=SHORT)] if len(idle) else []
+    return Panel("Speed", f"Sampled tokens a second, and the share of a step in which each side waits.{late}", charts)
