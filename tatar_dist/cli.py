@@ -30,7 +30,7 @@ EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 # modules of tatar_dist.bench
 BENCHES = (
     "learner", "rollout", "sync", "reward", "data", "scaling", "overlap", "step", "shapes", "images", "rationale",
-    "simulate", "staleness", "report",
+    "simulate", "staleness", "evaluate", "report",
 )  # fmt: skip
 RUN, CHECK = "Train and look", "Check and audit"  # the two panels of --help
 

@@ -101,7 +101,7 @@ def ours(model: Path, directory: Path, more: Sequence[str] = ()) -> Side:
         f"model.max_pixels={area}", f"data.train=[{manifest}]",
         "data.iqa_fraction=1", "cluster.gpus_per_node=0", "cluster.learners=1", "rollout.engines=1",
         "cluster.learner_cpus=0.5", "cluster.engine_cpus=0.5", f"grpo.prompts_per_step={PROMPTS}",
-        f"grpo.group_size={GROUP}", "grpo.micro_tokens=16384", f"grpo.max_steps={STEPS}",
+        f"grpo.group_size={GROUP}", "grpo.micro_tokens=2048", f"grpo.max_steps={STEPS}",
         "grpo.kl_beta=0", f"rollout.max_new_tokens={TOKENS}", "rollout.max_model_len=1536",
         f"rollout.max_num_seqs={PROMPTS * GROUP}", "checkpoint.every=0", "watch.prometheus=false",
         *more,
