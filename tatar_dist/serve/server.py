@@ -154,12 +154,13 @@ def _gpu() -> bool:
 def _set_environment() -> None:
     """What vLLM and transformers read as they are imported."""
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    quiet["PYTHONWARNINGS"] = "ignore::FutureWarning"  # libraries tell each other
     defaults = {**quiet, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not _gpu():
         defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other
+    warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("vllm").setLevel(logging.ERROR)  # until vLLM configures it, as told above
 
 
