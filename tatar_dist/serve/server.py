@@ -6,6 +6,7 @@ process, no socket. Sizes of pictures and the dtype are the model directory's ow
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import logging
@@ -48,8 +49,6 @@ def run(model: Path, address: Address, words: list[str]) -> None:
         family = _family(model)
         _set_environment()
         config = load_config([], [*_model_words(model, family), *words])
-        if config.rollout.tensor_parallel < 1:
-            raise UserError(f"rollout.tensor_parallel={config.rollout.tensor_parallel}: must be at least 1")
         args = _arguments(config, str(model))
         host = f"[{address.host}]" if ":" in address.host else address.host
         args.host, args.port, args.api_key = address.host, sock.getsockname()[1], [key] if key else None
@@ -91,7 +90,7 @@ def _bound(address: Address) -> socket.socket:
         sock.bind((address.host, address.port))
     except OSError as e:
         sock.close()
-        hint = "in use; choose another with --port" if e.errno == 98 else e.strerror or e
+        hint = "in use; choose another with --port" if e.errno == errno.EADDRINUSE else e.strerror or e
         raise UserError(f"port {address.port} on {address.host}: {hint}") from None
     return sock
 

@@ -1,4 +1,4 @@
-"""What stands before vLLM's server, on a small real ASGI app: requests that are read, refused, rewritten or passed on."""
+"""What stands before vLLM's server, on a small real ASGI app: requests read, refused, rewritten or passed on."""
 
 from __future__ import annotations
 
