@@ -66,7 +66,7 @@ class Front:
             if method != "POST":
                 raise Refused("/score: POST a picture to it", 405)
             asked = await requests.read(Request(scope, receive))
-            response = await _unless_left(receive, self._score(scope, asked))
+            response = await self._score(scope, receive, asked)
             await response(scope, receive, send)
         elif path == CHAT and method == "POST":
             await self._chat(scope, receive, send)
@@ -75,13 +75,17 @@ class Front:
 
     async def _check_key(self, scope: Scope) -> None:
         """Raises Refused (401) where vLLM would refuse."""
-        if (await self._ask(scope, "GET", "/v1/models")).status_code == 401:
+        if (await self._ask(scope, None, "GET", "/v1/models")).status_code == 401:
             raise Refused("the API key is missing or wrong: send it as `Authorization: Bearer KEY`", 401)
 
-    async def _ask(self, scope: Scope, method: str, path: str, body: Any = None) -> httpx.Response:
-        """Call vLLM's app as the caller of `scope`."""
+    async def _ask(
+        self, scope: Scope, waiting: Receive | None, method: str, path: str, body: Any = None
+    ) -> httpx.Response:
+        """Call vLLM's app as the caller of `scope`. `waiting`: where vLLM hears that the caller has gone."""
 
         async def app(inner: Scope, receive: Receive, send: Send) -> None:
+            if waiting is not None:
+                receive = _replayed(await requests.body_of(receive), waiting)
             await self.app({**inner, "app": scope["app"]}, receive, send)
 
         key = Request(scope).headers.get("authorization")
@@ -89,25 +93,27 @@ class Front:
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, json=body, headers={"authorization": key} if key else {})
 
-    async def _score(self, scope: Scope, asked: ScoreRequest) -> Response:
+    async def _score(self, scope: Scope, receive: Receive, asked: ScoreRequest) -> Response:
         async with self._decoding:
             url = await asyncio.to_thread(lambda: chat.data_url(chat.upright(asked.image)))
-        found = await asyncio.gather(*(self._task(scope, task, url, asked) for task in asked.tasks))
+        found = await asyncio.gather(*(self._task(scope, receive, task, url, asked) for task in asked.tasks))
         return JSONResponse(dict(zip(asked.tasks, found, strict=True)))
 
-    async def _task(self, scope: Scope, task: Task, url: str, asked: ScoreRequest) -> dict[str, Any]:
+    async def _task(self, scope: Scope, receive: Receive, task: Task, url: str, asked: ScoreRequest) -> dict[str, Any]:
         """The greedy answer, then the sampled ones, which find the picture and the prompt in vLLM's caches."""
-        (greedy,) = await self._answers(scope, task, url, 1, 0.0)
-        sampled = await self._answers(scope, task, url, asked.n, asked.temperature) if asked.n else []
-        return chat.summary(greedy, sampled)
 
-    async def _answers(self, scope: Scope, task: Task, url: str, n: int, temperature: float) -> list[dict[str, Any]]:
-        body = chat.request_body(_args(scope).scoring, task, url, n, temperature)
-        response = await self._ask(scope, "POST", CHAT, body)
-        if response.status_code != 200:
-            raise Refused(f"vLLM refused: {_said(response)}", response.status_code)
-        choices = sorted(response.json()["choices"], key=lambda c: c["index"])
-        return [chat.answer(c) for c in choices]
+        async def answers(n: int, temperature: float) -> list[dict[str, Any]]:
+            body = chat.request_body(_args(scope).scoring, task, url, n, temperature)
+            response = await self._ask(scope, receive, "POST", CHAT, body)
+            if response.status_code != 200:
+                raise Refused(f"vLLM refused: {_said(response)}", response.status_code)
+            found = response.json()
+            if found is None:  # vLLM's answer to a caller who has gone
+                raise ClientDisconnect
+            return [chat.answer(c) for c in sorted(found["choices"], key=lambda c: c["index"])]
+
+        (greedy,) = await answers(1, 0.0)
+        return chat.summary(greedy, await answers(asked.n, asked.temperature) if asked.n else [])
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         raw = await requests.body_of(receive)
@@ -154,28 +160,6 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return again
-
-
-async def _unless_left(receive: Receive, work: Any) -> Response:
-    """The result of `work`, which is cancelled when the caller goes: vLLM then stops generating for it.
-
-    Raises ClientDisconnect.
-    """
-
-    async def left() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientDisconnect
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def _announcing(scope: Scope, send: Send) -> Send:

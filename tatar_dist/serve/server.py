@@ -153,7 +153,8 @@ def _gpu() -> bool:
 def _set_environment() -> None:
     """What vLLM and transformers read as they are imported."""
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-    quiet["PYTHONWARNINGS"] = "ignore::FutureWarning"  # libraries tell each other
+    # libraries tell each other; and an engine that is told to stop leaves shared memory to Python's tracker
+    quiet["PYTHONWARNINGS"] = "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker"
     defaults = {**quiet, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not _gpu():
         defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -225,3 +226,6 @@ def _serve(args: Namespace, sock: socket.socket) -> None:
             raise
         raise RunError(f"vLLM could not load {args.model}: {e}") from e
     print("stopped", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the engine has ended; taking down this interpreter, triton would list its leaks on 40 lines

@@ -63,8 +63,11 @@ def corpus() -> list[str]:
     return [wording.system, *wording.user.values(), "a plain view of it"] * 20
 
 
-def train_format(directory: str) -> None:
-    """Teach a random model the answer format, in this process and in seconds; it learns nothing of the images."""
+def train_format(directory: str, numbers: tuple[int, int] = (10, 99), steps: int = FORMAT_STEPS) -> None:
+    """Teach a random model the answer format, in this process and in seconds; it learns nothing of the images.
+
+    `numbers`: from where to where, before and behind the point. Few of them, and its greedy answers are scores, too.
+    """
     import torch
     from transformers.utils import logging
 
@@ -84,11 +87,11 @@ def train_format(directory: str) -> None:
     image = png(1)
     chat = functools.partial(backbone.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
     prompts = [Prompts.load(config.data.prompts).render(task, chat) for task in ("iqa", "iaa")]
-    for _ in range(FORMAT_STEPS):
+    for _ in range(steps):
         rows = []
         for i in range(6):
             think = "a plain view" if rng.random() < 0.5 else "a plain view of it"
-            text = f"<think>{think}</think><answer>{rng.integers(10, 99)}.{rng.integers(10, 99)}</answer>"
+            text = f"<think>{think}</think><answer>{rng.integers(*numbers)}.{rng.integers(*numbers)}</answer>"
             ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
             rows.append(LearnerRow(f"i{i % 2}", image, prompts[i % 2], (*ids, backbone.end_of_turn()), "iqa"))
         batch = Collator(backbone)(rows)
