@@ -104,9 +104,10 @@ class Browser:
         for kind in ("dragEnter", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
-    def press(self, key: str, code: int = 0) -> None:
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code)
+    def press_enter(self) -> None:
+        """With its text: without one, Chromium presses no button."""
+        for kind, text in (("keyDown", "\r"), ("keyUp", "")):
+            self.call("Input.dispatchKeyEvent", type=kind, key="Enter", windowsVirtualKeyCode=13, text=text)
 
     def look(self, width: int, height: int, dark: bool = False) -> None:
         """Take the size of another screen, or its colours."""

@@ -210,7 +210,7 @@ def test_the_page_scores_what_is_dropped_on_it(server, tmp_path):
         page.value("document.getElementById('file').focus()")
         assert page.value("document.activeElement.id") == "file"  # Enter and Space open the dialogue there
         page.value("document.querySelector('#cards li:last-child button').focus()")
-        page.press("Enter", 13)
+        page.press_enter()
         page.until("document.getElementById('name').textContent === 'good.png'")
         for name, width, height, dark in (
             ("light", 1200, 900, False), ("dark", 1200, 900, True), ("phone", 390, 844, False),
