@@ -23,6 +23,7 @@ from tatar_dist import proven
 from tatar_dist.commands import data as data_commands
 from tatar_dist.commands import evaluation
 from tatar_dist.commands import rationale as rationale_commands
+from tatar_dist.commands.serve import serve
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
 
@@ -266,6 +267,9 @@ def export(
     from tatar_dist import export as exporting
 
     print(exporting.run(run, output) or output)
+
+
+app.command("serve", rich_help_panel=RUN)(serve)
 
 
 @app.command(rich_help_panel=CHECK)

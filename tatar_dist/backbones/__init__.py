@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from tatar_dist.backbones.base import QwenVL
 
 
+def names() -> list[str]:
+    """All families, each the `model_type` of its models' config.json."""
+    return [m.name for m in pkgutil.iter_modules(__path__) if m.name != "base"]
+
+
 def family(name: str) -> type[QwenVL]:
     """The `Backbone` class of family `name`. Raises UserError with the nearest name."""
-    known = [m.name for m in pkgutil.iter_modules(__path__) if m.name != "base"]
+    known = names()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

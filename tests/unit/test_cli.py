@@ -27,6 +27,7 @@ COMMANDS = [
     "status",
     "report",
     "export",
+    "serve",
     "doctor",
 ]
 

@@ -1,0 +1,135 @@
+"""Pictures and chat requests in, chat requests with our wording out; chat answers in, scores out. Pure functions.
+
+The same prompts, forbidden tokens and parser as in training: a score from here is the score that evaluation finds.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from tatar_dist.data.images import MAX_ASPECT, UnreadableImage, decode_image
+from tatar_dist.prompts import SCORE_MAX, SCORE_MIN, Prompts, parse, think_text
+from tatar_dist.records import Task
+from tatar_dist.rollout.engine import FORBIDDEN_BIAS
+from tatar_dist.serve.requests import Refused, from_base64
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What every request of a server shares. `model`: the name it serves the model by. `forbidden`: token ids."""
+
+    model: str
+    prompts: Prompts
+    forbidden: tuple[int, ...]
+    max_tokens: int
+
+    @property
+    def logit_bias(self) -> dict[str, float]:
+        return {str(i): FORBIDDEN_BIAS for i in self.forbidden}
+
+
+def upright(data: bytes) -> Image.Image:
+    """Encoded bytes of any kind that `decode_image` reads -> the RGB picture. Raises Refused."""
+    try:
+        image = decode_image(data, "image")
+    except UnreadableImage as e:
+        raise Refused(str(e)) from None
+    short, long = sorted(image.size)
+    if long > MAX_ASPECT * short:
+        raise Refused(f"image: {image.width} x {image.height} pixels, longer than {MAX_ASPECT} times its shorter side")
+    return image
+
+
+def data_url(image: Image.Image) -> str:
+    """The picture, exactly, as a URL that vLLM reads."""
+    out = io.BytesIO()
+    image.save(out, "PNG", compress_level=1)  # nobody keeps it: fast rather than small
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def messages(scoring: Scoring, task: Task, urls: Sequence[str]) -> list[dict[str, Any]]:
+    """The prompt of a task with these pictures in place of its one."""
+    system, user = scoring.prompts.messages(task)
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [system, {**user, "content": [*pictures, *(p for p in user["content"] if p["type"] != "image")]}]
+
+
+def request_body(scoring: Scoring, task: Task, url: str, n: int, temperature: float) -> dict[str, Any]:
+    """A chat request for `n` answers; temperature 0 is greedy."""
+    return {
+        "model": scoring.model,
+        "messages": messages(scoring, task, [url]),
+        "n": n,
+        "temperature": temperature,
+        "max_completion_tokens": scoring.max_tokens,
+        "logit_bias": scoring.logit_bias,
+    }
+
+
+def preset(scoring: Scoring, task: Task, body: Mapping[str, Any]) -> dict[str, Any]:
+    """A user's chat request to the model `task` with our wording around its pictures; the text it had is left out.
+
+    Its own options stay; where it has none, an answer is greedy, or sampled at 1 if several are asked for.
+
+    Raises:
+        Refused: no picture, one that cannot be read, or one that is not in the request (nothing is fetched).
+    """
+    urls = [data_url(upright(from_base64(url))) for url in _pictures(body.get("messages"))]
+    if not urls:
+        raise Refused(f"model {task}: no picture in the messages; add an image_url with a data URL")
+    several = (body.get("n") or 1) != 1
+    found = {"temperature": float(several), **body, "messages": messages(scoring, task, urls)}
+    if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
+        found["max_completion_tokens"] = scoring.max_tokens
+    found["logit_bias"] = {**(body.get("logit_bias") or {}), **scoring.logit_bias}
+    return found
+
+
+def _pictures(given: Any) -> list[str]:
+    """Data URLs of the pictures in chat messages, in order. What has no known shape is left for vLLM to refuse."""
+    contents = [m.get("content") for m in given if isinstance(m, dict)] if isinstance(given, list) else []
+    parts = [p for c in contents if isinstance(c, list) for p in c if isinstance(p, dict) and "image_url" in p]
+    urls = [p["image_url"].get("url") if isinstance(p["image_url"], dict) else p["image_url"] for p in parts]
+    for url in urls:
+        if not isinstance(url, str) or not url.startswith("data:"):
+            raise Refused("image_url: must be a data URL, data:image/…;base64,…; this server fetches no picture")
+    return urls
+
+
+def answer(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """A choice of a chat completion -> score (0-100; None if it did not parse), rationale, reason, truncated."""
+    text, cut = choice["message"]["content"] or "", choice["finish_reason"] == "length"
+    parsed = parse(text)
+    reason = parsed.reason
+    if reason and cut:
+        reason = f"cut off at the longest answer allowed, {reason}"
+    score = None if parsed.value is None else min(max(parsed.value, SCORE_MIN), SCORE_MAX)
+    return {"score": score, "rationale": think_text(text).strip(), "reason": reason, "truncated": cut}
+
+
+def summary(greedy: Mapping[str, Any], sampled: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A task's answer to `/score`.
+
+    `score`, `rationale`, `reason` (why there is no score) are the greedy answer's. `n`, `parsed`, `truncated` count the
+    sampled ones, `mean` and `sd` (of a sample: n - 1) are of those that parsed; None where too few did.
+    """
+    scores = [s["score"] for s in sampled if s["score"] is not None]
+    return {
+        "score": greedy["score"],
+        "rationale": greedy["rationale"],
+        "reason": greedy["reason"],
+        "samples": list(sampled),
+        "mean": math.fsum(scores) / len(scores) if scores else None,
+        "sd": statistics.stdev(scores) if len(scores) > 1 else None,
+        "n": len(sampled),
+        "parsed": len(scores),
+        "truncated": sum(s["truncated"] for s in sampled),
+    }

@@ -1,0 +1,207 @@
+"""What stands before vLLM's app: `/` is a page, `/score` scores a picture, chat requests to `iqa` and `iaa` get our
+wording; any other request passes unchanged.
+
+vLLM imports `Front` by its path (`--middleware`) and gives it the app alone; what else it needs is on the server's
+arguments, `app.state.args.scoring`. `/score` asks vLLM's own `/v1/chat/completions` in this process, with the caller's
+key: who may not ask there may not ask here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from functools import cache
+from typing import Any
+
+import httpx
+from jinja2 import Environment, PackageLoader, Template
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tatar_dist.records import TASKS, Task
+from tatar_dist.serve import chat, requests
+from tatar_dist.serve.requests import Refused, ScoreRequest
+
+CHAT = "/v1/chat/completions"
+OPEN = ("/", "/health")  # without a key: the page, which asks for it, and what load balancers look at
+# A large picture takes 4 GB while it is decoded, so they wait for each other.
+DECODING = 2
+POLICY = (
+    "default-src 'none'; img-src blob: data:; connect-src 'self'; script-src 'nonce-{nonce}'; "
+    "style-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Front:
+    """ASGI middleware, the outermost of vLLM's."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._decoding = asyncio.Semaphore(DECODING)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, _announcing(scope, send))
+        elif scope["type"] == "http":
+            try:
+                await self._http(scope, receive, send)
+            except Refused as e:
+                await _error(e)(scope, receive, send)
+            except ClientDisconnect:
+                pass  # nobody waits for an answer
+        else:
+            await self.app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, method = scope["path"], scope["method"]
+        if path == "/" and method in ("GET", "HEAD"):
+            await _page(scope)(scope, receive, send)
+            return
+        # vLLM's key guards /v1 only; /invocations answers chat requests, too
+        if path not in OPEN and _args(scope).api_key and method != "OPTIONS":
+            await self._check_key(scope)
+        if path == "/score":
+            if method != "POST":
+                raise Refused("/score: POST a picture to it", 405)
+            asked = await requests.read(Request(scope, receive))
+            response = await self._score(scope, receive, asked)
+            await response(scope, receive, send)
+        elif path == CHAT and method == "POST":
+            await self._chat(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _check_key(self, scope: Scope) -> None:
+        """Raises Refused (401) where vLLM would refuse."""
+        if (await self._ask(scope, None, "GET", "/v1/models")).status_code == 401:
+            raise Refused("the API key is missing or wrong: send it as `Authorization: Bearer KEY`", 401)
+
+    async def _ask(
+        self, scope: Scope, waiting: Receive | None, method: str, path: str, body: Any = None
+    ) -> httpx.Response:
+        """Call vLLM's app as the caller of `scope`. `waiting`: where vLLM hears that the caller has gone."""
+
+        async def app(inner: Scope, receive: Receive, send: Send) -> None:
+            if waiting is not None:
+                receive = _replayed(await requests.body_of(receive), waiting)
+            await self.app({**inner, "app": scope["app"]}, receive, send)
+
+        key = Request(scope).headers.get("authorization")
+        transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.request(method, path, json=body, headers={"authorization": key} if key else {})
+
+    async def _score(self, scope: Scope, receive: Receive, asked: ScoreRequest) -> Response:
+        async with self._decoding:
+            url = await asyncio.to_thread(lambda: chat.data_url(chat.upright(asked.image)))
+        found = await asyncio.gather(*(self._task(scope, receive, task, url, asked) for task in asked.tasks))
+        return JSONResponse(dict(zip(asked.tasks, found, strict=True)))
+
+    async def _task(self, scope: Scope, receive: Receive, task: Task, url: str, asked: ScoreRequest) -> dict[str, Any]:
+        """The greedy answer, then the sampled ones, which find the picture and the prompt in vLLM's caches."""
+
+        async def answers(n: int, temperature: float) -> list[dict[str, Any]]:
+            body = chat.request_body(_args(scope).scoring, task, url, n, temperature)
+            response = await self._ask(scope, receive, "POST", CHAT, body)
+            if response.status_code != 200:
+                raise Refused(f"vLLM refused: {_said(response)}", response.status_code)
+            found = response.json()
+            if found is None:  # vLLM's answer to a caller who has gone
+                raise ClientDisconnect
+            return [chat.answer(c) for c in sorted(found["choices"], key=lambda c: c["index"])]
+
+        (greedy,) = await answers(1, 0.0)
+        return chat.summary(greedy, await answers(asked.n, asked.temperature) if asked.n else [])
+
+    async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raw = await requests.body_of(receive)
+        try:
+            body = json.loads(raw)
+        except ValueError:
+            body = None  # vLLM says what is wrong with it
+        task = body.get("model") if isinstance(body, dict) else None
+        if task in TASKS:
+            async with self._decoding:
+                found = await asyncio.to_thread(chat.preset, _args(scope).scoring, task, body)
+            raw = json.dumps(found).encode()
+            headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
+            scope = {**scope, "headers": [*headers, (b"content-length", str(len(raw)).encode())]}
+        await self.app(scope, _replayed(raw, receive), send)
+
+
+def _args(scope: Scope) -> Any:
+    """vLLM's arguments, with ours: `scoring`, `shown` and `address`."""
+    return scope["app"].state.args
+
+
+def _error(refused: Refused) -> JSONResponse:
+    """In the shape of OpenAI's errors, which clients know how to read."""
+    kinds = {401: "authentication_error", 413: "request_too_large"}
+    kind = kinds.get(refused.status, "invalid_request_error" if refused.status < 500 else "server_error")
+    return JSONResponse({"error": {"message": str(refused), "type": kind, "code": refused.status}}, refused.status)
+
+
+def _said(response: httpx.Response) -> str:
+    try:
+        return " ".join(response.json()["error"]["message"].split())
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP status {response.status_code}"
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """`receive` of a request whose body was read already."""
+    rest = [body]
+
+    async def again() -> Message:
+        if rest:
+            return {"type": "http.request", "body": rest.pop(), "more_body": False}
+        return await receive()
+
+    return again
+
+
+def _announcing(scope: Scope, send: Send) -> Send:
+    """`send` of the lifespan; when the app is up, wait for the socket and say where it listens."""
+    waiting: set[asyncio.Task[None]] = set()  # a task without a reference may be collected
+
+    async def announce() -> None:
+        state = scope["app"].state
+        while not state.server.started:
+            await asyncio.sleep(0.02)
+        print(f"ready: {state.args.address}", flush=True)
+
+    async def watched(message: Message) -> None:
+        await send(message)
+        if message["type"] == "lifespan.startup.complete":
+            waiting.add(asyncio.create_task(announce()))
+
+    return watched
+
+
+@cache
+def _template() -> Template:
+    loader = PackageLoader("tatar_dist", "serve")
+    return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(
+        "page.html.j2"
+    )
+
+
+def _page(scope: Scope) -> Response:
+    args, nonce = _args(scope), secrets.token_urlsafe(16)
+    page = _template().render(
+        nonce=nonce,
+        model=args.shown,
+        key=bool(args.api_key),
+        max_bytes=requests.MAX_BYTES,
+        max_samples=requests.MAX_SAMPLES,
+        max_temperature=requests.MAX_TEMPERATURE,
+    )
+    headers = {
+        "content-security-policy": POLICY.format(nonce=nonce),
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-store",
+    }
+    return HTMLResponse(page, headers=headers)
