@@ -230,14 +230,21 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run direct
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     output: Annotated[Path, typer.Option(help="New directory for the model.")],
+    step: Annotated[int | None, typer.Option(metavar="N", help="Of the checkpoint; the newest when left out.")] = None,
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most of a weights file, as in 500MB.")] = "5GB",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; as trained when left out.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What evaluate wrote about this checkpoint; else looked for.")
+    ] = None,
 ) -> None:
-    """Copy the newest trained model out of a run, as a Hugging Face model directory.
+    """The trained model as a Hugging Face directory for transformers and vLLM, with prompts and a model card.
 
     Example: [bold]tatar-dist export runs/grpo --output models/scorer[/bold]
     """
     from tatar_dist import export as exporting
 
-    print(exporting.run(run, output) or output)
+    options = {"step": step, "shard_size": shard_size, "dtype": dtype, "evaluation": evaluation}
+    print(exporting.run(run, output, **options))  # type: ignore[arg-type]
 
 
 @app.command(rich_help_panel=CHECK)

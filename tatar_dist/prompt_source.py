@@ -26,7 +26,7 @@ from tatar_dist.data.walk import Ref
 from tatar_dist.errors import UserError
 from tatar_dist.prompts import Prompts, answer_text
 from tatar_dist.records import LearnerRow, Prompt, Sample
-from tatar_dist.run_directory import RunDirectory
+from tatar_dist.run_directory import PROMPTS, RunDirectory
 
 CHECK_THREADS = 8  # decoding releases the interpreter lock
 
@@ -67,6 +67,7 @@ class PromptSource:
         with contextlib.redirect_stderr(StringIO()):
             self.backbone = backbone_class(config.model)
         self.prompts = Prompts.load(config.data.prompts)
+        (run.path / PROMPTS).write_text(self.prompts.to_yaml())  # an exported model takes its wording from here
         self._text = {task: self.prompts.render(task, self._chat) for task in self.prompts.user}  # type: ignore[arg-type]
         self._text_tokens = {t: len(self.backbone.tokenizer(text)["input_ids"]) for t, text in self._text.items()}
 

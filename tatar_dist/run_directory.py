@@ -1,6 +1,6 @@
 """Everything a run leaves behind, and the lock that keeps two runs out of one directory.
 
-config.yaml  metrics.jsonl  events.jsonl  tensorboard/  rollouts/[replaced/]step_*.parquet  checkpoints/
+config.yaml  prompts.yaml  metrics.jsonl  events.jsonl  tensorboard/  rollouts/[replaced/]step_*.parquet  checkpoints/
 quarantine.jsonl  logs/  stacks/  report.html
 """
 
@@ -27,6 +27,7 @@ from tatar_dist.process_log import open_log
 from tatar_dist.records import ScoredGroup
 
 LEASE_S = 120.0
+PROMPTS = "prompts.yaml"  # the wording that the run used (prompt_source.py)
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of `ray job submit`
 
 
