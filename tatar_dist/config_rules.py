@@ -27,6 +27,7 @@ CHOICES = {
     "checkpoint.best_mode": ("max", "min"),
     "checkpoint.storage": ("shared", "local"),
     "watch.stall_action": ("report", "restart", "stop"),
+    "track.mode": ("offline", "online"),
     "grpo.advantage": ("std", "mean", "per_term"),
     "grpo.zero_std": ("keep", "drop", "refill"),
     "grpo.aggregation": ("sequence-mean", "token-mean", "constant"),
