@@ -128,20 +128,28 @@ def _run_stage(stage: str, files: list[Path], words: list[str] | None, dry_run: 
         print(f"{stage}: done, everything it made is in {config.output}")
 
 
-def _print_plans(config: Any, stages: list[str], as_json: bool, command: str | None = None) -> None:
+def _print_plans(
+    config: Any, stages: list[str], as_json: bool, command: str | None = None, gpu_memory: float | None = None
+) -> None:
     """Tables, and the lines that would start them; as JSON one object, by stage when there are several."""
+    from tatar_dist import memory
     from tatar_dist import plan as planning
 
     plans = [planning.resolve(config, stage) for stage in stages]  # type: ignore[arg-type]
+    estimates = [memory.of_plan(config, p, gpu_memory) if command is None else None for p in plans]
     if as_json:
         found = {p.stage: p.to_dict() for p in plans}
+        for p, e in zip(plans, estimates, strict=True):
+            found[p.stage]["memory"] = e.to_dict() if isinstance(e, memory.Estimate) else None
         print(json.dumps(found[plans[0].stage] if len(plans) == 1 else found))
         return
     from rich.console import Console
 
     console = Console()
-    for p in plans:
+    for p, e in zip(plans, estimates, strict=True):
         console.print(planning.as_table(p))
+        if e is not None:
+            console.print(e if isinstance(e, str) else memory.as_table(e))
         if command is not None:
             print("\n".join(planning.ray_commands(p, command)))
 
@@ -259,14 +267,21 @@ def report(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     output: Annotated[Path, typer.Option(help="New directory for the model.")],
+    step: Annotated[int | None, typer.Option(metavar="N", help="Of the checkpoint; the newest when left out.")] = None,
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most of a weights file, as in 500MB.")] = "5GB",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; as trained when left out.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What evaluate wrote about this checkpoint; else looked for.")
+    ] = None,
 ) -> None:
-    """Copy the newest trained model out of a run, as a Hugging Face model directory.
+    """The trained model as a Hugging Face directory for transformers and vLLM, with prompts and a model card.
 
     Example: [bold]tatar-dist export runs/grpo --output models/scorer[/bold]
     """
     from tatar_dist import export as exporting
 
-    print(exporting.run(run, output) or output)
+    options = {"step": step, "shard_size": shard_size, "dtype": dtype, "evaluation": evaluation}
+    print(exporting.run(run, output, **options))  # type: ignore[arg-type]
 
 
 app.command("serve", rich_help_panel=RUN)(serve)
@@ -285,9 +300,12 @@ def plan(
     ] = None,
     times: Annotated[Path | None, typer.Option(metavar="FILE", help="Times from a YAML file instead.")] = None,
     gpus: Annotated[str | None, typer.Option(metavar="N,N", help="Numbers of GPUs to simulate.")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(metavar="GiB", help="Of a GPU, for the estimate of memory; 80 when left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """What a run would start: processes, GPUs, the split of a batch. Loads no model.
+    """What a run would start: processes, GPUs, the split of a batch, the memory of a GPU. Loads no model.
 
     Without --measured or --times, --simulate estimates from FLOPs and bytes on H100s.
 
@@ -308,7 +326,7 @@ def plan(
 
         command.run(loaded, measured or [], times, gpus, as_json)
         return
-    _print_plans(loaded, [stage] if stage else list(STAGES), as_json)
+    _print_plans(loaded, [stage] if stage else list(STAGES), as_json, gpu_memory=gpu_memory)
 
 
 @app.command(rich_help_panel=CHECK)

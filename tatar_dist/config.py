@@ -186,6 +186,16 @@ class WatchConfig:
 
 
 @dataclass
+class TrackConfig:
+    tensorboard: bool = True  # curves in OUTPUT/tensorboard
+    wandb: bool = False  # Weights & Biases; needs pip install 'tatar_dist[wandb]'
+    mlflow: bool = False  # needs pip install 'tatar_dist[mlflow]'
+    project: str = "tatar_dist"  # project of W&B, experiment of MLflow
+    name: str | None = None  # of the run there; null = the last part of output
+    mode: str = "offline"  # offline: into OUTPUT, for later | online: to the server that their environment names
+
+
+@dataclass
 class Config:
     output: str = "???"  # run directory
     seed: int = 0
@@ -199,6 +209,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
     failpoints: list[str] = field(default_factory=list)  # faults on purpose, see failpoints.py
     rationale: RationaleConfig = field(default_factory=RationaleConfig)
 

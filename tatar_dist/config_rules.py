@@ -28,6 +28,7 @@ CHOICES = {
     "checkpoint.storage": ("shared", "local"),
     "evaluate.unparsed": ("drop", "midpoint"),
     "watch.stall_action": ("report", "restart", "stop"),
+    "track.mode": ("offline", "online"),
     "grpo.advantage": ("std", "mean", "per_term"),
     "grpo.zero_std": ("keep", "drop", "refill"),
     "grpo.aggregation": ("sequence-mean", "token-mean", "constant"),

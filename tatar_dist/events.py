@@ -14,6 +14,7 @@ stall detector, the tests of faults.
     push/done push/late                     version, engines, reason
     checkpoint/saved skipped failed         path, seconds, reason
     node/lost node/joined                   node
+    tracker/failed                          tracker, reason: left out from then on (tracking.py)
     signal                                  name
     process/started                         name, pid, host, node
     stall                                   seconds, limit, action, stacks, processes, silent

@@ -24,7 +24,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.prompt_texts import PromptTexts
 from tatar_dist.prompts import answer_text
 from tatar_dist.records import LearnerRow, Prompt, Sample
-from tatar_dist.run_directory import RunDirectory
+from tatar_dist.run_directory import PROMPTS, RunDirectory
 
 CHECK_THREADS = 8  # decoding releases the interpreter lock
 WINDOW = 64  # held-out rows that are read and checked at a time
@@ -69,6 +69,7 @@ class PromptSource:
         self.missing: Counter[str] = Counter()
         self.texts = PromptTexts(config)
         self.backbone = self.texts.backbone
+        (run.path / PROMPTS).write_text(self.texts.wording.to_yaml())  # an exported model takes its wording from here
 
     def problem(self, sample: Sample | str, supervised: bool = False) -> str | None:
         """Why a sample cannot be used, as a prompt or as a supervised row, or None."""

@@ -196,6 +196,12 @@ class Prompts:
                 raise UserError(f"{path}: {key} must be a text")
         return Prompts(top["system"].strip(), {task: user[task].strip() for task in TASKS})
 
+    def to_yaml(self) -> str:
+        """The texts as a file that `load` reads, without comments; anybody else may read it with any YAML library."""
+        import yaml
+
+        return yaml.safe_dump({"system": self.system, "user": self.user}, allow_unicode=True, sort_keys=False)
+
     def messages(self, task: Task) -> list[dict[str, Any]]:
         """Chat messages of one prompt; the image stands before the user text, as `{"type": "image"}`."""
         if task not in self.user:

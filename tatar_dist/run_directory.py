@@ -1,7 +1,7 @@
 """Everything a run leaves behind, and the lock that keeps two runs out of one directory.
 
-config.yaml  metrics.jsonl  events.jsonl  tensorboard/  rollouts/[replaced/]step_*.parquet  checkpoints/
-quarantine.jsonl  logs/  stacks/  report.html
+config.yaml  prompts.yaml  metrics.jsonl  events.jsonl  tensorboard/  rollouts/[replaced/]step_*.parquet  checkpoints/
+quarantine.jsonl  trackers.json  logs/  stacks/  report.html
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from tatar_dist.failpoints import Failpoints
 from tatar_dist.interrupts import Interrupted
 from tatar_dist.process_log import open_log
 from tatar_dist.records import ScoredGroup
+from tatar_dist.tracking import Trackers
 
 LEASE_S = 120.0
+PROMPTS = "prompts.yaml"  # the wording that the run used (prompt_source.py)
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of `ray job submit`
 
 
@@ -34,7 +36,7 @@ class RunDirectory:
     """Open (and lock) the run directory `config.output`. Close it, or use it as a context manager.
 
     Raises:
-        UserError: it cannot be made or written, or another process has it open.
+        UserError: it cannot be made or written, another process has it open, or a tracker's package is missing.
     """
 
     def __init__(self, config: Config) -> None:
@@ -54,7 +56,7 @@ class RunDirectory:
         (self.path / "config.yaml").write_text(to_yaml(config))
         self.events = Events(self.path)
         self._failpoints = Failpoints(config.failpoints, str(self.path))
-        self._writer: Any = None
+        self._trackers = Trackers(config, self.path, self.events)
         self._quarantined: set[tuple[str, str]] | None = None  # (sample id, manifest), once read
 
     def __enter__(self) -> RunDirectory:
@@ -64,8 +66,7 @@ class RunDirectory:
         self.close()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._trackers.close()
         self._lock.close()
 
     @contextmanager
@@ -92,9 +93,7 @@ class RunDirectory:
 
     def rewind(self, step: int) -> None:
         """Forget metrics and rollouts of steps >= `step`: the run resumes there and will write them again."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None  # the next one hides what this one wrote of those steps
+        self._trackers.rewind(step)
         kept = [line for line in self.metrics() if line["step"] < step]
         self._replace("metrics.jsonl", kept)
         for file in (self.path / "rollouts").rglob("step_*.parquet"):
@@ -121,17 +120,10 @@ class RunDirectory:
         return rows
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line to metrics.jsonl, and to TensorBoard the same scalars except those that are not finite."""
+        """Append one line to metrics.jsonl, and hand the same scalars to the trackers."""
         with open(self.path / "metrics.jsonl", "a") as f:
             f.write(_line({"step": step, **metrics}))
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # purge_step: what an earlier process wrote of the steps that are run again is hidden
-            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
+        self._trackers.log(step, metrics)
 
     def quarantine(self, sample_id: str, where: str, reason: str) -> None:
         """Note a sample that cannot be used, once, however often the run is resumed; the run goes on without it."""

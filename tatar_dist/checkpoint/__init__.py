@@ -10,6 +10,6 @@ state.json is written when everything else is on the disk: a directory without i
 does not count. Hidden names are a checkpoint being written (.writing_*) or removed (.removing_*).
 """
 
-from tatar_dist.checkpoint.store import Checkpoints, Found, latest
+from tatar_dist.checkpoint.store import Checkpoints, Found, finished, latest
 
-__all__ = ["Checkpoints", "Found", "latest"]
+__all__ = ["Checkpoints", "Found", "finished", "latest"]

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,13 +245,17 @@ class Checkpoints:
             self.events.log(f"checkpoint/{what}", **fields)
 
 
-def latest(run: Path) -> Found | None:
-    """(directory, state) of a run's newest checkpoint whose files are all there in their sizes, or None."""
+def finished(run: Path) -> Iterator[Found]:
+    """(directory, state) of a run's checkpoints whose files are all there in their sizes, the last written first."""
     for directory in _newest_first(run / "checkpoints"):
         state = _read(directory)
         if state is not None and first_damage(directory, state["files"], hashes=False) is None:
-            return directory, state
-    return None
+            yield directory, state
+
+
+def latest(run: Path) -> Found | None:
+    """The first of `finished`, or None."""
+    return next(finished(run), None)
 
 
 def _newest_first(root: Path) -> list[Path]:

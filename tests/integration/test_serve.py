@@ -97,9 +97,9 @@ def bomb() -> bytes:
     )
 
 
-def test_the_models_are_the_tasks_and_the_directory(server, model):
+def test_the_models_are_the_tasks_and_the_directory(server, model_parsing):
     names = [m["id"] for m in server.client.get("/v1/models").json()["data"]]
-    assert names == [model, "iqa", "iaa"]
+    assert names == [model_parsing, "iqa", "iaa"]
 
 
 def test_a_picture_gets_both_scores_and_their_spread(server):
@@ -125,8 +125,8 @@ def test_the_chat_model_iqa_is_the_same_judge(server):
     assert chat["usage"]["prompt_tokens"] > 30  # our wording, though the request had none
 
 
-def test_other_chat_requests_reach_vllm_as_they_are(server, model):
-    body = {"model": model, "messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "n": 2}
+def test_other_chat_requests_reach_vllm_as_they_are(server, model_parsing):
+    body = {"model": model_parsing, "messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "n": 2}
     found = server.client.post("/v1/chat/completions", json=body).json()
     assert len(found["choices"]) == 2 and found["usage"]["prompt_tokens"] < 30
 
@@ -165,9 +165,9 @@ def test_a_caller_who_leaves_does_no_harm(server):
     assert "Traceback" not in server.log.read_text()
 
 
-def test_a_second_server_says_that_the_port_is_taken(server, model):
+def test_a_second_server_says_that_the_port_is_taken(server, model_parsing):
     port = server.url.rpartition(":")[2]
-    command = [sys.executable, "-m", "tatar_dist", "serve", "--model", model, "--port", port]
+    command = [sys.executable, "-m", "tatar_dist", "serve", "--model", model_parsing, "--port", port]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr == f"tatar-dist: port {port} on 127.0.0.1: in use; choose another with --port\n"

@@ -1,0 +1,111 @@
+"""Trackers: they never end a run, ids survive a resume, a missing package is said with the extra that brings it."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tatar_dist.cli import main
+from tatar_dist.config import Config, load_config
+from tatar_dist.errors import UserError
+from tatar_dist.events import Events, read_events
+from tatar_dist.run_directory import RunDirectory
+from tatar_dist.tracking import IDS, Trackers, kept_id
+
+
+def config(path: Path, *words: str) -> Config:
+    return load_config([], [f"output={path}", "model.path=unused", *words])
+
+
+class Fragile:
+    """A tracker of this test: notes what it gets, and fails at step 1."""
+
+    def __init__(self, config: Config, run: Path, step: int) -> None:
+        self.got: list[tuple[int, dict]] = []
+        Fragile.made = [*getattr(Fragile, "made", []), self]
+
+    def log(self, step, metrics):
+        if step == 1:
+            raise ConnectionError("server is gone\nand more")
+        self.got.append((step, dict(metrics)))
+
+    def close(self):
+        raise OSError("cannot close either")
+
+
+class Steady(Fragile):
+    def log(self, step, metrics):
+        self.got.append((step, dict(metrics)))
+
+    def close(self):
+        self.got.append((-1, {}))
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_missing_package_is_one_line_with_the_extra_before_anything_runs(tmp_path, name, capsys):
+    if find_spec(name):
+        pytest.skip(f"{name} is installed here")
+    with pytest.raises(UserError, match=rf"track.{name}=true: package {name} is not .*'tatar_dist\[{name}\]'"):
+        RunDirectory(config(tmp_path / "run", f"track.{name}=true"))
+    recipe = str(Path(__file__).parents[2] / "configs" / "sft.yaml")
+    words = [f"output={tmp_path / 'sft'}", f"track.{name}=true", "cluster.gpus_per_node=0"]
+    assert main(["sft", "--config", recipe, *words]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(f"tatar-dist: track.{name}=true: package {name} is not installed")
+    RunDirectory(config(tmp_path / "run")).close()  # the lock was let go
+
+
+def test_a_tracker_that_fails_is_warned_about_once_and_the_others_go_on(tmp_path, capsys):
+    Fragile.made = []
+    run = config(tmp_path, "track.mlflow=false", "track.wandb=false")
+    trackers = Trackers(run, tmp_path, Events(tmp_path), {"tensorboard": Fragile})
+    also = Trackers(run, tmp_path, Events(tmp_path), {"tensorboard": Steady})
+    for step in range(4):
+        for each in (trackers, also):
+            each.log(step, {"a": float(step), "b": float("nan")})
+    trackers.close()
+    also.close()
+    fragile, steady = Fragile.made
+    assert fragile.got == [(0, {"a": 0.0})]
+    assert steady.got == [*((i, {"a": float(i)}) for i in range(4)), (-1, {})]
+    warned = capsys.readouterr().err
+    assert warned.count("tensorboard failed and is left out from now on: ConnectionError: server is gone") == 1
+    failed = [e for e in read_events(tmp_path) if e["event"] == "tracker/failed"]
+    assert [(e["tracker"], e["reason"]) for e in failed] == [
+        ("tensorboard", "ConnectionError: server is gone and more")
+    ]
+
+
+def test_tensorboard_without_a_place_costs_the_curves_and_not_the_run(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file is in the way")
+    with RunDirectory(config(tmp_path)) as run:
+        for step in range(3):
+            run.log(step, {"loss/total": 1.0})
+        assert [row["step"] for row in run.metrics()] == [0, 1, 2]
+    assert capsys.readouterr().err.count("tensorboard failed and is left out") == 1
+
+
+def test_no_tracker_is_asked_for_and_none_is_written(tmp_path):
+    with RunDirectory(config(tmp_path, "track.tensorboard=false")) as run:
+        run.log(0, {"loss/total": 1.0})
+    assert not (tmp_path / "tensorboard").exists() and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_resumed_run_keeps_its_ids_and_one_that_begins_anew_gets_others(tmp_path):
+    with RunDirectory(config(tmp_path)) as run:
+        assert [kept_id(tmp_path, n, lambda n=n: f"{n}-1") for n in ("wandb", "mlflow")] == ["wandb-1", "mlflow-1"]
+        run.rewind(5)
+        assert kept_id(tmp_path, "wandb", lambda: "other") == "wandb-1"
+    with RunDirectory(config(tmp_path)) as run:
+        run.rewind(5)
+        assert json.loads((tmp_path / IDS).read_text()) == {"wandb": "wandb-1", "mlflow": "mlflow-1"}
+        run.rewind(0)
+        assert kept_id(tmp_path, "wandb", lambda: "other") == "other"
+
+
+def test_mode_is_one_of_two(tmp_path):
+    with pytest.raises(UserError, match="track.mode='dryrun': must be one of offline, online"):
+        config(tmp_path, "track.mode=dryrun")
