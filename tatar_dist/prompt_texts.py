@@ -42,8 +42,15 @@ class PromptTexts:
     def measure(self, image: bytes, task: Task, where: str) -> int | str:
         """Tokens of the prompt with this image, or why it cannot be asked. `where` names the image."""
         try:
-            tokens = self.tokens[task] + self.backbone.image_tokens(*decode_image(image, where).size)
-        except (UnreadableImage, ValueError) as e:  # ValueError: more than 200 times as wide as high, or the reverse
+            return self.tokens_with(decode_image(image, where).size, task)
+        except UnreadableImage as e:
+            return str(e)
+
+    def tokens_with(self, size: tuple[int, int], task: Task) -> int | str:
+        """Tokens of the prompt with an upright image of (width, height), or why it cannot be asked."""
+        try:
+            tokens = self.tokens[task] + self.backbone.image_tokens(*size)
+        except ValueError as e:  # more than 200 times as wide as high, or the reverse
             return str(e)
         if tokens > self.limit:
             return f"prompt of {tokens} tokens is over data.max_prompt_tokens={self.limit}"

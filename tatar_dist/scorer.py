@@ -13,31 +13,28 @@ the others are scored.
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from tatar_dist import CONFIGS
-from tatar_dist.config import Config, load_config
+from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.errors import UserError
+from tatar_dist.model_directory import model_config
 from tatar_dist.prompts import SCORE_MAX, SCORE_MIN, parse, think_text
 from tatar_dist.records import TASKS, Completion, Prompt, Sample, Task
+from tatar_dist.rollout.calls import in_calls
 from tatar_dist.rollout.environment import COMMON_ENV, engine_environment
 
 if TYPE_CHECKING:
-    pass
+    from PIL.Image import Image
 
-Picture = "str | os.PathLike[str] | bytes | Image | tuple[str, bytes]"
-BATCH = 4  # pictures of an engine call, as a multiple of what the engine works on at once
-# modules of tatar_dist.backbones, each named as the model_type of its config.json
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-PIXELS = ((256 * 28 * 28, 1280 * 28 * 28), ("shortest_edge", "longest_edge"))  # where a directory says nothing
+BATCH = 2  # prompts of an engine call, as a multiple of what the engine works on at once
+# modes of Pillow that a PNG holds; others are converted to RGB
+PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class Scorer:
     """
 
     def __init__(self, model: str | os.PathLike[str], overrides: Sequence[str] = ()) -> None:
-        self.config = model_config(Path(model), overrides)
+        self.config = model_config(model, overrides)
         _set_environment(COMMON_ENV)
         from tatar_dist.prompt_texts import PromptTexts
 
@@ -116,16 +113,16 @@ class Scorer:
             raise UserError(f"task {task!r}: must be one of {', '.join(TASKS)}, both")
         from tatar_dist.rollout.engine import Sampling
 
-        tasks = TASKS if task == "both" else (task,)
+        tasks: tuple[Task, ...] = TASKS if task == "both" else (task,)
         limit = self.config.rollout.max_new_tokens
         greedy = Sampling(1, 0.0, limit, expected=expected)
         sampled = Sampling(samples, temperature, limit, seed) if samples else None
-        pictures = enumerate(pictures)
+        looked_at = (self._look(number, picture, tasks) for number, picture in enumerate(pictures))
         size = max(1, BATCH * self.config.rollout.max_num_seqs // len(tasks))
-        while batch := list(islice(pictures, size)):
-            found: list[Score | Prompt] = [self._prompt(number, picture, t) for number, picture in batch for t in tasks]
+        for call in in_calls(looked_at, size, lambda p: p.pixels):
+            found = [each for picture in call for each in picture.asked]
             prompts = [p for p in found if isinstance(p, Prompt)]
-            answers = iter(self._engine.generate(prompts, greedy, 0)) if prompts else iter(())
+            answers = iter(self._engine.generate(prompts, greedy, 0) if prompts else ())
             draws = iter(self._engine.generate(prompts, sampled, 0)) if prompts and sampled else None
             for each in found:
                 if isinstance(each, Score):
@@ -134,67 +131,33 @@ class Scorer:
                 (answer,) = next(answers).completions
                 yield score_of(each, answer, next(draws).completions if draws else ())
 
-    def _prompt(self, number: int, picture: Any, task: Task) -> Prompt | Score:
-        """What to ask, or the score that says why not."""
+    def _look(self, number: int, picture: Any, tasks: Sequence[Task]) -> _Looked:
+        """Read and decode one picture: what to ask about it, or the scores that say why not."""
         name, data = read_picture(picture, number)
-        if isinstance(data, str):
-            return Score(name, task, error=data)
-        if isinstance(problem := self.texts.measure(data, task, name), str):
-            return Score(name, task, error=problem.removeprefix(f"{name}: "))
-        sample = Sample(name, "", task, data, 0.0)
-        return Prompt(sample, self.texts.text[task], f"{number}/{task}")
+        error = data if isinstance(data, str) else ""
+        size = (0, 0)
+        if not error:
+            try:
+                size = decode_image(data, name).size  # type: ignore[arg-type]
+            except UnreadableImage as e:
+                error = str(e).removeprefix(f"{name}: ")
+        asked: list[Score | Prompt] = []
+        for task in tasks:
+            problem = error or self.texts.tokens_with(size, task)
+            if isinstance(problem, str):
+                asked.append(Score(name, task, error=problem))
+            else:
+                sample = Sample(name, "", task, data, 0.0)  # type: ignore[arg-type]
+                asked.append(Prompt(sample, self.texts.text[task], f"{number}/{task}"))
+        return _Looked(asked, size[0] * size[1])
 
 
-def model_config(model: Path, overrides: Sequence[str] = ()) -> Config:
-    """How to ask the model of a directory, as far as its own files say. Raises UserError like `Scorer`."""
-    if not model.is_dir():
-        raise UserError(f"{model}: no such model directory; a run's newest model is in RUN/checkpoints/latest/model")
-    settings = _json(model / "config.json")
-    if settings is None:
-        raise UserError(f"{model}: no config.json in it, so it is not a Hugging Face model directory")
-    kind = str(settings.get("model_type"))
-    if kind not in FAMILIES:
-        raise UserError(f"{model}: model_type is {kind!r}; known are {', '.join(FAMILIES)}")
-    low, high = _pixels(model)
-    dtype = str(settings.get("dtype") or settings.get("torch_dtype") or "bfloat16")
-    prompts = model / "prompts.yaml"
-    words = [
-        f"model.path={model}",
-        f"model.family={kind}",
-        f"model.dtype={dtype if dtype in ('float32', 'bfloat16') else 'bfloat16'}",
-        f"model.min_pixels={low}",
-        f"model.max_pixels={high}",
-        f"data.prompts={prompts if prompts.is_file() else CONFIGS / 'prompts.yaml'}",
-        "cluster.gpus_per_node=0",
-        f"rollout.max_model_len={_context(settings)}",
-    ]
-    return load_config([], [*words, *overrides], unused=("output",))
+@dataclass(frozen=True)
+class _Looked:
+    """A picture: a prompt for each task, or a score with an error; its pixels."""
 
-
-def _pixels(model: Path) -> tuple[int, int]:
-    """(least, most) pixels of a picture, as the processor beside the model has them."""
-    whole = _json(model / "processor_config.json") or {}
-    found = whole.get("image_processor") or _json(model / "preprocessor_config.json") or {}
-    size = found.get("size") or {}
-    (low, high), (low_key, high_key) = PIXELS
-    return (
-        int(found.get("min_pixels") or size.get(low_key) or low),
-        int(found.get("max_pixels") or size.get(high_key) or high),
-    )
-
-
-def _context(settings: dict[str, Any]) -> int:
-    """max_model_len: enough for a large picture and a long answer, no more than the model has."""
-    text = settings.get("text_config") or settings
-    return min(4096, int(text.get("max_position_embeddings", 4096)))
-
-
-def _json(file: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    asked: list[Score | Prompt]
+    pixels: int
 
 
 def _set_environment(wanted: Mapping[str, str]) -> None:
@@ -217,12 +180,26 @@ def read_picture(picture: Any, number: int = 0) -> tuple[str, bytes | str]:
         return f"picture {number + 1}", bytes(picture)
     if isinstance(picture, str | os.PathLike):
         try:
+            if Path(picture).exists() and not Path(picture).is_file():  # reading a pipe would wait for ever
+                return os.fspath(picture), "is no file"
             return os.fspath(picture), Path(picture).read_bytes()
         except OSError as e:
             return os.fspath(picture), f"cannot be read: {e.strerror}"
+    name = str(getattr(picture, "filename", "") or f"picture {number + 1}")
+    try:
+        return name, _encoded(picture)
+    except Exception as e:  # of foreign bytes a decoder raises anything
+        return name, f"cannot be read: {' '.join(str(e).split())}"
+
+
+def _encoded(picture: Image) -> bytes:
+    """A Pillow image, upright, as a PNG."""
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(picture)
     out = io.BytesIO()
-    picture.save(out, "PNG")
-    return str(getattr(picture, "filename", "") or f"picture {number + 1}"), out.getvalue()
+    (upright if upright.mode in PNG_MODES else upright.convert("RGB")).save(out, "PNG", compress_level=0)
+    return out.getvalue()
 
 
 def score_of(prompt: Prompt, greedy: Completion, sampled: Sequence[Completion] = ()) -> Score:

@@ -26,7 +26,7 @@ from tatar_dist.bench.result import in_turns, ratio, result, summary
 PICTURES, PIXELS, TOKENS, ROUNDS, STARTS = 384, 112, 96, 3, 2
 TARGET, START_TARGET = 0.9, 1.5
 MODEL = Path(__file__).parents[1] / "assets" / "tiny-qwen2_5-vl"
-WORDS = [f"rollout.max_new_tokens={TOKENS}", "reward.params.length_iaa_min=2", "rollout.max_num_seqs=32"]
+WORDS = [f"rollout.max_new_tokens={TOKENS}", "rollout.max_num_seqs=32"]
 ENGINE_ALONE = """
 import sys
 from tatar_dist.scorer import Scorer

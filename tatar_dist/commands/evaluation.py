@@ -43,7 +43,8 @@ def score(
     Example: [bold]tatar-dist score photo.jpg holiday/ --model runs/demo/grpo/checkpoints/latest/model[/bold]
     """
     from tatar_dist import score_output
-    from tatar_dist.scorer import Scorer, model_config
+    from tatar_dist.model_directory import model_config
+    from tatar_dist.scorer import Scorer
 
     found = score_output.find_pictures(pictures)
     model_config(model, overrides or [])  # before anything is loaded

@@ -57,12 +57,19 @@ def group_seed(seed: int, step: int, sample_id: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _asked(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as vLLM takes it, its image decoded once."""
-    asked: dict[str, Any] = {"prompt": prompt.text}
-    if prompt.with_image:
-        asked["multi_modal_data"] = {"image": decode_image(prompt.sample.image, prompt.sample.sample_id)}
-    return asked
+def _inputs(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """Prompts as vLLM takes them; a picture that several ask about is decoded once."""
+    decoded: dict[bytes, Any] = {}
+    inputs: list[dict[str, Any]] = []
+    for prompt in prompts:
+        asked: dict[str, Any] = {"prompt": prompt.text}
+        if prompt.with_image:
+            data = prompt.sample.image
+            if data not in decoded:
+                decoded[data] = decode_image(data, prompt.sample.sample_id)
+            asked["multi_modal_data"] = {"image": decoded[data]}
+        inputs.append(asked)
+    return inputs
 
 
 class RolloutEngine(GpuPushes, Sleeping):
@@ -139,7 +146,7 @@ class RolloutEngine(GpuPushes, Sleeping):
         if self.config.rollout.deterministic:
             self._reset_caches()
         form = StructuredOutputsParams(json=sampling.schema) if sampling.schema else None
-        inputs = [_asked(prompt) for prompt in prompts]
+        inputs = _inputs(prompts)
         params: list[Any] = []
         for prompt in prompts:
             seed = group_seed(sampling.seed, sampling.step, prompt.sample.sample_id)

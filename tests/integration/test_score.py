@@ -17,7 +17,7 @@ from PIL import Image
 from tatar_dist import Scorer
 
 directory, model = sys.argv[1:]
-scorer = Scorer(model, ["reward.params.length_iaa_min=2", "rollout.max_new_tokens=48", "rollout.max_num_seqs=2"])
+scorer = Scorer(model, ["rollout.max_new_tokens=48", "rollout.max_num_seqs=2"])
 files = sorted(f"{directory}/{i}.png" for i in range(5))
 one = list(scorer.score(files, "iqa", expected=True, samples=3, seed=1))
 again = list(scorer.score([open(f, "rb").read() for f in files], "iqa", samples=3, seed=1))
@@ -69,9 +69,9 @@ def test_expected_scores_are_those_of_the_model_in_transformers(found, pictures,
 
     from tatar_dist.backbones import family
     from tatar_dist.expected_score import expected_scores
-    from tatar_dist.scorer import model_config
+    from tatar_dist.model_directory import model_config
 
-    config = model_config(Path(model_parsing), ["reward.params.length_iaa_min=2"])
+    config = model_config(Path(model_parsing))
     backbone = family("qwen2_5_vl")(config.model)
     model = backbone.load_model().eval()
     checked = 0
@@ -97,7 +97,7 @@ def test_expected_scores_are_those_of_the_model_in_transformers(found, pictures,
 
 
 def test_the_command_scores_what_can_be_read_and_names_the_rest(found, pictures, model_parsing, tmp_path):
-    words = ["--set", "reward.params.length_iaa_min=2", "--set", "rollout.max_new_tokens=48"]
+    words = ["--set", "--set", "rollout.max_new_tokens=48"]
     command = [
         sys.executable,
         "-m",

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from tatar_dist.errors import UserError
+from tatar_dist.model_directory import model_config
 from tatar_dist.score_output import by_picture, find_pictures, run, write_page
-from tatar_dist.scorer import Score, model_config, read_picture
+from tatar_dist.scorer import Score, read_picture
 
 
 @pytest.fixture
