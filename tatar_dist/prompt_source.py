@@ -61,13 +61,13 @@ def _windows(rows: Iterable[int]) -> Iterator[tuple[int, ...]]:
 class PromptSource:
     """Renders prompts for the model of `config`; `run` receives the quarantine.
 
-    `missing`: by data set, how many samples `held_out` could not use; an evaluation reports them.
+    `missing`: by (data set, task), how many samples `held_out` could not use; an evaluation reports them.
     """
 
-    def __init__(self, config: Config, run: RunDirectory) -> None:
+    def __init__(self, config: Config, run: RunDirectory, texts: PromptTexts | None = None) -> None:
         self.config, self.run = config, run
-        self.missing: Counter[str] = Counter()
-        self.texts = PromptTexts(config)
+        self.missing: Counter[tuple[str, str]] = Counter()
+        self.texts = texts or PromptTexts(config)
         self.backbone = self.texts.backbone
         (run.path / PROMPTS).write_text(self.texts.wording.to_yaml())  # an exported model takes its wording from here
 
@@ -136,7 +136,7 @@ class PromptSource:
                         break
                     if isinstance(found, str):
                         self.run.quarantine(manifest.sample_id(row), str(manifest.path), found)
-                        self.missing[pool.dataset] += 1
+                        self.missing[pool.dataset, pool.task] += 1
                         continue
                     taken[pool.dataset] += 1
                     yield found

@@ -13,9 +13,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tatar_dist.errors import UserError
@@ -27,7 +28,7 @@ SUFFIXES = frozenset(
 )
 NAMES = {"iqa": "quality", "iaa": "aesthetics"}
 THUMBNAIL = 240  # pixels of the longer side on the page
-SHOWN_BAD = 20
+SHOWN_BAD, MOST_SHOWN = 20, 1000  # bad pictures on standard error, pictures on the page
 REFRESH_S = 0.5  # scores come in batches
 
 
@@ -42,7 +43,7 @@ def find_pictures(words: Sequence[str], stdin: Any = None) -> list[str | tuple[s
     found: dict[str, str | tuple[str, bytes]] = {}
     for word in words:
         for picture in _named_by(word, stdin):
-            found.setdefault(picture if isinstance(picture, str) else picture[0], picture)
+            found.setdefault(os.path.realpath(picture) if isinstance(picture, str) else picture[0], picture)
     return list(found.values())
 
 
@@ -53,7 +54,7 @@ def _named_by(word: str, stdin: Any) -> list[Any]:
     if path.is_dir():
         found = sorted(
             os.path.join(at, name)
-            for at, _, names in os.walk(path)
+            for at, _, names in os.walk(path, onerror=_refuse)
             for name in names
             if Path(name).suffix.lower() in SUFFIXES
         )
@@ -67,6 +68,10 @@ def _named_by(word: str, stdin: Any) -> list[Any]:
     raise UserError(f"{word}: no such file, directory or glob")
 
 
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
+
+
 def _from_stdin(data: bytes) -> list[Any]:
     if not data.strip():
         raise UserError("-: standard input is empty: give it a picture, or file names, a line each")
@@ -77,13 +82,30 @@ def _from_stdin(data: bytes) -> list[Any]:
     return [("standard input", data)] if lines is None else [line.strip() for line in lines if line.strip()]
 
 
-def run(load: Callable[[], Callable[[], Iterable[Score]]], total: int, as_json: bool, html: Path | None) -> int:
-    """Show scores as they come; returns how many pictures could not be scored. `load()` loads the model."""
-    from rich.console import Console
+def run(
+    load: Callable[[], Callable[[], Iterable[Score]]],
+    total: int,
+    as_json: bool,
+    html: Path | None,
+    given: Sequence[str | tuple[str, bytes]] = (),
+) -> int:
+    """Show scores as they come, what there is of them also after Ctrl-C; returns how many pictures have none.
 
+    load: loads the model; given: the pictures, where the page looks for those that are no files.
+    """
+    found: list[Score] = []
+    if html is not None:
+        write_page(html, [])  # a place that cannot be written is not found after hours
+    try:
+        _collect(found, load, total, as_json)
+    finally:
+        _show(found, as_json, html, dict(g for g in given if not isinstance(g, str)))
+    return len({s.image for s in found if s.error})
+
+
+def _collect(found: list[Score], load: Callable[[], Any], total: int, as_json: bool) -> None:
     from tatar_dist.progress import Progress
 
-    found: list[Score] = []
     with Progress("score", total, unit="answer") as progress:
         scores, said = load(), 0.0
         progress.ready()
@@ -94,7 +116,12 @@ def run(load: Callable[[], Callable[[], Iterable[Score]]], total: int, as_json: 
             if time.monotonic() - said > REFRESH_S or len(found) == total:
                 said = time.monotonic()
                 progress.update(len(found), {})
-    if not as_json:
+
+
+def _show(found: Sequence[Score], as_json: bool, html: Path | None, kept: dict[str, bytes]) -> None:
+    from rich.console import Console
+
+    if found and not as_json:
         Console().print(as_table(found))
     bad = list(dict.fromkeys((s.image, s.error) for s in found if s.error))
     for name, error in bad[:SHOWN_BAD]:
@@ -106,14 +133,14 @@ def run(load: Callable[[], Callable[[], Iterable[Score]]], total: int, as_json: 
             f"tatar-dist: {len(bad)} of {len({s.image for s in found})} pictures could not be scored", file=sys.stderr
         )
     if html is not None:
-        write_page(html, found)
+        write_page(html, found, kept)
         print(f"the page: {html}", file=sys.stderr)
-    return len(bad)
 
 
 def as_table(scores: Sequence[Score]) -> Any:
     """A row a picture that was scored, with the first words of what the model says."""
     from rich.table import Table
+    from rich.text import Text
 
     tasks = sorted({s.task for s in scores}, key=list(NAMES).index)
     table = Table(expand=True)
@@ -123,7 +150,7 @@ def as_table(scores: Sequence[Score]) -> Any:
     table.add_column("in its words", overflow="ellipsis", no_wrap=True, ratio=3)
     for name, each in by_picture(scores).items():
         said = "  ·  ".join(each[t].rationale for t in tasks if t in each and each[t].rationale)
-        table.add_row(name, *(_cell(each.get(t)) for t in tasks), " ".join(said.split()))
+        table.add_row(Text(name), *(_cell(each.get(t)) for t in tasks), Text(" ".join(said.split())))
     return table
 
 
@@ -146,36 +173,45 @@ def by_picture(scores: Iterable[Score]) -> dict[str, dict[str, Score]]:
     return found
 
 
-def write_page(file: Path, scores: Sequence[Score]) -> None:
-    """One HTML page, best pictures first, nothing loaded from elsewhere. Raises UserError when it cannot be written."""
+def write_page(file: Path, scores: Sequence[Score], kept: Mapping[str, bytes] = MappingProxyType({})) -> None:
+    """One HTML page, best pictures first, nothing loaded from elsewhere; of very many the best and the worst.
+
+    kept: encoded pictures that are no files, by name. Raises UserError when it cannot be written.
+    """
     from jinja2 import Environment, PackageLoader
 
-    pictures = []
-    for name, each in by_picture(scores).items():
-        values = [s.score for s in each.values() if s.score is not None]
-        pictures.append(
-            {
-                "name": name,
-                "image": thumbnail(name),
-                "scores": [(NAMES[t], t, s) for t, s in sorted(each.items(), key=lambda e: list(NAMES).index(e[0]))],
-                "order": -sum(values) / len(values) if values else 1.0,
-            }
-        )
-    pictures.sort(key=lambda p: p["order"])
+    ranked = sorted(by_picture(scores).items(), key=lambda entry: _rank(entry[1].values()))
+    left_out = max(0, len(ranked) - MOST_SHOWN)
+    if left_out:
+        ranked = ranked[: MOST_SHOWN // 2] + ranked[-MOST_SHOWN // 2 :]
+    pictures = [
+        {
+            "name": name,
+            "image": thumbnail(name, kept.get(name)),
+            "scores": [(NAMES[t], t, s) for t, s in sorted(each.items(), key=lambda e: list(NAMES).index(e[0]))],
+        }
+        for name, each in ranked
+    ]
     bad = dict.fromkeys((s.image, s.error) for s in scores if s.error)
     environment = Environment(loader=PackageLoader("tatar_dist", "."), autoescape=True)
-    page = environment.get_template("score_page.html.j2").render(pictures=pictures, bad=list(bad))
+    page = environment.get_template("score_page.html.j2").render(pictures=pictures, bad=list(bad), left_out=left_out)
     try:
         file.write_text(page, encoding="utf-8", errors="replace")
     except OSError as e:
         raise UserError(f"{file}: cannot write there: {e.strerror}") from e
 
 
-def thumbnail(name: str) -> str | None:
-    """The picture as a small JPEG in a data URI; None where it is no file any more."""
+def _rank(scores: Iterable[Score]) -> float:
+    """Best first, without a score last."""
+    values = [s.score for s in scores if s.score is not None]
+    return -sum(values) / len(values) if values else 1.0
+
+
+def thumbnail(name: str, data: bytes | str | None = None) -> str | None:
+    """The picture, the file `name` or encoded `data`, as a small JPEG in a data URI; None where it is gone."""
     from tatar_dist.data.images import UnreadableImage, decode_image
 
-    _, data = read_picture(name)
+    data = read_picture(name)[1] if data is None else data
     if isinstance(data, str):
         return None
     try:

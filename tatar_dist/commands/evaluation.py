@@ -33,7 +33,7 @@ def score(
         bool, typer.Option("--expected", help="Also the expectation over the scores that might have been written.")
     ] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also a page with thumbnails.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, each as soon as it is known.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, as answers come back.")] = False,
 ) -> None:
     """Score pictures for quality (iqa) and aesthetics (iaa), with the model's own words.
 
@@ -58,6 +58,7 @@ def score(
         total=len(found) * (2 if task == "both" else 1),
         as_json=as_json,
         html=html,
+        given=found,
     )
     if failed:
         raise typer.Exit(1)

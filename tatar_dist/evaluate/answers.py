@@ -1,8 +1,9 @@
-"""The answers of an evaluation, on disk as they come: a sample is asked once, however often the run is killed.
+"""The answers of an evaluation, on disk as engine calls return: what is answered is never asked again.
 
 In: samples, lazily, and an engine pool. Out: for each sample and kind of asking (`greedy`, `sampled`) its completions.
-Samples are dealt into engine calls by their place among all samples, whatever is answered already: a resumed
-evaluation asks in the same batches as an undisturbed one, so that float rounding cannot make another table.
+Samples are dealt into calls by their place among all samples, whatever is answered already, and a call is asked whole
+or not at all: with the same engines a resumed evaluation asks in the batches of an undisturbed one, so that float
+rounding does not make another table. (To the bit, whatever happens to engines, only with `rollout.deterministic`.)
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tatar_dist.data.images import image_size
+from tatar_dist.errors import UserError
 from tatar_dist.journal import Journal
 from tatar_dist.records import Completion, Expected, Group, Prompt, Sample
+from tatar_dist.rollout.calls import in_calls
 
 KINDS = ("greedy", "sampled")
-BATCH = 4  # engine calls are this many times the sequences that an engine works on at once, at most
+BATCH = 2  # engine calls are this many times the sequences that an engine works on at once, at most
+SAMPLES_OF_A_FILE, SAMPLE_BYTES = 64, 1 << 16  # what a fingerprint reads of a weight file
 
 
 def key_of(sample: Sample) -> str:
@@ -25,9 +30,8 @@ def key_of(sample: Sample) -> str:
 
 
 def model_fingerprint(path: str) -> str:
-    """Of a model directory: a hash of its config, of the names and sizes of its weight files and a mebibyte of each.
-
-    A name that is no directory stands for itself.
+    """Of a model directory: a hash of its config, of the names and sizes of its weight files and of 64 KiB at 64 places
+    spread evenly over each. A name that is no directory stands for itself.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -36,8 +40,10 @@ def model_fingerprint(path: str) -> str:
     for file in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
         with open(file, "rb") as f:
             size = file.stat().st_size
-            f.seek(max(0, size - (1 << 20)))
-            found.update(f"{file.name} {size} ".encode() + f.read())
+            found.update(f"{file.name} {size} ".encode())
+            for place in range(SAMPLES_OF_A_FILE):
+                f.seek(max(0, (size - SAMPLE_BYTES) * place // (SAMPLES_OF_A_FILE - 1)))
+                found.update(f.read(SAMPLE_BYTES))
     return found.hexdigest()
 
 
@@ -49,7 +55,11 @@ class Answers:
         self._lines: dict[tuple[str, str], dict[str, Any]] = {}
 
     def __enter__(self) -> Answers:
-        self._journal.read(lambda line: self._lines.update({(line["kind"], line["key"]): line}))
+        try:
+            self._journal.read(lambda line: self._lines.update({(line["kind"], line["key"]): line}))
+        except BaseException:
+            self._journal.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,13 +79,14 @@ class Answers:
         return line is not None and line["image"] == _digest(sample)
 
     def get(self, kind: str, sample: Sample) -> tuple[Completion, ...]:
-        """The completions of a sample that was answered. Raises KeyError for another."""
+        """The completions of a sample that was answered, with as many token ids as there were, all 0, and the sum of
+        their log-probabilities: more is not kept. Raises KeyError for a sample without an answer."""
         said = self._lines[(kind, key_of(sample))]["said"]
         return tuple(
             Completion(
                 c["text"],
-                tuple(c["tokens"]),
-                tuple(c["logprobs"]),
+                (0,) * c["tokens"],
+                (c["logprob"],),
                 c["finish"],
                 Expected(*c["expected"]) if c["expected"] else None,
             )
@@ -92,8 +103,8 @@ class Answers:
                 "said": [
                     {
                         "text": c.text,
-                        "tokens": c.token_ids,
-                        "logprobs": [round(p, 6) for p in c.logprobs],
+                        "tokens": len(c.token_ids),
+                        "logprob": round(sum(c.logprobs), 6),
                         "finish": c.finish_reason,
                         "expected": [c.expected.mean, c.expected.sd, c.expected.mass] if c.expected else None,
                     }
@@ -109,16 +120,28 @@ class Answers:
 def batches(
     samples: Iterable[Sample], size: int, prompt: Callable[[Sample], Prompt], done: Callable[[Sample], bool]
 ) -> Iterator[list[Prompt]]:
-    """Prompts of the samples that are not done, by engine call: `size` samples each, done ones counted."""
-    call: list[Sample] = []
+    """Prompts by engine call: of `size` samples, fewer where pictures are large, left out where all are done."""
+    for call in in_calls(samples, size, _pixels):
+        if not all(map(done, call)):
+            yield [prompt(s) for s in call]
+
+
+def _pixels(sample: Sample) -> int:
+    width, height = image_size(sample.image)
+    return width * height
+
+
+def distinct(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """The samples. Raises UserError for two of one name: an answer would count for both."""
+    seen: set[str] = set()
     for sample in samples:
-        call.append(sample)
-        if len(call) == size:
-            if asked := [prompt(s) for s in call if not done(s)]:
-                yield asked
-            call = []
-    if asked := [prompt(s) for s in call if not done(s)]:
-        yield asked
+        if (key := key_of(sample)) in seen:
+            raise UserError(
+                f"data.test: {sample.task} {sample.dataset}/{sample.sample_id} comes twice: give manifests that "
+                "do not share samples, or data sets of different names"
+            )
+        seen.add(key)
+        yield sample
 
 
 def batch_size(samples: int, engines: int, max_num_seqs: int, n: int) -> int:

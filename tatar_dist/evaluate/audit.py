@@ -1,8 +1,9 @@
 """`tatar-dist metrics FILE [--json] [--bootstrap N]`: agreement with the opinion scores, by data set, from a file.
 
-In: JSON lines `{dataset, task, target, prediction}` or `{dataset, task, target, completion}`; a prediction of null is
-an unparsed output. An optional `finish_reason: length` marks a truncated one. Out: `{"datasets": {NAME: {...}}}`; a
-name that stands for both tasks is split into NAME/iqa and NAME/iaa, because their scores do not belong in one ranking.
+In: JSON lines `{dataset, task, target, prediction}` or `{dataset, task, target, completion}`, or Parquet with these
+columns; a prediction of null or NaN is an unparsed output. `finish_reason: length` or `truncated: true` marks a
+truncated one. Out: `{"datasets": {NAME: {...}}}`; a name that stands for both tasks is split into NAME/iqa and
+NAME/iaa, because their scores do not belong in one ranking.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ def run(
     if bootstrap < 0:
         raise UserError(f"--bootstrap {bootstrap}: must not be negative")
     found: dict[tuple[str, str], list[tuple[float, float, bool]]] = {}
-    for line, row in numbered_rows(file):
+    for line, row in numbered_rows(file, nan=True):
         wrong = row if isinstance(row, str) else row_error(row)
         if wrong is not None:
             raise UserError(f"{file}:{line}: {wrong}")
         assert isinstance(row, dict)  # row_error has seen it
-        entry = (float(row["target"]), _prediction(row, strict), row.get("finish_reason") == "length")
+        entry = (float(row["target"]), _prediction(row, strict), _truncated(row))
         found.setdefault((row["dataset"], row["task"]), []).append(entry)
     if not found:
         raise UserError(f"{file}: no rows")
@@ -73,15 +74,24 @@ def row_error(row: dict[str, Any]) -> str | None:
     if wrong is not None:
         return wrong
     if "prediction" in row:
-        return None if row["prediction"] is None else number_error("prediction", row["prediction"], bounded=False)
+        value = row["prediction"]
+        return None if _unparsed(value) else number_error("prediction", value, bounded=False)
     if not isinstance(row.get("completion"), str):
         return "prediction or completion is missing"
     return None
 
 
+def _unparsed(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _truncated(row: dict[str, Any]) -> bool:
+    return row.get("finish_reason") == "length" or row.get("truncated") is True
+
+
 def _prediction(row: dict[str, Any], strict: bool) -> float:
     if "prediction" in row:
-        return math.nan if row["prediction"] is None else float(row["prediction"])
+        return math.nan if _unparsed(row["prediction"]) else float(row["prediction"])
     value = parse(row["completion"], strict).value
     return math.nan if value is None else value
 

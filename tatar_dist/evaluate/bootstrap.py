@@ -24,7 +24,7 @@ MIN_DEFINED = 0.95  # share of resamples in which the statistic must exist
 class Interval:
     """A statistic on the full data and its percentile interval. `rounds`: resamples in which it existed.
 
-    p: two-sided, of no difference: twice the smaller share of resamples on either side of 0, 1 / rounds at least.
+    p: two-sided, of no difference: 2 (k + 1) / (rounds + 1), k the resamples on the rarer side of 0.
     """
 
     estimate: float
@@ -74,20 +74,29 @@ def _percentiles(values: np.ndarray, level: float) -> tuple[float, float] | None
 
 
 def correlation_intervals(
-    target: np.ndarray, prediction: np.ndarray, *, rounds: int = 1000, seed: int = 0, level: float = 0.95
+    target: np.ndarray,
+    prediction: np.ndarray,
+    cluster: np.ndarray | None = None,
+    *,
+    rounds: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> dict[str, tuple[float, float] | None]:
     """Percentile intervals {"srcc": (lo, hi), "plcc": (lo, hi)} over resampled rows; None where undefined.
 
-    target, prediction: (n,) float64 without NaN.
+    target, prediction: (n,) float64 without NaN. cluster: (n,) labels that are resampled whole; one alone gives None.
     """
     n = len(target)
-    if n < 2 or rounds < 1:
+    index = np.arange(n) if cluster is None else np.unique(cluster, return_inverse=True)[1]
+    n_clusters = int(index.max()) + 1 if n else 0
+    if n_clusters < 2 or rounds < 1:
         return {"srcc": None, "plcc": None}
     rng = np.random.default_rng(seed)
     ranks_t, ranks_p = _Ranks(target), _Ranks(prediction)
     draws: dict[str, list[np.ndarray]] = {"srcc": [], "plcc": []}
     for size in _blocks(rounds, n):
-        counts = _row_counts(rng, size, n)
+        counts = _row_counts(rng, size, n_clusters)
+        counts = counts if cluster is None else counts[:, index]
         draws["srcc"].append(_weighted_pearson(ranks_t.under(counts), ranks_p.under(counts), counts))
         draws["plcc"].append(_weighted_pearson(target, prediction, counts))
     return {name: _percentiles(np.concatenate(parts), level) for name, parts in draws.items()}
@@ -203,8 +212,8 @@ def paired_difference(
     lo, hi = _percentiles(draws, level) or (np.nan, np.nan)
     estimate = float(differences(np.ones((1, len(target))))[0])
     defined = draws[np.isfinite(draws)]
-    sides = min((defined <= 0).mean(), (defined >= 0).mean()) if len(defined) else np.nan
-    p = float(np.clip(2 * sides, 1 / max(1, len(defined)), 1.0))
+    rarer = min((defined <= 0).sum(), (defined >= 0).sum())
+    p = min(1.0, 2 * (int(rarer) + 1) / (len(defined) + 1))
     return Interval(estimate, float(lo), float(hi), len(defined), p)
 
 

@@ -67,12 +67,16 @@ def slices(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Data set -> "KEY=VALUE" -> its metrics, by members of `meta` (distortion, style) and by ranges of the target.
 
+    A name that stands for both tasks is split, as the data sets themselves are.
+
     Slices of fewer than `LEAST` rows are left out. A list counts a row in the slice of each of its members.
     """
+    names = [name for name, _ in {(r["dataset"], r["task"]) for r in rows}]
     groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for r in rows:
         for name in _slices_of(r, keys):
-            groups.setdefault(r["dataset"], {}).setdefault(name, []).append(r)
+            own = r["dataset"] if names.count(r["dataset"]) == 1 else f"{r['dataset']}/{r['task']}"
+            groups.setdefault(own, {}).setdefault(name, []).append(r)
     return {
         dataset: {
             name: score_metrics(

@@ -3,13 +3,13 @@
 In: two directories with predictions.parquet. Out: for each data set both SRCC and PLCC, the difference with its 95 %
 interval and p-value from resampling the pairs (by source photograph where the manifest names one, for crops of one are
 no independent witnesses). A sample that only one of the two has is counted and left out; an answer without a score
-counts as 50 in both, so that a model cannot gain by refusing the hard ones.
+counts as 50 in both, so that a model cannot gain by refusing the hard ones: where some are missing, these are not the
+figures of an evaluation that drops them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tatar_dist.evaluate.bootstrap import paired_difference
 from tatar_dist.evaluate.metrics import plcc, srcc, usable
 
 ROUNDS = 2000
+LEAST = 6  # pictures, or source photographs, below which resampling says nothing of chance
 STATISTICS = {"srcc": srcc, "plcc": plcc}
 COLUMNS = ["sample_id", "dataset", "task", "source", "target", "prediction"]
 Rows = dict[tuple[str, str, str], dict[str, Any]]
@@ -39,6 +40,7 @@ def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> di
         raise UserError(f"--bootstrap {rounds}: must be at least 1")
     first, second = _read(before), _read(after)
     found: dict[str, Any] = {}
+    names = [name for _, name in {key[:2] for key in (*first, *second)}]
     for task, name in sorted({key[:2] for key in (*first, *second)}):
         mine = [{k: v for k, v in rows.items() if k[:2] == (task, name)} for rows in (first, second)]
         both = sorted(mine[0].keys() & mine[1].keys())
@@ -53,18 +55,17 @@ def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> di
             "n": len(both),
             "only_before": len(mine[0]) - len(both),
             "only_after": len(mine[1]) - len(both),
+            "unparsed": "midpoint",
+            "parsed_before": sum(mine[0][key]["prediction"] is not None for key in both),
+            "parsed_after": sum(mine[1][key]["prediction"] is not None for key in both),
         }
-        found[f"{name}/{task}" if (("iqa", name) in _sets(first) and ("iaa", name) in _sets(first)) else name] = entry
+        found[name if names.count(name) == 1 else f"{name}/{task}"] = entry
         columns = [[rows[key] for key in both] for rows in mine]
         for statistic in STATISTICS:
             entry[statistic] = _compare(statistic, columns[0], columns[1], rounds, seed)
     if not any(entry["n"] for entry in found.values()):
         raise UserError(f"{before} and {after} have no sample in common")
     return {"before": str(before), "after": str(after), "rounds": rounds, "datasets": found}
-
-
-def _sets(rows: Rows) -> set[tuple[str, str]]:
-    return {(task, name) for task, name, _ in rows}
 
 
 def _read(directory: Path) -> Rows:
@@ -91,10 +92,13 @@ def _compare(
     if None in values:
         return entry | {"reason": "a correlation does not exist: too few rows, or one side is constant"}
     cluster = np.array([r["source"] or r["sample_id"] for r in first])
+    if (n := len(set(cluster.tolist()))) < LEAST:
+        difference = values[1] - values[0]  # type: ignore[operator]
+        return entry | {"difference": difference, "reason": f"{n} independent pictures tell nothing of chance"}
     i = paired_difference(statistic, target, sides[0], sides[1], cluster, rounds=rounds, seed=seed)
-    interval = asdict(i)
-    ci95 = [interval["lo"], interval["hi"]] if math.isfinite(interval["lo"]) else None
-    return entry | {"difference": i.estimate, "ci95": ci95, "p": i.p, "reason": None}
+    if not math.isfinite(i.lo):
+        return entry | {"difference": i.estimate, "reason": "too many resamples are constant"}
+    return entry | {"difference": i.estimate, "ci95": [i.lo, i.hi], "p": i.p, "reason": None}
 
 
 def _one(statistic: str, target: np.ndarray, prediction: np.ndarray) -> float | None:
@@ -107,12 +111,13 @@ def _one(statistic: str, target: np.ndarray, prediction: np.ndarray) -> float | 
 def show(result: dict[str, Any]) -> None:
     """On the terminal: a row a data set and statistic, what is significant at 5 % in bold."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    title = f"{result['after']} against {result['before']}"
+    title = escape(f"B = {result['after']} against A = {result['before']}")
     table = Table(title=title, title_justify="left")
-    for i, head in enumerate(("data set", "n", "", "before", "after", "difference", "95 % interval", "p")):
+    for i, head in enumerate(("data set", "n", "", "A", "B", "difference", "95 % interval", "p")):
         table.add_column(head, justify="left" if i in (0, 2) else "right")
     for name, m in result["datasets"].items():
         for i, statistic in enumerate(STATISTICS):
@@ -122,10 +127,14 @@ def show(result: dict[str, Any]) -> None:
             interval = f"{s['ci95'][0]:+.3f} to {s['ci95'][1]:+.3f}" if s["ci95"] else "—"
             p = "—" if s["p"] is None else f"{s['p']:.3f}"
             sure = s["ci95"] is not None and (s["ci95"][0] > 0 or s["ci95"][1] < 0)
-            first = [name, str(m["n"])] if i == 0 else ["", ""]
+            first = [escape(name), str(m["n"])] if i == 0 else ["", ""]
             table.add_row(*first, statistic.upper(), *numbers, difference, interval, p, style="bold" if sure else None)
     console.print(table)
     for name, m in result["datasets"].items():
+        notes = [f"{k.upper()}: {m[k]['reason']}" for k in STATISTICS if m[k]["reason"]]
         if m["only_before"] or m["only_after"]:
-            only = f"{m['only_before']} samples only in the first, {m['only_after']} only in the second: left out"
-            console.print(f"  {name}: {only}", style="dim", highlight=False)
+            notes.append(f"{m['only_before']} samples only in A, {m['only_after']} only in B: left out")
+        if m["parsed_before"] < m["n"] or m["parsed_after"] < m["n"]:
+            notes.append(f"of {m['n']} answers {m['parsed_before']} and {m['parsed_after']} parsed, the others are 50")
+        for note in notes:
+            console.print(f"  {name}: {note}", style="dim", highlight=False, markup=False)

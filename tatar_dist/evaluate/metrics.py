@@ -74,6 +74,7 @@ def score_metrics(
     n_truncated: int = 0,
     bootstrap: int = 0,
     ci_all: bool = False,
+    cluster: np.ndarray | None = None,
     seed: int = 0,
 ) -> DatasetMetrics:
     """All metrics of one data set.
@@ -84,6 +85,7 @@ def score_metrics(
         unparsed: drop | midpoint (50).
         n_missing, n_truncated: counts to report beside them.
         bootstrap: rounds for 95 % percentile intervals of SRCC and PLCC; 0 = none.
+        cluster: (n,) labels: SRCC and PLCC are resampled by whole clusters (crops of one photograph); None = by rows.
         ci_all: intervals of the other metrics too, which are worked out anew for each resample.
     """
     raw = np.asarray(prediction, np.float64)
@@ -109,7 +111,9 @@ def score_metrics(
     if bootstrap > 0:
         from tatar_dist.evaluate.bootstrap import correlation_intervals, intervals
 
-        ci95 = correlation_intervals(t, p, rounds=bootstrap, seed=seed)
+        if cluster is not None and unparsed == "drop":
+            cluster = cluster[~np.isnan(raw)]
+        ci95 = correlation_intervals(t, p, cluster, rounds=bootstrap, seed=seed)
         if ci_all:
             others = {name: STATISTICS[name] for name in STATISTICS if values[name] is not None}
             ci95 |= dict.fromkeys(STATISTICS) | intervals(others, t, p, rounds=bootstrap, seed=seed)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,14 @@ from tatar_dist.config import Config
 from tatar_dist.data.manifest import Manifest
 from tatar_dist.errors import UserError
 from tatar_dist.evaluate import tables
-from tatar_dist.evaluate.answers import Answers, batch_size, batches, key_of, model_fingerprint, without_image
+from tatar_dist.evaluate.answers import Answers, batch_size, batches, distinct, key_of, model_fingerprint, without_image
 from tatar_dist.evaluate.breakdown import averages, slices
 from tatar_dist.evaluate.metrics import score_metrics
 from tatar_dist.interrupts import Interrupted, Interrupts, StopAsked
 from tatar_dist.plan import resolve
 from tatar_dist.progress import Progress
 from tatar_dist.prompt_source import PromptSource, read_manifests
+from tatar_dist.prompt_texts import PromptTexts
 from tatar_dist.prompts import parse, think_words
 from tatar_dist.records import TASKS, Completion, Group, Prompt, Sample
 from tatar_dist.rewards.batch import batch_of_groups
@@ -47,16 +50,22 @@ REWARD_STEP = 1 << 20  # the step that enters the seeds of sampled evaluation; n
 
 def run(config: Config) -> dict[str, Any]:
     """Evaluate `model.path` on `data.test`; what metrics.json holds. Continues what is in `output`."""
-    with RunDirectory(config) as directory, Interrupts() as stop:
-        source = PromptSource(config, directory)
-        with Answers(directory.path / "answers.jsonl", _settings(config, source)) as answers:
-            try:
-                return Evaluation(config, directory, source, answers, stop.leave_if_asked).run()
-            except StopAsked:
-                raise Interrupted("stopped; the same command continues the evaluation", stop.status) from None
+    texts = PromptTexts(config)
+    with (  # the journal first: other settings are refused before anything of the run is touched
+        Answers(Path(config.output) / "answers.jsonl", _settings(config, texts)) as answers,
+        RunDirectory(config) as directory,
+        Interrupts() as stop,
+    ):
+        if answers.notice:
+            print(f"tatar-dist: {answers.notice}", file=sys.stderr)
+        source = PromptSource(config, directory, texts)
+        try:
+            return Evaluation(config, directory, source, answers, stop.leave_if_asked).run()
+        except StopAsked:
+            raise Interrupted("stopped; the same command continues the evaluation", stop.status) from None
 
 
-def _settings(config: Config, source: PromptSource) -> dict[str, Any]:
+def _settings(config: Config, texts: PromptTexts) -> dict[str, Any]:
     """What an answer depends on: answers under other settings are not mixed with these."""
     m, e = config.model, config.evaluate
     sampled = {"samples": e.samples, "temperature": config.rollout.temperature, "seed": e.seed} if e.samples else None
@@ -64,7 +73,7 @@ def _settings(config: Config, source: PromptSource) -> dict[str, Any]:
         "model": model_fingerprint(m.path),
         "dtype": m.dtype,
         "pixels": [m.min_pixels, m.max_pixels],
-        "prompts": source.texts.text,
+        "prompts": texts.text,
         "max_new_tokens": config.rollout.max_new_tokens,
         "sampled": sampled,
         "expected": e.expected,
@@ -101,25 +110,13 @@ class Evaluation:
             Progress("evaluate", units, unit="answer") as progress,
         ):
             tokens, seconds = self._ask_all(progress)
-        if not self.samples:
-            raise UserError("data.test: no usable sample")
-        rows = [self._row(s) for s in self.samples]
-        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path / "predictions.parquet")
-        e = self.config.evaluate
-        result: dict[str, Any] = {"model": self.config.model.path}
-        found = by_dataset(rows, "prediction", self.missing, unparsed=e.unparsed, bootstrap=e.bootstrap)
-        result["datasets"] = found
-        result["averages"] = averages(found, e.in_domain)
-        result["slices"] = slices(rows, e.slices, unparsed=e.unparsed)
-        for name, column in (("expected", "expected"), ("sample_mean", "sample_mean")):
-            if any(r[column] is not None for r in rows):
-                result[name] = by_dataset(rows, column, self.missing, unparsed=e.unparsed, bootstrap=e.bootstrap)
-        if e.samples:
-            result["rewards"] = self._rewards(path / "sampled.parquet")
-        result["tokens_per_second"] = tokens / seconds if tokens else None  # of this start; nothing asked: null
-        result["seconds"] = time.perf_counter() - start
-        tables.write(path, result, e.published)
-        _replace(path / "metrics.json", json.dumps(result, indent=1))
+            if not self.samples:
+                raise UserError("data.test: no usable sample")
+            result = self._results(path)
+            result["tokens_per_second"] = tokens / seconds if tokens else None  # of this start; nothing asked: null
+            result["seconds"] = time.perf_counter() - start
+            tables.write(path, result, self.config.evaluate.published)
+            _replace(path / "metrics.json", lambda f: f.write_text(json.dumps(result, indent=1, allow_nan=False)))
         return result
 
     # -- asking ------------------------------------------------------------------------------------------------------
@@ -159,7 +156,8 @@ class Evaluation:
 
     def _held_out(self, kind: str) -> Iterator[Sample]:
         known = lambda s: self.answers.has("greedy", s)  # noqa: E731
-        for sample in self.source.held_out(self.manifests, self.config.data.eval_limit, known=known):
+        for sample in distinct(self.source.held_out(self.manifests, self.config.data.eval_limit, known=known)):
+            self.check()
             if kind == "greedy":
                 self.samples.append(without_image(sample))
             yield sample
@@ -177,18 +175,37 @@ class Evaluation:
 
     # -- results -----------------------------------------------------------------------------------------------------
 
+    def _results(self, path: Path) -> dict[str, Any]:
+        rows = [self._row(s) for s in self.samples]
+        table = pa.Table.from_pylist(rows, _SCHEMA)
+        _replace(path / "predictions.parquet", lambda f: pq.write_table(table, f))
+        e = self.config.evaluate
+        metrics = partial(by_dataset, rows, missing=self.missing, unparsed=e.unparsed, bootstrap=e.bootstrap)
+        found = metrics("prediction")
+        result: dict[str, Any] = {"model": self.config.model.path, "datasets": found}
+        result["averages"] = averages(found, e.in_domain)
+        result["slices"] = slices(rows, e.slices, unparsed=e.unparsed)
+        if e.expected:
+            result["expected"] = metrics("expected")
+        if e.samples:
+            result["sample_mean"] = metrics("sample_mean")
+            result["rewards"] = self._rewards(path / "sampled.parquet")
+        return result
+
     def _row(self, sample: Sample) -> dict[str, Any]:
         (greedy,) = self.answers.get("greedy", sample)
         row = prediction_row(sample, greedy)
         if "sampled" in self.sampling:
-            values = [parse(c.text).value for c in self.answers.get("sampled", sample)]
+            drawn = self.answers.get("sampled", sample)
+            values = [parse(c.text).value for c in drawn]
+            row["samples_truncated"] = sum(c.finish_reason == "length" for c in drawn)
             parsed = np.clip([v for v in values if v is not None], 0.0, 100.0)
             row["samples"] = values
             row["sample_mean"] = float(parsed.mean()) if len(parsed) else None
             row["sample_sd"] = float(parsed.std(ddof=1)) if len(parsed) > 1 else None
         return row
 
-    def _rewards(self, file: Path) -> dict[str, float]:
+    def _rewards(self, file: Path) -> dict[str, float | None]:
         """The sampled completions as one global batch: its metrics; every completion with its terms goes to `file`."""
         groups = [
             Group(Prompt(s, "", f"eval/{key_of(s)}"), (), self.answers.get("sampled", s), 0)
@@ -199,7 +216,7 @@ class Evaluation:
         preset = load_preset(r.preset, weights=r.weights, params=r.params)
         scored = score_batch(batch, preset, advantage=g.advantage, eps=g.advantage_eps)
         write_rollouts(file, 0, scored_groups(groups, scored))
-        return reward_metrics(batch, scored)
+        return {k: v if math.isfinite(v) else None for k, v in reward_metrics(batch, scored).items()}
 
 
 _SCHEMA = pa.schema(
@@ -219,6 +236,7 @@ _SCHEMA = pa.schema(
         ("samples", pa.list_(pa.float64())),
         ("sample_mean", pa.float64()),
         ("sample_sd", pa.float64()),
+        ("samples_truncated", pa.int64()),
         ("meta", pa.string()),
     ]
 )
@@ -232,9 +250,10 @@ def _rows(manifests: Sequence[Manifest], limit: int | None) -> int:
     return sum(n if limit is None else min(n, limit) for n in of_set.values())
 
 
-def _replace(file: Path, text: str) -> None:
+def _replace(file: Path, write: Callable[[Path], Any]) -> None:
+    """What `write(path)` writes takes the place of `file`, whole."""
     beside = file.with_name(f".{file.name}")
-    beside.write_text(text)
+    write(beside)
     os.replace(beside, file)
 
 
@@ -257,6 +276,7 @@ def prediction_row(sample: Sample, completion: Completion) -> dict[str, Any]:
         "samples": None,
         "sample_mean": None,
         "sample_sd": None,
+        "samples_truncated": 0,
         "meta": json.dumps(sample.meta) if sample.meta else None,
     }
 
@@ -264,35 +284,32 @@ def prediction_row(sample: Sample, completion: Completion) -> dict[str, Any]:
 def by_dataset(
     rows: Sequence[Mapping[str, Any]],
     column: str,
-    missing: Mapping[str, int],
+    missing: Mapping[tuple[str, str], int],
     unparsed: str = "drop",
     bootstrap: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Data set -> its metrics, of `column` of prediction rows. `missing`: samples that could not be asked.
+    """Data set -> its metrics, of `column` of prediction rows. `missing`: samples not asked, by (data set,
+    task). Intervals are resampled by source photograph where the manifest names one.
 
     A name that stands for both tasks is split into NAME/iqa and NAME/iaa: their scores do not belong in one ranking.
     """
-    tasks: dict[str, set[str]] = {name: set() for name in missing}
-    for r in rows:
-        tasks.setdefault(r["dataset"], set()).add(r["task"])
+    pairs = {(r["dataset"], r["task"]) for r in rows} | missing.keys()
+    names = [name for name, _ in pairs]
     found = {}
-    for name, task in sorted(((n, t) for n in tasks for t in tasks[n] or {None}), key=_quality_first):
+    for name, task in sorted(pairs, key=lambda pair: (TASKS.index(pair[1]), pair[0])):  # type: ignore[arg-type]
         part = [r for r in rows if r["dataset"] == name and r["task"] == task]
-        found[name if len(tasks[name]) < 2 else f"{name}/{task}"] = score_metrics(
+        truncated = "samples_truncated" if column == "sample_mean" else "truncated"
+        sources = [r["source"] for r in part]
+        found[name if names.count(name) == 1 else f"{name}/{task}"] = score_metrics(
             np.array([r["target"] for r in part], np.float64),
             np.array([math.nan if r[column] is None else r[column] for r in part], np.float64),
-            n_missing=missing.get(name, 0),
-            n_truncated=sum(r["truncated"] for r in part),
+            n_missing=missing.get((name, task), 0),
+            n_truncated=sum(r[truncated] for r in part),
             unparsed=unparsed,
             bootstrap=bootstrap,
-        ).to_dict() | ({"task": task} if task else {})
+            cluster=np.array(sources) if part and all(sources) else None,
+        ).to_dict() | {"task": task}
     return found
-
-
-def _quality_first(entry: tuple[str, str | None]) -> tuple[int, str]:
-    """IQA before IAA, as everywhere, then by name; sets of which no sample could be asked last."""
-    name, task = entry
-    return TASKS.index(task) if task in TASKS else len(TASKS), name
 
 
 def held_out_metrics(pool: RolloutPool, prompts: Sequence[Prompt], max_tokens: int) -> dict[str, float]:

@@ -139,6 +139,7 @@ def write(directory: Path, result: Mapping[str, Any], published: bool) -> None:
 def show(result: Mapping[str, Any], published: bool) -> None:
     """On the terminal."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -149,13 +150,13 @@ def show(result: Mapping[str, Any], published: bool) -> None:
         # nothing truncated, say; on a narrow terminal what papers do not print
         narrow = {"KRCC", "PLCC, fitted", "RMSE"} if console.width < WIDE else set()
         drop = {i for i in range(1, len(head)) if head[i] in narrow or all(row[i] in ("", "0") for row in rows)}
-        table = Table(title=title, title_justify="left")
+        table = Table(title=escape(title), title_justify="left")
         for i, name in enumerate(head):
             if i not in drop:
                 table.add_column(name, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
         for row in rows:
             style = "bold" if "average" in row[0] else None
-            table.add_row(*(cell for i, cell in enumerate(row) if i not in drop), style=style)
+            table.add_row(*(escape(cell) for i, cell in enumerate(row) if i not in drop), style=style)
         console.print(table)
     for note in notes_of(result):
-        console.print(f"  {note}", style="dim", highlight=False)
+        console.print(f"  {note}", style="dim", highlight=False, markup=False)

@@ -168,8 +168,10 @@ def read_rows(file: str | Path, lenient: bool = False) -> tuple[list[dict[str, A
     return rows, dropped
 
 
-def numbered_rows(file: str | Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def numbered_rows(file: str | Path, nan: bool = False) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line number from 1, row), or (line number, what is wrong with the line). Blank lines are skipped.
+
+    `nan`: the word NaN, which is no JSON but which Python writes, is read as such; else the line is wrong.
 
     Raises UserError for a file that is missing or cannot be read as JSON lines or Parquet.
     """
@@ -190,16 +192,16 @@ def numbered_rows(file: str | Path) -> Iterator[tuple[int, dict[str, Any] | str]
         with path.open(encoding="utf-8-sig") as f:
             for number, text in enumerate(f, 1):
                 if text.strip():
-                    yield number, _json_object(text)
+                    yield number, _json_object(text, nan)
     except UnicodeDecodeError:
         raise UserError(f"{file}: not UTF-8 text") from None
     except OSError as e:
         raise UserError(f"{file}: cannot be read: {e.strerror or e}") from None
 
 
-def _json_object(text: str) -> dict[str, Any] | str:
+def _json_object(text: str, nan: bool) -> dict[str, Any] | str:
     try:
-        row = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
+        row = json.loads(text, parse_constant=_only_nan if nan else _refuse_constant, parse_float=_finite_float)
     except (ValueError, RecursionError) as e:
         return f"not valid JSON: {e}"
     return row if isinstance(row, dict) else "expected a JSON object"
@@ -207,6 +209,10 @@ def _json_object(text: str) -> dict[str, Any] | str:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _only_nan(name: str) -> float:
+    return math.nan if name == "NaN" else _refuse_constant(name)
 
 
 def _finite_float(text: str) -> float:
@@ -235,7 +241,7 @@ def common_error(row: dict[str, Any]) -> str | None:
         return f"task {row['task']!r} must be one of {', '.join(TASKS)}"
     if not isinstance(row["dataset"], str):
         return f"dataset {row['dataset']!r} must be a text"
-    return number_error("target", row["target"], bounded=True)
+    return number_error("target", row["target"], bounded=True)  # NaN among them
 
 
 def number_error(key: str, value: Any, bounded: bool) -> str | None:

@@ -21,7 +21,7 @@ KILLED = -9
 
 @pytest.fixture(scope="module")
 def words(model_parsing, tmp_path_factory) -> list[str]:
-    """Overrides but for `output`: 24 pictures, one of them broken, in calls of two."""
+    """Overrides but for `output`: 24 pictures, one of them broken, in calls of four."""
     file = tmp_path_factory.mktemp("held_out") / "m.parquet"
     rows = [{**r, "split": "test"} for task in ("iqa", "iaa") for r in manifest_rows(task, 12, seed=5)]
     rows[3]["image_bytes"] = b"not an image"
@@ -65,8 +65,8 @@ def test_killed_twice_and_with_a_dead_engine_the_table_is_the_same(words, tmp_pa
     events = read_events(troubled)
     assert [e["point"] for e in events if e["event"] == "fault"].count("controller.evaluate") == 2
     assert any(e["event"] == "engine/dead" for e in events)
-    starts = [e["step"] for e in events if e["event"] == "phase"]
-    assert starts == sorted(starts) and starts[-1] == 48  # no answer was asked for twice
+    asked = [json.loads(x)["line"] for x in (troubled / "answers.jsonl").read_text().splitlines()[1:]]
+    assert len(asked) == len({(line["kind"], line["key"]) for line in asked}) == 46  # no answer came twice
 
     again = evaluate(troubled, words)  # everything is answered: no engine is started
     assert again.returncode == 0 and figures(troubled) == figures(quiet)
@@ -74,5 +74,7 @@ def test_killed_twice_and_with_a_dead_engine_the_table_is_the_same(words, tmp_pa
         e["event"] == "engine/ready" for e in events
     )
 
+    before = (troubled / "config.yaml").read_text()
     other = evaluate(troubled, words, "rollout.max_new_tokens=49")
+    assert (troubled / "config.yaml").read_text() == before  # it says what was evaluated
     assert other.returncode == 2 and "was written under other settings (max_new_tokens was 48, is 49)" in other.stderr

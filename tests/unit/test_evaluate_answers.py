@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from tatar_dist.errors import UserError
-from tatar_dist.evaluate.answers import Answers, batch_size, batches, model_fingerprint
+from tatar_dist.evaluate.answers import Answers, batch_size, batches, distinct, model_fingerprint
 from tatar_dist.records import Completion, Expected, Group, Prompt, Sample
+from tatar_dist.rollout import calls
 
 SETTINGS = {"model": "m", "max_new_tokens": 8}
 
 
-def sample(i: int, task: str = "iqa") -> Sample:
-    return Sample(f"s{i}", "set", task, b"picture %d" % i, 50.0)
+def picture(i: int, size: tuple[int, int] = (4, 3)) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, (i, 0, 0)).save(out, "PNG")
+    return out.getvalue()
+
+
+def sample(i: int, task: str = "iqa", size: tuple[int, int] = (4, 3)) -> Sample:
+    return Sample(f"s{i}", "set", task, picture(i, size), 50.0)
 
 
 def group(s: Sample, text: str = "<answer>5</answer>", expected: Expected | None = None) -> Group:
@@ -30,7 +39,9 @@ def test_answers_outlive_the_process_and_a_torn_last_line(tmp_path):
     file.write_bytes(file.read_bytes() + b'{"sum":"0')
     with Answers(file, SETTINGS) as answers:
         assert answers.notice and (answers.count("greedy"), answers.count("sampled")) == (2, 1)
-        assert answers.get("greedy", sample(0)) == group(sample(0), expected=Expected(5.5, 1.0, 0.9)).completions
+        (kept,) = answers.get("greedy", sample(0))
+        assert (kept.text, kept.finish_reason, kept.expected) == ("<answer>5</answer>", "stop", Expected(5.5, 1.0, 0.9))
+        assert (len(kept.token_ids), sum(kept.logprobs)) == (2, -0.75)  # the ids themselves are not kept
         assert answers.has("greedy", sample(1)) and not answers.has("sampled", sample(1))
         assert not answers.has("greedy", sample(0, "iaa"))
 
@@ -64,14 +75,28 @@ def test_a_resumed_evaluation_asks_in_the_same_batches():
 
     assert asked() == [["s0", "s1", "s2", "s3"], ["s4", "s5", "s6", "s7"], ["s8", "s9"]]
     done = {"s1", "s4", "s5", "s6", "s7", "s8"}
-    assert asked() == [["s0", "s2", "s3"], ["s9"]]
+    assert asked() == [["s0", "s1", "s2", "s3"], ["s8", "s9"]]  # a call that a kill tore is asked whole
     done = {s.sample_id for s in samples}
     assert asked() == []
 
 
 def test_a_call_is_neither_more_than_a_fair_share_nor_than_a_few_times_the_room():
-    assert batch_size(100_000, 2, 64, 1) == 256 and batch_size(100_000, 2, 64, 8) == 32
+    assert batch_size(100_000, 2, 64, 1) == 128 and batch_size(100_000, 2, 64, 8) == 16
     assert batch_size(100, 2, 64, 1) == 25 and batch_size(1, 8, 64, 1) == 1
+
+
+def test_large_pictures_make_small_calls(monkeypatch):
+    monkeypatch.setattr(calls.in_calls, "__defaults__", (1000,))  # pixels of a call
+    sizes = [(10, 10), (30, 30), (20, 40), (100, 100), (10, 10)]
+    samples = [sample(i, size=size) for i, size in enumerate(sizes)]
+    parts = batches(samples, 4, lambda s: Prompt(s, "", s.sample_id), lambda s: False)
+    assert [[p.group_id for p in part] for part in parts] == [["s0", "s1"], ["s2"], ["s3"], ["s4"]]
+
+
+def test_two_samples_of_one_name_are_refused():
+    assert len(list(distinct([sample(0), sample(0, "iaa"), sample(1)]))) == 3
+    with pytest.raises(UserError, match="iqa set/s0 comes twice"):
+        list(distinct([sample(0), sample(1), sample(0)]))
 
 
 def test_a_fingerprint_changes_with_weights_and_settings_and_not_with_the_place(tmp_path):
@@ -83,4 +108,8 @@ def test_a_fingerprint_changes_with_weights_and_settings_and_not_with_the_place(
 
     assert model("a", b"1" * 9) == model("b", b"1" * 9)
     assert len({model("c", b"2" * 9), model("d", b"1" * 9, "{} "), model("e", b"1" * 8), model("f", b"1" * 9)}) == 4
+    whole = bytearray(1 << 23)
+    early, late = bytearray(whole), bytearray(whole)
+    early[:100_000], late[-100_000:] = b"x" * 100_000, b"x" * 100_000  # a frozen tower stays, the rest has learned
+    assert len({model("g", bytes(whole)), model("h", bytes(early)), model("i", bytes(late))}) == 3
     assert model_fingerprint("owner/name") == "owner/name"

@@ -51,6 +51,7 @@ def row(i: int, meta: dict | None, prediction: float | None = None) -> dict:
     target = float(i % 100)
     return {
         "dataset": "d",
+        "task": "iqa",
         "target": target,
         "prediction": target if prediction is None else prediction,
         "truncated": False,
@@ -135,7 +136,7 @@ def test_a_better_model_is_told_from_an_equal_one(tmp_path):
     a = evaluation(tmp_path / "a", noisy(25), targets)
     b = evaluation(tmp_path / "b", noisy(10), targets)
     better = compare.run(a, b, rounds=500)["datasets"]["d"]
-    assert better["n"] == 300 and better["srcc"]["ci95"][0] > 0 and better["srcc"]["p"] == pytest.approx(1 / 500)
+    assert better["n"] == 300 and better["srcc"]["ci95"][0] > 0 and better["srcc"]["p"] == pytest.approx(2 / 501)
     assert better["plcc"]["difference"] == pytest.approx(better["plcc"]["after"] - better["plcc"]["before"])
     same = compare.run(a, evaluation(tmp_path / "c", noisy(25), targets), rounds=500)["datasets"]["d"]
     assert same["srcc"]["ci95"][0] < 0 < same["srcc"]["ci95"][1] and same["srcc"]["p"] > 0.05
@@ -154,5 +155,11 @@ def test_comparing_needs_common_samples_with_one_target(tmp_path):
         compare.run(a, other)
     with pytest.raises(UserError, match="no predictions.parquet"):
         compare.run(a, tmp_path)
+    assert found["parsed_after"] == 6 and found["unparsed"] == "midpoint"
+    few = evaluation(tmp_path / "few", {i: 100 - targets[i] for i in "0123"}, targets)
+    tiny = compare.run(a, few, rounds=50)["datasets"]["d"]["srcc"]
+    assert tiny["p"] is tiny["ci95"] is None and "4 independent pictures" in tiny["reason"]
+    crops = evaluation(tmp_path / "crops", dict(targets), targets, source="one photograph")
+    assert "1 independent" in compare.run(crops, a, rounds=50)["datasets"]["d"]["srcc"]["reason"]
     flat = evaluation(tmp_path / "flat", dict.fromkeys(targets, 5.0), targets)
     assert compare.run(a, flat, rounds=50)["datasets"]["d"]["srcc"]["reason"]

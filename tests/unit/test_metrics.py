@@ -5,6 +5,8 @@ import math
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -200,6 +202,22 @@ def test_the_file_audit_reads_predictions_and_completions(tmp_path):
     assert "a: unparsed rows: drop" in table and "b: 1 truncated" in table
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_nan_prediction_counts_as_unparsed(tmp_path, suffix):
+    rows = [
+        {"dataset": "a", "task": "iqa", "target": 10.0 * i, "prediction": 10.0 * i, "truncated": i == 3}
+        for i in range(7)
+    ]
+    rows[2]["prediction"] = math.nan
+    file = tmp_path / f"p.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    m = audit.run(file)["a"]
+    assert (m.n, m.n_parsed, m.n_truncated, m.srcc) == (7, 6, 1, pytest.approx(1.0))
+
+
 def test_one_name_for_both_tasks_is_split(tmp_path):
     rows = [{"dataset": "x", "task": t, "target": 1, "prediction": 1} for t in ("iqa", "iaa")]
     assert list(audit.run(write(tmp_path / "p.jsonl", rows))) == ["x/iqa", "x/iaa"]
@@ -217,6 +235,8 @@ def test_one_name_for_both_tasks_is_split(tmp_path):
         ({"dataset": 3, "task": "iqa", "target": 5, "prediction": 5}, "dataset 3 must be a text"),
         ('{"dataset": "a", "task": "iqa", "target": 5, "prediction": 1e999}', "finite"),
         ('{"dataset": "a", "task": "iqa", "target": 5, "prediction": 1' + "0" * 400 + "}", "finite"),
+        ('{"dataset": "a", "task": "iqa", "target": NaN, "prediction": 5}', "target must be a finite number"),
+        ('{"dataset": "a", "task": "iqa", "target": 5, "prediction": Infinity}', "Infinity is not a JSON number"),
         ('{"dataset"', "not valid JSON"),
     ],
 )
@@ -246,3 +266,14 @@ def test_intervals_of_every_metric_on_request():
     assert (hi**2 - lo**2) == pytest.approx(2 * 1.96 * error.std() / math.sqrt(len(error)), rel=0.3)
     flat = score_metrics(target, np.full(120, 5.0), bootstrap=50, ci_all=True)
     assert flat.ci95["krcc"] is None and flat.reason["ci95.krcc"] == "constant prediction" and flat.ci95["mae"]
+
+
+def test_intervals_by_cluster_are_wider_where_clusters_agree():
+    rng = np.random.default_rng(0)
+    cluster = np.repeat(np.arange(12), 40)
+    target = rng.uniform(0, 100, len(cluster))
+    prediction = np.clip(target + np.repeat(rng.normal(0, 25, 12), 40) + rng.normal(0, 5, len(cluster)), 0, 100)
+    rows = score_metrics(target, prediction, bootstrap=400).ci95["srcc"]
+    whole = score_metrics(target, prediction, bootstrap=400, cluster=cluster).ci95["srcc"]
+    assert whole[1] - whole[0] > 1.5 * (rows[1] - rows[0])
+    assert score_metrics(target, prediction, bootstrap=50, cluster=np.zeros(len(cluster))).ci95["srcc"] is None

@@ -208,7 +208,7 @@ def test_held_out_samples_are_the_first_usable_ones_of_each_data_set(make_source
     source = make_source()
     assert [s.sample_id for s in source.held_out(manifests, 2)] == ["iqa-1", "iqa-2", "iaa-0", "iaa-2"]
     assert set(quarantined(tmp_path)) == {"iqa-0", "iaa-1"}
-    assert source.missing == {"set-iqa": 1, "set-iaa": 1}
+    assert source.missing == {("set-iqa", "iqa"): 1, ("set-iaa", "iaa"): 1}
     assert len(list(source.held_out(manifests, None))) == 6
 
 

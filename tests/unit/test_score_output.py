@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tatar_dist import score_output
 from tatar_dist.errors import UserError
 from tatar_dist.model_directory import model_config
 from tatar_dist.score_output import by_picture, find_pictures, run, write_page
@@ -51,8 +54,18 @@ def test_a_directory_without_pictures(tmp_path):
 def test_pictures_come_as_paths_bytes_tuples_and_pillow_images(pictures):
     assert read_picture(pictures / "b.png")[1] == (pictures / "b.png").read_bytes()
     assert read_picture(b"x", 3) == ("picture 4", b"x") and read_picture(("n", b"x")) == ("n", b"x")
+    phone = Image.new("RGB", (30, 20))
+    phone.getexif()[0x0112] = 6
+    phone.save(pictures / "phone.jpg", exif=phone.getexif())
+    _, turned = read_picture(Image.open(pictures / "phone.jpg"))
+    assert Image.open(io.BytesIO(turned)).size == (20, 30)  # as the file would be
+    assert Image.open(io.BytesIO(read_picture(Image.new("CMYK", (3, 2)))[1])).mode == "RGB"
+    (pictures / "cut.png").write_bytes((pictures / "b.png").read_bytes()[:60])
+    assert read_picture(Image.open(pictures / "cut.png"))[1].startswith("cannot be read:")
     name, data = read_picture(Image.new("L", (3, 2)), 0)
     assert name == "picture 1" and Image.open(io.BytesIO(data)).size == (3, 2)
+    os.mkfifo(pictures / "pipe.png")
+    assert read_picture(pictures / "pipe.png")[1] == "is no file"
     assert read_picture("gone.png") == ("gone.png", "cannot be read: No such file or directory")
 
 
@@ -60,20 +73,48 @@ SCORES = [
     Score("<b>.png", "iqa", 40.0, "<script>alert(1)</script>", "…", samples=(39.0, None, 43.0), mean=41.0, sd=2.8),
     Score("<b>.png", "iaa", None, "", "…", reason="no <answer>"),
     Score("good.png", "iqa", 90.0, "fine", "…", expected=88.0, expected_sd=4.0),
-    Score("bad.png", "iqa", error="cannot decode image"),
+    Score("[/x]bad.png", "iqa", error="cannot decode image"),
+    Score("[red]odd.png", "iqa", 7.0, "[/INST] it said"),
 ]
 
 
 def test_what_cannot_be_scored_is_named_and_the_rest_is_shown(capsys):
-    assert run(lambda: lambda: iter(SCORES), 4, as_json=True, html=None) == 1
+    assert run(lambda: lambda: iter(SCORES), 5, as_json=True, html=None) == 1
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
-    assert [line.get("score") for line in lines] == [40.0, None, 90.0, None]
+    assert [line.get("score") for line in lines] == [40.0, None, 90.0, None, 7.0]
     assert lines[0]["samples"] == [39.0, None, 43.0] and "samples" not in lines[2]
-    assert "bad.png: cannot decode image" in err and "1 of 3 pictures could not be scored" in err
-    run(lambda: lambda: iter(SCORES), 4, as_json=False, html=None)
+    assert "[/x]bad.png: cannot decode image" in err and "1 of 4 pictures could not be scored" in err
+    run(lambda: lambda: iter(SCORES), 5, as_json=False, html=None)
     table = capsys.readouterr().out
-    assert "± 2.8" in table and "expected 88.0" in table and "no score" in table and "bad.png" not in table
+    assert (
+        "± 2.8" in table
+        and "expected 88.0" in table
+        and "no score" in table
+        and "bad.png" not in table
+        and "[red]odd" in table
+        and "[/INST]" in table
+    )
+
+
+def test_what_was_scored_before_ctrl_c_is_shown(capsys, tmp_path):
+    def interrupted():
+        yield SCORES[2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(lambda: interrupted, 9, as_json=False, html=tmp_path / "p.html", given=[("good.png", b"")])
+    assert "good.png" in capsys.readouterr().out and "good.png" in (tmp_path / "p.html").read_text()
+    with pytest.raises(UserError, match="cannot write there"):  # before a model is loaded
+        run(lambda: pytest.fail("loaded"), 9, as_json=False, html=tmp_path / "gone" / "p.html")
+
+
+def test_the_page_of_very_many_shows_the_best_and_the_worst(tmp_path, monkeypatch):
+    monkeypatch.setattr(score_output, "MOST_SHOWN", 4)
+    write_page(tmp_path / "p.html", [Score(f"s{i}s", "iqa", float(i), "", "") for i in range(10)])
+    page = (tmp_path / "p.html").read_text()
+    assert [f"s{i}s" in page for i in range(10)] == [i in (0, 1, 8, 9) for i in range(10)]
+    assert "6 in the middle are not shown" in page
 
 
 def test_the_page_escapes_what_a_model_writes_and_loads_nothing(pictures):
@@ -85,7 +126,7 @@ def test_the_page_escapes_what_a_model_writes_and_loads_nothing(pictures):
     assert page.count("data:image/jpeg;base64,") == 1 and "cannot decode image" in page
     with pytest.raises(UserError, match="cannot write there"):
         write_page(pictures / "gone" / "page.html", named)
-    assert list(by_picture(SCORES)) == ["<b>.png", "good.png"]
+    assert list(by_picture(SCORES)) == ["<b>.png", "good.png", "[red]odd.png"]
 
 
 def test_directories_that_are_no_model_of_ours(tmp_path):
@@ -93,12 +134,22 @@ def test_directories_that_are_no_model_of_ours(tmp_path):
         model_config(tmp_path / "gone")
     with pytest.raises(UserError, match="no config.json"):
         model_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type"')
+    with pytest.raises(UserError, match="config.json: cannot be read"):
+        model_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="model_type is 'llama'; known are qwen2_5_vl, qwen3_vl"):
+    with pytest.raises(UserError, match="model_type is 'llama'; known families are qwen2_5_vl, qwen3_vl"):
+        model_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    with pytest.raises(UserError, match="no .*safetensors"):
+        model_config(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="sizes of pictures are unknown"):
         model_config(tmp_path)
 
 
 def test_a_model_is_asked_as_its_own_files_say(tmp_path):
+    (tmp_path / "model.safetensors").touch()
     settings = {"model_type": "qwen2_5_vl", "dtype": "float32", "text_config": {"max_position_embeddings": 1024}}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     size = {"image_processor": {"size": {"shortest_edge": 12544, "longest_edge": 50176}}}
@@ -112,3 +163,23 @@ def test_a_model_is_asked_as_its_own_files_say(tmp_path):
     config = model_config(tmp_path)
     assert (config.model.min_pixels, config.model.max_pixels) == (784, 1568)
     assert config.data.prompts == str(tmp_path / "prompts.yaml")  # its own wording before ours
+
+
+def test_a_checkpoint_is_asked_as_its_run_was(tmp_path):
+    model = tmp_path / "a: run/checkpoints/step_000100/model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text('{"model_type": "qwen2_5_vl", "dtype": "float32"}')
+    (model / "model.safetensors").touch()
+    untouched = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}
+    (model / "preprocessor_config.json").write_text(json.dumps(untouched))
+    run = tmp_path / "a: run"
+    (run / "prompts.yaml").write_text("")
+    (run / "config.yaml").write_text("rollout: {max_new_tokens: 777}")
+    (run / "checkpoints/latest").symlink_to("step_000100")
+    config = model_config(run / "checkpoints/latest/model")
+    assert config.model.path == str(run / "checkpoints/latest/model") and config.rollout.max_new_tokens == 777
+    assert Path(config.data.prompts).resolve() == (run / "prompts.yaml").resolve()
+    assert config.model.max_pixels == 1572864  # 12.8 megapixels are Qwen's own, nobody's training here
+    (run / "config.yaml").unlink()
+    (model / "generation_config.json").write_text('{"max_new_tokens": 555}')
+    assert model_config(model).rollout.max_new_tokens == 555
