@@ -6,6 +6,7 @@ process, no socket. Sizes of pictures, dtype and wording are the model directory
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import json
@@ -24,6 +25,7 @@ from typing import Any
 
 from tatar_dist.config import Config
 from tatar_dist.errors import RunError, UserError
+from tatar_dist.interrupts import EXIT_INTERRUPTED
 from tatar_dist.model_directory import model_config, run_of
 from tatar_dist.records import TASKS
 from tatar_dist.rollout.environment import COMMON_ENV, engine_environment
@@ -50,12 +52,12 @@ class Address:
 
 
 def run(model: Path, address: Address, words: list[str]) -> None:
-    """Serve until told to stop.
+    """Serve until told to stop. Ends the process: with status 0 then, 1 when the engine has died, 130 while it loads.
 
     Raises:
         UserError: no model of a known family, an address that is taken or open to others by accident, a wrong key,
             settings that vLLM refuses.
-        RunError: vLLM could not load the model, or its engine died.
+        RunError: vLLM could not load the model.
     """
     key = _key(address)
     with _bound(address) as sock:
@@ -211,8 +213,7 @@ def _serve(args: Namespace, sock: socket.socket) -> None:
     from vllm.utils.system_utils import set_ulimit
 
     set_ulimit()  # many connections
-    # Until vLLM takes the signals for itself. While a model is loaded it waits for the engine's process, and ends that
-    # process if an exception ends the wait.
+    # until vLLM takes them for itself, once it has loaded
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -226,12 +227,26 @@ def _serve(args: Namespace, sock: socket.socket) -> None:
             raise
         raise RunError(f"vLLM could not load {args.model}: {e}") from e
     if args.died:
-        raise RunError(f"the engine of {args.address} died, so the server has ended; start it again")
-    print("stopped", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # the engine has ended; taking down this interpreter, triton would list its leaks on 40 lines
+        _leave(f"tatar-dist: the engine of {args.address} died, so the server has ended; start it again", 1)
+    _leave("stopped", 0)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    """A signal while the model is loaded: end the engine's processes and this one.
+
+    Not by an exception, which would be lost: vLLM waits for its engine in ZeroMQ's poll, and that drops it. Not by
+    SIGTERM either: an engine heeds it only when it has loaded.
+    """
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if not any("resource_tracker" in word for word in child.cmdline()):  # it removes shared memory, and ends
+                child.kill()
+    _leave("tatar-dist: interrupted", EXIT_INTERRUPTED)
+
+
+def _leave(said: str, status: int) -> None:
+    """End this process as it stands: if its interpreter were taken down, triton would list its leaks on 40 lines."""
+    os.write(2, f"{said}\n".encode())  # print may not be re-entered from a signal's handler
+    os._exit(status)
