@@ -92,8 +92,11 @@ def explanations(training: Training, notes: list[str]) -> list[Explained]:
         return []
     try:
         rows = pq.ParquetFile(files[-1]).read().to_pylist()
-    except (pa.ArrowException, OSError):
-        return []  # rollouts.py has named it
+    except (pa.ArrowException, OSError, ValueError) as e:  # ValueError: a text that is not UTF-8
+        file = files[-1]
+        if not any(f"/{file.name} could not be read" in note for note in notes):  # rollouts.py reads fewer columns
+            notes.append(f"{file.parent.name}/{file.name} could not be read: {str(e).splitlines()[0]}")
+        return []
     groups: dict[Any, list[int]] = {}
     for i, row in enumerate(rows):
         if _whole(row):
