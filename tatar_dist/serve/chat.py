@@ -55,18 +55,18 @@ def data_url(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def messages(scoring: Scoring, task: Task, urls: Sequence[str]) -> list[dict[str, Any]]:
-    """The prompt of a task with these pictures in place of its one."""
+def messages(scoring: Scoring, task: Task, url: str) -> list[dict[str, Any]]:
+    """The prompt of a task with this picture in it."""
     system, user = scoring.prompts.messages(task)
-    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return [system, {**user, "content": [*pictures, *(p for p in user["content"] if p["type"] != "image")]}]
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    return [system, {**user, "content": [picture, *(p for p in user["content"] if p["type"] != "image")]}]
 
 
 def request_body(scoring: Scoring, task: Task, url: str, n: int, temperature: float) -> dict[str, Any]:
     """A chat request for `n` answers; temperature 0 is greedy."""
     return {
         "model": scoring.model,
-        "messages": messages(scoring, task, [url]),
+        "messages": messages(scoring, task, url),
         "n": n,
         "temperature": temperature,
         "max_completion_tokens": scoring.max_tokens,
@@ -75,21 +75,28 @@ def request_body(scoring: Scoring, task: Task, url: str, n: int, temperature: fl
 
 
 def preset(scoring: Scoring, task: Task, body: Mapping[str, Any]) -> dict[str, Any]:
-    """A user's chat request to the model `task` with our wording around its pictures; the text it had is left out.
+    """A user's chat request to the model `task` with our wording around its picture; the text it had is left out.
 
     Its own options stay; where it has none, an answer is greedy, or sampled at 1 if several are asked for.
 
     Raises:
-        Refused: no picture, one that cannot be read, or one that is not in the request (nothing is fetched).
+        Refused: no picture or several, one that cannot be read, or one that is not in the request (nothing is
+            fetched); a logit_bias that is none.
     """
-    urls = [data_url(upright(from_base64(url))) for url in _pictures(body.get("messages"))]
+    urls = _pictures(body.get("messages"))
     if not urls:
         raise Refused(f"model {task}: no picture in the messages; add an image_url with a data URL")
-    several = (body.get("n") or 1) != 1
-    found = {"temperature": float(several), **body, "messages": messages(scoring, task, urls)}
+    if len(urls) > 1:  # before any is decoded: each may take gigabytes
+        raise Refused(f"model {task}: {len(urls)} pictures in the messages; it judges one in a request")
+    bias = body.get("logit_bias") or {}
+    if not isinstance(bias, dict):
+        raise Refused("logit_bias: must be an object, {token id: bias}")
+    found = {**body, "messages": messages(scoring, task, data_url(upright(from_base64(urls[0]))))}
+    if body.get("temperature") is None:
+        found["temperature"] = float((body.get("n") or 1) != 1)
     if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
         found["max_completion_tokens"] = scoring.max_tokens
-    found["logit_bias"] = {**(body.get("logit_bias") or {}), **scoring.logit_bias}
+    found["logit_bias"] = {**bias, **scoring.logit_bias}
     return found
 
 

@@ -43,7 +43,7 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self.app(scope, receive, _announcing(scope, send))
+            await self.app(scope, *_watched(scope, receive, send))
         elif scope["type"] == "http":
             try:
                 await self._http(scope, receive, send)
@@ -118,21 +118,31 @@ class Front:
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         raw = await requests.body_of(receive)
         try:
-            body = json.loads(raw)
-        except ValueError:
-            body = None  # vLLM says what is wrong with it
-        task = body.get("model") if isinstance(body, dict) else None
-        if task in TASKS:
-            async with self._decoding:
-                found = await asyncio.to_thread(chat.preset, _args(scope).scoring, task, body)
-            raw = json.dumps(found).encode()
+            ours = await self._preset(scope, raw)
+        except RecursionError:
+            raise Refused(requests.NESTED) from None
+        if ours is not None:
+            raw = ours
             headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
             scope = {**scope, "headers": [*headers, (b"content-length", str(len(raw)).encode())]}
         await self.app(scope, _replayed(raw, receive), send)
 
+    async def _preset(self, scope: Scope, raw: bytes) -> bytes | None:
+        """A chat request to a task in our wording; None if it is to another model."""
+        try:
+            body = json.loads(raw)
+        except ValueError:
+            return None  # vLLM says what is wrong with it
+        task = body.get("model") if isinstance(body, dict) else None
+        if task not in TASKS:
+            return None
+        async with self._decoding:
+            found = await asyncio.to_thread(chat.preset, _args(scope).scoring, task, body)
+        return json.dumps(found).encode()
+
 
 def _args(scope: Scope) -> Any:
-    """vLLM's arguments, with ours: `scoring`, `shown` and `address`."""
+    """vLLM's arguments, with ours: `scoring`, `shown`, `address`, `serving` and `died`."""
     return scope["app"].state.args
 
 
@@ -162,22 +172,47 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def _announcing(scope: Scope, send: Send) -> Send:
-    """`send` of the lifespan; when the app is up, wait for the socket and say where it listens."""
+def _watched(scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """`receive` and `send` of the lifespan.
+
+    When the app is up: say where it listens. When it ends and nobody asked: note in the arguments that the engine died,
+    which to vLLM is an end like any other.
+    """
+    state = scope["app"].state  # vLLM deletes the attribute at the end
     waiting: set[asyncio.Task[None]] = set()  # a task without a reference may be collected
+    asked = False
 
     async def announce() -> None:
-        state = scope["app"].state
         while not state.server.started:
             await asyncio.sleep(0.02)
         print(f"ready: {state.args.address}", flush=True)
 
-    async def watched(message: Message) -> None:
+    def watch() -> None:
+        state.args.serving = True
+        for served in state.openai_serving_models.base_model_paths:  # /v1/models shows it as `root`
+            served.model_path = state.args.shown
+        stop = state.engine_client.shutdown
+
+        def shutdown(*args: Any, **kwargs: Any) -> None:
+            nonlocal asked
+            asked = True
+            stop(*args, **kwargs)
+
+        state.engine_client.shutdown = shutdown  # vLLM calls it at a signal, before the lifespan ends
+        waiting.add(asyncio.create_task(announce()))
+
+    async def sent(message: Message) -> None:
         await send(message)
         if message["type"] == "lifespan.startup.complete":
-            waiting.add(asyncio.create_task(announce()))
+            watch()
 
-    return watched
+    async def received() -> Message:
+        message = await receive()
+        if message["type"] == "lifespan.shutdown":
+            state.args.died = not asked
+        return message
+
+    return received, sent
 
 
 @cache

@@ -30,6 +30,7 @@ MAX_BYTES = 128 << 20  # of a request: the encoded picture, in base64 at worst
 MAX_SAMPLES = 64
 MAX_TEMPERATURE = 2.0  # what OpenAI's API allows
 OPTIONS = ("task", "n", "temperature")
+NESTED = "the JSON is nested too deeply"
 
 
 class Refused(Exception):
@@ -68,7 +69,7 @@ async def body_of(receive: Receive) -> bytes:
 async def read(request: Request) -> ScoreRequest:
     """Raises Refused: no picture, not the form it claims to be, an option that is unknown or out of its range."""
     declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > MAX_BYTES:
+    if declared.isdecimal() and int(declared) > MAX_BYTES:
         raise Refused(f"the request is larger than {MAX_BYTES >> 20} MiB", 413)
     body = await body_of(request.receive)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -82,7 +83,7 @@ async def read(request: Request) -> ScoreRequest:
     options |= fields
     for key in options:
         if key not in OPTIONS:
-            raise Refused(f"{key}: no such option; there are {', '.join(OPTIONS)}")
+            raise Refused(f"{_brief(key)}: no such option; there are {', '.join(OPTIONS)}")
     if not image:
         raise Refused("no picture: send its bytes, a form with the field `image`, or JSON with `image` in base64")
     return ScoreRequest(image, *_checked(options))
@@ -107,6 +108,8 @@ def _json(body: bytes) -> tuple[bytes, dict[str, Any]]:
         fields = json.loads(body)
     except ValueError as e:
         raise Refused(f"not valid JSON: {e}") from None
+    except RecursionError:
+        raise Refused(NESTED) from None
     if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
         raise Refused("expected a JSON object with `image`, a picture in base64")
     return from_base64(fields.pop("image")), fields
@@ -126,7 +129,7 @@ def from_base64(text: str) -> bytes:
 def _checked(options: Mapping[str, Any]) -> tuple[tuple[Task, ...], int, float]:
     task = options.get("task", "both")
     if task not in (*TASKS, "both"):
-        raise Refused(f"task={task}: must be one of {', '.join(TASKS)}, both")
+        raise Refused(f"task={_brief(task)}: must be one of {', '.join(TASKS)}, both")
     n, temperature = _number(options, "n", 0), _number(options, "temperature", 1.0)
     if not (n == int(n) and 0 <= n <= MAX_SAMPLES):
         raise Refused(f"n={n:g}: must be a whole number from 0 to {MAX_SAMPLES}")
@@ -141,8 +144,13 @@ def _number(options: Mapping[str, Any], key: str, default: float) -> float:
     given = options.get(key, default)
     try:
         found = math.nan if isinstance(given, bool) else float(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # a whole number may be larger than any float
         found = math.nan
     if not math.isfinite(found):
-        raise Refused(f"{key}={given}: must be a number")
+        raise Refused(f"{key}={_brief(given)}: must be a number")
     return found
+
+
+def _brief(given: Any) -> str:
+    """What somebody sent, as a part of one line."""
+    return " ".join(str(given).split())[:40]

@@ -1,7 +1,7 @@
 """Starts vLLM's server for a model directory, in this process, after everything that can be wrong was looked at.
 
 In: a model directory, an address, config keys. Out: a server that runs until Ctrl-C or SIGTERM, and then nothing: no
-process, no socket. Sizes of pictures and the dtype are the model directory's own, which is what it was trained with.
+process, no socket. Sizes of pictures, dtype and wording are the model directory's own (model_directory.py).
 """
 
 from __future__ import annotations
@@ -11,19 +11,31 @@ import ipaddress
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import warnings
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from tatar_dist import CONFIGS
-from tatar_dist.config import Config, ModelConfig, RolloutConfig, load_config
+from tatar_dist.config import Config
 from tatar_dist.errors import RunError, UserError
+from tatar_dist.model_directory import model_config, run_of
+from tatar_dist.records import TASKS
+from tatar_dist.rollout.environment import COMMON_ENV, engine_environment
 
 MIDDLEWARE = "tatar_dist.serve.middleware.Front"
+NOWHERE = "nothing.invalid"  # the only host that pictures may come from: a name that RFC 2606 gives to nobody
+SERVER_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "HF_HUB_OFFLINE": "1",
+    # libraries tell each other; and an engine that is told to stop leaves shared memory to Python's tracker
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker",
+}
 CPU_SEQS = 16  # answers at once; each may take the room of a whole prompt in a CPU engine's batch
 
 
@@ -41,15 +53,18 @@ def run(model: Path, address: Address, words: list[str]) -> None:
     """Serve until told to stop.
 
     Raises:
-        UserError: no model of a known family, an address that is taken or open to others by accident, a wrong key.
-        RunError: vLLM could not load the model.
+        UserError: no model of a known family, an address that is taken or open to others by accident, a wrong key,
+            settings that vLLM refuses.
+        RunError: vLLM could not load the model, or its engine died.
     """
     key = _key(address)
     with _bound(address) as sock:
-        family = _family(model)
-        _set_environment()
-        config = load_config([], [*_model_words(model, family), *words])
-        args = _arguments(config, str(model))
+        model_config(model, words)  # what is wrong with it is said before torch is imported, which takes seconds
+        _set_environment(COMMON_ENV)
+        gpu = _gpu()
+        config = model_config(model, words, [] if gpu else [f"rollout.max_num_seqs={CPU_SEQS}"])
+        _set_environment(environment(config, gpu))
+        args = _arguments(config, shown_name(model), gpu)
         host = f"[{address.host}]" if ":" in address.host else address.host
         args.host, args.port, args.api_key = address.host, sock.getsockname()[1], [key] if key else None
         args.address = f"http://{host}:{args.port}"
@@ -82,12 +97,13 @@ def _loopback(host: str) -> bool:
 
 
 def _bound(address: Address) -> socket.socket:
-    """The socket, bound before anything is loaded. Raises UserError."""
+    """The socket, which listens before anything is loaded: only then is the port taken for others. Raises UserError."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM: a restart need not wait for old connections
     try:
         sock.bind((address.host, address.port))
+        sock.listen()
     except OSError as e:
         sock.close()
         hint = "in use; choose another with --port" if e.errno == errno.EADDRINUSE else e.strerror or e
@@ -95,53 +111,25 @@ def _bound(address: Address) -> socket.socket:
     return sock
 
 
-def _family(model: Path) -> str:
-    """The family that config.json names. Raises UserError when the directory holds no model of a known one."""
-    from tatar_dist.backbones import family, names
-
-    if not model.is_dir():
-        raise UserError(f"--model {model}: no such directory")
-    file = model / "config.json"
-    if not file.is_file():
-        raise UserError(f"--model {model}: no config.json in it, so it is not a Hugging Face model directory")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{file}: not valid JSON: {e}") from None
-    kind = found.get("model_type") if isinstance(found, dict) else None
-    if kind not in names():
-        raise UserError(f"--model {model}: model_type is {kind!r}; families that can be served: {', '.join(names())}")
-    family(kind).check_directory(str(model))
-    return kind
+def shown_name(model: Path) -> str:
+    """What the server calls the model, on its open page too: the run's name or the directory's, not where it lies."""
+    name = (run_of(model) or model.resolve()).name or "model"
+    return f"{name}-model" if name in TASKS else name
 
 
-def _model_words(model: Path, family: str) -> list[str]:
-    """Config keys that the model directory answers; the user's own come after them."""
-    from transformers import AutoImageProcessor
+def environment(config: Config, gpu: bool) -> dict[str, str]:
+    """What vLLM and transformers read as they are imported, here and in the engine's process."""
+    return COMMON_ENV | engine_environment(config, gpu, len(os.sched_getaffinity(0))) | SERVER_ENV
 
-    settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    text = settings.get("text_config", settings)
-    dtype = settings.get("dtype") or settings.get("torch_dtype") or ModelConfig.dtype
-    length = min(RolloutConfig.max_model_len, text.get("max_position_embeddings", RolloutConfig.max_model_len))
-    try:
-        size = AutoImageProcessor.from_pretrained(model).size
-        least, most = int(size["shortest_edge"]), int(size["longest_edge"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        said = " ".join(str(e).split())[:200]
-        raise UserError(f"--model {model}: its image processor cannot be read: {said}") from None
-    words = {
-        "output": '""',
-        "model.path": json.dumps(str(model)),
-        "model.family": family,
-        "model.dtype": "float32" if dtype == "float32" else "bfloat16",
-        "model.min_pixels": least,
-        "model.max_pixels": min(most, ModelConfig.max_pixels),  # Qwen's own 12.8 megapixels would fill a context
-        "rollout.max_model_len": length,
-        "data.prompts": json.dumps(str(CONFIGS / "prompts.yaml")),
-    }
-    if not _gpu():
-        words["rollout.max_num_seqs"] = CPU_SEQS
-    return [f"{key}={value}" for key, value in words.items()]
+
+def _set_environment(wanted: Mapping[str, str]) -> None:
+    """What the user has set stays, but for what would open a server or half lock it."""
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+    os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"
+    os.environ.pop("VLLM_API_KEY", None)  # vLLM's lock is on /v1 alone; ours is --api-key-env
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # until vLLM configures it, as told above
 
 
 def _gpu() -> bool:
@@ -150,36 +138,39 @@ def _gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _set_environment() -> None:
-    """What vLLM and transformers read as they are imported."""
-    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-    # libraries tell each other; and an engine that is told to stop leaves shared memory to Python's tracker
-    quiet["PYTHONWARNINGS"] = "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker"
-    defaults = {**quiet, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not _gpu():
-        defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # until vLLM configures it, as told above
-
-
-def _arguments(config: Config, shown: str) -> Namespace:
-    """vLLM's server arguments, as its own command line would parse them, with ours beside them."""
+def _forbidden(config: Config) -> tuple[int, ...]:
+    """Token ids that no answer may hold. Raises UserError when the tokenizer or the processor cannot be read."""
     from tatar_dist.backbones import family
+
+    try:
+        return tuple(family(config.model.family)(config.model).forbidden_ids())
+    except UserError:
+        raise
+    except Exception as e:  # of a damaged file tokenizers raises Exception itself
+        raise UserError(f"{config.model.path}: its tokenizer or processor cannot be read: {_line(e)}") from e
+
+
+def _line(e: Exception) -> str:
+    """An error of a library as a part of one line; of a pydantic error its first message."""
+    from pydantic import ValidationError
+
+    said = e.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(e, ValidationError) else str(e)
+    return " ".join(said.split())[:300] or type(e).__name__
+
+
+def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
+    """vLLM's server arguments, as its own command line would parse them, with ours beside them."""
     from tatar_dist.prompts import Prompts
 
     m, r = config.model, config.rollout
     prompts = Prompts.load(config.data.prompts)
-    forbidden = family(m.family)(m).forbidden_ids()
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(r.cpu_kv_cache_gib))
+    forbidden = _forbidden(config)
 
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from tatar_dist.records import TASKS
     from tatar_dist.serve.chat import Scoring
 
     options: dict[str, Any] = {
@@ -192,40 +183,55 @@ def _arguments(config: Config, shown: str) -> Namespace:
         "limit-mm-per-prompt": json.dumps({"image": 1, "video": 0}),
         "mm-processor-kwargs": json.dumps({"min_pixels": m.min_pixels, "max_pixels": m.max_pixels}),
         "generation-config": "vllm",
+        "allowed-media-domains": NOWHERE,
         "middleware": MIDDLEWARE,
         "uvicorn-log-level": "warning",
     }
-    if _gpu():
+    if gpu:
         options["gpu-memory-utilization"] = r.gpu_memory_utilization
     else:
         # A seeded request whose prefill is chunked crashes vLLM's CPU sampler: leave room for all prompts at once.
         options["max-num-batched-tokens"] = r.max_num_seqs * r.max_model_len
     words = [f"--{name}={value}" for name, value in options.items()]
     words += ["--served-model-name", shown, *TASKS, "--disable-log-stats", "--no-use-tqdm-on-load"]
-    words += [] if _gpu() else ["--enforce-eager"]
+    words += [] if gpu else ["--enforce-eager"]
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    args.shown = shown
-    args.scoring = Scoring(shown, prompts, tuple(forbidden), r.max_new_tokens)
+    args.shown, args.serving, args.died = shown, False, False
+    args.scoring = Scoring(shown, prompts, forbidden, r.max_new_tokens)
     return args
 
 
 def _serve(args: Namespace, sock: socket.socket) -> None:
-    """Run vLLM's server on a bound socket until a signal ends it."""
+    """Run vLLM's server on a bound socket until a signal ends it, or the engine's death."""
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker
     from vllm.utils.system_utils import set_ulimit
 
     set_ulimit()  # many connections
+    # Until vLLM takes the signals for itself. While a model is loaded it waits for the engine's process, and ends that
+    # process if an exception ends the wait.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         uvloop.run(run_server_worker(args.address, sock, args))
+    except ValueError as e:
+        if args.serving:
+            raise
+        raise UserError(f"{args.model}: vLLM refuses to load it so: {_line(e)}") from e
     except RuntimeError as e:
         if "ngine core" not in str(e):
             raise
         raise RunError(f"vLLM could not load {args.model}: {e}") from e
+    if args.died:
+        raise RunError(f"the engine of {args.address} died, so the server has ended; start it again")
     print("stopped", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # the engine has ended; taking down this interpreter, triton would list its leaks on 40 lines
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

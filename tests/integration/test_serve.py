@@ -1,19 +1,25 @@
-"""The real `tatar-dist serve` as a process, asked as clients and a browser ask it. All tests share one start."""
+"""The real `tatar-dist serve` as a process, asked as clients and a browser ask it.
+
+All tests share one start, but for those of what ends a server: they come last.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -29,7 +35,7 @@ from tatar_dist.prompts import parse
 ROOT = Path(__file__).parents[2]
 KEY = "a-key-of-the-tests"
 SHOTS = ROOT / "build" / "serve"
-WORDS = ["rollout.max_new_tokens=40", "reward.params.length_iaa_min=2"]  # the shorter limit breaks a rule of GRPO
+LIMIT = "rollout.max_new_tokens=40"
 
 
 class Server:
@@ -37,7 +43,7 @@ class Server:
 
     def __init__(self, model: str, directory: Path) -> None:
         self.log = directory / "serve.log"
-        words = ["--model", model, "--port", "0", "--api-key-env", "TATAR_KEY", *WORDS]
+        words = ["--model", model, "--port", "0", "--api-key-env", "TATAR_KEY", LIMIT]
         with open(self.log, "w") as said:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tatar_dist", "serve", *words],
@@ -47,6 +53,9 @@ class Server:
                 stderr=said,
                 start_new_session=True,
             )
+
+    def wait(self) -> None:
+        """Until it is ready."""
         end, found = time.monotonic() + 400, None
         while not (found := re.search(r"^ready: (\S+)$", self.log.read_text(), re.MULTILINE)):
             assert self.process.poll() is None, self.log.read_text()
@@ -66,15 +75,40 @@ class Server:
                 pass
         return found
 
+    def engine(self) -> psutil.Process | None:
+        """The process of vLLM's engine."""
+        return next((p for p in self.processes() if any("EngineCore" in word for word in p.cmdline())), None)
+
+    def left(self, seconds: float = 15) -> list[psutil.Process]:
+        """What of it lives after so long."""
+        end = time.monotonic() + seconds
+        while (found := self.processes()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return found
+
+
+@contextmanager
+def serving(model: str, directory: Path) -> Iterator[Server]:
+    started = Server(model, directory)
+    try:
+        yield started
+    finally:
+        for process in started.processes():
+            process.kill()
+        started.process.wait(30)
+
 
 @pytest.fixture(scope="module")
 def server(model_parsing: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = Server(model_parsing, tmp_path_factory.mktemp("serve"))
-    yield started
-    started.client.close()
-    for process in started.processes():  # none, after the last test
-        process.kill()
-    started.process.wait(30)
+    with serving(model_parsing, tmp_path_factory.mktemp("serve")) as started:
+        started.wait()
+        yield started
+        started.client.close()
+
+
+def tatar_dist(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tatar_dist", *words]
+    return subprocess.run(command, cwd=ROOT, env=server_environment(), capture_output=True, text=True, timeout=400)
 
 
 def encoded(image: Image.Image, kind: str, orientation: int | None = None) -> bytes:
@@ -83,6 +117,11 @@ def encoded(image: Image.Image, kind: str, orientation: int | None = None) -> by
         exif[0x0112] = orientation
     image.save(out, kind, exif=exif)
     return out.getvalue()
+
+
+def picture_part(data: bytes) -> dict:
+    """Of a chat message."""
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data).decode()}"}}
 
 
 def bomb() -> bytes:
@@ -97,9 +136,14 @@ def bomb() -> bytes:
     )
 
 
-def test_the_models_are_the_tasks_and_the_directory(server, model_parsing):
-    names = [m["id"] for m in server.client.get("/v1/models").json()["data"]]
-    assert names == [model_parsing, "iqa", "iaa"]
+def test_the_models_are_the_tasks_and_the_directory_but_not_where_it_lies(server, model_parsing):
+    found = server.client.get("/v1/models")
+    name = Path(model_parsing).name
+    assert [m["id"] for m in found.json()["data"]] == [name, "iqa", "iaa"]
+    page = httpx.get(f"{server.url}/", timeout=60).text
+    assert name in page
+    for text in (found.text, page):
+        assert str(Path(model_parsing).parent) not in text
 
 
 def test_a_picture_gets_both_scores_and_their_spread(server):
@@ -115,9 +159,7 @@ def test_a_picture_gets_both_scores_and_their_spread(server):
 
 
 def test_the_chat_model_iqa_is_the_same_judge(server):
-    url = f"data:image/png;base64,{base64.b64encode(png(3)).decode()}"
-    picture = {"type": "image_url", "image_url": {"url": url}}
-    body = {"model": "iqa", "messages": [{"role": "user", "content": [picture]}]}
+    body = {"model": "iqa", "messages": [{"role": "user", "content": [picture_part(png(3))]}]}
     chat = server.client.post("/v1/chat/completions", json=body).json()
     scored = server.client.post("/score?task=iqa", content=png(3)).json()
     assert scored.keys() == {"iqa"} and scored["iqa"]["samples"] == []
@@ -125,8 +167,41 @@ def test_the_chat_model_iqa_is_the_same_judge(server):
     assert chat["usage"]["prompt_tokens"] > 30  # our wording, though the request had none
 
 
+def test_score_says_what_the_command_says(server, model_parsing, tmp_path):
+    """Two engines, two ways to put the question."""
+    file = tmp_path / "a.png"
+    file.write_bytes(png(3))
+    done = tatar_dist("score", str(file), "--model", model_parsing, "--json", "--set", LIMIT)
+    assert done.returncode == 0, done.stderr
+    command = {line["task"]: line for line in map(json.loads, done.stdout.splitlines())}
+    found = server.client.post("/score", content=png(3)).json()
+    assert command.keys() == found.keys() == {"iqa", "iaa"}
+    for task, answer in found.items():
+        body = {"model": task, "messages": [{"role": "user", "content": [picture_part(png(3))]}]}
+        chat = server.client.post("/v1/chat/completions", json=body).json()
+        assert chat["choices"][0]["message"]["content"] == command[task]["completion"]
+        assert (answer["score"], answer["rationale"]) == (command[task]["score"], command[task]["rationale"])
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/invocations", "/tokenize", "/v1/responses"])
+def test_no_route_fetches_a_picture(server, model_parsing, path):
+    with socket.create_server(("127.0.0.1", 0)) as inside:
+        url = f"http://127.0.0.1:{inside.getsockname()[1]}/a.png"
+        part = {"type": "image_url", "image_url": {"url": url}}
+        body = {"model": Path(model_parsing).name, "max_tokens": 2}
+        if path == "/v1/responses":
+            body["input"] = [{"role": "user", "content": [{"type": "input_image", "image_url": url, "detail": "auto"}]}]
+        else:
+            body["messages"] = [{"role": "user", "content": [part]}]
+        response = server.client.post(path, json=body)
+        assert response.status_code == 400 and "allowed domains" in response.text, response.text
+        inside.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            inside.accept()
+
+
 def test_other_chat_requests_reach_vllm_as_they_are(server, model_parsing):
-    body = {"model": model_parsing, "messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "n": 2}
+    body = {"model": Path(model_parsing).name, "messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "n": 2}
     found = server.client.post("/v1/chat/completions", json=body).json()
     assert len(found["choices"]) == 2 and found["usage"]["prompt_tokens"] < 30
 
@@ -167,10 +242,16 @@ def test_a_caller_who_leaves_does_no_harm(server):
 
 def test_a_second_server_says_that_the_port_is_taken(server, model_parsing):
     port = server.url.rpartition(":")[2]
-    command = [sys.executable, "-m", "tatar_dist", "serve", "--model", model_parsing, "--port", port]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = tatar_dist("serve", "--model", model_parsing, "--port", port)
     assert done.returncode == 2
     assert done.stderr == f"tatar-dist: port {port} on 127.0.0.1: in use; choose another with --port\n"
+
+
+def test_what_vllm_refuses_is_said_in_one_line(model_parsing):
+    done = tatar_dist("serve", "--model", model_parsing, "--port", "0", "rollout.max_model_len=9000")
+    assert done.returncode == 2
+    loading, said = done.stderr.splitlines()
+    assert loading.startswith("loading ") and said.startswith("tatar-dist: ") and "max_model_len" in said
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
@@ -221,10 +302,36 @@ def test_ctrl_c_ends_it_cleanly(server):
     assert len(server.processes()) > 1  # the engine is a process of its own
     os.killpg(server.process.pid, signal.SIGINT)
     assert server.process.wait(60) == 0
-    end = time.monotonic() + 10
-    while left := server.processes():
-        assert time.monotonic() < end, left
-        time.sleep(0.1)
+    assert server.left() == []
     said = server.log.read_text()
     assert said.endswith("stopped\n"), said
     assert "Traceback" not in said and "Task was destroyed" not in said, said
+
+
+def test_sigterm_while_the_model_is_loaded_ends_the_engine_too(model_parsing, tmp_path):
+    with serving(model_parsing, tmp_path) as loading:
+        end = time.monotonic() + 200
+        while loading.engine() is None:
+            assert loading.process.poll() is None and time.monotonic() < end, loading.log.read_text()
+            time.sleep(0.05)
+        loading.process.terminate()
+        assert loading.process.wait(60) == 130
+        assert loading.left() == []
+        said = loading.log.read_text()
+        assert "ready: " not in said and "Traceback" not in said
+        assert said.endswith("tatar-dist: interrupted\n"), said
+
+
+def test_a_dead_engine_is_no_clean_end(model_parsing, tmp_path):
+    with serving(model_parsing, tmp_path) as server:
+        server.wait()
+        engine = server.engine()
+        assert engine is not None
+        engine.kill()
+        assert server.process.wait(60) == 1
+        assert server.left() == []
+        said = server.log.read_text()
+        assert "stopped" not in said
+        assert said.endswith(
+            f"tatar-dist: the engine of {server.url} died, so the server has ended; start it again\n"
+        ), said

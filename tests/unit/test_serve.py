@@ -6,7 +6,11 @@ import asyncio
 import base64
 import io
 import json
+import os
+import shutil
 from argparse import Namespace
+from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 import pytest
@@ -18,14 +22,18 @@ from starlette.routing import Route
 
 from tatar_dist import cli
 from tatar_dist.data.images import decode_image
+from tatar_dist.model_directory import model_config
 from tatar_dist.prompts import Prompts
-from tatar_dist.serve import chat, requests
+from tatar_dist.rollout.environment import CPU_ENGINE_ENV
+from tatar_dist.serve import chat, requests, server
 from tatar_dist.serve.chat import Scoring
 from tatar_dist.serve.middleware import Front
 
+TINY = Path("tatar_dist/assets/tiny-qwen2_5-vl")
 PROMPTS = Prompts.load("configs/prompts.yaml")
 SCORING = Scoring("the-model", PROMPTS, (7, 8), 40)
 KEY = {"authorization": "Bearer right"}
+NESTED = b'{"model": "iqa", "image": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 
 
 def png(width: int = 40, height: int = 20, orientation: int | None = None) -> bytes:
@@ -105,6 +113,10 @@ def test_the_three_ways_to_send_a_picture_are_the_same_request():
         ({"params": {"n": "inf"}}, "n=inf: must be a number"),
         ({"params": {"temperature": "0"}}, "temperature=0: must be above 0"),
         ({"params": {"seed": "1"}}, "seed: no such option"),
+        ({"params": {"task": "a\nb" + "c" * 999}}, "task=a bccc"),
+        ({"json": {"image": data_url(png()), "n": 10**400}}, "n=1000"),
+        ({"json": {"image": data_url(png()), "temperature": None}}, "temperature=None: must be a number"),
+        ({"content": NESTED, "headers": {"content-type": "application/json"}}, "nested too deeply"),
         ({"content": b""}, "no picture"),
         ({"content": b"{", "headers": {"content-type": "application/json"}}, "not valid JSON"),
         ({"json": {"picture": "x"}}, "expected a JSON object with `image`"),
@@ -196,6 +208,30 @@ def test_a_chat_request_to_a_task_keeps_its_own_sampling():
     assert preset("iqa", messages=with_picture(png()), n=3, temperature=0.3)["temperature"] == 0.3
 
 
+def test_null_is_no_sampling_of_its_own():
+    found = preset("iqa", messages=with_picture(png()), temperature=None, n=None, logit_bias=None, max_tokens=None)
+    assert found["temperature"] == 0.0 and found["max_completion_tokens"] == 40
+    assert found["logit_bias"] == {"7": -100.0, "8": -100.0}
+
+
+def test_a_chat_request_that_makes_no_sense_is_refused_in_one_line(monkeypatch):
+    path, body = "/v1/chat/completions", {"model": "iqa", "messages": with_picture(png())}
+    for bias in ([1], "7", 3, True):
+        assert "logit_bias: must be an object" in said(
+            ask("POST", path, json={**body, "logit_bias": bias}, headers=KEY)
+        )
+    assert "nested too deeply" in said(ask("POST", path, content=NESTED, headers=KEY))
+
+    def decode(*args):
+        raise AssertionError("a picture of a request that is refused was decoded")
+
+    monkeypatch.setattr(chat, "upright", decode)
+    several = [*body["messages"], *with_picture(png())]
+    assert "2 pictures in the messages; it judges one" in said(
+        ask("POST", path, json={**body, "messages": several}, headers=KEY)
+    )
+
+
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
@@ -237,17 +273,13 @@ def fails(capsys, *words: str) -> str:
 
 
 def test_what_cannot_be_served_is_said_before_anything_is_loaded(capsys, tmp_path, monkeypatch):
-    import socket
-
     model = ["--model", str(tmp_path), "--port", "0"]
-    assert "no such directory" in fails(capsys, "--model", str(tmp_path / "none"), "--port", "0")
+    assert "no such model directory" in fails(capsys, "--model", str(tmp_path / "none"), "--port", "0")
     assert "no config.json" in fails(capsys, *model)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert "model_type is 'llama'; families that can be served: qwen2_5_vl, qwen3_vl" in fails(capsys, *model)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
+    assert "model_type is 'llama'; known families are qwen2_5_vl, qwen3_vl" in fails(capsys, *model)
+    with server._bound(server.Address(port=0)) as loading:  # nobody accepts yet: its model is being loaded
+        port = str(loading.getsockname()[1])
         assert f"port {port} on 127.0.0.1: in use" in fails(capsys, "--model", str(tmp_path), "--port", port)
     assert "add --open" in fails(capsys, *model, "--host", "0.0.0.0")
     assert "model_type" in fails(capsys, *model, "--host", "0.0.0.0", "--open")
@@ -257,3 +289,34 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(capsys, tmp_pat
     assert "no blanks" in fails(capsys, *model, "--api-key-env", "TATAR_TEST_KEY")
     monkeypatch.setenv("TATAR_TEST_KEY", "ab")
     assert "model_type" in fails(capsys, *model, "--host", "0.0.0.0", "--api-key-env", "TATAR_TEST_KEY")
+
+
+def test_a_damaged_tokenizer_is_named_in_one_line(capsys, tmp_path):
+    damaged = shutil.copytree(TINY, tmp_path / "model")
+    (damaged / "tokenizer.json").write_text("{")
+    with patch.dict(os.environ):
+        assert "its tokenizer or processor cannot be read: " in fails(capsys, "--model", str(damaged), "--port", "0")
+
+
+def test_the_environment_is_that_of_an_engine_and_neither_redirects_nor_half_a_lock():
+    config = model_config(TINY)
+    found = server.environment(config, gpu=False)
+    assert found["GLOO_SOCKET_IFNAME"] == "lo" and found["TOKENIZERS_PARALLELISM"] == "false"
+    assert found.items() >= CPU_ENGINE_ENV.items() and "VLLM_TARGET_DEVICE" not in server.environment(config, gpu=True)
+    assert found["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"  # the engine is a process of its own
+    given = {"VLLM_API_KEY": "half", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
+    with patch.dict(os.environ, given):
+        server._set_environment(found)
+        assert "VLLM_API_KEY" not in os.environ and os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+        assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG" and os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_a_model_is_called_by_its_run_or_its_directory(tmp_path, monkeypatch):
+    model = tmp_path / "demo" / "checkpoints" / "step_000010" / "model"
+    model.mkdir(parents=True)
+    (model.parents[1] / "latest").symlink_to("step_000010")
+    assert server.shown_name(model.parents[1] / "latest" / "model") == "demo"
+    assert server.shown_name(tmp_path / "scorer") == "scorer"
+    assert server.shown_name(tmp_path / "iqa") == "iqa-model"  # iqa is the task
+    monkeypatch.chdir(tmp_path / "demo")
+    assert server.shown_name(Path(".")) == "demo"
