@@ -144,6 +144,7 @@ def test_export_takes_an_empty_directory_and_refuses_anything_that_it_would_over
 @pytest.mark.parametrize("name", [".", "../here", ""])
 def test_export_into_the_working_directory_is_refused_in_words_and_leaves_it_there(tmp_path, monkeypatch, name):
     run, here = make_run(tmp_path / "run"), tmp_path / "here"
+    (run / "prompts.yaml").write_text(Prompts("Be brief.", {"iqa": "How sharp?", "iaa": "How fair?"}).to_yaml())
     here.mkdir()
     monkeypatch.chdir(here)
     with pytest.raises(UserError, match=f"--output {name}: is the directory that you are in"):
