@@ -379,7 +379,7 @@ def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help=", ".join(BENCHES) + "; or table.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="WORD", help="simulate, staleness: config keys; table: files of --json."),
+        typer.Argument(metavar="WORD", help="simulate, staleness: config keys; step: tune; table: files."),
     ] = None,
     as_json: Json = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="learner: draw how an update grows.")] = None,
@@ -402,8 +402,8 @@ def bench(
     os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore::FutureWarning"}
     warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other
     benchmark = import_module(f"tatar_dist.bench.{name}")
-    if words and name not in ("simulate", "staleness"):
-        raise UserError(f"bench {name}: takes no {words[0]!r}, only bench simulate and staleness have config keys")
+    if words and name not in ("simulate", "staleness", "step"):
+        raise UserError(f"bench {name}: takes no {words[0]!r}, only bench simulate, staleness and step take words")
     if plot and name != "learner":
         raise UserError(f"bench {name}: draws no plot, only bench learner does")
     with contextlib.redirect_stdout(sys.stderr):  # libraries print, too; standard output is for the result

@@ -63,7 +63,7 @@ def run(
     dtype: str | None = None,
     evaluation: str | Path | None = None,
 ) -> Path:
-    """Export to `output`, which must not exist or be empty; returns it.
+    """Export to `output`, which must not exist or be empty, and not be the working directory; returns it.
 
     Args:
         step: of the checkpoint; None = the newest.
@@ -77,6 +77,8 @@ def run(
     target, source = Path(output), Path(run_directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{output}: exists and is not an empty directory")
+    if target.exists() and target.samefile("."):  # the rename would put another directory in the place of this one
+        raise UserError(f"--output {output}: is the directory that you are in: name a new one, or go to another first")
     checkpoint, state = checkpoint_of(source, step)
     files = {name: facts for name, facts in state["files"].items() if name.startswith("model/")}
     if damage := first_damage(checkpoint, files, hashes=True):

@@ -184,13 +184,18 @@ def _curve(run: Path, step: int) -> dict[str, Any] | None:
             row = json.loads(line)
         except ValueError:
             continue  # cut off by a crash
-        if row["step"] < step and any(k.startswith("eval/") and k.endswith("/srcc") for k in row):
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] < step and _measured_sets(row):
             last = row
     if last is None:
         return None
-    sets = [k.split("/")[1] for k in last if k.startswith("eval/") and k.endswith("/srcc")]
-    found = {name: (last[f"eval/{name}/srcc"], last[f"eval/{name}/plcc"]) for name in sets}
+    found = {name: (last[f"eval/{name}/srcc"], last.get(f"eval/{name}/plcc")) for name in _measured_sets(last)}
     return {"step": last["step"] + 1, "sets": sorted(found.items())}
+
+
+def _measured_sets(row: Mapping[str, Any]) -> list[str]:
+    """Data sets whose SRCC a line of metrics.jsonl holds; their names may have a slash in them."""
+    keys = [k for k in row if k.startswith("eval/") and k.endswith("/srcc")]
+    return [k.removeprefix("eval/").removesuffix("/srcc") for k in keys]
 
 
 def _is_hub_name(model: str) -> bool:

@@ -26,7 +26,7 @@ class PromptTexts:
         with contextlib.redirect_stderr(StringIO()):
             self.backbone = backbone_class(config.model)
         self.wording = Prompts.load(config.data.prompts)
-        self.limit = config.data.max_prompt_tokens
+        self._data = config.data
         self.text = {task: self.wording.render(task, self._chat) for task in self.wording.user}  # type: ignore[arg-type]
         self.tokens = {t: len(self.backbone.tokenizer(text)["input_ids"]) for t, text in self.text.items()}
 
@@ -52,6 +52,7 @@ class PromptTexts:
             tokens = self.tokens[task] + self.backbone.image_tokens(*size)
         except ValueError as e:  # more than 200 times as wide as high, or the reverse
             return str(e)
-        if tokens > self.limit:
-            return f"prompt of {tokens} tokens is over data.max_prompt_tokens={self.limit}"
+        limit = self._data.max_prompt_tokens
+        if tokens > limit:
+            return f"prompt of {tokens} tokens is over data.max_prompt_tokens={limit}"
         return tokens

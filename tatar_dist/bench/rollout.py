@@ -31,9 +31,9 @@ from rich.table import Table
 from tatar_dist.bench import subject
 from tatar_dist.bench.counts import Work, flops
 from tatar_dist.bench.result import ratio, result, summary
-from tatar_dist.cluster import COMMON_ENV, CPU_ENGINE_ENV
 from tatar_dist.config import RolloutConfig
 from tatar_dist.errors import RunError
+from tatar_dist.rollout.environment import COMMON_ENV, CPU_ENGINE_ENV
 
 WORK, ROUNDS, TARGET = Work(groups=4, size=8, tokens=64), 3, 5.0
 SIDES = {"generate": "transformers' generate", "rows": "generate, images repeated", "engine": "vLLM engine"}

@@ -15,7 +15,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tatar_dist.bench import subject
 from tatar_dist.bench.counts import Work, flops
 from tatar_dist.bench.result import machine
 from tatar_dist.errors import UserError
+from tatar_dist.memory import Sizes, released
 
 ROUNDS = 5
 PIXELS = {1024: 896, 2025: 1260}  # by image tokens
@@ -31,46 +32,20 @@ COMPLETIONS = (64, 256)
 PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "A100": 312e12}
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What differs between the released sizes; the vision tower is the same but for its output."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    tied: bool
+SHAPES = {name: released(name) for name in ("3B", "7B")}
 
 
-SHAPES = {
-    "3B": Shape(2048, 11008, 36, 16, 2, 151_936, True),
-    "7B": Shape(3584, 18944, 28, 28, 4, 152_064, False),
-}
-
-
-def make_config(shape: Shape, backbone: Any) -> Any:
+def make_config(shape: Sizes, backbone: Any) -> Any:
     """The Qwen2_5_VLConfig of a shape; token ids are those of the backbone's (small) tokenizer."""
     from transformers import Qwen2_5_VLConfig
 
     def token(text: str) -> int:
         return int(backbone.tokenizer.convert_tokens_to_ids(text))
 
-    text = {
-        "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        "tie_word_embeddings": shape.tied,
-    }
-    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     return Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config={**vision, "out_hidden_size": shape.hidden},
+        text_config={**shape.text, "rope_parameters": rope, "tie_word_embeddings": shape.tied},
+        vision_config={**shape.vision, "num_heads": 16},
         tie_word_embeddings=shape.tied,
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
@@ -80,7 +55,7 @@ def make_config(shape: Shape, backbone: Any) -> Any:
 
 
 def packed_update(
-    shape: Shape, work: Work, directory: Path, device: str, adamw: bool = False
+    shape: Sizes, work: Work, directory: Path, device: str, adamw: bool = False
 ) -> tuple[Callable[[], None], Any, Any]:
     """A function that makes one update of a bfloat16 model on `device`, the model's config, and the batch."""
     import torch
@@ -126,7 +101,7 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for part, peak in PEAKS.items() if part in device_name), None)
 
 
-def measure(shape: Shape, work: Work, adamw: bool) -> dict[str, float | None]:
+def measure(shape: Sizes, work: Work, adamw: bool) -> dict[str, float | None]:
     """Median seconds of an update, tokens/s (packed, and of completions alone), peak GiB, MFU (None: peak unknown)."""
     import statistics
 

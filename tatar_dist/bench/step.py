@@ -1,11 +1,12 @@
 """`tatar-dist bench step`: a whole GRPO step beside TRL's GRPOTrainer (`make bench-trl` makes its .venv-trl).
 
-In: nothing. Out: how many times faster a step is (generate, score, learn, push) than TRL's, all completions in one
-forward there: with its other defaults, and with the variant of trl_side.py that is fastest here by its first step
-(`tuned`); both targets must be met. TRL's default recomputes activations; ours keeps them, which takes less memory than
-TRL's rows that recompute (bench learner has both figures); `recomputing` is the ratio where both recompute. Same random
-14M model, prompts, lengths and machine, other images each step, runs in turns, each with all cores, the first step of
-each left out. Ours is the real pipeline (controller.py): one vLLM engine, one ZeRO-3 learner, a group a forward.
+In: nothing, or `tune`. Out: how many times faster a step is (generate, score, learn, push) than TRL's: with its other
+defaults, all completions in one forward, and with the variant of trl_side.py that was fastest here (TUNED; `tune`
+compares the first steps of all again); both targets must be met. TRL's default recomputes activations; ours keeps
+them, which takes less memory than TRL's rows that recompute (bench learner has both figures); `recomputing` is the
+ratio where both recompute. Same random 14M model, prompts, lengths and machine, other images each step, runs in turns,
+each with all cores, the first step of each left out. Ours is the real pipeline (controller.py): one vLLM engine, one
+ZeRO-3 learner, a group a forward.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +35,7 @@ from tatar_dist.prompts import Prompts
 PEER = Path(__file__).parents[2] / ".venv-trl/bin/python"
 PROMPTS, GROUP, TOKENS, STEPS, ROUNDS = 2, 8, 64, 3, 1
 TARGETS = {"defaults": 8.0, "tuned": 5.0}
+TUNED = "a group a forward"
 SAME_WORK = 0.05  # mean completion tokens may differ by this much
 
 Side = dict[str, list[Any]]  # seconds and tokens of each counted step
@@ -145,24 +148,33 @@ def compare(peer: Side, mine: Side) -> dict[str, float]:
     return ratio(peer["seconds"], mine["seconds"])
 
 
-def run() -> dict[str, Any]:
-    """All measurements, as what `--json` prints. Raises UserError without .venv-trl."""
+def run(words: Sequence[str] = ()) -> dict[str, Any]:
+    """All measurements, as what `--json` prints; each side's seconds go to standard error as soon as they are known.
+
+    Raises UserError without .venv-trl, or for a word that is not `tune`.
+    """
+    if list(words) not in ([], ["tune"]):
+        raise UserError(f"bench step: takes no {words[0]!r}, only tune")
     if not PEER.exists():
         raise UserError("bench step: .venv-trl is not there: run make bench-trl")
     sides: dict[str, list[Side]] = {name: [] for name in ("defaults", "ours, recomputing", "tuned", "ours")}
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place)
         config = subject.make(directory)
         model, prompt = Path(config.model.path), _prompt_tokens(config)
         (directory / "messages.json").write_text(json.dumps(_messages()))
         for i in range(PROMPTS * STEPS):
             subject.file(i, directory).write_bytes(subject.image(i))
-        best, tried = tune(model, directory)
-        for _ in range(ROUNDS):
-            sides["defaults"].append(warm(theirs(model, directory, "defaults")))
-            sides["ours, recomputing"].append(ours(model, directory, ["model.gradient_checkpointing=true"]))
-            sides["tuned"].append(warm(theirs(model, directory, best)))
-            sides["ours"].append(ours(model, directory, ["model.gradient_checkpointing=false"]))
+        best, tried = tune(model, directory) if words else (TUNED, {})
+        measure = {
+            "defaults": lambda: warm(theirs(model, directory, "defaults")),
+            "ours, recomputing": lambda: ours(model, directory, ["model.gradient_checkpointing=true"]),
+            "tuned": lambda: warm(theirs(model, directory, best)),
+            "ours": lambda: ours(model, directory, ["model.gradient_checkpointing=false"]),
+        }
+        for name in [*measure] * ROUNDS:
+            sides[name].append(measure[name]())
+            print(f"{name}: {', '.join(f'{s:.1f} s' for s in sides[name][-1]['seconds'])}", file=sys.stderr, flush=True)
     joined = {name: {key: [x for s in each for x in s[key]] for key in each[0]} for name, each in sides.items()}
     for name in ("ours", "ours, recomputing"):
         joined[name]["prompt"] = [prompt]

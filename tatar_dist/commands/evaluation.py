@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 from tatar_dist.errors import UserError
-from tatar_dist.records import TASKS
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -44,6 +43,7 @@ def score(
     """
     from tatar_dist import score_output
     from tatar_dist.model_directory import model_config
+    from tatar_dist.records import TASKS
     from tatar_dist.scorer import Scorer
 
     found = score_output.find_pictures(pictures)

@@ -22,6 +22,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.prompts import parse
 from tatar_dist.report.gallery import Key, key_of
 from tatar_dist.report.reading import Training, is_number
+from tatar_dist.report.rollouts import Rollouts
 from tatar_dist.report.text import clean, rationale, split_teaser
 from tatar_dist.rewards import audit
 from tatar_dist.rewards.presets import load_preset, preset_names
@@ -85,15 +86,21 @@ class Explained:
     comparisons: list[Comparisons] = field(default_factory=list)
 
 
-def explanations(training: Training, notes: list[str]) -> list[Explained]:
-    """Up to three groups a task of the newest rollouts file; [] without one that holds whole groups."""
+def explanations(training: Training, rollouts: Rollouts | None, notes: list[str]) -> list[Explained]:
+    """Up to three groups a task of the newest rollouts file; [] without one that holds whole groups.
+
+    `rollouts`: of this training; a damaged file that is not in them has been named already.
+    """
     files = sorted((training.path / "rollouts").glob("step_*.parquet"))
     if not files:
         return []
     try:
         rows = pq.ParquetFile(files[-1]).read().to_pylist()
-    except (pa.ArrowException, OSError):
-        return []  # rollouts.py has named it
+    except (pa.ArrowException, OSError, ValueError) as e:  # ValueError: a text that is not UTF-8
+        file = files[-1]
+        if rollouts is not None and file in rollouts.files:  # the damage is in a column that was not read there
+            notes.append(f"{file.parent.name}/{file.name} could not be read: {str(e).splitlines()[0]}")
+        return []
     groups: dict[Any, list[int]] = {}
     for i, row in enumerate(rows):
         if _whole(row):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from PIL import Image
 
 from tatar_dist.data.images import UnreadableImage, decode_image
@@ -27,6 +28,8 @@ from tatar_dist.report.verdict import TASK_NAMES, name_of
 EACH = 4
 KEEP_BYTES, KEEP_SIDE = 48_000, 400  # a picture within both is embedded as it is: JPEG would add a distortion to judge
 SMALL_SIDE = 320
+
+DAMAGE = (pa.ArrowException, OSError, ValueError)  # what a page of Parquet raises whose bytes were changed
 
 Key = tuple[str, str]  # data set, sample id
 
@@ -43,6 +46,10 @@ class Card:
     teaser: str
     rest: str
     has_think: bool
+
+
+def _named(manifest: Path, error: Exception) -> str:
+    return f"{manifest}: damaged Parquet file: " + f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def key_of(row: dict[str, Any]) -> Key:
@@ -102,9 +109,12 @@ class Pictures:
             except UserError as e:
                 notes.append(str(e))
                 continue
-            for first, table in manifest.tables(["dataset", "sample_id"]):
-                keys = zip(*(column.to_pylist() for column in table.columns), strict=True)
-                self._where |= {key: (manifest, i) for i, key in enumerate(keys, first)}
+            try:
+                for first, table in manifest.tables(["dataset", "sample_id"]):
+                    keys = zip(*(column.to_pylist() for column in table.columns), strict=True)
+                    self._where |= {key: (manifest, i) for i, key in enumerate(keys, first)}
+            except DAMAGE as e:
+                notes.append(_named(path, e))
 
     def uri(self, key: Key) -> str | None:
         """data:image/...;base64,... or None when the picture is not there or does not decode."""
@@ -116,6 +126,9 @@ class Pictures:
             picture = decode_image(data, key[1])  # also proves that these bytes are a picture, before embedding them
         except (UserError, UnreadableImage) as e:
             self._notes.append(str(e))
+            return None
+        except DAMAGE as e:
+            self._notes.append(_named(manifest.path, e))
             return None
         with Image.open(io.BytesIO(data)) as opened:
             kind = (opened.format or "").lower()

@@ -85,7 +85,7 @@ def render(run: Run) -> str:
     quarantined = [q for t in run.trainings for q in t.quarantine]
     sampled = next((t for t in reversed(run.trainings) if t.kind == "grpo"), None)
     rollouts = read_rollouts(sampled, notes) if sampled else None
-    explained = explanations(sampled, notes) if sampled else []
+    explained = explanations(sampled, rollouts, notes) if sampled else []
     pictures = Pictures(run.manifests, run.image_root, notes)
     drawn, held_out = clouds(run, rollouts)
     return (

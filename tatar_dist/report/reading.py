@@ -246,7 +246,7 @@ def _json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
 def _table(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     try:
         return pq.read_table(file).to_pylist()
-    except (pa.ArrowException, OSError) as e:
+    except (pa.ArrowException, OSError, ValueError) as e:  # ValueError: a text that is not UTF-8
         notes.append(f"{file.parent.name}/{file.name} could not be read: {str(e).splitlines()[0]}")
         return []
 

@@ -19,6 +19,8 @@ COMMANDS = [
     "sft",
     "grpo",
     "evaluate",
+    "score",
+    "compare",
     "demo",
     "probes",
     "bench",

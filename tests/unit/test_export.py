@@ -141,6 +141,19 @@ def test_export_takes_an_empty_directory_and_refuses_anything_that_it_would_over
     assert os.stat(empty).st_mode & 0o777 == 0o755 and os.stat(empty / "model.safetensors").st_mode & 0o777 == 0o644
 
 
+@pytest.mark.parametrize("name", [".", "../here", ""])
+def test_export_into_the_working_directory_is_refused_in_words_and_leaves_it_there(tmp_path, monkeypatch, name):
+    run, here = make_run(tmp_path / "run"), tmp_path / "here"
+    (run / "prompts.yaml").write_text(Prompts("Be brief.", {"iqa": "How sharp?", "iaa": "How fair?"}).to_yaml())
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(UserError, match=f"--output {name}: is the directory that you are in"):
+        export.run(run, name)
+    assert os.path.samefile(here, os.getcwd()) and not any(here.iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "run"]
+    assert (export.run(run, "out") / "model.safetensors").is_file()
+
+
 def test_export_of_a_run_without_a_checkpoint_says_so_and_makes_nothing(tmp_path):
     for run in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match="no finished checkpoint"):
@@ -257,3 +270,12 @@ def test_without_an_evaluation_the_runs_own_last_measure_before_the_checkpoint_s
     text = card(export.run(run, tmp_path / "out"))
     assert "by the run itself at step 4 (how many answers parsed is not recorded there)" in text
     assert "| koniq | 0.300 | — |" in text
+
+
+def test_lines_of_metrics_that_are_no_steps_are_passed_over_and_a_data_sets_name_may_have_a_slash(tmp_path):
+    run = make_run(tmp_path / "run", steps=(4,))
+    rows = [{"step": 1, "eval/ours/sharp/srcc": 0.4, "eval/ours/sharp/plcc": 0.5, "eval/koniq/srcc": 0.2}]
+    rows += [{"eval/koniq/srcc": 0.9}, ["eval/koniq/srcc"], 7, None, {"step": "2", "eval/koniq/srcc": 0.9}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text = card(export.run(run, tmp_path / "out"))
+    assert "| ours/sharp | 0.400 | 0.500 |" in text and "| koniq | 0.200 | — |" in text and "at step 2 " in text

@@ -45,9 +45,24 @@ def test_released_models_have_the_parameters_that_the_hub_states(name, billions)
 def test_a_model_of_unknown_size_is_said(tmp_path):
     with pytest.raises(UserError, match="no config.json there and no released Qwen2.5-VL"):
         memory.sizes_of("somebody/else")
-    (tmp_path / "config.json").write_text('{"text_config": {}}')
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl", "text_config": {}}')
     with pytest.raises(UserError, match="config.json: not of a Qwen2.5-VL: KeyError"):
         memory.sizes_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", None])
+def test_another_family_is_not_taken_for_qwen2_5_vl(tmp_path, kind):
+    settings = json.loads((TINY / "config.json").read_text()) | {"model_type": kind}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"config.json: model_type is {kind!r}; only the sizes of qwen2_5_vl are known"):
+        memory.sizes_of(str(tmp_path))
+    config = load_config([str(CONFIGS / "grpo.yaml")], [f"model.path={tmp_path}"])
+    assert f"memory is not estimated: {tmp_path}" in memory.of_plan(config, resolve(config, "grpo"), None)
+
+
+def test_a_twentieth_of_a_gpu_stays_free():
+    part = {"weights": 0.95 * 2**30}
+    assert memory.Memory("learner", part, 2**30).fits and not memory.Memory("learner", part, 0.999 * 2**30).fits
 
 
 def test_states_are_sharded_and_the_reference_goes_with_the_kl_term():
@@ -69,12 +84,11 @@ def test_activations_grow_with_a_forward_and_checkpointing_saves_most_of_them():
     assert kept("grpo.micro_tokens=65536") > 3 * kept("grpo.micro_tokens=16384")
 
 
-LOW = pytest.mark.xfail(strict=True, reason="127 MiB estimated, 196 measured: with checkpointing the estimate is low")
-
-
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=LOW)])
-def test_the_peak_of_an_update_is_near_the_one_measured(checkpointing, tmp_path):
-    """The 14M model of the benches: resident memory above the model, as `bench learner` measures it."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_peak_of_an_update_is_above_the_one_measured_and_near(checkpointing, tmp_path, monkeypatch):
+    """The 14M model of the benches: resident memory above the model, as `bench learner` measures it, but that freed
+    tensors are given back at once: else glibc keeps the gaps between gradients, 194 MiB for 89 with checkpointing."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     pytest.importorskip("torch")
     from tatar_dist.bench import learner
     from tatar_dist.bench.counts import Work
@@ -92,7 +106,7 @@ def test_the_peak_of_an_update_is_near_the_one_measured(checkpointing, tmp_path)
     if checkpointing:  # ... but one layer
         counted = max(counted, activations + gradients)
     print(f"checkpointing={checkpointing}: estimated {counted / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
-    assert 0.7 * measured < counted < 1.7 * measured
+    assert measured < counted < 1.7 * measured
 
 
 def test_chunks_of_logits_are_those_of_the_head():
@@ -131,6 +145,8 @@ def test_the_command_prints_it_for_gpus_and_on_request_for_others(capsys):
     recipe = ["plan", "--config", str(CONFIGS / "grpo.yaml"), "--stage", "grpo", "--json"]
     assert main([*recipe, "--gpu-memory", "24"]) == 0
     said = json.loads(capsys.readouterr().out)["memory"]
+    assert "nothing was compared with a GPU" in said["note"] and "89 where 127" in said["note"]
+    assert main(recipe[:-1]) == 0 and "nothing was compared with a GPU" in " ".join(capsys.readouterr().out.split())
     assert said["gpu_gib"] == 24 and said["advice"] and not said["roles"][0]["fits"]
     cpu = ["output=x", "cluster.gpus_per_node=0"]
     assert main([*recipe, *cpu]) == 0 and json.loads(capsys.readouterr().out)["memory"] is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import pyarrow.parquet as pq
 import pytest
 from report_pages import (
     BREAKOUT,
@@ -76,6 +77,74 @@ def test_a_damaged_manifest_and_an_undecodable_picture_cost_only_the_pictures(tm
     assert not page.of("img") and "no picture" in page.text
     assert any("bad.parquet: not a Parquet file" in n for n in page.notes)
     assert any("s1: cannot decode image" in n for n in page.notes)
+
+
+def one_byte_changed(file, text: bytes) -> None:
+    """Write the Parquet file again without compression, and make the first byte of the last `text` in it no UTF-8."""
+    pq.write_table(pq.read_table(file), file, compression="none", use_dictionary=False, write_statistics=False)
+    data = bytearray(file.read_bytes())
+    at = data.rindex(text)
+    data[at] = 0xFF
+    file.write_bytes(data)
+
+
+def page_destroyed(file, column: str) -> None:
+    """The footer stays valid, the pages of one column do not."""
+    group = pq.ParquetFile(file).metadata.row_group(0)
+    chunk = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == column)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data = bytearray(file.read_bytes())
+    data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    file.write_bytes(data)
+
+
+def ruin(how: str, file, column: str, text: str) -> None:
+    if how == "byte":
+        one_byte_changed(file, text.encode())
+    else:
+        page_destroyed(file, column)
+
+
+@pytest.mark.parametrize("how", ["byte", "page"])
+def test_predictions_with_a_valid_footer_and_a_damaged_page_are_named(tmp_path, how):
+    run = evaluation(lines(tmp_path / "mine", sft_rows()), {"set-iqa": scores()}, predictions())
+    ruin(how, run / "predictions.parquet", "completion", "<think>view number 3")
+    page = report(run)
+    assert len(page.notes) == 1 and page.notes[0].startswith("mine/predictions.parquet could not be read: ")
+    assert "How it went" in page.sections
+
+
+@pytest.mark.parametrize("how", ["byte", "page"])
+@pytest.mark.parametrize("column", ["completion", "finish_reason"])
+def test_rollouts_with_a_valid_footer_and_a_damaged_page_are_named_once(tmp_path, how, column):
+    run = lines(tmp_path / "mine", grpo_rows())
+    row = {
+        "sample_id": "s",
+        "group_id": "g",
+        "completion": "it is good <answer>50.00</answer>",
+        "finish_reason": "stop",
+    }
+    rollouts(run, [row | {"index": i} for i in range(4)])
+    ruin(
+        how, run / "rollouts" / "step_000009.parquet", column, {"completion": "it is", "finish_reason": "stop"}[column]
+    )
+    page = report(run)
+    assert len(page.notes) == 1 and page.notes[0].startswith("rollouts/step_000009.parquet could not be read: ")
+    assert "GRPO, 10 steps" in page.text
+
+
+@pytest.mark.parametrize("column", ["image_bytes", "sample_id"])
+def test_a_manifest_with_a_valid_footer_and_a_damaged_page_costs_only_the_pictures(tmp_path, column, monkeypatch):
+    if column == "sample_id":  # of a large manifest the rows are not read before
+        monkeypatch.setattr("tatar_dist.data.manifest.TRUSTED_ROWS", 0)
+    manifest = one_row_manifest(tmp_path, "s1")
+    page_destroyed(manifest, column)
+    run = lines(tmp_path / "run", grpo_rows())
+    (run / "config.yaml").write_text(json.dumps({"data": {"train": [str(manifest)]}}))
+    rollouts(run, [{"sample_id": "s1", "completion": "<answer>50.00</answer>"}])
+    page = report(run)
+    assert not page.of("img") and "no picture" in page.text
+    assert len(page.notes) == 1 and "train.parquet: damaged Parquet file: " in page.notes[0]
 
 
 def test_a_directory_without_a_run_is_an_error_and_gets_no_page(tmp_path):

@@ -1,19 +1,23 @@
-"""Trackers: they never end a run, ids survive a resume, a missing package is said with the extra that brings it."""
+"""Trackers: they neither end a run nor hold it up, ids survive a resume, a missing package is said with the extra that
+brings it."""
 
 from __future__ import annotations
 
 import json
+import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tatar_dist import tracking
 from tatar_dist.cli import main
 from tatar_dist.config import Config, load_config
 from tatar_dist.errors import UserError
 from tatar_dist.events import Events, read_events
 from tatar_dist.run_directory import RunDirectory
-from tatar_dist.tracking import IDS, Trackers, kept_id
+from tatar_dist.tracking import IDS, Trackers, has_wandb_key, kept_id
 
 
 def config(path: Path, *words: str) -> Config:
@@ -77,6 +81,90 @@ def test_a_tracker_that_fails_is_warned_about_once_and_the_others_go_on(tmp_path
     assert [(e["tracker"], e["reason"]) for e in failed] == [
         ("tensorboard", "ConnectionError: server is gone and more")
     ]
+
+
+class Asleep(Steady):
+    """A tracker whose server does not answer: it waits in one of its calls until it is woken."""
+
+    where = ""
+
+    def __init__(self, config, run, step):
+        super().__init__(config, run, step)
+        self.awake, self.closed = threading.Event(), threading.Event()
+        self.wait("open")
+
+    def wait(self, where: str) -> None:
+        if where == Asleep.where:
+            assert self.awake.wait(60), "nobody woke the tracker of this test"
+
+    def log(self, step, metrics):
+        self.wait("log")
+        super().log(step, metrics)
+
+    def close(self):
+        self.wait("close")
+        super().close()
+        self.closed.set()
+
+
+@pytest.mark.parametrize(
+    ("where", "reason", "behind"),
+    [
+        ("open", "not open after 0.5 s", 1),
+        ("log", "did not close within 0.5 s; its last steps may be missing there", 1),
+        ("close", "did not close within 0.5 s; its last steps may be missing there", 0),
+    ],
+)
+def test_a_tracker_that_hangs_holds_no_step_up(tmp_path, capsys, monkeypatch, where, reason, behind):
+    for name, value in {"BEHIND": 30, "OPEN_S": 0.5, "CLOSE_S": 0.5}.items():
+        monkeypatch.setattr(tracking, name, value)
+    monkeypatch.setattr(Asleep, "where", where)
+    Fragile.made = []
+    kinds = {"tensorboard": Asleep, "json": Steady}
+    run = config(tmp_path)
+    run.track.json = True  # another one beside it; a package that is there
+    trackers = Trackers(run, tmp_path, Events(tmp_path), kinds)
+    slowest = 0.0
+    for step in range(40):
+        start = time.perf_counter()
+        trackers.log(step, {"a": float(step)})
+        slowest = max(slowest, time.perf_counter() - start)
+        time.sleep(0.01)
+    time.sleep(0.3)
+    trackers.log(40, {"a": 40.0})
+    start = time.perf_counter()
+    trackers.close()
+    assert slowest < 0.2 and time.perf_counter() - start < 5
+    trackers.log(41, {"a": 41.0})
+    trackers.close()
+    warned = capsys.readouterr().err
+    assert warned.count("tensorboard is 30 steps behind: it misses steps") == behind
+    assert warned.count(f"tensorboard failed and is left out from now on: TimeoutError: {reason}") == 1
+    assert [e["tracker"] for e in read_events(tmp_path) if e["event"] == "tracker/failed"] == ["tensorboard"]
+    asleep = next(t for t in Fragile.made if isinstance(t, Asleep))
+    steady = [t for t in Fragile.made if not isinstance(t, Asleep)]
+    assert [s for t in steady for s, _ in t.got] == [*range(41), -1, 41, -1]
+    asleep.awake.set()
+    assert asleep.closed.wait(5)  # when its server answers at last, it is closed and its thread ends
+
+
+def test_wandb_online_without_a_key_is_refused_because_it_would_ask_on_the_terminal(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(file))
+    assert not has_wandb_key()
+    monkeypatch.setattr(tracking, "find_spec", lambda name: name)
+    words = ["track.wandb=true", "track.mode=online"]
+    with pytest.raises(UserError, match="track.mode=online: there is no key .*: set WANDB_API_KEY, run `wandb login`"):
+        RunDirectory(config(tmp_path / "run", *words))
+    file.write_text("machine api.wandb.ai login user password " + "k" * 40)
+    assert has_wandb_key()
+    RunDirectory(config(tmp_path / "other", *words)).close()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://our.server:8080/")
+    assert not has_wandb_key()
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert has_wandb_key()
 
 
 def test_tensorboard_without_a_place_costs_the_curves_and_not_the_run(tmp_path, capsys):
