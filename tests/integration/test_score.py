@@ -12,9 +12,11 @@ from conftest import png
 from PIL import Image
 
 SCORING = """
-import io, json, sys
+import json, sys
 from PIL import Image
+import tatar_dist.scorer
 from tatar_dist import Scorer
+from tatar_dist.cli import main
 
 directory, model = sys.argv[1:]
 scorer = Scorer(model, ["rollout.max_new_tokens=48", "rollout.max_num_seqs=2"])
@@ -30,6 +32,8 @@ print("RESULT" + json.dumps({
     "refused": [[s.image, s.error] for s in scorer.score([b"", files[1], "gone.png"], "iaa") if s.error],
     "text": scorer.texts.text["iqa"],
 }))
+tatar_dist.scorer.Scorer = lambda *_: scorer  # the command uses the engine that is loaded
+print("STATUS", main(["score", directory, "--model", model, "--task", "iqa", "--json", "--html", f"{directory}/p.html"]))
 """
 
 
@@ -43,12 +47,18 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(pictures, model_parsing) -> dict:
-    """What the scorer says in a process of its own: an engine keeps its memory."""
+def process(pictures, model_parsing) -> subprocess.CompletedProcess[str]:
+    """A process of its own, because an engine keeps its memory."""
     command = [sys.executable, "-c", SCORING, str(pictures), model_parsing]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.split("RESULT")[1])
+    return done
+
+
+@pytest.fixture(scope="module")
+def found(process) -> dict:
+    """What the scorer says."""
+    return json.loads(next(line for line in process.stdout.splitlines() if line.startswith("RESULT"))[6:])
 
 
 def test_scores_do_not_depend_on_how_a_picture_comes(found):
@@ -96,26 +106,12 @@ def test_expected_scores_are_those_of_the_model_in_transformers(found, pictures,
     assert checked >= 3
 
 
-def test_the_command_scores_what_can_be_read_and_names_the_rest(found, pictures, model_parsing, tmp_path):
-    words = ["--set", "--set", "rollout.max_new_tokens=48"]
-    command = [
-        sys.executable,
-        "-m",
-        "tatar_dist",
-        "score",
-        str(pictures),
-        "--model",
-        model_parsing,
-        *words,
-        "--task",
-        "iqa",
-    ]
-    page = tmp_path / "page.html"
-    done = subprocess.run([*command, "--json", "--html", str(page)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+def test_the_command_scores_what_can_be_read_and_names_the_rest(process, found, pictures):
+    *lines, status = process.stdout.split("RESULT")[1].splitlines()[1:]
+    assert status == "STATUS 1"
+    lines = [json.loads(line) for line in lines]
     assert [Path(line["image"]).name for line in lines] == ["0.png", "1.png", "2.png", "3.png", "4.png", "broken.jpg"]
     assert [line.get("completion") for line in lines[:5]] == [s[1] for s in found["scores"]]
-    assert "cannot decode image" in lines[5]["error"] and "1 of 6 pictures could not be scored" in done.stderr
-    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
-    assert page.read_text().count("data:image/jpeg") == 5
+    said = process.stderr
+    assert "cannot decode image" in lines[5]["error"] and "1 of 6 pictures could not be scored" in said
+    assert (pictures / "p.html").read_text().count("data:image/jpeg") == 5
