@@ -33,7 +33,8 @@ print("RESULT" + json.dumps({
     "text": scorer.texts.text["iqa"],
 }))
 tatar_dist.scorer.Scorer = lambda *_: scorer  # the command uses the engine that is loaded
-print("STATUS", main(["score", directory, "--model", model, "--task", "iqa", "--json", "--html", f"{directory}/p.html"]))
+page = f"{directory}/p.html"
+print("STATUS", main(["score", directory, "--model", model, "--task", "iqa", "--json", "--html", page]))
 """
 
 
