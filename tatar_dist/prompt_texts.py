@@ -35,9 +35,9 @@ class PromptTexts:
 
     def longest(self, answer: int) -> int:
         """Tokens of the longest prompt, with a picture as large as the model sees one, and an answer of `answer`."""
-        m = self.backbone.config
-        side = max(1, int(m.max_pixels**0.5))
-        return max(self.tokens.values()) + self.backbone.image_tokens(side, side) + 64 + answer
+        p = self.backbone.processor.image_processor
+        image = self.backbone.config.max_pixels // (p.patch_size * p.merge_size) ** 2
+        return max(self.tokens.values()) + image + answer
 
     def measure(self, image: bytes, task: Task, where: str) -> int | str:
         """Tokens of the prompt with this image, or why it cannot be asked. `where` names the image."""

@@ -116,6 +116,11 @@ def parse(text: str, strict: bool = True) -> Parsed:
     return Parsed(value, out_of_range=not SCORE_MIN <= value <= SCORE_MAX)
 
 
+def clamped(value: float | None) -> float | None:
+    """A parsed number within 0-100; None stays."""
+    return None if value is None else min(max(value, SCORE_MIN), SCORE_MAX)
+
+
 def answer_start(text: str) -> tuple[int, str] | None:
     """(where the number of the answer begins in `text`, the number as written), None for a text that does not parse."""
     if parse(text).value is None:

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.errors import UserError
+from tatar_dist.evaluate.metrics import spread
 from tatar_dist.model_directory import model_config
-from tatar_dist.prompts import SCORE_MAX, SCORE_MIN, parse, think_text
+from tatar_dist.prompts import clamped, parse, think_text
 from tatar_dist.records import TASKS, Completion, Prompt, Sample, Task
 from tatar_dist.rollout.calls import in_calls
 from tatar_dist.rollout.environment import COMMON_ENV, engine_environment
@@ -206,7 +205,7 @@ def score_of(prompt: Prompt, greedy: Completion, sampled: Sequence[Completion] =
     """The record of a greedy completion and of sampled ones."""
     said = parse(greedy.text)
     values = tuple(clamped(parse(c.text).value) for c in sampled)
-    parsed = [v for v in values if v is not None]
+    mean, sd = spread(values)
     expected = greedy.expected
     return Score(
         image=prompt.sample.sample_id,
@@ -217,12 +216,8 @@ def score_of(prompt: Prompt, greedy: Completion, sampled: Sequence[Completion] =
         truncated=greedy.finish_reason == "length",
         reason=said.reason,
         samples=values,
-        mean=float(np.mean(parsed)) if parsed else None,
-        sd=float(np.std(parsed, ddof=1)) if len(parsed) > 1 else None,
+        mean=mean,
+        sd=sd,
         expected=expected.mean if expected else None,
         expected_sd=expected.sd if expected else None,
     )
-
-
-def clamped(value: float | None) -> float | None:
-    return None if value is None else min(max(value, SCORE_MIN), SCORE_MAX)

@@ -48,16 +48,19 @@ def _in_one_process(directory: str) -> dict[str, list[float]]:
     bias = {i: FORBIDDEN_BIAS for i in engine.forbidden}
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, logit_bias=bias)
     text = scorer.texts.text["iqa"]
-    inputs = [
-        {"prompt": text, "multi_modal_data": {"image": decode_image(Path(f).read_bytes(), f)}} for f in files
-    ]  # a picture's prefix must not be found in the cache of the round before
+    inputs = [{"prompt": text, "multi_modal_data": {"image": decode_image(Path(f).read_bytes(), f)}} for f in files]
+
+    def forget() -> None:
+        """A picture must not be found in a cache of the round before."""
+        engine._reset_caches()
+        engine.llm.llm_engine.reset_mm_cache()
 
     def bare() -> None:
-        engine._reset_caches()
+        forget()
         engine.llm.generate(inputs, params, use_tqdm=False)
 
     def ours() -> None:
-        engine._reset_caches()
+        forget()
         list(scorer.score(files, "iqa"))
 
     return dict(zip(("bare", "score"), in_turns(bare, ours, ROUNDS), strict=True))
@@ -88,10 +91,10 @@ def _evaluate(directory: Path) -> float:
     area, output = PIXELS**2, tempfile.mkdtemp(dir=directory)
     words = [f"output={output}", f"model.path={MODEL}", "model.dtype=float32", f"model.min_pixels={area}"]
     words += [f"model.max_pixels={area}", f"data.test=[{manifest}]", "cluster.gpus_per_node=0", "rollout.engines=1"]
-    words += ["rollout.max_model_len=512", *WORDS]
+    words += ["rollout.max_model_len=512", "data.iqa_fraction=1", *WORDS]
     _process("-m", "tatar_dist", "evaluate", "--config", str(subject.CONFIGS / "eval.yaml"), "--json", *words)
     answers = [json.loads(x)["line"] for x in Path(output, "answers.jsonl").read_text().splitlines()[1:]]
-    tokens = sum(len(a["said"][0]["tokens"]) for a in answers)
+    tokens = sum(a["said"][0]["tokens"] for a in answers)
     return tokens / json.loads(Path(output, "metrics.json").read_text())["tokens_per_second"]
 
 

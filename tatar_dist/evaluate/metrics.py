@@ -9,7 +9,7 @@ scipy is imported where it is used, so importing this module costs only numpy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -163,6 +163,15 @@ def krcc(target: np.ndarray, prediction: np.ndarray) -> float:
     from scipy.stats import kendalltau
 
     return float(kendalltau(prediction, target).statistic)
+
+
+def spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """(mean, standard deviation, n - 1) in points of the sampled scores that parsed; None where there are too few."""
+    parsed = np.array([v for v in values if v is not None], np.float64)
+    return (
+        float(parsed.mean()) if len(parsed) else None,
+        float(parsed.std(ddof=1)) if len(parsed) > 1 else None,
+    )
 
 
 def rmse(target: np.ndarray, prediction: np.ndarray) -> float:

@@ -30,13 +30,13 @@ from tatar_dist.errors import UserError
 from tatar_dist.evaluate import tables
 from tatar_dist.evaluate.answers import Answers, batch_size, batches, distinct, key_of, model_fingerprint, without_image
 from tatar_dist.evaluate.breakdown import averages, slices
-from tatar_dist.evaluate.metrics import score_metrics
+from tatar_dist.evaluate.metrics import score_metrics, spread
 from tatar_dist.interrupts import Interrupted, Interrupts, StopAsked
 from tatar_dist.plan import resolve
 from tatar_dist.progress import Progress
 from tatar_dist.prompt_source import PromptSource, read_manifests
 from tatar_dist.prompt_texts import PromptTexts
-from tatar_dist.prompts import parse, think_words
+from tatar_dist.prompts import clamped, parse, think_words
 from tatar_dist.records import TASKS, Completion, Group, Prompt, Sample
 from tatar_dist.rewards.batch import batch_of_groups
 from tatar_dist.rewards.presets import load_preset
@@ -197,12 +197,9 @@ class Evaluation:
         row = prediction_row(sample, greedy)
         if "sampled" in self.sampling:
             drawn = self.answers.get("sampled", sample)
-            values = [parse(c.text).value for c in drawn]
+            row["samples"] = [clamped(parse(c.text).value) for c in drawn]
             row["samples_truncated"] = sum(c.finish_reason == "length" for c in drawn)
-            parsed = np.clip([v for v in values if v is not None], 0.0, 100.0)
-            row["samples"] = values
-            row["sample_mean"] = float(parsed.mean()) if len(parsed) else None
-            row["sample_sd"] = float(parsed.std(ddof=1)) if len(parsed) > 1 else None
+            row["sample_mean"], row["sample_sd"] = spread(row["samples"])
         return row
 
     def _rewards(self, file: Path) -> dict[str, float | None]:
@@ -264,7 +261,8 @@ def prediction_row(sample: Sample, completion: Completion) -> dict[str, Any]:
         "sample_id": sample.sample_id,
         "dataset": sample.dataset,
         "task": sample.task,
-        "source": str(sample.meta.get("photo", "")),
+        # what several pictures are made from: crops of one photograph, distortions of one reference
+        "source": str(sample.meta.get("photo") or sample.meta.get("reference") or ""),
         "target": sample.score,
         "prediction": parse(completion.text).value,
         "completion": completion.text,

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +14,8 @@ from typing import Any
 from PIL import Image
 
 from tatar_dist.data.images import MAX_ASPECT, UnreadableImage, decode_image
-from tatar_dist.prompts import SCORE_MAX, SCORE_MIN, Prompts, parse, think_text
+from tatar_dist.evaluate.metrics import spread
+from tatar_dist.prompts import Prompts, clamped, parse, think_text
 from tatar_dist.records import Task
 from tatar_dist.rollout.engine import FORBIDDEN_BIAS
 from tatar_dist.serve.requests import Refused, from_base64
@@ -118,8 +117,7 @@ def answer(choice: Mapping[str, Any]) -> dict[str, Any]:
     reason = parsed.reason
     if reason and cut:
         reason = f"cut off at the longest answer allowed, {reason}"
-    score = None if parsed.value is None else min(max(parsed.value, SCORE_MIN), SCORE_MAX)
-    return {"score": score, "rationale": think_text(text).strip(), "reason": reason, "truncated": cut}
+    return {"score": clamped(parsed.value), "rationale": think_text(text).strip(), "reason": reason, "truncated": cut}
 
 
 def summary(greedy: Mapping[str, Any], sampled: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -128,15 +126,16 @@ def summary(greedy: Mapping[str, Any], sampled: Sequence[Mapping[str, Any]]) -> 
     `score`, `rationale`, `reason` (why there is no score) are the greedy answer's. `n`, `parsed`, `truncated` count the
     sampled ones, `mean` and `sd` (of a sample: n - 1) are of those that parsed; None where too few did.
     """
-    scores = [s["score"] for s in sampled if s["score"] is not None]
+    scores = [s["score"] for s in sampled]
+    mean, sd = spread(scores)
     return {
         "score": greedy["score"],
         "rationale": greedy["rationale"],
         "reason": greedy["reason"],
         "samples": list(sampled),
-        "mean": math.fsum(scores) / len(scores) if scores else None,
-        "sd": statistics.stdev(scores) if len(scores) > 1 else None,
+        "mean": mean,
+        "sd": sd,
         "n": len(sampled),
-        "parsed": len(scores),
+        "parsed": sum(score is not None for score in scores),
         "truncated": sum(s["truncated"] for s in sampled),
     }
