@@ -28,6 +28,9 @@ class ModelConfig:
     max_pixels: int = 1572864
     train_vision: bool = True
     gradient_checkpointing: bool = True
+    lora_rank: int = 0  # above 0 low-rank adapters are trained instead of the weights (learner/lora.py)
+    lora_alpha: float = 32.0  # what an adapter adds is multiplied by lora_alpha / lora_rank
+    lora_targets: list[str] = field(default_factory=list)  # last parts of layers' names, as q_proj; empty = all linear
 
 
 @dataclass

@@ -65,9 +65,11 @@ ABOVE_ZERO = (
     "rollout.suspect_after_s",
     "rollout.push_timeout_s",
     "rollout.restart_backoff_s",
+    "model.lora_alpha",
     "checkpoint.grace_seconds",
 )
 NOT_NEGATIVE = (
+    "model.lora_rank",
     "cluster.learners",
     "cluster.gpus_per_node",
     "sft.eval_every",

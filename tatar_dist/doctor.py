@@ -6,6 +6,7 @@ interpreter down. A check is required when nothing runs without it, otherwise it
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -24,6 +25,7 @@ MIN_RAM = 8 * GIB  # the demo peaks below it
 MIN_DISK = 10 * GIB  # its environment and runs
 MIN_SHM = 1 * GIB  # Ray's object store
 MIN_FILES = 65_536
+TIME_ERROR = 5
 SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse.ceph", "glusterfs", "wekafs", "cifs", "smb", "9p")
 RAY_PORTS = {6379: "Ray's control store", 8265: "Ray's dashboard and jobs", 10001: "Ray's client"}
 PACKAGE = Path(__file__).parent
@@ -32,7 +34,9 @@ BASE_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 PROBE = """
 import json, torch
-found = {"torch": torch.__version__, "cuda": torch.version.cuda, "devices": []}
+found = {"torch": torch.__version__, "cuda": torch.version.cuda, "devices": [], "nccl": None}
+if torch.version.cuda:
+    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
 if torch.cuda.is_available():
     found["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 try:
@@ -64,6 +68,7 @@ def run() -> list[Check]:
         _torch,
         _machine,
         _cluster,
+        _nodes,
         _ports,
         _paths,
         _photographs,
@@ -122,6 +127,7 @@ def _torch() -> Iterator[Check]:
         return
     build = f"{found['torch']}, {'CUDA ' + found['cuda'] if found['cuda'] else 'CPU build'}"
     yield Check("torch build", True, False, build)
+    yield Check("NCCL", True, False, found["nccl"] or "not in this build: learners use gloo")
     broken = found["torchvision"]
     yield Check("import torchvision", broken is None, True, broken or "works", "run `python launch/fix_torchvision.py`")
     gpus = ", ".join(found["devices"])
@@ -171,6 +177,27 @@ def _cluster() -> Iterator[Check]:
     kind = max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else "unknown"
     shared = "shared" if kind.startswith(SHARED) else "this machine's own, as far as its type says"
     yield Check("file system here", True, False, f"{kind}: {shared} (checkpoint.storage)")
+    yield _clock()
+
+
+def _clock() -> Check:
+    """Whether the kernel takes its clock for synchronised: adjtimex(2), which returns TIME_ERROR where it does not."""
+    name, hint = "clock", "start chrony or ntpd: times of several nodes are compared in logs and events"
+    try:
+        state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # modes 0: only reads
+    except (OSError, AttributeError):
+        return Check(name, True, False, "this system does not say whether it is synchronised")
+    return Check(
+        name, 0 <= state < TIME_ERROR, False, "synchronised" if 0 <= state < TIME_ERROR else "not synchronised", hint
+    )
+
+
+def _nodes() -> Iterator[Check]:
+    """All nodes of the cluster that RAY_ADDRESS names."""
+    if (address := os.environ.get("RAY_ADDRESS")) and _version("ray"):
+        from tatar_dist.doctor_nodes import examine
+
+        yield from examine(address)
 
 
 def _paths() -> Iterator[Check]:

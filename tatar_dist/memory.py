@@ -5,7 +5,7 @@ fit. No weights are loaded, no torch. What is counted on a learner (P parameters
 
     weights, gradients     2 P / N each          DeepSpeed ZeRO-3 (arXiv 1910.02054)
     optimizer              12 P / N              float32 master weights and two moments (SGD: master weights)
-    reference              2 P / N               GRPO with kl_beta > 0
+    reference              2 P / N               GRPO with kl_beta > 0; adapters (learner/lora.py) need none
     gathered layers        2 x at most 1e9       DeepSpeed's stage3_max_live_parameters
     reduce bucket          2 x 5e8               DeepSpeed's reduce_bucket_size, taken at once
     activations            what autograd keeps of a packed forward of micro_tokens (bench/counts.py has the terms), or
@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,20 @@ class Sizes:
         h = t["hidden_size"]
         layer = 2 * h * h + h + 2 * (h * self.kv + self.kv) + 3 * h * t["intermediate_size"] + 2 * h
         return self.vision_parameters + t["num_hidden_layers"] * layer + h + self.head * (1 if self.tied else 2)
+
+    def adapters(self, rank: int, targets: Sequence[str], vision: bool) -> int:
+        """Parameters of LoRA adapters (learner/lora.py): rank x (in + out) of every layer that gets one."""
+        t, v = self.text, self.vision
+        h, wide, towers, m = t["hidden_size"], t["intermediate_size"], v["hidden_size"], v["intermediate_size"]
+        merged = towers * v["spatial_merge_size"] ** 2
+        layer = {"q_proj": 2 * h, "k_proj": h + self.kv, "v_proj": h + self.kv, "o_proj": 2 * h}
+        layer |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), h + wide)
+        block = {"qkv": 4 * towers, "proj": 2 * towers}
+        block |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), towers + m)
+        parts = [(t["num_hidden_layers"], layer)]
+        if vision:
+            parts += [(v["depth"], block), (1, {"0": 2 * merged, "2": merged + v["out_hidden_size"]})]
+        return rank * sum(n * s for n, part in parts for name, s in part.items() if not targets or name in targets)
 
 
 VISION = {
@@ -199,12 +213,12 @@ def kept_elements(sizes: Sizes, patches: float, tokens: float, checkpointing: bo
     return inputs + 2 * max(block, layer)  # what the layer keeps again, and gradients of about as much
 
 
-def head_bytes(sizes: Sizes, tokens: float, wide: int) -> float:
-    """Of the head's backward: its weight's gradient summed in float32, then in the weight's type, and two chunks of
-    logits; or of its forward, three or four chunks."""
+def head_bytes(sizes: Sizes, tokens: float, wide: int, trained: bool = True) -> float:
+    """Of the head's backward: its weight's gradient, where it is trained, summed in float32, then in the weight's type,
+    and two chunks of logits; or of its forward, three or four chunks."""
     logits = 4.0 * tokens * sizes.text["vocab_size"]
     chunk, live = (logits, 3) if logits <= CHUNK else (CHUNK, 4)
-    gradient = sizes.head * (4 if wide == 4 else 4 + wide)
+    gradient = trained * sizes.head * (4 if wide == 4 else 4 + wide)
     return max(live * chunk, gradient + 2 * chunk)
 
 
@@ -213,14 +227,15 @@ def learner(config: Config, plan: Plan, sizes: Sizes, room: float) -> Memory:
     m, grpo = config.model, plan.stage == "grpo"
     wide, ranks = (2 if m.dtype == "bfloat16" else 4), plan.learners
     everything = sizes.parameters
-    trained = everything if m.train_vision else everything - sizes.vision_parameters
+    adapters = sizes.adapters(m.lora_rank, m.lora_targets, m.train_vision)
+    trained = adapters or (everything if m.train_vision else everything - sizes.vision_parameters)
     optim = config.grpo.optim if grpo else config.sft.optim
     tokens, patches, answers = _micro_batch(config, plan)
     held = {
-        "weights": wide * everything / ranks,
+        "weights": wide * (everything + adapters) / ranks,
         "gradients": wide * trained / ranks,
         "optimizer": (12 if optim.name == "adamw" else 4) * trained / ranks,
-        "reference": wide * everything / ranks if grpo and config.grpo.kl_beta else 0.0,
+        "reference": wide * everything / ranks if grpo and config.grpo.kl_beta and not m.lora_rank else 0.0,
         "reduce bucket": wide * BUCKET,
         "CUDA and NCCL": CONTEXT,
     }
@@ -228,7 +243,7 @@ def learner(config: Config, plan: Plan, sizes: Sizes, room: float) -> Memory:
     backward = {
         "gathered layers": wide * min(everything, LIVE),
         "activations": MOMENTARY * KEPT[m.dtype] * kept,
-        "head and logits": head_bytes(sizes, answers, wide),
+        "head and logits": head_bytes(sizes, answers, wide, trained=not adapters),
     }
     step = {"step": 4 * min(trained / ranks, SUB_GROUP)}
     asleep = {"engine asleep": CONTEXT} if plan.colocated else {}
@@ -291,7 +306,11 @@ def _for_learners(config: Config, plan: Plan, sizes: Sizes, room: float) -> str:
             return f"a learner does not fit: set cluster.learners={ranks}, and cluster.nodes for as many GPUs" + (
                 "; with " + key if best is not config else ""
             )
-    return f"a learner does not fit with any number of ranks up to {rows}: lower model.max_pixels, or take larger GPUs"
+    return f"a learner does not fit with any number of ranks up to {rows}: lower model.max_pixels" + (
+        ", or take larger GPUs"
+        if best.model.lora_rank
+        else ", train adapters (model.lora_rank=16), or take larger GPUs"
+    )
 
 
 def _split(plan: Plan) -> Split:
@@ -333,11 +352,12 @@ def _for_engines(config: Config, plan: Plan, sizes: Sizes, room: float) -> str:
 
 
 def as_table(found: Estimate) -> Any:
-    """The estimate as a rich table, GiB a GPU."""
+    """The estimate as a rich table, GiB a GPU, and how far to trust it."""
+    from rich.console import Group
     from rich.table import Table
 
-    title = f"{found.stage}: memory of a GPU in GiB, of {found.gpu_gib:g} (estimated)"
-    table = Table(title=title, caption=NOTE, show_header=False, title_justify="left", caption_justify="left")
+    title = f"{found.stage}: GiB of a GPU's {found.gpu_gib:g}, estimated"
+    table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     table.add_column(justify="right")
@@ -350,7 +370,7 @@ def as_table(found: Estimate) -> Any:
         table.add_section()
     for line in found.advice:
         table.add_row("change", line, "")
-    return table
+    return Group(table, NOTE)
 
 
 def of_plan(config: Config, plan: Plan, gpu_gib: float | None) -> Estimate | str | None:

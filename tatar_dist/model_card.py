@@ -123,6 +123,7 @@ def _stage(config: Config, stage: str, steps: int) -> dict[str, Any]:
     shared = [
         ("optimiser steps", steps),
         ("weights", f"{m.dtype}, vision tower {'trained' if m.train_vision else 'frozen'}"),
+        *([("adapters, merged", f"LoRA of rank {m.lora_rank}, alpha {m.lora_alpha:g}")] if m.lora_rank else []),
         ("pixels of an image", f"{m.min_pixels} to {m.max_pixels}"),
         ("share of IQA", d.iqa_fraction),
         ("seed", config.seed),

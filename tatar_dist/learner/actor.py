@@ -156,10 +156,10 @@ class Learner:
         reference: list[Any] = [None] * n
         old: list[Any] = [None] * n
         with torch.no_grad():
-            for i in range(n) if self.zero3.reference is not None or g.inner_iterations > 1 else ():
+            for i in range(n) if self.zero3.has_reference or g.inner_iterations > 1 else ():
                 batches.append(next(made))
-                if self.zero3.reference is not None:
-                    reference[i] = self.zero3.reference(batches[i]).logp
+                if self.zero3.has_reference:
+                    reference[i] = self.zero3.reference_logp(batches[i])
                 if g.inner_iterations > 1:
                     old[i] = self.zero3.engine(batches[i]).logp
         sums: dict[str, float] = {}

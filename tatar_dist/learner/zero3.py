@@ -22,7 +22,7 @@ from tatar_dist.backbones import family
 from tatar_dist.checkpoint.files import Job
 from tatar_dist.config import ClusterConfig, Config, OptimConfig
 from tatar_dist.errors import UserError
-from tatar_dist.learner import reshard
+from tatar_dist.learner import lora, reshard
 from tatar_dist.learner.model import PolicyModel
 from tatar_dist.process import interface_of
 
@@ -95,7 +95,7 @@ class Zero3:
 
     Attributes:
         engine: the DeepSpeed engine around `PolicyModel`; call it for `TokenLogprobs`.
-        reference: the frozen engine, or None.
+        has_reference: `reference_logp` may be called.
     """
 
     def __init__(
@@ -120,6 +120,9 @@ class Zero3:
         self._hf_config = HfDeepSpeedConfig(settings)  # makes from_pretrained shard while it loads; must stay alive
         self._forbidden = self.backbone.forbidden_ids()
         policy = self._wrap(config, temperature, config.model.path)
+        self._lora = lora.scale(config.model)
+        if self._lora:
+            lora.install(policy.backbone, config.model, config.seed)
         if config.model.gradient_checkpointing:
             policy.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         policy.train()
@@ -130,12 +133,13 @@ class Zero3:
         )
         self.engine.checkpoint_engine = SnapshotEngine()
         self.engine._copy_recovery_script = lambda _: None  # would write at once, into a directory not there yet
-        self.reference = None
-        if reference_path is not None:
+        self._reference = None
+        self.has_reference = reference_path is not None
+        if reference_path is not None and not (self._lora and reference_path == config.model.path):
             frozen = self._wrap(config, temperature, reference_path)
             frozen.requires_grad_(False).eval()
             plain = {k: v for k, v in settings.items() if k not in ("gradient_clipping",)}
-            self.reference, _, _, _ = deepspeed.initialize(model=frozen, config=plain)
+            self._reference, _, _, _ = deepspeed.initialize(model=frozen, config=plain)
 
     def _wrap(self, config: Config, temperature: float, path: str) -> PolicyModel:
         import dataclasses
@@ -152,6 +156,14 @@ class Zero3:
         if o.name == "sgd":
             return torch.optim.SGD(parameters, lr=o.lr, weight_decay=o.weight_decay)
         return torch.optim.AdamW(parameters, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
+
+    def reference_logp(self, batch: Any) -> Tensor:
+        """(B, C) log-probabilities of the frozen reference: an engine of its own, or the policy without adapters."""
+        if self._reference is not None:
+            return self._reference(batch).logp  # type: ignore[no-any-return]
+        assert self.has_reference
+        with torch.no_grad(), lora.without(self.engine.module):
+            return self.engine(batch).logp  # type: ignore[no-any-return]
 
     def set_learning_rate(self, lr: float) -> None:
         for group, scale in zip(self.engine.optimizer.param_groups, self._scales, strict=True):
@@ -187,20 +199,24 @@ class Zero3:
 
     def metadata(self) -> list[tuple[str, torch.dtype, list[int]]]:
         """(name, dtype, full shape) of what `full_parameters` yields, in its order. Not collective."""
-        return [(n, p.dtype, list(getattr(p, "ds_shape", p.shape))) for n, p in self._named()]
+        named = ((n, p) for n, p in self._named() if not lora.is_adapter(n))
+        return [(n, p.dtype, list(getattr(p, "ds_shape", p.shape))) for n, p in named]
 
     def full_parameters(self, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, full tensor) of every parameter, gathered one layer group at a time.
 
         Collective. The tensor is a clone made on the default stream, on rank 0 or `everywhere`; other ranks get an
-        empty one. Tied parameters come once.
+        empty one. Tied parameters come once; adapters are in their layers' weights.
         """
         import deepspeed
 
         named, full_here = self._named(), everywhere or self.rank == 0
         for group in layer_groups(named):
             with deepspeed.zero.GatheredParameters([p for _, p in group]):
-                full = [(n, p.detach().clone() if full_here else torch.empty(0, dtype=p.dtype)) for n, p in group]
+                if full_here:
+                    full = list(lora.merged(group, self._lora))
+                else:
+                    full = [(n, torch.empty(0, dtype=p.dtype)) for n, p in group if not lora.is_adapter(n)]
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
             yield from full

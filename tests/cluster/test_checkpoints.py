@@ -74,7 +74,7 @@ class OpenLearner(Learner):
         for i, batch in enumerate(self._batches(shard)):
             self.zero3.begin(last=i == len(shard) - 1)
             with torch.no_grad():
-                reference = self.zero3.reference(batch).logp
+                reference = self.zero3.reference_logp(batch)
             out = self.zero3.engine(batch)
             loss = policy_loss(
                 PolicyLoss(0.2, 0.2, "token", "none", "truncate", 2.0), out.logp, None, reference, batch.advantage,

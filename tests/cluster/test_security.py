@@ -132,6 +132,29 @@ def test_ray_lists_the_environment_of_actors_without_the_token(hosts, run):
     assert token.read_text() not in listed
 
 
+def doctor(host: Host, env: dict[str, str], directory: str) -> dict[str, dict]:
+    """Checks of `tatar-dist doctor --json`, by name, run in a directory of the host."""
+    run = ["bash", "-c", 'cd "$0" && exec "$@"', directory, sys.executable, "-m", "tatar_dist", "doctor", "--json"]
+    done = host.run(run, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout, done.stderr
+    return {c["name"]: c for c in json.loads(done.stdout)["checks"]}
+
+
+def test_the_doctor_looks_at_every_node_and_is_no_stranger(hosts, run, tmp_path):
+    cluster, _ = run
+    found = doctor(hosts[0], cluster.env, str(tmp_path))
+    assert found["Ray cluster"]["found"] == f"{len(hosts)} nodes, 0 GPUs"
+    for name in ("Ray cluster", "versions on the nodes", "clocks of the nodes", "this directory"):
+        assert found[name]["ok"], found[name]
+    assert not list(tmp_path.iterdir())
+    private = doctor(hosts[0], cluster.env, "/tmp/ray")["this directory"]  # each host has its own
+    assert not private["ok"] and private["found"] == f"not seen from {hosts[1].ip}"
+    wrong = tmp_path / "token"
+    wrong.write_text("0" * 48)
+    refused = doctor(hosts[0], cluster.env | {"RAY_AUTH_TOKEN_PATH": str(wrong)}, str(tmp_path))["Ray cluster"]
+    assert not refused["ok"] and cluster.address in refused["found"]
+
+
 def test_the_metrics_exporter_would_answer_strangers_were_it_on(tmp_path):
     """The control of what launch/ray_security.sh closes, and of the client that finds it."""
     with Hosts(1) as alone, RayCluster(alone, tmp_path, metrics=True):

@@ -167,3 +167,24 @@ def test_colocated_engines_leave_room_for_the_learner():
 def test_the_tiny_model_fits_a_small_gpu():
     estimate = found("grpo", f"model.path={TINY}", gpu=24)
     assert all(m.fits for m in estimate.roles) and estimate.advice == ()
+
+
+def test_adapters_have_the_parameters_that_are_installed_and_need_neither_optimizer_nor_reference():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from tatar_dist.learner import lora
+
+    sizes = memory.sizes_of(str(TINY))
+    for words in ([], ["model.train_vision=false"], ["model.lora_targets=[q_proj,down_proj]"]):
+        config = load_config([str(CONFIGS / "grpo.yaml")], ["model.lora_rank=4", *words]).model
+        with torch.device("meta"):
+            model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.AutoConfig.from_pretrained(TINY))
+        model.model.visual.requires_grad_(config.train_vision)
+        before = sum(p.numel() for p in model.parameters())
+        lora.install(model, config, 0)
+        installed = sum(p.numel() for p in model.parameters()) - before
+        assert installed == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert sizes.adapters(4, config.lora_targets, config.train_vision) == installed > 0
+    whole, adapted = (role(found("grpo", *words), "learner") for words in ([], ["model.lora_rank=16"]))
+    assert whole.parts["reference"] > 0 and "reference" not in adapted.parts
+    assert adapted.parts["optimizer"] < 0.02 * whole.parts["optimizer"]

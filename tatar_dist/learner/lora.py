@@ -1,0 +1,110 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): trained where gradients of all weights are too much for a machine.
+
+`install` freezes a model; its linear layers then compute x W^T + b + (alpha / rank) x A^T B^T, where B starts at 0.
+Adapters never leave the learners: engines and checkpoints get W + (alpha / rank) B A under W's own name (`merged`), so
+that nothing behind them knows of adapters. Without them (`without`) the model is the one it started from: the reference
+of GRPO needs no second copy. Needs torch alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tatar_dist.config import ModelConfig
+from tatar_dist.errors import UserError
+
+DOWN, UP = "lora_a", "lora_b"
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with the same parameters under the same names, frozen, and two of its own.
+
+    lora_a: (rank, in), Kaiming uniform like a linear layer of torch; lora_b: (out, rank), zeros.
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int, scale: float, random: torch.Generator) -> None:
+        super().__init__()
+        like = {"dtype": layer.weight.dtype}
+        bound = 1 / math.sqrt(layer.in_features)
+        start = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=random)
+        self.weight, self.bias = layer.weight, layer.bias
+        self.lora_a = nn.Parameter(start.to(layer.weight.device, **like))
+        self.lora_b = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device, **like))
+        self.scale, self.active = scale, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = functional.linear(x, self.weight, self.bias)
+        if not self.active:
+            return out
+        low = functional.linear(functional.linear(x, self.lora_a), self.lora_b)
+        return out + self.scale * low
+
+
+def scale(config: ModelConfig) -> float:
+    return config.lora_alpha / config.lora_rank if config.lora_rank else 0.0
+
+
+def install(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Freeze `model`; adapters for its linear layers that were trained, all but the head, or those of
+    `config.lora_targets`. The same on every rank.
+
+    Raises:
+        UserError: a target that is the name of no such layer.
+    """
+    found = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer.weight.requires_grad and not name.endswith("lm_head")
+    }
+    known = {name.rpartition(".")[2] for name in found}
+    for target in config.lora_targets:
+        if target not in known:
+            raise UserError(
+                f"model.lora_targets: no trained linear layer is called {target!r}: {', '.join(sorted(known))}"
+            )
+    model.requires_grad_(False)
+    random = torch.Generator().manual_seed(seed)
+    for name, layer in found.items():
+        parent, _, last = name.rpartition(".")
+        if not config.lora_targets or last in config.lora_targets:
+            setattr(model.get_submodule(parent), last, LoraLinear(layer, config.lora_rank, scale(config), random))
+
+
+@contextlib.contextmanager
+def without(model: nn.Module) -> Iterator[None]:
+    """The model as it was before `install`."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.active = True
+
+
+def is_adapter(name: str) -> bool:
+    return name.rpartition(".")[2] in (DOWN, UP)
+
+
+def merged(named: Iterable[tuple[str, Tensor]], scale: float) -> Iterator[tuple[str, Tensor]]:
+    """(name, copy) of every weight, what its adapter adds included (summed in float32); adapters themselves not.
+
+    `named` holds a layer's adapter wherever it holds its weight.
+    """
+    found = dict(named)
+    for name, weight in found.items():
+        stem = name.removesuffix("weight")
+        if is_adapter(name):
+            continue
+        if name != stem and stem + DOWN in found:
+            added = found[stem + UP].detach().float() @ found[stem + DOWN].detach().float()
+            yield name, (weight.detach().float() + scale * added).to(weight.dtype)
+        else:
+            yield name, weight.detach().clone()
