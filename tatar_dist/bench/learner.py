@@ -3,8 +3,9 @@
 In: nothing. Out: the ratio of seconds (policy loss, forward and backward; float32, all cores, no optimiser), with
 gradient checkpointing off and on, in turns; how far the two gradients are apart; peak memory of each in a process of
 its own; the ratio that the FLOPs of both allow; how time and memory grow with groups, image, completion and vocabulary.
-What FLOPs and memory are counted as: counts.py. The slow side works twice: here, where gradients are compared, and in
-the process whose memory is measured; so does the other, and each pair is a round.
+What FLOPs and memory are counted as: counts.py. Memory is measured apart from seconds, by an allocator that gives back
+what is freed: glibc's heap keeps freed tensors that lie between gradients which stay, more or less of them from run to
+run (of an update that has 78 MiB alive, 194 stayed), but mapping each tensor anew takes a quarter of the time besides.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,8 @@ from tatar_dist.bench import subject
 from tatar_dist.bench.counts import Work, flops, peak_bytes
 from tatar_dist.bench.result import ratio, result, summary
 
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: blocks above are mapped, and unmapped when freed; bytes
+ROUNDS = 2
 TARGET, MEMORY_TARGET, GRADIENT_TARGET = 7.0, 0.4, 1e-5
 
 
@@ -64,10 +68,14 @@ def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], Non
     return update, model, batch.layout.prompts[0]
 
 
-def alone(works: Sequence[Work], packed: bool, directory: Path) -> list[dict[str, float]]:
-    """An update each in another process: seconds, MiB above what the loaded model takes, and both as counted."""
+def alone(works: Sequence[Work], packed: bool, directory: Path, exact: bool) -> list[dict[str, float]]:
+    """An update each in another process: seconds, MiB above what the loaded model takes, and both as counted.
+
+    exact: what is freed is given back at once, so that MiB are what was needed, and seconds are too many.
+    """
     words = [sys.executable, "-m", "tatar_dist.bench.learner", json.dumps([w.__dict__ for w in works])]
-    done = subprocess.run([*words, str(int(packed)), str(directory)], stdout=subprocess.PIPE, check=True, text=True)
+    words, env = [*words, str(int(packed)), str(directory)], {**os.environ, **(EXACT if exact else {})}
+    done = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True, env=env)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
 
 
@@ -84,14 +92,12 @@ def compare(work: Work, directory: Path) -> dict[str, Any]:
     theirs, model, prompt = _update(work, directory / str(work.vocab), packed=False)
     ours, policy, _ = _update(work, directory / str(work.vocab), packed=True)
     ours()  # threads and kernels are there now
-    rounds = [(_seconds(theirs), _seconds(ours))]
+    seconds = [list(side) for side in zip(*((_seconds(theirs), _seconds(ours)) for _ in range(ROUNDS)), strict=True)]
     right = {n: p.grad for n, p in model.named_parameters()}
     apart = torch.stack([(p.grad - right[n]).norm() for n, p in policy.named_parameters()]).norm()
     whole = torch.stack([g.norm() for g in right.values()]).norm()
     counted = [flops(model.config, work, prompt, packed) for packed in (False, True)]
-    processes = [alone([work], packed, directory)[0] for packed in (False, True)]
-    rounds.append((processes[0]["seconds"], processes[1]["seconds"]))
-    seconds, memory = [list(side) for side in zip(*rounds, strict=True)], [p["mib"] for p in processes]
+    memory = [alone([work], packed, directory, exact=True)[0]["mib"] for packed in (False, True)]
     return {
         "prompt_tokens": prompt,
         "seconds": {"per_row": seconds[0], "packed": seconds[1]},
@@ -115,7 +121,8 @@ GROWTH = {
 def growth(directory: Path) -> dict[str, list[dict[str, Any]]]:
     """Seconds and peak MiB of one packed update, along one size at a time, beside what is counted."""
     works = list(dict.fromkeys(work for each in GROWTH.values() for work in each))
-    found = {work: work.__dict__ | m for work, m in zip(works, alone(works, True, directory), strict=True)}
+    timed, needed = (alone(works, True, directory, exact) for exact in (False, True))
+    found = {w: w.__dict__ | t | {"mib": n["mib"]} for w, t, n in zip(works, timed, needed, strict=True)}
     return {name: [found[work] for work in each] for name, each in GROWTH.items()}
 
 
