@@ -1,1 +1,1 @@
-"""Groups of sub-commands: `tatar-dist data …` and `tatar-dist rationale …`. Like cli.py: parse, call, print."""
+"""The sub-commands of `tatar-dist`. Each parses its words, calls the package, prints; heavy imports are inside."""

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Make and look at manifests, the Parquet files all stages read.", no_args_is_help=True)
+from tatar_dist.commands.options import Json
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+app = typer.Typer(help="Make and look at manifests, the Parquet files all stages read.", no_args_is_help=True)
 
 
 @app.callback()

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tatar_dist.commands.options import Json
 from tatar_dist.errors import UserError
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def score(

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tatar_dist.commands.options import Json
+
 app = typer.Typer(help="Make the rationales that SFT learns from.", no_args_is_help=True)
 
 Manifest = Annotated[Path, typer.Argument(metavar="M.parquet", help="A manifest.")]
@@ -18,7 +20,6 @@ Configs = Annotated[
     list[Path] | None, typer.Option("--config", help="YAML file; may repeat; default configs/rationale.yaml.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be asked, send nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 DEFAULT_CONFIG = "configs/rationale.yaml"
 

@@ -1,0 +1,128 @@
+"""`tatar-dist rewards`, `bench`, `doctor`: what a completion earns, how fast a part is, what a machine lacks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tatar_dist.commands.options import Json, print_result
+from tatar_dist.errors import UserError
+
+# modules of tatar_dist.bench
+BENCHES = (
+    "learner", "rollout", "sync", "reward", "data", "scaling", "overlap", "step", "shapes", "images", "rationale",
+    "simulate", "staleness", "evaluate", "report",
+)  # fmt: skip
+
+
+def rewards(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="JSON lines (group_id, task, dataset, target, completion) or a run's rollouts/*.parquet; "
+            "each file is one global batch.",
+        ),
+    ],
+    preset: Annotated[
+        str, typer.Option(help="tatar, released, gaussian-both, thurstone-both, binary, or a YAML file.")
+    ] = "tatar",
+    output: Annotated[Path | None, typer.Option(help="Write the lines here and print a summary.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON (with --output).")] = False,
+    lenient: Annotated[bool, typer.Option(help="Drop and count bad rows, read answers leniently.")] = False,
+    all_terms: Annotated[bool | None, typer.Option(help="Compute every term, not only the preset's.")] = None,
+    advantage: Annotated[str, typer.Option(help="std, mean (Dr. GRPO) or per_term.")] = "std",
+    explain: Annotated[
+        int | None, typer.Option(metavar="ROW", help="Show the comparisons behind one row, from 1.")
+    ] = None,
+) -> None:
+    """Score completions: every reward term and the advantage, line by line.
+
+    Example: [bold]tatar-dist rewards batch.jsonl --preset tatar --output scored.jsonl[/bold]
+    """
+    from tatar_dist.rewards import audit
+
+    if explain is not None and len(files) > 1:
+        raise UserError("--explain looks at one file, give only that")
+    found = [audit.run(f, preset, all_terms=all_terms, lenient=lenient, advantage=advantage) for f in files]
+    for warning in (w for each in found for w in each.warnings):
+        print(f"tatar-dist: {warning}", file=sys.stderr)
+    if explain is not None:
+        print(audit.explain_table(found[0], explain))
+        return
+    audit.write(found, output, sys.stdout)
+    if output is not None:
+        print_result({**audit.summary(found), "output": str(output)}, as_json)
+
+
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=", ".join(BENCHES) + "; or table.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="WORD", help="simulate, staleness: config keys; step: tune; table: files."),
+    ] = None,
+    as_json: Json = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="learner: draw how an update grows.")] = None,
+) -> None:
+    """Time a part of the pipeline on this machine beside a baseline and the least it could take.
+
+    `bench table build/bench/*.json` prints what `--json` wrote as one Markdown table.
+
+    Example: [bold]tatar-dist bench reward --json[/bold]
+    """
+    if name == "table":
+        from tatar_dist.bench import table
+
+        if not words:
+            raise UserError("bench table: give it files that bench NAME --json wrote")
+        print(table.markdown([table.read(Path(word)) for word in words]))
+        return
+    if name not in BENCHES:
+        raise UserError(f"bench {name!r}: must be one of {', '.join(BENCHES)}, table")
+    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other
+    benchmark = import_module(f"tatar_dist.bench.{name}")
+    if words and name not in ("simulate", "staleness", "step"):
+        raise UserError(f"bench {name}: takes no {words[0]!r}, only bench simulate, staleness and step take words")
+    if plot and name != "learner":
+        raise UserError(f"bench {name}: draws no plot, only bench learner does")
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print, too; standard output is for the result
+        found = benchmark.run(words) if words else benchmark.run()
+    print(json.dumps(found)) if as_json else benchmark.print_table(found)
+    if plot:
+        from tatar_dist.bench import plot as drawing
+
+        drawing.draw(found, plot)
+    if not found.get("ok", True):
+        raise typer.Exit(1)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check this machine, and with RAY_ADDRESS a cluster's nodes. Exit 1 if something needed is missing.
+
+    Compilers, packages, GPUs, NCCL, memory, networks, ports, clock, file system; of the nodes their versions, clocks, and
+    whether they see this directory.
+
+    Example: [bold]tatar-dist doctor --json[/bold]
+    """
+    from tatar_dist import doctor as checks
+
+    found = checks.run()
+    if as_json:
+        print(json.dumps(checks.as_json(found)))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        console.print(checks.as_table(found))
+        console.print(checks.verdict(found))
+    if any(c.required and not c.ok for c in found):
+        raise typer.Exit(1)

@@ -1,0 +1,87 @@
+"""`tatar-dist status`, `report`, `export`: what a run is doing, what it learned, the model it made. Parses, prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tatar_dist.commands.options import Json
+from tatar_dist.errors import UserError
+
+
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Draw again every second, until Ctrl-C.")] = False,
+) -> None:
+    """What a run is doing: step, phase, engines' health, speed, time left, checkpoint, faults. Reads its files only.
+
+    Example: [bold]tatar-dist status runs/grpo --watch[/bold]
+    """
+    from tatar_dist.status import RunFiles
+
+    if watch and as_json:
+        raise UserError("--watch draws, --json prints one object: give one of them")
+    files = RunFiles(run)
+    if as_json:
+        print(json.dumps(files.read().to_dict()))
+        return
+    import time
+
+    from rich.console import Console
+
+    from tatar_dist import status_view
+
+    console = Console()
+    if watch:
+        status_view.watch(files, console)
+    else:
+        console.print(status_view.view(files.read(), time.time()))
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="A run directory or a demo's; several are compared.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="The page; else RUN/report.html, or ./compare.html of several runs."),
+    ] = None,
+) -> None:
+    """Write one HTML page about a run, or one that compares several: what was learned, health, curves, answers.
+
+    A run's page goes to RUN/report.html, a comparison to compare.html in the current directory, or either to --output.
+
+    Example: [bold]tatar-dist report runs/grpo[/bold], [bold]tatar-dist report runs/a runs/b --output a-b.html[/bold]
+    """
+    if len(runs) == 1:
+        from tatar_dist.report import html
+
+        print(html.write(runs[0], output))
+        return
+    from tatar_dist.report import compare
+
+    print(compare.write(runs, output or Path(compare.FILE)))
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    output: Annotated[Path, typer.Option(help="New directory for the model.")],
+    step: Annotated[int | None, typer.Option(metavar="N", help="Of the checkpoint; the newest when left out.")] = None,
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most of a weights file, as in 500MB.")] = "5GB",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; as trained when left out.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What evaluate wrote about this checkpoint; else looked for.")
+    ] = None,
+) -> None:
+    """The trained model as a Hugging Face directory for transformers and vLLM, with prompts and a model card.
+
+    Example: [bold]tatar-dist export runs/grpo --output models/scorer[/bold]
+    """
+    from tatar_dist import export as exporting
+
+    options = {"step": step, "shard_size": shard_size, "dtype": dtype, "evaluation": evaluation}
+    print(exporting.run(run, output, **options))  # type: ignore[arg-type]

@@ -1,0 +1,184 @@
+"""`tatar-dist demo`, `probes`, `sft`, `grpo`, `evaluate`, and `plan`, which shows what they would start."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tatar_dist import proven
+from tatar_dist.commands.options import Json, print_result
+from tatar_dist.errors import UserError
+
+Configs = Annotated[list[Path], typer.Option("--config", help="YAML file; may repeat, later files win.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of config keys, after all files.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, load nothing.")]
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory for data, runs and report.")],
+    overrides: Overrides = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, in minutes.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Whole runs on the same data, compared in figures.md.")] = 1,
+) -> None:
+    """The whole pipeline on this machine's CPU with a tiny model: data, SFT, GRPO, evaluation, report.
+
+    Example: [bold]tatar-dist demo --output runs/demo rollout.engines=2[/bold]
+    """
+    from tatar_dist import demo as demo_pipeline
+
+    demo_pipeline.run(output, smoke, overrides, seeds)
+
+
+def probes(
+    output: Annotated[Path, typer.Option(help="Directory for data, runs, table and plots.")],
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other seeds.")] = 3,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything: shows that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The paper's controlled comparisons on the demo set: fast or slow rationales, Gaussian or Thurstone rewards.
+
+    Example: [bold]tatar-dist probes --seeds 3 --output runs/probes[/bold]
+    """
+    from tatar_dist import probes as controlled
+
+    found = controlled.run(output, seeds, smoke, overrides)
+    if as_json:
+        print(json.dumps(found))
+
+
+def _run_stage(stage: str, files: list[Path], words: list[str] | None, dry_run: bool, as_json: bool) -> None:
+    from tatar_dist.config import load_config
+
+    config = load_config([str(f) for f in files], words or [])
+    if dry_run:
+        command = " ".join(["tatar-dist", stage, *(f"--config {f}" for f in files), *(words or [])])
+        _print_plans(config, [stage], as_json, command)
+        return
+    for warning in proven.warnings_for(config, stage):
+        print(f"tatar-dist: {warning}", file=sys.stderr)
+    result: Any
+    if stage == "sft":
+        from tatar_dist import sft as sft_stage
+
+        result = sft_stage.run(config)
+    elif stage == "grpo":
+        from tatar_dist import controller
+
+        result = controller.run(config)
+    else:
+        from tatar_dist.evaluate import runner
+
+        result = runner.run(config)
+        if not as_json:
+            from tatar_dist.evaluate import tables
+
+            tables.show(result, config.evaluate.published)
+            print(f"evaluate: predictions, metrics and tables are in {config.output}")
+            return
+    if result is not None:
+        print_result(result, as_json)
+    elif as_json:
+        print(json.dumps({"output": config.output}))
+    else:
+        print(f"{stage}: done, everything it made is in {config.output}")
+
+
+def _print_plans(
+    config: Any, stages: list[str], as_json: bool, command: str | None = None, gpu_memory: float | None = None
+) -> None:
+    """Tables, and the lines that would start them; as JSON one object, by stage when there are several."""
+    from tatar_dist import memory
+    from tatar_dist import plan as planning
+
+    plans = [planning.resolve(config, stage) for stage in stages]  # type: ignore[arg-type]
+    estimates = [memory.of_plan(config, p, gpu_memory) if command is None else None for p in plans]
+    if as_json:
+        found = {p.stage: p.to_dict() for p in plans}
+        for p, e in zip(plans, estimates, strict=True):
+            found[p.stage]["memory"] = e.to_dict() if isinstance(e, memory.Estimate) else None
+        print(json.dumps(found[plans[0].stage] if len(plans) == 1 else found))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for p, e in zip(plans, estimates, strict=True):
+        console.print(planning.as_table(p))
+        if e is not None:
+            console.print(e if isinstance(e, str) else memory.as_table(e))
+        if command is not None:
+            print("\n".join(planning.ray_commands(p, command)))
+
+
+def sft(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Supervised fine-tuning: teaches the answer format and the two ways of reasoning.
+
+    Example: [bold]tatar-dist sft --config configs/sft.yaml cluster.nodes=4 --dry-run[/bold]
+    """
+    _run_stage("sft", config, overrides, dry_run, as_json)
+
+
+def grpo(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """GRPO: refines the scores by rewards over each global batch of completions.
+
+    Example: [bold]tatar-dist grpo --config configs/grpo.yaml model.path=runs/sft/checkpoints/latest/model[/bold]
+    """
+    _run_stage("grpo", config, overrides, dry_run, as_json)
+
+
+def evaluate(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Agreement with opinion scores on test manifests, by data set, with n and parse failures. Killed, it goes on.
+
+    evaluate.samples=5 adds the spread of sampled answers, evaluate.expected=true expected scores,
+    evaluate.bootstrap=1000 intervals, evaluate.published=true the figures of papers.
+
+    Example: [bold]tatar-dist evaluate --config configs/eval.yaml model.path=runs/model data.eval_limit=200[/bold]
+    """
+    _run_stage("evaluate", config, overrides, dry_run, as_json)
+
+
+def plan(
+    config: Configs,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="sft, grpo or evaluate; all of them when left out.")] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Predict a GRPO step, and the best split for 1 to 1024 GPUs.")
+    ] = False,
+    measured: Annotated[
+        list[Path] | None, typer.Option(metavar="RUN", help="A GRPO run directory to take times from; may repeat.")
+    ] = None,
+    times: Annotated[Path | None, typer.Option(metavar="FILE", help="Times from a YAML file instead.")] = None,
+    gpus: Annotated[str | None, typer.Option(metavar="N,N", help="Numbers of GPUs to simulate.")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(metavar="GiB", help="Of a GPU, for the estimate of memory; 80 when left out.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What a run would start: processes, GPUs, the split of a batch, the memory of a GPU. Loads no model.
+
+    Without --measured or --times, --simulate estimates from FLOPs and bytes on H100s.
+
+    Example: [bold]tatar-dist plan --config configs/grpo.yaml --simulate --measured runs/grpo[/bold]
+    """
+    from tatar_dist.config import load_config
+    from tatar_dist.plan import STAGES
+
+    if stage is not None and stage not in STAGES:
+        raise UserError(f"--stage {stage}: must be one of {', '.join(STAGES)}")
+    if not simulate and (measured or times or gpus):
+        raise UserError("--measured, --times and --gpus belong to --simulate: add it")
+    if simulate and stage not in (None, "grpo"):
+        raise UserError(f"--simulate --stage {stage}: only grpo is simulated")
+    loaded = load_config([str(f) for f in config], overrides or [])
+    if simulate:
+        from tatar_dist.simulate import command
+
+        command.run(loaded, measured or [], times, gpus, as_json)
+        return
+    _print_plans(loaded, [stage] if stage else list(STAGES), as_json, gpu_memory=gpu_memory)
