@@ -56,6 +56,7 @@ nightly: setup
 	@$(RUN) probes --output runs/probes --seeds 3 $(ARGS)
 	@.venv/bin/python tests/mutations.py
 	@FUZZ_EXAMPLES=100000 .venv/bin/python -m pytest --timeout 3600 $$(grep -l FUZZ_EXAMPLES tests/unit/test_*.py)
+	@EXPORT_IMAGES=25 .venv/bin/python -m pytest --timeout 3600 tests/integration/test_export.py
 	@.venv/bin/python tests/cluster/chaos.py --minutes 30 --seed 30 --output runs/chaos
 	@bad=0; for name in images rationale simulate; do $(RUN) bench $$name || bad=1; done; \
 	$(MAKE) bench BENCHES="$(BENCHES) overlap staleness" || bad=1; $(MAKE) bench-trl || bad=1; exit $$bad

@@ -24,7 +24,7 @@ from tatar_dist.records import Sample
 from tatar_dist.rollout.engine import RolloutEngine, Sampling
 from tatar_dist.run_directory import RunDirectory
 
-IMAGES = 4  # per task
+IMAGES = int(os.environ.get("EXPORT_IMAGES", "4"))  # per task; `make nightly` asks about more
 CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
