@@ -108,7 +108,7 @@ def bench(
 def doctor(as_json: Json = False) -> None:
     """Check this machine, and with RAY_ADDRESS a cluster's nodes. Exit 1 if something needed is missing.
 
-    Compilers, packages, GPUs, NCCL, memory, networks, ports, clock, file system; of the nodes their versions, their clocks
+    Compilers, packages, GPUs, NCCL, memory, networks, ports, clock, file system; of nodes their versions and clocks,
     and whether they see this directory.
 
     Example: [bold]tatar-dist doctor --json[/bold]
