@@ -2,7 +2,8 @@
 
 In: nothing. Out: the ratio of seconds (policy loss, forward and backward; float32, all cores, no optimiser), with
 gradient checkpointing off and on, in turns; how far the two gradients are apart; peak memory of each in a process of
-its own; the ratio that the FLOPs of both allow; how time and memory grow with groups, image, completion and vocabulary.
+its own; the ratio that the FLOPs of both allow. With --plot also how time and memory grow with groups, image, completion
+and vocabulary.
 What FLOPs and memory are counted as: counts.py. Memory is measured apart from seconds, by an allocator that gives back
 what is freed: glibc's heap keeps freed tensors that lie between gradients which stay, more or less of them from run to
 run (of an update that has 78 MiB alive, 194 stayed), but mapping each tensor anew takes a quarter of the time besides.
@@ -126,13 +127,13 @@ def growth(directory: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: [found[work] for work in each] for name, each in GROWTH.items()}
 
 
-def run() -> dict[str, Any]:
-    """All measurements, as what `--json` prints."""
+def run(grow: bool = False) -> dict[str, Any]:
+    """All measurements, as what `--json` prints; `grow`: also how an update grows, some three minutes."""
     import torch
 
     with tempfile.TemporaryDirectory() as name:
         off, on = (compare(Work(checkpointing=c), Path(name)) for c in (False, True))
-        grown = growth(Path(name))
+        grown = {"growth": growth(Path(name))} if grow else {}
     worst = min((off, on), key=lambda found: found["ratio"]["median"])
     return result(
         "learner",
@@ -149,7 +150,7 @@ def run() -> dict[str, Any]:
             and f["gradient_difference"] <= GRADIENT_TARGET
             for f in (off, on)
         ),
-        growth=grown,
+        **grown,
     )
 
 
@@ -170,18 +171,23 @@ def print_table(found: dict[str, Any]) -> None:
             f"{f['flops_ratio']:.2f}", f"{rate:.0f}", memory, f"{f['gradient_difference']:.1e}",
         )  # fmt: skip
     console.print(table)
+    if "growth" in found:
+        console.print(_growth_table(found["growth"]))
+    console.print(summary(found))
+
+
+def _growth_table(grown: dict[str, list[dict[str, Any]]]) -> Table:
     sizes = Table(title="How a packed update grows", title_justify="left")
     for name in ("along", "groups", "image", "tokens", "vocab", "GFLOP", "s", "MiB", "counted"):
         sizes.add_column(name, justify="left" if name == "along" else "right")
-    for name, works in found["growth"].items():
+    for name, works in grown.items():
         for i, w in enumerate(works):
             sizes.add_row(
                 name if not i else "", str(w["groups"]), f"{w['pixels']} px", str(w["tokens"]), str(w["vocab"]),
                 f"{w['gflops']:.0f}", f"{w['seconds']:.2f}", f"{w['mib']:.0f}", f"{w['counted_mib']:.0f}",
             )  # fmt: skip
         sizes.add_section()
-    console.print(sizes)
-    console.print(summary(found))
+    return sizes
 
 
 def _mib(field: str) -> float:

@@ -70,7 +70,9 @@ def bench(
         typer.Argument(metavar="WORD", help="simulate, staleness: config keys; step: tune; table: files."),
     ] = None,
     as_json: Json = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="learner: draw how an update grows.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="learner: measure and draw how an update grows.")
+    ] = None,
 ) -> None:
     """Time a part of the pipeline on this machine beside a baseline and the least it could take.
 
@@ -95,7 +97,7 @@ def bench(
     if plot and name != "learner":
         raise UserError(f"bench {name}: draws no plot, only bench learner does")
     with contextlib.redirect_stdout(sys.stderr):  # libraries print, too; standard output is for the result
-        found = benchmark.run(words) if words else benchmark.run()
+        found = benchmark.run(words) if words else benchmark.run(grow=True) if plot else benchmark.run()
     print(json.dumps(found)) if as_json else benchmark.print_table(found)
     if plot:
         from tatar_dist.bench import plot as drawing
