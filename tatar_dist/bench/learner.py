@@ -2,7 +2,7 @@
 
 In: nothing. Out: the ratio of seconds (policy loss, forward and backward; float32, all cores, no optimiser), with
 gradient checkpointing off and on, in turns; how far the two gradients are apart; peak memory of each in a process of
-its own; the ratio that the FLOPs of both allow. With --plot also how time and memory grow with groups, image, completion
+its own; the ratio that the FLOPs of both allow. With --plot also how time and memory grow with groups, images, tokens
 and vocabulary.
 What FLOPs and memory are counted as: counts.py. Memory is measured apart from seconds, by an allocator that gives back
 what is freed: glibc's heap keeps freed tensors that lie between gradients which stay, more or less of them from run to
