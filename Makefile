@@ -21,7 +21,7 @@ SMOKED := $(filter-out 0,$(SMOKE))
 export DEVICE TORCH_INDEX PYTHON
 
 RUN := .venv/bin/tatar-dist
-BENCHES := learner rollout sync reward data scaling report
+BENCHES := learner rollout sync reward data scaling
 # with NODES: Slurm, an existing Ray cluster, or a development cluster here
 SUBMIT = .venv/bin/python launch/submit.py $@ $(NODES) $(if $(filter-out 0,$(WAIT)),--wait)
 
@@ -61,7 +61,7 @@ nightly: setup
 	@EXPORT_IMAGES=25 .venv/bin/python -m pytest --timeout 3600 tests/integration/test_export.py
 	@.venv/bin/python tests/cluster/chaos.py --minutes 30 --seed 30 --output runs/chaos
 	@bad=0; for name in images rationale simulate; do $(RUN) bench $$name || bad=1; done; \
-	$(MAKE) bench PLOT=1 BENCHES="$(BENCHES) overlap staleness" || bad=1; $(MAKE) bench-trl || bad=1; exit $$bad
+	$(MAKE) bench PLOT=1 BENCHES="$(BENCHES) report evaluate overlap staleness" || bad=1; $(MAKE) bench-trl || bad=1; exit $$bad
 
 # each into build/bench/NAME.json, then a table of all that are there; a target missed is status 1, after the table
 bench: setup

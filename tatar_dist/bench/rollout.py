@@ -35,7 +35,7 @@ from tatar_dist.config import RolloutConfig
 from tatar_dist.errors import RunError
 from tatar_dist.rollout.environment import COMMON_ENV, CPU_ENGINE_ENV
 
-WORK, ROUNDS, TARGET = Work(groups=4, size=8, tokens=64), 3, 5.0
+WORK, ROUNDS, TARGET = Work(groups=4, size=8, tokens=64), 2, 5.0
 SIDES = {"generate": "transformers' generate", "rows": "generate, images repeated", "engine": "vLLM engine"}
 PRODUCT = 2048  # rows and columns of the matrices whose product says what the machine can do
 
