@@ -181,12 +181,12 @@ def limit(counted: dict[str, float], rate: float, seconds: dict[str, list[float]
 
 
 class Side:
-    """A process that makes a round whenever it is asked."""
+    """A process that makes a round whenever it is asked: `python -m MODULE NAME DIRECTORY` that calls `answer`."""
 
-    def __init__(self, name: str, directory: Path) -> None:
+    def __init__(self, name: str, directory: Path, module: str = "tatar_dist.bench.rollout") -> None:
         self.name = name
         self.log = (directory / f"{name}.log").open("w")
-        words = [sys.executable, "-m", "tatar_dist.bench.rollout", name, str(directory)]
+        words = [sys.executable, "-m", module, name, str(directory)]
         own = {
             "VLLM_CPU_KVCACHE_SPACE": str(RolloutConfig().cpu_kv_cache_gib),
             "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
@@ -204,7 +204,7 @@ class Side:
                 if line.startswith('{"seconds"'):
                     found: dict[str, float] = json.loads(line)
                     return found
-        raise RunError(f"bench rollout: {self.name} ended: {Path(self.log.name).read_text()[-2000:]}")
+        raise RunError(f"{self.name} ended: {Path(self.log.name).read_text()[-2000:]}")
 
     def close(self) -> None:
         self.process.kill()  # it holds nothing
@@ -272,10 +272,8 @@ def print_table(found: dict[str, Any]) -> None:
     )
 
 
-def _main() -> None:
-    """One side: a round for every line on standard input."""
-    make = {"generate": generate, "rows": rows, "engine": engine}[sys.argv[1]]
-    work = make(Path(sys.argv[2]))
+def answer(work: Callable[[int], int]) -> None:
+    """A `Side`: a round of `work` for every line on standard input, the round's number."""
     for line in sys.stdin:
         start = time.perf_counter()
         tokens = work(int(line))
@@ -283,4 +281,5 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    make = {"generate": generate, "rows": rows, "engine": engine}[sys.argv[1]]
+    answer(make(Path(sys.argv[2])))

@@ -19,7 +19,7 @@ from tatar_dist.errors import UserError
 # modules of tatar_dist.bench
 BENCHES = (
     "learner", "rollout", "sync", "reward", "data", "scaling", "overlap", "step", "shapes", "images", "rationale",
-    "simulate", "staleness", "evaluate", "report",
+    "simulate", "staleness", "evaluate", "report", "settings",
 )  # fmt: skip
 
 

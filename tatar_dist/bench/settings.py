@@ -1,0 +1,83 @@
+"""`tatar-dist bench settings`: our engine as it is set up, beside other settings of vLLM that might be faster.
+
+In: nothing. Out: completion tokens a second of rollout.py's work by setting; the ratio: ours to the fastest other.
+Every setting is a process with one engine that has loaded its model; they work in turns on all cores, every round with
+other images and empty caches, as after a weight push. With chunked prefill vLLM's CPU sampler crashes on seeds
+(rollout/engine.py), so that stays as it is. On GPUs nothing of this was run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tatar_dist.bench import rollout
+from tatar_dist.bench.result import ratio, result, summary
+
+OURS, ROUNDS, TARGET = "as it is", 3, 0.95
+SETTINGS: dict[str, dict[str, Any]] = {  # arguments of vllm.LLM
+    OURS: {},
+    "compiled": {"enforce_eager": False},
+    "no prefix caching": {"enable_prefix_caching": False},
+    "no cache of processed images": {"mm_processor_cache_gb": 0},
+    "scheduling not ahead": {"async_scheduling": False},
+    "half of the sequences at a time": {"max_num_seqs": rollout.WORK.groups * rollout.WORK.size // 2},
+}
+
+
+def run() -> dict[str, Any]:
+    """All measurements, as what `--json` prints."""
+    rates: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        directory = Path(place)
+        rollout.write_images(directory, ROUNDS + 1)
+        sides = {name: rollout.Side(name, directory, "tatar_dist.bench.settings") for name in SETTINGS}
+        for side in sides.values():
+            stack.callback(side.close)
+        for round_ in range(ROUNDS + 1):
+            for name, side in sides.items():
+                found = side.round(round_)
+                if round_:
+                    rates[name].append(found["tokens"] / found["seconds"])
+    others = {name: sorted(taken)[len(taken) // 2] for name, taken in rates.items() if name != OURS}
+    fastest = max(others, key=lambda name: others[name])
+    return result(
+        "settings",
+        f"the fastest other setting: {fastest}",
+        ratio(rates[OURS], rates[fastest]),
+        TARGET,
+        "none counted: all compute the same",
+        tokens_per_second=rates,
+    )
+
+
+def print_table(found: dict[str, Any]) -> None:
+    """Tokens a second by setting."""
+    table = Table(title="Completion tokens a second by engine setting, by round", title_justify="left")
+    table.add_column("setting")
+    table.add_column("vllm.LLM")
+    table.add_column("tokens/s", justify="right")
+    for name, rates in found["tokens_per_second"].items():
+        words = ", ".join(f"{k}={v}" for k, v in SETTINGS[name].items())
+        table.add_row(name, words, ", ".join(f"{r:.0f}" for r in rates))
+    console = Console()
+    console.print(table)
+    console.print(summary(found))
+
+
+def _main(name: str, directory: Path) -> None:
+    import vllm
+
+    made = vllm.LLM
+    vllm.LLM = lambda *words, **options: made(*words, **options | SETTINGS[name])  # type: ignore[misc,assignment]
+    rollout.answer(rollout.engine(directory))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], Path(sys.argv[2]))
