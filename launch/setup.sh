@@ -97,7 +97,7 @@ import tomllib
 
 project = tomllib.load(open("pyproject.toml", "rb"))
 wanted = list(project["build-system"]["requires"]) + project["project"]["dependencies"]
-for extra in (sys.argv[1], "demo", "dev"):
+for extra in (sys.argv[1], "demo", "dev", "wandb", "mlflow"):
     wanted += project["project"]["optional-dependencies"][extra]
 print("\n".join(wanted))
 PYTHON

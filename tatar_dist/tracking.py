@@ -6,7 +6,7 @@ Online, each goes where its own environment variables say (WANDB_API_KEY, MLFLOW
 Trackers are for looking: each has a thread of its own, which the run never waits for but at its end, and there not for
 long. One that fails or hangs is warned about once and left out, the run goes on, metrics.jsonl has it all.
 
-W&B and MLflow are extras. Their adapters here were written from memory of their APIs and never run.
+W&B and MLflow are extras. Tests run both offline (tests/unit/test_trackers_offline.py); online they were never run.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ class MLflow:
     def __init__(self, config: Config, run: Path, step: int) -> None:
         from mlflow import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
         t, offline = config.track, config.track.mode == "offline"
         self._client = MlflowClient(f"sqlite:///{run.absolute()}/mlflow.db" if offline else None)
         files = (run.absolute() / "mlflow").as_uri() if offline else None
