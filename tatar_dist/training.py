@@ -113,7 +113,9 @@ class Training:
             self.exporter.engine(fields["engine"], what)
 
     def _same(self) -> dict[str, Any]:
-        return {"stage": self.stage, "model.path": self.config.model.path}
+        m = self.config.model
+        adapters = {f"model.{k}": getattr(m, k) for k in ("lora_rank", "lora_alpha", "lora_targets") if m.lora_rank}
+        return {"stage": self.stage, "model.path": m.path, **adapters}
 
     def _until_done(self, cluster: Cluster, found: Found | None) -> None:
         while True:

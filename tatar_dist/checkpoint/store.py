@@ -283,9 +283,10 @@ def _digest(state: dict[str, Any]) -> str:
 
 def _require_same(directory: Path, state: dict[str, Any], same: dict[str, Any]) -> None:
     before = state.get("same", {})
-    for key, value in same.items():
-        if before.get(key) != value:
+    for key in before | same:
+        was, now = before.get(key), same.get(key)
+        if was != now:
             raise UserError(
-                f"{directory}: a checkpoint of a run with {key}={before.get(key)}, this one has {key}={value}: give "
-                "another output, or checkpoint.resume=false to start over"
+                f"{directory}: a checkpoint of a run with {key}={was}, this one has {key}={now}: give another output, "
+                "or checkpoint.resume=false to start over"
             )

@@ -137,6 +137,16 @@ def test_another_kind_of_run_is_refused(tmp_path):
         checkpoints(tmp_path).resume({"stage": "sft"})
 
 
+def test_a_setting_that_only_one_of_two_runs_has_is_refused_both_ways(tmp_path):
+    adapted = SAME | {"model.lora_rank": 4}
+    save(checkpoints(tmp_path), 1)
+    with pytest.raises(UserError, match="model.lora_rank=None, this one has model.lora_rank=4: give another"):
+        checkpoints(tmp_path).resume(adapted)
+    save(checkpoints(tmp_path), 2, {"same": adapted})
+    with pytest.raises(UserError, match="with model.lora_rank=4, this one has model.lora_rank=None"):
+        checkpoints(tmp_path).resume(SAME)
+
+
 # Failing ------------------------------------------------------------------------------------------------------------
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
