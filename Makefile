@@ -61,13 +61,13 @@ nightly: setup
 	@EXPORT_IMAGES=25 .venv/bin/python -m pytest --timeout 3600 tests/integration/test_export.py
 	@.venv/bin/python tests/cluster/chaos.py --minutes 30 --seed 30 --output runs/chaos
 	@bad=0; for name in images rationale simulate; do $(RUN) bench $$name || bad=1; done; \
-	$(MAKE) bench PLOT=1 BENCHES="$(BENCHES) report evaluate overlap staleness" || bad=1; $(MAKE) bench-trl || bad=1; exit $$bad
+	$(MAKE) bench PLOT=1 BENCHES="$(BENCHES) report evaluate settings overlap staleness" || bad=1; $(MAKE) bench-trl || bad=1; exit $$bad
 
 # each into build/bench/NAME.json, then a table of all that are there; a target missed is status 1, after the table
 bench: setup
 	@mkdir -p build/bench; bad=0; for name in $(BENCHES); do \
 	    file=build/bench/$$name; echo "bench $$name"; \
-	    $(RUN) bench $$name --json $(if $(PLOT),$$([ $$name != learner ] || echo --plot $$file.svg)) > $$file.json || bad=1; [ -s $$file.json ] || rm $$file.json; done; \
+	    $(RUN) bench $$name --json $(if $(filter-out 0,$(PLOT)),$$([ $$name != learner ] || echo --plot $$file.svg)) > $$file.json || bad=1; [ -s $$file.json ] || rm $$file.json; done; \
 	$(RUN) bench table build/bench/*.json; exit $$bad
 
 bench-trl: setup

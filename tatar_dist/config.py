@@ -107,7 +107,7 @@ class GRPOConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     importance: str = (
-        "auto"  # none | token | sequence correction for other probabilities in engines; auto: token with staleness
+        "auto"  # none | token | sequence correction for other probabilities in engines; auto: token where they are so
     )
     importance_mode: str = "truncate"  # truncate at importance_cap | mask what lies outside [1/cap, cap]
     importance_cap: float = 2.0

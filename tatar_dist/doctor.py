@@ -35,7 +35,7 @@ BASE_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 PROBE = """
 import json, torch
 found = {"torch": torch.__version__, "cuda": torch.version.cuda, "devices": [], "nccl": None}
-if torch.version.cuda:
+if torch.version.cuda and torch.distributed.is_nccl_available():
     found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
 if torch.cuda.is_available():
     found["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -127,7 +127,8 @@ def _torch() -> Iterator[Check]:
         return
     build = f"{found['torch']}, {'CUDA ' + found['cuda'] if found['cuda'] else 'CPU build'}"
     yield Check("torch build", True, False, build)
-    yield Check("NCCL", True, False, found["nccl"] or "not in this build: learners use gloo")
+    nccl = found["nccl"] or ("missing" if found["cuda"] else "not in a CPU build: learners use gloo")
+    yield Check("NCCL", nccl != "missing", False, nccl, "learners on GPUs need it: install torch's own CUDA build")
     broken = found["torchvision"]
     yield Check("import torchvision", broken is None, True, broken or "works", "run `python launch/fix_torchvision.py`")
     gpus = ", ".join(found["devices"])
@@ -182,14 +183,13 @@ def _cluster() -> Iterator[Check]:
 
 def _clock() -> Check:
     """Whether the kernel takes its clock for synchronised: adjtimex(2), which returns TIME_ERROR where it does not."""
-    name, hint = "clock", "start chrony or ntpd: times of several nodes are compared in logs and events"
     try:
         state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # modes 0: only reads
     except (OSError, AttributeError):
-        return Check(name, True, False, "this system does not say whether it is synchronised")
-    return Check(
-        name, 0 <= state < TIME_ERROR, False, "synchronised" if 0 <= state < TIME_ERROR else "not synchronised", hint
-    )
+        state = -1
+    known = {-1: "this system does not say whether it is synchronised", TIME_ERROR: "not synchronised"}
+    hint = "start chrony or ntpd: times of several nodes are compared in logs and events"
+    return Check("clock", state != TIME_ERROR, False, known.get(state, "synchronised"), hint)
 
 
 def _nodes() -> Iterator[Check]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tatar_dist.checkpoint import latest
 from tatar_dist.checkpoint.store import STATE
-from tatar_dist.config import Config, OptimConfig, load_config
+from tatar_dist.config import Config, ModelConfig, OptimConfig, load_config
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.errors import UserError
 from tatar_dist.records import SPLITS
@@ -117,13 +117,18 @@ def _run_of(path: str) -> tuple[Path, Path] | None:
     return model.parents[2], model.parent.resolve()
 
 
+def _adapters(m: ModelConfig) -> str:
+    layers = ", ".join(m.lora_targets) or "all linear layers but the head"
+    return f"LoRA of rank {m.lora_rank}, alpha {m.lora_alpha:g}, of {layers}; merged"
+
+
 def _stage(config: Config, stage: str, steps: int) -> dict[str, Any]:
     """A stage's name and its settings, as (what, value) in words."""
     m, d, s, g, r = config.model, config.data, config.sft, config.grpo, config.rollout
     shared = [
         ("optimiser steps", steps),
         ("weights", f"{m.dtype}, vision tower {'trained' if m.train_vision else 'frozen'}"),
-        *([("adapters, merged", f"LoRA of rank {m.lora_rank}, alpha {m.lora_alpha:g}")] if m.lora_rank else []),
+        *([("trained as adapters", _adapters(m))] if m.lora_rank else []),
         ("pixels of an image", f"{m.min_pixels} to {m.max_pixels}"),
         ("share of IQA", d.iqa_fraction),
         ("seed", config.seed),

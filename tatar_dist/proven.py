@@ -35,6 +35,7 @@ PATHS = (
     Path("weight push through NCCL", "rollout.push=nccl", NEVER, ("grpo",)),
     Path("weight push through CUDA IPC", "rollout.push=cuda_ipc", NEVER, ("grpo",)),
     Path("engines that sleep on the learners' GPUs", "cluster.placement=colocated", NEVER, ("grpo",)),
+    Path("adapters on GPUs", "model.lora_rank>0", NEVER, ("sft", "grpo")),
     Path("tensor-parallel engines", "rollout.tensor_parallel>1", NEVER, ("grpo", "evaluate")),
 )
 
@@ -49,6 +50,7 @@ def unproven(config: Config, stage: Stage = "grpo") -> list[Path]:
         "rollout.push=nccl": r.push == "nccl",
         "rollout.push=cuda_ipc": r.push == "cuda_ipc",
         "cluster.placement=colocated": c.gpus_per_node > 0 and c.placement == "colocated",
+        "model.lora_rank>0": c.gpus_per_node > 0 and config.model.lora_rank > 0,
         "rollout.tensor_parallel>1": r.tensor_parallel > 1,
     }
     return [p for p in PATHS if p.status == NEVER and stage in p.stages and taken[p.key]]

@@ -72,6 +72,8 @@ class WandB:
     drop the steps that a resumed run repeats. `wandb sync RUN/wandb/offline-*` uploads what was written offline."""
 
     def __init__(self, config: Config, run: Path, step: int) -> None:
+        if config.track.mode == "offline":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # to its makers; read at the import
         import wandb
 
         t = config.track
@@ -100,6 +102,8 @@ class MLflow:
     `mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db` shows it."""
 
     def __init__(self, config: Config, run: Path, step: int) -> None:
+        if config.track.mode == "offline":
+            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read at the import
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes

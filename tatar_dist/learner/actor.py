@@ -142,12 +142,12 @@ class Learner:
         import torch.distributed as dist
 
         from tatar_dist.algo.losses import PolicyLoss, policy_loss
-        from tatar_dist.learner.schedule import kl_beta, learning_rate
+        from tatar_dist.learner.schedule import importance, kl_beta, learning_rate
 
         start = time.perf_counter()
         g = self.config.grpo
-        importance = ("token" if g.staleness else "none") if g.importance == "auto" else g.importance
-        form = PolicyLoss(g.clip_low, g.clip_high, g.ratio, importance, g.importance_mode, g.importance_cap)
+        corrected = importance(self.config)
+        form = PolicyLoss(g.clip_low, g.clip_high, g.ratio, corrected, g.importance_mode, g.importance_cap)
         beta = kl_beta(g, step, self.total_steps)
         lr = learning_rate(g.optim, step, self.total_steps)
         self.zero3.set_learning_rate(lr)

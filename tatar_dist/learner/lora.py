@@ -3,7 +3,12 @@
 `install` freezes a model; its linear layers then compute x W^T + b + (alpha / rank) x A^T B^T, where B starts at 0.
 Adapters never leave the learners: engines and checkpoints get W + (alpha / rank) B A under W's own name (`merged`), so
 that nothing behind them knows of adapters. Without them (`without`) the model is the one it started from: the reference
-of GRPO needs no second copy. Needs torch alone.
+of GRPO needs no second copy.
+
+In bfloat16 merged weights are rounded: what an adapter adds to a weight of 0.02 is lost below 4e-5. Engines so sample from
+a policy a little behind the learners', which GRPO corrects for (schedule.importance), and a checkpoint's model is rounded.
+With a single micro-batch a rank, DeepSpeed takes the forward without adapters for a whole step and fetches no layer of a
+backward ahead. Needs torch alone.
 """
 
 from __future__ import annotations
@@ -55,7 +60,7 @@ def install(model: nn.Module, config: ModelConfig, seed: int) -> None:
     `config.lora_targets`. The same on every rank.
 
     Raises:
-        UserError: a target that is the name of no such layer.
+        UserError: a target that is the name of no such layer, a rank above a layer's width.
     """
     found = {
         name: layer
@@ -73,6 +78,8 @@ def install(model: nn.Module, config: ModelConfig, seed: int) -> None:
     for name, layer in found.items():
         parent, _, last = name.rpartition(".")
         if not config.lora_targets or last in config.lora_targets:
+            if config.lora_rank > (width := min(layer.in_features, layer.out_features)):
+                raise UserError(f"model.lora_rank={config.lora_rank}: {name} is only {width} wide: take a smaller rank")
             setattr(model.get_submodule(parent), last, LoraLinear(layer, config.lora_rank, scale(config), random))
 
 

@@ -50,6 +50,8 @@ def recut(flats: Sequence[Sequence[Tensor]], old: Shapes, new: Shapes, rank: int
         parts = []
         for name in parameters:
             b, a = before[name], after[name]
+            if b.numel != a.numel:
+                raise RuntimeError(f"{name} has {a.numel} elements here, {b.numel} in the checkpoint")
             part = torch.zeros(a.size, dtype=flats[0][b.group].dtype)
             first, last = rank * a.size, min((rank + 1) * a.size, b.numel)
             for r, flat in enumerate(flats):
@@ -65,10 +67,12 @@ def recut(flats: Sequence[Sequence[Tensor]], old: Shapes, new: Shapes, rank: int
 def load(directory: Path, saved_ranks: int, engine: Any, rank: int, ranks: int) -> None:
     """Load the DeepSpeed checkpoint in `directory`, of `saved_ranks` ranks, into a fresh ZeRO-3 engine. Collective.
 
-    Weights that are not trained stay as the model's own directory had them.
+    Weights that are not trained are restored, too: the model's own directory may hold others by now.
     """
     saved = [_read(directory, f"*zero_pp_rank_{r}_mp_rank_00_optim_states.pt") for r in range(saved_ranks)]
-    meta = _read(directory, "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    models = [_read(directory, f"zero_pp_rank_{r}_mp_rank_00_model_states.pt") for r in range(saved_ranks)]
+    meta = models[0]
+    _load_frozen([m["frozen_param_fragments"] for m in models], engine, rank)
     zero = [s["optimizer_state_dict"] for s in saved]
     old, new = meta["param_shapes"], engine._get_zero_param_shapes()
     optimizer = engine.optimizer
@@ -97,6 +101,17 @@ def load(directory: Path, saved_ranks: int, engine: Any, rank: int, ranks: int) 
     optimizer.checkpoint_event_epilogue()
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, counter, meta[counter])
+
+
+def _load_frozen(fragments: Sequence[dict[str, Tensor] | None], engine: Any, rank: int) -> None:
+    """`fragments[r]`: saved rank r's pieces of the parameters that are not trained, by name."""
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        here = parameter.ds_tensor.data
+        whole = torch.cat([f[name].flatten() for f in fragments if f])[: parameter.ds_numel]
+        part = whole[rank * here.numel() : (rank + 1) * here.numel()]
+        here[: part.numel()].copy_(part)
 
 
 def _read(directory: Path, pattern: str) -> Any:

@@ -1,12 +1,12 @@
 """What changes over a run: the learning rate (linear warm-up from 0, then constant, or linear or cosine decay to 0
-after the last step) and the weight of the KL.
+after the last step) and the weight of the KL; and what of the loss follows from the rest of the configuration.
 """
 
 from __future__ import annotations
 
 import math
 
-from tatar_dist.config import GRPOConfig, OptimConfig
+from tatar_dist.config import Config, GRPOConfig, OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
@@ -35,3 +35,15 @@ def kl_beta(grpo: GRPOConfig, step: int, total_steps: int) -> float:
 def needs_reference(grpo: GRPOConfig) -> bool:
     """Whether any step of the run weighs the KL; otherwise no reference model is loaded."""
     return grpo.kl_beta > 0 or (grpo.kl_schedule != "constant" and grpo.kl_beta_end > 0)
+
+
+def importance(config: Config) -> str:
+    """`grpo.importance`, where it is auto by whether engines sample from other probabilities than the learners'.
+
+    They do when they are behind, and when adapters are merged into bfloat16 weights, whose rounding a small adapter
+    hardly gets over (learner/lora.py).
+    """
+    g, m = config.grpo, config.model
+    if g.importance != "auto":
+        return g.importance
+    return "token" if g.staleness or (m.lora_rank and m.dtype == "bfloat16") else "none"

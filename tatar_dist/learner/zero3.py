@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,9 @@ class Zero3:
         if config.model.gradient_checkpointing:
             policy.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         policy.train()
-        groups = parameter_groups([(n, p) for n, p in policy.named_parameters() if p.requires_grad], optim.lr_scale)
+        named = list(policy.named_parameters())
+        frozen = [n for n, p in named if not p.requires_grad] if self._lora else []
+        groups = parameter_groups([(n, p) for n, p in named if p.requires_grad], optim.lr_scale, frozen)
         self._scales = [g.pop("scale") for g in groups]
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
             model=policy, model_parameters=groups, optimizer=self._make_optimizer(groups), config=settings
@@ -249,8 +251,12 @@ class Zero3:
             raise RuntimeError(f"{directory}: DeepSpeed found nothing to load")
 
 
-def parameter_groups(named: list[tuple[str, Any]], lr_scale: dict[str, float]) -> list[dict[str, Any]]:
+def parameter_groups(
+    named: list[tuple[str, Any]], lr_scale: dict[str, float], frozen: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Optimiser groups {"params": […], "scale": factor} by the first part of `lr_scale` found in a name; others 1.
+
+    `frozen`: names for which a part may stand without effect, as a recipe's do when adapters are trained.
 
     Raises:
         UserError: a part that no parameter's name contains.
@@ -259,7 +265,7 @@ def parameter_groups(named: list[tuple[str, Any]], lr_scale: dict[str, float]) -
     for name, parameter in named:
         by_part.setdefault(next((part for part in lr_scale if part in name), None), []).append(parameter)
     for part in lr_scale:
-        if not any(part in name for name, _ in named):
+        if not any(part in name for name in (*frozen, *(n for n, _ in named))):
             raise UserError(f"optim.lr_scale.{part}: no trained parameter's name contains {part!r}")
     return [{"params": ps, "scale": 1.0 if part is None else lr_scale[part]} for part, ps in by_part.items()]
 

@@ -89,9 +89,10 @@ def estimate(config: Config, seed: int = 0) -> Costs:
     means = {"iqa": LENGTHS["iqa"][0], "iaa": LENGTHS["iaa"][0]}
     context = prompt + (config.data.iqa_fraction * means["iqa"] + (1 - config.data.iqa_fraction) * means["iaa"]) / 2
     once = 2 * bool(g.kl_beta) + 2 * (g.inner_iterations > 1)  # reference; old policy
-    passes = g.inner_iterations * (6 + 2 * m.gradient_checkpointing) + once
+    whole = not m.lora_rank  # adapters: no gradients of the weights to compute and to move
+    passes = g.inner_iterations * (4 + 2 * whole + 2 * m.gradient_checkpointing) + once
     token = passes * size.parameters / (FLOPS * TRAIN)
-    moved = weights * (g.inner_iterations * (3 + m.gradient_checkpointing) + bool(g.kl_beta))
+    moved = weights * (g.inner_iterations * (2 + whole + m.gradient_checkpointing) + bool(g.kl_beta))
     rng = np.random.default_rng(seed)
 
     def lengths(task: str) -> tuple[tuple[int, ...], ...]:

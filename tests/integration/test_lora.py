@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tatar_dist import controller, sft
 
@@ -49,6 +49,8 @@ def test_sft_then_grpo_with_adapters_resumed_by_one_learner(model_untied, make_c
     other = tmp_path / "resumed"
     shutil.copytree(refined.output, other, symlinks=True)
     shutil.rmtree(other / "checkpoints" / "step_000004")
+    for file in Path(model).glob("*.safetensors"):  # what is trained on is in the checkpoint, wherever it came from
+        save_file({n: torch.zeros_like(t) for n, t in load_file(file).items()}, file, {"format": "pt"})
     alone = dataclasses.replace(refined.cluster, learners=1)
     resumed = dataclasses.replace(refined, output=str(other), cluster=alone)
     controller.run(resumed)
@@ -57,3 +59,18 @@ def test_sft_then_grpo_with_adapters_resumed_by_one_learner(model_untied, make_c
     assert again[2]["sync/logprob_gap_max"] < 1e-4
     # the same prompts and completions from the same adapters: a fresh start would have a KL of 0
     assert abs(again[2]["loss/kl"] - steps[2]["loss/kl"]) < 0.05 * steps[2]["loss/kl"]
+
+
+def test_adapters_in_bfloat16_are_sampled_from_nearly_and_corrected_for(model_untied, make_config):
+    words = ("model.dtype=bfloat16", "model.gradient_checkpointing=true", "grpo.logprob_gap_limit=0.05")
+    one = ("rollout.engines=1", "cluster.learners=1", "grpo.max_steps=3", "grpo.optim.lr=0.01")
+    config = make_config(model_untied, *LORA, *words, *one)
+    controller.run(config)
+    steps = metrics(config)
+    assert all(0 < m["sync/logprob_gap"] < 0.05 and m["policy/importance_mean"] > 0 for m in steps)
+    assert steps[2]["loss/kl"] > 1e-4  # far more than rounding: adapters moved
+    merged = weights(config)
+    assert {t.dtype for t in merged.values()} == {torch.bfloat16}
+    before = load_file(Path(model_untied) / "model.safetensors")
+    name = next(n for n in merged if n.endswith("layers.0.self_attn.q_proj.weight"))
+    assert (merged[name].float() - before[name].float()).abs().mean() > 1e-4

@@ -8,9 +8,10 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-from tatar_dist.config import ModelConfig  # noqa: E402
+from tatar_dist.config import ModelConfig, load_config  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
 from tatar_dist.learner import lora  # noqa: E402
+from tatar_dist.learner.schedule import importance  # noqa: E402
 
 
 class Model(nn.Module):
@@ -97,3 +98,27 @@ def test_a_frozen_tower_and_layers_that_are_no_target_get_none():
 def test_a_target_that_is_no_layer_is_named():
     with pytest.raises(UserError, match="no trained linear layer is called 'k_proj': o_proj, q_proj, visual"):
         installed(lora_targets=["k_proj"])
+
+
+def test_a_rank_above_a_layers_width_is_refused():
+    with pytest.raises(UserError, match="model.lora_rank=7: visual is only 6 wide"):
+        installed(lora_rank=7)
+
+
+@pytest.mark.parametrize(
+    ("words", "form"),
+    [([], "none"), (["model.lora_rank=4"], "token"), (["model.lora_rank=4", "model.dtype=float32"], "none")],
+)
+def test_rounded_merged_weights_are_corrected_for(words, form):
+    chosen = load_config([], ["output=unused", "model.path=unused", *words])
+    assert importance(chosen) == form
+    assert importance(load_config([], ["output=unused", "model.path=unused", "grpo.staleness=1"])) == "token"
+
+
+def test_a_recipes_rates_of_frozen_parts_stand_without_effect():
+    from tatar_dist.learner.zero3 import parameter_groups
+
+    (group,) = parameter_groups([("q.lora_a", 1)], {"norm": 9.0}, ["norm.weight"])
+    assert group == {"params": [1], "scale": 1.0}
+    with pytest.raises(UserError, match="no trained parameter's name contains 'nrm'"):
+        parameter_groups([("q.lora_a", 1)], {"nrm": 9.0}, ["norm.weight"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +83,20 @@ def test_mlflow_has_every_step_in_one_finished_run_with_its_configuration(run):
     assert {m.step for m in client.get_metric_history(found.info.run_id, "eval/a-b.c/srcc")} == {0, 2, 3, 4}
     assert [a.path for a in client.list_artifacts(found.info.run_id)] == ["config.yaml"]
     assert list((run / "mlflow").rglob("config.yaml"))
+
+
+def test_offline_mlflow_tells_its_makers_nothing(tmp_path):
+    """In a process that does not look like a test, where MLflow's telemetry is off by itself."""
+    code = """
+import sys
+from pathlib import Path
+from tatar_dist import tracking
+from tatar_dist.config import load_config
+run = Path(sys.argv[1])
+tracking.MLflow(load_config([], [f"output={run}", "model.path=unused"]), run, 0).close()
+from mlflow.telemetry import get_telemetry_client
+print(get_telemetry_client())
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "CI", "MLFLOW", "GITHUB"))}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["None"], done.stdout + done.stderr
