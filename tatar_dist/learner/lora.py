@@ -5,10 +5,10 @@ Adapters never leave the learners: engines and checkpoints get W + (alpha / rank
 that nothing behind them knows of adapters. Without them (`without`) the model is the one it started from: the reference
 of GRPO needs no second copy.
 
-In bfloat16 merged weights are rounded: what an adapter adds to a weight of 0.02 is lost below 4e-5. Engines so sample from
-a policy a little behind the learners', which GRPO corrects for (schedule.importance), and a checkpoint's model is rounded.
-With a single micro-batch a rank, DeepSpeed takes the forward without adapters for a whole step and fetches no layer of a
-backward ahead. Needs torch alone.
+In bfloat16 merged weights are rounded: what an adapter adds to a weight of 0.02 is lost below 4e-5. Engines so sample
+from a policy a little behind the learners', which GRPO corrects for (schedule.importance), and a checkpoint's model
+is rounded. With a single micro-batch a rank, DeepSpeed takes the forward without adapters for a whole step and
+fetches no layer of a backward ahead. Needs torch alone.
 """
 
 from __future__ import annotations
