@@ -48,7 +48,7 @@ demo: setup
 
 test: setup
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 8 tests/unit $(ARGS) $(MAYBE_NONE)
-	@.venv/bin/python -m pytest tests/integration $(ARGS) $(MAYBE_NONE)
+	@.venv/bin/python -m pytest -n logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder tests/integration $(ARGS) $(MAYBE_NONE)
 
 test-cluster: setup
 	@.venv/bin/python -m pytest tests/cluster $(ARGS)
