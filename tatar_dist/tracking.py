@@ -27,7 +27,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
 from tatar_dist.config import Config, to_yaml
@@ -82,7 +82,7 @@ class WandB:
             name=t.name or run.name,
             id=kept_id(run, "wandb", lambda: secrets.token_hex(4)),
             resume="allow",
-            mode=t.mode,
+            mode=cast(Any, t.mode),  # config_rules.py knows which there are
             dir=str(run),
             config=asdict(config),
             settings=wandb.Settings(silent=True),  # it prints nothing between our lines, and asks nothing
