@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tatar_dist import __version__, cli, doctor
+from tatar_dist import __version__, doctor
 from tatar_dist.cli import app, main
+from tatar_dist.commands import stages
 from tatar_dist.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +91,7 @@ def test_ctrl_c_is_status_130(capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_print_plans", interrupted)
+    monkeypatch.setattr(stages, "_print_plans", interrupted)
     assert main(["plan", "--config", str(ROOT / "configs/grpo.yaml")]) == 130
     assert "interrupted" in only_line(capsys)
 
@@ -102,7 +103,7 @@ def test_an_error_of_a_remote_actor_is_told_by_its_cause(capsys, monkeypatch):
     def fails(*_, **__):
         raise Wrapped("Traceback (most recent call last): …")
 
-    monkeypatch.setattr(cli, "_print_plans", fails)
+    monkeypatch.setattr(stages, "_print_plans", fails)
     assert main(["plan", "--config", str(ROOT / "configs/grpo.yaml")]) == 2
     assert only_line(capsys) == "tatar-dist: disk is full"
 
