@@ -122,7 +122,7 @@ def _collect(found: list[Score], load: Callable[[], Any], total: int, as_json: b
 def _show(found: Sequence[Score], as_json: bool, html: Path | None, kept: dict[str, bytes]) -> None:
     from rich.console import Console
 
-    if found and not as_json:
+    if not as_json and not all(s.error for s in found):
         Console().print(as_table(found))
     bad = list(dict.fromkeys((s.image, s.error) for s in found if s.error))
     for name, error in bad[:SHOWN_BAD]:

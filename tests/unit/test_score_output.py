@@ -100,6 +100,11 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_shown(capsys):
     assert "1 of 5 answers hold no score" in err
 
 
+def test_there_is_no_empty_table(capsys):
+    assert run(lambda: lambda: iter(SCORES[3:4]), 1, as_json=False, html=None) == 1
+    assert capsys.readouterr().out == ""
+
+
 def test_the_table_names_the_directory_once(capsys):
     found = [Score(f"/a/long/place/{name}", "iqa", 7.0, "") for name in ("sub/x.png", "y.png")]
     run(lambda: lambda: iter(found), 2, as_json=False, html=None)
