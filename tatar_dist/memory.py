@@ -352,8 +352,7 @@ def _for_engines(config: Config, plan: Plan, sizes: Sizes, room: float) -> str:
 
 
 def as_table(found: Estimate) -> Any:
-    """The estimate as a rich table, GiB a GPU, and how far to trust it."""
-    from rich.console import Group
+    """The estimate as a rich table, GiB a GPU; NOTE says how far to trust it."""
     from rich.table import Table
 
     title = f"{found.stage}: GiB of a GPU's {found.gpu_gib:g}, estimated"
@@ -370,7 +369,7 @@ def as_table(found: Estimate) -> Any:
         table.add_section()
     for line in found.advice:
         table.add_row("change", line, "")
-    return Group(table, NOTE)
+    return table
 
 
 def of_plan(config: Config, plan: Plan, gpu_gib: float | None) -> Estimate | str | None:

@@ -122,7 +122,7 @@ def resolve(config: Config, stage: Stage) -> Plan:
         steps=_steps(config, stage, samples),
         warmup_steps={"sft": config.sft.optim.warmup_steps, "grpo": config.grpo.optim.warmup_steps}.get(stage, 0),
         colocated=colocated,
-        notes=tuple(_notes(config, stage, learners, engines)),
+        notes=tuple(_notes(config, stage, learners, engines, samples)),
     )
 
 
@@ -163,7 +163,7 @@ def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
     return learners, engines
 
 
-def _notes(config: Config, stage: Stage, learners: int, engines: int) -> Iterable[str]:
+def _notes(config: Config, stage: Stage, learners: int, engines: int, samples: dict[str, int] | None) -> Iterable[str]:
     gpus = config.cluster.nodes * config.cluster.gpus_per_node
     shared = config.cluster.placement == "colocated" and stage == "grpo"
     idle = gpus - learners - (0 if shared else engines * config.rollout.tensor_parallel)
@@ -176,6 +176,10 @@ def _notes(config: Config, stage: Stage, learners: int, engines: int) -> Iterabl
         yield f"{idle} of {gpus} GPUs stay idle: {cure}"
     if stage == "grpo" and engines > config.grpo.prompts_per_step:
         yield f"rollout.engines={engines}, but a step has only {config.grpo.prompts_per_step} prompts: some never work"
+    share = config.data.iqa_fraction
+    for task, wanted in (("iqa", share), ("iaa", 1 - share)):
+        if samples and wanted and not samples[task]:
+            yield f"no {task} samples, yet data.iqa_fraction={share}: the run would stop"
 
 
 def count_samples(data: DataConfig) -> dict[str, int] | None:

@@ -6,6 +6,7 @@ is reckoned from the steps alone: starting the engines does not count.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -77,7 +78,13 @@ class Progress:
         now = time.monotonic()
         each = (now - self.since) / max(1, done - self.first)
         loss = {} if "reward/total/iqa" in metrics or "reward/total/iaa" in metrics else {"loss/total": "loss"}
-        parts = [f"{name} {metrics[key]:.3g}" for key, name in (loss | SHOWN).items() if key in metrics]
+        known = {key: name for key, name in (loss | SHOWN).items() if key in metrics}
+        # a task without held-out rows has no loss; any other NaN is worth seeing
+        parts = [
+            f"{name} {metrics[key]:.3g}"
+            for key, name in known.items()
+            if not (key.startswith("eval/") and math.isnan(metrics[key]))
+        ]
         a = "an" if self.unit[0] in "aeiou" else "a"
         pace = f"{each:.1f} s {a} {self.unit}" if each >= 0.1 else f"{1 / max(each, 1e-9):.0f} {self.unit}s a second"
         left = clock(each * (self.total - done))

@@ -113,6 +113,7 @@ def _collect(found: list[Score], load: Callable[[], Any], total: int, as_json: b
             found.append(s)
             if as_json:
                 print(json.dumps({k: v for k, v in asdict(s).items() if v not in (None, ())}), flush=True)
+            said = said or time.monotonic()  # the first answer waited for its whole batch: no measure of the pace
             if time.monotonic() - said > REFRESH_S or len(found) == total:
                 said = time.monotonic()
                 progress.update(len(found), {})
@@ -121,7 +122,7 @@ def _collect(found: list[Score], load: Callable[[], Any], total: int, as_json: b
 def _show(found: Sequence[Score], as_json: bool, html: Path | None, kept: dict[str, bytes]) -> None:
     from rich.console import Console
 
-    if found and not as_json:
+    if not as_json and not all(s.error for s in found):
         Console().print(as_table(found))
     bad = list(dict.fromkeys((s.image, s.error) for s in found if s.error))
     for name, error in bad[:SHOWN_BAD]:
@@ -132,25 +133,37 @@ def _show(found: Sequence[Score], as_json: bool, html: Path | None, kept: dict[s
         print(
             f"tatar-dist: {len(bad)} of {len({s.image for s in found})} pictures could not be scored", file=sys.stderr
         )
+    if without := sum(s.score is None and not s.error for s in found):
+        print(
+            f"tatar-dist: {without} of {len(found)} answers hold no score; before SFT a model does not know the format",
+            file=sys.stderr,
+        )
     if html is not None:
         write_page(html, found, kept)
         print(f"the page: {html}", file=sys.stderr)
 
 
 def as_table(scores: Sequence[Score]) -> Any:
-    """A row a picture that was scored, with the first words of what the model says."""
+    """A row a picture that was scored, with the first words of what the model says, a line a task."""
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
     tasks = sorted({s.task for s in scores}, key=list(NAMES).index)
+    expected = any(s.expected is not None for s in scores)
+    named = by_picture(scores)
+    where = os.path.dirname(os.path.commonprefix(list(named))) if len(named) > 1 else ""
     table = Table(expand=True)
-    table.add_column("picture", overflow="fold", ratio=2)
+    table.add_column(f"picture in {escape(where)}" if where else "picture", overflow="fold", ratio=2)
     for task in tasks:
-        table.add_column(NAMES[task], justify="right", no_wrap=True, min_width=13)
+        table.add_column(NAMES[task], justify="right", no_wrap=True, min_width=13 if expected else 10)
     table.add_column("in its words", overflow="ellipsis", no_wrap=True, ratio=3)
-    for name, each in by_picture(scores).items():
-        said = "  ·  ".join(each[t].rationale for t in tasks if t in each and each[t].rationale)
-        table.add_row(Text(name), *(_cell(each.get(t)) for t in tasks), Text(" ".join(said.split())))
+    for name, each in named.items():
+        said = (each[t].rationale or each[t].reason or "" for t in tasks if t in each)
+        shown = Text(name.removeprefix(where).lstrip("/") if where else name)
+        table.add_row(
+            shown, *(_cell(each.get(t)) for t in tasks), Text("\n".join(" ".join(words.split()) for words in said))
+        )
     return table
 
 

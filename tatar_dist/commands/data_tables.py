@@ -65,8 +65,9 @@ def print_import(report: dict[str, Any], console: Console | None = None) -> None
 
     facts = _facts()
     official = {True: "the official split", False: "[yellow]not the official split[/]", None: "as you say"}
-    facts.add_row("Split", f"{escape(report['split_rule'])} ({official[report['split_official']]})")
-    if report["split_official"] is False:
+    known = report["split_official"] is not False or report["official_split"]
+    facts.add_row("Split", escape(report["split_rule"]) + (f" ({official[report['split_official']]})" if known else ""))
+    if report["split_official"] is False and known:
         facts.add_row("", f"[dim]official: {escape(report['official_split'])}")
     if not report["images_checked"]:
         facts.add_row("Images", "not looked for (--no-check-images)")

@@ -114,6 +114,8 @@ def _print_plans(
             console.print(e if isinstance(e, str) else memory.as_table(e))
         if command is not None:
             print("\n".join(planning.ray_commands(p, command)))
+    if any(isinstance(e, memory.Estimate) for e in estimates):
+        console.print(memory.NOTE)
 
 
 def sft(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:

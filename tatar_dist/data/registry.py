@@ -23,6 +23,7 @@ REGISTRY = CONFIGS / "datasets.yaml"
 KINDS = ("csv", "xlsx", "json", "jsonl", "text")
 TYPES = ("text", "number", "integer")  # of a header-less file's fields
 BLANK = "blank"  # any run of blanks separates
+SPLIT = {"by": "image", "fractions": {"train": 0.7, "validation": 0.1, "test": 0.2}}  # of a set that names none
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _dataset(name: str, entry: Any, lists: Mapping[str, Any], where: str) -> Dat
     known = ("task", "in_domain", "url", "terms", "counts", "list_range", "names", "split", "formats")
     entries.only_keys(entry, known, where)
     task = entries.choice(entries.need(entry, "task", where), TASKS, f"{where}: task")
-    in_domain = entries.flag(entries.need(entry, "in_domain", where), f"{where}: in_domain")
+    in_domain = entries.flag(entry.get("in_domain", False), f"{where}: in_domain")
     counts = entries.mapping(entry, "counts", where)
     entries.only_keys(counts, ("total", *SPLITS), f"{where}: counts")
     for key, count in counts.items():
@@ -194,8 +195,8 @@ def _dataset(name: str, entry: Any, lists: Mapping[str, Any], where: str) -> Dat
         raise UserError(f"{where}: needs a format, or list_range for the usual lists")
     read = {k: _format(k, v, f"{where}: format {k}") for k, v in formats.items()}
     names = _names(entry["names"], f"{where}: names") if "names" in entry else None
-    split = _split_rule(entries.need(entry, "split", where), names, f"{where}: split")
-    url, terms = (entries.text(entries.need(entry, k, where), f"{where}: {k}") for k in ("url", "terms"))
+    split = _split_rule(entry.get("split", SPLIT), names, f"{where}: split")
+    url, terms = (_said(entry, k, where) for k in ("url", "terms"))
     return Dataset(name, task, in_domain, url, terms, counts, split, read, tuple(shared), names)
 
 
@@ -243,7 +244,7 @@ def _format(name: str, entry: Any, where: str) -> Format:
         columns=columns,
         image=column(entry, "image", where),
         range=scale,
-        source=entries.text(entries.need(entry, "source", where), f"{where}: source"),
+        source=_said(entry, "source", where),
         types=types,
         separator=entries.choice(entry.get("separator", ","), (",", ";", "\t", BLANK), f"{where}: separator"),
         lower_is_better=entries.choice(entry.get("better", "higher"), ("higher", "lower"), f"{where}: better")
@@ -328,8 +329,13 @@ def _split_rule(entry: Any, names: Names | None, where: str) -> SplitRule:
     if min(shares.values(), default=-1) < 0 or abs(sum(shares.values()) - 1) > 1e-9:
         raise UserError(f"{where}: fractions must be shares that add up to 1")
     test = entries.names(entry.get("test", []), f"{where}: test")
-    official = entries.text(entries.need(entry, "official", where), f"{where}: official")
+    official = _said(entry, "official", where)
     return SplitRule(by, shares, test, official)
+
+
+def _said(entry: Mapping[str, Any], key: str, where: str) -> str:
+    """Where a thing is from, in words; empty where the entry does not say."""
+    return entries.text(entry[key], f"{where}: {key}") if key in entry else ""
 
 
 def _range(value: Any, where: str) -> Range:

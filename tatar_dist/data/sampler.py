@@ -256,7 +256,10 @@ def check_rationales(manifests: Iterable[Manifest]) -> None:
     """Raise UserError for a manifest none of whose rows can be a supervised target."""
     for manifest in manifests:
         if not manifest.has_rationales():
-            raise UserError(f"{manifest.path}: column rationale: no row has one, and SFT learns from them")
+            raise UserError(
+                f"{manifest.path}: column rationale: no row has one, and SFT learns from them: tatar-dist rationale "
+                "build asks a teacher, rationale template needs none; or import texts of your own (rationale: COLUMN)"
+            )
 
 
 def sft_sampler(manifests: Iterable[Manifest], seed: int, iqa_fraction: float) -> PromptSampler:

@@ -98,6 +98,8 @@ async def _form(request: Request, body: bytes) -> tuple[bytes, dict[str, Any]]:
             fields: dict[str, Any] = dict(form)
             image = fields.pop("image", b"")
             found = await image.read() if isinstance(image, UploadFile) else b""
+            if isinstance(image, UploadFile) and not found:
+                raise Refused("image: the file is empty")
             return found, {k: "a file" if isinstance(v, UploadFile) else v for k, v in fields.items()}
     except HTTPException as e:
         raise Refused(f"not a form that can be read: {e.detail}") from None

@@ -1,6 +1,7 @@
 """A plan says what would run, from the configuration alone; the global batch never changes with the hardware."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -88,6 +89,12 @@ def test_steps_come_from_the_manifests_where_they_exist(tmp_path):
     )
     p = plan("grpo", "data.train=[train.parquet]", f"data.root={tmp_path}")
     assert (p.samples, p.steps) == ({"iqa": 90, "iaa": 20}, 36)
+    assert not any("samples" in note for note in p.notes)
+    only = plan("grpo", f"data.train=[{manifest}]", "data.iqa_fraction=1")
+    assert not any("samples" in note for note in only.notes)
+    write_manifest(tmp_path / "iqa.parquet", [{"sample_id": "0", "task": "iqa", "split": "train"} | same])
+    notes = plan("grpo", f"data.train=[{tmp_path}/iqa.parquet]").notes
+    assert "no iaa samples, yet data.iqa_fraction=0.5: the run would stop" in notes
     assert plan("grpo", f"data.train=[{manifest}]", "grpo.max_steps=5").steps == 5
     assert plan("grpo", f"data.train=[{manifest},{tmp_path}/none.parquet]").steps is None
 
@@ -123,3 +130,12 @@ def test_colocated_engines_share_the_learners_gpus():
     for more in (["rollout.tensor_parallel=2"], ["cluster.learners=4", "rollout.engines=5"]):
         with pytest.raises(UserError, match="cluster.placement=colocated puts one engine on a learner's GPU"):
             plan("grpo", *words, *more)
+
+
+def test_a_machine_without_a_gpu_is_told_of_the_config_for_cpus(monkeypatch):
+    from tatar_dist import cluster
+
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 8.0})
+    asked = SimpleNamespace(_asked={"CPU": 0.0, "GPU": 0.0})
+    with pytest.raises(UserError, match="4 learner.*need 4 GPUs, Ray has none.*gpus_per_node=0.*configs/demo.yaml"):
+        cluster.Cluster._reserve(asked, "learner(s)", 4, 1.0, 1)

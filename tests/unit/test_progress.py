@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from types import SimpleNamespace
 
@@ -53,6 +54,11 @@ def test_units_that_finish_many_at_a_time_print_no_fewer_lines_than_they_need():
 
 def test_a_resumed_run_begins_where_it_stands():
     assert steps(written(60, start=51)) == [52, 54, 56, 58, 60]
+
+
+def test_a_task_without_held_out_rows_is_left_out_but_a_lost_loss_is_shown():
+    (line,) = written(1, metrics={"loss/total": math.nan, "eval/loss/iqa": 0.5, "eval/loss/iaa": math.nan})
+    assert "loss nan" in line and "held-out iqa 0.5" in line and "iaa nan" not in line
 
 
 def test_a_line_says_the_known_metrics_by_their_short_names_and_no_others():

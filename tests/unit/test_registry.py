@@ -50,6 +50,19 @@ def test_the_eight_sets_say_what_was_published():
     assert [n for n, d in sets.items() if d.in_domain] == ["KonIQ-10k", "ArtiMuse-10K"]
 
 
+def test_a_set_of_ones_own_says_its_task_and_columns_and_no_more(tmp_path):
+    text = """
+datasets:
+  Mine:
+    task: iqa
+    formats:
+      table: {kind: csv, columns: [file, points], image: file, score: points, range: [0, 50]}
+"""
+    mine = read_registry([written(tmp_path, text)]).find("mine")
+    assert (mine.in_domain, mine.url, mine.split.official) == (False, "", "")
+    assert mine.split.fractions == {"train": 0.7, "validation": 0.1, "test": 0.2}
+
+
 def test_every_format_names_its_source_and_reads_columns_it_has():
     for dataset in read_registry().datasets.values():
         assert dataset.url.startswith("https://") and dataset.split.official and dataset.terms

@@ -95,6 +95,23 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_shown(capsys):
         and "[red]odd" in table
         and "[/INST]" in table
     )
+    run(lambda: lambda: iter(SCORES[1:2]), 1, as_json=False, html=None)
+    assert "no <answer>" in capsys.readouterr().out  # instead of its words, why there is no score
+    assert "1 of 5 answers hold no score" in err
+
+
+def test_there_is_no_empty_table(capsys):
+    assert run(lambda: lambda: iter(SCORES[3:4]), 1, as_json=False, html=None) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_the_table_names_the_directory_once(capsys):
+    found = [Score(f"/a/long/place/{name}", "iqa", 7.0, "") for name in ("sub/x.png", "y.png")]
+    run(lambda: lambda: iter(found), 2, as_json=False, html=None)
+    table = capsys.readouterr().out
+    assert table.count("long") == 1 and " sub/x.png" in table and " y.png" in table
+    run(lambda: lambda: iter(found[:1]), 1, as_json=False, html=None)
+    assert "place" in capsys.readouterr().out
 
 
 def test_what_was_scored_before_ctrl_c_is_shown(capsys, tmp_path):
