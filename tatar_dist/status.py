@@ -118,7 +118,9 @@ class RunFiles:
     def __init__(self, run: Path) -> None:
         self.path = run
         if not any((run / name).is_file() for name in ("config.yaml", EVENTS, METRICS)):
-            raise UserError(f"{run}: not a run directory (no config.yaml or {EVENTS} in it): give the output of a run")
+            inside = sorted(p.parent for p in run.glob(f"*/{EVENTS}"))
+            hint = f"the runs in it are {', '.join(map(str, inside))}" if inside else "give the output of a run"
+            raise UserError(f"{run}: not a run directory (no config.yaml or {EVENTS} in it): {hint}")
         self._offset = 0
         self._reader = EventReader()
 

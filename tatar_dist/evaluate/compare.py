@@ -117,7 +117,7 @@ def show(result: dict[str, Any]) -> None:
     console = Console()
     title = escape(f"B = {result['after']} against A = {result['before']}")
     table = Table(title=title, title_justify="left")
-    for i, head in enumerate(("data set", "n", "", "A", "B", "difference", "95 % interval", "p")):
+    for i, head in enumerate(("data set", "n", "", "A", "B", "B - A", "95 % interval", "p")):
         table.add_column(head, justify="left" if i in (0, 2) else "right")
     for name, m in result["datasets"].items():
         for i, statistic in enumerate(STATISTICS):

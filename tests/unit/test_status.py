@@ -273,6 +273,10 @@ def test_no_run_directory_is_one_line_and_status_2(tmp_path, capsys):
     assert "not a run directory" in capsys.readouterr().err
     with pytest.raises(UserError, match="not a run directory"):
         RunFiles(tmp_path / "nowhere")
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/events.jsonl").touch()
+    with pytest.raises(UserError, match=f"the runs in it are {tmp_path}/sft$"):
+        RunFiles(tmp_path)
 
 
 def test_it_needs_no_torch_and_no_ray(run):
