@@ -227,6 +227,10 @@ def ray_commands(plan: Plan, stage_command: str) -> list[str]:
     ]
 
 
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
 def as_table(plan: Plan) -> Any:
     """The plan as a rich table."""
     from rich.table import Table
@@ -236,18 +240,20 @@ def as_table(plan: Plan) -> Any:
     table.add_column(overflow="fold")
     hardware = f"{plan.nodes} x {plan.gpus_per_node} GPUs = {plan.gpus}, {plan.gpus_used} used"
     table.add_row("nodes", hardware if plan.gpus_per_node else f"{plan.nodes}, CPU only")
-    table.add_row("processes", ", ".join(f"{n} {role}" for role, n in plan.processes.items()))
+    table.add_row("processes", ", ".join(_counted(n, role.removesuffix("s")) for role, n in plan.processes.items()))
     if plan.learners:
-        table.add_row("learners", f"{plan.learners} ZeRO-3 ranks" + (", one GPU each" if plan.gpus_per_node else ""))
+        table.add_row(
+            "learners", _counted(plan.learners, "ZeRO-3 rank") + (", one GPU each" if plan.gpus_per_node else "")
+        )
     if plan.engines:
-        each = f", {plan.tensor_parallel} GPU(s) each" if plan.gpus_per_node else ""
+        each = f", {_counted(plan.tensor_parallel, 'GPU')} each" if plan.gpus_per_node else ""
         if plan.colocated:
             each = ", each with a learner" + (" on its GPU, asleep while that works" if plan.gpus_per_node else "")
-        table.add_row("engines", f"{plan.engines} vLLM engines{each}")
+        table.add_row("engines", _counted(plan.engines, "vLLM engine") + each)
     if plan.split:
         s = plan.split
         what = "completions" if plan.stage == "grpo" else "rows"
-        text = f"{s.rows} {what} over {s.ranks} ranks, at most {s.micro_tokens} tokens in one forward"
+        text = f"{s.rows} {what} over {_counted(s.ranks, 'rank')}, at most {s.micro_tokens} tokens in one forward"
         table.add_row("batch", text)
         samples = plan.samples and ", ".join(f"{n} {task}" for task, n in plan.samples.items())
         table.add_row("samples", samples or "unknown: manifests not there yet")

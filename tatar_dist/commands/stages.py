@@ -177,7 +177,7 @@ def plan(
         raise UserError("--measured, --times and --gpus belong to --simulate: add it")
     if simulate and stage not in (None, "grpo"):
         raise UserError(f"--simulate --stage {stage}: only grpo is simulated")
-    loaded = load_config([str(f) for f in config], overrides or [])
+    loaded = load_config([str(f) for f in config], overrides or [], unused=("output",))
     if simulate:
         from tatar_dist.simulate import command
 

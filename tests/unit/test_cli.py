@@ -116,6 +116,13 @@ def test_dry_run_prints_the_split_and_makes_no_run_directory(capsys, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_needs_no_output_and_counts_like_a_person(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["plan", "--config", "configs/demo.yaml", "--stage", "grpo", "data.train=[]"]) == 0
+    said = capsys.readouterr().out
+    assert "1 controller, 2 learners, 1 engine, 1 reward" in said and "1 vLLM engine " in said
+
+
 def test_plan_shows_all_stages(capsys):
     assert main(["plan", "--config", str(ROOT / "configs/grpo.yaml"), "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)) == ["sft", "grpo", "evaluate"]
