@@ -6,6 +6,7 @@ All tests share one start, but for those of what ends a server: they come last.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
