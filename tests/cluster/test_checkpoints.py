@@ -318,5 +318,5 @@ def test_a_run_on_a_full_disk_trains_on_with_its_last_checkpoint_and_ends_with_o
     failed = [Path(e["path"]).name for e in events if e["event"] == "checkpoint/failed"]
     assert failed == ["step_000002", "step_000003"]
     assert [e["step"] for e in events if e["event"] == "step/done"] == [0, 1, 2]  # training went on after the first
-    directory, state = Checkpoints(disk / "run", CheckpointConfig()).resume({})
+    directory, state = Checkpoints(disk / "run", CheckpointConfig()).resume(latest(disk / "run")[1]["same"])
     assert state["step"] == 1 and sorted(p.name for p in directory.parent.iterdir()) == ["latest", "step_000001"]
