@@ -43,7 +43,9 @@ def _own(f: Forecast) -> Any:
     table.add_row("idle", f"engines {p.rollout_idle:.0%}, learners {p.learner_idle:.0%} of a step")
     table.add_row("tokens", f"{p.tokens_per_second:,.0f} a second")
     whole = f.run_seconds(p)
-    table.add_row("run", f"{duration(whole)}, {f.plan.steps} steps" if whole else "unknown: manifests not there yet")
+    cost = f", {whole * f.plan.gpus / 3600:,.1f} GPU-hours" if whole and f.plan.gpus else ""
+    run = f"{duration(whole)}, {f.plan.steps} steps{cost}" if whole else "unknown: manifests not there yet"
+    table.add_row("run", run)
     table.add_row("times", f.costs.source)
     return table
 

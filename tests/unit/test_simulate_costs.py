@@ -145,7 +145,8 @@ def test_plan_simulate_prints_tables_and_its_costs_can_be_given_back(tmp_path, c
     assert main([*words, "--times", str(tmp_path / "times.json"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found
     assert main(words) == 0
-    assert "4 learners + 4 engines" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 learners + 4 engines" in said and "GPU-hours" in said
 
 
 MINIMAL = {"lengths": {"iqa": [50], "iaa": [150]}, "engine": {"per_step": 0.02}, "learner": {"per_row": 0.1}}
