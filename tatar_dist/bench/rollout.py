@@ -40,7 +40,8 @@ SIDES = {"generate": "transformers' generate", "rows": "generate, images repeate
 PRODUCT = 2048  # rows and columns of the matrices whose product says what the machine can do
 
 
-def _config(directory: Path, work: Work = WORK) -> Any:
+def prepared(directory: Path, work: Work = WORK) -> Any:
+    """The configuration of the random model, which is written if it is not there."""
     words = [f"rollout.max_num_seqs={work.groups * work.size}", "rollout.max_model_len=1536", "cluster.gpus_per_node=0"]
     return subject.make(directory, work.pixels, words=words)
 
@@ -64,7 +65,7 @@ def generate(directory: Path, work: Work = WORK, repeat: bool = False) -> Callab
 
     from tatar_dist.backbones import family
 
-    config = _config(directory, work)
+    config = prepared(directory, work)
     backbone = family(config.model.family)(config.model)
     model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model.path, dtype=torch.float32).eval()
     text = subject.prompt_text(backbone)
@@ -92,7 +93,7 @@ def engine(directory: Path, work: Work = WORK) -> Callable[[int], int]:
     from tatar_dist.records import Prompt, Sample
     from tatar_dist.rollout.engine import RolloutEngine, Sampling
 
-    config = _config(directory, work)
+    config = prepared(directory, work)
     config.output = ""
     made = RolloutEngine(config, 0)
     made.setup(len(os.sched_getaffinity(0)), 0)
@@ -144,7 +145,7 @@ def _shape(directory: Path) -> tuple[Any, int]:
 
     from tatar_dist.backbones import family
 
-    config = _config(directory)
+    config = prepared(directory)
     backbone = family(config.model.family)(config.model)
     shape: Any = AutoConfig.from_pretrained(config.model.path)
     merged = (WORK.pixels // shape.vision_config.patch_size // shape.vision_config.spatial_merge_size) ** 2

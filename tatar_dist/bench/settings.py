@@ -36,6 +36,7 @@ def run() -> dict[str, Any]:
     rates: dict[str, list[float]] = {name: [] for name in SETTINGS}
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
         directory = Path(place)
+        rollout.prepared(directory)  # before six processes look for it
         rollout.write_images(directory, ROUNDS + 1)
         sides = {name: rollout.Side(name, directory, "tatar_dist.bench.settings") for name in SETTINGS}
         for side in sides.values():

@@ -19,7 +19,7 @@ WORK = Work(groups=2, size=3, tokens=4, pixels=112)
 def test_flops_are_those_of_the_products_that_run(name, tmp_path):
     from transformers import AutoConfig
 
-    rollout._config(tmp_path, WORK)
+    rollout.prepared(tmp_path, WORK)
     rollout.write_images(tmp_path, 1, WORK)
     with FlopCounterMode(display=False) as counter:  # counts no attention on the CPU
         assert {"generate": rollout.generate, "rows": rollout.rows}[name](tmp_path, WORK)(0) == 6 * 4
@@ -47,7 +47,7 @@ def _prompt(directory):
     from tatar_dist.backbones import family
     from tatar_dist.bench import subject
 
-    config = rollout._config(directory, WORK)
+    config = rollout.prepared(directory, WORK)
     backbone = family(config.model.family)(config.model)
     image = Image.open(subject.file(0, directory))
     made = backbone.processor(text=[subject.prompt_text(backbone)], images=[image], return_tensors="pt")
@@ -56,7 +56,7 @@ def _prompt(directory):
 
 def test_the_prompt_has_as_many_tokens_as_the_processor_makes(tmp_path, monkeypatch):
     monkeypatch.setattr(rollout, "WORK", WORK)
-    monkeypatch.setattr(rollout._config, "__defaults__", (WORK,))
+    monkeypatch.setattr(rollout.prepared, "__defaults__", (WORK,))
     rollout.write_images(tmp_path, 1, WORK)
     assert rollout._shape(tmp_path)[1] == _prompt(tmp_path)
 
