@@ -53,6 +53,7 @@ def _facts(file: str | None) -> tuple[dict[str, str], bool | None]:
 
 
 def versions() -> dict[str, str]:
+    """Python's and those of PACKAGES that are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -6,7 +6,7 @@ its own; the ratio that the FLOPs of both allow. With --plot also how time and m
 and vocabulary.
 What FLOPs and memory are counted as: counts.py. Memory is measured apart from seconds, by an allocator that gives back
 what is freed: glibc's heap keeps freed tensors that lie between gradients which stay, more or less of them from run to
-run (of an update that has 78 MiB alive, 194 stayed), but mapping each tensor anew takes a quarter of the time besides.
+run (of an update that has 78 MiB alive, 194 stayed), but mapping each tensor anew takes up to half of the time besides.
 """
 
 from __future__ import annotations

@@ -35,12 +35,12 @@ class LoraLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, rank: int, scale: float, random: torch.Generator) -> None:
         super().__init__()
-        like = {"dtype": layer.weight.dtype}
+        device, dtype = layer.weight.device, layer.weight.dtype
         bound = 1 / math.sqrt(layer.in_features)
         start = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=random)
         self.weight, self.bias = layer.weight, layer.bias
-        self.lora_a = nn.Parameter(start.to(layer.weight.device, **like))
-        self.lora_b = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device, **like))
+        self.lora_a = nn.Parameter(start.to(device, dtype))
+        self.lora_b = nn.Parameter(torch.zeros(layer.out_features, rank, device=device, dtype=dtype))
         self.scale, self.active = scale, True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,6 +52,7 @@ class LoraLinear(nn.Module):
 
 
 def scale(config: ModelConfig) -> float:
+    """alpha / rank, what adapters' outputs are multiplied by (arXiv 2106.09685, section 4.1); 0 without adapters."""
     return config.lora_alpha / config.lora_rank if config.lora_rank else 0.0
 
 
@@ -97,6 +98,7 @@ def without(model: nn.Module) -> Iterator[None]:
 
 
 def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name belongs to an adapter."""
     return name.rpartition(".")[2] in (DOWN, UP)
 
 

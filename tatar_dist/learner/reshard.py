@@ -104,7 +104,7 @@ def load(directory: Path, saved_ranks: int, engine: Any, rank: int, ranks: int) 
 
 
 def _load_frozen(fragments: Sequence[dict[str, Tensor] | None], engine: Any, rank: int) -> None:
-    """`fragments[r]`: saved rank r's pieces of the parameters that are not trained, by name."""
+    """`fragments[r]`: saved rank r's flat pieces of what is not trained, by name; the last one is padded."""
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             continue

@@ -132,6 +132,12 @@ def test_the_estimate_reads_the_weights_once_a_decode_step():
     assert "nothing measured" in costs.source
 
 
+def test_adapters_spare_the_gradients_of_the_weights():
+    whole, adapted = (estimate(grpo(f"model.lora_rank={rank}", "grpo.kl_beta=0")).learner for rank in (0, 16))
+    assert adapted.per_token / whole.per_token == pytest.approx(6 / 8)  # of forward 2, again 2, inputs 2, weights 2
+    assert adapted.gather / whole.gather == pytest.approx(3 / 4)  # gathered three times, reduced once
+
+
 def test_plan_simulate_prints_tables_and_its_costs_can_be_given_back(tmp_path, capsys):
     words = ["plan", "--config", str(CONFIGS / "grpo.yaml"), "--simulate", "--gpus", "8,16", "grpo.max_steps=100"]
     assert main([*words, "--json"]) == 0
@@ -146,7 +152,8 @@ def test_plan_simulate_prints_tables_and_its_costs_can_be_given_back(tmp_path, c
     assert json.loads(capsys.readouterr().out) == found
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "4 learners + 4 engines" in said and "GPU-hours" in said
+    hours = found["configured"]["run_seconds"] * 8 / 3600
+    assert "4 learners + 4 engines" in said and f"100 steps, {hours:.1f} GPU-hours" in said
 
 
 MINIMAL = {"lengths": {"iqa": [50], "iaa": [150]}, "engine": {"per_step": 0.02}, "learner": {"per_row": 0.1}}
