@@ -239,10 +239,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """
     import psutil
 
-    for child in psutil.Process().children(recursive=True):
+    held: dict[int, psutil.Process] = {}
+    # first held, all of them: an engine that is loading starts compilers, which would outlive a kill between two looks
+    while new := [child for child in psutil.Process().children(recursive=True) if child.pid not in held]:
+        for child in new:
+            held[child.pid] = child
+            with contextlib.suppress(psutil.Error):
+                child.suspend()
+    for child in held.values():
         with contextlib.suppress(psutil.Error):
-            if not any("resource_tracker" in word for word in child.cmdline()):  # it removes shared memory, and ends
-                child.kill()
+            # the resource tracker removes shared memory, and ends
+            child.resume() if any("resource_tracker" in word for word in child.cmdline()) else child.kill()
     _leave("tatar-dist: interrupted", EXIT_INTERRUPTED)
 
 
