@@ -30,9 +30,10 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tatar_dist.config import Config, load_config  # noqa: E402
+from tatar_dist.config.load import load_config  # noqa: E402
+from tatar_dist.config.schema import Config  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
-from tatar_dist.plan import Plan, Stage, as_table, resolve  # noqa: E402
+from tatar_dist.plan.plan import Plan, Stage, as_table, resolve  # noqa: E402
 
 COMMANDS: dict[str, Stage] = {"sft": "sft", "grpo": "grpo", "eval": "evaluate"}
 RAY = str(Path(sys.executable).with_name("ray"))  # of this environment, activated or not

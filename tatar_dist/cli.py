@@ -14,8 +14,7 @@ from typer.exceptions import TyperException
 
 from tatar_dist.commands import checks, data, evaluation, rationale, runs, stages
 from tatar_dist.commands.serve import serve
-from tatar_dist.errors import RunError, UserError
-from tatar_dist.interrupts import EXIT_INTERRUPTED, Interrupted
+from tatar_dist.errors import EXIT_INTERRUPTED, Interrupted, RunError, UserError
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 

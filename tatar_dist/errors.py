@@ -4,6 +4,11 @@ Raise them with a single clear line: what is wrong, where (file, row, key), what
 its traceback.
 """
 
+import os
+
+EXIT_INTERRUPTED = 130
+EXIT_PREEMPTED = os.EX_TEMPFAIL
+
 
 class UserError(Exception):
     """Bad input: a config key, a manifest row, a missing file, a port in use."""
@@ -15,3 +20,18 @@ class RunError(RuntimeError):
 
 class LearnersFailed(RunError):
     """A learner died, is late or broke: all of them restart from the last checkpoint."""
+
+
+class Interrupted(Exception):
+    """The run stopped because it was asked to. `status`: its exit status."""
+
+    def __init__(self, message: str, status: int = EXIT_INTERRUPTED) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class StopAsked(BaseException):
+    """Leaves a wait whose result can be had again: nothing has been learned from it yet.
+
+    Not an Exception: nothing on the way may take it for an error.
+    """

@@ -11,16 +11,16 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tatar_dist.config import Config
+from tatar_dist.config.schema import Config
 from tatar_dist.data.sampler import check_rationales, sft_sampler
 from tatar_dist.errors import UserError
-from tatar_dist.interrupts import Interrupts
+from tatar_dist.faults.interrupts import Interrupts
 from tatar_dist.learner.sharding import Shard, shard_rows
-from tatar_dist.plan import resolve
-from tatar_dist.prompt_source import PromptSource, read_manifests
-from tatar_dist.records import TASKS, LearnerRow
-from tatar_dist.run_directory import RunDirectory
-from tatar_dist.training import Steps, Training
+from tatar_dist.plan.plan import resolve
+from tatar_dist.prompts.source import PromptSource, read_manifests
+from tatar_dist.run.directory import RunDirectory
+from tatar_dist.trainer import Steps, Training
+from tatar_dist.types import TASKS, LearnerRow
 
 EVAL_ROWS_PER_DATASET = 64  # held-out rows behind eval/loss: a curve, not a verdict
 

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tatar_dist.bench import images
+from tatar_dist.bench.harness import result, summary
 from tatar_dist.bench.process import timed
-from tatar_dist.bench.result import result, summary
 
 ROWS, LARGE = 100_000, 10_000_000
 IMPORT_TARGET, START_TARGET, MEMORY_TARGET = 5.0, 2.0, 300.0

@@ -20,12 +20,12 @@ from typing import Any
 
 from rich.console import Console
 
+from tatar_dist.assets import TINY_MODEL
 from tatar_dist.bench import subject
-from tatar_dist.bench.result import in_turns, ratio, result, summary
+from tatar_dist.bench.harness import in_turns, ratio, result, summary
 
 PICTURES, PIXELS, TOKENS, ROUNDS, STARTS = 384, 112, 96, 3, 2
 TARGET, START_TARGET = 0.9, 1.5
-MODEL = Path(__file__).parents[1] / "assets" / "tiny-qwen2_5-vl"
 WORDS = [f"rollout.max_new_tokens={TOKENS}", "rollout.max_num_seqs=32"]
 ENGINE_ALONE = """
 import sys
@@ -38,10 +38,10 @@ def _in_one_process(directory: str) -> dict[str, list[float]]:
     """Seconds of the bare engine and of a scorer, in turns, in this process."""
     from tatar_dist.data.images import decode_image
     from tatar_dist.rollout.engine import FORBIDDEN_BIAS
-    from tatar_dist.scorer import Scorer
+    from tatar_dist.scoring.scorer import Scorer
 
     files = [str(subject.file(i, Path(directory))) for i in range(PICTURES)]
-    scorer = Scorer(MODEL, WORDS)
+    scorer = Scorer(TINY_MODEL, WORDS)
     from vllm import SamplingParams
 
     engine = scorer._engine
@@ -89,7 +89,7 @@ def _evaluate(directory: Path) -> float:
             ],
         )  # fmt: skip
     area, output = PIXELS**2, tempfile.mkdtemp(dir=directory)
-    words = [f"output={output}", f"model.path={MODEL}", "model.dtype=float32", f"model.min_pixels={area}"]
+    words = [f"output={output}", f"model.path={TINY_MODEL}", "model.dtype=float32", f"model.min_pixels={area}"]
     words += [f"model.max_pixels={area}", f"data.test=[{manifest}]", "cluster.gpus_per_node=0", "rollout.engines=1"]
     words += ["rollout.max_model_len=512", "data.iqa_fraction=1", *WORDS]
     _process("-m", "tatar_dist", "evaluate", "--config", str(subject.CONFIGS / "eval.yaml"), "--json", *words)
@@ -111,8 +111,8 @@ def run() -> dict[str, Any]:
         told = [w for word in WORDS for w in ("--set", word)]
         starts: dict[str, list[float]] = {"engine": [], "score": []}
         for _ in range(STARTS):
-            starts["engine"].append(_process("-c", ENGINE_ALONE, str(MODEL), *WORDS)[0])
-            starts["score"].append(_process("-m", "tatar_dist", "score", one, "--model", str(MODEL), *told)[0])
+            starts["engine"].append(_process("-c", ENGINE_ALONE, str(TINY_MODEL), *WORDS)[0])
+            starts["score"].append(_process("-m", "tatar_dist", "score", one, "--model", str(TINY_MODEL), *told)[0])
     start = statistics.median(starts["score"]) / statistics.median(starts["engine"])
     scored, evaluated = ratio(seconds["bare"], seconds["score"]), ratio(seconds["bare"], evaluations)
     met = min(scored["median"], evaluated["median"]) >= TARGET and start <= START_TARGET

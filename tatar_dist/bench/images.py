@@ -30,10 +30,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from tatar_dist.data.checks.validate import look_at, validate
 from tatar_dist.data.images import decode_image
-from tatar_dist.data.photos import PHOTOS, load_photo
-from tatar_dist.data.validate import look_at, validate
 from tatar_dist.data.writing import write_manifest
+from tatar_dist.demo.data.photos import PHOTOS, load_photo
 
 PICTURES, PIXELS, REPEATS = 400, 1_000_000, 5
 COMMAND = 2000  # pictures of the whole command

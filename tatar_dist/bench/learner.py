@@ -30,7 +30,7 @@ from rich.table import Table
 
 from tatar_dist.bench import subject
 from tatar_dist.bench.counts import Work, flops, peak_bytes
-from tatar_dist.bench.result import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result, summary
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: blocks above are mapped, and unmapped when freed; bytes
 ROUNDS = 2
@@ -42,11 +42,11 @@ def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], Non
     import torch
     from transformers.utils import logging
 
-    from tatar_dist.algo.losses import PolicyLoss, policy_loss
-    from tatar_dist.backbones import family
-    from tatar_dist.learner import per_row
+    from tatar_dist.algo.loss import PolicyLoss, policy_loss
+    from tatar_dist.bench import per_row
     from tatar_dist.learner.batch import Collator
-    from tatar_dist.learner.model import PolicyModel
+    from tatar_dist.learner.policy import PolicyModel
+    from tatar_dist.models import family
 
     logging.disable_progress_bar()
     config = subject.make(directory, work.pixels, replace(subject.SIZES, vocab=work.vocab))

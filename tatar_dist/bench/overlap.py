@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tatar_dist.bench import step, subject
-from tatar_dist.bench.result import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result, summary
 from tatar_dist.errors import UserError
 
 STEPS, ROUNDS, TARGET = 5, 2, 1 / 1.1

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from tatar_dist import CONFIGS
+from tatar_dist.assets import CONFIGS
 
 SLOTS, LATENCY, ROUNDS = 64, 0.5, 24
 SIZE = (512, 384)  # KonIQ-10k's smaller release
@@ -74,7 +74,7 @@ def run(slots: int = SLOTS, latency: float = LATENCY, rounds: int = ROUNDS) -> d
     """One build against a server process; what `--json` prints."""
     import httpx
 
-    from tatar_dist.config import load_config
+    from tatar_dist.config.load import load_config
     from tatar_dist.rationale import run as running
 
     prompts = CONFIGS / "rationale_prompts.yaml"

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from tatar_dist.bench.harness import ratio, result, summary
 from tatar_dist.bench.process import timed
-from tatar_dist.bench.result import ratio, result, summary
 
 STEPS, PROMPTS, GROUP = 1_000, 10, 10  # 100 completions a step
 IMAGES, SIDE = 400, (640, 480)
@@ -32,12 +32,13 @@ def write_run(
     path: Path, steps: int = STEPS, images: int = IMAGES, side: tuple[int, int] = SIDE, seed: int = 0
 ) -> Path:
     """Make the directory of a GRPO run that learned: PROMPTS x GROUP completions a step, half IQA. Returns `path`."""
-    from tatar_dist.config import Config, DataConfig, ModelConfig, to_yaml
-    from tatar_dist.events import Events
+    from tatar_dist.config.load import to_yaml
+    from tatar_dist.config.schema import Config, DataConfig, ModelConfig
     from tatar_dist.rewards.batch import batch_of_groups
     from tatar_dist.rewards.presets import load_preset
     from tatar_dist.rewards.score import reward_metrics, score_batch, scored_groups
-    from tatar_dist.run_directory import write_rollouts
+    from tatar_dist.run.directory import write_rollouts
+    from tatar_dist.run.events import Events
 
     rng = np.random.default_rng(seed)
     path.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def _samples(file: Path, images: int, side: tuple[int, int], rng: np.random.Gene
     from PIL import Image
 
     from tatar_dist.data.writing import write_manifest
-    from tatar_dist.records import Sample
+    from tatar_dist.types import Sample
 
     found, rows = [], []
     for i in range(images):
@@ -91,8 +92,8 @@ def _samples(file: Path, images: int, side: tuple[int, int], rng: np.random.Gene
 
 def _groups(step: int, steps: int, samples: list[Any], sentences: list[str], rng: np.random.Generator) -> list[Any]:
     """The step's groups; answers scatter less the later it is, 3 % do not parse."""
-    from tatar_dist.prompts import answer_text
-    from tatar_dist.records import Completion, Group, Prompt
+    from tatar_dist.prompts.answer import answer_text
+    from tatar_dist.types import Completion, Group, Prompt
 
     groups, spread = [], 20.0 - 10.0 * step / steps
     for k in range(PROMPTS):

@@ -22,9 +22,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from tatar_dist.bench.harness import ratio, result, summary
 from tatar_dist.bench.process import timed
-from tatar_dist.bench.result import ratio, result, summary
-from tatar_dist.prompts import answer_text
+from tatar_dist.prompts.answer import answer_text
 from tatar_dist.rewards.batch import Batch, batch_of_rows, read_answers
 from tatar_dist.rewards.presets import load_preset
 from tatar_dist.rewards.score import score_batch

@@ -30,8 +30,8 @@ from rich.table import Table
 
 from tatar_dist.bench import subject
 from tatar_dist.bench.counts import Work, flops
-from tatar_dist.bench.result import ratio, result, summary
-from tatar_dist.config import RolloutConfig
+from tatar_dist.bench.harness import ratio, result, summary
+from tatar_dist.config.schema import RolloutConfig
 from tatar_dist.errors import RunError
 from tatar_dist.rollout.environment import COMMON_ENV, CPU_ENGINE_ENV
 
@@ -63,7 +63,7 @@ def generate(directory: Path, work: Work = WORK, repeat: bool = False) -> Callab
     from PIL import Image
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from tatar_dist.backbones import family
+    from tatar_dist.models import family
 
     config = prepared(directory, work)
     backbone = family(config.model.family)(config.model)
@@ -89,9 +89,9 @@ def rows(directory: Path, work: Work = WORK) -> Callable[[int], int]:
 
 def engine(directory: Path, work: Work = WORK) -> Callable[[int], int]:
     """The same by `RolloutEngine`."""
-    from tatar_dist.backbones import family
-    from tatar_dist.records import Prompt, Sample
+    from tatar_dist.models import family
     from tatar_dist.rollout.engine import RolloutEngine, Sampling
+    from tatar_dist.types import Prompt, Sample
 
     config = prepared(directory, work)
     config.output = ""
@@ -143,7 +143,7 @@ def _shape(directory: Path) -> tuple[Any, int]:
     """The model's configuration and the tokens of a prompt."""
     from transformers import AutoConfig
 
-    from tatar_dist.backbones import family
+    from tatar_dist.models import family
 
     config = prepared(directory)
     backbone = family(config.model.family)(config.model)
@@ -192,7 +192,12 @@ class Side:
             "VLLM_CPU_KVCACHE_SPACE": str(RolloutConfig().cpu_kv_cache_gib),
             "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
         }
-        env = {**os.environ, **COMMON_ENV, **CPU_ENGINE_ENV, **own}  # as engines have it in a run (cluster.py)
+        env = {
+            **os.environ,
+            **COMMON_ENV,
+            **CPU_ENGINE_ENV,
+            **own,
+        }  # as in a run (cluster/ray_cluster.py)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process: Any = subprocess.Popen(words, text=True, env=env, **pipes)
 

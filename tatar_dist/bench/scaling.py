@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tatar_dist.bench import subject
-from tatar_dist.bench.result import in_turns, ratio, result, summary
+from tatar_dist.bench.harness import in_turns, ratio, result, summary
 from tatar_dist.errors import UserError
-from tatar_dist.process import keep_on
+from tatar_dist.run.process import keep_on
 
 PIXELS = 448  # 256 image tokens
 GROUPS, GROUP, TOKENS = 2, 8, 64  # an update: groups, completions of each, their tokens
@@ -71,10 +71,10 @@ class Rig:
     """`processes` learners and as many engines, each on a core of its own; learners and engines take turns."""
 
     def __init__(self, directory: Path, processes: int, cores: tuple[int, int], stack: contextlib.ExitStack) -> None:
-        from tatar_dist.backbones import family
-        from tatar_dist.cluster import Cluster
+        from tatar_dist.cluster.ray_cluster import Cluster
         from tatar_dist.learner.sharding import shard_rows
-        from tatar_dist.records import Prompt, Sample
+        from tatar_dist.models import family
+        from tatar_dist.types import Prompt, Sample
 
         config, own = _config(directory, processes), list(cores[:processes])
         cluster = stack.enter_context(Cluster(config))
@@ -105,7 +105,7 @@ class Rig:
 
 def run() -> dict[str, Any]:
     """All measurements, as what `--json` prints. Raises UserError where there are fewer than two cores."""
-    from tatar_dist.cluster import Cluster
+    from tatar_dist.cluster.ray_cluster import Cluster
 
     cores = two_cores()
     seconds: dict[str, tuple[list[float], list[float]]] = {}

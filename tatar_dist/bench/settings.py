@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tatar_dist.bench import rollout
-from tatar_dist.bench.result import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result, summary
 
 OURS, ROUNDS, TARGET = "as it is", 4, 0.95
 SETTINGS: dict[str, dict[str, Any]] = {  # arguments of vllm.LLM

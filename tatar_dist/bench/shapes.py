@@ -21,9 +21,9 @@ from typing import Any
 
 from tatar_dist.bench import subject
 from tatar_dist.bench.counts import Work, flops
-from tatar_dist.bench.result import machine
+from tatar_dist.bench.harness import machine
 from tatar_dist.errors import UserError
-from tatar_dist.memory import Sizes, released
+from tatar_dist.plan.memory import Sizes, released
 
 ROUNDS = 5
 PIXELS = {1024: 896, 2025: 1260}  # by image tokens
@@ -61,10 +61,10 @@ def packed_update(
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from tatar_dist.algo.losses import PolicyLoss, policy_loss
-    from tatar_dist.backbones import family
+    from tatar_dist.algo.loss import PolicyLoss, policy_loss
     from tatar_dist.learner.batch import Collator
-    from tatar_dist.learner.model import PolicyModel
+    from tatar_dist.learner.policy import PolicyModel
+    from tatar_dist.models import family
 
     small = subject.make(directory, work.pixels)
     backbone = family(small.model.family)(small.model)

@@ -21,8 +21,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tatar_dist import CONFIGS
-from tatar_dist.config import Config, load_config
+from tatar_dist.assets import CONFIGS
+from tatar_dist.config.load import load_config
+from tatar_dist.config.schema import Config
 
 Run = tuple[int, int, int, int]  # learners, engines, prompts a step, group size
 # Two sizes were not enough to tell kinds of work apart (errors up to 28 %): other batches and groups are in it, too.
@@ -44,7 +45,7 @@ def _words(data: Path, model: str, words: Sequence[str]) -> list[str]:
 
 def _fine_tuned(directory: Path, data: Path, words: Sequence[str]) -> str:
     from tatar_dist import sft
-    from tatar_dist.export import model_of
+    from tatar_dist.scoring.export import model_of
 
     here = next((w.removeprefix("model.path=") for w in words if w.startswith("model.path=")), None)
     if here:
@@ -57,9 +58,9 @@ def _fine_tuned(directory: Path, data: Path, words: Sequence[str]) -> str:
 
 def measure(directory: Path, words: Sequence[str] = ()) -> dict[Run, list[Path]]:
     """Make every run ROUNDS times, in turns. Returns their directories; beside each, FILE.load."""
-    from tatar_dist import controller
-    from tatar_dist.cluster import Cluster
-    from tatar_dist.data.demo import make_demo
+    from tatar_dist import grpo as controller
+    from tatar_dist.cluster.ray_cluster import Cluster
+    from tatar_dist.demo.data.make import make_demo
 
     data = directory / "data"
     make_demo(data, **IMAGES)
@@ -82,8 +83,8 @@ def measure(directory: Path, words: Sequence[str] = ()) -> dict[Run, list[Path]]
 
 def compare(runs: dict[Run, list[Path]]) -> dict[str, Any]:
     """Predictions from the calibration's runs beside what all runs measured."""
-    from tatar_dist.simulate.measured import costs_of_runs, read_run
-    from tatar_dist.simulate.search import Simulator
+    from tatar_dist.plan.simulate.measured import costs_of_runs, read_run
+    from tatar_dist.plan.simulate.search import Simulator
 
     costs = costs_of_runs([path for run in CALIBRATION for path in runs[run]])
     rows = []

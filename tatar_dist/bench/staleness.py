@@ -19,9 +19,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tatar_dist.bench.result import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result, summary
 from tatar_dist.errors import UserError
-from tatar_dist.records import SPLITS, TASKS
+from tatar_dist.types import SPLITS, TASKS
 
 VARIANTS: dict[str, list[str]] = {
     "0": [],
@@ -41,11 +41,12 @@ def variants(seed: int) -> dict[str, list[str]]:
 
 def train(directory: Path, words: Sequence[str] = ()) -> None:
     """Every run that has no result yet: DIR/seed_K/sft, DIR/seed_K/VARIANT."""
-    from tatar_dist import controller, sft
-    from tatar_dist.cluster import Cluster
-    from tatar_dist.data.demo import make_demo
-    from tatar_dist.demo import demo_config
-    from tatar_dist.export import model_of
+    from tatar_dist import grpo as controller
+    from tatar_dist import sft
+    from tatar_dist.cluster.ray_cluster import Cluster
+    from tatar_dist.demo.data.make import make_demo
+    from tatar_dist.demo.pipeline import demo_config
+    from tatar_dist.scoring.export import model_of
 
     data = directory / "data"
     make_demo(data, **IMAGES)

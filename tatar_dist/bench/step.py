@@ -5,7 +5,7 @@ defaults, all completions in one forward, and with the variant of trl_side.py th
 compares the first steps of all again); both targets must be met. TRL's default recomputes activations; ours keeps
 them, which takes less memory than TRL's rows that recompute (bench learner has both figures); `recomputing` is the
 ratio where both recompute. Same random 14M model, prompts, lengths and machine, other images each step, runs in turns,
-each with all cores, the first step of each left out. Ours is the real pipeline (controller.py): one vLLM engine, one
+each with all cores, the first step of each left out. Ours is the real pipeline (grpo.py): one vLLM engine, one
 ZeRO-3 learner, a group a forward.
 """
 
@@ -24,13 +24,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tatar_dist import CONFIGS
+from tatar_dist.assets import CONFIGS
 from tatar_dist.bench import subject
-from tatar_dist.bench.result import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result, summary
 from tatar_dist.bench.trl_side import VARIANTS
-from tatar_dist.config import Config
+from tatar_dist.config.schema import Config
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.prompts import Prompts
+from tatar_dist.prompts.answer import Prompts
 
 PEER = Path(__file__).parents[2] / ".venv-trl/bin/python"
 PROMPTS, GROUP, TOKENS, STEPS, ROUNDS = 2, 8, 64, 3, 1
@@ -85,8 +85,8 @@ def tune(model: Path, directory: Path) -> tuple[str, dict[str, float | str]]:
 
 def ours(model: Path, directory: Path, more: Sequence[str] = ()) -> Side:
     """Steps of the pipeline on the same images; `more`: config words."""
-    from tatar_dist import controller
-    from tatar_dist.config import load_config
+    from tatar_dist import grpo as controller
+    from tatar_dist.config.load import load_config
     from tatar_dist.data.writing import write_manifest
 
     manifest, output = directory / "iqa.parquet", Path(tempfile.mkdtemp(dir=directory))
@@ -128,7 +128,7 @@ def _messages() -> list[dict[str, str]]:
 
 def _prompt_tokens(config: Config) -> int:
     """Of the pipeline's prompt with its image."""
-    from tatar_dist.backbones import family
+    from tatar_dist.models import family
 
     backbone = family(config.model.family)(config.model)
 

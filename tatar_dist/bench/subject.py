@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tatar_dist import CONFIGS
-from tatar_dist.config import Config, load_config
-from tatar_dist.prompts import Prompts
-from tatar_dist.records import LearnerRow
-from tatar_dist.tiny.build import Sizes, build
+from tatar_dist.assets import CONFIGS
+from tatar_dist.config.load import load_config
+from tatar_dist.config.schema import Config
+from tatar_dist.demo.tiny.build import Sizes, build
+from tatar_dist.prompts.answer import Prompts
+from tatar_dist.types import LearnerRow
 
 SIZES = Sizes(
     vocab=4096, text_hidden=256, text_layers=6, text_heads=8, text_kv_heads=2, text_intermediate=1024,

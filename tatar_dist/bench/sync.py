@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tatar_dist.bench import subject
-from tatar_dist.bench.result import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result, summary
+from tatar_dist.demo.tiny.build import Sizes
 from tatar_dist.rollout.engine import RolloutEngine
-from tatar_dist.tiny.build import Sizes
 
 THIN = Sizes(
     vocab=1024, text_hidden=64, text_layers=6, text_heads=2, text_kv_heads=1, text_intermediate=64,
@@ -113,7 +113,7 @@ def measure(case: Case, directory: Path) -> dict[str, Any]:
     """Pushes of one model: seconds of each, of its copy, bytes, and the parts of a push, each alone."""
     import ray
 
-    from tatar_dist.cluster import Cluster
+    from tatar_dist.cluster.ray_cluster import Cluster
 
     config = _config(case, directory)
     bucket = config.rollout.bucket_mib << 20
@@ -168,7 +168,7 @@ def compare(cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def run() -> dict[str, Any]:
     """All measurements, as what `--json` prints."""
-    from tatar_dist.cluster import Cluster
+    from tatar_dist.cluster.ray_cluster import Cluster
 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

@@ -115,7 +115,7 @@ def doctor(as_json: Json = False) -> None:
 
     Example: [bold]tatar-dist doctor --json[/bold]
     """
-    from tatar_dist import doctor as checks
+    from tatar_dist.commands import doctor as checks
 
     found = checks.run()
     if as_json:

@@ -31,8 +31,8 @@ def demo(
 
     Example: [bold]tatar-dist data demo --output data/demo --seed 0[/bold]
     """
-    from tatar_dist.data.demo import make_demo
-    from tatar_dist.data.whole_files import writing
+    from tatar_dist.demo.data.make import make_demo
+    from tatar_dist.run.files import writing
 
     with writing(output):
         counts = make_demo(output, seed=seed, train=train, validation=validation, test=test)
@@ -68,7 +68,7 @@ def import_set(
 
     Example: [bold]tatar-dist data import KADID-10k --annotations dmos.csv --images images --output kadid.parquet[/bold]
     """
-    from tatar_dist.data.importer import Choices, run_import
+    from tatar_dist.data.imports.importer import Choices, run_import
     from tatar_dist.data.registry import read_registry
 
     dataset = read_registry(registry or ()).find(name)

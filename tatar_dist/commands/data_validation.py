@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tatar_dist.data import contact_sheet, validation_report
-from tatar_dist.data.cleaning import clean, clean_paths
-from tatar_dist.data.validate import validate
-from tatar_dist.errors import UserError
-from tatar_dist.interrupts import Interrupted, Interrupts
-from tatar_dist.progress import Progress
+from tatar_dist.data.checks import report as validation_report
+from tatar_dist.data.checks import sheet as contact_sheet
+from tatar_dist.data.checks.clean import clean, clean_paths
+from tatar_dist.data.checks.validate import validate
+from tatar_dist.errors import Interrupted, UserError
+from tatar_dist.faults.interrupts import Interrupts
+from tatar_dist.run.progress import Progress
 
 
 def run_validation(

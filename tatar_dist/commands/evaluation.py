@@ -40,10 +40,10 @@ def score(
 
     Example: [bold]tatar-dist score photo.jpg holiday/ --model runs/demo/grpo/checkpoints/latest/model[/bold]
     """
-    from tatar_dist import score_output
-    from tatar_dist.model_directory import model_config
-    from tatar_dist.records import TASKS
-    from tatar_dist.scorer import Scorer
+    from tatar_dist.scoring import output as score_output
+    from tatar_dist.scoring.directory import model_config
+    from tatar_dist.scoring.scorer import Scorer
+    from tatar_dist.types import TASKS
 
     found = score_output.find_pictures(pictures)
     model_config(model, overrides or [])  # before anything is loaded

@@ -89,7 +89,7 @@ def _ask(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    from tatar_dist.config import load_config
+    from tatar_dist.config.load import load_config
     from tatar_dist.rationale import run as running
 
     named = [str(running.shipped(str(f))) for f in files or [DEFAULT_CONFIG]]

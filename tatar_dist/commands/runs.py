@@ -21,7 +21,7 @@ def status(
 
     Example: [bold]tatar-dist status runs/grpo --watch[/bold]
     """
-    from tatar_dist.status import RunFiles
+    from tatar_dist.run.status import RunFiles
 
     if watch and as_json:
         raise UserError("--watch draws, --json prints one object: give one of them")
@@ -33,7 +33,7 @@ def status(
 
     from rich.console import Console
 
-    from tatar_dist import status_view
+    from tatar_dist.run import status_view
 
     console = Console()
     if watch:
@@ -81,7 +81,7 @@ def export(
 
     Example: [bold]tatar-dist export runs/grpo --output models/scorer[/bold]
     """
-    from tatar_dist import export as exporting
+    from tatar_dist.scoring import export as exporting
 
     options = {"step": step, "shard_size": shard_size, "dtype": dtype, "evaluation": evaluation}
     print(exporting.run(run, output, **options))  # type: ignore[arg-type]

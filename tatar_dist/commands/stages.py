@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tatar_dist import proven
 from tatar_dist.commands.options import Json, print_result
 from tatar_dist.errors import UserError
+from tatar_dist.plan import proven
 
 Configs = Annotated[list[Path], typer.Option("--config", help="YAML file; may repeat, later files win.")]
 Overrides = Annotated[
@@ -30,7 +30,7 @@ def demo(
 
     Example: [bold]tatar-dist demo --output runs/demo rollout.engines=2[/bold]
     """
-    from tatar_dist import demo as demo_pipeline
+    from tatar_dist.demo import pipeline as demo_pipeline
 
     demo_pipeline.run(output, smoke, overrides, seeds)
 
@@ -46,7 +46,7 @@ def probes(
 
     Example: [bold]tatar-dist probes --seeds 3 --output runs/probes[/bold]
     """
-    from tatar_dist import probes as controlled
+    from tatar_dist.demo import probes as controlled
 
     found = controlled.run(output, seeds, smoke, overrides)
     if as_json:
@@ -54,7 +54,7 @@ def probes(
 
 
 def _run_stage(stage: str, files: list[Path], words: list[str] | None, dry_run: bool, as_json: bool) -> None:
-    from tatar_dist.config import load_config
+    from tatar_dist.config.load import load_config
 
     config = load_config([str(f) for f in files], words or [])
     if dry_run:
@@ -69,7 +69,7 @@ def _run_stage(stage: str, files: list[Path], words: list[str] | None, dry_run: 
 
         result = sft_stage.run(config)
     elif stage == "grpo":
-        from tatar_dist import controller
+        from tatar_dist import grpo as controller
 
         result = controller.run(config)
     else:
@@ -94,8 +94,8 @@ def _print_plans(
     config: Any, stages: list[str], as_json: bool, command: str | None = None, gpu_memory: float | None = None
 ) -> None:
     """Tables, and the lines that would start them; as JSON one object, by stage when there are several."""
-    from tatar_dist import memory
-    from tatar_dist import plan as planning
+    from tatar_dist.plan import memory
+    from tatar_dist.plan import plan as planning
 
     plans = [planning.resolve(config, stage) for stage in stages]  # type: ignore[arg-type]
     estimates = [memory.of_plan(config, p, gpu_memory) if command is None else None for p in plans]
@@ -168,8 +168,8 @@ def plan(
 
     Example: [bold]tatar-dist plan --config configs/grpo.yaml --simulate --measured runs/grpo[/bold]
     """
-    from tatar_dist.config import load_config
-    from tatar_dist.plan import STAGES
+    from tatar_dist.config.load import load_config
+    from tatar_dist.plan.plan import STAGES
 
     if stage is not None and stage not in STAGES:
         raise UserError(f"--stage {stage}: must be one of {', '.join(STAGES)}")
@@ -179,7 +179,7 @@ def plan(
         raise UserError(f"--simulate --stage {stage}: only grpo is simulated")
     loaded = load_config([str(f) for f in config], overrides or [], unused=("output",))
     if simulate:
-        from tatar_dist.simulate import command
+        from tatar_dist.plan.simulate import command
 
         command.run(loaded, measured or [], times, gpus, as_json)
         return

@@ -26,7 +26,7 @@ from tatar_dist.data.pools import Pool, index_pools
 from tatar_dist.data.rules import IdCheck, check_columns, check_pool, check_table
 from tatar_dist.data.schema import REQUIRED, SCHEMA, Stamp, groups_checksum, json_object, read_stamp
 from tatar_dist.errors import UserError
-from tatar_dist.records import Sample
+from tatar_dist.types import Sample
 
 # Larger files that bear the stamp of the writer, which checked every row, are not read again as a whole at every start.
 TRUSTED_ROWS = 200_000

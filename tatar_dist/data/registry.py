@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tatar_dist import CONFIGS
+from tatar_dist.assets import CONFIGS
 from tatar_dist.data import yaml_entries as entries
 from tatar_dist.errors import UserError
-from tatar_dist.records import SPLITS, TASKS
+from tatar_dist.types import SPLITS, TASKS
 
 REGISTRY = CONFIGS / "datasets.yaml"
 KINDS = ("csv", "xlsx", "json", "jsonl", "text")

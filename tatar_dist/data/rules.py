@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from tatar_dist.data.pools import Pool
 from tatar_dist.data.schema import REQUIRED, SCHEMA
 from tatar_dist.errors import UserError
-from tatar_dist.records import SPLITS, TASKS
+from tatar_dist.types import SPLITS, TASKS
 
 
 def check_columns(path: Path, schema: pa.Schema) -> None:

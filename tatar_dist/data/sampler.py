@@ -20,7 +20,7 @@ from tatar_dist.data.pools import Pool
 from tatar_dist.data.rules import IdCheck
 from tatar_dist.data.walk import Ref, Walk
 from tatar_dist.errors import UserError
-from tatar_dist.records import TASKS, Sample, Task
+from tatar_dist.types import TASKS, Sample, Task
 
 
 class PromptSampler:

@@ -15,7 +15,7 @@ from tatar_dist.data.manifest import Manifest
 from tatar_dist.data.orders import BlockOrder, KeyedPermutation
 from tatar_dist.data.pools import Pool
 from tatar_dist.errors import UserError
-from tatar_dist.records import Task
+from tatar_dist.types import Task
 
 Ref = tuple[int, int]  # (manifest index, row)
 STRETCH = 1024  # positions of the order worked out at a time

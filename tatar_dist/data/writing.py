@@ -22,8 +22,8 @@ from tatar_dist.data.manifest import GROUP_BYTES
 from tatar_dist.data.pools import KEYS, Key
 from tatar_dist.data.rules import IdCheck, check_table
 from tatar_dist.data.schema import SCHEMA, STAMP, VERSION, Stamp, groups_checksum
-from tatar_dist.data.whole_files import beside
 from tatar_dist.errors import UserError
+from tatar_dist.run.files import beside
 
 GROUP_ROWS = 2048  # 10 million rows: a footer of 6 MB, read in 0.1 s; a row costs a millisecond or two
 EMBEDDED_ROWS = 256

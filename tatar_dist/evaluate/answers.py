@@ -16,9 +16,9 @@ from typing import Any
 
 from tatar_dist.data.images import image_size
 from tatar_dist.errors import UserError
-from tatar_dist.journal import Journal
-from tatar_dist.records import Completion, Expected, Group, Prompt, Sample
 from tatar_dist.rollout.calls import in_calls
+from tatar_dist.run.journal import Journal
+from tatar_dist.types import Completion, Expected, Group, Prompt, Sample
 
 KINDS = ("greedy", "sampled")
 BATCH = 2  # engine calls are this many times the sequences that an engine works on at once, at most

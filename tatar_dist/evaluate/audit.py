@@ -16,7 +16,7 @@ import numpy as np
 
 from tatar_dist.errors import UserError
 from tatar_dist.evaluate.metrics import DatasetMetrics, score_metrics
-from tatar_dist.prompts import parse
+from tatar_dist.prompts.answer import parse
 from tatar_dist.rewards.audit import common_error, number_error, numbered_rows
 
 

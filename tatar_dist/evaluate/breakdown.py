@@ -15,7 +15,7 @@ import numpy as np
 
 from tatar_dist.data.registry import Registry, read_registry
 from tatar_dist.evaluate.metrics import score_metrics
-from tatar_dist.records import TASKS
+from tatar_dist.types import TASKS
 
 AVERAGED = ("srcc", "plcc")
 WIDTH = 20  # points of a slice of targets

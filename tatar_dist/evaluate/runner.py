@@ -23,27 +23,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tatar_dist.cluster import Cluster
-from tatar_dist.config import Config
+from tatar_dist.cluster.ray_cluster import Cluster
+from tatar_dist.config.schema import Config
 from tatar_dist.data.manifest import Manifest
-from tatar_dist.errors import UserError
+from tatar_dist.errors import Interrupted, StopAsked, UserError
 from tatar_dist.evaluate import tables
 from tatar_dist.evaluate.answers import Answers, batch_size, batches, distinct, key_of, model_fingerprint, without_image
 from tatar_dist.evaluate.breakdown import averages, slices
 from tatar_dist.evaluate.metrics import score_metrics, spread
-from tatar_dist.interrupts import Interrupted, Interrupts, StopAsked
-from tatar_dist.plan import resolve
-from tatar_dist.progress import Progress
-from tatar_dist.prompt_source import PromptSource, read_manifests
-from tatar_dist.prompt_texts import PromptTexts
-from tatar_dist.prompts import clamped, parse, think_words
-from tatar_dist.records import TASKS, Completion, Group, Prompt, Sample
+from tatar_dist.faults.interrupts import Interrupts
+from tatar_dist.plan.plan import resolve
+from tatar_dist.prompts.answer import clamped, parse, think_words
+from tatar_dist.prompts.render import PromptTexts
+from tatar_dist.prompts.source import PromptSource, read_manifests
 from tatar_dist.rewards.batch import batch_of_groups
 from tatar_dist.rewards.presets import load_preset
 from tatar_dist.rewards.score import reward_metrics, score_batch, scored_groups
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.pool import RolloutPool
-from tatar_dist.run_directory import RunDirectory, write_rollouts
+from tatar_dist.run.directory import RunDirectory, write_rollouts
+from tatar_dist.run.progress import Progress
+from tatar_dist.types import TASKS, Completion, Group, Prompt, Sample
 
 REWARD_STEP = 1 << 20  # the step that enters the seeds of sampled evaluation; no training run gets there
 

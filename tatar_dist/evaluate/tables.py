@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tatar_dist import CONFIGS
+from tatar_dist.assets import CONFIGS
 
 COLUMNS = ("data set", "n", "parsed", "truncated", "missing", "PLCC", "SRCC", "KRCC", "PLCC, fitted", "RMSE", "MAE")
 KEYS = ("plcc", "srcc", "krcc", "plcc_fitted", "rmse", "mae")

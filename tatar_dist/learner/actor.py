@@ -16,14 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tatar_dist.checkpoint.files import Files, Job, write
-from tatar_dist.config import Config
+from tatar_dist.config.schema import Config
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.failpoints import Failpoints
 from tatar_dist.learner.sharding import Shard
-from tatar_dist.process import process_facts
-from tatar_dist.process_log import open_log
-from tatar_dist.records import StepReport
+from tatar_dist.run.checkpoint_files import Files, Job, write
+from tatar_dist.run.failpoints import Failpoints
+from tatar_dist.run.log import open_log
+from tatar_dist.run.process import process_facts
+from tatar_dist.types import StepReport
 
 IMPORTANCE = {"mean": "importance", "cut": "cut"}  # policy/importance_* -> its sum over trained tokens
 
@@ -33,7 +33,7 @@ class WeightsOutOfSync(RunError):
 
 
 class Learner:
-    """One rank. Plain class: `tatar_dist.cluster` makes the Ray actor of it."""
+    """One rank. Plain class: `tatar_dist.cluster.ray_cluster` makes the Ray actor of it."""
 
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
         open_log(config.output, f"learner-{rank}")
@@ -52,9 +52,9 @@ class Learner:
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK="0")
         import torch
 
+        from tatar_dist.algo.schedule import needs_reference
         from tatar_dist.learner.batch import Collator
         from tatar_dist.learner.listeners import listening, silence
-        from tatar_dist.learner.schedule import needs_reference
         from tatar_dist.learner.zero3 import Zero3, init_process_group
 
         torch.set_num_threads(threads)
@@ -95,8 +95,8 @@ class Learner:
 
     def sft_step(self, shard: Shard, step: int, global_tokens: int) -> StepReport:
         """One optimiser step on this rank's micro-batches. `global_tokens`: trained tokens of the whole batch."""
-        from tatar_dist.algo.losses import sft_loss
-        from tatar_dist.learner.schedule import learning_rate
+        from tatar_dist.algo.loss import sft_loss
+        from tatar_dist.algo.schedule import learning_rate
 
         start = time.perf_counter()
         lr = learning_rate(self.stage_config.optim, step, self.total_steps)
@@ -141,8 +141,8 @@ class Learner:
         import torch
         import torch.distributed as dist
 
-        from tatar_dist.algo.losses import PolicyLoss, policy_loss
-        from tatar_dist.learner.schedule import importance, kl_beta, learning_rate
+        from tatar_dist.algo.loss import PolicyLoss, policy_loss
+        from tatar_dist.algo.schedule import importance, kl_beta, learning_rate
 
         start = time.perf_counter()
         g = self.config.grpo

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from tatar_dist.backbones.base import EncodedPrompt, QwenVL
 from tatar_dist.data.images import decode_image
 from tatar_dist.errors import RunError
 from tatar_dist.learner.shared_prefix import Layout
-from tatar_dist.records import LearnerRow
+from tatar_dist.models.base import EncodedPrompt, QwenVL
+from tatar_dist.types import LearnerRow
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tatar_dist.config import Config
+from tatar_dist.config.schema import Config
 from tatar_dist.errors import LearnersFailed, RunError, UserError
+from tatar_dist.faults.waiting import TICK_S, error_of, first_line, wait_all
 from tatar_dist.learner import transfer
 from tatar_dist.learner.rendezvous import Rendezvous
 from tatar_dist.learner.sharding import Shard
-from tatar_dist.records import StepReport
-from tatar_dist.waiting import TICK_S, error_of, first_line, wait_all
+from tatar_dist.types import StepReport
 
 DEATH_IS_KNOWN_S = 5.0
 

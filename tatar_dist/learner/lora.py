@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tatar_dist.config import ModelConfig
+from tatar_dist.config.schema import ModelConfig
 from tatar_dist.errors import UserError
 
 DOWN, UP = "lora_a", "lora_b"

@@ -2,7 +2,7 @@
 
 In: units (completions that share a prompt, by their numbers of tokens), ranks, a budget. Out: for each rank its
 micro-batches, each a list of units, as many on every rank: collectives need equal numbers of calls. Pure and
-deterministic; the simulator (simulate/step.py) uses it as it is.
+deterministic; the simulator (plan/simulate/step.py) uses it as it is.
 
 A unit is dealt whole, most costly first, to the rank with the least (longest processing time first, Graham 1969). Then
 units are parted while that lowers the cost of the rank with the most: each part computes the prompt again. Units are
@@ -14,48 +14,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from tatar_dist.models.costs import Costs, Unit
 
 MicroBatches = list[list["Unit"]]  # of one rank
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Rows of one prompt. rows: their numbers in the batch; prompt: tokens; lengths: tokens of each completion."""
-
-    rows: tuple[int, ...]
-    prompt: int
-    lengths: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        """In the packed row."""
-        return self.prompt + sum(self.lengths)
-
-    def parted(self, n: int) -> tuple[Unit, Unit]:
-        """The first n rows, and the others."""
-        return (
-            Unit(self.rows[:n], self.prompt, self.lengths[:n]),
-            Unit(self.rows[n:], self.prompt, self.lengths[n:]),
-        )
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What work costs beside a token through the language model's matrices, which costs 1.
-
-    pair: of a query and a key that it sees, in attention; vision, vision_pair: the same in the vision tower, a token
-    of the prompt and a pair of them, as if all of a prompt were its image.
-    """
-
-    vision: float = 0.4
-    pair: float = 3e-5
-    vision_pair: float = 3e-5
-
-    def of(self, unit: Unit) -> float:
-        pairs = unit.prompt**2 / 2 + sum(n * (unit.prompt + n / 2) for n in unit.lengths)
-        image = self.vision * unit.prompt + self.vision_pair * unit.prompt**2
-        return unit.tokens + self.pair * pairs + image
 
 
 def pack(units: Sequence[Unit], ranks: int, budget: int, costs: Costs = Costs()) -> list[MicroBatches]:  # noqa: B008

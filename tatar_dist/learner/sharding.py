@@ -14,8 +14,9 @@ from dataclasses import replace
 import numpy as np
 
 from tatar_dist.algo.aggregation import token_weights
-from tatar_dist.learner.packing import Costs, Unit, pack
-from tatar_dist.records import LearnerRow, ScoredGroup
+from tatar_dist.learner.packing import pack
+from tatar_dist.models.costs import Costs, Unit
+from tatar_dist.types import LearnerRow, ScoredGroup
 
 Shard = list[list[LearnerRow]]
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import ray
 
-from tatar_dist.checkpoint.files import Files, seal
 from tatar_dist.errors import LearnersFailed, RunError, UserError
-from tatar_dist.waiting import TICK_S, first_line
+from tatar_dist.faults.waiting import TICK_S, first_line
+from tatar_dist.run.checkpoint_files import Files, seal
 
 CHUNK = 64 << 20  # bytes
 IO = "io"  # the concurrency group of learner calls that run beside training

@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tatar_dist.backbones import family
-from tatar_dist.checkpoint.files import Job
-from tatar_dist.config import ClusterConfig, Config, OptimConfig
+from tatar_dist.config.schema import ClusterConfig, Config, OptimConfig
 from tatar_dist.errors import UserError
 from tatar_dist.learner import lora, reshard
-from tatar_dist.learner.model import PolicyModel
-from tatar_dist.process import interface_of
+from tatar_dist.learner.policy import PolicyModel
+from tatar_dist.models import family
+from tatar_dist.run.checkpoint_files import Job
+from tatar_dist.run.process import interface_of
 
 DEEPSPEED_TAG = "deepspeed"
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from tatar_dist.data.images import UnreadableImage
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.journal import Journal
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.endpoint import Endpoint, NoAnswer, Stopped, tokens_bound
 from tatar_dist.rationale.ledger import Entry, Ledger, journal_line
@@ -24,6 +23,7 @@ from tatar_dist.rationale.pictures import Picture, picture
 from tatar_dist.rationale.questions import Answer, Question, Request, Row
 from tatar_dist.rationale.replies import NoAccess, Refused
 from tatar_dist.rationale.rows import Rows, reject_unreadable
+from tatar_dist.run.journal import Journal
 
 READ_THREADS = 2  # decoding and encoding of images; they release the interpreter lock
 POLL_S = 0.1  # how soon a signal is seen

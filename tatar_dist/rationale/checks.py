@@ -14,14 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations
 
-from tatar_dist.data.templates import EIGHT
+from tatar_dist.config.rationale import RationaleConfig
 from tatar_dist.errors import UserError
-from tatar_dist.prompts import answer_text, parse
+from tatar_dist.prompts.answer import answer_text, parse
 from tatar_dist.rationale.number_words import words_that_leak
 from tatar_dist.rationale.prose import form_faults, sentences
-from tatar_dist.rationale.settings import RationaleConfig
 from tatar_dist.rationale.wording import Wording, plain
-from tatar_dist.records import Task
+from tatar_dist.types import EIGHT, Task
 
 MAX_CHARS = 20_000  # a longer text is rejected unread: a hard bound on the work per text
 SPREAD = 3  # sentences over which a slow text's attributes are spread at least, where it has so many

@@ -24,11 +24,11 @@ from aiolimiter import AsyncLimiter
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from tatar_dist import __version__
+from tatar_dist.config.rationale import LimitsConfig
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.rationale.pictures import Picture
 from tatar_dist.rationale.questions import Answer, Request, Target
 from tatar_dist.rationale.replies import NoAccess, NoSchema, Refused, TryAgain, raise_for, read_answer
-from tatar_dist.rationale.settings import LimitsConfig
 
 MAX_REPLY = 4 << 20  # bytes; a longer reply is garbage
 CONNECT_S = 10.0

@@ -14,7 +14,7 @@ from typing import Any
 
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.questions import Answer, Outcome, Question, Row
-from tatar_dist.records import Task
+from tatar_dist.types import Task
 
 
 @dataclass

@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from io import StringIO
 from itertools import islice
 
-from tatar_dist.backbones import family
-from tatar_dist.cluster import Cluster
+from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.data.images import UnreadableImage, decode_image
-from tatar_dist.journal import Journal
-from tatar_dist.plan import resolve
+from tatar_dist.models import family
+from tatar_dist.plan.plan import resolve
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.ledger import Entry, Ledger, journal_line
 from tatar_dist.rationale.questions import Answer, Request, Row
 from tatar_dist.rationale.rows import Rows, reject_unreadable
-from tatar_dist.records import Group, Prompt, Sample, Task
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.pool import RolloutPool
+from tatar_dist.run.journal import Journal
+from tatar_dist.types import Group, Prompt, Sample, Task
 
 CALLS_AHEAD = 4  # rows held in memory with their images: this many full calls of every engine
 

@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from tatar_dist.rationale.checks import Reason
-from tatar_dist.records import Task
+from tatar_dist.types import Task
 
 MARKS: dict[Task, tuple[str, str]] = {
     "iqa": ("visual_fidelity", "score_consistency"),

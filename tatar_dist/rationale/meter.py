@@ -10,8 +10,8 @@ import time
 from rich import progress
 from rich.console import Console
 
-from tatar_dist.progress import bar, clock
 from tatar_dist.rationale.ledger import Ledger
+from tatar_dist.run.progress import bar, clock
 
 PLAIN_EVERY_S = 15.0
 

@@ -12,8 +12,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 
-from tatar_dist.data.templates import EIGHT
-from tatar_dist.rationale.settings import TextConfig
+from tatar_dist.config.rationale import TextConfig
+from tatar_dist.types import EIGHT
 
 # A tag or what is left of one, chat-template tokens, instruction marks, entities, blanks to fill in. "a < b" is none.
 _DEBRIS = re.compile(

@@ -14,15 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tatar_dist.config import Config
-from tatar_dist.data.attributes import place
+from tatar_dist.config.rationale import EndpointConfig, TextConfig, VerdictConfig
+from tatar_dist.config.schema import Config
+from tatar_dist.data.imports.attributes import place
 from tatar_dist.errors import UserError
 from tatar_dist.rationale.checks import Reason, check_text, without_reasoning
 from tatar_dist.rationale.marks import low_marks, read_marks, schema
-from tatar_dist.rationale.settings import EndpointConfig, TextConfig, VerdictConfig
 from tatar_dist.rationale.wording import Wording
-from tatar_dist.records import TASKS, Task
 from tatar_dist.rollout.engine import group_seed
+from tatar_dist.types import TASKS, Task
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.ledger import Entry, Ledger
-from tatar_dist.records import TASKS
+from tatar_dist.types import TASKS
 
 FAILURES = {  # codes of rows that nobody answered, and how they are told of
     "no-answer": "rows got no answer after all retries",

@@ -19,7 +19,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.ledger import Entry, Ledger
 from tatar_dist.rationale.questions import Row
-from tatar_dist.records import Sample, Task
+from tatar_dist.types import Sample, Task
 
 _COLUMNS = ("sample_id", "dataset", "task", "score", "split", "rationale", "attributes")
 

@@ -12,18 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tatar_dist import CONFIGS
-from tatar_dist.config import Config
+from tatar_dist.assets import CONFIGS
+from tatar_dist.config.schema import Config
 from tatar_dist.data.writing import write_manifest
-from tatar_dist.errors import RunError, UserError
-from tatar_dist.interrupts import Interrupted, Interrupts
-from tatar_dist.journal import Journal
+from tatar_dist.errors import Interrupted, RunError, UserError
+from tatar_dist.faults.interrupts import Interrupts
 from tatar_dist.rationale import report
 from tatar_dist.rationale.ledger import Ledger
 from tatar_dist.rationale.meter import Meter
 from tatar_dist.rationale.questions import Build, Judge, Question, require_target
 from tatar_dist.rationale.rows import Rows
 from tatar_dist.rationale.wording import load_wording
+from tatar_dist.run.journal import Journal
 
 QUESTIONS: dict[str, type[Question]] = {"build": Build, "judge": Judge}
 SHOW_EVERY = 1000  # rows entered between two looks of the meter

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from tatar_dist.data.distortions import Distortion
 from tatar_dist.data.manifest import Manifest, read_manifest
-from tatar_dist.data.photos import PHOTOS
-from tatar_dist.data.templates import FAMILY_NAMES, iaa_rationale, iqa_rationale
 from tatar_dist.data.writing import write_manifest
+from tatar_dist.demo.data.distortions import Distortion
+from tatar_dist.demo.data.photos import PHOTOS
+from tatar_dist.demo.data.texts import FAMILY_NAMES, iaa_rationale, iqa_rationale
 from tatar_dist.errors import UserError
 
 ATTRIBUTES = (  # what the IAA sentences word

@@ -13,10 +13,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from tatar_dist.data.templates import EIGHT
 from tatar_dist.errors import UserError
-from tatar_dist.prompts import section
-from tatar_dist.records import TASKS
+from tatar_dist.prompts.answer import section
+from tatar_dist.types import EIGHT, TASKS
 
 QUESTIONS = {  # name -> blanks that its user text may hold, all but those in _OPTIONAL must stand there
     "fast": ("score",),

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tatar_dist.errors import UserError
-from tatar_dist.prompts import parse
+from tatar_dist.prompts.answer import parse
 from tatar_dist.report.gallery import Key, key_of
 from tatar_dist.report.reading import Training, is_number
 from tatar_dist.report.rollouts import Rollouts
@@ -29,7 +29,7 @@ from tatar_dist.rewards.presets import load_preset, preset_names
 from tatar_dist.rewards.score import explain
 from tatar_dist.rewards.thurstone import Opponent
 
-KNOWN = {  # columns of a rollouts file that are no reward term (run_directory.py)
+KNOWN = {  # columns of a rollouts file that are no reward term (run/directory.py)
     "step", "group_id", "index", "sample_id", "dataset", "task", "target", "completion", "tokens", "finish_reason",
     "logprob_sum", "weight_version", "parsed", "reward", "advantage", "trained",
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """What befell a run's processes, from its event log: faults and recoveries by time, engines one by one.
 
-In: the lines of events.jsonl (events.py says what stands in them), whatever they hold. Out: `History` for the page.
+In: the lines of events.jsonl (run/events.py says what stands in them), whatever they hold. Out: `History` for the page.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from tatar_dist.report.reading import is_number
 from tatar_dist.report.text import clean
-from tatar_dist.status import ENDS, TROUBLE
+from tatar_dist.run.status import ENDS, TROUBLE
 
 SHOWN = TROUBLE | ENDS.keys() | {"run/start", "engine/restarting"}
 MOST_ROWS = 200

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from tatar_dist.errors import UserError
-from tatar_dist.events import read_events
+from tatar_dist.run.events import read_events
 
 DEMO_MODELS = {"baseline": "base", "sft_eval": "SFT", "grpo_eval": "GRPO"}  # directory -> name on the page
 DEMO_TRAININGS = ("sft", "grpo")

@@ -1,6 +1,6 @@
 """All completions that a GRPO run sampled, as columns; their texts are read again only where the page shows them.
 
-In: RUN/rollouts/step_*.parquet (run_directory.py writes them). Out: `Rollouts`. A file that cannot be read, or lacks
+In: RUN/rollouts/step_*.parquet (run/directory.py writes them). Out: `Rollouts`. A file that cannot be read, or lacks
 what every rollout has, is left out and named in the notes. 100,000 completions take a few seconds, most of them for
 parsing the answers.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tatar_dist.prompts import parse
+from tatar_dist.prompts.answer import parse
 from tatar_dist.report.reading import Training, is_number
 
 TEXTS = ("dataset", "sample_id", "task", "completion")

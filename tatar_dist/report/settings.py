@@ -1,8 +1,8 @@
 """The configuration of a run beside the recipe's, and what differs between runs: dotted keys and their values.
 
 In: resolved configurations as run directories keep them, whatever they hold. Out: `Setting`s in the file's order. The
-recipe is the schema's defaults (config.py), with configs/STAGE.yaml over them where this checkout has it. Sections that
-a stage does not read are left out.
+recipe is the schema's defaults (config/schema.py), with configs/STAGE.yaml over them where this checkout has it.
+Sections that a stage does not read are left out.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from tatar_dist import CONFIGS
-from tatar_dist.config import Config
+from tatar_dist.assets import CONFIGS
+from tatar_dist.config.schema import Config
 from tatar_dist.report.text import clean
 
 NOT_READ = {

@@ -18,10 +18,10 @@ from typing import IO, Any
 import numpy as np
 
 from tatar_dist.errors import UserError
-from tatar_dist.records import TASKS
 from tatar_dist.rewards.batch import Batch, batch_of_rows, disagreement
 from tatar_dist.rewards.presets import Preset, load_preset
 from tatar_dist.rewards.score import Scored, explain, reward_metrics, score_batch
+from tatar_dist.types import TASKS
 
 ALL_TERMS_LIMIT = 20_000  # rows
 COLUMNS = ("gaussian", "pairwise", "thurstone", "format", "length")

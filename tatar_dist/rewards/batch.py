@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tatar_dist.errors import UserError
-from tatar_dist.prompts import parse, think_words
-from tatar_dist.records import TASKS, Group
+from tatar_dist.prompts.answer import parse, think_words
+from tatar_dist.types import TASKS, Group
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Answers:
 
 
 def read_answers(completions: Sequence[str], strict: bool = True) -> Answers:
-    """Parse every completion once (tatar_dist/prompts.py)."""
+    """Parse every completion once (tatar_dist/prompts/answer.py)."""
     results = [parse(text, strict) for text in completions]
     value = np.array([np.nan if r.value is None else r.value for r in results], np.float64)
     return Answers(

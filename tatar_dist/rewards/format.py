@@ -1,4 +1,4 @@
-"""Format reward: 1 if the answer parses (tatar_dist/prompts.py holds the grammar), else 0."""
+"""Format reward: 1 if the answer parses (tatar_dist/prompts/answer.py holds the grammar), else 0."""
 
 from __future__ import annotations
 

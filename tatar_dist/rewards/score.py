@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tatar_dist.algo.advantages import ZERO_STD, advantages, group_std, total_reward
-from tatar_dist.algo.agreement import group_kendall
-from tatar_dist.records import TASKS, Group, ScoredGroup
 from tatar_dist.rewards import thurstone as ranking
+from tatar_dist.rewards.agreement import group_kendall
 from tatar_dist.rewards.batch import Answers, Batch, batch_of_rows, read_answers
 from tatar_dist.rewards.binary import binary
 from tatar_dist.rewards.format import format_term
@@ -24,6 +23,7 @@ from tatar_dist.rewards.gaussian import gaussian
 from tatar_dist.rewards.length import length
 from tatar_dist.rewards.pairwise import pairwise
 from tatar_dist.rewards.presets import Preset
+from tatar_dist.types import TASKS, Group, ScoredGroup
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def score_batch(
         rows: a `Batch`, or dicts with group_id, task, dataset, target, completion.
         preset: from `load_preset`.
         terms: which terms to compute beside those the preset weighs; None computes only these.
-        strict: the answer grammar (tatar_dist/prompts.py).
+        strict: the answer grammar (tatar_dist/prompts/answer.py).
         advantage: std | mean | per_term (tatar_dist/algo/advantages.py), with its eps.
 
     Raises:

@@ -1,8 +1,8 @@
 """One vLLM engine: grouped completions with their log-probabilities, at a known weight version.
 
-Plain class: `tatar_dist.cluster` makes the Ray actor of it. Every sampling parameter is explicit; nothing is read from
-the checkpoint's generation config, and what is sampled from is what the loss assumes: full softmax
-at the given temperature without the vision placeholder tokens. `Sampling.top_p` and `Sampling.schema` are for teachers
+Plain class: `tatar_dist.cluster.ray_cluster` makes the Ray actor of it. Every sampling parameter is explicit; nothing
+is read from the checkpoint's generation config, and what is sampled from is what the loss assumes: full softmax at
+the given temperature without the vision placeholder tokens. `Sampling.top_p` and `Sampling.schema` are for teachers
 and judges (rationale construction), whose probabilities nobody learns from; training leaves both alone.
 """
 
@@ -16,15 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tatar_dist.config import Config
+from tatar_dist.config.schema import Config
 from tatar_dist.data.images import decode_image
 from tatar_dist.errors import RunError
-from tatar_dist.expected_score import Question, expected_scores
-from tatar_dist.failpoints import Failpoints
-from tatar_dist.process import process_facts
-from tatar_dist.process_log import open_log
-from tatar_dist.records import Completion, Group, Prompt
+from tatar_dist.prompts.expected import Question, expected_scores
+from tatar_dist.run.failpoints import Failpoints
+from tatar_dist.run.log import open_log
+from tatar_dist.run.process import process_facts
 from tatar_dist.sync.engine_calls import GpuPushes, Sleeping
+from tatar_dist.types import Completion, Group, Prompt
 
 FORBIDDEN_BIAS = -100.0  # vLLM's smallest logit bias; exp(-100) is 0 beside any sampled token in float32
 
@@ -92,7 +92,7 @@ class RolloutEngine(GpuPushes, Sleeping):
         from vllm import LLM
         from vllm.config.weight_transfer import WeightTransferConfig
 
-        from tatar_dist.backbones import family
+        from tatar_dist.models import family
         from tatar_dist.sync import engine_side
 
         gpu = torch.cuda.is_available()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tatar_dist.config import Config
+from tatar_dist.config.schema import Config
 
 # every process
 COMMON_ENV = {

@@ -16,14 +16,14 @@ from typing import Any
 
 import ray
 
-from tatar_dist.config import Config
+from tatar_dist.config.schema import Config
 from tatar_dist.errors import LearnersFailed, RunError, UserError
-from tatar_dist.records import Group, Prompt
+from tatar_dist.faults.health import Health, State
+from tatar_dist.faults.waiting import TICK_S, error_of, first_line, wait_all
+from tatar_dist.rollout.checks import problem
 from tatar_dist.rollout.engine import Sampling
-from tatar_dist.rollout.health import Health, State
-from tatar_dist.rollout.verification import problem
 from tatar_dist.sync.transports import Push
-from tatar_dist.waiting import TICK_S, error_of, first_line, wait_all
+from tatar_dist.types import Group, Prompt
 
 ATTEMPTS = 3  # engines that may fail on one prompt before the prompt is blamed
 

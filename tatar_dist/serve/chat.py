@@ -15,10 +15,10 @@ from PIL import Image
 
 from tatar_dist.data.images import MAX_ASPECT, UnreadableImage, decode_image
 from tatar_dist.evaluate.metrics import spread
-from tatar_dist.prompts import Prompts, clamped, parse, think_text
-from tatar_dist.records import Task
+from tatar_dist.prompts.answer import Prompts, clamped, parse, think_text
 from tatar_dist.rollout.engine import FORBIDDEN_BIAS
 from tatar_dist.serve.requests import Refused, from_base64
+from tatar_dist.types import Task
 
 
 @dataclass(frozen=True)

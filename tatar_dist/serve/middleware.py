@@ -20,9 +20,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tatar_dist.records import TASKS, Task
 from tatar_dist.serve import chat, requests
 from tatar_dist.serve.requests import Refused, ScoreRequest
+from tatar_dist.types import TASKS, Task
 
 CHAT = "/v1/chat/completions"
 OPEN = ("/", "/health")  # without a key: the page, which asks for it, and what load balancers look at
@@ -217,7 +217,7 @@ def _watched(scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]
 
 @cache
 def _template() -> Template:
-    loader = PackageLoader("tatar_dist", "serve")
+    loader = PackageLoader("tatar_dist.serve", ".")
     return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(
         "page.html.j2"
     )

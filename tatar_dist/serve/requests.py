@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive
 
-from tatar_dist.records import TASKS, Task
+from tatar_dist.types import TASKS, Task
 
 MAX_BYTES = 128 << 20  # of a request: the encoded picture, in base64 at worst
 MAX_SAMPLES = 64

@@ -1,7 +1,7 @@
 """Starts vLLM's server for a model directory, in this process, after everything that can be wrong was looked at.
 
 In: a model directory, an address, config keys. Out: a server that runs until Ctrl-C or SIGTERM, and then nothing: no
-process, no socket. Sizes of pictures, dtype and wording are the model directory's own (model_directory.py).
+process, no socket. Sizes of pictures, dtype and wording are the model directory's own (scoring/directory.py).
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tatar_dist.config import Config
-from tatar_dist.errors import RunError, UserError
-from tatar_dist.interrupts import EXIT_INTERRUPTED
-from tatar_dist.model_directory import model_config, run_of
-from tatar_dist.records import TASKS
+from tatar_dist.config.schema import Config
+from tatar_dist.errors import EXIT_INTERRUPTED, RunError, UserError
 from tatar_dist.rollout.environment import COMMON_ENV, engine_environment
+from tatar_dist.scoring.directory import model_config, run_of
+from tatar_dist.types import TASKS
 
 MIDDLEWARE = "tatar_dist.serve.middleware.Front"
 NOWHERE = "nothing.invalid"  # the only host that pictures may come from: a name that RFC 2606 gives to nobody
@@ -142,7 +141,7 @@ def _gpu() -> bool:
 
 def _forbidden(config: Config) -> tuple[int, ...]:
     """Token ids that no answer may hold. Raises UserError when the tokenizer or the processor cannot be read."""
-    from tatar_dist.backbones import family
+    from tatar_dist.models import family
 
     try:
         return tuple(family(config.model.family)(config.model).forbidden_ids())
@@ -162,7 +161,7 @@ def _line(e: Exception) -> str:
 
 def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
     """vLLM's server arguments, as its own command line would parse them, with ours beside them."""
-    from tatar_dist.prompts import Prompts
+    from tatar_dist.prompts.answer import Prompts
 
     m, r = config.model, config.rollout
     prompts = Prompts.load(config.data.prompts)

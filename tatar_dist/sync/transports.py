@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 
-from tatar_dist.config import Config
+from tatar_dist.config.schema import Config
 from tatar_dist.errors import LearnersFailed
-from tatar_dist.waiting import first_line
+from tatar_dist.faults.waiting import first_line
 
 if TYPE_CHECKING:
     from tatar_dist.learner.group import LearnerGroup

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from hosts import wait_until
 from ray_hosts import ROOT, RayCluster
 
-from tatar_dist.events import read_events
+from tatar_dist.run.events import read_events
 
 STEPS = 5
 START_S = 240  # for actors to come up on two shared cores

@@ -21,19 +21,20 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from tatar_dist.checkpoint import Checkpoints, latest
-from tatar_dist.checkpoint.files import write
-from tatar_dist.cluster import Cluster
-from tatar_dist.config import CheckpointConfig, Config, load_config
-from tatar_dist.controller import make_sampler
+from tatar_dist.cluster.ray_cluster import Cluster
+from tatar_dist.config.load import load_config
+from tatar_dist.config.schema import CheckpointConfig, Config
 from tatar_dist.data.sampler import sft_sampler
 from tatar_dist.errors import RunError
-from tatar_dist.events import Events, read_events
+from tatar_dist.grpo import make_sampler
 from tatar_dist.learner.actor import Learner
 from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.learner.sharding import Shard, shard_rows
-from tatar_dist.prompt_source import PromptSource, read_manifests
-from tatar_dist.run_directory import RunDirectory
+from tatar_dist.prompts.source import PromptSource, read_manifests
+from tatar_dist.run.checkpoint_files import write
+from tatar_dist.run.checkpoints import Checkpoints, latest
+from tatar_dist.run.directory import RunDirectory
+from tatar_dist.run.events import Events, read_events
 
 SAME = {"stage": "grpo"}
 ROWS = 12  # divides over 1, 2 and 3 learners
@@ -68,7 +69,7 @@ class OpenLearner(Learner):
         import torch
         from deepspeed.utils import safe_get_full_grad
 
-        from tatar_dist.algo.losses import PolicyLoss, policy_loss
+        from tatar_dist.algo.loss import PolicyLoss, policy_loss
 
         named = dict(self.zero3.engine.module.named_parameters())
         for i, batch in enumerate(self._batches(shard)):
@@ -161,7 +162,7 @@ def trained(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Itera
     run = tmp_path_factory.mktemp("trained") / "run"
     config = config_of(words, run)
     with pytest.MonkeyPatch.context() as patch, RunDirectory(config) as directory, Cluster(config) as cluster:
-        patch.setattr("tatar_dist.cluster.Learner", OpenLearner)
+        patch.setattr("tatar_dist.cluster.ray_cluster.Learner", OpenLearner)
         source = PromptSource(config, directory)
         rig = Rig(config, cluster, source)
         sampler = make_sampler(config)

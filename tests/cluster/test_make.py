@@ -9,7 +9,7 @@ import pytest
 from hosts import Host, Hosts
 from slurm import Slurm
 
-from tatar_dist.events import read_events
+from tatar_dist.run.events import read_events
 
 ROOT = Path(__file__).parents[2]
 HOSTS = 4

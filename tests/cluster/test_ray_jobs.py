@@ -11,7 +11,7 @@ import pytest
 from hosts import Hosts, wait_until
 from ray_hosts import RayCluster
 
-from tatar_dist.events import read_events
+from tatar_dist.run.events import read_events
 
 ROOT = Path(__file__).parents[2]
 HOSTS = 1

@@ -11,7 +11,7 @@ from hosts import Hosts, wait_until
 from slurm import Slurm
 from test_security import REFUSED, asked, listening
 
-from tatar_dist.events import read_events
+from tatar_dist.run.events import read_events
 
 ROOT = Path(__file__).parents[2]
 SLURMS_OWN = {"srun", "slurmd", "slurmstepd"}  # munge guards them

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tatar_dist.cluster import Cluster
-from tatar_dist.config import Config, load_config
-from tatar_dist.controller import make_sampler
-from tatar_dist.prompt_source import PromptSource
+from tatar_dist.cluster.ray_cluster import Cluster
+from tatar_dist.config.load import load_config
+from tatar_dist.config.schema import Config
+from tatar_dist.grpo import make_sampler
+from tatar_dist.prompts.source import PromptSource
 from tatar_dist.rollout.engine import Sampling
-from tatar_dist.run_directory import RunDirectory
+from tatar_dist.run.directory import RunDirectory
 
 _path = Path(__file__).parents[1] / "integration" / "conftest.py"
 _spec = importlib.util.spec_from_file_location("integration_fixtures", _path)
@@ -79,7 +80,7 @@ class Rig:
 
     def learn(self) -> None:
         """One update that moves every part of the model: SFT on what the engine says."""
-        from tatar_dist.records import LearnerRow
+        from tatar_dist.types import LearnerRow
 
         groups = self.pool.generate(self.prompts, Sampling(4, 1.0, 40))
         rows = [

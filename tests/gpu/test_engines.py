@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from tatar_dist.cluster.selfcheck import verify
 from tatar_dist.sync.transports import gpu_push
-from tatar_dist.sync.verify import verify
 
 
 def used_bytes() -> int:
@@ -55,7 +55,7 @@ def test_bfloat16_engine_and_learner_agree_within_the_default_limit(model_untied
 @pytest.mark.gpus(2)
 @pytest.mark.parametrize("push", ["object_store", "nccl"])
 def test_two_steps_of_grpo(push, model_untied, make_config):
-    from tatar_dist import controller
+    from tatar_dist import grpo as controller
 
     config = make_config(model_untied, f"rollout.push={push}", "grpo.max_steps=2", "grpo.logprob_gap_limit=0.001")
     controller.run(config)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import ray
 
+from tatar_dist.cluster.selfcheck import verify
 from tatar_dist.learner.actor import WeightsOutOfSync
 from tatar_dist.sync.transports import gpu_push
-from tatar_dist.sync.verify import verify
 
 FAST = ("grpo.optim.lr=0.003", "grpo.optim.schedule=constant", "grpo.logprob_gap_limit=0.001")
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tatar_dist.config import Config, load_config
+from tatar_dist.config.load import load_config
+from tatar_dist.config.schema import Config
 from tatar_dist.data.writing import write_manifest
-from tatar_dist.prompts import Prompts
+from tatar_dist.prompts.answer import Prompts
 
 PIXELS = 112
 FORMAT_STEPS = 70
@@ -73,10 +74,10 @@ def train_format(directory: str, number: Callable[[np.random.Generator], str] = 
     import torch
     from transformers.utils import logging
 
-    from tatar_dist.backbones import family
     from tatar_dist.learner.batch import Collator
-    from tatar_dist.learner.model import PolicyModel
-    from tatar_dist.records import LearnerRow
+    from tatar_dist.learner.policy import PolicyModel
+    from tatar_dist.models import family
+    from tatar_dist.types import LearnerRow
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
@@ -107,7 +108,7 @@ def train_format(directory: str, number: Callable[[np.random.Generator], str] = 
 
 @pytest.fixture(scope="session")
 def model_untied(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tatar_dist.tiny.build import build
+    from tatar_dist.demo.tiny.build import build
 
     directory = str(build(tmp_path_factory.mktemp("untied"), corpus=corpus()))
     train_format(directory)
@@ -116,7 +117,7 @@ def model_untied(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def model_tied(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tatar_dist.tiny.build import build
+    from tatar_dist.demo.tiny.build import build
 
     directory = str(build(tmp_path_factory.mktemp("tied"), tie=True, corpus=corpus()))
     train_format(directory)
@@ -126,7 +127,7 @@ def model_tied(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def model_parsing(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Its greedy answers are numbers, too: of one that was taught any number they are often none, like 2.2.2."""
-    from tatar_dist.tiny.build import build
+    from tatar_dist.demo.tiny.build import build
 
     directory = str(build(tmp_path_factory.mktemp("parsing"), corpus=corpus()))
     train_format(directory, lambda rng: f"{rng.choice([3, 5, 5, 7])}{rng.integers(0, 10)}.50")

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from conftest import model_words, png
 
-from tatar_dist.config import load_config
-from tatar_dist.data.templates import EIGHT
+from tatar_dist.config.load import load_config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.rationale.questions import Build, Row
 from tatar_dist.rationale.wording import load_wording
+from tatar_dist.types import EIGHT
 
 STEPS = 80
 NOTES = {name: "noted" for name in EIGHT}
@@ -97,11 +97,11 @@ def taught_model(directory: Path) -> str:
     import torch
     from transformers.utils import logging
 
-    from tatar_dist.backbones import family
+    from tatar_dist.demo.tiny.build import build
     from tatar_dist.learner.batch import Collator
-    from tatar_dist.learner.model import PolicyModel
-    from tatar_dist.records import LearnerRow
-    from tatar_dist.tiny.build import build
+    from tatar_dist.learner.policy import PolicyModel
+    from tatar_dist.models import family
+    from tatar_dist.types import LearnerRow
 
     logging.disable_progress_bar()
     torch.manual_seed(0)

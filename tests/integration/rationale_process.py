@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from tatar_dist.journal import decode
+from tatar_dist.run.journal import decode
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,12 +8,12 @@ import pytest
 from conftest import manifest_rows, model_words
 
 from tatar_dist import cli
-from tatar_dist.config import load_config
+from tatar_dist.config.load import load_config
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.data.writing import write_manifest
-from tatar_dist.prompt_source import PromptSource
-from tatar_dist.run_directory import RunDirectory
+from tatar_dist.prompts.source import PromptSource
+from tatar_dist.run.directory import RunDirectory
 
 
 def fails(capsys, *words: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tatar_dist import controller
+from tatar_dist import grpo as controller
 
 TERM = """
 import numpy as np

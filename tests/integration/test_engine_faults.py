@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tatar_dist import controller
-from tatar_dist.cluster import Cluster
-from tatar_dist.controller import make_sampler
-from tatar_dist.events import read_events
-from tatar_dist.prompt_source import PromptSource
+from tatar_dist import grpo as controller
+from tatar_dist.cluster.ray_cluster import Cluster
+from tatar_dist.grpo import make_sampler
+from tatar_dist.prompts.source import PromptSource
 from tatar_dist.rollout.engine import RolloutEngine, Sampling
 from tatar_dist.rollout.pool import EngineFailed
-from tatar_dist.run_directory import RunDirectory
+from tatar_dist.run.directory import RunDirectory
+from tatar_dist.run.events import read_events
 
 
 class TroubledEngine(RolloutEngine):

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import manifest_rows, tiny_words
 
-from tatar_dist.config import load_config
+from tatar_dist.config.load import load_config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.evaluate import runner
-from tatar_dist.events import read_events
+from tatar_dist.run.events import read_events
 
 KILLED = -9
 

@@ -12,17 +12,18 @@ from pathlib import Path
 
 from conftest import model_words
 
-from tatar_dist import export
-from tatar_dist.checkpoint import Checkpoints
-from tatar_dist.checkpoint.files import Files, write
-from tatar_dist.config import Config, load_config, to_yaml
-from tatar_dist.data.demo import make_demo
+from tatar_dist.config.load import load_config, to_yaml
+from tatar_dist.config.schema import Config
 from tatar_dist.data.manifest import read_manifest
-from tatar_dist.prompt_source import PromptSource
-from tatar_dist.prompts import parse
-from tatar_dist.records import Sample
+from tatar_dist.demo.data.make import make_demo
+from tatar_dist.prompts.answer import parse
+from tatar_dist.prompts.source import PromptSource
 from tatar_dist.rollout.engine import RolloutEngine, Sampling
-from tatar_dist.run_directory import RunDirectory
+from tatar_dist.run.checkpoint_files import Files, write
+from tatar_dist.run.checkpoints import Checkpoints
+from tatar_dist.run.directory import RunDirectory
+from tatar_dist.scoring import export
+from tatar_dist.types import Sample
 
 IMAGES = int(os.environ.get("EXPORT_IMAGES", "4"))  # per task; `make nightly` asks about more
 CPU = {

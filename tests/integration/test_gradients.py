@@ -10,11 +10,11 @@ import ray
 from conftest import png, tiny_words
 
 from tatar_dist.algo.aggregation import token_weights
-from tatar_dist.cluster import Cluster
-from tatar_dist.config import load_config
+from tatar_dist.cluster.ray_cluster import Cluster
+from tatar_dist.config.load import load_config
 from tatar_dist.learner.sharding import shard_rows
-from tatar_dist.records import LearnerRow
 from tatar_dist.sync.source import from_wire
+from tatar_dist.types import LearnerRow
 
 # Huge on purpose: the update swamps the weight it is subtracted from, so that (after - before) / lr is the gradient
 # to full float32 precision.

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tatar_dist import controller, sft
+from tatar_dist import grpo as controller
+from tatar_dist import sft
 
 LORA = ("model.lora_rank=4", "model.lora_alpha=8")
 

@@ -14,13 +14,13 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as RayCluster
 
-from tatar_dist import stall
-from tatar_dist.config import WatchConfig
-from tatar_dist.events import Events, read_events
-from tatar_dist.exporter import Exporter
-from tatar_dist.process import process_facts
-from tatar_dist.process_log import open_log
-from tatar_dist.stall import StallDetector, processes_of
+from tatar_dist.cluster.prometheus import Exporter
+from tatar_dist.config.schema import WatchConfig
+from tatar_dist.faults import stall
+from tatar_dist.faults.stall import StallDetector, processes_of
+from tatar_dist.run.events import Events, read_events
+from tatar_dist.run.log import open_log
+from tatar_dist.run.process import process_facts
 
 
 class Engine:

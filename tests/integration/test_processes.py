@@ -16,7 +16,7 @@ import pytest
 import ray
 from conftest import model_words
 
-from tatar_dist.cluster import Cluster
+from tatar_dist.cluster.ray_cluster import Cluster
 
 MARK = "TATAR_DIST_TEST_RUN"
 # After a SIGKILL two of Ray's own agents try for 60 s to tell a server that is gone, then end by themselves.

@@ -8,7 +8,7 @@ from conftest import model_words
 from rationale_model import SMALLER, manifest, taught_model, wording_file
 from rationale_process import answers, build_and_kill, results
 
-from tatar_dist.config import load_config
+from tatar_dist.config.load import load_config
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.rationale import run as running
 from tatar_dist.rationale.marks import read_marks

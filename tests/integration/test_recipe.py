@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tatar_dist import controller, sft
+from tatar_dist import grpo as controller
+from tatar_dist import sft
 
 RECIPE = ("model.dtype=bfloat16", "model.gradient_checkpointing=true", "grpo.logprob_gap_limit=0.05")
 

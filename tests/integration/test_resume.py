@@ -13,11 +13,11 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from tatar_dist import controller, sft
-from tatar_dist.errors import UserError
-from tatar_dist.events import read_events
-from tatar_dist.interrupts import Interrupted
-from tatar_dist.run_directory import RunDirectory
+from tatar_dist import grpo as controller
+from tatar_dist import sft
+from tatar_dist.errors import Interrupted, UserError
+from tatar_dist.run.directory import RunDirectory
+from tatar_dist.run.events import read_events
 
 ONE = ("rollout.engines=1", "cluster.learners=1")
 WALL_CLOCK = ("time/", "perf/", "sync/seconds")

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import torch
 from conftest import manifest_rows
 
-from tatar_dist import controller, export
+from tatar_dist import grpo as controller
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.evaluate import runner
+from tatar_dist.scoring import export
 
 CONTRACT = (
     [f"reward/{t}/{task}" for task in ("iqa", "iaa") for t in ("total", "format", "length")]

@@ -14,7 +14,7 @@ from PIL import Image
 SCORING = """
 import json, sys
 from PIL import Image
-import tatar_dist.scorer
+import tatar_dist.scoring.scorer
 from tatar_dist import Scorer
 from tatar_dist.cli import main
 
@@ -24,7 +24,7 @@ files = sorted(f"{directory}/{i}.png" for i in range(5))
 one = list(scorer.score(files, "iqa", expected=True, samples=3, seed=1))
 again = list(scorer.score([open(f, "rb").read() for f in files], "iqa", samples=3, seed=1))
 pillow = list(scorer.score([Image.open(files[0])], "both"))
-assert "tatar_dist.cluster" not in sys.modules  # no Ray, no learners
+assert "tatar_dist.cluster.ray_cluster" not in sys.modules  # no Ray, no learners
 print("RESULT" + json.dumps({
     "scores": [[s.score, s.completion, s.samples, s.mean, s.expected, s.expected_sd] for s in one],
     "bytes": [[s.score, s.completion, s.expected] for s in again],
@@ -32,7 +32,7 @@ print("RESULT" + json.dumps({
     "refused": [[s.image, s.error] for s in scorer.score([b"", files[1], "gone.png"], "iaa") if s.error],
     "text": scorer.texts.text["iqa"],
 }))
-tatar_dist.scorer.Scorer = lambda *_: scorer  # the command uses the engine that is loaded
+tatar_dist.scoring.scorer.Scorer = lambda *_: scorer  # the command uses the engine that is loaded
 page = f"{directory}/p.html"
 print("STATUS", main(["score", directory, "--model", model, "--task", "iqa", "--json", "--html", page]))
 """
@@ -78,9 +78,9 @@ def test_scores_do_not_depend_on_how_a_picture_comes(found):
 def test_expected_scores_are_those_of_the_model_in_transformers(found, pictures, model_parsing):
     import torch
 
-    from tatar_dist.backbones import family
-    from tatar_dist.expected_score import expected_scores
-    from tatar_dist.model_directory import model_config
+    from tatar_dist.models import family
+    from tatar_dist.prompts.expected import expected_scores
+    from tatar_dist.scoring.directory import model_config
 
     config = model_config(Path(model_parsing))
     backbone = family("qwen2_5_vl")(config.model)

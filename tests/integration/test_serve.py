@@ -31,7 +31,7 @@ from conftest import png
 from PIL import Image
 from rationale_process import server_environment
 
-from tatar_dist.prompts import parse
+from tatar_dist.prompts.answer import parse
 
 ROOT = Path(__file__).parents[2]
 KEY = "a-key-of-the-tests"

@@ -19,15 +19,15 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-from tatar_dist.backbones import family  # noqa: E402
-from tatar_dist.cluster import Cluster  # noqa: E402
+from tatar_dist.bench import per_row  # noqa: E402
+from tatar_dist.cluster.ray_cluster import Cluster  # noqa: E402
 from tatar_dist.data.images import decode_image  # noqa: E402
-from tatar_dist.learner import per_row  # noqa: E402
+from tatar_dist.demo.tiny.build import Sizes, build  # noqa: E402
 from tatar_dist.learner.batch import Collator  # noqa: E402
 from tatar_dist.learner.sharding import global_weights, group_rows, shard_groups  # noqa: E402
-from tatar_dist.records import Completion, Group, Prompt, Sample, ScoredGroup  # noqa: E402
+from tatar_dist.models import family  # noqa: E402
 from tatar_dist.sync.source import from_wire  # noqa: E402
-from tatar_dist.tiny.build import Sizes, build  # noqa: E402
+from tatar_dist.types import Completion, Group, Prompt, Sample, ScoredGroup  # noqa: E402
 
 SIZES = Sizes(text_hidden=64, text_layers=2, text_heads=2, text_kv_heads=1, vision_depth=2)
 IMAGES = ((112, 112), (224, 112), (96, 160), (168, 140))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from tatar_dist import controller
-from tatar_dist.events import read_events
+from tatar_dist import grpo as controller
+from tatar_dist.run.events import read_events
 
 STEPS = 6
 

@@ -16,16 +16,16 @@ import pytest
 import ray
 from conftest import tiny_words
 
-from tatar_dist.cluster import Cluster
-from tatar_dist.config import load_config
-from tatar_dist.controller import make_sampler
+from tatar_dist.cluster.ray_cluster import Cluster
+from tatar_dist.cluster.selfcheck import verify
+from tatar_dist.config.load import load_config
+from tatar_dist.grpo import make_sampler
 from tatar_dist.learner.actor import WeightsOutOfSync
-from tatar_dist.prompt_source import PromptSource
-from tatar_dist.records import Completion, LearnerRow
+from tatar_dist.prompts.source import PromptSource
 from tatar_dist.rollout.engine import Sampling, WrongWeightVersion
-from tatar_dist.run_directory import RunDirectory
+from tatar_dist.run.directory import RunDirectory
 from tatar_dist.sync.source import from_wire
-from tatar_dist.sync.verify import verify
+from tatar_dist.types import Completion, LearnerRow
 
 PARTS = {"vision": "visual.", "language": "language_model.layers.", "embedding": "embed_tokens", "head": "lm_head"}
 MOVING = ("grpo.optim.lr=0.003", "grpo.optim.schedule=constant")

@@ -1,4 +1,4 @@
-"""A run's checkpoints with files of random bytes: written by tatar_dist.checkpoint.files, as in a run, in no time."""
+"""A run's checkpoints with files of random bytes: written as in a run (run/checkpoint_files.py), in no time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from tatar_dist.checkpoint import Checkpoints
-from tatar_dist.checkpoint.files import Files, write
-from tatar_dist.config import CheckpointConfig
-from tatar_dist.events import Events
+from tatar_dist.config.schema import CheckpointConfig
+from tatar_dist.run.checkpoint_files import Files, write
+from tatar_dist.run.checkpoints import Checkpoints
+from tatar_dist.run.events import Events
 
 SIZES = {"deepspeed/rank_0.pt": 40_000, "deepspeed/rank_1.pt": 70_000, "model/model.safetensors": 30_000}
 SAME = {"stage": "grpo"}

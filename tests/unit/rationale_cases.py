@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image
 
 from tatar_dist.bench.openai_server import FAST, SLOW, good_answer
-from tatar_dist.config import load_config
+from tatar_dist.config.load import load_config
 from tatar_dist.data.manifest import read_manifest
-from tatar_dist.data.templates import EIGHT
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.rationale import run as running
+from tatar_dist.types import EIGHT
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ROOT / "configs" / "rationale_prompts.yaml"

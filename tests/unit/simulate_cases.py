@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tatar_dist.config import load_config
-from tatar_dist.simulate.costs import Costs, EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts
-from tatar_dist.simulate.step import Setup
+from tatar_dist.config.load import load_config
+from tatar_dist.plan.simulate.costs import Costs, EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts
+from tatar_dist.plan.simulate.step import Setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LENGTHS = {"iqa": ((50, 60, 55), (40, 45, 70)), "iaa": ((150, 160, 190), (170, 200, 180))}

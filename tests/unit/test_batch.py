@@ -17,15 +17,15 @@ pytest.importorskip("transformers")
 
 from PIL import Image  # noqa: E402
 
-from tatar_dist.algo.losses import sft_loss  # noqa: E402
-from tatar_dist.backbones import family  # noqa: E402
-from tatar_dist.config import load_config  # noqa: E402
+from tatar_dist.algo.loss import sft_loss  # noqa: E402
+from tatar_dist.config.load import load_config  # noqa: E402
 from tatar_dist.data.images import UnreadableImage  # noqa: E402
+from tatar_dist.demo.tiny.build import Sizes, build  # noqa: E402
 from tatar_dist.errors import RunError  # noqa: E402
 from tatar_dist.learner.batch import Collator, PromptMismatch  # noqa: E402
-from tatar_dist.learner.model import PolicyModel, TokenLogprobs  # noqa: E402
-from tatar_dist.records import LearnerRow  # noqa: E402
-from tatar_dist.tiny.build import Sizes, build  # noqa: E402
+from tatar_dist.learner.policy import PolicyModel, TokenLogprobs  # noqa: E402
+from tatar_dist.models import family  # noqa: E402
+from tatar_dist.types import LearnerRow  # noqa: E402
 
 PIXELS = 112
 SMALL = Sizes(vocab=512, text_layers=2, text_intermediate=64, vision_depth=2, vision_intermediate=64)

@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from tatar_dist.batches import Batch, Batches
-from tatar_dist.collect import Collected
-from tatar_dist.records import Completion, Group, Prompt, Sample, ScoredGroup
+from tatar_dist.sampling import Batch, Batches, Collected
+from tatar_dist.types import Completion, Group, Prompt, Sample, ScoredGroup
 
 IDS = [f"{n:06d}/{3 * n + i:02d}" for n in range(6) for i in range(2)]  # a third of what is drawn is a refill's
 

@@ -11,9 +11,9 @@ pytest.importorskip("transformers")
 
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from tatar_dist.backbones import family  # noqa: E402
 from tatar_dist.bench import counts, learner, shapes, subject  # noqa: E402
-from tatar_dist.bench.result import in_turns, ratio, result, summary  # noqa: E402
+from tatar_dist.bench.harness import in_turns, ratio, result, summary  # noqa: E402
+from tatar_dist.models import family  # noqa: E402
 
 ATEN = torch.ops.aten
 

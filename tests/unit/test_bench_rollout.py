@@ -44,8 +44,8 @@ def _without_text(shape):
 def _prompt(directory):
     from PIL import Image
 
-    from tatar_dist.backbones import family
     from tatar_dist.bench import subject
+    from tatar_dist.models import family
 
     config = rollout.prepared(directory, WORK)
     backbone = family(config.model.family)(config.model)

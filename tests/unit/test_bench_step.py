@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tatar_dist.bench import step
-from tatar_dist.bench.result import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result, summary
 from tatar_dist.errors import RunError, UserError
 
 

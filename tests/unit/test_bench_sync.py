@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("ray")
 
 from tatar_dist.bench import scaling, subject, sync  # noqa: E402
+from tatar_dist.demo.tiny.build import make_config, train_tokenizer  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
-from tatar_dist.tiny.build import make_config, train_tokenizer  # noqa: E402
 
 
 def found(push: list[float], copy: list[float]) -> dict:

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from checkpoint_cases import SAME, SIZES, Learners, checkpoints, damage, names, plain_job, save, tag_of
 
-from tatar_dist.checkpoint import latest
-from tatar_dist.checkpoint.files import Files, write
-from tatar_dist.checkpoint.retention import Finished, kept
-from tatar_dist.config import CheckpointConfig
+from tatar_dist.config.schema import CheckpointConfig
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.events import Events, read_events
+from tatar_dist.run.checkpoint_files import Files, write
+from tatar_dist.run.checkpoints import latest
+from tatar_dist.run.events import Events, read_events
+from tatar_dist.run.retention import Finished, kept
 
 
 class Failing(Learners):

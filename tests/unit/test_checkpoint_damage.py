@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from checkpoint_cases import SAME, SIZES, Learners, checkpoints, content, damage, names, save, tag_of
 
-from tatar_dist.checkpoint import latest
 from tatar_dist.errors import UserError
-from tatar_dist.events import Events, read_events
+from tatar_dist.run.checkpoints import latest
+from tatar_dist.run.events import Events, read_events
 
 # Damage -------------------------------------------------------------------------------------------------------------
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tatar_dist import __version__, doctor
+from tatar_dist import __version__
 from tatar_dist.cli import app, main
-from tatar_dist.commands import stages
+from tatar_dist.commands import doctor, stages
 from tatar_dist.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tatar_dist.cli import main
-from tatar_dist.data.contact_sheet import RED, _fitted, _font, _lines, chosen_rows, show
+from tatar_dist.data.checks.sheet import RED, _fitted, _font, _lines, chosen_rows, show
 from tatar_dist.data.writing import write_manifest
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (220, 220, 20)]

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tatar_dist import demo, demo_figures
+from tatar_dist.demo import figures as demo_figures
+from tatar_dist.demo import pipeline as demo
 from tatar_dist.errors import UserError
 
 PHOTOS = ("alp", "bay", "cat", "dog")

@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from tatar_dist.data import aesthetics, distortions, templates
-from tatar_dist.data.demo import DemoCrop, encode_png, make_crop, make_demo, sample_crops
-from tatar_dist.data.distortions import FAMILIES, Distortion
 from tatar_dist.data.images import decode_image
 from tatar_dist.data.manifest import read_manifest
-from tatar_dist.data.photos import PHOTOS, Photo, load_photo, locate, photos_of
-from tatar_dist.data.scenes import grade, make_scene, soften
+from tatar_dist.demo.data import aesthetics, distortions
+from tatar_dist.demo.data import texts as templates
+from tatar_dist.demo.data.distortions import FAMILIES, Distortion
+from tatar_dist.demo.data.make import DemoCrop, encode_png, make_crop, make_demo, sample_crops
+from tatar_dist.demo.data.photos import PHOTOS, Photo, load_photo, locate, photos_of
+from tatar_dist.demo.data.scenes import grade, make_scene, soften
 from tatar_dist.errors import UserError
 
 SMALL = {"train": 70, "validation": 6, "test": 9}
@@ -56,7 +57,7 @@ def test_a_missing_photograph_names_its_package_and_the_remedy():
 
 def test_no_package_of_photographs_is_imported_nor_anything_heavy():
     code = (
-        "import sys; from tatar_dist.data.demo import make_crop; make_crop('iqa', 'train', 0, 0);"
+        "import sys; from tatar_dist.demo.data.make import make_crop; make_crop('iqa', 'train', 0, 0);"
         "print(sorted({m.split('.')[0] for m in sys.modules} &"
         "{'skimage', 'sklearn', 'matplotlib', 'gradio', 'thumbor', 'imgaug', 'mahotas', 'torch', 'ray', 'vllm'}))"
     )
@@ -103,7 +104,7 @@ def wait_until(condition, seconds: float, what: str) -> None:
 def test_a_killed_parent_leaves_no_worker_behind(tmp_path):
     mark = uuid.uuid4().hex
     code = (
-        "import sys; from pathlib import Path; from tatar_dist.data.demo import make_demo\n"
+        "import sys; from pathlib import Path; from tatar_dist.demo.data.make import make_demo\n"
         "if __name__ == '__main__': make_demo(Path(sys.argv[1]), train=20_000, workers=2)\n"
     )
     (tmp_path / "make.py").write_text(code)

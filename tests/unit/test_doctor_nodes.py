@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tatar_dist import doctor
-from tatar_dist.doctor_nodes import Node, checks, examine
+from tatar_dist.commands import doctor
+from tatar_dist.commands.doctor_nodes import Node, checks, examine
 
 HERE = {"python": "3.11.9", "vllm": "0.11.0"}
 GOOD = Node("10.0.0.1", 8, HERE, 0.002, 0.001, True)

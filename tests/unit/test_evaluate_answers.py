@@ -10,8 +10,8 @@ from PIL import Image
 
 from tatar_dist.errors import UserError
 from tatar_dist.evaluate.answers import Answers, batch_size, batches, distinct, model_fingerprint
-from tatar_dist.records import Completion, Expected, Group, Prompt, Sample
 from tatar_dist.rollout import calls
+from tatar_dist.types import Completion, Expected, Group, Prompt, Sample
 
 SETTINGS = {"model": "m", "max_new_tokens": 8}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tatar_dist.expected_score import DIGITS, END, POINT, expected_scores
-from tatar_dist.prompts import answer_start
+from tatar_dist.prompts.answer import answer_start
+from tatar_dist.prompts.expected import DIGITS, END, POINT, expected_scores
 
 TEXT = "<think>fine</think><answer> 57.30</answer>"
 

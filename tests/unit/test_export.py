@@ -14,15 +14,17 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from tatar_dist import export, model_card  # noqa: E402
-from tatar_dist.checkpoint import Checkpoints  # noqa: E402
-from tatar_dist.checkpoint.files import Files, write  # noqa: E402
-from tatar_dist.config import CheckpointConfig, load_config, to_yaml  # noqa: E402
+from tatar_dist.assets import TINY_MODEL as TINY  # noqa: E402
+from tatar_dist.config.load import load_config, to_yaml  # noqa: E402
+from tatar_dist.config.schema import CheckpointConfig  # noqa: E402
 from tatar_dist.data.writing import write_manifest  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
-from tatar_dist.prompts import Prompts  # noqa: E402
+from tatar_dist.prompts.answer import Prompts  # noqa: E402
+from tatar_dist.run.checkpoint_files import Files, write  # noqa: E402
+from tatar_dist.run.checkpoints import Checkpoints  # noqa: E402
+from tatar_dist.scoring import card as model_card  # noqa: E402
+from tatar_dist.scoring import export  # noqa: E402
 
-TINY = Path(export.__file__).parent / "assets" / "tiny-qwen2_5-vl"
 SMALL = ["model.min_pixels=12544", "model.max_pixels=12544", "model.dtype=float32"]
 
 

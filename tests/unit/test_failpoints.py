@@ -9,10 +9,10 @@ import signal
 
 import pytest
 
-from tatar_dist.config import load_config
+from tatar_dist.config.load import load_config
 from tatar_dist.errors import UserError
-from tatar_dist.events import Events, read_events
-from tatar_dist.failpoints import Failpoints
+from tatar_dist.run.events import Events, read_events
+from tatar_dist.run.failpoints import Failpoints
 
 
 def run_child(entries: list[str], run: str, calls: list[tuple[str, dict]]) -> multiprocessing.Process:

@@ -16,16 +16,16 @@ pytest.importorskip("transformers")
 
 from test_batch import png  # noqa: E402
 
-from tatar_dist.backbones import family  # noqa: E402
-from tatar_dist.config import load_config  # noqa: E402
+from tatar_dist.bench import per_row  # noqa: E402
+from tatar_dist.config.load import load_config  # noqa: E402
+from tatar_dist.demo.tiny.build import Sizes, build, make_config, make_processor, train_tokenizer  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
-from tatar_dist.learner import per_row  # noqa: E402
 from tatar_dist.learner.batch import Collator  # noqa: E402
-from tatar_dist.learner.model import PolicyModel  # noqa: E402
-from tatar_dist.learner.packing import Unit  # noqa: E402
+from tatar_dist.learner.policy import PolicyModel  # noqa: E402
 from tatar_dist.learner.shared_prefix import Layout  # noqa: E402
-from tatar_dist.records import LearnerRow  # noqa: E402
-from tatar_dist.tiny.build import Sizes, build, make_config, make_processor, train_tokenizer  # noqa: E402
+from tatar_dist.models import family  # noqa: E402
+from tatar_dist.models.costs import Unit  # noqa: E402
+from tatar_dist.types import LearnerRow  # noqa: E402
 
 SIZES = Sizes(
     vocab=512, text_hidden=64, text_layers=2, text_heads=2, text_kv_heads=1, text_intermediate=64,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tatar_dist.rollout.health import ALLOWED, MAX_BACKOFF_S, Health, State
+from tatar_dist.faults.health import ALLOWED, MAX_BACKOFF_S, Health, State
 
 
 @pytest.fixture

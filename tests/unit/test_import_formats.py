@@ -11,11 +11,11 @@ import pytest
 from scipy.stats import spearmanr
 
 from tatar_dist.cli import main
-from tatar_dist.data.assemble import Choices, Sources, assemble
+from tatar_dist.data.imports.assemble import Choices, Sources, assemble
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.registry import read_registry
-from tatar_dist.data.templates import EIGHT
 from tatar_dist.errors import UserError
+from tatar_dist.types import EIGHT
 
 FILES = Path(__file__).parent / "annotations"
 REGISTRY = read_registry()

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tatar_dist.interrupts import EXIT_INTERRUPTED, EXIT_PREEMPTED, MARGIN_S, Interrupted, Interrupts, StopAsked
+from tatar_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Interrupted, StopAsked
+from tatar_dist.faults.interrupts import MARGIN_S, Interrupts
 
 pytestmark = pytest.mark.timeout(60, method="thread")  # the other method needs the clock that is tested here
 

@@ -8,10 +8,11 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-from tatar_dist.config import ModelConfig, load_config  # noqa: E402
+from tatar_dist.algo.schedule import importance  # noqa: E402
+from tatar_dist.config.load import load_config  # noqa: E402
+from tatar_dist.config.schema import ModelConfig  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
 from tatar_dist.learner import lora  # noqa: E402
-from tatar_dist.learner.schedule import importance  # noqa: E402
 
 
 class Model(nn.Module):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tatar_dist.algo.aggregation import AGGREGATIONS, token_weights
-from tatar_dist.algo.losses import PolicyLoss, k3_kl, policy_loss, sft_loss
+from tatar_dist.algo.loss import PolicyLoss, k3_kl, policy_loss, sft_loss
 
 LIMIT = 9  # tokens, the constant normaliser's length
 SPLITS = [[7], [1, 6], [3, 1, 2, 1], [1] * 7]  # rows of each (rank, accumulation step): uneven on purpose

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tatar_dist.config import load_config
+from tatar_dist.config.load import load_config
 from tatar_dist.errors import UserError
 
 NAMES = ["visual.blocks.0.norm1.weight", "language_model.layers.0.norm.weight", "lm_head.weight"]

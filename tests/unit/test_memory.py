@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tatar_dist import memory
+from tatar_dist.assets import TINY_MODEL as TINY
 from tatar_dist.cli import main
-from tatar_dist.config import load_config
+from tatar_dist.config.load import load_config
 from tatar_dist.errors import UserError
-from tatar_dist.plan import resolve
+from tatar_dist.plan import memory
+from tatar_dist.plan.plan import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = Path(memory.__file__).parent / "assets" / "tiny-qwen2_5-vl"
 
 
 def found(stage: str, *words: str, gpu: float = 80):

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tatar_dist.learner.packing import Costs, Unit, pack
+from tatar_dist.learner.packing import pack
+from tatar_dist.models.costs import Costs, Unit
 
 
 def units_of(groups: list[tuple[int, list[int]]]) -> list[Unit]:

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tatar_dist.config import load_config
+from tatar_dist.config.load import load_config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
-from tatar_dist.plan import Split, ray_commands, resolve
+from tatar_dist.plan.plan import Split, ray_commands, resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -133,7 +133,7 @@ def test_colocated_engines_share_the_learners_gpus():
 
 
 def test_a_machine_without_a_gpu_is_told_of_the_config_for_cpus(monkeypatch):
-    from tatar_dist import cluster
+    from tatar_dist.cluster import ray_cluster as cluster
 
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 8.0})
     asked = SimpleNamespace(_asked={"CPU": 0.0, "GPU": 0.0})

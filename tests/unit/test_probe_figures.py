@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from tatar_dist import CONFIGS, probe_figures
-from tatar_dist.data.demo import make_demo
-from tatar_dist.data.styles import restyle
-from tatar_dist.demo import demo_config
-from tatar_dist.probes import RUNS
+from tatar_dist.assets import CONFIGS
+from tatar_dist.demo import probe_figures
+from tatar_dist.demo.data.make import make_demo
+from tatar_dist.demo.data.styles import restyle
+from tatar_dist.demo.pipeline import demo_config
+from tatar_dist.demo.probes import RUNS
 
 N = 120
 

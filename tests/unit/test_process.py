@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tatar_dist.process import pin
+from tatar_dist.run.process import pin
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tatar_dist.events import read_events
+from tatar_dist.run.events import read_events
 
 
 def run_process(code: str, *args: object) -> subprocess.CompletedProcess:
-    code = "import logging, os, sys\nfrom tatar_dist.process_log import open_log\n" + code
+    code = "import logging, os, sys\nfrom tatar_dist.run.log import open_log\n" + code
     return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=60)
 
 

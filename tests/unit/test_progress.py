@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from tatar_dist.progress import Progress, clock
+from tatar_dist.run.progress import Progress, clock
 
 
 def written(total: int, start: int = 0, width: int = 80, metrics: dict | None = None) -> list[str]:
@@ -81,7 +81,7 @@ def test_a_line_is_not_broken_on_a_narrow_console():
 
 def test_time_left_is_reckoned_from_the_steps_without_the_start(monkeypatch):
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr("tatar_dist.progress.time", SimpleNamespace(monotonic=lambda: now.seconds))
+    monkeypatch.setattr("tatar_dist.run.progress.time", SimpleNamespace(monotonic=lambda: now.seconds))
     file = io.StringIO()
     with Progress("sft", 14, 4, console=Console(file=file, force_terminal=False)) as progress:
         now.seconds = 100.0  # the actors start
@@ -92,7 +92,7 @@ def test_time_left_is_reckoned_from_the_steps_without_the_start(monkeypatch):
 
 
 def test_work_that_takes_no_time_at_all_has_a_line(monkeypatch):
-    monkeypatch.setattr("tatar_dist.progress.time", SimpleNamespace(monotonic=lambda: 5.0))
+    monkeypatch.setattr("tatar_dist.run.progress.time", SimpleNamespace(monotonic=lambda: 5.0))
     (line,) = written(1)
     assert re.search(r"steps a second  0:00 gone  0:00 left$", line)
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tatar_dist.errors import UserError
-from tatar_dist.prompts import MAX_CHARS, Prompts, answer_text, parse, think_text, think_words
-from tatar_dist.records import TASKS
+from tatar_dist.prompts.answer import MAX_CHARS, Prompts, answer_text, parse, think_text, think_words
+from tatar_dist.types import TASKS
 
 WORDING = "configs/prompts.yaml"
 

@@ -12,7 +12,7 @@ import os
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tatar_dist.prompts import parse
+from tatar_dist.prompts.answer import parse
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "3400"))
 PIECES = (

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from tatar_dist import doctor
-from tatar_dist.config import Config
-from tatar_dist.proven import LEGEND, NEVER, PATHS, unproven, warnings_for
+from tatar_dist.commands import doctor
+from tatar_dist.config.schema import Config
+from tatar_dist.plan.proven import LEGEND, NEVER, PATHS, unproven, warnings_for
 
 
 def config(gpus=0, placement="disaggregated", push="object_store", tp=1):

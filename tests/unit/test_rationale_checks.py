@@ -11,7 +11,7 @@ from rationale_cases import NOTES, build_config
 
 from tatar_dist.bench.openai_server import FAST, SLOW
 from tatar_dist.errors import UserError
-from tatar_dist.prompts import answer_text, parse
+from tatar_dist.prompts.answer import answer_text, parse
 from tatar_dist.rationale.checks import (
     attributes_in_order,
     check_text,

@@ -13,9 +13,9 @@ from rationale_cases import build, by_sample, first_then_good, manifest, rejecte
 from tatar_dist.bench.openai_server import FAST, OpenAIServer, Reply, completion, good_answer
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.journal import decode
 from tatar_dist.rationale.endpoint import limiter
 from tatar_dist.rationale.replies import SANE, excerpt, read_answer, redact, retry_after
+from tatar_dist.run.journal import decode
 
 KEY = "sk-very/secret+0123456789&"
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tatar_dist.errors import UserError
-from tatar_dist.journal import Journal, decode, encode
+from tatar_dist.run.journal import Journal, decode, encode
 
 SETTINGS = {"model": "m", "temperature": 0.3}
 JSON = st.recursive(

@@ -8,7 +8,7 @@ from rationale_cases import ROOT, build, build_config, by_sample, endpoint_words
 
 from tatar_dist.bench.openai_server import FAST, OpenAIServer, Reply, completion, good_answer
 from tatar_dist.cli import main
-from tatar_dist.config import load_config
+from tatar_dist.config.load import load_config
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rationale_cases import build_config
 
-from tatar_dist.data.demo import make_crop
-from tatar_dist.data.distortions import Distortion
-from tatar_dist.data.templates import FAMILY_NAMES, iaa_rationale, iqa_rationale
+from tatar_dist.demo.data.distortions import Distortion
+from tatar_dist.demo.data.make import make_crop
+from tatar_dist.demo.data.texts import FAMILY_NAMES, iaa_rationale, iqa_rationale
 from tatar_dist.errors import UserError
 from tatar_dist.rationale.checks import attributes_in_order, check_text, number_leak
 from tatar_dist.rationale.prose import foreign, repeated_share, sentences

@@ -16,7 +16,6 @@ from rich.console import Console
 from tatar_dist.bench.openai_server import FAST, OpenAIServer, Reply, completion, good_answer
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.journal import decode
 from tatar_dist.rationale import run as running
 from tatar_dist.rationale.ledger import Entry, Ledger, journal_line
 from tatar_dist.rationale.meter import Meter
@@ -24,6 +23,7 @@ from tatar_dist.rationale.questions import Answer, Build
 from tatar_dist.rationale.rows import Rows
 from tatar_dist.rationale.wording import load_wording
 from tatar_dist.rollout.engine import group_seed
+from tatar_dist.run.journal import decode
 
 
 def moody(call):

@@ -8,11 +8,11 @@ import yaml
 from rationale_cases import build_config, png
 
 from tatar_dist.cli import main
-from tatar_dist.data.demo import make_crop
-from tatar_dist.data.distortions import Distortion
 from tatar_dist.data.manifest import read_manifest
-from tatar_dist.data.templates import FAMILY_NAMES, iqa_rationale
 from tatar_dist.data.writing import write_manifest
+from tatar_dist.demo.data.distortions import Distortion
+from tatar_dist.demo.data.make import make_crop
+from tatar_dist.demo.data.texts import FAMILY_NAMES, iqa_rationale
 from tatar_dist.errors import UserError
 from tatar_dist.rationale import template
 from tatar_dist.rationale.checks import check_text

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from tatar_dist.cli import main
-from tatar_dist.data.assemble import Choices, Sources, assemble
+from tatar_dist.data.imports.assemble import Choices, Sources, assemble
 from tatar_dist.data.registry import Range, read_registry
 from tatar_dist.errors import UserError
-from tatar_dist.records import SPLITS
+from tatar_dist.types import SPLITS
 
 # METHOD.md, section 2: task, test images, scale of the lists
 PUBLISHED = {
@@ -218,7 +218,7 @@ def test_the_map_is_linear_and_exact_at_both_ends():
     from hypothesis import given
     from hypothesis import strategies as st
 
-    from tatar_dist.data.scores import to_score
+    from tatar_dist.data.imports.scores import to_score
 
     ends = st.floats(-1e6, 1e6)
 

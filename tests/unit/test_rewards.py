@@ -11,16 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from tatar_dist.algo import agreement
 from tatar_dist.errors import UserError
-from tatar_dist.prompts import answer_text
-from tatar_dist.records import Completion, Group, Prompt, Sample
-from tatar_dist.rewards import audit
+from tatar_dist.prompts.answer import answer_text
+from tatar_dist.rewards import agreement, audit
 from tatar_dist.rewards.batch import batch_of_groups, batch_of_rows
 from tatar_dist.rewards.gaussian import GaussianParams, gaussian
 from tatar_dist.rewards.length import LengthParams, check_token_budget, length
 from tatar_dist.rewards.presets import load_preset, preset_names
 from tatar_dist.rewards.score import reward_metrics, score_batch, scored_groups
+from tatar_dist.types import Completion, Group, Prompt, Sample
 
 WORDS = {"iqa": 40, "iaa": 130}
 

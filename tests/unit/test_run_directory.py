@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tatar_dist.config import Config, load_config
+from tatar_dist.config.load import load_config
+from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.records import Completion, Group, Prompt, Sample, ScoredGroup
-from tatar_dist.run_directory import RunDirectory
+from tatar_dist.run.directory import RunDirectory
+from tatar_dist.types import Completion, Group, Prompt, Sample, ScoredGroup
 
 
 def config(path: Path, *words: str) -> Config:
@@ -59,7 +60,8 @@ def test_a_second_run_in_the_same_directory_is_refused_and_changes_nothing(tmp_p
 
 def test_a_run_in_another_process_holds_the_directory_until_it_dies(tmp_path):
     code = (
-        "import sys\nfrom tatar_dist.config import load_config\nfrom tatar_dist.run_directory import RunDirectory\n"
+        "import sys\nfrom tatar_dist.config.load import load_config\n"
+        "from tatar_dist.run.directory import RunDirectory\n"
         "run = RunDirectory(load_config([], ['output=' + sys.argv[1], 'model.path=unused']))\n"
         "print('locked', flush=True)\nsys.stdin.read()\n"
     )

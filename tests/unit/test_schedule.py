@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tatar_dist.config import GRPOConfig, OptimConfig
-from tatar_dist.learner.schedule import kl_beta, learning_rate, needs_reference
+from tatar_dist.algo.schedule import kl_beta, learning_rate, needs_reference
+from tatar_dist.config.schema import GRPOConfig, OptimConfig
 
 KINDS = ("constant", "linear", "cosine")
 NAMES_OF_TRANSFORMERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tatar_dist import score_output
 from tatar_dist.errors import UserError
-from tatar_dist.model_directory import model_config
-from tatar_dist.score_output import by_picture, find_pictures, run, write_page
-from tatar_dist.scorer import Score, read_picture
+from tatar_dist.scoring import output as score_output
+from tatar_dist.scoring.directory import model_config
+from tatar_dist.scoring.output import by_picture, find_pictures, run, write_page
+from tatar_dist.scoring.scorer import Score, read_picture
 
 
 @pytest.fixture

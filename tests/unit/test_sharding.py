@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tatar_dist.learner.packing import Costs
 from tatar_dist.learner.sharding import Shard, global_weights, group_rows, shard_rows
 from tatar_dist.learner.sharding import shard_groups as shard_weighted_groups
-from tatar_dist.records import Completion, Group, LearnerRow, Prompt, Sample, ScoredGroup
+from tatar_dist.models.costs import Costs
+from tatar_dist.types import Completion, Group, LearnerRow, Prompt, Sample, ScoredGroup
 
 
 def scored_group(name: str, lengths: list[int]) -> ScoredGroup:

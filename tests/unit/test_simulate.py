@@ -10,12 +10,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from simulate_cases import COSTS, DEMO, GRPO, LENGTHS, grpo, setup_of
 
-from tatar_dist.learner.packing import Costs as TokenCosts
 from tatar_dist.learner.sharding import shard_groups
-from tatar_dist.plan import resolve
-from tatar_dist.records import Completion, Group, Prompt, Sample, ScoredGroup
-from tatar_dist.simulate.search import Simulator, draw_lengths, forecast
-from tatar_dist.simulate.step import call_work, calls, learn_work, serve, simulate_step
+from tatar_dist.models.costs import Costs as TokenCosts
+from tatar_dist.plan.plan import resolve
+from tatar_dist.plan.simulate.search import Simulator, draw_lengths, forecast
+from tatar_dist.plan.simulate.step import call_work, calls, learn_work, serve, simulate_step
+from tatar_dist.types import Completion, Group, Prompt, Sample, ScoredGroup
 
 works = st.lists(st.floats(0.01, 10), min_size=1, max_size=40)
 

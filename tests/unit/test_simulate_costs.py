@@ -11,17 +11,14 @@ import yaml
 from simulate_cases import CONFIGS, COSTS, DEMO, GRPO, LENGTHS, demo, grpo
 
 from tatar_dist.cli import main
-from tatar_dist.config import to_yaml
+from tatar_dist.config.load import to_yaml
 from tatar_dist.errors import UserError
-from tatar_dist.simulate.command import costs_from, numbers_of_gpus
-from tatar_dist.simulate.costs import (
-    Costs,
-    read_costs,
-)
-from tatar_dist.simulate.estimate import estimate
-from tatar_dist.simulate.measured import costs_of_runs, fit, read_run
-from tatar_dist.simulate.search import Simulator, draw_lengths, forecast
-from tatar_dist.simulate.step import Setup, simulate_step
+from tatar_dist.plan.simulate.command import costs_from, numbers_of_gpus
+from tatar_dist.plan.simulate.costs import Costs, read_costs
+from tatar_dist.plan.simulate.estimate import estimate
+from tatar_dist.plan.simulate.measured import costs_of_runs, fit, read_run
+from tatar_dist.plan.simulate.search import Simulator, draw_lengths, forecast
+from tatar_dist.plan.simulate.step import Setup, simulate_step
 
 
 def write_run(path, costs, *words, steps=6, slow=None):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tatar_dist.config import DataConfig
+from tatar_dist.config.schema import DataConfig
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
-from tatar_dist.prompt_source import read_manifests
+from tatar_dist.prompts.source import read_manifests
 
 
 def written(path, splits: str):

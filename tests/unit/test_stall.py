@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tatar_dist.config import WatchConfig
-from tatar_dist.events import Events, read_events
-from tatar_dist.process_log import answer_stack_requests
-from tatar_dist.stacks import stacks_of
-from tatar_dist.stall import Process, StallDetector, Stalled, processes_of
+from tatar_dist.config.schema import WatchConfig
+from tatar_dist.faults.stacks import stacks_of
+from tatar_dist.faults.stall import Process, StallDetector, Stalled, processes_of
+from tatar_dist.run.events import Events, read_events
+from tatar_dist.run.log import answer_stack_requests
 
 ANSWERING = """
 from tatar_dist.process_log import answer_stack_requests
@@ -150,7 +150,9 @@ def test_a_stall_is_logged_with_the_stacks_of_all_processes(tmp_path, start):
     assert stall["processes"] == ["controller", "learner-0", "engine-1"]
     assert stall["silent"] == {"engine-1": "T (stopped)"}
     texts = {p.name: (tmp_path / stall["stacks"] / f"{p.name}.txt").read_text() for p in processes}
-    assert "test_a_stall_is_logged" in texts["controller"] and "stall.py" in texts["controller"]  # all its threads
+    assert (
+        "test_a_stall_is_logged" in texts["controller"] and "faults/stall.py" in texts["controller"]
+    )  # all its threads
     assert "computing_for_ever" in texts["learner-0"]
     assert texts["engine-1"].startswith(f"engine-1, pid {stopped.pid} on ")
 

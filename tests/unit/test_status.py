@@ -15,8 +15,8 @@ from rich.console import Console
 
 from tatar_dist.cli import main
 from tatar_dist.errors import UserError
-from tatar_dist.status import RunFiles
-from tatar_dist.status_view import view
+from tatar_dist.run.status import RunFiles
+from tatar_dist.run.status_view import view
 
 NOW = 1_800_000_000.0
 START = {"stage": "grpo", "total": 10, "from_step": 0, "learners": 2, "engines": 2, "pid": 1, "host": "a"}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tatar_dist.config import load_config
-from tatar_dist.events import Events, read_events
-from tatar_dist.tracking import IDS, Trackers
+from tatar_dist.config.load import load_config
+from tatar_dist.run.events import Events, read_events
+from tatar_dist.run.tracking import IDS, Trackers
 
 NAN = float("nan")
 BLOCK, HEADER, IDENT = 32768, 7, 7  # of a .wandb file: LevelDB's log format behind an identifier

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tatar_dist import tracking
 from tatar_dist.cli import main
-from tatar_dist.config import Config, load_config
+from tatar_dist.config.load import load_config
+from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.events import Events, read_events
-from tatar_dist.run_directory import RunDirectory
-from tatar_dist.tracking import IDS, Trackers, has_wandb_key, kept_id
+from tatar_dist.run import tracking
+from tatar_dist.run.directory import RunDirectory
+from tatar_dist.run.events import Events, read_events
+from tatar_dist.run.tracking import IDS, Trackers, has_wandb_key, kept_id
 
 
 def config(path: Path, *words: str) -> Config:

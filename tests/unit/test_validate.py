@@ -19,10 +19,10 @@ from manifest_cases import codes, picture, problems, raw, row, written
 from PIL import Image
 
 from tatar_dist.cli import main
-from tatar_dist.data.cleaning import clean
-from tatar_dist.data.duplicates import DUPLICATE, KEEP
+from tatar_dist.data.checks.clean import clean
+from tatar_dist.data.checks.duplicates import DUPLICATE, KEEP
+from tatar_dist.data.checks.validate import validate
 from tatar_dist.data.manifest import read_manifest
-from tatar_dist.data.validate import validate
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
 
@@ -231,7 +231,7 @@ def test_memory_does_not_grow_with_the_embedded_bytes(tmp_path):
     data = buffer.getvalue()
     path = written(tmp_path / "m.parquet", [row(i, image_bytes=data + str(i).encode()) for i in range(900)])  # 324 MB
     code = (
-        "import resource, sys; from pathlib import Path; from tatar_dist.data.validate import validate\n"
+        "import resource, sys; from pathlib import Path; from tatar_dist.data.checks.validate import validate\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "assert validate([Path(sys.argv[1])], workers=2).ok\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"

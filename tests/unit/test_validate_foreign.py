@@ -19,11 +19,11 @@ from manifest_cases import codes, picture, problems, raw, row, written
 from test_images import png
 
 from tatar_dist.cli import main
-from tatar_dist.data import validate as validating
+from tatar_dist.data.checks import validate as validating
+from tatar_dist.data.checks.report import plain, printable
+from tatar_dist.data.checks.validate import look_at, validate
 from tatar_dist.data.images import MAX_PIXELS
 from tatar_dist.data.manifest import SCHEMA, read_manifest
-from tatar_dist.data.validate import look_at, validate
-from tatar_dist.data.validation_report import plain, printable
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
 
@@ -183,7 +183,7 @@ def test_what_is_no_regular_file_is_missing_and_nothing_waits_for_it(tmp_path):
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     for name, why in (("pipe", "not a regular file"), (".", "not a regular file"), ("broken", "No such file")):
         code = (
-            "import sys; from pathlib import Path; from tatar_dist.data.validate import look_at\n"
+            "import sys; from pathlib import Path; from tatar_dist.data.checks.validate import look_at\n"
             "facts, digest = look_at(Path(sys.argv[1])); print(facts.problem, digest, facts.message)"
         )
         words = [sys.executable, "-c", code, str(tmp_path / name)]

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from tatar_dist.records import Completion, Group, Prompt, Sample
+from tatar_dist.rollout.checks import problem
 from tatar_dist.rollout.engine import Sampling
-from tatar_dist.rollout.verification import problem
+from tatar_dist.types import Completion, Group, Prompt, Sample
 
 SAMPLING = Sampling(n=2, temperature=1.0, max_tokens=4)
 PROMPTS = [Prompt(Sample(f"s{i}", "d", "iqa", b"", 50.0), "text", f"000001/d/s{i}") for i in range(3)]

@@ -1,0 +1,49 @@
+"""What changes over a run: the learning rate (linear warm-up from 0, then constant, or linear or cosine decay to 0
+after the last step) and the weight of the KL; and what of the loss follows from the rest of the configuration.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tatar_dist.config.schema import Config, GRPOConfig, OptimConfig
+
+
+def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
+    """Rate of the update number `step` (0-based) of `total_steps`; Hugging Face's linear and cosine schedules."""
+    if step < optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    progress = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
+    progress = min(progress, 1.0)
+    if optim.schedule == "linear":
+        return optim.lr * (1.0 - progress)
+    return optim.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def kl_beta(grpo: GRPOConfig, step: int, total_steps: int) -> float:
+    """The KL's weight at update `step` (0-based): grpo.kl_beta at the first, kl_beta_end at the last."""
+    if grpo.kl_schedule == "constant" or total_steps < 2:
+        return grpo.kl_beta
+    progress = min(step / (total_steps - 1), 1.0)
+    if grpo.kl_schedule == "cosine":
+        progress = 0.5 * (1.0 - math.cos(math.pi * progress))
+    return grpo.kl_beta + (grpo.kl_beta_end - grpo.kl_beta) * progress
+
+
+def needs_reference(grpo: GRPOConfig) -> bool:
+    """Whether any step of the run weighs the KL; otherwise no reference model is loaded."""
+    return grpo.kl_beta > 0 or (grpo.kl_schedule != "constant" and grpo.kl_beta_end > 0)
+
+
+def importance(config: Config) -> str:
+    """`grpo.importance`, where it is auto by whether engines sample from other probabilities than the learners'.
+
+    They do when they are behind, and when adapters are merged into bfloat16 weights, whose rounding a small adapter
+    hardly gets over (learner/lora.py).
+    """
+    g, m = config.grpo, config.model
+    if g.importance != "auto":
+        return g.importance
+    return "token" if g.staleness or (m.lora_rank and m.dtype == "bfloat16") else "none"

@@ -1,0 +1,347 @@
+"""Ray on this machine or a cluster it joins, and the actors of a run: learners, engines, the reward actor.
+
+The only file that makes Ray actors. On a CPU machine the actors share the cores: learners and engines take turns with
+staleness 0, so each side has threads for all of them (`Cluster.threads`), and idle ones sleep; with staleness they work
+at the same time, and each side has threads for half of the cores.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import secrets
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.state import available_resources_per_node, total_resources_per_node
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from tatar_dist.cluster.reward_actor import RewardScorer
+from tatar_dist.cluster.reward_client import RemoteScorer
+from tatar_dist.config.schema import Config
+from tatar_dist.errors import RunError, UserError
+from tatar_dist.faults.waiting import TICK_S
+from tatar_dist.learner.actor import Learner
+from tatar_dist.learner.group import LearnerGroup
+from tatar_dist.learner.transfer import IO
+from tatar_dist.rollout.engine import RolloutEngine
+from tatar_dist.rollout.environment import COMMON_ENV, engine_environment
+from tatar_dist.rollout.pool import RolloutPool
+from tatar_dist.run.failpoints import Failpoints
+from tatar_dist.run.process import pin
+
+FEWER_WAIT_S = 10.0  # for a place of fewer learners: their nodes are there already
+
+
+def _require_token() -> None:
+    """Token authentication for the Ray we start: nobody else on this machine may submit work to it."""
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    fd, path = tempfile.mkstemp(prefix="tatar-ray-token-")  # mode 600
+    with os.fdopen(fd, "w") as f:
+        f.write(secrets.token_hex(32))
+    atexit.register(Path(path).unlink, missing_ok=True)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": path}
+    ray._raylet.Config.initialize("")  # Ray cached the mode when it was imported
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """The config with absolute output, model and preset: actors of a joined cluster have another working directory."""
+    model, preset = Path(config.model.path), Path(config.reward.preset)
+    found = config
+    if config.output:
+        found = replace(found, output=str(Path(config.output).absolute()))
+    if model.is_dir():
+        found = replace(found, model=replace(found.model, path=str(model.resolve())))
+    if preset.is_file():
+        found = replace(found, reward=replace(found.reward, preset=str(preset.resolve())))
+    return found
+
+
+class Cluster:
+    """A connection to Ray and the actors made through it; closing it ends them and, if started here, Ray.
+
+    `overlap`: learners and engines work at the same time.
+    """
+
+    def __init__(
+        self, config: Config, log: Callable[..., None] = lambda event, **fields: None, overlap: bool = False
+    ) -> None:
+        self.config, self.log = _with_absolute_paths(config), log
+        self.address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+        self.gpu = config.cluster.gpus_per_node > 0
+        self.colocated = config.cluster.placement == "colocated"
+        self.cores = config.cluster.threads or len(os.sched_getaffinity(0))
+        self._sides = 2 if overlap or config.cluster.pin_cores else 1
+        self._actors: list[Any] = []
+        self._learners: list[Any] = []
+        self._bundles: PlacementGroup | None = None
+        self._asked = {"CPU": 0.0, "GPU": 0.0}
+        self._own = not ray.is_initialized()
+        if self._own:
+            self._start()
+        self._nodes = self._living()
+
+    def _start(self) -> None:
+        c = self.config.cluster
+        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            if self.address:
+                ray.init(address=self.address, **quiet)
+                return
+            _require_token()
+            ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # every port on loopback
+            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            need = 2 + max(1, c.learners) * c.learner_cpus + max(1, self.config.rollout.engines) * c.engine_cpus
+            ray.init(
+                address="local",  # without it Ray joins whatever another run has started on this machine
+                num_cpus=max(self.cores, int(need + 1)),  # logical: processes on a laptop take turns on its cores
+                include_dashboard=False,
+                object_store_memory=c.object_store_mib << 20,
+                **quiet,
+            )
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as e:
+            raise UserError(
+                f"Ray did not start: {str(e).strip().splitlines()[0]} (cluster.address={self.address})"
+            ) from e
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # ray.init takes it for itself: no checkpoint, no clean end
+
+    def threads(self, processes: int) -> int:
+        """CPU threads for each of `processes` equal processes, learners or engines."""
+        return max(1, self.cores // self._sides // processes)
+
+    def _pin(self, actor: Any, side: int, index: int, count: int) -> None:
+        """With `cluster.pin_cores`: actor `index` of `count` on its share of half of the cores; side 0: engines."""
+        if self.config.cluster.pin_cores:
+            actor.__ray_call__.remote(pin, side, index, count)
+
+    @staticmethod
+    def _living() -> dict[str, str]:
+        """Node id -> address of the nodes that Ray holds for alive."""
+        return {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
+
+    def note_nodes(self) -> None:
+        """Log which nodes left and came since the last call."""
+        before, self._nodes = self._nodes, self._living()
+        for event, ids, names in (
+            ("node/lost", before.keys() - self._nodes.keys(), before),
+            ("node/joined", self._nodes.keys() - before.keys(), self._nodes),
+        ):
+            for node in sorted(ids):
+                self.log(event, node=node, host=names[node])
+
+    def _actor(
+        self,
+        cls: type,
+        *args: Any,
+        cpus: float,
+        gpus: float = 0,
+        env: dict[str, str] | None = None,
+        where: Any = "SPREAD",
+    ) -> Any:
+        # no restarts, no retries: a restarted actor would hold initial weights and answer as if nothing had happened
+        # a second thread for what runs beside an actor's work: learners write checkpoints in it
+        remote: Any = ray.remote(concurrency_groups={IO: 1})(cls) if issubclass(cls, Learner) else ray.remote(cls)
+        variables = {**COMMON_ENV, **(env or {})}
+        if Path(self.config.model.path).is_dir():
+            variables["HF_HUB_OFFLINE"] = "1"  # there is nothing to ask the hub for
+        if not self.address:  # elsewhere, paths are that machine's or that job's own
+            variables["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+        actor = remote.options(
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=where,
+            runtime_env={"env_vars": variables},
+        ).remote(*args)
+        self._actors.append(actor)
+        return actor
+
+    def _reserve(self, what: str, count: int, cpus: float, gpus: int) -> None:
+        """Raises UserError where Ray could never place the actors: it would leave them waiting without a word."""
+        has = ray.cluster_resources()
+        for resource, amount, key in (("GPU", gpus, "cluster.gpus_per_node"), ("CPU", cpus, "cluster.*_cpus")):
+            self._asked[resource] += amount * count
+            if self._asked[resource] > has.get(resource, 0.0):
+                if resource == "GPU" and not has.get("GPU"):
+                    raise UserError(
+                        f"{count} {what} need {self._asked[resource]:g} GPUs, Ray has none: add nodes, or train on "
+                        "CPUs (cluster.gpus_per_node=0), as configs/demo.yaml does for a tiny model"
+                    )
+                raise UserError(
+                    f"{count} {what} and what was started before need {self._asked[resource]:g} {resource}s, Ray has "
+                    f"{has.get(resource, 0.0):g}: add nodes, or lower cluster.learners, rollout.engines or {key}"
+                )
+        rooms = [min(_fit(n, "GPU", gpus), _fit(n, "CPU", cpus)) for n in total_resources_per_node().values()]
+        if sum(rooms) < count:
+            raise UserError(
+                f"{count} {what} of {gpus} GPUs and {cpus:g} CPUs each: no node is large enough for one, or together "
+                f"the nodes hold only {sum(rooms)}"
+            )
+
+    def learners(
+        self,
+        count: int,
+        again: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ) -> LearnerGroup:
+        """`count` ranks, each in a bundle of one placement group, packed by node or spread over nodes.
+
+        Args:
+            count: how many.
+            again: a restart: their node may be on its way back. After `cluster.node_wait_s` there may be fewer of them.
+            check: called twice a second of the wait; may raise to leave it.
+
+        Raises:
+            UserError: the cluster never had room for them. RunError: it has none any more.
+        """
+        c = self.config.cluster
+        if not again:
+            self._reserve("learner(s)", count, self._bundle()["CPU"], int(self.gpu))
+        limit = c.node_wait_s if again else c.start_timeout_s
+        placed = count if self._place(count, limit, check) else None
+        if placed is None and again and c.elastic:
+            placed = next((n for n in range(self._room(count - 1), 0, -1) if self._place(n, FEWER_WAIT_S, check)), None)
+        if placed is None:
+            raise RunError(
+                f"{count} learners found no place within {limit:g} s: they "
+                f"need {count * self._bundle()['CPU']:g} CPUs and {count * self.gpu} GPUs; free are {_free()}"
+            )
+        threads = self.threads(placed)
+        env = {} if self.gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        env |= {"OMP_NUM_THREADS": str(threads)}
+        self._learners = [
+            self._actor(
+                Learner,
+                self.config,
+                rank,
+                placed,
+                cpus=c.learner_cpus,
+                gpus=self._learner_gpus(),
+                env=env,
+                where=PlacementGroupSchedulingStrategy(self._bundles, rank),
+            )
+            for rank in range(placed)
+        ]
+        for rank, learner in enumerate(self._learners):
+            self._pin(learner, 1, rank, placed)
+        group = LearnerGroup(self.config, self._learners, threads)
+        group.check = check
+        return group
+
+    def _place(self, count: int, timeout: float, check: Callable[[], None]) -> bool:
+        """Reserve `count` bundles for learners; false when there was no room within `timeout` seconds."""
+        strategy = self.config.cluster.learner_placement.upper()
+        self._bundles = placement_group([self._bundle()] * count, strategy=strategy)
+        ready, deadline = self._bundles.ready(), time.monotonic() + timeout
+        while not ray.wait([ready], timeout=TICK_S)[0]:
+            check()
+            if time.monotonic() > deadline:
+                self._unplace()
+                return False
+        return True
+
+    def _bundle(self) -> dict[str, float]:
+        """What one learner needs and, colocated, the engine beside it."""
+        c = self.config.cluster
+        cpus = c.learner_cpus + (c.engine_cpus if self.colocated else 0)
+        return {"CPU": cpus, **({"GPU": 1.0} if self.gpu else {})}
+
+    def _room(self, most: int) -> int:
+        """How many learners, up to `most`, the free resources of the nodes would hold; 1 at least."""
+        need = self._bundle()
+        rooms = [min(_fit(n, r, a) for r, a in need.items()) for n in available_resources_per_node().values()]
+        return max(1, min(most, sum(rooms)))
+
+    def _learner_gpus(self) -> float:
+        return 0.5 if self.gpu and self.colocated else float(self.gpu)
+
+    def _unplace(self) -> None:
+        if self._bundles is not None:
+            remove_placement_group(self._bundles)
+            self._bundles = None
+
+    def end_learners(self) -> None:
+        """End all ranks, whatever they do, and give back their places."""
+        for actor in self._learners:
+            _kill(actor)
+            self._actors.remove(actor)
+        self._learners = []
+        self._unplace()
+        self.note_nodes()
+
+    def engines(self, count: int, version: int = 0, cls: type[RolloutEngine] = RolloutEngine) -> RolloutPool:
+        """A pool of `count` engines, spread over the nodes; none is started yet."""
+        r, c = self.config.rollout, self.config.cluster
+        shared = self.colocated and self._bundles is not None  # an evaluation has engines only
+        gpus = (0.5 if shared else r.tensor_parallel) if self.gpu else 0
+        if not shared:
+            self._reserve("engine(s)", count, c.engine_cpus, gpus)
+        env = engine_environment(self.config, self.gpu, self.threads(count))
+
+        def make(index: int) -> Any:
+            # colocated with learner `index`; with fewer learners after a lost node some share
+            where: Any = "SPREAD"
+            if shared:
+                where = PlacementGroupSchedulingStrategy(self._bundles, index % len(self._learners))
+            engine = self._actor(cls, self.config, index, cpus=c.engine_cpus, gpus=gpus, env=env, where=where)
+            self._pin(engine, 0, index, count)
+            return engine
+
+        return RolloutPool(self.config, count, make, version, self.log)
+
+    def scorer(self) -> RemoteScorer:
+        """The reward actor, made at its first call."""
+        c = self.config
+        arguments = (c.reward, c.grpo, Failpoints(c.failpoints, c.output))
+        make = lambda: self._actor(RewardScorer, *arguments, cpus=0)  # noqa: E731
+        return RemoteScorer(make, c.rollout.call_timeout_s, self.log)
+
+    def release(self) -> None:
+        """End the actors made through this object; Ray stays."""
+        for actor in self._actors:
+            _kill(actor)
+        self._actors.clear()
+        self._learners = []
+        self._unplace()
+        self._asked = dict.fromkeys(self._asked, 0.0)
+
+    def close(self) -> None:
+        self.release()
+        if self._own:
+            ray.shutdown()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _kill(actor: Any) -> None:
+    with contextlib.suppress(Exception):  # one that died already needs no killing
+        ray.kill(actor)
+
+
+def _fit(node: dict[str, float], resource: str, amount: float) -> int:
+    """How many actors of `amount` fit a node, by one resource."""
+    return int(node.get(resource, 0.0) / amount + 1e-9) if amount else 1 << 30
+
+
+def _free() -> str:
+    free = ray.available_resources()
+    return f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs on {len(Cluster._living())} node(s)"

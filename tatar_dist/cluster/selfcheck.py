@@ -1,0 +1,50 @@
+"""The check before training: do engines and learners give the same log-probabilities after the first push?
+
+For ways of pushing and running engines that were never run on the hardware they run on now (plan/proven.py). In: the
+pool and the learners, both at the pool's version, and prompts. Out: the gap; WeightsOutOfSync where it is too large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tatar_dist.config.schema import Config
+from tatar_dist.learner.sharding import shard_rows
+from tatar_dist.rollout.engine import Sampling
+from tatar_dist.types import LearnerRow, Prompt
+
+PROMPTS = 8
+TOKENS = 32  # of a completion: enough to see a wrong layer, a cache or a version
+
+
+def verify(pool: Any, learners: Any, prompts: Sequence[Prompt], config: Config) -> dict[str, float]:
+    """sync/logprob_gap and sync/logprob_gap_max, in nats, over completions of at most 8 of the prompts.
+
+    Raises:
+        WeightsOutOfSync: the mean gap is over `grpo.logprob_gap_limit`.
+    """
+    asked, ranks = list(prompts)[:PROMPTS], len(learners.actors)
+    n = -(-ranks // len(asked))  # every rank has a completion
+    r = config.rollout
+    groups = pool.generate(asked, Sampling(n, r.temperature, min(TOKENS, r.max_new_tokens), config.seed, step=-1))
+    rows = [
+        LearnerRow(
+            image_id=g.prompt.group_id,
+            image=g.prompt.sample.image,
+            prompt_text=g.prompt.text,
+            completion_ids=c.token_ids,
+            task=g.prompt.sample.task,
+            advantage=0.0,
+            weight=0.0,
+            sampled_logprobs=c.logprobs,
+            prompt_token_ids=g.prompt_token_ids,
+            prompt_tokens=len(g.prompt_token_ids),
+        )
+        for g in groups
+        for c in g.completions
+    ]
+    shards = shard_rows(rows, ranks, config.grpo.micro_tokens)
+    refs = [a.logprob_gap.remote(shard) for a, shard in zip(learners.actors, shards, strict=True)]
+    gap: dict[str, float] = learners.wait(refs)[0]
+    return gap

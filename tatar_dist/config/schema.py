@@ -1,0 +1,210 @@
+"""The typed configuration: read, merged and checked before anything starts.
+
+In: YAML files, then `key=value` words, later wins. Out: one `Config`. Unknown keys, wrong types and impossible
+combinations raise `UserError` naming the key, where it stood and the nearest valid name.
+One schema serves sft, grpo and evaluate, so that one override file (configs/demo.yaml) covers a whole pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tatar_dist.config.rationale import RationaleConfig
+
+
+@dataclass
+class ModelConfig:
+    path: str = "???"  # Hugging Face model directory (or hub name where the hub is reachable)
+    family: str = "qwen2_5_vl"  # a module of tatar_dist.models
+    dtype: str = "bfloat16"  # bfloat16 | float32, for learners and engines alike
+    min_pixels: int = 3136
+    max_pixels: int = 1572864
+    train_vision: bool = True
+    gradient_checkpointing: bool = True
+    lora_rank: int = 0  # above 0 low-rank adapters are trained instead of the weights (learner/lora.py)
+    lora_alpha: float = 32.0  # what an adapter adds is multiplied by lora_alpha / lora_rank
+    lora_targets: list[str] = field(default_factory=list)  # last parts of layers' names, as q_proj; empty = all linear
+
+
+@dataclass
+class DataConfig:
+    root: str = "."  # where relative paths of manifests start
+    image_root: str | None = None  # where image paths of manifests start; null = what each manifest says
+    train: list[str] = field(default_factory=list)  # Parquet manifests; each section reads the rows of its split
+    validation: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    prompts: str = "configs/prompts.yaml"
+    iqa_fraction: float = 0.5  # share of IQA samples in a batch
+    min_rank_pool: int = 2  # images of one data set that a GRPO batch must hold of a task whose reward ranks
+    max_prompt_tokens: int = 3072  # longer prompts are rejected, never truncated
+    eval_limit: int | None = None  # samples per data set in an evaluation, also of a running GRPO; null = all
+
+
+@dataclass
+class ClusterConfig:
+    address: str | None = None  # Ray address to join; null starts Ray on this machine
+    nodes: int = 1
+    gpus_per_node: int = 8  # 0 = CPU only
+    learners: int = 8  # ZeRO-3 ranks, one GPU each; 0 = as many as fit (plan/plan.py)
+    learner_cpus: float = 1.0  # logical CPUs Ray reserves for a learner
+    engine_cpus: float = 1.0
+    threads: int | None = None  # CPU threads to share out; null = this machine's cores
+    pin_cores: bool = False  # CPU, one machine: engines on the first half of the cores, learners on the other
+    object_store_mib: int = 1024  # used only when Ray is started here
+    start_timeout_s: float = 600.0
+    placement: str = "disaggregated"  # disaggregated | colocated: engines share the learners' GPUs and sleep meanwhile
+    learner_placement: str = "pack"  # pack: fill one node after the other | spread: one node each, as far as there are
+    network_interface: str | None = None  # of gloo and NCCL, for example ib0 or eth0; null = what they choose
+    collective_timeout_s: float = 1800.0  # a collective of the learners that takes longer fails
+    learner_restarts: int = 3  # restarts of the learners in a row without a finished step between them
+    elastic: bool = True  # after a lost node learners may restart in a smaller number
+    node_wait_s: float = 120.0  # how long to wait for a lost node before that
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adamw"  # adamw | sgd
+    lr: float = 1e-6
+    lr_scale: dict[str, float] = field(default_factory=dict)  # part of a parameter's name -> factor on its lr
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: str = "linear"  # linear | cosine | constant
+    warmup_steps: int = 0
+    clip_norm: float = 1.0  # 0 = no clipping
+
+
+@dataclass
+class SFTConfig:
+    global_batch: int = 128  # rows per optimiser step; fixed, whatever the number of ranks
+    micro_tokens: int = 16384  # tokens in one forward, prompts and answers packed; a longer row goes alone
+    epochs: float = 2.0
+    max_steps: int | None = None
+    max_tokens: int = 4096  # prompt + answer; longer rows are rejected
+    eval_every: int = 100  # held-out loss, in steps; 0 = only at the end
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
+
+
+@dataclass
+class GRPOConfig:
+    prompts_per_step: int = 16
+    group_size: int = 8  # G
+    micro_tokens: int = 16384  # tokens in one forward: prompts, each once, and completions; a longer one goes alone
+    epochs: float = 3.0
+    max_steps: int | None = None
+    kl_beta: float = 0.001
+    kl_schedule: str = "constant"  # constant | linear | cosine: the way from kl_beta to kl_beta_end over the run
+    kl_beta_end: float = 0.0
+    aggregation: str = "sequence-mean"  # sequence-mean | token-mean (DAPO) | constant (Dr. GRPO, max_new_tokens)
+    ratio: str = "token"  # token | sequence (GSPO, whose clips are near 3e-4)
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    importance: str = (
+        "auto"  # none | token | sequence correction for other probabilities in engines; auto: token where they are so
+    )
+    importance_mode: str = "truncate"  # truncate at importance_cap | mask what lies outside [1/cap, cap]
+    importance_cap: float = 2.0
+    mask_truncated: bool = False  # true: a completion cut off by max_new_tokens stays out of the loss
+    advantage: str = "std"  # std | mean (Dr. GRPO) | per_term: how rewards are centred and scaled in a group
+    advantage_eps: float = 1e-4  # added to the std
+    zero_std: str = "keep"  # keep | drop | refill: groups whose completions all got the same reward
+    refill_limit: int = 2  # rounds of new prompts a step for such groups, with refill; what is left is dropped
+    inner_iterations: int = 1
+    staleness: int = 0  # k: completions are sampled from the weights of k steps before, while the learners work
+    eval_every: int = 0  # steps between greedy answers on data.validation (eval/*); 0 = never
+    logprob_gap_limit: float = 0.05  # nats, mean |engine - learner| over a step's tokens; above it the run stops
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class RolloutConfig:
+    engines: int = 1  # vLLM engines; 0 = as many as fit (plan/plan.py)
+    tensor_parallel: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_new_tokens: int = 384
+    max_model_len: int = 4096
+    max_num_seqs: int = 64
+    gpu_memory_utilization: float = 0.85
+    cpu_kv_cache_gib: int = 1
+    bucket_mib: int = 256  # weight push: bytes in flight at once
+    call_timeout_s: float = 1800.0  # an engine that takes longer for one call is dead
+    suspect_after_s: float = 600.0  # an engine that takes longer is suspect: it gets no more work until it answers
+    hedge: bool = False  # a suspect engine's prompts are given to an idle one too; the first answer counts
+    min_engines: int = 1  # with fewer living or restarting engines the run stops
+    engine_restarts: int = 5  # of one engine in a row without an answer between them
+    restart_backoff_s: float = 1.0  # before the first restart; doubles with each, up to a minute
+    deterministic: bool = False  # one group per engine call, caches reset before it
+    push: str = "object_store"  # weight push: object_store (any network) | nccl | cuda_ipc (colocated)
+    push_timeout_s: float = 600.0  # an engine that takes longer for one bucket is dead
+
+
+@dataclass
+class RewardConfig:
+    preset: str = "tatar"
+    weights: dict[str, float] = field(default_factory=dict)  # overrides of the preset's term weights
+    params: dict[str, float] = field(default_factory=dict)  # overrides of the preset's constants
+
+
+@dataclass
+class EvaluateConfig:
+    samples: int = 0  # sampled completions per image: their mean and spread, and reward terms; 0 = greedy answers only
+    seed: int = 0  # of the sampled completions
+    expected: bool = False  # beside each greedy answer the expectation over the scores it might have been
+    unparsed: str = "drop"  # drop | midpoint: an answer without a score is left out, or counts as 50
+    bootstrap: int = 0  # rounds for 95 % intervals of SRCC and PLCC; 0 = none
+    in_domain: list[str] | None = None  # data sets that were trained on; null = as configs/datasets.yaml has it
+    slices: list[str] = field(default_factory=lambda: ["distortion", "distortions", "style", "styles"])  # of meta
+    published: bool = False  # print figures of configs/published.yaml beside ours
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 50  # steps; 0 = only at the end
+    keep: int = 2  # the newest that stay
+    keep_every: int = 0  # and those whose step is a multiple of this; 0 = none
+    keep_best: str | None = None  # and the best one by this metric, for example eval/koniq/srcc
+    best_mode: str = "max"  # max | min
+    asynchronous: bool = True  # files are written while training goes on
+    verify: bool = True  # read everything and compare checksums before resuming
+    storage: str = "shared"  # shared: all nodes see output | local: only the controller does, parts come through Ray
+    resume: bool = True  # continue from OUTPUT/checkpoints/latest when it exists
+    grace_seconds: float = 120.0  # from SIGTERM or SIGUSR1 to the end of the process
+
+
+@dataclass
+class WatchConfig:
+    stall_factor: float = 10.0  # no progress for this many median steps is a stall; 0 = no watching
+    stall_min_s: float = 300.0  # and at least this long
+    stall_action: str = "report"  # report: stack dumps | restart: and restart what hangs | stop: and end the run
+    prometheus: bool = True  # metrics through Ray's exporter, where the cluster has one
+
+
+@dataclass
+class TrackConfig:
+    tensorboard: bool = True  # curves in OUTPUT/tensorboard
+    wandb: bool = False  # Weights & Biases; needs pip install 'tatar_dist[wandb]'
+    mlflow: bool = False  # needs pip install 'tatar_dist[mlflow]'
+    project: str = "tatar_dist"  # project of W&B, experiment of MLflow
+    name: str | None = None  # of the run there; null = the last part of output
+    mode: str = "offline"  # offline: into OUTPUT, for later | online: to the server that their environment names
+
+
+@dataclass
+class Config:
+    output: str = "???"  # run directory
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    failpoints: list[str] = field(default_factory=list)  # faults on purpose, see run/failpoints.py
+    rationale: RationaleConfig = field(default_factory=RationaleConfig)

@@ -1,0 +1,301 @@
+"""What `data validate` tells its reader: a table on the terminal, `M.validate.md`, `M.validate.png`, JSON.
+
+In: a Validation. Out: texts and pictures, each with the verdict first. Nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import numpy as np
+
+from tatar_dist.data.checks.problem_log import MEANING, WARNINGS
+from tatar_dist.data.checks.rows import BINS, PoolFacts
+from tatar_dist.data.checks.validation import Checked, Validation
+from tatar_dist.run.files import written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.console import Console
+
+INK, QUIET, BLUE, AMBER, RED = "#22303c", "#8a97a3", "#3b7ea1", "#d9902f", "#b8433b"
+BARS = 22
+PANELS = 12  # score histograms in the picture; the summary has every pool
+
+
+def counted(n: int, word: str) -> str:
+    plural = word if n == 1 else word[:-1] + "ies" if word.endswith("y") else word + "s"
+    return f"{n:,} {plural}"
+
+
+def printable(text: str) -> str:
+    """The text on one line, with escapes for what a terminal would obey or not show: controls, formats, surrogates."""
+    unseen = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    shown = (c if unicodedata.category(c) not in unseen else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
+def plain(text: str) -> str:
+    """The text for Markdown: nothing in it is markup, none of it ends a table's cell."""
+    return re.sub(r"([\\`*<\[|])", r"\\\1", printable(text))
+
+
+def verdict(found: Validation) -> str:
+    """One sentence: can it be used, and if not, how much of it."""
+    if not found.rows:
+        return "No rows: there is nothing to check."
+    if found.ok:
+        warned = f"; {counted(found.warnings, 'warning')}" if found.warnings else ""
+        return f"All {counted(found.rows, 'row')} can be used and no split leaks{warned}."
+    parts = [f"{path.name} has no rows" for path in found.without_rows]
+    if found.unusable:
+        parts.append(f"{found.unusable:,} of {counted(found.rows, 'row')} cannot be used")
+    if found.leaking:
+        parts.append(f"{counted(found.leaking, 'row')} leak{'s' if found.leaking == 1 else ''} between splits")
+    return " and ".join(parts) + "."
+
+
+def hint(manifest: Checked) -> str | None:
+    """What to do when of many picture files none is there, which is one mistake and not many."""
+    if manifest.absent < manifest.files or 2 * manifest.files <= manifest.rows:
+        return None
+    return f"no image was found under {manifest.root}: name their directory with --images"
+
+
+def written_reports(found: Validation) -> list[Path]:
+    """Write the summary of every manifest, and the picture of those with rows; returns the summaries' paths.
+
+    Raises UserError when they cannot be written.
+    """
+    paths = []
+    for manifest in found.manifests:
+        with written_whole(manifest.place("validate.md")) as place:
+            place.write_text(markdown(found, manifest), encoding="utf-8")
+        if manifest.rows:
+            with written_whole(manifest.place("validate.png")) as place:
+                place.write_bytes(picture(found, manifest))
+        else:  # none of an earlier run may stay
+            manifest.place("validate.png").unlink(missing_ok=True)
+        paths.append(manifest.place("validate.md"))
+    return paths
+
+
+def _range(pool: PoolFacts) -> str:
+    return f"{pool.low:.1f}–{pool.high:.1f}" if pool.scored else "–"
+
+
+def _share(part: int, of: int) -> str:
+    """Per cent, but never 100 or 0 by rounding."""
+    if part in (0, of) or not of:
+        return "–" if not of else f"{100 * part // of} %"
+    return f"{min(99.9, max(0.1, 100 * part / of)):.1f} %"
+
+
+def pool_cells(pool: PoolFacts) -> list[str]:
+    """The cells of POOL_COLUMNS: the last three are shares of the pool's rows."""
+    spread = [f"{pool.mean:.1f}", f"{pool.std:.1f}"] if pool.scored else ["–", "–"]
+    shares = [_share(part, pool.rows) for part in (pool.rationales, pool.attributes, pool.stds)]
+    return [pool.dataset, pool.task, pool.split, f"{pool.rows:,}", _range(pool), *spread, *shares]
+
+
+POOL_COLUMNS = ["data set", "task", "split", "rows", "scores", "mean", "std", "rationale", "attributes", "score_std"]
+
+
+def markdown(found: Validation, manifest: Checked) -> str:
+    """The summary of one manifest, readable as text."""
+    fate = found.fate_of(manifest)
+    mine = Validation([manifest], fate)
+    lines = [f"# {plain(manifest.path.name)}", "", f"**{plain(verdict(mine))}**", ""]
+    if said := hint(manifest):
+        lines += [plain(said[0].upper() + said[1:] + "."), ""]
+    if len(found.manifests) > 1:
+        others = ", ".join(m.path.name for m in found.manifests if m is not manifest)
+        lines += [plain(f"Checked together with {others}: {verdict(found)}"), ""]
+    if manifest.rows:
+        lines += [f"![Scores, sizes and kinds of pictures]({quote(manifest.place('validate.png').name)})", ""]
+    if manifest.log.counts:
+        lines += ["## Problems", "", f"All of them, a line each: {plain(manifest.log.path.name)}.", ""]
+        lines += ["| rows | code | meaning |", "|---:|---|---|"]
+        for code, n, _ in manifest.log.in_order():
+            lines.append(f"| {n:,} | {code}{' (warning)' if code in WARNINGS else ''} | {MEANING[code]} |")
+        lines.append("")
+        for code, n, examples in manifest.log.in_order():
+            lines += [f"**{code}**" + (f", the first {len(examples)} of {n:,}" if n > len(examples) else ""), ""]
+            for e in examples:
+                where = f"row {e.row}, {e.sample_id}: " if e.row is not None else ""
+                lines.append(f"- {plain(where + e.message)}")
+            lines.append("")
+    lines += ["## Pools", "", "Shares of rows that have a rationale, attributes, the spread of opinions.", ""]
+    lines += ["| " + " | ".join(POOL_COLUMNS) + " |", "|---|---|---|" + "---:|" * (len(POOL_COLUMNS) - 3)]
+    lines += ["| " + " | ".join(map(plain, pool_cells(p))) + " |" for p in manifest.pools.values()]
+    lines += ["", "## Pictures", "", "| pictures | kind |", "|---:|---|"]
+    lines += [
+        f"| {n:,} | {kind} |" for counts in (manifest.formats, manifest.notes) for kind, n in counts.most_common()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(found: Validation) -> dict[str, Any]:
+    manifests = [
+        {
+            "path": str(m.path),
+            "rows": m.rows,
+            "problems": dict(m.log.counts),
+            "formats": dict(m.formats),
+            "notes": dict(m.notes),
+            "pools": [p.as_json() for p in m.pools.values()],
+            "summary": str(m.place("validate.md")),
+            "picture": str(m.place("validate.png")) if m.rows else None,
+            "problems_file": str(m.log.path),
+            "hint": hint(m),
+        }
+        for m in found.manifests
+    ]
+    numbers = {k: getattr(found, k) for k in ("ok", "rows", "unusable", "leaking", "warnings")}
+    return numbers | {"verdict": verdict(found), "manifests": manifests}
+
+
+def print_summary(found: Validation, console: Console) -> None:
+    """Verdict, problems, pools, where to read on."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    mark, style = ("✓", "bold green") if found.ok else ("✗", "bold red")
+    console.print(Text(f"{mark} {printable(verdict(found))}", style=style))
+    several = len(found.manifests) > 1
+    if any(m.log.counts for m in found.manifests):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in (["manifest"] if several else []) + ["rows", "problem", "for instance"]:
+            table.add_column(name, justify="right" if name == "rows" else "left", no_wrap=name != "for instance")
+        for m in found.manifests:
+            for code, n, (first, *_) in m.log.in_order():
+                where = f"row {first.row}, {first.sample_id}: " if first.row is not None else ""
+                kind = Text(code, style="yellow" if code in WARNINGS else "red")
+                file = [Text(printable(m.path.name))] if several else []
+                table.add_row(*file, f"{n:,}", kind, Text(printable(where + first.message)))
+        console.print(table)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for k, name in enumerate(POOL_COLUMNS[:8]):  # what fits 80 columns; the summary has the rest
+        table.add_column(name, justify="left" if k < 3 else "right", overflow="fold")
+    for m in found.manifests:
+        for pool in m.pools.values():
+            table.add_row(*(Text(printable(cell)) for cell in pool_cells(pool)[:8]))
+    console.print(table)
+    for m in found.manifests:
+        if said := hint(m):
+            console.print(Text(printable(said[0].upper() + said[1:]), style="bold"))
+        console.print(Text(f"summary {m.place('validate.md')}", style="dim"), soft_wrap=True)
+
+
+def picture(found: Validation, manifest: Checked) -> bytes:
+    """PNG: score histograms by pool, sizes of the pictures, formats and notes."""
+    # The object interface, without pyplot: no global state, no window system.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    pools = sorted(manifest.pools.values(), key=lambda p: (p.dataset, p.task, p.split))
+    shown = pools[:PANELS]
+    across = min(3, max(1, len(shown)))
+    down = -(-len(shown) // across)
+    heights = [1.7] * down + [2.6]
+    figure = Figure(figsize=(9.6, sum(heights) + 0.55 * (down + 1) + 0.9), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    mine = Validation([manifest], found.fate_of(manifest))
+    figure.suptitle(
+        printable(f"{manifest.path.name}: {verdict(mine)}"),
+        x=0.01,
+        ha="left",
+        fontsize=12,
+        color=INK if mine.ok else RED,
+        weight="bold",
+        parse_math=False,  # a $ in a name is a $
+    )
+    parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[sum(heights[:-1]) + 0.55 * down, heights[-1] + 0.55])
+    upper, lower = parts[:, 0]
+    panels = upper.subplots(max(1, down), across, squeeze=False, sharex=True)
+    for axes, pool in zip(panels.flat, shown, strict=False):
+        _draw_scores(axes, pool)
+    for axes in panels.flat[len(shown) :]:
+        axes.axis("off")
+    if len(pools) > PANELS:
+        upper.supxlabel(f"and {len(pools) - PANELS} more pools, in the summary", fontsize=8, color=QUIET)
+    sizes, kinds = lower.subplots(1, 2, width_ratios=[1, 1])
+    _draw_sizes(sizes, manifest)
+    _draw_kinds(kinds, manifest)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter the font lacks is drawn as a box
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _plain(axes: Axes, title: str, under: str = "") -> None:
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(QUIET)
+    axes.tick_params(colors=QUIET, labelsize=8, length=2)
+    axes.set_title(title, loc="left", fontsize=9, color=INK, weight="bold", parse_math=False)
+    if under:
+        axes.set_xlabel(under, fontsize=8, color=QUIET)
+
+
+def _draw_scores(axes: Axes, pool: PoolFacts) -> None:
+    suspicious = any(True for _ in pool.suspicions())
+    edges = np.linspace(0, 100, BINS + 1)[:-1]
+    axes.bar(edges, pool.histogram, width=100 / BINS * 0.9, align="edge", color=AMBER if suspicious else BLUE)
+    axes.set_xlim(0, 100)
+    axes.set_yticks([])
+    axes.tick_params(labelbottom=True)
+    said = f"{counted(pool.rows, 'row')}, mean {pool.mean:.0f}, std {pool.std:.0f}" if pool.scored else "no valid score"
+    _plain(axes, printable(pool.name), said + (" (suspicious)" if suspicious else ""))
+
+
+def _draw_sizes(axes: Axes, manifest: Checked) -> None:
+    _plain(axes, "Sizes of the pictures", "width, pixels (a dot may be many pictures)")
+    if not manifest.sizes:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no picture decodes", ha="center", color=RED, transform=axes.transAxes)
+        return
+    found, how_many = np.unique(np.array(manifest.sizes), axis=0, return_counts=True)
+    area = 14 + 160 * np.sqrt(how_many / how_many.max())
+    axes.scatter(found[:, 0], found[:, 1], s=area if len(found) < 200 else 6, alpha=0.45, color=BLUE, linewidths=0)
+    low, high = max(1, found.min() * 0.6), found.max() * 1.6
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    axes.plot([low, high], [low, high], color=QUIET, lw=0.7, ls=":")
+    for axis, values in ((axes.xaxis, found[:, 0]), (axes.yaxis, found[:, 1])):
+        ticks = np.unique(values).tolist()
+        if len(ticks) > 3:
+            ticks = [2**k for k in range(18) if values.min() / 1.5 <= 2**k <= values.max() * 1.5]
+        axis.set_ticks(ticks[:: -(-len(ticks) // 7)])
+        axis.set_ticks([], minor=True)
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylabel("height", fontsize=8, color=QUIET)
+
+
+def _draw_kinds(axes: Axes, manifest: Checked) -> None:
+    """Problems in red, warnings in amber, formats in blue, kinds in grey; each with its count."""
+    problems = list(manifest.log.in_order())
+    bars = [(code, n, AMBER if code in WARNINGS else RED) for code, n, _ in problems]
+    bars += [(k, n, BLUE) for k, n in manifest.formats.most_common(5)]
+    bars += [(k, n, QUIET) for k, n in manifest.notes.most_common() if k not in manifest.log.counts]
+    bars = bars[:BARS] or [("no picture", 0, QUIET)]
+    places = np.arange(len(bars))[::-1]
+    longest = max(n for _, n, _ in bars) or 1
+    axes.barh(places, [n for _, n, _ in bars], color=[c for _, _, c in bars], height=0.72)
+    for place, (_, n, _) in zip(places, bars, strict=True):
+        axes.text(n + longest * 0.015, place, f"{n:,}", va="center", fontsize=8, color=INK)
+    axes.set_xlim(0, longest * 1.15)
+    axes.set_ylim(len(bars) - max(len(bars), 10) - 0.5, len(bars) - 0.5)  # one bar alone is no wall
+    axes.set_xticks([])
+    _plain(axes, "Problems, formats and kinds")
+    axes.set_yticks(places, [k for k, _, _ in bars])
+    axes.tick_params(axis="y", colors=INK, length=0, labelsize=8)
+    axes.spines["bottom"].set_visible(False)

@@ -1,0 +1,142 @@
+"""The rules of single manifest rows, and what each pool's scores look like: pure functions on Arrow batches.
+
+In: a batch of a manifest's light columns. Out: faults as (position in the batch, code, message), and `PoolFacts`,
+running sums that need a few hundred bytes per pool however many rows it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tatar_dist.data.manifest import image_path
+from tatar_dist.data.schema import json_object
+from tatar_dist.types import SPLITS, TASKS
+
+Columns = dict[str, list[Any]]  # column name -> Python values of a batch
+Key = tuple[str, str, str]  # dataset, task, split
+
+BINS = 50  # of a score histogram, 2 points each
+FEW = 7  # so many distinct scores or fewer are suspicious ...
+FEW_ROWS = 30  # ... in a pool of at least so many rows
+NARROW = 10.0  # points; a tenth of the scale
+
+
+def row_faults(columns: Columns, root: Path) -> Iterator[tuple[int, str, str]]:
+    """What `read_manifest` and `Manifest.get` refuse, for every row of a batch. `root` is normalised and absolute."""
+    for name in ("sample_id", "dataset", "task", "score", "split"):
+        for i, value in enumerate(columns[name]):
+            if value is None:
+                yield i, "no-value", f"column {name}: no value"
+    for name in ("sample_id", "dataset"):
+        for i, value in enumerate(columns[name]):
+            if value == "":
+                yield i, "empty-key", f"column {name}: is empty"
+    for i, task in enumerate(columns["task"]):
+        if task is not None and task not in TASKS:
+            yield i, "bad-task", f"column task: {task!r} is neither {' nor '.join(TASKS)}"
+    for i, split in enumerate(columns["split"]):
+        if split is not None and split not in SPLITS:
+            yield i, "bad-split", f"column split: {split!r} must be one of {', '.join(SPLITS)}"
+    for i, score in enumerate(columns["score"]):
+        if score is not None and not 0 <= score <= 100:  # true for NaN as well
+            yield i, "bad-score", f"column score: {score} is not a number from 0 to 100"
+    for i, (name, embedded) in enumerate(zip(columns["image"], columns["image_bytes"], strict=True)):
+        if not embedded and not name:
+            yield i, "no-image", "column image: neither a path nor image_bytes"
+        elif not embedded and image_path(root, name) is None:
+            yield i, "outside", f"column image: {name!r} leads outside the image root"
+    for name in ("attributes", "meta"):
+        for i, text in enumerate(columns[name]):
+            if text and (said := _not_an_object(text)):
+                yield i, "bad-json", f"column {name}: {said}"
+
+
+def _not_an_object(text: str) -> str | None:
+    try:
+        json_object(text)
+    except ValueError as e:
+        return str(e)
+    return None
+
+
+def reference_of(meta: str | None) -> str | None:
+    """`meta.reference`: the pristine picture that a distorted one was made from. None where there is none."""
+    if not meta or '"reference"' not in meta:
+        return None
+    try:
+        value = json_object(meta).get("reference")
+    except ValueError:  # reported by row_faults
+        return None
+    return str(value) if value not in (None, "") else None
+
+
+@dataclass
+class PoolFacts:
+    """Running facts of one pool. `histogram` (BINS,) int64 over 0-100; `distinct` holds at most FEW + 1 scores."""
+
+    dataset: str
+    task: str
+    split: str
+    rows: int = 0
+    scored: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+    total: float = 0.0
+    squares: float = 0.0
+    rationales: int = 0
+    attributes: int = 0
+    stds: int = 0
+    distinct: set[float] = field(default_factory=set)
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+
+    def add(self, scores: list[float | None], rationales: int, attributes: int, stds: int) -> None:
+        """Rows of this pool: their scores and how many of them have a rationale, attributes, a score_std."""
+        self.rows += len(scores)
+        self.rationales, self.attributes = self.rationales + rationales, self.attributes + attributes
+        self.stds += stds
+        valid = np.array([s for s in scores if s is not None and 0 <= s <= 100], np.float64)
+        if not len(valid):
+            return
+        self.scored += len(valid)
+        self.low, self.high = min(self.low, float(valid.min())), max(self.high, float(valid.max()))
+        self.total, self.squares = self.total + float(valid.sum()), self.squares + float((valid**2).sum())
+        self.histogram += np.histogram(valid, BINS, (0, 100))[0]
+        if len(self.distinct) <= FEW:
+            self.distinct.update(np.unique(valid)[: FEW + 1].tolist())
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset} {self.task} {self.split}"
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.scored if self.scored else math.nan
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation of the scores, in points."""
+        return math.sqrt(max(0.0, self.squares / self.scored - self.mean**2)) if self.scored else math.nan
+
+    def suspicions(self) -> Iterator[tuple[str, str]]:
+        """(code, message) of what a scale gone wrong, or a constant column, would look like."""
+        if self.scored < 2:
+            return
+        if self.high == self.low:
+            yield "scores-constant", f"all {self.scored:,} scores are {self.low:g}"
+        elif self.scored >= FEW_ROWS and self.high - self.low <= NARROW:
+            yield "scores-narrow", f"all scores lie in {self.low:g}-{self.high:g}: was the right raw range declared?"
+        if self.scored >= FEW_ROWS and 1 < len(self.distinct) <= FEW:
+            shown = ", ".join(f"{s:g}" for s in sorted(self.distinct))
+            yield "scores-few", f"only {len(self.distinct)} distinct scores in {self.scored:,} rows: {shown}"
+
+    def as_json(self) -> dict[str, Any]:
+        keys = ("dataset", "task", "split", "rows", "rationales", "attributes")
+        scores = {"score_min": self.low, "score_max": self.high, "score_mean": self.mean, "score_std": self.std}
+        shown = {k: round(v, 4) if math.isfinite(v) else None for k, v in scores.items()}
+        return {k: getattr(self, k) for k in keys} | {"with_score_std": self.stds} | shown

@@ -1,0 +1,220 @@
+"""`tatar-dist data show`: the pools of a manifest, and a contact sheet of some of its pictures.
+
+In: a manifest. Out: `Shown`, and a PNG on which each picture stands above its sample id, score, task and the first
+words of its rationale; a picture that does not decode is shown as such. Texts and scores are streamed; pictures are
+read only for the rows shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tatar_dist.data.checks.rows import PoolFacts
+from tatar_dist.data.images import UnreadableImage, decode_image
+from tatar_dist.data.manifest import Manifest, image_path, read_manifest
+from tatar_dist.errors import UserError
+from tatar_dist.run.files import probe, written_whole
+
+SORTS = ("score", "random", "row")
+SCALE = 2  # pixels a point, so that small type is crisp
+TILE, CAPTION, GAP, MARGIN = 190, 74, 18, 28  # points
+ACROSS = 6
+LARGER = 4  # times that a small picture is enlarged at most
+PAPER, TILE_PAPER, INK, QUIET, RED = "#ffffff", "#f3f5f7", "#22303c", "#71808c", "#b8433b"
+TASK_INK = {"iqa": "#2f6f94", "iaa": "#a9701f"}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What `show` found. `images`: in words, where the pictures lie. `chosen`: the rows on the sheet.
+
+    absent: how many of those name a picture file that is not there.
+    """
+
+    path: Path
+    rows: int
+    pools: list[PoolFacts]
+    images: str
+    chosen: list[int]
+    broken: int
+    absent: int
+    sheet: Path
+
+    def as_json(self) -> dict[str, Any]:
+        texts = {"path": str(self.path), "rows": self.rows, "images": self.images, "sheet": str(self.sheet)}
+        numbers = {"shown": self.chosen, "broken": self.broken, "absent": self.absent}
+        return texts | numbers | {"pools": [p.as_json() for p in self.pools]}
+
+
+def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path, image_root: Path | None = None) -> Shown:
+    """Look through a manifest and draw `n` of its rows. image_root: where image paths start, whatever the file says.
+
+    Raises UserError for an unknown `sort`, a `dataset` that is not there, a manifest without rows, or a wrong one, and
+    for a sheet that cannot be written.
+    """
+    if sort not in SORTS:
+        raise UserError(f"--sort {sort}: must be one of {', '.join(SORTS)}")
+    probe(sheet)
+    manifest = read_manifest(path, image_root)
+    try:
+        pools, rows, scores = _survey(manifest, dataset)
+    except UnicodeDecodeError:  # in a column that reading did not look at
+        raise UserError(f"{path}: text that is not UTF-8: tatar-dist data validate {path} names the rows") from None
+    if not len(rows):
+        there = ", ".join(sorted({p.dataset for p in manifest.pools}))
+        raise UserError(f"{path}: " + (f"no row of data set {dataset!r}; it has {there}" if there else "has no rows"))
+    chosen = chosen_rows(rows, scores, n, sort)
+    page, broken = drawn_sheet(manifest, chosen, f"{len(chosen)} of {len(rows):,} rows, {_ORDER[sort]}")
+    with written_whole(sheet) as place:
+        page.save(place, "PNG")
+    where = "pictures in the rows" if manifest.embedded else f"pictures in {manifest.image_root}"
+    absent = sum(_is_absent(manifest, manifest.row(i)) for i in chosen) if broken else 0
+    return Shown(path, len(manifest), pools, where, chosen, broken, absent, sheet)
+
+
+def _is_absent(manifest: Manifest, row: dict[str, Any]) -> bool:
+    """Whether a row names a file inside the image root that is not there."""
+    if row["image_bytes"] is not None or not row["image"]:
+        return False
+    place = image_path(manifest.image_root, row["image"])
+    return place is not None and not place.is_file()
+
+
+_ORDER = {"score": "from the lowest score to the highest", "random": "at random", "row": "in the order of the file"}
+
+
+def _survey(manifest: Manifest, dataset: str | None) -> tuple[list[PoolFacts], np.ndarray, np.ndarray]:
+    """Facts of all pools; row numbers and scores of the data set wanted."""
+    columns = ("dataset", "task", "split", "score", "score_std", "rationale", "attributes")
+    facts: dict[tuple[str, str, str], PoolFacts] = {}
+    rows, scores = [np.zeros(0, np.int64)], [np.zeros(0)]
+    for first, table in manifest.tables(columns):
+        values = {name: table.column(name).to_pylist() for name in columns}
+        keys = list(zip(values["dataset"], values["task"], values["split"], strict=True))
+        for key in dict.fromkeys(keys):
+            mine = [i for i, k in enumerate(keys) if k == key]
+            facts.setdefault(key, PoolFacts(*key)).add(
+                [values["score"][i] for i in mine],
+                sum(bool((values["rationale"][i] or "").strip()) for i in mine),
+                sum(values["attributes"][i] not in (None, "", "{}") for i in mine),
+                sum(values["score_std"][i] is not None for i in mine),
+            )
+            if dataset in (None, key[0]):
+                rows.append(first + np.array(mine))
+                scores.append(np.array([values["score"][i] for i in mine], np.float64))
+    return list(facts.values()), np.concatenate(rows), np.concatenate(scores)
+
+
+def chosen_rows(rows: np.ndarray, scores: np.ndarray, n: int, sort: str) -> list[int]:
+    """At most `n` rows. score: evenly spaced in rank, lowest first; random: the same at every call; row: the first."""
+    if sort == "random":
+        order = np.random.default_rng(0).permutation(len(rows))[:n]
+    elif sort == "row":
+        order = np.argsort(rows, kind="stable")[:n]
+    else:
+        ranked = np.lexsort((rows, scores))
+        order = ranked[np.unique(np.linspace(0, len(rows) - 1, min(n, len(rows))).round().astype(int))]
+    return [int(r) for r in rows[order]]
+
+
+@cache
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib carries: it has the letters of most scripts. `size` in points."""
+    import matplotlib
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size * SCALE)
+
+
+def _fitted(text: str, font: ImageFont.FreeTypeFont, width: float, middle: bool = False) -> str:
+    """The text, or as much of it as fits with an ellipsis: at its end, or in the middle (ids differ at their ends)."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    for kept in range(min(len(text), 200), 0, -1):
+        front = (kept + 1) // 2 if middle else kept
+        shown = text[:front].rstrip() + "…" + (text[len(text) - (kept - front) :] if kept > front else "")
+        if font.getlength(shown) <= width:
+            return shown
+    return "…"
+
+
+def _lines(text: str, font: ImageFont.FreeTypeFont, width: float, count: int) -> list[str]:
+    """The first words of a text on `count` lines."""
+    words, lines = text.split()[:80], [""]
+    for k, word in enumerate(words):
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        elif len(lines) < count:
+            lines.append(word)
+        else:
+            lines[-1] = " ".join([lines[-1], *words[k:]])
+            break
+    return [_fitted(line, font, width) for line in lines if line]
+
+
+def drawn_sheet(manifest: Manifest, chosen: Sequence[int], subtitle: str) -> tuple[Image.Image, int]:
+    """The contact sheet (RGB), and how many of its pictures are broken."""
+    across = min(ACROSS, len(chosen))
+    down = -(-len(chosen) // across)
+    head = 58
+    width = 2 * MARGIN + max(across, 3) * (TILE + GAP) - GAP
+    height = head + MARGIN + down * (TILE + CAPTION + GAP)
+    page = Image.new("RGB", (width * SCALE, height * SCALE), PAPER)
+    pen = ImageDraw.Draw(page)
+    room = (width - 2 * MARGIN) * SCALE
+    pen.text((MARGIN * SCALE, 16 * SCALE), _fitted(manifest.path.name, _font(16, True), room), INK, _font(16, True))
+    pen.text((MARGIN * SCALE, 37 * SCALE), _fitted(subtitle, _font(10), room), QUIET, _font(10))
+    broken = 0
+    for k, row in enumerate(chosen):
+        x = (MARGIN + k % across * (TILE + GAP)) * SCALE
+        y = (head + k // across * (TILE + CAPTION + GAP)) * SCALE
+        values = manifest.row(row)
+        try:
+            picture = decode_image(manifest.image(values, row), values["sample_id"])
+        except (UnreadableImage, UserError) as e:
+            broken += 1
+            _draw_broken(pen, x, y, str(e).removeprefix(f"{manifest.path}: ").removeprefix(f"{values['sample_id']}: "))
+        else:
+            _paste(page, picture, x, y)
+        _draw_caption(pen, x, y + (TILE + 6) * SCALE, values)
+    return page, broken
+
+
+def _paste(page: Image.Image, picture: Image.Image, x: int, y: int) -> None:
+    """The picture in the middle of its tile, as large as fits, but enlarged at most `LARGER` times."""
+    side = TILE * SCALE
+    factor = min(side / picture.width, side / picture.height, LARGER)
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    picture = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0 if factor < 1 else None)
+    ImageDraw.Draw(page).rectangle((x, y, x + side - 1, y + side - 1), TILE_PAPER)
+    page.paste(picture, (x + (side - size[0]) // 2, y + (side - size[1]) // 2))
+
+
+def _draw_broken(pen: ImageDraw.ImageDraw, x: int, y: int, why: str) -> None:
+    side, inset = TILE * SCALE, 12 * SCALE
+    pen.rectangle((x, y, x + side - 1, y + side - 1), "#fbf1f0", RED, SCALE)
+    pen.text((x + inset, y + inset), "cannot be read", RED, _font(11, True))
+    for k, line in enumerate(_lines(why, _font(9), side - 2 * inset, 8)):
+        pen.text((x + inset, y + inset + (22 + 14 * k) * SCALE), line, INK, _font(9))
+
+
+def _draw_caption(pen: ImageDraw.ImageDraw, x: int, y: int, values: dict[str, Any]) -> None:
+    side = TILE * SCALE
+    score, task = f"{values['score']:.1f}", values["task"]
+    pen.text((x, y), score, INK, _font(13, True))
+    at = x + _font(13, True).getlength(score) + 8 * SCALE
+    pen.text((at, y + 3 * SCALE), task, TASK_INK.get(task, QUIET), _font(10, True))
+    at += _font(10, True).getlength(task) + 8 * SCALE
+    name = _fitted(values["sample_id"], _font(9), x + side - at, middle=True)
+    pen.text((x + side - _font(9).getlength(name), y + 4 * SCALE), name, QUIET, _font(9))
+    for k, line in enumerate(_lines(values["rationale"] or "no rationale", _font(9), side, 3)):
+        pen.text((x, y + (22 + 13 * k) * SCALE), line, INK if values["rationale"] else QUIET, _font(9))

@@ -1,0 +1,246 @@
+"""`tatar-dist data validate`: looks at every row and decodes every picture of one or more manifests.
+
+In: manifests. Out: a `Validation`: what is wrong by row (streamed to `M.problems.jsonl`), what the pools look like,
+which rows a clean manifest would keep. Memory: 37 bytes a row, plus what is in flight: two batches of at most 32 MiB
+of embedded pictures, and decoded pictures of as many pixels as `_Room` has (images.MAX_PIXELS says what a pixel costs).
+
+Threads, not processes: Pillow lets go of Python's lock while it decodes, threads start at once and need no pickling
+(`tatar-dist bench images` has the figures). The main thread reads the next batch while the workers decode this one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tatar_dist.data.checks.compare import compare
+from tatar_dist.data.checks.problem_log import Problem, problem_log
+from tatar_dist.data.checks.rows import Columns, PoolFacts, reference_of, row_faults
+from tatar_dist.data.checks.validation import Checked, Rows, Validation, batches, open_source, values_of
+from tatar_dist.data.images import MAX_PIXELS, ImageFacts, inspect_image
+from tatar_dist.data.manifest import image_path
+from tatar_dist.data.schema import SCHEMA
+from tatar_dist.errors import UserError
+from tatar_dist.run.files import probe
+
+CHUNK = 4  # pictures a worker takes at a time
+WORKER_PIXELS = 25_000_000  # decoded at once, for each worker: a picture of a usual camera
+SIZES = 20_000  # picture sizes kept for the plot, a fair sample of all
+
+Item = memoryview | Path | None  # embedded bytes, a file, or a row that names neither
+Looked = tuple[ImageFacts, bytes]  # and the 16-byte hash of the encoded bytes
+
+
+def validate(
+    paths: Sequence[Path],
+    output: Path | None = None,
+    workers: int | None = None,
+    watch: Callable[[int, int], None] = lambda done, total: None,
+    images: Path | None = None,
+) -> Validation:
+    """Check all rows and pictures; leaves `M.problems.jsonl` beside each manifest, or in `output`.
+
+    workers: decoding threads, by default one a core this process may use. watch(done, total): called as rows pass.
+    images: where image paths start, instead of what the manifests say.
+    Raises UserError for files that are no manifests at all, two of one name, or reports that cannot be written.
+    """
+    opened = [(Path(p), *open_source(Path(p), images)) for p in paths]
+    names = Counter((output or p.parent, p.stem) for p, _, _ in opened)
+    if clash := [stem for (_, stem), n in names.items() if n > 1]:
+        raise UserError(f"{clash[0]}: given twice, or two manifests of this name would write the same report")
+    workers = workers or len(os.sched_getaffinity(0))
+    total = sum(file.metadata.num_rows for _, file, _ in opened)
+    rows, checked = Rows.of(total), []
+    with ExitStack() as stack:
+        first = 0
+        for path, file, root in opened:
+            for suffix in ("validate.md", "validate.png"):  # known before hours of decoding
+                probe((output or path.parent) / f"{path.stem}.{suffix}")
+            log = stack.enter_context(problem_log((output or path.parent) / f"{path.stem}.problems.jsonl"))
+            checked.append(Checked(path, root, file.metadata.num_rows, first, log))
+            first += file.metadata.num_rows
+        watch(0, total)
+        with _Workers(workers) as pool:
+            for manifest, (_, file, _) in zip(checked, opened, strict=True):
+                with file:
+                    _check_manifest(manifest, file, rows, pool, lambda done: watch(done, total))
+        for manifest in checked:
+            for facts in manifest.pools.values():
+                for code, message in facts.suspicions():
+                    manifest.log.add(Problem(None, None, code, f"{facts.name}: {message}"))
+        return Validation(checked, compare(checked, rows))
+
+
+class _Workers:
+    """A thread pool that stops at the next picture when the block is left early, by Ctrl-C for one."""
+
+    def __init__(self, workers: int) -> None:
+        self._pool, self._stop = ThreadPoolExecutor(workers, "decode"), threading.Event()
+        self._room = _Room(max(MAX_PIXELS, workers * WORKER_PIXELS))
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def look_at(self, items: list[Item]) -> list[Future[list[Looked]]]:
+        return [self._pool.submit(self._look, items[k : k + CHUNK]) for k in range(0, len(items), CHUNK)]
+
+    def _look(self, items: list[Item]) -> list[Looked]:
+        return [look_at(item, self._room.taken) for item in items if not self._stop.is_set()]
+
+
+class _Room:
+    """So many pixels may be decoded at once. Large pictures wait for each other; usual ones never do."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free, self._changed = pixels, threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Waits until there is room. A large picture waits at most for all small ones of two batches."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+def look_at(item: Item, room: Callable[[int], AbstractContextManager[None]] = lambda pixels: nullcontext()) -> Looked:
+    """Read, hash and decode one picture. The hash is empty where there are no bytes. `room`: see inspect_image."""
+    if item is None:
+        return ImageFacts(problem="no-image"), b""  # row_faults has said so
+    try:
+        data = _file_bytes(item) if isinstance(item, Path) else item
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+        return ImageFacts(problem="missing", message=f"{item}: {getattr(e, 'strerror', None) or e}"), b""
+    return inspect_image(data, room), hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _file_bytes(path: Path) -> bytes:
+    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+        raise OSError("not a regular file")
+    return path.read_bytes()
+
+
+_Batch = tuple[int, Columns, set[int], list["Future[list[Looked]]"]]
+
+
+def _check_manifest(
+    manifest: Checked, file: pq.ParquetFile, rows: Rows, pool: _Workers, watch: Callable[[int], None]
+) -> None:
+    rng = np.random.default_rng(0)
+    waiting: _Batch | None = None
+    try:
+        for batch in _submitted(manifest, file, rows, pool):  # the workers never wait for the next batch to be read
+            if waiting:
+                _record(manifest, rows, waiting, rng, watch)
+            waiting = batch
+    except (pa.ArrowException, OSError) as e:
+        raise UserError(f"{manifest.path}: damaged Parquet file: {str(e).splitlines()[0]}") from None
+    if waiting:
+        _record(manifest, rows, waiting, rng, watch)
+
+
+def _submitted(manifest: Checked, file: pq.ParquetFile, rows: Rows, pool: _Workers) -> Iterator[_Batch]:
+    """Check the light columns of each batch and hand its pictures to the workers."""
+    start = manifest.first
+    for table in batches(file, SCHEMA.names):
+        embedded = table.column("image_bytes").combine_chunks()
+        values = {n: values_of(table.column(n)) for n in SCHEMA.names if n != "image_bytes"}
+        columns: Columns = {n: found for n, (found, _) in values.items()}
+        columns["image_bytes"] = embedded.is_valid().to_pylist()
+        for i in values["image"][1]:
+            columns["image"][i] = None  # no name of a file; it is a fault as it is
+        items: list[Item] = [
+            memoryview(embedded[i].as_buffer()) if there else image_path(manifest.root, name) if name else None
+            for i, (there, name) in enumerate(zip(columns["image_bytes"], columns["image"], strict=True))
+        ]
+        futures = pool.look_at(items)
+        manifest.files += sum(isinstance(item, Path) for item in items)
+        wrong = set()
+        not_text = (
+            (i, "bad-text", f"column {n}: {found[i]!r} is not UTF-8") for n, (found, bad) in values.items() for i in bad
+        )
+        for i, code, message in chain(not_text, row_faults(columns, manifest.root)):
+            manifest.log.add(Problem(start - manifest.first + i, columns["sample_id"][i], code, message))
+            wrong.add(i)
+        _note_rows(manifest, rows, start, columns)
+        yield start, columns, wrong, futures
+        start += len(table)
+
+
+def _note_rows(manifest: Checked, rows: Rows, start: int, columns: Columns) -> None:
+    """Hashes of ids and references, and the facts of the pools that a batch belongs to."""
+    keys = list(zip(*(columns[n] for n in ("dataset", "task", "split")), strict=True))
+    for i, name in enumerate(columns["sample_id"]):
+        rows.ident[start + i] = 0 if name is None else hash(name) or 1
+        if reference := reference_of(columns["meta"][i]):
+            rows.reference[start + i] = hash((columns["dataset"][i], reference)) or 1
+    for key in dict.fromkeys(keys):
+        if key not in rows.pools:
+            rows.pools.append(key)
+        code = rows.pools.index(key)
+        mine = [i for i, k in enumerate(keys) if k == key]
+        rows.pool[start + np.array(mine)] = code
+        facts = manifest.pools.setdefault(code, PoolFacts(str(key[0]), str(key[1]), str(key[2])))
+        texts = sum(bool((columns["rationale"][i] or "").strip()) for i in mine)
+        told = sum(columns["attributes"][i] not in (None, "", "{}") for i in mine)
+        facts.add(
+            [columns["score"][i] for i in mine], texts, told, sum(columns["score_std"][i] is not None for i in mine)
+        )
+
+
+def _record(
+    manifest: Checked, rows: Rows, batch: _Batch, rng: np.random.Generator, watch: Callable[[int], None]
+) -> None:
+    """Wait for the pictures of a batch and note what they are."""
+    start, columns, wrong, futures = batch
+    rows.unusable[[start + i for i in wrong]] = True
+    at = start
+    for future in futures:
+        for facts, digest in future.result():
+            sample = columns["sample_id"][at - start]
+            if facts.problem not in (None, "no-image"):
+                manifest.log.add(Problem(at - manifest.first, sample, facts.problem or "", facts.message))
+            elif "extreme-aspect" in facts.notes:
+                said = f"{facts.width} x {facts.height} pixels: longer than 200 times its shorter side"
+                manifest.log.add(Problem(at - manifest.first, sample, "extreme-aspect", said))
+            if facts.problem or "extreme-aspect" in facts.notes:
+                rows.unusable[at] = True
+            else:
+                rows.picture[at] = np.frombuffer(digest, np.uint64)
+            manifest.absent += facts.problem == "missing" and not digest
+            manifest.notes.update(facts.notes)
+            if facts.format:
+                manifest.formats[facts.format] += 1
+            if not facts.problem:
+                _sample(manifest.sizes, (facts.width, facts.height), at - manifest.first, rng)
+            at += 1
+        watch(at)
+
+
+def _sample(kept: list[tuple[int, int]], size: tuple[int, int], seen: int, rng: np.random.Generator) -> None:
+    """Reservoir sampling (Vitter's algorithm R): each size is kept with the same probability."""
+    if len(kept) < SIZES:
+        kept.append(size)
+    elif (place := int(rng.integers(0, seen + 1))) < SIZES:
+        kept[place] = size

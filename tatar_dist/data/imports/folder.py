@@ -1,0 +1,130 @@
+"""Which files lie under the images directory, and which of them an annotation's image name means.
+
+In: a directory and names. Out: paths relative to it, or why there is none. The tree is listed once with `os.scandir`;
+a link that leads nowhere is no image, nor is a pipe, which whoever opens it would wait for. Names are compared exactly,
+in their case too, whatever the file system would forgive: a data set moves between machines. A bare name that lies in
+one sub-directory only is found there (PIPAL's labels name files that way).
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import unicodedata
+from collections import defaultdict
+from functools import cached_property
+from pathlib import Path
+
+from tatar_dist.data.imports.annotations import Bad
+from tatar_dist.errors import UserError
+
+# Control, format (it may turn the direction of what follows), half a character, line and paragraph separators. Blanks
+# of any width and characters newer than this Python's tables are like others.
+_UNSEEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+
+
+def path_fault(name: str) -> str | None:
+    """Why a name cannot be a path inside a directory, or None. Names use `/`."""
+    if "\\" in name:
+        return "has a backslash; paths use /"
+    if name.startswith("/") or name[1:2] == ":":
+        return "is an absolute path; it must be relative to --images"
+    if not name.isprintable() and any(unicodedata.category(c) in _UNSEEN for c in name):
+        return "has a character that does not print"
+    if ".." in name or "/" in name or name == ".":
+        parts = name.split("/")
+        if ".." in parts:
+            return "leads out of --images by '..'"
+        if "" in parts or "." in parts:
+            return "has an empty part or '.' in its path"
+    return None
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """What an entry of a directory is, links followed; a link costs a look at its end, another entry none."""
+    try:
+        if entry.is_dir():
+            return "directory"
+        if entry.is_file():
+            return "file"
+        return "pipe, socket or device" if os.path.exists(entry.path) else "broken link"
+    except OSError:  # links in a circle, or into a directory that may not be entered
+        return "broken link"
+
+
+class ImageFolder:
+    """The files under `root`, listed once. Raises UserError when it is no directory or cannot be listed."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.files: set[str] = set()
+        self.unusable: dict[str, Bad] = {}  # entries that are neither file nor directory
+        if not os.path.isdir(root):  # unlike Path.is_dir, no error for a name that is too long
+            raise UserError(f"--images {root}: no such directory")
+        visited: set[str] = set()
+        pending = [("", str(root))]
+        while pending:
+            prefix, directory = pending.pop()
+            real = os.path.realpath(directory)
+            if real in visited:  # a link back up would never end
+                continue
+            visited.add(real)
+            try:
+                with os.scandir(directory) as entries:
+                    for entry in entries:
+                        path, kind = prefix + entry.name, _kind(entry)
+                        if kind == "directory":
+                            pending.append((f"{path}/", entry.path))
+                        elif kind == "file":
+                            self.files.add(path)
+                        else:
+                            self.unusable[path] = Bad(kind, f"image {path!r} is a {kind}")
+            except OSError as e:
+                raise UserError(f"--images {directory}: cannot list it: {e.strerror or e}") from None
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = defaultdict(list)
+        for path in (*self.files, *self.unusable):
+            found[posixpath.basename(path)].append(path)
+        return found
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = defaultdict(list)
+        for path in self.files:
+            found[posixpath.splitext(posixpath.basename(path))[0].casefold()].append(path)
+        return found
+
+    def find(self, name: str) -> str | Bad:
+        """The path that `name` means, or why it means none; a near miss is named."""
+        if name in self.files:
+            return name
+        if name in self.unusable:
+            return self.unusable[name]
+        base = posixpath.basename(name)
+        if base == name:
+            there = self._by_name.get(name, [])
+            if len(there) == 1:
+                return self.unusable.get(there[0], there[0])
+            if there:
+                text = f"image {name!r} lies in several directories ({', '.join(sorted(there)[:2])}); name its path"
+                return Bad("missing image", text)
+        text = f"image {name!r} is not in {self.root}"
+        near = sorted(self._by_stem.get(posixpath.splitext(base)[0].casefold(), []))
+        same = [n for n in near if posixpath.basename(n).casefold() == base.casefold()]
+        if same:
+            # The same letters: another case, or another directory.
+            how = "another directory" if posixpath.basename(same[0]) == base else "another case"
+            return Bad("missing image", f"{text}; there is {same[0]!r} ({how})")
+        if near:
+            return Bad("missing image", f"{text}; there is {near[0]!r} (another extension)")
+        return Bad("missing image", text)
+
+    def find_all(self, names: list[str]) -> tuple[list[str], dict[int, Bad]]:
+        """Paths of all names ("" where there is none) and the reasons by position."""
+        if self.files.issuperset(names):
+            return names, {}
+        found = [name if name in self.files else self.find(name) for name in names]
+        bad = {i: path for i, path in enumerate(found) if isinstance(path, Bad)}
+        return ["" if isinstance(path, Bad) else path for path in found], bad

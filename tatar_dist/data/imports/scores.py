@@ -1,0 +1,278 @@
+"""Columns of an annotation file judged and turned into numbers: raw scores, spreads, votes, splits, texts.
+
+In: a `RawFile`. Out: `Scored`, arrays of n rows, and for every row that cannot be used the reason (`bad`). Values are
+checked in whole columns; single values are looked at only where a column fails. A number is a decimal number: no
+underscores, no other digits, no NaN or infinity, in JSON and Excel no text and no true or false.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tatar_dist.data.imports.annotations import MISSING, Bad, Formula, RawFile, json_type
+from tatar_dist.data.imports.attributes import in_order, is_text
+from tatar_dist.data.registry import Format, Range
+from tatar_dist.errors import UserError
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_NUMBER_LETTERS = frozenset("0123456789+-.eE \t")
+MOST_VOTES = 1e9  # per value; a count beyond it is no count, and sums stay exact
+
+
+@dataclass
+class Scored:
+    """One file's rows. `raw`, `std` (n,) float64 in raw units, NaN where bad; `votes` (n, k) int64, 0 where bad."""
+
+    file: str
+    kind: str
+    format: Format
+    where: Callable[[int], str]
+    image: list[str]
+    raw: np.ndarray
+    std: np.ndarray | None
+    votes: np.ndarray | None
+    worker: list[str] | None
+    split: list[str] | None
+    rationale: list[str] | None
+    attributes: list[dict[str, str]] | None
+    bad: dict[int, Bad]
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+
+def to_score(raw: np.ndarray, scale: Range, lower_is_better: bool = False) -> np.ndarray:
+    """(n,) raw values inside the declared range -> (n,) scores on 0-100, linear, flipped if lower is better."""
+    above = scale.high - raw if lower_is_better else raw - scale.low
+    return np.clip(above * scale.points, 0.0, 100.0)  # clip: the product may miss 100 by a rounding
+
+
+def judge(file: RawFile) -> Scored:
+    """Every used column checked; rows that fail are in `bad`, each with its first fault."""
+    fmt, bad = file.format, file.bad
+    image = _texts(file, fmt.image)
+    for column, kind in zip(fmt.columns, fmt.types or (), strict=False):
+        if kind == "integer" and column in file.columns:
+            _check_integers(file, column)
+    if fmt.image_pattern != "{}":
+        image = [fmt.image_pattern.replace("{}", name) for name in image]
+    votes = _votes(file) if fmt.votes else None
+    if fmt.score is not None:
+        raw = _numbers(file, fmt.score)
+    else:
+        assert votes is not None  # the registry demands score or votes
+        raw = _mean(votes, np.array([value for _, value in fmt.votes]))
+        for i in np.flatnonzero(np.isnan(raw)):
+            bad.setdefault(int(i), Bad("no votes", "all vote counts are 0"))
+    outside = ~((raw >= fmt.range.low) & (raw <= fmt.range.high)) & ~np.isnan(raw)
+    for i in np.flatnonzero(outside):
+        text = f"{_told(file)}{raw[i]:.10g} is outside {fmt.range}, the range of format {fmt.name}"
+        bad.setdefault(int(i), Bad("out of range", text))
+    raw = np.where(outside, np.nan, raw)
+    if fmt.worker:
+        for i in np.flatnonzero((raw != np.floor(raw)) & ~np.isnan(raw)):
+            bad.setdefault(int(i), Bad("wrong type", f"{_told(file)}{raw[i]:g} is no whole rating"))
+    return Scored(
+        file=file.file,
+        kind=file.kind,
+        format=fmt,
+        where=file.where,
+        image=image,
+        raw=raw,
+        std=_spread(file, votes),
+        votes=votes,
+        worker=_texts(file, fmt.worker) if fmt.worker else None,
+        split=_splits(file) if fmt.split else None,
+        rationale=_texts(file, fmt.rationale) if fmt.rationale else None,
+        attributes=_attributes(file) if fmt.attributes else None,
+        bad=bad,
+    )
+
+
+def _told(file: RawFile) -> str:
+    return f"{file.label(file.format.score)}: " if file.format.score else "the mean of the votes, "
+
+
+def _texts(file: RawFile, column: str) -> list[str]:
+    """Stripped, non-empty text; "" where the row is bad."""
+    values = file.columns[column]
+    if not set(map(type, values)) <= {str}:
+        values = [v if type(v) is str else _refuse(file, i, column, v, "text") for i, v in enumerate(values)]
+    found = [v.strip() for v in values]
+    if not all(found):
+        for i, v in enumerate(found):
+            if not v:
+                file.bad.setdefault(i, Bad("empty value", f"{file.label(column)} is empty"))
+    if not is_text("".join(found)):
+        for i, v in enumerate(found):
+            if not is_text(v):
+                file.bad.setdefault(i, Bad("wrong type", f"{file.label(column)}: {short(v)} holds half a character"))
+    return found
+
+
+_INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
+
+
+def _check_integers(file: RawFile, column: str) -> None:
+    values = file.columns[column]
+    together = "".join(values)
+    if together.isascii() and together.isdigit() and all(values):
+        return
+    for i, value in enumerate(values):
+        if not _INTEGER.fullmatch(value.strip()):
+            file.bad.setdefault(i, Bad("wrong type", f"{file.label(column)}: {short(value)} is no whole number"))
+
+
+def _refuse(file: RawFile, i: int, column: str, value: Any, wanted: str) -> str:
+    file.bad.setdefault(i, _wrong(file.label(column), value, wanted))
+    return ""
+
+
+def _wrong(label: str, value: Any, wanted: str) -> Bad:
+    if value is MISSING:
+        return Bad("missing key", f"{label} is missing")
+    if value is None:
+        return Bad("empty value", f"{label} is empty")
+    if isinstance(value, Formula):
+        text = f"{label} holds the formula {value} without a stored result; save the sheet with values"
+        return Bad("formula", text)
+    if isinstance(value, bool | int | float | str | list | dict):
+        shown = f" ({short(value)})" if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+        return Bad("wrong type", f"{label} is {json_type(value)}{shown}, must be {wanted}")
+    return Bad("wrong type", f"{label} is a {type(value).__name__} ({value}), must be {wanted}")
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it: one line, at most 60 characters, quoted if it is text."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = "an integer of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _numbers(file: RawFile, column: str) -> np.ndarray:
+    """(n,) float64, NaN where the row is bad."""
+    values = file.columns[column]
+    written = file.kind in ("csv", "text")
+    try:
+        if written:
+            if _NUMBER_LETTERS.issuperset("".join(values)):
+                found = np.array(list(map(float, values)))
+                if np.isfinite(found).all():
+                    return found
+        elif set(map(type, values)) <= {int, float}:
+            found = np.array(values, dtype=np.float64)
+            if np.isfinite(found).all():
+                return found
+    except (ValueError, OverflowError):
+        pass  # a value that is no number, or an integer beyond float: found below, one by one
+    found = np.full(len(values), np.nan)
+    for i, value in enumerate(values):
+        one = _number(file.label(column), value, written)
+        if isinstance(one, Bad):
+            file.bad.setdefault(i, one)
+        else:
+            found[i] = one
+    return found
+
+
+def _number(label: str, value: Any, written: bool) -> float | Bad:
+    if written:
+        text = value.strip()
+        if not text:
+            return Bad("empty value", f"{label} is empty")
+        if not _NUMBER.fullmatch(text):
+            special = text.lstrip("+-").casefold() in ("nan", "inf", "infinity", "na", "n/a", "null", "none")
+            return Bad("not finite" if special else "wrong type", f"{label}: {short(text)} is no number")
+        value = float(text)
+    elif type(value) not in (int, float):
+        return _wrong(label, value, "a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        return Bad("not finite", f"{label}: {short(value)} is no finite number")
+    return number
+
+
+def _votes(file: RawFile) -> np.ndarray:
+    fmt = file.format
+    names = [name for name, _ in fmt.votes]
+    counts = np.stack([_numbers(file, name) for name in names], axis=1)
+    if fmt.votes_total:
+        counts = counts * _numbers(file, fmt.votes_total)[:, None]  # shares of the total
+    slack = 0.01 if fmt.votes_total else 0.0
+    whole = np.round(counts)
+    with np.errstate(invalid="ignore"):
+        wrong = ~((whole >= 0) & (whole <= MOST_VOTES) & (np.abs(counts - whole) <= slack)) & ~np.isnan(counts)
+    for i, k in zip(*np.nonzero(wrong), strict=True):
+        made = f" of {fmt.votes_total}" if fmt.votes_total else ""
+        text = f"column {names[k]}{made} is {counts[i, k]:.10g}, which is no count of votes"
+        file.bad.setdefault(int(i), Bad("wrong type", text))
+    usable = ~(wrong | np.isnan(counts)).any(axis=1)
+    return np.where(usable[:, None], whole, 0.0).astype(np.int64)
+
+
+def _mean(votes: np.ndarray, values: np.ndarray) -> np.ndarray:
+    total = votes.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (votes @ values) / total
+
+
+def _spread(file: RawFile, votes: np.ndarray | None) -> np.ndarray | None:
+    """(n,) standard deviation in units of the format's range: its own column, else that of the votes.
+
+    None too for votes beside a score column, whose scale may be another than theirs.
+    """
+    fmt = file.format
+    if fmt.std is not None:
+        assert fmt.std_range is not None
+        std = _numbers(file, fmt.std)
+        most = fmt.std_range.high - fmt.std_range.low
+        for i in np.flatnonzero(~((std >= 0) & (std <= most)) & ~np.isnan(std)):
+            text = f"column {fmt.std}: {std[i]:.10g} is no standard deviation on {fmt.std_range}"
+            file.bad.setdefault(int(i), Bad("out of range", text))
+        return std * fmt.std_range.points / fmt.range.points
+    if votes is None or fmt.score is not None:
+        return None
+    values = np.array([value for _, value in fmt.votes])
+    mean = _mean(votes, values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        variance = (votes * (values[None, :] - mean[:, None]) ** 2).sum(axis=1) / votes.sum(axis=1)
+    return np.sqrt(variance)
+
+
+def _splits(file: RawFile) -> list[str]:
+    fmt = file.format
+    assert fmt.split is not None and fmt.split_values is not None
+    names = _texts(file, fmt.split)
+    for i, name in enumerate(names):
+        if name and name not in fmt.split_values:
+            known = ", ".join(fmt.split_values)
+            file.bad.setdefault(i, Bad("unknown split", f"column {fmt.split}: {short(name)} is none of {known}"))
+    return [fmt.split_values.get(name, "") for name in names]
+
+
+def _attributes(file: RawFile) -> list[dict[str, str]]:
+    column = file.format.attributes
+    assert column is not None
+    found: list[dict[str, str]] = []
+    for i, value in enumerate(file.columns[column]):
+        if not isinstance(value, dict):
+            file.bad.setdefault(i, _wrong(file.label(column), value, "an object"))
+            found.append({})
+            continue
+        try:
+            found.append(in_order(value))
+        except UserError as e:
+            file.bad.setdefault(i, Bad("attributes", f"{file.label(column)}: {e}"))
+            found.append({})
+    return found

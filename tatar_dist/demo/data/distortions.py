@@ -1,0 +1,169 @@
+"""Technical distortions and the full-reference target of the demo's quality (IQA) half.
+
+Nine families of KADID-10k (Lin, Hosu, Saupe, QoMEX 2019), each with a continuous strength in [0, 1]. The target is
+a full-reference index q in [0, 1] between the distorted and the clean crop, mapped to 0-100 by a fixed monotone
+table. No person rated these crops: the target is a stand-in for a mean opinion score, with known truth.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from tatar_dist.demo.data.scenes import LUMA, SIZE, soften
+
+
+@dataclass(frozen=True)
+class Distortion:
+    family: str
+    strength: float  # [0, 1]
+
+
+def _gaussian_blur(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
+    return soften(x, 0.25 + 2.5 * s**1.3)
+
+
+def _motion_blur(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
+    """A line kernel of continuous length along one of four directions."""
+    dy, dx = ((0, 1), (1, 0), (1, 1), (1, -1))[int(rng.integers(4))]
+    half = (1.0 + 13.0 * s**1.3) / (2 if dy * dx == 0 else 2 * 2**0.5)  # diagonal pixels lie further apart
+    reach = int(np.ceil(half))
+    padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+    out, total = np.zeros_like(x), 0.0
+    for j in range(-reach, reach + 1):
+        weight = float(np.clip(half + 0.5 - abs(j), 0, 1))  # share of pixel j that the line covers
+        if weight > 0:
+            top, left = reach + j * dy, reach + j * dx
+            out += np.float32(weight) * padded[top : top + SIZE, left : left + SIZE]
+            total += weight
+    return out / np.float32(total)
+
+
+def _noise(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
+    return x + np.float32(1.0 + 75.0 * s**1.3) * rng.standard_normal(x.shape, dtype=np.float32)
+
+
+def _jpeg(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(to_uint8(x)).save(buffer, "JPEG", quality=max(2, round(2 + 88 * (1 - s) ** 2.2)))
+    return np.asarray(Image.open(buffer), dtype=np.float32)
+
+
+def _banding(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
+    step = np.float32(4 + 140 * s)
+    return np.round(x / step) * step
+
+
+def _over_exposure(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
+    return x * np.float32(1 + 1.1 * s) + np.float32(95 * s)
+
+
+def _under_exposure(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
+    return x * np.float32(1 - 0.9 * s)
+
+
+def _low_contrast(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
+    return np.float32(128) + np.float32(1 - 0.93 * s) * (x - np.float32(128))
+
+
+def _pixelation(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
+    side = max(10, round(SIZE / (1 + 6 * s**1.5)))
+    small = Image.fromarray(to_uint8(x)).resize((side, side), Image.Resampling.BOX)
+    return np.asarray(small.resize((SIZE, SIZE), Image.Resampling.NEAREST), dtype=np.float32)
+
+
+# In the order a camera and its software would apply them; two distortions are applied in this order.
+FAMILIES: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
+    "over_exposure": _over_exposure,
+    "under_exposure": _under_exposure,
+    "low_contrast": _low_contrast,
+    "gaussian_blur": _gaussian_blur,
+    "motion_blur": _motion_blur,
+    "noise": _noise,
+    "pixelation": _pixelation,
+    "banding": _banding,
+    "jpeg": _jpeg,
+}
+_ORDER = list(FAMILIES)
+_KIND = {
+    "over_exposure": "light",
+    "under_exposure": "light",
+    "low_contrast": "light",
+    "gaussian_blur": "blur",
+    "motion_blur": "blur",
+    "pixelation": "blocks",
+    "jpeg": "blocks",
+}
+
+
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    return np.clip(x + np.float32(0.5), 0, 255).astype(np.uint8)
+
+
+def draw_distortions(rng: np.random.Generator) -> tuple[Distortion, ...]:
+    """One distortion mostly, one in five times a second of another kind, one in ten times next to none."""
+    first = _ORDER[int(rng.integers(len(_ORDER)))]
+    kind = rng.random()
+    strength = rng.uniform(0, 0.08) if kind < 0.1 else rng.random()
+    drawn = [Distortion(first, float(strength))]
+    if kind > 0.8:
+        others = [f for f in _ORDER if _KIND.get(f, f) != _KIND.get(first, first)]
+        drawn.append(Distortion(others[int(rng.integers(len(others)))], float(rng.uniform(0.15, 0.8))))
+    return tuple(sorted(drawn, key=lambda d: _ORDER.index(d.family)))
+
+
+def distort(clean: np.ndarray, distortions: tuple[Distortion, ...], rng: np.random.Generator) -> np.ndarray:
+    """(112, 112, 3) float32 on 0-255 -> uint8, distortions applied in the order given."""
+    x = clean
+    for d in distortions:
+        x = np.clip(FAMILIES[d.family](x, d.strength, rng), 0, 255)
+    return to_uint8(x)
+
+
+def _window(v: np.ndarray, size: int) -> np.ndarray:
+    return ndimage.uniform_filter(v, size, mode="nearest")
+
+
+def _detail(r: np.ndarray, d: np.ndarray) -> tuple[float, float]:
+    """Share of the reference's local detail energy still there, and RMS of detail that it does not explain."""
+    rh, dh = r - _window(r, 7), d - _window(d, 7)
+    energy = rh * rh
+    gain = np.clip((_window(rh * dh, 7) + 2.0) / (np.maximum(_window(energy, 7), 0) + 2.0), 0.0, 1.0)
+    added = dh - gain * rh
+    kept = (float((gain * energy).sum()) + 1.0) / (float(energy.sum()) + 1.0)
+    return kept, float(np.sqrt(np.mean(added * added)))
+
+
+def full_reference(clean: np.ndarray, distorted: np.ndarray) -> float:
+    """Index in [0, 1], 1 = identical, of two (112, 112, 3) images on 0-255, computed on luma.
+
+    q = detail * addition * luminance, each in [0, 1]:
+    detail and addition separate what was lost from what was added, as Li, Zhang, Ma, Ngan ("Image quality assessment
+    by separately evaluating detail losses and additive impairments", TMM 2011) do with wavelets; here in 7x7 windows:
+    high-passed d = g r + a with gain g = clip((cov(r, d) + 2)/(var(r) + 2), 0, 1); detail = sum(g r²)/sum(r²) and
+    addition = K/(K + rms(a)), K = 14 grey levels, both averaged over full and half resolution. Luminance is SSIM's l
+    term (Wang, Bovik, Sheikh, Simoncelli, TIP 2004, eq. 6) on 11x11 means, averaged. Relative loss and absolute
+    addition make q depend little on content, so that it can be judged from the distorted crop alone.
+    """
+    r, d = clean.astype(np.float32) @ LUMA, distorted.astype(np.float32) @ LUMA
+    half = [v.reshape(SIZE // 2, 2, SIZE // 2, 2).mean((1, 3)) for v in (r, d)]
+    (kept1, added1), (kept2, added2) = _detail(r, d), _detail(half[0], half[1])
+    detail, addition = (kept1 + kept2) / 2, 14.0 / (14.0 + (added1 + added2) / 2)
+    mr, md = _window(r, 11), _window(d, 11)
+    luminance = float(np.mean((2 * mr * md + 200.0) / (mr * mr + md * md + 200.0)))
+    return float(np.clip(detail * addition * luminance, 0.0, 1.0))
+
+
+# Set once, near the quantiles 0, .02, .1, .2 ... .9, .98, 1 of q over 1,500 train-split crops; and their scores.
+KNOTS_Q = (0.0, 0.078, 0.154, 0.241, 0.300, 0.375, 0.456, 0.549, 0.650, 0.780, 0.900, 0.967, 1.0)
+KNOTS_SCORE = (0.0, 5.0, 12.5, 22.0, 31.5, 41.0, 50.0, 59.0, 68.5, 78.0, 87.5, 95.0, 100.0)
+
+
+def quality_score(q: float) -> float:
+    """The index on 0-100, by linear interpolation between fixed knots."""
+    return float(np.interp(q, KNOTS_Q, KNOTS_SCORE))

@@ -1,0 +1,184 @@
+"""`make demo`: data, baseline, SFT, GRPO, evaluation, one table and one page, on a laptop's CPU.
+
+The same stages as on a cluster, called one after the other with configs/demo.yaml over the recipes. In: a directory.
+Out: DIR/{data, baseline, sft, sft_eval, grpo, grpo_eval}/, DIR/summary.json, DIR/report.html; with several seeds the
+same in DIR/seed_K on one DIR/data, and the figures of all of them in DIR/figures.md. Run again, it continues: a stage
+whose result is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tatar_dist.assets import CONFIGS, TINY_MODEL
+from tatar_dist.config.load import load_config
+from tatar_dist.config.schema import Config
+from tatar_dist.demo import figures
+from tatar_dist.demo.data.make import make_demo
+from tatar_dist.errors import UserError
+from tatar_dist.scoring.export import model_of
+from tatar_dist.types import SPLITS, TASKS
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything. `budget`: seconds a stage may take on two cores, printed beside what it took."""
+
+    data: dict[str, int]
+    baseline_images: int  # per task; the base model rarely stops by itself, so its answers are long
+    eval_images: int  # per task
+    samples: int  # sampled completions per image, for the reward terms
+    overrides: tuple[str, ...]
+    budget: dict[str, float]
+
+
+FULL = Size(
+    data={"train": 2000, "validation": 300, "test": 1000},
+    baseline_images=64,
+    eval_images=300,
+    samples=2,
+    overrides=(),
+    budget={"data": 30, "baseline": 40, "sft": 240, "sft_eval": 60, "grpo": 360, "grpo_eval": 60},
+)
+SMOKE = Size(
+    data={"train": 200, "validation": 40, "test": 60},
+    baseline_images=8,
+    eval_images=16,
+    samples=1,
+    overrides=("sft.max_steps=50", "sft.eval_every=0", "grpo.max_steps=3", "grpo.eval_every=0"),
+    budget={"data": 10, "baseline": 40, "sft": 75, "sft_eval": 30, "grpo": 50, "grpo_eval": 30},
+)
+
+# name, what the user is told, whose model it starts from (None: the base model)
+STAGES = (
+    ("baseline", "the base model, before any training", None),
+    ("sft", "supervised fine-tuning on rationales and scores", None),
+    ("sft_eval", "held-out photographs after SFT", "sft"),
+    ("grpo", "reinforcement learning with Gaussian and Thurstone rewards", "sft"),
+    ("grpo_eval", "held-out photographs after GRPO", "grpo"),
+)
+
+
+def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = None, seeds: int = 1) -> None:
+    """Run every stage that has no result yet, print the tables, write summary.json and report.html.
+
+    With `seeds` over 1: that many whole runs on the same data, each evaluated on every test crop, and figures.md.
+    """
+    _end_with_parent()
+    out, size, words = Path(output), SMOKE if smoke else FULL, list(overrides or [])
+    console = Console()
+    same_settings(out, {"smoke": smoke, "seeds": seeds, "overrides": words})
+    if seeds == 1:
+        _run_one(out, size, words, console)
+        return
+    _data(out, size, console)
+    directories = [out / f"seed_{k}" for k in range(seeds)]
+    for k, directory in enumerate(directories):
+        console.rule(f"seed {k}")
+        directory.mkdir(exist_ok=True)
+        if not (directory / "data").exists():
+            (directory / "data").symlink_to("../data")
+        _run_one(directory, size, [f"seed={k}", f"evaluate.seed={k}", "data.eval_limit=null", *words], console)
+    head = figures.regression_head(_config(out / "base", words).model.path, out / "data")
+    (out / "figures.md").write_text(figures.markdown(directories, head))
+    console.print(f"All seeds together: {out / 'figures.md'}")
+
+
+def same_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Note the settings on the first call; later calls must have the same, or results of two would be mixed.
+
+    Raises:
+        UserError: they differ, or the directory cannot be written.
+    """
+    file = out / "settings.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.write_text(json.dumps(settings))
+        found = json.loads(file.read_text())
+    except OSError as e:
+        raise UserError(f"{out}: cannot write there: {e.strerror}") from e
+    if found != settings:
+        differing = ", ".join(f"{k}={found.get(k)}" for k in settings if found.get(k) != settings[k])
+        raise UserError(f"{out}: holds a demo with other settings ({differing}): give another --output or remove it")
+
+
+def _data(out: Path, size: Size, console: Console) -> float:
+    """Make the data set unless it is there; seconds it took, 0 when it was there."""
+    start, fresh = time.perf_counter(), not (out / "data" / "demo.json").exists()
+    if fresh:
+        console.print("[bold]data[/bold]  crops of real photographs, with measured targets and rationales")
+    make_demo(out / "data", **size.data)
+    return time.perf_counter() - start if fresh else 0.0
+
+
+def _run_one(out: Path, size: Size, words: list[str], console: Console) -> None:
+    """All stages of one seed."""
+    from tatar_dist import grpo as controller
+    from tatar_dist import sft
+    from tatar_dist.cluster.ray_cluster import Cluster
+    from tatar_dist.evaluate import runner
+    from tatar_dist.report import html
+
+    words = [*size.overrides, *words]
+    base = _config(out / "base", words).model.path
+    stages: list[dict[str, Any]] = []
+
+    def note(name: str, seconds: float) -> None:
+        stages.append({"name": name, "seconds": seconds, "budget_seconds": size.budget[name], "reused": seconds == 0.0})
+
+    note("data", _data(out, size, console))
+    with Cluster(_config(out / "base", words)):  # one Ray for all stages
+        for name, text, model in STAGES:
+            done = out / name / ("metrics.json" if name in figures.MODELS.values() else "finished")
+            if done.exists():
+                note(name, 0.0)
+                continue
+            start = time.perf_counter()
+            console.print(f"[bold]{name}[/bold]  {text}")
+            more = [f"model.path={model_of(out / model) if model else base}"]
+            if name in figures.MODELS.values():
+                first = name == "baseline"
+                more.append(f"data.eval_limit={size.baseline_images if first else size.eval_images}")
+                more.append(f"evaluate.samples={0 if first else size.samples}")
+                kept = [w for w in words if not (first and w.startswith("data.eval_limit="))]
+                runner.run(_config(out / name, [*more, *kept]))
+            else:
+                (sft if name == "sft" else controller).run(_config(out / name, [*more, *words]))
+                done.touch()
+            note(name, time.perf_counter() - start)
+    summary = {"stages": stages, **figures.results(out)}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    page = html.write(out)
+    figures.print_tables(console, summary)
+    console.print(f"The page with curves and a gallery: {page}")
+
+
+def demo_config(directory: Path, data: Path, words: list[str], files: Sequence[Path] = ()) -> Config:
+    """The recipes with demo.yaml, then `files`, then `words` over them; `data` is the directory of the manifests, whose
+    names are left to files and words."""
+    every = [*(CONFIGS / name for name in ("sft.yaml", "grpo.yaml", "demo.yaml")), *files]
+    # the paths of demo.yaml are the checkout's; the demo may be started anywhere
+    model, prompts = TINY_MODEL, CONFIGS / "prompts.yaml"
+    ours = [f"output={directory}", f"model.path={model}", f"data.prompts={prompts}", f"data.root={data}"]
+    return load_config([str(f) for f in every], [*ours, *words])
+
+
+def _config(directory: Path, words: list[str]) -> Config:
+    manifests = [f"data.{s}=[{','.join(f'{task}_{s}.parquet' for task in TASKS)}]" for s in SPLITS]
+    return demo_config(directory, directory.parent / "data", [*manifests, *words])
+
+
+def _end_with_parent() -> None:
+    """If make or the shell that started us is killed, stop as on SIGTERM instead of running on unseen."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

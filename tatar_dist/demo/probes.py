@@ -1,0 +1,84 @@
+"""`tatar-dist probes`: the paper's controlled comparisons on the demo set, one change at a time, over several seeds.
+
+In: a directory. Out: DIR/seed_K/RUN/ (run directories) and DIR/seed_K/RUN-eval/, then the figures of
+demo/probe_figures.py. The method itself (fast IQA, slow IAA; Gaussian IQA, Thurstone IAA) is one side of every
+comparison; configs/probes holds the changes. Rationales are compared after SFT, rewards after GRPO from the method's
+own SFT model. Run again, it continues: a run whose result is there is not repeated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from tatar_dist.assets import CONFIGS
+from tatar_dist.demo import probe_figures
+from tatar_dist.demo.data.make import make_demo
+from tatar_dist.demo.data.styles import restyle
+from tatar_dist.demo.pipeline import FULL, SMOKE, demo_config, same_settings
+from tatar_dist.scoring.export import model_of
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its stage, the change it makes (a file of configs/probes), the run whose model it starts from."""
+
+    name: str
+    stage: str
+    change: str | None = None
+    start: str | None = None
+
+
+RUNS = (
+    Run("sft-tatar", "sft"),
+    Run("sft-slow-iqa", "sft", "slow-iqa"),
+    Run("sft-fast-iaa", "sft", "fast-iaa"),
+    Run("grpo-tatar", "grpo", None, "sft-tatar"),
+    Run("grpo-thurstone-iqa", "grpo", "thurstone-iqa", "sft-tatar"),
+    Run("grpo-gaussian-iaa", "grpo", "gaussian-iaa", "sft-tatar"),
+)
+
+
+def run(output: str | Path, seeds: int, smoke: bool = False, overrides: list[str] | None = None) -> dict:
+    """Make the data, run every training and evaluation that has no result yet, write and return the figures.
+
+    Raises:
+        UserError: the directory holds probes with other settings or cannot be written, or a bad override.
+    """
+    from tatar_dist.cluster.ray_cluster import Cluster
+
+    out, size, words = Path(output), SMOKE if smoke else FULL, list(overrides or [])
+    console = Console(stderr=True)
+    same_settings(out, {"smoke": smoke, "seeds": seeds, "overrides": words})
+    words = [*(size.overrides if smoke else ()), *(["data.eval_limit=16"] if smoke else ()), *words]
+    make_demo(out / "data", **size.data)
+    restyle(out / "data")
+    with Cluster(
+        demo_config(out / "base", out / "data", words, [CONFIGS / "probes" / "probe.yaml"])
+    ):  # one Ray for all runs
+        for seed in range(seeds):
+            for number, each in enumerate(RUNS, 1):
+                console.print(f"[bold]seed {seed}[/bold]  {each.name} ({number} of {len(RUNS)})")
+                _run_one(out / f"seed_{seed}", out / "data", each, [f"seed={seed}", *words])
+    return probe_figures.write(out, seeds, console)
+
+
+def _run_one(directory: Path, data: Path, each: Run, words: list[str]) -> None:
+    """Train and evaluate one run, each unless it is done."""
+    from tatar_dist import grpo as controller
+    from tatar_dist import sft
+    from tatar_dist.evaluate import runner
+
+    files = [CONFIGS / "probes" / f"{name}.yaml" for name in ("probe", each.change) if name]
+    target = directory / each.name
+    done = target / "finished"
+    if not done.exists():
+        start = [f"model.path={model_of(directory / each.start)}"] if each.start else []
+        config = demo_config(target, data, [*start, *words], files)
+        (sft if each.stage == "sft" else controller).run(config)
+        done.touch()
+    evaluation = directory / f"{each.name}-eval"
+    if not (evaluation / "metrics.json").exists():
+        runner.run(demo_config(evaluation, data, [f"model.path={model_of(target)}", *words], files))

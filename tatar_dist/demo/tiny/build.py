@@ -1,0 +1,275 @@
+"""A Qwen2.5-VL of about two million parameters: architecture, tokenizer and processor, with random weights.
+
+In: a corpus (texts the tokenizer is trained on; default: the demo's rationales and prompts) and sizes. Out: a
+directory that transformers and vLLM load as any Qwen2.5-VL. `pretrain.py` starts from the same parts; tests build
+small tied and untied variants in seconds.
+
+    python -m tatar_dist.demo.tiny.build --output DIR [--tie]
+
+Departures from the large models, and why:
+- The vocabulary is 1,024 byte-level BPE tokens: any text encodes, and a word of the demo's rationales is one token.
+- Every digit is a token of its own, so that numbers have one spelling and their digits can be learned one by one.
+- <think>, </think>, <answer>, </answer> are single tokens but not special: they survive `skip_special_tokens`.
+- Images are 112x112: 64 patches of 14 px, merged 2x2 to 16 image tokens; one attention window covers the image.
+- head_dim is 32, the smallest that vLLM's CPU attention takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.assets import CONFIGS
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+FORMAT_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
+IMAGE_SIZE = 112
+MAX_POSITIONS = 2048
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+PROMPT_FILE = CONFIGS / "prompts.yaml"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Widths and depths. `head_dim` is text_hidden / text_heads and must be 32 for the rotary sections below."""
+
+    vocab: int = 1024
+    text_hidden: int = 128
+    text_layers: int = 3
+    text_heads: int = 4
+    text_kv_heads: int = 2
+    text_intermediate: int = 384
+    vision_hidden: int = 128
+    vision_depth: int = 4
+    vision_heads: int = 4
+    vision_intermediate: int = 256
+
+
+def default_corpus(n: int = 1500, seed: int = 0) -> list[str]:
+    """Texts to train the tokenizer on: the demo's rationales for random measurements, its prompts, its answers.
+
+    No photograph is needed: a rationale is a function of the measurements it words.
+    """
+    import numpy as np
+
+    from tatar_dist.demo.data import aesthetics, distortions
+    from tatar_dist.demo.data import texts as templates
+    from tatar_dist.demo.tiny.align import DESCRIBE, MEASURE_ALL, measure_request, written
+
+    rng = np.random.default_rng(seed)
+    scenes = ("landscape", "object", "portrait", "animal")
+    texts = []
+    for i in range(n):
+        scene, score = scenes[i % len(scenes)], float(rng.uniform(0, 100))
+        drawn = distortions.draw_distortions(rng)
+        values = {k: float(rng.random()) for k in (*aesthetics.WEIGHTS, "warmth", "brightness")}
+        texts.append(templates.iqa_rationale(drawn, scene, score, rng))
+        texts.append(templates.iaa_rationale(values, scene, score, rng))
+    texts += templates.attribute_texts(values, 50.0).values()
+    names = [*distortions.FAMILIES, *values, "quality", "beauty"]
+    requests = [measure_request(k.replace("_", " ")) + " " + written(k, 0.5) for k in names]
+    requests += [written(k, 0.5) for k in names]
+    requests += [DESCRIBE, MEASURE_ALL, "user", "assistant", "system", "\n"]
+    if PROMPT_FILE.is_file():
+        from tatar_dist.prompts.answer import Prompts
+
+        prompts = Prompts.load(PROMPT_FILE)
+        requests += [prompts.system, *prompts.user.values()]
+    # Repeated, so that words of the requests and prompts weigh as much as the rationales' rarer ones.
+    return texts + requests * 100
+
+
+def train_tokenizer(corpus: Iterable[str], vocab: int) -> Any:
+    """A byte-level BPE tokenizer of at most `vocab` tokens, as a transformers fast tokenizer with the chat template."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Qwen2TokenizerFast
+
+    split = pre_tokenizers.Sequence(
+        [
+            # Words keep their leading blank (one token a word), each digit and each other sign stands alone.
+            pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s+"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.ByteLevel()
+    n_added = len(SPECIAL_TOKENS) + len(FORMAT_TOKENS)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab - n_added,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in FORMAT_TOKENS])
+    fast = Qwen2TokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+        bos_token=None,
+        model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens={
+            "image_token": "<|image_pad|>",
+            "video_token": "<|video_pad|>",
+            "vision_bos_token": "<|vision_start|>",
+            "vision_eos_token": "<|vision_end|>",
+        },
+    )
+    return fast
+
+
+def make_config(tokenizer: Any, sizes: Sizes, tie: bool) -> Any:
+    """The Qwen2_5_VLConfig of these sizes, token ids taken from the tokenizer."""
+    from transformers import Qwen2_5_VLConfig
+
+    def token(text: str) -> int:
+        return int(tokenizer.convert_tokens_to_ids(text))
+
+    text = {
+        "vocab_size": sizes.vocab,
+        "hidden_size": sizes.text_hidden,
+        "intermediate_size": sizes.text_intermediate,
+        "num_hidden_layers": sizes.text_layers,
+        "num_attention_heads": sizes.text_heads,
+        "num_key_value_heads": sizes.text_kv_heads,
+        "max_position_embeddings": MAX_POSITIONS,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.05,  # 0.02 is made for widths of thousands: here it leaves the layers next to silent
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+        "bos_token_id": token("<|endoftext|>"),
+        "eos_token_id": token("<|im_end|>"),
+        "pad_token_id": token("<|endoftext|>"),
+        "tie_word_embeddings": tie,
+    }
+    vision = {
+        "depth": sizes.vision_depth,
+        "hidden_size": sizes.vision_hidden,
+        "intermediate_size": sizes.vision_intermediate,
+        "num_heads": sizes.vision_heads,
+        "out_hidden_size": sizes.text_hidden,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": IMAGE_SIZE,
+        "fullatt_block_indexes": list(range(1, sizes.vision_depth, 2)),
+    }
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=tie,
+        bos_token_id=token("<|endoftext|>"),
+        eos_token_id=token("<|im_end|>"),
+        pad_token_id=token("<|endoftext|>"),
+    )
+
+
+def make_processor(tokenizer: Any) -> Any:
+    """The Qwen2.5-VL processor: every image becomes 112x112 pixels' worth of patches, 16 tokens for a square one."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    pixels = IMAGE_SIZE * IMAGE_SIZE
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(min_pixels=pixels, max_pixels=pixels),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(min_pixels=pixels, max_pixels=pixels),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_generation_config(tokenizer: Any) -> Any:
+    """Plain sampling from the model's own distribution: no truncation and no penalty, spelt out, because engines take
+    their defaults from here. (transformers refuses a `top_k` beside `do_sample=False`; greedy callers pass that.)"""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        repetition_penalty=1.0,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    )
+
+
+def make_model(tokenizer: Any, *, tie: bool = False, seed: int = 0, sizes: Sizes | None = None) -> Any:
+    """A randomly initialised Qwen2_5_VLForConditionalGeneration, float32; the same seed gives the same weights."""
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(make_config(tokenizer, sizes or Sizes(), tie))
+    model.generation_config = make_generation_config(tokenizer)
+    return model.eval()
+
+
+def build(
+    directory: str | Path,
+    *,
+    tie: bool = False,
+    seed: int = 0,
+    corpus: Iterable[str] | None = None,
+    sizes: Sizes | None = None,
+    dtype: str = "float32",
+) -> Path:
+    """Write model, tokenizer, processor and generation config to `directory`; returns it.
+
+    `dtype` is the stored precision: "float32" or "bfloat16".
+    """
+    import torch
+
+    sizes = sizes or Sizes()
+    directory = Path(directory)
+    tokenizer = train_tokenizer(default_corpus() if corpus is None else corpus, sizes.vocab)
+    model = make_model(tokenizer, tie=tie, seed=seed, sizes=sizes)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    make_processor(tokenizer).save_pretrained(directory)
+    return directory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the tiny Qwen2.5-VL with random weights.")
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--tie", action="store_true", help="share input and output embeddings")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print(build(args.output, tie=args.tie, seed=args.seed))
+
+
+if __name__ == "__main__":
+    main()

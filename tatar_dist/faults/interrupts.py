@@ -1,0 +1,68 @@
+"""Signals that ask a run to stop at its next safe point, and its exit status then.
+
+    Ctrl-C (SIGINT)      exit 130; a second Ctrl-C stops at once
+    SIGTERM, SIGUSR1     preemption: exit 75 (EX_TEMPFAIL: the same command continues), within `grace_seconds`
+
+A run that does not reach a safe point within the grace ends all the same: the last checkpoint counts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from types import FrameType
+
+from tatar_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Interrupted, StopAsked
+
+MARGIN_S = 5.0  # of the grace, for closing down
+
+
+class Interrupts:
+    """Context manager; `requested` turns true at the first signal, `status` is then what to exit with."""
+
+    def __init__(self, grace_seconds: float | None = None) -> None:
+        self.requested = False
+        self.name = ""
+        self.status = EXIT_INTERRUPTED
+        self.grace_seconds = grace_seconds
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._handle)
+        if self.grace_seconds is not None:
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._grace_over)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.status == EXIT_PREEMPTED and self.grace_seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def leave_if_asked(self) -> None:
+        """Raises StopAsked after a signal."""
+        if self.requested:
+            raise StopAsked
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.requested:
+                raise KeyboardInterrupt
+            said = b"\nstopping at the next safe point; Ctrl-C again stops at once\n"
+        else:
+            said = b"\nasked to stop: writing a checkpoint\n"
+            first, self.status = self.status != EXIT_PREEMPTED, EXIT_PREEMPTED
+            if self.grace_seconds is not None and first:
+                signal.setitimer(signal.ITIMER_REAL, max(1.0, self.grace_seconds - MARGIN_S))
+        self.requested, self.name = True, signal.Signals(number).name
+        with suppress(OSError):
+            os.write(2, said)  # print may not be re-entered
+
+    def _grace_over(self, number: int, frame: FrameType | None) -> None:
+        raise Interrupted(
+            f"no safe point within checkpoint.grace_seconds={self.grace_seconds:g}: stopped; the same command "
+            "continues from the last checkpoint",
+            self.status,
+        )

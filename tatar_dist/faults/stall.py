@@ -1,0 +1,210 @@
+"""Notices that a run makes no progress, writes down what all its processes are doing, and acts as the config says.
+
+In: `progress()` calls of the controller's loop (a group returned, a bucket was pushed) and `step(seconds)`. Out, when
+there was none for max(watch.stall_min_s, watch.stall_factor × median step): the event `stall`, RUN/stacks/TIME/NAME.txt
+for every process on whatever node, and with watch.stall_action `restart` or `stop` the exception `Stalled` at the
+controller's next `raise_if_asked()`. One dump a stall; progress arms it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.config.schema import WatchConfig
+from tatar_dist.errors import RunError
+from tatar_dist.faults.stacks import Stacks, stacks_of
+from tatar_dist.run.events import Events
+from tatar_dist.run.status import RunFiles
+
+NODE_S = 30.0  # for the stacks of another node: a task starts, asks, reads
+STEPS = 100  # the median is of so many last steps
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of the run. `node`: Ray's id of its node; None = this machine."""
+
+    name: str
+    pid: int
+    node: str | None = None
+
+
+class Stalled(RunError):
+    """No progress for too long. `action`: restart | stop."""
+
+    def __init__(self, message: str, action: str) -> None:
+        super().__init__(message)
+        self.action = action
+
+
+class StallDetector:
+    """Context manager around the controller's loop; it watches from a thread of its own.
+
+    Args:
+        first_s: the limit until the first step after a start is finished: starting and warming up take longer than
+            any step.
+        processes: all processes of the run as they are at that moment.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        config: WatchConfig,
+        first_s: float,
+        events: Events,
+        processes: Callable[[], Sequence[Process]],
+    ) -> None:
+        self.run, self.config, self.first_s = Path(run), config, first_s
+        self.events, self.processes = events, processes
+        self._steps: deque[float] = deque(maxlen=STEPS)
+        self._last = time.monotonic()
+        self._dumped = False  # this stall was dealt with
+        self._asked: Stalled | None = None
+        self._lock = threading.Lock()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stall-detector", daemon=True)
+
+    def __enter__(self) -> StallDetector:
+        self.progress()
+        if self.config.stall_factor:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join(NODE_S)
+
+    def progress(self) -> None:
+        """Something moved."""
+        with self._lock:
+            self._last, self._dumped, self._asked = time.monotonic(), False, None
+
+    def step(self, seconds: float) -> None:
+        """A step is finished and took so long."""
+        self._steps.append(seconds)
+        self.progress()
+
+    def starting(self) -> None:
+        """Processes start (again): until the next step is finished the limit is that of a start."""
+        self._steps.clear()
+        self.progress()
+
+    def raise_if_asked(self) -> None:
+        """Raises Stalled, once a stall, when watch.stall_action is restart or stop."""
+        with self._lock:
+            asked, self._asked = self._asked, None
+        if asked is not None:
+            raise asked
+
+    def limit(self) -> float:
+        """Seconds without progress that are a stall now."""
+        if not self._steps:
+            return max(self.config.stall_min_s, self.first_s)
+        return max(self.config.stall_min_s, self.config.stall_factor * statistics.median(self._steps))
+
+    def _watch(self) -> None:
+        wait = 0.0
+        while not self._end.wait(wait):
+            left = self._last + self.limit() - time.monotonic()
+            if left <= 0 and not self._dumped:
+                try:
+                    self._stall()
+                except Exception:
+                    log.exception("the stall could not be written down")
+            wait = min(max(left, 0.05), 1.0)
+
+    def _stall(self) -> None:
+        with self._lock:
+            since, self._dumped = self._last, True
+        seconds, limit, action = time.monotonic() - since, self.limit(), self.config.stall_action
+        found = stacks_of_run(self.processes())
+        directory = self.run / "stacks" / time.strftime("%Y%m%d-%H%M%S")
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, stacks in found.items():
+            (directory / f"{name}.txt").write_text(f"{name}, {stacks.text}")
+        silent = {name: stacks.state for name, stacks in found.items() if not stacks.answered}
+        self.events.log(
+            "stall",
+            seconds=round(seconds, 1),
+            limit=round(limit, 1),
+            action=action,
+            stacks=str(directory.relative_to(self.run)),
+            processes=list(found),
+            silent=silent,
+        )
+        said = (
+            f"no progress for {seconds:.0f} s (limit {limit:.0f} s) in phase {self.events.phase} of step "
+            f"{self.events.step}; stacks of {', '.join(found)} are in {directory}"
+        )
+        if silent:
+            said += "; did not answer: " + ", ".join(f"{name} ({state})" for name, state in silent.items())
+        log.error(said)
+        with self._lock:
+            if action != "report" and self._last == since:
+                self._asked = Stalled(said, action)
+
+
+def stacks_of_run(processes: Sequence[Process]) -> dict[str, Stacks]:
+    """The stacks of every process by name, all nodes at the same time; a node that does not answer is named."""
+    here, deadline = _this_node(), time.monotonic() + NODE_S
+    nodes: dict[str | None, list[Process]] = {}
+    for p in processes:
+        nodes.setdefault(None if p.node == here else p.node, []).append(p)
+    asked = {node: _ask_node(node, [p.pid for p in group]) for node, group in nodes.items() if node is not None}
+    found: dict[str, Stacks] = {}
+    for node, group in nodes.items():
+        pids = [p.pid for p in group]
+        stacks = stacks_of(pids) if node is None else _answer(asked[node], node, pids, deadline - time.monotonic())
+        found.update(zip((p.name for p in group), stacks, strict=True))
+    return {p.name: found[p.name] for p in processes}
+
+
+def _this_node() -> str | None:
+    import ray
+
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+
+
+def _ask_node(node: str, pids: list[int]) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task: Any = ray.remote(stacks_of)
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    return task.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(pids)
+
+
+def _answer(ref: Any, node: str, pids: list[int], timeout: float) -> list[Stacks]:
+    import ray
+
+    try:
+        return ray.get(ref, timeout=max(0.0, timeout))
+    except ray.exceptions.RayError as e:  # the node is lost, cut off or out of memory
+        ray.cancel(ref, force=True)
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        return [Stacks("unknown", False, f"pid {pid}: node {node} did not answer: {reason}\n") for pid in pids]
+
+
+def processes_of(run: Path) -> list[Process]:
+    """The living processes of this controller's run, as the event log names them."""
+    s = RunFiles(run).read()
+    found = [Process("controller", os.getpid())]
+    if s.learners:
+        pairs = enumerate(zip(s.learners.pids, s.learners.nodes, strict=True))
+        found += [Process(f"learner-{rank}", pid, node) for rank, (pid, node) in pairs if pid is not None]
+    found += [Process(f"engine-{e.engine}", e.pid, e.node) for e in s.engines if e.pid is not None]
+    if s.reward and s.reward.pid is not None:
+        found.append(Process("reward", s.reward.pid, s.reward.node))
+    return found

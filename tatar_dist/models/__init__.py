@@ -1,0 +1,32 @@
+"""Model families. Everything that is specific to one family lives in one module here, chosen by `model.family`.
+
+A family module provides the class `Backbone` with the interface of `base.QwenVL`; to add a family, write that one file
+and name it in the config.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+from tatar_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from tatar_dist.models.base import QwenVL
+
+
+def names() -> list[str]:
+    """All families, each the `model_type` of its models' config.json."""
+    return [m.name for m in pkgutil.iter_modules(__path__) if m.name != "base"]
+
+
+def family(name: str) -> type[QwenVL]:
+    """The `Backbone` class of family `name`. Raises UserError with the nearest name."""
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"model.family={name!r}: known families are {', '.join(known)}{hint}")
+    return importlib.import_module(f"{__name__}.{name}").Backbone

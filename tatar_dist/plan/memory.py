@@ -1,0 +1,384 @@
+"""GPU memory of a stage by part, from the configuration and the sizes in the model's config.json: `tatar-dist plan`.
+
+In: a `Config`, its `Plan`, GiB of a GPU. Out: `Memory` for learners and engines, and what to change where it does not
+fit. No weights are loaded, no torch. What is counted on a learner (P parameters, N ranks, 2 bytes each in bfloat16):
+
+    weights, gradients     2 P / N each          DeepSpeed ZeRO-3 (arXiv 1910.02054)
+    optimizer              12 P / N              float32 master weights and two moments (SGD: master weights)
+    reference              2 P / N               GRPO with kl_beta > 0; adapters (learner/lora.py) need none
+    gathered layers        2 x at most 1e9       DeepSpeed's stage3_max_live_parameters
+    reduce bucket          2 x 5e8               DeepSpeed's reduce_bucket_size, taken at once
+    activations            what autograd keeps of a packed forward of micro_tokens (bench/counts.py has the terms), or
+                           with checkpointing every layer's input and twice one layer; times 1.3, more than a CPU needs
+    head                   float32 gradient of its weight and chunks of logits (learner/head.py)
+    step                   float32 gradients of one sub-group of at most 1e9, when activations are gone
+
+and on an engine: weights, `ENGINE_OTHER` for activations and CUDA graphs, and the rest of gpu_memory_utilization for
+keys and values. CONTEXT (CUDA, NCCL) and ENGINE_OTHER are assumed; nothing here was compared with a GPU.
+
+On a CPU an update of the 14M model of the benches has 305 MiB alive at its peak, with checkpointing 78 (by the profiler
+of torch), and takes 312 and 89 of the system if what is freed is given back at once (MALLOC_MMAP_THRESHOLD_=65536): 395
+and 127 are estimated. With glibc defaults the process holds 362 and 194, because its heap keeps freed tensors that lie
+between gradients which stay. A GPU allocator has gaps of its own: hence HEADROOM, and leave room.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.config.schema import Config
+from tatar_dist.errors import UserError
+from tatar_dist.plan.plan import Plan, Split
+
+GIB = 2**30
+LIVE, BUCKET, SUB_GROUP = 1e9, 5e8, 1e9  # parameters; defaults of DeepSpeed
+CHUNK = 256 << 20  # head.CHUNK_BYTES, which needs torch to be read
+CONTEXT, ENGINE_OTHER = 1.5 * GIB, 3.0 * GIB
+MOMENTARY = 1.3  # alive for a moment beside what is kept, and an allocator's gaps
+KEPT = {"float32": 4.16, "bfloat16": 2.28}  # bytes an element kept; norms keep float32 also in bfloat16 (measured)
+HEADROOM = 0.05  # of a GPU that must be left: an allocator cannot use the last of it
+NOTE = (
+    "Estimated from sizes; nothing was compared with a GPU. On a CPU an update of a 14M model took 312 MiB where 395 "
+    "are estimated, with gradient checkpointing 89 where 127 are (362 and 194 with freed memory that the allocator "
+    "kept). What fits leaves 5 % of a GPU free."
+)
+PROMPT_TEXT = 100  # tokens around an image in configs/prompts.yaml
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a Qwen2.5-VL: `text` and `vision` sections of its config.json."""
+
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    tied: bool
+
+    @property
+    def kv(self) -> int:
+        """Width of the keys of a token in one layer."""
+        t = self.text
+        return int(t["hidden_size"] // t["num_attention_heads"] * t["num_key_value_heads"])
+
+    @property
+    def head(self) -> int:
+        return int(self.text["vocab_size"] * self.text["hidden_size"])
+
+    @property
+    def vision_parameters(self) -> int:
+        v = self.vision
+        h, m, merged = v["hidden_size"], v["intermediate_size"], v["hidden_size"] * v["spatial_merge_size"] ** 2
+        patch = v["in_channels"] * v["temporal_patch_size"] * v["patch_size"] ** 2 * h
+        block = 2 * h + (3 * h * h + 3 * h) + (h * h + h) + (3 * h * m + 2 * m + h)
+        return int(patch + v["depth"] * block + h + (merged**2 + merged) + (merged + 1) * v["out_hidden_size"])
+
+    @property
+    def parameters(self) -> int:
+        t = self.text
+        h = t["hidden_size"]
+        layer = 2 * h * h + h + 2 * (h * self.kv + self.kv) + 3 * h * t["intermediate_size"] + 2 * h
+        return self.vision_parameters + t["num_hidden_layers"] * layer + h + self.head * (1 if self.tied else 2)
+
+    def adapters(self, rank: int, targets: Sequence[str], vision: bool) -> int:
+        """Parameters of LoRA adapters (learner/lora.py): rank x (in + out) of every layer that gets one."""
+        t, v = self.text, self.vision
+        h, wide, towers, m = t["hidden_size"], t["intermediate_size"], v["hidden_size"], v["intermediate_size"]
+        merged = towers * v["spatial_merge_size"] ** 2
+        layer = {"q_proj": 2 * h, "k_proj": h + self.kv, "v_proj": h + self.kv, "o_proj": 2 * h}
+        layer |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), h + wide)
+        block = {"qkv": 4 * towers, "proj": 2 * towers}
+        block |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), towers + m)
+        parts = [(t["num_hidden_layers"], layer)]
+        if vision:
+            parts += [(v["depth"], block), (1, {"0": 2 * merged, "2": merged + v["out_hidden_size"]})]
+        return rank * sum(n * s for n, part in parts for name, s in part.items() if not targets or name in targets)
+
+
+VISION = {
+    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "patch_size": 14, "spatial_merge_size": 2,
+    "in_channels": 3, "temporal_patch_size": 2,
+}  # fmt: skip
+# hidden, intermediate, layers, heads, KV heads, vocabulary, tied, the vision tower's intermediate: released config.json
+PUBLISHED = {
+    "3B": (2048, 11008, 36, 16, 2, 151936, True, 3420),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False, 3420),
+    "32B": (5120, 27648, 64, 40, 8, 152064, False, 3456),
+    "72B": (8192, 29568, 80, 64, 8, 152064, False, 3456),
+}
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "vocab_size")  # fmt: skip
+
+
+MODEL_TYPE = "qwen2_5_vl"  # other families have other layers
+
+
+def released(name: str) -> Sizes:
+    """Of a released Qwen2.5-VL, for example 7B."""
+    *text, tied, wide = PUBLISHED[name]
+    return Sizes(
+        dict(zip(NAMES, text, strict=True)), VISION | {"intermediate_size": wide, "out_hidden_size": text[0]}, tied
+    )
+
+
+def sizes_of(path: str) -> Sizes:
+    """From `path`/config.json, or of a released Qwen2.5-VL by its name. Raises UserError when neither tells."""
+    file = Path(path) / "config.json"
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text())
+            if (kind := found.get("model_type")) != MODEL_TYPE:
+                raise UserError(f"{file}: model_type is {kind!r}; only the sizes of {MODEL_TYPE} are known")
+            text = found.get("text_config", found)
+            vision = {**VISION, **found["vision_config"]}
+            vision.setdefault("out_hidden_size", text["hidden_size"])
+            sizes = Sizes({n: text[n] for n in NAMES}, vision, bool(found.get("tie_word_embeddings")))
+            assert sizes.parameters > 0
+        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+            raise UserError(f"{file}: not of a Qwen2.5-VL: {type(e).__name__}: {e}") from None
+        return sizes
+    named = re.search(r"Qwen2\.5-VL-(\d+B)", path)
+    if named is None or named[1] not in PUBLISHED:
+        raise UserError(f"model.path={path}: no config.json there and no released Qwen2.5-VL, so its sizes are unknown")
+    return released(named[1])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One GPU of a role. `parts`: name -> bytes held at the role's peak; `room`: bytes it may take.
+
+    sequences: of an engine, completions of full length (max_model_len) that its keys and values hold at a time.
+    """
+
+    role: str
+    parts: dict[str, float]
+    room: float
+    sequences: int | None = None
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= (1 - HEADROOM) * self.room and self.sequences != 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A stage's memory; `advice`: a line for each thing that does not fit."""
+
+    stage: str
+    gpu_gib: float
+    roles: tuple[Memory, ...]
+    advice: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `--json` object; bytes. `note`: how far to trust it."""
+        roles = [asdict(m) | {"total": m.total, "fits": m.fits} for m in self.roles]
+        return {"gpu_gib": self.gpu_gib, "roles": roles, "advice": list(self.advice), "note": NOTE}
+
+
+def estimate(config: Config, plan: Plan, gpu_gib: float) -> Estimate:
+    """Raises UserError: a model whose sizes are not known, or GPUs of no memory."""
+    if not gpu_gib > 0:
+        raise UserError(f"--gpu-memory {gpu_gib:g}: must be above 0 GiB")
+    sizes, room = sizes_of(config.model.path), gpu_gib * GIB
+    roles, advice = [], []
+    if plan.learners:
+        found = learner(config, plan, sizes, room)
+        roles.append(found)
+        if not found.fits:
+            advice.append(_for_learners(config, plan, sizes, room))
+    if plan.engines:
+        found = engine(config, plan, sizes, room)
+        roles.append(found)
+        if not found.fits:
+            advice.append(_for_engines(config, plan, sizes, room))
+    return Estimate(plan.stage, gpu_gib, tuple(roles), tuple(advice))
+
+
+def kept_elements(sizes: Sizes, patches: float, tokens: float, checkpointing: bool) -> float:
+    """Numbers that autograd keeps of `patches` through the vision tower and `tokens` through the language model."""
+    t, v = sizes.text, sizes.vision
+    block = patches * (12 * v["hidden_size"] + 4 * v["intermediate_size"])
+    layer = tokens * (8 * t["hidden_size"] + 2 * sizes.kv + 4 * t["intermediate_size"])
+    if not checkpointing:
+        return v["depth"] * block + t["num_hidden_layers"] * layer
+    inputs = patches * v["depth"] * v["hidden_size"] + tokens * t["num_hidden_layers"] * t["hidden_size"]
+    return inputs + 2 * max(block, layer)  # what the layer keeps again, and gradients of about as much
+
+
+def head_bytes(sizes: Sizes, tokens: float, wide: int, trained: bool = True) -> float:
+    """Of the head's backward: its weight's gradient, where it is trained, summed in float32, then in the weight's type,
+    and two chunks of logits; or of its forward, three or four chunks."""
+    logits = 4.0 * tokens * sizes.text["vocab_size"]
+    chunk, live = (logits, 3) if logits <= CHUNK else (CHUNK, 4)
+    gradient = trained * sizes.head * (4 if wide == 4 else 4 + wide)
+    return max(live * chunk, gradient + 2 * chunk)
+
+
+def learner(config: Config, plan: Plan, sizes: Sizes, room: float) -> Memory:
+    """One ZeRO-3 rank at the larger of its two peaks: a backward, or the optimizer's step."""
+    m, grpo = config.model, plan.stage == "grpo"
+    wide, ranks = (2 if m.dtype == "bfloat16" else 4), plan.learners
+    everything = sizes.parameters
+    adapters = sizes.adapters(m.lora_rank, m.lora_targets, m.train_vision)
+    trained = adapters or (everything if m.train_vision else everything - sizes.vision_parameters)
+    optim = config.grpo.optim if grpo else config.sft.optim
+    tokens, patches, answers = _micro_batch(config, plan)
+    held = {
+        "weights": wide * (everything + adapters) / ranks,
+        "gradients": wide * trained / ranks,
+        "optimizer": (12 if optim.name == "adamw" else 4) * trained / ranks,
+        "reference": wide * everything / ranks if grpo and config.grpo.kl_beta and not m.lora_rank else 0.0,
+        "reduce bucket": wide * BUCKET,
+        "CUDA and NCCL": CONTEXT,
+    }
+    kept = kept_elements(sizes, patches, tokens, m.gradient_checkpointing)
+    backward = {
+        "gathered layers": wide * min(everything, LIVE),
+        "activations": MOMENTARY * KEPT[m.dtype] * kept,
+        "head and logits": head_bytes(sizes, answers, wide, trained=not adapters),
+    }
+    step = {"step": 4 * min(trained / ranks, SUB_GROUP)}
+    asleep = {"engine asleep": CONTEXT} if plan.colocated else {}
+    peak = max(backward, step, key=lambda parts: sum(parts.values()))
+    return Memory("learner", {k: v for k, v in (held | peak | asleep).items() if v}, room)
+
+
+def _micro_batch(config: Config, plan: Plan) -> tuple[float, float, float]:
+    """(tokens, patches, completion tokens) of the largest forward: images of max_pixels, completions of full length; at
+    least one prompt with one completion, however small micro_tokens is."""
+    assert plan.split is not None
+    image = config.model.max_pixels / 28**2
+    prompt, answer = _prompt(config), config.rollout.max_new_tokens
+    group = config.grpo.group_size if plan.stage == "grpo" else 1
+    budget = max(plan.split.micro_tokens, prompt + answer)
+    if budget < prompt + group * answer:
+        return budget, 4 * image, budget - prompt
+    images = budget // (prompt + group * answer)
+    rows = min(images, plan.split.rows)
+    return rows * (prompt + group * answer), 4 * image * rows, rows * group * answer
+
+
+def _prompt(config: Config) -> float:
+    return min(config.data.max_prompt_tokens, config.model.max_pixels / 28**2 + PROMPT_TEXT)
+
+
+def engine(config: Config, plan: Plan, sizes: Sizes, room: float) -> Memory:
+    """One GPU of an engine: keys and values take what the others leave of gpu_memory_utilization."""
+    r, tp = config.rollout, plan.tensor_parallel
+    wide = 2 if config.model.dtype == "bfloat16" else 4
+    t = sizes.text
+    token = wide * 2 * t["num_hidden_layers"] * sizes.kv / min(tp, t["num_key_value_heads"])
+    fixed = {"weights": wide * sizes.parameters / tp, "activations and graphs": ENGINE_OTHER}
+    outside = {"CUDA": CONTEXT, "bucket of a push": float(r.bucket_mib * 2**20) if plan.stage == "grpo" else 0.0}
+    if plan.colocated:
+        outside["learner meanwhile"] = sum(
+            v for k, v in learner(config, plan, sizes, room).parts.items() if k in ("weights", "optimizer", "reference")
+        )
+    cache = r.gpu_memory_utilization * room - sum(fixed.values())
+    sequences = max(0, int(cache // (token * r.max_model_len)))
+    parts = {**fixed, "keys and values": max(0.0, cache), **{k: v for k, v in outside.items() if v}}
+    return Memory("engine", parts, room, min(sequences, r.max_num_seqs))
+
+
+def _for_learners(config: Config, plan: Plan, sizes: Sizes, room: float) -> str:
+    """The first change that makes a rank fit: those that keep the recipe's gradients first."""
+
+    def fits(changed: Config, ranks: int = plan.learners) -> bool:
+        split = replace(_split(plan), ranks=ranks, micro_tokens=_micro_tokens(changed, plan))
+        return learner(changed, replace(plan, learners=ranks, split=split), sizes, room).fits
+
+    best = config
+    for key, changed in _easier(config, plan):
+        best = changed
+        if fits(changed):
+            return f"a learner does not fit: set {key}"
+    rows = _split(plan).rows
+    for ranks in range(plan.learners + 1, rows + 1):
+        if fits(best, ranks):
+            return f"a learner does not fit: set cluster.learners={ranks}, and cluster.nodes for as many GPUs" + (
+                "; with " + key if best is not config else ""
+            )
+    return f"a learner does not fit with any number of ranks up to {rows}: lower model.max_pixels" + (
+        ", or take larger GPUs"
+        if best.model.lora_rank
+        else ", train adapters (model.lora_rank=16), or take larger GPUs"
+    )
+
+
+def _split(plan: Plan) -> Split:
+    assert plan.split is not None
+    return plan.split
+
+
+def _micro_tokens(config: Config, plan: Plan) -> int:
+    return config.grpo.micro_tokens if plan.stage == "grpo" else config.sft.micro_tokens
+
+
+def _easier(config: Config, plan: Plan) -> Iterator[tuple[str, Config]]:
+    """(keys to set, the config with them): checkpointing, then ever smaller forwards with it."""
+    words = ""
+    if not config.model.gradient_checkpointing:
+        words = "model.gradient_checkpointing=true"
+        config = replace(config, model=replace(config.model, gradient_checkpointing=True))
+        yield words, config
+    section = "grpo" if plan.stage == "grpo" else "sft"
+    tokens = _micro_tokens(config, plan)
+    least = math.ceil(_prompt(config) + config.rollout.max_new_tokens)
+    while tokens > least:
+        tokens = max(least, tokens // 2)
+        part = replace(getattr(config, section), micro_tokens=tokens)
+        yield f"{words} {section}.micro_tokens={tokens}".strip(), replace(config, **{section: part})
+
+
+def _for_engines(config: Config, plan: Plan, sizes: Sizes, room: float) -> str:
+    """Keys for an engine without room for one sequence, or that leaves none to what stands outside of it."""
+    found = engine(config, plan, sizes, room)
+    if found.sequences:
+        share = config.rollout.gpu_memory_utilization - (found.total / room - (1 - HEADROOM))
+        return f"an engine does not fit: set rollout.gpu_memory_utilization={max(0.0, math.floor(share * 100) / 100):g}"
+    most = config.cluster.gpus_per_node or 8
+    for tp in (2**i for i in range(1, 7) if plan.tensor_parallel < 2**i <= most):
+        if engine(config, replace(plan, tensor_parallel=tp), sizes, room).fits:
+            return f"an engine has no room for a sequence: set rollout.tensor_parallel={tp}"
+    return "an engine has no room for a sequence on a node's GPUs: lower rollout.max_model_len, or take larger GPUs"
+
+
+def as_table(found: Estimate) -> Any:
+    """The estimate as a rich table, GiB a GPU; NOTE says how far to trust it."""
+    from rich.table import Table
+
+    title = f"{found.stage}: GiB of a GPU's {found.gpu_gib:g}, estimated"
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_column(justify="right")
+    for m in found.roles:
+        for i, (part, size) in enumerate(m.parts.items()):
+            table.add_row("" if i else m.role, part, f"{size / GIB:.1f}")
+        table.add_row("", "all" if m.fits else "all: DOES NOT FIT", f"{m.total / GIB:.1f}")
+        if m.sequences is not None:
+            table.add_row("", "sequences at a time, of full length", str(m.sequences))
+        table.add_section()
+    for line in found.advice:
+        table.add_row("change", line, "")
+    return table
+
+
+def of_plan(config: Config, plan: Plan, gpu_gib: float | None) -> Estimate | str | None:
+    """An estimate; None where the run has no GPUs and none are asked about; why there is none."""
+    if gpu_gib is None and not config.cluster.gpus_per_node:
+        return None
+    try:
+        return estimate(config, plan, 80.0 if gpu_gib is None else gpu_gib)
+    except UserError as e:
+        if gpu_gib is not None:
+            raise
+        return f"memory is not estimated: {e}"

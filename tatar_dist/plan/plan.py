@@ -1,0 +1,264 @@
+"""What a run would start and how a batch is split, from the configuration alone: `--dry-run` and `tatar-dist plan`.
+
+In: a checked `Config` and a stage. Out: a `Plan`: learners (ZeRO-3 ranks, one GPU each), engines (x tensor parallel),
+processes, and the batch split. Nothing is loaded, no torch. The runs themselves start from the same `resolve`, so what
+a dry run shows is what happens. The global batch is part of the recipe: more ranks mean fewer forwards on each, never a
+larger batch, and any number of ranks up to its rows can share it.
+
+`cluster.learners: 0` and `rollout.engines: 0` mean "as many as fit":
+    sft       every GPU a learner
+    grpo      about half of the GPUs learners (a power of two), the others engines
+    evaluate  every GPU for engines
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tatar_dist.config.schema import Config, DataConfig
+from tatar_dist.errors import UserError
+from tatar_dist.types import TASKS
+
+Stage = Literal["sft", "grpo", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One optimiser step's rows (completions in GRPO) and the ranks that share them; how: learner/packing.py.
+
+    micro_tokens: the most tokens in one forward. How many forwards a step takes depends on its tokens.
+    """
+
+    rows: int
+    ranks: int
+    micro_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a stage starts. GPU counts are 0 on a CPU-only cluster; `split` is None where nothing learns."""
+
+    stage: Stage
+    nodes: int
+    gpus_per_node: int
+    learners: int
+    engines: int
+    tensor_parallel: int
+    split: Split | None
+    samples: dict[str, int] | None  # training rows by task; None when a manifest is not there yet
+    steps: int | None  # optimiser steps of the whole run; None when neither samples nor max_steps are known
+    warmup_steps: int
+    colocated: bool = False  # engines on the learners' GPUs
+    notes: tuple[str, ...] = ()
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def gpus_used(self) -> int:
+        engines = self.engines * self.tensor_parallel
+        used = max(self.learners, engines) if self.colocated else self.learners + engines
+        return used if self.gpus_per_node else 0
+
+    @property
+    def processes(self) -> dict[str, int]:
+        """Processes by role. A tensor-parallel engine is one process per GPU."""
+        rewards = 0 if self.stage == "sft" else 1
+        found = {
+            "controller": 1,
+            "learners": self.learners,
+            "engines": self.engines * self.tensor_parallel,
+            "reward": rewards,
+        }
+        return {role: n for role, n in found.items() if n}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `--json` object."""
+        return asdict(self) | {"gpus": self.gpus, "gpus_used": self.gpus_used, "processes": self.processes}
+
+
+def resolve(config: Config, stage: Stage) -> Plan:
+    """The plan of one stage.
+
+    Raises:
+        UserError: more learners than rows, too few GPUs, or an engine larger than a node.
+    """
+    c, tp = config.cluster, config.rollout.tensor_parallel
+    gpus = c.nodes * c.gpus_per_node
+    if c.gpus_per_node and tp > c.gpus_per_node:
+        raise UserError(f"rollout.tensor_parallel={tp}: an engine must fit a node, which has {c.gpus_per_node} GPUs")
+    learners, engines = _counts(config, stage, _batch(config, stage)[0])
+    colocated = c.placement == "colocated" and stage == "grpo"
+    if colocated and (tp > 1 or engines > learners):
+        raise UserError(
+            f"cluster.placement=colocated puts one engine on a learner's GPU: {engines} engines of "
+            f"rollout.tensor_parallel={tp} do not fit {learners} learners"
+        )
+    wanted = {"learners": learners, "engines": 0 if colocated else engines * tp}
+    if c.gpus_per_node and sum(wanted.values()) > gpus:
+        parts = " + ".join(f"{n} for {role}" for role, n in wanted.items() if n)
+        raise UserError(
+            f"{stage} needs {sum(wanted.values())} GPUs ({parts}), there are {gpus} "
+            f"(cluster.nodes={c.nodes} x cluster.gpus_per_node={c.gpus_per_node})"
+        )
+    split = split_of(config, stage, learners) if learners else None
+    samples = None if stage == "evaluate" else count_samples(config.data)
+    return Plan(
+        stage=stage,
+        nodes=c.nodes,
+        gpus_per_node=c.gpus_per_node,
+        learners=learners,
+        engines=engines,
+        tensor_parallel=tp if engines else 1,
+        split=split,
+        samples=samples,
+        steps=_steps(config, stage, samples),
+        warmup_steps={"sft": config.sft.optim.warmup_steps, "grpo": config.grpo.optim.warmup_steps}.get(stage, 0),
+        colocated=colocated,
+        notes=tuple(_notes(config, stage, learners, engines, samples)),
+    )
+
+
+def split_of(config: Config, stage: Stage, learners: int) -> Split:
+    """The split of a stage's batch over `learners` ranks. Raises UserError when there are more ranks than rows."""
+    rows, budget, key = _batch(config, stage)
+    if learners > rows:
+        raise UserError(f"{key}={rows} rows are too few for {learners} learners: use cluster.learners={rows} or fewer")
+    return Split(rows, learners, budget)
+
+
+def _batch(config: Config, stage: Stage) -> tuple[int, int, str]:
+    """Rows of an optimiser step, the most tokens in one forward, and the config key the rows come from."""
+    if stage == "sft":
+        return config.sft.global_batch, config.sft.micro_tokens, "sft.global_batch"
+    g = config.grpo
+    return g.prompts_per_step * g.group_size, g.micro_tokens, "grpo.prompts_per_step x grpo.group_size"
+
+
+def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
+    """(learners, engines), with 0 = auto filled in; a role that a stage does not have is 0."""
+    c, r = config.cluster, config.rollout
+    gpus, tp = c.nodes * c.gpus_per_node, r.tensor_parallel
+    learners, engines, shared = c.learners, r.engines, c.placement == "colocated"
+    if stage == "sft":
+        return learners or min(rows, gpus or c.nodes), 0
+    if stage == "evaluate":
+        return 0, engines or max(1, gpus // tp if gpus else c.nodes)
+    if not learners:
+        # On GPUs half of them; with few prompts the engines cannot use their half, but learners stay a power of two.
+        left = gpus - engines * tp if engines else min(gpus // 2, gpus - tp)  # room for one engine at least
+        room = max(1, (gpus if shared else left) if gpus else c.nodes)
+        learners = 1 << (min(rows, room).bit_length() - 1)
+    if not engines:
+        room = learners if shared else max(1, (gpus - learners) // tp) if gpus else c.nodes
+        # A group is sampled by one engine whole: engines beyond the prompts of a step would never have work.
+        engines = min(room, config.grpo.prompts_per_step)
+    return learners, engines
+
+
+def _notes(config: Config, stage: Stage, learners: int, engines: int, samples: dict[str, int] | None) -> Iterable[str]:
+    gpus = config.cluster.nodes * config.cluster.gpus_per_node
+    shared = config.cluster.placement == "colocated" and stage == "grpo"
+    idle = gpus - learners - (0 if shared else engines * config.rollout.tensor_parallel)
+    if gpus and idle > 0:
+        cure = {
+            "sft": "raise sft.global_batch to use them",
+            "grpo": "raise grpo.prompts_per_step, or set cluster.learners and rollout.engines, to use them",
+            "evaluate": "raise rollout.engines to use them",
+        }[stage]
+        yield f"{idle} of {gpus} GPUs stay idle: {cure}"
+    if stage == "grpo" and engines > config.grpo.prompts_per_step:
+        yield f"rollout.engines={engines}, but a step has only {config.grpo.prompts_per_step} prompts: some never work"
+    share = config.data.iqa_fraction
+    for task, wanted in (("iqa", share), ("iaa", 1 - share)):
+        if samples and wanted and not samples[task]:
+            yield f"no {task} samples, yet data.iqa_fraction={share}: the run would stop"
+
+
+def count_samples(data: DataConfig) -> dict[str, int] | None:
+    """Training rows by task, from the manifests' pools; None when there are none or one is not readable yet."""
+    from tatar_dist.data.manifest import read_manifest
+
+    paths = [Path(data.root) / m for m in data.train]
+    if not paths or not all(p.is_file() for p in paths):
+        return None
+    counts: Counter[str] = Counter()
+    try:
+        for pool in (p for m in paths for p in read_manifest(m).of_split("train").pools):
+            counts[pool.task] += pool.rows
+    except UserError:
+        return None  # a plan is an estimate; the run itself reports a broken manifest with its reason
+    return {task: counts[task] for task in TASKS}
+
+
+def _steps(config: Config, stage: Stage, samples: dict[str, int] | None) -> int | None:
+    """As the runs count: an epoch ends when the larger task, at its share of a batch, has been seen once."""
+    if stage == "evaluate":
+        return None
+    s = config.sft if stage == "sft" else config.grpo
+    if s.max_steps or samples is None:
+        return s.max_steps
+    per_step = config.sft.global_batch if stage == "sft" else config.grpo.prompts_per_step
+    n_iqa = round(per_step * config.data.iqa_fraction)
+    shares = {"iqa": n_iqa, "iaa": per_step - n_iqa}
+    epoch = max(math.ceil(samples[task] / share) for task, share in shares.items() if share)
+    return max(1, round(s.epochs * epoch))
+
+
+def ray_commands(plan: Plan, stage_command: str) -> list[str]:
+    """The shell lines that bring up Ray on `plan.nodes` machines and start the stage; for one node just the stage.
+
+    Where Slurm is, `make STAGE NODES=n` does all of it.
+    """
+    if plan.nodes == 1:
+        return [stage_command]
+    return [
+        "export RAY_AUTH_TOKEN_PATH=SHARED_FILE; source launch/ray_security.sh  # on every node: the token",
+        "ray start --head --port=6379                        # on the first node",
+        f"ray start --address=FIRST_NODE:6379 --block         # on each of the other {plan.nodes - 1} nodes",
+        f"{stage_command} cluster.address=FIRST_NODE:6379",
+    ]
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def as_table(plan: Plan) -> Any:
+    """The plan as a rich table."""
+    from rich.table import Table
+
+    table = Table(title=f"{plan.stage}: what would run", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    hardware = f"{plan.nodes} x {plan.gpus_per_node} GPUs = {plan.gpus}, {plan.gpus_used} used"
+    table.add_row("nodes", hardware if plan.gpus_per_node else f"{plan.nodes}, CPU only")
+    table.add_row("processes", ", ".join(_counted(n, role.removesuffix("s")) for role, n in plan.processes.items()))
+    if plan.learners:
+        table.add_row(
+            "learners", _counted(plan.learners, "ZeRO-3 rank") + (", one GPU each" if plan.gpus_per_node else "")
+        )
+    if plan.engines:
+        each = f", {_counted(plan.tensor_parallel, 'GPU')} each" if plan.gpus_per_node else ""
+        if plan.colocated:
+            each = ", each with a learner" + (" on its GPU, asleep while that works" if plan.gpus_per_node else "")
+        table.add_row("engines", _counted(plan.engines, "vLLM engine") + each)
+    if plan.split:
+        s = plan.split
+        what = "completions" if plan.stage == "grpo" else "rows"
+        text = f"{s.rows} {what} over {_counted(s.ranks, 'rank')}, at most {s.micro_tokens} tokens in one forward"
+        table.add_row("batch", text)
+        samples = plan.samples and ", ".join(f"{n} {task}" for task, n in plan.samples.items())
+        table.add_row("samples", samples or "unknown: manifests not there yet")
+        warmup = f", {plan.warmup_steps} of them warm-up" if plan.warmup_steps else ""
+        table.add_row("steps", f"{plan.steps}{warmup}" if plan.steps is not None else "depends on the manifests")
+    for note in plan.notes:
+        table.add_row("note", note)
+    return table

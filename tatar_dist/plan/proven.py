@@ -1,0 +1,64 @@
+"""Where each path of the GPU side has been run: what `doctor` shows, and what a run says once at its start.
+
+In: a config. Out: the paths it takes that nobody has run yet. Needs no package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tatar_dist.config.schema import Config
+    from tatar_dist.plan.plan import Stage
+
+HERE = "run here"  # on CPU, in this repository's tests
+ONE_GPU = "run on one GPU"
+NEVER = "written from the vLLM source, never run"
+LEGEND = f"A path is {HERE} (on CPU, by this repository's tests), {ONE_GPU} (tests/gpu), or {NEVER}."
+
+
+@dataclass(frozen=True)
+class Path:
+    """One way of doing something. `key`: the configuration that takes it, in these stages."""
+
+    name: str
+    key: str
+    status: str
+    stages: tuple[Stage, ...] = ("sft", "grpo", "evaluate")
+
+
+PATHS = (
+    Path("learners over gloo, engines on CPU", "cluster.gpus_per_node=0", HERE),
+    Path("weight push through Ray's object store", "rollout.push=object_store", HERE, ("grpo",)),
+    Path("learners over NCCL, packed attention and engines on GPUs", "cluster.gpus_per_node>0", NEVER),
+    Path("weight push through NCCL", "rollout.push=nccl", NEVER, ("grpo",)),
+    Path("weight push through CUDA IPC", "rollout.push=cuda_ipc", NEVER, ("grpo",)),
+    Path("engines that sleep on the learners' GPUs", "cluster.placement=colocated", NEVER, ("grpo",)),
+    Path("adapters on GPUs", "model.lora_rank>0", NEVER, ("sft", "grpo")),
+    Path("tensor-parallel engines", "rollout.tensor_parallel>1", NEVER, ("grpo", "evaluate")),
+)
+
+
+def unproven(config: Config, stage: Stage = "grpo") -> list[Path]:
+    """The paths that `config` takes in `stage` and that were never run."""
+    c, r = config.cluster, config.rollout
+    taken = {
+        "cluster.gpus_per_node=0": c.gpus_per_node == 0,
+        "cluster.gpus_per_node>0": c.gpus_per_node > 0,
+        "rollout.push=object_store": r.push == "object_store",
+        "rollout.push=nccl": r.push == "nccl",
+        "rollout.push=cuda_ipc": r.push == "cuda_ipc",
+        "cluster.placement=colocated": c.gpus_per_node > 0 and c.placement == "colocated",
+        "model.lora_rank>0": c.gpus_per_node > 0 and config.model.lora_rank > 0,
+        "rollout.tensor_parallel>1": r.tensor_parallel > 1,
+    }
+    return [p for p in PATHS if p.status == NEVER and stage in p.stages and taken[p.key]]
+
+
+def warnings_for(config: Config, stage: Stage) -> list[str]:
+    """One line a path, for the start of a run."""
+    checked = "The run checks itself before it trains; run" if stage == "grpo" else "Run"
+    return [
+        f"{p.name} ({p.key}): {p.status}. {checked} tests/gpu on your nodes first." for p in unproven(config, stage)
+    ]

@@ -1,0 +1,239 @@
+"""The one place that renders prompts and parses answers: SFT, GRPO, evaluation and serving all call it.
+
+In: configs/prompts.yaml (wording) and completion texts. Out: chat messages, training targets, parsed scores.
+The grammar of an answer (strict, the default):
+
+    completion  = any text with exactly one <answer> and one </answer> tag, in this order, any ASCII case
+    block       = <answer> blanks number blanks </answer>
+    number      = [+-]?[0-9]+(\\.[0-9]+)?([eE][+-]?[0-9]+)?      ASCII digits, finite as a float64
+
+A number outside 0-100 parses, keeps its raw value and is flagged `out_of_range`; rewards and metrics clamp it.
+Anything else is null, with a reason. `strict=False` also takes a leading dot (`.5`), a trailing `%` or `/100`,
+code fences around the number, and the last closed block when there are several. Never infinite, never a guess.
+All scanning is linear in the text: tags are found one by one, and no pattern can backtrack over a choice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.errors import UserError
+from tatar_dist.types import TASKS, Task
+
+SCORE_MIN, SCORE_MAX = 0.0, 100.0
+MAX_CHARS = 1_000_000  # a longer completion is not read at all: a hard bound on the work per text
+
+# re.ASCII matters under IGNORECASE: without it U+017F matches "s" and U+212A matches "k".
+_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE | re.ASCII)
+_THINK_TAG = re.compile(r"<(/?)think>", re.IGNORECASE | re.ASCII)
+_ANY_TAG = re.compile(r"</?(?:think|answer)>|<\|im_(?:start|end)\|>", re.IGNORECASE | re.ASCII)
+_STRICT = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_LENIENT = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_FENCE_OPEN = re.compile(r"```[A-Za-z]*")
+_BLANKS = " \t\r\n\f\v"
+_END_OF_TURN = "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a completion says. `value` is the raw number, None when the text does not parse (`reason` says why)."""
+
+    value: float | None
+    out_of_range: bool = False
+    reason: str | None = None
+
+
+def _body(text: str) -> str:
+    """The text without blanks and end-of-turn tokens at its end."""
+    end = len(text)  # an index, not a shorter copy per token: thousands of end tokens would make that quadratic
+    while True:
+        while end and text[end - 1].isspace():
+            end -= 1
+        if not text.endswith(_END_OF_TURN, 0, end):
+            return text[:end]
+        end -= len(_END_OF_TURN)
+
+
+def _answer_content(text: str, strict: bool) -> tuple[str | None, str | None]:
+    """(content of the answer block, None) or (None, reason)."""
+    opened: int | None = None
+    content: str | None = None
+    opens = closes = 0
+    for tag in _ANSWER_TAG.finditer(text):
+        if tag.group(1):
+            closes += 1
+            if opened is not None:
+                content, opened = text[opened : tag.start()], None
+        else:
+            opens += 1
+            opened = tag.end()
+    if content is None:
+        if not opens:
+            return None, "no <answer>"
+        return None, "<answer> is not closed" if opened is not None else "</answer> stands before <answer>"
+    if strict and (opens != 1 or closes != 1):
+        return None, f"{opens} <answer> and {closes} </answer> tags, expected one of each"
+    return content, None
+
+
+def _unwrapped(content: str) -> str:
+    """Lenient only: the content without code fences and without a trailing `%` or `/100`."""
+    content = content.strip(_BLANKS)
+    if content.startswith("```"):
+        content = _FENCE_OPEN.sub("", content, count=1)
+    content = content.removesuffix("```").strip(_BLANKS + "`")
+    if content.endswith("%"):
+        return content[:-1].rstrip(_BLANKS)
+    if content.endswith("100"):
+        before = content[:-3].rstrip(_BLANKS)
+        if before.endswith("/"):
+            return before[:-1].rstrip(_BLANKS)
+    return content
+
+
+def parse(text: str, strict: bool = True) -> Parsed:
+    """Read the score of a completion by the grammar in this file's docstring.
+
+    Never raises on any string; a text that ends with or without `<|im_end|>` reads the same.
+    """
+    if len(text) > MAX_CHARS:
+        return Parsed(None, reason=f"longer than {MAX_CHARS} characters")
+    content, reason = _answer_content(_body(text), strict)
+    if content is None:
+        return Parsed(None, reason=reason)
+    number = content.strip(_BLANKS) if strict else _unwrapped(content)
+    if (_STRICT if strict else _LENIENT).fullmatch(number) is None:
+        return Parsed(None, reason="the answer is not a bare number")
+    value = float(number)
+    if not math.isfinite(value):
+        return Parsed(None, reason="the number is not finite")
+    return Parsed(value, out_of_range=not SCORE_MIN <= value <= SCORE_MAX)
+
+
+def clamped(value: float | None) -> float | None:
+    """A parsed number within 0-100; None stays."""
+    return None if value is None else min(max(value, SCORE_MIN), SCORE_MAX)
+
+
+def answer_start(text: str) -> tuple[int, str] | None:
+    """(where the number of the answer begins in `text`, the number as written), None for a text that does not parse."""
+    if parse(text).value is None:
+        return None
+    tag = next(t for t in _ANSWER_TAG.finditer(text) if not t.group(1))  # strict: the only one
+    start = tag.end() + len(text[tag.end() :]) - len(text[tag.end() :].lstrip(_BLANKS))
+    number = _STRICT.match(text, start)
+    assert number is not None  # it has parsed
+    return start, number.group()
+
+
+def think_text(text: str) -> str:
+    """The text inside the <think> blocks, joined by a blank; "" when there is none.
+
+    Every closed block counts, so that words cannot hide in a second one. A block that is never closed runs to the
+    answer, or to the end: a completion cut off in mid-thought is as long as it is.
+    """
+    text = _body(text[:MAX_CHARS])
+    parts: list[str] = []
+    opened: int | None = None
+    for tag in _THINK_TAG.finditer(text):
+        if not tag.group(1):
+            opened = tag.end() if opened is None else opened
+        elif opened is not None:
+            parts.append(text[opened : tag.start()])
+            opened = None
+    if opened is not None:
+        answer = _ANSWER_TAG.search(text, opened)
+        parts.append(text[opened : answer.start() if answer else len(text)])
+    return " ".join(parts)
+
+
+def think_words(text: str) -> int:
+    """Whitespace tokens inside <think> (what the length budgets count)."""
+    return len(think_text(text).split())
+
+
+def answer_text(rationale: str | None, score: float) -> str:
+    """The training target `<think>…</think><answer>57.30</answer>`, two decimals; no think block without a rationale.
+
+    Raises:
+        UserError: a score that is not in 0-100, or a rationale that holds a tag of the format.
+    """
+    if not (math.isfinite(score) and SCORE_MIN <= score <= SCORE_MAX):
+        raise UserError(f"score {score}: a training target must lie in 0-100")
+    answer = f"<answer>{abs(score):.2f}</answer>"  # abs: -0.0 would print a sign
+    if rationale is None:
+        return answer
+    tag = _ANY_TAG.search(rationale)
+    if tag is not None:
+        raise UserError(f"a rationale holds {tag.group(0)!r}, which only the answer format may use: {rationale[:60]!r}")
+    return f"<think>{rationale.strip()}</think>{answer}"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The wording of the system message and of each task's user message."""
+
+    system: str
+    user: dict[str, str]
+
+    @staticmethod
+    def load(path: str | Path) -> Prompts:
+        """Read `configs/prompts.yaml`. Raises UserError for a missing file, a missing or an unknown key."""
+        import yaml
+
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such prompt file")
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+        top = section(loaded, ("system", "user"), f"{path}")
+        user = section(top["user"], TASKS, f"{path}: user")
+        texts = {"system": top["system"], **{f"user.{task}": user[task] for task in TASKS}}
+        for key, value in texts.items():
+            if not isinstance(value, str) or not value.strip():
+                raise UserError(f"{path}: {key} must be a text")
+        return Prompts(top["system"].strip(), {task: user[task].strip() for task in TASKS})
+
+    def to_yaml(self) -> str:
+        """The texts as a file that `load` reads, without comments; anybody else may read it with any YAML library."""
+        import yaml
+
+        return yaml.safe_dump({"system": self.system, "user": self.user}, allow_unicode=True, sort_keys=False)
+
+    def messages(self, task: Task) -> list[dict[str, Any]]:
+        """Chat messages of one prompt; the image stands before the user text, as `{"type": "image"}`."""
+        if task not in self.user:
+            raise UserError(f"task {task!r}: must be one of {', '.join(self.user)}")
+        return [
+            {"role": "system", "content": [{"type": "text", "text": self.system}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.user[task]}]},
+        ]
+
+    def render(self, task: Task, chat_template_fn: Callable[[list[dict[str, Any]]], str]) -> str:
+        """The prompt text, ending where the assistant's turn begins.
+
+        `chat_template_fn` turns messages into text, for example
+        `lambda m: processor.apply_chat_template(m, tokenize=False, add_generation_prompt=True)`.
+        """
+        return chat_template_fn(self.messages(task))
+
+
+def section(node: Any, keys: tuple[str, ...], where: str) -> dict[str, Any]:
+    """A mapping of a YAML file with exactly these keys. Raises UserError naming the key, and the nearest one."""
+    if not isinstance(node, dict):
+        raise UserError(f"{where}: expected the keys {', '.join(keys)}")
+    for key in node:
+        if key not in keys:
+            near = difflib.get_close_matches(str(key), keys, n=1)
+            raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    for key in keys:
+        if key not in node:
+            raise UserError(f"{where}: missing key {key!r}")
+    return node

@@ -1,0 +1,209 @@
+"""Where prompts come from: samples in, rendered prompts and training rows out, broken samples left behind.
+
+A sample whose image cannot be read, whose prompt is too long, or that is no supervised target where one is needed, is
+quarantined once and replaced by the next of its data set; it never comes back. Nothing is ever truncated. Runs in the
+controller; images stay encoded bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from tatar_dist.config.schema import Config, DataConfig
+from tatar_dist.data.images import UnreadableImage, image_size
+from tatar_dist.data.manifest import Manifest, read_manifest
+from tatar_dist.data.sampler import PromptSampler
+from tatar_dist.data.walk import Ref
+from tatar_dist.errors import UserError
+from tatar_dist.prompts.answer import answer_text
+from tatar_dist.prompts.render import PromptTexts
+from tatar_dist.run.directory import PROMPTS, RunDirectory
+from tatar_dist.types import LearnerRow, Prompt, Sample
+
+CHECK_THREADS = 8  # decoding releases the interpreter lock
+WINDOW = 64  # held-out rows that are read and checked at a time
+
+
+def read_manifests(data: DataConfig, split: str) -> list[Manifest]:
+    """The manifests of data.SPLIT, relative paths below data.root, each with its rows of that split.
+
+    A manifest of one other split alone is taken for validation and test, and said so: somebody may want the metrics of
+    training data. Raises UserError when there is no manifest, or one that holds other splits and not this one.
+    """
+    paths = getattr(data, split)
+    if not paths:
+        raise UserError(f"data.{split} is empty: name at least one Parquet manifest")
+    return [_of_split(read_manifest(Path(data.root) / p, data.image_root), split) for p in paths]
+
+
+def _of_split(manifest: Manifest, split: str) -> Manifest:
+    part, others = manifest.of_split(split), ", ".join(sorted({p.split for p in manifest.pools})) or "no"
+    if part.pools or not manifest.pools:
+        return part
+    if split == "train" or "," in others:
+        raise UserError(f"{manifest.path}: column split: holds {others} rows only, data.{split} reads {split} rows")
+    print(f"tatar-dist: {manifest.path} has no {split} rows: data.{split} takes its {others} rows", file=sys.stderr)
+    return manifest
+
+
+def _windows(rows: Iterable[int]) -> Iterator[tuple[int, ...]]:
+    rows = iter(rows)
+    while window := tuple(islice(rows, WINDOW)):
+        yield window
+
+
+class PromptSource:
+    """Renders prompts for the model of `config`; `run` receives the quarantine.
+
+    `missing`: by (data set, task), how many samples `held_out` could not use; an evaluation reports them.
+    """
+
+    def __init__(self, config: Config, run: RunDirectory, texts: PromptTexts | None = None) -> None:
+        self.config, self.run = config, run
+        self.missing: Counter[tuple[str, str]] = Counter()
+        self.texts = texts or PromptTexts(config)
+        self.backbone = self.texts.backbone
+        (run.path / PROMPTS).write_text(self.texts.wording.to_yaml())  # an exported model takes its wording from here
+
+    def problem(self, sample: Sample | str, supervised: bool = False) -> str | None:
+        """Why a sample cannot be used, as a prompt or as a supervised row, or None."""
+        if isinstance(sample, str):
+            return sample
+        tokens = self.texts.measure(sample.image, sample.task, sample.sample_id)
+        if isinstance(tokens, str):
+            return tokens
+        return self._target_problem(sample, tokens) if supervised else None
+
+    def _target_problem(self, sample: Sample, prompt_tokens: int) -> str | None:
+        """Why nothing can be learned from the sample's answer, or None."""
+        if not sample.rationale or not sample.rationale.strip():
+            return "no rationale"
+        try:
+            tokens = prompt_tokens + len(self.sft_row(sample).completion_ids)
+        except UserError as e:  # a tag of the answer format in the rationale
+            return str(e)
+        limit = self.config.sft.max_tokens
+        return f"prompt and answer of {tokens} tokens are over sft.max_tokens={limit}" if tokens > limit else None
+
+    @staticmethod
+    def _read(sampler: PromptSampler, ref: Ref) -> Sample | str:
+        """The sample, or why its image cannot be had."""
+        try:
+            return sampler.get(ref)
+        except UnreadableImage as e:
+            return str(e)
+
+    def samples(self, sampler: PromptSampler, n: int) -> list[Sample]:
+        """The sampler's next n samples, all usable; the others are quarantined and replaced."""
+        refs = sampler.next_batch(n)
+        read = [self._read(sampler, ref) for ref in refs]  # one thread: a Parquet file is not safe to share
+        check = partial(self.problem, supervised=sampler.supervised)
+        with ThreadPoolExecutor(CHECK_THREADS) as threads:
+            problems = list(threads.map(check, read))
+        for i in range(n):
+            while problems[i] is not None:
+                where = sampler.manifests[refs[i][0]].path
+                self.run.quarantine(sampler.sample_id(refs[i]), str(where), str(problems[i]))
+                refs[i] = sampler.replace(refs[i], refs)
+                read[i] = self._read(sampler, refs[i])
+                problems[i] = check(read[i])
+        return [s for s in read if isinstance(s, Sample)]
+
+    def held_out(
+        self,
+        manifests: Sequence[Manifest],
+        per_dataset: int | None,
+        supervised: bool = False,
+        known: Callable[[Sample], bool] = lambda sample: False,
+    ) -> Iterator[Sample]:
+        """The first usable `per_dataset` samples of each data set (None = all), pool by pool in manifest order.
+
+        Read as they are asked for; a sample that is `known` is usable without another look at its image.
+        """
+        taken: Counter[str] = Counter()
+        for manifest, pool in ((m, p) for m in manifests for p in m.pools):
+            for rows in _windows(pool):
+                if taken[pool.dataset] == per_dataset:
+                    break
+                for row, found in zip(rows, self._checked(manifest, rows, supervised, known), strict=True):
+                    if taken[pool.dataset] == per_dataset:
+                        break
+                    if isinstance(found, str):
+                        self.run.quarantine(manifest.sample_id(row), str(manifest.path), found)
+                        self.missing[pool.dataset, pool.task] += 1
+                        continue
+                    taken[pool.dataset] += 1
+                    yield found
+
+    def _checked(
+        self, manifest: Manifest, rows: Sequence[int], supervised: bool, known: Callable[[Sample], bool]
+    ) -> list[Sample | str]:
+        """The samples of these rows, or why one cannot be used."""
+
+        def read(row: int) -> Sample | str:
+            try:
+                return manifest.get(row)
+            except UnreadableImage as e:
+                return str(e)
+
+        def check(sample: Sample | str) -> Sample | str:
+            if isinstance(sample, Sample) and known(sample):
+                return sample
+            return self.problem(sample, supervised) or sample
+
+        found = [read(row) for row in rows]  # one thread: a Parquet file is not safe to share
+        with ThreadPoolExecutor(CHECK_THREADS) as threads:
+            return list(threads.map(check, found))
+
+    def held_out_prompts(self) -> list[Prompt]:
+        """Prompts of `data.eval_limit` validation samples of each data set; none without a manifest."""
+        if not self.config.data.validation:
+            return []
+        manifests = read_manifests(self.config.data, "validation")
+        samples = self.held_out(manifests, self.config.data.eval_limit)
+        return [self.prompt(s, f"eval/{s.dataset}/{s.sample_id}") for s in samples]
+
+    def prompt(self, sample: Sample, group_id: str) -> Prompt:
+        return Prompt(sample, self.texts.text[sample.task], group_id)
+
+    def batch(self, sampler: PromptSampler, n: int, step: int) -> list[Prompt]:
+        """The next n prompts; group ids sort by sample id within the step."""
+        samples = sorted(self.samples(sampler, n), key=lambda s: (s.dataset, s.sample_id))
+        return [self.prompt(s, f"{step:06d}/{s.dataset}/{s.sample_id}") for s in samples]
+
+    def more(self, like: Sequence[Prompt], asked: Sequence[Prompt], sampler: PromptSampler, step: int) -> list[Prompt]:
+        """New prompts of the data sets of `like`, one each, none asked before in this step; as many as there are."""
+        avoid = {(p.sample.dataset, p.sample.sample_id) for p in asked}
+        found: list[Prompt] = []
+        for prompt in like:
+            ref = sampler.another(prompt.sample.dataset, avoid)
+            while ref is not None:
+                avoid.add((prompt.sample.dataset, sampler.sample_id(ref)))
+                sample = self._read(sampler, ref)
+                problem = self.problem(sample)
+                if problem is None and isinstance(sample, Sample):
+                    found.append(self.prompt(sample, f"{step:06d}/{sample.dataset}/{sample.sample_id}"))
+                    break
+                self.run.quarantine(sampler.sample_id(ref), str(sampler.manifests[ref[0]].path), str(problem))
+                sampler.exclude(ref)
+                ref = sampler.another(prompt.sample.dataset, avoid)
+        return found
+
+    def sft_row(self, sample: Sample) -> LearnerRow:
+        """The supervised row of a sample: its rationale, its score with two decimals, the end-of-turn token."""
+        answer = answer_text(sample.rationale, sample.score)
+        ids = self.backbone.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return LearnerRow(
+            image_id=f"{sample.dataset}/{sample.sample_id}",
+            image=sample.image,
+            prompt_text=self.texts.text[sample.task],
+            completion_ids=(*ids, self.backbone.end_of_turn()),
+            task=sample.task,
+            prompt_tokens=self.texts.tokens[sample.task] + self.backbone.image_tokens(*image_size(sample.image)),
+        )

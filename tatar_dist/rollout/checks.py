@@ -1,0 +1,45 @@
+"""Is what an engine returned what it was asked for? One that answers nonsense is as dead as one that is silent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tatar_dist.rollout.engine import Sampling
+from tatar_dist.types import Completion, Group, Prompt
+
+ROUNDING = 1e-3  # a log-probability is at most 0, up to the arithmetic of a softmax in half precision
+
+
+def problem(groups: object, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> str | None:
+    """What is wrong with the groups of one engine call, or None.
+
+    They must be the asked ones in order, each with `sampling.n` completions sampled at `version`; a completion has
+    1 to `max_tokens` non-negative token ids with one finite log-probability each, none above 0.
+    """
+    if not isinstance(groups, list) or not all(isinstance(g, Group) for g in groups):
+        return f"not a list of groups: {type(groups).__name__}"
+    asked, came = [p.group_id for p in prompts], [g.prompt.group_id for g in groups]
+    if asked != came:
+        return f"asked for {asked[:3]}… ({len(asked)}), got {came[:3]}… ({len(came)})"
+    for g in groups:
+        if g.weight_version != version:
+            return f"{g.prompt.group_id}: sampled at weight version {g.weight_version}, asked for {version}"
+        if len(g.completions) != sampling.n:
+            return f"{g.prompt.group_id}: {len(g.completions)} completions, asked for {sampling.n}"
+        for i, c in enumerate(g.completions):
+            if found := _bad_completion(c, sampling.max_tokens):
+                return f"{g.prompt.group_id}: completion {i}: {found}"
+    return None
+
+
+def _bad_completion(c: Completion, max_tokens: int) -> str | None:
+    if not 1 <= len(c.token_ids) <= max_tokens:
+        return f"{len(c.token_ids)} tokens, allowed are 1 to {max_tokens}"
+    if len(c.logprobs) != len(c.token_ids):
+        return f"{len(c.logprobs)} log-probabilities for {len(c.token_ids)} tokens"
+    if any(t < 0 for t in c.token_ids):
+        return "a negative token id"
+    if not all(math.isfinite(p) and p <= ROUNDING for p in c.logprobs):
+        return "a log-probability that is none"
+    return None

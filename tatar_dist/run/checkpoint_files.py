@@ -1,0 +1,87 @@
+"""The files of a checkpoint: written, synced and hashed by the process that has them, checked by the one that reads.
+
+No torch and no Ray in here. `Files` is what state.json keeps of them: {"model/config.json": {"bytes": …, "sha256": …}}.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.run.files import sync
+
+Files = dict[str, dict[str, Any]]
+Job = tuple[str, Callable[[Path], None]]  # path below the checkpoint, what writes that file or directory
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_IN_WORDS = re.compile(r"no space left|disk quota exceeded|\bcode: (28|122)\b", re.IGNORECASE)  # torch, safetensors
+NEARLY_FULL = 1 << 20  # bytes free under which any failed write is put down to the disk
+
+
+def write(directory: Path, jobs: Iterable[Job]) -> Files:
+    """Run the jobs below `directory`, which exists; sync and hash what each wrote. Only the new files are listed.
+
+    Raises:
+        OSError: ENOSPC or EDQUOT, in whatever words a library reported the full disk; FileNotFoundError when
+            `directory` is gone, or was made on a file system that this machine does not share.
+    """
+    files: Files = {}
+    try:
+        for name, job in jobs:
+            path = directory / name
+            path.parent.mkdir(exist_ok=True)  # no parents: a directory that was given up must not come back
+            job(path)
+            found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            files |= {p.relative_to(directory).as_posix(): seal(p) for p in found}
+    except Exception as e:
+        if code := _full(e, directory):
+            raise OSError(code, os.strerror(code), str(directory)) from e
+        raise
+    return files
+
+
+def seal(path: Path) -> dict[str, Any]:
+    """Sync a file; its size and hash."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def first_damage(directory: Path, files: Files, hashes: bool) -> str | None:
+    """What is wrong with the first file that is not as it was written, or None; `hashes`: read and compare all."""
+    for name, written in files.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if (size := path.stat().st_size) != written["bytes"]:
+            return f"{name} has {size} bytes instead of {written['bytes']}"
+    if not hashes:
+        return None
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda name: sha256(directory / name), files)
+        return next(
+            (f"{n} has another sha256" for n, h in zip(files, found, strict=True) if h != files[n]["sha256"]), None
+        )
+
+
+def _full(error: BaseException, directory: Path) -> int | None:
+    """ENOSPC or EDQUOT if that is what `error` comes from."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in FULL:
+            return chain.errno
+        if FULL_IN_WORDS.search(str(chain)):
+            return errno.ENOSPC
+        chain = chain.__cause__ or chain.__context__
+    return errno.ENOSPC if directory.is_dir() and shutil.disk_usage(directory).free < NEARLY_FULL else None

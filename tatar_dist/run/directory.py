@@ -1,0 +1,208 @@
+"""Everything a run leaves behind, and the lock that keeps two runs out of one directory.
+
+config.yaml  prompts.yaml  metrics.jsonl  events.jsonl  tensorboard/  rollouts/[replaced/]step_*.parquet  checkpoints/
+quarantine.jsonl  trackers.json  logs/  stacks/  report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.config.load import to_yaml
+from tatar_dist.config.schema import Config
+from tatar_dist.errors import Interrupted, UserError
+from tatar_dist.run.events import Events
+from tatar_dist.run.failpoints import Failpoints
+from tatar_dist.run.log import open_log
+from tatar_dist.run.tracking import Trackers
+from tatar_dist.types import ScoredGroup
+
+LEASE_S = 120.0
+PROMPTS = "prompts.yaml"  # the wording that the run used (prompts/source.py)
+IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of `ray job submit`
+
+
+class RunDirectory:
+    """Open (and lock) the run directory `config.output`. Close it, or use it as a context manager.
+
+    Raises:
+        UserError: it cannot be made or written, another process has it open, or a tracker's package is missing.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.output)
+        if IN_RAY_JOB in os.environ and not self.path.is_absolute():
+            raise UserError(
+                f"output={self.path}: a Ray job's working directory goes when the job ends: give an absolute path that "
+                "every node sees"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held as long as the run lives
+        except OSError as e:
+            raise UserError(f"output={self.path}: cannot write there: {e.strerror}") from e
+        if not _locked(self._lock):
+            raise UserError(f"output={self.path}: another process is running in this directory")
+        (self.path / "config.yaml").write_text(to_yaml(config))
+        self.events = Events(self.path)
+        self._failpoints = Failpoints(config.failpoints, str(self.path))
+        self._trackers = Trackers(config, self.path, self.events)
+        self._quarantined: set[tuple[str, str]] | None = None  # (sample id, manifest), once read
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._trackers.close()
+        self._lock.close()
+
+    @contextmanager
+    def running(self, stage: str, total: int, first: int, learners: int, engines: int) -> Iterator[None]:
+        """Around the run of a stage: its start and its end stand in the event log, its log is open."""
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "stage": stage, "total": total, "from_step": first}
+        self.events.log("run/start", **facts, learners=learners, engines=engines)
+        open_log(self.path, "controller", printed=False)
+        try:
+            yield
+        except BaseException as e:
+            stopped = isinstance(e, Interrupted | KeyboardInterrupt)
+            cause = " ".join(str(getattr(e, "cause", None) or e).split())
+            self.events.log("run/interrupted" if stopped else "run/failed", reason=f"{type(e).__name__}: {cause[:500]}")
+            if not stopped:
+                logging.getLogger(__name__).exception("the run failed")
+            raise
+        self.events.log("run/end")
+
+    def begin(self, phase: str, step: int) -> None:
+        """A phase of the loop begins: it stands in the event log, and failpoints of the controller fire."""
+        self.events.begin(phase, step)
+        self._failpoints.reach(f"controller.{phase}", step=step)
+
+    def rewind(self, step: int) -> None:
+        """Forget metrics and rollouts of steps >= `step`: the run resumes there and will write them again."""
+        self._trackers.rewind(step)
+        kept = [line for line in self.metrics() if line["step"] < step]
+        self._replace("metrics.jsonl", kept)
+        for file in (self.path / "rollouts").rglob("step_*.parquet"):
+            if int(file.stem.removeprefix("step_")) >= step:
+                file.unlink()
+
+    def _replace(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        beside = self.path / f".{name}"
+        beside.write_text("".join(_line(row) for row in rows))
+        os.replace(beside, self.path / name)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far, None for values not finite; one cut off by a crash is dropped."""
+        return self._rows("metrics.jsonl")
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        file = self.path / name
+        rows = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return rows
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl, and hand the same scalars to the trackers."""
+        with open(self.path / "metrics.jsonl", "a") as f:
+            f.write(_line({"step": step, **metrics}))
+        self._trackers.log(step, metrics)
+
+    def quarantine(self, sample_id: str, where: str, reason: str) -> None:
+        """Note a sample that cannot be used, once, however often the run is resumed; the run goes on without it."""
+        if self._quarantined is None:
+            rows = self._rows("quarantine.jsonl")
+            self._replace("quarantine.jsonl", rows)  # the next line must not be glued to one cut off by a crash
+            self._quarantined = {(row["sample_id"], row["manifest"]) for row in rows}
+        if (sample_id, where) in self._quarantined:
+            return
+        self._quarantined.add((sample_id, where))
+        with open(self.path / "quarantine.jsonl", "a") as f:
+            f.write(_line({"sample_id": sample_id, "manifest": where, "reason": reason}))
+
+    def rollouts(self, step: int, scored: Sequence[ScoredGroup], replaced: Sequence[ScoredGroup] = ()) -> None:
+        """Write every completion of a step with its reward terms, as one Parquet file.
+
+        The groups that others replaced (sampling.py) go to rollouts/replaced/, as they were scored before that: the
+        step's own file is the global batch that was learned from, nothing else.
+        """
+        name = f"step_{step:06d}.parquet"
+        write_rollouts(self.path / "rollouts" / name, step, scored)
+        if replaced:
+            write_rollouts(self.path / "rollouts" / "replaced" / name, step, replaced)
+
+
+def _locked(file: Any) -> bool:
+    """Take the lock, in several tries: `tatar-dist status` holds it for moments, to see whether a run does; and for a
+    node that died a network file system holds it until the lease is over, when Slurm has started the job again."""
+    deadline = time.monotonic() + (LEASE_S if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.5)
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.05)
+    return False
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """One line of JSON, which has no NaN or infinity: such a value becomes null."""
+    values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(values, allow_nan=False) + "\n"
+
+
+def write_rollouts(path: Path, step: int, scored: Sequence[ScoredGroup]) -> None:
+    """One row a completion: what was asked, what came, its reward terms, reward and advantage."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for s in scored:
+        sample = s.group.prompt.sample
+        for i, c in enumerate(s.group.completions):
+            rows.append(
+                {
+                    "step": step,
+                    "group_id": s.group.prompt.group_id,
+                    "index": i,
+                    "sample_id": sample.sample_id,
+                    "dataset": sample.dataset,
+                    "task": sample.task,
+                    "target": sample.score,
+                    "completion": c.text,
+                    "tokens": len(c.token_ids),
+                    "finish_reason": c.finish_reason,
+                    "logprob_sum": float(sum(c.logprobs)),
+                    "weight_version": s.group.weight_version,
+                    "parsed": bool(s.parsed[i]),
+                    **{name: _null(values[i]) for name, values in s.terms.items()},
+                    "reward": float(s.reward[i]),
+                    "advantage": float(s.advantage[i]),
+                    "trained": s.trained,
+                }
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    pq.write_table(pa.Table.from_pylist(rows), beside)
+    os.replace(beside, path)
+
+
+def _null(value: float) -> float | None:
+    return None if value != value else float(value)

@@ -1,0 +1,79 @@
+"""The event log of a run: what happened to its processes, when, and in which phase of which step.
+
+`RUN/events.jsonl`, one object a line: `time` (Unix seconds), `event` (`subject/what`), `step`, `phase`, then what the
+event has to say. Appended with one write a line, so that several processes can share the file; never rewound, unlike
+metrics.jsonl: a step that ran twice stands here twice. Everything that watches a run reads it: `tatar-dist status`, the
+stall detector, the tests of faults.
+
+    run/start run/end run/interrupted run/failed    pid, host, stage, total, from_step, learners, engines; reason
+    phase                                   phase = generate | reward | learn | sync | checkpoint | evaluate begins
+    step/done                               seconds
+    engine/ready suspect dead restarting stale healthy gone hedged         engine, pid, host, node, reason
+    learners/ready failed restarting restored                              world_size, pids, hosts, reason, from_step
+    reward/ready failed                     pid, host, reason
+    push/done push/late                     version, engines, reason
+    checkpoint/saved skipped failed         path, seconds, reason
+    node/lost node/joined                   node
+    tracker/failed                          tracker, reason: left out from then on (run/tracking.py)
+    signal                                  name
+    process/started                         name, pid, host, node
+    stall                                   seconds, limit, action, stacks, processes, silent
+    fault                                   point, action: a failpoint fired (run/failpoints.py)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FILE = "events.jsonl"
+
+
+class Events:
+    """Appends to one run's event log. `step` and `phase` are set by the loop and stamped on every event."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / FILE
+        self.step: int | None = None
+        self.phase: str | None = None
+        if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
+            self._append("\n")  # a line cut off by a crash must not swallow the next one
+
+    def log(self, event: str, **fields: Any) -> None:
+        stamp = {"time": round(time.time(), 3), "event": event, "step": self.step, "phase": self.phase}
+        self._append(json.dumps({**stamp, **fields}, default=str) + "\n")
+
+    def begin(self, phase: str, step: int | None = None) -> None:
+        """A phase of the loop begins; later events carry it."""
+        self.phase = phase
+        if step is not None:
+            self.step = step
+        self.log("phase")
+
+    def _append(self, line: str) -> None:
+        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(fd, line.encode())
+        finally:
+            os.close(fd)
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """The events so far; lines that a crash cut off are left out."""
+    return list(_lines(run / FILE))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found

@@ -1,0 +1,115 @@
+"""The log of one process, and the way to ask it for its stacks.
+
+In: a run directory and the process's name in the run. Out, in RUN/logs:
+
+    NAME.jsonl   one object a line: time (Unix seconds), level, logger, host, pid, message, and the traceback if any
+    NAME.out     what is printed, also by native libraries (vLLM, NCCL, gloo) and by a process that crashes
+
+The event `process/started` says where it runs, so that it can be found while it starts, too. A process that does not
+see the run directory (no shared file system) logs to its machine's temporary directory and says so there. A thread of
+every process waits to be asked for the stacks of all its threads (`tatar_dist.faults.stacks` asks): the question is a
+byte in a pipe, the answer goes to memory, both found under /proc; no file is left behind. Not a signal: its handler
+would walk the frames of threads that run meanwhile, which now and then crashes a healthy process.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import socket
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from tatar_dist.run.events import Events
+from tatar_dist.run.process import process_facts
+
+STACKS = "tatar_dist-stacks-"  # the name of that memory under /proc/PID/fd; the number of the pipe follows
+
+log = logging.getLogger(__name__)
+_handler: logging.Handler | None = None
+_stacks: Any = None  # the open file behind STACKS
+
+
+class JsonLines(logging.Formatter):
+    """A log record as one line of JSON."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = socket.gethostname()
+
+    def format(self, record: logging.LogRecord) -> str:
+        row = {
+            "time": round(record.created, 3),
+            "level": record.levelname,
+            "logger": record.name,
+            "host": self.host,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            row["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(row)
+
+
+def open_log(run: str | Path, name: str, printed: bool = True) -> Path:
+    """Send this process's log records to RUN/logs/NAME.jsonl; an actor calls it first. Returns the directory.
+
+    Records of tatar_dist count from INFO, of other packages from WARNING. Called again, it moves to the new place.
+
+    Args:
+        run: the run directory; it must exist, or this machine does not see it.
+        name: controller, learner-0, engine-1, reward.
+        printed: also send what this process prints to NAME.out; not for one that has a user's terminal.
+    """
+    global _handler
+    visible = Path(run).is_dir() and os.access(run, os.W_OK)
+    directory = Path(run) / "logs" if visible else Path(tempfile.mkdtemp(prefix=f"{Path(run).name}-{name}-"))
+    directory.mkdir(exist_ok=True)
+    root, before = logging.getLogger(), _handler
+    _handler = logging.FileHandler(directory / f"{name}.jsonl")
+    _handler.setFormatter(JsonLines())
+    root.addHandler(_handler)
+    if before is not None:
+        root.removeHandler(before)
+        before.close()
+    logging.getLogger("tatar_dist").setLevel(logging.INFO)
+    if printed:
+        _redirect(directory / f"{name}.out")
+    answer_stack_requests()
+    facts = process_facts()
+    log.info("%s starts on node %s", name, facts["node"])
+    if visible:
+        Events(Path(run)).log("process/started", name=name, **facts)
+    else:
+        log.warning("%s does not see %s: %s logs to %s there", facts["host"], run, name, directory)
+    return directory
+
+
+def _redirect(path: Path) -> None:
+    """Both output streams of the process to a file, below Python: C and C++ libraries write there too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+    faulthandler.enable(file=2, all_threads=True)
+
+
+def answer_stack_requests() -> None:
+    """From now on a thread of this process answers who asks for its stacks."""
+    global _stacks
+    if _stacks is None:
+        asked, _ = os.pipe()  # who asks opens the other end for himself
+        _stacks = os.fdopen(os.memfd_create(f"{STACKS}{asked}"), "wb", buffering=0)
+        threading.Thread(target=_answer, args=(asked, _stacks), name="stacks", daemon=True).start()
+
+
+def _answer(asked: int, answer: Any) -> None:
+    while os.read(asked, 1):
+        faulthandler.dump_traceback(answer, all_threads=True)

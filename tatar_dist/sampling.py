@@ -1,0 +1,168 @@
+"""Draw, sample and score the groups of a GRPO step, some steps ahead of need.
+
+`Batches` hands them out in the order of their steps. With `staleness: k` the batch of step n is sampled from the
+weights of step n - k (those the run starts with, for the first k), while the learners work: the lag is fixed, so that
+a run can be repeated. Prompts of the next batch are always drawn ahead, images read and checked.
+
+What is ahead belongs to a checkpoint: `state` holds the sampler's position before it, and its completions. After a
+resume the same prompts are drawn, and completions that are remembered are scored again instead of sampled again. A
+batch that was cut short (a signal, the last engine's death) is sampled later, from fresher weights.
+
+`collect` samples and scores one batch. A group whose completions all got the same reward is silent: its advantages are
+0. `grpo.zero_std` says what becomes of it: `keep` (it counts in the normaliser and feels the KL), `drop` (it stays out
+of the loss), or `refill`: in up to `grpo.refill_limit` rounds the silent groups give way to new prompts of their data
+set, sampled from the same weights, and the whole batch is scored again, since a ranking depends on who is in it
+(dynamic sampling, arXiv 2503.14476); groups silent after that are dropped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tatar_dist.cluster.reward_client import RemoteScorer
+from tatar_dist.config.schema import GRPOConfig
+from tatar_dist.data.sampler import PromptSampler
+from tatar_dist.prompts.source import PromptSource
+from tatar_dist.types import Completion, Group, Prompt, ScoredGroup
+
+
+@dataclass
+class Collected:
+    """The step's groups in order, the silent ones they replaced, reward metrics, and seconds by phase."""
+
+    scored: list[ScoredGroup]
+    replaced: list[ScoredGroup] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    generate_seconds: float = 0.0
+    reward_seconds: float = 0.0
+
+
+def collect(
+    grpo: GRPOConfig,
+    prompts: Sequence[Prompt],
+    step: int,
+    generate: Callable[[Sequence[Prompt]], list[Group]],
+    scorer: RemoteScorer,
+    source: PromptSource,
+    sampler: PromptSampler,
+    begin: Callable[[str], None],
+) -> Collected:
+    """Generate and score the global batch of a step. `begin` is told of each phase.
+
+    Raises what `generate` and the reward actor raise.
+    """
+    out = Collected([])
+    asked, groups = list(prompts), []
+    for round_ in range(1 + (grpo.refill_limit if grpo.zero_std == "refill" else 0)):
+        if round_:
+            silent = [s for s in out.scored if s.zero_std]
+            fresh = source.more([s.group.prompt for s in silent], asked, sampler, step)
+            if not fresh:
+                break
+            given_up = silent[: len(fresh)]
+            out.replaced += given_up
+            gone = {s.group.prompt.group_id for s in given_up}
+            groups = [g for g in groups if g.prompt.group_id not in gone]
+            asked += fresh
+        begin("generate")
+        start = time.perf_counter()
+        groups += generate(asked if not round_ else fresh)
+        groups.sort(key=lambda g: g.prompt.group_id)
+        middle = time.perf_counter()
+        begin("reward")
+        out.scored, out.metrics = scorer.score(groups, step)
+        out.generate_seconds += middle - start
+        out.reward_seconds += time.perf_counter() - middle
+    if grpo.zero_std != "keep":
+        out.scored = [replace(s, trained=not s.zero_std) for s in out.scored]
+    out.metrics["reward/replaced_groups"] = float(len(out.replaced))
+    out.metrics["reward/dropped_groups"] = float(sum(not s.trained for s in out.scored))
+    return out
+
+
+@dataclass
+class Batch:
+    """The prompts of one step. `before`: the sampler's state before they were drawn; `collected` None: not sampled."""
+
+    step: int
+    before: dict[str, Any]
+    prompts: list[Prompt]
+    collected: Collected | None = None
+
+
+@dataclass
+class Batches:
+    """The queue. `total`: the run's steps; `lag`: how many batches are sampled ahead (`grpo.staleness`)."""
+
+    sampler: PromptSampler
+    draw: Callable[[int], list[Prompt]]  # the prompts of a step, taken from the sampler
+    collect: Callable[[Batch], Collected]  # samples and scores them; may take more from the sampler
+    lag: int
+    total: int = 0
+    remembered: dict[str, Any] = field(default_factory=dict)  # group id -> its completions, of before a resume
+    _queue: deque[Batch] = field(default_factory=deque)
+
+    def take(self, step: int) -> Collected:
+        """The batch of `step`. At the start of a run the `lag` batches from it on are sampled here."""
+        for n in range(step, min(step + max(1, self.lag), self.total)):
+            if n - step == len(self._queue):
+                self._queue.append(self._drawn(n))
+            batch = self._queue[n - step]
+            if batch.collected is None:
+                batch.collected = self.collect(batch)
+        self.remembered.clear()  # what nobody asked for belongs to a run of more lag
+        batch = self._queue.popleft()
+        assert batch.collected is not None and batch.step == step
+        return batch.collected
+
+    def work_ahead(self, step: int) -> None:
+        """While `step` is learned: draw the next batch and, with a lag, sample it. Cut short, it leaves no trace."""
+        n = step + 1 + len(self._queue)
+        if n >= self.total or len(self._queue) >= max(1, self.lag):
+            return
+        before = self.sampler.state_dict()
+        try:
+            batch = self._drawn(n)
+            if self.lag:
+                batch.collected = self.collect(batch)
+        except BaseException:
+            self.sampler.load_state_dict(before)
+            raise
+        self._queue.append(batch)
+
+    def _drawn(self, step: int) -> Batch:
+        return Batch(step, self.sampler.state_dict(), self.draw(step))
+
+    def state(self) -> dict[str, Any]:
+        """What a run needs to go on with the first batch that was not taken. JSON."""
+        sampler = self._queue[0].before if self._queue else self.sampler.state_dict()
+        done = [b.collected for b in self._queue if b.collected]
+        groups = [s.group for c in done for s in (*c.scored, *c.replaced)]
+        return {"sampler": sampler, "ahead": {**self.remembered, **{g.prompt.group_id: _packed(g) for g in groups}}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go back to what `state` returned; one without "ahead" is of before batches were kept."""
+        self._queue.clear()
+        self.sampler.load_state_dict(state["sampler"])
+        self.remembered = dict(state.get("ahead", {}))
+
+    def recall(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[Prompt]]:
+        """The groups of `prompts` that were sampled before a resume, once each, and the prompts without one."""
+        known = [_unpacked(p, self.remembered.pop(p.group_id)) for p in prompts if p.group_id in self.remembered]
+        found = {g.prompt.group_id for g in known}
+        return known, [p for p in prompts if p.group_id not in found]
+
+
+def _packed(group: Group) -> list[Any]:
+    completions = [[c.text, c.token_ids, c.logprobs, c.finish_reason] for c in group.completions]
+    return [group.weight_version, group.prompt_token_ids, completions]
+
+
+def _unpacked(prompt: Prompt, packed: list[Any]) -> Group:
+    version, prompt_ids, completions = packed
+    made = tuple(Completion(text, tuple(ids), tuple(logprobs), end) for text, ids, logprobs, end in completions)
+    return Group(prompt, tuple(prompt_ids), made, version)

@@ -1,0 +1,234 @@
+"""`tatar-dist export`: the trained model of a run as a Hugging Face directory that loads without our code.
+
+In: a run directory with a finished checkpoint. Out: a new directory with weights (safetensors in shards, and an index),
+processor and tokenizer, a generation config, `prompts.yaml` (the wording that the run used) and the model card
+`README.md` (scoring/card.py). It is written beside and renamed: under its name a directory is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tatar_dist.config.load import load_config
+from tatar_dist.config.schema import Config
+from tatar_dist.errors import UserError
+from tatar_dist.prompts.answer import Prompts
+from tatar_dist.run.checkpoint_files import Job, first_damage, write
+from tatar_dist.run.checkpoints import Found, finished
+from tatar_dist.run.directory import PROMPTS
+from tatar_dist.scoring import card as model_card
+
+if TYPE_CHECKING:
+    import torch
+
+    from tatar_dist.models.base import QwenVL
+
+SHARD_SIZE = "5GB"
+INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64"}  # safetensors' names, torch's
+OTHER_FILES = 64 << 20  # bytes at most of tokenizer, configs and card
+OURS = {INDEX, GENERATION, model_card.NAME, PROMPTS, "config.json"}  # written anew, not copied
+
+
+def model_of(run: str | Path) -> Path:
+    """The model directory of a run's newest finished checkpoint. Raises UserError when there is none."""
+    return checkpoint_of(run)[0] / "model"
+
+
+def checkpoint_of(run: str | Path, step: int | None = None) -> Found:
+    """(directory, state) of a run's newest finished checkpoint, or of the one of `step`. Raises UserError without."""
+    steps = []
+    for directory, state in finished(Path(run)):
+        if step is None or state["step"] == step:
+            return directory, state
+        steps.append(str(state["step"]))
+    if step is None or not steps:
+        raise UserError(f"{run}: no finished checkpoint in it")
+    raise UserError(f"--step {step}: {run} has no finished checkpoint of it, but of {', '.join(reversed(steps))}")
+
+
+def run(
+    run_directory: str | Path,
+    output: str | Path,
+    *,
+    step: int | None = None,
+    shard_size: str = SHARD_SIZE,
+    dtype: str | None = None,
+    evaluation: str | Path | None = None,
+) -> Path:
+    """Export to `output`, which must not exist or be empty, and not be the working directory; returns it.
+
+    Args:
+        step: of the checkpoint; None = the newest.
+        shard_size: the most bytes of a weights file, for example 5GB or 500MB; a larger tensor gets its own.
+        dtype: bfloat16 or float32; None = as trained.
+        evaluation: the directory of an evaluation of this very checkpoint; None = one beside the run, if there is one.
+
+    Raises:
+        UserError: no finished checkpoint, a damaged one, a bad option, no room, or a place that cannot be written.
+    """
+    target, source = Path(output), Path(run_directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{output}: exists and is not an empty directory")
+    if target.exists() and target.samefile("."):  # the rename would put another directory in the place of this one
+        raise UserError(f"--output {output}: is the directory that you are in: name a new one, or go to another first")
+    checkpoint, state = checkpoint_of(source, step)
+    files = {name: facts for name, facts in state["files"].items() if name.startswith("model/")}
+    if damage := first_damage(checkpoint, files, hashes=True):
+        raise UserError(f"{checkpoint}: damaged: {damage}: give another one with --step")
+    config = load_config([str(source / "config.yaml")], [])
+    model, prompts = checkpoint / "model", _prompts(source, config)
+    tensors = _tensors(model, dtype)
+    shards = _shards(tensors, shard_size)
+    total = sum(t.nbytes for t in tensors.values())
+    _require_room(target, total + OTHER_FILES)
+    backbone = _backbone(config, model)
+    facts = model_card.facts(source, checkpoint, state, config, evaluation)
+    facts |= _use(config, backbone, prompts, next(iter(tensors.values())).dtype)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            write(beside, _jobs(model, backbone, config, prompts, facts, tensors, shards))
+            beside.chmod(0o755)
+            os.rename(beside, target)  # also over an empty directory
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            raise
+        raise UserError(f"{output}: cannot write: {e.strerror or e}") from e
+    return target
+
+
+def _prompts(source: Path, config: Config) -> Prompts:
+    """The wording that the run used; runs of before it was kept only name the file."""
+    kept = source / PROMPTS
+    return Prompts.load(kept if kept.exists() else config.data.prompts)
+
+
+def _backbone(config: Config, model: Path) -> QwenVL:
+    from dataclasses import replace
+
+    from tatar_dist.models import family
+
+    return family(config.model.family)(replace(config.model, path=str(model)))
+
+
+def _tensors(model: Path, dtype: str | None) -> dict[str, torch.Tensor]:
+    """Name -> a tensor without memory that has the shape and the type to be written. Raises UserError."""
+    import torch
+    from safetensors import safe_open
+
+    if dtype not in (None, "bfloat16", "float32"):
+        raise UserError(f"--dtype {dtype}: must be bfloat16 or float32")
+    found = {}
+    for path in sorted(model.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  not a mapping
+                part = file.get_slice(name)
+                kind = getattr(torch, TYPES[part.get_dtype()])
+                wanted = getattr(torch, dtype) if dtype and kind.is_floating_point else kind
+                found[name] = torch.empty(part.get_shape(), dtype=wanted, device="meta")
+    if not found:
+        raise UserError(f"{model}: no *.safetensors weights in it")
+    return found
+
+
+def _shards(tensors: dict[str, torch.Tensor], size: str) -> Any:
+    """huggingface_hub's plan: file -> names of its tensors, and the index. Raises UserError for a bad size."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    try:
+        return split_torch_state_dict_into_shards(tensors, max_shard_size=size)
+    except ValueError as e:
+        raise UserError(f"--shard-size {size}: expected a size such as 5GB or 500MB: {e}") from None
+
+
+def _require_room(target: Path, needed: int) -> None:
+    """Raises UserError when the disk of `target` has fewer than `needed` bytes free."""
+    there = next(p for p in (target, *target.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(f"{target}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
+
+
+def _use(config: Config, backbone: QwenVL, prompts: Prompts, dtype: torch.dtype) -> dict[str, Any]:
+    """What the card's examples need: how the model was asked and decoded in training."""
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "max_model_len": config.rollout.max_model_len,
+        "forbidden": backbone.forbidden_ids(),
+        "prompts": prompts,
+    }
+
+
+def _jobs(
+    model: Path,
+    backbone: QwenVL,
+    config: Config,
+    prompts: Prompts,
+    facts: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    shards: Any,
+) -> Iterator[Job]:
+    """Everything that is written, as run/checkpoint_files.py takes it."""
+
+    def text(content: str) -> Any:
+        return lambda path: path.write_text(content, encoding="utf-8")
+
+    for path in sorted(model.iterdir()):
+        if path.suffix != ".safetensors" and path.name not in OURS:
+            yield path.name, lambda target, path=path: shutil.copyfile(path, target)
+    settings = {"dtype": "", **json.loads((model / "config.json").read_text())}
+    yield "config.json", text(json.dumps(_with_dtype(settings, facts["dtype"]), indent=2) + "\n")
+    yield GENERATION, text(_generation(backbone, config).to_json_string())
+    yield PROMPTS, text(prompts.to_yaml())
+    yield model_card.NAME, text(model_card.render(facts))
+    for name, names in shards.filename_to_tensors.items():
+        yield name, lambda target, names=names: _write_shard(model, {n: tensors[n].dtype for n in names}, target)
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        yield INDEX, text(json.dumps(index, indent=2) + "\n")
+
+
+def _with_dtype(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json with its type named as the weights have it, in the parts of the model too."""
+    found = {k: _with_dtype(v, dtype) if isinstance(v, dict) else v for k, v in settings.items()}
+    return {k: dtype if k in ("dtype", "torch_dtype") else v for k, v in found.items()}
+
+
+def _generation(backbone: QwenVL, config: Config) -> Any:
+    """Greedy, until the end of the turn; no vision placeholder is ever written, as in training (rollout/engine.py)."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=config.rollout.max_new_tokens,
+        eos_token_id=backbone.end_of_turn(),
+        pad_token_id=backbone.tokenizer.pad_token_id,
+        suppress_tokens=backbone.forbidden_ids(),
+    )
+
+
+def _write_shard(model: Path, dtypes: dict[str, torch.dtype], target: Path) -> None:
+    """The tensors of one file, read from wherever the checkpoint has them; no more of the model is in memory."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for path in sorted(model.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in dtypes.keys() & set(file.keys()):
+                tensors[name] = file.get_tensor(name).to(dtypes[name])
+    save_file(tensors, target, metadata={"format": "pt"})
+    target.chmod(0o644)  # safetensors makes files that only their owner may read

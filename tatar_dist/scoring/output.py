@@ -1,0 +1,237 @@
+"""What `tatar-dist score` reads and shows: pictures from the command line; a table, JSON lines, a page.
+
+In: words of the command line, and scores as they come. Out: on standard output a table or one JSON object a line, on
+standard error progress and the pictures that could not be scored.
+"""
+
+from __future__ import annotations
+
+import base64
+import glob
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from tatar_dist.errors import UserError
+from tatar_dist.scoring.scorer import Score, read_picture
+
+# What a directory is searched for; a file that is named itself is tried whatever it is called.
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .avif .heic .heif .tif .tiff .bmp .jp2 .j2k .ppm .pgm .pbm .qoi .mpo".split()
+)
+NAMES = {"iqa": "quality", "iaa": "aesthetics"}
+THUMBNAIL = 240  # pixels of the longer side on the page
+SHOWN_BAD, MOST_SHOWN = 20, 1000  # bad pictures on standard error, pictures on the page
+REFRESH_S = 0.5  # scores come in batches
+
+
+def find_pictures(words: Sequence[str], stdin: Any = None) -> list[str | tuple[str, bytes]]:
+    """Every picture that the words name, each once, directories searched to the bottom in the order of names.
+
+    `-`: standard input, one encoded picture or a file name a line.
+
+    Raises:
+        UserError: a word that names nothing, a directory without pictures, an empty standard input.
+    """
+    found: dict[str, str | tuple[str, bytes]] = {}
+    for word in words:
+        for picture in _named_by(word, stdin):
+            found.setdefault(os.path.realpath(picture) if isinstance(picture, str) else picture[0], picture)
+    return list(found.values())
+
+
+def _named_by(word: str, stdin: Any) -> list[Any]:
+    if word == "-":
+        return _from_stdin((stdin or sys.stdin.buffer).read())
+    path = Path(word)
+    if path.is_dir():
+        found = sorted(
+            os.path.join(at, name)
+            for at, _, names in os.walk(path, onerror=_refuse)
+            for name in names
+            if Path(name).suffix.lower() in SUFFIXES
+        )
+        if not found:
+            raise UserError(f"{word}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
+        return found
+    if path.exists():
+        return [word]
+    if found := sorted(p for p in glob.glob(word, recursive=True) if os.path.isfile(p)):
+        return found
+    raise UserError(f"{word}: no such file, directory or glob")
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
+
+
+def _from_stdin(data: bytes) -> list[Any]:
+    if not data.strip():
+        raise UserError("-: standard input is empty: give it a picture, or file names, a line each")
+    try:
+        lines = data.decode("utf-8").splitlines() if b"\0" not in data else None
+    except UnicodeDecodeError:
+        lines = None
+    return [("standard input", data)] if lines is None else [line.strip() for line in lines if line.strip()]
+
+
+def run(
+    load: Callable[[], Callable[[], Iterable[Score]]],
+    total: int,
+    as_json: bool,
+    html: Path | None,
+    given: Sequence[str | tuple[str, bytes]] = (),
+) -> int:
+    """Show scores as they come, what there is of them also after Ctrl-C; returns how many pictures have none.
+
+    load: loads the model; given: the pictures, where the page looks for those that are no files.
+    """
+    found: list[Score] = []
+    if html is not None:
+        write_page(html, [])  # a place that cannot be written is not found after hours
+    try:
+        _collect(found, load, total, as_json)
+    finally:
+        _show(found, as_json, html, dict(g for g in given if not isinstance(g, str)))
+    return len({s.image for s in found if s.error})
+
+
+def _collect(found: list[Score], load: Callable[[], Any], total: int, as_json: bool) -> None:
+    from tatar_dist.run.progress import Progress
+
+    with Progress("score", total, unit="answer") as progress:
+        scores, said = load(), 0.0
+        progress.ready()
+        for s in scores():
+            found.append(s)
+            if as_json:
+                print(json.dumps({k: v for k, v in asdict(s).items() if v not in (None, ())}), flush=True)
+            said = said or time.monotonic()  # the first answer waited for its whole batch: no measure of the pace
+            if time.monotonic() - said > REFRESH_S or len(found) == total:
+                said = time.monotonic()
+                progress.update(len(found), {})
+
+
+def _show(found: Sequence[Score], as_json: bool, html: Path | None, kept: dict[str, bytes]) -> None:
+    from rich.console import Console
+
+    if not as_json and not all(s.error for s in found):
+        Console().print(as_table(found))
+    bad = list(dict.fromkeys((s.image, s.error) for s in found if s.error))
+    for name, error in bad[:SHOWN_BAD]:
+        print(f"tatar-dist: {name}: {error}", file=sys.stderr)
+    if len(bad) > SHOWN_BAD:
+        print(f"tatar-dist: and {len(bad) - SHOWN_BAD} more", file=sys.stderr)
+    if bad:
+        print(
+            f"tatar-dist: {len(bad)} of {len({s.image for s in found})} pictures could not be scored", file=sys.stderr
+        )
+    if without := sum(s.score is None and not s.error for s in found):
+        print(
+            f"tatar-dist: {without} of {len(found)} answers hold no score; before SFT a model does not know the format",
+            file=sys.stderr,
+        )
+    if html is not None:
+        write_page(html, found, kept)
+        print(f"the page: {html}", file=sys.stderr)
+
+
+def as_table(scores: Sequence[Score]) -> Any:
+    """A row a picture that was scored, with the first words of what the model says, a line a task."""
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    tasks = sorted({s.task for s in scores}, key=list(NAMES).index)
+    expected = any(s.expected is not None for s in scores)
+    named = by_picture(scores)
+    where = os.path.dirname(os.path.commonprefix(list(named))) if len(named) > 1 else ""
+    table = Table(expand=True)
+    table.add_column(f"picture in {escape(where)}" if where else "picture", overflow="fold", ratio=2)
+    for task in tasks:
+        table.add_column(NAMES[task], justify="right", no_wrap=True, min_width=13 if expected else 10)
+    table.add_column("in its words", overflow="ellipsis", no_wrap=True, ratio=3)
+    for name, each in named.items():
+        said = (each[t].rationale or each[t].reason or "" for t in tasks if t in each)
+        shown = Text(name.removeprefix(where).lstrip("/") if where else name)
+        table.add_row(
+            shown, *(_cell(each.get(t)) for t in tasks), Text("\n".join(" ".join(words.split()) for words in said))
+        )
+    return table
+
+
+def _cell(s: Score | None) -> str:
+    if s is None:
+        return ""
+    if s.score is None:
+        return "no score"
+    more = [f"± {s.sd:.1f}"] if s.sd is not None else []
+    more += [f"expected {s.expected:.1f}"] if s.expected is not None else []
+    return "\n".join([f"{s.score:.1f}", *more])
+
+
+def by_picture(scores: Iterable[Score]) -> dict[str, dict[str, Score]]:
+    """Picture -> task -> score, without those that could not be scored."""
+    found: dict[str, dict[str, Score]] = {}
+    for s in scores:
+        if not s.error:
+            found.setdefault(s.image, {})[s.task] = s
+    return found
+
+
+def write_page(file: Path, scores: Sequence[Score], kept: Mapping[str, bytes] = MappingProxyType({})) -> None:
+    """One HTML page, best pictures first, nothing loaded from elsewhere; of very many the best and the worst.
+
+    kept: encoded pictures that are no files, by name. Raises UserError when it cannot be written.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    ranked = sorted(by_picture(scores).items(), key=lambda entry: _rank(entry[1].values()))
+    left_out = max(0, len(ranked) - MOST_SHOWN)
+    if left_out:
+        ranked = ranked[: MOST_SHOWN // 2] + ranked[-MOST_SHOWN // 2 :]
+    pictures = [
+        {
+            "name": name,
+            "image": thumbnail(name, kept.get(name)),
+            "scores": [(NAMES[t], t, s) for t, s in sorted(each.items(), key=lambda e: list(NAMES).index(e[0]))],
+        }
+        for name, each in ranked
+    ]
+    bad = dict.fromkeys((s.image, s.error) for s in scores if s.error)
+    environment = Environment(loader=PackageLoader("tatar_dist.scoring", "."), autoescape=True)
+    page = environment.get_template("score_page.html.j2").render(pictures=pictures, bad=list(bad), left_out=left_out)
+    try:
+        file.write_text(page, encoding="utf-8", errors="replace")
+    except OSError as e:
+        raise UserError(f"{file}: cannot write there: {e.strerror}") from e
+
+
+def _rank(scores: Iterable[Score]) -> float:
+    """Best first, without a score last."""
+    values = [s.score for s in scores if s.score is not None]
+    return -sum(values) / len(values) if values else 1.0
+
+
+def thumbnail(name: str, data: bytes | str | None = None) -> str | None:
+    """The picture, the file `name` or encoded `data`, as a small JPEG in a data URI; None where it is gone."""
+    from tatar_dist.data.images import UnreadableImage, decode_image
+
+    data = read_picture(name)[1] if data is None else data
+    if isinstance(data, str):
+        return None
+    try:
+        picture = decode_image(data, name)
+    except UnreadableImage:
+        return None
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

@@ -1,0 +1,223 @@
+"""Scores for pictures, from Python and from the command line: one engine in this process, no Ray.
+
+    from tatar_dist import Scorer
+    for score in Scorer("models/scorer").score(["photo.jpg", picture, data], task="both"):
+        print(score.image, score.task, score.score, score.rationale)
+
+In: a model directory of ours (a checkpoint's or an exported one) and pictures: paths, encoded bytes, or Pillow images.
+Out: a `Score` for each picture and task, in order, as batches come back. The prompts, the picture sizes and the dtype
+are those that the directory says the model was trained with. A picture that cannot be read is a `Score` with `error`;
+the others are scored.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tatar_dist.data.images import UnreadableImage, decode_image
+from tatar_dist.errors import UserError
+from tatar_dist.evaluate.metrics import spread
+from tatar_dist.prompts.answer import clamped, parse, think_text
+from tatar_dist.rollout.calls import in_calls
+from tatar_dist.rollout.environment import COMMON_ENV, engine_environment
+from tatar_dist.scoring.directory import model_config
+from tatar_dist.types import TASKS, Completion, Prompt, Sample, Task
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+BATCH = 2  # prompts of an engine call, as a multiple of what the engine works on at once
+# modes of Pillow that a PNG holds; others are converted to RGB
+PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model says of one picture for one task.
+
+    score: of the greedy answer, clamped to 0-100, None where it does not parse (`reason` says why); rationale: what it
+    wrote before; completion: all of it. samples: scores of sampled answers, None where one does not parse; mean, sd:
+    over those that do. expected, expected_sd: over the scores that the greedy answer might have been
+    (prompts/expected.py). error: why the picture was not asked about.
+    """
+
+    image: str
+    task: Task
+    score: float | None = None
+    rationale: str = ""
+    completion: str = ""
+    truncated: bool = False
+    reason: str | None = None
+    samples: tuple[float | None, ...] = ()
+    mean: float | None = None
+    sd: float | None = None
+    expected: float | None = None
+    expected_sd: float | None = None
+    error: str | None = None
+
+
+class Scorer:
+    """A loaded model. One at a time in a process: an engine keeps its memory until the process ends.
+
+    Args:
+        model: directory.
+        overrides: config words (`rollout.max_new_tokens=512`, `rollout.tensor_parallel=2`), see config/schema.py.
+
+    Raises:
+        UserError: no model of a known family in the directory.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], overrides: Sequence[str] = ()) -> None:
+        self.config = model_config(model, overrides)
+        _set_environment(COMMON_ENV)
+        from tatar_dist.prompts.render import PromptTexts
+
+        self.texts = PromptTexts(self.config)
+        rollout = self.config.rollout
+        rollout.max_model_len = min(rollout.max_model_len, self.texts.longest(rollout.max_new_tokens))
+        _set_environment(engine_environment(self.config, _gpu(), len(os.sched_getaffinity(0))))
+        from tatar_dist.rollout.engine import RolloutEngine
+
+        self._engine = RolloutEngine(self.config, 0)
+        self._engine.setup(len(os.sched_getaffinity(0)), 0)
+
+    def score(
+        self,
+        pictures: Iterable[Any],
+        task: Task | Literal["both"] = "both",
+        *,
+        samples: int = 0,
+        temperature: float = 1.0,
+        seed: int = 0,
+        expected: bool = False,
+    ) -> Iterator[Score]:
+        """Scores in the order of the pictures, quality before aesthetics.
+
+        Args:
+            pictures: paths, encoded bytes, Pillow images, or (name, bytes); read as they are needed.
+            task: iqa, iaa or both.
+            samples: sampled answers beside the greedy one; with them come mean and sd.
+            temperature, seed: of those.
+            expected: also the expectation over the scores that the greedy answer might have been.
+
+        Raises:
+            UserError: an unknown task.
+        """
+        if task != "both" and task not in TASKS:
+            raise UserError(f"task {task!r}: must be one of {', '.join(TASKS)}, both")
+        from tatar_dist.rollout.engine import Sampling
+
+        tasks: tuple[Task, ...] = TASKS if task == "both" else (task,)
+        limit = self.config.rollout.max_new_tokens
+        greedy = Sampling(1, 0.0, limit, expected=expected)
+        sampled = Sampling(samples, temperature, limit, seed) if samples else None
+        looked_at = (self._look(number, picture, tasks) for number, picture in enumerate(pictures))
+        size = max(1, BATCH * self.config.rollout.max_num_seqs // len(tasks))
+        for call in in_calls(looked_at, size, lambda p: p.pixels):
+            found = [each for picture in call for each in picture.asked]
+            prompts = [p for p in found if isinstance(p, Prompt)]
+            answers = iter(self._engine.generate(prompts, greedy, 0) if prompts else ())
+            draws = iter(self._engine.generate(prompts, sampled, 0)) if prompts and sampled else None
+            for each in found:
+                if isinstance(each, Score):
+                    yield each
+                    continue
+                (answer,) = next(answers).completions
+                yield score_of(each, answer, next(draws).completions if draws else ())
+
+    def _look(self, number: int, picture: Any, tasks: Sequence[Task]) -> _Looked:
+        """Read and decode one picture: what to ask about it, or the scores that say why not."""
+        name, data = read_picture(picture, number)
+        error = data if isinstance(data, str) else ""
+        size = (0, 0)
+        if not error:
+            try:
+                size = decode_image(data, name).size  # type: ignore[arg-type]
+            except UnreadableImage as e:
+                error = str(e).removeprefix(f"{name}: ")
+        asked: list[Score | Prompt] = []
+        for task in tasks:
+            problem = error or self.texts.tokens_with(size, task)
+            if isinstance(problem, str):
+                asked.append(Score(name, task, error=problem))
+            else:
+                sample = Sample(name, "", task, data, 0.0)  # type: ignore[arg-type]
+                asked.append(Prompt(sample, self.texts.text[task], f"{number}/{task}"))
+        return _Looked(asked, size[0] * size[1])
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """A picture: a prompt for each task, or a score with an error; its pixels."""
+
+    asked: list[Score | Prompt]
+    pixels: int
+
+
+def _set_environment(wanted: Mapping[str, str]) -> None:
+    """Before what reads it is imported; what the user has set stays."""
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def read_picture(picture: Any, number: int = 0) -> tuple[str, bytes | str]:
+    """(name, encoded bytes), or (name, why there are none)."""
+    if isinstance(picture, tuple):
+        return str(picture[0]), bytes(picture[1])
+    if isinstance(picture, bytes | bytearray | memoryview):
+        return f"picture {number + 1}", bytes(picture)
+    if isinstance(picture, str | os.PathLike):
+        try:
+            if Path(picture).exists() and not Path(picture).is_file():  # reading a pipe would wait for ever
+                return os.fspath(picture), "is no file"
+            return os.fspath(picture), Path(picture).read_bytes()
+        except OSError as e:
+            return os.fspath(picture), f"cannot be read: {e.strerror}"
+    name = str(getattr(picture, "filename", "") or f"picture {number + 1}")
+    try:
+        return name, _encoded(picture)
+    except Exception as e:  # of foreign bytes a decoder raises anything
+        return name, f"cannot be read: {' '.join(str(e).split())}"
+
+
+def _encoded(picture: Image) -> bytes:
+    """A Pillow image, upright, as a PNG."""
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(picture)
+    out = io.BytesIO()
+    (upright if upright.mode in PNG_MODES else upright.convert("RGB")).save(out, "PNG", compress_level=0)
+    return out.getvalue()
+
+
+def score_of(prompt: Prompt, greedy: Completion, sampled: Sequence[Completion] = ()) -> Score:
+    """The record of a greedy completion and of sampled ones."""
+    said = parse(greedy.text)
+    values = tuple(clamped(parse(c.text).value) for c in sampled)
+    mean, sd = spread(values)
+    expected = greedy.expected
+    return Score(
+        image=prompt.sample.sample_id,
+        task=prompt.sample.task,
+        score=clamped(said.value),
+        rationale=think_text(greedy.text).strip(),
+        completion=greedy.text,
+        truncated=greedy.finish_reason == "length",
+        reason=said.reason,
+        samples=values,
+        mean=mean,
+        sd=sd,
+        expected=expected.mean if expected else None,
+        expected_sd=expected.sd if expected else None,
+    )
