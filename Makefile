@@ -32,7 +32,7 @@ help:
 	@echo "make setup [DEVICE=cpu|cuda] [TORCH_INDEX=…]  create .venv with everything in it (here: DEVICE=$(DEVICE))"
 	@echo "make demo [SMOKE=1] [OUTPUT=…] [ARGS=\"k=v …\"] data, SFT, GRPO, evaluation and report of a tiny model on this CPU"
 	@echo "make test                                     unit and integration tests on real Ray, vLLM and DeepSpeed"
-	@echo "make lint | format                            ruff and mypy | rewrite the formatting"
+	@echo "make lint | format                            ruff, mypy, import contracts | rewrite the formatting"
 	@echo "make test-cluster                             hosts as namespaces, Slurm, faults; as root, after .ci/packages"
 	@echo "make sft|grpo|eval [NODES=n] [ARGS=\"k=v …\"]   the recipe of configs/*.yaml; ARGS=--dry-run prints what would run"
 	@echo "                                              with n: by sbatch (WAIT=1 stays with it), to RAY_ADDRESS, or on n Ray nodes here"
@@ -78,6 +78,7 @@ lint: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+	@.venv/bin/lint-imports --no-logo
 
 format: setup
 	@.venv/bin/ruff check --fix .

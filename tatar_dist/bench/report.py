@@ -32,8 +32,7 @@ def write_run(
     path: Path, steps: int = STEPS, images: int = IMAGES, side: tuple[int, int] = SIDE, seed: int = 0
 ) -> Path:
     """Make the directory of a GRPO run that learned: PROMPTS x GROUP completions a step, half IQA. Returns `path`."""
-    from tatar_dist.config.load import to_yaml
-    from tatar_dist.config.schema import Config, DataConfig, ModelConfig
+    from tatar_dist.config.schema import Config, DataConfig, ModelConfig, to_yaml
     from tatar_dist.rewards.batch import batch_of_groups
     from tatar_dist.rewards.presets import load_preset
     from tatar_dist.rewards.score import reward_metrics, score_batch, scored_groups

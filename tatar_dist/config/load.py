@@ -82,8 +82,3 @@ def _parent(conf: Any, key: str) -> tuple[Any, str]:
     """The section that holds a dotted key, and the key's last part."""
     section, _, last = key.rpartition(".")
     return (OmegaConf.select(conf, section) if section else conf), last
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, as written to a run directory."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from omegaconf import OmegaConf
+
 from tatar_dist.config.rationale import RationaleConfig
 
 
@@ -208,3 +210,8 @@ class Config:
     track: TrackConfig = field(default_factory=TrackConfig)
     failpoints: list[str] = field(default_factory=list)  # faults on purpose, see run/failpoints.py
     rationale: RationaleConfig = field(default_factory=RationaleConfig)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, as written to a run directory."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

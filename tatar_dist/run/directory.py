@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tatar_dist.config.load import to_yaml
-from tatar_dist.config.schema import Config
+from tatar_dist.config.schema import Config, to_yaml
 from tatar_dist.errors import Interrupted, UserError
 from tatar_dist.run.events import Events
 from tatar_dist.run.failpoints import Failpoints

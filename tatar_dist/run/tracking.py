@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
-from tatar_dist.config.load import to_yaml
-from tatar_dist.config.schema import Config
+from tatar_dist.config.schema import Config, to_yaml
 from tatar_dist.errors import UserError
 from tatar_dist.run.events import Events
 

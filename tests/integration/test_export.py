@@ -12,8 +12,8 @@ from pathlib import Path
 
 from conftest import model_words
 
-from tatar_dist.config.load import load_config, to_yaml
-from tatar_dist.config.schema import Config
+from tatar_dist.config.load import load_config
+from tatar_dist.config.schema import Config, to_yaml
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.demo.data.make import make_demo
 from tatar_dist.prompts.answer import parse

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tatar_dist.config.load import known_keys, load_config, to_yaml
+from tatar_dist.config.load import known_keys, load_config
 from tatar_dist.config.rules import ABOVE_ZERO, AT_LEAST_ONE, NOT_NEGATIVE
-from tatar_dist.config.schema import Config
+from tatar_dist.config.schema import Config, to_yaml
 from tatar_dist.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

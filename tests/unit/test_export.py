@@ -15,8 +15,8 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file  # noqa: E402
 
 from tatar_dist.assets import TINY_MODEL as TINY  # noqa: E402
-from tatar_dist.config.load import load_config, to_yaml  # noqa: E402
-from tatar_dist.config.schema import CheckpointConfig  # noqa: E402
+from tatar_dist.config.load import load_config  # noqa: E402
+from tatar_dist.config.schema import CheckpointConfig, to_yaml  # noqa: E402
 from tatar_dist.data.writing import write_manifest  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
 from tatar_dist.prompts.answer import Prompts  # noqa: E402

@@ -11,7 +11,7 @@ import yaml
 from simulate_cases import CONFIGS, COSTS, DEMO, GRPO, LENGTHS, demo, grpo
 
 from tatar_dist.cli import main
-from tatar_dist.config.load import to_yaml
+from tatar_dist.config.schema import to_yaml
 from tatar_dist.errors import UserError
 from tatar_dist.plan.simulate.command import costs_from, numbers_of_gpus
 from tatar_dist.plan.simulate.costs import Costs, read_costs
