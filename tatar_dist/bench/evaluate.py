@@ -29,7 +29,7 @@ TARGET, START_TARGET = 0.9, 1.5
 WORDS = [f"rollout.max_new_tokens={TOKENS}", "rollout.max_num_seqs=32"]
 ENGINE_ALONE = """
 import sys
-from tatar_dist.scorer import Scorer
+from tatar_dist.scoring.scorer import Scorer
 Scorer(sys.argv[1], sys.argv[2:])
 """
 

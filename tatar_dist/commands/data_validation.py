@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tatar_dist.assets import looked_in
 from tatar_dist.data.checks import report as validation_report
 from tatar_dist.data.checks import sheet as contact_sheet
 from tatar_dist.data.checks.clean import clean, clean_paths
@@ -75,7 +76,7 @@ def run_validation(
 
 def _check_directory(images: Path | None) -> None:
     if images is not None and not images.is_dir():
-        raise UserError(f"--images {images}: no such directory")
+        raise UserError(f"--images {images}: no such directory{looked_in(images)}")
 
 
 def run_show(

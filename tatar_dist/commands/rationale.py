@@ -92,7 +92,7 @@ def _ask(
     from tatar_dist.config.load import load_config
     from tatar_dist.rationale import run as running
 
-    named = [str(running.shipped(str(f))) for f in files or [DEFAULT_CONFIG]]
+    named = [str(f) for f in files or [DEFAULT_CONFIG]]
     config = load_config(named, [*(words or []), f"output={output}"], unused=("model.path",))
     if dry_run:
         plan = running.dry_run(name, source, config)

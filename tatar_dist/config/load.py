@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from tatar_dist.assets import CONFIGS, locate, looked_in
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 
@@ -53,9 +53,10 @@ def load_config(files: list[str], overrides: list[str], unused: tuple[str, ...] 
     """
     conf: Any = OmegaConf.structured(Config)
     for name in files:
-        path = Path(name)
+        path = locate(name)
         if not path.is_file():
-            raise UserError(f"{name}: no such config file")
+            bundled = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
+            raise UserError(f"{name}: no such config file{looked_in(name)} (bundled: {bundled})")
         try:
             loaded = OmegaConf.load(path)
         except Exception as e:  # YAML errors come in several classes; each says its line
@@ -74,6 +75,8 @@ def load_config(files: list[str], overrides: list[str], unused: tuple[str, ...] 
     from tatar_dist.config.rules import check as check_rules
 
     result: Config = OmegaConf.to_object(conf)  # type: ignore[assignment]
+    if result.model.path:
+        result.model.path = str(locate(result.model.path))
     check_rules(result)
     return result
 

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tatar_dist.assets import looked_in
 from tatar_dist.data.images import UnreadableImage
 from tatar_dist.data.orders import WINDOW
 from tatar_dist.data.pools import Pool, index_pools
@@ -189,7 +190,9 @@ def read_manifest(path: str | Path, image_root: str | Path | None = None) -> Man
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such manifest")
+        raise UserError(f"{path}: no such manifest{looked_in(path)}")
+    if image_root is not None and not Path(image_root).is_dir():
+        raise UserError(f"{path}: its image root {image_root} is no directory{looked_in(image_root)}")
     try:
         file = pq.ParquetFile(path)
         schema = file.schema_arrow

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
 from tatar_dist.evaluate.bootstrap import paired_difference
 from tatar_dist.evaluate.metrics import plcc, srcc, usable
@@ -70,6 +71,8 @@ def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> di
 
 def _read(directory: Path) -> Rows:
     file = Path(directory) / "predictions.parquet"
+    if not Path(directory).is_dir():
+        raise UserError(f"{directory}: no such directory{looked_in(directory)}")
     if not file.is_file():
         raise UserError(f"{directory}: no predictions.parquet in it: give the output of `tatar-dist evaluate`")
     try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def names() -> list[str]:
     """All families, each the `model_type` of its models' config.json."""
-    return [m.name for m in pkgutil.iter_modules(__path__) if m.name != "base"]
+    return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "costs")]
 
 
 def family(name: str) -> type[QwenVL]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
+from tatar_dist.assets import looked_in
 from tatar_dist.config.schema import ModelConfig
 from tatar_dist.errors import UserError
 from tatar_dist.models.costs import Costs
@@ -67,7 +68,7 @@ class QwenVL:
         if not directory.exists():
             if path.count("/") == 1 and not path.startswith((".", "/")):
                 return {}
-            raise UserError(f"model.path={path}: no such directory")
+            raise UserError(f"model.path={path}: no such directory{looked_in(path)}")
         file = directory / "config.json"
         if not file.is_file():
             raise UserError(f"model.path={path}: no config.json in it, so it is not a Hugging Face model directory")

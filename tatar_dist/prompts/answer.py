@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tatar_dist.assets import locate, looked_in
 from tatar_dist.errors import UserError
 from tatar_dist.types import TASKS, Task
 
@@ -187,10 +188,11 @@ class Prompts:
         """Read `configs/prompts.yaml`. Raises UserError for a missing file, a missing or an unknown key."""
         import yaml
 
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such prompt file")
+        file = locate(path)
+        if not file.is_file():
+            raise UserError(f"{path}: no such prompt file{looked_in(path)}")
         try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as e:
             raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
         top = section(loaded, ("system", "user"), f"{path}")

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tatar_dist.assets import CONFIGS
 from tatar_dist.config.schema import Config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import Interrupted, RunError, UserError
@@ -29,15 +28,9 @@ QUESTIONS: dict[str, type[Question]] = {"build": Build, "judge": Judge}
 SHOW_EVERY = 1000  # rows entered between two looks of the meter
 
 
-def shipped(name: str) -> Path:
-    """A file that a setting names; where there is none, configs/… means the one that comes with the package."""
-    path, ours = Path(name), CONFIGS / Path(name).name
-    return ours if not path.exists() and path.parent == Path(CONFIGS.name) and ours.is_file() else path
-
-
 def _prepare(name: str, source: Path, config: Config) -> tuple[Question, Rows]:
     c = config.rationale
-    question = QUESTIONS[name](config, load_wording(shipped(c.prompts)))
+    question = QUESTIONS[name](config, load_wording(c.prompts))
     return question, Rows(source, c.splits or (), c.limit, config.data.image_root, written=name == "judge")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from tatar_dist.assets import locate, looked_in
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import section
 from tatar_dist.types import EIGHT, TASKS
@@ -94,10 +95,11 @@ def load_wording(path: str | Path) -> Wording:
     """Read the file. Raises UserError for a missing file, broken YAML, and a missing, unknown or wrong key."""
     import yaml
 
-    if not Path(path).is_file():
-        raise UserError(f"rationale.prompts={path}: no such file")
+    file = locate(path)
+    if not file.is_file():
+        raise UserError(f"rationale.prompts={path}: no such file{looked_in(path)}")
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     top = section(loaded, ("fast", "slow", "judge", "checks"), f"{path}")

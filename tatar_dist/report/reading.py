@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
 from tatar_dist.run.events import read_events
 
@@ -113,7 +114,7 @@ def read_run(path: Path) -> Run:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory")
+        raise UserError(f"{path}: no such directory{looked_in(path)}")
     notes: list[str] = []
     is_demo = (path / "summary.json").is_file() or any(
         (path / n / "metrics.json").is_file() or (path / n / "metrics.jsonl").is_file()

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
 from tatar_dist.rewards.batch import Batch, batch_of_rows, disagreement
 from tatar_dist.rewards.presets import Preset, load_preset
@@ -177,7 +178,7 @@ def numbered_rows(file: str | Path, nan: bool = False) -> Iterator[tuple[int, di
     """
     path = Path(file)
     if not path.is_file():
-        raise UserError(f"{file}: no such file")
+        raise UserError(f"{file}: no such file{looked_in(file)}")
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet

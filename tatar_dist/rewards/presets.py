@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
 from tatar_dist.rewards.binary import BinaryParams
 from tatar_dist.rewards.custom import CustomTerm, custom_term
@@ -110,7 +111,7 @@ def load_preset(
             raise UserError(_unknown("reward preset", name_or_path, preset_names()) + ", or give a YAML file")
         path = PRESET_DIR / f"{name_or_path}.yaml"
     elif not path.is_file():
-        raise UserError(f"{path}: no such preset file")
+        raise UserError(f"{path}: no such preset file{looked_in(path)}")
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:

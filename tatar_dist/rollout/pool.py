@@ -8,7 +8,6 @@ it serves again once it has the current weights (health.py). Every wait has a de
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from tatar_dist.errors import LearnersFailed, RunError, UserError
 from tatar_dist.faults.health import Health, State
 from tatar_dist.faults.waiting import TICK_S, error_of, first_line, wait_all
 from tatar_dist.rollout.checks import problem
+from tatar_dist.rollout.chunks import Chunk, Queue
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.sync.transports import Push
 from tatar_dist.types import Group, Prompt
@@ -30,39 +30,6 @@ ATTEMPTS = 3  # engines that may fail on one prompt before the prompt is blamed
 
 class EngineFailed(RunError):
     """Too few engines live, or one prompt ends every engine that it is given to."""
-
-
-@dataclass(eq=False)
-class Chunk:
-    """Prompts of one engine call. `failures`: engines that ended on it; `done` once any engine's answer is taken."""
-
-    prompts: list[Prompt]
-    failures: int = 0
-    done: bool = False
-
-
-class Queue:
-    """Chunks to be handed out: those that an engine left undone first, then new ones, made one ahead of need."""
-
-    def __init__(self, parts: Iterable[list[Prompt]]) -> None:
-        self._again: deque[Chunk] = deque()
-        self._parts = iter(parts)
-
-    def __bool__(self) -> bool:
-        if not self._again and (part := next(self._parts, None)) is not None:
-            self._again.append(Chunk(part))
-        return bool(self._again)
-
-    def take(self) -> Chunk | None:
-        return self._again.popleft() if self else None
-
-    def put_back(self, chunks: Sequence[Chunk]) -> None:
-        """They come first, in this order."""
-        self._again.extendleft(reversed(chunks))
-
-    def clear(self) -> None:
-        self._again.clear()
-        self._parts = iter(())
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
 from tatar_dist.run.events import FILE as EVENTS
 
@@ -120,6 +121,8 @@ class RunFiles:
         if not any((run / name).is_file() for name in ("config.yaml", EVENTS, METRICS)):
             inside = sorted(p.parent for p in run.glob(f"*/{EVENTS}"))
             hint = f"the runs in it are {', '.join(map(str, inside))}" if inside else "give the output of a run"
+            if not run.is_dir():
+                raise UserError(f"{run}: not a run directory: no such directory{looked_in(run)}")
             raise UserError(f"{run}: not a run directory (no config.yaml or {EVENTS} in it): {hint}")
         self._offset = 0
         self._reader = EventReader()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tatar_dist.assets import CONFIGS
+from tatar_dist.assets import CONFIGS, locate, looked_in
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config, ModelConfig, RolloutConfig
 from tatar_dist.errors import UserError
@@ -31,9 +31,10 @@ def model_config(model: str | os.PathLike[str], overrides: Sequence[str] = (), e
     Raises:
         UserError: no directory, no model of a known family in it, or a file of it that cannot be read.
     """
-    directory = Path(model)
+    directory = locate(os.fspath(model))
     if not directory.is_dir():
-        raise UserError(f"{model}: no such model directory; a run's newest model is in RUN/checkpoints/latest/model")
+        hint = "a run's newest model is in RUN/checkpoints/latest/model"
+        raise UserError(f"{model}: no such model directory{looked_in(model)}; {hint}")
     settings = _json(directory / "config.json")
     if settings is None:
         raise UserError(f"{model}: no config.json in it, so it is not a Hugging Face model directory")

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tatar_dist.assets import looked_in
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
@@ -45,6 +46,8 @@ def model_of(run: str | Path) -> Path:
 
 def checkpoint_of(run: str | Path, step: int | None = None) -> Found:
     """(directory, state) of a run's newest finished checkpoint, or of the one of `step`. Raises UserError without."""
+    if not Path(run).is_dir():
+        raise UserError(f"{run}: no finished checkpoint in it: no such directory{looked_in(run)}")
     steps = []
     for directory, state in finished(Path(run)):
         if step is None or state["step"] == step:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
 from tatar_dist.scoring.scorer import Score, read_picture
 
@@ -65,7 +66,7 @@ def _named_by(word: str, stdin: Any) -> list[Any]:
         return [word]
     if found := sorted(p for p in glob.glob(word, recursive=True) if os.path.isfile(p)):
         return found
-    raise UserError(f"{word}: no such file, directory or glob")
+    raise UserError(f"{word}: no such file, directory or glob{looked_in(word)}")
 
 
 def _refuse(error: OSError) -> None:

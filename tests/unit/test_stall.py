@@ -18,7 +18,7 @@ from tatar_dist.run.events import Events, read_events
 from tatar_dist.run.log import answer_stack_requests
 
 ANSWERING = """
-from tatar_dist.process_log import answer_stack_requests
+from tatar_dist.run.log import answer_stack_requests
 answer_stack_requests()
 def computing_for_ever():
     print("ready", flush=True)
@@ -35,7 +35,7 @@ never_heard_of_us()
 """
 BUSY = """
 import threading
-from tatar_dist.process_log import answer_stack_requests
+from tatar_dist.run.log import answer_stack_requests
 answer_stack_requests()
 def deep(n):
     return deep(n - 1) if n else sum(range(30))

@@ -90,8 +90,8 @@ def test_offline_mlflow_tells_its_makers_nothing(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from tatar_dist import tracking
-from tatar_dist.config import load_config
+from tatar_dist.run import tracking
+from tatar_dist.config.load import load_config
 run = Path(sys.argv[1])
 tracking.MLflow(load_config([], [f"output={run}", "model.path=unused"]), run, 0).close()
 from mlflow.telemetry.utils import is_telemetry_disabled  # its client says nothing: without a network it goes by itself

@@ -242,7 +242,7 @@ def test_memory_of_decoding_does_not_grow_with_the_threads(tmp_path):
     data = png(side, side, 8, 0, (b"\0" + bytes(side)) * side)
     path = written(tmp_path / "m.parquet", [row(i, image_bytes=data + bytes([i])) for i in range(4)])
     code = (
-        "import resource, sys; from pathlib import Path; from tatar_dist.data import validate\n"
+        "import resource, sys; from pathlib import Path; from tatar_dist.data.checks import validate\n"
         "validate.CHUNK = 1  # a picture for every thread\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "assert validate.validate([Path(sys.argv[1])], workers=4).ok\n"

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tatar_dist.assets import looked_in
 from tatar_dist.data.checks import duplicates
 from tatar_dist.data.checks.problem_log import WARNINGS, ProblemLog
 from tatar_dist.data.checks.rows import Key, PoolFacts
@@ -107,7 +108,7 @@ def open_source(path: Path, images: Path | None = None) -> tuple[pq.ParquetFile,
     """
     try:
         if not path.is_file():
-            raise UserError(f"{path}: no such manifest")
+            raise UserError(f"{path}: no such manifest{looked_in(path)}")
         # Read in pieces: a row group of another program's file may be larger than memory.
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
         schema = file.schema_arrow

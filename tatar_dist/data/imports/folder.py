@@ -15,6 +15,7 @@ from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
+from tatar_dist.assets import looked_in
 from tatar_dist.data.imports.annotations import Bad
 from tatar_dist.errors import UserError
 
@@ -60,7 +61,7 @@ class ImageFolder:
         self.files: set[str] = set()
         self.unusable: dict[str, Bad] = {}  # entries that are neither file nor directory
         if not os.path.isdir(root):  # unlike Path.is_dir, no error for a name that is too long
-            raise UserError(f"--images {root}: no such directory")
+            raise UserError(f"--images {root}: no such directory{looked_in(root)}")
         visited: set[str] = set()
         pending = [("", str(root))]
         while pending:

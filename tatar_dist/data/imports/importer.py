@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from tatar_dist.assets import looked_in
 from tatar_dist.data.imports.assemble import Choices, Sources, assemble
 from tatar_dist.data.imports.folder import ImageFolder
 from tatar_dist.data.registry import Dataset
@@ -104,7 +105,8 @@ def _read(path: Path, option: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as e:
-        raise UserError(f"{option} {path}: cannot read it: {e.strerror or e}") from None
+        where = looked_in(path) if isinstance(e, FileNotFoundError) else ""
+        raise UserError(f"{option} {path}: cannot read it: {e.strerror or e}{where}") from None
 
 
 def _write_dropped(path: Path, dropped: list[dict[str, Any]]) -> None:
