@@ -60,7 +60,7 @@ class VerdictConfig:
 @dataclass
 class LimitsConfig:
     concurrency: int = 64  # requests in flight
-    requests_per_minute: float = 0.0  # 0 = no limit
+    requests_per_minute: float = 0.0  # requests sent; 0 = no limit
     tokens_per_minute: float = 0.0  # prompt + reserved completion tokens; 0 = no limit
     retries: int = 6  # after a failed request; 429 does not count
     backoff_s: float = 1.0  # first wait, doubled each time, with jitter

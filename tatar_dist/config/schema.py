@@ -71,7 +71,7 @@ class OptimConfig:
     weight_decay: float = 0.0  # decoupled with adamw, L2 with sgd
     schedule: str = "linear"  # linear | cosine | constant
     warmup_steps: int = 0  # steps from 0 to lr, linear
-    clip_norm: float = 1.0  # 0 = no clipping
+    clip_norm: float = 1.0  # largest gradient norm; 0 = no clipping
 
 
 @dataclass
@@ -98,7 +98,7 @@ class GRPOConfig:
     aggregation: str = "sequence-mean"  # sequence-mean | token-mean (DAPO) | constant (Dr. GRPO, max_new_tokens)
     ratio: str = "token"  # token | sequence (GSPO, whose clips are near 3e-4)
     clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
-    clip_high: float = 0.2  # and above 1 + clip_high
+    clip_high: float = 0.2  # the ratio is clipped above 1 + clip_high
     importance: str = "auto"  # none | token | sequence: correct for engine-learner mismatch; auto: algo/README.md
     importance_mode: str = "truncate"  # truncate at importance_cap | mask what lies outside [1/cap, cap]
     importance_cap: float = 2.0  # at least 1; see importance_mode
@@ -131,8 +131,8 @@ class RolloutConfig:
     suspect_after_s: float = 600.0  # an engine that takes longer is suspect: it gets no more work until it answers
     hedge: bool = False  # a suspect engine's prompts are given to an idle one too; the first answer counts
     min_engines: int = 1  # with fewer living or restarting engines the run stops
-    engine_restarts: int = 5  # of one engine in a row without an answer between them
-    restart_backoff_s: float = 1.0  # before the first restart; doubles with each, up to a minute
+    engine_restarts: int = 5  # restarts of one engine in a row without an answer between them
+    restart_backoff_s: float = 1.0  # wait before the first restart; doubles with each, up to a minute
     deterministic: bool = False  # one group per engine call, caches reset before it
     push: str = "object_store"  # weight push: object_store (any network) | nccl | cuda_ipc (colocated)
     push_timeout_s: float = 600.0  # an engine that takes longer for one bucket is dead
@@ -153,17 +153,17 @@ class EvaluateConfig:
     unparsed: str = "drop"  # drop | midpoint: an answer without a score is left out, or counts as 50
     bootstrap: int = 0  # rounds for 95 % intervals of SRCC and PLCC; 0 = none
     in_domain: list[str] | None = None  # data sets that were trained on; null = as configs/datasets.yaml has it
-    slices: list[str] = field(default_factory=lambda: ["distortion", "distortions", "style", "styles"])  # of meta
+    slices: list[str] = field(default_factory=lambda: ["distortion", "distortions", "style", "styles"])  # keys of meta
     published: bool = False  # print figures of configs/published.yaml beside ours
 
 
 @dataclass
 class CheckpointConfig:
     every: int = 50  # steps; 0 = only at the end
-    keep: int = 2  # the newest that stay
-    keep_every: int = 0  # and those whose step is a multiple of this; 0 = none
-    keep_best: str | None = None  # and the best one by this metric, for example eval/koniq/srcc
-    best_mode: str = "max"  # max | min
+    keep: int = 2  # how many of the newest stay
+    keep_every: int = 0  # checkpoints whose step is a multiple of this stay too; 0 = none
+    keep_best: str | None = None  # the best by this metric stays too, for example eval/koniq/srcc
+    best_mode: str = "max"  # whether the largest or smallest value of keep_best is best: max | min
     asynchronous: bool = True  # files are written while training goes on
     verify: bool = True  # read everything and compare checksums before resuming
     storage: str = "shared"  # shared: all nodes see output | local: only the controller does, parts come through Ray
@@ -174,7 +174,7 @@ class CheckpointConfig:
 @dataclass
 class WatchConfig:
     stall_factor: float = 10.0  # no progress for this many median steps is a stall; 0 = no watching
-    stall_min_s: float = 300.0  # and at least this long
+    stall_min_s: float = 300.0  # a stall is at least this long
     stall_action: str = "report"  # report: stack dumps | restart: and restart what hangs | stop: and end the run
     prometheus: bool = True  # metrics through Ray's exporter, where the cluster has one
 
@@ -185,7 +185,7 @@ class TrackConfig:
     wandb: bool = False  # Weights & Biases; needs pip install 'tatar_dist[wandb]'
     mlflow: bool = False  # needs pip install 'tatar_dist[mlflow]'
     project: str = "tatar_dist"  # project of W&B, experiment of MLflow
-    name: str | None = None  # of the run there; null = the last part of output
+    name: str | None = None  # name of the run there; null = the last part of output
     mode: str = "offline"  # offline: into OUTPUT, for later | online: to the server that their environment names
 
 
