@@ -26,7 +26,7 @@ class EndpointConfig:
     timeout_s: float = 180.0  # for one whole answer
     structured: bool = True  # ask for JSON by schema where JSON is wanted; false: by words alone
     prompt_price: float = 0.0  # per million tokens, in any currency; for the cost shown
-    completion_price: float = 0.0
+    completion_price: float = 0.0  # likewise, of the answer
 
 
 @dataclass
@@ -36,13 +36,13 @@ class TextConfig:
     url: str = ""  # "" = the teacher's; another endpoint for this kind alone (cost is reckoned by the teacher's prices)
     api_key_env: str = ""  # of that other endpoint: the teacher's key goes to the teacher's address alone
     model: str = ""  # "" = the teacher's
-    image: bool = True
-    temperature: float = 0.3
-    top_p: float = 0.8
-    max_tokens: int = 140
+    image: bool = True  # send the image; false for a text-only teacher
+    temperature: float = 0.3  # of sampling
+    top_p: float = 0.8  # of sampling
+    max_tokens: int = 140  # of the text; one cut off by it is rejected
     reasoning_tokens: int = 0  # on top of max_tokens, for a teacher that thinks before it writes
-    min_words: int = 30
-    max_words: int = 50
+    min_words: int = 30  # a shorter text is rejected
+    max_words: int = 50  # a longer text is rejected
     sentences: int = 0  # exactly this many; 0 = any number
 
 
@@ -50,21 +50,21 @@ class TextConfig:
 class VerdictConfig:
     """How the judge is asked, and which marks (1-5) reject."""
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_tokens: int = 120
-    reasoning_tokens: int = 0
+    temperature: float = 0.0  # of sampling
+    top_p: float = 1.0  # of sampling
+    max_tokens: int = 120  # of the judge's answer
+    reasoning_tokens: int = 0  # on top of max_tokens, for a judge that thinks before it answers
     reject_at: int = 2  # a mark of this or less rejects the sample
 
 
 @dataclass
 class LimitsConfig:
     concurrency: int = 64  # requests in flight
-    requests_per_minute: float = 0.0  # 0 = no limit
+    requests_per_minute: float = 0.0  # requests sent; 0 = no limit
     tokens_per_minute: float = 0.0  # prompt + reserved completion tokens; 0 = no limit
     retries: int = 6  # after a failed request; 429 does not count
     backoff_s: float = 1.0  # first wait, doubled each time, with jitter
-    backoff_max_s: float = 60.0
+    backoff_max_s: float = 60.0  # the longest wait
     give_up_s: float = 1800.0  # for one sample's request with all its waits, those after 429 included
     failures_in_a_row: int = 16  # given up with no answer between them; refusals after an answer do not count
     stop_wait_s: float = 20.0  # after Ctrl-C, for answers in flight
@@ -73,7 +73,7 @@ class LimitsConfig:
 
 @dataclass
 class RationaleConfig:
-    prompts: str = "configs/rationale_prompts.yaml"
+    prompts: str = "configs/rationale_prompts.yaml"  # what teachers and judges are told; word lists of the checks
     attempts: int = 3  # times a sample is asked before it is rejected for good
     splits: list[str] | None = field(default_factory=lambda: ["train"])  # whose rows are looked at; null = all
     limit: int | None = None  # so many of these rows are looked at; null = all
