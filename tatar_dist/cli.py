@@ -16,6 +16,7 @@ from tatar_dist.commands import checks, data, evaluation, rationale, runs, stage
 from tatar_dist.commands.serve import serve
 from tatar_dist.errors import EXIT_INTERRUPTED, Interrupted, RunError, UserError
 
+EXTRAS = ("torch", "torchvision", "vllm", "deepspeed", "ray", "transformers", "accelerate", "datasets")
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
 app = typer.Typer(
@@ -61,6 +62,13 @@ def main(args: list[str] | None = None) -> int:
     except TyperException as e:
         if e.format_message():  # empty when the help page was the answer already
             _complain(e.format_message())
+        return EXIT_BAD_INPUT
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] not in EXTRAS:
+            raise
+        _complain(
+            f"{e.name} is not installed: pip install 'tatar_dist[cpu]' or 'tatar_dist[cuda]' (with [demo] for demo)"
+        )
         return EXIT_BAD_INPUT
     except Interrupted as e:
         _complain(e)

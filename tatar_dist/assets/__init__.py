@@ -9,6 +9,7 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent
 CONFIGS = ASSETS / "configs"
+RECIPES = ("sft.yaml", "grpo.yaml", "eval.yaml", "demo.yaml", "lora.yaml", "rationale.yaml")  # of --config
 TINY_MODEL = ASSETS / "tiny-qwen2_5-vl"
 
 

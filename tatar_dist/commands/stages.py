@@ -55,6 +55,7 @@ def probes(
 
 def _run_stage(stage: str, files: list[Path], words: list[str] | None, dry_run: bool, as_json: bool) -> None:
     from tatar_dist.config.load import load_config
+    from tatar_dist.plan.inputs import check_inputs
 
     config = load_config([str(f) for f in files], words or [])
     if dry_run:
@@ -63,6 +64,7 @@ def _run_stage(stage: str, files: list[Path], words: list[str] | None, dry_run: 
         return
     for warning in proven.warnings_for(config, stage):
         print(f"tatar-dist: {warning}", file=sys.stderr)
+    check_inputs(config, stage)
     result: Any
     if stage == "sft":
         from tatar_dist import sft as sft_stage

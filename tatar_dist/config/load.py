@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from tatar_dist.assets import CONFIGS, locate, looked_in
+from tatar_dist.assets import RECIPES, locate, looked_in
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 
@@ -55,8 +55,7 @@ def load_config(files: list[str], overrides: list[str], unused: tuple[str, ...] 
     for name in files:
         path = locate(name)
         if not path.is_file():
-            bundled = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
-            raise UserError(f"{name}: no such config file{looked_in(name)} (bundled: {bundled})")
+            raise UserError(f"{name}: no such config file{looked_in(name)} (bundled: {', '.join(RECIPES)})")
         try:
             loaded = OmegaConf.load(path)
         except Exception as e:  # YAML errors come in several classes; each says its line

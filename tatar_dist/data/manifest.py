@@ -178,6 +178,13 @@ def image_path(root: Path, name: str) -> Path | None:
     return Path(target) if not os.path.isabs(name) and Path(target).is_relative_to(root) else None
 
 
+def existing(path: str | Path) -> Path:
+    """Return `path` if a file is there. Raises UserError naming the directory it was looked up in."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such manifest{looked_in(path)}")
+    return Path(path)
+
+
 def read_manifest(path: str | Path, image_root: str | Path | None = None) -> Manifest:
     """Open a manifest and check its rows; a large one that bears its writer's stamp by its footer alone.
 
@@ -188,9 +195,7 @@ def read_manifest(path: str | Path, image_root: str | Path | None = None) -> Man
         UserError: no such file, not Parquet, a column missing or of another type, no image column, and by row: null
             values, a task other than iqa/iaa, a score that is not a number in [0, 100], a repeated sample_id.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such manifest{looked_in(path)}")
+    path = existing(path)
     if image_root is not None and not Path(image_root).is_dir():
         raise UserError(f"{path}: its image root {image_root} is no directory{looked_in(image_root)}")
     try:

@@ -16,11 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tatar_dist.assets import looked_in
 from tatar_dist.data.checks import duplicates
 from tatar_dist.data.checks.problem_log import WARNINGS, ProblemLog
 from tatar_dist.data.checks.rows import Key, PoolFacts
-from tatar_dist.data.manifest import stamped_root
+from tatar_dist.data.manifest import existing, stamped_root
 from tatar_dist.data.rules import check_columns
 from tatar_dist.data.schema import SCHEMA, read_stamp
 from tatar_dist.errors import UserError
@@ -107,8 +106,7 @@ def open_source(path: Path, images: Path | None = None) -> tuple[pq.ParquetFile,
     Raises UserError for what is no manifest at all; no row is looked at.
     """
     try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such manifest{looked_in(path)}")
+        existing(path)
         # Read in pieces: a row group of another program's file may be larger than memory.
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
         schema = file.schema_arrow
