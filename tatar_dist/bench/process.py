@@ -1,7 +1,7 @@
 """A command timed as a whole process: seconds and peak memory, start of Python included.
 
 The kernel counts what a forked child shares with its parent into the child's peak, so a benchmark full of data must not
-be the parent: a small process of this module is, `python run/process.py CORES WORD…`, which prints what it measured.
+be the parent: a small process of this module is, `python bench/process.py CORES WORD…`, which prints what it measured.
 """
 
 from __future__ import annotations

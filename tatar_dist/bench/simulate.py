@@ -30,7 +30,7 @@ Run = tuple[int, int, int, int]  # learners, engines, prompts a step, group size
 CALIBRATION: tuple[Run, ...] = ((1, 1, 8, 8), (2, 2, 8, 8), (2, 1, 4, 8), (2, 2, 16, 4))
 FORETOLD: tuple[Run, ...] = ((1, 2, 12, 8), (4, 2, 8, 8), (2, 1, 16, 8), (1, 1, 16, 4))
 ROUNDS, STEPS = 2, 8
-LIMIT = 0.15  # what the README promises of the step
+LIMIT = 0.15  # relative error of a predicted step
 IMAGES = {"train": 200, "validation": 40, "test": 60}
 
 

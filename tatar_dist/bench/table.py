@@ -1,4 +1,4 @@
-"""`tatar-dist bench table FILE…`: the JSON objects of benches as one Markdown table, the one of the README.
+"""`tatar-dist bench table FILE…`: the JSON objects of benches as one Markdown table, the one of bench/README.md.
 
 In: files that `tatar-dist bench NAME --json` wrote. Out: a row each: name, baseline, ratio, target, met, limit.
 """

@@ -1,1 +1,14 @@
-"""The sub-commands of `tatar-dist`. Each parses its words, calls the package, prints; heavy imports are inside."""
+"""The sub-commands of `tatar-dist`: each parses its words, calls the package and prints.
+
+Heavy imports stand inside functions, so that `--help` answers at once.
+
+    stages.py           demo, probes, sft, grpo, evaluate, plan
+    evaluation.py       score, metrics, compare
+    runs.py             status, report, export
+    data.py             data …, with data_tables.py (what import and sets print) and data_validation.py
+    rationale.py        rationale …
+    serve.py            serve
+    checks.py           rewards, bench, doctor
+    doctor.py           checks of this machine; doctor_nodes.py: of every node of a Ray cluster
+    options.py          options and output that several commands share
+"""

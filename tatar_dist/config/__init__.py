@@ -1,0 +1,8 @@
+"""The typed configuration. Its page, with every key, is configs/README.md.
+
+schema.py      the keys, their types, defaults and meanings
+rationale.py   the section `rationale`
+rules.py       what types cannot express: choices, ranges, combinations
+load.py        merges YAML files and `key=value`; unknown keys fail with the nearest name
+page.py        writes the table of keys in configs/README.md
+"""

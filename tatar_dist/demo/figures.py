@@ -105,7 +105,7 @@ def regression_head(model: str, data: Path) -> dict[str, dict[str, float]]:
 
 
 def markdown(directories: Sequence[Path], head: dict[str, dict[str, float]]) -> str:
-    """The README's tables: per seed, pooled, and per photograph."""
+    """The tables of the README and of demo/README.md: per seed, pooled, and per photograph."""
     summaries = [results(d) for d in directories]
     lines = [
         "| task | regression head | | " + " | ".join(f"seed {k}" for k in range(len(directories))) + " |",

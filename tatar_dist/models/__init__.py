@@ -2,6 +2,11 @@
 
 A family module provides the class `Backbone` with the interface of `base.QwenVL`; to add a family, write that one file
 and name it in the config.
+
+    base.py         what the Qwen-VL families have in common
+    qwen2_5_vl.py   Qwen2.5-VL
+    qwen3_vl.py     Qwen3-VL, dense
+    costs.py        what rows of one prompt cost to compute
 """
 
 from __future__ import annotations

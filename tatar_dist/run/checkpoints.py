@@ -1,8 +1,17 @@
 """`Checkpoints`: the controller's side of saving, retention and resuming. Pure file work, no torch and no Ray.
 
-In: what the learners wrote (files.py) and the run's state. Out: directories under RUN/checkpoints (see __init__.py).
+    checkpoints/step_000030/deepspeed/   ZeRO-3 shards: weights, master weights, optimizer (one writer a rank)
+                            model/       the Hugging Face model directory at this step
+                            state.json   step, number of learners, sampler position, what a run must have in common to
+                                         continue, the metric that ranks it, and size and sha256 of every file
+    checkpoints/latest -> step_000030
+
+A checkpoint is written beside, synced, hashed and renamed; `latest` is moved last. state.json is written when
+everything else is on the disk: a directory without it, or whose files are not as it says, does not count. Hidden
+names are a checkpoint being written (.writing_*) or removed (.removing_*).
+
 The learners are anything with `actors` (one a rank) and `save(directory) -> Future[Files]`: it takes a snapshot and
-returns, and the future is done when all files are written.
+returns, and the future is done when all files are written (checkpoint_files.py).
 """
 
 from __future__ import annotations

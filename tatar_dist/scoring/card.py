@@ -1,7 +1,7 @@
 """The model card of an exported model: what it is made from, how it was trained, what was measured, how to use it.
 
 In: a run directory, the checkpoint that is exported, what was measured of it. Out: `facts`, a dict, and `render`, the
-text of README.md from `assets/model_card.md.j2`. The stages are followed back from run to run by `model.path`. A card
+text of README.md from `model_card.md.j2`. The stages are followed back from run to run by `model.path`. A card
 names no directory of the machine that it was written on.
 """
 

@@ -1,0 +1,11 @@
+"""Turn annotation files into manifests: `tatar-dist data import`.
+
+annotations.py   reads CSV, text, JSON and Excel into columns and recognises their format
+scores.py        raw scores, spreads and votes to numbers, mapped by the declared range
+attributes.py    attribute texts of images
+folder.py        which file an image name means
+rows.py          all rows of an import, and checks between them
+splits.py        train, validation and test
+assemble.py      one table out of several files
+importer.py      the command: reads, assembles, writes
+"""

@@ -6,6 +6,7 @@
     step.py       Costs, a split and completion lengths -> the seconds of one step, event by event
     search.py     a configuration and Costs -> the best split learners/engines for each number of GPUs
     tables.py     the result as rich tables
+    command.py    the command
 
 Pure Python and numpy: no torch, no Ray.
 """

@@ -1,0 +1,150 @@
+"""The house keeps its shape: budgets of lines and files, a page for every room, names in texts that lead somewhere.
+
+A budget is a number of today. It may fall; raise it only in the commit that says why. Floors (who may import whom) are
+contracts of import-linter in pyproject.toml, checked by `make lint`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "tatar_dist"
+
+# From a prompt to a pushed weight: what somebody reads who wants to know how a step works.
+CORE = """
+grpo sft sampling trainer types
+rewards/thurstone rewards/gaussian rewards/pairwise rewards/links rewards/length rewards/format rewards/binary
+rewards/batch rewards/score
+algo/loss algo/advantages algo/aggregation algo/schedule
+learner/actor learner/group learner/batch learner/sharding learner/packing learner/zero3 learner/policy learner/head
+learner/shared_prefix learner/ragged
+rollout/pool rollout/chunks rollout/engine rollout/calls rollout/checks rollout/environment
+sync/source sync/object_store sync/transports sync/learner_side sync/engine_calls sync/engine_side
+cluster/ray_cluster cluster/reward_actor cluster/reward_client
+faults/health faults/waiting
+""".split()
+CORE_LINES, CORE_FILES = 5_483, 45
+PACKAGE_LINES = 35_503
+ROOT_MODULES = 10
+FILE_LINES = 400
+README_BYTES = 12_288
+FOREIGN_WRITES = 23  # attributes of other objects that the loop's files set
+
+
+def sources() -> list[Path]:
+    """The package's tracked Python files."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "tatar_dist/*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).exists()]
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_the_reading_core_stays_small():
+    core = [PACKAGE / f"{name}.py" for name in CORE]
+    assert len(core) <= CORE_FILES
+    assert sum(map(lines, core)) <= CORE_LINES
+
+
+def test_the_package_stays_small():
+    largest = sorted(sources(), key=lines)[-3:]
+    assert sum(map(lines, sources())) <= PACKAGE_LINES, f"the largest files are {[p.name for p in largest]}"
+    assert all(lines(path) <= FILE_LINES for path in largest), largest
+
+
+def test_the_root_of_the_package_has_few_modules():
+    assert len(list(PACKAGE.glob("*.py"))) <= ROOT_MODULES
+
+
+def test_the_readme_is_a_front_door():
+    assert (ROOT / "README.md").stat().st_size <= README_BYTES
+
+
+def test_no_file_has_a_name_that_says_nothing():
+    empty = {"utils", "util", "helpers", "helper", "misc", "common", "manager"}
+    assert not [path for path in sources() if path.stem in empty]
+
+
+def rooms() -> list[Path]:
+    return sorted({path.parent for path in sources() if path.parent != PACKAGE})
+
+
+@pytest.mark.parametrize("room", rooms(), ids=lambda room: str(room.relative_to(PACKAGE)))
+def test_every_room_has_a_page_that_names_its_files(room):
+    texts = [(ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or "")]
+    if (room / "README.md").exists():
+        texts.append((room / "README.md").read_text())
+    page = "\n".join(texts)
+    unnamed = [p.name for p in sorted(room.glob("*.py")) if p.stem != "__init__" and p.name not in page]
+    assert page.strip() and not unnamed, f"{room.name}: README.md or the docstring of __init__.py must name {unnamed}"
+
+
+NOT_MODULES = ("manifest", "egg", "x", "__file__")  # the stamp of a manifest, build products, an invented name
+PAGES = sorted(
+    path
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PACKAGE.rglob("README.md"), *ROOT.glob("*/README.md"))
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_that_a_page_names_exists(page):
+    text = page.read_text()
+    links = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    absent = [target for target in links if target and not (page.parent / target).exists()]
+    named = re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|sh|yaml|toml|md|svg|png|txt))`", text)
+    places = (page.parent, ROOT, PACKAGE, *page.parents)
+    written = ("config.yaml", "prompts.yaml", "README.md", "results.svg")  # by a run, an export, a probe
+    absent += [n for n in named if "/" in n and n not in written and not any((p / n).exists() for p in places)]
+    assert not absent, f"{page.relative_to(ROOT)} names what does not exist: {absent}"
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or one that it holds by its text."""
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:n])
+        init = path / "__init__.py"
+        file = init if init.exists() else path.with_suffix(".py")
+        if file.exists():
+            return n == len(parts) or re.search(rf"\b{re.escape(parts[n])}\b", file.read_text()) is not None
+    return False
+
+
+def test_every_module_that_a_text_names_exists():
+    """Strings that name modules (engines, servers, program texts in tests) fail only when they run."""
+    code = [*sources(), *(ROOT / "tests").rglob("*.py"), *ROOT.glob("launch/*"), *ROOT.glob("slurm/*.sh")]
+    texts = [*code, ROOT / "Makefile", ROOT / "pyproject.toml", *ROOT.glob("configs/*.yaml"), *PAGES]
+    absent = set()
+    for path in (path for path in texts if path.is_file() and path != Path(__file__)):
+        text = path.read_text()
+        names = re.findall(r"(?<![\w./-])tatar_dist(?:\.[a-z_0-9]+)+", text)
+        for module, imported in re.findall(r"from (tatar_dist[\w.]*) import ([\w, ]+)", text):
+            names += [f"{module}.{name.split(' as ')[0].strip()}" for name in imported.split(",") if name.strip()]
+        names = [name for name in names if name.split(".")[1] not in NOT_MODULES]
+        absent |= {f"{path.relative_to(ROOT)}: {name}" for name in names if not exists(name)}
+    assert not absent
+
+
+def test_the_loop_sets_few_attributes_of_other_objects():
+    """What a class needs should be in its constructor."""
+    found = []
+    for name in ("grpo", "sft", "sampling", "trainer", "cluster/ray_cluster", "learner/group", "evaluate/runner"):
+        for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            for target in (t for t in targets if isinstance(t, ast.Attribute)):
+                if not (isinstance(target.value, ast.Name) and target.value.id == "self"):
+                    found.append(f"{name}: {ast.unparse(target)}")
+    assert len(found) <= FOREIGN_WRITES, found
