@@ -37,7 +37,7 @@ help:
 	@echo "make sft|grpo|eval [NODES=n] [ARGS=\"k=v …\"]   the recipe of configs/*.yaml; ARGS=--dry-run prints what would run"
 	@echo "                                              with n: by sbatch (WAIT=1 stays with it), to RAY_ADDRESS, or on n Ray nodes here"
 	@echo "make nightly                                  demo and probes with three seeds, mutations, benches: the figures of the pages"
-	@echo "make bench                                    timings beside baselines and limits, as one table (15 minutes)"
+	@echo "make bench                                    timings beside baselines and limits, as one table"
 	@echo "make bench-trl                                a GRPO step beside TRL's, in a .venv-trl of its own"
 
 setup:

@@ -1,4 +1,4 @@
-"""The GRPO loop, on one screen: sampler, engines, reward actor (sampling.py), batcher, learners, engines again.
+"""One GRPO step: sampler, engines, reward actor (sampling.py), batcher, learners, engines again.
 
 In: a checked config. Out: a run directory (see run/directory.py) whose `checkpoints/latest/model` is the trained model.
 `staleness: 0`: engines and learners take turns on the same weights; `k`: while the learners work, the engines sample

@@ -103,7 +103,7 @@ class GRPOConfig:
     clip_high: float = 0.2  # the ratio is clipped above 1 + clip_high
     importance: str = "auto"  # none | token | sequence: correct for engine-learner mismatch; auto: algo/README.md
     importance_mode: str = "truncate"  # truncate at importance_cap | mask what lies outside [1/cap, cap]
-    importance_cap: float = 2.0  # at least 1; see importance_mode
+    importance_cap: float = 2.0  # >= 1: cap on exp(learner - engine log-probability); unused without importance
     mask_truncated: bool = False  # true: a completion cut off by max_new_tokens stays out of the loss
     advantage: str = "std"  # std | mean (Dr. GRPO) | per_term: how rewards are centred and scaled in a group
     advantage_eps: float = 1e-4  # added to the std
@@ -129,7 +129,7 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.85  # share of a GPU's memory for an engine
     cpu_kv_cache_gib: int = 1  # KV cache of an engine on a CPU
     bucket_mib: int = 256  # weight push: bytes in flight at once
-    call_timeout_s: float = 1800.0  # an engine that takes longer for one call is dead
+    call_timeout_s: float = 1800.0  # for one call; an engine, learner or reward actor that takes longer is restarted
     suspect_after_s: float = 600.0  # an engine that takes longer is suspect: it gets no more work until it answers
     hedge: bool = False  # a suspect engine's prompts are given to an idle one too; the first answer counts
     min_engines: int = 1  # with fewer living or restarting engines the run stops
