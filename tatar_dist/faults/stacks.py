@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tatar_dist.run.log import STACKS
+from tatar_dist.run.log import END, STACKS
 
 ANSWER_S = 3.0  # it takes milliseconds; a process that swaps may need more
 SPY_S = 10.0
@@ -72,20 +72,18 @@ def _ask(pid: int) -> str | None:
         with open(memory, "rb") as file, open(fds / str(pipe), "wb", buffering=0) as question:
             file.seek(0, os.SEEK_END)
             question.write(b"?")
-            return _read_until_quiet(file.fileno())
+            return _read_answer(file.fileno())
     except OSError:  # it ended meanwhile, or belongs to another user
         return None
 
 
-def _read_until_quiet(fd: int) -> str | None:
+def _read_answer(fd: int) -> str | None:
+    """Up to its end: one that is written slowly, on a busy machine, is not taken for a short one."""
     found, deadline = b"", time.monotonic() + ANSWER_S
-    while time.monotonic() < deadline:
-        time.sleep(0.05)
-        more = os.read(fd, 1 << 20)
-        if found and not more:
-            break
-        found += more
-    return found.decode(errors="replace") or None
+    while not found.endswith(END) and time.monotonic() < deadline:
+        time.sleep(0.02)
+        found += os.read(fd, 1 << 20)
+    return found.removesuffix(END).decode(errors="replace") or None
 
 
 def _spy(pid: int) -> str:

@@ -55,6 +55,7 @@ class StallDetector:
         first_s: the limit until the first step after a start is finished: starting and warming up take longer than
             any step.
         processes: all processes of the run as they are at that moment.
+        clock: seconds, of which only differences count.
     """
 
     def __init__(
@@ -64,11 +65,12 @@ class StallDetector:
         first_s: float,
         events: Events,
         processes: Callable[[], Sequence[Process]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.run, self.config, self.first_s = Path(run), config, first_s
-        self.events, self.processes = events, processes
+        self.events, self.processes, self.clock = events, processes, clock
         self._steps: deque[float] = deque(maxlen=STEPS)
-        self._last = time.monotonic()
+        self._last = clock()
         self._dumped = False  # this stall was dealt with
         self._asked: Stalled | None = None
         self._lock = threading.Lock()
@@ -89,7 +91,7 @@ class StallDetector:
     def progress(self) -> None:
         """Something moved."""
         with self._lock:
-            self._last, self._dumped, self._asked = time.monotonic(), False, None
+            self._last, self._dumped, self._asked = self.clock(), False, None
 
     def step(self, seconds: float) -> None:
         """A step is finished and took so long."""
@@ -117,7 +119,7 @@ class StallDetector:
     def _watch(self) -> None:
         wait = 0.0
         while not self._end.wait(wait):
-            left = self._last + self.limit() - time.monotonic()
+            left = self._last + self.limit() - self.clock()
             if left <= 0 and not self._dumped:
                 try:
                     self._stall()
@@ -128,7 +130,7 @@ class StallDetector:
     def _stall(self) -> None:
         with self._lock:
             since, self._dumped = self._last, True
-        seconds, limit, action = time.monotonic() - since, self.limit(), self.config.stall_action
+        seconds, limit, action = self.clock() - since, self.limit(), self.config.stall_action
         found = stacks_of_run(self.processes())
         directory = self.run / "stacks" / time.strftime("%Y%m%d-%H%M%S")
         directory.mkdir(parents=True, exist_ok=True)

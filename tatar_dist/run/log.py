@@ -29,6 +29,7 @@ from tatar_dist.run.events import Events
 from tatar_dist.run.process import process_facts
 
 STACKS = "tatar_dist-stacks-"  # the name of that memory under /proc/PID/fd; the number of the pipe follows
+END = b"\0"  # of each answer there
 
 log = logging.getLogger(__name__)
 _handler: logging.Handler | None = None
@@ -113,3 +114,4 @@ def answer_stack_requests() -> None:
 def _answer(asked: int, answer: Any) -> None:
     while os.read(asked, 1):
         faulthandler.dump_traceback(answer, all_threads=True)
+        answer.write(END)

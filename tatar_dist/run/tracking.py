@@ -141,11 +141,12 @@ KINDS: dict[str, Callable[[Config, Path, int], Tracker]] = {
 class _Thread:
     """A tracker in a daemon thread, which opens it, gives it what is put, and closes it. No call here waits for it."""
 
-    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
+    def __init__(self, name: str, make: Callable[[], Tracker], clock: Callable[[], float]) -> None:
         self.missed = 0  # steps
+        self._clock = clock
         self._error: Exception | None = None
         self._opened = False
-        self._late = time.monotonic() + OPEN_S
+        self._late = clock() + OPEN_S
         self._waiting: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, args=(make,), name=f"tracker {name}", daemon=True)
         self._thread.start()
@@ -163,7 +164,7 @@ class _Thread:
     @property
     def error(self) -> Exception | None:
         """What it failed with, also by not opening in time."""
-        if self._error is None and not self._opened and time.monotonic() > self._late:
+        if self._error is None and not self._opened and self._clock() > self._late:
             return TimeoutError(f"not open after {OPEN_S:g} s")
         return self._error
 
@@ -178,8 +179,8 @@ class _Thread:
         self._waiting.put(None)
 
     def ended(self, until: float) -> Exception | None:
-        """Wait for that, until a time of `time.monotonic` at most; what it failed with."""
-        self._thread.join(max(0.0, until - time.monotonic()))
+        """Wait for that, until a time of the clock at most; what it failed with."""
+        self._thread.join(max(0.0, until - self._clock()))
         if self._thread.is_alive():
             return TimeoutError(f"did not close within {CLOSE_S:g} s; its last steps may be missing there")
         return self._error
@@ -200,9 +201,14 @@ class Trackers:
     """
 
     def __init__(
-        self, config: Config, run: Path, events: Events, kinds: Mapping[str, Callable[..., Tracker]] = KINDS
+        self,
+        config: Config,
+        run: Path,
+        events: Events,
+        kinds: Mapping[str, Callable[..., Tracker]] = KINDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.config, self.run, self.events, self.kinds = config, run, events, kinds
+        self.config, self.run, self.events, self.kinds, self.clock = config, run, events, kinds, clock
         self._wanted = [name for name in kinds if getattr(config.track, name)]
         self._open: dict[str, _Thread] = {}
         for name in self._wanted:
@@ -222,7 +228,7 @@ class Trackers:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for name in list(self._wanted):
             if name not in self._open:
-                self._open[name] = _Thread(name, partial(self.kinds[name], self.config, self.run, step))
+                self._open[name] = _Thread(name, partial(self.kinds[name], self.config, self.run, step), self.clock)
             thread = self._open[name]
             if (error := thread.error) is not None:
                 self._leave(name, error)
@@ -242,7 +248,7 @@ class Trackers:
         """Within CLOSE_S. They open again at the next `log`."""
         for thread in self._open.values():
             thread.end()
-        until = time.monotonic() + CLOSE_S
+        until = self.clock() + CLOSE_S
         for name, thread in list(self._open.items()):
             if (error := thread.ended(until)) is not None:
                 self._leave(name, error)

@@ -1,7 +1,9 @@
 """What the tests of rationale construction share: small manifests, configs, texts that pass."""
 
+import asyncio
 import io
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from tatar_dist.config.load import load_config
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.rationale import run as running
+from tatar_dist.rationale.endpoint import Endpoint
 from tatar_dist.types import EIGHT
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +84,27 @@ def first_then_good(*replies):
         return queue.pop(0) if queue else good_answer(call)
 
     return answer
+
+
+async def when(condition, reply):
+    """For an answer that is held back until something has happened, however long that takes on a busy machine."""
+    while not condition():
+        await asyncio.sleep(0.005)
+    return reply
+
+
+def turns(monkeypatch):
+    """The times at which requests begin to wait for their turn and get it, as the client itself sees them: on a busy
+    machine a server sees them late and in bunches."""
+    waits, gets, turn = [], [], Endpoint._turn
+
+    async def watched(endpoint, bound):
+        waits.append(time.monotonic())
+        await turn(endpoint, bound)
+        gets.append(time.monotonic())
+
+    monkeypatch.setattr(Endpoint, "_turn", watched)
+    return waits, gets
 
 
 def by_sample(bad, which="iqa-002"):

@@ -112,12 +112,12 @@ def test_a_killed_parent_leaves_no_worker_behind(tmp_path):
     command = [sys.executable, str(tmp_path / "make.py"), str(out)]
     parent = subprocess.Popen(command, env={**os.environ, "MARK": mark, "PYTHONPATH": os.getcwd()})
     try:
-        wait_until(lambda: any(f.stat().st_size > 10_000 for f in out.glob(".iqa_train*")), 60, "the first rows")
+        wait_until(lambda: any(f.stat().st_size > 10_000 for f in out.glob(".iqa_train*")), 300, "the first rows")
         assert len(marked(mark)) >= 4, marked(mark)  # the parent, the resource tracker, two workers
     finally:
         parent.kill()
         parent.wait()
-    wait_until(lambda: not marked(mark), 10, "the end of all processes")
+    wait_until(lambda: not marked(mark), 60, "the end of all processes")
 
 
 def test_a_set_already_made_is_kept_and_another_recipe_replaces_it(tmp_path):

@@ -173,10 +173,10 @@ def test_paired_values_that_do_not_match_are_refused():
 
 def test_two_thousand_rows_and_a_thousand_rounds_take_a_few_seconds():
     target, prediction = noisy(2000)
-    start = time.perf_counter()
+    start = time.process_time()  # not of the clock on the wall, which goes on while other processes run
     score_metrics(target, prediction, bootstrap=1000)
     paired_srcc_difference(target, prediction, prediction[::-1], np.arange(2000) % 7, rounds=1000)
-    assert time.perf_counter() - start < 8
+    assert time.process_time() - start < 8
 
 
 def write(path, rows):

@@ -155,10 +155,10 @@ def test_think_words_counts_whitespace_tokens_inside_think(text, words):
     ],
 )
 def test_hostile_texts_are_read_in_linear_time(text, strict):
-    start = time.perf_counter()
+    start = time.thread_time()  # not of the clock on the wall, which goes on while other processes run
     parse(text, strict)
     think_words(text)
-    assert time.perf_counter() - start < 2.0
+    assert time.thread_time() - start < 2.0
 
 
 def test_the_wording_is_short_and_states_format_scale_and_task():

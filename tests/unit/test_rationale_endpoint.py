@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-import time
+import threading
 from urllib.parse import quote
 
 import pytest
@@ -17,6 +17,8 @@ from rationale_cases import (
     png,
     rejected,
     rows,
+    turns,
+    when,
     written,
 )
 
@@ -24,6 +26,7 @@ from tatar_dist.bench.openai_server import FAST, SLOW, OpenAIServer, Reply, comp
 from tatar_dist.cli import main
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError
+from tatar_dist.rationale.endpoint import Endpoint
 
 KEY = "sk-very/secret+0123456789"
 
@@ -84,13 +87,24 @@ def test_a_bad_reply_is_tried_again_and_costs_no_row(tmp_path, bad):
     assert found["accepted"] == 6 and len(server.log) == 8
 
 
-def test_retry_after_makes_every_slot_wait(tmp_path):
-    with OpenAIServer(first_then_good(Reply(429, b"", {"retry-after": "1"}))) as server:
+def test_retry_after_makes_every_slot_wait(tmp_path, monkeypatch):
+    pausing, pause = threading.Event(), Endpoint._pause
+
+    def noticed(*args):
+        pause(*args)
+        pausing.set()
+
+    def answer(call):
+        if call.number == 0:  # refused once both slots have asked; the other one is answered in the pause
+            return when(lambda: len(server.log) == 2, Reply(429, b"", {"retry-after": "1"}))
+        return when(pausing.is_set, good_answer(call))
+
+    monkeypatch.setattr(Endpoint, "_pause", noticed)
+    with OpenAIServer(answer) as server:
         build(tmp_path, server, concurrency=2)
-    refused = next(e for e in server.log if e["status"] == 429)
-    later = [e["arrived"] for e in server.log if e["arrived"] > refused["sent"] + 0.1]
-    assert len(later) == 5 or len(later) == 6
-    assert min(later) - refused["sent"] >= 0.95
+    refused, _, *later = server.log
+    assert refused["status"] == 429 and len(later) == 5
+    assert min(e["arrived"] for e in later) - refused["sent"] >= 0.95
 
 
 def test_429_alone_never_uses_up_a_rows_retries(tmp_path):
@@ -100,11 +114,19 @@ def test_429_alone_never_uses_up_a_rows_retries(tmp_path):
 
 
 def test_a_late_answer_is_given_up_and_asked_again(tmp_path):
-    slow = Reply(200, completion(FAST), delay=5.0)
-    with OpenAIServer(first_then_good(slow)) as server:
-        start = time.monotonic()
-        found = build(tmp_path, server, "rationale.teacher.timeout_s=0.5")
-    assert found["accepted"] == 6 and time.monotonic() - start < 4
+    asked_again = threading.Event()
+
+    def answer(call):
+        if call.number == 0:
+            return when(asked_again.is_set, good_answer(call))
+        if call.body["seed"] == server.log[0]["seed"]:
+            assert server.log[0]["sent"] is None, "while its answer is still to come"
+            asked_again.set()
+        return good_answer(call)
+
+    with OpenAIServer(answer) as server:
+        found = build(tmp_path, server, "rationale.teacher.timeout_s=1", retries=100)
+    assert found["accepted"] == 6 and asked_again.is_set()
     assert found["lost_tokens"] > 0, "what the endpoint may have written in vain is counted"
 
 
@@ -267,19 +289,20 @@ def test_another_address_for_slow_texts_never_gets_the_teachers_key(tmp_path, mo
         assert not any("authorization" in c.headers for c in slow.calls)
 
 
-def test_requests_a_minute_are_held_below_the_limit(tmp_path):
+def test_requests_a_minute_are_held_below_the_limit(tmp_path, monkeypatch):
+    waits, gets = turns(monkeypatch)
     with OpenAIServer() as server:
         build(tmp_path, server, source=manifest(tmp_path / "m.parquet", 40), requests_per_minute=600)
-    arrived = sorted(e["arrived"] for e in server.log)
-    assert len(arrived) == 40
-    assert arrived[-1] - arrived[0] >= 1.9, "nineteen at once, two seconds' worth, then nearly ten a second"
+    assert len(server.log) == len(gets) == 40
+    assert gets[-1] - waits[0] >= 1.9, "nineteen at once, two seconds' worth, then nearly ten a second"
 
 
-def test_tokens_a_minute_are_held_below_the_limit(tmp_path):
+def test_tokens_a_minute_are_held_below_the_limit(tmp_path, monkeypatch):
+    waits, gets = turns(monkeypatch)
     with OpenAIServer() as server:
         build(tmp_path, server, source=manifest(tmp_path / "m.parquet", 6), tokens_per_minute=60000)
-    arrived = sorted(e["arrived"] for e in server.log)
-    assert arrived[-1] - arrived[0] >= 2.0, "about 900 tokens a request, 1,900 at once, then nearly 1,000 a second"
+    assert len(server.log) == len(gets) == 6
+    assert gets[-1] - waits[0] >= 2.0, "about 900 tokens a request, 1,900 at once, then nearly 1,000 a second"
 
 
 def test_iaa_rows_without_attribute_texts_are_rejected_without_asking(tmp_path):

@@ -2,13 +2,12 @@
 
 import html
 import json
-import time
 from urllib.parse import quote
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rationale_cases import build, by_sample, first_then_good, manifest, rejected, rows, written
+from rationale_cases import build, by_sample, first_then_good, manifest, rejected, rows, turns, when, written
 
 from tatar_dist.bench.openai_server import FAST, OpenAIServer, Reply, completion, good_answer
 from tatar_dist.data.writing import write_manifest
@@ -128,18 +127,16 @@ def test_no_minute_sees_more_than_the_limit(per_minute):
     assert most <= per_minute * (1 + 1e-9) or found.max_rate == 1 and found.time_period >= 60 / per_minute
 
 
-def test_a_pause_is_followed_by_no_burst(tmp_path):
+def test_a_pause_is_followed_by_no_burst(tmp_path, monkeypatch):
     source = manifest(tmp_path / "m.parquet", 30)
-    began = []
-
-    def answer(call):
-        began.append(time.monotonic())
-        return Reply(429, b"", {"retry-after": "2"}) if began[-1] < began[0] + 1.0 else good_answer(call)
-
-    with OpenAIServer(answer) as server:
+    refuse = Reply(429, b"", {"retry-after": "2"})
+    _, gets = turns(monkeypatch)
+    with OpenAIServer(first_then_good(*[refuse] * 9)) as server:  # the burst that comes first
         build(tmp_path, server, source=source, concurrency=30, requests_per_minute=300)
-    arrived = [t for t in began if t > began[0] + 1.0]
-    assert sum(t < min(arrived) + 1.0 for t in arrived) <= 16, "a burst of ten, then five a second"
+    paused = max(e["sent"] for e in server.log if e["status"] == 429)
+    after = [t for t in gets if t > paused + 1.9]
+    assert len(after) > 16
+    assert sum(t < min(after) + 1.0 for t in after) <= 16, "a burst of ten, then five a second"
 
 
 # ------------------------------------------------------------------ one sample
@@ -183,9 +180,15 @@ def test_refusals_after_an_answer_are_no_outage(tmp_path):
 
 def test_an_error_that_ends_the_run_waits_for_the_answers_in_flight(tmp_path):
     source = manifest(tmp_path / "m.parquet", 40)
-    late = Reply(402, {"error": {"message": "pay"}}, delay=0.1)
-    slow = Reply(200, completion(FAST), delay=0.6)
-    with OpenAIServer(lambda call: late if call.number == 3 else slow) as server:
+    late = Reply(402, {"error": {"message": "pay"}})  # once all have asked
+    slow = Reply(200, completion(FAST), delay=0.5)  # half a second after that
+
+    def answer(call):
+        if call.number == 3:
+            return when(lambda: len(server.log) == 8, late)
+        return when(lambda: server.log[3:] and server.log[3]["status"] == 402, slow)
+
+    with OpenAIServer(answer) as server:
         with pytest.raises(UserError, match="wants payment"):
             build(tmp_path, server, source=source, concurrency=8)
         assert len(server.log) == 8, "nothing more is asked"
