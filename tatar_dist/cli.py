@@ -64,11 +64,9 @@ def main(args: list[str] | None = None) -> int:
             _complain(e.format_message())
         return EXIT_BAD_INPUT
     except ModuleNotFoundError as e:
-        if (e.name or "").partition(".")[0] not in EXTRAS:
+        if e.name not in EXTRAS:
             raise
-        _complain(
-            f"{e.name} is not installed: pip install 'tatar_dist[cpu]' or 'tatar_dist[cuda]' (with [demo] for demo)"
-        )
+        _complain(f"{e.name} is not installed: pip install 'tatar_dist[cpu]' or 'tatar_dist[cuda]'")
         return EXIT_BAD_INPUT
     except Interrupted as e:
         _complain(e)

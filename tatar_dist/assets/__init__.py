@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 ASSETS = Path(__file__).parent
 CONFIGS = ASSETS / "configs"
+if not CONFIGS.is_dir():  # a checkout without symbolic links
+    CONFIGS = ASSETS.parents[1] / "configs"
 RECIPES = ("sft.yaml", "grpo.yaml", "eval.yaml", "demo.yaml", "lora.yaml", "rationale.yaml")  # of --config
 TINY_MODEL = ASSETS / "tiny-qwen2_5-vl"
 
@@ -16,15 +19,18 @@ TINY_MODEL = ASSETS / "tiny-qwen2_5-vl"
 def locate(name: str | Path) -> Path:
     """Return the path `name` where it exists, else the bundled file of that name, else `name` as it is.
 
-    A bundled file has its name below `configs/` or below this directory: `grpo.yaml`, `configs/grpo.yaml`,
-    `probes/probe.yaml`, `tiny-qwen2_5-vl`, `tatar_dist/assets/tiny-qwen2_5-vl`.
+    A bundled file has its name below `configs/`, and the model its own: `grpo.yaml`, `configs/grpo.yaml`,
+    `probes/probe.yaml`, `tiny-qwen2_5-vl`, `tatar_dist/assets/tiny-qwen2_5-vl`. What begins with `./`, `../` or `/` is
+    never bundled.
     """
     path = Path(name)
-    if path.exists() or path.is_absolute() or ".." in path.parts:
+    if os.path.lexists(path) or path.is_absolute() or str(name).startswith(".") or ".." in path.parts:
         return path
-    short = str(path).removeprefix("tatar_dist/assets/")
-    found = (p for p in (CONFIGS / short, ASSETS / short) if short and p.exists())
-    return next(found, path)
+    short = path.as_posix().removeprefix("tatar_dist/assets/")
+    if short == TINY_MODEL.name:
+        return TINY_MODEL
+    bundled = CONFIGS / short.removeprefix("configs/")
+    return bundled if bundled.is_file() else path
 
 
 def looked_in(path: str | Path) -> str:

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
 
 COLUMNS = ("bench", "baseline", "ratio, median (min–max)", "target", "met", "limit")
@@ -20,7 +21,7 @@ def read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
+        raise UserError(f"{file}: no such file{looked_in(file)}") from None
     except ValueError:
         raise UserError(f"{file}: no JSON; was the bench cut short?") from None
     if not isinstance(found, dict) or not found.keys() >= FIELDS:

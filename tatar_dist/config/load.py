@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from tatar_dist.assets import RECIPES, locate, looked_in
+from tatar_dist.assets import RECIPES, TINY_MODEL, locate, looked_in
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 
@@ -56,6 +58,8 @@ def load_config(files: list[str], overrides: list[str], unused: tuple[str, ...] 
         path = locate(name)
         if not path.is_file():
             raise UserError(f"{name}: no such config file{looked_in(name)} (bundled: {', '.join(RECIPES)})")
+        if path != Path(name):
+            print(f"tatar-dist: {name}: not{looked_in(name)}, the bundled file is used", file=sys.stderr)
         try:
             loaded = OmegaConf.load(path)
         except Exception as e:  # YAML errors come in several classes; each says its line
@@ -74,8 +78,8 @@ def load_config(files: list[str], overrides: list[str], unused: tuple[str, ...] 
     from tatar_dist.config.rules import check as check_rules
 
     result: Config = OmegaConf.to_object(conf)  # type: ignore[assignment]
-    if result.model.path:
-        result.model.path = str(locate(result.model.path))
+    if (bundled := locate(result.model.path)) == TINY_MODEL:
+        result.model.path = str(bundled)  # any other stands as it was given: checkpoints compare it
     check_rules(result)
     return result
 

@@ -67,6 +67,8 @@ def keys_table() -> str:
 
 def main() -> None:
     """Rewrite what follows the marker line of configs/README.md."""
+    if not PAGE.exists():
+        raise SystemExit(f"{PAGE}: not in a checkout")
     head, marker, _ = PAGE.read_text(encoding="utf-8").partition(MARKER)
     if not marker:
         raise SystemExit(f"{PAGE}: no line {MARKER.strip()}")

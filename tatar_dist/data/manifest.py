@@ -196,8 +196,6 @@ def read_manifest(path: str | Path, image_root: str | Path | None = None) -> Man
             values, a task other than iqa/iaa, a score that is not a number in [0, 100], a repeated sample_id.
     """
     path = existing(path)
-    if image_root is not None and not Path(image_root).is_dir():
-        raise UserError(f"{path}: its image root {image_root} is no directory{looked_in(image_root)}")
     try:
         file = pq.ParquetFile(path)
         schema = file.schema_arrow

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
 
 _SHORT = reprlib.Repr()  # a value may hold itself, or a thousand copies of itself
@@ -63,7 +64,8 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as e:
-        raise UserError(f"{path}: cannot read the {what}: {e.strerror or e}") from None
+        where = looked_in(path) if isinstance(e, FileNotFoundError) else ""
+        raise UserError(f"{path}: cannot read the {what}: {e.strerror or e}{where}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: the {what} is not UTF-8") from None
     except Exception as e:  # a value that its tag does not fit raises whatever PyYAML's constructors meet first

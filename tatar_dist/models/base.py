@@ -6,6 +6,7 @@ Needs torch and transformers only. In: rendered prompts and images. Out: input i
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -53,7 +54,10 @@ class QwenVL:
                 config.path, min_pixels=config.min_pixels, max_pixels=config.max_pixels
             )
         except OSError as e:  # transformers explains at length
-            raise UserError(f"model.path={config.path}: neither a model directory nor a model the hub can give") from e
+            where = looked_in(config.path)
+            raise UserError(
+                f"model.path={config.path}: neither a model directory{where} nor a model the hub can give"
+            ) from e
         self.tokenizer = self.processor.tokenizer
 
     @classmethod
@@ -66,7 +70,7 @@ class QwenVL:
 
         directory = Path(path)
         if not directory.exists():
-            if path.count("/") == 1 and not path.startswith((".", "/")):
+            if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
                 return {}
             raise UserError(f"model.path={path}: no such directory{looked_in(path)}")
         file = directory / "config.json"

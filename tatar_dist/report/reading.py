@@ -114,7 +114,7 @@ def read_run(path: Path) -> Run:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory{looked_in(path)}")
+        raise UserError(f"{path}: no directory" if path.exists() else f"{path}: no such directory{looked_in(path)}")
     notes: list[str] = []
     is_demo = (path / "summary.json").is_file() or any(
         (path / n / "metrics.json").is_file() or (path / n / "metrics.jsonl").is_file()

@@ -9,9 +9,12 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
+from mutations import MUTATIONS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tatar_dist"
@@ -23,30 +26,34 @@ rewards/thurstone rewards/gaussian rewards/pairwise rewards/links rewards/length
 rewards/batch rewards/score
 algo/loss algo/advantages algo/aggregation algo/schedule
 learner/actor learner/group learner/batch learner/sharding learner/packing learner/zero3 learner/policy learner/head
-learner/shared_prefix learner/ragged
+learner/shared_prefix learner/ragged models/costs
 rollout/pool rollout/chunks rollout/engine rollout/calls rollout/checks rollout/environment
 sync/source sync/object_store sync/transports sync/learner_side sync/engine_calls sync/engine_side
 cluster/ray_cluster cluster/reward_actor cluster/reward_client
 faults/health faults/waiting
 """.split()
-CORE_LINES, CORE_FILES = 5_483, 45
-PACKAGE_LINES = 35_503
+CORE_LINES, CORE_FILES = 5_535, 46
+PACKAGE_LINES = 35_545
 ROOT_MODULES = 10
 FILE_LINES = 400
 README_BYTES = 12_288
 FOREIGN_WRITES = 23  # attributes of other objects that the loop's files set
 
 
+def tracked() -> list[Path]:
+    """The files that git knows; all of them where there is no git."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        found = [ROOT / name for name in listed.stdout.split("\0") if name]
+    else:
+        tops = ("tatar_dist", "tests", "configs", "launch", "slurm", ".ci")
+        found = [*ROOT.glob("*"), *(path for top in tops for path in (ROOT / top).rglob("*"))]
+    return [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+
+
 def sources() -> list[Path]:
-    """The package's tracked Python files."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "tatar_dist/*.py"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).exists()]
+    """The package's Python files."""
+    return [path for path in tracked() if path.suffix == ".py" and path.is_relative_to(PACKAGE)]
 
 
 def lines(path: Path) -> int:
@@ -104,38 +111,95 @@ def test_every_path_that_a_page_names_exists(page):
     text = page.read_text()
     links = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
     absent = [target for target in links if target and not (page.parent / target).exists()]
-    named = re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|sh|yaml|toml|md|svg|png|txt))`", text)
-    places = (page.parent, ROOT, PACKAGE, *page.parents)
-    written = ("config.yaml", "prompts.yaml", "README.md", "results.svg")  # by a run, an export, a probe
-    absent += [n for n in named if "/" in n and n not in written and not any((p / n).exists() for p in places)]
+    named = re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|sh|toml|md|svg|png|txt))`", text)
+    places, everywhere = (page.parent, ROOT, PACKAGE, *page.parents), {path.name for path in tracked()}
+    absent += [n for n in named if n not in everywhere and not any((p / n).exists() for p in places)]
     assert not absent, f"{page.relative_to(ROOT)} names what does not exist: {absent}"
 
 
+def test_every_file_of_the_package_that_a_text_names_exists():
+    absent = set()
+    for path in tracked():
+        if path.suffix in (".py", ".sh", ".md", ".yaml", ".toml", ".txt", ".j2", "") and path != Path(__file__):
+            for name in re.findall(
+                r"(?<![\w./-])tatar_dist/[\w/-]+\.(?:py|yaml|j2|md)\b", path.read_text(errors="ignore")
+            ):
+                absent |= {f"{path.relative_to(ROOT)}: {name}"} if not (ROOT / name).exists() else set()
+    assert not absent
+
+
+@cache
+def names_of(file: Path) -> set[str]:
+    """What a module binds at its top level."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
 def exists(name: str) -> bool:
-    """Whether a dotted name is a module, or one that it holds by its text."""
+    """Whether a dotted name is a module, or something in one."""
     parts = name.split(".")
     for n in range(len(parts), 0, -1):
         path = ROOT.joinpath(*parts[:n])
         init = path / "__init__.py"
         file = init if init.exists() else path.with_suffix(".py")
         if file.exists():
-            return n == len(parts) or re.search(rf"\b{re.escape(parts[n])}\b", file.read_text()) is not None
+            return n == len(parts) or parts[n] in names_of(file)
     return False
 
 
 def test_every_module_that_a_text_names_exists():
     """Strings that name modules (engines, servers, program texts in tests) fail only when they run."""
-    code = [*sources(), *(ROOT / "tests").rglob("*.py"), *ROOT.glob("launch/*"), *ROOT.glob("slurm/*.sh")]
-    texts = [*code, ROOT / "Makefile", ROOT / "pyproject.toml", *ROOT.glob("configs/*.yaml"), *PAGES]
     absent = set()
-    for path in (path for path in texts if path.is_file() and path != Path(__file__)):
-        text = path.read_text()
+    for path in tracked():
+        if path.suffix not in (".py", ".sh", ".md", ".yaml", ".toml", ".txt", ".j2", "") or path == Path(__file__):
+            continue
+        text = path.read_text(errors="ignore")
         names = re.findall(r"(?<![\w./-])tatar_dist(?:\.[a-z_0-9]+)+", text)
         for module, imported in re.findall(r"from (tatar_dist[\w.]*) import ([\w, ]+)", text):
             names += [f"{module}.{name.split(' as ')[0].strip()}" for name in imported.split(",") if name.strip()]
         names = [name for name in names if name.split(".")[1] not in NOT_MODULES]
         absent |= {f"{path.relative_to(ROOT)}: {name}" for name in names if not exists(name)}
     assert not absent
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_every_mutation_finds_its_text(name):
+    file, text, becomes, tests = MUTATIONS[name]
+    assert text in (PACKAGE / file).read_text() and text != becomes
+    assert all((ROOT / "tests" / "unit" / test).exists() for test in tests)
+
+
+def test_pure_rooms_load_nothing_heavy():
+    """The contracts see direct imports; this sees what really comes with them."""
+    pure = (
+        "rewards",
+        "data",
+        "config",
+        "plan",
+        "algo/advantages",
+        "algo/aggregation",
+        "algo/schedule",
+        "types",
+        "errors",
+    )
+    modules = [path.relative_to(ROOT).with_suffix("") for path in sources()]
+    found = [".".join(m.parts) for m in modules if any(m.is_relative_to(Path("tatar_dist", p)) for p in pure)]
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *found], cwd=ROOT, capture_output=True, check=True, text=True)
+    assert len(found) > 50 and not {"torch", "ray", "vllm", "deepspeed", "transformers"} & set(done.stdout.split())
+
+
+def test_every_directory_of_the_package_is_a_room_with_a_floor():
+    assert all((path.parent / "__init__.py").exists() for path in sources())
+    body = ast.parse((PACKAGE / "config" / "__init__.py").read_text()).body
+    assert len(body) == 1  # its docstring: the contracts know the floors of its modules, not one of its own
 
 
 def test_the_loop_sets_few_attributes_of_other_objects():

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tatar_dist.assets import CONFIGS, TINY_MODEL, locate
+from tatar_dist.cli import main
+from tatar_dist.config.load import load_config
+
 ROOT = Path(__file__).parents[2]
 COMMAND = """
 import sys, tatar_dist
@@ -53,20 +57,22 @@ def run(installed, tmp_path):
 
 
 def test_every_file_of_the_package_is_in_the_wheel(installed):
-    def files(root, *unwanted):
-        found = (p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-        return {str(p.relative_to(root)) for p in found if p.suffix not in unwanted}
+    kinds = (".py", ".yaml", ".j2", ".jinja", ".json", ".safetensors")  # pages and their pictures stay behind
 
-    shown_only = (".md", ".svg", ".png")  # pages and their pictures, which the repository shows
+    def files(root):
+        found = (p for p in root.rglob("*") if p.suffix in kinds and "__pycache__" not in p.parts)
+        return {str(p.relative_to(root)) for p in found}
+
     wheel = installed / "tatar_dist"
-    assert files(ROOT / "tatar_dist", *shown_only) <= files(wheel)
-    assert files(ROOT / "configs", *shown_only) <= files(wheel / "assets" / "configs")
+    assert files(ROOT / "tatar_dist") <= files(wheel)
+    assert files(ROOT / "configs") <= files(wheel / "assets" / "configs")
 
 
-def test_bundled_configs_are_found_by_name_from_any_directory(run):
+def test_bundled_configs_are_found_by_name_from_any_directory(run, tmp_path):
     for name in ("grpo.yaml", "configs/grpo.yaml"):
         status, out, err = run("plan", "--config", name, "--stage", "grpo", "--json")
         assert status == 0 and '"stage": "grpo"' in out, err
+        assert f"{name}: not in {tmp_path}, the bundled file is used" in err
 
 
 def test_a_config_of_that_name_in_the_working_directory_comes_first(run, tmp_path):
@@ -102,8 +108,13 @@ def test_rewards_and_metrics_run_in_an_empty_directory(run, tmp_path):
         ["score", "nowhere.png", "--model", "tiny-qwen2_5-vl"],
         ["sft", "--config", "sft.yaml", "output=x", "data.train=[nowhere.parquet]"],
         ["sft", "--config", "sft.yaml", "output=x", "data.train=[m.parquet]", "data.prompts=nowhere.yaml"],
+        ["sft", "--config", "sft.yaml", "output=x", "data.train=[m.parquet]", "model.path=nowhere/"],
+        ["sft", "--config", "./nowhere/sft.yaml", "output=x"],
         ["evaluate", "--config", "eval.yaml", "output=x", "data.test=[nowhere.parquet]"],
-        ["grpo", "--config", "grpo.yaml", "output=x", "data.train=[m.parquet]", "model.path=./nowhere"],
+        ["data", "import", "KonIQ-10k", "--annotations", "nowhere.csv", "--images", ".", "--output", "x"],
+        ["data", "sets", "--registry", "nowhere.yaml"],
+        ["plan", "--config", "grpo.yaml", "--simulate", "--measured", "nowhere"],
+        ["grpo", "--config", "grpo.yaml", "output=x", "data.train=[m.parquet]", "model.path=./no/nowhere"],
     ],
     ids=lambda words: " ".join(words[:1] + words[-1:]),
 )
@@ -113,3 +124,35 @@ def test_a_missing_path_is_named_with_the_directory_it_was_looked_up_in(run, tmp
     line = err.strip().splitlines()[-1]
     assert status == 2 and "nowhere" in line and str(tmp_path) in line, err
     assert not (tmp_path / "x").exists()  # nothing was begun
+
+
+def test_only_a_bare_name_that_does_not_exist_means_a_bundled_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert locate("grpo.yaml") == locate("configs/grpo.yaml") == CONFIGS / "grpo.yaml"
+    assert locate("tiny-qwen2_5-vl") == locate("tatar_dist/assets/tiny-qwen2_5-vl") == TINY_MODEL
+    for name in ("./grpo.yaml", "../grpo.yaml", "/grpo.yaml", "other/grpo.yaml", "probes", "", "Qwen/Qwen2.5-VL-7B"):
+        assert locate(name) == Path(name)
+    (tmp_path / "sft.yaml").symlink_to("gone.yaml")
+    assert locate("sft.yaml") == Path("sft.yaml")
+
+
+@pytest.mark.parametrize("path", ["runs/model/", "./runs/model", "runs//model", "Qwen/Qwen2.5-VL-7B-Instruct"])
+def test_model_path_stands_as_it_was_given(path):
+    """Checkpoints keep it, and a run continues only one of the same."""
+    assert load_config([], ["output=x", f"model.path={path}"]).model.path == path
+
+
+def test_a_package_that_is_not_installed_is_named_and_a_broken_one_keeps_its_traceback(monkeypatch, capsys):
+    def fail(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr("tatar_dist.cli.app", lambda **_: fail("ray"))
+    assert main(["sft"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "tatar-dist: ray is not installed: pip install 'tatar_dist[cpu]' or 'tatar_dist[cuda]'\n"
+    )
+    for broken in ("ray.gone", "numpy.gone", "numpy"):
+        monkeypatch.setattr("tatar_dist.cli.app", lambda broken=broken, **_: fail(broken))
+        with pytest.raises(ModuleNotFoundError):
+            main(["sft"])

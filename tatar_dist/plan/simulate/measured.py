@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from tatar_dist.assets import looked_in
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
@@ -60,6 +61,8 @@ class Run:
 def read_run(path: Path) -> Run:
     """Raises UserError: no GRPO run there, another configuration's keys, too few steps, rollouts that do not fit."""
     metrics_file = path / "metrics.jsonl"
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory{looked_in(path)}")
     if not (path / "config.yaml").is_file() or not metrics_file.is_file():
         raise UserError(f"{path}: no run directory of GRPO (config.yaml and metrics.jsonl), give one that has trained")
     config = load_config([str(path / "config.yaml")], [])
