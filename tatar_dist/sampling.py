@@ -1,8 +1,11 @@
 """Draw, sample and score the groups of a GRPO step, some steps ahead of need.
 
-`Batches` hands them out in the order of their steps. With `staleness: k` the batch of step n is sampled from the
-weights of step n - k (those the run starts with, for the first k), while the learners work: the lag is fixed, so that
-a run can be repeated. Prompts of the next batch are always drawn ahead, images read and checked.
+`ScoredBatches` is what the loop asks: prompts from the manifests, completions from the engines, rewards from the reward
+actor. `Batches`, its queue, hands them out in the order of their steps.
+
+With `staleness: k` the batch of step n is sampled from the weights of step n - k (those the run starts with, for the
+first k), while the learners work: the lag is fixed, so that a run can be repeated. Prompts of the next batch are
+always drawn ahead, images read and checked.
 
 What is ahead belongs to a checkpoint: `state` holds the sampler's position before it, and its completions. After a
 resume the same prompts are drawn, and completions that are remembered are scored again instead of sampled again. A
@@ -20,13 +23,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tatar_dist.cluster.reward_client import RemoteScorer
-from tatar_dist.config.schema import GRPOConfig
+from tatar_dist.cluster.reward_client import RemoteScorer, ScorerFailed
+from tatar_dist.config.schema import Config, GRPOConfig
 from tatar_dist.data.sampler import PromptSampler
-from tatar_dist.prompts.source import PromptSource
+from tatar_dist.errors import StopAsked, UserError
+from tatar_dist.learner.group import Learning
+from tatar_dist.learner.sharding import Shard, global_weights, shard_groups
+from tatar_dist.prompts.source import PromptSource, read_manifests
+from tatar_dist.rewards.presets import load_preset
+from tatar_dist.rollout.engine import Sampling
+from tatar_dist.rollout.pool import EngineFailed
+from tatar_dist.trainer import Run
 from tatar_dist.types import Completion, Group, Prompt, ScoredGroup
 
 
@@ -166,3 +177,90 @@ def _unpacked(prompt: Prompt, packed: list[Any]) -> Group:
     version, prompt_ids, completions = packed
     made = tuple(Completion(text, tuple(ids), tuple(logprobs), end) for text, ids, logprobs, end in completions)
     return Group(prompt, tuple(prompt_ids), made, version)
+
+
+def make_sampler(config: Config) -> PromptSampler:
+    """The sampler of `data.train`; which tasks need pools that rank follows from the reward's preset."""
+    manifests, d, r = read_manifests(config.data, "train"), config.data, config.reward
+    ranked = load_preset(r.preset, r.weights, r.params).ranked_tasks
+    return PromptSampler(manifests, config.seed, d.iqa_fraction, d.min_rank_pool, ranked=ranked)
+
+
+class ScoredBatches:
+    """The scored groups of each step of a GRPO run.
+
+    Attributes:
+        total: steps of the run.
+        held_out: prompts of `data.validation` for an evaluation during training.
+        seconds: spent on generating and scoring since `take` began, for whichever batch.
+    """
+
+    def __init__(self, config: Config, run: Run) -> None:
+        g = config.grpo
+        self.config, self.run = config, run
+        self.source, self.sampler = PromptSource(config, run.directory), make_sampler(config)
+        self.total = g.max_steps or max(1, round(g.epochs * self.sampler.steps_per_epoch(g.prompts_per_step)))
+        self.held_out = self.source.held_out_prompts() if g.eval_every else []
+        self.seconds = {"generate": 0.0, "reward": 0.0}
+        self._costs = self.source.backbone.costs()
+        self._batches = Batches(self.sampler, self._draw, self._collect, g.staleness, self.total)
+
+    def state(self) -> dict[str, Any]:
+        return self._batches.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._batches.load_state(state)
+
+    def peek(self, step: int) -> list[Prompt]:
+        """Prompts of `step`, which are drawn again when it comes."""
+        before = self.sampler.state_dict()
+        prompts = self._draw(step)
+        self.sampler.load_state_dict(before)
+        return prompts
+
+    def take(self, step: int) -> Collected:
+        """The batch of `step`. A signal ends it (StopAsked): nothing has been learned from it yet."""
+        self.seconds = {"generate": 0.0, "reward": 0.0}
+        with self.run.waits.interruptible():
+            return self._batches.take(step)
+
+    def work_ahead(self, step: int, learning: Learning) -> None:
+        """Draw and, with a lag, sample a later batch while the learners work on `step`.
+
+        What goes wrong here and lasts is met again with the step behind us. After a signal the batch is still worth
+        having, as long as the learners are at work anyway.
+        """
+        with (
+            suppress(StopAsked, UserError, EngineFailed, ScorerFailed),
+            self.run.engines.without_refresh(),
+            self.run.waits.interruptible(learning.over),
+        ):
+            self._batches.work_ahead(step)
+
+    def shards(self, scored: Sequence[ScoredGroup]) -> list[Shard]:
+        """The rows of a batch by learner, each with its weight in the global loss."""
+        g = self.config.grpo
+        weights = global_weights(scored, g.aggregation, self.config.rollout.max_new_tokens, g.mask_truncated)
+        return shard_groups(scored, len(self.run.learners.actors), weights, g.micro_tokens, self._costs)
+
+    def _draw(self, step: int) -> list[Prompt]:
+        return self.source.batch(self.sampler, self.config.grpo.prompts_per_step, step)
+
+    def _collect(self, batch: Batch) -> Collected:
+        """Generate and score a batch with the weights that the engines have."""
+        r, step, engines = self.config.rollout, batch.step, self.run.engines
+        sampling = Sampling(self.config.grpo.group_size, r.temperature, r.max_new_tokens, self.config.seed, step)
+
+        def generate(prompts: Sequence[Prompt]) -> list[Group]:
+            known, new = self._batches.recall(prompts)
+            return known + (engines.generate(new, sampling) if new else [])
+
+        def begin(phase: str) -> None:
+            if not engines.refresh_blocked:  # ahead of need the phase is the learners'
+                self.run.directory.begin(phase, step)
+
+        g, source = self.config.grpo, self.source
+        found = collect(g, batch.prompts, step, generate, self.run.scorer, source, self.sampler, begin)
+        self.seconds["generate"] += found.generate_seconds
+        self.seconds["reward"] += found.reward_seconds
+        return found

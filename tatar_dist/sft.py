@@ -14,12 +14,9 @@ from typing import Any
 from tatar_dist.config.schema import Config
 from tatar_dist.data.sampler import check_rationales, sft_sampler
 from tatar_dist.errors import UserError
-from tatar_dist.faults.interrupts import Interrupts
 from tatar_dist.learner.sharding import Shard, shard_rows
-from tatar_dist.plan.plan import resolve
 from tatar_dist.prompts.source import PromptSource, read_manifests
-from tatar_dist.run.directory import RunDirectory
-from tatar_dist.trainer import Steps, Training
+from tatar_dist.trainer import Run
 from tatar_dist.types import TASKS, LearnerRow
 
 EVAL_ROWS_PER_DATASET = 64  # held-out rows behind eval/loss: a curve, not a verdict
@@ -27,52 +24,55 @@ EVAL_ROWS_PER_DATASET = 64  # held-out rows behind eval/loss: a curve, not a ver
 
 def run(config: Config) -> None:
     """Train until `sft.max_steps` or `sft.epochs`. Raises Interrupted after a clean stop, UserError for bad input."""
-    plan, s = resolve(config, "sft"), config.sft
-    with RunDirectory(config) as directory, Interrupts(config.checkpoint.grace_seconds) as stop:
-        steps = SFTSteps(config, directory)
-        total = s.max_steps or max(1, round(s.epochs * steps.sampler.steps_per_epoch(s.global_batch)))
-        Training(config, "sft", plan, steps, total, directory, stop).run()
+    with Run(config, "sft") as run:
+        rows = Rows(config, run)
+        while (step := run.next_step(rows)) is not None:
+            with run.recovering():
+                start = time.perf_counter()
+                batch = rows.take()
+                tokens = sum(len(r.completion_ids) for r in batch)
+                run.directory.begin("learn", step)
+                report = run.learners.sft_step(rows.shards(batch), step, tokens)
+                seconds = time.perf_counter() - start
+                times = {"time/learn": report.seconds, "time/step": seconds, "perf/tokens_per_second": tokens / seconds}
+                run.finish(step, {**report.metrics, **times, **_evaluated(run, rows, step)})
 
 
-class SFTSteps(Steps):
-    """Read, learn, now and then measure the held-out loss."""
+class Rows:
+    """The training rows of each step. `total`: steps of the run; `held_out`: rows of `data.validation`."""
 
-    def __init__(self, config: Config, directory: RunDirectory) -> None:
-        self.config, self.directory = config, directory
-        self.source = PromptSource(config, directory)
+    def __init__(self, config: Config, run: Run) -> None:
+        s = config.sft
+        self.config, self.run, self.source = config, run, PromptSource(config, run.directory)
         self.sampler = sft_sampler(read_manifests(config.data, "train"), config.seed, config.data.iqa_fraction)
-        self.costs = self.source.backbone.costs()
+        self.total = s.max_steps or max(1, round(s.epochs * self.sampler.steps_per_epoch(s.global_batch)))
         self.held_out = _held_out(config, self.source)
+        self._costs = self.source.backbone.costs()
 
     def state(self) -> dict[str, Any]:
         return {"sampler": self.sampler.state_dict()}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state["sampler"])
 
-    def step(self, step: int, last: bool) -> dict[str, float]:
-        s, start = self.config.sft, time.perf_counter()
-        rows = [self.source.sft_row(sample) for sample in self.source.samples(self.sampler, s.global_batch)]
-        tokens = sum(len(r.completion_ids) for r in rows)
-        self.directory.begin("learn", step)
-        report = self.learners.sft_step(self._shards(rows), step, tokens)
-        seconds = time.perf_counter() - start
-        metrics = {
-            **report.metrics,
-            "time/learn": report.seconds,
-            "time/step": seconds,
-            "perf/tokens_per_second": tokens / seconds,
-        }
-        if self.held_out and (last or (s.eval_every and (step + 1) % s.eval_every == 0)):
-            self.directory.begin("evaluate", step)
-            sums = self.learners.sft_loss(self._shards(self.held_out))
-            for task in TASKS:
-                tokens = sums[f"tokens/{task}"]
-                metrics[f"eval/loss/{task}"] = sums[f"nll/{task}"] / tokens if tokens else math.nan
-        return metrics
+    def take(self) -> list[LearnerRow]:
+        """The rows of the next step."""
+        return [self.source.sft_row(s) for s in self.source.samples(self.sampler, self.config.sft.global_batch)]
 
-    def _shards(self, rows: Sequence[LearnerRow]) -> list[Shard]:
-        return shard_rows(rows, len(self.learners.actors), self.config.sft.micro_tokens, self.costs)
+    def shards(self, rows: Sequence[LearnerRow]) -> list[Shard]:
+        """Rows by learner."""
+        return shard_rows(rows, len(self.run.learners.actors), self.config.sft.micro_tokens, self._costs)
+
+
+def _evaluated(run: Run, rows: Rows, step: int) -> dict[str, float]:
+    """The held-out loss by task, when due."""
+    every, last = run.config.sft.eval_every, step + 1 == rows.total
+    if not rows.held_out or not (last or (every and (step + 1) % every == 0)):
+        return {}
+    run.directory.begin("evaluate", step)
+    sums = run.learners.sft_loss(rows.shards(rows.held_out))
+    tokens = {task: sums[f"tokens/{task}"] for task in TASKS}
+    return {f"eval/loss/{t}": sums[f"nll/{t}"] / tokens[t] if tokens[t] else math.nan for t in TASKS}
 
 
 def _held_out(config: Config, source: PromptSource) -> list[LearnerRow]:

@@ -30,7 +30,7 @@ from tatar_dist.cluster.reward_actor import RewardScorer
 from tatar_dist.cluster.reward_client import RemoteScorer
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.faults.waiting import TICK_S
+from tatar_dist.faults.waiting import TICK_S, Waits
 from tatar_dist.learner.actor import Learner
 from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.learner.transfer import IO
@@ -71,13 +71,20 @@ def _with_absolute_paths(config: Config) -> Config:
 class Cluster:
     """A connection to Ray and the actors made through it; closing it ends them and, if started here, Ray.
 
-    `overlap`: learners and engines work at the same time.
+    Args:
+        log: takes events of the actors and nodes.
+        overlap: learners and engines work at the same time.
+        waits: what may end a wait for the actors made here.
     """
 
     def __init__(
-        self, config: Config, log: Callable[..., None] = lambda event, **fields: None, overlap: bool = False
+        self,
+        config: Config,
+        log: Callable[..., None] = lambda event, **fields: None,
+        overlap: bool = False,
+        waits: Waits | None = None,
     ) -> None:
-        self.config, self.log = _with_absolute_paths(config), log
+        self.config, self.log, self.waits = _with_absolute_paths(config), log, waits or Waits()
         self.address = config.cluster.address or os.environ.get("RAY_ADDRESS")
         self.gpu = config.cluster.gpus_per_node > 0
         self.colocated = config.cluster.placement == "colocated"
@@ -193,18 +200,12 @@ class Cluster:
                 f"the nodes hold only {sum(rooms)}"
             )
 
-    def learners(
-        self,
-        count: int,
-        again: bool = False,
-        check: Callable[[], None] = lambda: None,
-    ) -> LearnerGroup:
+    def learners(self, count: int, again: bool = False) -> LearnerGroup:
         """`count` ranks, each in a bundle of one placement group, packed by node or spread over nodes.
 
         Args:
             count: how many.
             again: a restart: their node may be on its way back. After `cluster.node_wait_s` there may be fewer of them.
-            check: called twice a second of the wait; may raise to leave it.
 
         Raises:
             UserError: the cluster never had room for them. RunError: it has none any more.
@@ -213,9 +214,9 @@ class Cluster:
         if not again:
             self._reserve("learner(s)", count, self._bundle()["CPU"], int(self.gpu))
         limit = c.node_wait_s if again else c.start_timeout_s
-        placed = count if self._place(count, limit, check) else None
+        placed = count if self._place(count, limit) else None
         if placed is None and again and c.elastic:
-            placed = next((n for n in range(self._room(count - 1), 0, -1) if self._place(n, FEWER_WAIT_S, check)), None)
+            placed = next((n for n in range(self._room(count - 1), 0, -1) if self._place(n, FEWER_WAIT_S)), None)
         if placed is None:
             raise RunError(
                 f"{count} learners found no place within {limit:g} s: they "
@@ -239,17 +240,15 @@ class Cluster:
         ]
         for rank, learner in enumerate(self._learners):
             self._pin(learner, 1, rank, placed)
-        group = LearnerGroup(self.config, self._learners, threads)
-        group.check = check
-        return group
+        return LearnerGroup(self.config, self._learners, threads, self.waits)
 
-    def _place(self, count: int, timeout: float, check: Callable[[], None]) -> bool:
+    def _place(self, count: int, timeout: float) -> bool:
         """Reserve `count` bundles for learners; false when there was no room within `timeout` seconds."""
         strategy = self.config.cluster.learner_placement.upper()
         self._bundles = placement_group([self._bundle()] * count, strategy=strategy)
         ready, deadline = self._bundles.ready(), time.monotonic() + timeout
         while not ray.wait([ready], timeout=TICK_S)[0]:
-            check()
+            self.waits.check()
             if time.monotonic() > deadline:
                 self._unplace()
                 return False
@@ -302,14 +301,15 @@ class Cluster:
             self._pin(engine, 0, index, count)
             return engine
 
-        return RolloutPool(self.config, count, make, version, self.log)
+        places = lambda: len(self._learners) if shared else None  # noqa: E731
+        return RolloutPool(self.config, count, make, version, self.log, self.waits, places)
 
     def scorer(self) -> RemoteScorer:
         """The reward actor, made at its first call."""
         c = self.config
         arguments = (c.reward, c.grpo, Failpoints(c.failpoints, c.output))
         make = lambda: self._actor(RewardScorer, *arguments, cpus=0)  # noqa: E731
-        return RemoteScorer(make, c.rollout.call_timeout_s, self.log)
+        return RemoteScorer(make, c.rollout.call_timeout_s, self.log, self.waits)
 
     def release(self) -> None:
         """End the actors made through this object; Ray stays."""

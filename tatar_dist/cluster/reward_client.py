@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from tatar_dist.errors import RunError
-from tatar_dist.faults.waiting import first_line, wait_all
+from tatar_dist.faults.waiting import Waits, first_line
 from tatar_dist.types import Group, ScoredGroup
 
 ATTEMPTS = 3
@@ -23,10 +23,13 @@ class RemoteScorer:
     """`make()` gives a Ray actor handle of `RewardScorer`; a new one is made when it dies or is late."""
 
     def __init__(
-        self, make: Callable[[], Any], timeout: float, log: Callable[..., None] = lambda event, **fields: None
+        self,
+        make: Callable[[], Any],
+        timeout: float,
+        log: Callable[..., None] = lambda event, **fields: None,
+        waits: Waits | None = None,
     ) -> None:
-        self.make, self.timeout, self.log = make, timeout, log
-        self.check: Callable[[], None] = lambda: None
+        self.make, self.timeout, self.log, self.waits = make, timeout, log, waits or Waits()
         self._actor: Any = None
 
     def score(self, groups: Sequence[Group], step: int = 0) -> tuple[list[ScoredGroup], dict[str, float]]:
@@ -53,4 +56,4 @@ class RemoteScorer:
         self._actor = None
 
     def _wait(self, ref: Any) -> list[Any]:
-        return wait_all([ref], self.timeout, "reward actor", ScorerFailed, self.check)
+        return self.waits.gather([ref], self.timeout, "reward actor", ScorerFailed)

@@ -32,6 +32,7 @@ from tatar_dist.evaluate.answers import Answers, batch_size, batches, distinct, 
 from tatar_dist.evaluate.breakdown import averages, slices
 from tatar_dist.evaluate.metrics import score_metrics, spread
 from tatar_dist.faults.interrupts import Interrupts
+from tatar_dist.faults.waiting import Waits
 from tatar_dist.plan.plan import resolve
 from tatar_dist.prompts.answer import clamped, parse, think_words
 from tatar_dist.prompts.render import PromptTexts
@@ -59,8 +60,10 @@ def run(config: Config) -> dict[str, Any]:
         if answers.notice:
             print(f"tatar-dist: {answers.notice}", file=sys.stderr)
         source = PromptSource(config, directory, texts)
+        waits = Waits(stop)
         try:
-            return Evaluation(config, directory, source, answers, stop.leave_if_asked).run()
+            with waits.interruptible():
+                return Evaluation(config, directory, source, answers, waits).run()
         except StopAsked:
             raise Interrupted("stopped; the same command continues the evaluation", stop.status) from None
 
@@ -89,9 +92,9 @@ class Evaluation:
         directory: RunDirectory,
         source: PromptSource,
         answers: Answers,
-        check: Callable[[], None] = lambda: None,
+        waits: Waits,
     ) -> None:
-        self.config, self.directory, self.source, self.answers, self.check = config, directory, source, answers, check
+        self.config, self.directory, self.source, self.answers, self.waits = config, directory, source, answers, waits
         self.plan = resolve(config, "evaluate")
         self.manifests = read_manifests(config.data, "test")
         self.total = _rows(self.manifests, config.data.eval_limit)
@@ -157,7 +160,7 @@ class Evaluation:
     def _held_out(self, kind: str) -> Iterator[Sample]:
         known = lambda s: self.answers.has("greedy", s)  # noqa: E731
         for sample in distinct(self.source.held_out(self.manifests, self.config.data.eval_limit, known=known)):
-            self.check()
+            self.waits.check()
             if kind == "greedy":
                 self.samples.append(without_image(sample))
             yield sample
@@ -166,9 +169,8 @@ class Evaluation:
         return self.source.prompt(sample, f"eval/{key_of(sample)}")
 
     def _engines(self, stack: ExitStack) -> RolloutPool:
-        cluster = stack.enter_context(Cluster(self.config, self.directory.events.log))
+        cluster = stack.enter_context(Cluster(self.config, self.directory.events.log, waits=self.waits))
         pool = cluster.engines(self.plan.engines)
-        pool.check = self.check
         pool.start(cluster.threads(self.plan.engines))
         pool.started()
         return pool

@@ -1,52 +1,91 @@
-"""Waiting for one call on each of several actors: the first that fails or is late is named. Nothing waits for ever."""
+"""Waiting for calls on actors. Every wait has a deadline, looks up twice a second, and names who is late or died."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 
 from tatar_dist.errors import RunError
+from tatar_dist.faults.interrupts import Interrupts
+from tatar_dist.faults.stall import StallDetector
 
 TICK_S = 0.5  # how often a wait looks up
 
 
-def wait_all(
-    refs: Sequence[Any],
-    timeout: float,
-    who: str,
-    error: type[RunError],
-    check: Callable[[], None] = lambda: None,
-) -> list[Any]:
-    """The results of one call per actor, in order.
+class Waits:
+    """What may end a wait before its deadline: a stall, and inside `interruptible` a signal.
+
+    Everything that waits in the controller holds the same `Waits`: the cluster, the engines' pool, the learners' group
+    and the client of the reward actor.
 
     Args:
-        refs: Ray references, one an actor.
-        timeout: seconds without any answer after which the late ones are given up.
-        who: what an actor is called in the error, for example "learner rank".
-        error: raised when an actor died or is late. What a call itself raised is raised as it is, and at once, because
-            the other actors may be waiting for that one.
-        check: called twice a second; may raise to leave the wait.
+        stop: signals that ask the run to stop; None where nothing listens for them.
+        watch: notices that nothing moves; None where nothing watches.
     """
-    pending, since = list(refs), time.monotonic()
-    while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=TICK_S)
-        check()
-        if not done:
-            if time.monotonic() - since > timeout:
-                late = [i for i, ref in enumerate(refs) if ref in pending]
-                raise error(f"{who}(s) {late} did not answer within {timeout:g} s")
-            continue
-        since = time.monotonic()
+
+    def __init__(self, stop: Interrupts | None = None, watch: StallDetector | None = None) -> None:
+        self._stop, self._watch = stop, watch
+        self._may_stop: Callable[[], bool] = lambda: False
+
+    def check(self) -> None:
+        """Leave the wait that calls this.
+
+        Raises:
+            Stalled: nothing has moved for too long. StopAsked: a signal came, inside `interruptible`.
+        """
+        if self._watch is not None:
+            self._watch.raise_if_asked()
+        if self._may_stop() and self._stop is not None:
+            self._stop.leave_if_asked()
+
+    def progress(self) -> None:
+        """Something moved."""
+        if self._watch is not None:
+            self._watch.progress()
+
+    @contextmanager
+    def interruptible(self, when: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Let a signal end every wait at once, if `when()` holds. Outside, what has begun is finished.
+
+        `when` is called at every look; what it raises ends the wait, too.
+        """
+        before, self._may_stop = self._may_stop, when
         try:
-            ray.get(done[0])
-        except ray.exceptions.RayTaskError:
-            raise
-        except ray.exceptions.RayError as e:  # died, was out of memory, lost its node
-            raise error(f"{who} {list(refs).index(done[0])} died: {first_line(e)}") from e
-    return ray.get(list(refs))
+            yield
+        finally:
+            self._may_stop = before
+
+    def gather(self, refs: Sequence[Any], timeout: float, who: str, error: type[RunError]) -> list[Any]:
+        """The results of one call per actor, in order.
+
+        Args:
+            refs: Ray references, one an actor.
+            timeout: seconds without any answer after which the late ones are given up.
+            who: what an actor is called in the error, for example "learner rank".
+            error: raised when an actor died or is late. What a call itself raised is raised as it is, and at once,
+                because the other actors may be waiting for that one.
+        """
+        pending, since = list(refs), time.monotonic()
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=TICK_S)
+            self.check()
+            if not done:
+                if time.monotonic() - since > timeout:
+                    late = [i for i, ref in enumerate(refs) if ref in pending]
+                    raise error(f"{who}(s) {late} did not answer within {timeout:g} s")
+                continue
+            since = time.monotonic()
+            try:
+                ray.get(done[0])
+            except ray.exceptions.RayTaskError:
+                raise
+            except ray.exceptions.RayError as e:  # died, was out of memory, lost its node
+                raise error(f"{who} {list(refs).index(done[0])} died: {first_line(e)}") from e
+        return ray.get(list(refs))
 
 
 def first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import LearnersFailed, RunError, UserError
-from tatar_dist.faults.waiting import TICK_S, error_of, first_line, wait_all
+from tatar_dist.faults.waiting import TICK_S, Waits, error_of, first_line
 from tatar_dist.learner import transfer
 from tatar_dist.learner.rendezvous import Rendezvous
 from tatar_dist.learner.sharding import Shard
@@ -46,9 +46,8 @@ class Learning:
 class LearnerGroup:
     """All ZeRO-3 ranks, addressed as one. Learners are a unit: an error of one is the error of the step."""
 
-    def __init__(self, config: Config, actors: list[Any], threads: int) -> None:
-        self.config, self.actors, self.threads = config, actors, threads
-        self.check: Callable[[], None] = lambda: None  # called twice a second of a wait; may raise to leave it
+    def __init__(self, config: Config, actors: list[Any], threads: int, waits: Waits) -> None:
+        self.config, self.actors, self.threads, self.waits = config, actors, threads, waits
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         return self.wait([getattr(a, method).remote(*args) for a in self.actors])
@@ -61,7 +60,7 @@ class LearnerGroup:
         """
         try:
             limit = timeout or self.config.rollout.call_timeout_s
-            return wait_all(refs, limit, "learner rank", LearnersFailed, self.check)
+            return self.waits.gather(refs, limit, "learner rank", LearnersFailed)
         except ray.exceptions.GetTimeoutError as e:  # an OSError to Python; of a rank that waited for another
             raise LearnersFailed(_culprit(refs, e)) from e
         except (UserError, RunError, OSError):
@@ -110,7 +109,7 @@ class LearnerGroup:
         timeout, since = self.config.rollout.call_timeout_s, time.monotonic()
         while True:
             ready, _ = ray.wait([stream], timeout=TICK_S, fetch_local=False)
-            self.check()
+            self.waits.check()
             if not ready:
                 if time.monotonic() - since > timeout:
                     raise LearnersFailed(f"gathering weights: nothing for {timeout:g} s")

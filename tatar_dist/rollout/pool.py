@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import ray
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import LearnersFailed, RunError, UserError
 from tatar_dist.faults.health import Health, State
-from tatar_dist.faults.waiting import TICK_S, error_of, first_line, wait_all
+from tatar_dist.faults.waiting import TICK_S, Waits, error_of, first_line
 from tatar_dist.rollout.checks import problem
 from tatar_dist.rollout.chunks import Chunk, Queue
 from tatar_dist.rollout.engine import Sampling
@@ -51,14 +51,11 @@ class Engine:
 class RolloutPool:
     """`count` engines made by `make(index)`, Ray actor handles of `RolloutEngine`.
 
-    Attributes:
+    Args:
         version: the weight version that completions are asked for; at first that of `model.path`.
-        weights: where an engine that starts late gets the current weights, as buckets; None while nobody trains, and
-            then the files of `model.path` are the current weights.
-        check: called every half second of a wait; may raise to leave it.
-        progress: called whenever an engine answered.
-        places: how many engines have a place to start in; None = all. The first ones are meant.
-        held: nobody can be given weights, because the learners work; a stale engine stays out meanwhile.
+        log: takes events of the engines.
+        waits: what may end a wait.
+        max_engines: how many engines have a place to start in, the first ones; None: all.
     """
 
     def __init__(
@@ -68,22 +65,28 @@ class RolloutPool:
         make: Callable[[int], Any],
         version: int = 0,
         log: Callable[..., None] = lambda event, **fields: None,
+        waits: Waits | None = None,
+        max_engines: Callable[[], int | None] = lambda: None,
     ) -> None:
         r = config.rollout
         self.config, self.make, self.version, self.log = config, make, version, log
+        self.waits, self.max_engines = waits or Waits(), max_engines
         self.engines = [Engine(Health(i, r.engine_restarts, r.restart_backoff_s, log)) for i in range(count)]
-        self.weights: Callable[[], Iterable[Any]] | None = None
-        self.check: Callable[[], None] = lambda: None
-        self.progress: Callable[[], None] = lambda: None
-        self.places: int | None = None
-        self.held = False
+        self.refresh_blocked = False
+        self._weights: Callable[[], Iterable[Any]] | None = None
         self._threads = 1
 
     # -- start and restart -------------------------------------------------------------------------------------------
 
-    def start(self, threads: int) -> None:
-        """Begin to load the model on every engine; then call `started`."""
-        self._threads = threads
+    def start(self, threads: int, weights: Callable[[], Iterable[Any]] | None = None) -> None:
+        """Begin to load the model on every engine; then call `started`.
+
+        Args:
+            threads: CPU threads of an engine.
+            weights: gives an engine that starts late the current weights, as buckets. None while nobody trains: the
+                files of `model.path` are the current weights.
+        """
+        self._threads, self._weights = threads, weights
         for e in self.engines:
             self._launch(e, self.version)
 
@@ -91,7 +94,7 @@ class RolloutPool:
         """Wait until every engine is ready. At the start of a run one that fails is an error, not a fault."""
         starting = [e for e in self.engines if e.health.state is State.RESTARTING and e.health.restarts == 0]
         limit = self.config.cluster.start_timeout_s
-        facts = wait_all([e.call for e in starting], limit, "starting: engine", EngineFailed, self.check)
+        facts = self.waits.gather([e.call for e in starting], limit, "starting: engine", EngineFailed)
         for e, found in zip(starting, facts, strict=True):
             e.call = None
             e.health.ready(**found)
@@ -121,13 +124,22 @@ class RolloutPool:
             if e.call is not None:
                 self._lose(e, "did not answer when the run stalled")
 
-    def tend(self) -> None:
+    @contextmanager
+    def without_refresh(self) -> Iterator[None]:
+        """Inside, stale engines cannot be given the current weights, because the learners are at work."""
+        self.refresh_blocked = True
+        try:
+            yield
+        finally:
+            self.refresh_blocked = False
+
+    def restart_due(self) -> None:
         """Restart what is due. Raises EngineFailed: too few are left."""
         now = time.monotonic()
-        for e in self.engines[: self.places]:
+        for e in self.engines[: self.max_engines()]:
             if e.health.due(now):
                 e.health.restarting()
-                self._launch(e, -1 if self.weights else self.version)
+                self._launch(e, -1 if self._weights else self.version)
         living = [e for e in self.engines if e.health.state is not State.GONE]
         if len(living) < self.config.rollout.min_engines:
             reasons = "; ".join(f"engine {e.health.index}: {e.health.reason}" for e in self.engines if e not in living)
@@ -189,14 +201,16 @@ class RolloutPool:
                 if queue and not more():
                     queue.clear()
                     continue
-                self.tend()
-                if self.held and not any(e.health.state in (State.HEALTHY, State.SUSPECT) for e in self.engines):
+                self.restart_due()
+                if self.refresh_blocked and not any(
+                    e.health.state in (State.HEALTHY, State.SUSPECT) for e in self.engines
+                ):
                     raise EngineFailed("no engine is left that holds the current weights, and the learners are at work")
                 self._hand_out(queue, sampling)
                 for e in self._answers():
                     yield from self._take(e, queue, sampling)
                 self._judge(queue)
-                self.check()
+                self.waits.check()
         finally:  # left early: what the engines still work on is thrown away when it comes
             for e in self.engines:
                 e.chunk = None
@@ -207,8 +221,8 @@ class RolloutPool:
     def _hand_out(self, queue: Queue, sampling: Sampling) -> None:
         """Work for every idle engine; a stale one gets the current weights first, when there is work for it."""
         stale = [e for e in self.engines if e.health.state is State.STALE and e.call is None]
-        if queue and stale and self.weights and not self.held:
-            self._send(stale, self.weights(), self.version)
+        if queue and stale and self._weights and not self.refresh_blocked:
+            self._send(stale, self._weights(), self.version)
         for e in (e for e in self.engines if e.idle):
             chunk = queue.take() or self._hedged()
             if chunk is None:
@@ -249,11 +263,11 @@ class RolloutPool:
         if wrong is not None:
             self._again(self._lose(e, wrong), queue, wrong)
             return
-        self.progress()
+        self.waits.progress()
         e.call, e.chunk = None, None
         if starting:
             e.health.ready(**answer)
-            if self.weights is None:
+            if self._weights is None:
                 e.health.current()
             return
         e.health.answered(e.version == self.version)
@@ -283,7 +297,7 @@ class RolloutPool:
                 reason = f"{'not ready' if starting else 'no answer'} after {limit:g} s"
                 self._again(self._lose(e, reason), queue, reason)
             elif starting:
-                self.progress()
+                self.waits.progress()
             elif e.health.state is State.HEALTHY and now - e.since > r.suspect_after_s:
                 e.health.late(r.suspect_after_s)
 
@@ -331,6 +345,10 @@ class RolloutPool:
         self.log("push/done", version=version, engines=[e.health.index for e in takers if e.version == version])
         return {"sync/seconds": time.perf_counter() - start, "sync/bytes": float(sent)}
 
+    def make_way(self) -> None:
+        """Before an update: colocated engines give up their memory; others load what is to be restarted."""
+        self.sleep() if self.config.cluster.placement == "colocated" else self.restart_due()
+
     def sleep(self) -> None:
         """Colocated engines give their memory to the learners; the next push wakes them."""
         self.end_starts()
@@ -368,8 +386,8 @@ class RolloutPool:
         while waiting and time.monotonic() < deadline:
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=TICK_S)
             if done:
-                self.progress()
-            self.check()
+                self.waits.progress()
+            self.waits.check()
         kept, answers = [], []
         for ref, e in calls.items():
             if ref in waiting:

@@ -32,8 +32,8 @@ from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.demo.tiny.build import build
-from tatar_dist.grpo import make_sampler
 from tatar_dist.run.status import RunFiles
+from tatar_dist.sampling import make_sampler
 
 STEPS_A_MINUTE = 25  # two idle cores make 24 with faults; what is left when the time is up is made in peace
 RECOVERS_S = 240  # a fault after which no step follows within this time was not survived

@@ -26,7 +26,6 @@ from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import CheckpointConfig, Config
 from tatar_dist.data.sampler import sft_sampler
 from tatar_dist.errors import RunError
-from tatar_dist.grpo import make_sampler
 from tatar_dist.learner.actor import Learner
 from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.learner.sharding import Shard, shard_rows
@@ -35,6 +34,7 @@ from tatar_dist.run.checkpoint_files import write
 from tatar_dist.run.checkpoints import Checkpoints, latest
 from tatar_dist.run.directory import RunDirectory
 from tatar_dist.run.events import Events, read_events
+from tatar_dist.sampling import make_sampler
 
 SAME = {"stage": "grpo"}
 ROWS = 12  # divides over 1, 2 and 3 learners

@@ -15,10 +15,10 @@ import pytest
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
-from tatar_dist.grpo import make_sampler
 from tatar_dist.prompts.source import PromptSource
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.run.directory import RunDirectory
+from tatar_dist.sampling import make_sampler
 
 _path = Path(__file__).parents[1] / "integration" / "conftest.py"
 _spec = importlib.util.spec_from_file_location("integration_fixtures", _path)

@@ -11,12 +11,12 @@ import pytest
 
 from tatar_dist import grpo as controller
 from tatar_dist.cluster.ray_cluster import Cluster
-from tatar_dist.grpo import make_sampler
 from tatar_dist.prompts.source import PromptSource
 from tatar_dist.rollout.engine import RolloutEngine, Sampling
 from tatar_dist.rollout.pool import EngineFailed
 from tatar_dist.run.directory import RunDirectory
 from tatar_dist.run.events import read_events
+from tatar_dist.sampling import make_sampler
 
 
 class TroubledEngine(RolloutEngine):

@@ -19,11 +19,11 @@ from conftest import tiny_words
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.cluster.selfcheck import verify
 from tatar_dist.config.load import load_config
-from tatar_dist.grpo import make_sampler
 from tatar_dist.learner.actor import WeightsOutOfSync
 from tatar_dist.prompts.source import PromptSource
 from tatar_dist.rollout.engine import Sampling, WrongWeightVersion
 from tatar_dist.run.directory import RunDirectory
+from tatar_dist.sampling import make_sampler
 from tatar_dist.sync.source import from_wire
 from tatar_dist.types import Completion, LearnerRow
 
