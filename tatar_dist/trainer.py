@@ -17,6 +17,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 from tatar_dist.cluster.prometheus import Exporter
@@ -36,7 +37,8 @@ from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.checkpoints import Checkpoints, Found, latest
 from tatar_dist.run.directory import RunDirectory
 from tatar_dist.run.progress import Progress
-from tatar_dist.sync.transports import gpu_push
+from tatar_dist.sync.object_store import ObjectStorePush
+from tatar_dist.sync.ways import weight_push
 from tatar_dist.types import Prompt
 
 
@@ -81,7 +83,6 @@ class Run:
     def __init__(self, config: Config, stage: Stage) -> None:
         self.config, self.stage, self.plan = config, stage, resolve(config, stage)
         self.colocated = config.cluster.placement == "colocated"
-        self._transport = gpu_push(config) if stage == "grpo" else None
         self._id = secrets.token_hex(8)  # stands in the checkpoints of this process
         self._opened = False
         self._up = False  # learners are, and hold the weights of the next step
@@ -157,9 +158,7 @@ class Run:
 
     def push_weights(self, version: int) -> dict[str, float]:
         """Give the learners' weights to the engines, as `version`; sync/seconds and sync/bytes."""
-        if self._transport is not None:
-            return self.engines.push_by(self._transport, self.learners, version)
-        return self.engines.push(self._buckets(), version)
+        return self.engines.push(partial(self._push.push, self.learners), version)
 
     # -- start and restart -------------------------------------------------------------------------------------------
 
@@ -227,7 +226,10 @@ class Run:
     def _start_engines(self) -> None:
         count = self.plan.engines
         self.engines, self.scorer = self._cluster.engines(count), self._cluster.scorer()
-        self.engines.start(self._cluster.threads(count), self._buckets)
+        self._push = weight_push(self.config, self.waits, self._log)
+        late = ObjectStorePush(self.config, self.waits, self._log)  # whatever the others use
+        refresh = lambda engines, version: late.push(self.learners, engines, version)  # noqa: E731
+        self.engines.start(self._cluster.threads(count), refresh)
         if self.colocated:  # one after the other: both measure how much of the GPU is free
             self.engines.started()
             self.engines.sleep()
@@ -241,9 +243,6 @@ class Run:
             self.push_weights(step)
         if check:
             verify(self.engines, self.learners, self._data.peek(step), self.config)
-
-    def _buckets(self) -> Iterator[Any]:
-        return self.learners.weight_buckets(self.config.rollout.bucket_mib << 20)
 
     # -- faults and stops --------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ class TimedEngine(RolloutEngine):
     def start_update(self, version: int) -> None:
         self._timed("start", super().start_update, version)
 
-    def update(self, bucket: Any) -> int:
-        loaded: int = self._timed("load", super().update, bucket)
+    def update(self, part: Any) -> int:
+        loaded: int = self._timed("load", super().update, part)
         return loaded
 
     def finish_update(self) -> int:
@@ -114,8 +115,11 @@ def measure(case: Case, directory: Path) -> dict[str, Any]:
     import ray
 
     from tatar_dist.cluster.ray_cluster import Cluster
+    from tatar_dist.sync.object_store import stream
+    from tatar_dist.sync.ways import weight_push
 
     config = _config(case, directory)
+    way = weight_push(config)
     bucket = config.rollout.bucket_mib << 20
     with Cluster(config) as cluster:
         learners, pool = cluster.learners(1), cluster.engines(1, cls=TimedEngine)
@@ -125,7 +129,7 @@ def measure(case: Case, directory: Path) -> dict[str, Any]:
         engine, learner = pool.engines[0].actor, learners.actors[0]
 
         def push() -> dict[str, float]:
-            return pool.push(learners.weight_buckets(bucket), pool.version + 1)
+            return pool.push(partial(way.push, learners), pool.version + 1)
 
         nbytes = int(push()["sync/bytes"])
         ray.get(engine.take_parts.remote())
@@ -136,7 +140,7 @@ def measure(case: Case, directory: Path) -> dict[str, Any]:
             gather = ray.get(learner.__ray_call__.remote(_gather))
             found = ray.get(engine.take_parts.remote()) | {"gather": gather}
             start = time.perf_counter()
-            for _ in learners.weight_buckets(bucket):
+            for _ in stream(learners, bucket):
                 pass
             found["to store"] = max(0.0, time.perf_counter() - start - gather)
             for part, seconds in found.items():

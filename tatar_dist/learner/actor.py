@@ -38,8 +38,7 @@ class Learner:
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
         open_log(config.output, f"learner-{rank}")
         self.config, self.rank, self.world_size = config, rank, world_size
-        self.sender: Any = None  # of a weight push through NCCL
-        self.chunks: Any = None  # of one through CUDA IPC
+        self._senders: dict[str, Any] = {}  # of weight pushes, by way
         self.failpoints = Failpoints(config.failpoints, config.output, rank=rank)
         self._snapshot: list[Job] = []
         self._private: str | None = None  # where files wait with checkpoint.storage=local
@@ -228,57 +227,13 @@ class Learner:
             )
         return {"sync/logprob_gap": mean, "sync/logprob_gap_max": worst}
 
-    def weight_buckets(self, bucket_bytes: int) -> Iterator[dict[str, Any]]:
-        """Stream the full weights in buckets of at least one tensor and about `bucket_bytes`. Collective generator:
-        rank 0 yields {name: array}, the other ranks gather along and yield nothing."""
-        from tatar_dist.sync.source import buckets
+    def push(self, way: str, part: str, *arguments: Any) -> Any:
+        """This rank's side of a weight push: the method `part` of the sender of `way` (sync/)."""
+        from tatar_dist.sync.ways import SENDERS
 
-        self.failpoints.reach("learner.gather")
-        yield from buckets(self.zero3.full_parameters(), bucket_bytes, self.rank == 0)
-
-    def weight_metadata(self) -> dict[str, list[Any]]:
-        names, dtypes, shapes = zip(*self.zero3.metadata(), strict=True)
-        return {"names": list(names), "dtype_names": [str(d)[6:] for d in dtypes], "shapes": list(shapes)}
-
-    def nccl_unique_id(self) -> str:
-        from tatar_dist.sync.learner_side import unique_id
-
-        return unique_id()
-
-    def nccl_join(self, unique_id: str, world_size: int, timeout_s: float) -> str | None:
-        """Rank 0: lead a new NCCL group with the engines' workers. What went wrong, or None."""
-        from tatar_dist.sync.learner_side import NcclSender
-
-        if self.sender is not None:
-            self.sender.leave()
-        try:
-            self.sender = NcclSender(unique_id, world_size, timeout_s)
-        except RunError as e:
-            return str(e)
-        return None
-
-    def nccl_broadcast(self, bucket_bytes: int, timeout_s: float) -> tuple[int, str | None]:
-        """Send all weights to the group. Collective; (bytes sent, what went wrong)."""
-        parameters, sent, problem = self.zero3.full_parameters(), 0, None
-        if self.rank == 0:
-            try:
-                sent = self.sender.broadcast(parameters, bucket_bytes, timeout_s)
-            except RunError as e:
-                problem = str(e)
-        for _ in parameters:  # to the end also after a failure: the other ranks gather with us
-            pass
-        return sent, problem
-
-    def ipc_next(self, bucket_bytes: int) -> dict[str, Any] | None:
-        """The next chunk of weights in this GPU's memory, None after the last. Collective; frees the one before."""
-        from tatar_dist.sync.learner_side import ipc_chunks
-
-        if self.chunks is None:
-            self.chunks = ipc_chunks(self.zero3.full_parameters(everywhere=True), bucket_bytes)
-        chunk = next(self.chunks, None)
-        if chunk is None:
-            self.chunks = None
-        return chunk
+        if way not in self._senders:
+            self._senders[way] = SENDERS[way](self.zero3, self.rank, self.failpoints)
+        return getattr(self._senders[way], part)(*arguments)
 
     def logprob_gap(self, shard: Shard) -> dict[str, float]:
         """Mean and worst |engine - learner| log-probability over the tokens of all ranks' rows. Updates nothing.

@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,38 +89,6 @@ class LearnerGroup:
     def start_grpo_step(self, shards: list[Shard], step: int) -> Learning:
         pairs = zip(self.actors, shards, strict=True)
         return Learning(self, [a.grpo_step.remote(rows, step) for a, rows in pairs])
-
-    def weight_buckets(self, bucket_bytes: int) -> Iterator[Any]:
-        """References to the buckets of rank 0, streamed while the ranks gather together."""
-        others = [a.weight_buckets.options(num_returns="streaming").remote(bucket_bytes) for a in self.actors[1:]]
-        lead = (
-            self.actors[0]
-            .weight_buckets.options(num_returns="streaming", _generator_backpressure_num_objects=2)
-            .remote(bucket_bytes)
-        )
-        yield from self._stream(lead)
-        for stream in others:
-            for failed in self._stream(stream):  # they yield nothing, but an error comes as an item
-                raise LearnersFailed(f"gathering weights: {first_line(error_of(failed) or RuntimeError('one item'))}")
-
-    def _stream(self, stream: Any) -> Iterator[Any]:
-        """The references of a streaming call, each within the deadline."""
-        timeout, since = self.config.rollout.call_timeout_s, time.monotonic()
-        while True:
-            ready, _ = ray.wait([stream], timeout=TICK_S, fetch_local=False)
-            self.waits.check()
-            if not ready:
-                if time.monotonic() - since > timeout:
-                    raise LearnersFailed(f"gathering weights: nothing for {timeout:g} s")
-                continue
-            try:
-                reference = next(stream)
-            except StopIteration:
-                return
-            except ray.exceptions.RayError as e:
-                raise LearnersFailed(f"gathering weights: {first_line(e)}") from e
-            yield reference
-            since = time.monotonic()
 
     def save(self, directory: Path) -> transfer.Writing:
         """All ranks take a snapshot; the result comes when they have written it below `directory`, beside training.

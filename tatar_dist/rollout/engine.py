@@ -23,7 +23,6 @@ from tatar_dist.prompts.expected import Question, expected_scores
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.log import open_log
 from tatar_dist.run.process import process_facts
-from tatar_dist.sync.engine_calls import GpuPushes, Sleeping
 from tatar_dist.types import Completion, Group, Prompt
 
 FORBIDDEN_BIAS = -100.0  # vLLM's smallest logit bias; exp(-100) is 0 beside any sampled token in float32
@@ -72,7 +71,7 @@ def _inputs(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     return inputs
 
 
-class RolloutEngine(GpuPushes, Sleeping):
+class RolloutEngine:
     """A vLLM engine in this process."""
 
     def __init__(self, config: Config, index: int) -> None:
@@ -82,6 +81,7 @@ class RolloutEngine(GpuPushes, Sleeping):
         self.failpoints = Failpoints(config.failpoints, config.output, engine=index)
         self.version = -1
         self._updating: int | None = None
+        self._asleep = False
 
     def setup(self, threads: int, version: int) -> dict[str, Any]:
         """Load the model. `version` names the weights that stand in `model.path`."""
@@ -93,7 +93,7 @@ class RolloutEngine(GpuPushes, Sleeping):
         from vllm.config.weight_transfer import WeightTransferConfig
 
         from tatar_dist.models import family
-        from tatar_dist.sync import engine_side
+        from tatar_dist.sync import vllm_backend
 
         gpu = torch.cuda.is_available()
         options: dict[str, Any] = {}
@@ -117,8 +117,8 @@ class RolloutEngine(GpuPushes, Sleeping):
             mm_processor_kwargs={"min_pixels": m.min_pixels, "max_pixels": m.max_pixels},
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
-            weight_transfer_config=WeightTransferConfig(backend=engine_side.BACKEND),
-            worker_extension_cls=engine_side.EXTENSION,
+            weight_transfer_config=WeightTransferConfig(backend=vllm_backend.BACKEND),
+            worker_extension_cls=vllm_backend.EXTENSION,
             # Where JSON allows any number of blanks, a model may go on with blanks until it is cut off.
             structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             disable_log_stats=True,
@@ -211,26 +211,47 @@ class RolloutEngine(GpuPushes, Sleeping):
             replace(g, completions=tuple(replace(c, expected=next(expected)) for c in g.completions)) for g in groups
         ]
 
+    # A weight push: `join_push` where the way needs a group, `start_update`, `update` by part, `finish_update`.
+
+    def join_push(self, membership: dict[str, Any]) -> None:
+        """Join the group that a push goes through; waits for all others."""
+        self.llm.init_weight_transfer_engine({"init_info": membership})
+
     def start_update(self, version: int) -> None:
         """Begin a weight push; the engine serves nothing until `finish_update`."""
         self._updating, self.version = version, -1
-        self.wake_for_update()
+        if self._can_sleep() and self._asleep:
+            self.llm.wake_up(tags=["weights"])  # the KV cache's memory comes after the push
         self.llm.start_weight_update()
 
-    def update(self, bucket: Any) -> int:
-        """Load one bucket of named tensors. Returns its bytes."""
+    def update(self, part: dict[str, Any]) -> int:
+        """Load one part, as its way's sender made it (sync/). Returns the bytes that came with it."""
         self.failpoints.reach("engine.update", version=self._updating)
-        self.llm.update_weights({"update_info": {"bucket": bucket}})
-        return sum(w.data.nbytes for w in bucket.values())
+        self.llm.update_weights({"update_info": part})
+        return sum(w.data.nbytes for w in part.get("bucket", {}).values())
 
     def finish_update(self) -> int:
         """End the push, drop every cache that depends on weights, take the new version. Returns it."""
         assert self._updating is not None, "finish_update without start_update"
         self.llm.finish_weight_update(weight_version=str(self._updating))
-        self.wake()
+        if self._can_sleep() and self._asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+        self._asleep = False
         self._reset_caches()
         self.version, self._updating = self._updating, None
         return self.version
+
+    def sleep(self) -> None:
+        """Give the memory of weights and KV cache back, for learners on the same GPU; on a CPU nothing happens.
+
+        Weights are outdated by the update anyway: a push follows every sleep.
+        """
+        if self._can_sleep() and not self._asleep:
+            self.llm.sleep(level=2)
+        self._asleep = True
+
+    def _can_sleep(self) -> bool:
+        return bool(self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode)
 
     def _reset_caches(self) -> None:
         """Prefix cache and the vision tower's cached outputs; the latter outlives a prefix-cache reset."""

@@ -8,7 +8,7 @@ it serves again once it has the current weights (health.py). Every wait has a de
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +16,16 @@ from typing import Any
 import ray
 
 from tatar_dist.config.schema import Config
-from tatar_dist.errors import LearnersFailed, RunError, UserError
+from tatar_dist.errors import RunError, UserError
 from tatar_dist.faults.health import Health, State
-from tatar_dist.faults.waiting import TICK_S, Waits, error_of, first_line
+from tatar_dist.faults.waiting import TICK_S, Waits, first_line
 from tatar_dist.rollout.checks import problem
 from tatar_dist.rollout.chunks import Chunk, Queue
 from tatar_dist.rollout.engine import Sampling
-from tatar_dist.sync.transports import Push
+from tatar_dist.sync.push import PushResult, Round
 from tatar_dist.types import Group, Prompt
 
+Load = Callable[[Mapping[int, Any], int], PushResult]  # loads weights, as a version, into engines {index: actor}
 ATTEMPTS = 3  # engines that may fail on one prompt before the prompt is blamed
 
 
@@ -73,20 +74,20 @@ class RolloutPool:
         self.waits, self.max_engines = waits or Waits(), max_engines
         self.engines = [Engine(Health(i, r.engine_restarts, r.restart_backoff_s, log)) for i in range(count)]
         self.refresh_blocked = False
-        self._weights: Callable[[], Iterable[Any]] | None = None
+        self._refresh: Load | None = None
         self._threads = 1
 
     # -- start and restart -------------------------------------------------------------------------------------------
 
-    def start(self, threads: int, weights: Callable[[], Iterable[Any]] | None = None) -> None:
+    def start(self, threads: int, refresh: Load | None = None) -> None:
         """Begin to load the model on every engine; then call `started`.
 
         Args:
             threads: CPU threads of an engine.
-            weights: gives an engine that starts late the current weights, as buckets. None while nobody trains: the
-                files of `model.path` are the current weights.
+            refresh: gives an engine that starts late the current weights. None while nobody trains: the files of
+                `model.path` are the current weights.
         """
-        self._threads, self._weights = threads, weights
+        self._threads, self._refresh = threads, refresh
         for e in self.engines:
             self._launch(e, self.version)
 
@@ -139,7 +140,7 @@ class RolloutPool:
         for e in self.engines[: self.max_engines()]:
             if e.health.due(now):
                 e.health.restarting()
-                self._launch(e, -1 if self._weights else self.version)
+                self._launch(e, -1 if self._refresh else self.version)
         living = [e for e in self.engines if e.health.state is not State.GONE]
         if len(living) < self.config.rollout.min_engines:
             reasons = "; ".join(f"engine {e.health.index}: {e.health.reason}" for e in self.engines if e not in living)
@@ -221,8 +222,8 @@ class RolloutPool:
     def _hand_out(self, queue: Queue, sampling: Sampling) -> None:
         """Work for every idle engine; a stale one gets the current weights first, when there is work for it."""
         stale = [e for e in self.engines if e.health.state is State.STALE and e.call is None]
-        if queue and stale and self._weights and not self.refresh_blocked:
-            self._send(stale, self._weights(), self.version)
+        if queue and stale and self._refresh and not self.refresh_blocked:
+            self._load(stale, self._refresh)
         for e in (e for e in self.engines if e.idle):
             chunk = queue.take() or self._hedged()
             if chunk is None:
@@ -267,7 +268,7 @@ class RolloutPool:
         e.call, e.chunk = None, None
         if starting:
             e.health.ready(**answer)
-            if self._weights is None:
+            if self._refresh is None:
                 e.health.current()
             return
         e.health.answered(e.version == self.version)
@@ -303,45 +304,21 @@ class RolloutPool:
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
-    def push(self, buckets: Iterable[Any], version: int) -> dict[str, float]:
-        """Load the buckets (object references) into every engine and advance to `version`.
+    def push(self, push: Load, version: int) -> dict[str, float]:
+        """Advance to `version`: let `push` load the weights into every engine that is at hand.
 
-        One bucket is in flight at a time; the next is being gathered meanwhile. An engine that dies or is late is ended
-        and restarted; one that is suspect or starting misses the push and gets the weights before it serves again.
-        Returns sync/seconds and sync/bytes.
+        An engine that dies or is late is ended and restarted; one that is suspect or starting misses the push and gets
+        the weights before it serves again. Returns sync/seconds and sync/bytes.
         """
-        return self._push(version, lambda takers: self._send(takers, buckets, version))
-
-    def push_by(self, transport: Push, learners: Any, version: int) -> dict[str, float]:
-        """As `push`, by another way than buckets (sync/transports.py)."""
-
-        def send(takers: list[Engine]) -> int:
-            try:
-                failed, each = transport.push(learners, {e.health.index: e.actor for e in takers}, version)
-            except BaseException:
-                for e in takers:
-                    self._lose(e, "weight push cut short")
-                raise
-            for e in takers:
-                if e.health.index in failed:
-                    self._lose(e, failed[e.health.index])
-                else:
-                    e.version = version
-                    e.health.current()
-            return each * (len(takers) - len(failed))
-
-        return self._push(version, send)
-
-    def _push(self, version: int, send: Callable[[list[Engine]], int]) -> dict[str, float]:
         start = time.perf_counter()
         self.version = version
         for e in self.engines:  # with a call that nobody waits for any more
             if e.call is not None and e.health.state is State.HEALTHY:
                 e.health.missed_push()
-        takers = [e for e in self.engines if e.health.state in (State.HEALTHY, State.STALE) and e.call is None]
+        takers = self._at_hand()
         for e in (e for e in self.engines if e not in takers):
             e.version = -1  # its number proves nothing: after a restart of the learners numbers come again
-        sent = send(takers)
+        sent = self._load(takers, push)
         self.log("push/done", version=version, engines=[e.health.index for e in takers if e.version == version])
         return {"sync/seconds": time.perf_counter() - start, "sync/bytes": float(sent)}
 
@@ -352,58 +329,30 @@ class RolloutPool:
     def sleep(self) -> None:
         """Colocated engines give their memory to the learners; the next push wakes them."""
         self.end_starts()
-        awake = [e for e in self.engines if e.health.state in (State.HEALTHY, State.STALE) and e.call is None]
-        self._all(awake, lambda e: e.actor.sleep.remote(), "going to sleep")
+        handles = {e.health.index: e.actor for e in self._at_hand()}
+        asleep = Round(handles, self.version, self.config.rollout.push_timeout_s, self.waits, self.log)
+        asleep.call("going to sleep", lambda _, actor: actor.sleep.remote())
+        for index, reason in asleep.failed.items():
+            self._lose(self.engines[index], reason)
 
-    def _send(self, takers: list[Engine], buckets: Iterable[Any], version: int) -> int:
-        """Push to `takers`; those that do not make it are lost. Exhausts `buckets`: gathering is collective."""
-        left, sent = takers, 0
+    def _at_hand(self) -> list[Engine]:
+        return [e for e in self.engines if e.health.state in (State.HEALTHY, State.STALE) and e.call is None]
+
+    def _load(self, takers: list[Engine], push: Load) -> int:
+        """Load the weights of the pool's version into `takers`; those that do not make it are lost. Bytes sent."""
         try:
-            left = self._all(left, lambda e: e.actor.start_update.remote(version))[0]
-            for bucket in buckets:
-                left, sizes = self._all(left, lambda e, bucket=bucket: e.actor.update.remote(bucket), given=bucket)
-                sent += sum(sizes)
+            result = push({e.health.index: e.actor for e in takers}, self.version)
         except BaseException:  # the learners died half-way: an engine with half of the weights cannot be updated again
-            for e in (e for e in left if e.health.state in (State.HEALTHY, State.STALE)):
+            for e in takers:
                 self._lose(e, "weight push cut short")
             raise
-        for e in self._all(left, lambda e: e.actor.finish_update.remote())[0]:
-            e.version = version
-            e.health.current()
-        return sent
-
-    def _all(
-        self, takers: list[Engine], call: Callable[[Engine], Any], doing: str = "weight push", given: Any = None
-    ) -> tuple[list[Engine], list[Any]]:
-        """One call on each; the engines that answered within `rollout.push_timeout_s`, and their answers.
-
-        Raises:
-            LearnersFailed: a call failed because what it was given, a reference, is no bucket but its maker's error.
-        """
-        limit = self.config.rollout.push_timeout_s
-        calls = {call(e): e for e in takers}
-        deadline, waiting = time.monotonic() + limit, list(calls)
-        while waiting and time.monotonic() < deadline:
-            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=TICK_S)
-            if done:
-                self.waits.progress()
-            self.waits.check()
-        kept, answers = [], []
-        for ref, e in calls.items():
-            if ref in waiting:
-                self.log(
-                    "push/late", engine=e.health.index, version=self.version, reason=f"no answer within {limit:g} s"
-                )
-                self._lose(e, f"{doing}: no answer within {limit:g} s")
-                continue
-            try:
-                answers.append(ray.get(ref))
-                kept.append(e)
-            except ray.exceptions.RayError as error:
-                if given is not None and (failed := error_of(given)):
-                    raise LearnersFailed(f"gathering weights: {first_line(failed)}") from failed
-                self._lose(e, f"{doing}: {first_line(error)}")
-        return kept, answers
+        for e in takers:
+            if e.health.index in result.failed:
+                self._lose(e, result.failed[e.health.index])
+            else:
+                e.version = self.version
+                e.health.current()
+        return result.sent * (len(takers) - len(result.failed))
 
     def states(self) -> dict[int, str]:
         return {e.health.index: str(e.health.state) for e in self.engines}

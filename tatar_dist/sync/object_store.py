@@ -1,69 +1,142 @@
-"""The engine's side of a weight push: a vLLM weight-transfer engine fed by buckets from Ray's object store.
+"""The weight push through Ray's object store: on CPUs and GPUs, across nodes, to engines that come late.
 
-It works on CPU and GPU, across nodes, and lets engines join or leave. Runs inside each vLLM worker, as a part of
-`engine_side.PushEngine`. Two traps of vLLM 0.32 are handled here: parameters are repacked for CPU
-kernels, so the layerwise reload must frame every update, and a tied lm_head keeps its old packed copy after a reload.
+Full tensors are cut into buckets, which is what travels at once: `{name: Wire}`. bfloat16 has no numpy type, so tensors
+travel as raw bytes with their dtype and shape.
 """
 
 from __future__ import annotations
 
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+import numpy as np
+import ray
 
-from tatar_dist.sync.source import Wire, from_wire
+from tatar_dist.config.schema import Config
+from tatar_dist.errors import LearnersFailed
+from tatar_dist.faults.waiting import TICK_S, Waits, error_of, first_line
+from tatar_dist.run.failpoints import Failpoints
+from tatar_dist.sync.push import PushResult, Round
 
+if TYPE_CHECKING:
+    from tatar_dist.learner.group import LearnerGroup
 
-@dataclass
-class ObjectStoreInit(WeightTransferInitInfo):
-    """Nothing to agree on: buckets name their tensors."""
-
-
-@dataclass
-class ObjectStoreUpdate(WeightTransferUpdateInfo):
-    """One bucket, already fetched from the object store."""
-
-    bucket: dict[str, Wire]
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # of from_wire, which knows
 
 
-class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdate]):
-    init_info_cls = ObjectStoreInit
-    update_info_cls = ObjectStoreUpdate
+@dataclass(frozen=True)
+class Wire:
+    """One tensor on the wire: `data` (nbytes,) uint8, `dtype` a torch dtype's name, `shape` its full shape."""
 
-    def init_transfer_engine(self, init_info: ObjectStoreInit) -> None:
-        """No connection to make."""
-
-    def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        initialize_layerwise_reload(self.model)
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.receive_weights(self.parse_update_info(update_info))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def receive_weights(self, update_info: ObjectStoreUpdate) -> None:
-        self.model.load_weights((name, from_wire(wire)) for name, wire in update_info.bucket.items())
-
-    def finish_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        finalize_layerwise_reload(self.model, self.model_config)
-        refresh_tied_head(self.model)
-
-    def shutdown(self) -> None:
-        """Nothing is held."""
+    data: np.ndarray
+    dtype: str
+    shape: tuple[int, ...]
 
 
-def refresh_tied_head(model: Any) -> None:
-    """Rebuild the packed kernel of an lm_head that shares its weight with the embedding.
+def to_wire(tensor: Any) -> Wire:
+    import torch
 
-    A tied head never receives a tensor of its own, so the reload leaves the copy packed from the old values.
+    flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+    return Wire(flat.numpy(), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def from_wire(wire: Wire) -> Any:
+    """The tensor on the wire's own memory, not copied. To be read only: Ray's object store ends who writes into it."""
+    import torch
+
+    return torch.from_numpy(wire.data).view(getattr(torch, wire.dtype)).reshape(wire.shape)
+
+
+def buckets(parameters: Iterable[tuple[str, Any]], bucket_bytes: int, sender: bool) -> Iterator[dict[str, Wire]]:
+    """Group (name, full tensor) pairs into buckets of at most `bucket_bytes` (a larger tensor travels alone).
+
+    Every rank must exhaust it, because making the tensors is collective; only the sender yields.
     """
-    text = getattr(model, "language_model", model)
-    head, embedding = getattr(text, "lm_head", None), text.model.embed_tokens
-    if head is not None and head.weight.data_ptr() == embedding.weight.data_ptr():
-        head.quant_method.process_weights_after_loading(head)
+    held: dict[str, Wire] = {}
+    size = 0
+    for name, tensor in parameters:
+        if not sender:
+            continue
+        wire = to_wire(tensor)
+        if held and size + wire.data.nbytes > bucket_bytes:
+            yield held
+            held, size = {}, 0
+        held[name] = wire
+        size += wire.data.nbytes
+    if held:
+        yield held
+
+
+class ObjectStoreSender:
+    """A learner rank's side."""
+
+    def __init__(self, zero3: Any, rank: int, failpoints: Failpoints) -> None:
+        self._zero3, self._rank, self._failpoints = zero3, rank, failpoints
+
+    def buckets(self, bucket_bytes: int) -> Iterator[dict[str, Any]]:
+        """Stream the full weights in buckets of at least one tensor and about `bucket_bytes`. Collective generator:
+        rank 0 yields {"bucket": {name: Wire}}, the other ranks gather along and yield nothing."""
+        self._failpoints.reach("learner.gather")
+        for bucket in buckets(self._zero3.full_parameters(), bucket_bytes, self._rank == 0):
+            yield {"bucket": bucket}
+
+
+def load(model: Any, bucket: Mapping[str, Wire]) -> None:
+    """An engine worker's side: load one bucket into vLLM's model."""
+    model.load_weights((name, from_wire(wire)) for name, wire in bucket.items())
+
+
+class ObjectStorePush:
+    """The controller's side. One bucket is loaded at a time; the next one is gathered meanwhile."""
+
+    def __init__(self, config: Config, waits: Waits, log: Callable[..., None]) -> None:
+        self._bucket, self._limit = config.rollout.bucket_mib << 20, config.rollout.push_timeout_s
+        self._waits, self._log = waits, log
+
+    def push(self, learners: LearnerGroup, engines: Mapping[int, Any], version: int) -> PushResult:
+        """As `WeightPush.push`. All buckets are taken, whoever fails: gathering is collective."""
+        push, sent = Round(engines, version, self._limit, self._waits, self._log), 0
+        push.call("weight push", lambda _, e: e.start_update.remote(version))
+        for bucket in stream(learners, self._bucket):
+            sizes = push.call("weight push", lambda _, e, part=bucket: e.update.remote(part), given=bucket)
+            sent += max(sizes, default=0)
+        push.call("weight push", lambda _, e: e.finish_update.remote())
+        return PushResult(sent, push.failed)
+
+
+def stream(learners: LearnerGroup, bucket_bytes: int) -> Iterator[Any]:
+    """References to the buckets of rank 0, made while the ranks gather together.
+
+    Raises:
+        LearnersFailed: a rank died or failed, or the next bucket is late.
+    """
+    call = ("object_store", "buckets", bucket_bytes)
+    others = [a.push.options(num_returns="streaming").remote(*call) for a in learners.actors[1:]]
+    lead = learners.actors[0].push.options(num_returns="streaming", _generator_backpressure_num_objects=2)
+    yield from _items(learners, lead.remote(*call))
+    for each in others:
+        for failed in _items(learners, each):  # they yield nothing, but an error comes as an item
+            raise LearnersFailed(f"gathering weights: {first_line(error_of(failed) or RuntimeError('one item'))}")
+
+
+def _items(learners: LearnerGroup, streaming: Any) -> Iterator[Any]:
+    """The references of a streaming call, each within the deadline."""
+    timeout, since = learners.config.rollout.call_timeout_s, time.monotonic()
+    while True:
+        ready, _ = ray.wait([streaming], timeout=TICK_S, fetch_local=False)
+        learners.waits.check()
+        if not ready:
+            if time.monotonic() - since > timeout:
+                raise LearnersFailed(f"gathering weights: nothing for {timeout:g} s")
+            continue
+        try:
+            reference = next(streaming)
+        except StopIteration:
+            return
+        except ray.exceptions.RayError as e:
+            raise LearnersFailed(f"gathering weights: {first_line(e)}") from e
+        yield reference
+        since = time.monotonic()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
 
 from tatar_dist.cluster.selfcheck import verify
-from tatar_dist.sync.transports import gpu_push
+from tatar_dist.sync.ways import weight_push
 
 
 def used_bytes() -> int:
@@ -25,9 +26,7 @@ def test_sleep_frees_memory_and_the_engine_says_the_same_afterwards(model_untied
         before, awake = rig.greedy(), used_bytes()
         ray.get(rig.engine.sleep.remote(), timeout=60)
         assert used_bytes() < awake - (1 << 30)  # the KV cache alone is larger
-        failed, _ = gpu_push(config).push(
-            rig.learners, {0: rig.engine}, 1
-        )  # the learner's weights are the initial ones
+        failed = weight_push(config).push(rig.learners, {0: rig.engine}, 1).failed  # with the initial weights
         assert failed == {}
         rig.pushed(1)
         assert rig.greedy() == before
@@ -39,7 +38,7 @@ def test_two_gpus_answer_greedily_as_one(model_untied, make_config, make_rig):
     for tp in (1, 2):
         with make_rig(make_config(model_untied, f"rollout.tensor_parallel={tp}")) as rig:
             rig.learn()
-            rig.pool.push(rig.learners.weight_buckets(1 << 20), 1)
+            rig.pool.push(partial(weight_push(rig.config).push, rig.learners), 1)
             answers.append(rig.greedy())
     assert answers[0] == answers[1]
 

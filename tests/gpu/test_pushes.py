@@ -7,7 +7,7 @@ import ray
 
 from tatar_dist.cluster.selfcheck import verify
 from tatar_dist.learner.actor import WeightsOutOfSync
-from tatar_dist.sync.transports import gpu_push
+from tatar_dist.sync.ways import weight_push
 
 FAST = ("grpo.optim.lr=0.003", "grpo.optim.schedule=constant", "grpo.logprob_gap_limit=0.001")
 
@@ -16,8 +16,8 @@ def moved_and_pushed(rig, transport, version):
     rig.learn()
     with pytest.raises(WeightsOutOfSync):
         verify(rig.pool, rig.learners, rig.prompts, rig.config)  # the control: not pushed yet
-    failed, sent = transport.push(rig.learners, {0: rig.engine}, version)
-    assert failed == {} and sent > 0
+    pushed = transport.push(rig.learners, {0: rig.engine}, version)
+    assert pushed.failed == {} and pushed.sent > 0
     rig.pushed(version)
     assert verify(rig.pool, rig.learners, rig.prompts, rig.config)["sync/logprob_gap"] < 1e-3
 
@@ -27,7 +27,7 @@ def moved_and_pushed(rig, transport, version):
 def test_nccl_push_twice(model, request, make_config, make_rig):
     config = make_config(request.getfixturevalue(model), "rollout.push=nccl", *FAST)
     with make_rig(config) as rig:
-        transport = gpu_push(config)
+        transport = weight_push(config)
         for version in (1, 2):
             moved_and_pushed(rig, transport, version)
 
@@ -36,16 +36,16 @@ def test_nccl_push_twice(model, request, make_config, make_rig):
 def test_nccl_push_to_a_dead_engine_ends_at_the_deadline_and_names_it(model_untied, make_config, make_rig):
     config = make_config(model_untied, "rollout.push=nccl", "rollout.push_timeout_s=20", *FAST)
     with make_rig(config) as rig:
-        transport = gpu_push(config)
+        transport = weight_push(config)
         moved_and_pushed(rig, transport, 1)
         ray.kill(rig.engine)
-        failed, _ = transport.push(rig.learners, {0: rig.engine}, 2)
+        failed = transport.push(rig.learners, {0: rig.engine}, 2).failed
         assert list(failed) == [0] and "died" in failed[0].lower()
 
 
 def test_cuda_ipc_push_on_one_gpu(model_untied, make_config, make_rig):
     config = make_config(model_untied, "rollout.push=cuda_ipc", "cluster.placement=colocated", *FAST)
     with make_rig(config) as rig:
-        transport = gpu_push(config)
+        transport = weight_push(config)
         for version in (1, 2):
             moved_and_pushed(rig, transport, version)

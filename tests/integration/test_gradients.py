@@ -13,7 +13,7 @@ from tatar_dist.algo.aggregation import token_weights
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.config.load import load_config
 from tatar_dist.learner.sharding import shard_rows
-from tatar_dist.sync.source import from_wire
+from tatar_dist.sync.object_store import from_wire, stream
 from tatar_dist.types import LearnerRow
 
 # Huge on purpose: the update swamps the weight it is subtracted from, so that (after - before) / lr is the gradient
@@ -67,8 +67,8 @@ def rows_of(n: int, aggregation: str = "sequence-mean") -> list[LearnerRow]:
 
 def weights(learners) -> dict[str, np.ndarray]:
     found = {}
-    for ref in learners.weight_buckets(1 << 24):
-        found |= {n: from_wire(w).double().numpy() for n, w in ray.get(ref).items()}
+    for ref in stream(learners, 1 << 24):
+        found |= {n: from_wire(w).double().numpy() for n, w in ray.get(ref)["bucket"].items()}
     return found
 
 

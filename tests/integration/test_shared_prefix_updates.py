@@ -26,7 +26,7 @@ from tatar_dist.demo.tiny.build import Sizes, build  # noqa: E402
 from tatar_dist.learner.batch import Collator  # noqa: E402
 from tatar_dist.learner.sharding import global_weights, group_rows, shard_groups  # noqa: E402
 from tatar_dist.models import family  # noqa: E402
-from tatar_dist.sync.source import from_wire  # noqa: E402
+from tatar_dist.sync.object_store import from_wire, stream  # noqa: E402
 from tatar_dist.types import Completion, Group, Prompt, Sample, ScoredGroup  # noqa: E402
 
 SIZES = Sizes(text_hidden=64, text_layers=2, text_heads=2, text_kv_heads=1, vision_depth=2)
@@ -101,8 +101,8 @@ def plain_steps(backbone, rows) -> SimpleNamespace:
 
 def weights(learners) -> dict[str, np.ndarray]:
     found = {}
-    for ref in learners.weight_buckets(1 << 24):
-        found |= {n: from_wire(w).double().numpy() for n, w in ray.get(ref).items()}
+    for ref in stream(learners, 1 << 24):
+        found |= {n: from_wire(w).double().numpy() for n, w in ray.get(ref)["bucket"].items()}
     return found
 
 

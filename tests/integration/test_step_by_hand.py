@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from tatar_dist.prompts.source import PromptSource
 from tatar_dist.rollout.engine import Sampling, WrongWeightVersion
 from tatar_dist.run.directory import RunDirectory
 from tatar_dist.sampling import make_sampler
-from tatar_dist.sync.source import from_wire
+from tatar_dist.sync.object_store import from_wire, stream
+from tatar_dist.sync.ways import weight_push
 from tatar_dist.types import Completion, LearnerRow
 
 PARTS = {"vision": "visual.", "language": "language_model.layers.", "embedding": "embed_tokens", "head": "lm_head"}
@@ -37,7 +39,7 @@ class Rig:
     def __init__(self, config, cluster, source):
         self.config, self.cluster, self.step = config, cluster, 0
         self.learners = cluster.learners(config.cluster.learners)
-        self.pool = cluster.engines(config.rollout.engines)
+        self.pool, self.way = cluster.engines(config.rollout.engines), weight_push(config)
         self.pool.start(1)
         self.learners.setup("grpo", 10)
         self.pool.started()
@@ -68,12 +70,12 @@ class Rig:
 
     def weights(self):
         found = {}
-        for ref in self.learners.weight_buckets(1 << 20):
-            found |= {n: from_wire(w).clone() for n, w in ray.get(ref).items()}
+        for ref in stream(self.learners, 1 << 20):
+            found |= {n: from_wire(w).clone() for n, w in ray.get(ref)["bucket"].items()}
         return found
 
     def push(self):
-        return self.pool.push(self.learners.weight_buckets(1 << 20), self.pool.version + 1)
+        return self.pool.push(partial(self.way.push, self.learners), self.pool.version + 1)
 
 
 @pytest.fixture(scope="module")

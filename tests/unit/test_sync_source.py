@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from tatar_dist.sync.source import Wire, buckets, from_wire, to_wire  # noqa: E402
+from tatar_dist.sync.object_store import Wire, buckets, from_wire, to_wire  # noqa: E402
 
 
 def tensors(sizes: list[int]) -> list[tuple[str, torch.Tensor]]:

@@ -1,0 +1,99 @@
+"""The interface of a weight push, and what all ways share: rounds of calls on the engines.
+
+A way of pushing has three sides, in one file: a sender in every learner rank, a receiver in every vLLM worker
+(vllm_backend.py hands it the parts), and the controller's side, a `WeightPush`. `object_store.py` works anywhere;
+`nccl.py` and `cuda_ipc.py` are for GPUs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ray
+
+from tatar_dist.errors import LearnersFailed
+from tatar_dist.faults.waiting import TICK_S, Waits, error_of, first_line
+
+if TYPE_CHECKING:
+    from tatar_dist.learner.group import LearnerGroup
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """`sent`: bytes that each engine received. `failed`: {engine index: reason}.
+
+    An engine that failed half-way holds neither the old weights nor the new and must be restarted.
+    """
+
+    sent: int
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+class WeightPush(Protocol):
+    """One way of loading the learners' weights into engines, {index: actor handle}."""
+
+    def push(self, learners: LearnerGroup, engines: Mapping[int, Any], version: int) -> PushResult:
+        """Load the weights as `version`. Raises LearnersFailed: a rank died, failed or is late."""
+
+
+class Round:
+    """The engines of one push: those still in it, and why the others are not.
+
+    Args:
+        limit: seconds for each call; an engine that takes longer leaves the push.
+        log: takes the event of such an engine.
+    """
+
+    def __init__(
+        self, engines: Mapping[int, Any], version: int, limit: float, waits: Waits, log: Callable[..., None]
+    ) -> None:
+        self.left, self.failed, self.version = dict(engines), dict[int, str](), version
+        self._limit, self._waits, self._log = limit, waits, log
+
+    def call(self, what: str, call: Callable[[int, Any], Any], given: Any = None) -> list[Any]:
+        """One call on each engine; the answers of those that gave one. As `wait`."""
+        return self.wait(what, {i: call(i, engine) for i, engine in self.left.items()}, given)
+
+    def wait(self, what: str, calls: Mapping[int, Any], given: Any = None) -> list[Any]:
+        """Wait until all have answered or the limit is over; engines that died, failed or are late leave the push.
+
+        Raises:
+            LearnersFailed: a call failed because `given`, a reference, is no part of the weights but its maker's error.
+        """
+        deadline, waiting = time.monotonic() + self._limit, list(calls.values())
+        while waiting and time.monotonic() < deadline:
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=TICK_S)
+            if done:
+                self._waits.progress()
+            self._waits.check()
+        answers = []
+        for i, ref in calls.items():
+            if ref in waiting:
+                reason = f"no answer within {self._limit:g} s"
+                self._log("push/late", engine=i, version=self.version, reason=reason)
+                self.lose(i, f"{what}: {reason}")
+                continue
+            try:
+                answers.append(ray.get(ref))
+            except ray.exceptions.RayError as error:
+                if given is not None and (failed := error_of(given)):
+                    raise LearnersFailed(f"gathering weights: {first_line(failed)}") from failed
+                self.lose(i, f"{what}: {first_line(error)}")
+        return answers
+
+    def lose(self, index: int, reason: str) -> None:
+        self.failed[index] = reason
+        self.left.pop(index, None)
+
+
+def ask_learners(learners: LearnerGroup, calls: list[Any], limit: float, what: str) -> list[Any]:
+    """The answers of ranks. Raises LearnersFailed: a rank died, failed or is late, and which one."""
+    try:
+        return learners.wait(calls, limit)
+    except LearnersFailed as e:
+        raise LearnersFailed(f"{what}: {e}") from e
+    except OSError as e:  # a connection, here: no full disk
+        raise LearnersFailed(f"{what}: {first_line(e)}") from e
