@@ -235,6 +235,10 @@ class Learner:
             self._senders[way] = SENDERS[way](self.zero3, self.rank, self.failpoints)
         return getattr(self._senders[way], part)(*arguments)
 
+    def push_stream(self, way: str, part: str, *arguments: Any) -> Iterator[Any]:
+        """As `push`, of a part that comes in pieces: Ray streams nothing but generator functions."""
+        yield from self.push(way, part, *arguments)
+
     def logprob_gap(self, shard: Shard) -> dict[str, float]:
         """Mean and worst |engine - learner| log-probability over the tokens of all ranks' rows. Updates nothing.
 

@@ -114,8 +114,8 @@ def stream(learners: LearnerGroup, bucket_bytes: int) -> Iterator[Any]:
         LearnersFailed: a rank died or failed, or the next bucket is late.
     """
     call = ("object_store", "buckets", bucket_bytes)
-    others = [a.push.options(num_returns="streaming").remote(*call) for a in learners.actors[1:]]
-    lead = learners.actors[0].push.options(num_returns="streaming", _generator_backpressure_num_objects=2)
+    others = [a.push_stream.options(num_returns="streaming").remote(*call) for a in learners.actors[1:]]
+    lead = learners.actors[0].push_stream.options(num_returns="streaming", _generator_backpressure_num_objects=2)
     yield from _items(learners, lead.remote(*call))
     for each in others:
         for failed in _items(learners, each):  # they yield nothing, but an error comes as an item

@@ -28,7 +28,7 @@ algo/loss algo/advantages algo/aggregation algo/schedule
 learner/actor learner/group learner/batch learner/sharding learner/packing learner/zero3 learner/policy learner/head
 learner/shared_prefix learner/ragged models/costs
 rollout/pool rollout/chunks rollout/engine rollout/calls rollout/checks rollout/environment
-sync/source sync/object_store sync/transports sync/learner_side sync/engine_calls sync/engine_side
+sync/push sync/object_store sync/nccl sync/cuda_ipc sync/vllm_backend sync/ways
 cluster/ray_cluster cluster/reward_actor cluster/reward_client
 faults/health faults/waiting
 """.split()
