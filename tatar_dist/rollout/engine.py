@@ -22,7 +22,7 @@ from tatar_dist.errors import RunError
 from tatar_dist.prompts.expected import Question, expected_scores
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.log import open_log
-from tatar_dist.run.process import process_facts
+from tatar_dist.run.process import importing, process_facts
 from tatar_dist.types import Completion, Group, Prompt
 
 FORBIDDEN_BIAS = -100.0  # vLLM's smallest logit bias; exp(-100) is 0 beside any sampled token in float32
@@ -88,12 +88,13 @@ class RolloutEngine:
         start = time.perf_counter()
         r, m = self.config.rollout, self.config.model
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        import torch
-        from vllm import LLM
-        from vllm.config.weight_transfer import WeightTransferConfig
+        with importing():
+            import torch
+            from vllm import LLM
+            from vllm.config.weight_transfer import WeightTransferConfig
 
-        from tatar_dist.models import family
-        from tatar_dist.sync import vllm_backend
+            from tatar_dist.models import family
+            from tatar_dist.sync import vllm_backend
 
         gpu = torch.cuda.is_available()
         options: dict[str, Any] = {}

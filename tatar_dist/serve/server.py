@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from typing import Any
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import EXIT_INTERRUPTED, RunError, UserError
 from tatar_dist.rollout.environment import COMMON_ENV, engine_environment
+from tatar_dist.run.process import importing
 from tatar_dist.scoring.directory import model_config, run_of
 from tatar_dist.types import TASKS
 
@@ -37,6 +39,7 @@ SERVER_ENV = {
     # libraries tell each other; and an engine that is told to stop leaves shared memory to Python's tracker
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker",
 }
+HOLD_S = 2.0  # for a process that waits in the kernel for another and so does not hold
 CPU_SEQS = 16  # answers at once; each may take the room of a whole prompt in a CPU engine's batch
 
 
@@ -167,12 +170,13 @@ def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
     prompts = Prompts.load(config.data.prompts)
     forbidden = _forbidden(config)
 
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.logger import configure_logging_from_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    with importing():
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+        from vllm.logger import configure_logging_from_args
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from tatar_dist.serve.chat import Scoring
+        from tatar_dist.serve.chat import Scoring
 
     options: dict[str, Any] = {
         "model": m.path,
@@ -245,11 +249,23 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
             held[child.pid] = child
             with contextlib.suppress(psutil.Error):
                 child.suspend()
+        end = time.monotonic() + HOLD_S
+        while not all(_stands(child.pid) for child in new) and time.monotonic() < end:
+            time.sleep(0.005)
     for child in held.values():
         with contextlib.suppress(psutil.Error):
             # the resource tracker removes shared memory, and ends
             child.resume() if any("resource_tracker" in word for word in child.cmdline()) else child.kill()
     _leave("tatar-dist: interrupted", EXIT_INTERRUPTED)
+
+
+def _stands(pid: int) -> bool:
+    """Whether a process that was told to hold does so, with all its threads: until then it may start another."""
+    try:
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return not Path(f"/proc/{pid}").exists()
+    return all(stat.rpartition(") ")[2][0] in "TtZX" for stat in stats)
 
 
 def _leave(said: str, status: int) -> None:
