@@ -17,6 +17,7 @@ its Qwen2.5-VL processor.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -79,6 +80,11 @@ def runs(code: str, hook: bool = True) -> tuple[bool, str]:
     return done.returncode == 0, lines[-1] if lines else ""
 
 
+@functools.cache
+def cpu_only() -> bool:
+    return runs(TORCH_IS_CPU_ONLY)[0]
+
+
 def installed(package: str) -> bool:
     return runs(f"import sys, importlib.util as u; sys.exit(u.find_spec({package!r}) is None)")[0]
 
@@ -105,7 +111,7 @@ def main() -> int:
         pth.unlink(missing_ok=True)
         module.unlink(missing_ok=True)
         print("torchvision imports by itself: nothing to do")
-    elif not runs(TORCH_IS_CPU_ONLY)[0]:
+    elif not cpu_only():
         # A CUDA torch whose torchvision fails is a mismatch of versions; hiding it would only move the crash.
         print(f"fix_torchvision: torchvision does not import: {runs(TORCHVISION, hook=False)[1]}", file=sys.stderr)
         return 1
@@ -118,7 +124,7 @@ def main() -> int:
                 beside.replace(path)
         print("torchvision: operators of the CPU-only build declared on import")
 
-    if runs(TORCH_IS_CPU_ONLY)[0]:
+    if cpu_only():
         remove_unloadable(("torchaudio", "torchcodec"))
 
     wanted = [TORCHVISION] + ([PROCESSOR] if installed("transformers") else [])
