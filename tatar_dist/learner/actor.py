@@ -22,7 +22,7 @@ from tatar_dist.learner.sharding import Shard
 from tatar_dist.run.checkpoint_files import Files, Job, write
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.log import open_log
-from tatar_dist.run.process import process_facts
+from tatar_dist.run.process import importing, process_facts
 from tatar_dist.types import StepReport
 
 IMPORTANCE = {"mean": "importance", "cut": "cut"}  # policy/importance_* -> its sum over trained tokens
@@ -50,12 +50,14 @@ class Learner:
         Returns sizes for the log.
         """
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK="0")
-        import torch
+        with importing():
+            import deepspeed  # noqa: F401
+            import torch
 
-        from tatar_dist.algo.schedule import needs_reference
-        from tatar_dist.learner.batch import Collator
-        from tatar_dist.learner.listeners import listening, silence
-        from tatar_dist.learner.zero3 import Zero3, init_process_group
+            from tatar_dist.algo.schedule import needs_reference
+            from tatar_dist.learner.batch import Collator
+            from tatar_dist.learner.listeners import listening, silence
+            from tatar_dist.learner.zero3 import Zero3, init_process_group
 
         torch.set_num_threads(threads)
         torch.manual_seed(self.config.seed)

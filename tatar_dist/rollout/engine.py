@@ -22,7 +22,7 @@ from tatar_dist.errors import RunError
 from tatar_dist.prompts.expected import Question, expected_scores
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.log import open_log
-from tatar_dist.run.process import process_facts
+from tatar_dist.run.process import importing, process_facts
 from tatar_dist.sync.engine_calls import GpuPushes, Sleeping
 from tatar_dist.types import Completion, Group, Prompt
 
@@ -88,12 +88,13 @@ class RolloutEngine(GpuPushes, Sleeping):
         start = time.perf_counter()
         r, m = self.config.rollout, self.config.model
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        import torch
-        from vllm import LLM
-        from vllm.config.weight_transfer import WeightTransferConfig
+        with importing():
+            import torch
+            from vllm import LLM
+            from vllm.config.weight_transfer import WeightTransferConfig
 
-        from tatar_dist.models import family
-        from tatar_dist.sync import engine_side
+            from tatar_dist.models import family
+            from tatar_dist.sync import engine_side
 
         gpu = torch.cuda.is_available()
         options: dict[str, Any] = {}
