@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ SERVER_ENV = {
     # libraries tell each other; and an engine that is told to stop leaves shared memory to Python's tracker
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker",
 }
+HOLD_S = 2.0  # for a process that waits in the kernel for another and so does not hold
 CPU_SEQS = 16  # answers at once; each may take the room of a whole prompt in a CPU engine's batch
 
 
@@ -245,11 +247,23 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
             held[child.pid] = child
             with contextlib.suppress(psutil.Error):
                 child.suspend()
+        end = time.monotonic() + HOLD_S
+        while not all(_stands(child.pid) for child in new) and time.monotonic() < end:
+            time.sleep(0.005)
     for child in held.values():
         with contextlib.suppress(psutil.Error):
             # the resource tracker removes shared memory, and ends
             child.resume() if any("resource_tracker" in word for word in child.cmdline()) else child.kill()
     _leave("tatar-dist: interrupted", EXIT_INTERRUPTED)
+
+
+def _stands(pid: int) -> bool:
+    """Whether a process that was told to hold does so, with all its threads: until then it may start another."""
+    try:
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return not Path(f"/proc/{pid}").exists()
+    return all(stat.rpartition(") ")[2][0] in "TtZX" for stat in stats)
 
 
 def _leave(said: str, status: int) -> None:
