@@ -22,7 +22,7 @@ from tatar_dist.data.registry import read_registry
 from tatar_dist.data.writing import write_table
 from tatar_dist.errors import UserError
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "3400"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1000"))
 REGISTRY = read_registry()
 FILES = {p.name: p.read_bytes() for p in (Path(__file__).parent / "annotations").iterdir()}
 NAMES = st.sampled_from(list(REGISTRY.datasets))

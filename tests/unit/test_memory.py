@@ -84,17 +84,26 @@ def test_activations_grow_with_a_forward_and_checkpointing_saves_most_of_them():
     assert kept("grpo.micro_tokens=65536") > 3 * kept("grpo.micro_tokens=16384")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_peak_of_an_update_is_above_the_one_measured_and_near(checkpointing, tmp_path):
-    """The 14M model of the benches: resident memory above the model, as `bench learner` measures it."""
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The 14M model of the benches, and an update's MiB above it without and with checkpoints of activations, as
+    `bench learner` measures them."""
     pytest.importorskip("torch")
     from tatar_dist.bench import learner
     from tatar_dist.bench.counts import Work
     from tatar_dist.bench.subject import SIZES
 
-    work = Work(pixels=448, checkpointing=checkpointing)
-    measured = learner.alone([work], True, tmp_path, exact=True)[0]["mib"] * 2**20
-    sizes = memory.sizes_of(str(tmp_path / str(SIZES.vocab) / "model"))
+    directory = tmp_path_factory.mktemp("measured")
+    works = [Work(pixels=448, checkpointing=checkpointing) for checkpointing in (False, True)]
+    done = learner.alone(works, True, directory, exact=True)
+    sizes = memory.sizes_of(str(directory / str(SIZES.vocab) / "model"))
+    return sizes, {w.checkpointing: (w, d["mib"] * 2**20) for w, d in zip(works, done, strict=True)}
+
+
+@pytest.mark.xdist_group("measured")  # in one process
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_peak_of_an_update_is_above_the_one_measured_and_near(checkpointing, measured):
+    sizes, (work, measured) = measured[0], measured[1][checkpointing]
     image, answers = (work.pixels // 28) ** 2, work.groups * work.size * work.tokens
     tokens = work.groups * (image + 30) + answers
     kept = memory.kept_elements(sizes, 4 * image * work.groups, tokens, checkpointing)

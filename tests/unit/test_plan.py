@@ -1,5 +1,6 @@
 """A plan says what would run, from the configuration alone; the global batch never changes with the hardware."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
 from tatar_dist.plan.plan import Split, ray_commands, resolve
 
+FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25000"))  # a thousandth of them, for what takes long
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -106,7 +108,7 @@ def test_several_nodes_show_the_lines_that_start_ray():
     assert ray_commands(plan("sft"), "tatar-dist sft") == ["tatar-dist sft"]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=FUZZ_EXAMPLES // 1000)
 @given(
     nodes=st.integers(1, 40),
     gpus=st.integers(1, 8),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tatar_dist.prompts.answer import parse
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "3400"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1000"))
 PIECES = (
     [
         "<answer>",

@@ -24,7 +24,7 @@ from tatar_dist.rationale.prose import sentences
 from tatar_dist.rationale.questions import ordered_attributes
 from tatar_dist.rationale.wording import load_wording, phrase_pattern, plain
 
-FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "3300"))
+FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1000"))
 CONFIG = build_config().rationale
 WORDING = load_wording(CONFIG.prompts)
 

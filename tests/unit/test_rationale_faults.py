@@ -128,13 +128,13 @@ def test_no_minute_sees_more_than_the_limit(per_minute):
 
 
 def test_a_pause_is_followed_by_no_burst(tmp_path, monkeypatch):
-    source = manifest(tmp_path / "m.parquet", 30)
-    refuse = Reply(429, b"", {"retry-after": "2"})
+    source = manifest(tmp_path / "m.parquet", 24)
+    refuse = Reply(429, b"", {"retry-after": "1"})
     _, gets = turns(monkeypatch)
     with OpenAIServer(first_then_good(*[refuse] * 9)) as server:  # the burst that comes first
-        build(tmp_path, server, source=source, concurrency=30, requests_per_minute=300)
+        build(tmp_path, server, source=source, concurrency=24, requests_per_minute=300)
     paused = max(e["sent"] for e in server.log if e["status"] == 429)
-    after = [t for t in gets if t > paused + 1.9]
+    after = [t for t in gets if t > paused + 0.95]
     assert len(after) > 16
     assert sum(t < min(after) + 1.0 for t in after) <= 16, "a burst of ten, then five a second"
 

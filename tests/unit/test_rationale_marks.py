@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.marks import MARKS, low_marks, read_marks, schema
 
-FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "3300"))
+FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1000"))
 GOOD = {"visual_fidelity": 4, "score_consistency": 5}
 
 

@@ -77,8 +77,12 @@ def results(directory, stem):
     return {end: (directory / f"{stem}.{end}").read_bytes() for end in ("parquet", "rejected.jsonl", "report.md")}
 
 
-@pytest.mark.parametrize("name", ["build", "judge"])
-@pytest.mark.parametrize("seed", [0, None])
+KILLED = [("build", None), ("judge", 0)]  # None: other points in every run
+if "FUZZ_EXAMPLES" in os.environ:
+    KILLED = [(name, seed) for name in ("build", "judge") for seed in (0, *[None] * 4)]
+
+
+@pytest.mark.parametrize(("name", "seed"), KILLED)
 def test_killed_twice_at_random_points_the_result_is_that_of_an_undisturbed_run_and_nothing_durable_is_asked_again(
     tmp_path, name, seed
 ):

@@ -19,7 +19,7 @@ from tatar_dist.data.registry import read_registry
 from tatar_dist.errors import UserError
 from tatar_dist.types import SPLITS
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1000"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
 
 GOOD = yaml.safe_load(r"""
 list_formats:

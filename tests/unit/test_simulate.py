@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from tatar_dist.plan.simulate.search import Simulator, draw_lengths, forecast
 from tatar_dist.plan.simulate.step import call_work, calls, learn_work, serve, simulate_step
 from tatar_dist.types import Completion, Group, Prompt, Sample, ScoredGroup
 
+FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25000"))  # a thousandth of them, for what takes long
 works = st.lists(st.floats(0.01, 10), min_size=1, max_size=40)
 
 
@@ -139,6 +141,7 @@ def test_more_engines_never_slow_generation_of_equal_answers(engines, more):
     assert many <= fewer + 1e-9
 
 
+@settings(max_examples=FUZZ_EXAMPLES // 1000)
 @given(st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 20), st.sampled_from(["disaggregated", "colocated"]))
 def test_shares_are_shares_and_parts_make_the_step(learners, engines, placement):
     p = Simulator(GRPO, replace(COSTS, switch=0.7)).predict(learners, engines, placement)

@@ -14,6 +14,7 @@ from tatar_dist.config.load import load_config
 from tatar_dist.run.events import Events, read_events
 from tatar_dist.run.tracking import IDS, Trackers
 
+pytestmark = pytest.mark.xdist_group("trackers")  # who share one run
 NAN = float("nan")
 BLOCK, HEADER, IDENT = 32768, 7, 7  # of a .wandb file: LevelDB's log format behind an identifier
 

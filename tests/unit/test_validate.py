@@ -27,6 +27,8 @@ from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
 
+FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25000"))  # a small part of them, for what takes long
+
 
 def test_a_clean_manifest_passes_and_leaves_its_reports(tmp_path, capsys):
     path = written(tmp_path / "m.parquet", [row(i, rationale="text" if i % 2 else None) for i in range(30)])
@@ -195,7 +197,7 @@ MADE = st.tuples(
 )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=FUZZ_EXAMPLES // 2500, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(MADE, min_size=1, max_size=12), st.lists(MADE, max_size=6))
 def test_a_cleaned_manifest_validates_clean_and_keeps_what_is_held_out(tmp_path, first, second):
     paths, n = [], 0

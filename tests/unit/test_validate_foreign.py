@@ -200,11 +200,14 @@ def test_markdown_shows_any_text_on_one_line_as_it_is(text):
     assert printable("naïve\u00a0名 | x") == "naïve\u00a0名 | x"
 
 
+FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25000"))  # a small part of them, for what takes long
 HOSTILE = ["a|b\n# x", "\x1b[31m", "$\\x$", "\u202e", "`<b>`"]
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8) | st.sampled_from(HOSTILE)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=FUZZ_EXAMPLES // 6000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(NAMES, NAMES)
 def test_reports_of_any_names_have_whole_tables_and_no_control_codes(tmp_path, capsys, dataset, sample):
     path = raw(tmp_path / "m.parquet", [row(0, dataset=dataset, sample_id=sample, score=101.0), row(1)])

@@ -14,6 +14,7 @@ from tatar_dist.assets import CONFIGS, TINY_MODEL, locate
 from tatar_dist.cli import main
 from tatar_dist.config.load import load_config
 
+pytestmark = pytest.mark.xdist_group("wheel")  # who share one installation
 ROOT = Path(__file__).parents[2]
 COMMAND = """
 import sys, tatar_dist
