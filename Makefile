@@ -25,8 +25,9 @@ BENCHES := learner rollout sync reward data scaling
 # with NODES: Slurm, an existing Ray cluster, or a development cluster here
 SUBMIT = .venv/bin/python launch/submit.py $@ $(NODES) $(if $(filter-out 0,$(WAIT)),--wait)
 
-# pytest ends with 5 where ARGS choose none of its tests
-MAYBE_NONE = $(if $(ARGS),|| [ $$? = 5 ])
+# After a pytest: a failure is remembered and what follows runs all the same, but not after Ctrl-C (2). 5 is none where
+# ARGS choose none of its tests.
+REMEMBER = || { status=$$?; [ $$status != 2 ] || exit 2; $(if $(ARGS),[ $$status = 5 ] ||) bad=1; }
 
 help:
 	@echo "make setup [DEVICE=cpu|cuda] [TORCH_INDEX=…]  create .venv with everything in it (here: DEVICE=$(DEVICE))"
@@ -47,8 +48,10 @@ demo: setup
 	@$(RUN) demo --output $(or $(OUTPUT),runs/demo$(if $(SMOKED),-smoke)) $(if $(SMOKED),--smoke) $(ARGS)
 
 test: setup
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 8 tests/unit $(ARGS) $(MAYBE_NONE)
-	@.venv/bin/python -m pytest -n logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder tests/integration $(ARGS) $(MAYBE_NONE)
+	@bad=0; \
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadgroup tests/unit $(ARGS) $(REMEMBER); \
+	.venv/bin/python -m pytest -n logical --maxprocesses 2 --dist loadgroup --no-loadscope-reorder tests/integration $(ARGS) $(REMEMBER); \
+	exit $$bad
 
 test-cluster: setup
 	@.venv/bin/python -m pytest tests/cluster $(ARGS)

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pytest
+import ray
 from PIL import Image
 
+from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.prompts.answer import Prompts
+from tatar_dist.run.process import importing
+
+# Files that start the most, first: both processes are then busy to the end.
+LONGEST = (
+    *("test_evaluate", "test_serve", "test_engine_faults", "test_processes", "test_rationale_pool", "test_resume"),
+    *("test_dynamic_sampling", "test_lora", "test_run", "test_step_by_hand", "test_staleness", "test_recipe"),
+    *("test_gradients", "test_rationale_server", "test_shared_prefix_updates", "test_export", "test_observability"),
+)
+# Files whose tests share nothing that they start; the tests of any other stay in one process.
+APART = ("test_dynamic_sampling", "test_engine_faults", "test_lora", "test_resume", "test_shared_prefix_updates")
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)) if item.path.parent == here else -1)
+    for item in items:
+        if item.path.parent == here and item.path.stem not in APART:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
 
 PIXELS = 112
 FORMAT_STEPS = 70
@@ -71,13 +96,14 @@ def any_number(rng: np.random.Generator) -> str:
 
 def train_format(directory: str, number: Callable[[np.random.Generator], str] = any_number) -> None:
     """Teach a random model the answer format, in this process and in seconds; it learns nothing of the images."""
-    import torch
-    from transformers.utils import logging
+    with importing():
+        import torch
+        from transformers.utils import logging
 
-    from tatar_dist.learner.batch import Collator
-    from tatar_dist.learner.policy import PolicyModel
-    from tatar_dist.models import family
-    from tatar_dist.types import LearnerRow
+        from tatar_dist.learner.batch import Collator
+        from tatar_dist.learner.policy import PolicyModel
+        from tatar_dist.models import family
+        from tatar_dist.types import LearnerRow
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
@@ -106,32 +132,58 @@ def train_format(directory: str, number: Callable[[np.random.Generator], str] = 
     model.save_pretrained(directory)
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The directory `name` that `make` fills, made by the first process of pytest that asks for it, for all of them."""
+    place = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    directory = place / "shared" / name
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(f"{directory}.lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        if not lock.read():
+            make(directory)
+            lock.write("made")
+    return directory
+
+
+def model_of(factory: pytest.TempPathFactory, name: str, tie: bool = False, **taught) -> str:
+    def make(directory: Path) -> None:
+        from tatar_dist.demo.tiny.build import build
+
+        build(directory, tie=tie, corpus=corpus())
+        train_format(str(directory), **taught)
+
+    return str(once(factory, name, make))
+
+
 @pytest.fixture(scope="session")
 def model_untied(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tatar_dist.demo.tiny.build import build
-
-    directory = str(build(tmp_path_factory.mktemp("untied"), corpus=corpus()))
-    train_format(directory)
-    return directory
+    return model_of(tmp_path_factory, "untied")
 
 
 @pytest.fixture(scope="session")
 def model_tied(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tatar_dist.demo.tiny.build import build
-
-    directory = str(build(tmp_path_factory.mktemp("tied"), tie=True, corpus=corpus()))
-    train_format(directory)
-    return directory
+    return model_of(tmp_path_factory, "tied", tie=True)
 
 
 @pytest.fixture(scope="session")
 def model_parsing(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Its greedy answers are numbers, too: of one that was taught any number they are often none, like 2.2.2."""
-    from tatar_dist.demo.tiny.build import build
+    number = lambda rng: f"{rng.choice([3, 5, 5, 7])}{rng.integers(0, 10)}.50"  # noqa: E731
+    return model_of(tmp_path_factory, "parsing", number=number)
 
-    directory = str(build(tmp_path_factory.mktemp("parsing"), corpus=corpus()))
-    train_format(directory, lambda rng: f"{rng.choice([3, 5, 5, 7])}{rng.integers(0, 10)}.50")
-    return directory
+
+@pytest.fixture(scope="module")
+def shared_ray() -> Iterator[None]:
+    """Ray, started as a run starts it, for all modules of this process that ask for it: runs join a Ray that is up.
+
+    A module that needs one of its own shuts this one down first; the next that asks for it starts it again.
+    """
+    if not ray.is_initialized():
+        Cluster(load_config([], ["output=unused", *tiny_words("unused", [])]))
+    yield
 
 
 def model_words(path: str) -> list[str]:

@@ -4,17 +4,18 @@ What it writes does not depend on the image. Some of its texts hold a number, so
 asked again. It was never taught to judge: its marks follow the schema because the engine holds it to that.
 """
 
-import functools
 import json
 from pathlib import Path
 
 import numpy as np
-from conftest import model_words, png
+import pytest
+from conftest import model_words, once, png
 
 from tatar_dist.config.load import load_config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.rationale.questions import Build, Row
 from tatar_dist.rationale.wording import load_wording
+from tatar_dist.run.process import importing
 from tatar_dist.types import EIGHT
 
 STEPS = 80
@@ -91,17 +92,21 @@ def _prompts(directory: Path, path: str, backbone) -> dict[str, list[str]]:
     return found
 
 
-@functools.cache
-def taught_model(directory: Path) -> str:
-    """Build and teach it below `directory`. Returns the model's path."""
-    import torch
-    from transformers.utils import logging
+def taught_model(factory: pytest.TempPathFactory) -> str:
+    """Build and teach it, once for all tests. Returns the model's path."""
+    return str(once(factory, "rationale", _teach) / "model")
 
-    from tatar_dist.demo.tiny.build import build
-    from tatar_dist.learner.batch import Collator
-    from tatar_dist.learner.policy import PolicyModel
-    from tatar_dist.models import family
-    from tatar_dist.types import LearnerRow
+
+def _teach(directory: Path) -> None:
+    with importing():
+        import torch
+        from transformers.utils import logging
+
+        from tatar_dist.demo.tiny.build import build
+        from tatar_dist.learner.batch import Collator
+        from tatar_dist.learner.policy import PolicyModel
+        from tatar_dist.models import family
+        from tatar_dist.types import LearnerRow
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
@@ -129,4 +134,3 @@ def taught_model(directory: Path) -> str:
         optimizer.step()
     assert loss.item() < 0.5, f"the model did not learn its texts: loss {loss.item():.2f}"
     model.save_pretrained(path)
-    return path

@@ -19,7 +19,7 @@ def answers(journal: Path) -> list[tuple[str, int]]:
     return [(line["sample_id"], line["attempt"]) for line in lines if "text" in line]
 
 
-def build_and_kill(source: Path, output: Path, words: list[str], after: int, deadline: float = 240.0) -> None:
+def build_and_kill(source: Path, output: Path, words: list[str], after: int, deadline: float = 900.0) -> None:
     """Start a build and kill it when its journal holds `after` more answers than now."""
     journal = output.with_name(f"{output.stem}.journal.jsonl")
     goal = len(answers(journal)) + after

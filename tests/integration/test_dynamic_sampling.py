@@ -10,6 +10,7 @@ import pytest
 
 from tatar_dist import grpo as controller
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
 TERM = """
 import numpy as np
 def one(batch, answers):

@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import manifest_rows, tiny_words
 
+from tatar_dist import cli
 from tatar_dist.config.load import load_config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.evaluate import runner
 from tatar_dist.run.events import read_events
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
 KILLED = -9
 
 
@@ -33,7 +35,7 @@ def words(model_parsing, tmp_path_factory) -> list[str]:
 
 def evaluate(output: Path, words: list[str], *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tatar_dist", "evaluate", "--config", "configs/eval.yaml", "--json"]
-    return subprocess.run([*command, f"output={output}", *words, *more], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*command, f"output={output}", *words, *more], capture_output=True, text=True, timeout=900)
 
 
 def figures(output: Path) -> dict:
@@ -42,7 +44,7 @@ def figures(output: Path) -> dict:
     return {k: v for k, v in found.items() if k not in ("seconds", "tokens_per_second")}
 
 
-def test_killed_twice_and_with_a_dead_engine_the_table_is_the_same(words, tmp_path):
+def test_killed_twice_and_with_a_dead_engine_the_table_is_the_same(words, tmp_path, capsys):
     quiet, troubled = tmp_path / "quiet", tmp_path / "troubled"
     expected = runner.run(load_config([], [f"output={quiet}", *words]))
     assert expected["datasets"]["set-iqa"]["n"] == 11 and expected["datasets"]["set-iqa"]["n_missing"] == 1
@@ -68,13 +70,15 @@ def test_killed_twice_and_with_a_dead_engine_the_table_is_the_same(words, tmp_pa
     asked = [json.loads(x)["line"] for x in (troubled / "answers.jsonl").read_text().splitlines()[1:]]
     assert len(asked) == len({(line["kind"], line["key"]) for line in asked}) == 46  # no answer came twice
 
-    again = evaluate(troubled, words)  # everything is answered: no engine is started
-    assert again.returncode == 0 and figures(troubled) == figures(quiet)
+    command = ["evaluate", "--config", "configs/eval.yaml", "--json", f"output={troubled}", *words]
+    assert cli.main(command) == 0  # everything is answered: no engine is started
+    assert figures(troubled) == figures(quiet)
     assert sum(e["event"] == "engine/ready" for e in read_events(troubled)) == sum(
         e["event"] == "engine/ready" for e in events
     )
 
     before = (troubled / "config.yaml").read_text()
-    other = evaluate(troubled, words, "rollout.max_new_tokens=49")
+    capsys.readouterr()
+    status, said = cli.main([*command, "rollout.max_new_tokens=49"]), capsys.readouterr().err
     assert (troubled / "config.yaml").read_text() == before  # it says what was evaluated
-    assert other.returncode == 2 and "was written under other settings (max_new_tokens was 48, is 49)" in other.stderr
+    assert status == 2 and "was written under other settings (max_new_tokens was 48, is 49)" in said

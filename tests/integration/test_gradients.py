@@ -100,8 +100,10 @@ def gradients(learners, form, ranks: int, start) -> dict[str, dict[str, np.ndarr
 
 
 @pytest.fixture(scope="module")
-def found(model_untied, manifests, tmp_path_factory) -> dict[int, dict[str, dict[str, dict[str, np.ndarray]]]]:
-    """Gradients by ranks, form and stage. One cluster and one start of the learners for each number of ranks."""
+def found(
+    model_untied, manifests, tmp_path_factory, shared_ray
+) -> dict[int, dict[str, dict[str, dict[str, np.ndarray]]]]:
+    """Gradients by ranks, form and stage. One start of the learners for each number of ranks."""
     directory, found = tmp_path_factory.mktemp("gradients"), {}
     for ranks in (1, 2):
         words = [f"output={directory / str(ranks)}", *tiny_words(model_untied, manifests), *WORDS]

@@ -7,12 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tatar_dist import grpo as controller
 from tatar_dist import sft
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
 LORA = ("model.lora_rank=4", "model.lora_alpha=8")
 
 

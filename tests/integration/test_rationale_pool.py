@@ -13,6 +13,7 @@ from tatar_dist.data.manifest import read_manifest
 from tatar_dist.rationale import run as running
 from tatar_dist.rationale.marks import read_marks
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
 ROWS = 12  # a task
 
 
@@ -22,9 +23,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def words(directory: Path) -> list[str]:
+def words(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
-        *model_words(taught_model(directory)),
+        *model_words(taught_model(tmp_path_factory)),
         *SMALLER,
         f"rationale.prompts={wording_file(directory)}",
         "rationale.teacher.local=true",

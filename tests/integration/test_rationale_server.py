@@ -23,7 +23,7 @@ from tatar_dist.rationale.marks import read_marks
 from tatar_dist.rollout.engine import group_seed
 
 ROWS = 20  # a task
-READY_S = 240
+READY_S = 900
 
 
 def free_port() -> int:
@@ -38,9 +38,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vllm_server(directory: Path) -> Iterator[str]:
+def vllm_server(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of `vllm serve` with the taught model, on loopback."""
-    model, port = taught_model(directory), free_port()
+    model, port = taught_model(tmp_path_factory), free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny", "--dtype", "float32"]
     command += ["--max-model-len", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "4096", "--enforce-eager"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from tatar_dist import grpo as controller
 from tatar_dist import sft
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
 RECIPE = ("model.dtype=bfloat16", "model.gradient_checkpointing=true", "grpo.logprob_gap_limit=0.05")
 
 

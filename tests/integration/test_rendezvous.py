@@ -15,12 +15,7 @@ from tatar_dist.learner.listeners import listening, silence
 from tatar_dist.learner.rendezvous import Rendezvous
 from tatar_dist.learner.store import RayStore
 
-
-@pytest.fixture(scope="module", autouse=True)
-def started():
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("shared_ray")
 
 
 @pytest.fixture
@@ -43,7 +38,7 @@ class Rank:
 
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         before = listening()
-        wait = timedelta(seconds=60)
+        wait = timedelta(seconds=300)
         dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=world_size, timeout=wait)
         self.opened = listening() - before
         return self._sum(), self._sum(dist.new_group(list(range(world_size)))), torch.get_num_threads() > 0
@@ -77,24 +72,24 @@ def answers(port):
 
 
 def test_gloo_groups_stand_on_it_and_their_listeners_can_be_silenced(rendezvous):
-    ranks = [Rank.remote(rendezvous, r, 60) for r in range(3)]
-    assert ray.get([r.join.remote(3) for r in ranks], timeout=90) == [["host-0", "host-1", "host-2"]] * 3
-    assert ray.get([r.sums.remote(3) for r in ranks], timeout=90) == [(3, 3, True)] * 3
+    ranks = [Rank.remote(rendezvous, r, 300) for r in range(3)]
+    assert ray.get([r.join.remote(3) for r in ranks], timeout=300) == [["host-0", "host-1", "host-2"]] * 3
+    assert ray.get([r.sums.remote(3) for r in ranks], timeout=300) == [(3, 3, True)] * 3
     ports = sum(ray.get([r.ports.remote() for r in ranks]), [])
     assert len(ports) >= 3 and all(answers(p) for p in ports)  # the hole: gloo accepts anybody
     ray.get([r.silence.remote() for r in ranks])
     assert not any(answers(p) for p in ports)
-    assert ray.get([r.again.remote() for r in ranks], timeout=30) == [3, 3, 3]
+    assert ray.get([r.again.remote() for r in ranks], timeout=300) == [3, 3, 3]
 
 
 def test_a_rank_that_does_not_come_is_named(rendezvous):
     ranks = [Rank.remote(rendezvous, r, 2) for r in (0, 2)]
     with pytest.raises(RunError, match=r"rank\(s\) \[1\] did not join the process group within 2 s"):
-        ray.get([r.join.remote(3) for r in ranks], timeout=60)
+        ray.get([r.join.remote(3) for r in ranks], timeout=300)
 
 
 def test_store_does_what_a_store_does(rendezvous):
-    RayStore(rendezvous, 60).num_keys()  # the actor is up
+    RayStore(rendezvous, 300).num_keys()  # the actor is up
     store = RayStore(rendezvous, 5)
     store.set("a", "x")
     assert store.get("a") == b"x" and store.num_keys() == 1
@@ -108,4 +103,4 @@ def test_store_does_what_a_store_does(rendezvous):
     with pytest.raises(Exception, match="late: not set within 5 s"):
         store.get("late")
     threading.Timer(1, lambda: store.set("late", b"1")).start()
-    store.wait(["late", "n"], timedelta(seconds=30))
+    store.wait(["late", "n"], timedelta(seconds=300))

@@ -19,6 +19,7 @@ from tatar_dist.errors import Interrupted, UserError
 from tatar_dist.run.directory import RunDirectory
 from tatar_dist.run.events import read_events
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
 ONE = ("rollout.engines=1", "cluster.learners=1")
 WALL_CLOCK = ("time/", "perf/", "sync/seconds")
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 import torch
 from conftest import manifest_rows
 
@@ -16,6 +17,7 @@ from tatar_dist.data.writing import write_manifest
 from tatar_dist.evaluate import runner
 from tatar_dist.scoring import export
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
 CONTRACT = (
     [f"reward/{t}/{task}" for task in ("iqa", "iaa") for t in ("total", "format", "length")]
     + ["reward/gaussian/iqa", "reward/thurstone/iaa", "reward/frac_zero_std/gaussian/iqa"]

@@ -3,57 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import png
 from PIL import Image
-
-SCORING = """
-import json, sys
-from PIL import Image
-import tatar_dist.scoring.scorer
-from tatar_dist import Scorer
-from tatar_dist.cli import main
-
-directory, model = sys.argv[1:]
-scorer = Scorer(model, ["rollout.max_new_tokens=48", "rollout.max_num_seqs=2"])
-files = sorted(f"{directory}/{i}.png" for i in range(5))
-one = list(scorer.score(files, "iqa", expected=True, samples=3, seed=1))
-again = list(scorer.score([open(f, "rb").read() for f in files], "iqa", samples=3, seed=1))
-pillow = list(scorer.score([Image.open(files[0])], "both"))
-assert "tatar_dist.cluster" not in sys.modules  # no Ray, no learners
-print("RESULT" + json.dumps({
-    "scores": [[s.score, s.completion, s.samples, s.mean, s.expected, s.expected_sd] for s in one],
-    "bytes": [[s.score, s.completion, s.expected] for s in again],
-    "pillow": [[s.task, s.image, s.completion] for s in pillow],
-    "refused": [[s.image, s.error] for s in scorer.score([b"", files[1], "gone.png"], "iaa") if s.error],
-    "text": scorer.texts.text["iqa"],
-}))
-tatar_dist.scoring.scorer.Scorer = lambda *_: scorer  # the command uses the engine that is loaded
-page = f"{directory}/p.html"
-print("STATUS", main(["score", directory, "--model", model, "--task", "iqa", "--json", "--html", page]))
-"""
+from scoring_process import Scored, scored
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("pictures")
-    for i in range(5):
-        (directory / f"{i}.png").write_bytes(png(40 + i))
-    (directory / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing follows")
-    return directory
+def process(model_parsing, tmp_path_factory) -> Scored:
+    return scored(tmp_path_factory, model_parsing)
 
 
 @pytest.fixture(scope="module")
-def process(pictures, model_parsing) -> subprocess.CompletedProcess[str]:
-    """A process of its own, because an engine keeps its memory."""
-    command = [sys.executable, "-c", SCORING, str(pictures), model_parsing]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done
+def pictures(process) -> Path:
+    return process.pictures
 
 
 @pytest.fixture(scope="module")

@@ -30,13 +30,14 @@ from browser import Browser
 from conftest import png
 from PIL import Image
 from rationale_process import server_environment
+from scoring_process import SERVED, TOKENS, scored
 
 from tatar_dist.prompts.answer import parse
 
 ROOT = Path(__file__).parents[2]
 KEY = "a-key-of-the-tests"
 SHOTS = ROOT / "build" / "serve"
-LIMIT = "rollout.max_new_tokens=40"
+LIMIT = f"rollout.max_new_tokens={TOKENS}"
 
 
 class Server:
@@ -57,7 +58,7 @@ class Server:
 
     def wait(self) -> None:
         """Until it is ready."""
-        end, found = time.monotonic() + 400, None
+        end, found = time.monotonic() + 900, None
         while not (found := re.search(r"^ready: (\S+)$", self.log.read_text(), re.MULTILINE)):
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < end, self.log.read_text()
@@ -84,7 +85,7 @@ class Server:
                     return process
         return None
 
-    def left(self, seconds: float = 15) -> list[psutil.Process]:
+    def left(self, seconds: float = 60) -> list[psutil.Process]:
         """What of it lives after so long."""
         end = time.monotonic() + seconds
         while (found := self.processes()) and time.monotonic() < end:
@@ -113,7 +114,7 @@ def server(model_parsing: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def tatar_dist(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tatar_dist", *words]
-    return subprocess.run(command, cwd=ROOT, env=server_environment(), capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, cwd=ROOT, env=server_environment(), capture_output=True, text=True, timeout=900)
 
 
 def encoded(image: Image.Image, kind: str, orientation: int | None = None) -> bytes:
@@ -172,17 +173,13 @@ def test_the_chat_model_iqa_is_the_same_judge(server):
     assert chat["usage"]["prompt_tokens"] > 30  # our wording, though the request had none
 
 
-def test_score_says_what_the_command_says(server, model_parsing, tmp_path):
+def test_score_says_what_the_command_says(server, model_parsing, tmp_path_factory):
     """Two engines, two ways to put the question."""
-    file = tmp_path / "a.png"
-    file.write_bytes(png(3))
-    done = tatar_dist("score", str(file), "--model", model_parsing, "--json", "--set", LIMIT)
-    assert done.returncode == 0, done.stderr
-    command = {line["task"]: line for line in map(json.loads, done.stdout.splitlines())}
-    found = server.client.post("/score", content=png(3)).json()
+    command = {line["task"]: line for line in map(json.loads, scored(tmp_path_factory, model_parsing).alone)}
+    found = server.client.post("/score", content=png(SERVED)).json()
     assert command.keys() == found.keys() == {"iqa", "iaa"}
     for task, answer in found.items():
-        body = {"model": task, "messages": [{"role": "user", "content": [picture_part(png(3))]}]}
+        body = {"model": task, "messages": [{"role": "user", "content": [picture_part(png(SERVED))]}]}
         chat = server.client.post("/v1/chat/completions", json=body).json()
         assert chat["choices"][0]["message"]["content"] == command[task]["completion"]
         assert (answer["score"], answer["rationale"]) == (command[task]["score"], command[task]["rationale"])
@@ -240,7 +237,7 @@ def test_without_the_key_there_is_a_page_and_nothing_else(server):
 
 def test_a_caller_who_leaves_does_no_harm(server):
     with pytest.raises(httpx.ReadTimeout):
-        server.client.post("/score", content=png(5), params={"n": 60}, timeout=0.03)
+        server.client.post("/score", content=png(5), params={"n": 60}, timeout=httpx.Timeout(300, read=0.03))
     assert server.client.get("/health").status_code == 200
     assert "Traceback" not in server.log.read_text()
 
@@ -306,7 +303,7 @@ def test_the_page_scores_what_is_dropped_on_it(server, tmp_path):
 def test_ctrl_c_ends_it_cleanly(server):
     assert len(server.processes()) > 1  # the engine is a process of its own
     os.killpg(server.process.pid, signal.SIGINT)
-    assert server.process.wait(60) == 0
+    assert server.process.wait(300) == 0
     assert server.left() == []
     said = server.log.read_text()
     assert said.endswith("stopped\n"), said
@@ -315,12 +312,12 @@ def test_ctrl_c_ends_it_cleanly(server):
 
 def test_sigterm_while_the_model_is_loaded_ends_the_engine_too(model_parsing, tmp_path):
     with serving(model_parsing, tmp_path) as loading:
-        end = time.monotonic() + 200
+        end = time.monotonic() + 900
         while loading.engine() is None:
             assert loading.process.poll() is None and time.monotonic() < end, loading.log.read_text()
             time.sleep(0.05)
         loading.process.terminate()
-        assert loading.process.wait(60) == 130
+        assert loading.process.wait(300) == 130
         assert loading.left() == []
         said = loading.log.read_text()
         assert "ready: " not in said and "Traceback" not in said
@@ -333,7 +330,7 @@ def test_a_dead_engine_is_no_clean_end(model_parsing, tmp_path):
         engine = server.engine()
         assert engine is not None
         engine.kill()
-        assert server.process.wait(60) == 1
+        assert server.process.wait(300) == 1
         assert server.left() == []
         said = server.log.read_text()
         assert "stopped" not in said

@@ -29,6 +29,7 @@ from tatar_dist.models import family  # noqa: E402
 from tatar_dist.sync.source import from_wire  # noqa: E402
 from tatar_dist.types import Completion, Group, Prompt, Sample, ScoredGroup  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
 SIZES = Sizes(text_hidden=64, text_layers=2, text_heads=2, text_kv_heads=1, vision_depth=2)
 IMAGES = ((112, 112), (224, 112), (96, 160), (168, 140))
 LENGTHS = ((1, 40, 7, 40), (3, 18, 18, 29), (1, 1, 2, 35), (12, 26, 1, 5))

@@ -7,10 +7,12 @@ from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from tatar_dist import grpo as controller
 from tatar_dist.run.events import read_events
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
 STEPS = 6
 
 

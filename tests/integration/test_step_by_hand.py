@@ -77,7 +77,7 @@ class Rig:
 
 
 @pytest.fixture(scope="module")
-def started(model_untied, manifests, tmp_path_factory) -> Iterator[Rig]:
+def started(model_untied, manifests, tmp_path_factory, shared_ray) -> Iterator[Rig]:
     place = tmp_path_factory.mktemp("rig")
     config = load_config([], [f"output={place / 'run'}", *tiny_words(model_untied, manifests), *MOVING])
     with RunDirectory(config) as directory, Cluster(config) as cluster:
