@@ -27,7 +27,6 @@ from typing import Any
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import EXIT_INTERRUPTED, RunError, UserError
 from tatar_dist.rollout.environment import COMMON_ENV, engine_environment
-from tatar_dist.run.process import importing
 from tatar_dist.scoring.directory import model_config, run_of
 from tatar_dist.types import TASKS
 
@@ -170,13 +169,12 @@ def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
     prompts = Prompts.load(config.data.prompts)
     forbidden = _forbidden(config)
 
-    with importing():
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-        from vllm.logger import configure_logging_from_args
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-        from tatar_dist.serve.chat import Scoring
+    from tatar_dist.serve.chat import Scoring
 
     options: dict[str, Any] = {
         "model": m.path,
