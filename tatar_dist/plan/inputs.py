@@ -1,4 +1,4 @@
-"""Check that the files a stage reads exist, before Ray or a model is started."""
+"""Check that what a stage reads and imports is there, before Ray or a model is started."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tatar_dist.data.manifest import existing
 from tatar_dist.errors import UserError
 from tatar_dist.models import family
 from tatar_dist.prompts.answer import Prompts
+from tatar_dist.run.tracking import check_trackers
 
 
 def check_inputs(config: Config, stage: str) -> None:
@@ -20,8 +21,9 @@ def check_inputs(config: Config, stage: str) -> None:
 
     Raises:
         UserError: a path that does not exist, and the directory it was looked up in; a model directory without a model
-            of `model.family`.
+            of `model.family`; a tracker that is not installed.
     """
+    check_trackers(config)
     root = None if config.data.image_root is None else Path(config.data.image_root)
     splits = ["test"] if stage == "evaluate" else ["train"]
     if stage == "sft" or (stage == "grpo" and config.grpo.eval_every):

@@ -138,6 +138,22 @@ KINDS: dict[str, Callable[[Config, Path, int], Tracker]] = {
 }
 
 
+def check_trackers(config: Config, kinds: Mapping[str, Any] = KINDS) -> None:
+    """Raises UserError: the package of a tracker that is asked for is not installed, or it has no key to go online."""
+    wanted = [name for name in kinds if getattr(config.track, name)]
+    for name in wanted:
+        if find_spec(name) is None:
+            extra = "" if name == "tensorboard" else f" (pip install 'tatar_dist[{name}]')"
+            raise UserError(
+                f"track.{name}=true: package {name} is not installed: install it{extra}, or set track.{name}=false"
+            )
+    if "wandb" in wanted and config.track.mode == "online" and not has_wandb_key():
+        raise UserError(
+            "track.mode=online: there is no key for Weights & Biases: set WANDB_API_KEY, run `wandb login`, or set "
+            "track.mode=offline"
+        )
+
+
 class _Thread:
     """A tracker in a daemon thread, which opens it, gives it what is put, and closes it. No call here waits for it."""
 
@@ -211,17 +227,7 @@ class Trackers:
         self.config, self.run, self.events, self.kinds, self.clock = config, run, events, kinds, clock
         self._wanted = [name for name in kinds if getattr(config.track, name)]
         self._open: dict[str, _Thread] = {}
-        for name in self._wanted:
-            if find_spec(name) is None:
-                extra = "" if name == "tensorboard" else f" (pip install 'tatar_dist[{name}]')"
-                raise UserError(
-                    f"track.{name}=true: package {name} is not installed: install it{extra}, or set track.{name}=false"
-                )
-        if "wandb" in self._wanted and config.track.mode == "online" and not has_wandb_key():
-            raise UserError(
-                "track.mode=online: there is no key for Weights & Biases: set WANDB_API_KEY, run `wandb login`, or set "
-                "track.mode=offline"
-            )
+        check_trackers(config, kinds)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """To every tracker, without values that are not finite. Raises nothing that a tracker raises; never waits."""
