@@ -32,12 +32,12 @@ sync/push sync/object_store sync/nccl sync/cuda_ipc sync/vllm_backend sync/ways
 cluster/ray_cluster cluster/reward_actor cluster/reward_client
 faults/health faults/waiting
 """.split()
-CORE_LINES, CORE_FILES = 5_535, 46
-PACKAGE_LINES = 35_590
+CORE_LINES, CORE_FILES = 5_705, 46
+PACKAGE_LINES = 35_771
 ROOT_MODULES = 10
 FILE_LINES = 400
 README_BYTES = 12_288
-FOREIGN_WRITES = 23  # attributes of other objects that the loop's files set
+FOREIGN_WRITES = 9  # attributes of other objects that the files of the loop set
 
 
 def tracked() -> list[Path]:
