@@ -199,8 +199,11 @@ class Run:
         if restart:
             self._log("learners/restarting", from_step=first)
         try:
-            with self.waits.interruptible():
-                self._start(first, found, restart)
+            with self.waits.interruptible(stalls=False):
+                self._start(found, restart)
+            if self.stage == "grpo":
+                with self.waits.interruptible():
+                    self._update_engines(first, changed=bool(found) or restart)
         except StopAsked:
             raise Interrupted(
                 f"stopped while starting; the same command starts at step {first}", self._stop_signals.status
@@ -210,7 +213,7 @@ class Run:
         self._at, self._up = first, True
         self._progress.ready(first)
 
-    def _start(self, first: int, found: Found | None, restart: bool) -> None:
+    def _start(self, found: Found | None, restart: bool) -> None:
         learners = self._cluster.learners(self.plan.learners, again=restart)
         if self.stage == "grpo" and not restart:
             self._start_engines()
@@ -220,8 +223,6 @@ class Run:
         if found:
             learners.load(found[0], found[1]["learners"])
         self.learners, self._was_up = learners, True
-        if self.stage == "grpo":
-            self._update_engines(first, changed=bool(found) or restart)
 
     def _start_engines(self) -> None:
         count = self.plan.engines

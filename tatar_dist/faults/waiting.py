@@ -29,7 +29,8 @@ class Waits:
 
     def __init__(self, stop: Interrupts | None = None, watch: StallDetector | None = None) -> None:
         self._stop, self._watch = stop, watch
-        self._may_stop: Callable[[], bool] = lambda: False
+        self._may_stop: Callable[[], bool] = _never
+        self._stalls = True
 
     def check(self) -> None:
         """Leave the wait that calls this.
@@ -37,9 +38,14 @@ class Waits:
         Raises:
             Stalled: nothing has moved for too long. StopAsked: a signal came, inside `interruptible`.
         """
-        if self._watch is not None:
+        if self._watch is not None and self._stalls:
             self._watch.raise_if_asked()
-        if self._may_stop() and self._stop is not None:
+        may_stop, self._may_stop = self._may_stop, _never  # what it asks may wait, and be here again
+        try:
+            stops = may_stop()
+        finally:
+            self._may_stop = may_stop
+        if stops and self._stop is not None:
             self._stop.leave_if_asked()
 
     def progress(self) -> None:
@@ -48,16 +54,18 @@ class Waits:
             self._watch.progress()
 
     @contextmanager
-    def interruptible(self, when: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    def interruptible(self, when: Callable[[], bool] = lambda: True, stalls: bool = True) -> Iterator[None]:
         """Let a signal end every wait at once, if `when()` holds. Outside, what has begun is finished.
 
-        `when` is called at every look; what it raises ends the wait, too.
+        Args:
+            when: called at every look; what it raises ends the wait, too.
+            stalls: false where a wait's own deadline is longer than what counts as a stall.
         """
-        before, self._may_stop = self._may_stop, when
+        before, (self._may_stop, self._stalls) = (self._may_stop, self._stalls), (when, stalls)
         try:
             yield
         finally:
-            self._may_stop = before
+            self._may_stop, self._stalls = before
 
     def gather(self, refs: Sequence[Any], timeout: float, who: str, error: type[RunError]) -> list[Any]:
         """The results of one call per actor, in order.
@@ -86,6 +94,10 @@ class Waits:
             except ray.exceptions.RayError as e:  # died, was out of memory, lost its node
                 raise error(f"{who} {list(refs).index(done[0])} died: {first_line(e)}") from e
         return ray.get(list(refs))
+
+
+def _never() -> bool:
+    return False
 
 
 def first_line(error: BaseException) -> str:
