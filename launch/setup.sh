@@ -22,8 +22,6 @@ stamp=.venv/.ready-$device-$(cat "${inputs[@]}" | cksum | cut -d' ' -f1)
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 log=.venv/setup.log
 python=.venv/bin/python
-# --no-compile: Python compiles what is imported, at its first import; most of these 34,000 files never are
-install=("$python" -m pip install --no-compile)
 
 # phase NAME COMMAND...: one line of progress; the command's own words only when it fails
 phase() {
@@ -91,9 +89,9 @@ if [[ $device == cpu ]] && ! "$python" -c 'import torch, sys; sys.exit(torch.__v
 fi
 
 # --no-deps: an index for torch alone need not hold the pinned versions of torch's dependencies; they come next.
-phase "torch 2.13.0" "${install[@]}" --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
+phase "torch 2.13.0" "$python" -m pip install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
 phase "Ray, vLLM, DeepSpeed, transformers, tools" \
-    "${install[@]}" -c "$constraints" -r <("$python" - "$device" <<'PYTHON'
+    "$python" -m pip install -c "$constraints" -r <("$python" - "$device" <<'PYTHON'
 import sys
 import tomllib
 
@@ -104,7 +102,7 @@ for extra in (sys.argv[1], "demo", "dev", "wandb", "mlflow"):
 print("\n".join(wanted))
 PYTHON
 )
-phase "photographs of the demo" "${install[@]}" --no-deps -r launch/photos.txt
-phase "tatar_dist" "${install[@]}" --no-deps --no-build-isolation -e .
+phase "photographs of the demo" "$python" -m pip install --no-deps -r launch/photos.txt
+phase "tatar_dist" "$python" -m pip install --no-deps --no-build-isolation -e .
 phase "torchvision" "$python" launch/fix_torchvision.py
 touch "$stamp"
