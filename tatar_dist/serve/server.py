@@ -38,7 +38,7 @@ SERVER_ENV = {
     # libraries tell each other; and an engine that is told to stop leaves shared memory to Python's tracker
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker",
 }
-HOLD_S = 2.0  # for a process that waits in the kernel for another and so does not hold
+HOLD_S = 10.0  # for a process that waits in the kernel and so does not hold
 CPU_SEQS = 16  # answers at once; each may take the room of a whole prompt in a CPU engine's batch
 
 
@@ -241,16 +241,19 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     import psutil
 
     held: dict[int, psutil.Process] = {}
-    # first held, all of them: an engine that is loading starts compilers, which would outlive a kill between two looks
-    while new := [child for child in psutil.Process().children(recursive=True) if child.pid not in held]:
+    end = time.monotonic() + HOLD_S
+    # first held, all of them: an engine that is loading starts processes, which would outlive a kill between two looks
+    while time.monotonic() < end:
+        standing = all(map(_stands, held))  # before the look: one that stands starts none that the look could miss
+        new = [child for child in psutil.Process().children(recursive=True) if child.pid not in held]
+        if standing and not new:
+            break
         for child in new:
             held[child.pid] = child
             with contextlib.suppress(psutil.Error):
                 child.suspend()
-        end = time.monotonic() + HOLD_S
-        while not all(_stands(child.pid) for child in new) and time.monotonic() < end:
-            time.sleep(0.005)
-    for child in held.values():
+        time.sleep(0.005)
+    for child in reversed(held.values()):  # the youngest first: none lives to see its parent end
         with contextlib.suppress(psutil.Error):
             # the resource tracker removes shared memory, and ends
             child.resume() if any("resource_tracker" in word for word in child.cmdline()) else child.kill()
