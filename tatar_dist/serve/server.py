@@ -255,8 +255,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         time.sleep(0.005)
     for child in reversed(held.values()):  # the youngest first: none lives to see its parent end
         with contextlib.suppress(psutil.Error):
-            # the resource tracker removes shared memory, and ends
-            child.resume() if any("resource_tracker" in word for word in child.cmdline()) else child.kill()
+            # the resource tracker removes shared memory, and ends; others bear its name in options of Python (-W)
+            tracks = any("import" in word and "resource_tracker" in word for word in child.cmdline())
+            child.resume() if tracks else child.kill()
     _leave("tatar-dist: interrupted", EXIT_INTERRUPTED)
 
 
