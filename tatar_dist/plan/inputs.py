@@ -13,6 +13,7 @@ from tatar_dist.data.manifest import existing
 from tatar_dist.errors import UserError
 from tatar_dist.models import family
 from tatar_dist.prompts.answer import Prompts
+from tatar_dist.run.directory import check_output
 from tatar_dist.run.tracking import check_trackers
 
 
@@ -23,6 +24,7 @@ def check_inputs(config: Config, stage: str) -> None:
         UserError: a path that does not exist, and the directory it was looked up in; a model directory without a model
             of `model.family`; a tracker that is not installed.
     """
+    check_output(config)
     check_trackers(config)
     root = None if config.data.image_root is None else Path(config.data.image_root)
     splits = ["test"] if stage == "evaluate" else ["train"]

@@ -31,6 +31,15 @@ PROMPTS = "prompts.yaml"  # the wording that the run used (prompts/source.py)
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of `ray job submit`
 
 
+def check_output(config: Config) -> None:
+    """Raises UserError: what is written to `output` would be lost."""
+    if IN_RAY_JOB in os.environ and not Path(config.output).is_absolute():
+        raise UserError(
+            f"output={Path(config.output)}: a Ray job's working directory goes when the job ends: give an absolute "
+            "path that every node sees"
+        )
+
+
 class RunDirectory:
     """Open (and lock) the run directory `config.output`. Close it, or use it as a context manager.
 
@@ -40,11 +49,7 @@ class RunDirectory:
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.output)
-        if IN_RAY_JOB in os.environ and not self.path.is_absolute():
-            raise UserError(
-                f"output={self.path}: a Ray job's working directory goes when the job ends: give an absolute path that "
-                "every node sees"
-            )
+        check_output(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held as long as the run lives
