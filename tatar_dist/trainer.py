@@ -39,11 +39,13 @@ from tatar_dist.run.directory import RunDirectory
 from tatar_dist.run.progress import Progress
 from tatar_dist.sync.object_store import ObjectStorePush
 from tatar_dist.sync.ways import weight_push
-from tatar_dist.types import Prompt
 
 
 class Data(Protocol):
-    """Where the steps of a stage come from. `total`: how many there are."""
+    """Where the steps of a stage come from. `total`: how many there are.
+
+    That of GRPO also has `peek(step)`, the prompts of a step that are drawn again when it comes.
+    """
 
     @property
     def total(self) -> int: ...
@@ -53,13 +55,6 @@ class Data(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go back to what `state` returned; called before the first step and after every restart."""
-
-
-class PromptData(Data, Protocol):
-    """The same where engines answer."""
-
-    def peek(self, step: int) -> list[Prompt]:
-        """Prompts of `step`, which are drawn again when it comes."""
 
 
 class Run:
