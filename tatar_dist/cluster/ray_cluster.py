@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ class Cluster:
         self._actors: list[Any] = []
         self._learners: list[Any] = []
         self._bundles: PlacementGroup | None = None
+        self._pool: RolloutPool | None = None
         self._asked = {"CPU": 0.0, "GPU": 0.0}
         self._own = not ray.is_initialized()
         if self._own:
@@ -206,6 +207,8 @@ class Cluster:
         Args:
             count: how many.
             again: a restart: their node may be on its way back. After `cluster.node_wait_s` there may be fewer of them.
+                They leave room for `rollout.min_engines` engines: without it those that died with the node would wait
+                for the learners' places for ever.
 
         Raises:
             UserError: the cluster never had room for them. RunError: it has none any more.
@@ -245,14 +248,30 @@ class Cluster:
     def _place(self, count: int, timeout: float) -> bool:
         """Reserve `count` bundles for learners; false when there was no room within `timeout` seconds."""
         strategy = self.config.cluster.learner_placement.upper()
-        self._bundles = placement_group([self._bundle()] * count, strategy=strategy)
-        ready, deadline = self._bundles.ready(), time.monotonic() + timeout
-        while not ray.wait([ready], timeout=TICK_S)[0]:
-            self.waits.check()
-            if time.monotonic() > deadline:
-                self._unplace()
-                return False
+        with self._places_for_engines() as held:
+            self._bundles = placement_group([self._bundle()] * count, strategy=strategy)
+            needed, deadline = [g.ready() for g in (*held, self._bundles)], time.monotonic() + timeout
+            while len(ray.wait(needed, num_returns=len(needed), timeout=TICK_S)[0]) < len(needed):
+                self.waits.check()
+                if time.monotonic() > deadline:
+                    self._unplace()
+                    return False
         return True
+
+    @contextlib.contextmanager
+    def _places_for_engines(self) -> Iterator[list[PlacementGroup]]:
+        """Reserve places of their own for the engines that must start before `rollout.min_engines` of them live."""
+        missing = self._pool.missing(self._living()) if self._pool and not self.colocated else 0
+        held = [placement_group([self._engine_needs()] * missing, strategy="SPREAD")] if missing else []
+        try:
+            yield held
+        finally:
+            for group in held:
+                remove_placement_group(group)
+
+    def _engine_needs(self) -> dict[str, float]:
+        gpus = self.config.rollout.tensor_parallel if self.gpu else 0
+        return {"CPU": self.config.cluster.engine_cpus, **({"GPU": float(gpus)} if gpus else {})}
 
     def _bundle(self) -> dict[str, float]:
         """What one learner needs and, colocated, the engine beside it."""
@@ -302,7 +321,8 @@ class Cluster:
             return engine
 
         places = lambda: len(self._learners) if shared else None  # noqa: E731
-        return RolloutPool(self.config, count, make, version, self.log, self.waits, places)
+        self._pool = RolloutPool(self.config, count, make, version, self.log, self.waits, places)
+        return self._pool
 
     def scorer(self) -> RemoteScorer:
         """The reward actor, made at its first call."""

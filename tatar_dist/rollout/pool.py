@@ -8,7 +8,7 @@ it serves again once it has the current weights (health.py). Every wait has a de
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -353,6 +353,12 @@ class RolloutPool:
                 e.version = self.version
                 e.health.current()
         return result.sent * (len(takers) - len(result.failed))
+
+    def missing(self, nodes: Collection[str]) -> int:
+        """How many engines must start before `rollout.min_engines` of them live on `nodes`, Ray's node ids."""
+        alive = (State.HEALTHY, State.SUSPECT, State.STALE)
+        living = sum(e.health.state in alive and e.health.facts["node"] in nodes for e in self.engines)
+        return max(0, self.config.rollout.min_engines - living)
 
     def states(self) -> dict[int, str]:
         return {e.health.index: str(e.health.state) for e in self.engines}

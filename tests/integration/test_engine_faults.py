@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+import ray
 
 from tatar_dist import grpo as controller
 from tatar_dist.cluster.ray_cluster import Cluster
@@ -61,6 +62,20 @@ def test_engines_out_of_memory_or_answering_nonsense_are_replaced_and_too_few_en
         with pytest.raises(EngineFailed, match="1 of 2 engines are left, rollout.min_engines=2; engine 1: MemoryError"):
             pool.generate(prompts, Sampling(2, 1.0, 16, 0, 9))
         assert pool.states()[1] == "gone" != pool.states()[0]
+
+
+def test_learners_that_start_again_leave_room_for_the_engines_that_died_with_them(model_untied, make_config):
+    half = ray.cluster_resources()["CPU"] / 2  # two learners would take all
+    words = (f"cluster.learner_cpus={half}", "cluster.engine_cpus=1", "cluster.node_wait_s=1")
+    with Cluster(make_config(model_untied, *words)) as cluster:
+        here = {"node": ray.get_runtime_context().get_node_id()}
+        dead = cluster.engines(2)
+        assert dead.missing([here["node"]]) == 1
+        assert len(cluster.learners(2, again=True).actors) == 1
+        cluster.end_learners()
+        dead.engines[1].health.ready(**here)  # one that lives has its place already
+        assert dead.missing([here["node"]]) == 0 and dead.missing(["another node"]) == 1
+        assert len(cluster.learners(2, again=True).actors) == 2
 
 
 def test_a_stalled_run_writes_all_stacks_and_restarts_what_hangs(model_untied, make_config):
