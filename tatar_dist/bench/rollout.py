@@ -33,7 +33,7 @@ from tatar_dist.bench.counts import Work, flops
 from tatar_dist.bench.harness import ratio, result, summary
 from tatar_dist.config.schema import RolloutConfig
 from tatar_dist.errors import RunError
-from tatar_dist.rollout.environment import COMMON_ENV, CPU_ENGINE_ENV
+from tatar_dist.rollout.options import COMMON_ENV, CPU_ENGINE_ENV
 
 WORK, ROUNDS, TARGET = Work(groups=4, size=8, tokens=64), 2, 5.0
 SIDES = {"generate": "transformers' generate", "rows": "generate, images repeated", "engine": "vLLM engine"}

@@ -35,7 +35,7 @@ from tatar_dist.learner.actor import Learner
 from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.learner.transfer import IO
 from tatar_dist.rollout.engine import RolloutEngine
-from tatar_dist.rollout.environment import COMMON_ENV, engine_environment
+from tatar_dist.rollout.options import COMMON_ENV, engine_environment
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.process import pin

@@ -20,6 +20,7 @@ from tatar_dist.config.schema import Config
 from tatar_dist.data.images import decode_image
 from tatar_dist.errors import RunError
 from tatar_dist.prompts.expected import Question, expected_scores
+from tatar_dist.rollout.options import gpu_available, vllm_options
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.log import open_log
 from tatar_dist.run.process import importing, process_facts
@@ -86,7 +87,7 @@ class RolloutEngine:
     def setup(self, threads: int, version: int) -> dict[str, Any]:
         """Load the model. `version` names the weights that stand in `model.path`."""
         start = time.perf_counter()
-        r, m = self.config.rollout, self.config.model
+        r = self.config.rollout
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         with importing():
             import torch
@@ -96,38 +97,24 @@ class RolloutEngine:
             from tatar_dist.models import family
             from tatar_dist.sync import vllm_backend
 
-        gpu = torch.cuda.is_available()
-        options: dict[str, Any] = {}
+        gpu = gpu_available()
+        options = vllm_options(self.config, gpu)
         if gpu:
-            options["gpu_memory_utilization"] = r.gpu_memory_utilization
             options["enable_sleep_mode"] = self.config.cluster.placement == "colocated"
             if r.tensor_parallel > 1:
                 options["distributed_executor_backend"] = "mp"  # in a placement group vLLM would choose Ray
         else:
             torch.set_num_threads(threads)
-            # A seeded request whose prefill is chunked crashes vLLM's CPU sampler: leave room for all prompts at once.
-            options |= {"enforce_eager": True, "max_num_batched_tokens": r.max_num_seqs * r.max_model_len}
         self.llm = LLM(
-            m.path,
-            dtype=m.dtype,
-            seed=self.config.seed,
-            tensor_parallel_size=r.tensor_parallel,
-            max_model_len=r.max_model_len,
-            max_num_seqs=r.max_num_seqs,
-            limit_mm_per_prompt={"image": 1, "video": 0},
-            mm_processor_kwargs={"min_pixels": m.min_pixels, "max_pixels": m.max_pixels},
-            generation_config="vllm",
+            **options,
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=vllm_backend.BACKEND),
             worker_extension_cls=vllm_backend.EXTENSION,
             # Where JSON allows any number of blanks, a model may go on with blanks until it is cut off.
             structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **options,
         )
         self.llm.init_weight_transfer_engine({"init_info": {}})
-        self.forbidden = family(m.family)(m).forbidden_ids()
+        self.forbidden = family(self.config.model.family)(self.config.model).forbidden_ids()
         self.version = version
         return {**process_facts(), "seconds": round(time.perf_counter() - start, 2)}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +24,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.evaluate.metrics import spread
 from tatar_dist.prompts.answer import clamped, parse, think_text
 from tatar_dist.rollout.calls import in_calls
-from tatar_dist.rollout.environment import COMMON_ENV, engine_environment
+from tatar_dist.rollout.options import COMMON_ENV, engine_environment, gpu_available, set_environment
 from tatar_dist.scoring.directory import model_config
 from tatar_dist.types import TASKS, Completion, Prompt, Sample, Task
 
@@ -74,13 +74,13 @@ class Scorer:
 
     def __init__(self, model: str | os.PathLike[str], overrides: Sequence[str] = ()) -> None:
         self.config = model_config(model, overrides)
-        _set_environment(COMMON_ENV)
+        set_environment(COMMON_ENV)
         from tatar_dist.prompts.render import PromptTexts
 
         self.texts = PromptTexts(self.config)
         rollout = self.config.rollout
         rollout.max_model_len = min(rollout.max_model_len, self.texts.longest(rollout.max_new_tokens))
-        _set_environment(engine_environment(self.config, _gpu(), len(os.sched_getaffinity(0))))
+        set_environment(engine_environment(self.config, gpu_available(), len(os.sched_getaffinity(0))))
         from tatar_dist.rollout.engine import RolloutEngine
 
         self._engine = RolloutEngine(self.config, 0)
@@ -157,18 +157,6 @@ class _Looked:
 
     asked: list[Score | Prompt]
     pixels: int
-
-
-def _set_environment(wanted: Mapping[str, str]) -> None:
-    """Before what reads it is imported; what the user has set stays."""
-    for name, value in wanted.items():
-        os.environ.setdefault(name, value)
-
-
-def _gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def read_picture(picture: Any, number: int = 0) -> tuple[str, bytes | str]:

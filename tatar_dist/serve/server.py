@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
-import json
 import logging
 import os
 import signal
@@ -22,11 +21,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import EXIT_INTERRUPTED, RunError, UserError
-from tatar_dist.rollout.environment import COMMON_ENV, engine_environment
+from tatar_dist.rollout.options import (
+    COMMON_ENV,
+    command_line,
+    engine_environment,
+    gpu_available,
+    set_environment,
+    vllm_options,
+)
 from tatar_dist.scoring.directory import model_config, run_of
 from tatar_dist.types import TASKS
 
@@ -64,7 +69,7 @@ def run(model: Path, address: Address, words: list[str]) -> None:
     with _bound(address) as sock:
         model_config(model, words)  # what is wrong with it is said before torch is imported, which takes seconds
         _set_environment(COMMON_ENV)
-        gpu = _gpu()
+        gpu = gpu_available()
         config = model_config(model, words, [] if gpu else [f"rollout.max_num_seqs={CPU_SEQS}"])
         _set_environment(environment(config, gpu))
         args = _arguments(config, shown_name(model), gpu)
@@ -127,18 +132,11 @@ def environment(config: Config, gpu: bool) -> dict[str, str]:
 
 def _set_environment(wanted: Mapping[str, str]) -> None:
     """What the user has set stays, but for what would open a server or half lock it."""
-    for name, value in wanted.items():
-        os.environ.setdefault(name, value)
+    set_environment(wanted)
     os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"
     os.environ.pop("VLLM_API_KEY", None)  # vLLM's lock is on /v1 alone; ours is --api-key-env
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("vllm").setLevel(logging.ERROR)  # until vLLM configures it, as told above
-
-
-def _gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _forbidden(config: Config) -> tuple[int, ...]:
@@ -165,7 +163,6 @@ def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
     """vLLM's server arguments, as its own command line would parse them, with ours beside them."""
     from tatar_dist.prompts.answer import Prompts
 
-    m, r = config.model, config.rollout
     prompts = Prompts.load(config.data.prompts)
     forbidden = _forbidden(config)
 
@@ -176,34 +173,18 @@ def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
 
     from tatar_dist.serve.chat import Scoring
 
-    options: dict[str, Any] = {
-        "model": m.path,
-        "dtype": m.dtype,
-        "seed": config.seed,
-        "tensor-parallel-size": r.tensor_parallel,
-        "max-model-len": r.max_model_len,
-        "max-num-seqs": r.max_num_seqs,
-        "limit-mm-per-prompt": json.dumps({"image": 1, "video": 0}),
-        "mm-processor-kwargs": json.dumps({"min_pixels": m.min_pixels, "max_pixels": m.max_pixels}),
-        "generation-config": "vllm",
-        "allowed-media-domains": NOWHERE,
+    options = vllm_options(config, gpu) | {
+        "allowed_media_domains": NOWHERE,
         "middleware": MIDDLEWARE,
-        "uvicorn-log-level": "warning",
+        "uvicorn_log_level": "warning",
     }
-    if gpu:
-        options["gpu-memory-utilization"] = r.gpu_memory_utilization
-    else:
-        # A seeded request whose prefill is chunked crashes vLLM's CPU sampler: leave room for all prompts at once.
-        options["max-num-batched-tokens"] = r.max_num_seqs * r.max_model_len
-    words = [f"--{name}={value}" for name, value in options.items()]
-    words += ["--served-model-name", shown, *TASKS, "--disable-log-stats", "--no-use-tqdm-on-load"]
-    words += [] if gpu else ["--enforce-eager"]
+    words = [*command_line(options), "--served-model-name", shown, *TASKS]
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     args.shown, args.serving, args.died = shown, False, False
-    args.scoring = Scoring(shown, prompts, forbidden, r.max_new_tokens)
+    args.scoring = Scoring(shown, prompts, forbidden, config.rollout.max_new_tokens)
     return args
 
 

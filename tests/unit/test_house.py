@@ -27,7 +27,7 @@ rewards/batch rewards/score
 algo/loss algo/advantages algo/aggregation algo/schedule
 learner/actor learner/group learner/batch learner/sharding learner/packing learner/zero3 learner/policy learner/head
 learner/shared_prefix learner/ragged models/costs
-rollout/pool rollout/chunks rollout/engine rollout/calls rollout/checks rollout/environment
+rollout/pool rollout/chunks rollout/engine rollout/calls rollout/checks rollout/options
 sync/push sync/object_store sync/nccl sync/cuda_ipc sync/vllm_backend sync/ways
 cluster/ray_cluster cluster/reward_actor cluster/reward_client
 faults/health faults/waiting

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from tatar_dist import cli
 from tatar_dist.data.images import decode_image
 from tatar_dist.prompts.answer import Prompts
-from tatar_dist.rollout.environment import CPU_ENGINE_ENV
+from tatar_dist.rollout.options import CPU_ENGINE_ENV
 from tatar_dist.scoring.directory import model_config
 from tatar_dist.serve import chat, requests, server
 from tatar_dist.serve.chat import Scoring

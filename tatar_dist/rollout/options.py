@@ -1,0 +1,89 @@
+"""vLLM's options and the environment of the processes that use it: for rollouts, scoring and the server.
+
+Imports little, because the environment must be set before torch and vLLM are imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from tatar_dist.config.schema import Config
+
+# every process
+COMMON_ENV = {
+    "TOKENIZERS_PARALLELISM": "false",
+    # an idle OpenMP pool must not spin on cores that another process was handed
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "KMP_BLOCKTIME": "0",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TQDM_DISABLE": "1",
+}
+CPU_ENGINE_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def engine_environment(config: Config, gpu: bool, threads: int) -> dict[str, str]:
+    """What vLLM reads, by name, in the process that an engine lives in. `threads`: of OpenMP."""
+    network = config.cluster.network_interface
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.cpu_kv_cache_gib),
+        "OMP_NUM_THREADS": str(threads),
+        **({"NCCL_SOCKET_IFNAME": network} if network else {}),
+        "GLOO_SOCKET_IFNAME": "lo",  # an engine's workers are on one node, and gloo answers strangers
+        **({} if gpu else CPU_ENGINE_ENV),
+    }
+
+
+def set_environment(variables: Mapping[str, str]) -> None:
+    """Set environment variables of this process; those that the user has set stay."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def gpu_available() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def vllm_options(config: Config, gpu: bool) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that do not depend on what the engine is for.
+
+    vLLM's server has the same ones as options of its command line: `command_line`.
+    """
+    m, r = config.model, config.rollout
+    options: dict[str, Any] = {
+        "model": m.path,
+        "dtype": m.dtype,
+        "seed": config.seed,
+        "tensor_parallel_size": r.tensor_parallel,
+        "max_model_len": r.max_model_len,
+        "max_num_seqs": r.max_num_seqs,
+        "limit_mm_per_prompt": {"image": 1, "video": 0},
+        "mm_processor_kwargs": {"min_pixels": m.min_pixels, "max_pixels": m.max_pixels},
+        "generation_config": "vllm",  # not the checkpoint's own
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if gpu:
+        return options | {"gpu_memory_utilization": r.gpu_memory_utilization}
+    # A seeded request whose prefill is chunked crashes vLLM's CPU sampler: leave room for all prompts at once.
+    return options | {"enforce_eager": True, "max_num_batched_tokens": r.max_num_seqs * r.max_model_len}
+
+
+def command_line(options: Mapping[str, Any]) -> list[str]:
+    """The options as words of vLLM's command line: `--max-model-len=512 --no-use-tqdm-on-load`."""
+    words = []
+    for key, value in options.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
