@@ -1,10 +1,9 @@
 """Which samples make the next batch: task-balanced, rankable, without repeats, resumable to the sample.
 
-In: manifests and a seed. Out: batches of (manifest index, row). Every data set is a pool, walked in an order keyed by
-(seed, pool, epoch) and worked out a stretch at a time (orders.py): an epoch shows each sample once, nothing is held per
-row, and the state is seed, epoch and position. In a GRPO batch the images of a task that is ranked (IAA by default)
-come from one data set, since ranking across data sets is meaningless; the data set with the largest part still owed
-takes the turn, so that over time each gets images in proportion to its size.
+A batch is a list of (manifest index, row). Every data set is a pool, walked in an order drawn from (seed, pool, epoch)
+(orders.py): an epoch shows each sample once, and the state is seed, epoch and position. In a GRPO batch the images of a
+task that is ranked (IAA by default) come from one data set, since ranking across data sets is meaningless; the data set
+with the largest part still owed takes the turn, so that over time each gets images in proportion to its size.
 A batch that cannot rank is refused here, at construction, and never becomes a silent zero reward.
 """
 
@@ -21,6 +20,9 @@ from tatar_dist.data.rules import IdCheck
 from tatar_dist.data.walk import Ref, Walk
 from tatar_dist.errors import UserError
 from tatar_dist.types import TASKS, Sample, Task
+
+ORDER = "permutation"  # as states of the sampler name orders.py
+SAME_ORDER = 65_536  # rows of a data set up to which states without that name mean the same order
 
 
 class PromptSampler:
@@ -188,6 +190,7 @@ class PromptSampler:
         """Plain JSON-able position of every data set."""
         return {
             "seed": self.seed,
+            "order": ORDER,
             "manifests": [m.fingerprint for m in self.manifests],
             "pools": {w.dataset: w.state_dict() for w in self._walks},
         }
@@ -195,7 +198,8 @@ class PromptSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken.
 
-        Raises UserError when seed, manifests (by what is in them, wherever they lie) or data sets are not the same.
+        Raises UserError when seed, order, manifests (by what is in them, wherever they lie) or data sets are not the
+        same.
         """
         try:
             seed, manifests = state["seed"], state["manifests"]
@@ -204,6 +208,11 @@ class PromptSampler:
             raise UserError(f"the checkpoint's sampler state has no {e}: it is of another version") from None
         if seed != self.seed:
             raise UserError(f"checkpoint's sampler has seed {seed}, this run has {self.seed}")
+        if state.get("order") != ORDER and max(sizes.values(), default=0) > SAME_ORDER:
+            raise UserError(
+                f"the checkpoint's sampler walked over {SAME_ORDER} rows in the order of another version: "
+                "train into another directory, or from its weights (model.path)"
+            )
         mine = {w.dataset: w.rows for w in self._walks}
         if sizes != mine:
             raise UserError(f"checkpoint's sampler walked data sets {sizes}, this run has {mine}")

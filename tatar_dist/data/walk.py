@@ -1,7 +1,6 @@
 """One data set's walk through its samples: epoch after epoch in a keyed order, to be continued from its state.
 
-In: the manifests that hold the data set and a key. Out: one row after another. Holds a stretch of the order and the
-rows that were put off, nothing per row.
+It holds the order of one epoch (orders.py) and the rows that were put off.
 """
 
 from __future__ import annotations
@@ -12,19 +11,21 @@ from typing import Any
 import numpy as np
 
 from tatar_dist.data.manifest import Manifest
-from tatar_dist.data.orders import BlockOrder, KeyedPermutation
+from tatar_dist.data.orders import MAX_ROWS, block_permutation, permutation
 from tatar_dist.data.pools import Pool
 from tatar_dist.errors import UserError
 from tatar_dist.types import Task
 
 Ref = tuple[int, int]  # (manifest index, row)
-STRETCH = 1024  # positions of the order worked out at a time
 
 
 class Walk:
     """A data set of one task, over all its manifests: `parts` are (manifest index, manifest, pool).
 
     Attributes: `rows`; `served`, how many were handed out, which decides whose turn it is; `excluded`, never again.
+
+    Raises:
+        UserError: it has too many rows.
     """
 
     def __init__(self, dataset: str, task: Task, parts: Sequence[tuple[int, Manifest, Pool]], seed: int, key: int):
@@ -33,14 +34,15 @@ class Walk:
         self._parts = list(parts)
         self._ends = np.cumsum([pool.rows for _, _, pool in parts])
         self.rows = int(self._ends[-1])
+        if self.rows > MAX_ROWS:
+            raise UserError(f"data set {dataset!r} has {self.rows} rows, more than {MAX_ROWS}: give its parts names")
         # Pictures in the rows make a row group too large to read for one of them: walk group by group.
         embedded = any(manifest.embedded for _, manifest, _ in parts)
         self._blocks = np.concatenate([_block_sizes(m, p) for _, m, p in parts]) if embedded else None
         self.epoch = self.position = self.served = 0
         self.put_off: list[Ref] = []
         self.excluded: set[Ref] = set()
-        self._stretch: tuple[int, int, np.ndarray] | None = None  # epoch, first position, order
-        self._order: tuple[int, KeyedPermutation | BlockOrder] | None = None
+        self._order: tuple[int, np.ndarray] | None = None  # of an epoch
 
     def __iter__(self) -> Iterator[Ref]:
         """All rows, in manifest order."""
@@ -80,13 +82,9 @@ class Walk:
     def _at(self, position: int) -> Ref:
         if self._order is None or self._order[0] != self.epoch:
             key = (self._seed, self.dataset, self.epoch)
-            order = KeyedPermutation(self.rows, key) if self._blocks is None else BlockOrder(self._blocks, key)
-            self._order, self._stretch = (self.epoch, order), None
-        start = position - position % STRETCH
-        if self._stretch is None or self._stretch[:2] != (self.epoch, start):
-            rows = self._order[1].take(start, min(start + STRETCH, self.rows))
-            self._stretch = (self.epoch, start, rows)
-        return self._ref(int(self._stretch[2][position - start]))
+            order = permutation(self.rows, key) if self._blocks is None else block_permutation(self._blocks, key)
+            self._order = self.epoch, order
+        return self._ref(int(self._order[1][position]))
 
     def _advance(self) -> Ref:
         ref = self._at(self.position)

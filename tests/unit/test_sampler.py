@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tatar_dist.data import walk
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.data.pools import Pool
 from tatar_dist.data.sampler import PromptSampler, sft_sampler
@@ -87,6 +88,25 @@ def test_state_of_another_seed_or_other_data_is_refused(both, tmp_path):
     other = [both[0], manifest(tmp_path, "iaa", 24, "set-iaa")]
     with pytest.raises(UserError, match="24"):
         PromptSampler(other, seed=4).load_state_dict(state)
+
+
+def test_state_of_an_older_version_is_refused_where_its_order_was_another_one(tmp_path):
+    for rows, same in ((65_536, True), (65_537, False)):
+        sampler = PromptSampler([manifest(tmp_path, "iqa", rows)], seed=4, iqa_fraction=1.0)
+        sampler.next_batch(8)
+        state = sampler.state_dict()
+        del state["order"]
+        if same:
+            sampler.load_state_dict(state)
+        else:
+            with pytest.raises(UserError, match="over 65536 rows in the order of another version: train into"):
+                sampler.load_state_dict(state)
+
+
+def test_a_data_set_of_too_many_rows_is_refused(both, monkeypatch):
+    monkeypatch.setattr(walk, "MAX_ROWS", 36)
+    with pytest.raises(UserError, match="'set-iqa' has 37 rows, more than 36"):
+        PromptSampler(both, seed=1)
 
 
 def test_state_of_other_files_of_the_same_sizes_or_in_another_order_is_refused(tmp_path):
