@@ -30,7 +30,7 @@ class Interrupted(Exception):
         self.status = status
 
 
-class StopAsked(BaseException):
+class StopRequested(BaseException):
     """Leaves a wait whose result can be had again: nothing has been learned from it yet.
 
     Not an Exception: nothing on the way may take it for an error.

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 
 from tatar_dist.config.schema import Config
-from tatar_dist.errors import StopAsked
+from tatar_dist.errors import StopRequested
 from tatar_dist.evaluate.runner import held_out_metrics
 from tatar_dist.sampling import Collected, ScoredBatches
 from tatar_dist.trainer import Run
@@ -29,9 +29,9 @@ def run(config: Config) -> None:
                 run.directory.rollouts(step, batch.scored, batch.replaced)  # the update's evidence, before it
                 run.engines.make_way()
                 run.directory.begin("learn", step)
-                learning = run.learners.start_grpo_step(batches.shards(batch.scored), step)
-                batches.work_ahead(step, learning)
-                report = learning.result()
+                update = run.learners.start_grpo_step(batches.shards(batch.scored), step)
+                batches.work_ahead(step, update)
+                report = update.result()
                 run.directory.begin("sync", step)
                 pushed = run.push_weights(step + 1)
                 metrics = _metrics(step, batch, report, pushed, batches.seconds, time.perf_counter() - start)
@@ -43,7 +43,7 @@ def _evaluated(run: Run, batches: ScoredBatches, step: int) -> dict[str, float]:
     every, last = run.config.grpo.eval_every, step + 1 == batches.total
     if batches.held_out and ((step + 1) % every == 0 or last):
         run.directory.begin("evaluate", step)
-        with suppress(StopAsked), run.waits.interruptible():
+        with suppress(StopRequested), run.waits.interruptible():
             return held_out_metrics(run.engines, batches.held_out, run.config.rollout.max_new_tokens)
     return {}
 

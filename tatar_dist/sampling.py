@@ -30,8 +30,8 @@ from typing import Any
 from tatar_dist.cluster.reward_client import RemoteScorer, ScorerFailed
 from tatar_dist.config.schema import Config, GRPOConfig
 from tatar_dist.data.sampler import PromptSampler
-from tatar_dist.errors import StopAsked, UserError
-from tatar_dist.learner.group import Learning
+from tatar_dist.errors import StopRequested, UserError
+from tatar_dist.learner.group import PendingUpdate
 from tatar_dist.learner.sharding import Shard, global_weights, shard_groups
 from tatar_dist.prompts.source import PromptSource, read_manifests
 from tatar_dist.rewards.presets import load_preset
@@ -96,7 +96,7 @@ def collect(
 
 
 @dataclass
-class Batch:
+class PromptBatch:
     """The prompts of one step. `before`: the sampler's state before they were drawn; `collected` None: not sampled."""
 
     step: int
@@ -111,11 +111,11 @@ class Batches:
 
     sampler: PromptSampler
     draw: Callable[[int], list[Prompt]]  # the prompts of a step, taken from the sampler
-    collect: Callable[[Batch], Collected]  # samples and scores them; may take more from the sampler
+    collect: Callable[[PromptBatch], Collected]  # samples and scores them; may take more from the sampler
     lag: int
     total: int = 0
     remembered: dict[str, Any] = field(default_factory=dict)  # group id -> its completions, of before a resume
-    _queue: deque[Batch] = field(default_factory=deque)
+    _queue: deque[PromptBatch] = field(default_factory=deque)
 
     def take(self, step: int) -> Collected:
         """The batch of `step`. At the start of a run the `lag` batches from it on are sampled here."""
@@ -145,8 +145,8 @@ class Batches:
             raise
         self._queue.append(batch)
 
-    def _drawn(self, step: int) -> Batch:
-        return Batch(step, self.sampler.state_dict(), self.draw(step))
+    def _drawn(self, step: int) -> PromptBatch:
+        return PromptBatch(step, self.sampler.state_dict(), self.draw(step))
 
     def state(self) -> dict[str, Any]:
         """What a run needs to go on with the first batch that was not taken. JSON."""
@@ -219,21 +219,21 @@ class ScoredBatches:
         return prompts
 
     def take(self, step: int) -> Collected:
-        """The batch of `step`. A signal ends it (StopAsked): nothing has been learned from it yet."""
+        """The batch of `step`. A signal ends it (StopRequested): nothing has been learned from it yet."""
         self.seconds = {"generate": 0.0, "reward": 0.0}
         with self.run.waits.interruptible():
             return self._batches.take(step)
 
-    def work_ahead(self, step: int, learning: Learning) -> None:
+    def work_ahead(self, step: int, update: PendingUpdate) -> None:
         """Draw and, with a lag, sample a later batch while the learners work on `step`.
 
         What goes wrong here and lasts is met again with the step behind us. After a signal the batch is still worth
         having, as long as the learners are at work anyway.
         """
         with (
-            suppress(StopAsked, UserError, EngineFailed, ScorerFailed),
+            suppress(StopRequested, UserError, EngineFailed, ScorerFailed),
             self.run.engines.without_refresh(),
-            self.run.waits.interruptible(learning.over),
+            self.run.waits.interruptible(update.over),
         ):
             self._batches.work_ahead(step)
 
@@ -246,7 +246,7 @@ class ScoredBatches:
     def _draw(self, step: int) -> list[Prompt]:
         return self.source.batch(self.sampler, self.config.grpo.prompts_per_step, step)
 
-    def _collect(self, batch: Batch) -> Collected:
+    def _collect(self, batch: PromptBatch) -> Collected:
         """Generate and score a batch with the weights that the engines have."""
         r, step, engines = self.config.rollout, batch.step, self.run.engines
         sampling = Sampling(self.config.grpo.group_size, r.temperature, r.max_new_tokens, self.config.seed, step)

@@ -25,7 +25,7 @@ EVAL_ROWS_PER_DATASET = 64  # held-out rows behind eval/loss: a curve, not a ver
 def run(config: Config) -> None:
     """Train until `sft.max_steps` or `sft.epochs`. Raises Interrupted after a clean stop, UserError for bad input."""
     with Run(config, "sft") as run:
-        rows = Rows(config, run)
+        rows = SftRows(config, run)
         while (step := run.next_step(rows)) is not None:
             with run.recovering():
                 start = time.perf_counter()
@@ -38,7 +38,7 @@ def run(config: Config) -> None:
                 run.finish(step, {**report.metrics, **times, **_evaluated(run, rows, step)})
 
 
-class Rows:
+class SftRows:
     """The training rows of each step. `total`: steps of the run; `held_out`: rows of `data.validation`."""
 
     def __init__(self, config: Config, run: Run) -> None:
@@ -64,7 +64,7 @@ class Rows:
         return shard_rows(rows, len(self.run.learners.actors), self.config.sft.micro_tokens, self._costs)
 
 
-def _evaluated(run: Run, rows: Rows, step: int) -> dict[str, float]:
+def _evaluated(run: Run, rows: SftRows, step: int) -> dict[str, float]:
     """The held-out loss by task, when due."""
     every, last = run.config.sft.eval_every, step + 1 == rows.total
     if not rows.held_out or not (last or (every and (step + 1) % every == 0)):

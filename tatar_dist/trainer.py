@@ -25,16 +25,16 @@ from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.cluster.reward_client import RemoteScorer
 from tatar_dist.cluster.selfcheck import verify
 from tatar_dist.config.schema import Config
-from tatar_dist.errors import Interrupted, LearnersFailed, StopAsked, UserError
+from tatar_dist.errors import Interrupted, LearnersFailed, StopRequested, UserError
 from tatar_dist.faults.health import State
-from tatar_dist.faults.interrupts import Interrupts
+from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.faults.stall import StallDetector, Stalled, processes_of
 from tatar_dist.faults.waiting import Waits, first_line
 from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.plan.plan import Stage, resolve
 from tatar_dist.plan.proven import unproven
 from tatar_dist.rollout.pool import RolloutPool
-from tatar_dist.run.checkpoints import Checkpoints, Found, latest
+from tatar_dist.run.checkpoints import CheckpointRef, Checkpoints, latest
 from tatar_dist.run.directory import RunDirectory
 from tatar_dist.run.progress import Progress
 from tatar_dist.sync.object_store import ObjectStorePush
@@ -88,7 +88,7 @@ class Run:
     def __enter__(self) -> Run:
         with ExitStack() as stack:
             self.directory = stack.enter_context(RunDirectory(self.config))
-            self._stop_signals = stack.enter_context(Interrupts(self.config.checkpoint.grace_seconds))
+            self._stop_signals = stack.enter_context(StopSignals(self.config.checkpoint.grace_seconds))
             self._stack = stack.pop_all()
         return self
 
@@ -125,7 +125,7 @@ class Run:
         """
         try:
             yield
-        except StopAsked:
+        except StopRequested:
             self._stopping = True
         except (LearnersFailed, Stalled) as e:
             self._recover(e)
@@ -140,7 +140,7 @@ class Run:
         if self._exporter:
             self._exporter.step(metrics)
         self._progress.update(step + 1, metrics)
-        self._cluster.note_nodes()
+        self._cluster.log_node_changes()
         self._checkpoints.poll()
         every = self.config.checkpoint.every
         if last or (every and (step + 1) % every == 0):
@@ -162,7 +162,7 @@ class Run:
         c, run = self.config, self.directory.path
         self._opened, self._data, self._total = True, data, data.total
         self._checkpoints = Checkpoints(run.absolute(), c.checkpoint, self.directory.events)
-        self._found = self._checkpoints.resume(self._same()) if c.checkpoint.resume else None
+        self._found = self._checkpoints.resume(self._identity()) if c.checkpoint.resume else None
         self._step = self._at = self._found[1]["step"] if self._found else 0
         self.directory.rewind(self._step)
         if self._step >= self._total:
@@ -199,7 +199,7 @@ class Run:
             if self.stage == "grpo":
                 with self.waits.interruptible():
                     self._update_engines(first, changed=bool(found) or restart)
-        except StopAsked:
+        except StopRequested:
             raise Interrupted(
                 f"stopped while starting; the same command starts at step {first}", self._stop_signals.status
             ) from None
@@ -208,7 +208,7 @@ class Run:
         self._at, self._up = first, True
         self._progress.ready(first)
 
-    def _start(self, found: Found | None, restart: bool) -> None:
+    def _start(self, found: CheckpointRef | None, restart: bool) -> None:
         learners = self._cluster.learners(self.plan.learners, again=restart)
         if self.stage == "grpo" and not restart:
             self._start_engines()
@@ -265,12 +265,12 @@ class Run:
         self._found = self._newest()
         self._up = False
 
-    def _newest(self) -> Found | None:
+    def _newest(self) -> CheckpointRef | None:
         """The checkpoint to restart from: with `checkpoint.resume=false` only one of this run."""
-        found = self._checkpoints.resume(self._same())
+        found = self._checkpoints.resume(self._identity())
         return found if found and (self.config.checkpoint.resume or found[1].get("by") == self._id) else None
 
-    def _same(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         m = self.config.model
         adapters = {f"model.{k}": getattr(m, k) for k in ("lora_rank", "lora_alpha", "lora_targets") if m.lora_rank}
         return {"stage": self.stage, "model.path": m.path, **adapters}
@@ -285,7 +285,7 @@ class Run:
 
     def _save(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> None:
         self.directory.begin("checkpoint", step)
-        whole = {"same": self._same(), "by": self._id, **state}
+        whole = {"same": self._identity(), "by": self._id, **state}
         self._checkpoints.save(step, whole, self.learners, metrics)
         self._watch.progress()
 

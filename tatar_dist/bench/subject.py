@@ -17,11 +17,11 @@ from PIL import Image
 from tatar_dist.assets import CONFIGS
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
-from tatar_dist.demo.tiny.build import Sizes, build
+from tatar_dist.demo.tiny.build import TinySizes, build
 from tatar_dist.prompts.answer import Prompts
 from tatar_dist.types import LearnerRow
 
-SIZES = Sizes(
+SIZES = TinySizes(
     vocab=4096, text_hidden=256, text_layers=6, text_heads=8, text_kv_heads=2, text_intermediate=1024,
     vision_hidden=256, vision_depth=8, vision_heads=8, vision_intermediate=512,
 )  # fmt: skip
@@ -42,7 +42,7 @@ def file(seed: int, directory: Path) -> Path:
     return directory / f"{seed}.png"
 
 
-def make(directory: Path, pixels: int = PIXELS, sizes: Sizes = SIZES, words: Sequence[str] = ()) -> Config:
+def make(directory: Path, pixels: int = PIXELS, sizes: TinySizes = SIZES, words: Sequence[str] = ()) -> Config:
     """Write the model; a configuration that reads it, images at `pixels` x `pixels`, float32."""
     from transformers import AutoProcessor
 

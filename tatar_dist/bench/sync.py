@@ -23,14 +23,14 @@ from rich.table import Table
 
 from tatar_dist.bench import subject
 from tatar_dist.bench.harness import ratio, result, summary
-from tatar_dist.demo.tiny.build import Sizes
+from tatar_dist.demo.tiny.build import TinySizes
 from tatar_dist.rollout.engine import RolloutEngine
 
-THIN = Sizes(
+THIN = TinySizes(
     vocab=1024, text_hidden=64, text_layers=6, text_heads=2, text_kv_heads=1, text_intermediate=64,
     vision_hidden=64, vision_depth=8, vision_heads=2, vision_intermediate=64,
 )  # fmt: skip
-LARGE = Sizes(
+LARGE = TinySizes(
     vocab=4096, text_hidden=1024, text_layers=6, text_heads=32, text_kv_heads=8, text_intermediate=4096,
     vision_hidden=512, vision_depth=8, vision_heads=16, vision_intermediate=2048,
 )  # fmt: skip
@@ -43,7 +43,7 @@ class Case:
     """A model and its dtype. All are as deep as each other."""
 
     name: str
-    sizes: Sizes
+    sizes: TinySizes
     dtype: str = "float32"
 
 

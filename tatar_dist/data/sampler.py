@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow.compute as pc
 
 from tatar_dist.data.manifest import Manifest
+from tatar_dist.data.pool_cursor import PoolCursor, Ref
 from tatar_dist.data.pools import Pool
 from tatar_dist.data.rules import IdCheck
-from tatar_dist.data.walk import Ref, Walk
 from tatar_dist.errors import UserError
 from tatar_dist.types import TASKS, Sample, Task
 
@@ -58,7 +58,7 @@ class PromptSampler:
         self.min_rank_pool = min_rank_pool
         self.supervised = supervised
         self.ranked = () if supervised else tuple(ranked)
-        self._walks = self._build()
+        self._cursors = self._build()
         for task, share in (("iqa", iqa_fraction), ("iaa", 1 - iqa_fraction)):
             if share > 0 and not self._of(task):
                 where = ", ".join(str(m.path) for m in self.manifests) or "no manifest given"
@@ -69,10 +69,10 @@ class PromptSampler:
         if supervised:
             check_rationales(self.manifests)
         for task, share in (("iqa", iqa_fraction), ("iaa", 1 - iqa_fraction)):
-            for walk in self._of(task) if task in self.ranked and share > 0 else ():
-                self._check_rankable(walk)
+            for cursor in self._of(task) if task in self.ranked and share > 0 else ():
+                self._check_rankable(cursor)
 
-    def _build(self) -> list[Walk]:
+    def _build(self) -> list[PoolCursor]:
         parts: dict[str, list[tuple[int, Manifest, Pool]]] = {}
         for m, manifest in enumerate(self.manifests):
             for pool in manifest.pools:
@@ -85,24 +85,24 @@ class PromptSampler:
             if len({m for m, *_ in found}) > 1:
                 _check_ids(name, found)
         ordered = sorted(parts.items(), key=lambda item: (item[1][0][2].task, item[0]))
-        return [Walk(name, found[0][2].task, found, self.seed, key) for key, (name, found) in enumerate(ordered)]  # type: ignore[arg-type]
+        return [PoolCursor(name, found[0][2].task, found, self.seed, key) for key, (name, found) in enumerate(ordered)]  # type: ignore[arg-type]
 
-    def _check_rankable(self, walk: Walk) -> None:
-        if walk.usable < self.min_rank_pool:
+    def _check_rankable(self, cursor: PoolCursor) -> None:
+        if cursor.usable < self.min_rank_pool:
             raise UserError(
-                f"{walk.task.upper()} data set {walk.dataset!r} has {walk.usable} usable image(s), "
+                f"{cursor.task.upper()} data set {cursor.dataset!r} has {cursor.usable} usable image(s), "
                 f"ranking needs data.min_rank_pool={self.min_rank_pool}"
             )
-        if not walk.scores_differ():
+        if not cursor.scores_differ():
             raise UserError(
-                f"{walk.task.upper()} data set {walk.dataset!r}: all scores are equal, nothing can be ranked"
+                f"{cursor.task.upper()} data set {cursor.dataset!r}: all scores are equal, nothing can be ranked"
             )
 
-    def _of(self, task: str) -> list[Walk]:
-        return [w for w in self._walks if w.task == task]
+    def _of(self, task: str) -> list[PoolCursor]:
+        return [c for c in self._cursors if c.task == task]
 
-    def _walk_with(self, ref: Ref) -> Walk:
-        return next(w for w in self._walks if ref in w)
+    def _cursor_of(self, ref: Ref) -> PoolCursor:
+        return next(c for c in self._cursors if ref in c)
 
     def sample_id(self, ref: Ref) -> str:
         return self.manifests[ref[0]].sample_id(ref[1])
@@ -111,11 +111,11 @@ class PromptSampler:
         """The whole sample, image included."""
         return self.manifests[ref[0]].get(ref[1])
 
-    def _owed(self, walks: list[Walk], upcoming: int) -> Walk:
+    def _owed(self, cursors: list[PoolCursor], upcoming: int) -> PoolCursor:
         """The data set furthest behind its share, by size, once `upcoming` more rows are drawn."""
-        total = sum(w.rows for w in walks)
-        served = sum(w.served for w in walks) + upcoming
-        return max(walks, key=lambda w: (served * w.rows / total - w.served, -w.key))
+        total = sum(c.rows for c in cursors)
+        served = sum(c.served for c in cursors) + upcoming
+        return max(cursors, key=lambda c: (served * c.rows / total - c.served, -c.key))
 
     def counts(self, n: int) -> tuple[int, int]:
         """How many IQA and IAA rows a batch of n holds."""
@@ -141,22 +141,23 @@ class PromptSampler:
                 batch.append(ref)
         return batch
 
-    def _rankable(self, task: Task, n: int) -> Walk:
+    def _rankable(self, task: Task, n: int) -> PoolCursor:
         """The data set that gives n rows to be ranked: the one owed most of those with n usable rows."""
-        walks = self._of(task)
-        able = [w for w in walks if w.usable >= n and w.scores_differ()]
+        cursors = self._of(task)
+        able = [c for c in cursors if c.usable >= n and c.scores_differ()]
         if not able:
+            lost = sum(len(c.excluded) for c in cursors)
             raise UserError(
                 f"a batch needs {n} images of one {task.upper()} data set, with scores that differ; the largest has "
-                f"{max(w.usable for w in walks)} usable ({sum(len(w.excluded) for w in walks)} sample(s) quarantined): "
-                "lower grpo.prompts_per_step"
+                f"{max(c.usable for c in cursors)} usable ({lost} sample(s) quarantined): lower "
+                "grpo.prompts_per_step"
             )
         return self._owed(able, n)
 
     def steps_per_epoch(self, n: int) -> int:
         """Batches of n after which the larger task, at its share of a batch, has been seen once (at least 1)."""
         steps = [
-            -(-sum(w.rows for w in self._of(task)) // count)
+            -(-sum(c.rows for c in self._of(task)) // count)
             for task, count in zip(TASKS, self.counts(n), strict=True)
             if count
         ]
@@ -164,26 +165,26 @@ class PromptSampler:
 
     def exclude(self, ref: Ref) -> None:
         """Never hand this row out again (it was quarantined)."""
-        self._walk_with(ref).exclude(ref)
+        self._cursor_of(ref).exclude(ref)
 
     def replace(self, ref: Ref, batch: Sequence[Ref]) -> Ref:
         """Exclude `ref` for good and draw another row of its data set that is not in `batch`."""
-        walk = self._walk_with(ref)
-        walk.exclude(ref)
-        return walk.next(set(batch))
+        cursor = self._cursor_of(ref)
+        cursor.exclude(ref)
+        return cursor.next(set(batch))
 
     def another(self, dataset: str, avoid: Collection[tuple[str, str]]) -> Ref | None:
         """The next row of a data set whose (data set, sample id) is not in `avoid`; None when there is none."""
-        walk = next(w for w in self._walks if w.dataset == dataset)
+        cursor = next(c for c in self._cursors if c.dataset == dataset)
         avoided: list[Ref] = []
         found = None
-        while found is None and len(avoided) < walk.usable:
-            ref = walk.next(avoided)
+        while found is None and len(avoided) < cursor.usable:
+            ref = cursor.next(avoided)
             if (dataset, self.sample_id(ref)) in avoid:
                 avoided.append(ref)
             else:
                 found = ref
-        walk.put_back(avoided)
+        cursor.put_back(avoided)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -192,7 +193,7 @@ class PromptSampler:
             "seed": self.seed,
             "order": ORDER,
             "manifests": [m.fingerprint for m in self.manifests],
-            "pools": {w.dataset: w.state_dict() for w in self._walks},
+            "pools": {c.dataset: c.state_dict() for c in self._cursors},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -213,7 +214,7 @@ class PromptSampler:
                 f"the checkpoint's sampler walked over {SAME_ORDER} rows in the order of another version: "
                 "train into another directory, or from its weights (model.path)"
             )
-        mine = {w.dataset: w.rows for w in self._walks}
+        mine = {c.dataset: c.rows for c in self._cursors}
         if sizes != mine:
             raise UserError(f"checkpoint's sampler walked data sets {sizes}, this run has {mine}")
         if len(manifests) != len(self.manifests):
@@ -226,8 +227,8 @@ class PromptSampler:
                     f"{manifest.path}: manifest {k + 1} of data.train is not what the checkpoint was made with: give "
                     "the same files in the same order, or train into another directory"
                 )
-        for walk in self._walks:
-            walk.load_state_dict(state["pools"][walk.dataset])
+        for cursor in self._cursors:
+            cursor.load_state_dict(state["pools"][cursor.dataset])
 
 
 def shard(batch: Sequence[Ref], index: int, count: int) -> list[Ref]:
@@ -272,5 +273,5 @@ def check_rationales(manifests: Iterable[Manifest]) -> None:
 
 
 def sft_sampler(manifests: Iterable[Manifest], seed: int, iqa_fraction: float) -> PromptSampler:
-    """A sampler for supervised batches: same walk, no ranking rules, IAA data sets mixed within a batch."""
+    """A sampler for supervised batches: the same order, no ranking rules, IAA data sets mixed within a batch."""
     return PromptSampler(list(manifests), seed, iqa_fraction, supervised=True)

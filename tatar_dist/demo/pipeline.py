@@ -30,7 +30,7 @@ from tatar_dist.types import SPLITS, TASKS
 
 
 @dataclass(frozen=True)
-class Size:
+class DemoSize:
     """How much of everything. `budget`: seconds a stage may take on two cores, printed beside what it took."""
 
     data: dict[str, int]
@@ -41,7 +41,7 @@ class Size:
     budget: dict[str, float]
 
 
-FULL = Size(
+FULL = DemoSize(
     data={"train": 2000, "validation": 300, "test": 1000},
     baseline_images=64,
     eval_images=300,
@@ -49,7 +49,7 @@ FULL = Size(
     overrides=(),
     budget={"data": 30, "baseline": 40, "sft": 240, "sft_eval": 60, "grpo": 360, "grpo_eval": 60},
 )
-SMOKE = Size(
+SMOKE = DemoSize(
     data={"train": 200, "validation": 40, "test": 60},
     baseline_images=8,
     eval_images=16,
@@ -112,7 +112,7 @@ def same_settings(out: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{out}: holds a demo with other settings ({differing}): give another --output or remove it")
 
 
-def _data(out: Path, size: Size, console: Console) -> float:
+def _data(out: Path, size: DemoSize, console: Console) -> float:
     """Make the data set unless it is there; seconds it took, 0 when it was there."""
     start, fresh = time.perf_counter(), not (out / "data" / "demo.json").exists()
     if fresh:
@@ -121,7 +121,7 @@ def _data(out: Path, size: Size, console: Console) -> float:
     return time.perf_counter() - start if fresh else 0.0
 
 
-def _run_one(out: Path, size: Size, words: list[str], console: Console) -> None:
+def _run_one(out: Path, size: DemoSize, words: list[str], console: Console) -> None:
     """All stages of one seed."""
     from tatar_dist import grpo as controller
     from tatar_dist import sft

@@ -22,7 +22,7 @@ from tatar_dist.scoring.export import model_of
 
 
 @dataclass(frozen=True)
-class Run:
+class ProbeRun:
     """One training: its stage, the change it makes (a file of configs/probes), the run whose model it starts from."""
 
     name: str
@@ -32,12 +32,12 @@ class Run:
 
 
 RUNS = (
-    Run("sft-tatar", "sft"),
-    Run("sft-slow-iqa", "sft", "slow-iqa"),
-    Run("sft-fast-iaa", "sft", "fast-iaa"),
-    Run("grpo-tatar", "grpo", None, "sft-tatar"),
-    Run("grpo-thurstone-iqa", "grpo", "thurstone-iqa", "sft-tatar"),
-    Run("grpo-gaussian-iaa", "grpo", "gaussian-iaa", "sft-tatar"),
+    ProbeRun("sft-tatar", "sft"),
+    ProbeRun("sft-slow-iqa", "sft", "slow-iqa"),
+    ProbeRun("sft-fast-iaa", "sft", "fast-iaa"),
+    ProbeRun("grpo-tatar", "grpo", None, "sft-tatar"),
+    ProbeRun("grpo-thurstone-iqa", "grpo", "thurstone-iqa", "sft-tatar"),
+    ProbeRun("grpo-gaussian-iaa", "grpo", "gaussian-iaa", "sft-tatar"),
 )
 
 
@@ -65,7 +65,7 @@ def run(output: str | Path, seeds: int, smoke: bool = False, overrides: list[str
     return probe_figures.write(out, seeds, console)
 
 
-def _run_one(directory: Path, data: Path, each: Run, words: list[str]) -> None:
+def _run_one(directory: Path, data: Path, each: ProbeRun, words: list[str]) -> None:
     """Train and evaluate one run, each unless it is done."""
     from tatar_dist import grpo as controller
     from tatar_dist import sft

@@ -16,7 +16,7 @@ from typing import Any
 
 from tatar_dist.data.images import image_size
 from tatar_dist.errors import UserError
-from tatar_dist.rollout.calls import in_calls
+from tatar_dist.rollout.calls import batches_by_pixels
 from tatar_dist.run.journal import Journal
 from tatar_dist.types import Completion, Expected, Group, Prompt, Sample
 
@@ -47,14 +47,14 @@ def model_fingerprint(path: str) -> str:
     return found.hexdigest()
 
 
-class Answers:
+class AnswerJournal:
     """The journal of one evaluation. Use as a context manager. Raises UserError like `Journal`."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self._journal = Journal(path, settings)
         self._lines: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def __enter__(self) -> Answers:
+    def __enter__(self) -> AnswerJournal:
         try:
             self._journal.read(lambda line: self._lines.update({(line["kind"], line["key"]): line}))
         except BaseException:
@@ -121,7 +121,7 @@ def batches(
     samples: Iterable[Sample], size: int, prompt: Callable[[Sample], Prompt], done: Callable[[Sample], bool]
 ) -> Iterator[list[Prompt]]:
     """Prompts by engine call: of `size` samples, fewer where pictures are large, left out where all are done."""
-    for call in in_calls(samples, size, _pixels):
+    for call in batches_by_pixels(samples, size, _pixels):
         if not all(map(done, call)):
             yield [prompt(s) for s in call]
 

@@ -26,12 +26,20 @@ import pyarrow.parquet as pq
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.config.schema import Config
 from tatar_dist.data.manifest import Manifest
-from tatar_dist.errors import Interrupted, StopAsked, UserError
+from tatar_dist.errors import Interrupted, StopRequested, UserError
 from tatar_dist.evaluate import tables
-from tatar_dist.evaluate.answers import Answers, batch_size, batches, distinct, key_of, model_fingerprint, without_image
+from tatar_dist.evaluate.answers import (
+    AnswerJournal,
+    batch_size,
+    batches,
+    distinct,
+    key_of,
+    model_fingerprint,
+    without_image,
+)
 from tatar_dist.evaluate.breakdown import averages, slices
 from tatar_dist.evaluate.metrics import score_metrics, spread
-from tatar_dist.faults.interrupts import Interrupts
+from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.faults.waiting import Waits
 from tatar_dist.plan.plan import resolve
 from tatar_dist.prompts.answer import clamped, parse, think_words
@@ -53,9 +61,9 @@ def run(config: Config) -> dict[str, Any]:
     """Evaluate `model.path` on `data.test`; what metrics.json holds. Continues what is in `output`."""
     texts = PromptTexts(config)
     with (  # the journal first: other settings are refused before anything of the run is touched
-        Answers(Path(config.output) / "answers.jsonl", _settings(config, texts)) as answers,
+        AnswerJournal(Path(config.output) / "answers.jsonl", _settings(config, texts)) as answers,
         RunDirectory(config) as directory,
-        Interrupts() as stop,
+        StopSignals() as stop,
     ):
         if answers.notice:
             print(f"tatar-dist: {answers.notice}", file=sys.stderr)
@@ -64,7 +72,7 @@ def run(config: Config) -> dict[str, Any]:
         try:
             with waits.interruptible():
                 return Evaluation(config, directory, source, answers, waits).run()
-        except StopAsked:
+        except StopRequested:
             raise Interrupted("stopped; the same command continues the evaluation", stop.status) from None
 
 
@@ -91,7 +99,7 @@ class Evaluation:
         config: Config,
         directory: RunDirectory,
         source: PromptSource,
-        answers: Answers,
+        answers: AnswerJournal,
         waits: Waits,
     ) -> None:
         self.config, self.directory, self.source, self.answers, self.waits = config, directory, source, answers, waits

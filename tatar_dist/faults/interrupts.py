@@ -13,12 +13,12 @@ import signal
 from contextlib import suppress
 from types import FrameType
 
-from tatar_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Interrupted, StopAsked
+from tatar_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Interrupted, StopRequested
 
 MARGIN_S = 5.0  # of the grace, for closing down
 
 
-class Interrupts:
+class StopSignals:
     """Context manager; `requested` turns true at the first signal, `status` is then what to exit with."""
 
     def __init__(self, grace_seconds: float | None = None) -> None:
@@ -28,7 +28,7 @@ class Interrupts:
         self.grace_seconds = grace_seconds
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._handle)
         if self.grace_seconds is not None:
@@ -41,10 +41,10 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def leave_if_asked(self) -> None:
-        """Raises StopAsked after a signal."""
+    def raise_if_stopping(self) -> None:
+        """Raises StopRequested after a signal."""
         if self.requested:
-            raise StopAsked
+            raise StopRequested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Process:
+class WatchedProcess:
     """A process of the run. `node`: Ray's id of its node; None = this machine."""
 
     name: str
@@ -64,7 +64,7 @@ class StallDetector:
         config: WatchConfig,
         first_s: float,
         events: Events,
-        processes: Callable[[], Sequence[Process]],
+        processes: Callable[[], Sequence[WatchedProcess]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.run, self.config, self.first_s = Path(run), config, first_s
@@ -158,10 +158,10 @@ class StallDetector:
                 self._asked = Stalled(said, action)
 
 
-def stacks_of_run(processes: Sequence[Process]) -> dict[str, Stacks]:
+def stacks_of_run(processes: Sequence[WatchedProcess]) -> dict[str, Stacks]:
     """The stacks of every process by name, all nodes at the same time; a node that does not answer is named."""
     here, deadline = _this_node(), time.monotonic() + NODE_S
-    nodes: dict[str | None, list[Process]] = {}
+    nodes: dict[str | None, list[WatchedProcess]] = {}
     for p in processes:
         nodes.setdefault(None if p.node == here else p.node, []).append(p)
     asked = {node: _ask_node(node, [p.pid for p in group]) for node, group in nodes.items() if node is not None}
@@ -199,14 +199,14 @@ def _answer(ref: Any, node: str, pids: list[int], timeout: float) -> list[Stacks
         return [Stacks("unknown", False, f"pid {pid}: node {node} did not answer: {reason}\n") for pid in pids]
 
 
-def processes_of(run: Path) -> list[Process]:
+def processes_of(run: Path) -> list[WatchedProcess]:
     """The living processes of this controller's run, as the event log names them."""
     s = RunFiles(run).read()
-    found = [Process("controller", os.getpid())]
+    found = [WatchedProcess("controller", os.getpid())]
     if s.learners:
         pairs = enumerate(zip(s.learners.pids, s.learners.nodes, strict=True))
-        found += [Process(f"learner-{rank}", pid, node) for rank, (pid, node) in pairs if pid is not None]
-    found += [Process(f"engine-{e.engine}", e.pid, e.node) for e in s.engines if e.pid is not None]
+        found += [WatchedProcess(f"learner-{rank}", pid, node) for rank, (pid, node) in pairs if pid is not None]
+    found += [WatchedProcess(f"engine-{e.engine}", e.pid, e.node) for e in s.engines if e.pid is not None]
     if s.reward and s.reward.pid is not None:
-        found.append(Process("reward", s.reward.pid, s.reward.node))
+        found.append(WatchedProcess("reward", s.reward.pid, s.reward.node))
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from tatar_dist.errors import RunError
-from tatar_dist.faults.interrupts import Interrupts
+from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.faults.stall import StallDetector
 
 TICK_S = 0.5  # how often a wait looks up
@@ -27,7 +27,7 @@ class Waits:
         watch: notices that nothing moves; None where nothing watches.
     """
 
-    def __init__(self, stop: Interrupts | None = None, watch: StallDetector | None = None) -> None:
+    def __init__(self, stop: StopSignals | None = None, watch: StallDetector | None = None) -> None:
         self._stop, self._watch = stop, watch
         self._may_stop: Callable[[], bool] = _never
         self._stalls = True
@@ -36,7 +36,7 @@ class Waits:
         """Leave the wait that calls this.
 
         Raises:
-            Stalled: nothing has moved for too long. StopAsked: a signal came, inside `interruptible`.
+            Stalled: nothing has moved for too long. StopRequested: a signal came, inside `interruptible`.
         """
         if self._watch is not None and self._stalls:
             self._watch.raise_if_asked()
@@ -46,7 +46,7 @@ class Waits:
         finally:
             self._may_stop = may_stop
         if stops and self._stop is not None:
-            self._stop.leave_if_asked()
+            self._stop.raise_if_stopping()
 
     def progress(self) -> None:
         """Something moved."""

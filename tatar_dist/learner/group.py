@@ -23,7 +23,7 @@ from tatar_dist.types import StepReport
 DEATH_IS_KNOWN_S = 5.0
 
 
-class Learning:
+class PendingUpdate:
     """A step that the learners work on, while whoever started it does something else."""
 
     def __init__(self, group: LearnerGroup, refs: list[Any]) -> None:
@@ -86,9 +86,9 @@ class LearnerGroup:
     def grpo_step(self, shards: list[Shard], step: int) -> StepReport:
         return self.start_grpo_step(shards, step).result()
 
-    def start_grpo_step(self, shards: list[Shard], step: int) -> Learning:
+    def start_grpo_step(self, shards: list[Shard], step: int) -> PendingUpdate:
         pairs = zip(self.actors, shards, strict=True)
-        return Learning(self, [a.grpo_step.remote(rows, step) for a, rows in pairs])
+        return PendingUpdate(self, [a.grpo_step.remote(rows, step) for a, rows in pairs])
 
     def save(self, directory: Path) -> transfer.Writing:
         """All ranks take a snapshot; the result comes when they have written it below `directory`, beside training.

@@ -28,7 +28,7 @@ class Path:
     stages: tuple[Stage, ...] = ("sft", "grpo", "evaluate")
 
 
-PATHS = (
+COVERAGE = (
     Path("learners over gloo, engines on CPU", "cluster.gpus_per_node=0", HERE),
     Path("weight push through Ray's object store", "rollout.push=object_store", HERE, ("grpo",)),
     Path("learners over NCCL, packed attention and engines on GPUs", "cluster.gpus_per_node>0", NEVER),
@@ -53,7 +53,7 @@ def unproven(config: Config, stage: Stage = "grpo") -> list[Path]:
         "model.lora_rank>0": c.gpus_per_node > 0 and config.model.lora_rank > 0,
         "rollout.tensor_parallel>1": r.tensor_parallel > 1,
     }
-    return [p for p in PATHS if p.status == NEVER and stage in p.stages and taken[p.key]]
+    return [p for p in COVERAGE if p.status == NEVER and stage in p.stages and taken[p.key]]
 
 
 def warnings_for(config: Config, stage: Stage) -> list[str]:

@@ -18,8 +18,8 @@ from pathlib import Path
 from tatar_dist.config.schema import Config, DataConfig
 from tatar_dist.data.images import UnreadableImage, image_size
 from tatar_dist.data.manifest import Manifest, read_manifest
+from tatar_dist.data.pool_cursor import Ref
 from tatar_dist.data.sampler import PromptSampler
-from tatar_dist.data.walk import Ref
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import answer_text
 from tatar_dist.prompts.render import PromptTexts

@@ -18,11 +18,11 @@ from tatar_dist.data.images import UnreadableImage
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.endpoint import Endpoint, NoAnswer, Stopped, tokens_bound
-from tatar_dist.rationale.ledger import Entry, Ledger, journal_line
+from tatar_dist.rationale.ledger import Ledger, LedgerEntry, journal_line
 from tatar_dist.rationale.pictures import Picture, picture
-from tatar_dist.rationale.questions import Answer, Question, Request, Row
-from tatar_dist.rationale.replies import NoAccess, Refused
-from tatar_dist.rationale.rows import Rows, reject_unreadable
+from tatar_dist.rationale.questions import Answer, Question, QuestionRow, Request
+from tatar_dist.rationale.replies import NoAccess, ReplyRefused
+from tatar_dist.rationale.rows import RationaleRows, reject_unreadable
 from tatar_dist.run.journal import Journal
 
 READ_THREADS = 2  # decoding and encoding of images; they release the interpreter lock
@@ -37,8 +37,8 @@ class BudgetSpent(Exception):
 class Prepared:
     """A row ready to be asked, or why it cannot be."""
 
-    entry: Entry
-    row: Row | None = None
+    entry: LedgerEntry
+    row: QuestionRow | None = None
     picture: Picture | None = None
     unreadable: str | None = None
 
@@ -84,7 +84,7 @@ class Asking:
     def __init__(
         self,
         ledger: Ledger,
-        rows: Rows,
+        rows: RationaleRows,
         journal: Journal,
         say: Callable[[str], None],
         progress: Callable[[Ledger], None],
@@ -166,7 +166,7 @@ class Asking:
         """Read rows in order and prepare their images, as far ahead as the queue is long; then one None a slot."""
         loop = asyncio.get_running_loop()
 
-        async def prepare(entry: Entry) -> Prepared:
+        async def prepare(entry: LedgerEntry) -> Prepared:
             try:
                 row, sample = await loop.run_in_executor(reader, self.rows.get, entry.number)
                 if not self.question.with_image(row.task):
@@ -193,13 +193,13 @@ class Asking:
                 self.ledger.images_read += 1
                 await self._settle(found.entry, found.row, found.picture)
 
-    async def _settle(self, entry: Entry, row: Row, image: Picture | None) -> None:
+    async def _settle(self, entry: LedgerEntry, row: QuestionRow, image: Picture | None) -> None:
         """Ask about one row until it is settled. Raises BudgetSpent or Stopped, and what ends the run."""
         while True:
             request = self.question.request(row, len(entry.answers))
             try:
                 answer = await self._ask(entry, request, image)
-            except Refused as e:
+            except ReplyRefused as e:
                 return self.ledger.fail(entry, Reason("endpoint-refused", f"the endpoint refused it: {e}"))
             except NoAnswer as e:
                 return self.ledger.fail(entry, Reason("no-answer", f"all tries failed, the last: {e}"))
@@ -207,7 +207,7 @@ class Asking:
             if self.ledger.take(entry, answer, outcome):
                 return
 
-    async def _ask(self, entry: Entry, request: Request, image: Picture | None) -> Answer:
+    async def _ask(self, entry: LedgerEntry, request: Request, image: Picture | None) -> Answer:
         """One durable answer, its tokens set aside before and accounted for after."""
         endpoint = self._endpoints[request.target.url, request.target.api_key_env]
         key = {"sample_id": request.sample_id, "attempt": request.attempt}
@@ -238,7 +238,7 @@ class Asking:
             finally:
                 self._writing -= 1
             return answer
-        except (Refused, NoAnswer, NoAccess, RunError) as e:  # it is known to have cost nothing more
+        except (ReplyRefused, NoAnswer, NoAccess, RunError) as e:  # it is known to have cost nothing more
             await self.journal.append({**key, "lost": 0, "failed": str(e)})
             raise
         except (Stopped, UserError):

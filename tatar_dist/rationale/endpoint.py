@@ -28,7 +28,7 @@ from tatar_dist.config.rationale import LimitsConfig
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.rationale.pictures import Picture
 from tatar_dist.rationale.questions import Answer, Request, Target
-from tatar_dist.rationale.replies import NoAccess, NoSchema, Refused, TryAgain, raise_for, read_answer
+from tatar_dist.rationale.replies import NoAccess, NoSchema, ReplyRefused, TryAgain, raise_for, read_answer
 
 MAX_REPLY = 4 << 20  # bytes; a longer reply is garbage
 CONNECT_S = 10.0
@@ -163,7 +163,7 @@ class Endpoint:
         """The endpoint's answer. `on_lost` is awaited after a try that may have cost tokens and gave none.
 
         Raises:
-            NoAnswer: all tries failed. Refused: the endpoint will not answer this one.
+            NoAnswer: all tries failed. ReplyRefused: the endpoint will not answer this one.
             UserError: no access, no such model, a wrong address. RunError: too many failures in a row.
         """
         self._asking += 1
@@ -172,8 +172,8 @@ class Endpoint:
         except NoAccess as e:
             if not await self._others_answered():
                 raise
-            raise Refused(str(e)) from None
-        except Refused as e:
+            raise ReplyRefused(str(e)) from None
+        except ReplyRefused as e:
             if not self._answered:  # else it is about this sample, and others are answered
                 self._failed(request, e)
             raise

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tatar_dist.rationale.checks import Reason
-from tatar_dist.rationale.questions import Answer, Outcome, Question, Row
+from tatar_dist.rationale.questions import Answer, Outcome, Question, QuestionRow
 from tatar_dist.types import Task
 
 
 @dataclass
-class Entry:
+class LedgerEntry:
     """One row's story. `failed` says why nobody answered; such a row is asked again by the next run.
 
     `digest`: of what is asked about it. `failed_before`: an earlier run got no answer, so that others go first.
@@ -46,7 +46,7 @@ class Entry:
         return self.verdict == "accept"
 
 
-def journal_line(entry: Entry, attempt: int, answer: Answer) -> dict[str, Any]:
+def journal_line(entry: LedgerEntry, attempt: int, answer: Answer) -> dict[str, Any]:
     return {
         "sample_id": entry.sample_id,
         "row": entry.digest,
@@ -64,7 +64,7 @@ class Ledger:
     def __init__(self, question: Question) -> None:
         self.question = question
         self.attempts = question.c.attempts
-        self.entries: list[Entry] = []
+        self.entries: list[LedgerEntry] = []
         self.prompt_tokens = self.completion_tokens = self.lost_tokens = 0
         self.retries = 0  # of this process
         self.accepted = self.rejected = self.failed = 0
@@ -112,11 +112,11 @@ class Ledger:
         self.prompt_tokens += answer.prompt_tokens
         self.completion_tokens += answer.completion_tokens
 
-    def enter(self, row: Row) -> Entry:
+    def enter(self, row: QuestionRow) -> LedgerEntry:
         """The next row of the manifest, with what is durable of it already."""
         digest = self.question.digest(row)
         failed_before = row.sample_id in self._failed_before
-        entry = Entry(row.number, row.sample_id, row.dataset, row.task, digest, failed_before)
+        entry = LedgerEntry(row.number, row.sample_id, row.dataset, row.task, digest, failed_before)
         entry.before = tuple(self.question.before(row))
         known = self._durable.pop((row.sample_id, digest), {})
         while not self.is_settled(entry) and len(entry.answers) in known:
@@ -126,35 +126,35 @@ class Ledger:
         self._settle(entry)
         return entry
 
-    def is_settled(self, entry: Entry) -> bool:
+    def is_settled(self, entry: LedgerEntry) -> bool:
         """No (further) answer is wanted: accepted, rejected for good, or asked often enough."""
         return entry.verdict in ("accept", "reject") or len(entry.answers) >= self.attempts
 
-    def _settle(self, entry: Entry) -> None:
+    def _settle(self, entry: LedgerEntry) -> None:
         if self.is_settled(entry):
             self.accepted += entry.accepted
             self.rejected += not entry.accepted
 
-    def todo(self) -> Iterator[Entry]:
+    def todo(self) -> Iterator[LedgerEntry]:
         """Rows in order that want an answer; last those that got none before, lest they keep the others waiting."""
         for last in (False, True):
             for e in self.entries:
                 if e.failed_before == last and not self.is_settled(e) and e.failed is None:
                     yield e
 
-    def take(self, entry: Entry, answer: Answer, outcome: Outcome) -> bool:
+    def take(self, entry: LedgerEntry, answer: Answer, outcome: Outcome) -> bool:
         """A durable answer of this run. True when the row is settled by it."""
         entry.answers.append((answer, outcome))
         self._count(answer)
         self._settle(entry)
         return self.is_settled(entry)
 
-    def fail(self, entry: Entry, reason: Reason) -> None:
+    def fail(self, entry: LedgerEntry, reason: Reason) -> None:
         """Nobody answered: the row is left out of this run's output and asked again by the next run."""
         entry.failed = reason
         self.failed += 1
 
-    def reject(self, entry: Entry, reason: Reason) -> None:
+    def reject(self, entry: LedgerEntry, reason: Reason) -> None:
         """The row cannot be asked at all, its image cannot be read for example."""
         entry.before = (reason,)
         self.rejected += 1

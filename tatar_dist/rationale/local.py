@@ -20,9 +20,9 @@ from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.models import family
 from tatar_dist.plan.plan import resolve
 from tatar_dist.rationale.checks import Reason
-from tatar_dist.rationale.ledger import Entry, Ledger, journal_line
-from tatar_dist.rationale.questions import Answer, Request, Row
-from tatar_dist.rationale.rows import Rows, reject_unreadable
+from tatar_dist.rationale.ledger import Ledger, LedgerEntry, journal_line
+from tatar_dist.rationale.questions import Answer, QuestionRow, Request
+from tatar_dist.rationale.rows import RationaleRows, reject_unreadable
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.journal import Journal
@@ -35,8 +35,8 @@ CALLS_AHEAD = 4  # rows held in memory with their images: this many full calls o
 class _Asked:
     """One row on its way through a round. `most`: tokens of its prompt and of the longest answer it may get."""
 
-    entry: Entry
-    row: Row
+    entry: LedgerEntry
+    row: QuestionRow
     request: Request
     prompt: Prompt
     most: int
@@ -48,7 +48,7 @@ class LocalAsking:
     def __init__(
         self,
         ledger: Ledger,
-        rows: Rows,
+        rows: RationaleRows,
         journal: Journal,
         progress: Callable[[Ledger], None],
         stopping: Callable[[], bool],
@@ -85,7 +85,7 @@ class LocalAsking:
     def _ends(self) -> bool:
         return self.budget_spent or self.stopping()
 
-    def _settle(self, pool: RolloutPool, window: list[Entry]) -> None:
+    def _settle(self, pool: RolloutPool, window: list[LedgerEntry]) -> None:
         """Ask about these rows, attempt after attempt, until each is settled."""
         samples = {}
         for entry in window:
@@ -104,10 +104,10 @@ class LocalAsking:
                 if self._ends:
                     return
 
-    def _is_open(self, entry: Entry) -> bool:
+    def _is_open(self, entry: LedgerEntry) -> bool:
         return not self.ledger.is_settled(entry) and entry.failed is None
 
-    def _asked(self, entry: Entry, row: Row, sample: Sample) -> _Asked | None:
+    def _asked(self, entry: LedgerEntry, row: QuestionRow, sample: Sample) -> _Asked | None:
         """The rendered prompt of a row; None, and the row rejected, where it would not fit into the engine."""
         request = self.question.request(row, len(entry.answers))
         content: list[dict[str, str]] = [{"type": "image"}] if request.image else []

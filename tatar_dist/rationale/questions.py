@@ -26,7 +26,7 @@ from tatar_dist.types import TASKS, Task
 
 
 @dataclass(frozen=True)
-class Row:
+class QuestionRow:
     """What a question needs of a manifest's row, without its image. `number` counts from 0."""
 
     number: int
@@ -134,11 +134,11 @@ class Question(ABC):
     def schema(self, task: Task) -> dict[str, Any] | None:
         return None
 
-    def blanks(self, row: Row) -> dict[str, str]:
+    def blanks(self, row: QuestionRow) -> dict[str, str]:
         texts = "\n".join(f"{name}: {text}" for name, text in ordered_attributes(row.attributes))
         return {"score": f"{row.score:.1f}", "attributes": texts, "rationale": (row.rationale or "").strip()}
 
-    def request(self, row: Row, attempt: int) -> Request:
+    def request(self, row: QuestionRow, attempt: int) -> Request:
         system, user = self.wording.ask(self.words_of(row.task), self.blanks(row))
         s = self.sampling(row.task)
         return Request(
@@ -173,23 +173,23 @@ class Question(ABC):
                 found["max_pixels"] = self.config.model.max_pixels if local else self.endpoint.max_pixels
         return found
 
-    def about(self, row: Row) -> list[Any]:
+    def about(self, row: QuestionRow) -> list[Any]:
         """What of a row is asked about, its image apart."""
         return [row.task, row.score, row.attributes]
 
-    def digest(self, row: Row) -> str:
+    def digest(self, row: QuestionRow) -> str:
         """Of what is asked about the row: an answer to a row that has changed since is no answer to this one."""
         return _hash(json.dumps(self.about(row)))
 
     @abstractmethod
-    def before(self, row: Row) -> list[Reason]:
+    def before(self, row: QuestionRow) -> list[Reason]:
         """Reasons against the row that need no asking."""
 
     @abstractmethod
-    def read(self, row: Row, answer: Answer) -> Outcome: ...
+    def read(self, row: QuestionRow, answer: Answer) -> Outcome: ...
 
     @abstractmethod
-    def finished(self, values: dict[str, Any], row: Row, attempt: int, answer: Answer) -> dict[str, Any]:
+    def finished(self, values: dict[str, Any], row: QuestionRow, attempt: int, answer: Answer) -> dict[str, Any]:
         """The accepted row of the output: `values` are the manifest's own columns."""
 
 
@@ -216,7 +216,7 @@ class Build(Question):
     def with_image(self, task: Task) -> bool:
         return self._text(task).image
 
-    def before(self, row: Row) -> list[Reason]:
+    def before(self, row: QuestionRow) -> list[Reason]:
         found = len(ordered_attributes(row.attributes))
         if row.task == "iaa" and found < self.c.min_attributes:
             text = (
@@ -228,12 +228,12 @@ class Build(Question):
     def text(self, answer: Answer) -> str:
         return without_reasoning(answer.text)
 
-    def read(self, row: Row, answer: Answer) -> Outcome:
+    def read(self, row: QuestionRow, answer: Answer) -> Outcome:
         text = self.text(answer)
         reasons = check_text(text, answer.finish, row.task, row.score, row.attributes, self.c, self.wording)
         return Outcome("again", tuple(reasons)) if reasons else Outcome("accept")
 
-    def finished(self, values: dict[str, Any], row: Row, attempt: int, answer: Answer) -> dict[str, Any]:
+    def finished(self, values: dict[str, Any], row: QuestionRow, attempt: int, answer: Answer) -> dict[str, Any]:
         note = {
             "teacher": self.targets[row.task].model,
             "attempt": attempt,
@@ -269,17 +269,17 @@ class Judge(Question):
     def settings(self, tasks: set[Task]) -> dict[str, Any]:
         return super().settings(set(TASKS))  # a build that is still growing may come to the other task later
 
-    def about(self, row: Row) -> list[Any]:
+    def about(self, row: QuestionRow) -> list[Any]:
         return [*super().about(row), row.rationale]
 
-    def before(self, row: Row) -> list[Reason]:
+    def before(self, row: QuestionRow) -> list[Reason]:
         text = row.rationale or ""
         return check_text(text, "stop", row.task, row.score, row.attributes, self.c, self.wording)
 
-    def marks(self, row: Row, answer: Answer) -> dict[str, int] | Reason:
+    def marks(self, row: QuestionRow, answer: Answer) -> dict[str, int] | Reason:
         return read_marks(without_reasoning(answer.text), row.task)
 
-    def read(self, row: Row, answer: Answer) -> Outcome:
+    def read(self, row: QuestionRow, answer: Answer) -> Outcome:
         """A verdict that cannot be read is asked for again, except at temperature 0: it would be the same."""
         unread: Literal["again", "reject"] = "again" if self.c.verdict.temperature > 0 else "reject"
         if answer.finish != "stop":
@@ -290,7 +290,7 @@ class Judge(Question):
         low = low_marks(marks, self.c.verdict.reject_at)
         return Outcome("reject", tuple(low)) if low else Outcome("accept")
 
-    def finished(self, values: dict[str, Any], row: Row, attempt: int, answer: Answer) -> dict[str, Any]:
+    def finished(self, values: dict[str, Any], row: QuestionRow, attempt: int, answer: Answer) -> dict[str, Any]:
         marks = self.marks(row, answer)
         assert not isinstance(marks, Reason), "an accepted answer has marks"
         note = {

@@ -37,7 +37,7 @@ class TryAgain(Exception):
         self.retry_after, self.limited, self.lost = retry_after, limited, lost
 
 
-class Refused(Exception):
+class ReplyRefused(Exception):
     """The endpoint refuses this one request, whatever the time."""
 
 
@@ -146,7 +146,7 @@ def raise_for(status: int, headers: Mapping[str, str], body: bytes, request: Req
     Raises:
         UserError: no later request can do better: no access, wrong address or model, no quota, a redirect. It is a
             NoAccess where that may be so for this sample alone.
-        TryAgain: 429, 408, 409, 425, 5xx. Refused: any other 4xx.
+        TryAgain: 429, 408, 409, 425, 5xx. ReplyRefused: any other 4xx.
         NoSchema: where a request with a schema may be refused, or fail, because of it.
     """
     said = excerpt(body, key)
@@ -169,7 +169,7 @@ def raise_for(status: int, headers: Mapping[str, str], body: bytes, request: Req
     if status == 429:
         raise TryAgain(f"429: {said}", retry_after(headers), limited=True)
     again = status in (408, 409, 425) or status >= 500
-    error = TryAgain(f"{status}: {said}", retry_after(headers)) if again else Refused(f"{status}: {said}")
+    error = TryAgain(f"{status}: {said}", retry_after(headers)) if again else ReplyRefused(f"{status}: {said}")
     of_schema = status in (400, 422, 501) or (status == 500 and any(word in said.lower() for word in SCHEMA_WORDS))
     if request.schema is not None and of_schema:
         raise NoSchema(said, error)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tatar_dist.rationale.checks import Reason
-from tatar_dist.rationale.ledger import Entry, Ledger
+from tatar_dist.rationale.ledger import Ledger, LedgerEntry
 from tatar_dist.types import TASKS
 
 FAILURES = {  # codes of rows that nobody answered, and how they are told of
@@ -29,7 +29,7 @@ def beside(output: Path, ending: str) -> Path:
     return output.with_name(f"{output.stem}.{ending}")
 
 
-def rejections(entry: Entry) -> Iterator[dict[str, Any]]:
+def rejections(entry: LedgerEntry) -> Iterator[dict[str, Any]]:
     """The lines of one row: its rejected answers, and why it was not asked or not answered."""
     base = {"sample_id": entry.sample_id, "dataset": entry.dataset, "task": entry.task}
 

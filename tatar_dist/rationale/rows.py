@@ -1,7 +1,7 @@
 """Rows of a manifest as questions need them, streamed in order; images and whole rows one at a time.
 
-In: a manifest. Out: `Row`s without images in bounded memory, single rows for asking and writing. A Parquet file is not
-safe to share between threads: whoever reads here is one thread at a time.
+Streamed rows are `QuestionRow`s without images, in bounded memory. A Parquet file is not safe to share between threads:
+whoever reads here is one thread at a time.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.data.schema import json_object
 from tatar_dist.errors import UserError
 from tatar_dist.rationale.checks import Reason
-from tatar_dist.rationale.ledger import Entry, Ledger
-from tatar_dist.rationale.questions import Row
+from tatar_dist.rationale.ledger import Ledger, LedgerEntry
+from tatar_dist.rationale.questions import QuestionRow
 from tatar_dist.types import Sample, Task
 
 _COLUMNS = ("sample_id", "dataset", "task", "score", "split", "rationale", "attributes")
@@ -36,7 +36,7 @@ def _attributes(text: str | None, path: Path, number: int) -> dict[str, str]:
     return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
-def reject_unreadable(ledger: Ledger, rows: Rows, entry: Entry, says: str) -> None:
+def reject_unreadable(ledger: Ledger, rows: RationaleRows, entry: LedgerEntry, says: str) -> None:
     """Reject a row whose image cannot be read. Raises UserError when so many were tried and none can."""
     ledger.reject(entry, Reason("image-unreadable", says))
     ledger.images_unreadable += 1
@@ -48,7 +48,7 @@ def reject_unreadable(ledger: Ledger, rows: Rows, entry: Entry, says: str) -> No
         )
 
 
-class Rows:
+class RationaleRows:
     """The rows of a manifest that a run looks at: of these `splits` (none: of all), the first `limit` (None: all).
 
     Args:
@@ -82,11 +82,11 @@ class Rows:
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[QuestionRow]:
         """The rows in order, without images. `number` is the manifest's."""
         return islice(self._all(), self.limit)
 
-    def _all(self) -> Iterator[Row]:
+    def _all(self) -> Iterator[QuestionRow]:
         number = -1
         with pq.ParquetFile(self.path) as file:
             present = [name for name in _COLUMNS if name in file.schema_arrow.names]
@@ -96,7 +96,7 @@ class Rows:
                     text = values.get("rationale")
                     if (self.splits and values.get("split") not in self.splits) or (self.written and not text):
                         continue
-                    yield Row(
+                    yield QuestionRow(
                         number,
                         values["sample_id"],
                         values["dataset"],
@@ -112,13 +112,13 @@ class Rows:
         return self.manifest.image_root
 
     @staticmethod
-    def row_of(values: dict[str, Any], number: int) -> Row:
+    def row_of(values: dict[str, Any], number: int) -> QuestionRow:
         """A question's row from all columns of a manifest's row."""
         texts = {name: value for name, value in values["attributes"].items() if isinstance(value, str)}
         ids = (values["sample_id"], values["dataset"], values["task"])
-        return Row(number, *ids, float(values["score"]), values["rationale"], texts)
+        return QuestionRow(number, *ids, float(values["score"]), values["rationale"], texts)
 
-    def get(self, number: int) -> tuple[Row, Sample]:
+    def get(self, number: int) -> tuple[QuestionRow, Sample]:
         """One row with its encoded image. Raises UnreadableImage when the image file cannot be read."""
         values = self.manifest.row(number)  # once: reading a row costs more than the rest
         row = self.row_of(values, number)

@@ -15,12 +15,12 @@ from typing import Any
 from tatar_dist.config.schema import Config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import Interrupted, RunError, UserError
-from tatar_dist.faults.interrupts import Interrupts
+from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.rationale import report
 from tatar_dist.rationale.ledger import Ledger
 from tatar_dist.rationale.meter import Meter
 from tatar_dist.rationale.questions import Build, Judge, Question, require_target
-from tatar_dist.rationale.rows import Rows
+from tatar_dist.rationale.rows import RationaleRows
 from tatar_dist.rationale.wording import load_wording
 from tatar_dist.run.journal import Journal
 
@@ -28,10 +28,10 @@ QUESTIONS: dict[str, type[Question]] = {"build": Build, "judge": Judge}
 SHOW_EVERY = 1000  # rows entered between two looks of the meter
 
 
-def _prepare(name: str, source: Path, config: Config) -> tuple[Question, Rows]:
+def _prepare(name: str, source: Path, config: Config) -> tuple[Question, RationaleRows]:
     c = config.rationale
     question = QUESTIONS[name](config, load_wording(c.prompts))
-    return question, Rows(source, c.splits or (), c.limit, config.data.image_root, written=name == "judge")
+    return question, RationaleRows(source, c.splits or (), c.limit, config.data.image_root, written=name == "judge")
 
 
 def dry_run(name: str, source: Path, config: Config) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def run(name: str, source: Path, config: Config) -> dict[str, Any]:
     for path in (output, *beside):
         if path.is_dir():
             raise UserError(f"{path}: is a directory, a file will be written there; choose another --output")
-    with Journal(beside[0], question.settings(rows.tasks)) as journal, Interrupts() as stop:
+    with Journal(beside[0], question.settings(rows.tasks)) as journal, StopSignals() as stop:
         for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
             left.unlink()  # of a killed run: the lock is ours, so nobody is writing it
         ledger = Ledger(question)
@@ -106,7 +106,7 @@ def run(name: str, source: Path, config: Config) -> dict[str, Any]:
     return found
 
 
-def _ask(ledger: Ledger, rows: Rows, journal: Journal, meter: Meter, stop: Interrupts) -> bool:
+def _ask(ledger: Ledger, rows: RationaleRows, journal: Journal, meter: Meter, stop: StopSignals) -> bool:
     """Ask what is open. Returns whether the budget ended it."""
     if ledger.question.endpoint.local:
         from tatar_dist.rationale.local import LocalAsking
@@ -125,7 +125,7 @@ def _say(text: str) -> None:
     print(f"tatar-dist: {text}", file=sys.stderr, flush=True)
 
 
-def _write(ledger: Ledger, rows: Rows, output: Path) -> None:
+def _write(ledger: Ledger, rows: RationaleRows, output: Path) -> None:
     """The accepted rows in manifest order, the rejected answers, the report."""
 
     def accepted() -> Iterator[dict[str, Any]]:
@@ -140,7 +140,7 @@ def _write(ledger: Ledger, rows: Rows, output: Path) -> None:
     report.write_report(ledger, report.beside(output, "report.md"))
 
 
-def _complain(ledger: Ledger, found: dict[str, Any], stop: Interrupts, spent: bool) -> None:
+def _complain(ledger: Ledger, found: dict[str, Any], stop: StopSignals, spent: bool) -> None:
     """Raise what keeps the run from being complete; the files are written already."""
     output = Path(found["output"])
     kept = f"{found['accepted']} accepted rows are in {found['output']}"

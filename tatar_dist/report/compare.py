@@ -19,7 +19,7 @@ from tatar_dist.report.panels import Panel
 from tatar_dist.report.reading import read_run
 from tatar_dist.report.settings import differing
 from tatar_dist.report.text import clean
-from tatar_dist.report.verdict import TASK_NAMES, Check, checks
+from tatar_dist.report.verdict import TASK_NAMES, VerdictCheck, checks
 
 FILE = "compare.html"
 LETTERS = "ABCDEFGHIJKLMNOP"
@@ -97,9 +97,9 @@ def _steps(entrant: Entrant) -> str:
     return ", ".join(said)
 
 
-def _health(found: Sequence[tuple[Entrant, list[Check]]]) -> list[tuple[str, str, list[Check | None]]]:
+def _health(found: Sequence[tuple[Entrant, list[VerdictCheck]]]) -> list[tuple[str, str, list[VerdictCheck | None]]]:
     """(name, expected, the check of each run or None), in the order of their first appearance."""
-    by_run: list[dict[str, Check]] = [{c.name: c for c in of} for _, of in found]
+    by_run: list[dict[str, VerdictCheck]] = [{c.name: c for c in of} for _, of in found]
     names = dict.fromkeys(name for of in by_run for name in of)
     rows = []
     for name in names:

@@ -1,9 +1,10 @@
-"""What several runs say beside each other: which learned more, on what, and how sure that is. Pure functions of `Run`s.
+"""What several runs say beside each other: which learned more, on what, and how sure that is.
 
-In: two runs or more. Out: the headline of the page, and its tables. Held-out SRCC answers where two runs have it for
-one data set; else the reward does, by how much it rose. Nothing is called better that chance could explain: on the
-same held-out images the difference of SRCC is resampled (by source photograph where predictions name one), on unpaired
-ones Fisher's z of both is compared, and the rise of a reward is held against its spread from step to step.
+Pure functions of two `RunFiles` or more. They give the headline of the page, and its tables. Held-out SRCC answers
+where two runs have it for one data set; else the reward does, by how much it rose. Nothing is called better that chance
+could explain: on the same held-out images the difference of SRCC is resampled (by source photograph where predictions
+name one), on unpaired ones Fisher's z of both is compared, and the rise of a reward is held against its spread from
+step to step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from tatar_dist.evaluate.bootstrap import paired_srcc_difference
 from tatar_dist.report.charts import number
 from tatar_dist.report.gallery import key_of
-from tatar_dist.report.reading import Evaluation, Run, Training, is_number
+from tatar_dist.report.reading import EvaluationFiles, RunFiles, Training, is_number
 from tatar_dist.report.verdict import TASK_NAMES, Headline, edges, listed
 
 ROUNDS = 1000
@@ -36,7 +37,7 @@ class Entrant:
 
     letter: str
     name: str
-    run: Run
+    run: RunFiles
     color: str
 
     def training(self, kind: str) -> Training | None:
@@ -181,7 +182,7 @@ def _difference(first: Entrant, a: HeldOut, second: Entrant, b: HeldOut, dataset
     return None, "Nothing tells how far chance moves these figures: evaluate both for that."
 
 
-def _pairs(a: Run, b: Run, dataset: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str] | None:
+def _pairs(a: RunFiles, b: RunFiles, dataset: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str] | None:
     """(target, prediction of a, prediction of b, cluster, what a cluster is) of images that both answered for."""
     last = [_last_with(run, dataset) for run in (a, b)]
     if last[0] is None or last[1] is None:
@@ -201,7 +202,7 @@ def _pairs(a: Run, b: Run, dataset: str) -> tuple[np.ndarray, np.ndarray, np.nda
     return target, scores(of_a), scores(of_b), cluster, "source photograph" if by_source else "image"
 
 
-def _last_with(run: Run, dataset: str) -> Evaluation | None:
+def _last_with(run: RunFiles, dataset: str) -> EvaluationFiles | None:
     return next((e for e in reversed(run.evaluations) if e.of(dataset)), None)
 
 
@@ -239,7 +240,7 @@ def _same_reward(entrants: Sequence[Entrant]) -> bool:
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One line of the table of figures; cells: text of each run; best: positions of the best ones, if that is said."""
 
     name: str
@@ -247,7 +248,7 @@ class Row:
     best: frozenset[int] = frozenset()
 
 
-def tables(entrants: Sequence[Entrant]) -> list[tuple[str, str, list[Row]]]:
+def tables(entrants: Sequence[Entrant]) -> list[tuple[str, str, list[ComparisonRow]]]:
     """(heading, task or "", rows) of the figures that at least one run has."""
     found = []
     for dataset in datasets(entrants):
@@ -297,11 +298,11 @@ def _row(
     values: Sequence[float | None],
     text: Callable[[float], str],
     best: Callable[..., float] | None = None,
-) -> Row:
+) -> ComparisonRow:
     known = [v for v in values if v is not None]
     top = best(known) if best and len(known) > 1 and len(set(known)) > 1 else None
     places = frozenset(i for i, v in enumerate(values) if v is not None and v == top)
-    return Row(name, [DASH if v is None else text(v) for v in values], places)
+    return ComparisonRow(name, [DASH if v is None else text(v) for v in values], places)
 
 
 def _three(value: float) -> str:

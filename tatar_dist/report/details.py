@@ -12,7 +12,7 @@ from markupsafe import Markup
 from tatar_dist.report.charts import Line, line_chart, number
 from tatar_dist.report.faults import History, history
 from tatar_dist.report.panels import Panel
-from tatar_dist.report.reading import Run, Training, is_number
+from tatar_dist.report.reading import RunFiles, Training, is_number
 from tatar_dist.report.settings import RECIPES, Setting, settings
 from tatar_dist.report.verdict import TASK_NAMES, edges
 
@@ -31,7 +31,7 @@ class Details:
     history: History | None
 
 
-def details(run: Run) -> list[Details]:
+def details(run: RunFiles) -> list[Details]:
     """One record a training that has something to fold away."""
     found = []
     for training in run.trainings:

@@ -20,7 +20,7 @@ from PIL import Image
 from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.errors import UserError
-from tatar_dist.report.reading import Run
+from tatar_dist.report.reading import RunFiles
 from tatar_dist.report.rollouts import Rollouts
 from tatar_dist.report.text import rationale, split_teaser
 from tatar_dist.report.verdict import TASK_NAMES, name_of
@@ -148,7 +148,7 @@ def card(why: str, row: dict[str, Any], models: Sequence[tuple[str, dict[str, An
     return Card(why, row["sample_id"], image, row["target"], scores, teaser, rest, has_think)
 
 
-def walls(run: Run, rollouts: Rollouts | None, pictures: Pictures) -> list[tuple[str, str, list[Card]]]:
+def walls(run: RunFiles, rollouts: Rollouts | None, pictures: Pictures) -> list[tuple[str, str, list[Card]]]:
     """(heading, task, cards): held-out answers if the run has some, else completions of its last training steps.
 
     `rollouts`: of the last GRPO training. There an image stands for its first completion, and "improved" is measured

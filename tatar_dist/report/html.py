@@ -20,7 +20,7 @@ from tatar_dist.report.details import details
 from tatar_dist.report.explanation import explanations
 from tatar_dist.report.gallery import Pictures, walls
 from tatar_dist.report.panels import panels, photographs
-from tatar_dist.report.reading import Run, is_number, read_run
+from tatar_dist.report.reading import RunFiles, is_number, read_run
 from tatar_dist.report.rollouts import read_rollouts
 from tatar_dist.report.scores import clouds
 from tatar_dist.report.text import clean
@@ -79,7 +79,7 @@ def environment() -> Environment:
     return found
 
 
-def render(run: Run) -> str:
+def render(run: RunFiles) -> str:
     """The page as text."""
     notes = list(run.notes)
     quarantined = [q for t in run.trainings for q in t.quarantine]
@@ -136,7 +136,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _strips(run: Run) -> dict[str, Any] | None:
+def _strips(run: RunFiles) -> dict[str, Any] | None:
     """One line a data set from worst to best possible SRCC with a mark per model; positions in percent."""
     rows = []
     for dataset in run.datasets:
@@ -161,7 +161,7 @@ def _strips(run: Run) -> dict[str, Any] | None:
     return {"rows": drawn, "ticks": [(t, at(t)) for t in nice_ticks(lo, 1.0, 4)]}
 
 
-def _scores(run: Run) -> list[dict[str, Any]]:
+def _scores(run: RunFiles) -> list[dict[str, Any]]:
     """The table under the strips: one row a data set and model. Absent values are None with their reason."""
     rows = []
     for dataset in run.datasets:
@@ -186,7 +186,7 @@ def _scores(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _gains(run: Run) -> list[dict[str, Any]]:
+def _gains(run: RunFiles) -> list[dict[str, Any]]:
     """What GRPO changed against SFT; positions in percent of a scale that is symmetric about no change."""
     reach = (
         max((abs(v) for m in run.gains.values() for triple in m.values() for v in triple), default=0.0) * 1.08 or 1.0
@@ -210,7 +210,7 @@ def _gains(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _stages(run: Run) -> dict[str, Any] | None:
+def _stages(run: RunFiles) -> dict[str, Any] | None:
     """Seconds and budgets; bars in percent of the longest of both."""
     budgets = [s["budget_seconds"] for s in run.stages if is_number(s.get("budget_seconds"))]
     longest = max([*budgets, *(s["seconds"] for s in run.stages)], default=0.0)
@@ -233,7 +233,7 @@ def _stages(run: Run) -> dict[str, Any] | None:
     return {"rows": rows, "seconds": sum(s["seconds"] for s in run.stages), "budget": sum(budgets)}
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def _facts(run: RunFiles) -> list[tuple[str, str]]:
     """A few figures of the configuration, for the foot of the page."""
     facts = []
     for training in run.trainings:

@@ -1,6 +1,7 @@
 """The charts of the page, chosen from what a run logged: learning curves, and SRCC by photograph.
 
-In: `Run`. Out: plain records for the template. A curve that was not logged is left out, and so is a panel with none.
+Functions of `RunFiles` that return plain records for the template. A curve that was not logged is left out, and so is a
+panel with none.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from markupsafe import Markup
 
 from tatar_dist.evaluate.metrics import srcc, usable
 from tatar_dist.report.charts import Line, line_chart, number, stacked_bars
-from tatar_dist.report.reading import Evaluation, Run, Training, is_number
+from tatar_dist.report.reading import EvaluationFiles, RunFiles, Training, is_number
 from tatar_dist.report.verdict import TASK_NAMES, edges, name_of
 
 MAIN_TERMS = (
@@ -39,7 +40,7 @@ class Panel:
     legend: list[tuple[str, str, str]] = field(default_factory=list)
 
 
-def panels(run: Run) -> list[Panel]:
+def panels(run: RunFiles) -> list[Panel]:
     """All curves worth showing, in the order in which the stages ran."""
     found: list[Panel | None] = []
     for training in run.trainings:
@@ -168,7 +169,7 @@ class Photographs:
     hidden: int
 
 
-def photographs(run: Run) -> Photographs | None:
+def photographs(run: RunFiles) -> Photographs | None:
     """The table of source photographs, weakest first; None where predictions do not say their source."""
     late = run.evaluations[-2:]
     by: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -193,5 +194,5 @@ def photographs(run: Run) -> Photographs | None:
     return Photographs(columns, rows[:MOST_SOURCES], max(0, len(rows) - MOST_SOURCES))
 
 
-def _says_enough(evaluation: Evaluation, by: dict[tuple[str, str, str], list[dict[str, Any]]]) -> bool:
+def _says_enough(evaluation: EvaluationFiles, by: dict[tuple[str, str, str], list[dict[str, Any]]]) -> bool:
     return any(len(rows) >= MIN_PER_SOURCE for key, rows in by.items() if key[2] == evaluation.model)

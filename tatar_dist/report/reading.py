@@ -1,7 +1,8 @@
 """What a run left on disk, as records; its rollouts alone are read elsewhere (rollouts.py, explanation.py).
 
-In: a run directory (SFT, GRPO or evaluation), or a demo directory that holds several. Out: `Run`. A part that is not
-there is absent in the record; a part that is damaged is absent too and named in `Run.notes`, which the page prints.
+A run directory (SFT, GRPO or evaluation), or a demo directory that holds several, is read into `RunFiles`. A part that
+is not there is absent in the record; a part that is damaged is absent too and named in `RunFiles.notes`, which the page
+prints.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationFiles:
     """Held-out answers of one model. `metrics`: data set -> its metrics; `predictions`: one dict an image."""
 
     model: str
@@ -76,13 +77,13 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFiles:
     """All that is known. `evaluations` in the order of training; `manifests`: where pictures may be found."""
 
     path: Path
     is_demo: bool
     trainings: list[Training]
-    evaluations: list[Evaluation]
+    evaluations: list[EvaluationFiles]
     stages: list[dict[str, Any]]
     gains: dict[str, dict[str, list[float]]]
     manifests: list[Path]
@@ -106,7 +107,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> RunFiles:
     """Read a run directory or a demo directory.
 
     Raises:
@@ -137,7 +138,7 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path}: holds no run (neither metrics.jsonl, metrics.json nor the directories of a demo)")
     stages = [s for s in _list(summary.get("stages")) if isinstance(s, dict) and is_number(s.get("seconds"))]
     gains = _gains(summary.get("gains"))
-    return Run(path, is_demo, trainings, evaluations, stages, gains, manifests, image_root, notes, config)
+    return RunFiles(path, is_demo, trainings, evaluations, stages, gains, manifests, image_root, notes, config)
 
 
 def _training(path: Path, notes: list[str]) -> Training | None:
@@ -157,7 +158,7 @@ def _events(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         return []
 
 
-def _evaluation(path: Path, model: str, notes: list[str]) -> Evaluation | None:
+def _evaluation(path: Path, model: str, notes: list[str]) -> EvaluationFiles | None:
     datasets = _json(path / "metrics.json", notes).get("datasets")
     if not isinstance(datasets, dict) or not datasets:
         return None
@@ -167,17 +168,17 @@ def _evaluation(path: Path, model: str, notes: list[str]) -> Evaluation | None:
         predictions = [{c: r.get(c) for c in PREDICTION_COLUMNS} for r in rows if is_number(r.get("target"))]
     task_of = {name: "iaa" if "iaa" in name else "iqa" for name in datasets}
     task_of |= {p["dataset"]: p["task"] for p in predictions}
-    return Evaluation(model, {k: v for k, v in datasets.items() if isinstance(v, dict)}, predictions, task_of)
+    return EvaluationFiles(model, {k: v for k, v in datasets.items() if isinstance(v, dict)}, predictions, task_of)
 
 
-def _from_table(table: Any) -> list[Evaluation]:
+def _from_table(table: Any) -> list[EvaluationFiles]:
     """Evaluations from summary.json's table alone, for a demo whose evaluation directories were cleaned away."""
     by_model: dict[str, dict[str, Any]] = {}
     for row in _list(table):
         if isinstance(row, dict) and "model" in row and "task" in row:
             by_model.setdefault(str(row["model"]), {})[str(row["task"])] = row
     named = {"base": "base", "sft": "SFT", "grpo": "GRPO"}
-    return [Evaluation(named.get(m, m), d, [], {t: t for t in d}) for m, d in by_model.items()]
+    return [EvaluationFiles(named.get(m, m), d, [], {t: t for t in d}) for m, d in by_model.items()]
 
 
 def _gains(found: Any) -> dict[str, dict[str, list[float]]]:

@@ -1,6 +1,6 @@
 """Scores against targets: scatters and calibration, of held-out answers or, where there are none, of sampled ones.
 
-In: `Run`, and `Rollouts` of its last GRPO training. Out: plain records for the template.
+In: `RunFiles`, and `Rollouts` of its last GRPO training. Out: plain records for the template.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from tatar_dist.evaluate.metrics import srcc, usable
 from tatar_dist.report.charts import number
-from tatar_dist.report.reading import Run, is_number
+from tatar_dist.report.reading import RunFiles, is_number
 from tatar_dist.report.rollouts import Rollouts
 from tatar_dist.report.squares import bins, calibration, calibration_note, scatter
 from tatar_dist.report.verdict import TASK_NAMES, name_of
@@ -42,14 +42,14 @@ class Clouds:
     counts: list[tuple[str, int, float, float]]
 
 
-def clouds(run: Run, rollouts: Rollouts | None) -> tuple[list[Clouds], bool]:
+def clouds(run: RunFiles, rollouts: Rollouts | None) -> tuple[list[Clouds], bool]:
     """The charts, and whether they show held-out answers (else: completions sampled in training)."""
     if any(e.predictions for e in run.evaluations):
         return _held_out(run), True
     return (_sampled(rollouts) if rollouts is not None else []), False
 
 
-def _held_out(run: Run) -> list[Clouds]:
+def _held_out(run: RunFiles) -> list[Clouds]:
     result = []
     for dataset in run.datasets:
         models = []

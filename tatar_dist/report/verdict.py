@@ -1,4 +1,4 @@
-"""What the numbers say: the headline of the page and its health checks, as pure functions of a `Run`.
+"""What the numbers say: the headline of the page and its health checks, as pure functions of `RunFiles`.
 
 A check states the value it saw and the limit it was held to; the limits are rules of thumb, named here once. "Late"
 means the last fifth of the steps, so that a bad start does not count for ever.
@@ -13,7 +13,7 @@ import numpy as np
 
 from tatar_dist.report.charts import number
 from tatar_dist.report.faults import history
-from tatar_dist.report.reading import Evaluation, Run, Training, is_number
+from tatar_dist.report.reading import EvaluationFiles, RunFiles, Training, is_number
 
 TASK_NAMES = {"iqa": "quality", "iaa": "aesthetics"}
 LEARNED_SRCC, LEARNED_GAIN = 0.2, 0.1  # a model that ranks at all, and better than it did before training
@@ -27,7 +27,7 @@ GAP_LIMIT = 0.05  # sync/logprob_gap, when the run's config does not say
 
 
 @dataclass(frozen=True)
-class Check:
+class VerdictCheck:
     """One health check: state good | watch | bad, what was looked at, what was seen, and what was expected."""
 
     state: str
@@ -50,13 +50,13 @@ def edges(values: np.ndarray) -> tuple[float, float]:
     return float(values[:k].mean()), float(values[-k:].mean())
 
 
-def headline(run: Run) -> Headline:
+def headline(run: RunFiles) -> Headline:
     found = _headline(run)
     past = [history(t.events, len(t.rows)) for t in run.trainings[-1:]]
     return Headline(found.title, found.lines + [p.progress for p in past if p and p.progress])
 
 
-def _headline(run: Run) -> Headline:
+def _headline(run: RunFiles) -> Headline:
     if len(run.evaluations) >= 2:
         return _before_after(run)
     lines = [_curve_line(t) for t in run.trainings]
@@ -72,19 +72,19 @@ def _count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
-def _scores(run: Run, evaluation: Evaluation) -> str:
+def _scores(run: RunFiles, evaluation: EvaluationFiles) -> str:
     values = [(d, evaluation.metrics[d].get("srcc")) for d in run.datasets if d in evaluation.metrics]
     return ", ".join(f"{name_of(run, d)} SRCC {number(v)}" for d, v in values if is_number(v))
 
 
-def name_of(run: Run, dataset: str) -> str:
+def name_of(run: RunFiles, dataset: str) -> str:
     """How the page calls a data set: by its task when no other set of that task is there."""
     task = run.task(dataset)
     alone = sum(run.task(d) == task for d in run.datasets) == 1
     return TASK_NAMES.get(task, dataset) if alone else dataset
 
 
-def _before_after(run: Run) -> Headline:
+def _before_after(run: RunFiles) -> Headline:
     first, last = run.evaluations[0], run.evaluations[-1]
     learned, not_learned, moves = [], [], []
     for dataset in run.datasets:
@@ -151,9 +151,9 @@ def _arrow(values: np.ndarray) -> str:
     return f"{number(first)} \N{RIGHTWARDS ARROW} {number(last)}"
 
 
-def checks(run: Run) -> list[Check]:
+def checks(run: RunFiles) -> list[VerdictCheck]:
     """All health checks that this run's files allow."""
-    found: list[Check | None] = []
+    found: list[VerdictCheck | None] = []
     for training in run.trainings:
         found.append(_finite(training))
         found += _grpo_checks(training) if training.kind == "grpo" else [_overfitting(training)]
@@ -163,7 +163,7 @@ def checks(run: Run) -> list[Check]:
     rejected = sum(len(t.quarantine) for t in run.trainings)
     if run.trainings:
         seen = "none" if not rejected else _count(rejected, "sample")
-        found.append(Check("watch" if rejected else "good", "Quarantined samples", seen, "none"))
+        found.append(VerdictCheck("watch" if rejected else "good", "Quarantined samples", seen, "none"))
     return [c for c in found if c]
 
 
@@ -175,25 +175,27 @@ def _worst_task(training: Training, metric: str) -> tuple[float, str] | None:
     return max(late.values()), ", ".join(f"{TASK_NAMES[t]} {v:.1%}" for t, v in late.items())
 
 
-def _share(training: Training, metric: str, name: str, limit: float) -> Check | None:
+def _share(training: Training, metric: str, name: str, limit: float) -> VerdictCheck | None:
     found = _worst_task(training, metric)
-    return found and Check("good" if found[0] <= limit else "watch", name, found[1], f"at most {limit:.0%}, late")
+    return found and VerdictCheck(
+        "good" if found[0] <= limit else "watch", name, found[1], f"at most {limit:.0%}, late"
+    )
 
 
-def _grpo_checks(training: Training) -> list[Check | None]:
-    result: list[Check | None] = []
+def _grpo_checks(training: Training) -> list[VerdictCheck | None]:
+    result: list[VerdictCheck | None] = []
     gap = training.series("sync/logprob_gap")[1]
     if len(gap):
         grpo = training.config.get("grpo")
         configured = grpo.get("logprob_gap_limit") if isinstance(grpo, dict) else None
         limit = configured if is_number(configured) else GAP_LIMIT
         state, seen = "good" if gap.max() <= limit else "bad", f"largest gap {number(gap.max())} nats"
-        result.append(Check(state, "Engines and learners hold the same weights", seen, f"at most {limit:g}"))
+        result.append(VerdictCheck(state, "Engines and learners hold the same weights", seen, f"at most {limit:g}"))
     kl = training.series("loss/kl")[1]
     if len(kl):
         late = edges(kl)[1]
         state, seen = "good" if late <= KL_LIMIT else "watch", f"KL {number(late)} nats a token"
-        result.append(Check(state, "Distance from the reference", seen, f"at most {KL_LIMIT:g}, late"))
+        result.append(VerdictCheck(state, "Distance from the reference", seen, f"at most {KL_LIMIT:g}, late"))
     result.append(_share(training, "reward/frac_zero_std/total", "Groups that teach nothing", ZERO_STD_LIMIT))
     result.append(_share(training, "completion/parse_failures", "Sampled answers without a score", PARSE_LIMIT))
     result.append(_share(training, "completion/clipped_ratio", "Answers cut off by the token limit", CLIPPED_LIMIT))
@@ -202,49 +204,53 @@ def _grpo_checks(training: Training) -> list[Check | None]:
         first, last = edges(entropy)
         state = "good" if last >= ENTROPY_FLOOR * first else "watch"
         seen = f"entropy {number(first)} \N{RIGHTWARDS ARROW} {number(last)}"
-        result.append(Check(state, "Answers stay varied", seen, f"at least {ENTROPY_FLOOR:.0%} of the start"))
+        result.append(VerdictCheck(state, "Answers stay varied", seen, f"at least {ENTROPY_FLOOR:.0%} of the start"))
     unrankable = training.series("reward/unrankable_groups")[1]
     if len(unrankable):
         total = int(unrankable.sum())
         seen = "none" if not total else _count(total, "group")
-        result.append(Check("watch" if total else "good", "Groups without a rival to rank against", seen, "none"))
+        result.append(
+            VerdictCheck("watch" if total else "good", "Groups without a rival to rank against", seen, "none")
+        )
     return result
 
 
-def _faults(training: Training) -> Check | None:
+def _faults(training: Training) -> VerdictCheck | None:
     past = history(training.events, len(training.rows))
     if past is None:
         return None
     seen = past.summary or "no fault"
-    return Check("watch" if past.summary else "good", f"{training.kind.upper()} processes", seen, "no fault")
+    return VerdictCheck("watch" if past.summary else "good", f"{training.kind.upper()} processes", seen, "no fault")
 
 
-def _finite(training: Training) -> Check | None:
+def _finite(training: Training) -> VerdictCheck | None:
     names = {k for r in training.rows for k in r if k.startswith("loss/") or k == "optim/grad_norm"}
     if not names:
         return None
     wrong = max(training.not_finite(n) for n in names)
     seen = "at every step" if not wrong else f"not at {_count(wrong, 'step')}"
-    return Check(
+    return VerdictCheck(
         "bad" if wrong else "good", f"{training.kind.upper()} loss and gradients finite", seen, "at every step"
     )
 
 
-def _overfitting(training: Training) -> Check | None:
+def _overfitting(training: Training) -> VerdictCheck | None:
     held_out = [v for t in TASK_NAMES if len(v := training.series(f"eval/loss/{t}")[1]) >= 2 and v.min() > 0]
     if not held_out:
         return None
     worst = max(float(v[-1] / v.min()) for v in held_out)
     state = "good" if worst <= OVERFIT_LIMIT else "watch"
     seen = "at its lowest at the end" if worst <= 1.0 else f"{worst - 1:.1%} above its lowest"
-    return Check(state, "Held-out SFT loss", seen, "at most 5% above its lowest")
+    return VerdictCheck(state, "Held-out SFT loss", seen, "at most 5% above its lowest")
 
 
-def _eval_parses(evaluation: Evaluation) -> Check | None:
+def _eval_parses(evaluation: EvaluationFiles) -> VerdictCheck | None:
     rows = [m for m in evaluation.metrics.values() if is_number(m.get("n")) and is_number(m.get("n_parsed")) and m["n"]]
     if not rows:
         return None
     failed, n = sum(m["n"] - m["n_parsed"] for m in rows), sum(m["n"] for m in rows)
     state = "good" if failed <= PARSE_LIMIT * n else "watch"
     seen = f"{failed:,} of {n:,}"
-    return Check(state, f"Held-out answers without a score ({evaluation.model})", seen, f"at most {PARSE_LIMIT:.0%}")
+    return VerdictCheck(
+        state, f"Held-out answers without a score ({evaluation.model})", seen, f"at most {PARSE_LIMIT:.0%}"
+    )

@@ -21,7 +21,7 @@ from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
 from tatar_dist.rewards.batch import Batch, batch_of_rows, disagreement
 from tatar_dist.rewards.presets import Preset, load_preset
-from tatar_dist.rewards.score import Scored, explain, reward_metrics, score_batch
+from tatar_dist.rewards.score import BatchScores, explain, reward_metrics, score_batch
 from tatar_dist.types import TASKS
 
 ALL_TERMS_LIMIT = 20_000  # rows
@@ -37,7 +37,7 @@ class Audit:
     rows: list[dict[str, Any]]
     batch: Batch
     preset: Preset
-    scored: Scored
+    scored: BatchScores
     dropped: int = 0
     strict: bool = True
     warnings: list[str] = field(default_factory=list)
@@ -264,7 +264,7 @@ def _or_none(values: np.ndarray) -> list[float | None]:
     return [None if math.isnan(x) else x for x in values.tolist()]
 
 
-def _unrankable_warnings(batch: Batch, scored: Scored) -> list[str]:
+def _unrankable_warnings(batch: Batch, scored: BatchScores) -> list[str]:
     """One line per data set with images that could not be ranked."""
     if not scored.unrankable.any():
         return []

@@ -27,7 +27,7 @@ from tatar_dist.types import TASKS, Group, ScoredGroup
 
 
 @dataclass(frozen=True)
-class Scored:
+class BatchScores:
     """The N scored completions. terms: term -> (N,) float64, NaN where the term does not apply to the row's task.
 
     reward, advantage: (N,) float64. counts: rows, groups, unparsed, out_of_range, all_unparsed_groups,
@@ -59,7 +59,7 @@ def score_batch(
     strict: bool = True,
     advantage: str = "std",
     eps: float = 1e-4,
-) -> Scored:
+) -> BatchScores:
     """Score one global batch.
 
     Args:
@@ -93,7 +93,7 @@ def score_batch(
     n_parsed = np.bincount(batch.group, weights=answers.parsed, minlength=len(batch.group_ids))
     reward = total_reward(values, weights, len(batch))
     spoken = [np.nan_to_num(values[t], nan=0.0) for t in weights] if advantage == "per_term" else [reward]
-    return Scored(
+    return BatchScores(
         preset=preset.name,
         answers=answers,
         terms=values,
@@ -157,8 +157,8 @@ def explain(batch: Batch, preset: Preset, row: int, strict: bool = True) -> list
     return [(str(batch.group_ids[groups[o.group]]), o) for o in table]
 
 
-def scored_groups(groups: Sequence[Group], scored: Scored) -> list[ScoredGroup]:
-    """Split a `Scored` of `batch_of_groups(groups)` back into the groups, in order."""
+def scored_groups(groups: Sequence[Group], scored: BatchScores) -> list[ScoredGroup]:
+    """Split a `BatchScores` of `batch_of_groups(groups)` back into the groups, in order."""
     result, start = [], 0
     for number, group in enumerate(groups):
         part = slice(start, start + len(group.completions))
@@ -176,7 +176,7 @@ def scored_groups(groups: Sequence[Group], scored: Scored) -> list[ScoredGroup]:
     return result
 
 
-def reward_metrics(batch: Batch, scored: Scored) -> dict[str, float]:
+def reward_metrics(batch: Batch, scored: BatchScores) -> dict[str, float]:
     """Metrics of one batch by their contract names, for the tasks and terms that occur.
 
     reward/{total,TERM}/{task}: mean over completions. reward/frac_zero_std/{total,TERM}/{task}: share of groups whose

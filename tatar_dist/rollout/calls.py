@@ -12,7 +12,9 @@ T = TypeVar("T")
 MOST_PIXELS = 1 << 29  # of a call, decoded: 2 GiB
 
 
-def in_calls(items: Iterable[T], size: int, pixels: Callable[[T], int], most: int = MOST_PIXELS) -> Iterator[list[T]]:
+def batches_by_pixels(
+    items: Iterable[T], size: int, pixels: Callable[[T], int], most: int = MOST_PIXELS
+) -> Iterator[list[T]]:
     """Lists of at most `size` items and `most` pixels together; one that has more goes alone."""
     call: list[T] = []
     total = 0

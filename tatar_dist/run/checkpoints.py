@@ -40,7 +40,7 @@ from tatar_dist.run.retention import Finished, kept
 STATE = "state.json"
 WRITING, REMOVING = ".writing_", ".removing_"
 
-Found = tuple[Path, dict[str, Any]]
+CheckpointRef = tuple[Path, dict[str, Any]]
 
 
 class Savers(Protocol):
@@ -205,8 +205,8 @@ class Checkpoints:
 
     # Resuming -------------------------------------------------------------------------------------------------------
 
-    def resume(self, same: dict[str, Any]) -> Found | None:
-        """The newest whole checkpoint, if it was written by a run that has the settings `same`; None without any.
+    def resume(self, identity: dict[str, Any]) -> CheckpointRef | None:
+        """The newest whole checkpoint, if it was written by a run that has the settings `identity`; None without any.
 
         Damaged ones are skipped with a line on stderr. `latest` names what is returned.
 
@@ -225,7 +225,7 @@ class Checkpoints:
                 continue
             state = _read(directory)
             assert state is not None
-            _require_same(directory, state, same)
+            _require_identity(directory, state, identity)
             if not (self.root / "latest").exists() or (self.root / "latest").resolve() != directory.resolve():
                 self._point(directory)
             return directory, state
@@ -254,7 +254,7 @@ class Checkpoints:
             self.events.log(f"checkpoint/{what}", **fields)
 
 
-def finished(run: Path) -> Iterator[Found]:
+def finished(run: Path) -> Iterator[CheckpointRef]:
     """(directory, state) of a run's checkpoints whose files are all there in their sizes, the last written first."""
     for directory in _newest_first(run / "checkpoints"):
         state = _read(directory)
@@ -262,7 +262,7 @@ def finished(run: Path) -> Iterator[Found]:
             yield directory, state
 
 
-def latest(run: Path) -> Found | None:
+def latest(run: Path) -> CheckpointRef | None:
     """The first of `finished`, or None."""
     return next(finished(run), None)
 
@@ -290,10 +290,10 @@ def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _require_same(directory: Path, state: dict[str, Any], same: dict[str, Any]) -> None:
+def _require_identity(directory: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:
     before = state.get("same", {})
-    for key in before | same:
-        was, now = before.get(key), same.get(key)
+    for key in before | identity:
+        was, now = before.get(key), identity.get(key)
         if was != now:
             raise UserError(
                 f"{directory}: a checkpoint of a run with {key}={was}, this one has {key}={now}: give another output, "

@@ -22,7 +22,7 @@ from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import Prompts
 from tatar_dist.run.checkpoint_files import Job, first_damage, write
-from tatar_dist.run.checkpoints import Found, finished
+from tatar_dist.run.checkpoints import CheckpointRef, finished
 from tatar_dist.run.directory import PROMPTS
 from tatar_dist.scoring import card as model_card
 
@@ -44,7 +44,7 @@ def model_of(run: str | Path) -> Path:
     return checkpoint_of(run)[0] / "model"
 
 
-def checkpoint_of(run: str | Path, step: int | None = None) -> Found:
+def checkpoint_of(run: str | Path, step: int | None = None) -> CheckpointRef:
     """(directory, state) of a run's newest finished checkpoint, or of the one of `step`. Raises UserError without."""
     if not Path(run).is_dir():
         raise UserError(f"{run}: no finished checkpoint in it: no such directory{looked_in(run)}")

@@ -23,7 +23,7 @@ from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.errors import UserError
 from tatar_dist.evaluate.metrics import spread
 from tatar_dist.prompts.answer import clamped, parse, think_text
-from tatar_dist.rollout.calls import in_calls
+from tatar_dist.rollout.calls import batches_by_pixels
 from tatar_dist.rollout.options import COMMON_ENV, engine_environment, gpu_available, set_environment
 from tatar_dist.scoring.directory import model_config
 from tatar_dist.types import TASKS, Completion, Prompt, Sample, Task
@@ -118,7 +118,7 @@ class Scorer:
         sampled = Sampling(samples, temperature, limit, seed) if samples else None
         looked_at = (self._look(number, picture, tasks) for number, picture in enumerate(pictures))
         size = max(1, BATCH * self.config.rollout.max_num_seqs // len(tasks))
-        for call in in_calls(looked_at, size, lambda p: p.pixels):
+        for call in batches_by_pixels(looked_at, size, lambda p: p.pixels):
             found = [each for picture in call for each in picture.asked]
             prompts = [p for p in found if isinstance(p, Prompt)]
             answers = iter(self._engine.generate(prompts, greedy, 0) if prompts else ())

@@ -17,7 +17,7 @@ from tatar_dist.data.images import MAX_ASPECT, UnreadableImage, decode_image
 from tatar_dist.evaluate.metrics import spread
 from tatar_dist.prompts.answer import Prompts, clamped, parse, think_text
 from tatar_dist.rollout.engine import FORBIDDEN_BIAS
-from tatar_dist.serve.requests import Refused, from_base64
+from tatar_dist.serve.requests import RequestRefused, from_base64
 from tatar_dist.types import Task
 
 
@@ -36,14 +36,16 @@ class Scoring:
 
 
 def upright(data: bytes) -> Image.Image:
-    """Encoded bytes of any kind that `decode_image` reads -> the RGB picture. Raises Refused."""
+    """Encoded bytes of any kind that `decode_image` reads -> the RGB picture. Raises RequestRefused."""
     try:
         image = decode_image(data, "image")
     except UnreadableImage as e:
-        raise Refused(str(e)) from None
+        raise RequestRefused(str(e)) from None
     short, long = sorted(image.size)
     if long > MAX_ASPECT * short:
-        raise Refused(f"image: {image.width} x {image.height} pixels, longer than {MAX_ASPECT} times its shorter side")
+        raise RequestRefused(
+            f"image: {image.width} x {image.height} pixels, longer than {MAX_ASPECT} times its shorter side"
+        )
     return image
 
 
@@ -79,17 +81,17 @@ def preset(scoring: Scoring, task: Task, body: Mapping[str, Any]) -> dict[str, A
     Its own options stay; where it has none, an answer is greedy, or sampled at 1 if several are asked for.
 
     Raises:
-        Refused: no picture or several, one that cannot be read, or one that is not in the request (nothing is
+        RequestRefused: no picture or several, one that cannot be read, or one that is not in the request (nothing is
             fetched); a logit_bias that is none.
     """
     urls = _pictures(body.get("messages"))
     if not urls:
-        raise Refused(f"model {task}: no picture in the messages; add an image_url with a data URL")
+        raise RequestRefused(f"model {task}: no picture in the messages; add an image_url with a data URL")
     if len(urls) > 1:  # before any is decoded: each may take gigabytes
-        raise Refused(f"model {task}: {len(urls)} pictures in the messages; it judges one in a request")
+        raise RequestRefused(f"model {task}: {len(urls)} pictures in the messages; it judges one in a request")
     bias = body.get("logit_bias") or {}
     if not isinstance(bias, dict):
-        raise Refused("logit_bias: must be an object, {token id: bias}")
+        raise RequestRefused("logit_bias: must be an object, {token id: bias}")
     found = {**body, "messages": messages(scoring, task, data_url(upright(from_base64(urls[0]))))}
     if body.get("temperature") is None:
         found["temperature"] = float((body.get("n") or 1) != 1)
@@ -106,7 +108,7 @@ def _pictures(given: Any) -> list[str]:
     urls = [p["image_url"].get("url") if isinstance(p["image_url"], dict) else p["image_url"] for p in parts]
     for url in urls:
         if not isinstance(url, str) or not url.startswith("data:"):
-            raise Refused("image_url: must be a data URL, data:image/…;base64,…; this server fetches no picture")
+            raise RequestRefused("image_url: must be a data URL, data:image/…;base64,…; this server fetches no picture")
     return urls
 
 

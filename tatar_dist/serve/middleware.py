@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tatar_dist.serve import chat, requests
-from tatar_dist.serve.requests import Refused, ScoreRequest
+from tatar_dist.serve.requests import RequestRefused, ScoreRequest
 from tatar_dist.types import TASKS, Task
 
 CHAT = "/v1/chat/completions"
@@ -47,7 +47,7 @@ class Front:
         elif scope["type"] == "http":
             try:
                 await self._http(scope, receive, send)
-            except Refused as e:
+            except RequestRefused as e:
                 await _error(e)(scope, receive, send)
             except ClientDisconnect:
                 pass  # nobody waits for an answer
@@ -64,7 +64,7 @@ class Front:
             await self._check_key(scope)
         if path == "/score":
             if method != "POST":
-                raise Refused("/score: POST a picture to it", 405)
+                raise RequestRefused("/score: POST a picture to it", 405)
             asked = await requests.read(Request(scope, receive))
             response = await self._score(scope, receive, asked)
             await response(scope, receive, send)
@@ -74,9 +74,9 @@ class Front:
             await self.app(scope, receive, send)
 
     async def _check_key(self, scope: Scope) -> None:
-        """Raises Refused (401) where vLLM would refuse."""
+        """Raises RequestRefused (401) where vLLM would refuse."""
         if (await self._ask(scope, None, "GET", "/v1/models")).status_code == 401:
-            raise Refused("the API key is missing or wrong: send it as `Authorization: Bearer KEY`", 401)
+            raise RequestRefused("the API key is missing or wrong: send it as `Authorization: Bearer KEY`", 401)
 
     async def _ask(
         self, scope: Scope, waiting: Receive | None, method: str, path: str, body: Any = None
@@ -106,7 +106,7 @@ class Front:
             body = chat.request_body(_args(scope).scoring, task, url, n, temperature)
             response = await self._ask(scope, receive, "POST", CHAT, body)
             if response.status_code != 200:
-                raise Refused(f"vLLM refused: {_said(response)}", response.status_code)
+                raise RequestRefused(f"vLLM refused: {_said(response)}", response.status_code)
             found = response.json()
             if found is None:  # vLLM's answer to a caller who has gone
                 raise ClientDisconnect
@@ -120,7 +120,7 @@ class Front:
         try:
             ours = await self._preset(scope, raw)
         except RecursionError:
-            raise Refused(requests.NESTED) from None
+            raise RequestRefused(requests.NESTED) from None
         if ours is not None:
             raw = ours
             headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
@@ -146,7 +146,7 @@ def _args(scope: Scope) -> Any:
     return scope["app"].state.args
 
 
-def _error(refused: Refused) -> JSONResponse:
+def _error(refused: RequestRefused) -> JSONResponse:
     """In the shape of OpenAI's errors, which clients know how to read."""
     kinds = {401: "authentication_error", 413: "request_too_large"}
     kind = kinds.get(refused.status, "invalid_request_error" if refused.status < 500 else "server_error")

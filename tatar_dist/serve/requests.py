@@ -1,4 +1,4 @@
-"""What `/score` is asked: an HTTP request in, the pictures' bytes and the options out, or `Refused` with a status.
+"""What `/score` is asked: the pictures' bytes and the options of an HTTP request, or `RequestRefused` with a status.
 
 Three ways to send a picture, with the same options (`task`, `n`, `temperature`):
 
@@ -33,7 +33,7 @@ OPTIONS = ("task", "n", "temperature")
 NESTED = "the JSON is nested too deeply"
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A request that gets no answer; the message is the one line its sender reads, `status` an HTTP status."""
 
     def __init__(self, message: str, status: int = 400) -> None:
@@ -52,7 +52,10 @@ class ScoreRequest:
 
 
 async def body_of(receive: Receive) -> bytes:
-    """The whole body of a request. Raises Refused (413) beyond `MAX_BYTES`, ClientDisconnect when nobody waits."""
+    """The whole body of a request.
+
+    Raises RequestRefused (413) beyond `MAX_BYTES`, ClientDisconnect when nobody waits.
+    """
     parts: list[bytes] = []
     size, more = 0, True
     while more:
@@ -62,15 +65,15 @@ async def body_of(receive: Receive) -> bytes:
         parts.append(message.get("body", b""))
         size, more = size + len(parts[-1]), message.get("more_body", False)
         if size > MAX_BYTES:
-            raise Refused(f"the request is larger than {MAX_BYTES >> 20} MiB", 413)
+            raise RequestRefused(f"the request is larger than {MAX_BYTES >> 20} MiB", 413)
     return b"".join(parts)
 
 
 async def read(request: Request) -> ScoreRequest:
-    """Raises Refused: no picture, not the form it claims to be, an option that is unknown or out of its range."""
+    """Raises RequestRefused: no picture, not the form it claims to be, an option unknown or out of its range."""
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > MAX_BYTES:
-        raise Refused(f"the request is larger than {MAX_BYTES >> 20} MiB", 413)
+        raise RequestRefused(f"the request is larger than {MAX_BYTES >> 20} MiB", 413)
     body = await body_of(request.receive)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     options: dict[str, Any] = dict(request.query_params)
@@ -83,9 +86,11 @@ async def read(request: Request) -> ScoreRequest:
     options |= fields
     for key in options:
         if key not in OPTIONS:
-            raise Refused(f"{_brief(key)}: no such option; there are {', '.join(OPTIONS)}")
+            raise RequestRefused(f"{_brief(key)}: no such option; there are {', '.join(OPTIONS)}")
     if not image:
-        raise Refused("no picture: send its bytes, a form with the field `image`, or JSON with `image` in base64")
+        raise RequestRefused(
+            "no picture: send its bytes, a form with the field `image`, or JSON with `image` in base64"
+        )
     return ScoreRequest(image, *_checked(options))
 
 
@@ -99,44 +104,44 @@ async def _form(request: Request, body: bytes) -> tuple[bytes, dict[str, Any]]:
             image = fields.pop("image", b"")
             found = await image.read() if isinstance(image, UploadFile) else b""
             if isinstance(image, UploadFile) and not found:
-                raise Refused("image: the file is empty")
+                raise RequestRefused("image: the file is empty")
             return found, {k: "a file" if isinstance(v, UploadFile) else v for k, v in fields.items()}
     except HTTPException as e:
-        raise Refused(f"not a form that can be read: {e.detail}") from None
+        raise RequestRefused(f"not a form that can be read: {e.detail}") from None
 
 
 def _json(body: bytes) -> tuple[bytes, dict[str, Any]]:
     try:
         fields = json.loads(body)
     except ValueError as e:
-        raise Refused(f"not valid JSON: {e}") from None
+        raise RequestRefused(f"not valid JSON: {e}") from None
     except RecursionError:
-        raise Refused(NESTED) from None
+        raise RequestRefused(NESTED) from None
     if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
-        raise Refused("expected a JSON object with `image`, a picture in base64")
+        raise RequestRefused("expected a JSON object with `image`, a picture in base64")
     return from_base64(fields.pop("image")), fields
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes of a base64 text or a `data:…;base64,` URL. Raises Refused."""
+    """The bytes of a base64 text or a `data:…;base64,` URL. Raises RequestRefused."""
     head, comma, rest = text.partition(",") if text.startswith("data:") else ("", "", text)
     if head and not (comma and head.endswith(";base64")):
-        raise Refused("image: a data URL without `;base64,`")
+        raise RequestRefused("image: a data URL without `;base64,`")
     try:
         return base64.b64decode("".join(rest.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise Refused("image: not valid base64") from None
+        raise RequestRefused("image: not valid base64") from None
 
 
 def _checked(options: Mapping[str, Any]) -> tuple[tuple[Task, ...], int, float]:
     task = options.get("task", "both")
     if task not in (*TASKS, "both"):
-        raise Refused(f"task={_brief(task)}: must be one of {', '.join(TASKS)}, both")
+        raise RequestRefused(f"task={_brief(task)}: must be one of {', '.join(TASKS)}, both")
     n, temperature = _number(options, "n", 0), _number(options, "temperature", 1.0)
     if not (n == int(n) and 0 <= n <= MAX_SAMPLES):
-        raise Refused(f"n={n:g}: must be a whole number from 0 to {MAX_SAMPLES}")
+        raise RequestRefused(f"n={n:g}: must be a whole number from 0 to {MAX_SAMPLES}")
     if not 0 < temperature <= MAX_TEMPERATURE:
-        raise Refused(
+        raise RequestRefused(
             f"temperature={temperature:g}: must be above 0, up to {MAX_TEMPERATURE:g} (the score is greedy anyway)"
         )
     return TASKS if task == "both" else (task,), int(n), temperature
@@ -149,7 +154,7 @@ def _number(options: Mapping[str, Any], key: str, default: float) -> float:
     except (TypeError, ValueError, OverflowError):  # a whole number may be larger than any float
         found = math.nan
     if not math.isfinite(found):
-        raise Refused(f"{key}={_brief(given)}: must be a number")
+        raise RequestRefused(f"{key}={_brief(given)}: must be a number")
     return found
 
 

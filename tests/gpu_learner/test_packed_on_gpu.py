@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from tatar_dist.config.load import load_config
-from tatar_dist.demo.tiny.build import Sizes, build
+from tatar_dist.demo.tiny.build import TinySizes, build
 from tatar_dist.learner.batch import Collator
 from tatar_dist.learner.policy import PolicyModel
 from tatar_dist.models import family
 from tatar_dist.types import LearnerRow
 
-SIZES = Sizes(vocab=512, text_layers=2, vision_depth=2)  # heads of 32, which flash kernels take
+SIZES = TinySizes(vocab=512, text_layers=2, vision_depth=2)  # heads of 32, which flash kernels take
 IMAGES = {"a": (112, 112), "b": (224, 112), "c": (96, 160)}
 LENGTHS = (7, 1, 40, 12, 33)
 

@@ -13,7 +13,7 @@ from conftest import model_words, once, png
 
 from tatar_dist.config.load import load_config
 from tatar_dist.data.writing import write_manifest
-from tatar_dist.rationale.questions import Build, Row
+from tatar_dist.rationale.questions import Build, QuestionRow
 from tatar_dist.rationale.wording import load_wording
 from tatar_dist.run.process import importing
 from tatar_dist.types import EIGHT
@@ -82,7 +82,7 @@ def _prompts(directory: Path, path: str, backbone) -> dict[str, list[str]]:
     for task in ("iqa", "iaa"):
         found[task] = []
         for score in range(11, 91):
-            request = build.request(Row(0, "a", task, task, float(score), None, NOTES), 0)
+            request = build.request(QuestionRow(0, "a", task, task, float(score), None, NOTES), 0)
             messages = [
                 {"role": "system", "content": [{"type": "text", "text": request.system}]},
                 {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request.user}]},

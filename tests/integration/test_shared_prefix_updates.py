@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 from tatar_dist.bench import per_row  # noqa: E402
 from tatar_dist.cluster.ray_cluster import Cluster  # noqa: E402
 from tatar_dist.data.images import decode_image  # noqa: E402
-from tatar_dist.demo.tiny.build import Sizes, build  # noqa: E402
+from tatar_dist.demo.tiny.build import TinySizes, build  # noqa: E402
 from tatar_dist.learner.batch import Collator  # noqa: E402
 from tatar_dist.learner.sharding import global_weights, group_rows, shard_groups  # noqa: E402
 from tatar_dist.models import family  # noqa: E402
@@ -30,7 +30,7 @@ from tatar_dist.sync.object_store import from_wire, stream  # noqa: E402
 from tatar_dist.types import Completion, Group, Prompt, Sample, ScoredGroup  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
-SIZES = Sizes(text_hidden=64, text_layers=2, text_heads=2, text_kv_heads=1, vision_depth=2)
+SIZES = TinySizes(text_hidden=64, text_layers=2, text_heads=2, text_kv_heads=1, vision_depth=2)
 IMAGES = ((112, 112), (224, 112), (96, 160), (168, 140))
 LENGTHS = ((1, 40, 7, 40), (3, 18, 18, 29), (1, 1, 2, 35), (12, 26, 1, 5))
 TEMPERATURE, BETA = 0.7, 1.0

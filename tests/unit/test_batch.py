@@ -20,7 +20,7 @@ from PIL import Image  # noqa: E402
 from tatar_dist.algo.loss import sft_loss  # noqa: E402
 from tatar_dist.config.load import load_config  # noqa: E402
 from tatar_dist.data.images import UnreadableImage  # noqa: E402
-from tatar_dist.demo.tiny.build import Sizes, build  # noqa: E402
+from tatar_dist.demo.tiny.build import TinySizes, build  # noqa: E402
 from tatar_dist.errors import RunError  # noqa: E402
 from tatar_dist.learner.batch import Collator, PromptMismatch  # noqa: E402
 from tatar_dist.learner.policy import PolicyModel, TokenLogprobs  # noqa: E402
@@ -28,7 +28,7 @@ from tatar_dist.models import family  # noqa: E402
 from tatar_dist.types import LearnerRow  # noqa: E402
 
 PIXELS = 112
-SMALL = Sizes(vocab=512, text_layers=2, text_intermediate=64, vision_depth=2, vision_intermediate=64)
+SMALL = TinySizes(vocab=512, text_layers=2, text_intermediate=64, vision_depth=2, vision_intermediate=64)
 TEXTS = {
     "iqa": "How good is the technical quality of this image?",
     "iaa": "How beautiful is this image? Weigh at length theme, emotion and the overall impression.",

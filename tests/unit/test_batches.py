@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tatar_dist.sampling import Batch, Batches, Collected
+from tatar_dist.sampling import Batches, Collected, PromptBatch
 from tatar_dist.types import Completion, Group, Prompt, Sample, ScoredGroup
 
 IDS = [f"{n:06d}/{3 * n + i:02d}" for n in range(6) for i in range(2)]  # a third of what is drawn is a refill's
@@ -37,7 +37,7 @@ class World:
         self.sampler.at += 2
         return [Prompt(Sample(i, "d", "iqa", b"", 1.0), "text", f"{step:06d}/{i}") for i in ids]
 
-    def collect(self, batch: Batch) -> Collected:
+    def collect(self, batch: PromptBatch) -> Collected:
         known, new = self.batches.recall(batch.prompts)
         self.sampled += [p.group_id for p in new]
         made = Completion("a", (1, 2), (-0.1, -1 / 3), "stop")
@@ -107,7 +107,7 @@ def test_working_ahead_that_is_cut_short_leaves_no_trace():
     world.learn(1)
     kept, broken = world.batches.state(), world.batches.collect
 
-    def stop(batch: Batch) -> Collected:
+    def stop(batch: PromptBatch) -> Collected:
         world.sampler.at += 5
         raise Stop
 

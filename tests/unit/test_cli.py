@@ -156,10 +156,10 @@ def test_metrics_prints_the_contract_as_json(tmp_path, capsys):
 
 
 def test_doctor_json_says_ok_only_if_all_that_is_required_is():
-    good, note = doctor.Check("a", True, True, "1", "hint"), doctor.Check("b", False, False, "?", "do this")
+    good, note = doctor.DoctorCheck("a", True, True, "1", "hint"), doctor.DoctorCheck("b", False, False, "?", "do this")
     found = doctor.as_json([good, note])
     assert found["ok"] and [c["hint"] for c in found["checks"]] == ["", "do this"]
-    assert not doctor.as_json([doctor.Check("c", False, True, "no", "install")])["ok"]
+    assert not doctor.as_json([doctor.DoctorCheck("c", False, True, "no", "install")])["ok"]
 
 
 def test_doctor_names_a_tool_that_is_missing(monkeypatch, tmp_path):

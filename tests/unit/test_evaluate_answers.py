@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tatar_dist.errors import UserError
-from tatar_dist.evaluate.answers import Answers, batch_size, batches, distinct, model_fingerprint
+from tatar_dist.evaluate.answers import AnswerJournal, batch_size, batches, distinct, model_fingerprint
 from tatar_dist.rollout import calls
 from tatar_dist.types import Completion, Expected, Group, Prompt, Sample
 
@@ -33,11 +33,11 @@ def group(s: Sample, text: str = "<answer>5</answer>", expected: Expected | None
 
 def test_answers_outlive_the_process_and_a_torn_last_line(tmp_path):
     file = tmp_path / "answers.jsonl"
-    with Answers(file, SETTINGS) as answers:
+    with AnswerJournal(file, SETTINGS) as answers:
         answers.keep("greedy", [group(sample(0), expected=Expected(5.5, 1.0, 0.9)), group(sample(1))])
         answers.keep("sampled", [group(sample(0), "drawn")])
     file.write_bytes(file.read_bytes() + b'{"sum":"0')
-    with Answers(file, SETTINGS) as answers:
+    with AnswerJournal(file, SETTINGS) as answers:
         assert answers.notice and (answers.count("greedy"), answers.count("sampled")) == (2, 1)
         (kept,) = answers.get("greedy", sample(0))
         assert (kept.text, kept.finish_reason, kept.expected) == ("<answer>5</answer>", "stop", Expected(5.5, 1.0, 0.9))
@@ -47,7 +47,7 @@ def test_answers_outlive_the_process_and_a_torn_last_line(tmp_path):
 
 
 def test_a_picture_that_was_replaced_since_is_asked_again(tmp_path):
-    with Answers(tmp_path / "a.jsonl", SETTINGS) as answers:
+    with AnswerJournal(tmp_path / "a.jsonl", SETTINGS) as answers:
         answers.keep("greedy", [group(sample(0), "old")])
         other = replace(sample(0), image=b"another")
         assert not answers.has("greedy", other)
@@ -56,11 +56,11 @@ def test_a_picture_that_was_replaced_since_is_asked_again(tmp_path):
 
 
 def test_answers_of_another_model_are_refused(tmp_path):
-    with Answers(tmp_path / "a.jsonl", SETTINGS) as answers:
+    with AnswerJournal(tmp_path / "a.jsonl", SETTINGS) as answers:
         answers.keep("greedy", [group(sample(0))])
     with (
         pytest.raises(UserError, match=r"model was 'm', is 'n'"),
-        Answers(tmp_path / "a.jsonl", {**SETTINGS, "model": "n"}),
+        AnswerJournal(tmp_path / "a.jsonl", {**SETTINGS, "model": "n"}),
     ):
         pass
 
@@ -86,7 +86,7 @@ def test_a_call_is_neither_more_than_a_fair_share_nor_than_a_few_times_the_room(
 
 
 def test_large_pictures_make_small_calls(monkeypatch):
-    monkeypatch.setattr(calls.in_calls, "__defaults__", (1000,))  # pixels of a call
+    monkeypatch.setattr(calls.batches_by_pixels, "__defaults__", (1000,))  # pixels of a call
     sizes = [(10, 10), (30, 30), (20, 40), (100, 100), (10, 10)]
     samples = [sample(i, size=size) for i, size in enumerate(sizes)]
     parts = batches(samples, 4, lambda s: Prompt(s, "", s.sample_id), lambda s: False)

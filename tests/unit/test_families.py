@@ -18,7 +18,7 @@ from test_batch import png  # noqa: E402
 
 from tatar_dist.bench import per_row  # noqa: E402
 from tatar_dist.config.load import load_config  # noqa: E402
-from tatar_dist.demo.tiny.build import Sizes, build, make_config, make_processor, train_tokenizer  # noqa: E402
+from tatar_dist.demo.tiny.build import TinySizes, build, make_config, make_processor, train_tokenizer  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
 from tatar_dist.learner.batch import Collator  # noqa: E402
 from tatar_dist.learner.policy import PolicyModel  # noqa: E402
@@ -27,7 +27,7 @@ from tatar_dist.models import family  # noqa: E402
 from tatar_dist.models.costs import Unit  # noqa: E402
 from tatar_dist.types import LearnerRow  # noqa: E402
 
-SIZES = Sizes(
+SIZES = TinySizes(
     vocab=512, text_hidden=64, text_layers=2, text_heads=2, text_kv_heads=1, text_intermediate=64,
     vision_hidden=64, vision_depth=2, vision_heads=2, vision_intermediate=64,
 )  # fmt: skip

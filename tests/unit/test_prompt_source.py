@@ -25,7 +25,7 @@ from tatar_dist.data.images import decode_image  # noqa: E402
 from tatar_dist.data.manifest import read_manifest  # noqa: E402
 from tatar_dist.data.sampler import PromptSampler, sft_sampler  # noqa: E402
 from tatar_dist.data.writing import write_manifest  # noqa: E402
-from tatar_dist.demo.tiny.build import Sizes, build  # noqa: E402
+from tatar_dist.demo.tiny.build import TinySizes, build  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
 from tatar_dist.prompts.answer import answer_text  # noqa: E402
 from tatar_dist.prompts.source import PromptSource, read_manifests  # noqa: E402
@@ -33,7 +33,7 @@ from tatar_dist.run.directory import RunDirectory  # noqa: E402
 from tatar_dist.sft import _held_out  # noqa: E402
 
 PROMPTS = Path(__file__).parents[2] / "configs" / "prompts.yaml"
-SMALL = Sizes(vocab=512, text_layers=1, text_intermediate=64, vision_depth=1, vision_intermediate=64)
+SMALL = TinySizes(vocab=512, text_layers=1, text_intermediate=64, vision_depth=1, vision_intermediate=64)
 SIDE = 112
 
 

@@ -18,10 +18,10 @@ from tatar_dist.bench.openai_server import FAST, OpenAIServer, Reply, completion
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.rationale import run as running
-from tatar_dist.rationale.ledger import Entry, Ledger, journal_line
+from tatar_dist.rationale.ledger import Ledger, LedgerEntry, journal_line
 from tatar_dist.rationale.meter import Meter
 from tatar_dist.rationale.questions import Answer, Build
-from tatar_dist.rationale.rows import Rows
+from tatar_dist.rationale.rows import RationaleRows
 from tatar_dist.rationale.wording import load_wording
 from tatar_dist.rollout.engine import group_seed
 from tatar_dist.run.journal import decode
@@ -307,11 +307,11 @@ def test_an_answer_is_on_disk_before_its_slot_asks_the_next(tmp_path):
 def test_reading_what_is_there_shows_and_does_not_count_as_pace(tmp_path):
     config = build_config(*endpoint_words("http://127.0.0.1:9/v1"), output=tmp_path / "r.parquet")
     ledger, said = Ledger(Build(config, load_wording(config.rationale.prompts))), io.StringIO()
-    found = Rows(manifest(tmp_path / "m.parquet", 5))
+    found = RationaleRows(manifest(tmp_path / "m.parquet", 5))
     for row in found:
         answer = Answer(FAST, "stop", 100, 30)
         digest = ledger.question.digest(row)
-        ledger.remember(journal_line(Entry(row.number, row.sample_id, row.dataset, row.task, digest), 0, answer))
+        ledger.remember(journal_line(LedgerEntry(row.number, row.sample_id, row.dataset, row.task, digest), 0, answer))
     meter = Meter("rationale build", 5, Console(file=said))
     meter.began = meter.began - 1000.0
     meter._printed = meter.began

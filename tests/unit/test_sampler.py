@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tatar_dist.data import walk
+from tatar_dist.data import pool_cursor
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.data.pools import Pool
 from tatar_dist.data.sampler import PromptSampler, sft_sampler
@@ -104,7 +104,7 @@ def test_state_of_an_older_version_is_refused_where_its_order_was_another_one(tm
 
 
 def test_a_data_set_of_too_many_rows_is_refused(both, monkeypatch):
-    monkeypatch.setattr(walk, "MAX_ROWS", 36)
+    monkeypatch.setattr(pool_cursor, "MAX_ROWS", 36)
     with pytest.raises(UserError, match="'set-iqa' has 37 rows, more than 36"):
         PromptSampler(both, seed=1)
 

@@ -13,7 +13,7 @@ import pytest
 
 from tatar_dist.config.schema import WatchConfig
 from tatar_dist.faults.stacks import stacks_of
-from tatar_dist.faults.stall import Process, StallDetector, Stalled, processes_of
+from tatar_dist.faults.stall import StallDetector, Stalled, WatchedProcess, processes_of
 from tatar_dist.run.events import Events, read_events
 from tatar_dist.run.log import answer_stack_requests
 
@@ -143,9 +143,9 @@ def test_a_stall_is_logged_with_the_stacks_of_all_processes(tmp_path, start):
     stopped.send_signal(signal.SIGSTOP)
     wait_for(lambda: not stacks_of([stopped.pid])[0].answered, "the process to stop")
     processes = [
-        Process("controller", os.getpid()),
-        Process("learner-0", hung.pid),
-        Process("engine-1", stopped.pid),
+        WatchedProcess("controller", os.getpid()),
+        WatchedProcess("learner-0", hung.pid),
+        WatchedProcess("engine-1", stopped.pid),
     ]
     events = Events(tmp_path)
     config = WatchConfig(stall_factor=2.0, stall_min_s=0.2, stall_action="stop")
@@ -220,7 +220,7 @@ def test_report_raises_nothing_and_late_progress_takes_the_request_back(tmp_path
 def test_a_stall_that_cannot_be_written_down_does_not_end_the_watch(tmp_path):
     calls = []
 
-    def processes() -> list[Process]:
+    def processes() -> list[WatchedProcess]:
         calls.append(1)
         if len(calls) == 1:
             raise OSError("no space left")
@@ -244,9 +244,9 @@ def test_the_processes_of_a_run_come_from_its_event_log(tmp_path):
     events.log("engine/restarting", engine=1)
     events.log("process/started", name="engine-1", pid=22, host="b", node="n1")  # it may hang while it starts
     assert processes_of(tmp_path) == [
-        Process("controller", os.getpid()),
-        Process("learner-0", 10, "n0"),
-        Process("learner-1", 11, "n1"),
-        Process("engine-1", 22, "n1"),
-        Process("reward", 30, "n0"),
+        WatchedProcess("controller", os.getpid()),
+        WatchedProcess("learner-0", 10, "n0"),
+        WatchedProcess("learner-1", 11, "n1"),
+        WatchedProcess("engine-1", 22, "n1"),
+        WatchedProcess("reward", 30, "n0"),
     ]

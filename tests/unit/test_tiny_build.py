@@ -13,9 +13,9 @@ pytest.importorskip("transformers")
 from PIL import Image  # noqa: E402
 
 from tatar_dist.demo.tiny import align, tower  # noqa: E402
-from tatar_dist.demo.tiny.build import FORMAT_TOKENS, Sizes, build, default_corpus, make_model  # noqa: E402
+from tatar_dist.demo.tiny.build import FORMAT_TOKENS, TinySizes, build, default_corpus, make_model  # noqa: E402
 
-SMALL = Sizes(vocab=1024, text_layers=1, text_intermediate=64, vision_depth=2, vision_intermediate=64)
+SMALL = TinySizes(vocab=1024, text_layers=1, text_intermediate=64, vision_depth=2, vision_intermediate=64)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import signal
 import pytest
 
 from tatar_dist.config.schema import WatchConfig
-from tatar_dist.errors import LearnersFailed, StopAsked
-from tatar_dist.faults.interrupts import Interrupts
+from tatar_dist.errors import LearnersFailed, StopRequested
+from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.faults.stall import StallDetector, Stalled
 from tatar_dist.faults.waiting import Waits
 from tatar_dist.run.events import Events
@@ -18,7 +18,7 @@ from tatar_dist.run.events import Events
 @pytest.fixture
 def asked():
     """Signals of a run that was asked to stop."""
-    with Interrupts() as stop:
+    with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
         yield stop
@@ -27,7 +27,7 @@ def asked():
 def test_a_signal_ends_a_wait_inside_interruptible_only(asked):
     waits = Waits(asked)
     waits.check()
-    with waits.interruptible(), pytest.raises(StopAsked):
+    with waits.interruptible(), pytest.raises(StopRequested):
         waits.check()
     waits.check()
 
@@ -37,7 +37,7 @@ def test_the_inner_of_two_decides_and_the_outer_holds_again_after_it(asked):
     with waits.interruptible():
         with waits.interruptible(lambda: False):
             waits.check()
-        with pytest.raises(StopAsked):
+        with pytest.raises(StopRequested):
             waits.check()
 
 

@@ -14,14 +14,14 @@ import numpy as np
 
 from tatar_dist.data.checks.duplicates import Likeness, fates, groups, likenesses
 from tatar_dist.data.checks.problem_log import Problem
-from tatar_dist.data.checks.validation import Checked, Rows, columns_of
+from tatar_dist.data.checks.validation import Checked, ValidationRows, columns_of
 
 NAMED = 3  # rows that a message names; the rest are counted
 
 _Known = dict[int, tuple[str, float]]  # row among all -> its sample_id and score
 
 
-def compare(checked: Sequence[Checked], rows: Rows) -> np.ndarray:
+def compare(checked: Sequence[Checked], rows: ValidationRows) -> np.ndarray:
     """Duplicate ids, identical pictures, conflicting scores, leaks. Returns (rows,) uint8: see duplicates.fates."""
     _duplicate_ids(checked, rows)
     usable = ~rows.unusable
@@ -50,7 +50,7 @@ def _look_up(checked: Sequence[Checked], wanted: Iterable[int]) -> _Known:
     return known
 
 
-def _duplicate_ids(checked: Sequence[Checked], rows: Rows) -> None:
+def _duplicate_ids(checked: Sequence[Checked], rows: ValidationRows) -> None:
     """Later rows of a repeated id become unusable; ids need only be unique within their file."""
     for manifest in checked:
         span = slice(manifest.first, manifest.first + manifest.rows)
@@ -69,7 +69,7 @@ def _duplicate_ids(checked: Sequence[Checked], rows: Rows) -> None:
 class _Report:
     """Words findings about rows, in the log of the manifest that a row lies in."""
 
-    def __init__(self, checked: Sequence[Checked], rows: Rows, known: _Known) -> None:
+    def __init__(self, checked: Sequence[Checked], rows: ValidationRows, known: _Known) -> None:
         self.checked, self.known = checked, known
         self._rows, self._firsts = rows, [m.first for m in checked]
 

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from tatar_dist.data.checks.compare import compare
 from tatar_dist.data.checks.problem_log import Problem, problem_log
 from tatar_dist.data.checks.rows import Columns, PoolFacts, reference_of, row_faults
-from tatar_dist.data.checks.validation import Checked, Rows, Validation, batches, open_source, values_of
+from tatar_dist.data.checks.validation import Checked, Validation, ValidationRows, batches, open_source, values_of
 from tatar_dist.data.images import MAX_PIXELS, ImageFacts, inspect_image
 from tatar_dist.data.manifest import image_path
 from tatar_dist.data.schema import SCHEMA
@@ -62,7 +62,7 @@ def validate(
         raise UserError(f"{clash[0]}: given twice, or two manifests of this name would write the same report")
     workers = workers or len(os.sched_getaffinity(0))
     total = sum(file.metadata.num_rows for _, file, _ in opened)
-    rows, checked = Rows.of(total), []
+    rows, checked = ValidationRows.of(total), []
     with ExitStack() as stack:
         first = 0
         for path, file, root in opened:
@@ -145,7 +145,7 @@ _Batch = tuple[int, Columns, set[int], list["Future[list[Looked]]"]]
 
 
 def _check_manifest(
-    manifest: Checked, file: pq.ParquetFile, rows: Rows, pool: _Workers, watch: Callable[[int], None]
+    manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, pool: _Workers, watch: Callable[[int], None]
 ) -> None:
     rng = np.random.default_rng(0)
     waiting: _Batch | None = None
@@ -160,7 +160,7 @@ def _check_manifest(
         _record(manifest, rows, waiting, rng, watch)
 
 
-def _submitted(manifest: Checked, file: pq.ParquetFile, rows: Rows, pool: _Workers) -> Iterator[_Batch]:
+def _submitted(manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, pool: _Workers) -> Iterator[_Batch]:
     """Check the light columns of each batch and hand its pictures to the workers."""
     start = manifest.first
     for table in batches(file, SCHEMA.names):
@@ -188,7 +188,7 @@ def _submitted(manifest: Checked, file: pq.ParquetFile, rows: Rows, pool: _Worke
         start += len(table)
 
 
-def _note_rows(manifest: Checked, rows: Rows, start: int, columns: Columns) -> None:
+def _note_rows(manifest: Checked, rows: ValidationRows, start: int, columns: Columns) -> None:
     """Hashes of ids and references, and the facts of the pools that a batch belongs to."""
     keys = list(zip(*(columns[n] for n in ("dataset", "task", "split")), strict=True))
     for i, name in enumerate(columns["sample_id"]):
@@ -210,7 +210,7 @@ def _note_rows(manifest: Checked, rows: Rows, start: int, columns: Columns) -> N
 
 
 def _record(
-    manifest: Checked, rows: Rows, batch: _Batch, rng: np.random.Generator, watch: Callable[[int], None]
+    manifest: Checked, rows: ValidationRows, batch: _Batch, rng: np.random.Generator, watch: Callable[[int], None]
 ) -> None:
     """Wait for the pictures of a batch and note what they are."""
     start, columns, wrong, futures = batch

@@ -49,7 +49,7 @@ class Checked:
 
 
 @dataclass
-class Rows:
+class ValidationRows:
     """Arrays over the rows of all manifests: hashes of pictures, ids and references (0: none), pool, usability."""
 
     picture: np.ndarray  # (n, 2) uint64
@@ -60,7 +60,7 @@ class Rows:
     pools: list[Key] = field(default_factory=list)
 
     @classmethod
-    def of(cls, n: int) -> Rows:
+    def of(cls, n: int) -> ValidationRows:
         ident, reference = np.zeros(n, np.int64), np.zeros(n, np.int64)
         return cls(np.zeros((n, 2), np.uint64), ident, reference, np.zeros(n, np.int32), np.zeros(n, bool))
 

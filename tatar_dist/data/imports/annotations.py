@@ -52,7 +52,7 @@ class RawFile:
         return f"{'key' if self.kind in ('json', 'jsonl') else 'column'} {column}"
 
 
-class Rows(NamedTuple):
+class AnnotationRows(NamedTuple):
     """A file before its format is known. `header`: names, None for files that have none."""
 
     kind: str
@@ -93,7 +93,7 @@ def read_annotations(
     return RawFile(file, rows.kind, fmt, columns, rows.where, rows.bad)
 
 
-def parse(data: bytes, file: str, encoding: str | None, formats: Sequence[Format]) -> Rows:
+def parse(data: bytes, file: str, encoding: str | None, formats: Sequence[Format]) -> AnnotationRows:
     """Bytes -> rows by what they look like; CSV or header-less text is settled by the formats' signatures."""
     if data[:4] == b"PK\x03\x04":
         return _xlsx(data, file)
@@ -136,7 +136,7 @@ def decode(data: bytes, file: str, encoding: str | None) -> str:
     return text.removeprefix("\ufeff")
 
 
-def _csv(text: str, file: str) -> Rows:
+def _csv(text: str, file: str) -> AnnotationRows:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = list(reader)
@@ -152,7 +152,9 @@ def _csv(text: str, file: str) -> Rows:
         ends = [0, *(again.line_num for _ in again)]  # a quoted value may span lines
         return [ends[i] + 1 for i in kept]
 
-    return Rows("csv", [name.strip() for name in rows[header_at]], [rows[i] for i in kept], _place(file, lines), {})
+    return AnnotationRows(
+        "csv", [name.strip() for name in rows[header_at]], [rows[i] for i in kept], _place(file, lines), {}
+    )
 
 
 def _place(file: str, lines: Callable[[], list[int]]) -> Callable[[int], str]:
@@ -161,11 +163,11 @@ def _place(file: str, lines: Callable[[], list[int]]) -> Callable[[int], str]:
     return lambda i: f"{file}:{counted()[i]}"
 
 
-def _plain_text(text: str, file: str, separator: str) -> Rows:
+def _plain_text(text: str, file: str, separator: str) -> AnnotationRows:
     lines = text.split("\n")
     kept = [i for i, line in enumerate(lines) if line.strip()]
     rows = [_split(lines[i], separator) for i in kept]
-    return Rows("text", None, rows, lambda i: f"{file}:{kept[i] + 1}", {})
+    return AnnotationRows("text", None, rows, lambda i: f"{file}:{kept[i] + 1}", {})
 
 
 def _split(line: str, separator: str) -> list[str]:
@@ -200,7 +202,7 @@ def _check_object(i: int, row: Any, bad: dict[int, Bad]) -> None:
         bad[i] = Bad("repeated key", f"key {row.repeated!r} is given twice")
 
 
-def _json_list(text: str, file: str) -> Rows:
+def _json_list(text: str, file: str) -> AnnotationRows:
     try:
         rows = _DECODER.decode(text)
     except json.JSONDecodeError as e:
@@ -221,10 +223,10 @@ def _json_list(text: str, file: str) -> Rows:
             counted, at = start, _DECODER.raw_decode(text, start)[1]
         return found
 
-    return Rows("json", None, rows, _place(file, lines), bad)
+    return AnnotationRows("json", None, rows, _place(file, lines), bad)
 
 
-def _json_lines(text: str, file: str) -> Rows:
+def _json_lines(text: str, file: str) -> AnnotationRows:
     lines = text.split("\n")
     kept = [i for i, line in enumerate(lines) if line.strip()]
     rows: list[Any] = []
@@ -242,7 +244,7 @@ def _json_lines(text: str, file: str) -> Rows:
             if type(row) is not dict:
                 _check_object(i, row, bad)
         rows.append(row)
-    return Rows("jsonl", None, rows, lambda i: f"{file}:{kept[i] + 1}", bad)
+    return AnnotationRows("jsonl", None, rows, lambda i: f"{file}:{kept[i] + 1}", bad)
 
 
 def _is_one_object(text: str) -> bool:
@@ -252,7 +254,7 @@ def _is_one_object(text: str) -> bool:
         return False
 
 
-def _xlsx(data: bytes, file: str) -> Rows:
+def _xlsx(data: bytes, file: str) -> AnnotationRows:
     from openpyxl import load_workbook
 
     try:
@@ -277,7 +279,7 @@ def _xlsx(data: bytes, file: str) -> Rows:
     values = [[*row, *[None] * width][: max(width, _filled(row))] for row in (rows[i] for i in kept)]
     if any(None in row for row in values):
         _put_formulas(data, kept, values)
-    return Rows("xlsx", header, values, lambda i: f"{file}: row {kept[i] + 1}", {})
+    return AnnotationRows("xlsx", header, values, lambda i: f"{file}: row {kept[i] + 1}", {})
 
 
 XLSX_LIMIT = 512 << 20  # bytes unpacked; SPAQ's workbook is about 2 MiB
@@ -303,7 +305,7 @@ def _put_formulas(data: bytes, kept: list[int], values: list[list[Any]]) -> None
                 row[column] = Formula(cell)
 
 
-def _recognise(rows: Rows, file: str, dataset: Dataset, wanted: list[Format]) -> Format:
+def _recognise(rows: AnnotationRows, file: str, dataset: Dataset, wanted: list[Format]) -> Format:
     """The format whose columns the file has; of several the one with most columns, if it holds the others'."""
     if rows.header is not None:
         there = rows.header
@@ -332,7 +334,9 @@ def _recognise(rows: Rows, file: str, dataset: Dataset, wanted: list[Format]) ->
     raise UserError(f"{file}: {_no_fit(rows, there, dataset, wanted, possible)}")
 
 
-def _no_fit(rows: Rows, there: list[str], dataset: Dataset, wanted: list[Format], possible: list[Format]) -> str:
+def _no_fit(
+    rows: AnnotationRows, there: list[str], dataset: Dataset, wanted: list[Format], possible: list[Format]
+) -> str:
     if not possible:
         known = "; ".join(f"{f.name}: {'/'.join(f.kinds)}" for f in wanted)
         return f"looks like {rows.kind}, in which {dataset.name} has no format ({known})"

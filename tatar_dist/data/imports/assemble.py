@@ -27,7 +27,7 @@ from tatar_dist.data.imports.rows import (
     gather,
     read_names,
 )
-from tatar_dist.data.imports.scores import Scored, judge, to_score
+from tatar_dist.data.imports.scores import ImportedScores, judge, to_score
 from tatar_dist.data.imports.splits import SplitList, Splits, by_lists, by_rule, read_split_list
 from tatar_dist.data.registry import Dataset
 from tatar_dist.errors import UserError
@@ -151,7 +151,7 @@ def _split(rows: AllRows, dataset: Dataset, sources: Sources, choices: Choices) 
     return found
 
 
-def _lists(sources: Sources, files: list[Scored]) -> list[SplitList]:
+def _lists(sources: Sources, files: list[ImportedScores]) -> list[SplitList]:
     columns = list(dict.fromkeys([*(f.format.image for f in files), "image"]))
     pattern = files[0].format.image_pattern
     return [read_split_list(spec, data, name, pattern, columns) for spec, name, data in sources.split_lists]

@@ -1,7 +1,7 @@
 """All rows of an import side by side, and the checks that need them so: paths, names, duplicates.
 
-In: `Scored` files, the listed images directory, the set. Out: `AllRows`, one list or array per column over all files,
-with every bad row's reason, and the error line for the first of them.
+`AllRows` is made from the `ImportedScores` of all files: one list or array per column, with every bad row's reason, and
+the error line for the first of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from tatar_dist.data.imports.annotations import Bad
 from tatar_dist.data.imports.folder import ImageFolder, path_fault
-from tatar_dist.data.imports.scores import Scored, to_score
+from tatar_dist.data.imports.scores import ImportedScores, to_score
 from tatar_dist.data.registry import Dataset
 
 
@@ -28,7 +28,7 @@ from tatar_dist.data.registry import Dataset
 class AllRows:
     """The rows of all files, one list or array per column; `bad` by row. Ratings are one row each."""
 
-    files: list[Scored]
+    files: list[ImportedScores]
     given: list[str]
     path: list[str]
     raw: np.ndarray
@@ -59,7 +59,7 @@ class AllRows:
         return list(accumulate(map(len, self.files), initial=0))[:-1]
 
 
-def gather(files: list[Scored]) -> AllRows:
+def gather(files: list[ImportedScores]) -> AllRows:
     """The rows of all files, one after the other."""
     bad: dict[int, Bad] = {}
     start = 0
@@ -96,7 +96,7 @@ def counts_format(values: Iterable[float]) -> str:
     return '"counts":{' + ",".join(f'"{v:g}":%d' for v in values) + "}"
 
 
-def _vote_counts(file: Scored) -> list[str]:
+def _vote_counts(file: ImportedScores) -> list[str]:
     if file.votes is None:
         return [""] * len(file)
     shape = counts_format(value for _, value in file.format.votes)

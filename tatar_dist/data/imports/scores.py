@@ -1,8 +1,8 @@
 """Columns of an annotation file judged and turned into numbers: raw scores, spreads, votes, splits, texts.
 
-In: a `RawFile`. Out: `Scored`, arrays of n rows, and for every row that cannot be used the reason (`bad`). Values are
-checked in whole columns; single values are looked at only where a column fails. A number is a decimal number: no
-underscores, no other digits, no NaN or infinity, in JSON and Excel no text and no true or false.
+`ImportedScores` holds arrays of n rows, and for every row that cannot be used the reason (`bad`). Values are checked in
+whole columns; single values are looked at only where a column fails. A number is a decimal number: no underscores, no
+other digits, no NaN or infinity, in JSON and Excel no text and no true or false.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MOST_VOTES = 1e9  # per value; a count beyond it is no count, and sums stay exac
 
 
 @dataclass
-class Scored:
+class ImportedScores:
     """One file's rows. `raw`, `std` (n,) float64 in raw units, NaN where bad; `votes` (n, k) int64, 0 where bad."""
 
     file: str
@@ -53,7 +53,7 @@ def to_score(raw: np.ndarray, scale: Range, lower_is_better: bool = False) -> np
     return np.clip(above * scale.points, 0.0, 100.0)  # clip: the product may miss 100 by a rounding
 
 
-def judge(file: RawFile) -> Scored:
+def judge(file: RawFile) -> ImportedScores:
     """Every used column checked; rows that fail are in `bad`, each with its first fault."""
     fmt, bad = file.format, file.bad
     image = _texts(file, fmt.image)
@@ -78,7 +78,7 @@ def judge(file: RawFile) -> Scored:
     if fmt.worker:
         for i in np.flatnonzero((raw != np.floor(raw)) & ~np.isnan(raw)):
             bad.setdefault(int(i), Bad("wrong type", f"{_told(file)}{raw[i]:g} is no whole rating"))
-    return Scored(
+    return ImportedScores(
         file=file.file,
         kind=file.kind,
         format=fmt,

@@ -69,7 +69,7 @@ def conversation(
 
 
 @dataclass(frozen=True)
-class Rows:
+class AlignmentRows:
     """A padded batch: `ids` (B, L) int64; `labels` (B, L) int64, -100 where no loss falls; `positions` (3, B, L)."""
 
     ids: torch.Tensor
@@ -107,7 +107,7 @@ class Writer:
         head = [*self.prefix, *[self.image_id] * IMAGE_TOKENS, *self._encode("<|vision_end|>")]
         return [*head, *self._encode(request), *self._encode("<|im_end|>\n<|im_start|>assistant\n")]
 
-    def rows(self, conversations: list[list[tuple[str, str]]]) -> Rows:
+    def rows(self, conversations: list[list[tuple[str, str]]]) -> AlignmentRows:
         made: list[tuple[list[int], list[int]]] = []
         for turns in conversations:
             ids: list[int] = []
@@ -128,10 +128,10 @@ class Writer:
             ids_out[r, : len(ids)] = torch.tensor(ids)
             labels_out[r, : len(labels)] = torch.tensor(labels)
         positions = row_positions(len(self.prefix), length)[:, None].expand(-1, len(made), -1)
-        return Rows(ids_out, labels_out, positions)
+        return AlignmentRows(ids_out, labels_out, positions)
 
 
-def hidden_states(model: Any, rows: Rows, image_tokens: torch.Tensor, prefix: int) -> torch.Tensor:
+def hidden_states(model: Any, rows: AlignmentRows, image_tokens: torch.Tensor, prefix: int) -> torch.Tensor:
     """(B, L, H). Rows are padded on the right and attention is causal, so no mask is needed."""
     text = model.model.language_model
     embeds = text.embed_tokens(rows.ids)
@@ -152,7 +152,7 @@ def measured_srcc(model: Any, writer: Writer, crops: CropSet, tokens: torch.Tens
         value, expected = torch.zeros(len(t)), torch.zeros(len(t))
         for weight in (10, 1):
             positions = row_positions(len(writer.prefix), ids.shape[1])[:, None].expand(-1, len(t), -1)
-            h = hidden_states(model, Rows(ids, ids, positions), t, len(writer.prefix))[:, -1]
+            h = hidden_states(model, AlignmentRows(ids, ids, positions), t, len(writer.prefix))[:, -1]
             p = model.lm_head(h)[:, digits].float().softmax(-1)
             best = p.argmax(-1)
             value += weight * best

@@ -55,7 +55,7 @@ PROMPT_FILE = CONFIGS / "prompts.yaml"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TinySizes:
     """Widths and depths. `head_dim` is text_hidden / text_heads and must be 32 for the rotary sections below."""
 
     vocab: int = 1024
@@ -148,7 +148,7 @@ def train_tokenizer(corpus: Iterable[str], vocab: int) -> Any:
     return fast
 
 
-def make_config(tokenizer: Any, sizes: Sizes, tie: bool) -> Any:
+def make_config(tokenizer: Any, sizes: TinySizes, tie: bool) -> Any:
     """The Qwen2_5_VLConfig of these sizes, token ids taken from the tokenizer."""
     from transformers import Qwen2_5_VLConfig
 
@@ -226,14 +226,14 @@ def make_generation_config(tokenizer: Any) -> Any:
     )
 
 
-def make_model(tokenizer: Any, *, tie: bool = False, seed: int = 0, sizes: Sizes | None = None) -> Any:
+def make_model(tokenizer: Any, *, tie: bool = False, seed: int = 0, sizes: TinySizes | None = None) -> Any:
     """A randomly initialised Qwen2_5_VLForConditionalGeneration, float32; the same seed gives the same weights."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(make_config(tokenizer, sizes or Sizes(), tie))
+        model = Qwen2_5_VLForConditionalGeneration(make_config(tokenizer, sizes or TinySizes(), tie))
     model.generation_config = make_generation_config(tokenizer)
     return model.eval()
 
@@ -244,7 +244,7 @@ def build(
     tie: bool = False,
     seed: int = 0,
     corpus: Iterable[str] | None = None,
-    sizes: Sizes | None = None,
+    sizes: TinySizes | None = None,
     dtype: str = "float32",
 ) -> Path:
     """Write model, tokenizer, processor and generation config to `directory`; returns it.
@@ -253,7 +253,7 @@ def build(
     """
     import torch
 
-    sizes = sizes or Sizes()
+    sizes = sizes or TinySizes()
     directory = Path(directory)
     tokenizer = train_tokenizer(default_corpus() if corpus is None else corpus, sizes.vocab)
     model = make_model(tokenizer, tie=tie, seed=seed, sizes=sizes)

@@ -19,7 +19,7 @@ from tatar_dist.types import Task
 Ref = tuple[int, int]  # (manifest index, row)
 
 
-class Walk:
+class PoolCursor:
     """A data set of one task, over all its manifests: `parts` are (manifest index, manifest, pool).
 
     Attributes: `rows`; `served`, how many were handed out, which decides whose turn it is; `excluded`, never again.
