@@ -146,7 +146,7 @@ class Evaluation:
                         began = time.perf_counter()
                         done = sum(min(self.answers.count(k), self.total) for k in self.sampling)
                         progress.ready(done)
-                    for groups in pool.feed(chain([first], parts), sampling):
+                    for groups in pool.stream(chain([first], parts), sampling):
                         self.answers.keep(kind, groups)
                         tokens += sum(len(c.token_ids) for g in groups for c in g.completions)
                         done += len(groups)

@@ -7,9 +7,7 @@ The controller sends every rank its rows of one global batch; all ranks make the
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +17,7 @@ from typing import Any
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.learner.sharding import Shard
-from tatar_dist.run.checkpoint_files import Files, Job, write
+from tatar_dist.learner.transfer import RankFiles
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.log import open_log
 from tatar_dist.run.process import importing, process_facts
@@ -40,8 +38,7 @@ class Learner:
         self.config, self.rank, self.world_size = config, rank, world_size
         self._senders: dict[str, Any] = {}  # of weight pushes, by way
         self.failpoints = Failpoints(config.failpoints, config.output, rank=rank)
-        self._snapshot: list[Job] = []
-        self._private: str | None = None  # where files wait with checkpoint.storage=local
+        self._files = RankFiles()
 
     def setup(self, rendezvous: Any, stage: str, total_steps: int, threads: int) -> dict[str, Any]:
         """Join the process group at `rendezvous` (store.py), load the model, shard it. Collective.
@@ -260,52 +257,17 @@ class Learner:
         return self._checked_gap(total, worst, tokens)
 
     def save(self) -> int:
-        """Take a snapshot for a checkpoint into CPU memory; `write` writes it. Collective. Returns its bytes."""
-        self._snapshot = []  # what was never written goes first
-        self._snapshot = self.zero3.snapshot()
+        """Take a snapshot for a checkpoint into CPU memory, to be written later. Collective. Returns its bytes."""
+        self._files.snapshot = []  # what was never written goes first
+        self._files.snapshot = self.zero3.snapshot()
         size: int = self.zero3.engine.checkpoint_engine.bytes
         return size
 
-    # The next three run beside training, in the concurrency group `io` (transfer.py).
-
-    def write(self, directory: str | None) -> Files:
-        """Write the last snapshot into `directory`, None: a private one on this node; what was written.
-
-        Raises:
-            OSError: ENOSPC when the disk is full, FileNotFoundError when there is no such directory here.
-        """
-        jobs, self._snapshot = self._snapshot, []
-        if directory is None:
-            self.discard()
-            directory = self._private = tempfile.mkdtemp(prefix="tatar_checkpoint_")
-        return write(Path(directory), jobs)
-
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """A part of a file that `write` put on this node."""
-        assert self._private is not None
-        with open(Path(self._private) / name, "rb") as f:
-            f.seek(offset)
-            return f.read(size)
-
-    def discard(self) -> None:
-        """Delete the private directory."""
-        if self._private is not None:
-            shutil.rmtree(self._private, ignore_errors=True)
-            self._private = None
-
-    def receive(self, name: str, offset: int, data: bytes) -> None:
-        """A part of a checkpoint's file for `load(None, …)`, in order."""
-        if self._private is None:
-            self._private = tempfile.mkdtemp(prefix="tatar_checkpoint_")
-        path = Path(self._private) / name
-        path.parent.mkdir(exist_ok=True)
-        with open(path, "r+b" if offset else "wb") as f:
-            f.seek(offset)
-            f.write(data)
+    def files(self, part: str, *arguments: Any) -> Any:
+        """The method `part` of this rank's checkpoint files (transfer.py); some run in a thread beside training."""
+        return getattr(self._files, part)(*arguments)
 
     def load(self, directory: str | None, saved_ranks: int) -> None:
         """Restore a checkpoint of `saved_ranks` ranks; None: from what was received. Collective."""
-        source = directory or self._private
-        assert source is not None
-        self.zero3.load(Path(source), saved_ranks)
-        self.discard()
+        self.zero3.load(Path(directory or self._files.directory()), saved_ranks)
+        self._files.discard()

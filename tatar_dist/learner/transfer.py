@@ -1,11 +1,13 @@
-"""The controller's side of a checkpoint's files: wait for the learners that write them; with node-local storage, fetch
-them from there and bring them back, in chunks through Ray's object store.
+"""A checkpoint's files: written by every learner and, with node-local storage, fetched from there and brought back.
 
-Learners write in their concurrency group `io`, beside training; so a thread of the controller waits for them.
+Learners write in their concurrency group `io`, beside training; so a thread of the controller waits for them. Files
+travel in chunks through Ray's object store.
 """
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +19,55 @@ import ray
 
 from tatar_dist.errors import LearnersFailed, RunError, UserError
 from tatar_dist.faults.waiting import TICK_S, first_line
-from tatar_dist.run.checkpoint_files import Files, seal
+from tatar_dist.run.checkpoint_files import Files, Job, seal
+from tatar_dist.run.checkpoint_files import write as write_files
 
 CHUNK = 64 << 20  # bytes
 IO = "io"  # the concurrency group of learner calls that run beside training
+
+
+class RankFiles:
+    """A rank's side. `snapshot`: what the next `write` writes. Files may wait in a private directory on its node."""
+
+    def __init__(self) -> None:
+        self.snapshot: list[Job] = []
+        self._private: str | None = None
+
+    def directory(self) -> str:
+        """The private directory, made when it is first asked for."""
+        self._private = self._private or tempfile.mkdtemp(prefix="tatar_checkpoint_")
+        return self._private
+
+    def write(self, directory: str | None) -> Files:
+        """Write the last snapshot into `directory`, None: the private one, anew. Returns what was written.
+
+        Raises:
+            OSError: ENOSPC when the disk is full, FileNotFoundError when there is no such directory here.
+        """
+        jobs, self.snapshot = self.snapshot, []
+        if directory is None:
+            self.discard()
+        return write_files(Path(directory or self.directory()), jobs)
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """A part of a file that `write` put on this node."""
+        with open(Path(self.directory()) / name, "rb") as f:
+            f.seek(offset)
+            return f.read(size)
+
+    def receive(self, name: str, offset: int, data: bytes) -> None:
+        """A part of a checkpoint's file that is to be loaded, in order."""
+        path = Path(self.directory()) / name
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "r+b" if offset else "wb") as f:
+            f.seek(offset)
+            f.write(data)
+
+    def discard(self) -> None:
+        """Delete the private directory."""
+        if self._private is not None:
+            shutil.rmtree(self._private, ignore_errors=True)
+            self._private = None
 
 
 class Writing(Future[Files]):
@@ -50,7 +97,7 @@ def write(actors: Sequence[Any], directory: Path, local: bool, timeout: float, g
     Raises:
         OSError: a file could not be written. LearnersFailed: a rank died, or needs longer than `timeout`.
     """
-    refs = [a.write.options(concurrency_group=IO).remote(None if local else str(directory)) for a in actors]
+    refs = [_beside(a, "write", None if local else str(directory)) for a in actors]
     deadline = time.monotonic() + timeout
     while late := [r for r in range(len(refs)) if not ray.wait([refs[r]], timeout=0)[0]]:
         if given_up.is_set() or time.monotonic() > deadline:
@@ -64,7 +111,7 @@ def write(actors: Sequence[Any], directory: Path, local: bool, timeout: float, g
         files |= written
     if local:
         for rank, actor in enumerate(actors):
-            _get(actor.discard.options(concurrency_group=IO).remote(), rank, timeout)
+            _get(_beside(actor, "discard"), rank, timeout)
     return files
 
 
@@ -77,7 +124,9 @@ def send(actors: Sequence[Any], directory: Path, saved_ranks: int, timeout: floa
             while True:
                 chunk = f.read(CHUNK)
                 held = ray.put(chunk)
-                for rank, ref in [(r, actors[r].receive.remote(name, f.tell() - len(chunk), held)) for r in takers]:
+                for rank, ref in [
+                    (r, actors[r].files.remote("receive", name, f.tell() - len(chunk), held)) for r in takers
+                ]:
                     _get(ref, rank, timeout)
                 if len(chunk) < CHUNK:
                     break
@@ -90,9 +139,13 @@ def _fetch(
     path.parent.mkdir(exist_ok=True)
     with open(path, "wb") as f:
         while f.tell() < facts["bytes"] and not given_up.is_set():
-            f.write(_get(actor.read.options(concurrency_group=IO).remote(name, f.tell(), CHUNK), rank, timeout))
+            f.write(_get(_beside(actor, "read", name, f.tell(), CHUNK), rank, timeout))
     if seal(path) != facts:
         raise LearnersFailed(f"{name} of learner rank {rank} did not arrive as it was written")
+
+
+def _beside(actor: Any, part: str, *arguments: Any) -> Any:
+    return actor.files.options(concurrency_group=IO).remote(part, *arguments)
 
 
 def _get(ref: Any, rank: int, timeout: float) -> Any:

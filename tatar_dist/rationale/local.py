@@ -165,7 +165,8 @@ class LocalAsking:
         )
         by_group = {a.prompt.group_id: a for a in asked}
         for part in self._affordable(asked):
-            for groups in pool.stream([a.prompt for a in part], sampling, more=lambda: not self.stopping()):
+            calls = pool.chunks([a.prompt for a in part], sampling.n)
+            for groups in pool.stream(calls, sampling, more=lambda: not self.stopping()):
                 self._take([(by_group[g.prompt.group_id], g) for g in groups])
                 self.progress(self.ledger)
             if self.stopping():

@@ -168,34 +168,24 @@ class RolloutPool:
             size = max(1, min(share, self.config.rollout.max_num_seqs // n))
         return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, on_groups: Callable[[int], None] | None = None
-    ) -> list[Group]:
-        """All groups of `prompts`, sorted by sample id. `on_groups(n)` is told how many more are done.
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """All groups of `prompts`, sorted by sample id.
 
         Raises:
             EngineFailed: fewer engines than `rollout.min_engines` can be kept alive, or a prompt ends every engine.
         """
-        groups: list[Group] = []
-        for part in self.stream(prompts, sampling):
-            groups += part
-            if on_groups:
-                on_groups(len(part))
+        groups = [g for part in self.stream(self.chunks(prompts, sampling.n), sampling) for g in part]
         return sorted(groups, key=lambda g: g.prompt.group_id)
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, more: Callable[[], bool] = lambda: True
-    ) -> Iterator[list[Group]]:
-        """The groups of each engine call as it returns. Once `more()` is false nothing new is handed out.
-
-        Raises like `generate`.
-        """
-        yield from self.feed(self.chunks(prompts, sampling.n), sampling, more)
-
-    def feed(
         self, parts: Iterable[list[Prompt]], sampling: Sampling, more: Callable[[], bool] = lambda: True
     ) -> Iterator[list[Group]]:
-        """As `stream`; each of `parts` is one engine call, and is asked for when an engine is about to be free."""
+        """The groups of each engine call as it returns. Raises like `generate`.
+
+        Args:
+            parts: the prompts of each call, taken when an engine is about to be free.
+            more: once it is false nothing new is handed out.
+        """
         queue = Queue(parts)
         try:
             while queue or self._working():
