@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all. One that cannot be written is a `UserError`, before the work if possible.
+"""Write files whole or not at all.
 
-In: a path. Out: `written_whole` gives a place beside it and renames at the end; `probe` only asks;
-`sync` makes what was written last.
+`written_whole` gives a place beside a path and renames at the end, `write_whole` does so with data that is in memory;
+both let an OSError pass. `writing` around them makes it a `UserError`, `probe` raises one before the work, and `sync`
+makes what was written last.
 """
 
 from __future__ import annotations
@@ -35,21 +36,25 @@ def probe(path: Path) -> None:
 
 
 def beside(path: Path) -> Path:
-    """Where a file is written before it is renamed to `path`; its directory is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Return where a file is written before it is renamed to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """The place to write to; renamed to `path` when the block ends well. Raises UserError when it cannot be written."""
-    with writing(path):
-        place = beside(path)
-        try:
-            yield place
-            os.replace(place, path)
-        finally:
-            place.unlink(missing_ok=True)
+    """Yield the place to write to, which is renamed to `path` when the block ends well."""
+    place = beside(path)
+    try:
+        yield place
+        os.replace(place, path)
+    finally:
+        place.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write `data` to `path`, text as UTF-8."""
+    with written_whole(path) as place:
+        place.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def sync(path: Path) -> None:
