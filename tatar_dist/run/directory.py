@@ -22,7 +22,7 @@ from tatar_dist.config.schema import Config, to_yaml
 from tatar_dist.errors import Interrupted, UserError
 from tatar_dist.run.events import Events
 from tatar_dist.run.failpoints import Failpoints
-from tatar_dist.run.files import write_whole, written_whole
+from tatar_dist.run.files import json_lines, write_whole, written_whole
 from tatar_dist.run.log import open_log
 from tatar_dist.run.tracking import Trackers
 from tatar_dist.types import ScoredGroup
@@ -108,18 +108,8 @@ class RunDirectory:
             left.unlink()  # half written by a killed run
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far, None for values not finite; one cut off by a crash is dropped."""
-        return self._rows("metrics.jsonl")
-
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        file = self.path / name
-        rows = []
-        for line in file.read_text().splitlines() if file.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-        return rows
+        """`read_metrics` of this run."""
+        return read_metrics(self.path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl, and hand the same scalars to the trackers."""
@@ -130,7 +120,7 @@ class RunDirectory:
     def quarantine(self, sample_id: str, where: str, reason: str) -> None:
         """Note a sample that cannot be used, once, however often the run is resumed; the run goes on without it."""
         if self._quarantined is None:
-            rows = self._rows("quarantine.jsonl")
+            rows = json_lines(self.path / "quarantine.jsonl")
             # whole again: the next line must not be glued to one cut off by a crash
             write_whole(self.path / "quarantine.jsonl", "".join(map(_line, rows)))
             self._quarantined = {(row["sample_id"], row["manifest"]) for row in rows}
@@ -150,6 +140,11 @@ class RunDirectory:
         write_rollouts(self.path / "rollouts" / name, step, scored)
         if replaced:
             write_rollouts(self.path / "rollouts" / "replaced" / name, step, replaced)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl: None for values not finite, and without a line cut off by a crash."""
+    return json_lines(run / "metrics.jsonl")
 
 
 def _locked(file: Any) -> bool:

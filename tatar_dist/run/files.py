@@ -1,4 +1,4 @@
-"""Write files whole or not at all.
+"""Write files whole or not at all, and read JSON lines that a crash may have cut off.
 
 `written_whole` gives a place beside a path and renames at the end, `write_whole` does so with data that is in memory;
 both let an OSError pass. `writing` around them makes it a `UserError`, `probe` raises one before the work, and `sync`
@@ -7,11 +7,13 @@ makes what was written last.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tatar_dist.errors import UserError
 
@@ -64,3 +66,33 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def json_lines(
+    file: Path, damaged: Callable[[int], None] | None = None, tail: int | None = None
+) -> list[dict[str, Any]]:
+    """Read the JSON objects of `file`, one a line; none where there is no file.
+
+    Lines that hold something else are left out.
+
+    Args:
+        damaged: called with the number of each line that is not JSON, but not for the last: a crash may cut it off.
+        tail: read only so many bytes, at the end of the file.
+    """
+    if not file.exists():
+        return []
+    with open(file, "rb") as f:
+        if tail is not None:
+            f.seek(max(0, f.seek(0, 2) - tail))
+        lines = f.read().decode(errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if damaged and number < len(lines):
+                damaged(number)
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
