@@ -9,7 +9,6 @@ of staleness 0 over their mean. About 40 minutes on two idle cores.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from tatar_dist.bench.harness import ratio, result, summary
 from tatar_dist.errors import UserError
+from tatar_dist.run.directory import read_metrics
 from tatar_dist.types import SPLITS, TASKS
 
 VARIANTS: dict[str, list[str]] = {
@@ -71,7 +71,7 @@ def train(directory: Path, words: Sequence[str] = ()) -> None:
 
 def figures(run: Path) -> dict[str, float]:
     """What is compared of one run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run)
     end = lines[-LAST:]
     found = {f"reward/{t}": float(np.mean([m[f"reward/total/{t}"] for m in end])) for t in TASKS}
     found["reward"] = float(np.mean(list(found.values())))

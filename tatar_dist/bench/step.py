@@ -31,6 +31,7 @@ from tatar_dist.bench.trl_side import VARIANTS
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.prompts.answer import Prompts
+from tatar_dist.run.directory import read_metrics
 
 PEER = Path(__file__).parents[2] / ".venv-trl/bin/python"
 PROMPTS, GROUP, TOKENS, STEPS, ROUNDS = 2, 8, 64, 3, 1
@@ -111,7 +112,7 @@ def ours(model: Path, directory: Path, more: Sequence[str] = ()) -> Side:
         *more,
     ]  # fmt: skip
     controller.run(load_config([], words))
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][1:]
+    lines = read_metrics(output)[1:]
     parts = ("time/step", "time/generate", "time/learn", "time/sync", "time/reward", "completion/tokens/iqa")
     found = {name: [line[name] for line in lines] for name in parts}
     return {"seconds": found.pop("time/step"), "tokens": found.pop("completion/tokens/iqa"), **found}

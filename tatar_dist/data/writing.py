@@ -52,6 +52,7 @@ class ManifestWriter:
         self.rows = 0
 
     def __enter__(self) -> ManifestWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._beside = beside(self.path)
         # Pictures are compressed already: only the text columns profit from zstd.
         compression = {n: "none" if n == "image_bytes" else "zstd" for n in SCHEMA.names}

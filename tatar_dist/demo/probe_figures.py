@@ -21,6 +21,7 @@ from rich.table import Table
 
 from tatar_dist.evaluate.bootstrap import paired_srcc_difference
 from tatar_dist.evaluate.metrics import plcc, srcc
+from tatar_dist.run.directory import read_metrics
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,7 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def _series(directory: Path, name: str) -> np.ndarray:
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return np.array([line[name] for line in lines], np.float64)
+    return np.array([line[name] for line in read_metrics(directory)], np.float64)
 
 
 def _residuals(series: np.ndarray) -> np.ndarray:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -51,6 +50,7 @@ from tatar_dist.rewards.score import reward_metrics, score_batch, scored_groups
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.directory import RunDirectory, write_rollouts
+from tatar_dist.run.files import write_whole, written_whole
 from tatar_dist.run.progress import Progress
 from tatar_dist.types import TASKS, Completion, Group, Prompt, Sample
 
@@ -127,7 +127,7 @@ class Evaluation:
             result["tokens_per_second"] = tokens / seconds if tokens else None  # of this start; nothing asked: null
             result["seconds"] = time.perf_counter() - start
             tables.write(path, result, self.config.evaluate.published)
-            _replace(path / "metrics.json", lambda f: f.write_text(json.dumps(result, indent=1, allow_nan=False)))
+            write_whole(path / "metrics.json", json.dumps(result, indent=1, allow_nan=False))
         return result
 
     # -- asking ------------------------------------------------------------------------------------------------------
@@ -188,7 +188,8 @@ class Evaluation:
     def _results(self, path: Path) -> dict[str, Any]:
         rows = [self._row(s) for s in self.samples]
         table = pa.Table.from_pylist(rows, _SCHEMA)
-        _replace(path / "predictions.parquet", lambda f: pq.write_table(table, f))
+        with written_whole(path / "predictions.parquet") as place:
+            pq.write_table(table, place)
         e = self.config.evaluate
         metrics = partial(by_dataset, rows, missing=self.missing, unparsed=e.unparsed, bootstrap=e.bootstrap)
         found = metrics("prediction")
@@ -255,13 +256,6 @@ def _rows(manifests: Sequence[Manifest], limit: int | None) -> int:
     for pool in (p for m in manifests for p in m.pools):
         of_set[pool.dataset] = of_set.get(pool.dataset, 0) + pool.rows
     return sum(n if limit is None else min(n, limit) for n in of_set.values())
-
-
-def _replace(file: Path, write: Callable[[Path], Any]) -> None:
-    """What `write(path)` writes takes the place of `file`, whole."""
-    beside = file.with_name(f".{file.name}")
-    write(beside)
-    os.replace(beside, file)
 
 
 def prediction_row(sample: Sample, completion: Completion) -> dict[str, Any]:

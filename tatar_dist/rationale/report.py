@@ -7,13 +7,13 @@ for the terminal. No times and nothing of this process alone, so that a resumed 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.ledger import Ledger, LedgerEntry
+from tatar_dist.run.files import write_whole, written_whole
 from tatar_dist.types import TASKS
 
 FAILURES = {  # codes of rows that nobody answered, and how they are told of
@@ -56,13 +56,11 @@ def rejections(entry: LedgerEntry) -> Iterator[dict[str, Any]]:
 def write_rejections(ledger: Ledger, path: Path) -> int:
     """Write the lines of all rows. Returns how many there are."""
     count = 0
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
+    with written_whole(path) as place, open(place, "w", encoding="utf-8") as f:
         for entry in ledger.entries:
             for line in rejections(entry):
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
                 count += 1
-    os.replace(temporary, path)
     return count
 
 
@@ -143,9 +141,7 @@ def write_report(ledger: Ledger, path: Path) -> None:
             for sample_id, says, text in _examples(ledger, task, code):
                 said = f": `{_quoted(text)}`" if text else ""
                 lines.append(f"- `{_quoted(sample_id)}` {_quoted(says)}{said}")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def as_table(found: dict[str, Any], title: str) -> Any:

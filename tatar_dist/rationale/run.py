@@ -83,8 +83,9 @@ def run(name: str, source: Path, config: Config) -> dict[str, Any]:
         if path.is_dir():
             raise UserError(f"{path}: is a directory, a file will be written there; choose another --output")
     with Journal(beside[0], question.settings(rows.tasks)) as journal, StopSignals() as stop:
-        for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
-            left.unlink()  # of a killed run: the lock is ours, so nobody is writing it
+        for path in (output, *beside):
+            for left in output.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                left.unlink()  # of a killed run: the lock is ours, so nobody is writing it
         ledger = Ledger(question)
         journal.read(ledger.remember)
         if journal.cut:

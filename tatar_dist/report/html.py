@@ -7,14 +7,12 @@ Answer first: did it learn, is it healthy, how it went, where it is wrong, what 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tatar_dist import __version__
-from tatar_dist.errors import UserError
 from tatar_dist.report.charts import nice_ticks, number
 from tatar_dist.report.details import details
 from tatar_dist.report.explanation import explanations
@@ -25,6 +23,7 @@ from tatar_dist.report.rollouts import read_rollouts
 from tatar_dist.report.scores import clouds
 from tatar_dist.report.text import clean
 from tatar_dist.report.verdict import TASK_NAMES, checks, headline, name_of
+from tatar_dist.run.files import write_whole, writing
 
 MINUS = "\N{MINUS SIGN}"
 MOST_QUARANTINED = 20
@@ -57,12 +56,8 @@ def write(run: Path, file: Path | None = None) -> Path:
 
 def replace_page(target: Path, page: str) -> Path:
     """Write a page whole or not at all; returns its path. Raises UserError."""
-    beside = target.with_name(f".{target.name}")
-    try:
-        beside.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(beside, target)
-    except OSError as e:
-        raise UserError(f"{target}: cannot be written: {e.strerror}") from e
+    with writing(target):
+        write_whole(target, page.encode("utf-8", "replace"))
     return target
 
 

@@ -22,6 +22,7 @@ import yaml
 from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
 from tatar_dist.run.events import read_events
+from tatar_dist.run.files import json_lines
 
 DEMO_MODELS = {"baseline": "base", "sft_eval": "SFT", "grpo_eval": "GRPO"}  # directory -> name on the page
 DEMO_TRAININGS = ("sft", "grpo")
@@ -225,24 +226,14 @@ def _json(file: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
     if not file.is_file():
-        return rows
+        return []
+    name = f"{file.parent.name}/{file.name}"
     try:
-        lines = file.read_text(errors="replace").splitlines()
-    except (OSError, ValueError) as e:
-        notes.append(f"{file.parent.name}/{file.name} could not be read: {e}")
-        return rows
-    for i, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if i + 1 < len(lines):  # a cut last line is what a crash leaves, nothing to report
-                notes.append(f"{file.parent.name}/{file.name}: line {i + 1} is not JSON and was left out")
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+        return json_lines(file, lambda n: notes.append(f"{name}: line {n} is not JSON and was left out"))
+    except OSError as e:
+        notes.append(f"{name} could not be read: {e}")
+        return []
 
 
 def _table(file: Path, notes: list[str]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.rewards.batch import Batch, batch_of_rows, disagreement
 from tatar_dist.rewards.presets import Preset, load_preset
 from tatar_dist.rewards.score import BatchScores, explain, reward_metrics, score_batch
+from tatar_dist.run.files import writing, written_whole
 from tatar_dist.types import TASKS
 
 ALL_TERMS_LIMIT = 20_000  # rows
@@ -99,14 +100,9 @@ def write(audits: Sequence[Audit], output: str | Path | None, stdout: IO[str]) -
             stdout.writelines(line + "\n" for line in audit.lines())
         return
     path = Path(output)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with temporary.open("w", encoding="utf-8") as f:
-            for audit in audits:
-                f.writelines(line + "\n" for line in audit.lines())
-        temporary.replace(path)
-    except OSError as e:
-        raise UserError(f"{output}: cannot be written: {e.strerror or e}") from None
+    with writing(path), written_whole(path) as place, place.open("w", encoding="utf-8") as f:
+        for audit in audits:
+            f.writelines(line + "\n" for line in audit.lines())
 
 
 def summary(audits: Sequence[Audit]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from tatar_dist.config.schema import CheckpointConfig
 from tatar_dist.errors import UserError
 from tatar_dist.run.checkpoint_files import Files, first_damage
 from tatar_dist.run.events import Events
-from tatar_dist.run.files import sync
+from tatar_dist.run.files import sync, written_whole
 from tatar_dist.run.retention import Finished, kept
 
 STATE = "state.json"
@@ -161,11 +161,10 @@ class Checkpoints:
 
     def _seal(self, beside: Path, state: dict[str, Any]) -> None:
         """state.json appears at once and last: from here on `beside` is a whole checkpoint."""
-        part = beside / f".{STATE}"
-        part.write_text(json.dumps({**state, "sha256": _digest(state)}))
-        for path in (part, *{(beside / name).parent for name in state["files"]}):
-            sync(path)
-        os.replace(part, beside / STATE)
+        with written_whole(beside / STATE) as part:
+            part.write_text(json.dumps({**state, "sha256": _digest(state)}))
+            for path in (part, *{(beside / name).parent for name in state["files"]}):
+                sync(path)
         sync(beside)
 
     def _publish(self, beside: Path, final: Path) -> None:

@@ -22,6 +22,7 @@ from tatar_dist.config.schema import Config, to_yaml
 from tatar_dist.errors import Interrupted, UserError
 from tatar_dist.run.events import Events
 from tatar_dist.run.failpoints import Failpoints
+from tatar_dist.run.files import json_lines, write_whole, written_whole
 from tatar_dist.run.log import open_log
 from tatar_dist.run.tracking import Trackers
 from tatar_dist.types import ScoredGroup
@@ -99,29 +100,16 @@ class RunDirectory:
         """Forget metrics and rollouts of steps >= `step`: the run resumes there and will write them again."""
         self._trackers.rewind(step)
         kept = [line for line in self.metrics() if line["step"] < step]
-        self._replace("metrics.jsonl", kept)
+        write_whole(self.path / "metrics.jsonl", "".join(map(_line, kept)))
         for file in (self.path / "rollouts").rglob("step_*.parquet"):
             if int(file.stem.removeprefix("step_")) >= step:
                 file.unlink()
-
-    def _replace(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        beside = self.path / f".{name}"
-        beside.write_text("".join(_line(row) for row in rows))
-        os.replace(beside, self.path / name)
+        for left in (self.path / "rollouts").rglob(".step_*.tmp"):
+            left.unlink()  # half written by a killed run
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far, None for values not finite; one cut off by a crash is dropped."""
-        return self._rows("metrics.jsonl")
-
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        file = self.path / name
-        rows = []
-        for line in file.read_text().splitlines() if file.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-        return rows
+        """`read_metrics` of this run."""
+        return read_metrics(self.path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl, and hand the same scalars to the trackers."""
@@ -132,8 +120,9 @@ class RunDirectory:
     def quarantine(self, sample_id: str, where: str, reason: str) -> None:
         """Note a sample that cannot be used, once, however often the run is resumed; the run goes on without it."""
         if self._quarantined is None:
-            rows = self._rows("quarantine.jsonl")
-            self._replace("quarantine.jsonl", rows)  # the next line must not be glued to one cut off by a crash
+            rows = json_lines(self.path / "quarantine.jsonl")
+            # whole again: the next line must not be glued to one cut off by a crash
+            write_whole(self.path / "quarantine.jsonl", "".join(map(_line, rows)))
             self._quarantined = {(row["sample_id"], row["manifest"]) for row in rows}
         if (sample_id, where) in self._quarantined:
             return
@@ -151,6 +140,11 @@ class RunDirectory:
         write_rollouts(self.path / "rollouts" / name, step, scored)
         if replaced:
             write_rollouts(self.path / "rollouts" / "replaced" / name, step, replaced)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl: None for values not finite, and without a line cut off by a crash."""
+    return json_lines(run / "metrics.jsonl")
 
 
 def _locked(file: Any) -> bool:
@@ -203,9 +197,8 @@ def write_rollouts(path: Path, step: int, scored: Sequence[ScoredGroup]) -> None
                 }
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows), beside)
-    os.replace(beside, path)
+    with written_whole(path) as place:
+        pq.write_table(pa.Table.from_pylist(rows), place)
 
 
 def _null(value: float) -> float | None:

@@ -26,9 +26,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tatar_dist.run.files import json_lines
 
 FILE = "events.jsonl"
 
@@ -63,17 +64,5 @@ class Events:
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
-    """The events so far; lines that a crash cut off are left out."""
-    return list(_lines(run / FILE))
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict):
-            yield found
+    """Read the events so far; lines that a crash cut off are left out."""
+    return json_lines(run / FILE)

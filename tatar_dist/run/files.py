@@ -1,16 +1,19 @@
-"""Files that appear whole or not at all. One that cannot be written is a `UserError`, before the work if possible.
+"""Write files whole or not at all, and read JSON lines that a crash may have cut off.
 
-In: a path. Out: `written_whole` gives a place beside it and renames at the end; `probe` only asks;
-`sync` makes what was written last.
+`written_whole` gives a place beside a path and renames at the end, `write_whole` does so with data that is in memory;
+both let an OSError pass. `writing` around them makes it a `UserError`, `probe` raises one before the work, and `sync`
+makes what was written last.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tatar_dist.errors import UserError
 
@@ -35,21 +38,25 @@ def probe(path: Path) -> None:
 
 
 def beside(path: Path) -> Path:
-    """Where a file is written before it is renamed to `path`; its directory is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Return where a file is written before it is renamed to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """The place to write to; renamed to `path` when the block ends well. Raises UserError when it cannot be written."""
-    with writing(path):
-        place = beside(path)
-        try:
-            yield place
-            os.replace(place, path)
-        finally:
-            place.unlink(missing_ok=True)
+    """Yield the place to write to, which is renamed to `path` when the block ends well."""
+    place = beside(path)
+    try:
+        yield place
+        os.replace(place, path)
+    finally:
+        place.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write `data` to `path`, text as UTF-8."""
+    with written_whole(path) as place:
+        place.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def sync(path: Path) -> None:
@@ -59,3 +66,33 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def json_lines(
+    file: Path, damaged: Callable[[int], None] | None = None, tail: int | None = None
+) -> list[dict[str, Any]]:
+    """Read the JSON objects of `file`, one a line; none where there is no file.
+
+    Lines that hold something else are left out.
+
+    Args:
+        damaged: called with the number of each line that is not JSON, but not for the last: a crash may cut it off.
+        tail: read only so many bytes, at the end of the file.
+    """
+    if not file.exists():
+        return []
+    with open(file, "rb") as f:
+        if tail is not None:
+            f.seek(max(0, f.seek(0, 2) - tail))
+        lines = f.read().decode(errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if damaged and number < len(lines):
+                damaged(number)
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows

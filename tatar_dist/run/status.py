@@ -21,6 +21,7 @@ from typing import Any
 from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
 from tatar_dist.run.events import FILE as EVENTS
+from tatar_dist.run.files import json_lines
 
 METRICS = "metrics.jsonl"
 LIVING = ("starting", "running", "stalled")
@@ -159,20 +160,8 @@ class RunFiles:
             return
 
     def _last_metrics(self) -> dict[str, Any]:
-        try:
-            with open(self.path / METRICS, "rb") as f:
-                f.seek(max(0, f.seek(0, 2) - TAIL_BYTES))
-                lines = f.read().splitlines()
-        except FileNotFoundError:
-            return {}
-        for line in reversed(lines):
-            try:
-                found = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(found, dict):
-                return found
-        return {}
+        rows = json_lines(self.path / METRICS, tail=TAIL_BYTES)
+        return rows[-1] if rows else {}
 
     def _checkpoint(self) -> Checkpoint | None:
         """What `latest` points to."""

@@ -33,6 +33,7 @@ from urllib.parse import urlsplit
 from tatar_dist.config.schema import Config, to_yaml
 from tatar_dist.errors import UserError
 from tatar_dist.run.events import Events
+from tatar_dist.run.files import write_whole
 
 IDS = "trackers.json"
 BEHIND = 1000  # steps that may wait for a tracker; it misses what comes then
@@ -292,9 +293,7 @@ def kept_id(run: Path, name: str, make: Callable[[], str]) -> str:
         return found
     made = make()
     with _ids_lock:  # trackers open at the same time
-        beside = file.with_suffix(".tmp")
-        beside.write_text(json.dumps(_ids(file) | {name: made}))
-        os.replace(beside, file)
+        write_whole(file, json.dumps(_ids(file) | {name: made}))
     return made
 
 

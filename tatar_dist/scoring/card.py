@@ -18,6 +18,7 @@ from tatar_dist.config.schema import Config, ModelConfig, OptimConfig
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.errors import UserError
 from tatar_dist.run.checkpoints import STATE, latest
+from tatar_dist.run.directory import read_metrics
 from tatar_dist.types import SPLITS
 
 NAME = "README.md"
@@ -183,14 +184,9 @@ def _results(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 def _curve(run: Path, step: int) -> dict[str, Any] | None:
     """The last eval/SET/{srcc,plcc} that the run itself measured before `step`, or None. It keeps no counts."""
-    file = run / "metrics.jsonl"
     last = None
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # cut off by a crash
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] < step and _measured_sets(row):
+    for row in read_metrics(run):
+        if isinstance(row.get("step"), int) and row["step"] < step and _measured_sets(row):
             last = row
     if last is None:
         return None

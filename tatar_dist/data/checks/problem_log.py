@@ -93,6 +93,7 @@ def problem_log(path: Path) -> Iterator[ProblemLog]:
     """
     probe(path)
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         place = beside(path)
         file = place.open("w", encoding="utf-8")
     try:

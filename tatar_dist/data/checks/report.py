@@ -18,7 +18,7 @@ import numpy as np
 from tatar_dist.data.checks.problem_log import MEANING, WARNINGS
 from tatar_dist.data.checks.rows import BINS, PoolFacts
 from tatar_dist.data.checks.validation import Checked, Validation
-from tatar_dist.run.files import written_whole
+from tatar_dist.run.files import write_whole, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,14 +75,14 @@ def written_reports(found: Validation) -> list[Path]:
     """
     paths = []
     for manifest in found.manifests:
-        with written_whole(manifest.place("validate.md")) as place:
-            place.write_text(markdown(found, manifest), encoding="utf-8")
+        with writing(summary := manifest.place("validate.md")):
+            write_whole(summary, markdown(found, manifest))
         if manifest.rows:
-            with written_whole(manifest.place("validate.png")) as place:
-                place.write_bytes(picture(found, manifest))
+            with writing(drawn := manifest.place("validate.png")):
+                write_whole(drawn, picture(found, manifest))
         else:  # none of an earlier run may stay
             manifest.place("validate.png").unlink(missing_ok=True)
-        paths.append(manifest.place("validate.md"))
+        paths.append(summary)
     return paths
 
 

@@ -20,7 +20,7 @@ from tatar_dist.data.checks.rows import PoolFacts
 from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.data.manifest import Manifest, image_path, read_manifest
 from tatar_dist.errors import UserError
-from tatar_dist.run.files import probe, written_whole
+from tatar_dist.run.files import probe, writing, written_whole
 
 SORTS = ("score", "random", "row")
 SCALE = 2  # pixels a point, so that small type is crisp
@@ -72,8 +72,10 @@ def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path, image_
         raise UserError(f"{path}: " + (f"no row of data set {dataset!r}; it has {there}" if there else "has no rows"))
     chosen = chosen_rows(rows, scores, n, sort)
     page, broken = drawn_sheet(manifest, chosen, f"{len(chosen)} of {len(rows):,} rows, {_ORDER[sort]}")
-    with written_whole(sheet) as place:
-        page.save(place, "PNG")
+    with writing(sheet):
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(sheet) as place:
+            page.save(place, "PNG")
     where = "pictures in the rows" if manifest.embedded else f"pictures in {manifest.image_root}"
     absent = sum(_is_absent(manifest, manifest.row(i)) for i in chosen) if broken else 0
     return Shown(path, len(manifest), pools, where, chosen, broken, absent, sheet)

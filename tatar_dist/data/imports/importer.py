@@ -23,7 +23,7 @@ from tatar_dist.data.imports.folder import ImageFolder
 from tatar_dist.data.registry import Dataset
 from tatar_dist.data.writing import write_manifest, write_table
 from tatar_dist.errors import UserError
-from tatar_dist.run.files import written_whole
+from tatar_dist.run.files import write_whole, writing
 
 EMBED_ROWS = 64  # rows whose image bytes are in memory at once, on the way to the writer
 
@@ -114,8 +114,8 @@ def _write_dropped(path: Path, dropped: list[dict[str, Any]]) -> None:
     if not dropped:
         path.unlink(missing_ok=True)
         return
-    with written_whole(path) as place:
-        place.write_text("".join(json.dumps(d, ensure_ascii=False) + "\n" for d in dropped), encoding="utf-8")
+    with writing(path):
+        write_whole(path, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in dropped))
 
 
 def _with_bytes(table: pa.Table, root: Path) -> Iterator[dict[str, Any]]:

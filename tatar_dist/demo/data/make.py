@@ -33,6 +33,7 @@ from tatar_dist.demo.data import aesthetics, distortions
 from tatar_dist.demo.data import texts as templates
 from tatar_dist.demo.data.photos import PHOTOS, locate
 from tatar_dist.demo.data.scenes import grade, make_scene
+from tatar_dist.run.files import write_whole
 from tatar_dist.types import SPLITS, TASKS, Task
 
 VERSION = 2  # raise it when the same seed gives other bytes
@@ -179,7 +180,5 @@ def make_demo(
                 spans = [(task, split, a, min(a + 64, n)) for a in range(0, n, 64)]
                 parts = pool.map(partial(_rows, seed=seed), spans)
                 write_manifest(output / f"{task}_{split}.parquet", chain.from_iterable(parts))
-    beside = stamp.with_suffix(".tmp")
-    beside.write_text(json.dumps(recipe))
-    os.replace(beside, stamp)
+    write_whole(stamp, json.dumps(recipe))
     return counts

@@ -20,6 +20,7 @@ from tatar_dist.demo.data import aesthetics, distortions
 from tatar_dist.demo.data import make as demo
 from tatar_dist.demo.data import texts as templates
 from tatar_dist.demo.data.scenes import SIZE, Scene, grade, make_scene
+from tatar_dist.run.files import write_whole
 from tatar_dist.types import Task
 
 FAMILIES = tuple(distortions.FAMILIES)
@@ -139,9 +140,7 @@ def crop_set(cache: Path, task: Task, split: str, n: int, seed: int, workers: in
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), mp_context=context) as pool:
             lines = [json.dumps(row) for part in pool.map(_fill, spans) for row in part]
-        beside = rows_path.with_suffix(".tmp")
-        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(beside, rows_path)  # last: its presence says that the pixels are complete
+        write_whole(rows_path, "\n".join(lines) + "\n")  # last: its presence says that the pixels are complete
     rows = [json.loads(line) for line in rows_path.read_text(encoding="utf-8").splitlines()]
     return CropSet(
         task,

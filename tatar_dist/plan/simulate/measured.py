@@ -11,7 +11,6 @@ what the data leave open. Runs of several sizes (learners, engines, prompts_per_
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 from tatar_dist.plan.simulate.costs import Costs, EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts
 from tatar_dist.plan.simulate.step import Setup, generate, learn_factor, learn_work, push_work
+from tatar_dist.run.directory import read_metrics
 from tatar_dist.run.events import read_events
 from tatar_dist.types import TASKS
 
@@ -71,7 +71,7 @@ def read_run(path: Path) -> Run:
             f"{path / 'config.yaml'}: grpo.staleness={config.grpo.staleness}: times of parts that ran side by side do "
             "not tell what each costs; measure with grpo.staleness=0, the simulator lays them side by side itself"
         )
-    lines = _metrics(metrics_file)
+    lines = _metrics(path)
     if not lines:
         raise UserError(f"{metrics_file}: no step with time/generate: give the directory of a GRPO run")
     lines = lines[WARM_UP:] if len(lines) > 2 * WARM_UP else lines[-1:]
@@ -84,14 +84,10 @@ def read_run(path: Path) -> Run:
     return Run(path, config, steps, _checkpoint_seconds(path))
 
 
-def _metrics(file: Path) -> list[dict[str, Any]]:
+def _metrics(path: Path) -> list[dict[str, Any]]:
     found = []
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # cut off by a crash
-        times = [row.get(f"time/{part}") for part in (*PARTS, "step")] if isinstance(row, dict) else [None]
+    for row in read_metrics(path):
+        times = [row.get(f"time/{part}") for part in (*PARTS, "step")]
         if all(isinstance(t, float | int) for t in times) and isinstance(row.get("step"), int):
             found.append(row)
     return found
