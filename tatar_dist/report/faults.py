@@ -1,18 +1,17 @@
-"""What befell a run's processes, from its event log: faults and recoveries by time, engines one by one.
+"""Tell what befell a run's processes: faults and recoveries by time, engines one by one.
 
-In: the lines of events.jsonl (run/events.py says what stands in them), whatever they hold. Out: `History` for the page.
+The events may hold anything; run/history.py says what they mean.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tatar_dist.report.reading import is_number
 from tatar_dist.report.text import clean
-from tatar_dist.run.status import ENDS, TROUBLE
+from tatar_dist.run.history import ENDS, TROUBLE, RunHistory
 
 SHOWN = TROUBLE | ENDS.keys() | {"run/start", "engine/restarting"}
 MOST_ROWS = 200
@@ -72,13 +71,15 @@ def history(events: Sequence[Mapping[str, Any]], steps: int) -> History | None:
     known = [e for e in events if is_number(e.get("time")) and isinstance(e.get("event"), str)]
     if not known:
         return None
-    first = known[0]["time"]
-    shown = [_entry(e, first) for e in known if e["event"] in SHOWN]
-    counts = Counter(e["event"] for e in known)
-    said = [f"{counts[k]:,} {names[counts[k] > 1]}" for k, names in COUNTED.items() if counts[k]]
-    return History(
-        shown[:MOST_ROWS], max(0, len(shown) - MOST_ROWS), _engines(known), ", ".join(said), _progress(known, steps)
-    )
+    past = RunHistory(known)
+    shown = [_entry(e, known[0]["time"]) for e in known if e["event"] in SHOWN]
+    said = [f"{n:,} {names[n > 1]}" for k, names in COUNTED.items() if (n := past.counts[k])]
+    engines = [
+        EngineHealth(i, c["ready"], c["dead"], c["suspect"], c["hedged"], STATES.get(last, last))
+        for i, c in sorted(past.engine_counts.items())
+        for last in [past.engine_states.get(i, "")]
+    ]
+    return History(shown[:MOST_ROWS], len(shown[MOST_ROWS:]), engines, ", ".join(said), _progress(past, steps))
 
 
 def _entry(event: Mapping[str, Any], first: float) -> Entry:
@@ -98,34 +99,12 @@ def _entry(event: Mapping[str, Any], first: float) -> Entry:
     )
 
 
-def _engines(events: Sequence[Mapping[str, Any]]) -> list[EngineHealth]:
-    of: dict[int, Counter[str]] = {}
-    state: dict[int, str] = {}
-    for e in events:
-        subject, _, what = e["event"].partition("/")
-        engine = e.get("engine")
-        if subject == "engine" and isinstance(engine, int):
-            of.setdefault(engine, Counter())[what] += 1
-            if what != "hedged":
-                state[engine] = what
-    return [
-        EngineHealth(i, c["ready"], c["dead"], c["suspect"], c["hedged"], STATES.get(last, last))
-        for i, c in sorted(of.items())
-        for last in [state.get(i, "")]
-    ]
-
-
-def _progress(events: Sequence[Mapping[str, Any]], steps: int) -> str:
-    """How the run stands when its log does not end with run/end."""
-    starts = [i for i, e in enumerate(events) if e["event"] == "run/start"]
-    if not starts or any(e["event"] == "run/end" for e in events[starts[-1] :]):
+def _progress(past: RunHistory, steps: int) -> str:
+    """Say how a run stands that was started and has not finished."""
+    if past.now.started is None or "finished" in past.ends:
         return ""
-    total = events[starts[-1]].get("total")
-    of = f" of {total:,}" if is_number(total) else ""
-    ends = [e["event"] for e in events[starts[-1] :] if e["event"] in ENDS]
-    how = (
-        f"It {ENDS[ends[-1]].replace('interrupted', 'was interrupted')}"
-        if ends
-        else "It had not ended when this page was written,"
-    )
+    of = f" of {past.now.total:,}" if is_number(past.now.total) else ""
+    how = "It had not ended when this page was written,"
+    if past.ends:
+        how = f"It {past.ends[-1].replace('interrupted', 'was interrupted')}"
     return f"{how} after {steps:,}{of} steps."

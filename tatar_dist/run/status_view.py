@@ -13,8 +13,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tatar_dist.run.history import Process, Status
 from tatar_dist.run.progress import SHOWN, clock
-from tatar_dist.run.status import LIVING, Process, RunFiles, Status
+from tatar_dist.run.status import LIVING, RunFiles
 
 REFRESH_S = 1.0
 ROWS = 8  # engines; of more, the healthy ones share a row

@@ -27,6 +27,7 @@ from tatar_dist.plan.simulate.costs import Costs, EngineCosts, LearnerCosts, Oth
 from tatar_dist.plan.simulate.step import Setup, generate, learn_factor, learn_work, push_work
 from tatar_dist.run.directory import read_metrics
 from tatar_dist.run.events import read_events
+from tatar_dist.run.history import RunHistory
 from tatar_dist.types import TASKS
 
 WARM_UP = 2  # first steps of a run: kernels are compiled, caches filled
@@ -55,7 +56,7 @@ class Run:
     path: Path
     config: Config
     steps: list[Observed]
-    checkpoint: float | None  # seconds
+    checkpoint: float | None  # median seconds that the loop stood still for one
 
 
 def read_run(path: Path) -> Run:
@@ -81,7 +82,8 @@ def read_run(path: Path) -> Run:
     cores = None if config.cluster.gpus_per_node else config.cluster.threads or len(os.sched_getaffinity(0))
     setup = Setup.of(config, learners, engines, cores)
     steps = [_observed(path, setup, m) for m in lines]
-    return Run(path, config, steps, _checkpoint_seconds(path))
+    waits = RunHistory(read_events(path)).checkpoint_seconds
+    return Run(path, config, steps, float(np.median(waits)) if waits else None)
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
@@ -127,18 +129,6 @@ def _observed(path: Path, setup: Setup, metrics: dict[str, Any]) -> Observed:
     seconds["other"] = max(0.0, float(metrics["time/step"]) - sum(seconds.values()))
     gb = float(metrics.get("sync/bytes") or 0.0) / setup.engines / 1e9
     return Observed(setup, np.array([groups[g] for g in names]), tuple(task_of[g] for g in names), seconds, gb)
-
-
-def _checkpoint_seconds(path: Path) -> float | None:
-    """Median seconds from the beginning of phase checkpoint to the next event of the loop; None without any."""
-    found, begun = [], None
-    for event in read_events(path):
-        if event["event"] not in ("phase", "run/end", "run/interrupted"):
-            continue
-        if begun is not None:
-            found.append(event["time"] - begun)
-        begun = event["time"] if event.get("phase") == "checkpoint" and event["event"] == "phase" else None
-    return float(np.median(found)) if found else None
 
 
 def fit(work: np.ndarray, seconds: np.ndarray) -> np.ndarray:
