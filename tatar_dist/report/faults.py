@@ -32,7 +32,7 @@ LEFT_OUT = {"time", "event", "step", "phase", "pid", "host", "node", "stacks", "
 
 
 @dataclass(frozen=True)
-class Entry:
+class FaultEntry:
     """One line of the log. seconds: since the run's first event; `bad`: a fault, not a recovery or a start."""
 
     seconds: float
@@ -59,7 +59,7 @@ class History:
     """entries: at most MOST_ROWS, oldest first; hidden: how many are not shown; summary: `4 engine failures, 1 stall`,
     "" without a fault; progress: `stopped after 13 of 60 steps`, "" for a run that ended."""
 
-    entries: list[Entry]
+    entries: list[FaultEntry]
     hidden: int
     engines: list[EngineHealth]
     summary: str
@@ -82,7 +82,7 @@ def history(events: Sequence[Mapping[str, Any]], steps: int) -> History | None:
     return History(shown[:MOST_ROWS], len(shown[MOST_ROWS:]), engines, ", ".join(said), _progress(past, steps))
 
 
-def _entry(event: Mapping[str, Any], first: float) -> Entry:
+def _entry(event: Mapping[str, Any], first: float) -> FaultEntry:
     name = event["event"]
     facts = [f"{k.replace('_', ' ')} {v}" for k, v in event.items() if k not in LEFT_OUT | {"reason", "engine"}]
     reason = event.get("reason")
@@ -90,7 +90,7 @@ def _entry(event: Mapping[str, Any], first: float) -> Entry:
     detail = clean(" ".join(detail.split()))
     subject, _, what = name.partition("/")
     engine = f" {event['engine']}" if is_number(event.get("engine")) else ""
-    return Entry(
+    return FaultEntry(
         max(0.0, event["time"] - first),
         event["step"] if isinstance(event.get("step"), int) else None,
         f"{subject}{engine} {what}".strip(),

@@ -23,7 +23,7 @@ TROUBLE = {
 
 
 @dataclass
-class Process:
+class ProcessStatus:
     """Hold what is known of a process. `since`: start of its state; `restarts`: by this controller."""
 
     state: str = "starting"
@@ -33,7 +33,7 @@ class Process:
 
 
 @dataclass
-class Engine(Process):
+class EngineStatus(ProcessStatus):
     engine: int = 0
     host: str | None = None
     node: str | None = None
@@ -41,7 +41,7 @@ class Engine(Process):
 
 
 @dataclass
-class Learners(Process):
+class LearnersStatus(ProcessStatus):
     world_size: int | None = None
     hosts: list[str | None] = field(default_factory=list)  # this and the next two by rank, as far as known
     nodes: list[str | None] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Learners(Process):
 
 
 @dataclass
-class Reward(Process):
+class RewardStatus(ProcessStatus):
     host: str | None = None
     node: str | None = None
     pid: int | None = None
@@ -83,9 +83,9 @@ class Status:
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     checkpoint: Checkpoint | None = None
-    engines: list[Engine] = field(default_factory=list)
-    learners: Learners | None = None
-    reward: Reward | None = None
+    engines: list[EngineStatus] = field(default_factory=list)
+    learners: LearnersStatus | None = None
+    reward: RewardStatus | None = None
     metrics: dict[str, Any] = field(default_factory=dict)  # the last line of metrics.jsonl
     troubles: list[dict[str, Any]] = field(default_factory=list)  # the last events of faults and recoveries
     stalls: int = 0
@@ -100,7 +100,7 @@ class RunHistory:
 
     def __init__(self, events: Iterable[Mapping[str, Any]] = ()) -> None:
         self.now = Status("")  # as far as events tell, without engines and pace
-        self.engines: dict[int, Engine] = {}  # since the last start of the run
+        self.engines: dict[int, EngineStatus] = {}  # since the last start of the run
         self.ends: list[str] = []  # states in which the run ended since its last start
         self.done: deque[tuple[float, float]] = deque(maxlen=RECENT)  # (time, seconds) of finished steps
         self.counts: Counter[str] = Counter()  # by the events' names
@@ -162,9 +162,9 @@ class RunHistory:
         s.state, s.reason, s.started, s.phase, s.phase_since = "running", None, when, None, None
         s.stage, s.host, s.pid, s.total = (event.get(k) for k in ("stage", "host", "pid", "total"))
         s.step = s.version = first
-        s.learners = Learners(since=when, world_size=learners) if learners else None
-        s.reward = Reward(since=when) if s.stage == "grpo" else None
-        self.engines = {i: Engine(since=when, engine=i) for i in range(engines)}
+        s.learners = LearnersStatus(since=when, world_size=learners) if learners else None
+        s.reward = RewardStatus(since=when) if s.stage == "grpo" else None
+        self.engines = {i: EngineStatus(since=when, engine=i) for i in range(engines)}
         self.ends.clear()
         self.done.clear()
 
@@ -188,7 +188,7 @@ class RunHistory:
         if what not in ENGINE_STATES:
             return
         self.engine_states[index] = what
-        e = self.engines.setdefault(index, Engine(engine=index))
+        e = self.engines.setdefault(index, EngineStatus(engine=index))
         if what == "restarting" and e.state == "dead":
             e.restarts += 1
         e.state, e.since = what, when
@@ -199,7 +199,7 @@ class RunHistory:
             e.pid = None
 
     def _learners(self, what: str, when: float, event: Mapping[str, Any]) -> None:
-        group = self.now.learners = self.now.learners or Learners()
+        group = self.now.learners = self.now.learners or LearnersStatus()
         group.state, group.since = "ready" if what == "restored" else what, when
         group.reason = event.get("reason") or group.reason
         if what == "ready":
@@ -214,7 +214,7 @@ class RunHistory:
             self.done.clear()
 
     def _reward(self, what: str, when: float, event: Mapping[str, Any]) -> None:
-        r = self.now.reward = self.now.reward or Reward()
+        r = self.now.reward = self.now.reward or RewardStatus()
         if what == "ready":
             r.restarts += r.state == "failed"
             r.host, r.node, r.pid = (event.get(k) for k in ("host", "node", "pid"))

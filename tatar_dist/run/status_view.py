@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tatar_dist.run.history import Process, Status
+from tatar_dist.run.history import ProcessStatus, Status
 from tatar_dist.run.progress import SHOWN, clock
 from tatar_dist.run.status import LIVING, RunFiles
 
@@ -132,7 +132,7 @@ def _processes(s: Status, now: float) -> RenderableType:
     """A row for each; the healthy engines of a large run share one."""
     table = _table("process", "state", "for", "restarts", "host", "pid")
 
-    def row(name: str, p: Process, hosts: list[str | None], pids: list[int | None]) -> None:
+    def row(name: str, p: ProcessStatus, hosts: list[str | None], pids: list[int | None]) -> None:
         mark = Text(f"● {p.state}", style=STYLES.get(p.state, ""))
         since = "" if p.since is None else _span(now - p.since)
         table.add_row(name, mark, since, str(p.restarts or ""), _some(hosts, 2), _some(pids, 1))
@@ -142,7 +142,7 @@ def _processes(s: Status, now: float) -> RenderableType:
     healthy = [e for e in s.engines if e.state == "healthy"]
     shared = healthy if len(s.engines) > ROWS else []
     if shared:
-        row(f"engines × {len(shared)}", Process("healthy"), [e.host for e in shared], [e.pid for e in shared])
+        row(f"engines × {len(shared)}", ProcessStatus("healthy"), [e.host for e in shared], [e.pid for e in shared])
     for e in s.engines:
         if e not in shared:
             row(f"engine {e.engine}", e, [e.host], [e.pid])
