@@ -1,17 +1,14 @@
-"""The learner's update at the shapes of Qwen2.5-VL-3B and 7B on one CUDA GPU: random bfloat16 weights, no hub.
+"""`tatar-dist bench shapes`: the learner's update at the shapes of Qwen2.5-VL-3B and 7B on a GPU.
 
-    python -m tatar_dist.bench.shapes
-
-Never run on a GPU: no GPU was at hand. On a CPU only the update itself was run, with a small shape.
-In: nothing. Out: for 1,024 and 2,025 image tokens, groups of 8, completions of 64 and 256 tokens: tokens/s, peak memory
-and MFU of the packed update, gradient checkpointing off and on; at the 3B shape also with AdamW (bfloat16 states). A
-case that does not fit says so. MFU counts useful FLOPs: nothing that is computed twice. Needs torch and transformers.
+Random bfloat16 weights, no hub. Never run on a GPU: no GPU was at hand. On a CPU only the update itself was run, with a
+small shape. For 1,024 and 2,025 image tokens, groups of 8, completions of 64 and 256 tokens: tokens/s, peak memory and
+MFU of the packed update, gradient checkpointing off and on; at the 3B shape also with AdamW (bfloat16 states). A case
+that does not fit says so. MFU counts useful FLOPs: nothing that is computed twice. Needs torch and transformers.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -142,7 +139,7 @@ def cases() -> Iterator[tuple[str, int, Work, bool]]:
 
 
 def run() -> dict[str, Any]:
-    """All cases on the first GPU. Raises UserError without one."""
+    """Measure all cases on the first GPU. Raises UserError without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -155,33 +152,9 @@ def run() -> dict[str, Any]:
         }  # fmt: skip
         try:
             row |= measure(SHAPES[name], work, adamw)
-        except torch.cuda.OutOfMemoryError as e:
-            row["out_of_memory"] = str(e).splitlines()[0]
+        except torch.cuda.OutOfMemoryError:
+            row["out_of_memory"] = True
         gc.collect()  # a model is in cycles of references
         torch.cuda.empty_cache()
         found.append(row)
     return {"name": "shapes", "cases": found, "machine": machine()}
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """One line a case."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"One packed update, bfloat16, {found['machine']['gpus'][0]}", title_justify="left")
-    for name in ("shape", "image", "completion", "checkpointing", "AdamW", "seconds", "tokens/s", "peak", "MFU"):
-        table.add_column(name, justify="right")
-    for c in found["cases"]:
-        sizes = (c["shape"], str(c["image_tokens"]), str(c["completion_tokens"]))
-        ways = ("on" if c["checkpointing"] else "off", "yes" if c["adamw"] else "no")
-        if "out_of_memory" in c:
-            table.add_row(*sizes, *ways, "out of memory", "", "", "")
-            continue
-        mfu = f"{c['mfu']:.0%}" if c["mfu"] is not None else "—"
-        figures = (f"{c['seconds']:.3f}", f"{c['tokens_per_second']:,.0f}", f"{c['peak_gib']:.1f} GiB", mfu)
-        table.add_row(*sizes, *ways, *figures)
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    print(json.dumps(run()))

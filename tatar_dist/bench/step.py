@@ -1,12 +1,12 @@
-"""`tatar-dist bench step`: a whole GRPO step beside TRL's GRPOTrainer (`make bench-trl` makes its .venv-trl).
+"""`tatar-dist bench step`: a whole GRPO step beside TRL's GRPOTrainer (`make bench-trl`).
 
-In: nothing, or `tune`. Out: how many times faster a step is (generate, score, learn, push) than TRL's: with its other
-defaults, all completions in one forward, and with the variant of trl_side.py that was fastest here (TUNED; `tune`
-compares the first steps of all again); both targets must be met. TRL's default recomputes activations; ours keeps
-them, which takes less memory than TRL's rows that recompute (bench learner has both figures); `recomputing` is the
-ratio where both recompute. Same random 14M model, prompts, lengths and machine, other images each step, runs in turns,
-each with all cores, the first step of each left out. Ours is the real pipeline (grpo.py): one vLLM engine, one
-ZeRO-3 learner, a group a forward.
+The ratio is how many times faster a step is (generate, score, learn, push) than TRL's: with its other defaults, all
+completions in one forward, and with the variant of trl_side.py that was fastest here (TUNED; the word `tune` compares
+the first steps of all again); both targets must be met. TRL's default recomputes activations; ours keeps them, which
+takes less memory than TRL's rows that recompute (bench learner has both figures); `recomputing` is the ratio where both
+recompute. Same random 14M model, prompts, lengths and machine, other images each step, runs in turns, each with all
+cores, the first step of each left out. Ours is the real pipeline (grpo.py): one vLLM engine, one ZeRO-3 learner, a
+group a forward.
 """
 
 from __future__ import annotations
@@ -21,12 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from tatar_dist.assets import CONFIGS
 from tatar_dist.bench import subject
-from tatar_dist.bench.harness import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result
 from tatar_dist.bench.trl_side import VARIANTS
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import RunError, UserError
@@ -87,18 +84,9 @@ def ours(model: Path, directory: Path, more: Sequence[str] = ()) -> Side:
     """Steps of the pipeline on the same images; `more`: config words."""
     from tatar_dist import grpo as controller
     from tatar_dist.config.load import load_config
-    from tatar_dist.data.writing import write_manifest
 
-    manifest, output = directory / "iqa.parquet", Path(tempfile.mkdtemp(dir=directory))
-    if not manifest.exists():
-        rows = [
-            {
-                "sample_id": str(i), "dataset": "bench", "task": "iqa", "split": "train", "rationale": None,
-                "score": 50.0, "image_bytes": subject.image(i),
-            }
-            for i in range(PROMPTS * STEPS)
-        ]  # fmt: skip
-        write_manifest(manifest, rows)
+    manifest = subject.manifest(directory / "iqa.parquet", PROMPTS * STEPS, "train")
+    output = Path(tempfile.mkdtemp(dir=directory))
     area = subject.PIXELS**2
     words = [
         f"output={output}", f"model.path={model}", "model.dtype=float32", f"model.min_pixels={area}",
@@ -149,7 +137,7 @@ def compare(peer: Side, mine: Side) -> dict[str, float]:
 
 
 def run(words: Sequence[str] = ()) -> dict[str, Any]:
-    """All measurements, as what `--json` prints; each side's seconds go to standard error as soon as they are known.
+    """Measure everything; print each side's seconds to standard error as soon as they are known.
 
     Raises UserError without .venv-trl, or for a word that is not `tune`.
     """
@@ -194,24 +182,3 @@ def run(words: Sequence[str] = ()) -> dict[str, Any]:
         ok=reached,
         steps=joined,
     )
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """Seconds a step by side, and the ratios."""
-    table = Table(
-        title=f"A GRPO step of {PROMPTS} images x {GROUP} completions x {TOKENS} tokens", title_justify="left"
-    )
-    for name in ("", "median step, s", "tokens a completion", "times slower than ours"):
-        table.add_column(name, justify="right" if name else "left")
-    ratios = {"defaults": found["ratio"], "tuned": found["tuned"]["ratio"]}
-    for name, side in found["steps"].items():
-        r = ratios.get(name)
-        label = f"TRL, {name if name == 'defaults' else found['tuned']['variant']}" if r else name
-        times = f"{r['median']:.1f} ({r['min']:.1f} to {r['max']:.1f})" if r else ""
-        seconds = statistics.median(side["seconds"])
-        table.add_row(label, f"{seconds:.2f}", f"{statistics.mean(side['tokens']):.1f}", times)
-    console = Console()
-    console.print(table)
-    r = found["recomputing"]
-    both = f"both recomputing: {r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})"
-    console.print(f"{summary(found)}; {both}")
