@@ -1,4 +1,4 @@
-"""`tatar-dist bench data`: read pictures, import 100,000 rows, start a sampler on 10 million.
+"""Time reading pictures, importing rows and starting a sampler: `tatar-dist bench data`.
 
 Pictures are validated from two kinds of manifest; the ratio is the slower one's share of Pillow decoding alone
 (images.py). Imports and the sampler are whole processes, start of Python included, with a target for seconds (5 s an
@@ -48,7 +48,7 @@ FOOTER = "import sys, pyarrow.parquet as pq; pq.ParquetFile(sys.argv[1]).metadat
 
 
 def write_ava(file: Path, n: int = ROWS) -> None:
-    """n lines like those of AVA.txt: index, image id, ten vote counts, two tags, challenge."""
+    """Write n lines like AVA.txt: index, image id, ten vote counts, two tags, challenge."""
     rng = np.random.default_rng(0)
     votes = rng.multinomial(210, np.ones(10) / 10, n)
     with file.open("w") as f:
@@ -56,19 +56,19 @@ def write_ava(file: Path, n: int = ROWS) -> None:
 
 
 def write_list(file: Path, n: int = ROWS) -> None:
-    """The same number of images as a JSON list of image and gt_score."""
+    """Write as many images as a JSON list of image and gt_score."""
     scores = np.random.default_rng(0).uniform(0, 10, n).round(4).tolist()
     file.write_text(json.dumps([{"image": f"{i}.jpg", "gt_score": s} for i, s in enumerate(scores)]))
 
 
 def write_csv(file: Path, n: int = ROWS) -> None:
-    """The same number of images as TAD66K's CSV."""
+    """Write as many images as TAD66K's CSV."""
     scores = np.random.default_rng(0).uniform(0, 10, n).round(4).tolist()
     file.write_text("image,score\n" + "".join(f"{i}.jpg,{s}\n" for i, s in enumerate(scores)))
 
 
 def write_large(file: Path, n: int = LARGE) -> None:
-    """A manifest of n rows: eight sets, four of a task, paths instead of pictures."""
+    """Write a manifest of n rows: eight sets, four of a task, paths instead of pictures."""
     from tatar_dist.data.writing import ManifestWriter
 
     rng, block = np.random.default_rng(0), 65_536

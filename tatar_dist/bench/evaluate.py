@@ -1,4 +1,4 @@
-"""`tatar-dist bench evaluate`: scoring, evaluation and a first score beside the bare engine.
+"""Time scoring and evaluation beside the bare engine: `tatar-dist bench evaluate`.
 
 The bare engine is one `LLM.generate` of all prompts with their pictures decoded before. Beside it, on one engine in
 turns: pictures a second of `Scorer.score` (files read, decoded, asked in batches, parsed); then those of an

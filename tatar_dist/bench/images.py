@@ -1,4 +1,4 @@
-"""`tatar-dist bench images`: how fast `data validate` is, beside Pillow decoding alone.
+"""Time `data validate` beside Pillow decoding alone: `tatar-dist bench images`.
 
 For 400 JPEGs of a megapixel, cut from the demo's photographs: validating a manifest with the pictures in its rows and
 one with paths, `decode_image`, by which learners and engines read them, and the whole command. The limit is the same
@@ -93,7 +93,7 @@ def command(manifest: Path) -> None:
 
 
 def _beside(pillow: Callable[[], Any], ways: dict[str, Callable[[], Any]], rounds: int, n: int) -> dict[str, Any]:
-    """Measure Pillow alone and each way in turns, on `n` pictures; ratio = seconds of Pillow alone / seconds."""
+    """Measure each way and Pillow alone in turns; ratio = seconds of Pillow alone / seconds."""
     times = dict(zip(("Pillow alone", *ways), in_turns(pillow, *ways.values(), rounds=rounds), strict=True))
     return {
         name: {

@@ -1,4 +1,4 @@
-"""`tatar-dist bench learner`: an update of one group, packed and with the prompt in every row.
+"""Time an update, packed and with the prompt in every row: `tatar-dist bench learner`.
 
 The ratio is of seconds (policy loss, forward and backward; float32, all cores, no optimiser), with gradient
 checkpointing off and on, in turns. Also: how far the two gradients are apart, peak memory of each in a process of its
@@ -33,7 +33,7 @@ TARGET, MEMORY_TARGET, GRADIENT_TARGET = 7.0, 0.4, 1e-5
 
 
 def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], None], Any, int]:
-    """A function that makes one update's gradient, its model, and the tokens of a prompt."""
+    """Return a function that makes one update's gradient, its model, and tokens of a prompt."""
     import torch
     from transformers.utils import logging
 
@@ -65,7 +65,7 @@ def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], Non
 
 
 def alone(works: Sequence[Work], packed: bool, directory: Path, exact: bool) -> list[dict[str, float]]:
-    """An update each in another process: seconds, MiB above what the loaded model takes, and both as counted.
+    """Run an update each in another process: seconds, MiB above the loaded model, counts.
 
     exact: what is freed is given back at once, so that MiB are what was needed, and seconds are too many.
     """
@@ -76,7 +76,7 @@ def alone(works: Sequence[Work], packed: bool, directory: Path, exact: bool) -> 
 
 
 def compare(work: Work, directory: Path) -> dict[str, Any]:
-    """Both ways in turns: seconds, the gradients' difference, FLOPs."""
+    """Measure both ways in turns: seconds, the gradients' difference, FLOPs, memory."""
     import torch
 
     theirs, model, prompt = _update(work, directory / str(work.vocab), packed=False)
@@ -110,7 +110,7 @@ GROWTH = {
 
 
 def growth(directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """Seconds and peak MiB of one packed update, along one size at a time, beside what is counted."""
+    """Measure packed updates along one size at a time, beside what is counted."""
     works = list(dict.fromkeys(work for each in GROWTH.values() for work in each))
     timed, needed = (alone(works, True, directory, exact) for exact in (False, True))
     found = {w: w.__dict__ | t | {"mib": n["mib"]} for w, t, n in zip(works, timed, needed, strict=True)}
@@ -165,7 +165,7 @@ def _main() -> None:
 
 
 def _measured(work: Work, packed: bool, directory: Path) -> dict[str, float]:
-    """One update here: its seconds, its peak memory, what was counted."""
+    """Measure one update in this process: its seconds, its peak memory, what was counted."""
     update, model, prompt = _update(work, directory, packed)
     for weight in model.parameters():
         weight.sum()  # read from the mapped file now: else it counts as memory of the update

@@ -1,4 +1,4 @@
-"""Serve an OpenAI-compatible API on loopback with a fixed latency, a number of slots and a log.
+"""Serve an OpenAI-compatible API on loopback with fixed latency, slots and a log.
 
 The log has for every request when it came and when its answer was sent. The benchmark runs the server as a process of
 its own; tests run it in a thread and hand in functions that answer badly. It knows no images and no language.

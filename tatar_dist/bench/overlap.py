@@ -1,4 +1,4 @@
-"""`tatar-dist bench overlap`: a step with staleness 1 beside its slower half alone.
+"""Time a step with staleness 1 beside its slower half: `tatar-dist bench overlap`.
 
 The ratio is max(generate, learn + sync) of steps with staleness 0 over the whole step with staleness 1: 1 would be
 perfect overlap of generating with learning and pushing. The pipeline of `bench step`, engine pinned to the first half

@@ -1,4 +1,4 @@
-"""`tatar-dist bench rationale`: how busy `rationale build` keeps an endpoint.
+"""Measure how busy `rationale build` keeps an endpoint: `tatar-dist bench rationale`.
 
 The ratio is the busy share of the endpoint's slot-time while rows are left, from the endpoint's own log, for 64 slots
 and answers that take half a second; images, journal and fsync included. The server is a process of its own

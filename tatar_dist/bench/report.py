@@ -1,4 +1,4 @@
-"""`tatar-dist bench report`: seconds and megabytes of the page of a long run.
+"""Time the page of a long run and measure its size: `tatar-dist bench report`.
 
 The ratio is 20 s over the seconds of writing the page of a GRPO run of 1,000 steps with 100,000 rollouts (the whole
 command on one core, start of Python included); its size stands beside 10 MB. The run is made with what a run writes
@@ -30,7 +30,7 @@ LENGTH = {"iqa": 4, "iaa": 13}  # sentences of a rationale
 def write_run(
     path: Path, steps: int = STEPS, images: int = IMAGES, side: tuple[int, int] = SIDE, seed: int = 0
 ) -> Path:
-    """Make the directory of a GRPO run that learned: PROMPTS x GROUP completions a step, half IQA. Returns `path`."""
+    """Make the directory of a GRPO run that learned, half of it IQA, and return `path`."""
     from tatar_dist.config.schema import Config, DataConfig, ModelConfig, to_yaml
     from tatar_dist.rewards.batch import batch_of_groups
     from tatar_dist.rewards.presets import load_preset

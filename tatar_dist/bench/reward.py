@@ -1,4 +1,4 @@
-"""`tatar-dist bench reward`: how long a global batch takes to score.
+"""Time the scoring of a global batch: `tatar-dist bench reward`.
 
 The ratio is 10 s over the seconds of scoring 100,000 completions (parsed and ranked, preset tatar with its logistic
 link). Also for 1,000 to 100,000 completions (groups of 8, half IAA, four data sets): seconds of parsing and of ranking
@@ -58,7 +58,7 @@ def pairs_of(batch: Batch) -> int:
 
 
 def each(work: Callable[[], Any], least: float = 0.2, repeats: int = 3) -> list[float]:
-    """Return the seconds of at least `repeats` calls, and of as many as fit into `least` seconds."""
+    """Return the seconds of `repeats` calls, or of more until `least` seconds have passed."""
     found: list[float] = []
     while len(found) < repeats or sum(found) < least:
         found.append(seconds_of(work))

@@ -1,4 +1,4 @@
-"""`tatar-dist bench rollout`: grouped completions by our vLLM engine beside `generate`.
+"""Time grouped completions by our engine beside `generate`: `tatar-dist bench rollout`.
 
 Completion tokens a second for 4 images of 1,024 image tokens x 8 completions x 64 tokens, random 14M model, sampled,
 float32. Each side is a process that has loaded its model and waits; they work in turns, on the CPU, with all cores.
@@ -54,7 +54,7 @@ def write_images(directory: Path, rounds: int, work: Work = WORK) -> None:
 
 
 def generate(directory: Path, work: Work = WORK, repeat: bool = False) -> Callable[[int], int]:
-    """Return a round of transformers' generate, which returns how many completion tokens it made."""
+    """Return a round of transformers' generate, which returns its completion tokens."""
     import torch
     from PIL import Image
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -158,7 +158,7 @@ def product_rate() -> float:
 
 
 def limit(counted: dict[str, float], rate: float, seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Return what FLOPs allow. `rate`: what a matrix product reaches; `seconds`: of rounds, by side.
+    """Return what FLOPs allow. `rate`: of a matrix product; `seconds`: of rounds, by side.
 
     `equal_speed`: the ratio at the same FLOPs a second on both sides. `ratio`: an engine that works at `rate` all the
     time beside the baseline as it is; it holds only where nothing else ran on the machine.
@@ -191,7 +191,7 @@ class Side:
         self.process: Any = subprocess.Popen(words, text=True, env=env, **pipes)
 
     def round(self, seed: int) -> dict[str, float]:
-        """Seconds and completion tokens of one round. Raises RunError with the end of its log when the side died."""
+        """Measure one round. Raises RunError with the end of its log when the side died."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(f"{seed}\n")
             self.process.stdin.flush()

@@ -1,4 +1,4 @@
-"""`tatar-dist bench scaling`: two learners and two engines beside one of each, a core each.
+"""Time two learners and two engines beside one of each: `tatar-dist bench scaling`.
 
 The ratio is how many times faster two are: an update of the same global batch of 2 groups (real ZeRO-3), and
 completions of the same 4 prompts; random 14M model, float32, in turns. Ideal is 2; the limit is what one process gains

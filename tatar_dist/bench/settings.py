@@ -1,4 +1,4 @@
-"""`tatar-dist bench settings`: our engine as it is set up, beside other settings of vLLM.
+"""Time our engine beside other settings of vLLM: `tatar-dist bench settings`.
 
 Completion tokens a second of rollout.py's work by setting; the ratio is ours to the fastest other. Every setting is a
 process with one engine that has loaded its model; they work in turns on all cores, every round with other images and

@@ -1,4 +1,4 @@
-"""`tatar-dist bench shapes`: the learner's update at the shapes of Qwen2.5-VL-3B and 7B on a GPU.
+"""Time the learner's update at the shapes of 3B and 7B: `tatar-dist bench shapes`.
 
 Random bfloat16 weights, no hub. Never run on a GPU: no GPU was at hand. On a CPU only the update itself was run, with a
 small shape. For 1,024 and 2,025 image tokens, groups of 8, completions of 64 and 256 tokens: tokens/s, peak memory and
@@ -33,7 +33,7 @@ SHAPES = {name: released(name) for name in ("3B", "7B")}
 
 
 def make_config(shape: Sizes, backbone: Any) -> Any:
-    """The Qwen2_5_VLConfig of a shape; token ids are those of the backbone's (small) tokenizer."""
+    """Return the Qwen2_5_VLConfig of a shape, with token ids of the backbone's tokenizer."""
     from transformers import Qwen2_5_VLConfig
 
     def token(text: str) -> int:
@@ -54,7 +54,7 @@ def make_config(shape: Sizes, backbone: Any) -> Any:
 def packed_update(
     shape: Sizes, work: Work, directory: Path, device: str, adamw: bool = False
 ) -> tuple[Callable[[], None], Any, Any]:
-    """A function that makes one update of a bfloat16 model on `device`, the model's config, and the batch."""
+    """Return a function that makes one bfloat16 update, the model's config, and the batch."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -87,19 +87,19 @@ def packed_update(
 
 
 def useful_flops(config: Any, work: Work, prompt: int) -> float:
-    """FLOPs of forward and backward without checkpointing's forward and without the head's second logits."""
+    """Count FLOPs of forward and backward that are not computed a second time."""
     text = config.text_config
     head = work.groups * work.size * work.tokens * 2 * text.hidden_size * text.vocab_size
     return flops(config, replace(work, checkpointing=False), prompt, True) - head
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 FLOP/s, None for a device that is not in the table."""
+    """Return dense bfloat16 FLOP/s, None for a device that is not in the table."""
     return next((peak for part, peak in PEAKS.items() if part in device_name), None)
 
 
 def measure(shape: Sizes, work: Work, adamw: bool) -> dict[str, float | None]:
-    """Median seconds of an update, tokens/s (packed, and of completions alone), peak GiB, MFU (None: peak unknown)."""
+    """Measure median seconds, tokens/s, peak GiB and MFU (None: peak unknown) of an update."""
     import statistics
 
     import torch

@@ -1,4 +1,4 @@
-"""`tatar-dist bench simulate`: predictions of `plan --simulate` beside runs it has not seen.
+"""Compare predictions of `plan --simulate` with runs: `tatar-dist bench simulate`.
 
 It takes config words (`tatar-dist bench simulate cluster.address=... output=DIR`); RAY_ADDRESS is honoured, then DIR
 must lie on a file system that all nodes share. For each split and batch of `FORETOLD`, the step and the idle shares

@@ -1,4 +1,4 @@
-"""`tatar-dist bench staleness`: how much GRPO learns when completions are some steps old.
+"""Compare what GRPO learns by staleness: `tatar-dist bench staleness`.
 
 `output=DIR` keeps the runs there and continues them. For each seed there is one SFT of the demo and, from its model,
 GRPO with `VARIANTS`; of each the reward at the end, SRCC on held-out crops, how far the policy has moved from the one

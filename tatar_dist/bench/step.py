@@ -1,4 +1,4 @@
-"""`tatar-dist bench step`: a whole GRPO step beside TRL's GRPOTrainer (`make bench-trl`).
+"""Time a whole GRPO step beside TRL's GRPOTrainer: `tatar-dist bench step`.
 
 The ratio is how many times faster a step is (generate, score, learn, push) than TRL's: with its other defaults, all
 completions in one forward, and with the variant of trl_side.py that was fastest here (TUNED; the word `tune` compares
@@ -39,7 +39,7 @@ Side = dict[str, list[Any]]  # seconds and tokens of each counted step
 
 
 def theirs(model: Path, directory: Path, variant: str, steps: int = STEPS) -> Side:
-    """Steps of TRL, the first among them. Raises RunError when it fails."""
+    """Run steps of TRL; return all, the first among them. Raises RunError when it fails."""
     asked = {"prompts": PROMPTS, "group": GROUP, "tokens": TOKENS, "steps": steps, "variant": variant}
     script = Path(__file__).with_name("trl_side.py")
     log = directory / f"trl-{variant.replace(' ', '-')}.log"
@@ -54,7 +54,7 @@ def theirs(model: Path, directory: Path, variant: str, steps: int = STEPS) -> Si
 
 
 def read_steps(said: str, steps: int) -> Side:
-    """The JSON lines of trl_side.py. Raises RunError when there are not `steps`."""
+    """Read the JSON lines of trl_side.py. Raises RunError when there are not `steps`."""
     lines = [json.loads(line) for line in said.splitlines() if line.startswith('{"seconds"')]
     if len(lines) != steps:
         raise RunError(f"TRL printed {len(lines)} steps, {steps} were asked for: {said[-500:]}")
@@ -62,12 +62,12 @@ def read_steps(said: str, steps: int) -> Side:
 
 
 def warm(side: Side) -> Side:
-    """Without the first step."""
+    """Leave out the first step."""
     return {key: values[1:] for key, values in side.items()}
 
 
 def tune(model: Path, directory: Path) -> tuple[str, dict[str, float | str]]:
-    """TRL's fastest variant by the first step of each, and seconds of all; an error's text where one cannot run."""
+    """Return TRL's fastest variant by first steps, and each one's seconds or error."""
     found: dict[str, float | str] = {}
     for variant in (v for v in VARIANTS if v != "defaults"):
         try:
@@ -81,7 +81,7 @@ def tune(model: Path, directory: Path) -> tuple[str, dict[str, float | str]]:
 
 
 def ours(model: Path, directory: Path, more: Sequence[str] = ()) -> Side:
-    """Steps of the pipeline on the same images; `more`: config words."""
+    """Run steps of the pipeline on the same images; `more`: config words."""
     from tatar_dist import grpo as controller
     from tatar_dist.config.load import load_config
 
@@ -106,7 +106,7 @@ def ours(model: Path, directory: Path, more: Sequence[str] = ()) -> Side:
 
 
 def _messages() -> list[dict[str, str]]:
-    """The pipeline's own prompt; TRL puts the image in by itself."""
+    """Return the pipeline's own prompt; TRL puts the image in by itself."""
     messages = Prompts.load(CONFIGS / "prompts.yaml").messages("iqa")
     return [
         {"role": m["role"], "content": m["content"] if isinstance(m["content"], str) else m["content"][-1]["text"]}
@@ -115,7 +115,7 @@ def _messages() -> list[dict[str, str]]:
 
 
 def _prompt_tokens(config: Config) -> int:
-    """Of the pipeline's prompt with its image."""
+    """Count the tokens of the pipeline's prompt with its image."""
     from tatar_dist.models import family
 
     backbone = family(config.model.family)(config.model)
@@ -128,7 +128,7 @@ def _prompt_tokens(config: Config) -> int:
 
 
 def compare(peer: Side, mine: Side) -> dict[str, float]:
-    """The ratio, step by step. Raises RunError when the two did not do the same work."""
+    """Return the ratio of steps. Raises RunError when the two did not do the same work."""
     for key, what in (("tokens", "tokens a completion"), ("prompt", "tokens a prompt")):
         found = [statistics.mean(side[key]) for side in (peer, mine)]
         if abs(found[0] / found[1] - 1) > SAME_WORK:
@@ -137,7 +137,7 @@ def compare(peer: Side, mine: Side) -> dict[str, float]:
 
 
 def run(words: Sequence[str] = ()) -> dict[str, Any]:
-    """Measure everything; print each side's seconds to standard error as soon as they are known.
+    """Measure everything; print each side's seconds to standard error once they are known.
 
     Raises UserError without .venv-trl, or for a word that is not `tune`.
     """

@@ -1,4 +1,4 @@
-"""Make what benches work on: a random Qwen2.5-VL of 14 million parameters and groups of rows.
+"""Make what benches work on: a random Qwen2.5-VL of 14M parameters and its inputs.
 
 896 x 896 pixels are 1,024 image tokens; with the text around them a prompt has about 1,050. Completions are random
 tokens: how long a forward takes does not depend on which.

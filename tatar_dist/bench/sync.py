@@ -1,4 +1,4 @@
-"""`tatar-dist bench sync`: a weight push, learner to engine, beside copying its bytes in memory.
+"""Time a weight push beside copies of its bytes in memory: `tatar-dist bench sync`.
 
 For a random model of 140 million parameters, in float32 and bfloat16: (2 x copy + constant) / push, where a push goes
 through Ray's object store from one ZeRO-3 learner to one vLLM engine on this machine. Copy: one thread, torch's copy_

@@ -54,7 +54,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print one result: what is compared and how it came out, other figures, a table per set of records."""
+    """Print what is compared and how it came out, other figures, and tables of records."""
     console, head, tables = Console(highlight=False, markup=False), Table.grid(padding=(0, 2)), []
     if found.keys() >= set(FIELDS):
         for column, cell in zip(COLUMNS, cells(found), strict=True):
@@ -85,7 +85,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _records(value: Any) -> list[dict[str, Any]]:
-    """Return a list of dicts, or a dict of dicts or of such lists, as flat rows; anything else as no rows."""
+    """Return a list of dicts, or a dict of them or of such lists, as flat rows, else nothing."""
     named = value if isinstance(value, dict) else {"": value}
     rows = [(name, row) for name, inner in named.items() for row in (inner if isinstance(inner, list) else [inner])]
     if isinstance(value, str) or not all(isinstance(row, dict) and not _is_spread(row) for _, row in rows):
@@ -94,7 +94,7 @@ def _records(value: Any) -> list[dict[str, Any]]:
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """Return a table of records: one per line, or one per column if they have many more fields than there are."""
+    """Return a table with a record per line, or per column if they have many more fields."""
     fields = list(dict.fromkeys(field for row in rows for field in row))
     across = len(fields) > 2 * len(rows)
     heads = [_label(field) if across else _label(field).replace(" ", "\n") for field in fields]
@@ -115,7 +115,7 @@ def _label(key: str) -> str:
 
 
 def _text(key: str, value: Any) -> str:
-    """Return a value as text, with the unit that its key names; several numbers as their median and range."""
+    """Return a value with the unit that its key names; numbers as their median and range."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value in (None, [], ()):
