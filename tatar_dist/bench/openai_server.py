@@ -1,8 +1,7 @@
-"""A small OpenAI-compatible HTTP server of our own: real sockets, fixed latency, a fixed number of slots, a log.
+"""Serve an OpenAI-compatible API on loopback with fixed latency, slots and a log.
 
-In: an answer function and a latency. Out: `/v1/chat/completions` on loopback, and for every request when it came and
-when its answer was sent. The benchmark runs it as a process of its own; tests run it in a thread and hand in functions
-that answer badly. Not for users: it knows no images and no language.
+The log has for every request when it came and when its answer was sent. The benchmark runs the server as a process of
+its own; tests run it in a thread and hand in functions that answer badly. It knows no images and no language.
 
     python -m tatar_dist.bench.openai_server --latency 0.5     prints its address, then serves until stdin closes;
                                                                GET /log answers with the log as JSON

@@ -1,6 +1,6 @@
-"""`tatar-dist bench overlap`: a step with staleness 1 beside its slower half alone, engine and learner on own cores.
+"""Time a step with staleness 1 beside its slower half: `tatar-dist bench overlap`.
 
-In: nothing. Out: max(generate, learn + sync) of steps with staleness 0 over the whole step with staleness 1: 1 would be
+The ratio is max(generate, learn + sync) of steps with staleness 0 over the whole step with staleness 1: 1 would be
 perfect overlap of generating with learning and pushing. The pipeline of `bench step`, engine pinned to the first half
 of the cores and learner to the other in both (`cluster.pin_cores`), in turns. A push waits for the engine to finish its
 batch, so what is left beside generating is the push, reward and the controller's own work.
@@ -9,16 +9,12 @@ batch, so what is left beside generating is the push, reward and the controller'
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from tatar_dist.bench import step, subject
-from tatar_dist.bench.harness import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result
 from tatar_dist.errors import UserError
 
 STEPS, ROUNDS, TARGET = 5, 2, 1 / 1.1
@@ -26,19 +22,15 @@ PARTS = ("seconds", "time/generate", "time/learn", "time/sync", "time/reward")
 
 
 def run() -> dict[str, Any]:
-    """All measurements, as what `--json` prints. Raises UserError on a machine of one core."""
+    """Measure everything. Raises UserError on a machine of one core."""
     if len(os.sched_getaffinity(0)) < 2:
         raise UserError("bench overlap: needs 2 cores, one for the engine and one for the learner")
     sides: dict[str, list[step.Side]] = {"0": [], "1": []}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model = Path(subject.make(directory).model.path)
-        words = [
-            "model.gradient_checkpointing=false",
-            "cluster.pin_cores=true",
-            f"grpo.max_steps={STEPS}",
-            "grpo.logprob_gap_limit=10",
-        ]
+        words = ["model.gradient_checkpointing=false", "cluster.pin_cores=true", f"grpo.max_steps={STEPS}"]
+        words += ["grpo.logprob_gap_limit=10"]
         for _ in range(ROUNDS):
             for lag, found in sides.items():
                 found.append(step.ours(model, directory, [*words, f"grpo.staleness={lag}"]))
@@ -55,17 +47,5 @@ def run() -> dict[str, Any]:
         ratio(kept, each),
         TARGET,
         "1, perfect overlap",
-        steps=joined,
+        staleness=joined,
     )
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """Median seconds of both by part."""
-    table = Table(title="A step with engine and learner on cores of their own, median seconds", title_justify="left")
-    for name in ("staleness", "step", "generate", "learn", "sync", "reward"):
-        table.add_column(name, justify="left" if name == "staleness" else "right")
-    for lag, parts in found["steps"].items():
-        table.add_row(lag, *(f"{statistics.median(parts[p]):.2f}" for p in PARTS))
-    console = Console()
-    console.print(table)
-    console.print(summary(found))

@@ -1,4 +1,4 @@
-"""The forward that everybody else makes: one padded row a completion, its prompt and image repeated, all its logits.
+"""Compute log-probabilities with one padded row per completion and all its logits.
 
 What the packed forward is tested against and measured beside (bench learner); no run uses it. A frozen or trained
 transformers model as it comes, without anything of ours in it.
@@ -18,7 +18,7 @@ from tatar_dist.types import LearnerRow
 
 
 def pad(collate: Collator, rows: Sequence[LearnerRow]) -> dict[str, Tensor]:
-    """What `model(**inputs)` takes for B right-padded rows, each with its own copy of its image's patches."""
+    """Return inputs of right-padded rows, each with its own copy of its image's patches."""
     prompts = [collate.encode(row) for row in rows]
     answers = [torch.tensor(row.completion_ids) for row in rows]
     ids = [torch.cat([p.ids, a]) for p, a in zip(prompts, answers, strict=True)]
@@ -40,7 +40,7 @@ def token_logprobs(
     temperature: float = 1.0,
     padded: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """(B, C) float32 log-probabilities of completion tokens, 0 at padding, as `PolicyModel` gives them.
+    """Return (B, C) float32 log-probabilities of completion tokens, 0 at padding.
 
     `padded`: the rows' `pad`, where it is there already.
     """

@@ -1,8 +1,8 @@
-"""`tatar-dist bench learner --plot FILE.svg`: time and peak memory of a packed update as it grows, beside counts.
+"""Draw how a packed update grows: `tatar-dist bench learner --plot FILE.svg`.
 
-In: what `bench learner` found. Out: an SVG of 2 x 4 panels: seconds and GiB along groups, image tokens, completion
-tokens and vocabulary. Dots are measured. The lines are counted (counts.py): FLOPs at the rate of the update that the
-bench compares, peak bytes as they are.
+The SVG has 2 x 4 panels: seconds and GiB along groups, image tokens, completion tokens and vocabulary. Dots are
+measured. The lines are counted (counts.py): FLOPs at the rate of the update that the bench compares, peak bytes as they
+are.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ TITLES = {
 
 
 def along(name: str, work: dict[str, Any]) -> int:
-    """Where a work stands on its axis."""
+    """Return where a work stands on its axis."""
     return (work["pixels"] // PATCH) ** 2 if name == "image" else int(work[name])
 
 
 def series(found: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """By axis: x, seconds and GiB, measured and counted."""
+    """Return x, seconds and GiB by axis, measured and counted."""
     first = found["growth"]["groups"][0]  # the update that is compared with the per-row one
     rate = first["gflops"] / first["seconds"]
     return {

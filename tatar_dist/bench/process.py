@@ -1,7 +1,7 @@
-"""A command timed as a whole process: seconds and peak memory, start of Python included.
+"""Time a command as a whole process: seconds and peak memory, start of Python included.
 
 The kernel counts what a forked child shares with its parent into the child's peak, so a benchmark full of data must not
-be the parent: a small process of this module is, `python bench/process.py CORES WORD…`, which prints what it measured.
+be the parent: `python bench/process.py CORES WORD...` is a small parent, which prints what it measured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 def timed(words: Sequence[str], cores: int | None = None) -> tuple[dict[str, float], str]:
     """Run `python WORDS` with one thread a library; on the first `cores` cores, or on all.
 
-    Returns {"seconds", "peak_mib"} and what it printed. Raises RuntimeError when it ends with another status than 0.
+    Return {"seconds", "peak_mib"} and what it printed. Raise RuntimeError when it ends with another status than 0.
     """
     root = Path(__file__).parents[2]
     one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(root)}

@@ -1,9 +1,9 @@
-"""`tatar-dist bench report`: seconds and megabytes of the page of a long run.
+"""Time the page of a long run and measure its size: `tatar-dist bench report`.
 
-In: nothing. Out: how many times faster than 20 s the page of a GRPO run of 1,000 steps with 100,000 rollouts is written
-(the command as a whole, start of Python included, on one core), and its size beside 10 MB. The run is made here with
-what a run writes with: `write_rollouts`, the metrics' names, an event log with faults, a manifest of pictures. The
-limit is reading all rollouts and parsing their answers, timed in this process.
+The ratio is 20 s over the seconds of writing the page of a GRPO run of 1,000 steps with 100,000 rollouts (the whole
+command on one core, start of Python included); its size stands beside 10 MB. The run is made with what a run writes
+with: `write_rollouts`, the metrics' names, an event log with faults, a manifest of pictures. The limit is reading all
+rollouts and parsing their answers, timed in this process.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from tatar_dist.bench.harness import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result
 from tatar_dist.bench.process import timed
 
 STEPS, PROMPTS, GROUP = 1_000, 10, 10  # 100 completions a step
@@ -31,7 +30,7 @@ LENGTH = {"iqa": 4, "iaa": 13}  # sentences of a rationale
 def write_run(
     path: Path, steps: int = STEPS, images: int = IMAGES, side: tuple[int, int] = SIDE, seed: int = 0
 ) -> Path:
-    """Make the directory of a GRPO run that learned: PROMPTS x GROUP completions a step, half IQA. Returns `path`."""
+    """Make the directory of a GRPO run that learned, half of it IQA, and return `path`."""
     from tatar_dist.config.schema import Config, DataConfig, ModelConfig, to_yaml
     from tatar_dist.rewards.batch import batch_of_groups
     from tatar_dist.rewards.presets import load_preset
@@ -151,14 +150,3 @@ def run(steps: int = STEPS, images: int = IMAGES, rounds: int = ROUNDS) -> dict[
         megabytes_target=BUDGET_MB,
     )
     return found | {"met": found["met"] and size <= BUDGET_MB * 1e6}
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """Seconds, memory and size beside their limits."""
-    console = Console()
-    console.print(
-        f"{found['rollouts']:,} rollouts: page in {min(found['seconds']):.1f} to {max(found['seconds']):.1f} s "
-        f"({found['reading_seconds']:.1f} s of it reading and parsing), {found['peak_mib']:.0f} MiB at most, "
-        f"{found['megabytes']:.1f} MB (at most {found['megabytes_target']:g})"
-    )
-    console.print(summary(found))

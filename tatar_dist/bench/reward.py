@@ -1,11 +1,11 @@
-"""`tatar-dist bench reward`: how long a global batch takes to score, beside the least it could take.
+"""Time the scoring of a global batch: `tatar-dist bench reward`.
 
-In: nothing. Out: how many times faster than 10 s 100,000 completions are scored (parsed and ranked, preset tatar with
-its logistic link); for 1,000 to 100,000 completions (groups of 8, half IAA, four data sets) the seconds of parsing and
-of ranking with both links, and the whole command on one core with its peak memory. The limit of ranking is arithmetic:
-each pair needs its transcendental functions (logistic: one exp, one log; probit: one ndtr, one log1p, one log), timed
-in the same process on a block that stays in cache. Bytes are no limit: a block of pairs is 3 MiB whatever the
-batch, and per group only P, weight, mean and 1/s of its opponents are read, 32 bytes each.
+The ratio is 10 s over the seconds of scoring 100,000 completions (parsed and ranked, preset tatar with its logistic
+link). Also for 1,000 to 100,000 completions (groups of 8, half IAA, four data sets): seconds of parsing and of ranking
+with both links, and the whole command on one core with its peak memory. The limit of ranking is arithmetic: each pair
+needs its transcendental functions (logistic: one exp, one log; probit: one ndtr, one log1p, one log), timed in the same
+process on a block that stays in cache. Bytes are no limit: a block of pairs is 3 MiB whatever the batch, and per
+group only P, weight, mean and 1/s of its opponents are read, 32 bytes each.
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from tatar_dist.bench.harness import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result, seconds_of
 from tatar_dist.bench.process import timed
 from tatar_dist.prompts.answer import answer_text
 from tatar_dist.rewards.batch import Batch, batch_of_rows, read_answers
@@ -38,7 +35,7 @@ BUDGET_S, TARGET, ROUNDS = 10.0, 1.0, 5  # for the largest batch
 
 
 def rows(n: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """n completions in groups of 8, data sets iqa-0, iqa-1, iaa-0, iaa-1 in turn; 3 % do not parse."""
+    """Yield n completions in groups of 8, four data sets in turn; 3 % do not parse."""
     rng = np.random.default_rng(seed)
     text = {task: " ".join(["word"] * words) for task, words in WORDS.items()}
     for i in range(n // GROUP):
@@ -52,7 +49,7 @@ def rows(n: int, seed: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def pairs_of(batch: Batch) -> int:
-    """completion x group pairs that a Thurstone ranking of the IAA rows compares."""
+    """Count the completion x group pairs that a Thurstone ranking of the IAA rows compares."""
     total = 0
     for dataset in np.unique(batch.dataset[batch.iaa]):
         own = batch.iaa & (batch.dataset == dataset)
@@ -61,22 +58,20 @@ def pairs_of(batch: Batch) -> int:
 
 
 def each(work: Callable[[], Any], least: float = 0.2, repeats: int = 3) -> list[float]:
-    """Seconds of at least `repeats` calls, and of as many as fit into `least` seconds."""
+    """Return the seconds of `repeats` calls, or of more until `least` seconds have passed."""
     found: list[float] = []
     while len(found) < repeats or sum(found) < least:
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
+        found.append(seconds_of(work))
     return found
 
 
 def best(work: Callable[[], Any], least: float = 0.2, repeats: int = 3) -> float:
-    """Seconds of the fastest of those calls."""
+    """Return the seconds of the fastest of those calls."""
     return min(each(work, least, repeats))
 
 
 def seconds_per_pair() -> dict[str, float]:
-    """The limit: the transcendental functions of one pair, by link, on a block in cache."""
+    """Time the transcendental functions of one pair, by link, on a block in cache."""
     from scipy.special import ndtr
 
     z = np.linspace(-13.0, 0.0, BLOCK)
@@ -95,7 +90,7 @@ def seconds_per_pair() -> dict[str, float]:
 
 
 def command(file: Path, link: str) -> dict[str, float]:
-    """Seconds and peak MiB of `tatar-dist rewards` on one core, start of Python included."""
+    """Time `tatar-dist rewards` on one core, start of Python included."""
     preset = file.with_name(f"{link}.yaml")
     shipped = Path(__file__).parents[1] / "rewards" / "presets" / "tatar.yaml"
     preset.write_text(shipped.read_text().replace("link: logistic", f"link: {link}"))
@@ -104,7 +99,7 @@ def command(file: Path, link: str) -> dict[str, float]:
 
 
 def run() -> dict[str, Any]:
-    """All measurements, as what `--json` prints. One core and one thread throughout."""
+    """Measure everything, on one core and one thread."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     try:
@@ -142,34 +137,7 @@ def run() -> dict[str, Any]:
         TARGET,
         f"{BUDGET_S / least:.1f}: parsing as it is, and one exp and one log a pair",
         seconds=rounds,
-        nanoseconds_per_pair_limit={k: v * 1e9 for k, v in limit.items()},
+        limit_seconds_per_pair=limit,
         sizes=table,
         command={"completions": SIZES[-1], "bytes": size, **commands},
     )
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """The measurements beside their limits."""
-    console = Console()
-    table = Table(title="Scoring one global batch with preset tatar, one core", title_justify="left")
-    for name in ("rows", "pairs", "parse", "link", "rank", "limit", "rank / limit"):
-        table.add_column(name, justify="left" if name == "link" else "right", no_wrap=True)
-    for r in found["sizes"]:
-        first = [f"{r['completions']:,}", f"{r['pairs'] / 1e6:.2f} M", _time(r["parse_seconds"])]
-        for link in LINKS:
-            rank, limit = r[link]["rank_seconds"], r[link]["limit_seconds"]
-            table.add_row(*first, link, _time(rank), _time(limit), f"{rank / limit:.1f}")
-            first = [""] * 3
-    console.print(table)
-    c = found["command"]
-    for link in LINKS:
-        m = c[link]
-        console.print(
-            f"tatar-dist rewards, {c['completions']:,} completions ({c['bytes'] / 1e6:.0f} MB), {link}: "
-            f"{m['seconds']:.1f} s, {m['peak_mib']:.0f} MiB at most, start of Python included"
-        )
-    console.print(summary(found))

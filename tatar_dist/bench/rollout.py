@@ -1,13 +1,12 @@
-"""`tatar-dist bench rollout`: grouped completions by our vLLM engine beside Hugging Face's `generate`.
+"""Time grouped completions by our engine beside `generate`: `tatar-dist bench rollout`.
 
-In: nothing. Out: completion tokens a second for 4 images of 1,024 image tokens x 8 completions x 64 tokens, random 14M
-model, sampled, float32, and their ratio. Each side is a process that has loaded its model and waits; they work in
-turns, on the CPU, with all cores. Every round has other images, decoded and scaled within it.
+Completion tokens a second for 4 images of 1,024 image tokens x 8 completions x 64 tokens, random 14M model, sampled,
+float32. Each side is a process that has loaded its model and waits; they work in turns, on the CPU, with all cores.
+Every round has other images, decoded and scaled within it.
 
-What each side computes of a group: `generate` (num_return_sequences) encodes its image once and runs the prompt through
-the language model in every row; `rows` repeats the image, too, as trainers that sample rows independently do (TRL), and
-works in one round only, a minute of it; the engine does both once. Target and verdict are about `generate`, the
-stronger of the two.
+`generate` (num_return_sequences) encodes an image once per group and runs the prompt through the language model in
+every row; `rows` repeats the image, too, as trainers that sample rows independently do (TRL), and works in one round
+only, a minute of it; the engine does both once. Target and verdict are about `generate`, the stronger of the two.
 """
 
 from __future__ import annotations
@@ -25,12 +24,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from tatar_dist.bench import subject
 from tatar_dist.bench.counts import Work, flops
-from tatar_dist.bench.harness import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result, seconds_of
 from tatar_dist.config.schema import RolloutConfig
 from tatar_dist.errors import RunError
 from tatar_dist.rollout.options import COMMON_ENV, CPU_ENGINE_ENV
@@ -41,24 +37,24 @@ PRODUCT = 2048  # rows and columns of the matrices whose product says what the m
 
 
 def prepared(directory: Path, work: Work = WORK) -> Any:
-    """The configuration of the random model, which is written if it is not there."""
+    """Return the configuration of the random model, which is written if it is not there."""
     words = [f"rollout.max_num_seqs={work.groups * work.size}", "rollout.max_model_len=1536", "cluster.gpus_per_node=0"]
     return subject.make(directory, work.pixels, words=words)
 
 
 def _files(directory: Path, round_: int, work: Work) -> list[Path]:
-    """Where the images of a round are."""
+    """Return where the images of a round are."""
     return [subject.file(round_ * work.groups + i, directory) for i in range(work.groups)]
 
 
 def write_images(directory: Path, rounds: int, work: Work = WORK) -> None:
-    """Other images for every round."""
+    """Write other images for every round."""
     for i in range(rounds * work.groups):
         subject.file(i, directory).write_bytes(subject.image(i, work.pixels))
 
 
 def generate(directory: Path, work: Work = WORK, repeat: bool = False) -> Callable[[int], int]:
-    """Rounds of transformers' generate; each returns how many completion tokens it made."""
+    """Return a round of transformers' generate, which returns its completion tokens."""
     import torch
     from PIL import Image
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -83,12 +79,12 @@ def generate(directory: Path, work: Work = WORK, repeat: bool = False) -> Callab
 
 
 def rows(directory: Path, work: Work = WORK) -> Callable[[int], int]:
-    """The same with the image of a prompt repeated in every row."""
+    """Return the same with the image of a prompt repeated in every row."""
     return generate(directory, work, repeat=True)
 
 
 def engine(directory: Path, work: Work = WORK) -> Callable[[int], int]:
-    """The same by `RolloutEngine`."""
+    """Return the same by `RolloutEngine`."""
     from tatar_dist.models import family
     from tatar_dist.rollout.engine import RolloutEngine, Sampling
     from tatar_dist.types import Prompt, Sample
@@ -110,13 +106,13 @@ def engine(directory: Path, work: Work = WORK) -> Callable[[int], int]:
 
 
 def _layers(config: Any, work: Work, prompt: int, packed: bool) -> float:
-    """FLOPs of all layers in one forward: what checkpointing adds to an update."""
+    """Count the FLOPs of all layers in one forward: what checkpointing adds to an update."""
     on, off = (flops(config, replace(work, checkpointing=c), prompt, packed) for c in (True, False))
     return on - off
 
 
 def round_flops(config: Any, prompt: int, work: Work = WORK) -> dict[str, float]:
-    """FLOPs of a round by side, and of the vision tower in the engine's.
+    """Count the FLOPs of a round by side, and of the vision tower in the engine's.
 
     `config`: a Qwen2_5_VLConfig; `prompt`: tokens of a prompt. All tokens of a completion come from logits; all but
     the last go through the layers.
@@ -140,7 +136,7 @@ def round_flops(config: Any, prompt: int, work: Work = WORK) -> dict[str, float]
 
 
 def _shape(directory: Path) -> tuple[Any, int]:
-    """The model's configuration and the tokens of a prompt."""
+    """Return the model's configuration and the tokens of a prompt."""
     from transformers import AutoConfig
 
     from tatar_dist.models import family
@@ -154,17 +150,15 @@ def _shape(directory: Path) -> tuple[Any, int]:
 
 
 def product_rate() -> float:
-    """FLOPs a second of a product of float32 matrices on all cores."""
+    """Measure the FLOPs a second of a product of float32 matrices on all cores."""
     import torch
 
     a, b = torch.rand(2, PRODUCT, PRODUCT)
-    start = time.perf_counter()
-    a @ b
-    return 2 * PRODUCT**3 / (time.perf_counter() - start)
+    return 2 * PRODUCT**3 / seconds_of(lambda: a @ b)
 
 
 def limit(counted: dict[str, float], rate: float, seconds: dict[str, list[float]]) -> dict[str, float]:
-    """What FLOPs allow. `rate`: what a matrix product reaches; `seconds`: of the rounds, by side.
+    """Return what FLOPs allow. `rate`: of a matrix product; `seconds`: of rounds, by side.
 
     `equal_speed`: the ratio at the same FLOPs a second on both sides. `ratio`: an engine that works at `rate` all the
     time beside the baseline as it is; it holds only where nothing else ran on the machine.
@@ -192,17 +186,12 @@ class Side:
             "VLLM_CPU_KVCACHE_SPACE": str(RolloutConfig().cpu_kv_cache_gib),
             "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
         }
-        env = {
-            **os.environ,
-            **COMMON_ENV,
-            **CPU_ENGINE_ENV,
-            **own,
-        }  # as in a run (cluster/ray_cluster.py)
+        env = {**os.environ, **COMMON_ENV, **CPU_ENGINE_ENV, **own}  # as in a run (cluster/ray_cluster.py)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process: Any = subprocess.Popen(words, text=True, env=env, **pipes)
 
     def round(self, seed: int) -> dict[str, float]:
-        """Seconds and completion tokens of one round. Raises RunError with the end of its log when the side died."""
+        """Measure one round. Raises RunError with the end of its log when the side died."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(f"{seed}\n")
             self.process.stdin.flush()
@@ -219,7 +208,7 @@ class Side:
 
 
 def run() -> dict[str, Any]:
-    """All measurements, as what `--json` prints."""
+    """Measure everything."""
     rates: dict[str, list[float]] = {name: [] for name in SIDES}
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     products: list[float] = []
@@ -248,38 +237,23 @@ def run() -> dict[str, Any]:
         f"{bound['ratio']:.2f} times, a round of {bound['least_seconds']:.1f} s at the "
         f"{bound['gflops_per_second']:.0f} GFLOP/s of a matrix product (ours: {bound['seconds']:.1f} s); "
         f"{bound['equal_speed']:.2f} times by FLOPs counted",
-        tokens_per_second=rates,
-        seconds=seconds,
-        gflops={name: count / 1e9 for name, count in counted.items()},
+        sides={
+            SIDES[name]: {
+                "tokens_per_second": rates[name],
+                "seconds": seconds[name],
+                "gflops": counted[name] / 1e9,
+                "gflops_per_second": counted[name] / 1e9 / min(seconds[name]),
+            }
+            for name in SIDES
+        },
         bound=bound,
+        tower_share=counted["tower"] / counted["engine"],
         ratio_rows=ratio(rates["engine"][:1], rates["rows"]),
     )
 
 
-def print_table(found: dict[str, Any]) -> None:
-    """Tokens a second of all sides, and what they compute."""
-    title = f"{WORK.groups} images x {WORK.size} completions x {WORK.tokens} tokens"
-    table = Table(title=title, title_justify="left")
-    for name in ("", "tokens/s, by round", "GFLOP a round", "GFLOP/s"):
-        table.add_column(name)
-    for name, rates in found["tokens_per_second"].items():
-        count = found["gflops"][name]
-        speed = count / min(found["seconds"][name])
-        table.add_row(SIDES[name], ", ".join(f"{r:.0f}" for r in rates), f"{count:.0f}", f"{speed:.0f}")
-    console = Console()
-    console.print(table)
-    console.print(summary(found))
-    rows_ = found["ratio_rows"]["median"]
-    tower = found["gflops"]["tower"] / found["gflops"]["engine"]
-    console.print(f"The vision tower is {tower:.0%} of what the engine computes, by FLOPs.")
-    console.print(
-        f"Beside generate with the image repeated in every row: {rows_:.2f} times "
-        f"({found['bound']['equal_speed_rows']:.2f} by FLOPs counted)"
-    )
-
-
 def answer(work: Callable[[int], int]) -> None:
-    """A `Side`: a round of `work` for every line on standard input, the round's number."""
+    """Serve a `Side`: a round of `work` for every line on standard input, the round's number."""
     for line in sys.stdin:
         start = time.perf_counter()
         tokens = work(int(line))

@@ -1,28 +1,24 @@
-"""`tatar-dist bench scaling`: two learners and two engines beside one of each, every process on a core of its own.
+"""Time two learners and two engines beside one of each: `tatar-dist bench scaling`.
 
-In: nothing. Out: how many times faster two are: an update of the same global batch of 2 groups (real ZeRO-3), and
-completions of the same 4 prompts; random 14M model, float32, in turns. Ideal is 2; what can be had is what one process
-gains from half of the work, with nothing beside it (an engine makes as many decoding steps for half of the rows). A
-process is pinned to its core with all its threads and computes with one. More processes than cores cannot be measured
-here: `tatar-dist plan --simulate` foretells them.
+The ratio is how many times faster two are: an update of the same global batch of 2 groups (real ZeRO-3), and
+completions of the same 4 prompts; random 14M model, float32, in turns. Ideal is 2; the limit is what one process gains
+from half of the work, with nothing beside it (an engine makes as many decoding steps for half of the rows). A process
+is pinned to its core with all its threads and computes with one. More processes than cores cannot be measured here:
+`tatar-dist plan --simulate` predicts them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from tatar_dist.bench import subject
-from tatar_dist.bench.harness import in_turns, ratio, result, summary
+from tatar_dist.bench.harness import in_turns, ratio, result
 from tatar_dist.errors import UserError
 from tatar_dist.run.process import keep_on
 
@@ -33,7 +29,7 @@ ROUNDS, TARGET, IDEAL = 3, 1.6, 2
 
 
 def two_cores() -> tuple[int, int]:
-    """The cores that are used. Raises UserError where there are fewer than two."""
+    """Return the cores that are used. Raises UserError where there are fewer than two."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < IDEAL:
         raise UserError(f"bench scaling: needs 2 cores, this process may use {len(cores)}")
@@ -41,12 +37,12 @@ def two_cores() -> tuple[int, int]:
 
 
 def _pin(actor: Any, core: int) -> None:
-    """In the actor."""
+    """Run in the actor: keep its threads on one core."""
     keep_on([core])
 
 
 def _forget(engine: Any) -> None:
-    """In the engine: drop what an earlier round left in its caches, as a weight push does."""
+    """Run in the engine: drop what is in its caches, as a weight push does."""
     engine._reset_caches()
 
 
@@ -104,47 +100,29 @@ class Rig:
 
 
 def run() -> dict[str, Any]:
-    """All measurements, as what `--json` prints. Raises UserError where there are fewer than two cores."""
+    """Measure everything. Raises UserError where there are fewer than two cores."""
     from tatar_dist.cluster.ray_cluster import Cluster
 
     cores = two_cores()
-    seconds: dict[str, tuple[list[float], list[float]]] = {}
-    halves: dict[str, tuple[list[float], list[float]]] = {}
+    parts: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         directory = Path(name)
         stack.enter_context(Cluster(_config(directory, 4)))  # one Ray with room for both
         one, two = (Rig(directory, n, cores, stack) for n in (1, 2))
-        seconds["learners"] = in_turns(one.learn, two.learn, ROUNDS)
-        seconds["engines"] = in_turns(one.generate, two.generate, ROUNDS)
-        halves["learners"] = in_turns(one.learn, partial(one.learn, half=True), ROUNDS)
-        halves["engines"] = in_turns(one.generate, partial(one.generate, half=True), ROUNDS)
-    speedups = {part: ratio(*found) for part, found in seconds.items()}
-    limits = {part: ratio(*found) for part, found in halves.items()}
-    worst = min(speedups, key=lambda part: speedups[part]["median"])
+        for part, work, shared in (
+            ("learners", one.learn, two.learn),
+            ("engines", one.generate, two.generate),
+        ):
+            seconds = in_turns(work, shared, rounds=ROUNDS)
+            half = in_turns(work, partial(work, half=True), rounds=ROUNDS)
+            both = {"one_seconds": seconds[0], "two_seconds": seconds[1]}
+            parts[part] = {**both, "ratio": ratio(*seconds), "limit": ratio(*half)}
+    worst = min(parts, key=lambda part: parts[part]["ratio"]["median"])
     return result(
         "scaling",
         f"one process instead of two, {worst}",
-        speedups[worst],
+        parts[worst]["ratio"],
         TARGET,
-        f"{limits[worst]['median']:.2f}: half of the work with nothing beside it; over 2 cores only simulated",
-        speedups=speedups,
-        limits=limits,
-        seconds={part: {"one": found[0], "two": found[1]} for part, found in seconds.items()},
-        cores=cores,
+        f"{parts[worst]['limit']['median']:.2f}: half of the work with nothing beside it; over 2 cores only simulated",
+        parts=parts,
     )
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """Seconds with one process and with two, learners and engines."""
-    table = Table(title="The same work with one process and with two, a core each", title_justify="left")
-    for name in ("", "one, s", "two, s", "speed-up", "half the work", "of the ideal"):
-        table.add_column(name, justify="right" if name else "left")
-    for part, seconds in found["seconds"].items():
-        r = found["speedups"][part]
-        medians = [f"{statistics.median(seconds[n]):.2f}" for n in ("one", "two")]
-        spread = f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})"
-        half = f"{found['limits'][part]['median']:.2f}"
-        table.add_row(part, *medians, spread, half, f"{r['median'] / IDEAL:.0%}")
-    console = Console()
-    console.print(table)
-    console.print(summary(found))

@@ -1,9 +1,9 @@
-"""`tatar-dist bench settings`: our engine as it is set up, beside other settings of vLLM that might be faster.
+"""Time our engine beside other settings of vLLM: `tatar-dist bench settings`.
 
-In: nothing. Out: completion tokens a second of rollout.py's work by setting; the ratio: ours to the fastest other.
-Every setting is a process with one engine that has loaded its model; they work in turns on all cores, every round with
-other images and empty caches, as after a weight push. With chunked prefill vLLM's CPU sampler crashes on seeds
-(rollout/engine.py), so that stays as it is. On GPUs nothing of this was run.
+Completion tokens a second of rollout.py's work by setting; the ratio is ours to the fastest other. Every setting is a
+process with one engine that has loaded its model; they work in turns on all cores, every round with other images and
+empty caches, as after a weight push. With chunked prefill vLLM's CPU sampler crashes on seeds (rollout/engine.py), so
+that stays as it is. On GPUs nothing of this was run.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from tatar_dist.bench import rollout
-from tatar_dist.bench.harness import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result
 
 OURS, ROUNDS, TARGET = "as it is", 4, 0.95
 SETTINGS: dict[str, dict[str, Any]] = {  # arguments of vllm.LLM
@@ -32,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # arguments of vllm.LLM
 
 
 def run() -> dict[str, Any]:
-    """All measurements, as what `--json` prints."""
+    """Measure everything."""
     rates: dict[str, list[float]] = {name: [] for name in SETTINGS}
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
         directory = Path(place)
@@ -53,22 +50,8 @@ def run() -> dict[str, Any]:
         ratio(rates[OURS][1:], rates[fastest][1:]),
         TARGET,
         "none counted: all compute the same",
-        tokens_per_second=rates,
+        settings={name: {"vllm.LLM": str(SETTINGS[name] or ""), "tokens_per_second": rates[name]} for name in SETTINGS},
     )
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """Tokens a second by setting."""
-    table = Table(title="Completion tokens a second by engine setting, by round", title_justify="left")
-    table.add_column("setting")
-    table.add_column("vllm.LLM")
-    table.add_column("tokens/s", justify="right")
-    for name, rates in found["tokens_per_second"].items():
-        words = ", ".join(f"{k}={v}" for k, v in SETTINGS[name].items())
-        table.add_row(name, words, ", ".join(f"{r:.0f}" for r in rates))
-    console = Console()
-    console.print(table)
-    console.print(summary(found))
 
 
 def _main(name: str, directory: Path) -> None:

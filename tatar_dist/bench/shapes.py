@@ -1,17 +1,14 @@
-"""The learner's update at the shapes of Qwen2.5-VL-3B and 7B on one CUDA GPU: random bfloat16 weights, no hub.
+"""Time the learner's update at the shapes of 3B and 7B: `tatar-dist bench shapes`.
 
-    python -m tatar_dist.bench.shapes
-
-Never run on a GPU: no GPU was at hand. On a CPU only the update itself was run, with a small shape.
-In: nothing. Out: for 1,024 and 2,025 image tokens, groups of 8, completions of 64 and 256 tokens: tokens/s, peak memory
-and MFU of the packed update, gradient checkpointing off and on; at the 3B shape also with AdamW (bfloat16 states). A
-case that does not fit says so. MFU counts useful FLOPs: nothing that is computed twice. Needs torch and transformers.
+Random bfloat16 weights, no hub. Never run on a GPU: no GPU was at hand. On a CPU only the update itself was run, with a
+small shape. For 1,024 and 2,025 image tokens, groups of 8, completions of 64 and 256 tokens: tokens/s, peak memory and
+MFU of the packed update, gradient checkpointing off and on; at the 3B shape also with AdamW (bfloat16 states). A case
+that does not fit says so. MFU counts useful FLOPs: nothing that is computed twice. Needs torch and transformers.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +33,7 @@ SHAPES = {name: released(name) for name in ("3B", "7B")}
 
 
 def make_config(shape: Sizes, backbone: Any) -> Any:
-    """The Qwen2_5_VLConfig of a shape; token ids are those of the backbone's (small) tokenizer."""
+    """Return the Qwen2_5_VLConfig of a shape, with token ids of the backbone's tokenizer."""
     from transformers import Qwen2_5_VLConfig
 
     def token(text: str) -> int:
@@ -57,7 +54,7 @@ def make_config(shape: Sizes, backbone: Any) -> Any:
 def packed_update(
     shape: Sizes, work: Work, directory: Path, device: str, adamw: bool = False
 ) -> tuple[Callable[[], None], Any, Any]:
-    """A function that makes one update of a bfloat16 model on `device`, the model's config, and the batch."""
+    """Return a function that makes one bfloat16 update, the model's config, and the batch."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -90,19 +87,19 @@ def packed_update(
 
 
 def useful_flops(config: Any, work: Work, prompt: int) -> float:
-    """FLOPs of forward and backward without checkpointing's forward and without the head's second logits."""
+    """Count FLOPs of forward and backward that are not computed a second time."""
     text = config.text_config
     head = work.groups * work.size * work.tokens * 2 * text.hidden_size * text.vocab_size
     return flops(config, replace(work, checkpointing=False), prompt, True) - head
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 FLOP/s, None for a device that is not in the table."""
+    """Return dense bfloat16 FLOP/s, None for a device that is not in the table."""
     return next((peak for part, peak in PEAKS.items() if part in device_name), None)
 
 
 def measure(shape: Sizes, work: Work, adamw: bool) -> dict[str, float | None]:
-    """Median seconds of an update, tokens/s (packed, and of completions alone), peak GiB, MFU (None: peak unknown)."""
+    """Measure median seconds, tokens/s, peak GiB and MFU (None: peak unknown) of an update."""
     import statistics
 
     import torch
@@ -142,7 +139,7 @@ def cases() -> Iterator[tuple[str, int, Work, bool]]:
 
 
 def run() -> dict[str, Any]:
-    """All cases on the first GPU. Raises UserError without one."""
+    """Measure all cases on the first GPU. Raises UserError without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -155,33 +152,9 @@ def run() -> dict[str, Any]:
         }  # fmt: skip
         try:
             row |= measure(SHAPES[name], work, adamw)
-        except torch.cuda.OutOfMemoryError as e:
-            row["out_of_memory"] = str(e).splitlines()[0]
+        except torch.cuda.OutOfMemoryError:
+            row["out_of_memory"] = True
         gc.collect()  # a model is in cycles of references
         torch.cuda.empty_cache()
         found.append(row)
     return {"name": "shapes", "cases": found, "machine": machine()}
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """One line a case."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"One packed update, bfloat16, {found['machine']['gpus'][0]}", title_justify="left")
-    for name in ("shape", "image", "completion", "checkpointing", "AdamW", "seconds", "tokens/s", "peak", "MFU"):
-        table.add_column(name, justify="right")
-    for c in found["cases"]:
-        sizes = (c["shape"], str(c["image_tokens"]), str(c["completion_tokens"]))
-        ways = ("on" if c["checkpointing"] else "off", "yes" if c["adamw"] else "no")
-        if "out_of_memory" in c:
-            table.add_row(*sizes, *ways, "out of memory", "", "", "")
-            continue
-        mfu = f"{c['mfu']:.0%}" if c["mfu"] is not None else "—"
-        figures = (f"{c['seconds']:.3f}", f"{c['tokens_per_second']:,.0f}", f"{c['peak_gib']:.1f} GiB", mfu)
-        table.add_row(*sizes, *ways, *figures)
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    print(json.dumps(run()))

@@ -1,10 +1,10 @@
-"""`tatar-dist bench staleness`: does GRPO learn as much when completions are a step old? And four steps, uncorrected?
+"""Compare what GRPO learns by staleness: `tatar-dist bench staleness`.
 
-In: nothing, or `output=DIR` to keep the runs there and continue them. Out: for each seed one SFT of the demo and, from
-its model, GRPO with `VARIANTS`; of each the reward at the end, SRCC on held-out crops, how far the policy has
-moved from the one that sampled (mean |log-probability difference| a token), and the KL from the start. The ratio is
-the reward with staleness 1 over that with 0, seed by seed; the target is what seeds alone do to it: the worst seed
-of staleness 0 over their mean. About 40 minutes on two idle cores.
+`output=DIR` keeps the runs there and continues them. For each seed there is one SFT of the demo and, from its model,
+GRPO with `VARIANTS`; of each the reward at the end, SRCC on held-out crops, how far the policy has moved from the one
+that sampled (mean |log-probability difference| a token), and the KL from the start. The ratio is the reward with
+staleness 1 over that with 0, seed by seed; the target is what seeds alone do to it: the worst seed of staleness 0 over
+their mean. About 40 minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from tatar_dist.bench.harness import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result
 from tatar_dist.errors import UserError
 from tatar_dist.run.directory import read_metrics
 from tatar_dist.types import SPLITS, TASKS
@@ -35,12 +34,12 @@ IMAGES = {"train": 2000, "validation": 300, "test": 60}
 
 
 def variants(seed: int) -> dict[str, list[str]]:
-    """What is trained with this seed."""
+    """Return what is trained with this seed."""
     return {name: words for name, words in VARIANTS.items() if seed == 0 or name in EVERY_SEED}
 
 
 def train(directory: Path, words: Sequence[str] = ()) -> None:
-    """Every run that has no result yet: DIR/seed_K/sft, DIR/seed_K/VARIANT."""
+    """Make every run that has no result yet: DIR/seed_K/sft, DIR/seed_K/VARIANT."""
     from tatar_dist import grpo as controller
     from tatar_dist import sft
     from tatar_dist.cluster.ray_cluster import Cluster
@@ -70,7 +69,7 @@ def train(directory: Path, words: Sequence[str] = ()) -> None:
 
 
 def figures(run: Path) -> dict[str, float]:
-    """What is compared of one run."""
+    """Return what is compared of one run; drift is mean |log p learner - log p engine| a token."""
     lines = read_metrics(run)
     end = lines[-LAST:]
     found = {f"reward/{t}": float(np.mean([m[f"reward/total/{t}"] for m in end])) for t in TASKS}
@@ -84,7 +83,7 @@ def figures(run: Path) -> dict[str, float]:
 
 
 def run(words: Sequence[str] = ()) -> dict[str, Any]:
-    """All runs and figures, as what `--json` prints."""
+    """Train and measure everything."""
     keep = next((w.removeprefix("output=") for w in words if w.startswith("output=")), None)
     if other := [w for w in words if not w.startswith("output=")]:
         raise UserError(f"bench staleness takes output=DIR only, not {other[0]!r}")
@@ -92,40 +91,18 @@ def run(words: Sequence[str] = ()) -> dict[str, Any]:
         directory = Path(keep or temporary)
         directory.mkdir(parents=True, exist_ok=True)
         train(directory)
-        seeds = [{name: figures(directory / f"seed_{k}" / name) for name in variants(k)} for k in range(SEEDS)]
-    own = [s["0"]["reward"] for s in seeds]
+        found = {
+            name: [figures(directory / f"seed_{k}" / name) for k in range(SEEDS) if name in variants(k)]
+            for name in VARIANTS
+        }
+    by_seed = {name: {key: [f[key] for f in each] for key in each[0]} for name, each in found.items()}
+    own = by_seed["0"]["reward"]
     return result(
         "staleness",
         "staleness 0, reward at the end",
-        ratio([s["1"]["reward"] for s in seeds], own),
+        ratio(by_seed["1"]["reward"], own),
         min(own) / float(np.mean(own)),
         "1, or the worst seed over the mean of seeds, which is the target",
         steps=STEPS,
-        seeds=seeds,
+        staleness=by_seed,
     )
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """Each variant's mean over seeds, and their range."""
-    table = Table(
-        title=f"GRPO of the demo by staleness: {found['steps']} steps, {len(found['seeds'])} seeds, mean (range)",
-        caption="Drift: mean |log p learner - log p engine| a token, before the update. Cut: tokens at the cap.",
-        title_justify="left",
-        caption_justify="left",
-    )
-    shown = {
-        "reward/iqa": "reward, IQA", "reward/iaa": "reward, IAA", "srcc/iqa": "SRCC, IQA", "srcc/iaa": "SRCC, IAA",
-        "drift": "drift, nats", "kl": "KL", "cut": "cut",
-    }  # fmt: skip
-    for name in ("staleness", *shown.values()):
-        table.add_column(name, justify="left" if name == "staleness" else "right")
-    for name in VARIANTS:
-        cells = []
-        for key in shown:
-            values = [s[name][key] for s in found["seeds"] if name in s]
-            spread = f" ({min(values):.3g}–{max(values):.3g})" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3g}{spread}")
-        table.add_row(name, *cells)
-    console = Console()
-    console.print(table)
-    console.print(summary(found))

@@ -1,12 +1,12 @@
-"""`tatar-dist bench step`: a whole GRPO step beside TRL's GRPOTrainer (`make bench-trl` makes its .venv-trl).
+"""Time a whole GRPO step beside TRL's GRPOTrainer: `tatar-dist bench step`.
 
-In: nothing, or `tune`. Out: how many times faster a step is (generate, score, learn, push) than TRL's: with its other
-defaults, all completions in one forward, and with the variant of trl_side.py that was fastest here (TUNED; `tune`
-compares the first steps of all again); both targets must be met. TRL's default recomputes activations; ours keeps
-them, which takes less memory than TRL's rows that recompute (bench learner has both figures); `recomputing` is the
-ratio where both recompute. Same random 14M model, prompts, lengths and machine, other images each step, runs in turns,
-each with all cores, the first step of each left out. Ours is the real pipeline (grpo.py): one vLLM engine, one
-ZeRO-3 learner, a group a forward.
+The ratio is how many times faster a step is (generate, score, learn, push) than TRL's: with its other defaults, all
+completions in one forward, and with the variant of trl_side.py that was fastest here (TUNED; the word `tune` compares
+the first steps of all again); both targets must be met. TRL's default recomputes activations; ours keeps them, which
+takes less memory than TRL's rows that recompute (bench learner has both figures); `recomputing` is the ratio where both
+recompute. Same random 14M model, prompts, lengths and machine, other images each step, runs in turns, each with all
+cores, the first step of each left out. Ours is the real pipeline (grpo.py): one vLLM engine, one ZeRO-3 learner, a
+group a forward.
 """
 
 from __future__ import annotations
@@ -21,12 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from tatar_dist.assets import CONFIGS
 from tatar_dist.bench import subject
-from tatar_dist.bench.harness import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result
 from tatar_dist.bench.trl_side import VARIANTS
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import RunError, UserError
@@ -43,7 +40,7 @@ Side = dict[str, list[Any]]  # seconds and tokens of each counted step
 
 
 def theirs(model: Path, directory: Path, variant: str, steps: int = STEPS) -> Side:
-    """Steps of TRL, the first among them. Raises RunError when it fails."""
+    """Run steps of TRL; return all, the first among them. Raises RunError when it fails."""
     asked = {"prompts": PROMPTS, "group": GROUP, "tokens": TOKENS, "steps": steps, "variant": variant}
     script = Path(__file__).with_name("trl_side.py")
     log = directory / f"trl-{variant.replace(' ', '-')}.log"
@@ -58,7 +55,7 @@ def theirs(model: Path, directory: Path, variant: str, steps: int = STEPS) -> Si
 
 
 def read_steps(said: str, steps: int) -> Side:
-    """The JSON lines of trl_side.py. Raises RunError when there are not `steps`."""
+    """Read the JSON lines of trl_side.py. Raises RunError when there are not `steps`."""
     lines = [json.loads(line) for line in said.splitlines() if line.startswith('{"seconds"')]
     if len(lines) != steps:
         raise RunError(f"TRL printed {len(lines)} steps, {steps} were asked for: {said[-500:]}")
@@ -66,12 +63,12 @@ def read_steps(said: str, steps: int) -> Side:
 
 
 def warm(side: Side) -> Side:
-    """Without the first step."""
+    """Leave out the first step."""
     return {key: values[1:] for key, values in side.items()}
 
 
 def tune(model: Path, directory: Path) -> tuple[str, dict[str, float | str]]:
-    """TRL's fastest variant by the first step of each, and seconds of all; an error's text where one cannot run."""
+    """Return TRL's fastest variant by first steps, and each one's seconds or error."""
     found: dict[str, float | str] = {}
     for variant in (v for v in VARIANTS if v != "defaults"):
         try:
@@ -85,21 +82,12 @@ def tune(model: Path, directory: Path) -> tuple[str, dict[str, float | str]]:
 
 
 def ours(model: Path, directory: Path, more: Sequence[str] = ()) -> Side:
-    """Steps of the pipeline on the same images; `more`: config words."""
+    """Run steps of the pipeline on the same images; `more`: config words."""
     from tatar_dist import grpo as controller
     from tatar_dist.config.load import load_config
-    from tatar_dist.data.writing import write_manifest
 
-    manifest, output = directory / "iqa.parquet", Path(tempfile.mkdtemp(dir=directory))
-    if not manifest.exists():
-        rows = [
-            {
-                "sample_id": str(i), "dataset": "bench", "task": "iqa", "split": "train", "rationale": None,
-                "score": 50.0, "image_bytes": subject.image(i),
-            }
-            for i in range(PROMPTS * STEPS)
-        ]  # fmt: skip
-        write_manifest(manifest, rows)
+    manifest = subject.manifest(directory / "iqa.parquet", PROMPTS * STEPS, "train")
+    output = Path(tempfile.mkdtemp(dir=directory))
     area = subject.PIXELS**2
     words = [
         f"output={output}", f"model.path={model}", "model.dtype=float32", f"model.min_pixels={area}",
@@ -119,7 +107,7 @@ def ours(model: Path, directory: Path, more: Sequence[str] = ()) -> Side:
 
 
 def _messages() -> list[dict[str, str]]:
-    """The pipeline's own prompt; TRL puts the image in by itself."""
+    """Return the pipeline's own prompt; TRL puts the image in by itself."""
     messages = Prompts.load(CONFIGS / "prompts.yaml").messages("iqa")
     return [
         {"role": m["role"], "content": m["content"] if isinstance(m["content"], str) else m["content"][-1]["text"]}
@@ -128,7 +116,7 @@ def _messages() -> list[dict[str, str]]:
 
 
 def _prompt_tokens(config: Config) -> int:
-    """Of the pipeline's prompt with its image."""
+    """Count the tokens of the pipeline's prompt with its image."""
     from tatar_dist.models import family
 
     backbone = family(config.model.family)(config.model)
@@ -141,7 +129,7 @@ def _prompt_tokens(config: Config) -> int:
 
 
 def compare(peer: Side, mine: Side) -> dict[str, float]:
-    """The ratio, step by step. Raises RunError when the two did not do the same work."""
+    """Return the ratio of steps. Raises RunError when the two did not do the same work."""
     for key, what in (("tokens", "tokens a completion"), ("prompt", "tokens a prompt")):
         found = [statistics.mean(side[key]) for side in (peer, mine)]
         if abs(found[0] / found[1] - 1) > SAME_WORK:
@@ -150,7 +138,7 @@ def compare(peer: Side, mine: Side) -> dict[str, float]:
 
 
 def run(words: Sequence[str] = ()) -> dict[str, Any]:
-    """All measurements, as what `--json` prints; each side's seconds go to standard error as soon as they are known.
+    """Measure everything; print each side's seconds to standard error once they are known.
 
     Raises UserError without .venv-trl, or for a word that is not `tune`.
     """
@@ -195,24 +183,3 @@ def run(words: Sequence[str] = ()) -> dict[str, Any]:
         ok=reached,
         steps=joined,
     )
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """Seconds a step by side, and the ratios."""
-    table = Table(
-        title=f"A GRPO step of {PROMPTS} images x {GROUP} completions x {TOKENS} tokens", title_justify="left"
-    )
-    for name in ("", "median step, s", "tokens a completion", "times slower than ours"):
-        table.add_column(name, justify="right" if name else "left")
-    ratios = {"defaults": found["ratio"], "tuned": found["tuned"]["ratio"]}
-    for name, side in found["steps"].items():
-        r = ratios.get(name)
-        label = f"TRL, {name if name == 'defaults' else found['tuned']['variant']}" if r else name
-        times = f"{r['median']:.1f} ({r['min']:.1f} to {r['max']:.1f})" if r else ""
-        seconds = statistics.median(side["seconds"])
-        table.add_row(label, f"{seconds:.2f}", f"{statistics.mean(side['tokens']):.1f}", times)
-    console = Console()
-    console.print(table)
-    r = found["recomputing"]
-    both = f"both recomputing: {r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})"
-    console.print(f"{summary(found)}; {both}")

@@ -1,4 +1,4 @@
-"""What benches work on: a random Qwen2.5-VL of 14 million parameters, and groups that share a prompt with an image.
+"""Make what benches work on: a random Qwen2.5-VL of 14M parameters and its inputs.
 
 896 x 896 pixels are 1,024 image tokens; with the text around them a prompt has about 1,050. Completions are random
 tokens: how long a forward takes does not depend on which.
@@ -17,6 +17,7 @@ from PIL import Image
 from tatar_dist.assets import CONFIGS
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
+from tatar_dist.data.writing import write_manifest
 from tatar_dist.demo.tiny.build import TinySizes, build
 from tatar_dist.prompts.answer import Prompts
 from tatar_dist.types import LearnerRow
@@ -30,7 +31,7 @@ TEXT = "Rate the quality of this image."
 
 
 def image(seed: int, pixels: int = PIXELS) -> bytes:
-    """A PNG of `pixels` x `pixels`."""
+    """Return a PNG of `pixels` x `pixels`."""
     coarse = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(coarse).resize((pixels, pixels), Image.Resampling.BICUBIC).save(out, "PNG")
@@ -38,12 +39,21 @@ def image(seed: int, pixels: int = PIXELS) -> bytes:
 
 
 def file(seed: int, directory: Path) -> Path:
-    """Where a bench keeps `image(seed)` for its processes."""
+    """Return where a bench keeps `image(seed)` for its processes."""
     return directory / f"{seed}.png"
 
 
+def manifest(file: Path, n: int, split: str, pixels: int = PIXELS) -> Path:
+    """Write a manifest of `n` images of IQA, unless it is there, and return `file`."""
+    same = {"dataset": "bench", "task": "iqa", "split": split, "rationale": None}
+    if not file.exists():
+        own = ({"sample_id": f"{i:04d}", "score": float(i % 100), "image_bytes": image(i, pixels)} for i in range(n))
+        write_manifest(file, [same | row for row in own])
+    return file
+
+
 def make(directory: Path, pixels: int = PIXELS, sizes: TinySizes = SIZES, words: Sequence[str] = ()) -> Config:
-    """Write the model; a configuration that reads it, images at `pixels` x `pixels`, float32."""
+    """Write the model; return a float32 configuration with images of `pixels` x `pixels`."""
     from transformers import AutoProcessor
 
     path, area = directory / "model", pixels * pixels
@@ -62,7 +72,7 @@ def prompt_text(backbone: Any) -> str:
 
 
 def rows(backbone: Any, groups: int, size: int, tokens: int, pixels: int = PIXELS, seed: int = 0) -> list[LearnerRow]:
-    """`groups` groups of `size` completions of `tokens` tokens, advantages of both signs."""
+    """Return groups of `size` completions of `tokens` tokens with advantages of both signs."""
     rng = np.random.default_rng(seed)
     text = prompt_text(backbone)
     prompt = len(backbone.tokenizer(text)["input_ids"]) + backbone.image_tokens(pixels, pixels)
@@ -72,17 +82,6 @@ def rows(backbone: Any, groups: int, size: int, tokens: int, pixels: int = PIXEL
         for i in range(size):
             ids = tuple(int(x) for x in rng.integers(40, 200, tokens))
             advantage = 2.0 * i / max(1, size - 1) - 1.0
-            made.append(
-                LearnerRow(
-                    f"{g}",
-                    png,
-                    text,
-                    ids,
-                    "iqa",
-                    advantage,
-                    (-8.0,) * tokens,
-                    weight=1 / groups / size / tokens,
-                    prompt_tokens=prompt,
-                )
-            )
+            share = {"weight": 1 / groups / size / tokens, "prompt_tokens": prompt}
+            made.append(LearnerRow(f"{g}", png, text, ids, "iqa", advantage, (-8.0,) * tokens, **share))
     return made

@@ -1,10 +1,11 @@
-"""`tatar-dist bench sync`: a weight push, learner to engine, beside copying the same bytes in memory.
+"""Time a weight push beside copies of its bytes in memory: `tatar-dist bench sync`.
 
-In: nothing. Out: for a random model of 14 million parameters and one of 140 million, in float32 and bfloat16, how long
-a push takes (Ray's object store, one ZeRO-3 learner, one vLLM engine, this machine), as (2 x copy + constant) / push.
-Copy: one thread, torch's copy_ into memory that is there already. Constant: a push of as many tensors with nearly no
-bytes, of a model as deep and very thin: calls, Ray, and vLLM's work for every tensor and layer of a reload. Then where
-the time goes: gathering alone in the learner, gathering into the object store without an engine, the engine's calls.
+For a random model of 140 million parameters, in float32 and bfloat16: (2 x copy + constant) / push, where a push goes
+through Ray's object store from one ZeRO-3 learner to one vLLM engine on this machine. Copy: one thread, torch's copy_
+into memory that is there already. Constant: a push of as many tensors with nearly no bytes, of a model as deep and very
+thin: calls, Ray, and vLLM's work for every tensor and layer of a reload. Then where the time goes: gathering alone in
+the learner, gathering into the object store without an engine, the engine's calls. Load is vLLM's work for each tensor,
+a copy, packing for the CPU; gathering the next bucket overlaps it.
 """
 
 from __future__ import annotations
@@ -12,17 +13,15 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from tatar_dist.bench import subject
-from tatar_dist.bench.harness import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result, seconds_of
 from tatar_dist.demo.tiny.build import TinySizes
 from tatar_dist.rollout.engine import RolloutEngine
 
@@ -51,7 +50,7 @@ CASES = (Case("thin", THIN), *(Case("140M", LARGE, dtype) for dtype in ("float32
 
 
 class TimedEngine(RolloutEngine):
-    """Adds up the seconds of a push's three kinds of calls."""
+    """Add up the seconds of a push's three kinds of calls."""
 
     def _timed(self, part: str, call: Callable[..., Any], *args: Any) -> Any:
         start = time.perf_counter()
@@ -71,30 +70,23 @@ class TimedEngine(RolloutEngine):
         return version
 
     def take_parts(self) -> dict[str, float]:
-        """Seconds of the last push by kind of call, and forget them."""
+        """Return the seconds of the last push by kind of call, and forget them."""
         return {part: sum(seconds) for part, seconds in self.__dict__.pop("parts", {}).items()}
 
 
 def _gather(learner: Any) -> float:
-    """In the learner: seconds of making all full tensors."""
-    start = time.perf_counter()
-    for _ in learner.zero3.full_parameters():
-        pass
-    return time.perf_counter() - start
+    """Run in the learner: time making all full tensors."""
+    return seconds_of(lambda: deque(learner.zero3.full_parameters(), 0))
 
 
 def copies(nbytes: int, rounds: int = ROUNDS) -> list[float]:
-    """Seconds of copying that many bytes in memory, one thread."""
+    """Time copying that many bytes in memory, with one thread."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     source, target = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
-    found = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        target.copy_(source)
-        found.append(time.perf_counter() - start)
+    found = [seconds_of(lambda: target.copy_(source)) for _ in range(rounds)]
     torch.set_num_threads(threads)
     return found
 
@@ -111,7 +103,7 @@ def _config(case: Case, directory: Path) -> Any:
 
 
 def measure(case: Case, directory: Path) -> dict[str, Any]:
-    """Pushes of one model: seconds of each, of its copy, bytes, and the parts of a push, each alone."""
+    """Time pushes of one model, copies of its bytes, and the parts of a push, each alone."""
     import ray
 
     from tatar_dist.cluster.ray_cluster import Cluster
@@ -139,10 +131,7 @@ def measure(case: Case, directory: Path) -> dict[str, Any]:
             pushes.append(push()["sync/seconds"])
             gather = ray.get(learner.__ray_call__.remote(_gather))
             found = ray.get(engine.take_parts.remote()) | {"gather": gather}
-            start = time.perf_counter()
-            for _ in stream(learners, bucket):
-                pass
-            found["to store"] = max(0.0, time.perf_counter() - start - gather)
+            found["to store"] = max(0.0, seconds_of(lambda: deque(stream(learners, bucket), 0)) - gather)
             for part, seconds in found.items():
                 parts.setdefault(part, []).append(seconds)
     return {
@@ -157,12 +146,12 @@ def measure(case: Case, directory: Path) -> dict[str, Any]:
 
 
 def ratios(found: dict[str, Any], constant: float) -> dict[str, float]:
-    """(2 x copy + constant) / push, round by round."""
+    """Return (2 x copy + constant) / push, round by round."""
     return ratio([2 * c + constant for c in found["copy_seconds"]], found["push_seconds"])
 
 
 def compare(cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """All cases but the first with what they are compared with; the first is the constant."""
+    """Yield all cases but the first with what they are compared with; the first is the constant."""
     constant = statistics.median(cases[0]["push_seconds"])
     for found in cases[1:]:
         push, copy = (statistics.median(found[k]) for k in ("push_seconds", "copy_seconds"))
@@ -171,7 +160,7 @@ def compare(cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def run() -> dict[str, Any]:
-    """All measurements, as what `--json` prints."""
+    """Measure everything."""
     from tatar_dist.cluster.ray_cluster import Cluster
 
     with tempfile.TemporaryDirectory() as name:
@@ -189,33 +178,5 @@ def run() -> dict[str, Any]:
         TARGET,
         f"{least:.2f}: the engine's loading alone, vLLM's copies and packing for the CPU, takes {load:.2f} s",
         constant_seconds=constant,
-        constant_case=cases[0],
-        cases=compared,
+        cases=[cases[0], *compared],
     )
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """Bytes, seconds and rates of each model, then the parts of a push."""
-    console = Console()
-    table = Table(title="A weight push, one learner to one engine", title_justify="left")
-    for column in ("model", "dtype", "MB", "push, s", "copy, s", "ratio", "GB/s", "of a copy's"):
-        table.add_column(column, justify="right")
-    parts = Table(title="Parts of a push, s", title_justify="left")
-    for column in ("model", "dtype", *PARTS):
-        parts.add_column(column, justify="right")
-    for c in found["cases"]:
-        push, copy = (statistics.median(c[k]) for k in ("push_seconds", "copy_seconds"))
-        table.add_row(
-            c["model"], c["dtype"], f"{c['bytes'] / 1e6:.0f}", f"{push:.3f}", f"{copy:.3f}",
-            f"{c['ratio']['median']:.2f}", f"{c['gb_per_second']:.2f}", f"{c['share_of_copy']:.0%}",
-        )  # fmt: skip
-        parts.add_row(c["model"], c["dtype"], *(f"{c['parts_seconds'][p]:.3f}" for p in PARTS))
-    thin = found["constant_case"]
-    parts.add_row(thin["model"], thin["dtype"], *(f"{thin['parts_seconds'][p]:.3f}" for p in PARTS))
-    console.print(table)
-    console.print(parts)
-    console.print(
-        "Load: vLLM's work for each tensor, a copy, packing for the CPU. Gathering the next bucket overlaps it."
-    )
-    console.print(f"Constant: {1000 * found['constant_seconds']:.0f} ms, a push of {thin['bytes'] / 1e6:.0f} MB.")
-    console.print(summary(found))

@@ -1,38 +1,140 @@
-"""`tatar-dist bench table FILE…`: the JSON objects of benches as one Markdown table, the one of bench/README.md.
-
-In: files that `tatar-dist bench NAME --json` wrote. Out: a row each: name, baseline, ratio, target, met, limit.
-"""
+"""Print results of benches: one in the terminal, several as the Markdown table of README.md."""
 
 from __future__ import annotations
 
 import json
+import re
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
 
 COLUMNS = ("bench", "baseline", "ratio, median (min–max)", "target", "met", "limit")
-FIELDS = {"name", "baseline", "ratio", "target", "met", "limit"}
+FIELDS = ("name", "baseline", "ratio", "target", "met", "limit")
+SECONDS = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+UNITS = {
+    "seconds": SECONDS,
+    "time": SECONDS,
+    "mib": ((1, "MiB"),),
+    "bytes": ((1e6, "MB"), (1e3, "kB"), (1, "B")),
+}
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The object in a file. Raises UserError: it is no result of a bench."""
+    """Read a result that `bench NAME --json` wrote. Raises UserError for anything else."""
     try:
         found = json.loads(file.read_text())
     except FileNotFoundError:
         raise UserError(f"{file}: no such file{looked_in(file)}") from None
     except ValueError:
         raise UserError(f"{file}: no JSON; was the bench cut short?") from None
-    if not isinstance(found, dict) or not found.keys() >= FIELDS:
+    if not isinstance(found, dict) or not found.keys() >= set(FIELDS):
         raise UserError(f"{file}: not what a bench with a baseline prints with --json")
     return found
 
 
+def cells(found: dict[str, Any]) -> tuple[str, ...]:
+    """Return the texts of COLUMNS for one result."""
+    spread = "{median:.2f} ({min:.2f}–{max:.2f})".format(**found["ratio"])
+    met = "yes" if found["met"] else "no"
+    return found["name"], found["baseline"], spread, f"{found['target']:.3g}", met, found["limit"]
+
+
 def markdown(results: list[dict[str, Any]]) -> str:
-    """One row a result, in the order given."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS)]
-    for r in results:
-        spread = "{median:.2f} ({min:.2f}–{max:.2f})".format(**r["ratio"])
-        rows.append((r["name"], r["baseline"], spread, f"{r['target']:g}", "yes" if r["met"] else "no", r["limit"]))
+    """Return a Markdown table with one row per result, in the order given."""
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, results)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print what is compared and how it came out, other figures, and tables of records."""
+    console, head, tables = Console(highlight=False, markup=False), Table.grid(padding=(0, 2)), []
+    if found.keys() >= set(FIELDS):
+        for column, cell in zip(COLUMNS, cells(found), strict=True):
+            head.add_row(column, cell, style="bold red" if (column, cell) == ("met", "no") else None)
+    for key, value in found.items():
+        if rows := _records(value):
+            tables.append(_table(_label(key), rows))
+        elif key not in (*FIELDS, "versions"):
+            figures = (f"{_label(path)} {_text(f'{key} {path}', v)}".strip() for path, v in _flat(value))
+            head.add_row(_label(key), ", ".join(figures))
+    console.print(head)
+    for table in tables:  # wider than the terminal rather than cut
+        console.width = console.measure(table, options=console.options.update_width(1000)).maximum
+        console.print("", table, sep="\n")
+
+
+def _is_spread(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"min", "median", "max"}
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested dicts with their keys joined; a spread is a leaf."""
+    if not isinstance(value, dict) or _is_spread(value):
+        yield path, value
+        return
+    for key, inner in value.items():
+        yield from _flat(inner, f"{path} {key}".strip())
+
+
+def _records(value: Any) -> list[dict[str, Any]]:
+    """Return a list of dicts, or a dict of them or of such lists, as flat rows, else nothing."""
+    named = value if isinstance(value, dict) else {"": value}
+    rows = [(name, row) for name, inner in named.items() for row in (inner if isinstance(inner, list) else [inner])]
+    if isinstance(value, str) or not all(isinstance(row, dict) and not _is_spread(row) for _, row in rows):
+        return []
+    return [({"": name} if name else {}) | dict(_flat(row)) for name, row in rows]
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Return a table with a record per line, or per column if they have many more fields."""
+    fields = list(dict.fromkeys(field for row in rows for field in row))
+    across = len(fields) > 2 * len(rows)
+    heads = [_label(field) if across else _label(field).replace(" ", "\n") for field in fields]
+    lines = [heads, *([_text(field, row.get(field, "")) for field in fields] for row in rows)]
+    if across:
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    for i, name in enumerate(lines[0]):
+        table.add_column(name, justify="right" if i else "left")
+    for line in lines[1:]:
+        table.add_row(*line)
+    return table
+
+
+def _label(key: str) -> str:
+    """Return a key as words, without the unit that its values are printed with."""
+    return re.sub(r"(?<=\w) (seconds|mib|bytes)\b", "", re.sub("[_/]", " ", key))
+
+
+def _text(key: str, value: Any) -> str:
+    """Return a value with the unit that its key names; numbers as their median and range."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value in (None, [], ()):
+        return "—"
+    if isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(v, int | float) for v in value):
+        value = {"min": min(value), "median": statistics.median(value), "max": max(value)}
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(key, v) for v in value)
+    middle = value["median"] if _is_spread(value) else value
+    if not isinstance(middle, int | float):
+        return str(value)
+    units = next((UNITS[word] for word in re.split("[ _/]", key) if word in UNITS), ((1, ""),))
+    size, unit = next((u for u in units if abs(middle) >= u[0]), units[-1])
+    shown = f"{_number(middle, size)} {unit}".strip()
+    return f"{shown} ({_number(value['min'], size)}–{_number(value['max'], size)})" if _is_spread(value) else shown
+
+
+def _number(value: float, size: float) -> str:
+    value = value if size == 1 else value / size
+    if isinstance(value, int) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"

@@ -1,4 +1,4 @@
-"""The peer's half of `bench step`: GRPO steps by TRL's GRPOTrainer. Stands alone, run by the python of .venv-trl.
+"""Make GRPO steps by TRL's GRPOTrainer for `bench step`, with the python of .venv-trl.
 
     python trl_side.py MODEL DIRECTORY '{"prompts": 2, "group": 8, "tokens": 64, "steps": 2, "variant": "defaults"}'
 

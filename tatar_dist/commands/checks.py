@@ -80,9 +80,9 @@ def bench(
 
     Example: [bold]tatar-dist bench reward --json[/bold]
     """
-    if name == "table":
-        from tatar_dist.bench import table
+    from tatar_dist.bench import table
 
+    if name == "table":
         if not words:
             raise UserError("bench table: give it files that bench NAME --json wrote")
         print(table.markdown([table.read(Path(word)) for word in words]))
@@ -98,7 +98,7 @@ def bench(
         raise UserError(f"bench {name}: draws no plot, only bench learner does")
     with contextlib.redirect_stdout(sys.stderr):  # libraries print, too; standard output is for the result
         found = benchmark.run(words) if words else benchmark.run(grow=True) if plot else benchmark.run()
-    print(json.dumps(found)) if as_json else benchmark.print_table(found)
+    print(json.dumps(found)) if as_json else table.show(found)
     if plot:
         from tatar_dist.bench import plot as drawing
 

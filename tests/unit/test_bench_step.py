@@ -7,7 +7,8 @@ import json
 import pytest
 
 from tatar_dist.bench import step
-from tatar_dist.bench.harness import ratio, result, summary
+from tatar_dist.bench.harness import ratio, result
+from tatar_dist.bench.table import cells
 from tatar_dist.errors import RunError, UserError
 
 
@@ -56,4 +57,4 @@ def test_a_result_has_all_its_fields_and_says_whether_the_target_is_reached():
     assert set(found) == {"name", "baseline", "ratio", "target", "met", "limit", "more", "versions", "machine"}
     assert found["ratio"] == {"min": 2.0, "median": 3.0, "max": 4.5}
     assert found["met"] is False and found["versions"]["torch"] and found["machine"]["cores"] >= 1
-    assert summary(found) == "x: 3.00 times better than a peer (2.00 to 4.50); target 3.5 missed; limit: none"
+    assert cells(found) == ("x", "a peer", "3.00 (2.00–4.50)", "3.5", "no", "none")

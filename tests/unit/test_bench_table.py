@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tatar_dist.bench import reward
-from tatar_dist.bench.table import markdown, read
+from tatar_dist.bench.table import markdown, read, show
 from tatar_dist.cli import main
 from tatar_dist.errors import UserError
 
@@ -28,6 +28,19 @@ def test_a_row_a_bench_in_the_order_given():
     assert lines[0] == "| bench | baseline | ratio, median (min–max) | target | met | limit |"
     assert lines[2] == "| sync | 2 copies | 0.75 (0.50–1.25) | 1 | no | bytes |"
     assert lines[3] == "| data | 2 copies | 0.75 (0.50–1.25) | 0.8 | yes | bytes |"
+
+
+def test_a_result_is_printed_with_its_figures_and_a_table_for_records(capsys):
+    case = {"seconds": [0.25, 0.5, 0.75], "mib": {"ours": 12.0}, "ratio": RESULT["ratio"], "fits": True, "mfu": None}
+    found = RESULT | {"push_seconds": 0.0042, "share": 0.01, "cases": {"thin": case, "wide": case | {"fits": False}}}
+    show(found | {"sizes": [{"rows": 1000, "bytes": 2_500_000}, {"rows": 30_000, "x": 0.5}]})
+    said = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    for line in (
+        "baseline 2 copies", "ratio, median (min–max) 0.75 (0.50–1.25)", "target 1", "met no", "limit bytes",
+        "push 4.20 ms", "share 0.01", "seconds 500 ms (250–750) 500 ms (250–750)", "fits yes no",
+        "mib ours 12.0 MiB 12.0 MiB", "mfu — —", "rows bytes x", "1,000 2.50 MB", "30,000 0.50",
+    ):  # fmt: skip
+        assert line.split() in said
 
 
 def test_the_command_prints_it(tmp_path, capsys):

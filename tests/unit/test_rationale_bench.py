@@ -3,6 +3,7 @@
 import pytest
 
 from tatar_dist.bench import rationale as benchmark
+from tatar_dist.bench.table import show
 
 
 def call(arrived, sent):
@@ -26,5 +27,5 @@ def test_a_small_run_keeps_every_row_and_says_how_busy_the_server_was(capsys):
     busy = found["busy"] * found["slots"] * span
     # the twelve that were answered before the last four were asked, however slowly this machine asks
     assert found["requests"] == 16 and 0.99 * 12 * 0.2 < busy <= found["slots"] * span
-    benchmark.print_table(found)
+    show(found)
     assert "busy" in capsys.readouterr().out
