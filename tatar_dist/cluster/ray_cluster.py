@@ -331,25 +331,15 @@ class Cluster:
         make = lambda: self._actor(RewardScorer, *arguments, cpus=0)  # noqa: E731
         return RemoteScorer(make, c.rollout.call_timeout_s, self.log, self.waits)
 
-    def release(self) -> None:
-        """End the actors made through this object; Ray stays."""
-        for actor in self._actors:
-            _kill(actor)
-        self._actors.clear()
-        self._learners = []
-        self._unplace()
-        self._asked = dict.fromkeys(self._asked, 0.0)
-
-    def close(self) -> None:
-        self.release()
-        if self._own:
-            ray.shutdown()
-
     def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        for actor in self._actors:
+            _kill(actor)
+        self._unplace()
+        if self._own:
+            ray.shutdown()
 
 
 def _kill(actor: Any) -> None:

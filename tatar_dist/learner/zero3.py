@@ -10,7 +10,9 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +146,8 @@ class Zero3:
             self._reference, _, _, _ = deepspeed.initialize(model=frozen, config=plain)
 
     def _wrap(self, config: Config, temperature: float, path: str) -> PolicyModel:
-        import dataclasses
-
-        backbone = (
-            self.backbone
-            if path == config.model.path
-            else family(config.model.family)(dataclasses.replace(config.model, path=path))
-        )
+        model = replace(config.model, path=path)
+        backbone = self.backbone if model == config.model else family(model.family)(model)
         return PolicyModel(backbone.load_model(), backbone, self._forbidden, temperature)
 
     def _make_optimizer(self, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -272,14 +269,10 @@ def parameter_groups(
 
 def layer_groups(named: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
     """Consecutive parameters that share the prefix up to their first number (one decoder layer, one vision block)."""
-    groups: list[list[tuple[str, Any]]] = []
-    last: str | None = None
-    for name, parameter in named:
-        parts = name.split(".")
+
+    def layer(item: tuple[str, Any]) -> str:
+        parts = item[0].split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        key = ".".join(parts[: number + 1]) if number is not None else "rest"
-        if key != last or not groups:
-            groups.append([])
-        groups[-1].append((name, parameter))
-        last = key
-    return groups
+        return ".".join(parts[: number + 1]) if number is not None else "rest"
+
+    return [list(group) for _, group in groupby(named, layer)]
