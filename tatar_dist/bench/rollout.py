@@ -12,7 +12,6 @@ only, a minute of it; the engine does both once. Target and verdict are about `g
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import subprocess
@@ -25,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from tatar_dist.bench import subject
-from tatar_dist.bench.counts import Work, flops
+from tatar_dist.bench.counts import Work, forward_flops
 from tatar_dist.bench.harness import ratio, result, seconds_of
 from tatar_dist.config.schema import RolloutConfig
 from tatar_dist.errors import RunError
+from tatar_dist.models.costs import Sizes
 from tatar_dist.rollout.options import COMMON_ENV, CPU_ENGINE_ENV
 
 WORK, ROUNDS, TARGET = Work(groups=4, size=8, tokens=64), 2, 5.0
@@ -105,28 +105,19 @@ def engine(directory: Path, work: Work = WORK) -> Callable[[int], int]:
     return round_
 
 
-def _layers(config: Any, work: Work, prompt: int, packed: bool) -> float:
-    """Count the FLOPs of all layers in one forward: what checkpointing adds to an update."""
-    on, off = (flops(config, replace(work, checkpointing=c), prompt, packed) for c in (True, False))
-    return on - off
-
-
 def round_flops(config: Any, prompt: int, work: Work = WORK) -> dict[str, float]:
     """Count the FLOPs of a round by side, and of the vision tower in the engine's.
 
     `config`: a Qwen2_5_VLConfig; `prompt`: tokens of a prompt. All tokens of a completion come from logits; all but
     the last go through the layers.
     """
-    v, t = config.vision_config, config.text_config
-    blind = copy.deepcopy(config)
-    blind.text_config.num_hidden_layers = 0
-    tower = _layers(blind, replace(work, groups=1, size=1), prompt, True)
-    patch = 2 * v.in_channels * v.temporal_patch_size * v.patch_size**2 * v.hidden_size
-    image = tower + (work.pixels // v.patch_size) ** 2 * patch
+    sizes, patches = Sizes.of(config.to_dict()), (work.pixels // config.vision_config.patch_size) ** 2
+    tower = sizes.forward_flops(1, patches, 0, 0)
+    image = tower + patches * 2 * sizes.patch
     count = work.groups * work.size
-    head = count * work.tokens * 2 * t.hidden_size * t.vocab_size
-    shared = _layers(config, work, prompt, True) - work.groups * tower + head
-    repeated = _layers(config, replace(work, tokens=work.tokens - 1), prompt, False) - count * tower + head
+    head = count * work.tokens * 2 * sizes.head
+    shared = forward_flops(config, work, prompt, True) - work.groups * tower + head
+    repeated = forward_flops(config, replace(work, tokens=work.tokens - 1), prompt, False) - count * tower + head
     return {
         "generate": work.groups * image + repeated,
         "rows": count * image + repeated,
@@ -144,9 +135,7 @@ def _shape(directory: Path) -> tuple[Any, int]:
     config = prepared(directory)
     backbone = family(config.model.family)(config.model)
     shape: Any = AutoConfig.from_pretrained(config.model.path)
-    merged = (WORK.pixels // shape.vision_config.patch_size // shape.vision_config.spatial_merge_size) ** 2
-    ids = backbone.tokenizer(subject.prompt_text(backbone))["input_ids"]
-    return shape, len(ids) - 1 + merged  # one placeholder becomes the image
+    return shape, subject.prompt_tokens(backbone, subject.prompt_text(backbone), WORK.pixels)
 
 
 def product_rate() -> float:

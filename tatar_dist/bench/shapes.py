@@ -20,16 +20,15 @@ from tatar_dist.bench import subject
 from tatar_dist.bench.counts import Work, flops
 from tatar_dist.bench.harness import machine
 from tatar_dist.errors import UserError
-from tatar_dist.plan.memory import Sizes, released
+from tatar_dist.models.costs import Sizes
+from tatar_dist.plan.memory import released
 
 ROUNDS = 5
 PIXELS = {1024: 896, 2025: 1260}  # by image tokens
 COMPLETIONS = (64, 256)
 # dense bfloat16 FLOP/s of the data sheets, by what the device's name holds
 PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "A100": 312e12}
-
-
-SHAPES = {name: released(name) for name in ("3B", "7B")}
+SHAPES = {name: released(f"Qwen2.5-VL-{name}") for name in ("3B", "7B")}
 
 
 def make_config(shape: Sizes, backbone: Any) -> Any:
@@ -88,8 +87,7 @@ def packed_update(
 
 def useful_flops(config: Any, work: Work, prompt: int) -> float:
     """Count FLOPs of forward and backward that are not computed a second time."""
-    text = config.text_config
-    head = work.groups * work.size * work.tokens * 2 * text.hidden_size * text.vocab_size
+    head = work.groups * work.size * work.tokens * 2 * Sizes.of(config.to_dict()).head
     return flops(config, replace(work, checkpointing=False), prompt, True) - head
 
 

@@ -125,7 +125,7 @@ def _prompt_tokens(config: Config) -> int:
         return backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     text = Prompts.load(CONFIGS / "prompts.yaml").render("iqa", chat)
-    return len(backbone.tokenizer(text)["input_ids"]) + backbone.image_tokens(subject.PIXELS, subject.PIXELS)
+    return subject.prompt_tokens(backbone, text)
 
 
 def compare(peer: Side, mine: Side) -> dict[str, float]:

@@ -71,11 +71,16 @@ def prompt_text(backbone: Any) -> str:
     return backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+def prompt_tokens(backbone: Any, text: str, pixels: int = PIXELS) -> int:
+    """Tokens of a rendered prompt with its image."""
+    return len(backbone.tokenizer(text)["input_ids"]) + backbone.image_tokens(pixels, pixels)
+
+
 def rows(backbone: Any, groups: int, size: int, tokens: int, pixels: int = PIXELS, seed: int = 0) -> list[LearnerRow]:
     """Return groups of `size` completions of `tokens` tokens with advantages of both signs."""
     rng = np.random.default_rng(seed)
     text = prompt_text(backbone)
-    prompt = len(backbone.tokenizer(text)["input_ids"]) + backbone.image_tokens(pixels, pixels)
+    prompt = prompt_tokens(backbone, text, pixels)
     made = []
     for g in range(groups):
         png = image(g, pixels)

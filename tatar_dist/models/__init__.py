@@ -6,7 +6,7 @@ and name it in the config.
     base.py         what the Qwen-VL families have in common
     qwen2_5_vl.py   Qwen2.5-VL
     qwen3_vl.py     Qwen3-VL, dense
-    costs.py        what rows of one prompt cost to compute
+    costs.py        parameters, FLOPs and bytes by the sizes in config.json; what rows of one prompt cost to compute
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from PIL import Image
 from tatar_dist.assets import looked_in
 from tatar_dist.config.schema import ModelConfig
 from tatar_dist.errors import UserError
-from tatar_dist.models.costs import Costs
+from tatar_dist.models.costs import Costs, Sizes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -90,17 +90,7 @@ class QwenVL:
         """What a prompt and attention cost beside a token of the language model, by FLOPs; of a 7B where unknown."""
         settings = self.check_directory(self.config.path)
         try:
-            text, vision = settings.get("text_config", settings), settings["vision_config"]
-            hidden, wide = text["hidden_size"], text["intermediate_size"]
-            kv = hidden // text["num_attention_heads"] * text["num_key_value_heads"]
-            token = 2 * hidden**2 + 2 * hidden * kv + 3 * hidden * wide  # weights of a layer
-            size, depth = vision["hidden_size"], vision["depth"]
-            patches = vision.get("spatial_merge_size", 2) ** 2
-            image = patches * depth * (4 * size**2 + 3 * size * vision["intermediate_size"])
-            full = len(vision.get("fullatt_block_indexes", range(depth)))
-            pairs = full * 2 * size * patches**2
-            layers = text["num_hidden_layers"]
-            return Costs(image / (layers * token), 2 * hidden / token, pairs / (layers * token))
+            return Sizes.of(settings).costs()
         except (KeyError, TypeError, ZeroDivisionError):
             return Costs()
 

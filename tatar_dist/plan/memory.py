@@ -1,14 +1,13 @@
-"""GPU memory of a stage by part, from the configuration and the sizes in the model's config.json: `tatar-dist plan`.
+"""Estimate the GPU memory of a stage by part, from the configuration and the model's config.json: `tatar-dist plan`.
 
-In: a `Config`, its `Plan`, GiB of a GPU. Out: `Memory` for learners and engines, and what to change where it does not
-fit. No weights are loaded, no torch. What is counted on a learner (P parameters, N ranks, 2 bytes each in bfloat16):
+No weights are loaded, no torch. What is counted on a learner (P parameters, N ranks, 2 bytes each in bfloat16):
 
     weights, gradients     2 P / N each          DeepSpeed ZeRO-3 (arXiv 1910.02054)
     optimizer              12 P / N              float32 master weights and two moments (SGD: master weights)
     reference              2 P / N               GRPO with kl_beta > 0; adapters (learner/lora.py) need none
     gathered layers        2 x at most 1e9       DeepSpeed's stage3_max_live_parameters
     reduce bucket          2 x 5e8               DeepSpeed's reduce_bucket_size, taken at once
-    activations            what autograd keeps of a packed forward of micro_tokens (bench/counts.py has the terms), or
+    activations            what autograd keeps of a packed forward of micro_tokens (models/costs.py has the terms), or
                            with checkpointing every layer's input and twice one layer; times 1.3, more than a CPU needs
     head                   float32 gradient of its weight and chunks of logits (learner/head.py)
     step                   float32 gradients of one sub-group of at most 1e9, when activations are gone
@@ -16,10 +15,8 @@ fit. No weights are loaded, no torch. What is counted on a learner (P parameters
 and on an engine: weights, `ENGINE_OTHER` for activations and CUDA graphs, and the rest of gpu_memory_utilization for
 keys and values. CONTEXT (CUDA, NCCL) and ENGINE_OTHER are assumed; nothing here was compared with a GPU.
 
-On a CPU an update of the 14M model of the benches has 305 MiB alive at its peak, with checkpointing 78 (by the profiler
-of torch), and takes 312 and 89 of the system if what is freed is given back at once (MALLOC_MMAP_THRESHOLD_=65536): 395
-and 127 are estimated. With glibc defaults the process holds 362 and 194, because its heap keeps freed tensors that lie
-between gradients which stay. A GPU allocator has gaps of its own: hence HEADROOM, and leave room.
+NOTE has what updates of the 14M model of the benches took on a CPU where freed memory is given back at once
+(MALLOC_MMAP_THRESHOLD_=65536); the profiler of torch finds 305 and 78 MiB alive. A GPU allocator has gaps: HEADROOM.
 """
 
 from __future__ import annotations
@@ -27,18 +24,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.plan.plan import Plan, Split
+from tatar_dist.models.costs import TOKEN_PIXELS, Sizes, head_bytes, kept_elements
+from tatar_dist.plan.plan import Plan
 
 GIB = 2**30
 LIVE, BUCKET, SUB_GROUP = 1e9, 5e8, 1e9  # parameters; defaults of DeepSpeed
-CHUNK = 256 << 20  # head.CHUNK_BYTES, which needs torch to be read
 CONTEXT, ENGINE_OTHER = 1.5 * GIB, 3.0 * GIB
 MOMENTARY = 1.3  # alive for a moment beside what is kept, and an allocator's gaps
 KEPT = {"float32": 4.16, "bfloat16": 2.28}  # bytes an element kept; norms keep float32 also in bfloat16 (measured)
@@ -49,56 +46,6 @@ NOTE = (
     "kept). What fits leaves 5 % of a GPU free."
 )
 PROMPT_TEXT = 100  # tokens around an image in configs/prompts.yaml
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a Qwen2.5-VL: `text` and `vision` sections of its config.json."""
-
-    text: dict[str, Any]
-    vision: dict[str, Any]
-    tied: bool
-
-    @property
-    def kv(self) -> int:
-        """Width of the keys of a token in one layer."""
-        t = self.text
-        return int(t["hidden_size"] // t["num_attention_heads"] * t["num_key_value_heads"])
-
-    @property
-    def head(self) -> int:
-        return int(self.text["vocab_size"] * self.text["hidden_size"])
-
-    @property
-    def vision_parameters(self) -> int:
-        v = self.vision
-        h, m, merged = v["hidden_size"], v["intermediate_size"], v["hidden_size"] * v["spatial_merge_size"] ** 2
-        patch = v["in_channels"] * v["temporal_patch_size"] * v["patch_size"] ** 2 * h
-        block = 2 * h + (3 * h * h + 3 * h) + (h * h + h) + (3 * h * m + 2 * m + h)
-        return int(patch + v["depth"] * block + h + (merged**2 + merged) + (merged + 1) * v["out_hidden_size"])
-
-    @property
-    def parameters(self) -> int:
-        t = self.text
-        h = t["hidden_size"]
-        layer = 2 * h * h + h + 2 * (h * self.kv + self.kv) + 3 * h * t["intermediate_size"] + 2 * h
-        return self.vision_parameters + t["num_hidden_layers"] * layer + h + self.head * (1 if self.tied else 2)
-
-    def adapters(self, rank: int, targets: Sequence[str], vision: bool) -> int:
-        """Parameters of LoRA adapters (learner/lora.py): rank x (in + out) of every layer that gets one."""
-        t, v = self.text, self.vision
-        h, wide, towers, m = t["hidden_size"], t["intermediate_size"], v["hidden_size"], v["intermediate_size"]
-        merged = towers * v["spatial_merge_size"] ** 2
-        layer = {"q_proj": 2 * h, "k_proj": h + self.kv, "v_proj": h + self.kv, "o_proj": 2 * h}
-        layer |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), h + wide)
-        block = {"qkv": 4 * towers, "proj": 2 * towers}
-        block |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), towers + m)
-        parts = [(t["num_hidden_layers"], layer)]
-        if vision:
-            parts += [(v["depth"], block), (1, {"0": 2 * merged, "2": merged + v["out_hidden_size"]})]
-        return rank * sum(n * s for n, part in parts for name, s in part.items() if not targets or name in targets)
-
-
 VISION = {
     "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "patch_size": 14, "spatial_merge_size": 2,
     "in_channels": 3, "temporal_patch_size": 2,
@@ -112,17 +59,17 @@ PUBLISHED = {
 }
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "vocab_size")  # fmt: skip
-
-
 MODEL_TYPE = "qwen2_5_vl"  # other families have other layers
 
 
-def released(name: str) -> Sizes:
-    """Of a released Qwen2.5-VL, for example 7B."""
-    *text, tied, wide = PUBLISHED[name]
-    return Sizes(
-        dict(zip(NAMES, text, strict=True)), VISION | {"intermediate_size": wide, "out_hidden_size": text[0]}, tied
-    )
+def released(path: str) -> Sizes | None:
+    """Of a released Qwen2.5-VL by its name in `path`, for example Qwen2.5-VL-7B; None of others."""
+    named = re.search(r"Qwen2\.5-VL-(\d+B)", path)
+    if named is None or named[1] not in PUBLISHED:
+        return None
+    *text, tied, wide = PUBLISHED[named[1]]
+    vision = VISION | {"intermediate_size": wide, "out_hidden_size": text[0]}
+    return Sizes(dict(zip(NAMES, text, strict=True)), vision, tied)
 
 
 def sizes_of(path: str) -> Sizes:
@@ -135,16 +82,14 @@ def sizes_of(path: str) -> Sizes:
                 raise UserError(f"{file}: model_type is {kind!r}; only the sizes of {MODEL_TYPE} are known")
             text = found.get("text_config", found)
             vision = {**VISION, **found["vision_config"]}
-            vision.setdefault("out_hidden_size", text["hidden_size"])
             sizes = Sizes({n: text[n] for n in NAMES}, vision, bool(found.get("tie_word_embeddings")))
             assert sizes.parameters > 0
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
             raise UserError(f"{file}: not of a Qwen2.5-VL: {type(e).__name__}: {e}") from None
         return sizes
-    named = re.search(r"Qwen2\.5-VL-(\d+B)", path)
-    if named is None or named[1] not in PUBLISHED:
-        raise UserError(f"model.path={path}: no config.json there and no released Qwen2.5-VL, so its sizes are unknown")
-    return released(named[1])
+    if known := released(path):
+        return known
+    raise UserError(f"model.path={path}: no config.json there and no released Qwen2.5-VL, so its sizes are unknown")
 
 
 @dataclass(frozen=True)
@@ -189,37 +134,12 @@ def estimate(config: Config, plan: Plan, gpu_gib: float) -> Estimate:
         raise UserError(f"--gpu-memory {gpu_gib:g}: must be above 0 GiB")
     sizes, room = sizes_of(config.model.path), gpu_gib * GIB
     roles, advice = [], []
-    if plan.learners:
-        found = learner(config, plan, sizes, room)
-        roles.append(found)
-        if not found.fits:
-            advice.append(_for_learners(config, plan, sizes, room))
-    if plan.engines:
-        found = engine(config, plan, sizes, room)
-        roles.append(found)
-        if not found.fits:
-            advice.append(_for_engines(config, plan, sizes, room))
+    for count, role, advise in ((plan.learners, learner, _for_learners), (plan.engines, engine, _for_engines)):
+        if count:
+            roles.append(role(config, plan, sizes, room))
+            if not roles[-1].fits:
+                advice.append(advise(config, plan, sizes, room))
     return Estimate(plan.stage, gpu_gib, tuple(roles), tuple(advice))
-
-
-def kept_elements(sizes: Sizes, patches: float, tokens: float, checkpointing: bool) -> float:
-    """Numbers that autograd keeps of `patches` through the vision tower and `tokens` through the language model."""
-    t, v = sizes.text, sizes.vision
-    block = patches * (12 * v["hidden_size"] + 4 * v["intermediate_size"])
-    layer = tokens * (8 * t["hidden_size"] + 2 * sizes.kv + 4 * t["intermediate_size"])
-    if not checkpointing:
-        return v["depth"] * block + t["num_hidden_layers"] * layer
-    inputs = patches * v["depth"] * v["hidden_size"] + tokens * t["num_hidden_layers"] * t["hidden_size"]
-    return inputs + 2 * max(block, layer)  # what the layer keeps again, and gradients of about as much
-
-
-def head_bytes(sizes: Sizes, tokens: float, wide: int, trained: bool = True) -> float:
-    """Of the head's backward: its weight's gradient, where it is trained, summed in float32, then in the weight's type,
-    and two chunks of logits; or of its forward, three or four chunks."""
-    logits = 4.0 * tokens * sizes.text["vocab_size"]
-    chunk, live = (logits, 3) if logits <= CHUNK else (CHUNK, 4)
-    gradient = trained * sizes.head * (4 if wide == 4 else 4 + wide)
-    return max(live * chunk, gradient + 2 * chunk)
 
 
 def learner(config: Config, plan: Plan, sizes: Sizes, room: float) -> Memory:
@@ -255,7 +175,7 @@ def _micro_batch(config: Config, plan: Plan) -> tuple[float, float, float]:
     """(tokens, patches, completion tokens) of the largest forward: images of max_pixels, completions of full length; at
     least one prompt with one completion, however small micro_tokens is."""
     assert plan.split is not None
-    image = config.model.max_pixels / 28**2
+    image = config.model.max_pixels / TOKEN_PIXELS
     prompt, answer = _prompt(config), config.rollout.max_new_tokens
     group = config.grpo.group_size if plan.stage == "grpo" else 1
     budget = max(plan.split.micro_tokens, prompt + answer)
@@ -267,15 +187,14 @@ def _micro_batch(config: Config, plan: Plan) -> tuple[float, float, float]:
 
 
 def _prompt(config: Config) -> float:
-    return min(config.data.max_prompt_tokens, config.model.max_pixels / 28**2 + PROMPT_TEXT)
+    return min(config.data.max_prompt_tokens, config.model.max_pixels / TOKEN_PIXELS + PROMPT_TEXT)
 
 
 def engine(config: Config, plan: Plan, sizes: Sizes, room: float) -> Memory:
     """One GPU of an engine: keys and values take what the others leave of gpu_memory_utilization."""
     r, tp = config.rollout, plan.tensor_parallel
     wide = 2 if config.model.dtype == "bfloat16" else 4
-    t = sizes.text
-    token = wide * 2 * t["num_hidden_layers"] * sizes.kv / min(tp, t["num_key_value_heads"])
+    token = sizes.kv_bytes(wide) / min(tp, sizes.text["num_key_value_heads"])
     fixed = {"weights": wide * sizes.parameters / tp, "activations and graphs": ENGINE_OTHER}
     outside = {"CUDA": CONTEXT, "bucket of a push": float(r.bucket_mib * 2**20) if plan.stage == "grpo" else 0.0}
     if plan.colocated:
@@ -290,9 +209,11 @@ def engine(config: Config, plan: Plan, sizes: Sizes, room: float) -> Memory:
 
 def _for_learners(config: Config, plan: Plan, sizes: Sizes, room: float) -> str:
     """The first change that makes a rank fit: those that keep the recipe's gradients first."""
+    whole = plan.split
+    assert whole is not None
 
     def fits(changed: Config, ranks: int = plan.learners) -> bool:
-        split = replace(_split(plan), ranks=ranks, micro_tokens=_micro_tokens(changed, plan))
+        split = replace(whole, ranks=ranks, micro_tokens=getattr(changed, plan.stage).micro_tokens)
         return learner(changed, replace(plan, learners=ranks, split=split), sizes, room).fits
 
     best = config
@@ -300,26 +221,16 @@ def _for_learners(config: Config, plan: Plan, sizes: Sizes, room: float) -> str:
         best = changed
         if fits(changed):
             return f"a learner does not fit: set {key}"
-    rows = _split(plan).rows
-    for ranks in range(plan.learners + 1, rows + 1):
+    for ranks in range(plan.learners + 1, whole.rows + 1):
         if fits(best, ranks):
             return f"a learner does not fit: set cluster.learners={ranks}, and cluster.nodes for as many GPUs" + (
                 "; with " + key if best is not config else ""
             )
-    return f"a learner does not fit with any number of ranks up to {rows}: lower model.max_pixels" + (
+    return f"a learner does not fit with any number of ranks up to {whole.rows}: lower model.max_pixels" + (
         ", or take larger GPUs"
         if best.model.lora_rank
         else ", train adapters (model.lora_rank=16), or take larger GPUs"
     )
-
-
-def _split(plan: Plan) -> Split:
-    assert plan.split is not None
-    return plan.split
-
-
-def _micro_tokens(config: Config, plan: Plan) -> int:
-    return config.grpo.micro_tokens if plan.stage == "grpo" else config.sft.micro_tokens
 
 
 def _easier(config: Config, plan: Plan) -> Iterator[tuple[str, Config]]:
@@ -329,8 +240,7 @@ def _easier(config: Config, plan: Plan) -> Iterator[tuple[str, Config]]:
         words = "model.gradient_checkpointing=true"
         config = replace(config, model=replace(config.model, gradient_checkpointing=True))
         yield words, config
-    section = "grpo" if plan.stage == "grpo" else "sft"
-    tokens = _micro_tokens(config, plan)
+    section, tokens = plan.stage, getattr(config, plan.stage).micro_tokens
     least = math.ceil(_prompt(config) + config.rollout.max_new_tokens)
     while tokens > least:
         tokens = max(least, tokens // 2)

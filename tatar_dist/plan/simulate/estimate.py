@@ -1,7 +1,7 @@
 """Costs from a configuration alone: FLOPs and bytes over the rates of an H100. An estimate; nothing here was measured.
 
-In: a GRPO configuration. Out: `Costs` for `plan --simulate` without measurements. Time = max or sum of work over peak
-rate x the share of it that is usually reached (a roofline, Williams et al. 2009):
+For `plan --simulate` without measurements. Time = max or sum of work over peak rate x the share of it that is usually
+reached (a roofline, Williams et al. 2009):
 
     decode step     weights / (HBM rate x 0.6), read once for all sequences of the batch
     token           2 x parameters FLOPs + keys and values of its context read (2 x layers x KV heads x head x 2 bytes)
@@ -15,14 +15,14 @@ rate x the share of it that is usually reached (a roofline, Williams et al. 2009
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
+from tatar_dist.models.costs import Sizes, passes
+from tatar_dist.plan.memory import PUBLISHED, released
 from tatar_dist.plan.simulate.costs import Costs, EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts
 from tatar_dist.plan.simulate.step import prompt_tokens
 
@@ -35,42 +35,23 @@ COPY, TRANSFER = 2e9, 5e9  # bytes/s of a copy through host memory, and of Ray's
 LENGTHS = {"iqa": (80, 12), "iaa": (230, 35)}
 
 
-@dataclass(frozen=True)
-class Size:
-    """parameters: all, vision tower included; kv_bytes: of one token, bf16."""
-
-    parameters: float
-    kv_bytes: float
-
-
-# Qwen2.5-VL (arXiv 2502.13923, table 1, and the model cards): parameters, layers x KV heads x 128 x 2 x 2 bytes.
-SIZES = {
-    "3B": Size(3.75e9, 36 * 2 * 512),
-    "7B": Size(8.29e9, 28 * 4 * 512),
-    "32B": Size(33.5e9, 64 * 8 * 512),
-    "72B": Size(73.4e9, 80 * 8 * 512),
-}
-
-
-def model_size(path: str) -> Size:
-    """Of a model directory, by its files; else of a Qwen2.5-VL by its name. Raises UserError when neither tells."""
+def model_size(path: str) -> tuple[float, int]:
+    """Parameters, bytes of a token's keys and values in bfloat16. Raises UserError when files and name do not tell."""
     directory = Path(path)
     weights = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
     if weights and (directory / "config.json").is_file():
         try:
             config = json.loads((directory / "config.json").read_text())
             text = config.get("text_config", config)
-            head = text["hidden_size"] // text["num_attention_heads"]
             wide = 4 if "float32" in (config.get("torch_dtype"), config.get("dtype")) else 2
-            return Size(weights / wide, text["num_hidden_layers"] * text["num_key_value_heads"] * head * 4)
+            return weights / wide, Sizes(text, {}).kv_bytes(2)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
             raise UserError(f"{directory / 'config.json'}: not a model's: {type(e).__name__}: {e}") from None
-    named = re.search(r"Qwen2\.5-VL-(\d+B)", path)
-    if named and named[1] in SIZES:
-        return SIZES[named[1]]
+    if sizes := released(path):
+        return float(f"{sizes.parameters:.2e}"), sizes.kv_bytes(2)  # three digits, as the model cards have it
     raise UserError(
         f"model.path={path}: of unknown size, so its times cannot be estimated: name a Qwen2.5-VL of "
-        f"{', '.join(SIZES)} or a model directory, or give measured times (--measured RUN or --times FILE)"
+        f"{', '.join(PUBLISHED)} or a model directory, or give measured times (--measured RUN or --times FILE)"
     )
 
 
@@ -81,32 +62,27 @@ def estimate(config: Config, seed: int = 0) -> Costs:
             "--simulate needs times, and for CPUs there is no estimate: run a few steps with this config and give "
             "their run directory, --measured RUN (may repeat), or a file of times, --times FILE"
         )
-    size, tp = model_size(config.model.path), config.rollout.tensor_parallel
+    (parameters, kv_bytes), tp = model_size(config.model.path), config.rollout.tensor_parallel
     m, g, r = config.model, config.grpo, config.rollout
     wide = 2 if m.dtype == "bfloat16" else 4
-    weights = size.parameters * wide
+    weights = parameters * wide
     prompt = prompt_tokens(config)
     means = {"iqa": LENGTHS["iqa"][0], "iaa": LENGTHS["iaa"][0]}
     context = prompt + (config.data.iqa_fraction * means["iqa"] + (1 - config.data.iqa_fraction) * means["iaa"]) / 2
     once = 2 * bool(g.kl_beta) + 2 * (g.inner_iterations > 1)  # reference; old policy
     whole = not m.lora_rank  # adapters: no gradients of the weights to compute and to move
-    passes = g.inner_iterations * (4 + 2 * whole + 2 * m.gradient_checkpointing) + once
-    token = passes * size.parameters / (FLOPS * TRAIN)
-    moved = weights * (g.inner_iterations * (2 + whole + m.gradient_checkpointing) + bool(g.kl_beta))
+    update = g.inner_iterations * passes(m.gradient_checkpointing, whole)
+    token = (2 * update + once) * parameters / (FLOPS * TRAIN)
+    moved = weights * (update + bool(g.kl_beta))  # gathered for each pass; gradients reduced, which are one more
     rng = np.random.default_rng(seed)
-
-    def lengths(task: str) -> tuple[tuple[int, ...], ...]:
-        mean, deviation = LENGTHS[task]
-        drawn = rng.normal(mean, deviation, 1000).clip(1, r.max_new_tokens)
-        return (tuple(int(n) for n in drawn),)
-
+    drawn = {task: rng.normal(*LENGTHS[task], 1000).clip(1, r.max_new_tokens) for task in LENGTHS}
     return Costs(
-        lengths={task: lengths(task) for task in LENGTHS},
+        lengths={task: (tuple(map(int, lengths)),) for task, lengths in drawn.items()},
         engine=EngineCosts(
             per_call=0.2,
             per_step=weights / tp / (HBM * MEMORY) + 2e-3,
-            per_token=size.kv_bytes * context / tp / (HBM * MEMORY) + 2 * size.parameters / tp / (FLOPS * PREFILL),
-            per_prompt=2 * size.parameters * prompt / tp / (FLOPS * PREFILL),
+            per_token=kv_bytes * context / tp / (HBM * MEMORY) + 2 * parameters / tp / (FLOPS * PREFILL),
+            per_prompt=2 * parameters * prompt / tp / (FLOPS * PREFILL),
         ),
         learner=LearnerCosts(
             per_update=0.5,
@@ -118,10 +94,10 @@ def estimate(config: Config, seed: int = 0) -> Costs:
         reward=RewardCosts(per_batch=0.01, per_completion=1e-4),
         push=PushCosts(per_push=0.1, per_gb=1e9 / COPY, per_gb_receiver=1e9 / TRANSFER),
         other=OtherCosts(per_step=0.1, per_completion=1e-3),
-        checkpoint=size.parameters * 14 / 2e9 / max(1, config.cluster.learners or config.cluster.gpus_per_node // 2),
+        checkpoint=parameters * 14 / 2e9 / max(1, config.cluster.learners or config.cluster.gpus_per_node // 2),
         switch=2 * weights / tp / 20e9 + 1.0,
         model_gb=weights / 1e9,
-        parameters=size.parameters,
+        parameters=parameters,
         gpu_gib=GPU_GIB,
         source="estimated from FLOPs and bytes on H100s (nothing measured)",
         notes=(

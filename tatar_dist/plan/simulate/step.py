@@ -19,16 +19,16 @@ import numpy as np
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 from tatar_dist.learner.packing import pack
-from tatar_dist.models.costs import Unit
+from tatar_dist.models.costs import TOKEN_PIXELS, Unit
 from tatar_dist.plan.simulate.costs import Costs, EngineCosts, LearnerCosts, PushCosts
 
-TEXT_TOKENS, PIXELS, PIXELS_A_TOKEN = 200, 1024 * 768, 28 * 28  # a prompt's text; an image of KonIQ-10k
+TEXT_TOKENS, PIXELS = 200, 1024 * 768  # a prompt's text; an image of KonIQ-10k
 
 
 def prompt_tokens(config: Config) -> int:
     """Of a prompt with an image of KonIQ-10k's size, within the limits of the configuration."""
     m = config.model
-    return TEXT_TOKENS + min(m.max_pixels, max(m.min_pixels, PIXELS)) // PIXELS_A_TOKEN
+    return TEXT_TOKENS + min(m.max_pixels, max(m.min_pixels, PIXELS)) // TOKEN_PIXELS
 
 
 @dataclass(frozen=True)
