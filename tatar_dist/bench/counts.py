@@ -1,7 +1,7 @@
 """Count what an update of the learner has to compute and to keep: FLOPs and bytes, from sizes alone.
 
 For updates that are packed or have a row a completion; the peak of memory above the model is of a packed one, in
-float32, without gradient checkpointing. The formulas are those of models/costs.py.
+float32, without gradient checkpointing. The formulas are those of models/sizes.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tatar_dist.bench import subject
-from tatar_dist.models.costs import Sizes, Unit, head_bytes, kept_elements, passes
+from tatar_dist.models.costs import Unit
+from tatar_dist.models.sizes import ModelSizes, head_bytes, kept_elements, passes
 
 GROUP, TOKENS = 8, 64
 FLOAT = 4  # bytes
@@ -18,7 +19,7 @@ FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Work:
-    """Sizes of one update: groups of `size` completions of `tokens` tokens, images of `pixels` x `pixels`."""
+    """ModelSizes of one update: groups of `size` completions of `tokens` tokens, images of `pixels` x `pixels`."""
 
     groups: int = 1
     size: int = GROUP
@@ -28,14 +29,14 @@ class Work:
     checkpointing: bool = False
 
 
-def _counts(config: Any, work: Work, prompt: int, packed: bool) -> tuple[Sizes, int, int, int, float]:
-    """Sizes, and images, patches of each, tokens and pairs in a layer as `Sizes.forward_flops` takes them."""
+def _counts(config: Any, work: Work, prompt: int, packed: bool) -> tuple[ModelSizes, int, int, int, float]:
+    """ModelSizes, and images, patches of each, tokens and pairs in a layer as `ModelSizes.forward_flops` takes them."""
     if packed:
         images, unit = work.groups, Unit(tuple(range(work.size)), prompt, (work.tokens - 1,) * work.size)
     else:
         images, unit = work.groups * work.size, Unit((0,), prompt, (work.tokens,))
     patches = (work.pixels // config.vision_config.patch_size) ** 2
-    return Sizes.of(config.to_dict()), images, patches, images * unit.tokens, images * unit.pairs
+    return ModelSizes.of(config.to_dict()), images, patches, images * unit.tokens, images * unit.pairs
 
 
 def attention_flops(config: Any, work: Work, prompt: int, packed: bool) -> float:
@@ -67,5 +68,5 @@ def kept_bytes(config: Any, work: Work, prompt: int) -> float:
 
 def peak_bytes(config: Any, work: Work, prompt: int, parameters: int) -> float:
     """The largest of three moments: the head makes logits; its gradient; all gradients are all that is left."""
-    head = head_bytes(Sizes.of(config.to_dict()), work.groups * work.size * work.tokens, FLOAT)
+    head = head_bytes(ModelSizes.of(config.to_dict()), work.groups * work.size * work.tokens, FLOAT)
     return max(kept_bytes(config, work, prompt) + head, FLOAT * parameters)

@@ -28,7 +28,7 @@ from tatar_dist.bench.counts import Work, forward_flops
 from tatar_dist.bench.harness import ratio, result, seconds_of
 from tatar_dist.config.schema import RolloutConfig
 from tatar_dist.errors import RunError
-from tatar_dist.models.costs import Sizes
+from tatar_dist.models.sizes import ModelSizes
 from tatar_dist.rollout.options import COMMON_ENV, CPU_ENGINE_ENV
 
 WORK, ROUNDS, TARGET = Work(groups=4, size=8, tokens=64), 2, 5.0
@@ -111,7 +111,7 @@ def round_flops(config: Any, prompt: int, work: Work = WORK) -> dict[str, float]
     `config`: a Qwen2_5_VLConfig; `prompt`: tokens of a prompt. All tokens of a completion come from logits; all but
     the last go through the layers.
     """
-    sizes, patches = Sizes.of(config.to_dict()), (work.pixels // config.vision_config.patch_size) ** 2
+    sizes, patches = ModelSizes.of(config.to_dict()), (work.pixels // config.vision_config.patch_size) ** 2
     tower = sizes.forward_flops(1, patches, 0, 0)
     image = tower + patches * 2 * sizes.patch
     count = work.groups * work.size

@@ -20,7 +20,7 @@ from tatar_dist.bench import subject
 from tatar_dist.bench.counts import Work, flops
 from tatar_dist.bench.harness import machine
 from tatar_dist.errors import UserError
-from tatar_dist.models.costs import Sizes
+from tatar_dist.models.sizes import ModelSizes
 from tatar_dist.plan.memory import released
 
 ROUNDS = 5
@@ -31,7 +31,7 @@ PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NV
 SHAPES = {name: released(f"Qwen2.5-VL-{name}") for name in ("3B", "7B")}
 
 
-def make_config(shape: Sizes, backbone: Any) -> Any:
+def make_config(shape: ModelSizes, backbone: Any) -> Any:
     """Return the Qwen2_5_VLConfig of a shape, with token ids of the backbone's tokenizer."""
     from transformers import Qwen2_5_VLConfig
 
@@ -51,7 +51,7 @@ def make_config(shape: Sizes, backbone: Any) -> Any:
 
 
 def packed_update(
-    shape: Sizes, work: Work, directory: Path, device: str, adamw: bool = False
+    shape: ModelSizes, work: Work, directory: Path, device: str, adamw: bool = False
 ) -> tuple[Callable[[], None], Any, Any]:
     """Return a function that makes one bfloat16 update, the model's config, and the batch."""
     import torch
@@ -87,7 +87,7 @@ def packed_update(
 
 def useful_flops(config: Any, work: Work, prompt: int) -> float:
     """Count FLOPs of forward and backward that are not computed a second time."""
-    head = work.groups * work.size * work.tokens * 2 * Sizes.of(config.to_dict()).head
+    head = work.groups * work.size * work.tokens * 2 * ModelSizes.of(config.to_dict()).head
     return flops(config, replace(work, checkpointing=False), prompt, True) - head
 
 
@@ -96,7 +96,7 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for part, peak in PEAKS.items() if part in device_name), None)
 
 
-def measure(shape: Sizes, work: Work, adamw: bool) -> dict[str, float | None]:
+def measure(shape: ModelSizes, work: Work, adamw: bool) -> dict[str, float | None]:
     """Measure median seconds, tokens/s, peak GiB and MFU (None: peak unknown) of an update."""
     import statistics
 

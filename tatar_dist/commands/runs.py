@@ -21,11 +21,11 @@ def status(
 
     Example: [bold]tatar-dist status runs/grpo --watch[/bold]
     """
-    from tatar_dist.run.status import RunFiles
+    from tatar_dist.run.status import RunWatcher
 
     if watch and as_json:
         raise UserError("--watch draws, --json prints one object: give one of them")
-    files = RunFiles(run)
+    files = RunWatcher(run)
     if as_json:
         print(json.dumps(files.read().to_dict()))
         return

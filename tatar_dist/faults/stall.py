@@ -23,7 +23,7 @@ from tatar_dist.config.schema import WatchConfig
 from tatar_dist.errors import RunError
 from tatar_dist.faults.stacks import Stacks, stacks_of
 from tatar_dist.run.events import Events
-from tatar_dist.run.status import RunFiles
+from tatar_dist.run.status import RunWatcher
 
 NODE_S = 30.0  # for the stacks of another node: a task starts, asks, reads
 STEPS = 100  # the median is of so many last steps
@@ -201,7 +201,7 @@ def _answer(ref: Any, node: str, pids: list[int], timeout: float) -> list[Stacks
 
 def processes_of(run: Path) -> list[WatchedProcess]:
     """The living processes of this controller's run, as the event log names them."""
-    s = RunFiles(run).read()
+    s = RunWatcher(run).read()
     found = [WatchedProcess("controller", os.getpid())]
     if s.learners:
         pairs = enumerate(zip(s.learners.pids, s.learners.nodes, strict=True))

@@ -15,12 +15,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from tatar_dist.models.costs import Costs, Unit
+from tatar_dist.models.costs import RowCosts, Unit
 
 MicroBatches = list[list["Unit"]]  # of one rank
 
 
-def pack(units: Sequence[Unit], ranks: int, budget: int, costs: Costs = Costs()) -> list[MicroBatches]:  # noqa: B008
+def pack(units: Sequence[Unit], ranks: int, budget: int, costs: RowCosts = RowCosts()) -> list[MicroBatches]:  # noqa: B008
     """Micro-batches for each of `ranks` ranks, of at most `budget` tokens (a row that has more goes alone)."""
     found = [_cut(own, budget) for own in _deal(units, ranks, costs)]
     most = max(map(len, found))
@@ -35,7 +35,7 @@ def _tokens(batch: Sequence[Unit]) -> int:
     return sum(u.tokens for u in batch)
 
 
-def _deal(units: Sequence[Unit], ranks: int, costs: Costs) -> list[list[Unit]]:
+def _deal(units: Sequence[Unit], ranks: int, costs: RowCosts) -> list[list[Unit]]:
     heap = [(0.0, rank) for rank in range(ranks)]
     own: list[list[Unit]] = [[] for _ in range(ranks)]
     for unit in sorted(units, key=lambda u: (-costs.of(u), u.rows)):
@@ -48,7 +48,7 @@ def _deal(units: Sequence[Unit], ranks: int, costs: Costs) -> list[list[Unit]]:
     return own
 
 
-def _relieve(own: list[list[Unit]], loads: list[float], costs: Costs) -> bool:
+def _relieve(own: list[list[Unit]], loads: list[float], costs: RowCosts) -> bool:
     """Move rows of the rank with the most cost to the one with the least, if that lowers the larger of the two."""
     heavy, light = max(range(len(own)), key=loads.__getitem__), min(range(len(own)), key=loads.__getitem__)
     best = loads[heavy] * (1 - 1e-3)  # less is not worth a prompt

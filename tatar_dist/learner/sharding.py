@@ -15,7 +15,7 @@ import numpy as np
 
 from tatar_dist.algo.aggregation import token_weights
 from tatar_dist.learner.packing import pack
-from tatar_dist.models.costs import Costs, Unit
+from tatar_dist.models.costs import RowCosts, Unit
 from tatar_dist.types import LearnerRow, ScoredGroup
 
 Shard = list[list[LearnerRow]]
@@ -53,14 +53,14 @@ def group_rows(scored: ScoredGroup, weights: np.ndarray) -> list[LearnerRow]:
 
 
 def shard_groups(
-    groups: Sequence[ScoredGroup], ranks: int, weights: Sequence[np.ndarray], budget: int, costs: Costs
+    groups: Sequence[ScoredGroup], ranks: int, weights: Sequence[np.ndarray], budget: int, costs: RowCosts
 ) -> list[Shard]:
     """The shards of scored groups. `weights`: one (G,) array a group, from `global_weights`."""
     pairs = zip(groups, weights, strict=True)
     return shard_rows([row for g, w in pairs for row in group_rows(g, w)], ranks, budget, costs)
 
 
-def shard_rows(rows: Sequence[LearnerRow], ranks: int, budget: int, costs: Costs = Costs()) -> list[Shard]:  # noqa: B008
+def shard_rows(rows: Sequence[LearnerRow], ranks: int, budget: int, costs: RowCosts = RowCosts()) -> list[Shard]:  # noqa: B008
     """For each rank its micro-batches of at most `budget` tokens (packing.py); rows of one image stay together."""
     ordered = sorted(rows, key=lambda r: (r.image_id, -len(r.completion_ids)))
     members: dict[str, list[int]] = {}

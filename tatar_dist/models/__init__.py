@@ -6,7 +6,8 @@ and name it in the config.
     base.py         what the Qwen-VL families have in common
     qwen2_5_vl.py   Qwen2.5-VL
     qwen3_vl.py     Qwen3-VL, dense
-    costs.py        parameters, FLOPs and bytes by the sizes in config.json; what rows of one prompt cost to compute
+    costs.py        what rows of one prompt cost to compute
+    sizes.py        parameters, FLOPs and bytes by the sizes in config.json
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def names() -> list[str]:
     """All families, each the `model_type` of its models' config.json."""
-    return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "costs")]
+    return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "costs", "sizes")]
 
 
 def family(name: str) -> type[QwenVL]:

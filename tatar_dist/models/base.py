@@ -17,7 +17,8 @@ from PIL import Image
 from tatar_dist.assets import looked_in
 from tatar_dist.config.schema import ModelConfig
 from tatar_dist.errors import UserError
-from tatar_dist.models.costs import Costs, Sizes
+from tatar_dist.models.costs import RowCosts
+from tatar_dist.models.sizes import ModelSizes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -86,13 +87,13 @@ class QwenVL:
             raise UserError(f"model.path={path}: holds no *.safetensors weights")
         return settings
 
-    def costs(self) -> Costs:
+    def costs(self) -> RowCosts:
         """What a prompt and attention cost beside a token of the language model, by FLOPs; of a 7B where unknown."""
         settings = self.check_directory(self.config.path)
         try:
-            return Sizes.of(settings).costs()
+            return ModelSizes.of(settings).costs()
         except (KeyError, TypeError, ZeroDivisionError):
-            return Costs()
+            return RowCosts()
 
     def load_model(self) -> torch.nn.Module:
         """The transformers model in `config.dtype`, vision tower frozen if the config says so."""

@@ -7,7 +7,7 @@ No weights are loaded, no torch. What is counted on a learner (P parameters, N r
     reference              2 P / N               GRPO with kl_beta > 0; adapters (learner/lora.py) need none
     gathered layers        2 x at most 1e9       DeepSpeed's stage3_max_live_parameters
     reduce bucket          2 x 5e8               DeepSpeed's reduce_bucket_size, taken at once
-    activations            what autograd keeps of a packed forward of micro_tokens (models/costs.py has the terms), or
+    activations            what autograd keeps of a packed forward of micro_tokens (models/sizes.py has the terms), or
                            with checkpointing every layer's input and twice one layer; times 1.3, more than a CPU needs
     head                   float32 gradient of its weight and chunks of logits (learner/head.py)
     step                   float32 gradients of one sub-group of at most 1e9, when activations are gone
@@ -31,7 +31,7 @@ from typing import Any
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.models.costs import TOKEN_PIXELS, Sizes, head_bytes, kept_elements
+from tatar_dist.models.sizes import TOKEN_PIXELS, ModelSizes, head_bytes, kept_elements
 from tatar_dist.plan.plan import Plan
 
 GIB = 2**30
@@ -62,17 +62,17 @@ NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 MODEL_TYPE = "qwen2_5_vl"  # other families have other layers
 
 
-def released(path: str) -> Sizes | None:
+def released(path: str) -> ModelSizes | None:
     """Of a released Qwen2.5-VL by its name in `path`, for example Qwen2.5-VL-7B; None of others."""
     named = re.search(r"Qwen2\.5-VL-(\d+B)", path)
     if named is None or named[1] not in PUBLISHED:
         return None
     *text, tied, wide = PUBLISHED[named[1]]
     vision = VISION | {"intermediate_size": wide, "out_hidden_size": text[0]}
-    return Sizes(dict(zip(NAMES, text, strict=True)), vision, tied)
+    return ModelSizes(dict(zip(NAMES, text, strict=True)), vision, tied)
 
 
-def sizes_of(path: str) -> Sizes:
+def sizes_of(path: str) -> ModelSizes:
     """From `path`/config.json, or of a released Qwen2.5-VL by its name. Raises UserError when neither tells."""
     file = Path(path) / "config.json"
     if file.is_file():
@@ -82,7 +82,7 @@ def sizes_of(path: str) -> Sizes:
                 raise UserError(f"{file}: model_type is {kind!r}; only the sizes of {MODEL_TYPE} are known")
             text = found.get("text_config", found)
             vision = {**VISION, **found["vision_config"]}
-            sizes = Sizes({n: text[n] for n in NAMES}, vision, bool(found.get("tie_word_embeddings")))
+            sizes = ModelSizes({n: text[n] for n in NAMES}, vision, bool(found.get("tie_word_embeddings")))
             assert sizes.parameters > 0
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
             raise UserError(f"{file}: not of a Qwen2.5-VL: {type(e).__name__}: {e}") from None
@@ -142,7 +142,7 @@ def estimate(config: Config, plan: Plan, gpu_gib: float) -> Estimate:
     return Estimate(plan.stage, gpu_gib, tuple(roles), tuple(advice))
 
 
-def learner(config: Config, plan: Plan, sizes: Sizes, room: float) -> Memory:
+def learner(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory:
     """One ZeRO-3 rank at the larger of its two peaks: a backward, or the optimizer's step."""
     m, grpo = config.model, plan.stage == "grpo"
     wide, ranks = (2 if m.dtype == "bfloat16" else 4), plan.learners
@@ -190,7 +190,7 @@ def _prompt(config: Config) -> float:
     return min(config.data.max_prompt_tokens, config.model.max_pixels / TOKEN_PIXELS + PROMPT_TEXT)
 
 
-def engine(config: Config, plan: Plan, sizes: Sizes, room: float) -> Memory:
+def engine(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory:
     """One GPU of an engine: keys and values take what the others leave of gpu_memory_utilization."""
     r, tp = config.rollout, plan.tensor_parallel
     wide = 2 if config.model.dtype == "bfloat16" else 4
@@ -207,7 +207,7 @@ def engine(config: Config, plan: Plan, sizes: Sizes, room: float) -> Memory:
     return Memory("engine", parts, room, min(sequences, r.max_num_seqs))
 
 
-def _for_learners(config: Config, plan: Plan, sizes: Sizes, room: float) -> str:
+def _for_learners(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> str:
     """The first change that makes a rank fit: those that keep the recipe's gradients first."""
     whole = plan.split
     assert whole is not None
@@ -248,7 +248,7 @@ def _easier(config: Config, plan: Plan) -> Iterator[tuple[str, Config]]:
         yield f"{words} {section}.micro_tokens={tokens}".strip(), replace(config, **{section: part})
 
 
-def _for_engines(config: Config, plan: Plan, sizes: Sizes, room: float) -> str:
+def _for_engines(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> str:
     """Keys for an engine without room for one sequence, or that leaves none to what stands outside of it."""
     found = engine(config, plan, sizes, room)
     if found.sequences:

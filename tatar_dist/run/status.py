@@ -1,6 +1,6 @@
 """Read what a run is doing from its files alone: while it runs, after its end, on any machine.
 
-`RunFiles` completes the history of events (run/history.py) to the `Status` that run/status_view.py draws and `--json`
+`RunWatcher` completes the history of events (run/history.py) to the `Status` that run/status_view.py draws and `--json`
 prints. It reads only what was appended since its last look, so that `--watch` costs little.
 """
 
@@ -26,7 +26,7 @@ LIVING = ("starting", "running", "stalled")
 TAIL_BYTES = 1 << 18  # of metrics.jsonl: more than its last line
 
 
-class RunFiles:
+class RunWatcher:
     """A run directory, looked at again and again.
 
     Raises:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tatar_dist.run.history import ProcessStatus, Status
 from tatar_dist.run.progress import SHOWN, clock
-from tatar_dist.run.status import LIVING, RunFiles
+from tatar_dist.run.status import LIVING, RunWatcher
 
 REFRESH_S = 1.0
 ROWS = 8  # engines; of more, the healthy ones share a row
@@ -32,7 +32,7 @@ EXPLAINED = {
 }
 
 
-def watch(files: RunFiles, console: Console) -> None:
+def watch(files: RunWatcher, console: Console) -> None:
     """Draw again and again until Ctrl-C."""
     try:
         with Live(view(files.read(), time.time()), console=console, auto_refresh=False) as live:

@@ -32,7 +32,7 @@ from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.demo.tiny.build import build
-from tatar_dist.run.status import RunFiles
+from tatar_dist.run.status import RunWatcher
 from tatar_dist.sampling import make_sampler
 
 STEPS_A_MINUTE = 25  # two idle cores make 24 with faults; what is left when the time is up is made in peace
@@ -111,7 +111,7 @@ class Chaos:
         )
 
     def _processes(self) -> Any:
-        return RunFiles(self.run.output).read()
+        return RunWatcher(self.run.output).read()
 
     def _engine(self) -> tuple[str, int] | None:
         living = [e for e in self._processes().engines if e.pid is not None and e.state == "healthy"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from tatar_dist.config.load import load_config
-from tatar_dist.plan.simulate.costs import Costs, EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts
+from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts, StepCosts
 from tatar_dist.plan.simulate.step import Setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LENGTHS = {"iqa": ((50, 60, 55), (40, 45, 70)), "iaa": ((150, 160, 190), (170, 200, 180))}
-COSTS = Costs(
+COSTS = StepCosts(
     lengths=LENGTHS,
     engine=EngineCosts(per_call=0.2, per_step=0.01, per_token=1e-4, per_prompt=0.03, serial=0.4),
     learner=LearnerCosts(0.5, 0.1, 0.02, 0.05, 1e-4, 0.2, serial=0.3),

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tatar_dist.learner.packing import pack
-from tatar_dist.models.costs import Costs, Unit
+from tatar_dist.models.costs import RowCosts, Unit
 
 
 def units_of(groups: list[tuple[int, list[int]]]) -> list[Unit]:
@@ -18,7 +18,7 @@ def units_of(groups: list[tuple[int, list[int]]]) -> list[Unit]:
     return found
 
 
-def loads(found: list[list[list[Unit]]], costs: Costs) -> list[float]:
+def loads(found: list[list[list[Unit]]], costs: RowCosts) -> list[float]:
     return [sum(costs.of(u) for batch in batches for u in batch) for batches in found]
 
 
@@ -45,7 +45,7 @@ def test_each_row_is_computed_once_within_the_budget_and_with_its_prompt(groups,
 @given(groups_of, st.integers(1, 9))
 def test_no_rank_is_busier_than_its_share_by_more_than_a_row_with_its_prompt(groups, ranks):
     """Else a part of it would have moved; each part that moved has computed its prompt once more."""
-    units, costs = units_of(groups), Costs()
+    units, costs = units_of(groups), RowCosts()
     busy = loads(pack(units, ranks, 10**6, costs), costs)
     one = max(costs.of(Unit((0,), u.prompt, (n,))) for u in units for n in u.lengths)
     assert max(busy) - min(busy) <= 2 * one + 2e-3 * max(busy)
@@ -58,7 +58,7 @@ def test_groups_that_come_out_even_stay_whole():
 
 def test_a_remainder_is_parted_where_that_saves_time():
     """Three groups on two ranks: 1.5 groups and one more prompt each, not 2 and 1."""
-    costs = Costs(vision=0, pair=0, vision_pair=0)
+    costs = RowCosts(vision=0, pair=0, vision_pair=0)
     busy = loads(pack(units_of([(1000, [200] * 8)] * 3), 2, 10**6, costs), costs)
     assert busy == [2600 + 1800] * 2
 
@@ -77,7 +77,7 @@ def test_one_rank_fills_micro_batches_to_the_budget():
 def test_attention_counts():
     """Twice the tokens in one row cost more than in two rows, by the pairs they make."""
     long, short = Unit((0,), 20_000, (10,)), Unit((0,), 10_000, (10,))
-    assert Costs().of(long) > 2 * Costs().of(short) > 2 * Costs(0.4, 0, 0).of(short)
-    pairs = Costs(vision=0, pair=1, vision_pair=0).of(Unit((0, 1), 100, (10, 4))) - 114
+    assert RowCosts().of(long) > 2 * RowCosts().of(short) > 2 * RowCosts(0.4, 0, 0).of(short)
+    pairs = RowCosts(vision=0, pair=1, vision_pair=0).of(Unit((0, 1), 100, (10, 4))) - 114
     dense = 100 * 100 / 2 + sum(np.sum(100 + np.arange(n) + 0.5) for n in (10, 4))
     assert pairs == dense

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tatar_dist.learner.sharding import Shard, global_weights, group_rows, shard_rows
 from tatar_dist.learner.sharding import shard_groups as shard_weighted_groups
-from tatar_dist.models.costs import Costs
+from tatar_dist.models.costs import RowCosts
 from tatar_dist.types import Completion, Group, LearnerRow, Prompt, Sample, ScoredGroup
 
 
@@ -34,7 +34,7 @@ def row(name: str, length: int) -> LearnerRow:
 
 
 def shard_groups(groups: list[ScoredGroup], ranks: int, budget: int = 40) -> list[Shard]:
-    return shard_weighted_groups(groups, ranks, global_weights(groups, "sequence-mean", 30), budget, Costs())
+    return shard_weighted_groups(groups, ranks, global_weights(groups, "sequence-mean", 30), budget, RowCosts())
 
 
 def flat(shard: Shard) -> list[LearnerRow]:
@@ -120,5 +120,5 @@ def test_weights_are_normalised_over_all_groups_and_leave_out_what_is_not_traine
     assert [w.tolist() for w in weights] == [[1 / 12, 1 / 12], [0, 0], [1 / 12, 1 / 12]]
     masked = global_weights(groups, "sequence-mean", 30, mask_truncated=True)
     np.testing.assert_allclose(np.concatenate(masked), [1 / 6, 1 / 12, 0, 0, 0, 1 / 3])
-    shards = shard_weighted_groups(groups, 2, masked, 9, Costs())
+    shards = shard_weighted_groups(groups, 2, masked, 9, RowCosts())
     assert sum(r.weight * len(r.completion_ids) for s in shards for r in flat(s)) == pytest.approx(1)

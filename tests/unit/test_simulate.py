@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from simulate_cases import COSTS, DEMO, GRPO, LENGTHS, grpo, setup_of
 
 from tatar_dist.learner.sharding import shard_groups
-from tatar_dist.models.costs import Costs as TokenCosts
+from tatar_dist.models.costs import RowCosts
 from tatar_dist.plan.plan import resolve
 from tatar_dist.plan.simulate.search import Simulator, draw_lengths, forecast
 from tatar_dist.plan.simulate.step import call_work, calls, learn_work, serve, simulate_step
@@ -77,7 +77,7 @@ def test_learner_work_is_that_of_the_batchers_shards(prompts, group_size, budget
     assume(ranks <= prompts * group_size)
     lengths = np.random.default_rng(seed).integers(1, 30, (prompts, group_size))
     groups = [scored_group(i, row) for i, row in enumerate(lengths.tolist())]
-    shards = shard_groups(groups, ranks, [np.ones(group_size)] * prompts, budget, TokenCosts())
+    shards = shard_groups(groups, ranks, [np.ones(group_size)] * prompts, budget, RowCosts())
     shards = [[[r for r in batch if not r.filler] for batch in shard] for shard in shards]
 
     def slowest(what):

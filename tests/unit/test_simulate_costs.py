@@ -14,7 +14,7 @@ from tatar_dist.cli import main
 from tatar_dist.config.schema import to_yaml
 from tatar_dist.errors import UserError
 from tatar_dist.plan.simulate.command import costs_from, numbers_of_gpus
-from tatar_dist.plan.simulate.costs import Costs, read_costs
+from tatar_dist.plan.simulate.costs import StepCosts, read_costs
 from tatar_dist.plan.simulate.estimate import estimate
 from tatar_dist.plan.simulate.measured import costs_of_runs, fit, read_run
 from tatar_dist.plan.simulate.search import Simulator, draw_lengths, forecast
@@ -210,7 +210,7 @@ def test_what_cannot_be_simulated_is_said(tmp_path):
     with pytest.raises(UserError, match="say nothing about CPUs"):
         forecast(DEMO, COSTS)
     with pytest.raises(UserError, match="takes no time"):
-        forecast(GRPO, Costs(lengths=LENGTHS))
+        forecast(GRPO, StepCosts(lengths=LENGTHS))
     with pytest.raises(UserError, match="of task iaa"):
         forecast(GRPO, replace(COSTS, lengths={"iqa": ((5,),)}))
 

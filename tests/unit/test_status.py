@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tatar_dist.cli import main
 from tatar_dist.errors import UserError
-from tatar_dist.run.status import RunFiles
+from tatar_dist.run.status import RunWatcher
 from tatar_dist.run.status_view import view
 
 NOW = 1_800_000_000.0
@@ -57,7 +57,7 @@ class Run:
             self.log("step/done", step, after=seconds - 2, seconds=seconds)
 
     def read(self):
-        return RunFiles(self.path).read()
+        return RunWatcher(self.path).read()
 
     def drawn(self, width: int = 80) -> str:
         console = Console(width=width, file=io.StringIO())
@@ -201,7 +201,7 @@ def test_damaged_lines_are_counted_and_left_out(run):
 
 def test_a_line_still_being_written_is_read_when_it_is_whole(run):
     run.start()
-    files = RunFiles(run.path)
+    files = RunWatcher(run.path)
     line = json.dumps({"time": NOW + 99, "event": "step/done", "step": 0, "seconds": 1.0}) + "\n"
     run.write(line[:20])
     assert (files.read().step, files.read().unreadable_lines) == (0, 0)
@@ -272,11 +272,11 @@ def test_no_run_directory_is_one_line_and_status_2(tmp_path, capsys):
     assert main(["status", str(tmp_path)]) == 2
     assert "not a run directory" in capsys.readouterr().err
     with pytest.raises(UserError, match="not a run directory"):
-        RunFiles(tmp_path / "nowhere")
+        RunWatcher(tmp_path / "nowhere")
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft/events.jsonl").touch()
     with pytest.raises(UserError, match=f"the runs in it are {tmp_path}/sft$"):
-        RunFiles(tmp_path)
+        RunWatcher(tmp_path)
 
 
 def test_it_needs_no_torch_and_no_ray(run):

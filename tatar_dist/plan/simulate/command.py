@@ -11,14 +11,14 @@ from pathlib import Path
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.plan.simulate.costs import Costs, read_costs
+from tatar_dist.plan.simulate.costs import StepCosts, read_costs
 from tatar_dist.plan.simulate.estimate import estimate
 from tatar_dist.plan.simulate.measured import costs_of_runs
 from tatar_dist.plan.simulate.search import GPUS, forecast
 from tatar_dist.plan.simulate.tables import tables
 
 
-def costs_from(config: Config, measured: Sequence[Path], times: Path | None) -> Costs:
+def costs_from(config: Config, measured: Sequence[Path], times: Path | None) -> StepCosts:
     """Measured runs, else a file of times, else an estimate. Raises UserError when both or something wrong is given."""
     if measured and times:
         raise UserError("--measured and --times both say what a step costs: give one of them")

@@ -1,6 +1,6 @@
 """What one unit of work costs: everything the simulator knows about a machine and a model. Seconds throughout.
 
-In: a YAML file (`plan --times`), or measured.py, or estimate.py. Out: `Costs`. The JSON of `plan --simulate --json`
+In: a YAML file (`plan --times`), or measured.py, or estimate.py. Out: `StepCosts`. The JSON of `plan --simulate --json`
 holds its costs in the same form under "costs", and JSON is YAML: what was measured can be kept as a file and edited.
 
     engine      a call = per_call + per_step x decode steps + per_token x tokens + per_prompt x prompts
@@ -70,7 +70,7 @@ class OtherCosts:
 
 
 @dataclass(frozen=True)
-class Costs:
+class StepCosts:
     """`lengths`: by task, completion lengths in tokens, one tuple a group of the measured run."""
 
     lengths: Mapping[str, tuple[tuple[int, ...], ...]]
@@ -102,7 +102,7 @@ SECTIONS = {
 T = TypeVar("T")
 
 
-def read_costs(path: Path) -> Costs:
+def read_costs(path: Path) -> StepCosts:
     """Costs from a YAML (or JSON) file. Raises UserError naming file and key."""
     try:
         found = yaml.safe_load(path.read_text())
@@ -112,7 +112,7 @@ def read_costs(path: Path) -> Costs:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if isinstance(found, dict) and isinstance(found.get("costs"), dict):
         found = found["costs"]  # the whole output of plan --simulate --json
-    return _section(Costs, found, str(path))
+    return _section(StepCosts, found, str(path))
 
 
 def _section(cls: type[T], found: Any, where: str) -> T:
@@ -122,7 +122,7 @@ def _section(cls: type[T], found: Any, where: str) -> T:
     for key in found:
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}; known are {', '.join(sorted(known))}")
-    if cls is Costs and "lengths" not in found:
+    if cls is StepCosts and "lengths" not in found:
         raise UserError(f"{where}: lengths is missing: completion lengths in tokens by task")
     return cls(**{key: _value(key, value, f"{where}: {key}") for key, value in found.items()})
 

@@ -21,9 +21,9 @@ import numpy as np
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.models.costs import Sizes, passes
+from tatar_dist.models.sizes import ModelSizes, passes
 from tatar_dist.plan.memory import PUBLISHED, released
-from tatar_dist.plan.simulate.costs import Costs, EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts
+from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts, StepCosts
 from tatar_dist.plan.simulate.step import prompt_tokens
 
 # An H100 SXM, from NVIDIA's data sheet: dense bf16 FLOP/s, HBM and NVLink bytes/s (one direction); 400 Gb/s a GPU.
@@ -44,7 +44,7 @@ def model_size(path: str) -> tuple[float, int]:
             config = json.loads((directory / "config.json").read_text())
             text = config.get("text_config", config)
             wide = 4 if "float32" in (config.get("torch_dtype"), config.get("dtype")) else 2
-            return weights / wide, Sizes(text, {}).kv_bytes(2)
+            return weights / wide, ModelSizes(text, {}).kv_bytes(2)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
             raise UserError(f"{directory / 'config.json'}: not a model's: {type(e).__name__}: {e}") from None
     if sizes := released(path):
@@ -55,7 +55,7 @@ def model_size(path: str) -> tuple[float, int]:
     )
 
 
-def estimate(config: Config, seed: int = 0) -> Costs:
+def estimate(config: Config, seed: int = 0) -> StepCosts:
     """Raises UserError: a CPU configuration, or a model of unknown size."""
     if not config.cluster.gpus_per_node:
         raise UserError(
@@ -76,7 +76,7 @@ def estimate(config: Config, seed: int = 0) -> Costs:
     moved = weights * (update + bool(g.kl_beta))  # gathered for each pass; gradients reduced, which are one more
     rng = np.random.default_rng(seed)
     drawn = {task: rng.normal(*LENGTHS[task], 1000).clip(1, r.max_new_tokens) for task in LENGTHS}
-    return Costs(
+    return StepCosts(
         lengths={task: (tuple(map(int, lengths)),) for task, lengths in drawn.items()},
         engine=EngineCosts(
             per_call=0.2,

@@ -1,7 +1,7 @@
 """Costs from runs that were made: what their steps took, explained by the work that was in them.
 
 In: run directories of GRPO (config.yaml, metrics.jsonl, rollouts/step_*.parquet, events.jsonl if there is one). Out:
-`Costs`, with what could not be told from these runs in its notes.
+`StepCosts`, with what could not be told from these runs in its notes.
 
 Every part of a step is linear in its costs, so non-negative least squares finds them (Lawson and Hanson 1974), on
 relative errors, with the weights of Huber's loss against steps that something else disturbed. Runs of one size cannot
@@ -23,7 +23,7 @@ from tatar_dist.assets import looked_in
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.plan.simulate.costs import Costs, EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts
+from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts, StepCosts
 from tatar_dist.plan.simulate.step import Setup, generate, learn_factor, learn_work, push_work
 from tatar_dist.run.directory import read_metrics
 from tatar_dist.run.events import read_events
@@ -50,7 +50,7 @@ class Observed:
 
 
 @dataclass(frozen=True)
-class Run:
+class MeasuredRun:
     """A run directory, read."""
 
     path: Path
@@ -59,7 +59,7 @@ class Run:
     checkpoint: float | None  # median seconds that the loop stood still for one
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> MeasuredRun:
     """Raises UserError: no GRPO run there, another configuration's keys, too few steps, rollouts that do not fit."""
     metrics_file = path / "metrics.jsonl"
     if not path.is_dir():
@@ -83,7 +83,7 @@ def read_run(path: Path) -> Run:
     setup = Setup.of(config, learners, engines, cores)
     steps = [_observed(path, setup, m) for m in lines]
     waits = RunHistory(read_events(path)).checkpoint_seconds
-    return Run(path, config, steps, float(np.median(waits)) if waits else None)
+    return MeasuredRun(path, config, steps, float(np.median(waits)) if waits else None)
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
@@ -182,7 +182,7 @@ def _best_serial(try_: Callable[[float], tuple[Any, float]], threads: set[int]) 
     return min((try_(float(s)) for s in candidates), key=lambda found: found[1])
 
 
-def costs_of_runs(paths: Sequence[Path]) -> Costs:
+def costs_of_runs(paths: Sequence[Path]) -> StepCosts:
     """Costs fitted to all runs together. Raises UserError as `read_run` does, and for CPU runs beside GPU runs."""
     runs = [read_run(p) for p in paths]
     steps = [s for run in runs for s in run.steps]
@@ -203,7 +203,7 @@ def costs_of_runs(paths: Sequence[Path]) -> Costs:
 
     model = runs[0].config.model
     waits = [r.checkpoint for r in runs if r.checkpoint is not None]
-    return Costs(
+    return StepCosts(
         lengths=_lengths(steps),
         engine=engine,
         learner=learner,
@@ -231,7 +231,7 @@ def _lengths(steps: Sequence[Observed]) -> dict[str, tuple[tuple[int, ...], ...]
 
 
 def _notes(
-    runs: list[Run], setups: set[Setup], threads: dict[str, set[int]], engine_error: float, learner_error: float
+    runs: list[MeasuredRun], setups: set[Setup], threads: dict[str, set[int]], engine_error: float, learner_error: float
 ) -> list[str]:
     notes = [f"the fit misses measured generation by {engine_error:.0%}, learning by {learner_error:.0%} (median)"]
     if len({-(-s.prompts // s.engines) for s in setups}) == 1:

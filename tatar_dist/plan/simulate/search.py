@@ -1,6 +1,6 @@
 """The best split learners/engines for each number of GPUs, and what a step takes with it.
 
-In: a configuration, `Costs`, numbers of GPUs. Out: a `Forecast`. Every split that could be best is simulated on the
+In: a configuration, `StepCosts`, numbers of GPUs. Out: a `Forecast`. Every split that could be best is simulated on the
 same draws of completion lengths (fixed seed), so that splits differ by what they are, not by luck:
     learners   every divisor of the global batch that fits (others work, too, and are rarely better)
     engines    every number that makes the calls smaller than one engine fewer would, up to one a prompt
@@ -21,7 +21,7 @@ import numpy as np
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 from tatar_dist.plan.plan import Plan, resolve
-from tatar_dist.plan.simulate.costs import Costs
+from tatar_dist.plan.simulate.costs import StepCosts
 from tatar_dist.plan.simulate.step import Setup, StepTimes, simulate_step
 
 GPUS = tuple(1 << k for k in range(11))
@@ -54,7 +54,7 @@ class Prediction:
         return asdict(self)
 
 
-def draw_lengths(costs: Costs, setup: Setup, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
+def draw_lengths(costs: StepCosts, setup: Setup, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
     """(draws, P, G) completion lengths, IQA prompts first: for each prompt a measured group, its G lengths from that
     group with replacement, so that completions of one prompt stay alike.
 
@@ -83,7 +83,7 @@ def draw_lengths(costs: Costs, setup: Setup, seed: int = 0, draws: int = DRAWS) 
 class Simulator:
     """Simulates splits of one configuration on the same draws; keeps what it has simulated."""
 
-    def __init__(self, config: Config, costs: Costs, shared_cores: bool = False, seed: int = 0) -> None:
+    def __init__(self, config: Config, costs: StepCosts, shared_cores: bool = False, seed: int = 0) -> None:
         # On CPUs a table over more processes supposes for each the cores that one had.
         self.config, self.costs = config, costs
         cores = costs.cores if shared_cores else None
@@ -162,7 +162,7 @@ class Simulator:
         return min(found, key=lambda p: (round(p.step_seconds, 9), p.gpus), default=None)
 
 
-def alone(costs: Costs) -> Costs:
+def alone(costs: StepCosts) -> StepCosts:
     """CPU costs of a process that has all `cores` for itself, in the form of hardware of its own."""
     from tatar_dist.plan.simulate.step import amdahl
 
@@ -183,7 +183,7 @@ class Forecast:
     plan: Plan
     own: Prediction
     rows: tuple[tuple[int, dict[str, Prediction | None]], ...]
-    costs: Costs
+    costs: StepCosts
     notes: tuple[str, ...]
     checkpoints: int | None  # in the whole run
 
@@ -219,7 +219,7 @@ class Forecast:
         }
 
 
-def forecast(config: Config, costs: Costs, gpus: Sequence[int] = GPUS) -> Forecast:
+def forecast(config: Config, costs: StepCosts, gpus: Sequence[int] = GPUS) -> Forecast:
     """Simulate the configured split and the best splits for each number of `gpus`.
 
     Raises:
@@ -242,7 +242,7 @@ def forecast(config: Config, costs: Costs, gpus: Sequence[int] = GPUS) -> Foreca
     return Forecast(plan, own, rows, costs, tuple(_notes(config, costs, many)), saved)
 
 
-def _notes(config: Config, costs: Costs, simulator: Simulator) -> list[str]:
+def _notes(config: Config, costs: StepCosts, simulator: Simulator) -> list[str]:
     notes = list(costs.notes)
     if costs.cores:
         notes.append("CPUs: the table supposes for every process the cores that the measured ones shared")

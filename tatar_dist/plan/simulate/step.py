@@ -1,6 +1,6 @@
 """One GRPO step, event by event: engines take calls as they become free, the reward sees all, ranks learn in step.
 
-In: `Costs`, a `Setup` (sizes and split), completion lengths in tokens (P prompts, G a group). Out: `StepTimes`.
+In: `StepCosts`, a `Setup` (sizes and split), completion lengths in tokens (P prompts, G a group). Out: `StepTimes`.
 With staleness 0 the parts follow each other, as in grpo.py, else generating and scoring run beside learning; what
 happens inside a part is followed by events: the calls of rollout/pool.py, the micro-batches of learner/packing.py.
 
@@ -19,8 +19,9 @@ import numpy as np
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 from tatar_dist.learner.packing import pack
-from tatar_dist.models.costs import TOKEN_PIXELS, Unit
-from tatar_dist.plan.simulate.costs import Costs, EngineCosts, LearnerCosts, PushCosts
+from tatar_dist.models.costs import Unit
+from tatar_dist.models.sizes import TOKEN_PIXELS
+from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, PushCosts, StepCosts
 
 TEXT_TOKENS, PIXELS = 200, 1024 * 768  # a prompt's text; an image of KonIQ-10k
 
@@ -240,7 +241,7 @@ def push_vector(c: PushCosts) -> np.ndarray:
     return np.array([c.per_push, c.per_gb, c.per_gb_receiver])
 
 
-def simulate_step(costs: Costs, setup: Setup, lengths: np.ndarray) -> StepTimes:
+def simulate_step(costs: StepCosts, setup: Setup, lengths: np.ndarray) -> StepTimes:
     """One step with completions of `lengths` (P, G), IQA prompts first as the sampler draws them.
 
     Raises:
