@@ -16,7 +16,7 @@ from typing import Any
 
 from tatar_dist.data.images import image_size
 from tatar_dist.errors import UserError
-from tatar_dist.rollout.calls import batches_by_pixels
+from tatar_dist.evaluate.calls import batches_by_pixels
 from tatar_dist.run.journal import Journal
 from tatar_dist.types import Completion, Expected, Group, Prompt, Sample
 
