@@ -21,6 +21,8 @@ COMMON_ENV = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TQDM_DISABLE": "1",
+    # Ray's default for workers is 15, at which any busy process of the same machine all but stops them
+    "RAY_worker_niceness": "0",
 }
 CPU_ENGINE_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
