@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -256,7 +255,7 @@ def test_what_vllm_refuses_is_said_in_one_line(model_parsing):
     assert loading.startswith("loading ") and said.startswith("tatar-dist: ") and "max_model_len" in said
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+@pytest.mark.browser
 def test_the_page_scores_what_is_dropped_on_it(server, tmp_path):
     good, other, text = tmp_path / "good.png", tmp_path / "other.jpg", tmp_path / "notes.txt"
     good.write_bytes(png(6))

@@ -3,7 +3,6 @@ screenshots stay in build/report."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ def pages(place: Path) -> dict[str, Path]:
     }
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+@pytest.mark.browser
 def test_pages_are_quiet_and_fit_every_screen(tmp_path):
     found = pages(tmp_path)
     with Browser(tmp_path / "profile") as page:
