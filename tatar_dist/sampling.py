@@ -227,8 +227,8 @@ class ScoredBatches:
     def work_ahead(self, step: int, update: PendingUpdate) -> None:
         """Draw and, with a lag, sample a later batch while the learners work on `step`.
 
-        What goes wrong here and lasts is met again with the step behind us. After a signal the batch is still worth
-        having, as long as the learners are at work anyway.
+        Errors are suppressed: if the cause persists, `take` raises it again after the current step has finished. A
+        stop signal ends sampling ahead only once the learners are done with the step.
         """
         with (
             suppress(StopRequested, UserError, EngineFailed, ScorerFailed),

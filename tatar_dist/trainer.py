@@ -120,8 +120,8 @@ class Run:
     def recovering(self) -> Iterator[None]:
         """Around a step: a failure of the learners or a stall lets `next_step` start them again.
 
-        Nothing is done here beside ending them: an exception's traceback keeps a weight stream alive that was cut
-        short, and rank 0 in it. A signal, too, is answered by `next_step`.
+        The learners are only ended here: the traceback of the active exception still references the interrupted weight
+        stream, which keeps rank 0 alive. A signal, too, is answered by `next_step`.
         """
         try:
             yield

@@ -25,7 +25,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Which form of the loss; config.GRPOConfig has the same names and says where each comes from."""
+    """The form of the loss. Keys of `grpo` (config/schema.py) have the same names; algo/README.md explains them."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2

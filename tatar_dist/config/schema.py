@@ -1,8 +1,7 @@
-"""The typed configuration: read, merged and checked before anything starts.
+"""Every key of the configuration, with its type and default.
 
-In: YAML files, then `key=value` words, later wins. Out: one `Config`. Unknown keys, wrong types and impossible
-combinations raise `UserError` naming the key, where it stood and the nearest valid name.
-One schema serves sft, grpo and evaluate, so that one override file (configs/demo.yaml) covers a whole pipeline.
+load.py merges YAML files and `key=value` words into a `Config`, rules.py checks it. One schema serves sft, grpo and
+evaluate, so that one override file (configs/demo.yaml) covers a whole pipeline.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     Ctrl-C (SIGINT)      exit 130; a second Ctrl-C stops at once
     SIGTERM, SIGUSR1     preemption: exit 75 (EX_TEMPFAIL: the same command continues), within `grace_seconds`
 
-A run that does not reach a safe point within the grace ends all the same: the last checkpoint counts.
+A safe point is the end of a step, or a wait inside `Waits.interruptible` (waiting.py): nothing has been learned since
+the last step. A run that does not reach one within the grace ends all the same: the last checkpoint counts.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ TICK_S = 0.5  # how often a wait looks up
 class Waits:
     """What may end a wait before its deadline: a stall, and inside `interruptible` a signal.
 
-    Everything that waits in the controller holds the same `Waits`: the cluster, the engines' pool, the learners' group
-    and the client of the reward actor.
+    The cluster, the engines' pool, the learners' group, the ways of pushing weights and the client of the reward actor
+    hold the same `Waits`. Only the thread that writes checkpoints waits without it.
 
     Args:
         stop: signals that ask the run to stop; None where nothing listens for them.
@@ -29,7 +29,7 @@ class Waits:
 
     def __init__(self, stop: StopSignals | None = None, watch: StallDetector | None = None) -> None:
         self._stop, self._watch = stop, watch
-        self._may_stop: Callable[[], bool] = _never
+        self._may_stop: Callable[[], bool] | None = None
         self._stalls = True
 
     def check(self) -> None:
@@ -40,9 +40,9 @@ class Waits:
         """
         if self._watch is not None and self._stalls:
             self._watch.raise_if_asked()
-        may_stop, self._may_stop = self._may_stop, _never  # what it asks may wait, and be here again
+        may_stop, self._may_stop = self._may_stop, None  # it may wait itself, and so call `check`
         try:
-            stops = may_stop()
+            stops = may_stop is not None and may_stop()
         finally:
             self._may_stop = may_stop
         if stops and self._stop is not None:
@@ -94,10 +94,6 @@ class Waits:
             except ray.exceptions.RayError as e:  # died, was out of memory, lost its node
                 raise error(f"{who} {list(refs).index(done[0])} died: {first_line(e)}") from e
         return ray.get(list(refs))
-
-
-def _never() -> bool:
-    return False
 
 
 def first_line(error: BaseException) -> str:

@@ -43,7 +43,7 @@ class Learner:
     def setup(self, rendezvous: Any, stage: str, total_steps: int, threads: int) -> dict[str, Any]:
         """Join the process group at `rendezvous` (store.py), load the model, shard it. Collective.
 
-        Returns sizes for the log.
+        Returns its rank, the model's parameters and where the process runs, for the log.
         """
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK="0")
         with importing():
@@ -145,7 +145,14 @@ class Learner:
         start = time.perf_counter()
         g = self.config.grpo
         corrected = importance(self.config)
-        form = PolicyLoss(g.clip_low, g.clip_high, g.ratio, corrected, g.importance_mode, g.importance_cap)
+        form = PolicyLoss(
+            clip_low=g.clip_low,
+            clip_high=g.clip_high,
+            ratio=g.ratio,
+            importance=corrected,
+            importance_mode=g.importance_mode,
+            importance_cap=g.importance_cap,
+        )
         beta = kl_beta(g, step, self.total_steps)
         lr = learning_rate(g.optim, step, self.total_steps)
         self.zero3.set_learning_rate(lr)
@@ -228,10 +235,10 @@ class Learner:
 
     def push(self, way: str, part: str, *arguments: Any) -> Any:
         """This rank's side of a weight push: the method `part` of the sender of `way` (sync/)."""
-        from tatar_dist.sync.ways import SENDERS
+        from tatar_dist.sync.ways import WAYS
 
         if way not in self._senders:
-            self._senders[way] = SENDERS[way](self.zero3, self.rank, self.failpoints)
+            self._senders[way] = WAYS[way][0](self.zero3, self.rank, self.failpoints)
         return getattr(self._senders[way], part)(*arguments)
 
     def push_stream(self, way: str, part: str, *arguments: Any) -> Iterator[Any]:

@@ -93,7 +93,7 @@ def deepspeed_config(config: Config, optim: OptimConfig) -> dict[str, Any]:
 
 
 class Zero3:
-    """The policy (and, with `reference=True`, its frozen copy) of this rank.
+    """The policy of this rank and, with `reference_path`, a frozen reference.
 
     Attributes:
         engine: the DeepSpeed engine around `PolicyModel`; call it for `TokenLogprobs`.

@@ -169,7 +169,7 @@ class RolloutPool:
         return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """All groups of `prompts`, sorted by sample id.
+        """All groups of `prompts`, sorted by group id.
 
         Raises:
             EngineFailed: fewer engines than `rollout.min_engines` can be kept alive, or a prompt ends every engine.
@@ -307,13 +307,13 @@ class RolloutPool:
                 e.health.missed_push()
         takers = self._at_hand()
         for e in (e for e in self.engines if e not in takers):
-            e.version = -1  # its number proves nothing: after a restart of the learners numbers come again
+            e.version = -1  # unknown: after a restart of the learners a version's number is used again
         sent = self._load(takers, push)
         self.log("push/done", version=version, engines=[e.health.index for e in takers if e.version == version])
         return {"sync/seconds": time.perf_counter() - start, "sync/bytes": float(sent)}
 
     def make_way(self) -> None:
-        """Before an update: colocated engines give up their memory; others load what is to be restarted."""
+        """Before an update: put colocated engines to sleep, start others that are due, so that they load meanwhile."""
         self.sleep() if self.config.cluster.placement == "colocated" else self.restart_due()
 
     def sleep(self) -> None:
@@ -349,6 +349,3 @@ class RolloutPool:
         alive = (State.HEALTHY, State.SUSPECT, State.STALE)
         living = sum(e.health.state in alive and e.health.facts["node"] in nodes for e in self.engines)
         return max(0, self.config.rollout.min_engines - living)
-
-    def states(self) -> dict[int, str]:
-        return {e.health.index: str(e.health.state) for e in self.engines}

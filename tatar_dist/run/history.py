@@ -1,7 +1,7 @@
 """Fold the event log of a run (run/events.py) into its history.
 
-Only this module interprets events. `tatar-dist status` (run/status.py), the report (report/faults.py) and the
-simulator (plan/simulate/measured.py) show parts of the result.
+What an event changes stands here alone. `tatar-dist status` (run/status.py), the report (report/faults.py) and the
+simulator (plan/simulate/measured.py) show parts of the result; how an event is worded stands where it is shown.
 """
 
 from __future__ import annotations

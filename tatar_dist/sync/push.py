@@ -61,7 +61,7 @@ class Round:
         """Wait until all have answered or the limit is over; engines that died, failed or are late leave the push.
 
         Raises:
-            LearnersFailed: a call failed because `given`, a reference, is no part of the weights but its maker's error.
+            LearnersFailed: the reference `given` holds an error of the learner instead of a part of the weights.
         """
         deadline, waiting = time.monotonic() + self._limit, list(calls.values())
         while waiting and time.monotonic() < deadline:

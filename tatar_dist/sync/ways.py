@@ -13,15 +13,14 @@ from tatar_dist.sync.nccl import NcclPush, NcclSender
 from tatar_dist.sync.object_store import ObjectStorePush, ObjectStoreSender
 from tatar_dist.sync.push import WeightPush
 
-SENDERS: dict[str, Callable[[Any, int, Failpoints], Any]] = {
-    "object_store": ObjectStoreSender,
-    "nccl": NcclSender,
-    "cuda_ipc": IpcSender,
-}
-PUSHES: dict[str, Callable[[Config, Waits, Callable[..., None]], WeightPush]] = {
-    "object_store": ObjectStorePush,
-    "nccl": NcclPush,
-    "cuda_ipc": IpcPush,
+# the sender of a learner rank and the controller's side
+WAYS: dict[
+    str, tuple[Callable[[Any, int, Failpoints], Any], Callable[[Config, Waits, Callable[..., None]], WeightPush]]
+]
+WAYS = {
+    "object_store": (ObjectStoreSender, ObjectStorePush),
+    "nccl": (NcclSender, NcclPush),
+    "cuda_ipc": (IpcSender, IpcPush),
 }
 
 
@@ -29,4 +28,4 @@ def weight_push(
     config: Config, waits: Waits | None = None, log: Callable[..., None] = lambda event, **fields: None
 ) -> WeightPush:
     """The controller's side of the way that `rollout.push` names."""
-    return PUSHES[config.rollout.push](config, waits or Waits(), log)
+    return WAYS[config.rollout.push][1](config, waits or Waits(), log)

@@ -54,7 +54,7 @@ def test_engines_out_of_memory_or_answering_nonsense_are_replaced_and_too_few_en
             assert all(math.isfinite(p) for g in groups for c in g.completions for p in c.logprobs)
             dead = [e for e in read_events(directory.path) if e["event"] == "engine/dead"]
             back = any(e["event"] == "engine/restarting" for e in read_events(directory.path))
-            step = 1 if back and pool.states()[0] == "healthy" else 2
+            step = 1 if back and pool.engines[0].health.state == "healthy" else 2
         assert [e["engine"] for e in dead] == [0, 0]
         assert "MemoryError: no room for the KV cache" in dead[0]["reason"]
         assert "log-probability that is none" in dead[1]["reason"]
@@ -62,7 +62,7 @@ def test_engines_out_of_memory_or_answering_nonsense_are_replaced_and_too_few_en
         config.rollout.min_engines, pool.engines[1].health.max_restarts = 2, 0
         with pytest.raises(EngineFailed, match="1 of 2 engines are left, rollout.min_engines=2; engine 1: MemoryError"):
             pool.generate(prompts, Sampling(2, 1.0, 16, 0, 9))
-        assert pool.states()[1] == "gone" != pool.states()[0]
+        assert [e.health.state == "gone" for e in pool.engines] == [False, True]
 
 
 def test_learners_that_start_again_leave_room_for_the_engines_that_died_with_them(model_untied, make_config):
