@@ -92,7 +92,7 @@ MUTATIONS = {
     "resume: other manifests accepted": ("data/sampler.py", "if then != manifest.fingerprint:", "if False:", SAMPLER),
     "order: blocks in order": ("data/orders.py", 'permutation(len(sizes), (*key, "blocks"))', "np.arange(len(sizes))", SAMPLER),
     "order: windows not shuffled": ("data/orders.py", 'rows[permutation(len(rows), (*key, "window", w // WINDOW))]', "rows", SAMPLER),
-    "resume: another order accepted": ("data/sampler.py", "> SAME_ORDER:", "> 10**12:", SAMPLER),
+    "resume: another order accepted": ("data/sampler.py", "if not cursor.keeps_old_order() and", "if False and", SAMPLER),
     "picture: EXIF ignored": ("data/images.py", "return _upright_rgb(image, _orientation(image) or 1)", "return _upright_rgb(image, 1)", PICTURES),
     "picture: 16 bits clipped": ("data/images.py", "scaled = values / 257", "scaled = values.clip(0, 255)", PICTURES),
     "picture: no limit of size": ("data/images.py", "image.width * image.height > MAX_PIXELS", "False", PICTURES),

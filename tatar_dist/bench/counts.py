@@ -19,7 +19,7 @@ FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Work:
-    """ModelSizes of one update: groups of `size` completions of `tokens` tokens, images of `pixels` x `pixels`."""
+    """Sizes of one update: groups of `size` completions of `tokens` tokens, images of `pixels` x `pixels`."""
 
     groups: int = 1
     size: int = GROUP

@@ -207,8 +207,8 @@ class Cluster:
         Args:
             count: how many.
             again: a restart: their node may be on its way back. After `cluster.node_wait_s` there may be fewer of them.
-                They leave room for `rollout.min_engines` engines: without it those that died with the node would wait
-                for the learners' places for ever.
+                They leave room for `rollout.min_engines` engines: those that died with the node would not get the
+                learners' places before the run gives them up.
 
         Raises:
             UserError: the cluster never had room for them. RunError: it has none any more.
@@ -221,9 +221,11 @@ class Cluster:
         if placed is None and again and c.elastic:
             placed = next((n for n in range(self._room(count - 1), 0, -1) if self._place(n, FEWER_WAIT_S)), None)
         if placed is None:
+            missing = self._missing_engines()
+            beside = f", beside {missing} engine(s) that must start again (rollout.min_engines)" if missing else ""
             raise RunError(
                 f"{count} learners found no place within {limit:g} s: they "
-                f"need {count * self._bundle()['CPU']:g} CPUs and {count * self.gpu} GPUs; free are {_free()}"
+                f"need {count * self._bundle()['CPU']:g} CPUs and {count * self.gpu} GPUs{beside}; free are {_free()}"
             )
         threads = self.threads(placed)
         env = {} if self.gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -248,9 +250,9 @@ class Cluster:
     def _place(self, count: int, timeout: float) -> bool:
         """Reserve `count` bundles for learners; false when there was no room within `timeout` seconds."""
         strategy = self.config.cluster.learner_placement.upper()
+        self._bundles = placement_group([self._bundle()] * count, strategy=strategy)
         with self._places_for_engines() as held:
-            self._bundles = placement_group([self._bundle()] * count, strategy=strategy)
-            needed, deadline = [g.ready() for g in (*held, self._bundles)], time.monotonic() + timeout
+            needed, deadline = [g.ready() for g in (self._bundles, *held)], time.monotonic() + timeout
             while len(ray.wait(needed, num_returns=len(needed), timeout=TICK_S)[0]) < len(needed):
                 self.waits.check()
                 if time.monotonic() > deadline:
@@ -261,13 +263,16 @@ class Cluster:
     @contextlib.contextmanager
     def _places_for_engines(self) -> Iterator[list[PlacementGroup]]:
         """Reserve places of their own for the engines that must start before `rollout.min_engines` of them live."""
-        missing = self._pool.missing(self._living()) if self._pool and not self.colocated else 0
-        held = [placement_group([self._engine_needs()] * missing, strategy="SPREAD")] if missing else []
+        missing = self._missing_engines()
+        held = [placement_group([self._engine_needs()] * missing, strategy="PACK")] if missing else []
         try:
             yield held
         finally:
             for group in held:
                 remove_placement_group(group)
+
+    def _missing_engines(self) -> int:
+        return self._pool.missing(self._living()) if self._pool and not self.colocated else 0
 
     def _engine_needs(self) -> dict[str, float]:
         gpus = self.config.rollout.tensor_parallel if self.gpu else 0

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from tatar_dist.data.manifest import Manifest
-from tatar_dist.data.orders import MAX_ROWS, block_permutation, permutation
+from tatar_dist.data.orders import MAX_ROWS, WINDOW, block_permutation, permutation
 from tatar_dist.data.pools import Pool
 from tatar_dist.errors import UserError
 from tatar_dist.types import Task
 
 Ref = tuple[int, int]  # (manifest index, row)
+OLD_EXACT = 65_536  # rows that older versions shuffled at once as this one does
 
 
 class PoolCursor:
@@ -55,6 +56,12 @@ class PoolCursor:
     @property
     def usable(self) -> int:
         return self.rows - len(self.excluded)
+
+    def keeps_old_order(self) -> bool:
+        """Whether states of versions before `sampler.ORDER` mean the same order; theirs differed in large shuffles."""
+        if self._blocks is None:
+            return self.rows <= OLD_EXACT
+        return len(self._blocks) <= OLD_EXACT and WINDOW * int(self._blocks.max()) <= OLD_EXACT
 
     def scores_differ(self) -> bool:
         """Whether two rows that are not excluded have different scores."""

@@ -22,7 +22,6 @@ from tatar_dist.errors import UserError
 from tatar_dist.types import TASKS, Sample, Task
 
 ORDER = "permutation"  # as states of the sampler name orders.py
-SAME_ORDER = 65_536  # rows of a data set up to which states without that name mean the same order
 
 
 class PromptSampler:
@@ -209,11 +208,6 @@ class PromptSampler:
             raise UserError(f"the checkpoint's sampler state has no {e}: it is of another version") from None
         if seed != self.seed:
             raise UserError(f"checkpoint's sampler has seed {seed}, this run has {self.seed}")
-        if state.get("order") != ORDER and max(sizes.values(), default=0) > SAME_ORDER:
-            raise UserError(
-                f"the checkpoint's sampler walked over {SAME_ORDER} rows in the order of another version: "
-                "train into another directory, or from its weights (model.path)"
-            )
         mine = {c.dataset: c.rows for c in self._cursors}
         if sizes != mine:
             raise UserError(f"checkpoint's sampler walked data sets {sizes}, this run has {mine}")
@@ -226,6 +220,13 @@ class PromptSampler:
                 raise UserError(
                     f"{manifest.path}: manifest {k + 1} of data.train is not what the checkpoint was made with: give "
                     "the same files in the same order, or train into another directory"
+                )
+        for cursor in self._cursors if state.get("order") != ORDER else ():
+            before = state["pools"][cursor.dataset]
+            if not cursor.keeps_old_order() and (before["epoch"] or before["position"]):
+                raise UserError(
+                    f"the checkpoint's sampler walked data set {cursor.dataset!r} in the order of another version: "
+                    "train into another directory, or from its weights (model.path)"
                 )
         for cursor in self._cursors:
             cursor.load_state_dict(state["pools"][cursor.dataset])

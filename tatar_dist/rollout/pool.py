@@ -18,7 +18,7 @@ import ray
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.faults.health import Health, State
-from tatar_dist.faults.waiting import TICK_S, Waits, first_line
+from tatar_dist.faults.waiting import TICK_S, Waits, error_of, first_line
 from tatar_dist.rollout.checks import problem
 from tatar_dist.rollout.chunks import Chunk, Queue
 from tatar_dist.rollout.engine import Sampling
@@ -26,6 +26,7 @@ from tatar_dist.sync.push import PushResult, Round
 from tatar_dist.types import Group, Prompt
 
 Load = Callable[[Mapping[int, Any], int], PushResult]  # loads weights, as a version, into engines {index: actor}
+ANSWER_S = 10.0  # for an idle engine
 ATTEMPTS = 3  # engines that may fail on one prompt before the prompt is blamed
 
 
@@ -345,7 +346,13 @@ class RolloutPool:
         return result.sent * (len(takers) - len(result.failed))
 
     def missing(self, nodes: Collection[str]) -> int:
-        """How many engines must start before `rollout.min_engines` of them live on `nodes`, Ray's node ids."""
+        """How many engines must start before `rollout.min_engines` of them live on `nodes`, Ray's node ids.
+
+        Idle ones are asked, because Ray notices a lost node later than its learners' death.
+        """
         alive = (State.HEALTHY, State.SUSPECT, State.STALE)
-        living = sum(e.health.state in alive and e.health.facts["node"] in nodes for e in self.engines)
-        return max(0, self.config.rollout.min_engines - living)
+        living = [e for e in self.engines if e.health.state in alive and e.health.facts["node"] in nodes]
+        asked = [e.actor.__ray_ready__.remote() for e in living if e.call is None]
+        answered = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)[0] if asked else []
+        silent = len(asked) - sum(error_of(ref) is None for ref in answered)
+        return max(0, min(self.config.rollout.min_engines, len(self.engines)) - len(living) + silent)

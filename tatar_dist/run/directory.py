@@ -41,6 +41,15 @@ def check_output(config: Config) -> None:
         )
 
 
+LEFT = (
+    ".metrics.json*.tmp",
+    ".quarantine.jsonl.*.tmp",
+    ".trackers.json.*.tmp",
+    ".predictions.parquet.*.tmp",
+    "rollouts/**/.step_*.tmp",
+)
+
+
 class RunDirectory:
     """Open (and lock) the run directory `config.output`. Close it, or use it as a context manager.
 
@@ -58,6 +67,8 @@ class RunDirectory:
             raise UserError(f"output={self.path}: cannot write there: {e.strerror}") from e
         if not _locked(self._lock):
             raise UserError(f"output={self.path}: another process is running in this directory")
+        for left in (file for pattern in LEFT for file in self.path.glob(pattern)):
+            left.unlink()  # by a killed run, half written
         (self.path / "config.yaml").write_text(to_yaml(config))
         self.events = Events(self.path)
         self._failpoints = Failpoints(config.failpoints, str(self.path))
@@ -104,8 +115,6 @@ class RunDirectory:
         for file in (self.path / "rollouts").rglob("step_*.parquet"):
             if int(file.stem.removeprefix("step_")) >= step:
                 file.unlink()
-        for left in (self.path / "rollouts").rglob(".step_*.tmp"):
-            left.unlink()  # half written by a killed run
 
     def metrics(self) -> list[dict[str, Any]]:
         """`read_metrics` of this run."""

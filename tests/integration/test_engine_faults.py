@@ -75,9 +75,14 @@ def test_learners_that_start_again_leave_room_for_the_engines_that_died_with_the
         (learner,) = cluster.learners(2, again=True).actors
         assert ray.get(learner.__ray_call__.remote(lambda _: os.nice(0))) == os.nice(0)  # Ray's own workers are nicer
         cluster.end_learners()
-        dead.engines[1].health.ready(**here)  # one that lives has its place already
+        engine = dead.engines[1]
+        engine.health.ready(**here)  # one that lives has its place already
+        engine.call, engine.actor = None, ray.remote(num_cpus=0)(RolloutEngine).remote(cluster.config, 1)
+        ray.get(engine.actor.__ray_ready__.remote())
         assert dead.missing([here["node"]]) == 0 and dead.missing(["another node"]) == 1
         assert len(cluster.learners(2, again=True).actors) == 2
+        ray.kill(engine.actor)  # nobody has noticed yet
+        assert dead.missing([here["node"]]) == 1
 
 
 def test_a_stalled_run_writes_all_stacks_and_restarts_what_hangs(model_untied, make_config):

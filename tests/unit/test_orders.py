@@ -13,7 +13,7 @@ from tatar_dist.data.orders import WINDOW, block_permutation, permutation
 LARGE = 69_053
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 255, 256, 257, (1 << 16) + 1, 1 << 17])
+@pytest.mark.parametrize("n", [1, 2, 3, 255, 256, 257, 1 << 16, (1 << 16) + 1, 1 << 17, (1 << 17) + 1])
 def test_every_position_has_its_own_row(n):
     assert np.array_equal(np.sort(permutation(n, (1, "set", 0))), np.arange(n))
 
@@ -23,13 +23,20 @@ def test_the_order_is_the_same_on_every_machine():
     assert permutation(10_000_000, (0, "ava", 1))[:5].tolist() == [340936, 9697982, 6160087, 5182632, 1909739]
 
 
+def test_checkpoints_of_older_versions_mean_the_same_order():  # up to 65,536 rows or by blocks
+    order = permutation(65_536, (0, "ava", 1))
+    assert order[:5].tolist() == [6805, 24098, 56340, 53173, 33911] and order[-1] == 45232
+    order = block_permutation(np.full(40, 2048), (0, "ava", 1))
+    assert order[:5].tolist() == [70975, 66248, 50920, 61505, 50306] and order[-1] == 4616
+
+
 def test_another_seed_data_set_or_epoch_gives_another_order():
     keys = [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1)]
     starts = {tuple(permutation(LARGE, key)[:8].tolist()) for key in keys}
     assert len(starts) == 4
 
 
-def test_rows_of_a_large_pool_are_uniform_at_a_position_and_independent_of_it():
+def test_rows_are_uniform_at_a_position_and_independent_of_it():
     first = np.array([permutation(2000, (k,))[7] for k in range(3000)])
     assert chisquare(np.histogram(first, 20, (0, 2000))[0]).pvalue > 1e-4
     order = permutation(LARGE, (9,)).astype(np.int64)

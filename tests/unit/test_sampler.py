@@ -90,17 +90,37 @@ def test_state_of_another_seed_or_other_data_is_refused(both, tmp_path):
         PromptSampler(other, seed=4).load_state_dict(state)
 
 
-def test_state_of_an_older_version_is_refused_where_its_order_was_another_one(tmp_path):
-    for rows, same in ((65_536, True), (65_537, False)):
-        sampler = PromptSampler([manifest(tmp_path, "iqa", rows)], seed=4, iqa_fraction=1.0)
+@pytest.mark.parametrize(
+    ("rows", "embedded", "drawn", "refused"),
+    [
+        (65_536, False, True, False),
+        (65_537, False, True, True),
+        (65_537, False, False, False),
+        (65_537, True, True, False),
+    ],
+)
+def test_state_of_an_older_version_is_refused_where_its_order_was_another_one(tmp_path, rows, embedded, drawn, refused):
+    same = {
+        "dataset": "large",
+        "task": "iqa",
+        "split": "train",
+        "rationale": None,
+        "image": None if embedded else "x.png",
+    }
+    same["image_bytes"] = b"x" if embedded else None
+    write_manifest(
+        tmp_path / "m.parquet", ({"sample_id": str(i), "score": float(i % 101), **same} for i in range(rows))
+    )
+    sampler = PromptSampler([read_manifest(tmp_path / "m.parquet")], seed=4, iqa_fraction=1.0)
+    if drawn:
         sampler.next_batch(8)
-        state = sampler.state_dict()
-        del state["order"]
-        if same:
+    state = sampler.state_dict()
+    del state["order"]
+    if refused:
+        with pytest.raises(UserError, match="data set 'large' in the order of another version: train into another dir"):
             sampler.load_state_dict(state)
-        else:
-            with pytest.raises(UserError, match="over 65536 rows in the order of another version: train into"):
-                sampler.load_state_dict(state)
+    else:
+        sampler.load_state_dict(state)
 
 
 def test_a_data_set_of_too_many_rows_is_refused(both, monkeypatch):
