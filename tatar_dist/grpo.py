@@ -26,8 +26,8 @@ def run(config: Config) -> None:
             with run.recovering():
                 start = time.perf_counter()
                 batch = batches.take(step)  # sampled by the engines, scored over the whole batch
-                run.directory.rollouts(step, batch.scored, batch.replaced)  # the update's evidence, before it
-                run.engines.make_way()
+                run.directory.rollouts(step, batch.scored, batch.replaced)  # written before the update that they cause
+                run.engines.prepare_update()
                 run.directory.begin("learn", step)
                 update = run.learners.start_grpo_step(batches.shards(batch.scored), step)
                 batches.work_ahead(step, update)

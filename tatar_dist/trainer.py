@@ -223,8 +223,8 @@ class Run:
         count = self.plan.engines
         self.engines, self.scorer = self._cluster.engines(count), self._cluster.scorer()
         self._push = weight_push(self.config, self.waits, self._log)
-        late = ObjectStorePush(self.config, self.waits, self._log)  # whatever the others use
-        refresh = lambda engines, version: late.push(self.learners, engines, version)  # noqa: E731
+        anytime = ObjectStorePush(self.config, self.waits, self._log)  # for engines that start late
+        refresh = lambda engines, version: anytime.push(self.learners, engines, version)  # noqa: E731
         self.engines.start(self._cluster.threads(count), refresh)
         if self.colocated:  # one after the other: both measure how much of the GPU is free
             self.engines.started()

@@ -313,7 +313,7 @@ class RolloutPool:
         self.log("push/done", version=version, engines=[e.health.index for e in takers if e.version == version])
         return {"sync/seconds": time.perf_counter() - start, "sync/bytes": float(sent)}
 
-    def make_way(self) -> None:
+    def prepare_update(self) -> None:
         """Before an update: put colocated engines to sleep, start others that are due, so that they load meanwhile."""
         self.sleep() if self.config.cluster.placement == "colocated" else self.restart_due()
 
