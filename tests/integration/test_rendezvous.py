@@ -14,16 +14,18 @@ from tatar_dist.errors import RunError
 from tatar_dist.learner.listeners import listening, silence
 from tatar_dist.learner.rendezvous import Rendezvous
 from tatar_dist.learner.store import RayStore
+from tatar_dist.rollout.options import COMMON_ENV
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
+AS_OURS = {"env_vars": COMMON_ENV}
 
 
 @pytest.fixture
 def rendezvous():
-    return ray.remote(Rendezvous).options(num_cpus=0).remote()
+    return ray.remote(Rendezvous).options(num_cpus=0, runtime_env=AS_OURS).remote()
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, runtime_env=AS_OURS)
 class Rank:
     def __init__(self, rendezvous, rank, timeout_s):
         self.store, self.rank = RayStore(rendezvous, timeout_s), rank
@@ -83,8 +85,9 @@ def test_gloo_groups_stand_on_it_and_their_listeners_can_be_silenced(rendezvous)
 
 
 def test_a_rank_that_does_not_come_is_named(rendezvous):
-    ranks = [Rank.remote(rendezvous, r, 2) for r in (0, 2)]
-    with pytest.raises(RunError, match=r"rank\(s\) \[1\] did not join the process group within 2 s"):
+    ranks = [Rank.remote(rendezvous, r, 5) for r in (0, 2)]
+    ray.get([actor.__ray_ready__.remote() for actor in (rendezvous, *ranks)])
+    with pytest.raises(RunError, match=r"rank\(s\) \[1\] did not join the process group within 5 s"):
         ray.get([r.join.remote(3) for r in ranks], timeout=300)
 
 

@@ -7,6 +7,7 @@ contracts of import-linter in pyproject.toml, checked by `make lint`.
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -58,6 +59,12 @@ def sources() -> list[Path]:
 
 def lines(path: Path) -> int:
     return len(path.read_text().splitlines())
+
+
+@pytest.mark.xdist_group("house")
+def test_tests_that_share_what_they_start_stay_in_one_process(request):
+    # pytest 9.2 ignores how xdist 3.8 names groups, without a word
+    assert "PYTEST_XDIST_WORKER" not in os.environ or request.node.nodeid.endswith("@house")
 
 
 def test_the_reading_core_stays_small():
