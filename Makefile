@@ -18,9 +18,9 @@ OUTPUT ?=
 # PLOT=1: `make bench` also measures how an update grows, and draws it
 PLOT ?=
 SMOKED := $(filter-out 0,$(SMOKE))
-# BROWSER=1: `make test` also looks at the report and the server's page in Chromium, which must be installed
-BROWSER ?=
-TESTED := $(if $(filter-out 0,$(BROWSER)),,-m "not browser")
+# CHROMIUM=1: `make test` also looks at the report and the server's page in Chromium, which must be installed
+CHROMIUM ?=
+TESTED := $(if $(filter-out 0,$(CHROMIUM)),,-m "not browser")
 export DEVICE TORCH_INDEX PYTHON
 
 RUN := .venv/bin/tatar-dist
@@ -35,7 +35,7 @@ REMEMBER = || { status=$$?; [ $$status != 2 ] || exit 2; $(if $(ARGS),[ $$status
 help:
 	@echo "make setup [DEVICE=cpu|cuda] [TORCH_INDEX=…]  create .venv with everything in it (here: DEVICE=$(DEVICE))"
 	@echo "make demo [SMOKE=1] [OUTPUT=…] [ARGS=\"k=v …\"] data, SFT, GRPO, evaluation and report of a tiny model on this CPU"
-	@echo "make test [BROWSER=1]                         unit and integration tests on real Ray, vLLM and DeepSpeed"
+	@echo "make test [CHROMIUM=1]                         unit and integration tests on real Ray, vLLM and DeepSpeed"
 	@echo "make lint | format                            ruff, mypy, import contracts | rewrite the formatting"
 	@echo "make test-cluster                             hosts as namespaces, Slurm, faults; as root, after .ci/packages"
 	@echo "make sft|grpo|eval [NODES=n] [ARGS=\"k=v …\"]   the recipe of configs/*.yaml; ARGS=--dry-run prints what would run"
