@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -81,6 +82,12 @@ def test_the_package_stays_small():
 
 def test_the_root_of_the_package_has_few_modules():
     assert len(list(PACKAGE.glob("*.py"))) <= ROOT_MODULES
+
+
+def test_a_class_name_stands_for_one_thing():
+    trees = [ast.parse(path.read_text()).body for path in sources()]
+    names = Counter(node.name for body in trees for node in body if isinstance(node, ast.ClassDef))
+    assert [name for name, n in names.items() if n > 1] == ["Backbone"]  # a model family has one, by that name
 
 
 def test_the_readme_is_a_front_door():
