@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the first stage, on the same learners, forward and run directory as GRPO.
 
-In: a checked config whose manifests carry rationales. Out: a run directory; `checkpoints/latest/model` is the model.
-The loss is the mean negative log-likelihood of the assistant's tokens over the global batch, end-of-turn included.
+Manifests must have rationales. The trained model is `checkpoints/latest/model` of the run directory. The loss is the
+mean negative log-likelihood of the assistant's tokens over the global batch, the end-of-turn token included.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A run's metrics for Prometheus, through the exporter that Ray has on every node.
+"""Export a run's metrics to Prometheus, through the exporter that Ray runs on every node.
 
-In: the lines of metrics.jsonl as they are logged, and the states of the engines. Out, all with the tag `run`:
+The lines of metrics.jsonl and the states of the engines become gauges with the tag `run`:
 
     reward/total/iqa     ray_tatar_reward_total{task="iqa"}         every metric is a gauge by its contract name;
     eval/koniq/srcc      ray_tatar_eval_srcc{dataset="koniq"}       task and data set become tags
@@ -8,8 +8,8 @@ In: the lines of metrics.jsonl as they are logged, and the states of the engines
                          ray_tatar_engine_state{engine="1", state="healthy"}     1 for the state it is in, 0 for others
                          ray_tatar_steps_total                                   steps this process finished
 
-Where to read them: `http://NODE:PORT/metrics` of the controller's node, PORT being its `MetricsExportPort` in
-`ray.nodes()`; Ray brings them there about every ten seconds.
+They are served at `http://NODE:PORT/metrics` of the controller's node, where PORT is its `MetricsExportPort` in
+`ray.nodes()`. Ray updates them about every ten seconds.
 """
 
 from __future__ import annotations

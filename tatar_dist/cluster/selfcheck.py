@@ -1,7 +1,7 @@
-"""The check before training: do engines and learners give the same log-probabilities after the first push?
+"""Compare the log-probabilities of engines and learners before training, after the first push.
 
-For ways of pushing and running engines that were never run on the hardware they run on now (plan/proven.py). In: the
-pool and the learners, both at the pool's version, and prompts. Out: the gap; WeightsOutOfSync where it is too large.
+For ways of pushing and running engines that were never run on the current hardware (plan/proven.py). The pool and the
+learners must hold the same version; a gap that is too large raises WeightsOutOfSync.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The `rationale` section of the config: who is asked, how, and within which limits.
+"""The `rationale` section of the config: teacher, judge, and their limits.
 
-In: values from YAML and `key=value` words (config/schema.py merges them). Out: dataclasses whose rules `check` has
-seen. Where a figure of the method stands here, its source is METHOD section "Rationale construction" of the paper's
-code. Keys never stand here: `api_key_env` names the environment variable that holds one.
+config/schema.py merges YAML and `key=value` words into these dataclasses, and `check` applies their rules. Figures of
+the method are from METHOD section "Rationale construction" of the paper's code. API keys never stand here:
+`api_key_env` names the environment variable that holds one.
 """
 
 from __future__ import annotations

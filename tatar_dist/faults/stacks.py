@@ -1,9 +1,8 @@
-"""What processes of this machine are doing right now: their Python stacks and their state, whatever they hang in.
+"""Collect the Python stacks and states of processes on this machine, whatever they hang in.
 
-In: process ids. Out: one text each. A process that called `run.log.open_log` writes its stacks itself when it is
-asked; one that cannot (it is stopped, or C code keeps the interpreter's lock) is read from outside by py-spy, which
-comes with Ray. What neither can show is named with its state from /proc. Runs as a Ray task on other nodes
-(faults/stall.py).
+A process that called `run.log.open_log` writes its stacks itself when asked. One that cannot (it is stopped, or C code
+holds the interpreter's lock) is read from outside by py-spy, which comes with Ray. If both fail, the text names its
+state from /proc. On other nodes this runs as a Ray task (faults/stall.py).
 """
 
 from __future__ import annotations

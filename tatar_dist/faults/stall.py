@@ -1,9 +1,9 @@
-"""Notices that a run makes no progress, writes down what all its processes are doing, and acts as the config says.
+"""Detect that a run makes no progress, record what all its processes are doing, and act as configured.
 
-In: `progress()` calls of the controller's loop (a group returned, a bucket was pushed) and `step(seconds)`. Out, when
-there was none for max(watch.stall_min_s, watch.stall_factor × median step): the event `stall`, RUN/stacks/TIME/NAME.txt
-for every process on whatever node, and with watch.stall_action `restart` or `stop` the exception `Stalled` at the
-controller's next `raise_if_asked()`. One dump a stall; progress arms it again.
+Progress is a call of `progress()` (a group returned, a bucket was pushed) or `step(seconds)`. Without one for
+max(watch.stall_min_s, watch.stall_factor × median step) the event `stall` is logged, RUN/stacks/TIME/NAME.txt is
+written for every process on every node, and with watch.stall_action `restart` or `stop` the controller's next
+`raise_if_asked()` raises `Stalled`. There is one dump per stall; progress arms it again.
 """
 
 from __future__ import annotations

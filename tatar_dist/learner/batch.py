@@ -1,8 +1,8 @@
-"""Turns learner rows into one packed row without padding, each image decoded and preprocessed once per step.
+"""Pack learner rows into one row without padding; each image is decoded and preprocessed once per step.
 
-In: `LearnerRow`s of one micro-batch. Out: a `MicroBatch` of CPU tensors: every prompt once, then its completions
-(shared_prefix.py). A completion's last token is not in it: nothing is predicted from it. Labels come from token
-spans: the loss covers the completion's own tokens, its end-of-turn token included, and nothing of the prompt.
+`LearnerRow`s of one micro-batch become a `MicroBatch` of CPU tensors: every prompt once, then its completions
+(shared_prefix.py). The last token of a completion is left out, because nothing is predicted from it. The loss covers
+the completion's tokens, its end-of-turn token included, and nothing of the prompt.
 """
 
 from __future__ import annotations

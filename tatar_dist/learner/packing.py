@@ -1,8 +1,8 @@
-"""Which rows a rank computes in which micro-batch: ranks balanced by cost, micro-batches within a token budget.
+"""Assign rows to ranks and micro-batches: ranks balanced by cost, micro-batches within a token budget.
 
-In: units (completions that share a prompt, by their numbers of tokens), ranks, a budget. Out: for each rank its
-micro-batches, each a list of units, as many on every rank: collectives need equal numbers of calls. Pure and
-deterministic; the simulator (plan/simulate/step.py) uses it as it is.
+A unit is the completions that share a prompt. Every rank gets a list of micro-batches, each a list of units, and all
+ranks get equally many, because they must make the same collective calls. Pure and deterministic; the simulator
+(plan/simulate/step.py) uses it as it is.
 
 A unit is dealt whole, most costly first, to the rank with the least (longest processing time first, Graham 1969). Then
 units are parted while that lowers the cost of the rank with the most: each part computes the prompt again. Units are

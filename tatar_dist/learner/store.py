@@ -1,6 +1,6 @@
-"""A rank's view of the rendezvous: what torch.distributed, and DeepSpeed through it, agree through.
+"""The store that torch.distributed and DeepSpeed rendezvous through, as one rank uses it.
 
-In: the handle of a `Rendezvous` actor. Nothing listens; every call carries the cluster's token.
+It calls a `Rendezvous` actor: no port listens, and every call carries the cluster's token.
 """
 
 from __future__ import annotations

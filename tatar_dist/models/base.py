@@ -1,7 +1,7 @@
-"""What the Qwen-VL families have in common: the processor call, the vision call and the 3-D positions of an image.
+"""What the Qwen-VL families share: the processor call, the vision call and the 3-D positions of an image.
 
-No family by itself: a family's module names its model type and its transformers class, and overrides what differs.
-Needs torch and transformers only. In: rendered prompts and images. Out: input ids, image features, hidden states.
+Not a family itself: a family's module names its model type and its transformers class, and overrides what differs.
+Turns rendered prompts and images into input ids, image features and hidden states. Needs torch and transformers only.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""`tatar-dist rewards FILE --preset P`: every term behind every completion's reward, from a file, without a GPU.
+"""Compute every reward term of the completions in a file: `tatar-dist rewards FILE --preset P`. Needs no GPU.
 
-In: JSON lines (or a run's rollouts Parquet) with group_id, task, dataset, target, completion; the file is one global
-batch. Out: the same lines plus parsed, gaussian, pairwise, thurstone, format, length, reward, advantage, null where a
-term does not apply (and the term of the preset beyond these, if it weighs one). All terms are computed up to
-ALL_TERMS_LIMIT rows or on request; above that the preset's own, because the pairwise term is completion x completion.
+The file (JSON lines, or a run's rollouts Parquet) has group_id, task, dataset, target and completion, and is one global
+batch. The output adds parsed, gaussian, pairwise, thurstone, format, length, reward and advantage to every line, null
+where a term does not apply, and any other term that the preset weighs. All terms are computed up to ALL_TERMS_LIMIT
+rows or on request; above it only the preset's, because the pairwise term is quadratic in the completions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One global batch of completions, as arrays: what every reward term reads.
+"""One global batch of completions as arrays, the input of every reward term.
 
-In: rows (dicts of the `rewards` contract) or the records of rollout groups. Out: `Batch`, then `Answers` (parsed once).
-Group identity is an explicit id. Rows of one group must agree on task, data set and target.
+A `Batch` is made from rows (dicts of the `rewards` contract) or from the groups of a rollout; `Answers` are its parsed
+completions. Groups have explicit ids. Rows of one group must agree on task, data set and target.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The pool of engines: hands out prompts as engines become free, survives the death of any of them, pushes weights.
+"""The pool of engines: gives prompts to engines as they become free, survives their deaths, pushes weights.
 
-In: prompts and a sampling. Out: each prompt's group exactly once, whichever engine made it and after whatever faults.
-An engine that dies, hangs, fails or returns nonsense is ended and restarted with back-off, its prompts go to others;
-it serves again once it has the current weights (health.py). Every wait has a deadline, and who missed it is named.
+Every prompt's group is returned exactly once, whichever engine made it. An engine that dies, hangs, fails or returns
+nonsense is killed and restarted with back-off, and its prompts go to others; it serves again once it has the current
+weights (health.py). Every wait has a deadline, and the error names who missed it.
 """
 
 from __future__ import annotations

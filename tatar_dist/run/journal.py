@@ -1,8 +1,8 @@
-"""The journal of a run that asks models (rationales, evaluation): an answer is on disk before the next is asked for.
+"""The journal of a run that asks models (rationales, evaluation): answers are durable before the next question.
 
-In: small dicts, one an answer. Out: a file of JSON lines beside the output, each with a checksum, append-only; what a
-killed run left is read back by the next. Many slots share one fsync (group commit), so that durability costs a few
-milliseconds whatever the concurrency. A lock on the file keeps two runs out of one output.
+A file of JSON lines beside the output, append-only, with a checksum on each line; a run reads back what a killed one
+left. Concurrent slots share one fsync (group commit), so that durability costs a few milliseconds at any concurrency. A
+lock on the file keeps two runs from writing one output.
 
     {"sum": "89abcdef", "line": {"journal": 2, "settings": {...}}}      the first line: what the run asks
     {"sum": "01234567", "line": {"sample_id": "a", "attempt": 0, "text": "...", ...}}

@@ -1,15 +1,15 @@
-"""The log of one process, and the way to ask it for its stacks.
+"""The log of one process, and how to ask the process for its stacks.
 
-In: a run directory and the process's name in the run. Out, in RUN/logs:
+A process writes to RUN/logs, by its name in the run:
 
     NAME.jsonl   one object a line: time (Unix seconds), level, logger, host, pid, message, and the traceback if any
     NAME.out     what is printed, also by native libraries (vLLM, NCCL, gloo) and by a process that crashes
 
-The event `process/started` says where it runs, so that it can be found while it starts, too. A process that does not
-see the run directory (no shared file system) logs to its machine's temporary directory and says so there. A thread of
-every process waits to be asked for the stacks of all its threads (`tatar_dist.faults.stacks` asks): the question is a
-byte in a pipe, the answer goes to memory, both found under /proc; no file is left behind. Not a signal: its handler
-would walk the frames of threads that run meanwhile, which now and then crashes a healthy process.
+The event `process/started` records where it runs, so that it can be found while it starts, too. A process that cannot
+see the run directory (no shared file system) logs to its machine's temporary directory and prints that path there. A
+thread of every process waits for requests for the stacks of all its threads (`tatar_dist.faults.stacks`): the request
+is a byte in a pipe, the answer goes to memory, both found under /proc; no file is left behind. A signal is not used:
+its handler would walk the frames of running threads, which now and then crashes a healthy process.
 """
 
 from __future__ import annotations

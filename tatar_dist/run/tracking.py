@@ -1,10 +1,10 @@
-"""Experiment trackers: a run's metrics in TensorBoard, Weights & Biases and MLflow, as config section `track` says.
+"""Experiment trackers: a run's metrics in TensorBoard, Weights & Biases and MLflow, by the config section `track`.
 
-In: what is logged at every step. Out, in the run directory: `tensorboard/`; in mode offline `wandb/` and `mlflow.db`.
-Online, each goes where its own environment variables say (WANDB_API_KEY, MLFLOW_TRACKING_URI).
-`trackers.json` keeps the ids, so that a resumed run continues the same W&B and MLflow run; from step 0 it is a new one.
-Trackers are for looking: each has a thread of its own, which the run never waits for but at its end, and there not for
-long. One that fails or hangs is warned about once and left out, the run goes on, metrics.jsonl has it all.
+Offline they write to `tensorboard/`, `wandb/` and `mlflow.db` of the run directory. Online, each follows its own
+environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI). `trackers.json` keeps the ids, so that a resumed run
+continues the same W&B and MLflow run; from step 0 it is a new one. Each tracker has a thread of its own. The run waits
+for it only at its end, and there not for long. A tracker that fails or hangs is warned about once and left out; the run
+goes on, and metrics.jsonl has everything.
 
 W&B and MLflow are extras. Tests run both offline (tests/unit/test_trackers_offline.py); online they were never run.
 """
