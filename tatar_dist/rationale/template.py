@@ -2,8 +2,7 @@
 
 The manifest's `meta` holds `distortions` ([{family, strength 0-1}]: the demo set, KADID-10k) for IQA rows or numeric
 `attributes` (0-1, by name: the demo set) for IAA rows. Each row gets a text grounded in them, which passes the hard
-checks for a teacher's text. A row without these values is an error. The choice of words depends on (seed, sample id)
-only.
+checks for a teacher's text. A row without them is an error. The choice of words depends on (seed, sample id) alone.
 """
 
 from __future__ import annotations
