@@ -2,7 +2,7 @@
 
 `facts` collects a dict from a run directory, the exported checkpoint and its evaluation; `render` makes the text of
 README.md from it with `model_card.md.j2`. Earlier stages are found by following `model.path` from run to run. A card
-contains no directory names of the machine that wrote it.
+contains no paths of the machine that wrote it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 From a run with a finished checkpoint, `run` makes a directory with weights (safetensors shards; an index if several),
 processor and tokenizer, a generation config, `prompts.yaml` (the wording of the run) and the model card `README.md`
-(scoring/card.py). It is written under a temporary name and then renamed, so that an incomplete export is never visible.
+(scoring/card.py). It is written under a temporary name and then renamed, so that a directory of its name is complete.
 """
 
 from __future__ import annotations

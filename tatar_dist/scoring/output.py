@@ -145,7 +145,7 @@ def _show(found: Sequence[Score], as_json: bool, html: Path | None, kept: dict[s
 
 
 def as_table(scores: Sequence[Score]) -> Any:
-    """Rich table with one row per scored picture, which shows scores and the first words of the rationale by task."""
+    """Rich table with a row per scored picture: scores, and the first words of the rationale, one line per task."""
     from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
