@@ -1,4 +1,4 @@
-"""Command-line layer of `tatar-dist data validate` and `data show`: call the package, print, set the exit status."""
+"""Command-line layer of `tatar-dist data validate` and `data show`: call, print, set the exit status."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def run_validation(
     images: Path | None,
     as_json: bool,
 ) -> None:
-    """Validate manifests, write reports and clean manifests, print the summary. Raises UserError if something is
-    unusable or leaks between splits, Interrupted after a signal."""
+    """Validate manifests, write reports and clean manifests, print the summary.
+    Raises UserError if something is unusable or leaks between splits, Interrupted after a signal."""
     _check_directory(images)
     if clean_to is not None:
         clean_paths(paths, clean_to)  # a wrong place is known before hours of decoding

@@ -1,7 +1,7 @@
-"""`tatar-dist doctor`: report what this machine has and lacks, and what to do about it. Changes nothing.
+"""`tatar-dist doctor`: report what this machine has and lacks, and what to do about it.
 
-Of the packages that it checks it imports only light ones here. torch is imported in a subprocess, because a broken one
-may crash the interpreter. A check is required if nothing runs without it; otherwise it is advice.
+Changes nothing. Of the packages that it checks, only light ones are imported in this process; torch is imported in a
+subprocess, because a broken one may crash the interpreter. A check is required if nothing runs without it, else advice.
 """
 
 from __future__ import annotations

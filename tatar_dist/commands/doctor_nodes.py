@@ -1,6 +1,6 @@
-"""Checks of every node of the Ray cluster in RAY_ADDRESS: versions, clocks, whether this directory is shared.
+"""Check every node of the Ray cluster in RAY_ADDRESS: versions, clocks, shared directory.
 
-`examine` runs a Ray task on each node; `checks` turns the answers into results.
+`examine` runs Ray tasks on each node; `checks` turns the answers into results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROBES = 3
 
 @dataclass(frozen=True)
 class Node:
-    """Answer of a node. ahead: seconds that its clock is ahead of ours; doubt: half of the fastest round trip, s;
+    """Answer of a node. ahead: lead of its clock over ours, s; doubt: half of the fastest round trip, s.
     sees_file: whether it sees a file in our directory, None if none could be created."""
 
     address: str

@@ -1,4 +1,4 @@
-"""`tatar-dist demo`, `probes`, `sft`, `grpo`, `evaluate`, and `plan`, which shows what the stages would start."""
+"""`tatar-dist demo`, `probes`, `sft`, `grpo`, `evaluate`, `plan`: run the stages, or plan them."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ class Asking:
                     await endpoint.close()
 
     async def _until_done(self, producer: asyncio.Task[None], slots: list[asyncio.Task[None]]) -> None:
-        """Wait for the slots. An error or a stop ends all, after up to `stop_wait_s` for paid answers in flight."""
+        """Wait for the slots; after an error or stop, wait up to `stop_wait_s` for answers in flight: they are paid."""
         pending: set[asyncio.Task[None]] = {producer, *slots}
         deadline: float | None = None
         error: BaseException | None = None

@@ -75,7 +75,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer. `finish` is "stop", "length" or another value of the endpoint, which also counts the tokens."""
+    """An answer. `finish`: "stop", "length" or the endpoint's own value. Token counts: its own, or upper bounds."""
 
     text: str
     finish: str

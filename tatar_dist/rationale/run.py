@@ -1,4 +1,4 @@
-"""`tatar-dist rationale build` and `judge`: read rows, ask about the open ones, write the accepted ones.
+"""`tatar-dist rationale build` and `judge`: ask about the open rows, write the accepted ones.
 
 From a manifest and a config, `run` writes the output manifest (accepted rows in manifest order), and beside it the
 journal, the rejected answers and a report. The same command resumes a stopped run; a finished run asks nothing.

@@ -1,7 +1,7 @@
-"""Load the prompts and word lists of teachers and judges from configs/rationale_prompts.yaml, checking every key.
+"""Load the prompts of teachers and judges and the word lists of the hard checks.
 
-`Wording` holds the system and user text of each question, whose blanks `ask` fills in, and the word lists of the hard
-checks as compiled patterns. The patterns match whole words: "line" does not match "outline".
+The source is configs/rationale_prompts.yaml, checked key by key. `Wording` holds system and user text of each question,
+whose blanks `ask` fills in, and the word lists as compiled patterns of whole words: "line" is not found in "outline".
 """
 
 from __future__ import annotations

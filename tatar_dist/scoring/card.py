@@ -156,8 +156,8 @@ def _optimiser(o: OptimConfig) -> str:
 
 
 def _data(configs: Iterable[Config]) -> tuple[list[tuple[str, str, str, int]], list[str]]:
-    """Rows as (data set, task, split, rows) of all manifests that a stage or the evaluation read, each counted once,
-    and the names of the manifests that can no longer be read."""
+    """([(data set, task, split, rows)], [names of unreadable manifests]) of the manifests of all stages.
+    Each manifest that a stage or the evaluation read is counted once."""
     rows: Counter[tuple[str, str, str]] = Counter()
     missing, seen = [], set()
     for config, split in ((c, s) for c in configs for s in SPLITS):

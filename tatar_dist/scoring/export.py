@@ -1,8 +1,8 @@
-"""`tatar-dist export`: write a run's trained model as a Hugging Face directory that loads without our code.
+"""`tatar-dist export`: write the trained model of a run as a Hugging Face directory.
 
-From a run with a finished checkpoint, `run` makes a directory with weights (safetensors shards; an index if several),
-processor and tokenizer, a generation config, `prompts.yaml` (the wording of the run) and the model card `README.md`
-(scoring/card.py). It is written under a temporary name and then renamed, so that a directory of its name is complete.
+It loads without our code and holds weights (safetensors shards; an index if several), processor and tokenizer, a
+generation config, `prompts.yaml` (the wording of the run) and the model card `README.md` (scoring/card.py). The run
+must have a finished checkpoint. The directory is written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Score pictures, from Python or the command line, with one vLLM engine in this process and without Ray.
+"""Score pictures from Python or the command line, with one engine in this process, no Ray.
 
     from tatar_dist import Scorer
     for score in Scorer("models/scorer").score(["photo.jpg", picture, data], task="both"):

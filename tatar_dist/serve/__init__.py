@@ -1,1 +1,1 @@
-"""Serve a trained model: vLLM's own OpenAI-compatible server with our prompts, `/score` and a web page in front."""
+"""Serve a model: vLLM's OpenAI-compatible server with our prompts, `/score` and a web page."""

@@ -1,4 +1,4 @@
-"""Parse HTTP requests to `/score` into the picture's bytes and options, or raise `RequestRefused` with a status.
+"""Parse HTTP requests to `/score` into a picture's bytes and scoring options.
 
 There are three ways to send a picture, with the same options (`task`, `n`, `temperature`):
 
@@ -6,7 +6,7 @@ There are three ways to send a picture, with the same options (`task`, `n`, `tem
     curl -F image=@a.jpg -F n=8 http://127.0.0.1:8000/score                        a form, as browsers send it
     {"image": "<base64 or data URL>", "n": 8}                                      JSON
 
-Needs neither vLLM nor a model, only Starlette, which is installed with vLLM.
+Invalid requests raise `RequestRefused`. Needs neither vLLM nor a model, only Starlette, which comes with vLLM.
 """
 
 from __future__ import annotations
