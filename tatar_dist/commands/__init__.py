@@ -1,11 +1,11 @@
-"""The sub-commands of `tatar-dist`: each parses its words, calls the package and prints.
+"""Sub-commands of `tatar-dist`. Each parses its arguments, calls the package and prints.
 
-Heavy imports stand inside functions, so that `--help` answers at once.
+Heavy imports are inside functions, so that `--help` answers at once.
 
     stages.py           demo, probes, sft, grpo, evaluate, plan
     evaluation.py       score, metrics, compare
     runs.py             status, report, export
-    data.py             data …, with data_tables.py (what import and sets print) and data_validation.py
+    data.py             data …, with data_tables.py (tables of import and sets) and data_validation.py
     rationale.py        rationale …
     serve.py            serve
     checks.py           rewards, bench, doctor

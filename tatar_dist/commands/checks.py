@@ -1,4 +1,4 @@
-"""`tatar-dist rewards`, `bench`, `doctor`: what a completion earns, how fast a part is, what a machine lacks."""
+"""`tatar-dist rewards`, `bench`, `doctor`: score completions, time parts, check the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tatar-dist data …`: make, check and look at manifests. Parses, calls the package, prints; imports nothing heavy."""
+"""`tatar-dist data …`: make, check and show manifests. Command-line layer without heavy imports."""
 
 from __future__ import annotations
 

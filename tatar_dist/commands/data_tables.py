@@ -1,4 +1,4 @@
-"""What `data import` and `data sets` print: tables of a report and of the registry. In: their records. Out: text."""
+"""Print the import report and the registry as tables, for `data import` and `data sets`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _QUANTILES = ("min", "5 %", "25 %", "median", "75 %", "95 %", "max")
 
 
 def print_import(report: dict[str, Any], console: Console | None = None) -> None:
-    """A report of `run_import`: what was recognised, how it was mapped, what became of the rows, what to do next."""
+    """Print a report of `run_import`: recognised formats, score mapping, rows kept and dropped, next command."""
     out = console or Console()
     title = f"{report['dataset']} ({report['task'].upper()}) → {report['manifest']}"
     files = _table(escape(title), "file", "format", "columns read", "mapped", "rows", numbers=("rows",))
@@ -93,7 +93,7 @@ def _published(report: dict[str, Any], key: str) -> str:
 
 
 def _short_names(files: list[str]) -> dict[str, str]:
-    """The files' names without their directories, where that tells them apart."""
+    """File names without directories if these are unique, else the full paths."""
     names = {file: Path(file).name for file in files}
     return names if len(set(names.values())) == len(names) else {file: file for file in files}
 
@@ -103,7 +103,7 @@ def _shortened(columns: list[str]) -> list[str]:
 
 
 def print_sets(registry: Registry, console: Console | None = None) -> None:
-    """All sets with their counts; the formats of their own; the lists that all share; where to get them."""
+    """Print all data sets with counts, their own formats, the shared lists, and where to get the sets."""
     out = console or Console()
     numbers = ("images", "test")
     sets = _table("Data sets", "set", "task", "domain", *numbers, "gt_score in lists", numbers=numbers)
@@ -141,7 +141,7 @@ def _print_formats(each: Dataset, out: Console) -> None:
 
 
 def sets_as_json(registry: Registry) -> list[dict[str, Any]]:
-    """The registry as `data sets --json` prints it."""
+    """Records of the registry for `data sets --json`."""
     return [_set_as_json(each) for each in registry.datasets.values()]
 
 

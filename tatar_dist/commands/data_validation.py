@@ -1,4 +1,4 @@
-"""The shells of `tatar-dist data validate` and `data show`: call the package, print, end with the right status."""
+"""Command-line layer of `tatar-dist data validate` and `data show`: call, print, set the exit status."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def run_validation(
     images: Path | None,
     as_json: bool,
 ) -> None:
-    """Validate, write reports and clean manifests, print. Raises UserError when something cannot be used
-    or leaks, Interrupted after a signal."""
+    """Validate manifests, write reports and clean manifests, print the summary.
+    Raises UserError if something is unusable or leaks between splits, Interrupted after a signal."""
     _check_directory(images)
     if clean_to is not None:
         clean_paths(paths, clean_to)  # a wrong place is known before hours of decoding
@@ -88,7 +88,7 @@ def run_show(
     images: Path | None,
     as_json: bool,
 ) -> None:
-    """Pools and a contact sheet of one manifest."""
+    """Print the pools of one manifest and write its contact sheet."""
     _check_directory(images)
     sheet = output or path.with_name(f"{path.stem}.sheet.png")
     found = contact_sheet.show(path, rows, sort, dataset, sheet, images)

@@ -1,7 +1,7 @@
-"""`tatar-dist doctor`: what this machine has, what is missing, and what to do about it. Changes nothing.
+"""`tatar-dist doctor`: report what this machine has and lacks, and what to do about it.
 
-Needs none of the packages it checks; torch is asked in a process of its own, because a broken one may take the
-interpreter down. A check is required when nothing runs without it, otherwise it is advice.
+Changes nothing. Of the packages that it checks, only light ones are imported in this process; torch is imported in a
+subprocess, because a broken one may crash the interpreter. A check is required if nothing runs without it, else advice.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class DoctorCheck:
-    """One line of the examination. `hint` says what to do when it is not ok."""
+    """Result of one check. `hint` is what to do if it is not ok."""
 
     name: str
     ok: bool
@@ -60,7 +60,7 @@ class DoctorCheck:
 
 
 def run() -> list[DoctorCheck]:
-    """All checks, in the order a person would solve them."""
+    """Run all checks, in the order in which problems are best solved."""
     checks: list[DoctorCheck] = []
     parts: tuple[Callable[[], Iterator[DoctorCheck]], ...] = (
         _tools,
@@ -160,7 +160,7 @@ def _machine() -> Iterator[DoctorCheck]:
 
 
 def _cluster() -> Iterator[DoctorCheck]:
-    """What matters on a cluster: networks, limits, and whether this directory is shared by its nodes."""
+    """Checks for clusters: networks, open files, whether this file system is shared, clock."""
     import psutil
 
     up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
@@ -186,7 +186,7 @@ def _cluster() -> Iterator[DoctorCheck]:
 
 
 def _clock() -> DoctorCheck:
-    """Whether the kernel takes its clock for synchronised: adjtimex(2), which returns TIME_ERROR where it does not."""
+    """Check whether the kernel's clock is synchronised: adjtimex(2) returns TIME_ERROR if it is not."""
     try:
         state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # modes 0: only reads
     except (OSError, AttributeError):
@@ -197,7 +197,7 @@ def _clock() -> DoctorCheck:
 
 
 def _nodes() -> Iterator[DoctorCheck]:
-    """All nodes of the cluster that RAY_ADDRESS names."""
+    """Checks of all nodes of the cluster in RAY_ADDRESS."""
     if (address := os.environ.get("RAY_ADDRESS")) and _version("ray"):
         from tatar_dist.commands.doctor_nodes import examine
 
@@ -205,7 +205,7 @@ def _nodes() -> Iterator[DoctorCheck]:
 
 
 def _paths() -> Iterator[DoctorCheck]:
-    """Where each path of the pipeline has been run, so far as anyone knows."""
+    """List where each path of the pipeline has been run so far, from `plan.proven.COVERAGE`."""
     from tatar_dist.plan.proven import COVERAGE, NEVER
 
     for path in COVERAGE:
@@ -251,13 +251,13 @@ def _base_model() -> Iterator[DoctorCheck]:
 
 
 def as_json(checks: list[DoctorCheck]) -> dict[str, Any]:
-    """The `--json` object."""
+    """Result object of `--json`."""
     ok = all(c.ok for c in checks if c.required)
     return {"ok": ok, "checks": [asdict(c) | {"hint": "" if c.ok else c.hint} for c in checks]}
 
 
 def verdict(checks: list[DoctorCheck]) -> str:
-    """One closing sentence."""
+    """Summary sentence."""
     missing = [c.name for c in checks if c.required and not c.ok]
     noted = [c.name for c in checks if not c.required and not c.ok]
     if missing:
@@ -266,7 +266,7 @@ def verdict(checks: list[DoctorCheck]) -> str:
 
 
 def as_table(checks: list[DoctorCheck]) -> Any:
-    """The checks as a rich table; what is missing is followed by what to do."""
+    """Rich table of the checks, with a hint for each that is not ok."""
     from rich.table import Table
 
     from tatar_dist.plan.proven import LEGEND

@@ -1,6 +1,6 @@
-"""The doctor at every node of the Ray cluster in RAY_ADDRESS: versions, clocks, whether this directory is shared.
+"""Check every node of the Ray cluster in RAY_ADDRESS: versions, clocks, shared directory.
 
-`examine` asks each node with a task of its own; `checks` says what to make of the answers.
+`examine` runs Ray tasks on each node; `checks` turns the answers into results.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PROBES = 3
 
 @dataclass(frozen=True)
 class Node:
-    """What a node answered. ahead: seconds its clock is before ours; doubt: half of the fastest round trip, s;
-    sees_file: a file in our directory, None where none could be made."""
+    """Answer of a node. ahead: lead of its clock over ours, s; doubt: half of the fastest round trip, s.
+    sees_file: whether it sees a file in our directory, None if none could be created."""
 
     address: str
     gpus: int
@@ -44,7 +44,7 @@ def _now() -> float:
 
 
 def _facts(file: str | None) -> tuple[dict[str, str], bool | None]:
-    """On a node: its versions, whether it sees `file`."""
+    """Runs on a node: return its versions and whether it sees `file` (None: there is none)."""
     seen = None if file is None else Path(file).exists()
     if seen is False:
         time.sleep(2)  # a network file system may show a new file late
@@ -53,7 +53,7 @@ def _facts(file: str | None) -> tuple[dict[str, str], bool | None]:
 
 
 def versions() -> dict[str, str]:
-    """Python's and those of PACKAGES that are installed."""
+    """Versions of Python and of the installed packages among PACKAGES."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -64,7 +64,7 @@ def versions() -> dict[str, str]:
 
 
 def examine(address: str) -> Iterator[DoctorCheck]:
-    """Connect, ask, disconnect. A cluster that cannot be reached is one failed check."""
+    """Connect to the cluster, query its nodes, disconnect. An unreachable cluster is one failed check."""
     import ray
 
     if address.startswith("http"):
@@ -92,7 +92,7 @@ def examine(address: str) -> Iterator[DoctorCheck]:
 
 
 def _knock(address: str) -> None:
-    """Raise OSError at once where nobody listens: Ray would wait for minutes. `auto` and the like are left to Ray."""
+    """Raise OSError if nothing listens; Ray itself would wait for minutes. `auto` and the like are left to Ray."""
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
@@ -103,7 +103,7 @@ def _line(error: Exception) -> str:
 
 
 def _new_file() -> str | None:
-    """In this directory, for the nodes to see; None where it cannot be written."""
+    """Create a file in this directory for the nodes to see; None if the directory is not writable."""
     try:
         handle, name = tempfile.mkstemp(prefix=".tatar-doctor-", dir=Path.cwd())
     except OSError:
@@ -113,7 +113,7 @@ def _new_file() -> str | None:
 
 
 def _ask(ray: Any, file: str | None) -> tuple[list[Node], dict[str, str]]:
-    """(what answered, address -> why a node did not)."""
+    """(nodes that answered, address -> error of a node that did not)."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a node may have no tatar_dist, or another
@@ -138,7 +138,7 @@ def _ask(ray: Any, file: str | None) -> tuple[list[Node], dict[str, str]]:
 
 
 def _offset(ray: Any, task: Any) -> tuple[float, float]:
-    """(seconds its clock is ahead, plus or minus this) by one round trip, as NTP has it (RFC 5905, section 8)."""
+    """(clock offset, its uncertainty) of a node in seconds, from one round trip as in NTP (RFC 5905, section 8)."""
     start = time.time()
     there = ray.get(task.remote(), timeout=ANSWER_S)
     end = time.time()
@@ -146,7 +146,7 @@ def _offset(ray: Any, task: Any) -> tuple[float, float]:
 
 
 def checks(nodes: Sequence[Node], silent: Mapping[str, str], here: Mapping[str, str]) -> Iterator[DoctorCheck]:
-    """`silent`: address -> why; `here`: versions of this process, which every node must have."""
+    """Check the answers. `silent`: address -> error; `here`: versions of this process, which all nodes must have."""
     said = f"{len(nodes)} nodes, {sum(n.gpus for n in nodes)} GPUs"
     lost = "".join(f"; no answer from {address}: {why}" for address, why in silent.items())
     yield DoctorCheck("Ray cluster", not silent, False, said + lost, "look at these nodes' raylet logs")

@@ -1,4 +1,4 @@
-"""`tatar-dist score`, `metrics`, `compare`: scores of pictures; how far scores agree with people. Parses, prints."""
+"""`tatar-dist score`, `metrics`, `compare`: score pictures, measure agreement with opinion scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several commands share: `--json`, and how a result object looks without it."""
+"""Shared by several commands: the `--json` option, and printing of result objects with and without it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def print_result(result: Any, as_json: bool) -> None:
-    """A result object as JSON, or as indented `key: value` lines."""
+    """Print a result object as JSON, or as indented `key: value` lines."""
     if as_json:
         print(json.dumps(result, default=str))
         return

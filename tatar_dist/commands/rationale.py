@@ -1,4 +1,4 @@
-"""`tatar-dist rationale …`: write, judge and template rationales. Parses, calls the package, prints."""
+"""`tatar-dist rationale …`: have rationales written and judged, or write them from templates."""
 
 from __future__ import annotations
 

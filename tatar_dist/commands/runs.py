@@ -1,4 +1,4 @@
-"""`tatar-dist status`, `report`, `export`: what a run is doing, what it learned, the model it made. Parses, prints."""
+"""`tatar-dist status`, `report`, `export`: show a run's state, write its report, export its model."""
 
 from __future__ import annotations
 

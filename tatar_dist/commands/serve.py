@@ -1,4 +1,4 @@
-"""`tatar-dist serve`: vLLM's server with our prompts, `/score` and a page. Parses, calls the package."""
+"""`tatar-dist serve`: run vLLM's server with our prompts, `/score` and a page."""
 
 from __future__ import annotations
 

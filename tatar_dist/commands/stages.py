@@ -1,4 +1,4 @@
-"""`tatar-dist demo`, `probes`, `sft`, `grpo`, `evaluate`, and `plan`, which shows what they would start."""
+"""`tatar-dist demo`, `probes`, `sft`, `grpo`, `evaluate`, `plan`: run the stages, or plan them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _run_stage(stage: str, files: list[Path], words: list[str] | None, dry_run: 
 def _print_plans(
     config: Any, stages: list[str], as_json: bool, command: str | None = None, gpu_memory: float | None = None
 ) -> None:
-    """Tables, and the lines that would start them; as JSON one object, by stage when there are several."""
+    """Print plans as tables, with start commands if `command` is given, or as one JSON object (by stage if several)."""
     from tatar_dist.plan import memory
     from tatar_dist.plan import plan as planning
 

@@ -1,8 +1,8 @@
-"""The loop that keeps an endpoint busy: slots that ask, one answer durable before the next question.
+"""Send questions to OpenAI-compatible endpoints from concurrent slots.
 
-In: a ledger with rows to ask, a journal, a stop flag. Out: the same ledger with what this run learned. Rows are read
-and their images prepared ahead, so that a slot with an answer on disk always finds its next question ready. A token
-budget is never exceeded: before a request goes out, the most that it can cost is set aside.
+`Asking` takes a ledger with rows to ask, a journal and a stop flag, and updates the ledger. Each slot has one request
+in flight and writes its answer to disk before it sends the next. Rows are read and images prepared ahead of the slots.
+To keep to a token budget, the upper bound of a request's cost (`tokens_bound`) is reserved before it is sent.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Preparing = asyncio.Task[Prepared]
 
 
 class Budget:
-    """Tokens spent and set aside. `limit` None: no budget. Lives inside one event loop."""
+    """Count tokens spent and reserved. `limit` None means no budget. For use in one event loop only."""
 
     def __init__(self, limit: int | None, spent: int) -> None:
         self.limit, self.spent, self.reserved = limit, spent, 0
@@ -55,9 +55,9 @@ class Budget:
         self._changed = asyncio.Condition()
 
     async def reserve(self, tokens: int) -> None:
-        """Set tokens aside, waiting for requests in flight to give back what they do not need.
+        """Reserve tokens, waiting for requests in flight to release what they do not use.
 
-        Raises BudgetSpent when the tokens do not fit with nothing in flight, or once they did not.
+        Raises BudgetSpent when the tokens do not fit and nothing is in flight, and on every call after that.
         """
         async with self._changed:
             while self.limit is not None and self.spent + self.reserved + tokens > self.limit:
@@ -71,7 +71,7 @@ class Budget:
             self.reserved += tokens
 
     async def release(self, tokens: int, spent: int) -> None:
-        """Give back what was set aside; `spent` of it (or more) was used."""
+        """Release a reservation of `tokens`, of which `spent` were used. `spent` may exceed the reservation."""
         async with self._changed:
             self.reserved -= tokens
             self.spent += spent
@@ -79,7 +79,7 @@ class Budget:
 
 
 class Asking:
-    """One run against endpoints. `progress` is told after every answer; `stopping` is polled."""
+    """One run against endpoints. `progress` is called and `stopping` polled about every `POLL_S` seconds."""
 
     def __init__(
         self,
@@ -104,10 +104,10 @@ class Asking:
         return self.budget.closed
 
     def run(self) -> None:
-        """Ask until every row is settled, the budget is spent, or the user wants to stop.
+        """Ask until every row is settled, the budget is spent, or the user requests a stop.
 
-        Raises UserError or RunError when the endpoint cannot be used; what was answered is in the journal, answers in
-        flight at that moment too.
+        Raises UserError or RunError when the endpoint cannot be used. All answers received are in the journal,
+        including those in flight at that moment that arrive within `stop_wait_s`.
         """
         asyncio.run(self._run())
 
@@ -134,7 +134,7 @@ class Asking:
                     await endpoint.close()
 
     async def _until_done(self, producer: asyncio.Task[None], slots: list[asyncio.Task[None]]) -> None:
-        """Wait for the slots. An error or a stop ends all, after a little wait for answers in flight: they are paid."""
+        """Wait for the slots; after an error or stop, wait up to `stop_wait_s` for answers in flight: they are paid."""
         pending: set[asyncio.Task[None]] = {producer, *slots}
         deadline: float | None = None
         error: BaseException | None = None
@@ -157,13 +157,13 @@ class Asking:
 
     @property
     def in_flight(self) -> int:
-        """Requests that are out, and answers that are not on disk yet."""
+        """Number of requests being sent and of answers not on disk yet."""
         return self._writing + sum(e.sending for e in self._endpoints.values())
 
     async def _prepare_all(
         self, ready: asyncio.Queue[Preparing | None], reader: ThreadPoolExecutor, encoders: ThreadPoolExecutor
     ) -> None:
-        """Read rows in order and prepare their images, as far ahead as the queue is long; then one None a slot."""
+        """Read rows in order and prepare images, up to the queue's length ahead; then put one None per slot."""
         loop = asyncio.get_running_loop()
 
         async def prepare(entry: LedgerEntry) -> Prepared:
@@ -194,7 +194,7 @@ class Asking:
                 await self._settle(found.entry, found.row, found.picture)
 
     async def _settle(self, entry: LedgerEntry, row: QuestionRow, image: Picture | None) -> None:
-        """Ask about one row until it is settled. Raises BudgetSpent or Stopped, and what ends the run."""
+        """Ask about one row until it is settled. Raises BudgetSpent, Stopped, and errors that end the run."""
         while True:
             request = self.question.request(row, len(entry.answers))
             try:
@@ -208,7 +208,7 @@ class Asking:
                 return
 
     async def _ask(self, entry: LedgerEntry, request: Request, image: Picture | None) -> Answer:
-        """One durable answer, its tokens set aside before and accounted for after."""
+        """Get one durable answer. Its tokens are reserved before the request and accounted for after it."""
         endpoint = self._endpoints[request.target.url, request.target.api_key_env]
         key = {"sample_id": request.sample_id, "attempt": request.attempt}
         bound = tokens_bound(request, image)
@@ -217,7 +217,7 @@ class Asking:
         held = True
 
         async def lost() -> None:
-            """A try may have cost all that was set aside; the next one needs as much again."""
+            """Count the whole reservation of a failed try as spent, and reserve as much for the next try."""
             nonlocal held
             self.ledger.lost_tokens += most
             held = False
@@ -253,7 +253,7 @@ class Asking:
         await self._note({**key, "asking": most})
 
     async def _note(self, line: dict[str, Any]) -> None:
-        """A line about spending: on disk before more is spent where a budget is set, else with the next commit."""
+        """Journal a line about spending. With a budget, wait until it is on disk; else it joins the next commit."""
         noted = self.journal.hand_in(line)
         if self.limits.budget_tokens is not None:
             await asyncio.shield(noted)

@@ -1,8 +1,8 @@
-"""Hard checks of a teacher's text: pure functions, no model asked. What fails here costs no judge.
+"""Hard checks of a teacher's text, as pure functions.
 
-In: the text as it came, how it ended, and what the text must not give away (the score) or copy (attribute texts).
-Out: a list of `Reason`, empty when the text may be kept. Nothing is ever repaired or completed: a text is taken as it
-is or not at all. Codes are stable (reports count them); the sentence beside a code is for people.
+`check_text` takes the text, how it ended, the score that the text must not reveal and the attribute texts that it must
+not copy. It returns a list of `Reason`, empty when the text is accepted. A text that fails is not sent to the judge,
+which saves its cost. Texts are never repaired or completed. Codes are stable, because reports count them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPREAD = 3  # sentences over which a slow text's attributes are spread at least,
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a text was not kept: a stable short code and a sentence."""
+    """Why a text was rejected: a stable short code and a sentence for people."""
 
     code: str
     says: str
@@ -38,13 +38,13 @@ _DASHES = str.maketrans({c: "-" for c in "\u2010\u2011\u2012\u2013\u2014\u2212\u
 
 
 def without_reasoning(text: str) -> str:
-    """The text after a teacher's own reasoning: what stands before the first `</think>` is dropped, with the tag."""
+    """Remove a teacher's own reasoning: everything up to and including the first `</think>`."""
     before, tag, after = text.partition("</think>")
     return (after if tag else before).strip()
 
 
 def number_leak(text: str, score: float, wording: Wording) -> str | None:
-    """What gives a number away, or None: any numeral of any script, number phrases, the score in words."""
+    """The first numeral of any script, number phrase or number word that reveals the score, or None."""
     folded = unicodedata.normalize("NFKC", text)
     for character in folded:
         if unicodedata.numeric(character, None) is not None:
@@ -56,9 +56,9 @@ def number_leak(text: str, score: float, wording: Wording) -> str | None:
 
 
 def attributes_in_order(parts: Sequence[str], patterns: Sequence[re.Pattern[str]], most: int) -> tuple[int, int]:
-    """(attributes touched, longest chain of attributes in the method's order), at most `most` of a part in the chain.
+    """(number of attributes mentioned, length of the longest chain of attributes in the method's order).
 
-    A chain's attributes follow each other in the text: in the parts, and within a part by the places of their words.
+    A chain follows the text: part by part, and within a part by word position. It uses at most `most` per part.
     """
     touched: set[int] = set()
     longest = [0] * (len(patterns) + 1)  # longest[a]: the longest chain so far of attributes before a
@@ -77,7 +77,7 @@ def attributes_in_order(parts: Sequence[str], patterns: Sequence[re.Pattern[str]
 
 
 def _follow(places: Sequence[Sequence[tuple[int, int]]]) -> bool:
-    """Whether one span can be taken of each list so that each begins where the one before has ended, or later."""
+    """Whether one span can be chosen from each list so that each starts at or after the end of the one before."""
     at = 0
     for spans in places:
         ends = [end for start, end in spans if start >= at]
@@ -88,7 +88,7 @@ def _follow(places: Sequence[Sequence[tuple[int, int]]]) -> bool:
 
 
 def copied(text: str, sources: Sequence[str], n: int) -> str | None:
-    """The first n words in a row that the text shares with one of the sources, or None."""
+    """The first n-gram of words that the text shares with one of the sources, or None."""
 
     def grams(words: list[str]) -> list[tuple[str, ...]]:
         return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
@@ -109,7 +109,7 @@ def _ending(finish: str) -> list[Reason]:
 
 
 def _content(text: str, task: Task, config: RationaleConfig, wording: Wording, sources: Sequence[str]) -> list[Reason]:
-    """What the text must speak of, and what it must not take over."""
+    """Check that the text mentions what it must and does not copy the sources."""
     if task == "iqa":
         if not wording.quality_factors.search(plain(unicodedata.normalize("NFKC", text))):
             return [Reason("no-quality-factor", "it names no quality factor")]
@@ -130,7 +130,7 @@ def _content(text: str, task: Task, config: RationaleConfig, wording: Wording, s
 
 
 def training_text_problem(text: str, score: float) -> Reason | None:
-    """Why the assembled training text is not one think and one answer pair with the row's score, or None."""
+    """Reason why the training text is not one think and one answer pair with the row's score, or None."""
     try:
         assembled = answer_text(text, score)
     except UserError as e:
@@ -152,12 +152,12 @@ def check_text(
     config: RationaleConfig,
     wording: Wording,
 ) -> list[Reason]:
-    """Every reason against a text whose reasoning has been dropped already; none means that it may be kept.
+    """Reasons to reject a text from which reasoning was removed; empty if accepted. Stops early if empty or too long.
 
     Args:
-        finish: "stop" when the teacher ended by itself, "length" when the token limit cut it.
-        score: the row's score on 0-100, which the text must not give away.
-        attributes: attribute name -> text, what an IAA text may not copy.
+        finish: "stop" when the teacher ended by itself, "length" when the token limit cut the text off.
+        score: the row's score on 0-100, which the text must not reveal.
+        attributes: attribute name -> text that an IAA text must not copy.
     """
     text = text.strip()
     if len(text) > MAX_CHARS:

@@ -1,8 +1,8 @@
-"""An OpenAI-compatible endpoint as a place to ask: limits, retries, timeouts, and when to give up.
+"""Client for an OpenAI-compatible endpoint, with rate limits, retries and timeouts.
 
-In: a `Request` and its picture. Out: an `Answer`. Failed tries are repeated with exponential waits and jitter; a 429
-makes all slots pause together, as long as its Retry-After says; requests and tokens a minute are held below the
-settings. What no retry can cure ends the run at once. The key is read from the environment and goes into one header.
+`Endpoint.ask` sends a `Request` with its picture and returns an `Answer`. Failed tries are repeated with exponential
+backoff and jitter. A 429 pauses all slots together for its Retry-After. Requests and tokens per minute stay within the
+settings. Errors such as missing access end the run. The key comes from the environment and is sent in one header.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ RETRY_AFTER_MAX = 900.0  # a Retry-After beyond this is taken as this
 
 
 class NoAnswer(Exception):
-    """All tries of one sample's request failed; the message says how the last one did."""
+    """All tries of one sample's request failed. The message describes the last failure."""
 
 
 class Stopped(Exception):
-    """The run is being stopped: nothing more is sent."""
+    """The run is being stopped; no further request is sent."""
 
 
 def tokens_bound(request: Request, picture: Picture | None) -> int:
-    """Upper bound of the prompt's tokens: a byte is at most a token, and chat templates add a few."""
+    """Upper bound of the prompt's tokens: a byte is at most a token; 64 for the chat template; the picture's."""
     return len(request.system.encode()) + len(request.user.encode()) + 64 + (picture.tokens if picture else 0)
 
 
@@ -72,7 +72,7 @@ def body_of(request: Request, picture: Picture | None) -> bytes:
 
 
 def key_of(target: Target) -> str | None:
-    """The key from the environment. Raises UserError where the variable is not set or is no header value."""
+    """The API key from the environment. Raises UserError if the variable is unset or not a valid header value."""
     if not target.api_key_env:
         return None
     key = os.environ.get(target.api_key_env, "").strip()
@@ -85,7 +85,7 @@ def key_of(target: Target) -> str | None:
 
 
 def limiter(per_minute: float) -> AsyncLimiter | None:
-    """None for 0. No minute sees more than `per_minute`: its burst and what comes evenly after add up to no more."""
+    """Rate limiter, or None for 0. A burst plus the steady rate after it stay within `per_minute` in any minute."""
     if not per_minute:
         return None
     per_window = per_minute * WINDOW_S / (60 + WINDOW_S)
@@ -93,7 +93,7 @@ def limiter(per_minute: float) -> AsyncLimiter | None:
 
 
 async def acquire(limit: AsyncLimiter | None, amount: float) -> None:
-    """Wait for `amount`, in parts where it is more than a burst."""
+    """Acquire `amount` from the limiter, in parts if it exceeds one burst."""
     while limit is not None and amount > 0:
         part = min(amount, limit.max_rate)
         await limit.acquire(part)
@@ -106,7 +106,7 @@ def _is_loopback(url: str) -> bool:
 
 
 class Endpoint:
-    """One address and key. `say` receives the few things a user should know at once. Close it."""
+    """Client for one address and key. `say` receives messages for the user. Call `close` when done."""
 
     def __init__(self, target: Target, limits: LimitsConfig, say: Callable[[str], None]) -> None:
         self.limits, self.say = limits, say
@@ -143,7 +143,7 @@ class Endpoint:
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[httpx.AsyncClient]:
-        """A client that nobody else uses meanwhile; its open connection is used again."""
+        """Borrow an HTTP client for exclusive use, reusing its open connection."""
         if not self._idle:
             self._clients.append(httpx.AsyncClient(**self._options))
             self._idle.append(self._clients[-1])
@@ -160,10 +160,10 @@ class Endpoint:
     async def ask(
         self, request: Request, picture: Picture | None, on_lost: Callable[[], Awaitable[None]] | None = None
     ) -> Answer:
-        """The endpoint's answer. `on_lost` is awaited after a try that may have cost tokens and gave none.
+        """Send a request and return its answer. `on_lost` is awaited after a failed try that may have cost tokens.
 
         Raises:
-            NoAnswer: all tries failed. ReplyRefused: the endpoint will not answer this one.
+            NoAnswer: all tries failed. ReplyRefused: the endpoint refuses this request.
             UserError: no access, no such model, a wrong address. RunError: too many failures in a row.
         """
         self._asking += 1
@@ -187,7 +187,7 @@ class Endpoint:
         return answer
 
     def _failed(self, request: Request, error: Exception) -> None:
-        """One more without an answer. Raises RunError when that makes too many in a row."""
+        """Count a request without an answer. Raises RunError after `failures_in_a_row` of them."""
         self._failures += 1
         if self._failures >= self.limits.failures_in_a_row:
             raise RunError(
@@ -196,7 +196,7 @@ class Endpoint:
             ) from None
 
     async def _others_answered(self) -> bool:
-        """Whether this endpoint answers anybody; waits while that may still turn out."""
+        """Whether this endpoint has answered any request; waits while other requests may still be answered."""
         self._undecided += 1
         try:
             while not self._answered and self._undecided < self._asking and not self.stopped:
@@ -239,7 +239,7 @@ class Endpoint:
         raise AssertionError("AsyncRetrying ends by return or by raising")
 
     def _pause(self, request: Request, error: TryAgain) -> None:
-        """Nobody asks before the pause is over. Without a Retry-After it doubles from pause to pause."""
+        """Pause all requests for the error's Retry-After, or without one for a time that doubles at each pause."""
         now, seconds = time.monotonic(), error.retry_after
         if now < self._resume_at and seconds is None:
             return  # asked before the pause that another slot began: the same event
@@ -253,9 +253,9 @@ class Endpoint:
             self.say(f"{request.target.url} asks us to slow down: nothing is asked for {left:.0f} s ({error})")
 
     async def _turn(self, bound: int) -> None:
-        """Wait for the shared pause, then for the rate limits: a turn taken before a pause would add to the burst.
+        """Wait for the shared pause, then for the rate limits. A turn taken before a pause would add to the burst.
 
-        Raises Stopped when the run is being stopped, also by a cancel meanwhile: nothing was sent, nothing is spent.
+        Raises Stopped when the run is being stopped, also if cancelled while waiting. Nothing was sent or spent then.
         """
         try:
             while True:
@@ -273,7 +273,7 @@ class Endpoint:
             raise
 
     async def _once(self, request: Request, picture: Picture | None) -> Answer:
-        """One try; two where the endpoint may not know the schema: then what works is kept."""
+        """Send the request; after `NoSchema` send it without the schema, which later requests then leave out."""
         plain = replace(request, schema=None)
         if request.schema is None or not self._structured:
             return await self._send(plain, picture)
@@ -299,7 +299,7 @@ class Endpoint:
         return read_answer(reply, bound, request.max_tokens, self._key)
 
     async def _post(self, request: Request, body: bytes) -> tuple[int, httpx.Headers, bytes]:
-        """(status, headers, body) of one POST, all of it within timeout_s."""
+        """Make one POST request within `timeout_s` and return (status, headers, body)."""
         seconds, sent = request.target.timeout_s, False
         self.sending += 1
         try:

@@ -1,8 +1,8 @@
-"""Where a build or judge run stands: which row has which answers, what each row came to, what it has cost.
+"""State of a build or judge run: answers and outcome of each row, token counts and cost.
 
-In: rows of the manifest, journal lines of earlier runs, answers of this one. Out: the rows still to be asked with their
-next attempt, and counts. The outcome of a row is a function of its answers in order of attempt alone, so a resumed run
-comes to what an undisturbed one comes to.
+`Ledger` takes the rows of the manifest, the journal lines of earlier runs and the answers of this run. It yields the
+rows still to be asked, and counts. The outcome of a row depends only on its answers in order of attempt, so a resumed
+run gets the same outcomes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tatar_dist.types import Task
 
 @dataclass
 class LedgerEntry:
-    """One row's story. `failed` says why nobody answered; such a row is asked again by the next run.
+    """State of one row. `failed` is why it got no answer; the next run asks again about such a row.
 
-    `digest`: of what is asked about it. `failed_before`: an earlier run got no answer, so that others go first.
+    `digest`: hash of what is asked about the row. `failed_before`: an earlier run got no answer, so others go first.
     """
 
     number: int
@@ -36,7 +36,7 @@ class LedgerEntry:
 
     @property
     def verdict(self) -> str | None:
-        """accept, again or reject: what the last answer came to; reject for a row that was not worth asking."""
+        """Verdict of the last answer (accept, again or reject); reject for a row that failed before it was asked."""
         if self.before:
             return "reject"
         return self.answers[-1][1].verdict if self.answers else None
@@ -59,7 +59,7 @@ def journal_line(entry: LedgerEntry, attempt: int, answer: Answer) -> dict[str, 
 
 
 class Ledger:
-    """Filled in two passes: `remember` every journal line, then `enter` every row in order; then `take` answers."""
+    """Ledger of a run. First `remember` every journal line, then `enter` every row in order, then `take` answers."""
 
     def __init__(self, question: Question) -> None:
         self.question = question
@@ -74,9 +74,9 @@ class Ledger:
         self._reserved: dict[tuple[str, int], int] = {}  # asked by a killed run, never answered
 
     def remember(self, line: dict[str, Any]) -> None:
-        """A journal line: an answer; tokens reserved for a request ("asking"); or tokens of a lost one ("lost").
+        """Read a journal line: an answer, tokens reserved for a request ("asking"), or tokens of a lost one ("lost").
 
-        With "failed" beside "lost", the request got no answer for good, and this is what was said.
+        "failed" beside "lost" holds the error of a request that got no answer after all retries.
         """
         key = (line["sample_id"], line["attempt"])
         if "asking" in line:
@@ -94,7 +94,7 @@ class Ledger:
         self._failed_before.discard(line["sample_id"])
 
     def unanswered(self) -> list[dict[str, Any]]:
-        """All lines are read: what a killed run asked and got no answer for counts as spent. Lines for the journal."""
+        """Count reservations that a killed run left open as spent; return journal lines. Call after all `remember`."""
         lines = [
             {"sample_id": sample_id, "attempt": attempt, "lost": tokens}
             for (sample_id, attempt), tokens in self._reserved.items()
@@ -105,7 +105,7 @@ class Ledger:
 
     @property
     def tokens(self) -> int:
-        """Prompt and completion tokens of all runs of this output, lost requests at what was reserved for them."""
+        """Prompt and completion tokens of all runs of this output; a lost request counts as its reservation."""
         return self.prompt_tokens + self.completion_tokens + self.lost_tokens
 
     def _count(self, answer: Answer) -> None:
@@ -113,7 +113,7 @@ class Ledger:
         self.completion_tokens += answer.completion_tokens
 
     def enter(self, row: QuestionRow) -> LedgerEntry:
-        """The next row of the manifest, with what is durable of it already."""
+        """Add the next row of the manifest, with its answers from the journal."""
         digest = self.question.digest(row)
         failed_before = row.sample_id in self._failed_before
         entry = LedgerEntry(row.number, row.sample_id, row.dataset, row.task, digest, failed_before)
@@ -127,7 +127,7 @@ class Ledger:
         return entry
 
     def is_settled(self, entry: LedgerEntry) -> bool:
-        """No (further) answer is wanted: accepted, rejected for good, or asked often enough."""
+        """Whether the row needs no further answer: accepted, rejected, or out of attempts."""
         return entry.verdict in ("accept", "reject") or len(entry.answers) >= self.attempts
 
     def _settle(self, entry: LedgerEntry) -> None:
@@ -136,26 +136,26 @@ class Ledger:
             self.rejected += not entry.accepted
 
     def todo(self) -> Iterator[LedgerEntry]:
-        """Rows in order that want an answer; last those that got none before, lest they keep the others waiting."""
+        """Yield unsettled rows in order; those that got no answer in an earlier run come last, not to delay others."""
         for last in (False, True):
             for e in self.entries:
                 if e.failed_before == last and not self.is_settled(e) and e.failed is None:
                     yield e
 
     def take(self, entry: LedgerEntry, answer: Answer, outcome: Outcome) -> bool:
-        """A durable answer of this run. True when the row is settled by it."""
+        """Record a durable answer of this run. Returns whether it settles the row."""
         entry.answers.append((answer, outcome))
         self._count(answer)
         self._settle(entry)
         return self.is_settled(entry)
 
     def fail(self, entry: LedgerEntry, reason: Reason) -> None:
-        """Nobody answered: the row is left out of this run's output and asked again by the next run."""
+        """Record that a row got no answer. It is left out of this run's output; the next run asks about it again."""
         entry.failed = reason
         self.failed += 1
 
     def reject(self, entry: LedgerEntry, reason: Reason) -> None:
-        """The row cannot be asked at all, its image cannot be read for example."""
+        """Reject a row that cannot be asked, for example because its image cannot be read."""
         entry.before = (reason,)
         self.rejected += 1
 
@@ -168,13 +168,13 @@ class Ledger:
         return len(self.entries) - self.settled - self.failed
 
     def cost(self) -> float:
-        """In the currency of the prices; lost requests count as completion, the dearer kind."""
+        """Cost in the currency of the prices. Lost requests are priced as completion tokens, the dearer kind."""
         c = self.question.endpoint
         prompt, completion = self.prompt_tokens, self.completion_tokens + self.lost_tokens
         return (prompt * c.prompt_price + completion * c.completion_price) / 1e6
 
     def reasons(self) -> dict[Task, Counter[str]]:
-        """By task: how often each code rejected an answer (or a row that was not asked)."""
+        """Count per task how often each code rejected an answer or an unasked row, or left a row unanswered."""
         found: dict[Task, Counter[str]] = {}
         for entry in self.entries:
             counts = found.setdefault(entry.task, Counter())

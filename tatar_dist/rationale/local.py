@@ -1,9 +1,9 @@
-"""Our own vLLM engines on Ray as teacher or judge: `rationale.teacher.local=true model.path=...`.
+"""Use our own vLLM engines on Ray as teacher or judge: `rationale.teacher.local=true model.path=...`.
 
-In: a ledger with rows to ask, a journal, a stop flag, as for an endpoint (asking.py). Out: the same ledger. Rows go
-to the engines in rounds of one attempt; an engine call's answers are on disk before that engine is handed the next.
-With `rollout.deterministic` an answer depends on its row and attempt alone, so that a killed run, resumed, ends in the
-same file as an undisturbed one.
+As for an endpoint (asking.py), `LocalAsking` takes a ledger with rows to ask, a journal and a stop flag, and updates
+the ledger. Rows go to the engines in rounds of one attempt. The answers of an engine call are on disk before that
+engine gets the next call. With `rollout.deterministic` an answer depends only on its row and attempt, so that a killed
+and resumed run writes the same file as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CALLS_AHEAD = 4  # rows held in memory with their images: this many full calls o
 
 @dataclass(frozen=True)
 class _Asked:
-    """One row on its way through a round. `most`: tokens of its prompt and of the longest answer it may get."""
+    """A row being asked in a round. `most`: tokens of its prompt plus those of the longest allowed answer."""
 
     entry: LedgerEntry
     row: QuestionRow
@@ -43,7 +43,7 @@ class _Asked:
 
 
 class LocalAsking:
-    """One run on our own engines. `progress` is told after every engine call; `stopping` is asked before one."""
+    """One run on our own engines. `progress` is called after every engine call, `stopping` before one."""
 
     def __init__(
         self,
@@ -65,9 +65,9 @@ class LocalAsking:
             self.backbone = backbone(self.config.model)
 
     def run(self) -> None:
-        """Ask until every row is settled, the budget is spent, or the user wants to stop.
+        """Ask until every row is settled, the budget is spent, or the user requests a stop.
 
-        Raises UserError for a model or cluster that cannot be; RunError when an engine dies or is late.
+        Raises UserError for a model or cluster that cannot be used, RunError when an engine dies or is late.
         """
         plan = resolve(self.config, "evaluate")
         with Cluster(self.config) as cluster:
@@ -86,7 +86,7 @@ class LocalAsking:
         return self.budget_spent or self.stopping()
 
     def _settle(self, pool: RolloutPool, window: list[LedgerEntry]) -> None:
-        """Ask about these rows, attempt after attempt, until each is settled."""
+        """Ask about these rows, one attempt at a time, until each is settled."""
         samples = {}
         for entry in window:
             try:
@@ -108,7 +108,7 @@ class LocalAsking:
         return not self.ledger.is_settled(entry) and entry.failed is None
 
     def _asked(self, entry: LedgerEntry, row: QuestionRow, sample: Sample) -> _Asked | None:
-        """The rendered prompt of a row; None, and the row rejected, where it would not fit into the engine."""
+        """Render a row's prompt. Rejects the row and returns None if prompt or image do not fit the engine."""
         request = self.question.request(row, len(entry.answers))
         content: list[dict[str, str]] = [{"type": "image"}] if request.image else []
         messages = [
@@ -132,7 +132,7 @@ class LocalAsking:
         return _Asked(entry, row, request, Prompt(sample, text, f"{entry.number:09d}", request.image), most)
 
     def _affordable(self, asked: list[_Asked]) -> Iterator[list[_Asked]]:
-        """The rows in parts, each of which cannot exceed the budget whatever it costs."""
+        """Split the rows into parts whose maximal cost fits the budget left when the part is taken."""
         if self.budget is None:
             yield asked
             return
@@ -149,7 +149,7 @@ class LocalAsking:
             rest = rest[n:]
 
     def _round(self, pool: RolloutPool, asked: list[_Asked], task: Task, attempt: int) -> None:
-        """One answer for each of these rows, durable as engine calls return."""
+        """Get one answer for each of these rows, made durable as engine calls return."""
         if not asked:
             return
         s = self.question.sampling(task)
@@ -173,7 +173,7 @@ class LocalAsking:
                 return
 
     def _take(self, answered: Iterable[tuple[_Asked, Group]]) -> None:
-        """Make the answers of one engine call durable, with one commit, then count them."""
+        """Write the answers of one engine call to the journal in one commit, then count them."""
         found = []
         for asked, group in answered:
             (completion,) = group.completions

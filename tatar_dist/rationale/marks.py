@@ -1,8 +1,8 @@
-"""The judge's marks: the JSON schema it is held to, the strict reader of its answer, and what the marks decide.
+"""Judge's marks: JSON schema, strict parser, and the marks that reject.
 
-In: the judge's text. Out: two whole numbers from 1 to 5, or the reason why the text is no such answer. The reader takes
-exactly one JSON object with exactly the schema's keys: no prose around it, no code fence, no repeated key, no NaN, no
-mark that is a boolean, a fraction or a text. Nothing is guessed.
+`read_marks` takes the judge's text and returns two whole numbers from 1 to 5, or a `Reason` why it cannot be parsed. It
+accepts exactly one JSON object with exactly the schema's keys: no prose around it, no code fence, no repeated key, no
+NaN, no mark that is a boolean, a fraction or a string. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_CHARS = 10_000  # a longer answer is not read
 
 
 def schema(task: Task) -> dict[str, Any]:
-    """The JSON schema of an answer, in the strict form that OpenAI's and vLLM's structured outputs take."""
+    """JSON schema of an answer, in the strict form that OpenAI's and vLLM's structured outputs accept."""
     mark = {"type": "integer", "enum": list(range(LOWEST, HIGHEST + 1))}
     return {
         "type": "object",
@@ -33,7 +33,7 @@ def schema(task: Task) -> dict[str, Any]:
 
 
 class _NotAnAnswer(ValueError):
-    """The text is no answer; the message says why."""
+    """The text is not a valid answer; the message gives the reason."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def _constant(name: str) -> Any:
 
 
 def read_marks(text: str, task: Task) -> dict[str, int] | Reason:
-    """The marks by name in the schema's order, or a Reason with code "judge-json". Never raises on any string."""
+    """Marks by name in the schema's order, or a Reason with code "judge-json". Does not raise on any string."""
     if len(text) > MAX_CHARS:
         return Reason("judge-json", f"longer than {MAX_CHARS} characters")
     try:
@@ -70,7 +70,7 @@ def read_marks(text: str, task: Task) -> dict[str, int] | Reason:
 
 
 def low_marks(marks: dict[str, int], reject_at: int) -> list[Reason]:
-    """One reason for each mark that rejects: `reject_at` or less."""
+    """One reason for each mark that is `reject_at` or less."""
     return [
         Reason(f"low-{name}", f"the judge gave {name} {value} of {HIGHEST}, {reject_at} or less rejects")
         for name, value in marks.items()

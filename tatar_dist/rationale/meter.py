@@ -1,6 +1,6 @@
-"""The progress line of a build or judge run: how far, how much was rejected, what it costs, how long it will take.
+"""Progress of a build or judge run: rows done and rejected, cost, time left.
 
-A bar on a terminal; a plain line now and then where output is a file. Time left is reckoned from this run's own pace.
+Shows a bar on a terminal, else a plain line every 15 s. Time left is estimated from this run's own pace.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PLAIN_EVERY_S = 15.0
 
 
 class Meter:
-    """Context manager; call it with the ledger as often as you like."""
+    """Progress display, a context manager. Call it with the ledger as often as needed."""
 
     def __init__(self, name: str, total: int, console: Console | None = None) -> None:
         self.name, self.total = name, total
@@ -40,7 +40,7 @@ class Meter:
             self._bar.stop()
 
     def reading(self, ledger: Ledger) -> None:
-        """Rows are entered into the ledger, before any is asked; the pace is reckoned from the last call of this."""
+        """Show progress while rows enter the ledger, before any is asked. The pace is measured from the last call."""
         now, done = time.monotonic(), ledger.settled
         if self._bar:
             self._bar.update(self._task, completed=done, said="reading what is there")
@@ -61,7 +61,7 @@ class Meter:
             self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def line(self, ledger: Ledger, now: float) -> str:
-        """What stands beside the bar."""
+        """Text beside the bar."""
         done = ledger.settled + ledger.failed
         gone = max(now - self.began, 1e-9)
         here = done - self._settled_before

@@ -1,9 +1,9 @@
-"""Numbers written in words that give a score away: pure, on `plain` text (wording.py) with straight hyphens.
+"""Find numbers in words that reveal a score, in `plain` text (wording.py) with straight hyphens.
 
-In: the text and the row's score on 0-100. Out: the words that leak, or None. A whole ten ("just above seventy") or a
-compound ("seventy-two") is a leak whatever the score, since a text that may hold no number has little use for it;
-years and focal lengths are let pass. Smaller numbers are a leak only where they are the score: "two blurred edges" says
-nothing of it. Phrases such as "out of ten" are the wording's (configs/rationale_prompts.yaml).
+A whole ten ("just above seventy"), a compound ("seventy-two") or a decimal is a leak whatever the score (0-100), since
+a text without numbers has little use for it; years and focal lengths are allowed. 11 to 19 and "hundred" are a leak
+only if they are the score, a decade only beside it. Smaller numbers ("two blurred edges") are not. Phrases such as "out
+of ten" are part of the wording (configs/rationale_prompts.yaml).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PART_OF_DECADE = re.compile(rf"(?<!\w)(?:low|lower|mid|middle|high|higher|upper
 
 
 def spelled(number: int) -> str:
-    """A whole number from 0 to 100 in English words: 72 -> "seventy-two"."""
+    """Write a whole number from 0 to 100 in English words: 72 -> "seventy-two"."""
     if number == 0:
         return "zero"
     if number == 100:
@@ -42,12 +42,12 @@ def spelled(number: int) -> str:
 
 
 def decade(score: float) -> str | None:
-    """The decade of a score, "seventies" for 70-79; None below 20 and at 100."""
+    """Decade of a score: "seventies" for 70-79, None below 20 and at 100."""
     return _DECADES[int(score // 10) - 2] if 20 <= score < 100 else None
 
 
 def words_that_leak(words: str, score: float) -> str | None:
-    """The number in words that gives a score away, or None. A decade alone ("the seventies") only beside the score."""
+    """The number in words that reveals the score, or None. A decade ("the seventies") counts only near the score."""
     for pattern in (_TEN, _POINT, _PART_OF_DECADE):
         if found := pattern.search(words):
             return found.group()

@@ -1,7 +1,7 @@
-"""Images on their way to an endpoint: checked, bounded in size, as a data URL.
+"""Prepare images for an endpoint: check, bound the size, encode as a data URL.
 
-In: the encoded file of a row. Out: `data:image/...;base64,...` of at most `max_pixels` pixels. A file that is small
-enough, upright and of a format that endpoints read is sent as it is; others are decoded, resized and sent as JPEG.
+`picture` takes the encoded file of a row and makes `data:image/...;base64,...` of at most `max_pixels` pixels. A small
+and upright file in a format that endpoints read is sent unchanged. Others are decoded, resized and sent as JPEG.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PATCH = 28  # Qwen-VL's image token covers 28 x 28 pixels; other models count fe
 
 @dataclass(frozen=True)
 class Picture:
-    """What is sent, and its size in pixels."""
+    """Data URL that is sent, and the image's size in pixels."""
 
     url: str
     width: int
@@ -30,12 +30,12 @@ class Picture:
 
     @property
     def tokens(self) -> int:
-        """Upper estimate of the tokens it costs, for budgets and rate limits."""
+        """Upper estimate of the picture's tokens, for budgets and rate limits."""
         return -(-self.width // PATCH) * -(-self.height // PATCH) + 4
 
 
 def picture(data: bytes, max_pixels: int, where: str) -> Picture:
-    """Raises UnreadableImage when the file does not decode; `where` names the sample in it."""
+    """Encode an image for a request. Raises UnreadableImage if it does not decode; `where` names it there."""
     decoded = decode_image(data, where)  # always: a teacher must not be asked about an image that training cannot read
     mime = next((m for magic, m in SENT_AS_IS.items() if data.startswith(magic)), None)
     with Image.open(io.BytesIO(data)) as image:

@@ -1,8 +1,8 @@
-"""Whether a text is plain English prose: pure functions on its form, blind to what it says.
+"""Check that a text is plain English prose, by its form only; pure functions.
 
-In: the text as it came, and how long it may be. Out: faults as (stable code, sentence for people). Lists, headings,
-markup, tags of chat templates, addresses, other scripts, repetition and strings of keywords are faults. The limits are
-far from what ordinary texts show: a rule that costs good texts is worse than none.
+`form_faults` takes the text and its length limits and returns faults as (stable code, sentence for people). Lists,
+headings, markup, chat-template tags, addresses, other scripts, repetition and strings of keywords are faults. The
+limits are far from the values of ordinary texts, because a rule that rejects good texts is worse than none.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _ends(word: str, after: str) -> bool:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of an English text. Full stops in "e.g.", "the U.S. dome" and "..." in mid-sentence end none."""
+    """Split an English text into sentences. "e.g.", "the U.S. dome" and "..." in mid-sentence do not end one."""
     found, start = [], 0
     for stop in _STOP.finditer(text):
         after = text[stop.end() :].lstrip()
@@ -115,7 +115,7 @@ def sentences(text: str) -> list[str]:
 
 
 def repeated_share(words: list[str], n: int = 4) -> float:
-    """Share of the words that end a run of n words seen earlier (after the filters of Rae et al. 2021)."""
+    """Share of words that end an n-gram of words seen earlier (after the filters of Rae et al. 2021)."""
     runs = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
     return sum(count - 1 for count in runs.values()) / max(len(words), 1)
 
@@ -140,7 +140,7 @@ def _quoted(text: str) -> bool:
 
 
 def foreign(text: str) -> str | None:
-    """The first letter of another script than Latin, or the first emoji or other pictorial sign; None where none is."""
+    """The first letter of a script other than Latin, or the first emoji or other pictorial sign; None if neither."""
     for c in unicodedata.normalize("NFKC", text):
         if c.isascii():
             continue
@@ -153,7 +153,7 @@ def foreign(text: str) -> str | None:
 
 
 def _monotony(text: str) -> Iterator[tuple[str, str]]:
-    """Repetition, strings of keywords, and other languages: told by how often which words come."""
+    """Detect repetition, strings of keywords and other languages from word frequencies."""
     words = re.findall(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?", text.casefold())
     if len(words) < 12:
         return
@@ -171,7 +171,7 @@ def _monotony(text: str) -> Iterator[tuple[str, str]]:
 
 
 def form_faults(text: str, wanted: TextConfig) -> list[tuple[str, str]]:
-    """(code, sentence) of everything in a stripped, non-empty text that is not plain prose of the wanted length."""
+    """Faults of a stripped, non-empty text as (code, sentence): not plain prose, or not of the wanted length."""
     faults = []
     n_words = len(text.split())
     if n_words < wanted.min_words:

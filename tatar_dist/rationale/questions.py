@@ -1,8 +1,8 @@
-"""What is asked about a row and what its answer means: one class for teachers (`Build`), one for judges (`Judge`).
+"""Requests for teachers (`Build`) and judges (`Judge`), and the evaluation of their answers.
 
-Both are pure: rows, settings and wording in; requests, outcomes and finished rows out. Who carries the request, an
-endpoint (asking.py) or our own engines (local.py), does not matter here. The seed of a request is a hash of (run
-seed, attempt, sample id), so that asking again asks for another text and a resumed run asks what the first one asked.
+Both classes are pure: they make requests, outcomes and finished rows from rows, settings and wording. Requests go to an
+endpoint (asking.py) or to our own engines (local.py). The seed of a request is a hash of (run seed, attempt, sample
+id), so that another attempt samples another text and a resumed run repeats the requests of the first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tatar_dist.types import TASKS, Task
 
 @dataclass(frozen=True)
 class QuestionRow:
-    """What a question needs of a manifest's row, without its image. `number` counts from 0."""
+    """The columns of a manifest row that a question needs, without the image. `number` is the row index from 0."""
 
     number: int
     sample_id: str
@@ -40,7 +40,7 @@ class QuestionRow:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a request goes: `url` is "" for our own engines. `key` names the setting that holds the address."""
+    """Destination of a request. `url` is "" for our own engines; `key` is the setting that holds the address."""
 
     key: str
     url: str
@@ -53,7 +53,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Request:
-    """One question, its image apart. `schema` is the JSON schema that the answer must follow, if any."""
+    """One request without its image. `schema` is the JSON schema that the answer must follow, if any."""
 
     sample_id: str
     task: Task
@@ -75,7 +75,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. `finish` is "stop", "length" or what the endpoint says; tokens as the endpoint counts them."""
+    """An answer. `finish`: "stop", "length" or the endpoint's own value. Token counts: its own, or upper bounds."""
 
     text: str
     finish: str
@@ -85,14 +85,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """accept: keep the sample; again: this answer is rejected, another may be asked; reject: the sample is settled."""
+    """accept: keep the sample; again: reject the answer, allow another attempt; reject: reject the sample."""
 
     verdict: Literal["accept", "again", "reject"]
     reasons: tuple[Reason, ...] = ()
 
 
 def ordered_attributes(attributes: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(name, text) of the attribute texts that say something: the eight in the method's order, then any others."""
+    """(name, text) of the attribute texts that are not blank: the eight in the method's order, then any others."""
     found = [(name, str(text).strip()) for name, text in attributes.items() if str(text).strip()]
     return sorted(found, key=lambda pair: place(pair[0]))
 
@@ -112,7 +112,7 @@ def _hash(text: str) -> str:
 
 
 class Question(ABC):
-    """Common to both: the settings that a journal must agree on, and requests."""
+    """Base class of both: requests, and the settings that a journal must agree with."""
 
     name: str
     endpoint: EndpointConfig
@@ -157,7 +157,7 @@ class Question(ABC):
         )
 
     def settings(self, tasks: set[Task]) -> dict[str, Any]:
-        """Flat: everything that changes what is asked. A journal written under other values is not continued."""
+        """Flat dict of all settings that change the requests. A journal with other values is not continued."""
         found: dict[str, Any] = {"command": f"rationale {self.name}", "seed": self.config.seed}
         for task in sorted(tasks):
             words, s = self.words_of(task), self.sampling(task)
@@ -174,27 +174,27 @@ class Question(ABC):
         return found
 
     def about(self, row: QuestionRow) -> list[Any]:
-        """What of a row is asked about, its image apart."""
+        """Values of a row that are asked about, without the image."""
         return [row.task, row.score, row.attributes]
 
     def digest(self, row: QuestionRow) -> str:
-        """Of what is asked about the row: an answer to a row that has changed since is no answer to this one."""
+        """Hash of what is asked about the row; answers are not reused for a row that has changed since."""
         return _hash(json.dumps(self.about(row)))
 
     @abstractmethod
     def before(self, row: QuestionRow) -> list[Reason]:
-        """Reasons against the row that need no asking."""
+        """Reasons to reject the row without asking."""
 
     @abstractmethod
     def read(self, row: QuestionRow, answer: Answer) -> Outcome: ...
 
     @abstractmethod
     def finished(self, values: dict[str, Any], row: QuestionRow, attempt: int, answer: Answer) -> dict[str, Any]:
-        """The accepted row of the output: `values` are the manifest's own columns."""
+        """Accepted row of the output. `values`: the manifest's own columns."""
 
 
 class Build(Question):
-    """A teacher writes the row's rationale: fast for IQA, slow for IAA."""
+    """Questions to a teacher, which writes the row's rationale: fast for IQA, slow for IAA."""
 
     name = "build"
 
@@ -244,7 +244,7 @@ class Build(Question):
 
 
 class Judge(Question):
-    """A judge marks the row's rationale; hard checks come first and cost nothing."""
+    """Questions to a judge, which marks the row's rationale. The hard checks come first and cost nothing."""
 
     name = "judge"
 
@@ -280,7 +280,7 @@ class Judge(Question):
         return read_marks(without_reasoning(answer.text), row.task)
 
     def read(self, row: QuestionRow, answer: Answer) -> Outcome:
-        """A verdict that cannot be read is asked for again, except at temperature 0: it would be the same."""
+        """Outcome of a verdict. One that cannot be parsed is retried, except at temperature 0: it would be the same."""
         unread: Literal["again", "reject"] = "again" if self.c.verdict.temperature > 0 else "reject"
         if answer.finish != "stop":
             return Outcome(unread, (Reason("judge-cut-off", f"the judge's answer ended with {answer.finish!r}"),))
@@ -303,7 +303,7 @@ class Judge(Question):
 
 
 def require_target(question: Question, tasks: set[Task]) -> None:
-    """Raises UserError where nobody would answer: no address, no model name, or a local model without a path."""
+    """Raises UserError if the settings name no address, no model name, or no path of a local model."""
     section = question.targets[min(tasks)].key.removesuffix(".url")
     if question.endpoint.local:
         if not question.config.model.path:

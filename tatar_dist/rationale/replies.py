@@ -1,8 +1,8 @@
-"""What an endpoint's HTTP reply means: an answer, a reason to try again, a refusal of one sample, the end of the run.
+"""Interpret an endpoint's HTTP reply: answer, retry, refusal of one request, or end of the run.
 
-In: status, headers and body. Out: an `Answer`, or an exception that says which of the four it is. Pure; endpoint.py
-sends and waits. Some servers echo the key: it is cut out of what an error repeats of a body, and a text that holds it
-is asked again.
+`read_answer` and `raise_for` take status, headers and body, and return an `Answer` or raise the exception for the case.
+They do no I/O; endpoint.py sends and waits. Some servers echo the API key. It is removed from the excerpt of a body in
+an error message, and an answer that holds a key of `KEY_CHARS` characters or more is requested again.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ SCHEMA_WORDS = ("response_format", "response format", "json_schema", "guided", "
 
 
 class TryAgain(Exception):
-    """This try gave no answer; another may. `limited`: the endpoint asked to slow down (429).
+    """This try gave no answer, but another may. `limited`: the endpoint asked to slow down (429).
 
-    `lost`: the endpoint may have made tokens for it all the same.
+    `lost`: the endpoint may have generated tokens for it nevertheless.
     """
 
     def __init__(self, says: str, retry_after: float | None = None, limited: bool = False, lost: bool = False) -> None:
@@ -38,15 +38,15 @@ class TryAgain(Exception):
 
 
 class ReplyRefused(Exception):
-    """The endpoint refuses this one request, whatever the time."""
+    """The endpoint refuses this one request; a retry would not help."""
 
 
 class NoAccess(UserError):
-    """403 or 404: all requests are in vain, or this one alone where others are answered."""
+    """403 or 404: the endpoint refuses all requests, or only this one if it answers others."""
 
 
 class NoSchema(Exception):
-    """The endpoint may not know response_format with a JSON schema. `otherwise`: what it means if it does know it."""
+    """The endpoint may not support JSON schemas in response_format. `otherwise`: the error to raise if it does."""
 
     def __init__(self, says: str, otherwise: Exception) -> None:
         super().__init__(says)
@@ -54,7 +54,7 @@ class NoSchema(Exception):
 
 
 def redact(text: str, key: str | None) -> str:
-    """The text without the key, however the endpoint quoted it."""
+    """Replace the key in a text, in plain, JSON, HTML or URL quoting."""
     if not key:
         return text
     forms = {key, json.dumps(key)[1:-1], key.replace("/", "\\/"), html.escape(key), quote(key), quote(key, safe="")}
@@ -67,7 +67,7 @@ def redact(text: str, key: str | None) -> str:
 
 
 def excerpt(body: bytes, key: str | None) -> str:
-    """The endpoint's own words in one line: the message of an error object, or the body's beginning."""
+    """Error text of a reply in one line: the message of an error object, or the beginning of the body."""
     text = body.decode("utf-8", "replace")
     try:
         found = json.loads(text)
@@ -81,7 +81,7 @@ def excerpt(body: bytes, key: str | None) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait by the Retry-After header, a number or an HTTP date; None without a usable one."""
+    """Seconds to wait from the Retry-After header, a number or an HTTP date; None if missing or unusable."""
     value = headers.get("retry-after", "").strip()
     try:
         seconds = float(value)
@@ -94,14 +94,14 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _count(value: Any, bound: int) -> int:
-    """Tokens as the endpoint counts them; our own bound where it does not, or where the count cannot be."""
+    """The endpoint's token count, or our own bound if that is missing or implausible."""
     return value if type(value) is int and 0 <= value <= SANE * bound else bound
 
 
 def read_answer(body: bytes, prompt_bound: int, max_tokens: int, key: str | None) -> Answer:
-    """The answer in the body of a 200. Token counts that it lacks are replaced by upper bounds.
+    """Parse the body of a 200 reply. Missing token counts are replaced by upper bounds.
 
-    Raises TryAgain for a body that is not a whole chat completion, or a text that repeats the key.
+    Raises TryAgain if the body is not a complete chat completion, or the text repeats the key.
     """
     try:
         found = json.loads(body)
@@ -141,13 +141,13 @@ def _no_access(request: Request, status: int, said: str) -> str:
 
 
 def raise_for(status: int, headers: Mapping[str, str], body: bytes, request: Request, key: str | None) -> NoReturn:
-    """Raises what a status other than 200 means.
+    """Raise the exception for a status other than 200.
 
     Raises:
-        UserError: no later request can do better: no access, wrong address or model, no quota, a redirect. It is a
-            NoAccess where that may be so for this sample alone.
-        TryAgain: 429, 408, 409, 425, 5xx. ReplyRefused: any other 4xx.
-        NoSchema: where a request with a schema may be refused, or fail, because of it.
+        UserError: later requests would fail too: no access, wrong address or model, no quota, a redirect. The subclass
+            NoAccess (403, 404) is raised if this may concern one sample only.
+        TryAgain: 429, 408, 409, 425, 5xx. ReplyRefused: any other status.
+        NoSchema: a request with a schema may have been refused, or have failed, because of the schema.
     """
     said = excerpt(body, key)
     target = request.target

@@ -1,7 +1,7 @@
-"""What a run leaves for people: every rejected answer with its reasons, and a rejection-rate report.
+"""Write a run's rejected answers with their reasons, and a report of rejection rates.
 
-In: a ledger. Out: `R.rejected.jsonl` (one line a rejected answer or row, in manifest order), `R.report.md`, and a table
-for the terminal. No times and nothing of this process alone, so that a resumed run leaves the same files.
+From a ledger come `R.rejected.jsonl` (one line per rejected or failed answer or row, in manifest order), `R.report.md`
+and a table for the terminal. They hold no times and no state of one process, so a resumed run writes the same files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tatar_dist.rationale.ledger import Ledger, LedgerEntry
 from tatar_dist.run.files import write_whole, written_whole
 from tatar_dist.types import TASKS
 
-FAILURES = {  # codes of rows that nobody answered, and how they are told of
+FAILURES = {  # code of a row without an answer -> how messages describe it
     "no-answer": "rows got no answer after all retries",
     "endpoint-refused": "rows were refused by the endpoint",
 }
@@ -25,12 +25,12 @@ EXAMPLE_CHARS = 300
 
 
 def beside(output: Path, ending: str) -> Path:
-    """R.parquet -> R.<ending>, in the same directory."""
+    """Path of a file beside the output: R.parquet -> R.<ending>."""
     return output.with_name(f"{output.stem}.{ending}")
 
 
 def rejections(entry: LedgerEntry) -> Iterator[dict[str, Any]]:
-    """The lines of one row: its rejected answers, and why it was not asked or not answered."""
+    """Lines of one row: its rejected answers, and the reasons if it was not asked or not answered."""
     base = {"sample_id": entry.sample_id, "dataset": entry.dataset, "task": entry.task}
 
     def listed(reasons: tuple[Reason, ...]) -> list[dict[str, str]]:
@@ -54,7 +54,7 @@ def rejections(entry: LedgerEntry) -> Iterator[dict[str, Any]]:
 
 
 def write_rejections(ledger: Ledger, path: Path) -> int:
-    """Write the lines of all rows. Returns how many there are."""
+    """Write the lines of all rows. Returns their number."""
     count = 0
     with written_whole(path) as place, open(place, "w", encoding="utf-8") as f:
         for entry in ledger.entries:
@@ -65,7 +65,7 @@ def write_rejections(ledger: Ledger, path: Path) -> int:
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:
-    """Counts by task and reason, tokens and cost; what --json prints."""
+    """Counts by task and reason, tokens and cost; part of what --json prints."""
     tasks: dict[str, Any] = {}
     counts = ledger.reasons()
     for task in TASKS:
@@ -100,7 +100,7 @@ def summary(ledger: Ledger) -> dict[str, Any]:
 
 
 def _examples(ledger: Ledger, task: str, code: str) -> list[tuple[str, str, str]]:
-    """(sample id, what the reason says, beginning of the text) of the first rejections by a reason."""
+    """(sample id, sentence of the reason, beginning of the text) of the first rejections with a code."""
     found = []
     for entry in ledger.entries:
         if entry.task != task:
@@ -119,7 +119,7 @@ def _quoted(text: str) -> str:
 
 
 def write_report(ledger: Ledger, path: Path) -> None:
-    """The rejection-rate report as Markdown: by task, by reason, with examples."""
+    """Write the report of rejection rates as Markdown: by task, by reason, with examples."""
     found = summary(ledger)
     lines = [f"# rationale {ledger.question.name}: {found['accepted']} of {found['rows']} rows accepted", ""]
     lines += [
@@ -145,7 +145,7 @@ def write_report(ledger: Ledger, path: Path) -> None:
 
 
 def as_table(found: dict[str, Any], title: str) -> Any:
-    """The same figures as a rich table; `reason_lines` says why."""
+    """The same figures as a rich table, without the reasons (see `reason_lines`)."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -159,7 +159,7 @@ def as_table(found: dict[str, Any], title: str) -> Any:
 
 
 def reason_lines(found: dict[str, Any]) -> list[str]:
-    """One line a task: how often each reason rejected an answer, the most frequent first."""
+    """One line per task: count of each reason, the most frequent first."""
     return [
         f"{task}: " + ", ".join(f"{code} {n}" for code, n in t["reasons"].items())
         for task, t in found["tasks"].items()

@@ -1,7 +1,7 @@
-"""Rows of a manifest as questions need them, streamed in order; images and whole rows one at a time.
+"""Read a manifest for questions: rows streamed in order, images and whole rows one at a time.
 
-Streamed rows are `QuestionRow`s without images, in bounded memory. A Parquet file is not safe to share between threads:
-whoever reads here is one thread at a time.
+Streamed rows are `QuestionRow`s without images, in bounded memory. Read from one thread at a time, because a Parquet
+file must not be shared between threads.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _attributes(text: str | None, path: Path, number: int) -> dict[str, str]:
 
 
 def reject_unreadable(ledger: Ledger, rows: RationaleRows, entry: LedgerEntry, says: str) -> None:
-    """Reject a row whose image cannot be read. Raises UserError when so many were tried and none can."""
+    """Reject a row whose image cannot be read. Raises UserError if the first `IMAGES_TRIED` are all unreadable."""
     ledger.reject(entry, Reason("image-unreadable", says))
     ledger.images_unreadable += 1
     if ledger.images_unreadable >= IMAGES_TRIED and not ledger.images_read and not ledger.tokens:
@@ -49,13 +49,13 @@ def reject_unreadable(ledger: Ledger, rows: RationaleRows, entry: LedgerEntry, s
 
 
 class RationaleRows:
-    """The rows of a manifest that a run looks at: of these `splits` (none: of all), the first `limit` (None: all).
+    """Rows of a manifest that a run uses: the first `limit` (None: all) of the given `splits` (empty: all splits).
 
     Args:
-        image_root: where image paths start, instead of what the manifest says.
-        written: only rows that have a rationale.
+        image_root: base directory of image paths, overriding the manifest's.
+        written: keep only rows that have a rationale.
 
-    Raises UserError where that leaves none.
+    Raises UserError if no row is left.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class RationaleRows:
         return self.count
 
     def __iter__(self) -> Iterator[QuestionRow]:
-        """The rows in order, without images. `number` is the manifest's."""
+        """Yield the rows in order, without images. `number` is the row index in the manifest."""
         return islice(self._all(), self.limit)
 
     def _all(self) -> Iterator[QuestionRow]:
@@ -108,18 +108,18 @@ class RationaleRows:
 
     @property
     def image_root(self) -> Path:
-        """Where the manifest's image paths start; the output stays with it, wherever it lies."""
+        """Base directory of the manifest's image paths; the output keeps it, wherever the output is written."""
         return self.manifest.image_root
 
     @staticmethod
     def row_of(values: dict[str, Any], number: int) -> QuestionRow:
-        """A question's row from all columns of a manifest's row."""
+        """Make a `QuestionRow` from all columns of a manifest row."""
         texts = {name: value for name, value in values["attributes"].items() if isinstance(value, str)}
         ids = (values["sample_id"], values["dataset"], values["task"])
         return QuestionRow(number, *ids, float(values["score"]), values["rationale"], texts)
 
     def get(self, number: int) -> tuple[QuestionRow, Sample]:
-        """One row with its encoded image. Raises UnreadableImage when the image file cannot be read."""
+        """Read one row with its encoded image. Raises UnreadableImage if the image file cannot be read."""
         values = self.manifest.row(number)  # once: reading a row costs more than the rest
         row = self.row_of(values, number)
         image = self.manifest.image(values, number)

@@ -1,7 +1,7 @@
-"""`tatar-dist rationale build` and `judge`: read, ask what is still open, write the accepted rows.
+"""`tatar-dist rationale build` and `judge`: ask about the open rows, write the accepted ones.
 
-In: a manifest and a config. Out: the output manifest (accepted rows in manifest order), and beside it the journal, the
-rejected answers and a report. Run the same command again and it goes on where it stopped; a finished run asks nothing.
+From a manifest and a config, `run` writes the output manifest (accepted rows in manifest order), and beside it the
+journal, the rejected answers and a report. The same command resumes a stopped run; a finished run asks nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _prepare(name: str, source: Path, config: Config) -> tuple[Question, Rationa
 
 
 def dry_run(name: str, source: Path, config: Config) -> dict[str, Any]:
-    """What a run would ask: rows by task, addresses, one rendered prompt a task. Nothing is sent or written."""
+    """Plan of a run: rows by task, addresses, one rendered prompt per task. Nothing is sent or written."""
     question, rows = _prepare(name, source, config)
     journal = report.beside(Path(config.output), "journal.jsonl")
     found: dict[str, Any] = {"command": f"rationale {name}", "rows": len(rows), "splits": rows.splits or None}
@@ -68,7 +68,7 @@ def run(name: str, source: Path, config: Config) -> dict[str, Any]:
     """Build or judge `source` into `config.output`. Returns the summary that is printed.
 
     Raises:
-        UserError: bad input, or an endpoint that will never answer. Interrupted: stopped by the user.
+        UserError: bad input, or an endpoint that cannot be used. Interrupted: stopped by the user.
         RunError: the endpoint failed too often, the budget is spent, some rows got no answer, or none was accepted.
     """
     output = Path(config.output)
@@ -108,7 +108,7 @@ def run(name: str, source: Path, config: Config) -> dict[str, Any]:
 
 
 def _ask(ledger: Ledger, rows: RationaleRows, journal: Journal, meter: Meter, stop: StopSignals) -> bool:
-    """Ask what is open. Returns whether the budget ended it."""
+    """Ask about the open rows. Returns whether the budget was spent."""
     if ledger.question.endpoint.local:
         from tatar_dist.rationale.local import LocalAsking
 
@@ -127,7 +127,7 @@ def _say(text: str) -> None:
 
 
 def _write(ledger: Ledger, rows: RationaleRows, output: Path) -> None:
-    """The accepted rows in manifest order, the rejected answers, the report."""
+    """Write the accepted rows in manifest order, the rejected answers and the report."""
 
     def accepted() -> Iterator[dict[str, Any]]:
         for entry in ledger.entries:
@@ -142,7 +142,7 @@ def _write(ledger: Ledger, rows: RationaleRows, output: Path) -> None:
 
 
 def _complain(ledger: Ledger, found: dict[str, Any], stop: StopSignals, spent: bool) -> None:
-    """Raise what keeps the run from being complete; the files are written already."""
+    """Raise the error of an incomplete run. The files have been written before."""
     output = Path(found["output"])
     kept = f"{found['accepted']} accepted rows are in {found['output']}"
     again = "the same command goes on from here"

@@ -1,9 +1,8 @@
-"""`tatar-dist rationale template`: rationales without a teacher, from what is known of each row.
+"""`tatar-dist rationale template`: write rationales without a teacher, from each row's `meta`.
 
-In: a manifest whose `meta` holds `distortions` ([{family, strength 0-1}]: the demo set, KADID-10k) for IQA rows or
-numeric `attributes` (0-1, by name: the demo set) for IAA rows. Out: the same rows with a grounded text each, which
-passes the hard checks that a teacher's text must pass. A row of which nothing is known is an error, not a guess. The
-wording is a function of (seed, sample id) alone.
+The manifest's `meta` holds `distortions` ([{family, strength 0-1}]: the demo set, KADID-10k) for IQA rows or numeric
+`attributes` (0-1, by name: the demo set) for IAA rows. Each row gets a text grounded in them, which passes the hard
+checks for a teacher's text. A row without them is an error. The choice of words depends on (seed, sample id) alone.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from tatar_dist.demo.data.photos import PHOTOS
 from tatar_dist.demo.data.texts import FAMILY_NAMES, iaa_rationale, iqa_rationale
 from tatar_dist.errors import UserError
 
-ATTRIBUTES = (  # what the IAA sentences word
+ATTRIBUTES = (  # attributes that the IAA sentences describe
     "colour",
     "contrast",
     "placement",
@@ -43,16 +42,16 @@ def _generator(seed: int, sample_id: str) -> np.random.Generator:
 
 
 def _share(value: Any, where: str) -> float:
-    """A number in [0, 1]. Raises UserError naming the place."""
+    """Check that a value is a number in [0, 1]. Raises UserError with `where`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value <= 1 and math.isfinite(value)):
         raise UserError(f"{where}: {value!r} must be a number from 0 to 1")
     return float(value)
 
 
 def distortions_of(meta: dict[str, Any], where: str) -> tuple[Distortion, ...]:
-    """The known distortions of a row, strongest two at most; empty where meta has none.
+    """Distortions of a row from its meta, at most the two strongest; empty if meta has none.
 
-    Raises UserError for a family without words, a strength outside [0, 1], or a wrong form.
+    Raises UserError for a family without words, a strength outside [0, 1], or a wrong format.
     """
     listed = meta.get("distortions")
     if listed is None:
@@ -72,7 +71,7 @@ def distortions_of(meta: dict[str, Any], where: str) -> tuple[Distortion, ...]:
 
 
 def attributes_of(meta: dict[str, Any], where: str) -> dict[str, float] | None:
-    """The measured attributes of a row by name, None where meta has none. Raises UserError for a wrong one."""
+    """Measured attributes of a row by name, None if meta has none. Raises UserError if one is missing or invalid."""
     measured = meta.get("attributes")
     if measured is None:
         return None
@@ -84,13 +83,13 @@ def attributes_of(meta: dict[str, Any], where: str) -> dict[str, float] | None:
 
 
 def scene_of(meta: dict[str, Any]) -> str:
-    """What kind of photograph it is, in a word that fits before "photo". Unknown is "given"."""
+    """Category of the photograph as a word that fits before "photo"; "given" if unknown."""
     kinds = {photo.name: photo.category for photo in PHOTOS}
     return kinds.get(str(meta.get("photo")), "given")
 
 
 def rationale_of(row: dict[str, Any], seed: int, where: str) -> str:
-    """The text of one row. Raises UserError where nothing is known of it."""
+    """Text of one row. Raises UserError if its meta holds neither distortions nor attributes for its task."""
     meta, rng = row["meta"], _generator(seed, row["sample_id"])
     at = f"{where}, column meta"
     scene = scene_of(meta)
@@ -119,7 +118,7 @@ def _rows(manifest: Manifest, seed: int) -> Iterator[dict[str, Any]]:
 def run(source: Path, output: Path, seed: int = 0) -> dict[str, Any]:
     """Write `output`: all rows of `source`, each with a text. Returns {"rows", "output"}.
 
-    Raises UserError for a bad manifest, or a row of which nothing is known; then nothing is written.
+    Raises UserError for a bad manifest, or a row without the needed meta; then nothing is written.
     """
     if Path(output).resolve() == Path(source).resolve():
         raise UserError(f"--output {output}: is the input itself")

@@ -1,7 +1,7 @@
-"""What teachers and judges are told, read from configs/rationale_prompts.yaml and checked key by key.
+"""Load the prompts of teachers and judges and the word lists of the hard checks.
 
-In: the YAML file. Out: `Wording`: the system and user text of each question with its blanks filled in, and the word
-lists of the hard checks as compiled patterns. Whole words count: "outline" is no "line".
+The source is configs/rationale_prompts.yaml, checked key by key. `Wording` holds system and user text of each question,
+whose blanks `ask` fills in, and the word lists as compiled patterns of whole words: "line" is not found in "outline".
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LISTS = ("quality_factors", "refusals", "chat", "number_phrases", "ratings")
 
 @dataclass(frozen=True)
 class Wording:
-    """`system` and `user` by question ("fast", "slow", "judge.iqa", "judge.iaa"), and the patterns of the checks."""
+    """`system` and `user` texts by question ("fast", "slow", "judge.iqa", "judge.iaa"), and patterns of the checks."""
 
     system: dict[str, str]
     user: dict[str, Template]
@@ -42,20 +42,19 @@ class Wording:
     ratings: re.Pattern[str]
 
     def ask(self, question: str, blanks: Mapping[str, str]) -> tuple[str, str]:
-        """(system text, user text) with the blanks filled in; blanks that the text does not use are ignored."""
+        """(system text, user text) with the blanks filled in. Blanks that the text does not use are ignored."""
         return self.system[question], self.user[question].substitute(blanks)
 
 
 def plain(text: str) -> str:
-    """Lower case, straight apostrophes and single blanks: the form in which phrases are looked for."""
+    """Normalise a text for phrase search: lower case, straight apostrophes, single blanks."""
     return " ".join(text.casefold().replace("\u2019", "'").split())
 
 
 def phrase_pattern(phrases: list[str]) -> re.Pattern[str]:
-    """One pattern for many phrases, on `plain` text: whole words; a trailing * takes any ending, (a|b) is either,
-    (a )? may be missing.
+    """Compile phrases into one whole-word pattern for `plain` text.
 
-    Raises re.error for brackets that do not match.
+    A trailing * matches any ending, (a|b) either, (a )? is optional. Raises re.error for brackets that do not match.
     """
     parts = []
     for phrase in sorted(phrases, key=len, reverse=True):
@@ -92,7 +91,7 @@ def _user_text(text: Any, question: str, where: str) -> Template:
 
 
 def load_wording(path: str | Path) -> Wording:
-    """Read the file. Raises UserError for a missing file, broken YAML, and a missing, unknown or wrong key."""
+    """Read the YAML file. Raises UserError for a missing file, broken YAML, and a missing, unknown or wrong key."""
     import yaml
 
     file = locate(path)

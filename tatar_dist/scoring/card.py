@@ -1,8 +1,8 @@
-"""The model card of an exported model: what it is made from, how it was trained, what was measured, how to use it.
+"""Model card of an exported model: base model, training, data, measurements, usage.
 
-In: a run directory, the checkpoint that is exported, what was measured of it. Out: `facts`, a dict, and `render`, the
-text of README.md from `model_card.md.j2`. The stages are followed back from run to run by `model.path`. A card
-names no directory of the machine that it was written on.
+`facts` collects a dict from a run directory, the exported checkpoint and its evaluation; `render` makes the text of
+README.md from it with `model_card.md.j2`. Earlier stages are found by following `model.path` from run to run. A card
+contains no paths of the machine that wrote it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEMO_BASE, DEMO_SETS = "tiny-qwen2_5-vl", "demo-"  # the demo's base model; how 
 def facts(
     run: Path, checkpoint: Path, state: Mapping[str, Any], config: Config, evaluation: str | Path | None
 ) -> dict[str, Any]:
-    """What `render` needs besides prompts, dtype and limits (scoring/export.py).
+    """Values for `render`, except prompts, dtype and limits, which scoring/export.py adds.
 
     Raises:
         UserError: `evaluation` holds no metrics, or those of another model.
@@ -52,7 +52,7 @@ def facts(
 
 
 def render(known: Mapping[str, Any]) -> str:
-    """The card as Markdown."""
+    """Render the card as Markdown."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
@@ -61,7 +61,7 @@ def render(known: Mapping[str, Any]) -> str:
 
 
 def evaluation_of(run: Path, checkpoint: Path, given: str | Path | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """(directory, metrics.json) of an evaluation of `checkpoint`: `given`, else the latest beside `run`, else None.
+    """(directory, metrics.json) of an evaluation of `checkpoint`: `given`, else the newest beside `run`, else None.
 
     Raises:
         UserError: `given` holds no metrics, or those of another model.
@@ -82,7 +82,7 @@ def evaluation_of(run: Path, checkpoint: Path, given: str | Path | None = None) 
 
 
 def _is_of(directory: Path, found: Mapping[str, Any], checkpoint: Path) -> bool:
-    """By its path; and written after the checkpoint was, because `latest` names another one as a run goes on."""
+    """Whether metrics are of `checkpoint`: same path, and not older, because `latest` moves as the run goes on."""
     same = Path(str(found.get("model"))).resolve() == (checkpoint / "model").resolve()
     return same and (directory / "metrics.json").stat().st_mtime >= (checkpoint / STATE).stat().st_mtime
 
@@ -124,7 +124,7 @@ def _adapters(m: ModelConfig) -> str:
 
 
 def _stage(config: Config, stage: str, steps: int) -> dict[str, Any]:
-    """A stage's name and its settings, as (what, value) in words."""
+    """Name, reward preset and settings of a stage; settings are (label, value) pairs for people."""
     m, d, s, g, r = config.model, config.data, config.sft, config.grpo, config.rollout
     shared = [
         ("optimiser steps", steps),
@@ -156,8 +156,8 @@ def _optimiser(o: OptimConfig) -> str:
 
 
 def _data(configs: Iterable[Config]) -> tuple[list[tuple[str, str, str, int]], list[str]]:
-    """Rows as (data set, task, split, rows) of every manifest that a stage or the evaluation read, each file once; and
-    the names of those that are not there any more."""
+    """([(data set, task, split, rows)], [names of unreadable manifests]) of the manifests of all stages.
+    Each manifest that a stage or the evaluation read is counted once."""
     rows: Counter[tuple[str, str, str]] = Counter()
     missing, seen = [], set()
     for config, split in ((c, s) for c in configs for s in SPLITS):
@@ -183,7 +183,7 @@ def _results(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _curve(run: Path, step: int) -> dict[str, Any] | None:
-    """The last eval/SET/{srcc,plcc} that the run itself measured before `step`, or None. It keeps no counts."""
+    """The last eval/SET/{srcc,plcc} that the run itself logged before `step`, or None. A run logs no counts."""
     last = None
     for row in read_metrics(run):
         if isinstance(row.get("step"), int) and row["step"] < step and _measured_sets(row):
@@ -195,7 +195,7 @@ def _curve(run: Path, step: int) -> dict[str, Any] | None:
 
 
 def _measured_sets(row: Mapping[str, Any]) -> list[str]:
-    """Data sets whose SRCC a line of metrics.jsonl holds; their names may have a slash in them."""
+    """Data sets whose SRCC is in a line of metrics.jsonl. Their names may contain a slash."""
     keys = [k for k in row if k.startswith("eval/") and k.endswith("/srcc")]
     return [k.removeprefix("eval/").removesuffix("/srcc") for k in keys]
 
@@ -205,5 +205,5 @@ def _is_hub_name(model: str) -> bool:
 
 
 def _public(model: str) -> str:
-    """A hub name as it is, of a directory its last part."""
+    """Name to publish: a hub name unchanged, or the last part of a directory."""
     return model if _is_hub_name(model) else Path(model).name

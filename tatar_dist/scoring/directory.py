@@ -1,9 +1,9 @@
-"""What a model directory says of how its model is to be asked: for scoring and for serving, where no run has a config.
+"""Make the configuration for scoring and serving from a model directory, without the config of a run.
 
-In: a directory that training or `tatar-dist export` wrote, or any of a known family. Out: a `Config`. Family, dtype and
-context come from config.json, sizes of pictures from the processor; the wording from `prompts.yaml` beside them or, for
-a checkpoint's model, in its run, else configs/prompts.yaml; the length of an answer from the run or from
-generation_config.json. No torch.
+The directory comes from training or `tatar-dist export`, or holds any model of a known family. Family, dtype and
+context length come from config.json, image sizes from the processor; prompts from `prompts.yaml` there or, for a
+checkpoint's model, in its run, else configs/prompts.yaml; the answer length from the run or generation_config.json,
+else the default of the schema. Does not import torch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ PROCESSORS = {"processor_config.json": "image_processor", "preprocessor_config.j
 
 
 def model_config(model: str | os.PathLike[str], overrides: Sequence[str] = (), extra: Sequence[str] = ()) -> Config:
-    """The configuration to ask the model with: the directory's words, then `extra`, then the user's `overrides`.
+    """Configuration for a model: settings from the directory, then `extra`, then the user's `overrides`; later win.
 
     Raises:
-        UserError: no directory, no model of a known family in it, or a file of it that cannot be read.
+        UserError: no such directory, no model of a known family in it, or an unreadable file.
     """
     directory = locate(os.fspath(model))
     if not directory.is_dir():
@@ -70,7 +70,7 @@ def _family(directory: Path, settings: dict[str, Any]) -> str:
 
 
 def _pixels(directory: Path) -> tuple[int, int]:
-    """(least, most) pixels of a picture. Raises UserError where the directory does not tell."""
+    """(minimum, maximum) pixels of a picture. Raises UserError if the directory does not hold them."""
     for name, section in PROCESSORS.items():
         whole = _json(directory / name)
         found = whole.get(section) if whole and section else whole
@@ -88,7 +88,7 @@ def _pixels(directory: Path) -> tuple[int, int]:
 
 
 def run_of(directory: Path) -> Path | None:
-    """The run that a checkpoint's model belongs to, RUN of RUN/checkpoints/step_000100/model; None for another."""
+    """Run directory of a checkpoint's model: RUN of RUN/checkpoints/step_000100/model. None for other directories."""
     parents = directory.resolve().parents
     return parents[2] if len(parents) > 2 and parents[1].name == "checkpoints" else None
 
@@ -100,7 +100,7 @@ def _prompts(directory: Path) -> Path:
 
 
 def _answer_tokens(directory: Path) -> int:
-    """max_new_tokens of the run, of generation_config.json, or of the schema."""
+    """max_new_tokens of the run, else of generation_config.json, else of the schema."""
     run = run_of(directory)
     if run is not None and (run / "config.yaml").is_file():
         import yaml
@@ -114,7 +114,7 @@ def _answer_tokens(directory: Path) -> int:
 
 
 def _json(file: Path) -> dict[str, Any] | None:
-    """None when there is no such file. Raises UserError when it cannot be read."""
+    """Read a JSON object; None if there is no such file. Raises UserError if it cannot be read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -127,5 +127,5 @@ def _json(file: Path) -> dict[str, Any] | None:
 
 
 def _quoted(path: Path) -> str:
-    """As a value of `key=value`, which is read as YAML: a directory may be called 123 or a: b."""
+    """Quote a path for `key=value`, which is parsed as YAML: a directory may be named 123 or a: b."""
     return json.dumps(str(path))

@@ -1,8 +1,8 @@
-"""`tatar-dist export`: the trained model of a run as a Hugging Face directory that loads without our code.
+"""`tatar-dist export`: write the trained model of a run as a Hugging Face directory.
 
-In: a run directory with a finished checkpoint. Out: a new directory with weights (safetensors in shards, and an index),
-processor and tokenizer, a generation config, `prompts.yaml` (the wording that the run used) and the model card
-`README.md` (scoring/card.py). It is written beside and renamed: under its name a directory is whole.
+It loads without our code and holds weights (safetensors shards; an index if several), processor and tokenizer, a
+generation config, `prompts.yaml` (the wording of the run) and the model card `README.md` (scoring/card.py). The run
+must have a finished checkpoint. The directory is written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ OURS = {INDEX, GENERATION, model_card.NAME, PROMPTS, "config.json"}  # written a
 
 
 def model_of(run: str | Path) -> Path:
-    """The model directory of a run's newest finished checkpoint. Raises UserError when there is none."""
+    """Model directory of a run's newest finished checkpoint. Raises UserError if there is none."""
     return checkpoint_of(run)[0] / "model"
 
 
 def checkpoint_of(run: str | Path, step: int | None = None) -> CheckpointRef:
-    """(directory, state) of a run's newest finished checkpoint, or of the one of `step`. Raises UserError without."""
+    """(directory, state) of a run's finished checkpoint: the newest, or that of `step`. Raises UserError if absent."""
     if not Path(run).is_dir():
         raise UserError(f"{run}: no finished checkpoint in it: no such directory{looked_in(run)}")
     steps = []
@@ -67,16 +67,16 @@ def run(
     dtype: str | None = None,
     evaluation: str | Path | None = None,
 ) -> Path:
-    """Export to `output`, which must not exist or be empty, and not be the working directory; returns it.
+    """Export to `output`, which must be absent or an empty directory other than the current one. Returns its path.
 
     Args:
-        step: of the checkpoint; None = the newest.
-        shard_size: the most bytes of a weights file, for example 5GB or 500MB; a larger tensor gets its own.
+        step: training step of the checkpoint; None = the newest.
+        shard_size: maximal size of a weights file, for example 5GB or 500MB; a larger tensor gets a file of its own.
         dtype: bfloat16 or float32; None = as trained.
-        evaluation: the directory of an evaluation of this very checkpoint; None = one beside the run, if there is one.
+        evaluation: directory of an evaluation of this checkpoint; None = the newest one beside the run, if any.
 
     Raises:
-        UserError: no finished checkpoint, a damaged one, a bad option, no room, or a place that cannot be written.
+        UserError: no finished checkpoint, a damaged one, a bad option, too little disk space, or no write access.
     """
     target, source = Path(output), Path(run_directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -113,7 +113,7 @@ def run(
 
 
 def _prompts(source: Path, config: Config) -> Prompts:
-    """The wording that the run used; runs of before it was kept only name the file."""
+    """Prompts of the run. Old runs kept no copy of them, only the name of the file."""
     kept = source / PROMPTS
     return Prompts.load(kept if kept.exists() else config.data.prompts)
 
@@ -127,7 +127,7 @@ def _backbone(config: Config, model: Path) -> QwenVL:
 
 
 def _tensors(model: Path, dtype: str | None) -> dict[str, torch.Tensor]:
-    """Name -> a tensor without memory that has the shape and the type to be written. Raises UserError."""
+    """Name -> meta tensor with the shape and dtype to be written. Raises UserError for a bad dtype or no weights."""
     import torch
     from safetensors import safe_open
 
@@ -147,7 +147,7 @@ def _tensors(model: Path, dtype: str | None) -> dict[str, torch.Tensor]:
 
 
 def _shards(tensors: dict[str, torch.Tensor], size: str) -> Any:
-    """huggingface_hub's plan: file -> names of its tensors, and the index. Raises UserError for a bad size."""
+    """Shard plan of huggingface_hub: file -> tensor names, and the index. Raises UserError for a bad size."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     try:
@@ -157,7 +157,7 @@ def _shards(tensors: dict[str, torch.Tensor], size: str) -> Any:
 
 
 def _require_room(target: Path, needed: int) -> None:
-    """Raises UserError when the disk of `target` has fewer than `needed` bytes free."""
+    """Raises UserError if the disk of `target` has fewer than `needed` bytes free."""
     there = next(p for p in (target, *target.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
@@ -165,7 +165,7 @@ def _require_room(target: Path, needed: int) -> None:
 
 
 def _use(config: Config, backbone: QwenVL, prompts: Prompts, dtype: torch.dtype) -> dict[str, Any]:
-    """What the card's examples need: how the model was asked and decoded in training."""
+    """Values for the card's examples: prompts, dtype and decoding limits of training."""
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "max_new_tokens": config.rollout.max_new_tokens,
@@ -184,7 +184,7 @@ def _jobs(
     tensors: dict[str, torch.Tensor],
     shards: Any,
 ) -> Iterator[Job]:
-    """Everything that is written, as run/checkpoint_files.py takes it."""
+    """Yield all files to write, as jobs for run/checkpoint_files.py."""
 
     def text(content: str) -> Any:
         return lambda path: path.write_text(content, encoding="utf-8")
@@ -205,13 +205,13 @@ def _jobs(
 
 
 def _with_dtype(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json with its type named as the weights have it, in the parts of the model too."""
+    """Copy of config.json with the dtype of the weights, also in the sections of the model's parts."""
     found = {k: _with_dtype(v, dtype) if isinstance(v, dict) else v for k, v in settings.items()}
     return {k: dtype if k in ("dtype", "torch_dtype") else v for k, v in found.items()}
 
 
 def _generation(backbone: QwenVL, config: Config) -> Any:
-    """Greedy, until the end of the turn; no vision placeholder is ever written, as in training (rollout/engine.py)."""
+    """Generation config: greedy, up to the end of the turn, without vision placeholders, as in rollout/engine.py."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -224,7 +224,7 @@ def _generation(backbone: QwenVL, config: Config) -> Any:
 
 
 def _write_shard(model: Path, dtypes: dict[str, torch.dtype], target: Path) -> None:
-    """The tensors of one file, read from wherever the checkpoint has them; no more of the model is in memory."""
+    """Write the tensors of one shard. Only these are in memory; they may come from several checkpoint files."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 

@@ -1,7 +1,7 @@
-"""What `tatar-dist score` reads and shows: pictures from the command line; a table, JSON lines, a page.
+"""Input and output of `tatar-dist score`: find pictures, print a table or JSON lines, write a page.
 
-In: words of the command line, and scores as they come. Out: on standard output a table or one JSON object a line, on
-standard error progress and the pictures that could not be scored.
+Takes command-line words, and scores as they arrive. A table or one JSON object per line goes to standard output.
+Progress and the pictures that could not be scored go to standard error.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ REFRESH_S = 0.5  # scores come in batches
 
 
 def find_pictures(words: Sequence[str], stdin: Any = None) -> list[str | tuple[str, bytes]]:
-    """Every picture that the words name, each once, directories searched to the bottom in the order of names.
+    """Find the pictures that the words name, each once. Directories are searched recursively, sorted by path.
 
-    `-`: standard input, one encoded picture or a file name a line.
+    `-` reads standard input: one encoded picture, or one file name per line.
 
     Raises:
-        UserError: a word that names nothing, a directory without pictures, an empty standard input.
+        UserError: a word that matches nothing, a directory without pictures, an empty standard input.
     """
     found: dict[str, str | tuple[str, bytes]] = {}
     for word in words:
@@ -90,9 +90,9 @@ def run(
     html: Path | None,
     given: Sequence[str | tuple[str, bytes]] = (),
 ) -> int:
-    """Show scores as they come, what there is of them also after Ctrl-C; returns how many pictures have none.
+    """Print scores as they arrive, also partial results after Ctrl-C. Returns the number of pictures with errors.
 
-    load: loads the model; given: the pictures, where the page looks for those that are no files.
+    `load` loads the model and returns the function that scores. `given`: the pictures, for thumbnails of non-files.
     """
     found: list[Score] = []
     if html is not None:
@@ -145,7 +145,7 @@ def _show(found: Sequence[Score], as_json: bool, html: Path | None, kept: dict[s
 
 
 def as_table(scores: Sequence[Score]) -> Any:
-    """A row a picture that was scored, with the first words of what the model says, a line a task."""
+    """Rich table with a row per scored picture: scores, and the first words of the rationale, one line per task."""
     from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
@@ -179,7 +179,7 @@ def _cell(s: Score | None) -> str:
 
 
 def by_picture(scores: Iterable[Score]) -> dict[str, dict[str, Score]]:
-    """Picture -> task -> score, without those that could not be scored."""
+    """Picture -> task -> score, without pictures that could not be scored."""
     found: dict[str, dict[str, Score]] = {}
     for s in scores:
         if not s.error:
@@ -188,9 +188,9 @@ def by_picture(scores: Iterable[Score]) -> dict[str, dict[str, Score]]:
 
 
 def write_page(file: Path, scores: Sequence[Score], kept: Mapping[str, bytes] = MappingProxyType({})) -> None:
-    """One HTML page, best pictures first, nothing loaded from elsewhere; of very many the best and the worst.
+    """Write one self-contained HTML page, best pictures first; beyond `MOST_SHOWN` only the best and the worst.
 
-    kept: encoded pictures that are no files, by name. Raises UserError when it cannot be written.
+    `kept`: encoded pictures that are not files, by name. Raises UserError if the page cannot be written.
     """
     from jinja2 import Environment, PackageLoader
 
@@ -216,13 +216,13 @@ def write_page(file: Path, scores: Sequence[Score], kept: Mapping[str, bytes] = 
 
 
 def _rank(scores: Iterable[Score]) -> float:
-    """Best first, without a score last."""
+    """Sort key: the highest mean score first, pictures without a score last."""
     values = [s.score for s in scores if s.score is not None]
     return -sum(values) / len(values) if values else 1.0
 
 
 def thumbnail(name: str, data: bytes | str | None = None) -> str | None:
-    """The picture, the file `name` or encoded `data`, as a small JPEG in a data URI; None where it is gone."""
+    """Small JPEG data URI of encoded `data` or of the file `name`; None if it cannot be read."""
     from tatar_dist.data.images import UnreadableImage, decode_image
 
     data = read_picture(name)[1] if data is None else data

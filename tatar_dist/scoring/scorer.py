@@ -1,13 +1,12 @@
-"""Scores for pictures, from Python and from the command line: one engine in this process, no Ray.
+"""Score pictures from Python or the command line, with one engine in this process, no Ray.
 
     from tatar_dist import Scorer
     for score in Scorer("models/scorer").score(["photo.jpg", picture, data], task="both"):
         print(score.image, score.task, score.score, score.rationale)
 
-In: a model directory of ours (a checkpoint's or an exported one) and pictures: paths, encoded bytes, or Pillow images.
-Out: a `Score` for each picture and task, in order, as batches come back. The prompts, the picture sizes and the dtype
-are those that the directory says the model was trained with. A picture that cannot be read is a `Score` with `error`;
-the others are scored.
+The model directory is a checkpoint's or an exported one. Pictures are paths, encoded bytes or Pillow images. Each
+picture and task gives a `Score`, in order, as batches finish. Prompts, picture sizes and dtype are taken from the
+directory (scoring/directory.py). A picture that cannot be read gives a `Score` with `error`; the others are scored.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"}
 
 @dataclass(frozen=True)
 class Score:
-    """What a model says of one picture for one task.
+    """Result of one picture and task.
 
-    score: of the greedy answer, clamped to 0-100, None where it does not parse (`reason` says why); rationale: what it
-    wrote before; completion: all of it. samples: scores of sampled answers, None where one does not parse; mean, sd:
-    over those that do. expected, expected_sd: over the scores that the greedy answer might have been
-    (prompts/expected.py). error: why the picture was not asked about.
+    score: of the greedy answer, clamped to 0-100, None if it does not parse (`reason` gives the cause); rationale: its
+    thinking text; completion: the whole answer. samples: scores of sampled answers, None for one that does not parse;
+    mean, sd: of those that do. expected, expected_sd: mean and standard deviation over the scores that the greedy
+    answer could have had (prompts/expected.py). error: why the picture was not scored.
     """
 
     image: str
@@ -62,11 +61,11 @@ class Score:
 
 
 class Scorer:
-    """A loaded model. One at a time in a process: an engine keeps its memory until the process ends.
+    """A loaded model. Use one per process, because an engine keeps its memory until the process ends.
 
     Args:
-        model: directory.
-        overrides: config words (`rollout.max_new_tokens=512`, `rollout.tensor_parallel=2`), see config/schema.py.
+        model: model directory.
+        overrides: config overrides (`rollout.max_new_tokens=512`, `rollout.tensor_parallel=2`), see config/schema.py.
 
     Raises:
         UserError: no model of a known family in the directory.
@@ -96,14 +95,14 @@ class Scorer:
         seed: int = 0,
         expected: bool = False,
     ) -> Iterator[Score]:
-        """Scores in the order of the pictures, quality before aesthetics.
+        """Yield scores in the order of the pictures, quality before aesthetics.
 
         Args:
-            pictures: paths, encoded bytes, Pillow images, or (name, bytes); read as they are needed.
+            pictures: paths, encoded bytes, Pillow images, or (name, bytes); read lazily.
             task: iqa, iaa or both.
-            samples: sampled answers beside the greedy one; with them come mean and sd.
-            temperature, seed: of those.
-            expected: also the expectation over the scores that the greedy answer might have been.
+            samples: number of sampled answers in addition to the greedy one; gives mean and sd.
+            temperature, seed: of the sampled answers.
+            expected: also give the expectation over the scores that the greedy answer could have had.
 
         Raises:
             UserError: an unknown task.
@@ -131,7 +130,7 @@ class Scorer:
                 yield score_of(each, answer, next(draws).completions if draws else ())
 
     def _look(self, number: int, picture: Any, tasks: Sequence[Task]) -> _Looked:
-        """Read and decode one picture: what to ask about it, or the scores that say why not."""
+        """Read and decode one picture. Gives a prompt per task, or a score with the error."""
         name, data = read_picture(picture, number)
         error = data if isinstance(data, str) else ""
         size = (0, 0)
@@ -153,14 +152,14 @@ class Scorer:
 
 @dataclass(frozen=True)
 class _Looked:
-    """A picture: a prompt for each task, or a score with an error; its pixels."""
+    """A picture's prompt (or score with an error) for each task, and its number of pixels."""
 
     asked: list[Score | Prompt]
     pixels: int
 
 
 def read_picture(picture: Any, number: int = 0) -> tuple[str, bytes | str]:
-    """(name, encoded bytes), or (name, why there are none)."""
+    """Read a picture as (name, encoded bytes), or as (name, error text) if that fails."""
     if isinstance(picture, tuple):
         return str(picture[0]), bytes(picture[1])
     if isinstance(picture, bytes | bytearray | memoryview):
@@ -180,7 +179,7 @@ def read_picture(picture: Any, number: int = 0) -> tuple[str, bytes | str]:
 
 
 def _encoded(picture: Image) -> bytes:
-    """A Pillow image, upright, as a PNG."""
+    """Encode a Pillow image as an upright PNG."""
     from PIL import ImageOps
 
     upright = ImageOps.exif_transpose(picture)
@@ -190,7 +189,7 @@ def _encoded(picture: Image) -> bytes:
 
 
 def score_of(prompt: Prompt, greedy: Completion, sampled: Sequence[Completion] = ()) -> Score:
-    """The record of a greedy completion and of sampled ones."""
+    """Make the `Score` of a prompt from its greedy and sampled completions."""
     said = parse(greedy.text)
     values = tuple(clamped(parse(c.text).value) for c in sampled)
     mean, sd = spread(values)

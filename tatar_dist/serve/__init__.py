@@ -1,1 +1,1 @@
-"""Serving a trained model: vLLM's own OpenAI-compatible server, with our prompts, `/score` and a page before it."""
+"""Serve a model: vLLM's OpenAI-compatible server with our prompts, `/score` and a web page."""

@@ -1,6 +1,6 @@
-"""Pictures and chat requests in, chat requests with our wording out; chat answers in, scores out. Pure functions.
+"""Build chat requests with our prompts, and read scores from the answers. Pure functions.
 
-The same prompts, forbidden tokens and parser as in training: a score from here is the score that evaluation finds.
+Prompts, forbidden tokens and parser are those of training, so that scores agree with evaluation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tatar_dist.types import Task
 
 @dataclass(frozen=True)
 class Scoring:
-    """What every request of a server shares. `model`: the name it serves the model by. `forbidden`: token ids."""
+    """Settings shared by all requests of a server. `model`: served model name. `forbidden`: token ids."""
 
     model: str
     prompts: Prompts
@@ -36,7 +36,7 @@ class Scoring:
 
 
 def upright(data: bytes) -> Image.Image:
-    """Encoded bytes of any kind that `decode_image` reads -> the RGB picture. Raises RequestRefused."""
+    """Decode any format that `decode_image` reads to an RGB picture. Raises RequestRefused, also for its shape."""
     try:
         image = decode_image(data, "image")
     except UnreadableImage as e:
@@ -50,21 +50,21 @@ def upright(data: bytes) -> Image.Image:
 
 
 def data_url(image: Image.Image) -> str:
-    """The picture, exactly, as a URL that vLLM reads."""
+    """Encode the picture without loss as a data URL (PNG) for vLLM."""
     out = io.BytesIO()
     image.save(out, "PNG", compress_level=1)  # nobody keeps it: fast rather than small
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def messages(scoring: Scoring, task: Task, url: str) -> list[dict[str, Any]]:
-    """The prompt of a task with this picture in it."""
+    """Chat messages of a task's prompt with this picture."""
     system, user = scoring.prompts.messages(task)
     picture = {"type": "image_url", "image_url": {"url": url}}
     return [system, {**user, "content": [picture, *(p for p in user["content"] if p["type"] != "image")]}]
 
 
 def request_body(scoring: Scoring, task: Task, url: str, n: int, temperature: float) -> dict[str, Any]:
-    """A chat request for `n` answers; temperature 0 is greedy."""
+    """Body of a chat request for `n` answers. Temperature 0 is greedy."""
     return {
         "model": scoring.model,
         "messages": messages(scoring, task, url),
@@ -76,13 +76,13 @@ def request_body(scoring: Scoring, task: Task, url: str, n: int, temperature: fl
 
 
 def preset(scoring: Scoring, task: Task, body: Mapping[str, Any]) -> dict[str, Any]:
-    """A user's chat request to the model `task` with our wording around its picture; the text it had is left out.
+    """Replace the text of a user's chat request to the model `task` with our prompt around its picture.
 
-    Its own options stay; where it has none, an answer is greedy, or sampled at 1 if several are asked for.
+    The request's own options are kept. The default is greedy, or temperature 1 if several answers are requested.
 
     Raises:
         RequestRefused: no picture or several, one that cannot be read, or one that is not in the request (nothing is
-            fetched); a logit_bias that is none.
+            fetched); an invalid logit_bias.
     """
     urls = _pictures(body.get("messages"))
     if not urls:
@@ -102,7 +102,7 @@ def preset(scoring: Scoring, task: Task, body: Mapping[str, Any]) -> dict[str, A
 
 
 def _pictures(given: Any) -> list[str]:
-    """Data URLs of the pictures in chat messages, in order. What has no known shape is left for vLLM to refuse."""
+    """Data URLs of the pictures in chat messages, in order. vLLM refuses messages of an unknown structure."""
     contents = [m.get("content") for m in given if isinstance(m, dict)] if isinstance(given, list) else []
     parts = [p for c in contents if isinstance(c, list) for p in c if isinstance(p, dict) and "image_url" in p]
     urls = [p["image_url"].get("url") if isinstance(p["image_url"], dict) else p["image_url"] for p in parts]
@@ -113,7 +113,7 @@ def _pictures(given: Any) -> list[str]:
 
 
 def answer(choice: Mapping[str, Any]) -> dict[str, Any]:
-    """A choice of a chat completion -> score (0-100; None if it did not parse), rationale, reason, truncated."""
+    """Parse a choice of a chat completion: score (0-100, None if it did not parse), rationale, reason, truncated."""
     text, cut = choice["message"]["content"] or "", choice["finish_reason"] == "length"
     parsed = parse(text)
     reason = parsed.reason
@@ -123,10 +123,10 @@ def answer(choice: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(greedy: Mapping[str, Any], sampled: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A task's answer to `/score`.
+    """One task's part of the `/score` reply.
 
-    `score`, `rationale`, `reason` (why there is no score) are the greedy answer's. `n`, `parsed`, `truncated` count the
-    sampled ones, `mean` and `sd` (of a sample: n - 1) are of those that parsed; None where too few did.
+    `score`, `rationale` and `reason` (why there is no score) are of the greedy answer. `n`, `parsed` and `truncated`
+    count the sampled ones. `mean` and `sd` (divisor n - 1) are over those that parsed, None if there are too few.
     """
     scores = [s["score"] for s in sampled]
     mean, sd = spread(scores)

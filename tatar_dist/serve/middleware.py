@@ -1,9 +1,9 @@
-"""What stands before vLLM's app: `/` is a page, `/score` scores a picture, chat requests to `iqa` and `iaa` get our
-wording; any other request passes unchanged.
+"""ASGI middleware in front of vLLM's app.
 
-vLLM imports `Front` by its path (`--middleware`) and gives it the app alone; what else it needs is on the server's
-arguments, `app.state.args.scoring`. `/score` asks vLLM's own `/v1/chat/completions` in this process, with the caller's
-key: who may not ask there may not ask here.
+`/` is a page, `/score` scores a picture, and chat requests to `iqa` and `iaa` get our prompts. Other requests pass
+unchanged. vLLM imports `Front` by its path (`--middleware`) and passes it only the app; other settings are read from
+the server's arguments, `app.state.args` (see `_args`). `/score` calls vLLM's own `/v1/chat/completions` in this process
+with the caller's key, so that the same callers are allowed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ POLICY = (
 
 
 class Front:
-    """ASGI middleware, the outermost of vLLM's."""
+    """Outermost ASGI middleware of vLLM's app."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -74,14 +74,14 @@ class Front:
             await self.app(scope, receive, send)
 
     async def _check_key(self, scope: Scope) -> None:
-        """Raises RequestRefused (401) where vLLM would refuse."""
+        """Raises RequestRefused (401) if vLLM refuses the caller's key."""
         if (await self._ask(scope, None, "GET", "/v1/models")).status_code == 401:
             raise RequestRefused("the API key is missing or wrong: send it as `Authorization: Bearer KEY`", 401)
 
     async def _ask(
         self, scope: Scope, waiting: Receive | None, method: str, path: str, body: Any = None
     ) -> httpx.Response:
-        """Call vLLM's app as the caller of `scope`. `waiting`: where vLLM hears that the caller has gone."""
+        """Call vLLM's app as the caller of `scope`. `waiting` tells vLLM when the caller disconnects."""
 
         async def app(inner: Scope, receive: Receive, send: Send) -> None:
             if waiting is not None:
@@ -100,7 +100,7 @@ class Front:
         return JSONResponse(dict(zip(asked.tasks, found, strict=True)))
 
     async def _task(self, scope: Scope, receive: Receive, task: Task, url: str, asked: ScoreRequest) -> dict[str, Any]:
-        """The greedy answer, then the sampled ones, which find the picture and the prompt in vLLM's caches."""
+        """Get the greedy answer, then the sampled ones, which reuse picture and prompt from vLLM's caches."""
 
         async def answers(n: int, temperature: float) -> list[dict[str, Any]]:
             body = chat.request_body(_args(scope).scoring, task, url, n, temperature)
@@ -128,7 +128,7 @@ class Front:
         await self.app(scope, _replayed(raw, receive), send)
 
     async def _preset(self, scope: Scope, raw: bytes) -> bytes | None:
-        """A chat request to a task in our wording; None if it is to another model."""
+        """Chat request with our prompt if its model is a task, None for another model."""
         try:
             body = json.loads(raw)
         except ValueError:
@@ -142,12 +142,12 @@ class Front:
 
 
 def _args(scope: Scope) -> Any:
-    """vLLM's arguments, with ours: `scoring`, `shown`, `address`, `serving` and `died`."""
+    """vLLM's server arguments, including ours: `scoring`, `shown`, `address`, `serving` and `died`."""
     return scope["app"].state.args
 
 
 def _error(refused: RequestRefused) -> JSONResponse:
-    """In the shape of OpenAI's errors, which clients know how to read."""
+    """Error response in OpenAI's format, which clients can parse."""
     kinds = {401: "authentication_error", 413: "request_too_large"}
     kind = kinds.get(refused.status, "invalid_request_error" if refused.status < 500 else "server_error")
     return JSONResponse({"error": {"message": str(refused), "type": kind, "code": refused.status}}, refused.status)
@@ -161,7 +161,7 @@ def _said(response: httpx.Response) -> str:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """`receive` of a request whose body was read already."""
+    """Make a `receive` that returns an already read body first."""
     rest = [body]
 
     async def again() -> Message:
@@ -173,10 +173,10 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 def _watched(scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]:
-    """`receive` and `send` of the lifespan.
+    """Wrap `receive` and `send` of the lifespan.
 
-    When the app is up: say where it listens. When it ends and nobody asked: note in the arguments that the engine died,
-    which to vLLM is an end like any other.
+    Print the address once the app is up. Set `died` in the arguments if the app ends without a requested shutdown: then
+    the engine has died, which vLLM does not distinguish from a normal end.
     """
     state = scope["app"].state  # vLLM deletes the attribute at the end
     waiting: set[asyncio.Task[None]] = set()  # a task without a reference may be collected

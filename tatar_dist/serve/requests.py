@@ -1,12 +1,12 @@
-"""What `/score` is asked: the pictures' bytes and the options of an HTTP request, or `RequestRefused` with a status.
+"""Parse HTTP requests to `/score` into a picture's bytes and scoring options.
 
-Three ways to send a picture, with the same options (`task`, `n`, `temperature`):
+There are three ways to send a picture, with the same options (`task`, `n`, `temperature`):
 
     curl --data-binary @a.jpg 'http://127.0.0.1:8000/score?task=iqa&n=8'           its bytes; options in the query
     curl -F image=@a.jpg -F n=8 http://127.0.0.1:8000/score                        a form, as browsers send it
     {"image": "<base64 or data URL>", "n": 8}                                      JSON
 
-No vLLM, no model: only Starlette, which comes with vLLM.
+Invalid requests raise `RequestRefused`. Needs neither vLLM nor a model, only Starlette, which comes with vLLM.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NESTED = "the JSON is nested too deeply"
 
 
 class RequestRefused(Exception):
-    """A request that gets no answer; the message is the one line its sender reads, `status` an HTTP status."""
+    """Refused request. The message is one line for the sender; `status` is the HTTP status."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class RequestRefused(Exception):
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One picture, encoded, and how it is to be scored. `n`: sampled answers beside the greedy one, 0 for none."""
+    """One encoded picture and its scoring options. `n`: number of sampled answers beside the greedy one, may be 0."""
 
     image: bytes
     tasks: tuple[Task, ...]
@@ -52,9 +52,9 @@ class ScoreRequest:
 
 
 async def body_of(receive: Receive) -> bytes:
-    """The whole body of a request.
+    """Read the whole body of a request.
 
-    Raises RequestRefused (413) beyond `MAX_BYTES`, ClientDisconnect when nobody waits.
+    Raises RequestRefused (413) beyond `MAX_BYTES` and ClientDisconnect if the client has disconnected.
     """
     parts: list[bytes] = []
     size, more = 0, True
@@ -70,7 +70,7 @@ async def body_of(receive: Receive) -> bytes:
 
 
 async def read(request: Request) -> ScoreRequest:
-    """Raises RequestRefused: no picture, not the form it claims to be, an option unknown or out of its range."""
+    """Parse a request. Raises RequestRefused: no picture, a malformed body, an unknown or out-of-range option."""
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > MAX_BYTES:
         raise RequestRefused(f"the request is larger than {MAX_BYTES >> 20} MiB", 413)
@@ -123,7 +123,7 @@ def _json(body: bytes) -> tuple[bytes, dict[str, Any]]:
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes of a base64 text or a `data:…;base64,` URL. Raises RequestRefused."""
+    """Decode a base64 text or a `data:…;base64,` URL. Raises RequestRefused."""
     head, comma, rest = text.partition(",") if text.startswith("data:") else ("", "", text)
     if head and not (comma and head.endswith(";base64")):
         raise RequestRefused("image: a data URL without `;base64,`")
@@ -159,5 +159,5 @@ def _number(options: Mapping[str, Any], key: str, default: float) -> float:
 
 
 def _brief(given: Any) -> str:
-    """What somebody sent, as a part of one line."""
+    """Shorten a value from the request to 40 characters of one line, for messages."""
     return " ".join(str(given).split())[:40]

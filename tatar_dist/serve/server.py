@@ -1,7 +1,7 @@
-"""Starts vLLM's server for a model directory, in this process, after everything that can be wrong was looked at.
+"""Check the inputs and start vLLM's server for a model directory, in this process.
 
-In: a model directory, an address, config keys. Out: a server that runs until Ctrl-C or SIGTERM, and then nothing: no
-process, no socket. Sizes of pictures, dtype and wording are the model directory's own (scoring/directory.py).
+`run` takes a model directory, an address and config overrides. The server runs until Ctrl-C or SIGTERM and leaves no
+process or socket behind. Picture sizes, dtype and prompts come from the model directory (scoring/directory.py).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CPU_SEQS = 16  # answers at once; each may take the room of a whole prompt in a 
 
 @dataclass(frozen=True)
 class Address:
-    """Where to listen. `key_env`: the environment variable with the API key. `open`: without a key on any address."""
+    """Address to listen on. `key_env`: environment variable with the API key. `open`: allow any host without a key."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -58,11 +58,11 @@ class Address:
 
 
 def run(model: Path, address: Address, words: list[str]) -> None:
-    """Serve until told to stop. Ends the process: with status 0 then, 1 when the engine has died, 130 while it loads.
+    """Serve until stopped, then end the process: status 0, 1 if the engine died, 130 if stopped while loading.
 
     Raises:
-        UserError: no model of a known family, an address that is taken or open to others by accident, a wrong key,
-            settings that vLLM refuses.
+        UserError: no model of a known family, an address in use or reachable by others without a key or `open`, an
+            invalid key, or settings that vLLM refuses.
         RunError: vLLM could not load the model.
     """
     key = _key(address)
@@ -105,7 +105,7 @@ def _loopback(host: str) -> bool:
 
 
 def _bound(address: Address) -> socket.socket:
-    """The socket, which listens before anything is loaded: only then is the port taken for others. Raises UserError."""
+    """Bind a socket and listen at once, before the model loads, to reserve the port. Raises UserError."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM: a restart need not wait for old connections
@@ -120,18 +120,18 @@ def _bound(address: Address) -> socket.socket:
 
 
 def shown_name(model: Path) -> str:
-    """What the server calls the model, on its open page too: the run's name or the directory's, not where it lies."""
+    """Served model name: that of the run or directory, not its path, because it is shown on the page, without a key."""
     name = (run_of(model) or model.resolve()).name or "model"
     return f"{name}-model" if name in TASKS else name
 
 
 def environment(config: Config, gpu: bool) -> dict[str, str]:
-    """What vLLM and transformers read as they are imported, here and in the engine's process."""
+    """Environment variables that vLLM and transformers read on import, here and in the engine's process."""
     return COMMON_ENV | engine_environment(config, gpu, len(os.sched_getaffinity(0))) | SERVER_ENV
 
 
 def _set_environment(wanted: Mapping[str, str]) -> None:
-    """What the user has set stays, but for what would open a server or half lock it."""
+    """Set variables that the user has not set; override those that would open the server or lock only a part of it."""
     set_environment(wanted)
     os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"
     os.environ.pop("VLLM_API_KEY", None)  # vLLM's lock is on /v1 alone; ours is --api-key-env
@@ -140,7 +140,7 @@ def _set_environment(wanted: Mapping[str, str]) -> None:
 
 
 def _forbidden(config: Config) -> tuple[int, ...]:
-    """Token ids that no answer may hold. Raises UserError when the tokenizer or the processor cannot be read."""
+    """Token ids that no answer may contain. Raises UserError if the tokenizer or the processor cannot be read."""
     from tatar_dist.models import family
 
     try:
@@ -152,7 +152,7 @@ def _forbidden(config: Config) -> tuple[int, ...]:
 
 
 def _line(e: Exception) -> str:
-    """An error of a library as a part of one line; of a pydantic error its first message."""
+    """A library's error as part of one line; of a pydantic error the first message."""
     from pydantic import ValidationError
 
     said = e.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(e, ValidationError) else str(e)
@@ -160,7 +160,7 @@ def _line(e: Exception) -> str:
 
 
 def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
-    """vLLM's server arguments, as its own command line would parse them, with ours beside them."""
+    """vLLM's server arguments as its own command line parses them, plus our attributes."""
     from tatar_dist.prompts.answer import Prompts
 
     prompts = Prompts.load(config.data.prompts)
@@ -189,7 +189,7 @@ def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
 
 
 def _serve(args: Namespace, sock: socket.socket) -> None:
-    """Run vLLM's server on a bound socket until a signal ends it, or the engine's death."""
+    """Run vLLM's server on a bound socket until a signal arrives or the engine dies."""
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker
     from vllm.utils.system_utils import set_ulimit
@@ -214,10 +214,10 @@ def _serve(args: Namespace, sock: socket.socket) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """A signal while the model is loaded: end the engine's processes and this one.
+    """Signal handler while the model loads: end the engine's processes and this one.
 
-    Not by an exception, which would be lost: vLLM waits for its engine in ZeroMQ's poll, and that drops it. Not by
-    SIGTERM either: an engine heeds it only when it has loaded.
+    An exception would be lost, because vLLM waits for its engine in ZeroMQ's poll, which drops it. SIGTERM does not
+    help either, because an engine handles it only after loading.
     """
     import psutil
 
@@ -243,7 +243,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _stands(pid: int) -> bool:
-    """Whether a process that was told to hold does so, with all its threads: until then it may start another."""
+    """Whether all threads of a suspended process have stopped. Until then it may start another process."""
     try:
         stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     except OSError:
@@ -252,6 +252,6 @@ def _stands(pid: int) -> bool:
 
 
 def _leave(said: str, status: int) -> None:
-    """End this process as it stands: if its interpreter were taken down, triton would list its leaks on 40 lines."""
+    """End this process without interpreter shutdown, in which triton would print 40 lines about leaks."""
     os.write(2, f"{said}\n".encode())  # print may not be re-entered from a signal's handler
     os._exit(status)
