@@ -262,7 +262,7 @@ def _for_engines(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> 
 
 
 def as_table(found: Estimate) -> Any:
-    """The estimate as a rich table, in GiB per GPU."""
+    """The estimate as a rich table, in GiB per GPU; NOTE describes its reliability."""
     from rich.table import Table
 
     title = f"{found.stage}: GiB of a GPU's {found.gpu_gib:g}, estimated"

@@ -1,7 +1,7 @@
 """Search the best split of learners and engines for each number of GPUs, and predict its step time.
 
-Returns a `Forecast`. All candidate splits are simulated with the same draws of completion lengths (fixed seed), so that
-they differ only by the split:
+Takes a configuration, `StepCosts` and numbers of GPUs; returns a `Forecast`. All candidate splits are simulated with
+the same draws of completion lengths (fixed seed), so that they differ only by the split:
     learners   every divisor of the global batch that fits (others work too, and are rarely better)
     engines    every number that makes the calls smaller than one engine fewer would, up to one per prompt
 both `disaggregated` (separate GPUs) and `colocated` (each engine shares a learner's GPU in turns, as in plan.resolve).

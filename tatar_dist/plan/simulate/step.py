@@ -162,7 +162,7 @@ def calls(setup: Setup) -> list[range]:
 
 
 def call_work(lengths: np.ndarray, slots: int) -> np.ndarray:
-    """Return the (4,) work of a call: 1, decode steps, tokens, prompts. `lengths`: (prompts, G).
+    """Return the (4,) work of a call for `engine_vector`: 1, decode steps, tokens, prompts. `lengths`: (prompts, G).
 
     Sequences beyond the engine's `slots` wait for a free one (continuous batching).
     """
