@@ -32,7 +32,7 @@ GRID, PATCH = 8, 14
 
 
 def patchify(pixels: torch.Tensor) -> torch.Tensor:
-    """Map (B, 112, 112, 3) uint8 to the processor's `pixel_values` (B, 64, 3, 196) float32, of one of two equal frames."""
+    """Map (B, 112, 112, 3) uint8 to the processor's `pixel_values` (B, 64, 3, 196) float32, one of two equal frames."""
     x = pixels.reshape(len(pixels), GRID // 2, 2, PATCH, GRID // 2, 2, PATCH, 3)
     # (merged row, merged column, row and column in the 2x2 merge, channel, y, x)
     x = x.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(len(pixels), GRID * GRID, 3, PATCH * PATCH)
