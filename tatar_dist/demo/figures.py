@@ -1,6 +1,6 @@
-"""The figures of the demo: what its stages left on disk, as numbers, tables on the terminal, and Markdown.
+"""Results of the demo's stages as numbers, terminal tables and Markdown.
 
-In: demo directories (demo/pipeline.py). What GRPO changed is compared on the same held-out crops, with 95 % intervals
+Reads demo directories (demo/pipeline.py). SFT and GRPO are compared on the same held-out crops, with 95 % intervals
 resampled by source photograph, because crops of one photograph are not independent.
 """
 
@@ -27,7 +27,7 @@ TERMS = {"iqa": ("gaussian", "format", "length"), "iaa": ("thurstone", "format",
 
 
 def results(out: Path) -> dict[str, Any]:
-    """{"table": one row a model and task, "gains": {task: {measure: [change, lo, hi]}}} of one demo directory."""
+    """Return {"table": one row per model and task, "gains": {task: {measure: [change, lo, hi]}}} of a demo."""
     table = []
     for model, directory in MODELS.items():
         metrics = json.loads((out / directory / "metrics.json").read_text())
@@ -37,7 +37,7 @@ def results(out: Path) -> dict[str, Any]:
 
 
 def gains(directories: Sequence[Path], task: str) -> dict[str, list[float]]:
-    """{reward_TERM…, srcc: [change, lo, hi]} from SFT to GRPO, pooled over demo directories (seeds)."""
+    """Return {reward_TERM…, srcc: [change, lo, hi]} from SFT to GRPO, pooled over demo directories (seeds)."""
     seeds = [_paired(d, task) for d in directories]
     ids = sorted(set.intersection(*(set(s) for s in seeds)))
     rows = [[s[i] for i in ids] for s in seeds]
@@ -52,7 +52,7 @@ def gains(directories: Sequence[Path], task: str) -> dict[str, list[float]]:
 
 
 def _paired(out: Path, task: str) -> dict[str, dict[str, Any]]:
-    """sample id -> target, source, greedy predictions (NaN unparsed) and mean reward terms of both models."""
+    """Map sample id -> target, source, greedy predictions (NaN unparsed) and mean reward terms of both models."""
     rows: dict[str, dict[str, Any]] = {}
     for model in ("sft", "grpo"):
         directory = out / MODELS[model]
@@ -67,7 +67,7 @@ def _paired(out: Path, task: str) -> dict[str, dict[str, Any]]:
 
 
 def _terms(file: Path, task: str) -> dict[str, dict[str, float]]:
-    """sample id -> mean of each reward term over the image's sampled completions."""
+    """Map sample id -> mean of each reward term over the image's sampled completions."""
     values: dict[str, list[dict[str, float]]] = {}
     for row in pq.read_table(file, columns=["sample_id", "task", *TERMS[task]]).to_pylist():
         if row["task"] == task:
@@ -76,7 +76,7 @@ def _terms(file: Path, task: str) -> dict[str, dict[str, float]]:
 
 
 def of_parsed(directories: Sequence[Path], model: str, task: str) -> tuple[float, float]:
-    """Of the sampled answers of all seeds: the share that parsed, and the mean of the task's own term among those."""
+    """Return (share of sampled answers of all seeds that parsed, mean of the task's main reward term among those)."""
     own = TERMS[task][0]
     tables = [
         pq.read_table(d / MODELS[model] / "sampled.parquet", columns=["task", "parsed", own]) for d in directories
@@ -87,7 +87,7 @@ def of_parsed(directories: Sequence[Path], model: str, task: str) -> tuple[float
 
 
 def by_photograph(out: Path, task: str) -> dict[str, tuple[int, float, float]]:
-    """source photograph -> (crops, SRCC after SFT, SRCC after GRPO) among its own crops."""
+    """Map source photograph -> (crops, SRCC after SFT, SRCC after GRPO) on its crops."""
     rows = _paired(out, task).values()
     found = {}
     for source in sorted({r["source"] for r in rows}):
@@ -105,7 +105,7 @@ def regression_head(model: str, data: Path) -> dict[str, dict[str, float]]:
 
 
 def markdown(directories: Sequence[Path], head: dict[str, dict[str, float]]) -> str:
-    """The tables of the README and of demo/README.md: per seed, pooled, and per photograph."""
+    """Format the tables of the README and of demo/README.md: per seed, pooled, and per photograph."""
     summaries = [results(d) for d in directories]
     lines = [
         "| task | regression head | | " + " | ".join(f"seed {k}" for k in range(len(directories))) + " |",
@@ -139,7 +139,7 @@ def markdown(directories: Sequence[Path], head: dict[str, dict[str, float]]) -> 
 
 
 def print_tables(console: Console, summary: dict[str, Any]) -> None:
-    """Scores, what GRPO changed, and time, on the terminal."""
+    """Print scores, changes by GRPO, and times on the terminal."""
     table = Table(title="Held-out photographs", title_justify="left")
     for column in ("task", "model", "images", "parsed", "SRCC", "PLCC", "MAE"):
         table.add_column(column, justify="left" if column in ("task", "model") else "right")

@@ -1,9 +1,9 @@
 """`make demo`: data, baseline, SFT, GRPO, evaluation, one table and one page, on a laptop's CPU.
 
-The same stages as on a cluster, called one after the other with configs/demo.yaml over the recipes. In: a directory.
-Out: DIR/{data, baseline, sft, sft_eval, grpo, grpo_eval}/, DIR/summary.json, DIR/report.html; with several seeds the
-same in DIR/seed_K on one DIR/data, and the figures of all of them in DIR/figures.md. Run again, it continues: a stage
-whose result is there is not repeated.
+Runs the same stages as on a cluster in sequence, with configs/demo.yaml over the recipes. Writes DIR/{data, baseline,
+sft, sft_eval, grpo, grpo_eval}/, DIR/summary.json and DIR/report.html. With several seeds, the same is written to
+DIR/seed_K with one DIR/data, and the figures of all seeds to DIR/figures.md. A repeated call resumes: stages with a
+result are skipped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tatar_dist.types import SPLITS, TASKS
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much of everything. `budget`: seconds a stage may take on two cores, printed beside what it took."""
+    """Sizes of the demo. `budget`: seconds per stage on two cores, printed beside the measured time."""
 
     data: dict[str, int]
     baseline_images: int  # per task; the base model rarely stops by itself, so its answers are long
@@ -69,9 +69,9 @@ STAGES = (
 
 
 def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = None, seeds: int = 1) -> None:
-    """Run every stage that has no result yet, print the tables, write summary.json and report.html.
+    """Run every stage without a result, print the tables, write summary.json and report.html.
 
-    With `seeds` over 1: that many whole runs on the same data, each evaluated on every test crop, and figures.md.
+    With `seeds` over 1: as many whole runs on the same data, each evaluated on every test crop, and figures.md.
     """
     _end_with_parent()
     out, size, words = Path(output), SMOKE if smoke else FULL, list(overrides or [])
@@ -94,7 +94,7 @@ def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = N
 
 
 def same_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Note the settings on the first call; later calls must have the same, or results of two would be mixed.
+    """Save the settings on the first call and require the same later, so that results are not mixed.
 
     Raises:
         UserError: they differ, or the directory cannot be written.
@@ -113,7 +113,7 @@ def same_settings(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _data(out: Path, size: DemoSize, console: Console) -> float:
-    """Make the data set unless it is there; seconds it took, 0 when it was there."""
+    """Make the data set unless it exists; returns the seconds taken, 0 if it existed."""
     start, fresh = time.perf_counter(), not (out / "data" / "demo.json").exists()
     if fresh:
         console.print("[bold]data[/bold]  crops of real photographs, with measured targets and rationales")
@@ -122,7 +122,7 @@ def _data(out: Path, size: DemoSize, console: Console) -> float:
 
 
 def _run_one(out: Path, size: DemoSize, words: list[str], console: Console) -> None:
-    """All stages of one seed."""
+    """Run all stages of one seed."""
     from tatar_dist import grpo as controller
     from tatar_dist import sft
     from tatar_dist.cluster.ray_cluster import Cluster
@@ -164,8 +164,8 @@ def _run_one(out: Path, size: DemoSize, words: list[str], console: Console) -> N
 
 
 def demo_config(directory: Path, data: Path, words: list[str], files: Sequence[Path] = ()) -> Config:
-    """The recipes with demo.yaml, then `files`, then `words` over them; `data` is the directory of the manifests, whose
-    names are left to files and words."""
+    """Load the recipes with demo.yaml, overridden by `files`, then by `words`.
+    `data` is the directory of the manifests; files and words give their names."""
     every = [*(CONFIGS / name for name in ("sft.yaml", "grpo.yaml", "demo.yaml")), *files]
     # the paths of demo.yaml are the checkout's; the demo may be started anywhere
     model, prompts = TINY_MODEL, CONFIGS / "prompts.yaml"
@@ -179,6 +179,6 @@ def _config(directory: Path, words: list[str]) -> Config:
 
 
 def _end_with_parent() -> None:
-    """If make or the shell that started us is killed, stop as on SIGTERM instead of running on unseen."""
+    """Receive SIGTERM when the parent (make or a shell) is killed, instead of running on unnoticed."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

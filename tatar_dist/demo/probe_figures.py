@@ -1,9 +1,9 @@
-"""The figures of the controlled probes: a table in the paper's form, the steadiness of the IAA reward, two plots.
+"""Results of the controlled probes: a table in the paper's form, steadiness of the IAA reward, and two plots.
 
-In: the directory that demo/probes.py filled. Out: probes.json, probes.md and probes.svg in it, the table on the
-terminal. Differences are paired on the same test crops, with 95 % intervals resampled by source photograph and
-averaged over seeds. Steadiness is the standard deviation of a step's mean IAA reward around its own straight line,
-absolute and as a share of its mean, because two rewards do not share a scale.
+Reads the directory written by demo/probes.py. Writes probes.json, probes.md and probes.svg there, and prints the
+tables. Differences are paired on the same test crops and averaged over seeds, with 95 % intervals resampled by source
+photograph. Steadiness is the standard deviation of a step's mean IAA reward around its linear trend, absolute and
+relative to its mean, because the two rewards differ in scale.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tatar_dist.run.directory import read_metrics
 
 @dataclass(frozen=True)
 class Probe:
-    """One comparison on one task: the method's choice and the other, each with the run that made it."""
+    """One comparison on one task: the method's choice and the alternative, each with its run."""
 
     task: str
     choice: str
@@ -46,7 +46,7 @@ ROUNDS = 2000
 
 
 def write(out: Path, seeds: int, console: Console) -> dict[str, Any]:
-    """Compute, write and print everything; returns what probes.json holds."""
+    """Compute, write and print all results; returns the content of probes.json."""
     directories = [out / f"seed_{k}" for k in range(seeds)]
     found = {
         "seeds": seeds,
@@ -63,7 +63,7 @@ def write(out: Path, seeds: int, console: Console) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same figures with None for what is no finite number."""
+    """Replace numbers that are not finite by None."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -76,19 +76,19 @@ def _number(value: float | None, sign: bool = False) -> str:
 
 
 def _mean(values: list[float | None]) -> str:
-    """The mean as text; a dash where a value is missing."""
+    """Format the mean; a dash if a value is missing."""
     known = [v for v in values if v is not None]
     return _number(float(np.mean(known)) if len(known) == len(values) else None)
 
 
 def _differences(row: dict[str, Any]) -> list[float | None]:
-    """Choice minus other, by seed."""
+    """SRCC of the choice minus that of the other, by seed."""
     pairs = zip(row["srcc_choice"], row["srcc_other"], strict=True)
     return [None if a is None or b is None else a - b for a, b in pairs]
 
 
 def _answers(directory: Path, task: str) -> dict[str, tuple[float, float, str]]:
-    """sample id -> (target, prediction or NaN, source photograph)."""
+    """Map sample id -> (target, prediction or NaN, source photograph)."""
     columns = ["sample_id", "task", "target", "prediction", "source"]
     rows = pq.read_table(directory / "predictions.parquet", columns=columns).to_pylist()
     return {
@@ -99,7 +99,7 @@ def _answers(directory: Path, task: str) -> dict[str, tuple[float, float, str]]:
 
 
 def compare(probe: Probe, directories: list[Path]) -> dict[str, Any]:
-    """One row of the table: SRCC and PLCC of both sides by seed, the paired SRCC difference with its interval."""
+    """Return one table row: SRCC and PLCC of both sides by seed, and the paired SRCC difference with its interval."""
     sides = [[_answers(d / f"{run}-eval", probe.task) for d in directories] for run in (probe.run, probe.other_run)]
     ids = sorted(sides[0][0])
     target = np.array([sides[0][0][i][0] for i in ids])
@@ -122,7 +122,7 @@ def compare(probe: Probe, directories: list[Path]) -> dict[str, Any]:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """Whether the method's choice was better: yes, no, or no difference seen."""
+    """Whether the method's choice was better: yes, no, no difference seen, or undefined."""
     _, lo, hi = row["difference"]
     if lo is None:
         return "undefined"
@@ -134,7 +134,7 @@ def _series(directory: Path, name: str) -> np.ndarray:
 
 
 def _residuals(series: np.ndarray) -> np.ndarray:
-    """The series around its least-squares line."""
+    """Residuals from the least-squares line, or from the mean of fewer than three points."""
     if len(series) < 3:
         return series - series.mean()
     steps = np.arange(len(series))
@@ -142,7 +142,7 @@ def _residuals(series: np.ndarray) -> np.ndarray:
 
 
 def steadiness(directories: list[Path]) -> dict[str, Any]:
-    """{reward: {term, total: {mean, sd: [by seed], cv: [by seed]}}}, and the ratio of the two rewards' pooled cv.
+    """Return {reward: {term, total: {mean, sd, cv: [by seed]}}} and the ratio of the pooled cv of both rewards.
 
     The ratio's interval resamples steps; steps draw different images, so they are nearly independent.
     """
@@ -172,7 +172,7 @@ def steadiness(directories: list[Path]) -> dict[str, Any]:
 
 
 def _share(part: float, whole: float) -> float:
-    """part / whole, NaN when whole is 0: a reward that never paid has no relative spread."""
+    """part / whole; NaN if whole is 0, since a reward that is always 0 has no relative spread."""
     return part / whole if whole else math.nan
 
 
@@ -183,7 +183,7 @@ def _mean_range(values: list[float | None]) -> str:
 
 
 def rows_of(found: dict[str, Any]) -> list[list[str]]:
-    """The comparison table as text cells, for terminal and Markdown alike."""
+    """Return the comparison table as text cells, for terminal and Markdown."""
     rows = []
     for r in found["probes"]:
         value, lo, hi = r["difference"]
@@ -221,7 +221,7 @@ def _ratio_sentence(found: dict[str, Any]) -> str:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Both tables as Markdown."""
+    """Format both tables as Markdown."""
     lines = []
     for columns, rows in ((COLUMNS, rows_of(found)), (STEADY_COLUMNS, steadiness_rows(found))):
         lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -230,7 +230,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def print_tables(console: Console, found: dict[str, Any]) -> None:
-    """Both tables on the terminal."""
+    """Print both tables on the terminal."""
     for title, columns, rows in (
         (f"Controlled probes, {found['seeds']} seed(s)", COLUMNS, rows_of(found)),
         (
@@ -249,7 +249,7 @@ def print_tables(console: Console, found: dict[str, Any]) -> None:
 
 
 def plot(found: dict[str, Any], directories: list[Path], file: Path) -> None:
-    """Two panels as SVG: SRCC differences with intervals, and the IAA term over steps, one line a seed."""
+    """Plot two SVG panels: SRCC differences with intervals, and the IAA term over steps, one line per seed."""
     import matplotlib
 
     matplotlib.use("Agg")

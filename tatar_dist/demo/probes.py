@@ -1,9 +1,9 @@
 """`tatar-dist probes`: the paper's controlled comparisons on the demo set, one change at a time, over several seeds.
 
-In: a directory. Out: DIR/seed_K/RUN/ (run directories) and DIR/seed_K/RUN-eval/, then the figures of
-demo/probe_figures.py. The method itself (fast IQA, slow IAA; Gaussian IQA, Thurstone IAA) is one side of every
-comparison; configs/probes holds the changes. Rationales are compared after SFT, rewards after GRPO from the method's
-own SFT model. Run again, it continues: a run whose result is there is not repeated.
+Writes DIR/seed_K/RUN/ (run directories) and DIR/seed_K/RUN-eval/, then the figures of demo/probe_figures.py. The method
+itself (fast IQA, slow IAA; Gaussian IQA, Thurstone IAA) is one side of every comparison; configs/probes holds the
+changes. Rationales are compared after SFT, rewards after GRPO from the method's own SFT model. A repeated call resumes:
+runs with a result are skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tatar_dist.scoring.export import model_of
 
 @dataclass(frozen=True)
 class ProbeRun:
-    """One training: its stage, the change it makes (a file of configs/probes), the run whose model it starts from."""
+    """One training. change: a file of configs/probes; start: the run whose model it starts from."""
 
     name: str
     stage: str
@@ -42,10 +42,10 @@ RUNS = (
 
 
 def run(output: str | Path, seeds: int, smoke: bool = False, overrides: list[str] | None = None) -> dict:
-    """Make the data, run every training and evaluation that has no result yet, write and return the figures.
+    """Make the data, run all trainings and evaluations without a result, write the figures and return them.
 
     Raises:
-        UserError: the directory holds probes with other settings or cannot be written, or a bad override.
+        UserError: the directory holds probes with other settings or is not writable, or an override is invalid.
     """
     from tatar_dist.cluster.ray_cluster import Cluster
 
@@ -66,7 +66,7 @@ def run(output: str | Path, seeds: int, smoke: bool = False, overrides: list[str
 
 
 def _run_one(directory: Path, data: Path, each: ProbeRun, words: list[str]) -> None:
-    """Train and evaluate one run, each unless it is done."""
+    """Train and evaluate one run; skips what is done."""
     from tatar_dist import grpo as controller
     from tatar_dist import sft
     from tatar_dist.evaluate import runner

@@ -1,9 +1,9 @@
-"""The answers of an evaluation, on disk as engine calls return: what is answered is never asked again.
+"""Journal of an evaluation's answers, written as engine calls return, so that no sample is asked twice.
 
-In: samples, lazily, and an engine pool. Out: for each sample and kind of asking (`greedy`, `sampled`) its completions.
-Samples are dealt into calls by their place among all samples, whatever is answered already, and a call is asked whole
-or not at all: with the same engines a resumed evaluation asks in the batches of an undisturbed one, so that float
-rounding does not make another table. (To the bit, whatever happens to engines, only with `rollout.deterministic`.)
+Takes a lazy stream of samples and an engine pool; keeps completions per sample and kind (`greedy`, `sampled`). Samples
+are assigned to calls by their position among all samples, answered or not, and a call is run as a whole or not at all.
+With the same engines, a resumed evaluation thus uses the batches of an uninterrupted one, and rounding does not change
+the table. (Bitwise equality under engine failures needs `rollout.deterministic`.)
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def key_of(sample: Sample) -> str:
 
 
 def model_fingerprint(path: str) -> str:
-    """Of a model directory: a hash of its config, of the names and sizes of its weight files and of 64 KiB at 64 places
-    spread evenly over each. A name that is no directory stands for itself.
-    """
+    """Hash a model directory: config, weight file names and sizes, and 64 KiB at 64 evenly spaced offsets of each file.
+    A `path` that is not a directory is returned unchanged."""
     directory = Path(path)
     if not directory.is_dir():
         return path
@@ -48,7 +47,7 @@ def model_fingerprint(path: str) -> str:
 
 
 class AnswerJournal:
-    """The journal of one evaluation. Use as a context manager. Raises UserError like `Journal`."""
+    """Journal of one evaluation, a context manager. Raises UserError as `Journal` does."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self._journal = Journal(path, settings)
@@ -67,20 +66,20 @@ class AnswerJournal:
 
     @property
     def notice(self) -> str | None:
-        """What a kill had torn, for the user."""
+        """Message for the user about a line that a kill left incomplete, or None."""
         return self._journal.cut
 
     def count(self, kind: str) -> int:
         return sum(k == kind for k, _ in self._lines)
 
     def has(self, kind: str, sample: Sample) -> bool:
-        """Whether this very picture was answered; its file may have been replaced since."""
+        """Whether this sample was answered with the same image bytes; the file may have been replaced since."""
         line = self._lines.get((kind, key_of(sample)))
         return line is not None and line["image"] == _digest(sample)
 
     def get(self, kind: str, sample: Sample) -> tuple[Completion, ...]:
-        """The completions of a sample that was answered, with as many token ids as there were, all 0, and the sum of
-        their log-probabilities: more is not kept. Raises KeyError for a sample without an answer."""
+        """Return the completions of an answered sample. Raises KeyError for a sample without an answer.
+        Only the number of tokens and the sum of log-probabilities are kept: all token ids are 0."""
         said = self._lines[(kind, key_of(sample))]["said"]
         return tuple(
             Completion(
@@ -94,7 +93,7 @@ class AnswerJournal:
         )
 
     def keep(self, kind: str, groups: Sequence[Group]) -> None:
-        """Put the completions on disk."""
+        """Write the completions to the journal."""
         lines = [
             {
                 "kind": kind,
@@ -120,7 +119,7 @@ class AnswerJournal:
 def batches(
     samples: Iterable[Sample], size: int, prompt: Callable[[Sample], Prompt], done: Callable[[Sample], bool]
 ) -> Iterator[list[Prompt]]:
-    """Prompts by engine call: of `size` samples, fewer where pictures are large, left out where all are done."""
+    """Yield prompts by engine call: `size` samples, fewer if images are large; skips calls answered in full."""
     for call in batches_by_pixels(samples, size, _pixels):
         if not all(map(done, call)):
             yield [prompt(s) for s in call]
@@ -132,7 +131,7 @@ def _pixels(sample: Sample) -> int:
 
 
 def distinct(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """The samples. Raises UserError for two of one name: an answer would count for both."""
+    """Yield the samples. Raises UserError for a duplicate key, since one answer would count for both."""
     seen: set[str] = set()
     for sample in samples:
         if (key := key_of(sample)) in seen:
@@ -145,14 +144,15 @@ def distinct(samples: Iterable[Sample]) -> Iterator[Sample]:
 
 
 def batch_size(samples: int, engines: int, max_num_seqs: int, n: int) -> int:
-    """Samples of an engine call: a few times what an engine has room for, so that it seldom runs empty, but small
-    enough that every engine gets a fair share of them."""
+    """Return the number of samples per engine call.
+    At most BATCH times an engine's capacity, so that it seldom runs empty, but few enough for every engine to get a
+    share."""
     room = max(1, max_num_seqs // n)
     return max(1, min(BATCH * room, -(-samples // (2 * engines))))
 
 
 def without_image(sample: Sample) -> Sample:
-    """What is kept of a sample once it was asked."""
+    """Return the sample without its image bytes, as kept after it was asked."""
     return replace(sample, image=b"")
 
 

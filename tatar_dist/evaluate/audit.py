@@ -1,9 +1,9 @@
-"""`tatar-dist metrics FILE [--json] [--bootstrap N]`: agreement with the opinion scores, by data set, from a file.
+"""`tatar-dist metrics FILE [--json] [--bootstrap N]`: agreement with opinion scores by data set, from a file.
 
-In: JSON lines `{dataset, task, target, prediction}` or `{dataset, task, target, completion}`, or Parquet with these
-columns; a prediction of null or NaN is an unparsed output. `finish_reason: length` or `truncated: true` marks a
-truncated one. Out: `{"datasets": {NAME: {...}}}`; a name that stands for both tasks is split into NAME/iqa and
-NAME/iaa, because their scores do not belong in one ranking.
+The file holds JSON lines `{dataset, task, target, prediction}` or `{dataset, task, target, completion}`, or Parquet
+with these columns. A prediction of null or NaN is an unparsed output; `finish_reason: length` or `truncated: true`
+marks a truncated one. The result is `{"datasets": {NAME: {...}}}`. A name used for both tasks is split into NAME/iqa
+and NAME/iaa, since their scores are not comparable.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def run(
     strict: bool = True,
     seed: int = 0,
 ) -> dict[str, DatasetMetrics]:
-    """Metrics by data set name, in order of appearance.
+    """Compute metrics by data set name, in order of appearance.
 
     Args:
         bootstrap: rounds of the 95 % intervals; 0 = none.
-        ci_all: of every metric, not only of SRCC and PLCC.
+        ci_all: intervals of every metric instead of SRCC and PLCC only.
         unparsed: drop | midpoint.
-        strict: the answer grammar, for rows with a completion.
+        strict: whether to parse completions with the strict answer grammar.
 
     Raises:
-        UserError: no such file, no row, or a bad row as `FILE:LINE: what is wrong`.
+        UserError: no such file, no rows, `bootstrap` below 0, or a bad row as `FILE:LINE: what is wrong`.
     """
     if bootstrap < 0:
         raise UserError(f"--bootstrap {bootstrap}: must not be negative")
@@ -69,7 +69,7 @@ def run(
 
 
 def row_error(row: dict[str, Any]) -> str | None:
-    """What is wrong with one row of the `metrics` contract, or None."""
+    """Return the error in a row of the `metrics` contract, or None."""
     wrong = common_error(row)
     if wrong is not None:
         return wrong
@@ -97,12 +97,12 @@ def _prediction(row: dict[str, Any], strict: bool) -> float:
 
 
 def as_json(result: dict[str, DatasetMetrics]) -> dict[str, Any]:
-    """The `--json` object."""
+    """Return the `--json` object."""
     return {"datasets": {name: metrics.to_dict() for name, metrics in result.items()}}
 
 
 def as_table(result: dict[str, DatasetMetrics]) -> str:
-    """A readable table with the reasons of missing values below it."""
+    """Format a plain-text table, followed by the reasons of missing values."""
     width = max(len("dataset"), *(len(name) for name in result))
     columns = ("srcc", "plcc", "krcc", "plcc_fitted", "rmse", "mae")
     lines = [f"{'dataset':{width}} {'n':>6} {'parsed':>6} " + " ".join(f"{c:>11}" for c in columns)]

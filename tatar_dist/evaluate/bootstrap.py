@@ -1,9 +1,9 @@
-"""Bootstrap intervals: of SRCC and PLCC, and of paired before/after differences, resampled by source photograph.
+"""Bootstrap intervals of SRCC and PLCC, and of paired before/after differences.
 
-A resample is a vector of integer row counts; ranks, means and correlations are computed from the counts, for many
-resamples at once, so nothing is sorted inside a round. Crops of one photograph are not independent, therefore
-differences are resampled by whole clusters (photographs). Percentile intervals (Efron & Tibshirani 1993, ch. 13). Same
-seed, same numbers.
+A resample is a vector of integer row counts. Ranks, means and correlations are computed from the counts, for many
+resamples at once, so nothing is sorted per round. Differences are resampled by cluster (source photograph), because
+crops of one photograph are not independent. Percentile intervals (Efron & Tibshirani 1993, ch. 13). Results depend on
+the seed alone.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ MIN_DEFINED = 0.95  # share of resamples in which the statistic must exist
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic on the full data and its percentile interval. `rounds`: resamples in which it existed.
+    """A statistic on the full data with its percentile interval. `rounds`: resamples in which it is defined.
 
-    p: two-sided, of no difference: 2 (k + 1) / (rounds + 1), k the resamples on the rarer side of 0.
+    p: two-sided, of no difference: 2 (k + 1) / (rounds + 1), k the number of resamples on the rarer side of 0.
     """
 
     estimate: float
@@ -43,13 +43,13 @@ class _Ranks:
         self.starts = np.unique(self.of_row[self.order], return_index=True)[1]
 
     def under(self, counts: np.ndarray) -> np.ndarray:
-        """(R, n) average rank of each row in each of the R resamples given by (R, n) counts."""
+        """Return the (R, n) average ranks of the rows in R resamples given by (R, n) counts."""
         per_class = np.add.reduceat(counts[:, self.order], self.starts, axis=1)
         return (np.cumsum(per_class, axis=1) - 0.5 * (per_class - 1.0))[:, self.of_row]
 
 
 def _weighted_pearson(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(R,) Pearson's r of rows weighted by (R, n) counts; a, b are (n,) or (R, n). NaN where one is constant."""
+    """(R,) Pearson's r of rows weighted by (R, n) counts; a, b: (n,) or (R, n). NaN where one is constant."""
     n = counts.sum(axis=1, keepdims=True)
     a = a - (counts * a).sum(axis=1, keepdims=True) / n
     b = b - (counts * b).sum(axis=1, keepdims=True) / n
@@ -82,9 +82,9 @@ def correlation_intervals(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, tuple[float, float] | None]:
-    """Percentile intervals {"srcc": (lo, hi), "plcc": (lo, hi)} over resampled rows; None where undefined.
+    """Return percentile intervals {"srcc": (lo, hi), "plcc": (lo, hi)} over resampled rows; None where undefined.
 
-    target, prediction: (n,) float64 without NaN. cluster: (n,) labels that are resampled whole; one alone gives None.
+    target, prediction: (n,) float64 without NaN. cluster: (n,) labels resampled as a whole; one cluster gives None.
     """
     n = len(target)
     index = np.arange(n) if cluster is None else np.unique(cluster, return_inverse=True)[1]
@@ -111,9 +111,9 @@ def intervals(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, tuple[float, float] | None]:
-    """Percentile intervals of any statistic(target, prediction) over resampled rows; None where undefined.
+    """Return percentile intervals of any statistic(target, prediction) over resampled rows; None where undefined.
 
-    target, prediction: (n,) float64 without NaN. Every statistic is worked out anew in each round.
+    target, prediction: (n,) float64 without NaN. Every statistic is recomputed in each round.
     """
     rng, n = np.random.default_rng(seed), len(target)
     draws: dict[str, list[float]] = {name: [] for name in statistics}
@@ -127,7 +127,7 @@ def intervals(
 
 
 def _row_counts(rng: np.random.Generator, rounds: int, n: int) -> np.ndarray:
-    """(rounds, n) float64: how often each of n rows is drawn in n draws with replacement."""
+    """Draw n of n rows with replacement in each round; return the (rounds, n) float64 counts of each row."""
     drawn = rng.integers(0, n, (rounds, n)) + n * np.arange(rounds)[:, None]
     return np.bincount(drawn.ravel(), minlength=rounds * n).reshape(rounds, n).astype(np.float64)
 
@@ -141,14 +141,14 @@ def paired_mean_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Interval of mean(after - before), resampled by cluster; with seeds as first axis, of the mean over all seeds.
+    """Interval of mean(after - before), resampled by cluster; averaged over seeds if they are the first axis.
 
     Args:
         before, after: (n,) or (S, n) values of a reward term for the same rows (and seeds), finite.
         cluster: (n,) labels, the source photograph of each row.
 
     Raises:
-        ValueError: shapes that differ, NaN, or no row.
+        ValueError: different shapes, NaN, or no rows.
     """
     before, after = _paired(before, after, cluster)
     difference = (after - before).mean(axis=0)
@@ -178,18 +178,17 @@ def paired_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Interval of the correlation with `after` minus that with `before`, resampled by cluster; with seeds as first
-    axis, of its mean over seeds.
+    """Interval of the correlation with `after` minus that with `before`, resampled by cluster.
 
-    All seeds share each resample, so that what the photographs have in common is not averaged away. Unparsed
-    predictions (NaN) count as the midpoint 50, so that before and after keep the same rows; predictions are clamped to
-    0-100.
+    With seeds as first axis, the difference is averaged over seeds. All seeds share each resample, so that effects
+    common to the photographs are not averaged away. Unparsed predictions (NaN) count as the midpoint 50, so that before
+    and after keep the same rows. Predictions are clamped to 0-100.
 
     Args:
         target: (n,); before, after: (n,) or (S, n) predictions; cluster: (n,) labels.
 
     Raises:
-        ValueError: shapes that differ, or no row.
+        ValueError: different shapes, or no rows.
     """
     before, after = (np.clip(np.where(np.isnan(x), MIDPOINT, x), 0.0, 100.0) for x in (before, after))
     before, after = _paired(before, after, cluster)
@@ -218,12 +217,12 @@ def paired_difference(
 
 
 def _values(statistic: str, values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """What is correlated, under (R, n) counts: average ranks, or the values as they are."""
+    """Return the function from (R, n) counts to the values to correlate: average ranks or raw values."""
     return _Ranks(values).under if statistic == "srcc" else lambda counts: values
 
 
 def _paired(before: np.ndarray, after: np.ndarray, cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as (S, n) float64, checked."""
+    """Return both as (S, n) float64 after validation."""
     before, after = np.atleast_2d(np.asarray(before, np.float64)), np.atleast_2d(np.asarray(after, np.float64))
     if before.shape != after.shape or before.shape[1] != len(cluster):
         raise ValueError(f"before {before.shape}, after {after.shape} and {len(cluster)} cluster labels do not match")

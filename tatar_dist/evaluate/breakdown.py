@@ -1,7 +1,8 @@
-"""Where a model is good and where not: averages over data sets, in and across domains, and metrics by slices of a set.
+"""Break metrics down: averages over data sets, in and across domains, and metrics of slices of a set.
 
-In: metrics by data set and prediction rows (runner.py). Out: dicts of metrics. An average is the plain mean over data
-sets, as papers of this field print it; a data set without a value is named and left out of it, never counted as 0.
+Takes metrics by data set and prediction rows (runner.py); returns dicts of metrics. An average is the plain mean over
+data sets, as papers of this field report it. A data set without a value is excluded from it and listed, not counted as
+0.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ LEAST = 10  # rows of a slice that are worth a correlation
 
 
 def averages(found: Mapping[str, Mapping[str, Any]], in_domain: Sequence[str] | None) -> dict[str, dict[str, Any]]:
-    """Task -> {"in_domain", "cross_domain", "all"} -> {srcc, plcc, datasets, without}; groups without a set are absent.
+    """Return task -> {"in_domain", "cross_domain", "all"} -> {srcc, plcc, datasets, without}; empty groups are absent.
 
     Args:
         found: metrics by data set, each with its `task`.
-        in_domain: data sets of the training data; None = what configs/datasets.yaml says of the sets it knows. Sets
-            that nobody knows count in `all` only.
+        in_domain: data sets of the training data. None takes the flags of configs/datasets.yaml; sets that are not in
+            that file count in `all` only.
     """
     registry = read_registry() if in_domain is None else None
     inside = {name: _is_inside(name, in_domain, registry) for name in found}
@@ -65,11 +66,10 @@ def _mean(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def slices(
     rows: Sequence[Mapping[str, Any]], keys: Sequence[str], unparsed: str = "drop"
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Data set -> "KEY=VALUE" -> its metrics, by members of `meta` (distortion, style) and by ranges of the target.
+    """Return data set -> "KEY=VALUE" -> metrics, by members of `meta` (distortion, style) and by target range.
 
-    A name that stands for both tasks is split, as the data sets themselves are.
-
-    Slices of fewer than `LEAST` rows are left out. A list counts a row in the slice of each of its members.
+    A data set name used for both tasks is split into NAME/iqa and NAME/iaa. Slices of fewer than `LEAST` rows are
+    omitted. A row whose value is a list counts in the slice of each member.
     """
     names = [name for name, _ in {(r["dataset"], r["task"]) for r in rows}]
     groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
@@ -102,7 +102,7 @@ def _slices_of(row: Mapping[str, Any], keys: Sequence[str]) -> Iterator[str]:
 
 
 def _values(found: Any) -> set[str]:
-    """Scalars as they are, lists by member; of an object its `family` or `name`."""
+    """Return a scalar as text, a list by member, and an object by its `family` or `name`."""
     if found is None:
         return set()
     if isinstance(found, list):

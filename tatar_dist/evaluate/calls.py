@@ -1,6 +1,6 @@
-"""Cuts a stream of pictures into engine calls: enough that an engine seldom runs empty, no more than memory holds.
+"""Group images into engine calls: enough that an engine seldom runs empty, within a memory limit.
 
-An engine decodes all pictures of a call before it begins, 4 bytes a pixel, and vLLM keeps what it makes of them.
+An engine decodes all images of a call before it starts, at 4 bytes per pixel, and vLLM keeps the processed inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MOST_PIXELS = 1 << 29  # of a call, decoded: 2 GiB
 def batches_by_pixels(
     items: Iterable[T], size: int, pixels: Callable[[T], int], most: int = MOST_PIXELS
 ) -> Iterator[list[T]]:
-    """Lists of at most `size` items and `most` pixels together; one that has more goes alone."""
+    """Yield lists of at most `size` items and `most` pixels in total; a larger item is yielded alone."""
     call: list[T] = []
     total = 0
     for item in items:

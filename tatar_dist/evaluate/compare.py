@@ -1,10 +1,10 @@
-"""`tatar-dist compare A B`: is B better than A? Two evaluations of the same samples, paired.
+"""`tatar-dist compare A B`: paired comparison of two evaluations of the same samples.
 
-In: two directories with predictions.parquet. Out: for each data set both SRCC and PLCC, the difference with its 95 %
-interval and p-value from resampling the pairs (by source photograph where the manifest names one, for crops of one are
-no independent witnesses). A sample that only one of the two has is counted and left out; an answer without a score
-counts as 50 in both, so that a model cannot gain by refusing the hard ones: where some are missing, these are not the
-figures of an evaluation that drops them.
+Reads predictions.parquet of both directories. For each data set it reports both SRCC and PLCC, and their difference
+with a 95 % interval and a p-value from a paired bootstrap. Resampling is by source photograph where the manifest names
+one, since crops of one photograph are not independent. Samples in only one evaluation are counted and excluded.
+Unparsed answers count as 50, so that refusing hard samples gains nothing; the figures then differ from those of an
+evaluation that drops them.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Rows = dict[tuple[str, str, str], dict[str, Any]]
 
 
 def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> dict[str, Any]:
-    """{"datasets": {NAME: {n, only_before, only_after, srcc: {...}, plcc: {...}}}}.
+    """Return {"before", "after", "rounds", "datasets": {NAME: {n, only_before, only_after, srcc, plcc, ...}}}.
 
-    Each statistic: before, after, difference, ci95, p, reason (why there is no value).
+    Each statistic has before, after, difference, ci95, p and reason (why a value is missing).
 
     Raises:
-        UserError: no predictions in a directory, none in common, or another target for the same sample.
+        UserError: no predictions in a directory, none in common, different targets for a sample, or `rounds` below 1.
     """
     if rounds < 1:
         raise UserError(f"--bootstrap {rounds}: must be at least 1")
@@ -112,7 +112,7 @@ def _one(statistic: str, target: np.ndarray, prediction: np.ndarray) -> float | 
 
 
 def show(result: dict[str, Any]) -> None:
-    """On the terminal: a row a data set and statistic, what is significant at 5 % in bold."""
+    """Print one row per data set and statistic; differences significant at 5 % are bold."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -1,9 +1,8 @@
 """Agreement of predicted scores with mean opinion scores: SRCC, PLCC, KRCC, fitted PLCC, RMSE, MAE.
 
-Pure functions on float64 arrays. Average ranks for ties, always; predictions are never rescaled, only
-clamped to 0-100; an unparsed output never leaves silently: n and n_parsed stand beside every value, and the policy for
-it is named in the result. A value that does not exist is None, with its reason.
-scipy is imported where it is used, so importing this module costs only numpy.
+Pure functions on float64 arrays. Ties get average ranks. Predictions are clamped to 0-100 and never rescaled. Unparsed
+outputs are always reported: n and n_parsed accompany every value, and the result names the policy for them. An
+undefined value is None, with its reason. scipy is imported where it is used, so importing this module needs only numpy.
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ MIN_FIT = 5  # a logistic has four parameters: fewer points fit it perfectly and
 
 @dataclass(frozen=True)
 class DatasetMetrics:
-    """One data set's metrics. rmse, mae in points. `reason`: metric name -> why it is None.
+    """Metrics of one data set. rmse, mae: in points. `reason`: metric name -> why it is None.
 
-    n: rows asked for; n_parsed: rows with an answer; n_missing: images that could not be read (not in n);
-    n_truncated: answers cut off by the token limit; n_out_of_range: answers clamped to 0-100. ci95: name -> (lo, hi)
-    or None.
+    n: rows asked for; n_parsed: rows with an answer; n_missing: images that could not be read (not in n); n_truncated:
+    answers cut off by the token limit; n_out_of_range: answers clamped to 0-100. ci95: name -> (lo, hi) or None.
     """
 
     n: int
@@ -47,12 +45,12 @@ class DatasetMetrics:
     reason: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As the `metrics --json` contract has it."""
+        """Return the object that `metrics --json` prints for a data set."""
         return asdict(self)
 
 
 def usable(target: np.ndarray, prediction: np.ndarray, unparsed: str = "drop") -> tuple[np.ndarray, np.ndarray]:
-    """(target, prediction) clamped to 0-100, with unparsed rows (NaN) dropped or set to the midpoint 50.
+    """Return (target, prediction), predictions clamped to 0-100 and unparsed (NaN) dropped or set to the midpoint 50.
 
     Raises UserError for an unknown policy.
     """
@@ -77,16 +75,16 @@ def score_metrics(
     cluster: np.ndarray | None = None,
     seed: int = 0,
 ) -> DatasetMetrics:
-    """All metrics of one data set.
+    """Compute all metrics of one data set.
 
     Args:
         target: (n,) mean opinion scores in points, finite.
-        prediction: (n,) predicted scores in points as answered, NaN where unparsed.
+        prediction: (n,) predicted scores in points, before clamping, NaN where unparsed.
         unparsed: drop | midpoint (50).
-        n_missing, n_truncated: counts to report beside them.
+        n_missing, n_truncated: counts to include in the result.
         bootstrap: rounds for 95 % percentile intervals of SRCC and PLCC; 0 = none.
-        cluster: (n,) labels: SRCC and PLCC are resampled by whole clusters (crops of one photograph); None = by rows.
-        ci_all: intervals of the other metrics too, which are worked out anew for each resample.
+        cluster: (n,) labels of clusters (crops of one photograph) to resample for SRCC and PLCC; None = by rows.
+        ci_all: also compute intervals of the other metrics, which are recomputed for each resample.
     """
     raw = np.asarray(prediction, np.float64)
     t, p = usable(target, raw, unparsed)
@@ -134,7 +132,7 @@ def score_metrics(
 
 
 def _undefined(target: np.ndarray, prediction: np.ndarray) -> str | None:
-    """Why no correlation exists, or None."""
+    """Return why the correlations are undefined, or None."""
     if len(target) == 0:
         return "no usable row"
     if len(target) < 2:
@@ -166,7 +164,7 @@ def krcc(target: np.ndarray, prediction: np.ndarray) -> float:
 
 
 def spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """(mean, standard deviation, n - 1) in points of the sampled scores that parsed; None where there are too few."""
+    """Mean and standard deviation (n - 1) in points of the parsed sampled scores; None with too few."""
     parsed = np.array([v for v in values if v is not None], np.float64)
     return (
         float(parsed.mean()) if len(parsed) else None,
@@ -175,7 +173,7 @@ def spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
 
 
 def rmse(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Root of the mean squared error, in points."""
+    """Root mean squared error, in points."""
     return float(np.sqrt(np.mean((prediction - target) ** 2)))
 
 
@@ -185,17 +183,16 @@ def mae(target: np.ndarray, prediction: np.ndarray) -> float:
 
 
 def plcc_fitted(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Pearson's r after `logistic_map` of the predictions. NaN when the best rising map is flat."""
+    """Pearson's r after `logistic_map` of the predictions. NaN if the best non-decreasing map is flat."""
     curve = logistic_map(target, prediction)(prediction)
     return plcc(target, curve) if np.ptp(curve) > 1e-6 * float(target.std()) else math.nan
 
 
 def logistic_map(target: np.ndarray, prediction: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """The monotone logistic map from predictions to targets with the least squared error (VQEG), both in points:
-    low + (high - low) / (1 + exp(-(x - c) / s)).
+    """Fit the monotone logistic map from predictions to targets by least squares (VQEG), both in points.
 
-    The map may only rise (high >= low, s > 0): a free sign would turn a wrong-way predictor into a good one. Neither
-    argument, (n,) float64, may be constant.
+    The map is low + (high - low) / (1 + exp(-(x - c) / s)) with high >= low and s > 0: a free sign would reward a
+    predictor of reversed order. Neither argument, (n,) float64, may be constant.
     """
     from scipy.optimize import least_squares
     from scipy.special import expit

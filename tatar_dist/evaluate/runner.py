@@ -1,8 +1,8 @@
-"""Evaluation on the engine pool: greedy answers for SRCC and PLCC, on request sampled ones and expected scores.
+"""Evaluate a model on the engine pool: greedy answers for SRCC and PLCC, optional samples and expected scores.
 
-In: a config (`model.path`, `data.test`). Out: `answers.jsonl` (the journal: killed, the same command goes on),
-`predictions.parquet`, `metrics.json`, `table.{md,tex,csv}`, and the result as a dict. A metric never comes without its
-n, n_parsed and n_truncated. Engines are started only when something is left to ask; images pass through, none stays.
+Reads `model.path` and `data.test`. Writes `answers.jsonl` (the journal; after a kill the same command resumes),
+`predictions.parquet`, `metrics.json` and `table.{md,tex,csv}`. Metrics always come with n, n_parsed and n_truncated.
+Engines start only if answers are missing. Images are streamed and not kept in memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ REWARD_STEP = 1 << 20  # the step that enters the seeds of sampled evaluation; n
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Evaluate `model.path` on `data.test`; what metrics.json holds. Continues what is in `output`."""
+    """Evaluate `model.path` on `data.test` and return the content of metrics.json. Resumes from `output`."""
     texts = PromptTexts(config)
     with (  # the journal first: other settings are refused before anything of the run is touched
         AnswerJournal(Path(config.output) / "answers.jsonl", _settings(config, texts)) as answers,
@@ -77,7 +77,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _settings(config: Config, texts: PromptTexts) -> dict[str, Any]:
-    """What an answer depends on: answers under other settings are not mixed with these."""
+    """Return the settings that determine an answer: the journal refuses answers made under others."""
     m, e = config.model, config.evaluate
     sampled = {"samples": e.samples, "temperature": config.rollout.temperature, "seed": e.seed} if e.samples else None
     return {
@@ -92,7 +92,7 @@ def _settings(config: Config, texts: PromptTexts) -> dict[str, Any]:
 
 
 class Evaluation:
-    """One run: `samples` are those asked, without their images, in the order of the manifests."""
+    """One evaluation. `samples`: the samples asked, without images, in manifest order."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Evaluation:
             self.sampling["sampled"] = Sampling(e.samples, config.rollout.temperature, limit, e.seed, REWARD_STEP)
 
     def run(self) -> dict[str, Any]:
-        """Ask what is not answered yet, and write the results."""
+        """Generate missing answers and write the results."""
         start, path = time.perf_counter(), self.directory.path
         units = self.total * len(self.sampling)
         with (
@@ -133,7 +133,7 @@ class Evaluation:
     # -- asking ------------------------------------------------------------------------------------------------------
 
     def _ask_all(self, progress: Progress) -> tuple[int, float]:
-        """Every kind of asking; returns tokens made and seconds it took."""
+        """Generate all kinds of answers; return the number of generated tokens and the seconds taken."""
         tokens, done, began = 0, 0, 0.0
         with ExitStack() as stack:
             pool: RolloutPool | None = None
@@ -159,7 +159,7 @@ class Evaluation:
         return tokens, time.perf_counter() - began
 
     def _parts(self, kind: str) -> Iterator[list[Prompt]]:
-        """Prompts without an answer by engine call. Of the first kind, `samples` is filled on the way."""
+        """Yield unanswered prompts by engine call. `samples` is filled during the first kind."""
         size = batch_size(self.total, self.plan.engines, self.config.rollout.max_num_seqs, self.sampling[kind].n)
         if self.config.rollout.deterministic:
             size = 1
@@ -214,7 +214,7 @@ class Evaluation:
         return row
 
     def _rewards(self, file: Path) -> dict[str, float | None]:
-        """The sampled completions as one global batch: its metrics; every completion with its terms goes to `file`."""
+        """Score sampled completions as one global batch; return its metrics and write completions to `file`."""
         groups = [
             Group(Prompt(s, "", f"eval/{key_of(s)}"), (), self.answers.get("sampled", s), 0)
             for s in sorted(self.samples, key=key_of)
@@ -251,7 +251,7 @@ _SCHEMA = pa.schema(
 
 
 def _rows(manifests: Sequence[Manifest], limit: int | None) -> int:
-    """Samples to ask at most."""
+    """Return the maximum number of samples to ask."""
     of_set: dict[str, int] = {}
     for pool in (p for m in manifests for p in m.pools):
         of_set[pool.dataset] = of_set.get(pool.dataset, 0) + pool.rows
@@ -259,7 +259,7 @@ def _rows(manifests: Sequence[Manifest], limit: int | None) -> int:
 
 
 def prediction_row(sample: Sample, completion: Completion) -> dict[str, Any]:
-    """Target, prediction (None when unparsed), completion, its words and tokens, truncated or not."""
+    """Return a row of predictions.parquet: target, prediction (None if unparsed), completion and its counts."""
     expected = completion.expected
     return {
         "sample_id": sample.sample_id,
@@ -290,10 +290,10 @@ def by_dataset(
     unparsed: str = "drop",
     bootstrap: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Data set -> its metrics, of `column` of prediction rows. `missing`: samples not asked, by (data set,
-    task). Intervals are resampled by source photograph where the manifest names one.
+    """Return data set -> metrics of `column` of the prediction rows. missing: unusable samples by (data set, task).
 
-    A name that stands for both tasks is split into NAME/iqa and NAME/iaa: their scores do not belong in one ranking.
+    Intervals are resampled by source photograph if all rows of a set name one. A name used for both tasks is split into
+    NAME/iqa and NAME/iaa, since their scores are not comparable.
     """
     pairs = {(r["dataset"], r["task"]) for r in rows} | missing.keys()
     names = [name for name, _ in pairs]
@@ -315,7 +315,7 @@ def by_dataset(
 
 
 def held_out_metrics(pool: RolloutPool, prompts: Sequence[Prompt], max_tokens: int) -> dict[str, float]:
-    """eval/{dataset}/{srcc,plcc} of a running training's weights, which the engines hold; NaN where undefined."""
+    """Return eval/{dataset}/{srcc,plcc} of the weights that the engines hold in training; NaN where undefined."""
     groups = pool.generate(prompts, Sampling(1, 0.0, max_tokens))
     rows = [prediction_row(g.prompt.sample, g.completions[0]) for g in groups]
     return {

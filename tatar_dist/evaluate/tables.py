@@ -1,7 +1,7 @@
-"""The table of an evaluation in this field's layout, PLCC / SRCC a data set: Markdown, LaTeX, CSV, and for a terminal.
+"""Result table of an evaluation, PLCC / SRCC per data set, as Markdown, LaTeX, CSV and on the terminal.
 
-In: the result of an evaluation. Out: one table, in whichever form. Averages stand behind the sets of their task.
-Beside correlations stand n and how many answers parsed: a figure over half of the answers is another figure.
+Averages follow the data sets of their task. The counts n and parsed accompany the correlations, because a correlation
+over half of the answers is not comparable with one over all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VARIANTS = {"expected": "expected score", "sample_mean": "mean of samples"}
 
 
 def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
-    """Cells below COLUMNS, "" where a column does not apply and "—" where a value does not exist."""
+    """Return rows of cells under COLUMNS: "" where a column does not apply, "—" for an undefined value."""
     rows = []
     averages = result.get("averages", {})
     for task in (*averages, None):
@@ -49,7 +49,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def published_rows(result: Mapping[str, Any], path: Path = CONFIGS / "published.yaml") -> list[list[str]]:
-    """["METHOD", "PLCC / SRCC" of each evaluated set that configs/published.yaml knows]; the first row is a head."""
+    """Return [METHOD, "PLCC / SRCC" per evaluated set] from configs/published.yaml; the first row is the header."""
     import yaml
 
     found: dict[str, Any] = yaml.safe_load(path.read_text())
@@ -67,7 +67,7 @@ def _pair(m: Mapping[str, Any]) -> str:
 
 
 def notes_of(result: Mapping[str, Any]) -> list[str]:
-    """What the table's figures need to be read rightly: intervals, policies, why a value does not exist."""
+    """Return notes on the figures: intervals, policies, and reasons for undefined values."""
     notes = []
     for name, m in result["datasets"].items():
         notes += [f"{name}: {k.upper()} 95 % [{ci[0]:.3f}, {ci[1]:.3f}]" for k, ci in m["ci95"].items() if ci]
@@ -83,13 +83,13 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(rows: list[list[str]], head: tuple[str, ...] | list[str] = COLUMNS) -> str:
-    """The first column left, the others right."""
+    """Format a Markdown table: first column left-aligned, the others right-aligned."""
     lines = [list(head), ["---", *(["---:"] * (len(head) - 1))], *rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n"
 
 
 def latex(result: Mapping[str, Any]) -> str:
-    """A booktabs table with one column a data set, PLCC/SRCC in it, as papers print it."""
+    """Format a booktabs table with one PLCC/SRCC column per data set, as papers print it."""
     sets = result["datasets"]
     names = " & ".join(_tex(n) for n in sets)
     cells = " & ".join("/".join(_number(m[k]).lstrip("0").replace("—", "--") for k in ("plcc", "srcc"))
@@ -113,7 +113,7 @@ def _tex(text: str) -> str:
 
 
 def as_csv(result: Mapping[str, Any]) -> str:
-    """Every metric of every set in full precision."""
+    """Format every metric of every set as CSV, in full precision."""
     out = io.StringIO()
     keys = ("n", "n_parsed", "n_truncated", "n_missing", *KEYS)
     writer = csv.writer(out, lineterminator="\n")
@@ -126,7 +126,7 @@ def as_csv(result: Mapping[str, Any]) -> str:
 
 
 def write(directory: Path, result: Mapping[str, Any], published: bool) -> None:
-    """table.md, table.tex and table.csv."""
+    """Write table.md, table.tex and table.csv."""
     text = markdown(rows_of(result)) + "".join(f"\n- {note}" for note in notes_of(result))
     others = published_rows(result) if published else []
     if others:
@@ -137,7 +137,7 @@ def write(directory: Path, result: Mapping[str, Any], published: bool) -> None:
 
 
 def show(result: Mapping[str, Any], published: bool) -> None:
-    """On the terminal."""
+    """Print the table on the terminal."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""Check that what a stage reads and imports is there, before Ray or a model is started."""
+"""Check the inputs and imports of a stage before Ray or a model is started."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tatar_dist.run.tracking import check_trackers
 
 
 def check_inputs(config: Config, stage: str) -> None:
-    """Look for the manifests, the prompts and the model directory of `stage`.
+    """Check the output path, trackers, manifests, prompts and model directory of `stage`.
 
     Raises:
-        UserError: a path that does not exist, and the directory it was looked up in; a model directory without a model
-            of `model.family`; a tracker that is not installed.
+        UserError: a path that does not exist, with the directory it was looked up in; a model directory without a model
+            of `model.family`; a tracker that is not installed; a relative output in a Ray job.
     """
     check_output(config)
     check_trackers(config)
@@ -40,7 +40,7 @@ def check_inputs(config: Config, stage: str) -> None:
 
 
 def _columns(manifest: Path) -> list[str]:
-    """The column names of a manifest; none of a file that is no Parquet, which its reader refuses with the reason."""
+    """Return a manifest's column names; ["image_bytes"] if unreadable, as its reader reports the reason later."""
     try:
         return pq.read_schema(manifest).names
     except (pa.ArrowException, OSError):

@@ -1,22 +1,22 @@
 """Estimate the GPU memory of a stage by part, from the configuration and the model's config.json: `tatar-dist plan`.
 
-No weights are loaded, no torch. What is counted on a learner (P parameters, N ranks, 2 bytes each in bfloat16):
+No weights are loaded, and torch is not imported. Parts on a learner (P parameters, N ranks, 2 bytes each in bfloat16):
 
     weights, gradients     2 P / N each          DeepSpeed ZeRO-3 (arXiv 1910.02054)
     optimizer              12 P / N              float32 master weights and two moments (SGD: master weights)
     reference              2 P / N               GRPO with kl_beta > 0; adapters (learner/lora.py) need none
     gathered layers        2 x at most 1e9       DeepSpeed's stage3_max_live_parameters
-    reduce bucket          2 x 5e8               DeepSpeed's reduce_bucket_size, taken at once
-    activations            what autograd keeps of a packed forward of micro_tokens (models/sizes.py has the terms), or
-                           with checkpointing every layer's input and twice one layer; times 1.3, more than a CPU needs
+    reduce bucket          2 x 5e8               DeepSpeed's reduce_bucket_size, allocated at once
+    activations            what autograd keeps of a packed forward of micro_tokens (terms: models/sizes.py), or with
+                           checkpointing every layer's input and twice one layer; times 1.3, more than a CPU needs
     head                   float32 gradient of its weight and chunks of logits (learner/head.py)
-    step                   float32 gradients of one sub-group of at most 1e9, when activations are gone
+    step                   float32 gradients of one sub-group of at most 1e9, after activations are freed
 
-and on an engine: weights, `ENGINE_OTHER` for activations and CUDA graphs, and the rest of gpu_memory_utilization for
-keys and values. CONTEXT (CUDA, NCCL) and ENGINE_OTHER are assumed; nothing here was compared with a GPU.
+On an engine: weights, `ENGINE_OTHER` for activations and CUDA graphs, and the rest of gpu_memory_utilization for keys
+and values. CONTEXT (CUDA, NCCL) and ENGINE_OTHER are assumptions; nothing here was compared with a GPU.
 
-NOTE has what updates of the 14M model of the benches took on a CPU where freed memory is given back at once
-(MALLOC_MMAP_THRESHOLD_=65536); the profiler of torch finds 305 and 78 MiB alive. A GPU allocator has gaps: HEADROOM.
+NOTE gives measured updates of the benches' 14M model on a CPU that returns freed memory at once
+(MALLOC_MMAP_THRESHOLD_=65536); torch's profiler reports 305 and 78 MiB alive. HEADROOM covers gaps of a GPU allocator.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ MODEL_TYPE = "qwen2_5_vl"  # other families have other layers
 
 
 def released(path: str) -> ModelSizes | None:
-    """Of a released Qwen2.5-VL by its name in `path`, for example Qwen2.5-VL-7B; None of others."""
+    """Sizes of a released Qwen2.5-VL named in `path`, for example Qwen2.5-VL-7B; None for other names."""
     named = re.search(r"Qwen2\.5-VL-(\d+B)", path)
     if named is None or named[1] not in PUBLISHED:
         return None
@@ -73,7 +73,7 @@ def released(path: str) -> ModelSizes | None:
 
 
 def sizes_of(path: str) -> ModelSizes:
-    """From `path`/config.json, or of a released Qwen2.5-VL by its name. Raises UserError when neither tells."""
+    """Read sizes from `path`/config.json, or of a released Qwen2.5-VL by name. Raises UserError if neither applies."""
     file = Path(path) / "config.json"
     if file.is_file():
         try:
@@ -94,9 +94,9 @@ def sizes_of(path: str) -> ModelSizes:
 
 @dataclass(frozen=True)
 class Memory:
-    """One GPU of a role. `parts`: name -> bytes held at the role's peak; `room`: bytes it may take.
+    """Memory of one GPU of a role. `parts`: name -> bytes at the role's peak; `room`: bytes available.
 
-    sequences: of an engine, completions of full length (max_model_len) that its keys and values hold at a time.
+    sequences: for an engine, full-length completions (max_model_len) whose keys and values fit at a time.
     """
 
     role: str
@@ -115,7 +115,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A stage's memory; `advice`: a line for each thing that does not fit."""
+    """Memory of a stage; `advice`: one line per role that does not fit."""
 
     stage: str
     gpu_gib: float
@@ -123,13 +123,13 @@ class Estimate:
     advice: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The `--json` object; bytes. `note`: how far to trust it."""
+        """Return the `--json` object, in bytes. `note`: reliability of the estimate."""
         roles = [asdict(m) | {"total": m.total, "fits": m.fits} for m in self.roles]
         return {"gpu_gib": self.gpu_gib, "roles": roles, "advice": list(self.advice), "note": NOTE}
 
 
 def estimate(config: Config, plan: Plan, gpu_gib: float) -> Estimate:
-    """Raises UserError: a model whose sizes are not known, or GPUs of no memory."""
+    """Estimate a stage. Raises UserError for a model of unknown sizes or GPU memory that is not positive."""
     if not gpu_gib > 0:
         raise UserError(f"--gpu-memory {gpu_gib:g}: must be above 0 GiB")
     sizes, room = sizes_of(config.model.path), gpu_gib * GIB
@@ -143,7 +143,7 @@ def estimate(config: Config, plan: Plan, gpu_gib: float) -> Estimate:
 
 
 def learner(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory:
-    """One ZeRO-3 rank at the larger of its two peaks: a backward, or the optimizer's step."""
+    """Memory of one ZeRO-3 rank at the larger of its two peaks: backward, or optimizer step."""
     m, grpo = config.model, plan.stage == "grpo"
     wide, ranks = (2 if m.dtype == "bfloat16" else 4), plan.learners
     everything = sizes.parameters
@@ -172,8 +172,8 @@ def learner(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memor
 
 
 def _micro_batch(config: Config, plan: Plan) -> tuple[float, float, float]:
-    """(tokens, patches, completion tokens) of the largest forward: images of max_pixels, completions of full length; at
-    least one prompt with one completion, however small micro_tokens is."""
+    """Return (tokens, patches, completion tokens) of the largest forward: max_pixels images, full-length completions.
+    A forward has at least one prompt with one completion, whatever micro_tokens is."""
     assert plan.split is not None
     image = config.model.max_pixels / TOKEN_PIXELS
     prompt, answer = _prompt(config), config.rollout.max_new_tokens
@@ -191,7 +191,7 @@ def _prompt(config: Config) -> float:
 
 
 def engine(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory:
-    """One GPU of an engine: keys and values take what the others leave of gpu_memory_utilization."""
+    """Memory of one GPU of an engine; keys and values take the rest of gpu_memory_utilization."""
     r, tp = config.rollout, plan.tensor_parallel
     wide = 2 if config.model.dtype == "bfloat16" else 4
     token = sizes.kv_bytes(wide) / min(tp, sizes.text["num_key_value_heads"])
@@ -208,7 +208,7 @@ def engine(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory
 
 
 def _for_learners(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> str:
-    """The first change that makes a rank fit: those that keep the recipe's gradients first."""
+    """Return the first change that makes a rank fit; changes that preserve the recipe's gradients come first."""
     whole = plan.split
     assert whole is not None
 
@@ -234,7 +234,7 @@ def _for_learners(config: Config, plan: Plan, sizes: ModelSizes, room: float) ->
 
 
 def _easier(config: Config, plan: Plan) -> Iterator[tuple[str, Config]]:
-    """(keys to set, the config with them): checkpointing, then ever smaller forwards with it."""
+    """Yield (keys to set, changed config): checkpointing, then with it ever smaller forwards."""
     words = ""
     if not config.model.gradient_checkpointing:
         words = "model.gradient_checkpointing=true"
@@ -249,7 +249,7 @@ def _easier(config: Config, plan: Plan) -> Iterator[tuple[str, Config]]:
 
 
 def _for_engines(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> str:
-    """Keys for an engine without room for one sequence, or that leaves none to what stands outside of it."""
+    """Return keys to set for an engine without room for a sequence, or for memory outside of it."""
     found = engine(config, plan, sizes, room)
     if found.sequences:
         share = config.rollout.gpu_memory_utilization - (found.total / room - (1 - HEADROOM))
@@ -262,7 +262,7 @@ def _for_engines(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> 
 
 
 def as_table(found: Estimate) -> Any:
-    """The estimate as a rich table, GiB a GPU; NOTE says how far to trust it."""
+    """The estimate as a rich table, in GiB per GPU; NOTE describes its reliability."""
     from rich.table import Table
 
     title = f"{found.stage}: GiB of a GPU's {found.gpu_gib:g}, estimated"
@@ -283,7 +283,7 @@ def as_table(found: Estimate) -> Any:
 
 
 def of_plan(config: Config, plan: Plan, gpu_gib: float | None) -> Estimate | str | None:
-    """An estimate; None where the run has no GPUs and none are asked about; why there is none."""
+    """Return an estimate, None for a run without GPUs if `gpu_gib` is None, or the reason why there is none."""
     if gpu_gib is None and not config.cluster.gpus_per_node:
         return None
     try:

@@ -1,9 +1,9 @@
-"""What a run would start and how a batch is split, from the configuration alone: `--dry-run` and `tatar-dist plan`.
+"""Plan processes and batch split of a stage from the configuration alone: `--dry-run` and `tatar-dist plan`.
 
-In: a checked `Config` and a stage. Out: a `Plan`: learners (ZeRO-3 ranks, one GPU each), engines (x tensor parallel),
-processes, and the batch split. Nothing is loaded, no torch. The runs themselves start from the same `resolve`, so what
-a dry run shows is what happens. The global batch is part of the recipe: more ranks mean fewer forwards on each, never a
-larger batch, and any number of ranks up to its rows can share it.
+A checked `Config` and a stage give a `Plan`: learners (ZeRO-3 ranks, one GPU each), engines (x tensor parallel),
+processes and the batch split. Nothing is loaded, and torch is not imported. Runs use the same `resolve`, so a dry run
+matches the run. The global batch is part of the recipe: more ranks mean fewer forwards on each, never a larger batch.
+Any number of ranks up to the rows of the batch can share it.
 
 `cluster.learners: 0` and `rollout.engines: 0` mean "as many as fit":
     sft       every GPU a learner
@@ -30,9 +30,9 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 @dataclass(frozen=True)
 class Split:
-    """One optimiser step's rows (completions in GRPO) and the ranks that share them; how: learner/packing.py.
+    """Rows of one optimiser step (completions in GRPO) and the ranks that share them, as in learner/packing.py.
 
-    micro_tokens: the most tokens in one forward. How many forwards a step takes depends on its tokens.
+    micro_tokens: the most tokens in one forward. The number of forwards per step depends on its tokens.
     """
 
     rows: int
@@ -42,7 +42,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a stage starts. GPU counts are 0 on a CPU-only cluster; `split` is None where nothing learns."""
+    """Everything a stage starts. GPU counts are 0 on a CPU-only cluster; `split` is None without learners."""
 
     stage: Stage
     nodes: int
@@ -80,12 +80,12 @@ class Plan:
         return {role: n for role, n in found.items() if n}
 
     def to_dict(self) -> dict[str, Any]:
-        """The `--json` object."""
+        """Return the `--json` object."""
         return asdict(self) | {"gpus": self.gpus, "gpus_used": self.gpus_used, "processes": self.processes}
 
 
 def resolve(config: Config, stage: Stage) -> Plan:
-    """The plan of one stage.
+    """Return the plan of one stage.
 
     Raises:
         UserError: more learners than rows, too few GPUs, or an engine larger than a node.
@@ -127,7 +127,7 @@ def resolve(config: Config, stage: Stage) -> Plan:
 
 
 def split_of(config: Config, stage: Stage, learners: int) -> Split:
-    """The split of a stage's batch over `learners` ranks. Raises UserError when there are more ranks than rows."""
+    """Split a stage's batch over `learners` ranks. Raises UserError for more ranks than rows."""
     rows, budget, key = _batch(config, stage)
     if learners > rows:
         raise UserError(f"{key}={rows} rows are too few for {learners} learners: use cluster.learners={rows} or fewer")
@@ -135,7 +135,7 @@ def split_of(config: Config, stage: Stage, learners: int) -> Split:
 
 
 def _batch(config: Config, stage: Stage) -> tuple[int, int, str]:
-    """Rows of an optimiser step, the most tokens in one forward, and the config key the rows come from."""
+    """Return (rows of an optimiser step, the most tokens in one forward, the config key of the rows)."""
     if stage == "sft":
         return config.sft.global_batch, config.sft.micro_tokens, "sft.global_batch"
     g = config.grpo
@@ -143,7 +143,7 @@ def _batch(config: Config, stage: Stage) -> tuple[int, int, str]:
 
 
 def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
-    """(learners, engines), with 0 = auto filled in; a role that a stage does not have is 0."""
+    """Return (learners, engines) with 0 = auto resolved; 0 for a role that the stage does not have."""
     c, r = config.cluster, config.rollout
     gpus, tp = c.nodes * c.gpus_per_node, r.tensor_parallel
     learners, engines, shared = c.learners, r.engines, c.placement == "colocated"
@@ -183,7 +183,7 @@ def _notes(config: Config, stage: Stage, learners: int, engines: int, samples: d
 
 
 def count_samples(data: DataConfig) -> dict[str, int] | None:
-    """Training rows by task, from the manifests' pools; None when there are none or one is not readable yet."""
+    """Count training rows by task in the manifests' pools; None without manifests or if one is unreadable."""
     from tatar_dist.data.manifest import read_manifest
 
     paths = [Path(data.root) / m for m in data.train]
@@ -199,7 +199,7 @@ def count_samples(data: DataConfig) -> dict[str, int] | None:
 
 
 def _steps(config: Config, stage: Stage, samples: dict[str, int] | None) -> int | None:
-    """As the runs count: an epoch ends when the larger task, at its share of a batch, has been seen once."""
+    """Number of steps as the runs count: an epoch ends once the larger task, at its share of a batch, has been seen."""
     if stage == "evaluate":
         return None
     s = config.sft if stage == "sft" else config.grpo
@@ -213,9 +213,9 @@ def _steps(config: Config, stage: Stage, samples: dict[str, int] | None) -> int 
 
 
 def ray_commands(plan: Plan, stage_command: str) -> list[str]:
-    """The shell lines that bring up Ray on `plan.nodes` machines and start the stage; for one node just the stage.
+    """Return the shell lines that start Ray on `plan.nodes` machines and the stage; for one node only the stage.
 
-    Where Slurm is, `make STAGE NODES=n` does all of it.
+    Under Slurm, `make STAGE NODES=n` does all of it.
     """
     if plan.nodes == 1:
         return [stage_command]

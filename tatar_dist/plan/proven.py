@@ -1,6 +1,6 @@
-"""Where each path of the GPU side has been run: what `doctor` shows, and what a run says once at its start.
+"""Test coverage of each GPU code path, shown by `doctor` and as warnings when a run starts.
 
-In: a config. Out: the paths it takes that nobody has run yet. Needs no package.
+Lists the paths of a configuration that were never run. Imports only the standard library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEGEND = f"A path is {HERE} (on CPU, by this repository's tests), {ONE_GPU} (tes
 
 @dataclass(frozen=True)
 class Path:
-    """One way of doing something. `key`: the configuration that takes it, in these stages."""
+    """One code path. `key`: the configuration that selects it, in `stages`."""
 
     name: str
     key: str
@@ -41,7 +41,7 @@ COVERAGE = (
 
 
 def unproven(config: Config, stage: Stage = "grpo") -> list[Path]:
-    """The paths that `config` takes in `stage` and that were never run."""
+    """Return the paths that `config` selects in `stage` and that were never run."""
     c, r = config.cluster, config.rollout
     taken = {
         "cluster.gpus_per_node=0": c.gpus_per_node == 0,
@@ -57,7 +57,7 @@ def unproven(config: Config, stage: Stage = "grpo") -> list[Path]:
 
 
 def warnings_for(config: Config, stage: Stage) -> list[str]:
-    """One line a path, for the start of a run."""
+    """Return one warning per unproven path, for the start of a run."""
     checked = "The run checks itself before it trains; run" if stage == "grpo" else "Run"
     return [
         f"{p.name} ({p.key}): {p.status}. {checked} tests/gpu on your nodes first." for p in unproven(config, stage)

@@ -1,1 +1,1 @@
-"""One HTML page about a run: `html.write(run)`. Reading, verdicts, charts and gallery have a file each; no torch."""
+"""HTML report of a run: `html.write(run)`. No module here imports torch."""

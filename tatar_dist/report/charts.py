@@ -1,8 +1,8 @@
-"""Inline SVG charts over steps: lines with direct labels, stacked bars. Pure functions of numbers, returning Markup.
+"""Inline SVG charts over steps, lines with direct labels and stacked bars, as pure functions that return Markup.
 
-Colours are CSS variables of the page (`--iqa`, `--iaa`, `--ink`, `--muted`, ...), so one chart serves light and dark.
-All text is escaped here. A drawing is 360 units wide, about its width on a phone and in the page's columns,
-so that its type keeps the size it was drawn with.
+Colours are CSS variables of the page (`--iqa`, `--iaa`, `--ink`, `--muted`, ...), so one chart serves light and dark
+themes. All text is escaped here. A drawing is 360 units wide, about its width on a phone and in the page's columns, so
+text keeps its nominal size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LABEL_GAP = 14  # units between the baselines of two direct labels
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. x, y: (n,); color: CSS variable without dashes; `smooth` draws the raw curve faintly behind."""
+    """One curve. x, y: (n,); color: CSS variable without dashes; `smooth`: draw the raw curve faintly behind."""
 
     label: str
     x: Sequence[float] | np.ndarray
@@ -34,7 +34,7 @@ class Line:
 
 
 def smoothed(y: np.ndarray) -> np.ndarray:
-    """(n,) exponential moving average without start-up bias; its span is a tenth of the run, at least 3 steps."""
+    """Exponential moving average of (n,) values without start-up bias, with a span of max(3, n / 10) steps."""
     alpha = 2.0 / (max(3.0, len(y) / 10) + 1.0)
     out, total, weight = np.empty(len(y)), 0.0, 0.0
     for i, value in enumerate(y):
@@ -44,7 +44,7 @@ def smoothed(y: np.ndarray) -> np.ndarray:
 
 
 def nice_ticks(lo: float, hi: float, count: int = 4) -> list[float]:
-    """About `count` round values from lo to hi (steps of 1, 2, 2.5 or 5 times a power of ten)."""
+    """Return about `count` round values from lo to hi, in steps of 1, 2, 2.5 or 5 times a power of ten."""
     if not hi > lo:
         return [lo]
     raw = (hi - lo) / count
@@ -55,7 +55,7 @@ def nice_ticks(lo: float, hi: float, count: int = 4) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A number with about three significant digits, as short as it can be said; a true minus sign."""
+    """Format with about three significant digits, as short as possible, and a true minus sign."""
     size = abs(value)
     if size >= 10_000:
         text = f"{value / 1000:.0f}k"
@@ -78,7 +78,7 @@ def _tick(value: float, step: float) -> str:
 
 
 def binned(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """The curve as at most `most` points, each the mean of consecutive steps. x (n,), y (n,) or (k, n)."""
+    """Reduce a curve to at most `most` points, the means of consecutive steps. x: (n,); y: (n,) or (k, n)."""
     if len(x) <= most:
         return x, y
     edges = np.linspace(0, len(x), most + 1).astype(int)[:-1]
@@ -87,7 +87,7 @@ def binned(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[np.nda
 
 
 def _spread(wanted: list[float], lo: float, hi: float) -> list[float]:
-    """Label positions at least LABEL_GAP apart, in order, near the wanted ones and inside [lo, hi] if they fit."""
+    """Place labels in order at least LABEL_GAP apart, near the wanted positions and in [lo, hi] if they fit."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     at = [0.0] * len(wanted)
     for rank, i in enumerate(order):
@@ -105,7 +105,7 @@ def open_svg(width: float, height: float, label: str) -> Markup:
 
 
 def _axes(x0: float, x1: float, y0: float, y1: float, height: int, x_label: str, right: float) -> tuple[Markup, Point]:
-    """Grid and tick labels, and the function from (x, y) to drawing units."""
+    """Draw grid and tick labels; return them with the mapping from (x, y) to drawing units."""
     w, h = WIDTH - LEFT - right, height - TOP - BOTTOM
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -134,9 +134,9 @@ def line_chart(
     height: int = 210,
     x_label: str = "step",
 ) -> Markup:
-    """Curves over steps, each named at its end with its last (smoothed) value. Empty Markup when none has a point.
+    """Draw curves over steps, each labelled at its end with its last (smoothed) value.
 
-    y_range: the axis covers at least this; else it covers the data.
+    y_range: minimum range of the axis, by default that of the data. Returns empty Markup if no curve has a point.
     """
     drawn = []
     for line in lines:
@@ -179,7 +179,7 @@ def _path(x: np.ndarray, y: np.ndarray, at: Point) -> Markup:
 
 
 def stacked_bars(x: np.ndarray, parts: Sequence[tuple[np.ndarray, str]], title: str, height: int = 210) -> Markup:
-    """One bar a step, the parts stacked from below. x (n,); parts: ((n,) heights >= 0, CSS variable)."""
+    """Draw one stacked bar per step, from below. x: (n,); parts: ((n,) heights >= 0, CSS variable)."""
     if not len(x) or not parts:
         return Markup("")
     x, values = binned(np.asarray(x, np.float64), np.stack([np.asarray(v, np.float64) for v, _ in parts]), 90)

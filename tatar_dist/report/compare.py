@@ -1,7 +1,7 @@
 """Write one HTML page that compares runs: `write([run, run, …], file)`, also `tatar-dist report RUN RUN …`.
 
-In: run or demo directories, of any kinds. Out: one page like that of a run (html.py): who learned more, the final
-figures, the keys in which the configurations differ, curves over each other, the health of each.
+The runs are run or demo directories of any kind. The page resembles that of a single run (html.py). It shows which run
+learned more, the final figures, the configuration keys that differ, overlaid curves and the health checks of each run.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ COLORS = 8  # --r0 to --r7 of the page; runs beyond them get dashed lines
 
 
 def write(runs: Sequence[Path], file: Path) -> Path:
-    """Write the page and return its path.
+    """Write the comparison page and return its path.
 
     Raises:
-        UserError: fewer than two runs, more than there are letters, the same twice, one that holds no run, or a page
+        UserError: fewer than two runs or more than `LETTERS`, a run given twice, a directory without a run, or a page
             that cannot be written.
     """
     paths = [Path(r) for r in runs]
@@ -46,7 +46,7 @@ def write(runs: Sequence[Path], file: Path) -> Path:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart, all of equal depth: runs/a/grpo, runs/b/grpo -> a/grpo, …"""
+    """Return the shortest unique path suffixes of equal depth: runs/a/grpo, runs/b/grpo -> a/grpo, b/grpo."""
     depth = 1
     while len({p.parts[-depth:] for p in paths}) < len(paths):
         depth += 1
@@ -54,7 +54,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def render(entrants: Sequence[Entrant]) -> str:
-    """The page as text."""
+    """Render the page as HTML text."""
     found = [(e, checks(e.run)) for e in entrants]
     main, more = curves(entrants)
     return (
@@ -77,7 +77,7 @@ def render(entrants: Sequence[Entrant]) -> str:
 
 
 def _configurations(entrants: Sequence[Entrant]) -> list[tuple[str, list[Entrant], list[tuple[str, list[str]]]]]:
-    """(stage, its runs, (key, value of each) where they differ), for stages that two runs or more have."""
+    """Return (stage, its runs, [(key, value of each run)]) of differing keys, for stages of at least two runs."""
     found = []
     for stage in ("sft", "grpo", "evaluate"):
         of: list[tuple[Entrant, Mapping[str, Any]]] = []
@@ -98,7 +98,7 @@ def _steps(entrant: Entrant) -> str:
 
 
 def _health(found: Sequence[tuple[Entrant, list[VerdictCheck]]]) -> list[tuple[str, str, list[VerdictCheck | None]]]:
-    """(name, expected, the check of each run or None), in the order of their first appearance."""
+    """Return (name, expected, the check of each run or None), in order of first appearance."""
     by_run: list[dict[str, VerdictCheck]] = [{c.name: c for c in of} for _, of in found]
     names = dict.fromkeys(name for of in by_run for name in of)
     rows = []
@@ -109,7 +109,7 @@ def _health(found: Sequence[tuple[Entrant, list[VerdictCheck]]]) -> list[tuple[s
 
 
 def curves(entrants: Sequence[Entrant]) -> tuple[list[Panel], list[Panel]]:
-    """(what to look at first, what to fold away): panels with one line a run, where at least one run logged it."""
+    """Return (main panels, folded panels), with one line per run; metrics that no run logged are omitted."""
     main: list[Panel] = []
     for task, name in TASK_NAMES.items():
         main += _panel(entrants, "grpo", f"reward/total/{task}", f"Reward, {name}", "Mean sum of all terms.")

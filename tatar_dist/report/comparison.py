@@ -1,10 +1,10 @@
-"""What several runs say beside each other: which learned more, on what, and how sure that is.
+"""Compare several runs: which learned more, on what, and whether the difference exceeds chance.
 
-Pure functions of two `RunFiles` or more. They give the headline of the page, and its tables. Held-out SRCC answers
-where two runs have it for one data set; else the reward does, by how much it rose. Nothing is called better that chance
-could explain: on the same held-out images the difference of SRCC is resampled (by source photograph where predictions
-name one), on unpaired ones Fisher's z of both is compared, and the rise of a reward is held against its spread from
-step to step.
+Pure functions of two or more `RunFiles` that return the headline and the tables of the page. Held-out SRCC is compared
+if two runs have it for the same data set, otherwise the gain in reward. A run is called better only if chance does not
+explain the difference. On the same held-out images, the SRCC difference is bootstrapped, by source photograph where
+predictions name one. On unpaired images, Fisher's z values are compared. A gain in reward is compared with its spread
+over steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MINUS = "\N{MINUS SIGN}"
 
 @dataclass(frozen=True)
 class Entrant:
-    """One run of the comparison. letter: what charts and tables call it; color: its CSS variable."""
+    """One run of the comparison. letter: its label in charts and tables; color: its CSS variable."""
 
     letter: str
     name: str
@@ -41,7 +41,7 @@ class Entrant:
     color: str
 
     def training(self, kind: str) -> Training | None:
-        """Its last training of a kind."""
+        """Return the last training of a kind."""
         return next((t for t in reversed(self.run.trainings) if t.kind == kind), None)
 
     @property
@@ -57,8 +57,8 @@ class Entrant:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Final held-out scores of a run on one data set. start: SRCC before training, where it is known; n, n_parsed:
-    None where only the curve of a training has them."""
+    """Final held-out scores of a run on one data set. start: SRCC before training, None if unknown.
+    mae, n and n_parsed are None if the scores come from a training curve."""
 
     srcc: float | None
     plcc: float | None
@@ -69,7 +69,7 @@ class HeldOut:
 
 
 def datasets(entrants: Sequence[Entrant]) -> list[str]:
-    """Data sets with held-out scores of any run, quality before aesthetics."""
+    """Return the data sets with held-out scores of any run, quality before aesthetics."""
     names: dict[str, str] = {}
     for e in entrants:
         names |= {d: e.run.task(d) for d in e.run.datasets}
@@ -80,7 +80,7 @@ def datasets(entrants: Sequence[Entrant]) -> list[str]:
 
 
 def held_out(entrant: Entrant, dataset: str) -> HeldOut | None:
-    """From the last evaluation that has the data set, else from the curve of the last training that looked at it."""
+    """Return scores of the last evaluation with the data set, else of the last training that logged it."""
     of_set = [e.metrics[dataset] for e in entrant.run.evaluations if dataset in e.metrics]
     if of_set:
         last = of_set[-1]
@@ -97,8 +97,8 @@ def held_out(entrant: Entrant, dataset: str) -> HeldOut | None:
 
 @dataclass(frozen=True)
 class Finding:
-    """On one data set or task: the letters in order, best first; whether the first two differ by more than chance,
-    None when nothing tells; line: the sentence with figures."""
+    """Result on one data set or task. order: letters, best first; line: the sentence with figures.
+    clear: whether the difference of the first two exceeds chance, None if untested."""
 
     subject: str
     order: list[str]
@@ -107,7 +107,7 @@ class Finding:
 
 
 def headline(entrants: Sequence[Entrant]) -> Headline:
-    """Who learned more, in a short title, and the figures behind it."""
+    """Build the title that names the better run, with the supporting figures."""
     names = datasets(entrants)
     found = [f for d in names if (f := _held_out_finding(entrants, d, names))]
     lines, best, ending = [f.line for f in found], "{} scores {} best", ""
@@ -163,7 +163,7 @@ def _counted(h: HeldOut) -> str:
 
 
 def _difference(first: Entrant, a: HeldOut, second: Entrant, b: HeldOut, dataset: str) -> tuple[bool | None, str]:
-    """(whether the difference is more than chance, None when nothing tells; the sentence that says so)."""
+    """Return (whether the difference exceeds chance, None if untested; the sentence that reports it)."""
     paired = _pairs(first.run, second.run, dataset)
     names = f"{first.letter} {MINUS} {second.letter}"
     if paired is not None:
@@ -183,7 +183,7 @@ def _difference(first: Entrant, a: HeldOut, second: Entrant, b: HeldOut, dataset
 
 
 def _pairs(a: RunFiles, b: RunFiles, dataset: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str] | None:
-    """(target, prediction of a, prediction of b, cluster, what a cluster is) of images that both answered for."""
+    """Return (target, prediction of a, prediction of b, cluster, kind of cluster) of shared images, or None."""
     last = [_last_with(run, dataset) for run in (a, b)]
     if last[0] is None or last[1] is None:
         return None
@@ -234,14 +234,14 @@ def _reward_finding(entrants: Sequence[Entrant], task: str) -> Finding | None:
 
 
 def _same_reward(entrants: Sequence[Entrant]) -> bool:
-    """Whether all GRPO runs say the same about their reward."""
+    """Whether all GRPO runs have the same reward configuration."""
     sections = [t.config.get("reward") for e in entrants if (t := e.training("grpo"))]
     return all(s == sections[0] for s in sections)
 
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One line of the table of figures; cells: text of each run; best: positions of the best ones, if that is said."""
+    """One table row. cells: one text per run; best: positions of the best values, empty if not ranked."""
 
     name: str
     cells: list[str]
@@ -249,7 +249,7 @@ class ComparisonRow:
 
 
 def tables(entrants: Sequence[Entrant]) -> list[tuple[str, str, list[ComparisonRow]]]:
-    """(heading, task or "", rows) of the figures that at least one run has."""
+    """Return (heading, task or "", rows) of the figures that at least one run has."""
     found = []
     for dataset in datasets(entrants):
         scores = [held_out(e, dataset) for e in entrants]

@@ -1,6 +1,6 @@
-"""What the page keeps folded: the curves behind the main ones, configurations, the log of faults.
+"""Folded part of the page: secondary curves, configurations and the log of faults.
 
-In: a `Training`. Out: plain records for the template; what was not logged is left out.
+Functions of `Training` that return plain records for the template. Metrics that were not logged are omitted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHORT = 105  # height of one of two charts in a panel
 
 @dataclass(frozen=True)
 class Details:
-    """Of one training. `recipe`: the file its settings are held against; differing: the settings that are not its."""
+    """Details of one training. `recipe`: configuration file compared with; differing: settings that deviate."""
 
     kind: str
     panels: list[Panel]
@@ -32,7 +32,7 @@ class Details:
 
 
 def details(run: RunFiles) -> list[Details]:
-    """One record a training that has something to fold away."""
+    """Return one record per training that has anything to show."""
     found = []
     for training in run.trainings:
         known = settings(training.config, training.kind)

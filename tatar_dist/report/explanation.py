@@ -1,10 +1,9 @@
-"""Why completions got their reward: whole groups of a run's last step, term by term, with the comparisons behind a
-Thurstone term.
+"""Explain the rewards of sampled groups term by term, with the comparisons behind a Thurstone term.
 
-In: the last file of RUN/rollouts and the run's reward configuration. Out: `Explained` groups, for each task the one
-whose rewards spread most, which teaches most, the best and the worst. The terms are those that the run wrote down; the
-comparisons are computed again as `tatar-dist rewards FILE --explain ROW` does, and a figure that comes out otherwise
-is said to.
+Reads the last file of RUN/rollouts and the run's reward configuration. For each task, the groups with the largest
+reward spread (the strongest training signal), the highest and the lowest mean reward are returned as `Explained`. Terms
+are read from the file. Comparisons are recomputed as in `tatar-dist rewards FILE --explain ROW`; a value that differs
+from the logged one is marked (`Comparisons.agrees`).
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ WHY = {
 
 @dataclass(frozen=True)
 class Judged:
-    """One completion. terms: in the order of `Explained.terms`, None where one does not apply."""
+    """One completion. terms: values in the order of `Explained.terms`, None where a term does not apply."""
 
     index: int
     answer: float | None
@@ -58,7 +57,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Behind one completion's Thurstone term: opponents, heaviest first; others: how many more there are."""
+    """Opponents behind the Thurstone term of one completion, by falling weight; others: how many are not listed."""
 
     index: int
     answer: float
@@ -74,7 +73,7 @@ class Comparisons:
 
 @dataclass(frozen=True)
 class Explained:
-    """One group. terms: names; completions: highest reward first; comparisons: of its best and its worst answer."""
+    """One group. terms: names; completions: by falling reward; comparisons: of its best and worst answers."""
 
     why: str
     task: str
@@ -87,9 +86,9 @@ class Explained:
 
 
 def explanations(training: Training, rollouts: Rollouts | None, notes: list[str]) -> list[Explained]:
-    """Up to three groups a task of the newest rollouts file; [] without one that holds whole groups.
+    """Return up to three groups per task from the newest rollouts file; [] if it holds no valid rows.
 
-    `rollouts`: of this training; a damaged file that is not in them has been named already.
+    `rollouts` are those of this training. A damaged file that is missing from them is already in `notes`.
     """
     files = sorted((training.path / "rollouts").glob("step_*.parquet"))
     if not files:
@@ -119,7 +118,7 @@ def _whole(row: Mapping[str, Any]) -> bool:
 
 
 def _chosen(groups: Sequence[list[dict[str, Any]]], members: Sequence[list[int]]) -> list[tuple[str, list[int]]]:
-    """(why, members) of the groups to show, each once."""
+    """Return (why, members) of the selected groups, without duplicates."""
     if not groups:
         return []
     rewards = [np.array([r["reward"] for r in g], np.float64) for g in groups]
@@ -134,7 +133,7 @@ def _chosen(groups: Sequence[list[dict[str, Any]]], members: Sequence[list[int]]
 
 
 class _Ranked:
-    """The step's batch as the reward actor saw it, read only when a Thurstone term is to be explained."""
+    """Batch of the step as the reward actor received it, loaded when a Thurstone term is first explained."""
 
     def __init__(self, file: Path, rows: list[dict[str, Any]], config: Mapping[str, Any], notes: list[str]) -> None:
         self._file, self._rows, self._config, self._notes = file, rows, config, notes

@@ -1,6 +1,6 @@
-"""Tell what befell a run's processes: faults and recoveries by time, engines one by one.
+"""Summarise faults and recoveries of a run's processes: a log by time, and counts per engine.
 
-The events may hold anything; run/history.py says what they mean.
+Events are not validated and may hold any fields; run/history.py defines their meaning.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LEFT_OUT = {"time", "event", "step", "phase", "pid", "host", "node", "stacks", "
 
 @dataclass(frozen=True)
 class FaultEntry:
-    """One line of the log. seconds: since the run's first event; `bad`: a fault, not a recovery or a start."""
+    """One log line. seconds: since the first event of the run; `bad`: a fault, not a recovery or a start."""
 
     seconds: float
     step: int | None
@@ -44,7 +44,7 @@ class FaultEntry:
 
 @dataclass(frozen=True)
 class EngineHealth:
-    """What one engine went through; `state`: as last heard of."""
+    """Event counts of one engine; `state`: its last reported state."""
 
     engine: int
     loads: int
@@ -56,8 +56,8 @@ class EngineHealth:
 
 @dataclass(frozen=True)
 class History:
-    """entries: at most MOST_ROWS, oldest first; hidden: how many are not shown; summary: `4 engine failures, 1 stall`,
-    "" without a fault; progress: `stopped after 13 of 60 steps`, "" for a run that ended."""
+    """Faults of a run. entries: at most MOST_ROWS, oldest first; hidden: number of entries not shown.
+    summary: `4 engine failures, 1 stall`, or "". progress: `It stopped after 13 of 60 steps.`, "" once finished."""
 
     entries: list[FaultEntry]
     hidden: int
@@ -67,7 +67,7 @@ class History:
 
 
 def history(events: Sequence[Mapping[str, Any]], steps: int) -> History | None:
-    """The history of a run, or None without an event. steps: finished ones, as metrics.jsonl counts them."""
+    """Build the history of a run; None without events. steps: finished steps, as counted in metrics.jsonl."""
     known = [e for e in events if is_number(e.get("time")) and isinstance(e.get("event"), str)]
     if not known:
         return None
@@ -100,7 +100,7 @@ def _entry(event: Mapping[str, Any], first: float) -> FaultEntry:
 
 
 def _progress(past: RunHistory, steps: int) -> str:
-    """Say how a run stands that was started and has not finished."""
+    """Describe the state of a run that has started and not finished; "" for any other."""
     if past.now.started is None or "finished" in past.ends:
         return ""
     of = f" of {past.now.total:,}" if is_number(past.now.total) else ""

@@ -1,8 +1,8 @@
-"""Which answers to show, and their pictures as data URIs.
+"""Select the answers to show, with their pictures as data URIs.
 
-In: predictions of the models in order of training, or sampled completions. Out: `Card`s. Choice is by rule, never by
-taste: the four answers that training moved closest to the target, the four best (one from each quarter of the target
-range, so that they are not all alike), the four worst; an image is shown once.
+Takes predictions of the models in order of training, or sampled completions, and returns `Card`s. The selection is
+deterministic: four answers that training moved closest to the target, the four best (one per quarter of the target
+range, for variety) and the four worst. An image is shown once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Key = tuple[str, str]  # data set, sample id
 
 @dataclass(frozen=True)
 class Card:
-    """One image with what each model said of it. scores: (model, score or None); `why`: improved | best | worst."""
+    """One image and its scores. scores: (model, score or None); `why`: improved | best | worst."""
 
     why: str
     sample_id: str
@@ -53,19 +53,19 @@ def _named(manifest: Path, error: Exception) -> str:
 
 
 def key_of(row: dict[str, Any]) -> Key:
-    """What names an image: sample ids are unique within a data set only."""
+    """Return the key of an image, (data set, sample id): sample ids are unique only within a data set."""
     return str(row["dataset"]), str(row["sample_id"])
 
 
 def error(row: dict[str, Any] | None) -> float | None:
-    """Points between prediction (clamped to 0-100) and target; None when there is no score."""
+    """Absolute error in points of the prediction, clamped to 0-100; None without a score."""
     if row is None or row["prediction"] is None:
         return None
     return abs(min(max(row["prediction"], 0.0), 100.0) - row["target"])
 
 
 def choose(last: Sequence[dict[str, Any]], before: dict[Key, dict[str, Any]]) -> list[tuple[str, Key]]:
-    """(why, key) of up to 3 x EACH images. last: rows of the final model; before: the model before's, by key."""
+    """Select up to 3 x EACH images as (why, key). last: final model's rows; before: the previous model's, by key."""
     scored = [(e, r) for r in last if (e := error(r)) is not None]
     taken: dict[Key, str] = {}
 
@@ -98,7 +98,7 @@ def choose(last: Sequence[dict[str, Any]], before: dict[Key, dict[str, Any]]) ->
 
 
 class Pictures:
-    """Finds samples by id in manifests and gives their pictures as data URIs; faults go to `notes`."""
+    """Look up samples by id in manifests and encode their pictures as data URIs; errors go to `notes`."""
 
     def __init__(self, manifests: Sequence[Path], image_root: str | None, notes: list[str]) -> None:
         self._notes = notes
@@ -117,7 +117,7 @@ class Pictures:
                 notes.append(_named(path, e))
 
     def uri(self, key: Key) -> str | None:
-        """data:image/...;base64,... or None when the picture is not there or does not decode."""
+        """Return data:image/...;base64,..., or None if the picture is missing or cannot be decoded."""
         if key not in self._where:
             return None
         manifest, i = self._where[key]
@@ -141,7 +141,7 @@ class Pictures:
 
 
 def card(why: str, row: dict[str, Any], models: Sequence[tuple[str, dict[str, Any] | None]], image: str | None) -> Card:
-    """A card of the final model's row; models: (name, that model's row of this image or None) in order."""
+    """Build the card of a row of the final model. models: (name, that model's row of the image or None), in order."""
     text, has_think = rationale(row["completion"])
     teaser, rest = split_teaser(text)
     scores = [(name, r["prediction"]) for name, r in models if r is not None]
@@ -149,10 +149,10 @@ def card(why: str, row: dict[str, Any], models: Sequence[tuple[str, dict[str, An
 
 
 def walls(run: RunFiles, rollouts: Rollouts | None, pictures: Pictures) -> list[tuple[str, str, list[Card]]]:
-    """(heading, task, cards): held-out answers if the run has some, else completions of its last training steps.
+    """Return (heading, task, cards) of held-out answers or, without any, of the last sampled completions.
 
-    `rollouts`: of the last GRPO training. There an image stands for its first completion, and "improved" is measured
-    from the first time that the image was asked to the last.
+    `rollouts` are those of the last GRPO training. For these, an image is represented by its first completion, and
+    "improved" compares its first visit with its last one.
     """
     if any(e.predictions for e in run.evaluations):
         by_model = [(e.model, {key_of(p): p for p in e.predictions}) for e in run.evaluations if e.predictions]
@@ -180,8 +180,8 @@ def walls(run: RunFiles, rollouts: Rollouts | None, pictures: Pictures) -> list[
 
 
 def visits(rollouts: Rollouts) -> tuple[dict[Key, dict[str, Any]], dict[Key, dict[str, Any]]]:
-    """(first time, last time) that an image was asked, its first completion each: the last times of the late steps,
-    and first times of these images where they were steps before."""
+    """Return the (first, last) visits of each image by key, each represented by its first completion.
+    The last visits are those in the late steps; a first visit is included only if it is in an earlier step."""
     last: dict[Key, dict[str, Any]] = {}
     for row in rollouts.answers(rollouts.part(late=True)):
         key = key_of(row)

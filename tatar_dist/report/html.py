@@ -1,8 +1,8 @@
 """Write the one-file HTML report of a run: `write(run) -> run/report.html`, also `tatar-dist report RUN`.
 
-In: a run directory (SFT, GRPO, evaluation) or a demo directory. Out: one page without scripts or anything fetched: its
-content-security policy forbids both, and every text of the run is escaped, since a model may write anything.
-Answer first: did it learn, is it healthy, how it went, where it is wrong, what it says. Missing parts are left out.
+Takes a run directory (SFT, GRPO, evaluation) or a demo directory. The page has no scripts and fetches nothing; its
+content-security policy forbids both. All texts of the run are escaped, since model output is untrusted. The verdict
+comes first, then health, curves, errors and texts. Missing parts are omitted.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FACTS = {  # kind of run -> (section, key, what the page calls it)
 
 
 def write(run: Path, file: Path | None = None) -> Path:
-    """Write the page of a run to `file`, else RUN/report.html, and return its path.
+    """Write the page of a run to `file`, or to RUN/report.html, and return its path.
 
     Raises:
         UserError: no such directory, no run in it, or the page cannot be written there.
@@ -55,14 +55,14 @@ def write(run: Path, file: Path | None = None) -> Path:
 
 
 def replace_page(target: Path, page: str) -> Path:
-    """Write a page whole or not at all; returns its path. Raises UserError."""
+    """Write a page atomically and return its path. Raises UserError if it cannot be written."""
     with writing(target):
         write_whole(target, page.encode("utf-8", "replace"))
     return target
 
 
 def environment() -> Environment:
-    """Of this directory's templates, with everything of a run escaped."""
+    """Return the Jinja environment of this directory's templates, with autoescaping."""
     found = Environment(
         loader=PackageLoader("tatar_dist.report", "."),
         autoescape=True,
@@ -75,7 +75,7 @@ def environment() -> Environment:
 
 
 def render(run: RunFiles) -> str:
-    """The page as text."""
+    """Render the page as HTML text."""
     notes = list(run.notes)
     quarantined = [q for t in run.trainings for q in t.quarantine]
     sampled = next((t for t in reversed(run.trainings) if t.kind == "grpo"), None)
@@ -116,7 +116,7 @@ def render(run: RunFiles) -> str:
 
 
 def signed(value: float) -> str:
-    """+0.031 or a true minus."""
+    """Format with sign and three decimals, such as +0.031, with a true minus sign."""
     return f"{value:+.3f}".replace("-", MINUS)
 
 
@@ -132,7 +132,7 @@ def duration(seconds: float) -> str:
 
 
 def _strips(run: RunFiles) -> dict[str, Any] | None:
-    """One line a data set from worst to best possible SRCC with a mark per model; positions in percent."""
+    """One row per data set on an SRCC scale up to 1, with a mark per model; positions in percent."""
     rows = []
     for dataset in run.datasets:
         found = [(e.model, e.metrics.get(dataset, {}).get("srcc")) for e in run.evaluations]
@@ -157,7 +157,7 @@ def _strips(run: RunFiles) -> dict[str, Any] | None:
 
 
 def _scores(run: RunFiles) -> list[dict[str, Any]]:
-    """The table under the strips: one row a data set and model. Absent values are None with their reason."""
+    """Table below the strips: one row per data set and model. Missing values are None, with a reason."""
     rows = []
     for dataset in run.datasets:
         of_set = [(e.model, e.metrics[dataset]) for e in run.evaluations if dataset in e.metrics]
@@ -182,7 +182,7 @@ def _scores(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def _gains(run: RunFiles) -> list[dict[str, Any]]:
-    """What GRPO changed against SFT; positions in percent of a scale that is symmetric about no change."""
+    """Changes from SFT to GRPO; positions in percent of a scale that is symmetric about zero."""
     reach = (
         max((abs(v) for m in run.gains.values() for triple in m.values() for v in triple), default=0.0) * 1.08 or 1.0
     )
@@ -206,7 +206,7 @@ def _gains(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def _stages(run: RunFiles) -> dict[str, Any] | None:
-    """Seconds and budgets; bars in percent of the longest of both."""
+    """Seconds and budgets of the stages; bars in percent of the longest of either."""
     budgets = [s["budget_seconds"] for s in run.stages if is_number(s.get("budget_seconds"))]
     longest = max([*budgets, *(s["seconds"] for s in run.stages)], default=0.0)
     if not longest:
@@ -229,7 +229,7 @@ def _stages(run: RunFiles) -> dict[str, Any] | None:
 
 
 def _facts(run: RunFiles) -> list[tuple[str, str]]:
-    """A few figures of the configuration, for the foot of the page."""
+    """Selected configuration values for the foot of the page."""
     facts = []
     for training in run.trainings:
         kind = training.kind.upper()

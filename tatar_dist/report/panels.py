@@ -1,7 +1,7 @@
-"""The charts of the page, chosen from what a run logged: learning curves, and SRCC by photograph.
+"""Charts of the page: learning curves, and SRCC per photograph.
 
-Functions of `RunFiles` that return plain records for the template. A curve that was not logged is left out, and so is a
-panel with none.
+Functions of `RunFiles` that return plain records for the template. Curves that were not logged are omitted, as are
+panels without curves.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Panel:
 
 
 def panels(run: RunFiles) -> list[Panel]:
-    """All curves worth showing, in the order in which the stages ran."""
+    """Return all panels with data, in the order of the stages."""
     found: list[Panel | None] = []
     for training in run.trainings:
         if training.kind == "sft":
@@ -144,14 +144,14 @@ def _step_time(training: Training) -> Panel | None:
 
 
 def _seconds(part: np.ndarray, total: np.ndarray) -> str:
-    """Mean seconds of a part of the step, and their share of all."""
+    """Format the mean seconds of a part of the step and its share of the total."""
     mean = float(part.mean())
     share = f", {mean / total.mean():.0%}" if total.mean() > 0 else ""
     return (f"{mean:.1f} s" if mean >= 0.1 else f"{1000 * mean:.0f} ms") + share
 
 
 def correlation(rows: Sequence[dict[str, Any]]) -> float | None:
-    """SRCC of prediction rows without the unparsed ones; None with too few of them or when one side is constant."""
+    """SRCC of prediction rows without unparsed ones; None with too few rows or a constant side."""
     target = np.array([r["target"] for r in rows], np.float64)
     prediction = np.array([r["prediction"] if is_number(r["prediction"]) else np.nan for r in rows], np.float64)
     t, p = usable(target, prediction)
@@ -162,7 +162,7 @@ def correlation(rows: Sequence[dict[str, Any]]) -> float | None:
 
 @dataclass(frozen=True)
 class Photographs:
-    """SRCC within each source photograph. columns: (data set on the page, task, model); rows: (photo, n, values)."""
+    """SRCC within each source photograph. columns: (display name, task, model); rows: (photo, n, values)."""
 
     columns: list[tuple[str, str, str]]
     rows: list[tuple[str, list[int], list[float | None]]]
@@ -170,7 +170,7 @@ class Photographs:
 
 
 def photographs(run: RunFiles) -> Photographs | None:
-    """The table of source photographs, weakest first; None where predictions do not say their source."""
+    """Return the table of source photographs, lowest SRCC first; None with fewer than two known sources."""
     late = run.evaluations[-2:]
     by: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for evaluation in late:

@@ -1,8 +1,7 @@
-"""What a run left on disk, as records; its rollouts alone are read elsewhere (rollouts.py, explanation.py).
+"""Read a run or demo directory into `RunFiles`; rollouts are read by rollouts.py and explanation.py.
 
-A run directory (SFT, GRPO or evaluation), or a demo directory that holds several, is read into `RunFiles`. A part that
-is not there is absent in the record; a part that is damaged is absent too and named in `RunFiles.notes`, which the page
-prints.
+A run directory is one of SFT, GRPO or evaluation; a demo directory holds several. Missing parts are absent from the
+record. Damaged parts are absent too, and named in `RunFiles.notes`, which the page prints.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ PREDICTION_COLUMNS = ("sample_id", "dataset", "task", "source", "target", "predi
 
 @dataclass(frozen=True)
 class Training:
-    """One SFT or GRPO run. `rows`: one dict a step; `quarantine`: samples it could not use; `events`: its log."""
+    """One SFT or GRPO run. `rows`: one dict per step; `quarantine`: unusable samples; `events`: its log."""
 
     kind: str  # sft | grpo
     config: Mapping[str, Any]
@@ -41,7 +40,7 @@ class Training:
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of one metric, (n,) float64 each, only where it was logged and is finite."""
+        """Return (steps, values) of a metric, (n,) float64 each, at steps where it was logged and is finite."""
         pairs = [(r.get("step", i), r.get(name)) for i, r in enumerate(self.rows)]
         kept = [(s, v) for s, v in pairs if is_number(v) and is_number(s)]
         array = np.array(kept, np.float64).reshape(-1, 2)
@@ -54,18 +53,18 @@ class Training:
         return sorted({k.removeprefix("eval/").removesuffix("/srcc") for k in names})
 
     def not_finite(self, name: str) -> int:
-        """Number of steps at which this metric was logged but is no finite number."""
+        """Count the steps at which this metric was logged but is not a finite number."""
         return sum(1 for r in self.rows if name in r and not is_number(r[name]))
 
     def terms(self, task: str) -> list[str]:
-        """Reward terms that were logged for a task, without the total."""
+        """Return the reward terms logged for a task, without the total."""
         names = {k.split("/")[1] for r in self.rows for k in r if k.startswith("reward/") and k.endswith(f"/{task}")}
         return sorted(names - {"total", "frac_zero_std", "agreement"})
 
 
 @dataclass(frozen=True)
 class EvaluationFiles:
-    """Held-out answers of one model. `metrics`: data set -> its metrics; `predictions`: one dict an image."""
+    """Held-out answers of one model. `metrics`: data set -> its metrics; `predictions`: one dict per image."""
 
     model: str
     metrics: Mapping[str, Mapping[str, Any]]
@@ -73,13 +72,13 @@ class EvaluationFiles:
     task_of: Mapping[str, str]
 
     def of(self, dataset: str) -> list[dict[str, Any]]:
-        """Its predictions on one data set."""
+        """Return the predictions on one data set."""
         return [p for p in self.predictions if p["dataset"] == dataset]
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """All that is known. `evaluations` in the order of training; `manifests`: where pictures may be found."""
+    """Contents of a run. `evaluations`: in order of training; `manifests`: where to look up pictures."""
 
     path: Path
     is_demo: bool
@@ -173,7 +172,7 @@ def _evaluation(path: Path, model: str, notes: list[str]) -> EvaluationFiles | N
 
 
 def _from_table(table: Any) -> list[EvaluationFiles]:
-    """Evaluations from summary.json's table alone, for a demo whose evaluation directories were cleaned away."""
+    """Build evaluations from the table in summary.json, for a demo whose evaluation directories are gone."""
     by_model: dict[str, dict[str, Any]] = {}
     for row in _list(table):
         if isinstance(row, dict) and "model" in row and "task" in row:
@@ -183,7 +182,7 @@ def _from_table(table: Any) -> list[EvaluationFiles]:
 
 
 def _gains(found: Any) -> dict[str, dict[str, list[float]]]:
-    """{task: {measure: [change, low, high]}}, without entries that are no three numbers."""
+    """Return {task: {measure: [change, low, high]}}, without entries that are not three numbers."""
     result: dict[str, dict[str, list[float]]] = {}
     for task, measures in (found if isinstance(found, dict) else {}).items():
         for name, values in (measures if isinstance(measures, dict) else {}).items():
@@ -205,7 +204,7 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _manifests(config: Mapping[str, Any], split: str) -> tuple[list[Path], str | None]:
-    """The manifests of a split that are there, and the image root of the configuration."""
+    """Return the existing manifests of a split, and the image root of the configuration."""
     data = config.get("data")
     if not isinstance(data, dict):
         return [], None

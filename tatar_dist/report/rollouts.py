@@ -1,8 +1,8 @@
-"""All completions that a GRPO run sampled, as columns; their texts are read again only where the page shows them.
+"""Load the completions sampled by a GRPO run as columns; texts are read again only where needed.
 
-In: RUN/rollouts/step_*.parquet (run/directory.py writes them). Out: `Rollouts`. A file that cannot be read, or lacks
-what every rollout has, is left out and named in the notes. 100,000 completions take a few seconds, most of them for
-parsing the answers.
+Reads RUN/rollouts/step_*.parquet, written by run/directory.py, into `Rollouts`. Unreadable files and files without the
+required columns are skipped and named in the notes. 100,000 completions take a few seconds, mostly for parsing the
+answers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SHARE = 5  # "late" is the last of so many parts of the run, "early" the first
 
 @dataclass(frozen=True)
 class Rollouts:
-    """N completions in the order of the steps. file, row: where each stands; key: its image (data set, sample id);
-    task: N texts; target, prediction, reward: (N,) float64 in points, NaN where there is none."""
+    """N completions in the order of the steps. file, row: position on disk; key: (data set, sample id).
+    target, prediction, reward: (N,) float64, NaN if absent; scores are in points. task: (N,) names."""
 
     files: list[Path]
     file: np.ndarray
@@ -44,13 +44,13 @@ class Rollouts:
         return len(self.row)
 
     def part(self, late: bool, task: str | None = None) -> np.ndarray:
-        """(k,) positions of the completions of the last fifth of the files, or of the first, in order."""
+        """Return (k,) positions of completions in the last (`late`) or first fifth of the files, in order."""
         size = max(1, len(self.files) // SHARE)
         chosen = self.file >= len(self.files) - size if late else self.file < size
         return np.flatnonzero(chosen if task is None else chosen & (self.task == task))
 
     def answers(self, positions: Iterable[int]) -> list[dict[str, Any]]:
-        """As prediction rows without their text (`completion` None); `at` is the position."""
+        """Return prediction rows without their text (`completion` is None); `at` holds the position."""
         return [
             {
                 "dataset": self.key[i][0],
@@ -66,14 +66,14 @@ class Rollouts:
         ]
 
     def text(self, position: int) -> str:
-        """What the completion says."""
+        """Read the text of a completion."""
         file = pq.ParquetFile(self.files[self.file[position]])
         column = file.read(columns=["completion"]).column(0)
         return column[int(self.row[position])].as_py() or ""
 
 
 def read_rollouts(training: Training, notes: list[str]) -> Rollouts | None:
-    """The completions of a run, or None when none are there."""
+    """Load the completions of a run; None if there are none."""
     files: list[Path] = []
     columns: dict[str, list[Any]] = {k: [] for k in ("file", "row", "index", "step", "target", "prediction", "reward")}
     tasks: list[str] = []
@@ -108,7 +108,7 @@ def read_rollouts(training: Training, notes: list[str]) -> Rollouts | None:
 
 
 def _light(file: Path) -> dict[str, list[Any]]:
-    """What the page needs of every completion, by column; a ValueError names one that is amiss."""
+    """Read the required columns of a file. Raises ValueError naming a missing or invalid column."""
     opened = pq.ParquetFile(file)
     names = set(opened.schema_arrow.names)
     for name in (*TEXTS, "target"):

@@ -1,6 +1,6 @@
-"""Scores against targets: scatters and calibration, of held-out answers or, where there are none, of sampled ones.
+"""Scatter and calibration charts of held-out answers or, without any, of sampled ones.
 
-In: `RunFiles`, and `Rollouts` of its last GRPO training. Out: plain records for the template.
+Takes `RunFiles` and the `Rollouts` of its last GRPO training; returns plain records for the template.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Cloud:
 
 @dataclass(frozen=True)
 class Clouds:
-    """Of one data set, as named on the page: a scatter a model, the last model's calibration; counts: (bin, n, mean
-    score, mean target) behind the latter."""
+    """Charts of one data set: a scatter per model, and the calibration of the last model.
+    counts: (bin, n, mean score, mean target) of the calibration."""
 
     name: str
     task: str
@@ -43,7 +43,7 @@ class Clouds:
 
 
 def clouds(run: RunFiles, rollouts: Rollouts | None) -> tuple[list[Clouds], bool]:
-    """The charts, and whether they show held-out answers (else: completions sampled in training)."""
+    """Return the charts, and whether they show held-out answers instead of sampled completions."""
     if any(e.predictions for e in run.evaluations):
         return _held_out(run), True
     return (_sampled(rollouts) if rollouts is not None else []), False

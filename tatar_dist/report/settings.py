@@ -1,8 +1,8 @@
-"""The configuration of a run beside the recipe's, and what differs between runs: dotted keys and their values.
+"""Compare a run's configuration with the recipe, and configurations of several runs, as dotted keys.
 
-In: resolved configurations as run directories keep them, whatever they hold. Out: `Setting`s in the file's order. The
-recipe is the schema's defaults (config/schema.py), with configs/STAGE.yaml over them where this checkout has it.
-Sections that a stage does not read are left out.
+Takes resolved configurations from run directories, without validation, and returns `Setting`s in file order. The recipe
+is the schema's defaults (config/schema.py), overridden by configs/STAGE.yaml where this checkout has it. Sections that
+a stage does not read are omitted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ABSENT = "—"
 
 @dataclass(frozen=True)
 class Setting:
-    """One key. default: the recipe's value as text, None where the recipe has no such key."""
+    """One key. default: the recipe's value as text, None if the recipe has no such key."""
 
     key: str
     value: str
@@ -41,13 +41,13 @@ class Setting:
 
 
 def settings(config: Mapping[str, Any], stage: str) -> list[Setting]:
-    """Every key that the stage reads. stage: sft | grpo | evaluate."""
+    """Return every key that the stage reads. stage: sft | grpo | evaluate."""
     recipe = recipe_of(stage)
     return [Setting(k, v, recipe.get(k)) for k, v in flat(config, NOT_READ[stage]).items()]
 
 
 def differing(configs: Sequence[tuple[Mapping[str, Any], str]]) -> list[tuple[str, list[str]]]:
-    """(key, value of each run) of the keys in which the runs (configuration, stage) do not all agree."""
+    """Return (key, value of each run) of the keys that differ between runs, given as (configuration, stage)."""
     found = [flat(config, NOT_READ[stage]) for config, stage in configs]
     keys = list(dict.fromkeys(k for f in found for k in f))
     rows = [(k, [f.get(k, ABSENT) for f in found]) for k in keys]
@@ -55,7 +55,7 @@ def differing(configs: Sequence[tuple[Mapping[str, Any], str]]) -> list[tuple[st
 
 
 def flat(config: Mapping[str, Any], left_out: Sequence[str] = ()) -> dict[str, str]:
-    """{dotted key: value as text}, without the sections left out."""
+    """Flatten a configuration to {dotted key: value as text}, without the keys in `left_out`."""
     found: dict[str, str] = {}
 
     def walk(section: Mapping[Any, Any], prefix: str) -> None:
@@ -86,7 +86,7 @@ def _text(value: Any) -> str:
 
 @cache
 def recipe_of(stage: str) -> dict[str, str]:
-    """{dotted key: value as text} of the recipe."""
+    """Return the recipe of a stage as {dotted key: value as text}."""
     recipe: Any = OmegaConf.structured(Config)
     file = CONFIGS / RECIPES[stage]
     if file.is_file():

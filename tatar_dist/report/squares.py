@@ -1,6 +1,6 @@
-"""Square charts of scores against scores: a scatter with the logistic that fits it, and calibration by predicted bin.
+"""Square charts of predicted against target scores: scatter with fitted logistic, and calibration by bin.
 
-In: targets and predictions in points. Out: Markup, drawn with the page's CSS variables as in charts.py.
+Targets and predictions are in points. Charts are Markup and use the page's CSS variables, as in charts.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Scale = Callable[[float], float]  # points on 0-100 -> drawing units
 
 @dataclass(frozen=True)
 class Bin:
-    """Answers between `low` and `high` points: how many, their mean, and the mean of their targets."""
+    """Calibration bin of answers between `low` and `high` points: count, mean prediction and mean target."""
 
     low: float
     high: float
@@ -33,8 +33,8 @@ class Bin:
 
 
 def bins(target: np.ndarray, prediction: np.ndarray) -> list[Bin]:
-    """The bins of predictions that hold an answer. target, prediction: (n,) in points; unparsed ones (NaN) are left
-    out, the others clamped to 0-100."""
+    """Return the non-empty bins of the predictions.
+    target, prediction: (n,) in points. Unparsed predictions (NaN) are dropped, the others clamped to 0-100."""
     t, p = usable(target, prediction)
     of = np.minimum((p / 100 * BINS).astype(int), BINS - 1)
     found = []
@@ -45,13 +45,13 @@ def bins(target: np.ndarray, prediction: np.ndarray) -> list[Bin]:
 
 
 def miscalibration(found: Sequence[Bin]) -> float | None:
-    """Mean distance in points between prediction and target of the bins, weighted by their n; None without one."""
+    """Mean absolute difference of prediction and target over bins in points, weighted by n; None without bins."""
     n = sum(b.n for b in found)
     return sum(b.n * abs(b.predicted - b.target) for b in found) / n if n else None
 
 
 def _frame(title: str) -> tuple[list[Markup], Scale, Scale]:
-    """Grid, numbers and diagonal of a square from 0 to 100, and where a value lies across and upwards."""
+    """Draw grid, tick labels and diagonal of a 0-100 square; return them with the x and y scales."""
 
     def px(value: float) -> float:
         return LEFT + SIDE * min(max(value, 0.0), 100.0) / 100
@@ -70,8 +70,8 @@ def _frame(title: str) -> tuple[list[Markup], Scale, Scale]:
 
 
 def scatter(target: Sequence[float], prediction: Sequence[float], color: str, title: str, most: int = 1500) -> Markup:
-    """Predictions over targets on 0-100 with the diagonal and, where one rises, the four-parameter logistic that maps
-    predictions to targets; more than `most` points are thinned evenly."""
+    """Plot predictions over targets on 0-100, with the diagonal and the fitted logistic, if any.
+    The logistic has four parameters and maps predictions to targets. More than `most` points are thinned evenly."""
     out, px, py = _frame(title)
     pairs = list(zip(target, prediction, strict=True))
     thinned = pairs[:: max(1, math.ceil(len(pairs) / most))]
@@ -87,8 +87,8 @@ def scatter(target: Sequence[float], prediction: Sequence[float], color: str, ti
 
 
 def _fitted(pairs: np.ndarray) -> np.ndarray | None:
-    """(m, 2) points (fitted target, prediction) of the logistic over the predictions' range, or None: too few points,
-    one side constant, or nothing that rises."""
+    """Fit the logistic and return (m, 2) points (fitted target, prediction) over the range of the predictions.
+    Returns None for fewer than `MIN_FIT` points, a constant side or a flat fit."""
     target, prediction = usable(pairs[:, 0], pairs[:, 1])
     if len(target) < MIN_FIT or np.ptp(target) == 0 or np.ptp(prediction) == 0:
         return None
@@ -98,7 +98,7 @@ def _fitted(pairs: np.ndarray) -> np.ndarray | None:
 
 
 def calibration(found: Sequence[Bin], color: str, title: str) -> Markup:
-    """Mean target (upwards) by mean prediction (across) of each bin, a dot's area by its n; n in its tooltip."""
+    """Plot mean target (y) over mean prediction (x) per bin; dot area follows n, and the tooltip shows n."""
     out, px, py = _frame(title)
     most = max((b.n for b in found), default=1)
     line = "L".join(f"{px(b.predicted):.1f} {py(b.target):.1f}" for b in found)
@@ -116,6 +116,6 @@ def calibration(found: Sequence[Bin], color: str, title: str) -> Markup:
 
 
 def calibration_note(found: Sequence[Bin]) -> str:
-    """What stands above the chart."""
+    """Return the caption of the calibration chart."""
     off = miscalibration(found)
     return "no score" if off is None else f"off by {number(off)} points"

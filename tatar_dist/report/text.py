@@ -1,4 +1,4 @@
-"""Texts of a model or a log, made fit for a page. In: whatever they wrote. Out: text, which the template escapes."""
+"""Clean and shorten texts of a model or a log for the page; the template escapes them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _THINK = re.compile(r"<think>(.*?)(?:</think>|<answer>|$)", re.IGNORECASE | re.D
 
 
 def clean(text: str | None) -> str:
-    """Text without control characters, at most MOST_CHARS long."""
+    """Remove control characters and truncate to MOST_CHARS."""
     text = _CONTROL.sub("", text or "").strip()
     return text if len(text) <= MOST_CHARS else text[:MOST_CHARS] + "…"
 
 
 def rationale(completion: str | None) -> tuple[str, bool]:
-    """(the think text, True), or (the whole completion, False) when it has none."""
+    """Return (the think text, True), or (the whole completion, False) if it has none."""
     text = clean(completion)
     found = _THINK.search(text)
     inside = found.group(1).strip() if found else ""
@@ -27,7 +27,7 @@ def rationale(completion: str | None) -> tuple[str, bool]:
 
 
 def split_teaser(text: str) -> tuple[str, str]:
-    """The first words, and the rest ("" when it is hardly longer)."""
+    """Split off the first words; the rest is "" if the text is hardly longer."""
     words = text.split()
     if len(words) <= TEASER_WORDS + 8:
         return " ".join(words), ""

@@ -1,7 +1,7 @@
-"""What the numbers say: the headline of the page and its health checks, as pure functions of `RunFiles`.
+"""Headline and health checks of a run, as pure functions of `RunFiles`.
 
-A check states the value it saw and the limit it was held to; the limits are rules of thumb, named here once. "Late"
-means the last fifth of the steps, so that a bad start does not count for ever.
+Each check reports the observed value and its limit. The limits are rules of thumb, defined in this module. "Late" means
+the last fifth of the steps, which excludes a bad start.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GAP_LIMIT = 0.05  # sync/logprob_gap, when the run's config does not say
 
 @dataclass(frozen=True)
 class VerdictCheck:
-    """One health check: state good | watch | bad, what was looked at, what was seen, and what was expected."""
+    """One health check: state (good | watch | bad), name, observed value and expected value."""
 
     state: str
     name: str
@@ -38,14 +38,14 @@ class VerdictCheck:
 
 @dataclass(frozen=True)
 class Headline:
-    """The answer in one short sentence, and the sentences that carry it."""
+    """One-sentence summary, and the sentences that support it."""
 
     title: str
     lines: list[str]
 
 
 def edges(values: np.ndarray) -> tuple[float, float]:
-    """Means of the first and the last fifth of (n,) values, n >= 1."""
+    """Return the means of the first and the last fifth of (n,) values, n >= 1."""
     k = max(1, len(values) // 5)
     return float(values[:k].mean()), float(values[-k:].mean())
 
@@ -78,7 +78,7 @@ def _scores(run: RunFiles, evaluation: EvaluationFiles) -> str:
 
 
 def name_of(run: RunFiles, dataset: str) -> str:
-    """How the page calls a data set: by its task when no other set of that task is there."""
+    """Return the display name of a data set: its task if no other set has that task, else its name."""
     task = run.task(dataset)
     alone = sum(run.task(d) == task for d in run.datasets) == 1
     return TASK_NAMES.get(task, dataset) if alone else dataset
@@ -116,7 +116,7 @@ def _before_after(run: RunFiles) -> Headline:
 
 
 def listed(names: Iterable[str]) -> str:
-    """a, b and c"""
+    """Join names as "a, b and c"."""
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -137,7 +137,7 @@ def _curve_line(training: Training) -> str:
 
 
 def _held_out_line(training: Training) -> str:
-    """How the held-out SRCC moved during training, "" where it was not looked at twice."""
+    """Describe the change of held-out SRCC during training; "" with fewer than two values."""
     moves = []
     for dataset in training.held_out:
         values = training.series(f"eval/{dataset}/srcc")[1]
@@ -152,7 +152,7 @@ def _arrow(values: np.ndarray) -> str:
 
 
 def checks(run: RunFiles) -> list[VerdictCheck]:
-    """All health checks that this run's files allow."""
+    """Run all health checks that the run's files allow."""
     found: list[VerdictCheck | None] = []
     for training in run.trainings:
         found.append(_finite(training))
@@ -168,7 +168,7 @@ def checks(run: RunFiles) -> list[VerdictCheck]:
 
 
 def _worst_task(training: Training, metric: str) -> tuple[float, str] | None:
-    """(late mean, text by task) of a per-task share, for the task where it is highest."""
+    """Return (late mean, text by task) of a per-task share, for the task where it is highest."""
     late = {t: edges(v)[1] for t in TASK_NAMES if len(v := training.series(f"{metric}/{t}")[1])}
     if not late:
         return None

@@ -1,8 +1,8 @@
-"""The aesthetic (IAA) half of the demo: attributes measured on a crop, their weighted sum, their texts.
+"""The aesthetic (IAA) half of the demo: attributes measured on a crop, and the score as their weighted sum.
 
-In: the final uint8 pixels and the subject's box. Out: attributes in [0, 1], a score on 0-100 by a documented formula,
-and eight texts in the method's order. Nobody's taste was asked: these are a photographer's rules of thumb made
-measurable, a stand-in for a mean opinion score, with known truth. Weights favour what pixels show at a glance.
+Takes the final uint8 pixels and the subject's box; returns attributes in [0, 1] and a score on 0-100. There are no
+human ratings: attributes formalise a photographer's rules of thumb, and the score stands in for a mean opinion score,
+with known truth. Weights favour what is visible at a glance. Formulas are our own unless `measure` cites a source.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def _ramp(value: float, low: float, high: float) -> float:
 
 
 def measure(pixels: np.ndarray, box: tuple[float, float, float, float] | None) -> dict[str, float]:
-    """Attributes in [0, 1] of a (112, 112, 3) uint8 crop; `box` the subject as fractions, or None. Ours unless said.
+    """Measure attributes in [0, 1] of a (112, 112, 3) uint8 crop. `box`: subject as fractions, or None.
 
-    exposure: Gaussian in mean luma about 0.46 (sd 0.17), times 1 - share of pixels clipped at either end.
+    exposure: exp(-((m - 0.46) / 0.17)²) of mean luma m in [0, 1], times 1 - share of pixels clipped at either end.
     contrast: luma's 5-95 % range, ramp 0.15..0.8.
     colour: colourfulness M = sd_rgyb + 0.3 mean_rgyb (Hasler, Suesstrunk, SPIE 2003), ramp 5..85.
     sharpness: energy of detail finer than 1 pixel over that of 1-2 pixels: a ratio, so contrast cancels; ramp in log.
     harmony: chroma-weighted concentration of doubled hue angles: 1 for one hue or a complementary pair (the I template
       of Cohen-Or et al., SIGGRAPH 2006).
     placement: subject's centre near a power point of the thirds, and its area near a fifth to half of the frame.
-    separation: colour distance of the subject's inside and its surround. simplicity: 1 - share of edge pixels.
+    separation: colour distance of the subject's inside and its surround. simplicity: 1 - ramp of edge pixels' share.
     warmth (no weight, mood only): mean red - blue, ramp -60..60. brightness (no weight): mean luma.
     """
     x = pixels.astype(np.float32)
@@ -98,7 +98,7 @@ def _separation(x: np.ndarray, box: tuple[float, float, float, float]) -> float:
 
 
 def vary(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene's pixels after a strong, random photographic treatment, (112, 112, 3) float32 on 0-255."""
+    """Apply a strong, random photographic treatment; returns (112, 112, 3) float32 on 0-255."""
     pixels = scene.pixels
     if rng.random() < 0.6:
         pixels = soften(pixels, 0.4 + 1.8 * rng.random() ** 1.5)
@@ -111,7 +111,7 @@ def vary(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def raw_score(attributes: dict[str, float]) -> float:
-    """The weighted sum in [0, 1]."""
+    """Weighted sum of the attributes, in [0, 1]."""
     return sum(w * attributes[name] for name, w in WEIGHTS.items())
 
 
@@ -121,5 +121,5 @@ KNOTS_SCORE = (0.0, 5.0, 12.5, 22.0, 31.5, 41.0, 50.0, 59.0, 68.5, 78.0, 87.5, 9
 
 
 def aesthetic_score(raw: float) -> float:
-    """The weighted sum on 0-100, by linear interpolation between fixed knots."""
+    """Map the weighted sum to 0-100 by linear interpolation between fixed knots."""
     return float(np.interp(raw, KNOTS_RAW, KNOTS_SCORE))

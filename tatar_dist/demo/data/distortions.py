@@ -1,8 +1,8 @@
 """Technical distortions and the full-reference target of the demo's quality (IQA) half.
 
-Nine families of KADID-10k (Lin, Hosu, Saupe, QoMEX 2019), each with a continuous strength in [0, 1]. The target is
-a full-reference index q in [0, 1] between the distorted and the clean crop, mapped to 0-100 by a fixed monotone
-table. No person rated these crops: the target is a stand-in for a mean opinion score, with known truth.
+Nine families of KADID-10k (Lin, Hosu, Saupe, QoMEX 2019), each with a continuous strength in [0, 1]. The target is a
+full-reference index q in [0, 1] between the distorted and the clean crop, mapped to 0-100 by a fixed monotone table.
+These crops have no human ratings: the target replaces a mean opinion score by a known truth.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _gaussian_blur(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndar
 
 
 def _motion_blur(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
-    """A line kernel of continuous length along one of four directions."""
+    """Apply a line kernel of continuous length along one of four directions."""
     dy, dx = ((0, 1), (1, 0), (1, 1), (1, -1))[int(rng.integers(4))]
     half = (1.0 + 13.0 * s**1.3) / (2 if dy * dx == 0 else 2 * 2**0.5)  # diagonal pixels lie further apart
     reach = int(np.ceil(half))
@@ -106,7 +106,7 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
 
 
 def draw_distortions(rng: np.random.Generator) -> tuple[Distortion, ...]:
-    """One distortion mostly, one in five times a second of another kind, one in ten times next to none."""
+    """Draw one distortion, in 10 % of cases almost invisible; 20 % add a second one of another kind."""
     first = _ORDER[int(rng.integers(len(_ORDER)))]
     kind = rng.random()
     strength = rng.uniform(0, 0.08) if kind < 0.1 else rng.random()
@@ -118,7 +118,7 @@ def draw_distortions(rng: np.random.Generator) -> tuple[Distortion, ...]:
 
 
 def distort(clean: np.ndarray, distortions: tuple[Distortion, ...], rng: np.random.Generator) -> np.ndarray:
-    """(112, 112, 3) float32 on 0-255 -> uint8, distortions applied in the order given."""
+    """Apply distortions in the given order: (112, 112, 3) float32 on 0-255 -> uint8."""
     x = clean
     for d in distortions:
         x = np.clip(FAMILIES[d.family](x, d.strength, rng), 0, 255)
@@ -130,7 +130,7 @@ def _window(v: np.ndarray, size: int) -> np.ndarray:
 
 
 def _detail(r: np.ndarray, d: np.ndarray) -> tuple[float, float]:
-    """Share of the reference's local detail energy still there, and RMS of detail that it does not explain."""
+    """Return (share of the reference's local detail energy that is kept, RMS of detail that it does not explain)."""
     rh, dh = r - _window(r, 7), d - _window(d, 7)
     energy = rh * rh
     gain = np.clip((_window(rh * dh, 7) + 2.0) / (np.maximum(_window(energy, 7), 0) + 2.0), 0.0, 1.0)
@@ -140,15 +140,15 @@ def _detail(r: np.ndarray, d: np.ndarray) -> tuple[float, float]:
 
 
 def full_reference(clean: np.ndarray, distorted: np.ndarray) -> float:
-    """Index in [0, 1], 1 = identical, of two (112, 112, 3) images on 0-255, computed on luma.
+    """Quality index in [0, 1], 1 = identical, of two (112, 112, 3) images on 0-255, computed on luma.
 
-    q = detail * addition * luminance, each in [0, 1]:
-    detail and addition separate what was lost from what was added, as Li, Zhang, Ma, Ngan ("Image quality assessment
-    by separately evaluating detail losses and additive impairments", TMM 2011) do with wavelets; here in 7x7 windows:
-    high-passed d = g r + a with gain g = clip((cov(r, d) + 2)/(var(r) + 2), 0, 1); detail = sum(g r²)/sum(r²) and
-    addition = K/(K + rms(a)), K = 14 grey levels, both averaged over full and half resolution. Luminance is SSIM's l
-    term (Wang, Bovik, Sheikh, Simoncelli, TIP 2004, eq. 6) on 11x11 means, averaged. Relative loss and absolute
-    addition make q depend little on content, so that it can be judged from the distorted crop alone.
+    q = detail * addition * luminance, each in [0, 1]. Detail and addition separate lost from added detail, as Li,
+    Zhang, Ma, Ngan ("Image quality assessment by separately evaluating detail losses and additive impairments", TMM
+    2011) do with wavelets; here in 7x7 windows: high-passed d = g r + a with gain g = clip((cov(r, d) + 2)/(var(r) +
+    2), 0, 1); detail = sum(g r²)/sum(r²) and addition = K/(K + rms(a)), K = 14 grey levels, both averaged over full and
+    half resolution. Luminance is SSIM's l term (Wang, Bovik, Sheikh, Simoncelli, TIP 2004, eq. 6) on 11x11 means,
+    averaged. Relative loss and absolute addition make q depend little on content, so that the distorted crop alone is
+    enough to judge it.
     """
     r, d = clean.astype(np.float32) @ LUMA, distorted.astype(np.float32) @ LUMA
     half = [v.reshape(SIZE // 2, 2, SIZE // 2, 2).mean((1, 3)) for v in (r, d)]
@@ -165,5 +165,5 @@ KNOTS_SCORE = (0.0, 5.0, 12.5, 22.0, 31.5, 41.0, 50.0, 59.0, 68.5, 78.0, 87.5, 9
 
 
 def quality_score(q: float) -> float:
-    """The index on 0-100, by linear interpolation between fixed knots."""
+    """Map the index to 0-100 by linear interpolation between fixed knots."""
     return float(np.interp(q, KNOTS_Q, KNOTS_SCORE))

@@ -1,12 +1,12 @@
-"""The demo data set: crops of real photographs with computed targets and grounded rationales, as six manifests.
+"""Make the demo data set: crops of real photographs with computed targets and grounded rationales, as six manifests.
 
-In: seed and sizes. Out: `{iqa,iaa}_{train,validation,test}.parquet`. What it is: real pixels, distortions and grading
-that were really applied, targets by published measures and documented formulas, so that the whole pipeline can be
-watched learning on a laptop, on photographs that training never saw. What it is not: human opinion; figures on it say
-nothing about KonIQ-10k or AVA.
+A seed and sizes give `{iqa,iaa}_{train,validation,test}.parquet`. Pixels are real, distortions and grading are applied
+to them, and targets follow published measures and documented formulas, so that the whole pipeline can be seen to learn
+on a laptop, on photographs unseen in training. There are no human opinions: figures on this set do not transfer to
+KonIQ-10k or AVA.
 
-Each sample depends on (seed, split, task, index) alone, so any number of processes gives the same bytes, and
-`sample_crops` hands the same samples to the base model's pretraining.
+Each sample depends on (seed, split, task, index) alone, so any number of processes gives the same bytes. The base
+model's pretraining draws its crops from `make_crop` too, with other seeds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DATASETS: dict[Task, str] = {"iqa": "demo-iqa", "iaa": "demo-iaa"}
 
 @dataclass(frozen=True)
 class DemoCrop:
-    """One demo sample. `pixels` (112, 112, 3) uint8; `score` 0-100; `raw` the index in [0, 1] behind it."""
+    """One demo sample. `pixels` (112, 112, 3) uint8; `score` 0-100; `raw`: the underlying index in [0, 1]."""
 
     pixels: np.ndarray
     score: float
@@ -89,7 +89,7 @@ def _iaa_crop(split: str, rng: np.random.Generator) -> DemoCrop:
 
 
 def make_crop(task: Task, split: str, index: int, seed: int) -> DemoCrop:
-    """Sample `index` of a split: a function of its arguments alone."""
+    """Return sample `index` of a split, a function of the arguments alone."""
     rng = np.random.default_rng([seed, SPLITS.index(split), TASKS.index(task), index])
     return _iqa_crop(split, rng) if task == "iqa" else _iaa_crop(split, rng)
 
@@ -97,14 +97,14 @@ def make_crop(task: Task, split: str, index: int, seed: int) -> DemoCrop:
 def sample_crops(
     task: Task, split: str, n: int, seed: int, start: int = 0
 ) -> Iterator[tuple[np.ndarray, float, dict[str, Any], str]]:
-    """Crops `start` ... `start + n - 1` as (pixels (112, 112, 3) uint8, score 0-100, meta, rationale), lazily."""
+    """Yield crops `start` ... `start + n - 1` as (pixels (112, 112, 3) uint8, score 0-100, meta, rationale)."""
     for i in range(start, start + n):
         crop = make_crop(task, split, i, seed)
         yield crop.pixels, crop.score, crop.meta, crop.rationale
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 as PNG, lossless; quick rather than small."""
+    """Encode (H, W, 3) uint8 as PNG, at a low compression level for speed."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
@@ -133,7 +133,7 @@ def _rows(span: tuple[Task, str, int, int], seed: int) -> list[dict[str, Any]]:
 
 
 def _end_with(parent: int) -> None:
-    """In a worker: have Linux kill it when its parent dies, or it would wait for work for ever."""
+    """Make Linux kill this worker when its parent dies; otherwise it would wait for work for ever."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:  # it died before this was asked for
@@ -148,10 +148,10 @@ def make_demo(
     test: int = 1000,
     workers: int | None = None,
 ) -> dict[str, int]:
-    """Write the six manifests below `output` and return their row counts, keyed like "iqa_train".
+    """Write the six manifests to `output` and return their row counts, keyed like "iqa_train".
 
-    Sizes are samples per task. What is there already of the same seed, sizes and version is kept. `workers`
-    processes (default: this machine's cores) share the work; their number does not change the bytes.
+    Sizes are samples per task. An existing set of the same seed, sizes and version is kept. `workers` processes
+    (default: this machine's cores) share the work; their number does not change the bytes.
 
     Raises:
         UserError: a source photograph is not installed.

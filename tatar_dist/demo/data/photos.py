@@ -1,8 +1,8 @@
-"""The source photographs of the demo set: which they are, where they lie, and which split each belongs to.
+"""Registry of the source photographs of the demo set: location, split, subject box and provenance.
 
-All are picture files that ordinary Python packages install; a package is located by its import spec and never
-imported (imgaug, thumbor, mahotas and gradio are installed without their dependencies, see launch/photos.txt).
-The split is a property of the photograph: nothing of a test photograph may reach training or pretraining.
+All are image files installed by ordinary Python packages. A package is located by its import spec and never imported
+(imgaug, thumbor, mahotas and gradio are installed without their dependencies, see launch/photos.txt). The split belongs
+to the photograph: no part of a test photograph may be used in training or pretraining.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Category = Literal["landscape", "object", "portrait", "animal"]
 
 @dataclass(frozen=True)
 class Photo:
-    """One photograph. `box` is the main subject (x0, y0, x1, y1) as fractions of width and height, set by hand.
+    """One photograph. `box`: main subject (x0, y0, x1, y1) as fractions of width and height, set by hand.
 
-    `provenance` says what is known of author and licence; where a package ships a file without a statement of its
-    own, it says so: such files are used in place, from the package, and never redistributed by this repository.
+    `provenance` states the known author and licence, or that the package has no separate statement for the file. Such
+    files are read from the installed package and never redistributed by this repository.
     """
 
     name: str
@@ -196,7 +196,7 @@ PHOTOS: tuple[Photo, ...] = (
 
 
 def photos_of(split: str) -> tuple[Photo, ...]:
-    """The photographs of one split, in registry order (the order is part of what makes a seed reproducible)."""
+    """Return the photographs of a split in registry order, on which the reproducibility of a seed depends."""
     found = tuple(p for p in PHOTOS if p.split == split)
     if not found:
         raise UserError(f"no photographs for split {split!r}: must be one of {', '.join(SPLITS)}")
@@ -204,7 +204,7 @@ def photos_of(split: str) -> tuple[Photo, ...]:
 
 
 def locate(photo: Photo) -> Path:
-    """The picture file on disk. Raises UserError naming package and remedy when it is not there."""
+    """Return the path of the picture file. Raises UserError naming package and remedy if it is missing."""
     spec = importlib.util.find_spec(photo.package)
     for root in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(root) / photo.path
@@ -216,6 +216,6 @@ def locate(photo: Photo) -> Path:
 
 @cache
 def load_photo(photo: Photo) -> Image.Image:
-    """The photograph as a loaded RGB image; kept, since a process cuts thousands of crops from each."""
+    """Load the photograph as RGB; cached, since a process cuts thousands of crops from each."""
     with Image.open(locate(photo)) as image:
         return ImageOps.exif_transpose(image).convert("RGB")

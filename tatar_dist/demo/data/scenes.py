@@ -1,7 +1,7 @@
-"""Scenes of the demo set: a 112x112 crop with varied geometry, pasted subjects and grading.
+"""Scenes of the demo set: 112x112 crops with varied geometry, pasted subjects and grading.
 
-In: a split and a random generator. Out: a `Scene`, whose pixels are determined by the generator alone.
-The scene itself varies (framing, subject, light, colour), so that aesthetic variance lies within a photograph.
+A split and a random generator determine the pixels of a `Scene`. Framing, subject, light and colour vary, so that the
+aesthetic score varies within a photograph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MIN_SIDE = 150  # source pixels a crop spans at least, so that a clean crop is s
 
 @dataclass(frozen=True)
 class Scene:
-    """`pixels` (112, 112, 3) float32 on 0-255; `box` the subject (x0, y0, x1, y1) as fractions, None if not in view."""
+    """`pixels` (112, 112, 3) float32 on 0-255; `box`: subject (x0, y0, x1, y1) as fractions, None if not in view."""
 
     pixels: np.ndarray
     photo: Photo
@@ -30,7 +30,7 @@ class Scene:
 
 
 def _visible(box: tuple[float, float, float, float]) -> tuple[float, float, float, float] | None:
-    """The part of a box inside the unit square, None when less than 15 % of it is."""
+    """Clip a box to the unit square; None if less than 15 % of its area remains."""
     x0, y0, x1, y1 = box
     cx0, cy0, cx1, cy1 = max(x0, 0.0), max(y0, 0.0), min(x1, 1.0), min(y1, 1.0)
     if cx1 <= cx0 or cy1 <= cy0 or (cx1 - cx0) * (cy1 - cy0) < 0.15 * (x1 - x0) * (y1 - y0):
@@ -39,7 +39,7 @@ def _visible(box: tuple[float, float, float, float]) -> tuple[float, float, floa
 
 
 def cut(photo: Photo, rng: np.random.Generator) -> Scene:
-    """A random square of the photograph, from tight to full, near the subject more often than not, maybe mirrored."""
+    """Cut a random square of the photograph, from tight to full, mostly near the subject, randomly mirrored."""
     image = load_photo(photo)
     w, h = image.size
     full = min(w, h)
@@ -62,7 +62,7 @@ def cut(photo: Photo, rng: np.random.Generator) -> Scene:
 
 
 def paste(scene: Scene, subject: Photo, rng: np.random.Generator) -> Scene:
-    """The subject of another photograph, its edge feathered, at a varied place and size; it becomes the subject."""
+    """Paste the subject of another photograph, feathered, at a random place and size, as the new subject."""
     image = load_photo(subject)
     w, h = image.size
     x0, y0, x1, y1 = subject.box[0] * w, subject.box[1] * h, subject.box[2] * w, subject.box[3] * h
@@ -107,7 +107,7 @@ def grade(
 
 
 def make_scene(split: str, rng: np.random.Generator, paste_share: float) -> Scene:
-    """A crop of a random photograph of `split`; with probability `paste_share` another one's subject is pasted on."""
+    """Cut a crop of a random photograph; with probability `paste_share` paste the subject of another one of `split`."""
     pool = photos_of(split)
     photo = pool[int(rng.integers(len(pool)))]
     scene = cut(photo, rng)

@@ -1,7 +1,7 @@
-"""The demo's rationales in the other task's style, for the controlled probes: slow for IQA, fast for IAA.
+"""Rewrite the demo's rationales in the other task's style for the controlled probes: slow for IQA, fast for IAA.
 
-In: a demo manifest. Out: the same rows with the rationale rewritten from what the row says was applied or measured, as
-`iqa_train_slow.parquet` and `iaa_train_fast.parquet` beside it.
+Reads the demo's training manifests and writes `iqa_train_slow.parquet` and `iaa_train_fast.parquet` beside them, with
+rationales generated from the distortions or measurements in each row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OTHER = {"iqa": "slow", "iaa": "fast"}
 
 
 def restyle(data: Path) -> None:
-    """Write the two training manifests in the other style below `data`, unless they are there."""
+    """Write the two training manifests in the other style to `data`, unless they exist."""
     for task, style in OTHER.items():
         target = data / f"{task}_train_{style}.parquet"
         if not target.exists():

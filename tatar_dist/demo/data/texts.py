@@ -1,10 +1,10 @@
-"""The words of the demo: rationales and attribute texts, from what was really applied or measured.
+"""Text templates of the demo: rationales and attribute texts, from the distortions applied or attributes measured.
 
 IQA: exactly two sentences, 30-50 words, naming the one or two distortions and their strength. IAA: one narrative of
-128-150 words through the eight attributes in the method's order, each with a graded word. For the controlled probes
-each task also has the other task's style: a long narrative for IQA, two sentences for IAA. Words count as whitespace
-tokens. No number ever appears. Wording varies with the generator given; the vocabulary is kept small (well under
-700 words over both tasks) so that a 1024-token tokenizer covers it at about a token per word.
+128-150 words through the eight attributes in the method's order, each with a graded word. For the controlled probes,
+each task also has the other task's style: a long narrative for IQA, two sentences for IAA. Words are counted as
+whitespace tokens. No text contains a number. Wording varies with the generator given. The vocabulary is small (well
+under 700 words over both tasks), so that a 1024-token tokenizer covers it at about one token per word.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ FAMILY_NAMES = {
 
 
 def grade_word(value: float, words: tuple[str, ...] = GRADE) -> str:
-    """The word for a value in [0, 1], equal steps."""
+    """Return the word for a value in [0, 1], which the words divide into equal steps."""
     return words[min(int(max(value, 0.0) * len(words)), len(words) - 1)]
 
 
@@ -84,7 +84,7 @@ _SECOND_TWO = (
 
 
 def iqa_rationale(distortions: tuple[Distortion, ...], scene: str, score: float, rng: np.random.Generator) -> str:
-    """Two sentences, 30-50 words, the stronger distortion first; `scene` is the photograph's category."""
+    """Write two sentences, 30-50 words, the stronger distortion first; `scene` is the photograph's category."""
     ordered = sorted(distortions, key=lambda d: -d.strength)
     words = {"scene": scene, "grade": grade_word(score / 100)}
     for k, d in enumerate(ordered, 1):
@@ -173,13 +173,13 @@ def _graded(attributes: dict[str, float], score: float) -> dict[str, str]:
 
 
 def attribute_texts(attributes: dict[str, float], score: float) -> dict[str, str]:
-    """The eight attribute texts by name, in the method's order."""
+    """Return the eight attribute texts by name, in the method's order."""
     words = _graded(attributes, score)
     return {name: text.format(**words) for name, text in zip(EIGHT, _TEXTS, strict=True)}
 
 
 def iaa_rationale(attributes: dict[str, float], scene: str, score: float, rng: np.random.Generator) -> str:
-    """One narrative of 128-150 words through the eight attributes in order."""
+    """Write one narrative of 128-150 words through the eight attributes in order."""
     words = _graded(attributes, score) | {"scene": scene}
     return " ".join(_pick(options, rng).format(**words) for options in _NARRATIVE)
 
@@ -214,7 +214,7 @@ NONE = "no clear"
 
 
 def iqa_slow_rationale(distortions: tuple[Distortion, ...], scene: str, score: float, rng: np.random.Generator) -> str:
-    """The slow style: one narrative of 125-150 words that inspects every kind of distortion in turn."""
+    """Write the slow style: a narrative of 125-150 words that inspects every kind of distortion in turn."""
     strength: dict[str, float] = {}
     for d in distortions:
         strength[d.family] = max(d.strength, strength.get(d.family, 0.0))
@@ -247,7 +247,7 @@ _BEAUTY = (
 
 
 def iaa_fast_rationale(attributes: dict[str, float], scene: str, score: float, rng: np.random.Generator) -> str:
-    """The fast style: two sentences, 30-50 words, naming the best and the worst attribute."""
+    """Write the fast style: two sentences, 30-50 words, naming the best and the worst attribute."""
     order = sorted(_SEEN, key=lambda name: attributes[name])
     best, worst = order[-1], order[0]
     words = {"scene": scene, "best": _SEEN[best], "worst": _SEEN[worst]}

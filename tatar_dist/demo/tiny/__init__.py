@@ -1,9 +1,9 @@
 """Build and pretrain the demo's base model, a Qwen2.5-VL of two million parameters.
 
 build.py      architecture, tokenizer, processor; random weights
-crops.py      crops to pretrain on, kept on disk
-tower.py      stage 1: the vision tower learns to measure
-align.py      stage 2: the language model learns to read image tokens
-pretrain.py   both stages; made the committed model
+crops.py      pretraining crops, cached on disk
+tower.py      stage 1: train the vision tower on measurements
+align.py      stage 2: align the language model with the image tokens
+pretrain.py   both stages; produced the committed model
 probe.py      regression head on the frozen tower
 """

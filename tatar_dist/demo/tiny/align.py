@@ -1,10 +1,10 @@
-"""Stage 2 of pretraining: the language model learns to read the (frozen) image tokens, in the base's own words.
+"""Stage 2 of pretraining: train the language model to read the (frozen) image tokens, in the base model's own words.
 
-In: a model whose tower is trained, crops. Out: the same model, able to describe an image in the demo's sentences and
-to write single measurements as two digits. It never meets the TASK prompts, the <think>/<answer> tags or a score
-inside a description: scoring in our format is what SFT and GRPO are there to teach.
+Takes a model with a trained tower and crops, and trains it in place to describe an image in the demo's sentences and to
+write single measurements as two digits. The TASK prompts, the <think>/<answer> tags and scores inside a description
+never occur in this data: SFT and GRPO teach scoring in that format.
 
-A training row is one conversation about one image, several turns long, so that the image is paid for once:
+A training row is one conversation of several turns about one image, so that the image is encoded once:
 
     user: [image]Measure noise.   assistant: noise=43
     user: Describe the image.     assistant: I notice strong random noise ...
@@ -43,7 +43,7 @@ def measure_request(name: str) -> str:
 
 
 def written(name: str, value: float) -> str:
-    """`noise=07`: a value in [0, 1] as two digits, the blank left out so that a digit follows a sign."""
+    """Format a value in [0, 1] as two digits, `noise=07`, without a blank so that a digit follows the sign."""
     return f"{name.replace('_', ' ')}={min(99, max(0, round(100 * float(value)))):02d}"
 
 
@@ -56,7 +56,7 @@ def caption(crops: CropSet, i: int) -> str:
 def conversation(
     crops: CropSet, i: int, rng: np.random.Generator, describe_share: float = 0.5
 ) -> list[tuple[str, str]]:
-    """The turns (request, reply) of one training row in random order; the score is always asked for."""
+    """Return the (request, reply) turns of one training row in random order; the score is always among them."""
     names = measure_names(crops.task)
     turns = [(measure_request(SCORE_NAME[crops.task]), written(SCORE_NAME[crops.task], crops.score[i]))]
     for k in rng.permutation(len(names))[:2]:
@@ -70,7 +70,7 @@ def conversation(
 
 @dataclass(frozen=True)
 class AlignmentRows:
-    """A padded batch: `ids` (B, L) int64; `labels` (B, L) int64, -100 where no loss falls; `positions` (3, B, L)."""
+    """A padded batch: `ids` (B, L) int64; `labels` (B, L) int64, -100 where no loss applies; `positions` (3, B, L)."""
 
     ids: torch.Tensor
     labels: torch.Tensor
@@ -78,7 +78,7 @@ class AlignmentRows:
 
 
 def row_positions(prefix: int, length: int) -> torch.Tensor:
-    """(3, length) rotary positions of a row with its image after `prefix` tokens, as the model itself numbers them."""
+    """Return (3, length) rotary positions of a row with its image after `prefix` tokens, as the model numbers them."""
     cell = torch.arange(IMAGE_TOKENS)
     image = prefix + torch.stack([torch.zeros_like(cell), cell // IMAGE_SIDE, cell % IMAGE_SIDE])
     before = torch.arange(prefix).expand(3, -1)
@@ -87,7 +87,7 @@ def row_positions(prefix: int, length: int) -> torch.Tensor:
 
 
 class Writer:
-    """Turns conversations into token rows; encodings of the short, recurring texts are kept."""
+    """Tokenise conversations to rows; encodings of short, recurring texts are cached."""
 
     def __init__(self, tokenizer: Any):
         self._encode_text: Callable[[str], list[int]] = lambda t: tokenizer(t, add_special_tokens=False)["input_ids"]
@@ -103,7 +103,7 @@ class Writer:
         return self._kept[text]
 
     def prompt(self, request: str) -> list[int]:
-        """Ids of a conversation that waits for the reply to its first request."""
+        """Return the token ids of a conversation up to the reply to its first request."""
         head = [*self.prefix, *[self.image_id] * IMAGE_TOKENS, *self._encode("<|vision_end|>")]
         return [*head, *self._encode(request), *self._encode("<|im_end|>\n<|im_start|>assistant\n")]
 
@@ -132,7 +132,7 @@ class Writer:
 
 
 def hidden_states(model: Any, rows: AlignmentRows, image_tokens: torch.Tensor, prefix: int) -> torch.Tensor:
-    """(B, L, H). Rows are padded on the right and attention is causal, so no mask is needed."""
+    """Return (B, L, H) hidden states. Rows are right-padded and attention is causal, so no mask is needed."""
     text = model.model.language_model
     embeds = text.embed_tokens(rows.ids)
     embeds = torch.cat([embeds[:, :prefix], image_tokens.to(embeds.dtype), embeds[:, prefix + IMAGE_TOKENS :]], 1)
@@ -141,7 +141,7 @@ def hidden_states(model: Any, rows: AlignmentRows, image_tokens: torch.Tensor, p
 
 @torch.no_grad()
 def measured_srcc(model: Any, writer: Writer, crops: CropSet, tokens: torch.Tensor) -> tuple[float, float]:
-    """SRCC of the score as written on the request (greedy, two digits) and as the mean of its digit distribution."""
+    """Return the SRCC of the score decoded greedily (two digits), and of the mean of its digit distribution."""
     request = measure_request(SCORE_NAME[crops.task])
     start = [*writer.prompt(request), *writer._encode(f"{SCORE_NAME[crops.task]}=")]
     digits = torch.tensor([writer._encode(str(d))[0] for d in range(10)])
@@ -165,7 +165,7 @@ def measured_srcc(model: Any, writer: Writer, crops: CropSet, tokens: torch.Tens
 
 @dataclass(frozen=True)
 class AlignRun:
-    """Steps, seconds, and by step the validation SRCC of the score as the model writes it, per task."""
+    """Steps, seconds, and by step the validation SRCC of the greedily decoded score, per task."""
 
     steps: int
     seconds: float
@@ -186,9 +186,9 @@ def train_align(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> AlignRun:
-    """Train embeddings, language model and lm_head in place; the tower stays as it is (its features are computed once).
+    """Train embeddings, language model and lm_head in place; the tower is frozen and its features are computed once.
 
-    Each crop is seen under one fixed symmetry of the square. A batch holds one task, so that rows of like length meet.
+    Each crop is seen under one fixed symmetry of the square. A batch has a single task, so rows are of similar length.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 2])
@@ -234,7 +234,7 @@ def train_align(
 
 
 def _weighted(losses: torch.Tensor, targets: torch.Tensor, writer: Writer) -> torch.Tensor:
-    """Mean loss with digits counting four times: they carry what the image alone can tell."""
+    """Mean loss with digits weighted fourfold, since only the image determines them."""
     digits = torch.tensor([writer._encode(str(d))[0] for d in range(10)])
     weight = 1 + 3 * torch.isin(targets, digits).float()
     return (losses * weight).sum() / weight.sum()

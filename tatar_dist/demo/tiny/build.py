@@ -1,17 +1,17 @@
-"""A Qwen2.5-VL of about two million parameters: architecture, tokenizer and processor, with random weights.
+"""Build a Qwen2.5-VL of about two million parameters: architecture, tokenizer and processor, random weights.
 
-In: a corpus (texts the tokenizer is trained on; default: the demo's rationales and prompts) and sizes. Out: a
-directory that transformers and vLLM load as any Qwen2.5-VL. `pretrain.py` starts from the same parts; tests build
-small tied and untied variants in seconds.
+Takes sizes and a corpus to train the tokenizer on (default: the demo's rationales and prompts). Writes a directory that
+transformers and vLLM load like any Qwen2.5-VL. `pretrain.py` starts from the same parts; tests build small tied and
+untied variants in seconds.
 
     python -m tatar_dist.demo.tiny.build --output DIR [--tie]
 
-Departures from the large models, and why:
+Differences from the large models, with reasons:
 - The vocabulary is 1,024 byte-level BPE tokens: any text encodes, and a word of the demo's rationales is one token.
-- Every digit is a token of its own, so that numbers have one spelling and their digits can be learned one by one.
+- Every digit is a separate token, so that numbers have one spelling and their digits can be learned one by one.
 - <think>, </think>, <answer>, </answer> are single tokens but not special: they survive `skip_special_tokens`.
 - Images are 112x112: 64 patches of 14 px, merged 2x2 to 16 image tokens; one attention window covers the image.
-- head_dim is 32, the smallest that vLLM's CPU attention takes.
+- head_dim is 32, the smallest that vLLM's CPU attention supports.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class TinySizes:
 
 
 def default_corpus(n: int = 1500, seed: int = 0) -> list[str]:
-    """Texts to train the tokenizer on: the demo's rationales for random measurements, its prompts, its answers.
+    """Return texts to train the tokenizer on: rationales for random measurements, prompts and measurement replies.
 
-    No photograph is needed: a rationale is a function of the measurements it words.
+    No photograph is needed, since rationales are a function of the measurements.
     """
     import numpy as np
 
@@ -105,7 +105,7 @@ def default_corpus(n: int = 1500, seed: int = 0) -> list[str]:
 
 
 def train_tokenizer(corpus: Iterable[str], vocab: int) -> Any:
-    """A byte-level BPE tokenizer of at most `vocab` tokens, as a transformers fast tokenizer with the chat template."""
+    """Train a byte-level BPE tokenizer of at most `vocab` tokens; returns a fast tokenizer with chat template."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2TokenizerFast
 
@@ -149,7 +149,7 @@ def train_tokenizer(corpus: Iterable[str], vocab: int) -> Any:
 
 
 def make_config(tokenizer: Any, sizes: TinySizes, tie: bool) -> Any:
-    """The Qwen2_5_VLConfig of these sizes, token ids taken from the tokenizer."""
+    """Return the Qwen2_5_VLConfig of these sizes, with token ids from the tokenizer."""
     from transformers import Qwen2_5_VLConfig
 
     def token(text: str) -> int:
@@ -198,7 +198,7 @@ def make_config(tokenizer: Any, sizes: TinySizes, tie: bool) -> Any:
 
 
 def make_processor(tokenizer: Any) -> Any:
-    """The Qwen2.5-VL processor: every image becomes 112x112 pixels' worth of patches, 16 tokens for a square one."""
+    """Return the Qwen2.5-VL processor: every image is resized to about 112x112 pixels, 16 tokens for a square one."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     pixels = IMAGE_SIZE * IMAGE_SIZE
@@ -211,8 +211,8 @@ def make_processor(tokenizer: Any) -> Any:
 
 
 def make_generation_config(tokenizer: Any) -> Any:
-    """Plain sampling from the model's own distribution: no truncation and no penalty, spelt out, because engines take
-    their defaults from here. (transformers refuses a `top_k` beside `do_sample=False`; greedy callers pass that.)"""
+    """Plain sampling without truncation or penalty, set explicitly because engines take their defaults from this file.
+    (transformers refuses a `top_k` beside `do_sample=False`; greedy callers set that.)"""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -227,7 +227,7 @@ def make_generation_config(tokenizer: Any) -> Any:
 
 
 def make_model(tokenizer: Any, *, tie: bool = False, seed: int = 0, sizes: TinySizes | None = None) -> Any:
-    """A randomly initialised Qwen2_5_VLForConditionalGeneration, float32; the same seed gives the same weights."""
+    """Create a random Qwen2_5_VLForConditionalGeneration, float32; the same seed gives the same weights."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -247,7 +247,7 @@ def build(
     sizes: TinySizes | None = None,
     dtype: str = "float32",
 ) -> Path:
-    """Write model, tokenizer, processor and generation config to `directory`; returns it.
+    """Write model, tokenizer, processor and generation config to `directory` and return it.
 
     `dtype` is the stored precision: "float32" or "bfloat16".
     """

@@ -1,8 +1,8 @@
-"""Crops to pretrain on, made once and kept on disk: pixels as a memory map, targets as arrays, rationales as lines.
+"""Generate and cache pretraining crops: pixels as a memory map, targets as arrays, rationales as lines.
 
-In: task, split, count, seed. Out: a `CropSet`. Train-split crops come from the train photographs only, and half of
-them are remixed (channels swapped, two photographs blended) *before* distortion or grading, so that every target is
-still computed from the pixels and not assumed. Validation crops are the demo's own, never remixed.
+A task, split, count and seed give a `CropSet`. Train-split crops come from the train photographs only. Half of them are
+remixed (channels permuted, two photographs blended) *before* distortion or grading, so every target is still computed
+from the final pixels. Validation crops are the demo's own, never remixed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def measure_names(task: Task) -> tuple[str, ...]:
 
 
 def remixed(scene: Scene, split: str, rng: np.random.Generator) -> Scene:
-    """Another look of the same geometry: channels permuted, or blended with a second photograph of the split."""
+    """Randomly permute channels, blend in a second photograph of the split, rotate by quarter turns; keeps `box`."""
     pixels = scene.pixels
     if rng.random() < 0.6:
         pixels = pixels[..., rng.permutation(3)]
@@ -125,9 +125,9 @@ def _fill(span: tuple[str, Task, str, int, int, int, int]) -> list[tuple[float, 
 
 
 def crop_set(cache: Path, task: Task, split: str, n: int, seed: int, workers: int | None = None) -> CropSet:
-    """`n` crops of a split, from `cache` when they lie there, else made with `workers` processes and kept.
+    """Load `n` crops of a split from `cache`, or generate them there with `workers` processes.
 
-    The test split is refused: pretraining has no business with it.
+    Raises ValueError for the test split, which pretraining must not read.
     """
     if split == "test":
         raise ValueError("pretraining never reads the test photographs")

@@ -3,9 +3,9 @@
     python -m tatar_dist.demo.tiny.pretrain --output DIR                      # as the committed asset was made
     python -m tatar_dist.demo.tiny.pretrain --output DIR --minutes-tower 1 --minutes-align 1
 
-In: the demo's photographs of the train split (training) and of the validation split (figures). Test photographs are
-never opened. Out: a model directory for transformers and vLLM. Needs one process and a few cores; a run given in
-minutes depends on the machine's speed, one given in steps on arithmetic alone.
+Trains on the demo's photographs of the train split and reports figures on those of the validation split; test
+photographs are never opened. Writes a model directory for transformers and vLLM. Needs one process and a few cores.
+With minutes, the result depends on the machine's speed; with steps, on arithmetic alone.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def pretrain(
     tower_weights: str | Path | None = None,
     command: str = "python -m tatar_dist.demo.tiny.pretrain",
 ) -> Path:
-    """Run both stages and write the model directory; returns it.
+    """Run both stages, write the model directory and return it.
 
-    `cache` keeps the generated crops (about 38 kB each). Steps, where given, win over minutes. `tower_weights` is where
-    the trained tower is kept: when the file is there, stage 1 is read from it instead of run.
+    `cache` keeps the generated crops (about 38 kB each). Steps take precedence over minutes. `tower_weights` is the
+    file of the trained tower: if it exists, stage 1 is loaded from it, otherwise stage 1 is run and saved to it.
     """
     import torch
     from safetensors.torch import load_file, save_file

@@ -1,10 +1,10 @@
-"""Regression head on a frozen vision tower: what the same tower gives without a language model.
+"""Regression head on a frozen vision tower: the SRCC that the tower gives without a language model.
 
     python -m tatar_dist.demo.tiny.probe --model DIR --data data/demo [--json]
 
-In: a model directory (112x112 images) and the demo's manifests. Per task, mean and spread of the 16 image tokens are
-features; a small MLP ensemble is trained on the train manifest, its weight decay chosen on the validation manifest,
-and its Spearman correlation reported on validation and test. This is the yardstick for SFT's held-out SRCC.
+Takes a model directory (112x112 images) and the demo's manifests. Per task, the features are mean and standard
+deviation of the 16 image tokens. An ensemble of small MLPs is trained on the train manifest, with weight decay selected
+on validation; SRCC is reported on validation and test. It is the baseline for SFT's held-out SRCC.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DECAYS = (1e-3, 1e-2, 1e-1, 1.0)
 
 
 def load_split(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 112, 112, 3) uint8 pixels and (n,) scores 0-100 of a manifest. Raises UserError for another image size."""
+    """Load (n, 112, 112, 3) uint8 pixels and (n,) scores 0-100. Raises UserError for another image size."""
     from tatar_dist.data.images import decode_image
     from tatar_dist.data.manifest import read_manifest
     from tatar_dist.demo.tiny.build import IMAGE_SIZE
@@ -47,7 +47,7 @@ def load_split(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pooled(visual: Any, pixels: np.ndarray) -> torch.Tensor:
-    """(n, 2 * hidden) float32: mean and standard deviation over the image tokens."""
+    """Return (n, 2 * hidden) float32: mean and standard deviation over the image tokens."""
     from tatar_dist.demo.tiny.tower import features
 
     tokens = features(visual, pixels)
@@ -55,7 +55,7 @@ def pooled(visual: Any, pixels: np.ndarray) -> torch.Tensor:
 
 
 def fit_head(x: torch.Tensor, y: torch.Tensor, decay: float, seed: int, epochs: int = 40) -> nn.Module:
-    """A two-layer head (hidden 64) from standardised features to a score in [0, 1]."""
+    """Fit a two-layer head (hidden size 64) from standardised features to a score in [0, 1]."""
     torch.manual_seed(seed)
     head = nn.Sequential(nn.Linear(x.shape[1], 64), nn.GELU(), nn.Linear(64, 1))
     optimiser = torch.optim.AdamW(head.parameters(), lr=2e-3, weight_decay=decay)
@@ -71,7 +71,7 @@ def fit_head(x: torch.Tensor, y: torch.Tensor, decay: float, seed: int, epochs: 
 
 
 def probe(model: Any, data: str | Path, seed: int = 0) -> dict[str, dict[str, float]]:
-    """{task: {"validation": SRCC, "test": SRCC, "decay": chosen, "n_train", "n_test"}} for a loaded model."""
+    """Return {task: {"validation": SRCC, "test": SRCC, "decay": selected, "n_train", "n_test"}} of a loaded model."""
     figures: dict[str, dict[str, float]] = {}
     for task in TASKS:
         x, y = {}, {}

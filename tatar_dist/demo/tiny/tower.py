@@ -1,11 +1,11 @@
-"""Stage 1 of pretraining: the vision tower and its merger learn to measure, by pooled linear heads.
+"""Stage 1 of pretraining: train the vision tower and its merger to measure, by pooled linear heads.
 
-In: a Qwen2.5-VL with random weights and crops (crops.py). Out: the same model, its tower trained; figures on the
-validation photographs. The heads are thrown away: being linear on the mean of the image tokens, they leave every
-measurement where the language model can read it.
+Trains the tower of a randomly initialised Qwen2.5-VL on crops (crops.py) and reports SRCC on the validation
+photographs. The heads are discarded: as they are linear on the mean image token, measurements stay readable for the
+language model.
 
-`tower_tokens` is the tower's forward for square 112-pixel images in one batch: Hugging Face's loops over images in
-Python, this one does not; a test holds them equal.
+`tower_tokens` is the tower's forward for square 112-pixel images in one batch. Hugging Face's version loops over images
+in Python; a test checks that both give equal results.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GRID, PATCH = 8, 14
 
 
 def patchify(pixels: torch.Tensor) -> torch.Tensor:
-    """(B, 112, 112, 3) uint8 -> (B, 64, 3, 196) float32: the processor's `pixel_values`, one of two equal frames."""
+    """Map (B, 112, 112, 3) uint8 to the processor's `pixel_values` (B, 64, 3, 196) float32, one of two equal frames."""
     x = pixels.reshape(len(pixels), GRID // 2, 2, PATCH, GRID // 2, 2, PATCH, 3)
     # (merged row, merged column, row and column in the 2x2 merge, channel, y, x)
     x = x.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(len(pixels), GRID * GRID, 3, PATCH * PATCH)
@@ -40,7 +40,7 @@ def patchify(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _rotary(visual: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (64, head_dim) of the grid positions, in merge-block order."""
+    """Return cos and sin (64, head_dim) of the grid positions, in merge-block order."""
     rows = torch.arange(GRID).view(GRID // 2, 1, 2, 1).expand(-1, GRID // 2, -1, 2).reshape(-1)
     cols = torch.arange(GRID).view(1, GRID // 2, 1, 2).expand(GRID // 2, -1, 2, -1).reshape(-1)
     cos, sin = visual.rotary_pos_emb(visual.patch_embed.proj.weight, torch.stack([rows, cols], dim=1))
@@ -53,7 +53,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def tower_tokens(visual: Any, patches: torch.Tensor, drop_path: float = 0.0) -> torch.Tensor:
-    """(B, 64, 3, 196) patches -> (B, 16, text hidden): equals the model's image features for 112x112 images.
+    """Map (B, 64, 3, 196) patches to (B, 16, text hidden), the model's image features for 112x112 images.
 
     `drop_path` in [0, 1): share of images that skip a residual branch (stochastic depth, Huang et al., ECCV 2016).
     """
@@ -81,9 +81,9 @@ def tower_tokens(visual: Any, patches: torch.Tensor, drop_path: float = 0.0) -> 
 
 
 def dct_filters(width: int) -> torch.Tensor:
-    """(width, 3, 14, 14) orthonormal 2-D DCT-II filters: three quarters on luma, the rest on two colour axes.
+    """Return (width, 3, 14, 14) orthonormal 2-D DCT-II filters: three quarters on luma, the rest on two colour axes.
 
-    Of luma the lowest frequencies all, of the higher ones a sample up to the highest, where noise and blur show.
+    Luma has all of the lowest frequencies and a sample of higher ones, which show noise and blur, up to the top.
     """
     n = torch.arange(PATCH, dtype=torch.float32)
     basis = torch.cos(math.pi * (n[None] + 0.5) * n[:, None] / PATCH) * math.sqrt(2 / PATCH)
@@ -102,12 +102,12 @@ def dct_filters(width: int) -> torch.Tensor:
 
 @torch.no_grad()
 def dct_init(visual: Any, pixels: torch.Tensor) -> None:
-    """Patch embedding := DCT filters, each scaled to the same typical response on `pixels`; branches scaled to match.
+    """Initialise the patch embedding with DCT filters, scaled to equal typical responses on `pixels`, and the branches.
 
-    Without the scaling a patch's mean drowns the fine detail that blur, noise and compression show in. Every other
-    matrix is drawn with standard deviation 1/sqrt(inputs) instead of the large models' 0.02, at which a narrow
-    tower's branches are next to silent. The first MLP starts as an energy detector: unit pairs (j, -j) give
-    silu(2c)c + silu(-2c)(-c), about 2c² once |c| > 1: distortions show in energies, which a linear embedding lacks.
+    Without the scaling, a patch's mean masks the fine detail that blur, noise and compression affect. Every other
+    matrix has standard deviation 1/sqrt(inputs): the large models' 0.02 leaves a narrow tower's branches close to zero.
+    The first MLP starts as an energy detector: unit pairs (j, -j) give silu(2c)c + silu(-2c)(-c), which is about 2c²
+    once |c| > 1. Distortions show in energies, which a linear embedding lacks.
     """
     weight = visual.patch_embed.proj.weight
     filters = dct_filters(weight.shape[0])
@@ -130,7 +130,7 @@ def dct_init(visual: Any, pixels: torch.Tensor) -> None:
 
 
 class Heads(nn.Module):
-    """Linear heads on the mean image token: per task a score and its measures; which families are present."""
+    """Linear heads on the mean image token: per task a score and its measures; for IQA also which families occur."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -144,7 +144,7 @@ class Heads(nn.Module):
 
 
 def dihedral(pixels: torch.Tensor, k: int) -> torch.Tensor:
-    """One of the 8 symmetries of the square on (B, H, W, C): no target changes under them."""
+    """Apply symmetry `k` of the 8 of the square to (B, H, W, C); it changes no target."""
     if k & 1:
         pixels = pixels.flip(1)
     if k & 2:
@@ -153,7 +153,7 @@ def dihedral(pixels: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def batches(sets: dict[Task, CropSet], size: int, rng: np.random.Generator) -> Iterator[dict[Task, np.ndarray]]:
-    """Endless index batches, half of each task, every crop once per pass."""
+    """Yield index batches without end, half of each task, each crop at most once per pass."""
     orders: dict[Task, np.ndarray] = {t: rng.permutation(len(s)) for t, s in sets.items()}
     at = dict.fromkeys(sets, 0)
     half = size // 2
@@ -184,7 +184,7 @@ def _loss(
 
 @torch.no_grad()
 def features(visual: Any, pixels: np.ndarray, batch: int = 128, symmetry: int = 0) -> torch.Tensor:
-    """Image tokens (n, 16, hidden) float32 of (n, 112, 112, 3) uint8 crops."""
+    """Compute image tokens (n, 16, hidden) float32 of (n, 112, 112, 3) uint8 crops."""
     out = []
     for i in range(0, len(pixels), batch):
         x = dihedral(torch.from_numpy(np.array(pixels[i : i + batch])), symmetry)
@@ -203,7 +203,7 @@ def validation_srcc(visual: Any, heads: Heads, sets: dict[Task, CropSet]) -> dic
 
 @dataclass(frozen=True)
 class TowerRun:
-    """What a tower run did: steps taken, seconds, and the validation SRCC of its averaged weights by step."""
+    """Result of a tower run: steps, seconds, and the validation SRCC of the averaged weights by step."""
 
     steps: int
     seconds: float
@@ -224,9 +224,9 @@ def train_tower(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> TowerRun:
-    """Train `model.model.visual` in place; ends with the exponential moving average of its weights.
+    """Train `model.model.visual` in place; it ends with the exponential moving average of its weights.
 
-    The cosine schedule runs over `steps`, or over the time given: then the figures depend on the machine's speed.
+    The cosine schedule runs over `steps`, or over `minutes`, in which case the result depends on the machine's speed.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])

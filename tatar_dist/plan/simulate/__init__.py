@@ -1,10 +1,10 @@
-"""`tatar-dist plan --simulate`: what a GRPO step costs on hardware one does not have yet.
+"""Predict the cost of a GRPO step on other hardware: `tatar-dist plan --simulate`.
 
-    measured.py   run directories -> Costs, by non-negative least squares
-    costs.py      Costs: seconds per unit of work of every part of a step; read from YAML, or from the two others
-    estimate.py   a configuration alone -> Costs, from FLOPs and bytes; never measured, and said so
-    step.py       Costs, a split and completion lengths -> the seconds of one step, event by event
-    search.py     a configuration and Costs -> the best split learners/engines for each number of GPUs
+    measured.py   run directories -> StepCosts, by non-negative least squares
+    costs.py      StepCosts: seconds per unit of work of every part of a step; read from YAML or the two others
+    estimate.py   configuration -> StepCosts, from FLOPs and bytes without measurement, marked as an estimate
+    step.py       StepCosts, a split and completion lengths -> the seconds of one step, event by event
+    search.py     configuration and StepCosts -> the best split learners/engines for each number of GPUs
     tables.py     the result as rich tables
     command.py    the command
 

@@ -1,6 +1,6 @@
-"""`tatar-dist plan --simulate`: where its times come from, what it prints.
+"""Command `tatar-dist plan --simulate`: select the source of times and print the forecast.
 
-In: a configuration and the options' values. Out: tables or JSON on stdout.
+Takes a configuration and the option values. Prints tables or JSON on stdout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tatar_dist.plan.simulate.tables import tables
 
 
 def costs_from(config: Config, measured: Sequence[Path], times: Path | None) -> StepCosts:
-    """Measured runs, else a file of times, else an estimate. Raises UserError when both or something wrong is given."""
+    """Return costs of measured runs, else of a file, else estimated. Raises UserError for both or for bad input."""
     if measured and times:
         raise UserError("--measured and --times both say what a step costs: give one of them")
     if measured:
@@ -28,7 +28,7 @@ def costs_from(config: Config, measured: Sequence[Path], times: Path | None) -> 
 
 
 def numbers_of_gpus(text: str | None) -> Sequence[int]:
-    """ "8,64" as numbers; all powers of two up to 1024 when left out."""
+    """Parse "8,64" as numbers; None gives all powers of two up to 1024."""
     if text is None:
         return GPUS
     try:

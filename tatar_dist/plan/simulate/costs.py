@@ -1,7 +1,7 @@
-"""What one unit of work costs: everything the simulator knows about a machine and a model. Seconds throughout.
+"""Cost model of a GRPO step: seconds per unit of work of each part.
 
-In: a YAML file (`plan --times`), or measured.py, or estimate.py. Out: `StepCosts`. The JSON of `plan --simulate --json`
-holds its costs in the same form under "costs", and JSON is YAML: what was measured can be kept as a file and edited.
+`StepCosts` are read from a YAML file (`plan --times`), fitted by measured.py or estimated by estimate.py. The JSON of
+`plan --simulate --json` holds them in the same form under "costs"; as JSON is YAML, it can be saved and edited.
 
     engine      a call = per_call + per_step x decode steps + per_token x tokens + per_prompt x prompts
     learner     a step = per_update + micro-batches x (per_micro_batch + gather x (ranks - 1) / ranks)
@@ -9,10 +9,10 @@ holds its costs in the same form under "costs", and JSON is YAML: what was measu
     reward      a batch = per_batch + per_completion x completions
     push        per_push + GB x (1 + 1 / buckets) x per_gb + GB x (receivers - 1) x per_gb_receiver
                 receivers: nodes that have engines; on CPUs, engines
-    other       what else a step does: per_step + per_completion x completions
+    other       rest of a step: per_step + per_completion x completions
 
 `gather_across_nodes` replaces `gather` where the learners span nodes. On CPUs (`cores`) the costs are those of a
-process with one thread; with t threads it takes `serial + (1 - serial) / t` of them (Amdahl).
+process with one thread; with t threads they are multiplied by `serial + (1 - serial) / t` (Amdahl).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class OtherCosts:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """`lengths`: by task, completion lengths in tokens, one tuple a group of the measured run."""
+    """Costs of all parts of a step. `lengths`: completion lengths in tokens by task, one tuple per group."""
 
     lengths: Mapping[str, tuple[tuple[int, ...], ...]]
     engine: EngineCosts = field(default_factory=EngineCosts)
@@ -103,7 +103,7 @@ T = TypeVar("T")
 
 
 def read_costs(path: Path) -> StepCosts:
-    """Costs from a YAML (or JSON) file. Raises UserError naming file and key."""
+    """Read costs from a YAML (or JSON) file. Raises UserError naming file and key."""
     try:
         found = yaml.safe_load(path.read_text())
     except OSError as e:
@@ -149,7 +149,7 @@ def _value(key: str, value: Any, where: str) -> Any:
 
 
 def _lengths(value: Any, where: str) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """By task a list of groups, each a list of tokens; a flat list is one group."""
+    """Validate a list of groups by task, each a list of tokens; a flat list is one group."""
     if not isinstance(value, dict) or not value or set(value) - set(TASKS):
         raise UserError(f"{where}: expected completion lengths in tokens by task ({', '.join(TASKS)})")
     found = {}

@@ -1,7 +1,7 @@
-"""Costs from a configuration alone: FLOPs and bytes over the rates of an H100. An estimate; nothing here was measured.
+"""Estimate costs from the configuration alone: FLOPs and bytes over the rates of an H100, without measurement.
 
-For `plan --simulate` without measurements. Time = max or sum of work over peak rate x the share of it that is usually
-reached (a roofline, Williams et al. 2009):
+Used by `plan --simulate` without measured times. Time = max or sum of work over peak rate x the share of it that is
+usually reached (a roofline, Williams et al. 2009):
 
     decode step     weights / (HBM rate x 0.6), read once for all sequences of the batch
     token           2 x parameters FLOPs + keys and values of its context read (2 x layers x KV heads x head x 2 bytes)
@@ -36,7 +36,7 @@ LENGTHS = {"iqa": (80, 12), "iaa": (230, 35)}
 
 
 def model_size(path: str) -> tuple[float, int]:
-    """Parameters, bytes of a token's keys and values in bfloat16. Raises UserError when files and name do not tell."""
+    """Return (parameters, bytes of a token's keys and values in bfloat16). Raises UserError for unknown sizes."""
     directory = Path(path)
     weights = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
     if weights and (directory / "config.json").is_file():
@@ -56,7 +56,7 @@ def model_size(path: str) -> tuple[float, int]:
 
 
 def estimate(config: Config, seed: int = 0) -> StepCosts:
-    """Raises UserError: a CPU configuration, or a model of unknown size."""
+    """Estimate the costs. Raises UserError for a CPU configuration or a model of unknown size."""
     if not config.cluster.gpus_per_node:
         raise UserError(
             "--simulate needs times, and for CPUs there is no estimate: run a few steps with this config and give "

@@ -1,12 +1,12 @@
-"""Costs from runs that were made: what their steps took, explained by the work that was in them.
+"""Fit costs to measured runs: the time of each step, explained by its work.
 
-In: run directories of GRPO (config.yaml, metrics.jsonl, rollouts/step_*.parquet, events.jsonl if there is one). Out:
-`StepCosts`, with what could not be told from these runs in its notes.
+Reads run directories of GRPO (config.yaml, metrics.jsonl, rollouts/step_*.parquet, optional events.jsonl). Returns
+`StepCosts`; its notes list what these runs cannot determine.
 
-Every part of a step is linear in its costs, so non-negative least squares finds them (Lawson and Hanson 1974), on
-relative errors, with the weights of Huber's loss against steps that something else disturbed. Runs of one size cannot
-say which unit of work the time belongs to: a weak prior, that each kind of work has the same share of the time, decides
-what the data leave open. Runs of several sizes (learners, engines, prompts_per_step, max_num_seqs) leave less open.
+Every part of a step is linear in its costs, which are fitted by non-negative least squares (Lawson and Hanson 1974) on
+relative errors, with Huber weights against disturbed steps. Runs of one size do not determine how the time divides
+among units of work; a weak prior of equal shares resolves what the data leave open. Runs of several sizes (learners,
+engines, prompts_per_step, max_num_seqs) leave less open.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A run directory, read."""
+    """Contents of a run directory."""
 
     path: Path
     config: Config
@@ -60,7 +60,7 @@ class MeasuredRun:
 
 
 def read_run(path: Path) -> MeasuredRun:
-    """Raises UserError: no GRPO run there, another configuration's keys, too few steps, rollouts that do not fit."""
+    """Read a run. Raises UserError: no GRPO run, staleness above 0, unknown keys, no timed step, bad rollouts."""
     metrics_file = path / "metrics.jsonl"
     if not path.is_dir():
         raise UserError(f"{path}: no such directory{looked_in(path)}")
@@ -132,7 +132,7 @@ def _observed(path: Path, setup: Setup, metrics: dict[str, Any]) -> Observed:
 
 
 def fit(work: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Non-negative costs c with work @ c close to seconds, by relative error; see the module's docstring for the rest.
+    """Fit non-negative costs c to work @ c = seconds in relative error, with the method of the module docstring.
 
     work: (n, k), seconds: (n,). Returns (k,); work that never occurs costs 0.
     """
@@ -160,7 +160,7 @@ def _error(predicted: np.ndarray, seconds: np.ndarray) -> float:
 
 
 def _fit_engine(steps: Sequence[Observed], serial: float) -> tuple[EngineCosts, float]:
-    """Which engine was last depends on the costs: fit, look again, a few times."""
+    """Fit by iteration, since the costs determine which engine finishes last. Returns (costs, median error)."""
     seconds = np.array([s.seconds["generate"] for s in steps])
     costs = EngineCosts(per_step=1.0, serial=serial)
     for _ in range(6):
@@ -177,13 +177,13 @@ def _fit_learner(steps: Sequence[Observed], serial: float) -> tuple[LearnerCosts
 
 
 def _best_serial(try_: Callable[[float], tuple[Any, float]], threads: set[int]) -> tuple[Any, float]:
-    """The share of a process that more threads do not speed up, if runs with different threads can tell it."""
+    """Fit with the best serial share if runs differ in threads, else with 0.5; return (costs, error)."""
     candidates = np.linspace(0, 1, 11) if len(threads) > 1 else [0.5]
     return min((try_(float(s)) for s in candidates), key=lambda found: found[1])
 
 
 def costs_of_runs(paths: Sequence[Path]) -> StepCosts:
-    """Costs fitted to all runs together. Raises UserError as `read_run` does, and for CPU runs beside GPU runs."""
+    """Fit costs to all runs together. Raises UserError as `read_run` does, and for runs on different hardware."""
     runs = [read_run(p) for p in paths]
     steps = [s for run in runs for s in run.steps]
     kinds = {s.setup.cores for s in steps}

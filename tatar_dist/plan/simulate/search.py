@@ -1,12 +1,12 @@
-"""The best split learners/engines for each number of GPUs, and what a step takes with it.
+"""Search the best split of learners and engines for each number of GPUs, and predict its step time.
 
-In: a configuration, `StepCosts`, numbers of GPUs. Out: a `Forecast`. Every split that could be best is simulated on the
-same draws of completion lengths (fixed seed), so that splits differ by what they are, not by luck:
-    learners   every divisor of the global batch that fits (others work, too, and are rarely better)
-    engines    every number that makes the calls smaller than one engine fewer would, up to one a prompt
-both `disaggregated` (GPUs of their own) and `colocated` (each engine on a learner's GPU, in turns, as in plan.resolve).
-Generation depends on the engines alone and learning on the learners alone: each is simulated once. With staleness they
-run beside each other, and colocated engines, which sleep meanwhile, are not simulated.
+Takes a configuration, `StepCosts` and numbers of GPUs; returns a `Forecast`. All candidate splits are simulated with
+the same draws of completion lengths (fixed seed), so that they differ only by the split:
+    learners   every divisor of the global batch that fits (others work too, and are rarely better)
+    engines    every number that makes the calls smaller than one engine fewer would, up to one per prompt
+both `disaggregated` (separate GPUs) and `colocated` (each engine shares a learner's GPU in turns, as in plan.resolve).
+Generation depends only on the engines and learning only on the learners, so each is simulated once. Colocated splits
+are not simulated with staleness, as the engines sleep while the learners work, or with tensor parallelism.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PLACEMENTS = ("disaggregated", "colocated")
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step with one split. Idle shares as in metrics.jsonl (perf/*_idle); `gpu_idle`: GPU-seconds without work."""
+    """Predicted step of a split. Idle shares as in metrics.jsonl (perf/*_idle); `gpu_idle`: of GPU-seconds."""
 
     placement: str
     learners: int
@@ -55,8 +55,8 @@ class Prediction:
 
 
 def draw_lengths(costs: StepCosts, setup: Setup, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
-    """(draws, P, G) completion lengths, IQA prompts first: for each prompt a measured group, its G lengths from that
-    group with replacement, so that completions of one prompt stay alike.
+    """Draw (draws, P, G) completion lengths, IQA prompts first.
+    Each prompt takes the G lengths from one measured group with replacement, so completions of a prompt stay similar.
 
     Raises:
         UserError: a task of the batch has no lengths.
@@ -81,7 +81,7 @@ def draw_lengths(costs: StepCosts, setup: Setup, seed: int = 0, draws: int = DRA
 
 
 class Simulator:
-    """Simulates splits of one configuration on the same draws; keeps what it has simulated."""
+    """Simulate splits of one configuration with the same draws, and cache the results."""
 
     def __init__(self, config: Config, costs: StepCosts, shared_cores: bool = False, seed: int = 0) -> None:
         # On CPUs a table over more processes supposes for each the cores that one had.
@@ -103,7 +103,7 @@ class Simulator:
         return np.array([simulate_step(self.costs, setup, lengths).learn for lengths in self.lengths])
 
     def predict(self, learners: int, engines: int, placement: str) -> Prediction:
-        """Raises UserError when there are fewer rows than learners, or nothing costs any time."""
+        """Predict a step. Raises UserError for fewer rows than learners, or if all costs are zero."""
         setup = replace(self.setup, learners=learners, engines=engines, colocated=placement == "colocated")
         times, learn = self._engines(engines), self._learners(learners)
         switch = self.costs.switch if setup.colocated else 0.0
@@ -131,7 +131,7 @@ class Simulator:
         )
 
     def splits(self, gpus: int, placement: str) -> list[tuple[int, int]]:
-        """(learners, engines) that could be best on `gpus` GPUs and fit their memory."""
+        """Return candidate (learners, engines) that fit into the memory of `gpus` GPUs."""
         s, tp = self.setup, self.setup.tensor_parallel
         found: list[tuple[int, int]] = []
         if placement == "colocated" and (tp > 1 or s.staleness):
@@ -145,7 +145,7 @@ class Simulator:
         return found
 
     def fits(self, learners: int, placement: str) -> bool:
-        """Whether a GPU holds a learner's shard, colocated also an engine's weights; true where sizes are unknown."""
+        """Whether GPUs hold a learner's shard and an engine's weights, together if colocated; True if unknown."""
         c = self.costs
         if not c.parameters or c.cores:
             return True
@@ -157,13 +157,13 @@ class Simulator:
         return state <= MEMORY * gpu and weights <= (1 - KV_SHARE) * gpu
 
     def best(self, gpus: int, placement: str) -> Prediction | None:
-        """The split with the shortest step; of equals the one with fewest GPUs. None when nothing fits."""
+        """Return the split with the shortest step, on ties with the fewest GPUs; None if nothing fits."""
         found = [self.predict(*split, placement) for split in self.splits(gpus, placement)]
         return min(found, key=lambda p: (round(p.step_seconds, 9), p.gpus), default=None)
 
 
 def alone(costs: StepCosts) -> StepCosts:
-    """CPU costs of a process that has all `cores` for itself, in the form of hardware of its own."""
+    """Convert CPU costs to those of a process that uses all `cores`, as for dedicated hardware."""
     from tatar_dist.plan.simulate.step import amdahl
 
     assert costs.cores
@@ -178,7 +178,7 @@ def alone(costs: StepCosts) -> StepCosts:
 
 @dataclass(frozen=True)
 class Forecast:
-    """`plan`'s own split, and the best ones by number of GPUs and placement (None: nothing fits)."""
+    """The split of `plan`, and the best ones by number of GPUs and placement (None: nothing fits)."""
 
     plan: Plan
     own: Prediction
@@ -188,13 +188,13 @@ class Forecast:
     checkpoints: int | None  # in the whole run
 
     def run_seconds(self, p: Prediction) -> float | None:
-        """The whole run with this split, without start and evaluations; None when its steps are not known."""
+        """Seconds of the whole run, without start and evaluations; None if the number of steps is unknown."""
         if self.plan.steps is None or self.checkpoints is None:
             return None
         return self.plan.steps * p.step_seconds + self.checkpoints * self.costs.checkpoint
 
     def efficiency(self) -> dict[int, float]:
-        """By GPUs: GPU-seconds of a step on the fewest GPUs that work, over those here, both with the best split."""
+        """Return n -> GPU-seconds of a step on the fewest GPUs that work, over those on n, each with the best split."""
         steps = {n: min(p.step_seconds for p in found.values() if p) for n, found in self.rows if any(found.values())}
         return {n: steps[min(steps)] * min(steps) / (n * s) for n, s in steps.items()}
 

@@ -1,11 +1,11 @@
-"""One GRPO step, event by event: engines take calls as they become free, the reward sees all, ranks learn in step.
+"""Discrete-event simulation of one GRPO step: engine calls, reward, learners and weight push.
 
-In: `StepCosts`, a `Setup` (sizes and split), completion lengths in tokens (P prompts, G a group). Out: `StepTimes`.
-With staleness 0 the parts follow each other, as in grpo.py, else generating and scoring run beside learning; what
-happens inside a part is followed by events: the calls of rollout/pool.py, the micro-batches of learner/packing.py.
+Takes `StepCosts`, a `Setup` (sizes and split) and completion lengths in tokens (P prompts, G a group); returns
+`StepTimes`. With staleness 0 the parts run in sequence, as in grpo.py; otherwise generation and scoring overlap with
+learning. Within a part, the calls of rollout/pool.py and the micro-batches of learner/packing.py are simulated.
 
-A part's time is linear in its costs, and the functions here return the *work* (the vector the costs are multiplied
-with), so that measured.py fits costs with the very model that predicts from them.
+The time of a part is linear in its costs. The functions here return the *work*, the vector that multiplies the costs,
+so that measured.py fits costs with the same model.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ TEXT_TOKENS, PIXELS = 200, 1024 * 768  # a prompt's text; an image of KonIQ-10k
 
 
 def prompt_tokens(config: Config) -> int:
-    """Of a prompt with an image of KonIQ-10k's size, within the limits of the configuration."""
+    """Tokens of a prompt with an image of KonIQ-10k's size, within the configured limits."""
     m = config.model
     return TEXT_TOKENS + min(m.max_pixels, max(m.min_pixels, PIXELS)) // TOKEN_PIXELS
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a step's time depends on. `cores`: CPU cores that all processes share; None = hardware of their own."""
+    """Parameters of a step. `cores`: CPU cores shared by all processes; None = dedicated hardware."""
 
     learners: int
     engines: int
@@ -81,11 +81,11 @@ class Setup:
 
     @property
     def side_cores(self) -> int | None:
-        """Cores of the engines, and of the learners: all where they take turns."""
+        """Cores of the engines, and of the learners: all if they run in turns, else half."""
         return self.cores and max(1, self.cores // (2 if self.staleness or self.pinned else 1))
 
     def threads(self, processes: int) -> int:
-        """Of each of `processes` engines or learners, as Cluster.threads."""
+        """Threads of each of `processes` engines or learners, as in Cluster.threads."""
         return max(1, self.side_cores // processes) if self.side_cores else 1
 
     @property
@@ -96,7 +96,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds by part, and the seconds in which engines had work, summed over engines."""
+    """Seconds by part, and busy seconds summed over engines."""
 
     generate: float
     reward: float
@@ -116,7 +116,7 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Service:
-    """How a queue of calls was served: seconds, engine-seconds with work, and the calls of each engine, in order."""
+    """Schedule of a queue of calls: seconds, busy engine-seconds, and the calls of each engine in order."""
 
     seconds: float
     busy: float
@@ -124,10 +124,10 @@ class Service:
 
 
 def serve(work: Sequence[float], engines: int, speed: Callable[[int], float] = lambda busy: 1.0) -> Service:
-    """Calls in order, each to the first engine that is free, as RolloutPool.stream hands them out.
+    """Assign calls in order, each to the first free engine, as RolloutPool.stream does.
 
-    `speed(busy)`: of each engine while `busy` of them work; below 1 where they share cores. The heap runs on work done
-    (equal for all that run, however fast), the clock on seconds.
+    `speed(busy)`: speed of each engine while `busy` of them work; below 1 if they share cores. The heap is ordered by
+    work done, which advances equally for all running engines; the clock counts seconds.
     """
     calls: list[list[int]] = [[] for _ in range(engines)]
     free = list(range(engines))
@@ -148,12 +148,12 @@ def serve(work: Sequence[float], engines: int, speed: Callable[[int], float] = l
 
 
 def amdahl(serial: float, threads: int) -> float:
-    """Seconds with `threads` threads over seconds with one (Amdahl 1967)."""
+    """Ratio of the time with `threads` threads to that with one (Amdahl 1967)."""
     return serial + (1 - serial) / threads
 
 
 def calls(setup: Setup) -> list[range]:
-    """Prompts by engine call, as RolloutPool.chunks."""
+    """Split the prompts into engine calls, as RolloutPool.chunks does."""
     size = 1
     if not setup.deterministic:
         share = -(-setup.prompts // setup.engines)
@@ -162,9 +162,9 @@ def calls(setup: Setup) -> list[range]:
 
 
 def call_work(lengths: np.ndarray, slots: int) -> np.ndarray:
-    """(4,) what EngineCosts multiplies: 1, decode steps, tokens, prompts. `lengths`: (prompts, G) of one call.
+    """Return the (4,) work of a call for `engine_vector`: 1, decode steps, tokens, prompts. `lengths`: (prompts, G).
 
-    A sequence beyond the engine's `slots` waits for one of them (continuous batching).
+    Sequences beyond the engine's `slots` wait for a free one (continuous batching).
     """
     steps = lengths.max() if lengths.size <= slots else serve(lengths.ravel().tolist(), slots).seconds
     return np.array([1.0, steps, lengths.sum(), len(lengths)])
@@ -175,7 +175,7 @@ def engine_vector(c: EngineCosts) -> np.ndarray:
 
 
 def generate(costs: EngineCosts, setup: Setup, lengths: np.ndarray) -> tuple[Service, np.ndarray]:
-    """The service of a step's calls, and the (4,) work of the engine that was last, times its slow-down."""
+    """Return the schedule of a step's calls, and the (4,) work of the last engine, scaled by its slow-down."""
     work = np.array([call_work(lengths[r.start : r.stop], setup.max_num_seqs) for r in calls(setup)])
     cores, threads = setup.side_cores, setup.threads(setup.engines)
     factor = amdahl(costs.serial, threads)
@@ -191,7 +191,7 @@ def generate(costs: EngineCosts, setup: Setup, lengths: np.ndarray) -> tuple[Ser
 
 
 def learn_work(setup: Setup, lengths: np.ndarray) -> np.ndarray:
-    """(6,) what `learner_vector` multiplies, of the slowest rank in every micro-batch: collectives wait for it.
+    """Return the (6,) work for `learner_vector`, of each micro-batch's slowest rank, as collectives wait for it.
 
     Raises:
         UserError: fewer rows than learners.
@@ -214,7 +214,7 @@ def learn_work(setup: Setup, lengths: np.ndarray) -> np.ndarray:
 
 
 def learn_factor(serial: float, setup: Setup) -> float:
-    """Slow-down of ranks that share cores: their threads, and more threads than cores."""
+    """Slow-down of ranks that share cores, from their threads and from more threads than cores."""
     if not setup.side_cores:
         return 1.0
     threads = setup.threads(setup.learners)
@@ -228,8 +228,8 @@ def learner_vector(c: LearnerCosts, setup: Setup) -> np.ndarray:
 
 
 def push_work(setup: Setup, gb: float) -> np.ndarray:
-    """(3,) what PushCosts multiplies. Gathering a bucket and loading the one before overlap: a pipeline of two stages
-    over n buckets takes n + 1 times the slower one, `per_gb`; every further node of engines has its own copy sent."""
+    """Return the (3,) work for `push_vector`. Each further node of engines is sent its own copy. Buckets are pipelined:
+    gathering overlaps loading, so n buckets take n + 1 times the slower of these two stages, `per_gb`."""
     buckets = max(1.0, np.ceil(gb * 1e9 / (setup.bucket_mib << 20)))
     receivers = setup.engines
     if setup.gpus_per_node:
@@ -242,7 +242,7 @@ def push_vector(c: PushCosts) -> np.ndarray:
 
 
 def simulate_step(costs: StepCosts, setup: Setup, lengths: np.ndarray) -> StepTimes:
-    """One step with completions of `lengths` (P, G), IQA prompts first as the sampler draws them.
+    """Simulate a step with completions of `lengths` (P, G), IQA prompts first, as the sampler draws them.
 
     Raises:
         UserError: fewer rows than learners.

@@ -1,4 +1,4 @@
-"""A `Forecast` as rich renderables: the configured split part by part, then the best splits by number of GPUs."""
+"""Tables of a `Forecast` for rich: the configured split by part, and the best splits by number of GPUs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tatar_dist.plan.simulate.search import Forecast, Prediction
 
 
 def duration(seconds: float | None) -> str:
-    """About three figures and a unit that suits."""
+    """Format with about three significant digits and a suitable unit."""
     if seconds is None:
         return "—"
     for limit, unit, divisor in ((1.0, "ms", 1e-3), (120.0, "s", 1.0), (7200.0, "min", 60.0), (172_800.0, "h", 3600.0)):
