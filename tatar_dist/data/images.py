@@ -1,4 +1,4 @@
-"""Decode images: encoded bytes to upright 8-bit RGB, or `UnreadableImage` naming the sample and the reason.
+"""Decode images: encoded bytes to upright 8-bit RGB, or `UnreadableImage` with sample and reason.
 
 `decode_image` serves every stage; `inspect_image` describes an encoded image for `data validate`. Both use one opener
 with one size limit, so that training can read what validation accepts.
@@ -52,7 +52,7 @@ TINY = 28  # pixels; a shorter side below one merged patch of Qwen2.5-VL (2 x 14
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP", "JPEG2000", "PPM", "QOI")
 _GREY = {"1", "L", "LA", "La", "I", "F"}  # and I;16 in its byte orders
 _ORIENTATION = 0x0112  # the EXIF tag
-# EXIF orientation -> what sets the picture upright
+# EXIF orientation -> the transpose that makes the image upright
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -62,7 +62,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TRANSPOSED = {5, 6, 7, 8}  # width and height change places
+_TRANSPOSED = {5, 6, 7, 8}  # width and height are swapped
 
 
 class UnreadableImage(Exception):
@@ -168,8 +168,8 @@ def _register_heif() -> None:
 
 
 class _Reader:
-    """Read bytes in place through the file methods that Pillow's decoders use. io.BytesIO would copy a whole
-    memoryview, which on rows of Parquet costs a tenth of decoding a JPEG."""
+    """Read bytes in place through the file methods that Pillow's decoders use.
+    io.BytesIO would copy a whole memoryview, which on rows of Parquet costs a tenth of decoding a JPEG."""
 
     def __init__(self, data: bytes | memoryview) -> None:
         self._data, self._at = memoryview(data), 0
@@ -294,7 +294,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     0-65535: divided by 257. Anything else is stretched from its least to its greatest value.
     """
     least, greatest = _range(image)
-    key = image.info.get("transparency")  # a value that stands for transparent: white, as below every other picture
+    key = image.info.get("transparency")  # value of transparent pixels: white, as under every other image
     made = Image.new("L", image.size)
     for box in _boxes(image):
         values = _numbers(image, box)
@@ -317,7 +317,7 @@ def _frames(image: ImageFile.ImageFile, data: bytes | memoryview) -> int:
     try:
         with _opened(data) as again:
             return int(getattr(again, "n_frames", 1))
-    except Exception:  # damaged behind the first picture, the only one that is used
+    except Exception:  # damaged after the first frame, the only one used
         return 1
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MAX_ROWS = 1 << 24  # of a data set: an order of 64 MiB
+MAX_ROWS = 1 << 24  # of a data set, whose order takes 64 MiB
 WINDOW = 8  # row groups whose rows are mixed; a reader caches as many
 
 

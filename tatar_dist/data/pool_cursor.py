@@ -43,7 +43,7 @@ class PoolCursor:
         self.epoch = self.position = self.served = 0
         self.put_off: list[Ref] = []
         self.excluded: set[Ref] = set()
-        self._order: tuple[int, np.ndarray] | None = None  # of an epoch
+        self._order: tuple[int, np.ndarray] | None = None  # (epoch, its permutation)
 
     def __iter__(self) -> Iterator[Ref]:
         """All rows, in manifest order."""

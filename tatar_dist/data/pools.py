@@ -1,4 +1,4 @@
-"""Index the pools of a manifest: its rows by data set, task and split, without a stored value per row.
+"""Index a manifest's rows by data set, task and split, without a stored value per row.
 
 `index_pools` reads an open Parquet file into one `Pool` per (data set, task, split), as runs of rows. Row-group
 statistics are trusted, since they are computed from the values written; only groups that mix pools or lack them are

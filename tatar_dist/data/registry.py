@@ -105,7 +105,7 @@ class Dataset:
     counts: Mapping[str, int]
     split: SplitRule
     formats: Mapping[str, Format]
-    lists: tuple[str, ...] = ()  # those of `formats` that every set has
+    lists: tuple[str, ...] = ()  # those of `formats` that come from list_formats
     names: Names | None = None
 
     def format(self, name: str) -> Format:

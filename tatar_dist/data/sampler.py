@@ -21,7 +21,7 @@ from tatar_dist.data.rules import IdCheck
 from tatar_dist.errors import UserError
 from tatar_dist.types import TASKS, Sample, Task
 
-ORDER = "permutation"  # as states of the sampler name orders.py
+ORDER = "permutation"  # the name of orders.py in states of the sampler
 
 
 class PromptSampler:

@@ -38,8 +38,8 @@ REQUIRED = ("sample_id", "dataset", "task", "score", "split")
 
 @dataclass(frozen=True)
 class Stamp:
-    """The writer's entry in the footer. `groups` is a checksum of the row-group sizes, so that a file cut or merged by
-    another program does not pass as checked."""
+    """The writer's entry in the footer.
+    `groups` is a checksum of the row-group sizes: a file cut or merged elsewhere must not pass as checked."""
 
     version: int
     rows: int

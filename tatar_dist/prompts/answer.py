@@ -1,4 +1,4 @@
-"""Render prompts and parse answers: the one implementation for SFT, GRPO, evaluation and serving.
+"""Render prompts and parse answers; SFT, GRPO, evaluation and serving all use this module.
 
 The wording comes from configs/prompts.yaml. `Prompts` makes chat messages, `answer_text` training targets, and `parse`
 reads the score of a completion. The grammar of an answer (strict, the default):
@@ -28,7 +28,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.types import TASKS, Task
 
 SCORE_MIN, SCORE_MAX = 0.0, 100.0
-MAX_CHARS = 1_000_000  # a longer completion is not read at all: a hard bound on the work per text
+MAX_CHARS = 1_000_000  # a longer completion is not parsed: a hard bound on the work per text
 
 # re.ASCII matters under IGNORECASE: without it U+017F matches "s" and U+212A matches "k".
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE | re.ASCII)

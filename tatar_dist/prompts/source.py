@@ -26,7 +26,7 @@ from tatar_dist.prompts.render import PromptTexts
 from tatar_dist.run.directory import PROMPTS, RunDirectory
 from tatar_dist.types import LearnerRow, Prompt, Sample
 
-CHECK_THREADS = 8  # decoding releases the interpreter lock
+CHECK_THREADS = 8  # decoding releases the GIL
 WINDOW = 64  # held-out rows that are read and checked at a time
 
 
@@ -34,7 +34,7 @@ def read_manifests(data: DataConfig, split: str) -> list[Manifest]:
     """Read the manifests of data.SPLIT, relative paths below data.root, each with its rows of that split.
 
     A manifest that holds only one other split is accepted for validation and test, with a note on stderr: metrics of
-    training data may be wanted. Raises UserError without a manifest, or for one that holds only other splits.
+    training data may be wanted. Raises UserError without a manifest, or for any other with no row of the split.
     """
     paths = getattr(data, split)
     if not paths:

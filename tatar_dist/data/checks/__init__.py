@@ -1,4 +1,4 @@
-"""Check every row and image of a manifest (`tatar-dist data validate`) and show some (`data show`):
+"""Check (`tatar-dist data validate`) or show (`data show`) the rows and images of a manifest:
 
 validate.py      streams the manifests, decodes images on threads
 validation.py    the records that it fills; how a manifest is read in pieces

@@ -1,4 +1,4 @@
-"""Write manifests without the rows that validation found unusable: `tatar-dist data validate --clean`.
+"""Write manifests without unusable rows: `tatar-dist data validate --clean`.
 
 `clean` takes a `Validation`, writes new manifests and counts the dropped rows by reason. A row is dropped if it cannot
 be used, if it leaks (on the side not held out), or if its image came before in its pool. Image files are not moved.

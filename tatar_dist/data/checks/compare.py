@@ -1,4 +1,4 @@
-"""Compare the rows of all manifests given to `data validate`, and log duplicates, conflicts and leaks.
+"""Compare rows over all manifests of `data validate`; log duplicates, conflicts and leaks.
 
 Takes the arrays of `validation.ValidationRows`; logs problems that name sample ids and returns the rows' fates. Ids and
 scores are read once more from the files, and kept only for rows that have something in common.

@@ -1,4 +1,4 @@
-"""Find rows with the same image or reference, and leaks between splits: pure functions on arrays.
+"""Find rows that share an image or reference, and split leaks: pure functions on arrays.
 
 Arrays run over the rows of all manifests: a 16-byte hash of the encoded image, an 8-byte hash of its reference, and its
 pool. Results are groups of rows, and which rows a clean manifest would drop. The caller computes the hashes.

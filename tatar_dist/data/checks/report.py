@@ -1,4 +1,4 @@
-"""Report the result of `data validate`: a terminal table, `M.validate.md`, `M.validate.png`, JSON.
+"""Report on `data validate`: terminal table, `M.validate.md`, `M.validate.png`, JSON.
 
 All four only present a `Validation`; texts and figure start with the verdict.
 """
@@ -215,7 +215,7 @@ def picture(found: Validation, manifest: Checked) -> bytes:
         fontsize=12,
         color=INK if mine.ok else RED,
         weight="bold",
-        parse_math=False,  # a $ in a name is a $
+        parse_math=False,  # `$` in a name is literal
     )
     parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[sum(heights[:-1]) + 0.55 * down, heights[-1] + 0.55])
     upper, lower = parts[:, 0]
@@ -293,7 +293,7 @@ def _draw_kinds(axes: Axes, manifest: Checked) -> None:
     for place, (_, n, _) in zip(places, bars, strict=True):
         axes.text(n + longest * 0.015, place, f"{n:,}", va="center", fontsize=8, color=INK)
     axes.set_xlim(0, longest * 1.15)
-    axes.set_ylim(len(bars) - max(len(bars), 10) - 0.5, len(bars) - 0.5)  # one bar alone is no wall
+    axes.set_ylim(len(bars) - max(len(bars), 10) - 0.5, len(bars) - 0.5)  # a single bar must not fill the axes
     axes.set_xticks([])
     _plain(axes, "Problems, formats and kinds")
     axes.set_yticks(places, [k for k, _, _ in bars])

@@ -22,8 +22,8 @@ Columns = dict[str, list[Any]]  # column name -> Python values of a batch
 Key = tuple[str, str, str]  # dataset, task, split
 
 BINS = 50  # of a score histogram, 2 points each
-FEW = 7  # so many distinct scores or fewer are suspicious ...
-FEW_ROWS = 30  # ... in a pool of at least so many rows
+FEW = 7  # at most this many distinct scores are suspicious ...
+FEW_ROWS = 30  # ... in a pool of at least this many rows
 NARROW = 10.0  # points; a tenth of the scale
 
 

@@ -1,4 +1,4 @@
-"""Show the pools of a manifest and draw a contact sheet of some of its images: `tatar-dist data show`.
+"""Show a manifest's pools and a contact sheet of its images: `tatar-dist data show`.
 
 `show` takes a manifest; it returns a `Shown` and writes a PNG with each image above its sample id, score, task and the
 first words of its rationale. An image that does not decode is marked. Texts and scores are streamed; images are read
@@ -26,7 +26,7 @@ SORTS = ("score", "random", "row")
 SCALE = 2  # pixels a point, so that small type is crisp
 TILE, CAPTION, GAP, MARGIN = 190, 74, 18, 28  # points
 ACROSS = 6
-LARGER = 4  # times that a small picture is enlarged at most
+LARGER = 4  # largest factor by which a small image is enlarged
 PAPER, TILE_PAPER, INK, QUIET, RED = "#ffffff", "#f3f5f7", "#22303c", "#71808c", "#b8433b"
 TASK_INK = {"iqa": "#2f6f94", "iaa": "#a9701f"}
 
@@ -65,7 +65,7 @@ def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path, image_
     manifest = read_manifest(path, image_root)
     try:
         pools, rows, scores = _survey(manifest, dataset)
-    except UnicodeDecodeError:  # in a column that reading did not look at
+    except UnicodeDecodeError:  # in a column that read_manifest does not check
         raise UserError(f"{path}: text that is not UTF-8: tatar-dist data validate {path} names the rows") from None
     if not len(rows):
         there = ", ".join(sorted({p.dataset for p in manifest.pools}))

@@ -35,9 +35,9 @@ from tatar_dist.data.schema import SCHEMA
 from tatar_dist.errors import UserError
 from tatar_dist.run.files import probe
 
-CHUNK = 4  # pictures a worker takes at a time
-WORKER_PIXELS = 25_000_000  # decoded at once, for each worker: a picture of a usual camera
-SIZES = 20_000  # picture sizes kept for the plot, a fair sample of all
+CHUNK = 4  # images a worker takes at a time
+WORKER_PIXELS = 25_000_000  # decoded at once per worker: the image of a usual camera
+SIZES = 20_000  # image sizes kept for the plot, a uniform sample
 
 Item = memoryview | Path | None  # embedded bytes, a file, or a row that names neither
 Looked = tuple[ImageFacts, bytes]  # and the 16-byte hash of the encoded bytes

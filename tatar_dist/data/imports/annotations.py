@@ -314,7 +314,7 @@ def _recognise(rows: AnnotationRows, file: str, dataset: Dataset, wanted: list[F
     else:
         if not rows.rows:
             raise UserError(f"{file}: the list is empty")
-        # The keys of all rows: by the first row alone, a rationale that it lacks would be lost in all others.
+        # Keys of all rows: the first row may lack a rationale that others have.
         there = list(dict.fromkeys(key for row in rows.rows if isinstance(row, dict) for key in row))
         if not there:
             i = min(rows.bad, default=0)

@@ -1,4 +1,4 @@
-"""Assemble a data set's annotation files into one Arrow table: rows checked against each other and split.
+"""Assemble annotation files into one Arrow table; rows are cross-checked and split.
 
 Takes the files as bytes, the set's entry in the registry and the listed images directory. Returns `Imported`: the
 manifest's table, the report (a dict) and the dropped rows. Accesses no file. A bad row is an error that names FILE:LINE

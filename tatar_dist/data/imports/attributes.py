@@ -1,4 +1,4 @@
-"""Read the eight aesthetic attribute texts of an image: ArtiMuse's conversations or `aesthetic_attributes`.
+"""Read eight aesthetic texts per image: ArtiMuse's conversations or `aesthetic_attributes`.
 
 A file has rows `{"image", "conversations": [{"from", "value"}, …]}` (a question that names one attribute, then the
 answer) or `{"image", "aesthetic_attributes": {name: text}}`, as JSON lines or a JSON list. Texts are returned by image,

@@ -42,14 +42,14 @@ def path_fault(name: str) -> str | None:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Classify a directory entry, following links; a link costs a call to stat its target, other entries none."""
+    """Classify a directory entry, following links; a link costs a stat call, a file or directory none."""
     try:
         if entry.is_dir():
             return "directory"
         if entry.is_file():
             return "file"
         return "pipe, socket or device" if os.path.exists(entry.path) else "broken link"
-    except OSError:  # links in a circle, or into a directory that may not be entered
+    except OSError:  # circular links, or links into a directory without access
         return "broken link"
 
 
@@ -67,7 +67,7 @@ class ImageFolder:
         while pending:
             prefix, directory = pending.pop()
             real = os.path.realpath(directory)
-            if real in visited:  # a link back up would never end
+            if real in visited:  # a link to a parent would loop for ever
                 continue
             visited.add(real)
             try:

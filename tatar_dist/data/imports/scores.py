@@ -1,4 +1,4 @@
-"""Check the columns of an annotation file and convert them: raw scores, spreads, votes, splits, texts.
+"""Check and convert annotation columns: raw scores, spreads, votes, splits, texts.
 
 `ImportedScores` holds arrays of n rows and, for every row that cannot be used, the reason (`bad`). Whole columns are
 checked at once; single values only where a column fails. A number is a decimal number: no underscores, no other digits,
@@ -66,7 +66,7 @@ def judge(file: RawFile) -> ImportedScores:
     if fmt.score is not None:
         raw = _numbers(file, fmt.score)
     else:
-        assert votes is not None  # the registry demands score or votes
+        assert votes is not None  # the registry requires score or votes
         raw = _mean(votes, np.array([value for _, value in fmt.votes]))
         for i in np.flatnonzero(np.isnan(raw)):
             bad.setdefault(int(i), Bad("no votes", "all vote counts are 0"))

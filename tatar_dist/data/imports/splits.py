@@ -1,6 +1,6 @@
 """Assign the rows of an import to train, validation and test.
 
-The split comes from the user's one split, the user's lists, or the set's rule in `configs/datasets.yaml`. Returns one
+The split comes from `--split`, the lists of `--split-list`, or the set's rule in `configs/datasets.yaml`. Returns one
 split per row, the rule in words, and whether it is the official split. The rule hashes the image's name, or its
 reference image's so that no reference crosses splits. It uses neither seed nor order: the same image falls into the
 same split in every file.
