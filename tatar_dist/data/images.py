@@ -1,12 +1,12 @@
-"""Pictures: encoded bytes in, upright 8-bit RGB out, or `UnreadableImage` with whose picture it is and why.
+"""Decode images: encoded bytes to upright 8-bit RGB, or `UnreadableImage` with sample and reason.
 
-`decode_image` is what every stage uses; `inspect_image` says what kind of picture the bytes are, for `data validate`.
-Both go through one opener with one limit of size, so that what validation accepts is what training reads.
+`decode_image` serves every stage; `inspect_image` describes an encoded image for `data validate`. Both use one opener
+with one size limit, so that training can read what validation accepts.
 
-Only raster formats are opened. Pillow would hand an EPS file to Ghostscript; a file that somebody sends us must not
-start a program. Pillow's own limit, the global `Image.MAX_IMAGE_PIXELS`, belongs to the whole process: it is neither
-changed nor asked, because its check warns between one and two times the limit. We look at the size in the header
-ourselves, before a pixel is decoded; no state is shared, so threads need no lock.
+Only raster formats are opened: Pillow would pass an EPS file to Ghostscript, and a foreign file must not start a
+program. Pillow's own limit, the global `Image.MAX_IMAGE_PIXELS`, applies to the whole process and only warns between
+one and two times its value, so it is neither changed nor used. The size in the header is checked before a pixel is
+decoded. No state is shared, so threads need no lock.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TINY = 28  # pixels; a shorter side below one merged patch of Qwen2.5-VL (2 x 14
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP", "JPEG2000", "PPM", "QOI")
 _GREY = {"1", "L", "LA", "La", "I", "F"}  # and I;16 in its byte orders
 _ORIENTATION = 0x0112  # the EXIF tag
-# EXIF orientation -> what sets the picture upright
+# EXIF orientation -> the transpose that makes the image upright
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -62,20 +62,20 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TRANSPOSED = {5, 6, 7, 8}  # width and height change places
+_TRANSPOSED = {5, 6, 7, 8}  # width and height are swapped
 
 
 class UnreadableImage(Exception):
-    """The bytes are no image that can be decoded; the message says whose and why."""
+    """Raised for bytes that cannot be decoded as an image; the message names the sample and the reason."""
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What `inspect_image` found. Sizes are of the upright picture in pixels; 0 when they are not known.
+    """Result of `inspect_image`. Sizes in pixels: upright, or by the header if not decoded; 0 if unknown.
 
     notes: of `cmyk`, `16-bit`, `float`, `greyscale`, `palette`, `alpha`, `exif-rotated` (not for TIFF, which Pillow
-        turns as it loads), `broken-exif`, `animated`, `several-pictures`, `tiny`, `extreme-aspect`.
-    problem: None when the picture decodes; else `missing` (no bytes), `corrupt`, `truncated` or `bomb`, with `message`.
+        rotates on loading), `broken-exif`, `animated`, `several-pictures`, `tiny`, `extreme-aspect`.
+    problem: None if the image decodes; else `missing` (no bytes), `corrupt`, `truncated` or `bomb`, with `message`.
     """
 
     format: str = ""
@@ -89,7 +89,7 @@ class ImageFacts:
 
 
 class _Refused(Exception):
-    """Why a picture is not opened, with what its header said."""
+    """Raised for an image that is not opened; `facts` holds the content of its header."""
 
     def __init__(self, facts: ImageFacts):
         super().__init__(facts.message)
@@ -97,10 +97,10 @@ class _Refused(Exception):
 
 
 def decode_image(data: bytes | memoryview, where: str) -> Image.Image:
-    """Encoded bytes -> RGB image, upright by its EXIF orientation. `where` names the sample in the error.
+    """Decode bytes to an RGB image, upright by its EXIF orientation. `where` names the sample in the error.
 
-    Of several frames the first. Transparency is laid on white. 16-bit and float greyscale is scaled to 8 bits, never
-    clipped (`_to_8_bits`). CMYK is read in Adobe's polarity, as Pillow does; colour profiles are not applied.
+    Only the first frame is used. Transparency is composited on white. 16-bit and float greyscale is scaled to 8 bits,
+    never clipped (`_to_8_bits`). CMYK is read in Adobe's polarity, as Pillow does; colour profiles are not applied.
 
     Raises:
         UnreadableImage: no bytes, no known format, damaged, truncated, or more than `MAX_PIXELS`.
@@ -116,7 +116,7 @@ def decode_image(data: bytes | memoryview, where: str) -> Image.Image:
 
 
 def image_size(data: bytes | memoryview) -> tuple[int, int]:
-    """Width and height by the header, before the EXIF orientation. Of a picture that `decode_image` has read."""
+    """Return (width, height) by the header, before EXIF rotation, of an image that `decode_image` has read."""
     with _opened(data) as image:
         return image.size
 
@@ -124,10 +124,10 @@ def image_size(data: bytes | memoryview) -> tuple[int, int]:
 def inspect_image(
     data: bytes | memoryview, room: Callable[[int], AbstractContextManager[None]] = lambda pixels: nullcontext()
 ) -> ImageFacts:
-    """Decode once, completely, and say what the picture is. Raises nothing: what is wrong is in `problem`.
+    """Decode once, completely, and describe the image. Raises nothing: a fault is in `problem`.
 
     `problem` is None exactly when `decode_image` succeeds on the same bytes. `room(pixels)` is entered when the header
-    has told the size, before a pixel is decoded, and left when the pixels are gone: it may wait for memory.
+    has given the size, before a pixel is decoded, and left when the pixels are freed: it may wait for memory.
     """
     known = ImageFacts()
     try:
@@ -137,8 +137,8 @@ def inspect_image(
             image.load()
             orientation = _orientation(image)
             if _is_deep(image):
-                _range(image)  # refuses pixels that are no numbers
-            if image.mode != "RGB":  # a corner tells whether the mode can be converted
+                _range(image)  # raises for pixels that are not finite
+            if image.mode != "RGB":  # one pixel shows whether the mode can be converted
                 _upright_rgb(image.crop((0, 0, 1, 1)), 1)
             size = image.size[::-1] if orientation in _TRANSPOSED else image.size
             frames = _frames(image, data)
@@ -159,7 +159,7 @@ def _said(error: Exception) -> str:
 
 @cache
 def _register_heif() -> None:
-    """HEIC needs a plugin of its own, which a user may have installed."""
+    """Register the plugin that HEIC needs, if the user has installed it."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -168,8 +168,8 @@ def _register_heif() -> None:
 
 
 class _Reader:
-    """The part of a file that Pillow's decoders use, on bytes that stay where they are: io.BytesIO would copy a
-    memoryview whole, which on rows of Parquet costs a tenth of decoding a JPEG."""
+    """Read bytes in place through the file methods that Pillow's decoders use.
+    io.BytesIO would copy a whole memoryview, which on rows of Parquet costs a tenth of decoding a JPEG."""
 
     def __init__(self, data: bytes | memoryview) -> None:
         self._data, self._at = memoryview(data), 0
@@ -195,11 +195,11 @@ class _Reader:
         return self.read(rest.find(b"\n") + 1 or len(rest))
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: there is nothing to release."""
 
 
 def _opened(data: bytes | memoryview) -> ImageFile.ImageFile:
-    """The picture with its header read and its size allowed; no pixel is decoded yet."""
+    """Open an image: its header is read and its size allowed, but no pixel is decoded yet."""
     if not data:
         raise _Refused(ImageFacts(problem="missing", message="the file is empty"))
     _register_heif()
@@ -225,13 +225,13 @@ def _opened(data: bytes | memoryview) -> ImageFile.ImageFile:
 
 
 def _ends_in_zeros(data: bytes | memoryview) -> bool:
-    """Whether a JPEG stops in zeros before its end marker; the decoder would show grey there and say nothing."""
+    """Whether a JPEG ends in zeros before its end marker; the decoder would show grey there without an error."""
     tail = bytes(data[-4096:])
     return tail.endswith(bytes(16)) and not tail.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """EXIF orientation 1-8 of a loaded picture; None when its EXIF block is broken, which viewers pass over, too."""
+    """Return EXIF orientation 1-8 of a loaded image; None if its EXIF block is broken, which viewers ignore, too."""
     try:
         found = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # as in decode_image; `broken-exif` notes it
@@ -240,7 +240,7 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
-    """A loaded picture of any mode -> upright RGB, a picture of its own."""
+    """Convert a loaded image of any mode to upright RGB, always as a new image."""
     made = _to_8_bits(image) if _is_deep(image) else image
     if made.has_transparency_data:
         made = _on_white(made)
@@ -250,7 +250,7 @@ def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _boxes(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    """(left, upper, right, lower) of pieces of at most STRIP pixels that together are the picture."""
+    """Yield (left, upper, right, lower) of pieces of at most STRIP pixels that together cover the image."""
     across = min(image.width, STRIP)
     down = max(1, STRIP // max(1, across))
     for y in range(0, image.height, down):
@@ -259,7 +259,7 @@ def _boxes(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Any mode with transparency -> RGB."""
+    """Composite an image of any mode with transparency on white. Returns RGB."""
     page = Image.new("RGB", image.size)
     for box in _boxes(image):
         piece = image.crop(box)
@@ -269,17 +269,17 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether its pixels are single numbers of more than 8 bits."""
+    """Whether pixels are single numbers of more than 8 bits."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _numbers(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
-    """A piece of a deep picture, (height, width) float64."""
+    """Return a piece of a deep image as (height, width) float64."""
     return np.asarray(image.crop(box)).astype(np.float64)
 
 
 def _range(image: Image.Image) -> tuple[float, float]:
-    """The least and the greatest value of a deep picture. Raises ValueError when not all are finite."""
+    """Return the least and the greatest value of a deep image. Raises ValueError unless all are finite."""
     ends = [(values.min(), values.max()) for values in (_numbers(image, box) for box in _boxes(image))]
     least, greatest = float(np.min(ends)), float(np.max(ends))  # NaN, if one is anywhere
     if not np.isfinite([least, greatest]).all():
@@ -288,13 +288,13 @@ def _range(image: Image.Image) -> tuple[float, float]:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Greyscale of modes I;16, I and F -> L. The range comes from the mode, for a picture does not declare one.
+    """Convert greyscale of modes I;16, I and F to L. The range follows from the mode, since no image declares one.
 
-    I;16, and I as long as its values fit: 0-65535, divided by 257. F within 0-1: times 255; within 0-255: as it is;
-    within 0-65535: divided by 257. Anything else is stretched from its least to its greatest value.
+    I;16, and I if its values fit: 0-65535, divided by 257. F within 0-1: times 255; within 0-255: unchanged; within
+    0-65535: divided by 257. Anything else is stretched from its least to its greatest value.
     """
     least, greatest = _range(image)
-    key = image.info.get("transparency")  # a value that stands for transparent: white, as below every other picture
+    key = image.info.get("transparency")  # value of transparent pixels: white, as under every other image
     made = Image.new("L", image.size)
     for box in _boxes(image):
         values = _numbers(image, box)
@@ -311,13 +311,13 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _frames(image: ImageFile.ImageFile, data: bytes | memoryview) -> int:
-    """Pictures in the file. GIF and TIFF are searched to their end, on a handle of its own: the first is loaded."""
+    """Count the frames of a file. GIF and TIFF are scanned to the end on a second handle: the first is loaded."""
     if image.format not in ("GIF", "TIFF"):
         return int(getattr(image, "n_frames", 1))
     try:
         with _opened(data) as again:
             return int(getattr(again, "n_frames", 1))
-    except Exception:  # damaged behind the first picture, the only one that is used
+    except Exception:  # damaged after the first frame, the only one used
         return 1
 
 

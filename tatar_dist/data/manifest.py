@@ -1,9 +1,9 @@
-"""Manifests: the Parquet files in which all stages read their data. This room reads them; writing.py writes them.
+"""Read manifests, the Parquet files that hold the data of all stages; writing.py writes them.
 
-In: a path. Out: a `Manifest`, which knows its pools (pools.py) and gives one `Sample` at a time with its encoded image,
-or streams columns a row group at a time; it never holds a list with an entry per row. The image lies in the row itself
-(`image_bytes`) or in a file (`image`, relative to the manifest's image root, never outside it). Every fault of a file
-is a `UserError` that names file, row and column.
+`read_manifest` takes a path and returns a `Manifest`. It lists pools (pools.py), returns one `Sample` at a time with
+its encoded image, or streams columns by row group, without a list entry per row. The image is in the row
+(`image_bytes`) or in a file (`image`, relative to the manifest's image root, never outside it). Faults of a manifest
+raise `UserError` naming file, row and column; an image file that cannot be read raises `UnreadableImage`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from tatar_dist.data.schema import REQUIRED, SCHEMA, Stamp, groups_checksum, jso
 from tatar_dist.errors import UserError
 from tatar_dist.types import Sample
 
-# Larger files that bear the stamp of the writer, which checked every row, are not read again as a whole at every start.
+# Larger files with the writer's stamp are not read as a whole at every start: the writer checked every row.
 TRUSTED_ROWS = 200_000
-# Row groups kept once read: with pictures in them WINDOW groups of every pool, through which samplers walk at a time.
+# Cache of row groups: with embedded images WINDOW groups of every pool, which a sampler visits together.
 GROUP_BYTES = 16 << 20  # of a group, as the writer makes them
 CACHE_BYTES = 32 << 20  # of groups without pictures
 
@@ -39,9 +39,9 @@ CACHE_BYTES = 32 << 20  # of groups without pictures
 class Manifest:
     """A checked manifest: `len`, `pools`, `get(i)` for a whole sample, `tables(columns)` for a stream.
 
-    Attributes: `path`; `pools` (its rows by data set, task and split); `image_root` (where image paths start);
-    `embedded` (whether images lie in the rows); `fingerprint` (equal for equal files, from the footer).
-    Pickles (open file and cache stay behind), so that Ray may carry it.
+    Attributes: `path`; `pools` (rows by data set, task and split); `image_root` (base of image paths); `embedded`
+    (whether images are in the rows); `fingerprint` (of the footer; equal for equal files). Pickles without its open
+    file and cache, so that Ray can send it.
     """
 
     def __init__(
@@ -68,18 +68,18 @@ class Manifest:
         return self.__dict__ | {"_file": None, "_cache": OrderedDict()}
 
     def of_split(self, split: str) -> Manifest:
-        """The same file with the pools of one split only."""
+        """Return a view of the same file with the pools of one split only."""
         view: Manifest = object.__new__(Manifest)
         view.__dict__.update(self.__getstate__())
         view.pools = tuple(p for p in self.pools if p.split == split)
         return view
 
     def group_of(self, i: int) -> int:
-        """The row group that row i lies in."""
+        """Return the row group of row i."""
         return int(np.searchsorted(self.starts, i, side="right")) - 1
 
     def tables(self, columns: Sequence[str], groups: Sequence[int] | None = None) -> Iterator[tuple[int, pa.Table]]:
-        """(first row, columns of one row group) for every group, or for `groups`; absent columns are null."""
+        """Yield (first row, columns of one row group) for every group, or for `groups`; absent columns are null."""
         there = [c for c in columns if c in self._columns]
         with pq.ParquetFile(self.path) as file:
             for g in range(file.metadata.num_row_groups) if groups is None else groups:
@@ -103,7 +103,7 @@ class Manifest:
         return table
 
     def row(self, i: int) -> dict[str, Any]:
-        """All columns of row i as Python values; absent columns are None, `attributes` and `meta` parsed to dicts."""
+        """Return all columns of row i as Python values: absent ones None, `attributes` and `meta` parsed to dicts."""
         if not 0 <= i < len(self):
             raise IndexError(f"{self.path}: row {i} of {len(self)}")
         g = self.group_of(i)
@@ -129,14 +129,14 @@ class Manifest:
         return str(self._group(g).column("sample_id")[i - int(self.starts[g])].as_py())
 
     def has_rationales(self) -> bool:
-        """Whether any row holds one; reads no other column, and no further than the first."""
+        """Whether any row has a rationale. Reads only that column, and only until it finds one."""
         texts = (t for _, table in self.tables(["rationale"]) for t in table.column(0).to_pylist())
         return any(t and t.strip() for t in texts)
 
     def get(self, i: int) -> Sample:
-        """Row i with its encoded image.
+        """Return row i with its encoded image.
 
-        Raises UserError for a row that is wrong (row, column), UnreadableImage when the image file cannot be read.
+        Raises UserError for an invalid row (row, column), UnreadableImage if the image file cannot be read.
         """
         row = self.row(i)
         return Sample(
@@ -151,7 +151,7 @@ class Manifest:
         )
 
     def image(self, row: dict[str, Any], i: int) -> bytes:
-        """The encoded image of row i, whose columns `image` and `image_bytes` are in `row`. Raises like `get`."""
+        """Return the encoded image of row i, whose `image` and `image_bytes` are in `row`. Raises like `get`."""
         if row["image_bytes"] is not None:
             return row["image_bytes"]
         name = row["image"]
@@ -170,7 +170,7 @@ class Manifest:
 
 
 def image_path(root: Path, name: str) -> Path | None:
-    """The file of an `image` column; None when the name leads outside `root`, by `..` or as an absolute path.
+    """Return the file of an `image` column; None if the name leads outside `root`, by `..` or as an absolute path.
 
     Links inside may lead elsewhere: the user made those, whereas the name comes with the file.
     """
@@ -186,10 +186,10 @@ def existing(path: str | Path) -> Path:
 
 
 def read_manifest(path: str | Path, image_root: str | Path | None = None) -> Manifest:
-    """Open a manifest and check its rows; a large one that bears its writer's stamp by its footer alone.
+    """Open a manifest and check its rows; a large one with its writer's stamp is checked by the footer alone.
 
     Args:
-        image_root: where image paths start, instead of what the file says (its own directory, if it says nothing).
+        image_root: base of image paths, instead of the one in the file (its own directory, if it has none).
 
     Raises:
         UserError: no such file, not Parquet, a column missing or of another type, no image column, and by row: null
@@ -221,14 +221,14 @@ def read_manifest(path: str | Path, image_root: str | Path | None = None) -> Man
 
 
 def stamped_root(path: Path, stamp: Stamp | None) -> Path:
-    """Where the image paths of a manifest start, by its stamp: relative to where the file really lies, behind links."""
+    """Return the base of image paths: the stamp's, from the resolved file, else the manifest's directory."""
     if stamp is None or stamp.image_root is None:
         return Path(os.path.abspath(path.parent))
     return Path(os.path.normpath(Path(os.path.realpath(path)).parent / stamp.image_root))
 
 
 def _fingerprint(file: pq.ParquetFile) -> str:
-    """Of the footer: row groups with their sizes and the range of their ids."""
+    """Hash the footer: row groups with their sizes and the range of their ids."""
     digest = hashlib.blake2b(digest_size=12)
     ids = file.schema_arrow.names.index("sample_id")
     for g in range(file.metadata.num_row_groups):
@@ -240,7 +240,7 @@ def _fingerprint(file: pq.ParquetFile) -> str:
 
 
 def _is_embedded(file: pq.ParquetFile) -> bool:
-    """Whether the first row holds its image."""
+    """Whether the first row group has image bytes; without statistics, whether the first row has."""
     if "image_bytes" not in file.schema_arrow.names or not file.metadata.num_rows:
         return False
     column = file.schema_arrow.names.index("image_bytes")
@@ -251,7 +251,7 @@ def _is_embedded(file: pq.ParquetFile) -> bool:
 
 
 def _check_rows(path: Path, file: pq.ParquetFile) -> None:
-    """Every row's index columns, a row group at a time; then that no sample_id comes twice."""
+    """Check the required columns of every row, a row group at a time, then that no sample_id is repeated."""
     ids = IdCheck()
     first = 0
     for g in range(file.metadata.num_row_groups):

@@ -1,6 +1,6 @@
-"""The order in which an epoch walks a data set: a permutation drawn from a key.
+"""Draw the order in which an epoch visits a data set: a permutation seeded by a key.
 
-A data set whose pictures stand in the manifest's row groups is shuffled by group, and within windows of a few groups,
+For a data set with images embedded in the manifest, row groups are shuffled, and rows within windows of a few groups,
 because reading one row costs as much as reading its group.
 """
 
@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MAX_ROWS = 1 << 24  # of a data set: an order of 64 MiB
-WINDOW = 8  # row groups whose rows are mixed; a reader keeps so many open
+MAX_ROWS = 1 << 24  # of a data set, whose order takes 64 MiB
+WINDOW = 8  # row groups whose rows are mixed; a reader caches as many
 
 
 def permutation(n: int, key: Sequence[object]) -> np.ndarray:
-    """Draw a permutation of range(n), (n,) uint32; the same on every machine for keys that print alike."""
+    """Draw a permutation of range(n), (n,) uint32: the same on every machine for keys with equal string forms."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=64).digest()
     order = np.arange(n, dtype=np.uint32)
     np.random.default_rng(np.frombuffer(digest, "<u8")).shuffle(order)
@@ -24,7 +24,7 @@ def permutation(n: int, key: Sequence[object]) -> np.ndarray:
 
 
 def block_permutation(sizes: np.ndarray, key: Sequence[object]) -> np.ndarray:
-    """Draw a permutation of the rows of consecutive blocks that leaves no window of blocks before it is done.
+    """Draw a permutation of the rows of consecutive blocks that finishes one window of blocks before the next.
 
     Args:
         sizes: (blocks,) rows of each block.

@@ -1,6 +1,6 @@
-"""One data set's walk through its samples: epoch after epoch in a keyed order, to be continued from its state.
+"""Visit one data set epoch after epoch in a keyed order, resumable from a state dict.
 
-It holds the order of one epoch (orders.py) and the rows that were put off.
+Holds the order of one epoch (orders.py) and the rows that were put off.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from tatar_dist.errors import UserError
 from tatar_dist.types import Task
 
 Ref = tuple[int, int]  # (manifest index, row)
-OLD_EXACT = 65_536  # rows that older versions shuffled at once as this one does
+OLD_EXACT = 65_536  # largest shuffle for which older versions drew the same order
 
 
 class PoolCursor:
-    """A data set of one task, over all its manifests: `parts` are (manifest index, manifest, pool).
+    """Cursor over a data set of one task, across its manifests; `parts` are (manifest index, manifest, pool).
 
-    Attributes: `rows`; `served`, how many were handed out, which decides whose turn it is; `excluded`, never again.
+    Attributes: `rows`; `served`, rows drawn so far, which decides the next data set; `excluded`, never drawn again.
 
     Raises:
-        UserError: it has too many rows.
+        UserError: more than `MAX_ROWS` rows.
     """
 
     def __init__(self, dataset: str, task: Task, parts: Sequence[tuple[int, Manifest, Pool]], seed: int, key: int):
@@ -37,13 +37,13 @@ class PoolCursor:
         self.rows = int(self._ends[-1])
         if self.rows > MAX_ROWS:
             raise UserError(f"data set {dataset!r} has {self.rows} rows, more than {MAX_ROWS}: give its parts names")
-        # Pictures in the rows make a row group too large to read for one of them: walk group by group.
+        # With embedded images a row group is too large to read for one row: visit group by group.
         embedded = any(manifest.embedded for _, manifest, _ in parts)
         self._blocks = np.concatenate([_block_sizes(m, p) for _, m, p in parts]) if embedded else None
         self.epoch = self.position = self.served = 0
         self.put_off: list[Ref] = []
         self.excluded: set[Ref] = set()
-        self._order: tuple[int, np.ndarray] | None = None  # of an epoch
+        self._order: tuple[int, np.ndarray] | None = None  # (epoch, its permutation)
 
     def __iter__(self) -> Iterator[Ref]:
         """All rows, in manifest order."""
@@ -58,7 +58,7 @@ class PoolCursor:
         return self.rows - len(self.excluded)
 
     def keeps_old_order(self) -> bool:
-        """Whether states of versions before `sampler.ORDER` mean the same order; theirs differed in large shuffles."""
+        """Whether a state of a version before `sampler.ORDER` means the same order: only large shuffles differed."""
         if self._blocks is None:
             return self.rows <= OLD_EXACT
         return len(self._blocks) <= OLD_EXACT and WINDOW * int(self._blocks.max()) <= OLD_EXACT
@@ -81,7 +81,7 @@ class PoolCursor:
                         yield score
 
     def _ref(self, index: int) -> Ref:
-        """The `index`-th row of all parts together."""
+        """Return the `index`-th row of all parts together."""
         k = int(np.searchsorted(self._ends, index, side="right"))
         m, _, pool = self._parts[k]
         return m, pool.row(index - int(self._ends[k] - pool.rows))
@@ -101,9 +101,9 @@ class PoolCursor:
         return ref
 
     def next(self, taken: Collection[Ref]) -> Ref:
-        """The next row that is neither excluded nor in `taken`.
+        """Draw the next row that is neither excluded nor in `taken`.
 
-        A row in `taken` (the batch reaches across an epoch's end) is put off and comes first in a later batch, so that
+        A row in `taken` (the batch spans the end of an epoch) is put off and comes first in a later batch, so that
         every epoch still shows every row. Raises UserError when all usable rows are taken.
         """
         for k, ref in enumerate(self.put_off):
@@ -125,17 +125,17 @@ class PoolCursor:
         )
 
     def exclude(self, ref: Ref) -> None:
-        """Never hand this row out again."""
+        """Never draw this row again."""
         self.excluded.add(ref)
         self.put_off = [r for r in self.put_off if r != ref]
 
     def put_back(self, refs: Sequence[Ref]) -> None:
-        """Rows that were handed out and not used come first next time."""
+        """Put back rows that were drawn but not used; they are drawn first next time."""
         self.put_off = [*refs, *self.put_off]
         self.served -= len(refs)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON-able position."""
+        """Return the position as a JSON-serialisable dict."""
         return {
             "epoch": self.epoch,
             "position": self.position,
@@ -146,13 +146,13 @@ class PoolCursor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, over the same manifests in the same order."""
+        """Continue from a `state_dict` taken over the same manifests in the same order."""
         self.epoch, self.position, self.served = state["epoch"], state["position"], state["served"]
         self.put_off = [(m, row) for m, row in state["put_off"]]
         self.excluded = {(m, row) for m, row in state["excluded"]}
 
 
 def _block_sizes(manifest: Manifest, pool: Pool) -> np.ndarray:
-    """(blocks,) rows of the pool in each row group that holds any, in order."""
+    """Return (blocks,) the pool's rows in each row group that holds any, in file order."""
     sizes = np.diff(pool.rows_before(manifest.starts))
     return sizes[sizes > 0]

@@ -1,8 +1,8 @@
-"""Pools: which rows of a manifest belong to which data set, task and split, without holding a value per row.
+"""Index a manifest's rows by data set, task and split, without a stored value per row.
 
-In: an open Parquet file. Out: one `Pool` for every (data set, task, split), as runs of consecutive rows. What a row
-group's statistics say is believed, for they are made from the values written; only groups that mix pools are read. So
-the index of ten million rows written by `write_manifest` (a pool per row group) comes from the footer alone.
+`index_pools` reads an open Parquet file into one `Pool` per (data set, task, split), as runs of rows. Row-group
+statistics are trusted, since they are computed from the values written; only groups that mix pools or lack them are
+read. So the index of ten million rows from `write_manifest` (a pool per row group) comes from the footer alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Pool:
-    """All rows of one data set, task and split. `runs` (k, 2) int64: first row, rows; ascending, not adjacent."""
+    """All rows of one data set, task and split. `runs` (k, 2) int64: first row, row count; ascending, not adjacent."""
 
     dataset: str
     task: str
@@ -42,13 +42,13 @@ class Pool:
         return int(self._ends[-1])
 
     def row(self, position: int) -> int:
-        """The manifest row of the pool's `position`-th row, 0 <= position < rows."""
+        """Return the manifest row of the pool's `position`-th row, 0 <= position < rows."""
         k = int(np.searchsorted(self._ends, position, side="right"))
         first, count = self.runs[k]
         return int(first + position - (self._ends[k] - count))
 
     def rows_before(self, rows: np.ndarray) -> np.ndarray:
-        """(n,) how many of the pool's rows come before each of `rows` (n,) int64 of the manifest."""
+        """Return (n,) counts of the pool's rows that precede each of `rows` (n,) int64 of the manifest."""
         k = np.searchsorted(self.runs[:, 0], rows, side="right") - 1
         within = np.minimum(rows - self.runs[k, 0], self.runs[k, 1])
         return np.where(k < 0, 0, self._ends[k] - self.runs[k, 1] + within)
@@ -64,7 +64,7 @@ class Pool:
 
 @dataclass
 class _Gathered:
-    """What is known of a pool so far: arrays of runs, lowest and highest score."""
+    """Parts of a pool collected so far: arrays of runs, lowest and highest score."""
 
     runs: list[np.ndarray]
     low: float = math.inf
@@ -80,7 +80,7 @@ class _Gathered:
 
 
 def index_pools(file: pq.ParquetFile) -> tuple[Pool, ...]:
-    """The pools of a manifest, in the order of their first rows. A null key reads as ""; read_manifest refuses it."""
+    """Return the pools of a manifest, ordered by first row. A null key becomes "", which read_manifest rejects."""
     names = file.schema_arrow.names
     column = {name: names.index(name) for name in (*KEYS, "score")}
     found: dict[Key, _Gathered] = {}
@@ -99,7 +99,7 @@ _Part = tuple[Key, np.ndarray, float, float]  # key, runs (k, 2) within the grou
 
 
 def _by_statistics(group: Any, column: dict[str, int]) -> list[_Part] | None:
-    """The one part of a group that one pool fills, or None when its statistics do not say so."""
+    """Return the one part of a row group that a single pool fills, or None if its statistics do not show that."""
     values = []
     for name in KEYS:
         found = group.column(column[name]).statistics
@@ -114,7 +114,7 @@ def _by_statistics(group: Any, column: dict[str, int]) -> list[_Part] | None:
 
 
 def _by_reading(file: pq.ParquetFile, g: int) -> list[_Part]:
-    """The parts of a group that holds several pools, or has no statistics."""
+    """Read the parts of a row group that holds several pools or has no statistics."""
     table = file.read_row_group(g, columns=[*KEYS, "score"])
     if not table.num_rows:
         return []

@@ -1,8 +1,8 @@
-"""The data sets that can be imported: what `configs/datasets.yaml` says, read and checked.
+"""Read and check the registry of data sets that can be imported: `configs/datasets.yaml`.
 
-In: YAML files (later ones repeat or replace sets of earlier ones). Out: `Registry`, frozen records of sets and their
-file formats. Nothing here opens a data set's file; a new set is a YAML entry, not code. An unknown key or name is a
-`UserError` that names file, place and the nearest valid name.
+`read_registry` takes further YAML files, of which later ones add or replace data sets, and returns a `Registry` of
+frozen records. No file of a data set is opened; a new data set needs a YAML entry, not code. An unknown key or name
+raises `UserError` naming file, place and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ REGISTRY = CONFIGS / "datasets.yaml"
 KINDS = ("csv", "xlsx", "json", "jsonl", "text")
 TYPES = ("text", "number", "integer")  # of a header-less file's fields
 BLANK = "blank"  # any run of blanks separates
-SPLIT = {"by": "image", "fractions": {"train": 0.7, "validation": 0.1, "test": 0.2}}  # of a set that names none
+SPLIT = {"by": "image", "fractions": {"train": 0.7, "validation": 0.1, "test": 0.2}}  # default rule of a set
 
 
 @dataclass(frozen=True)
 class Range:
-    """A declared raw scale; `map` of a raw value is its score on 0-100."""
+    """A declared raw scale. `imports.scores.to_score` maps it linearly to 0-100."""
 
     low: float
     high: float
@@ -44,7 +44,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Format:
-    """One file layout of a set. `columns` is its signature; the other names are columns among them."""
+    """Layout of one annotation file. `columns` is its signature; `image`, `score` and so on name columns among them."""
 
     name: str
     kinds: tuple[str, ...]
@@ -68,7 +68,7 @@ class Format:
     attributes: str | None = None
 
     def used(self) -> tuple[str, ...]:
-        """The columns an import reads, in the file's order."""
+        """Return the columns that an import reads, in the file's order."""
         named = {self.image, self.score, self.worker, self.votes_total, self.std, self.split}
         named |= {self.rationale, self.attributes} | {column for column, _ in self.votes}
         return tuple(c for c in self.columns if c in named)
@@ -76,7 +76,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Names:
-    """What an image's name says: named groups `reference`, `type`, `level`; level of `levels` is the strength."""
+    """Parts of an image's name: `pattern` has groups `reference`, `type`, `level`; level / `levels` is the strength."""
 
     pattern: str
     distortions: Mapping[str, str]
@@ -85,7 +85,7 @@ class Names:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """The rule when neither the file nor the user names a split: `test` groups first, the rest by hash of the group."""
+    """Rule for rows without a split from file or user: `test` groups first, the rest by hash of the group."""
 
     by: str  # image | reference
     fractions: Mapping[str, float]
@@ -95,7 +95,7 @@ class SplitRule:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A set: name as written everywhere, its task, published counts and formats by name."""
+    """A data set: its name as written everywhere, its task, published counts and formats by name."""
 
     name: str
     task: str
@@ -105,11 +105,11 @@ class Dataset:
     counts: Mapping[str, int]
     split: SplitRule
     formats: Mapping[str, Format]
-    lists: tuple[str, ...] = ()  # those of `formats` that every set has
+    lists: tuple[str, ...] = ()  # those of `formats` that come from list_formats
     names: Names | None = None
 
     def format(self, name: str) -> Format:
-        """Raises UserError for a name this set lacks, with the nearest one."""
+        """Return a format by name. Raises UserError for an unknown name, with the nearest one."""
         if name not in self.formats:
             raise UserError(f"--format {name}: {self.name} has no such format{entries.near(name, self.formats)}")
         return self.formats[name]
@@ -117,12 +117,12 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Registry:
-    """All sets by name."""
+    """All data sets by name."""
 
     datasets: Mapping[str, Dataset]
 
     def find(self, name: str) -> Dataset:
-        """By name, any case, with or without hyphens. Raises UserError with the nearest name."""
+        """Find a data set by name, ignoring case, blanks, `-` and `_`. Raises UserError with the nearest name."""
         plain = {_plain(n): n for n in self.datasets}
         if _plain(name) in plain:
             return self.datasets[plain[_plain(name)]]
@@ -133,11 +133,11 @@ class Registry:
 
 
 def read_registry(files: Sequence[Path] = ()) -> Registry:
-    """The checkout's registry, then `files`, whose sets are added or replace those of the same name.
+    """Read `configs/datasets.yaml`, then `files`, whose data sets are added or replace those of the same name.
 
     Raises:
         UserError: file missing or not YAML, and by place: unknown or missing key, wrong type, unknown column, a
-            column with two meanings, a range that is no scale.
+            column with two meanings, a range that is not a scale.
     """
     sets: dict[str, Dataset] = {}
     lists: dict[str, Any] = {}
@@ -164,7 +164,7 @@ _FORMAT_KEYS = (
 
 
 def _lists(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The list formats' keys; what they say is checked with each set that uses them, for it gives the range."""
+    """Return the list formats. Their values are checked with each data set that uses them, which gives the range."""
     found = entries.mapping(tree, "list_formats", where)
     for name, entry in found.items():
         at = f"{where}: list format {name}"
@@ -187,7 +187,7 @@ def _dataset(name: str, entry: Any, lists: Mapping[str, Any], where: str) -> Dat
     shared: dict[str, Any] = {}
     if "list_range" in entry:
         _range(entry["list_range"], f"{where}: list_range")
-        # A list in another task's form is not this set's: its rationale keys differ.
+        # Skip list formats of the other task: their rationale keys differ.
         mine = {k: v for k, v in lists.items() if v.get("task") in (None, task)}
         shared = {k: {a: b for a, b in v.items() if a != "task"} for k, v in mine.items()}
         formats = {**{k: {**v, "range": entry["list_range"]} for k, v in shared.items()}, **formats}
@@ -269,7 +269,7 @@ def _format(name: str, entry: Any, where: str) -> Format:
 
 
 def _layout(entry: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...] | None]:
-    """Kinds, columns, and the columns' types for header-less text."""
+    """Return kinds, columns, and the columns' types for header-less text."""
     kinds = entries.need(entry, "kind", where)
     kinds = tuple(entries.choice(k, KINDS, f"{where}: kind") for k in (kinds if isinstance(kinds, list) else [kinds]))
     columns, types = entries.need(entry, "columns", where), None
@@ -285,7 +285,7 @@ def _layout(entry: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tupl
 
 
 def _votes(entry: Mapping[str, Any], scale: Range, where: str) -> dict[str, float]:
-    """Vote columns and their values, which are on the scale where their mean is the score."""
+    """Return vote columns and their values, which must lie on the scale if their mean is the score."""
     given = entries.mapping(entry, "votes", where)
     votes = {key: entries.number(value, f"{where}: votes: {key}") for key, value in given.items()}
     if "score" not in entry and not votes:
@@ -334,7 +334,7 @@ def _split_rule(entry: Any, names: Names | None, where: str) -> SplitRule:
 
 
 def _said(entry: Mapping[str, Any], key: str, where: str) -> str:
-    """Where a thing is from, in words; empty where the entry does not say."""
+    """Return a text that gives the source of something; "" if the entry has none."""
     return entries.text(entry[key], f"{where}: {key}") if key in entry else ""
 
 
@@ -344,7 +344,7 @@ def _range(value: Any, where: str) -> Range:
     low, high = (entries.number(v, where) for v in value)
     if not low < high:
         raise UserError(f"{where}: {low:g} is not below {high:g}")
-    if not 1e-12 <= high - low <= 1e12:  # far beyond any scale of opinion, and points must not overflow
+    if not 1e-12 <= high - low <= 1e12:  # far beyond any opinion scale; `points` must not overflow
         raise UserError(f"{where}: from {low:g} to {high:g} is no scale")
     return Range(low, high)
 

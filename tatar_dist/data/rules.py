@@ -1,6 +1,6 @@
-"""The rules that every row of a manifest obeys: pure functions on Arrow tables, for its reader and its writer alike.
+"""Rules that every manifest row must obey: pure functions on Arrow tables.
 
-In: a schema, a pool or a table of consecutive rows. Out: nothing, or a `UserError` that names file, row and column.
+Reader and writer share them. They take a schema, a pool or consecutive rows; `UserError` names file, row and column.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tatar_dist.types import SPLITS, TASKS
 
 
 def check_columns(path: Path, schema: pa.Schema) -> None:
-    """Raise UserError for a column that is missing, there twice, or of another type than SCHEMA's."""
+    """Raise UserError for a column that is missing, repeated, or of another type than in SCHEMA."""
     found = {field.name: field.type for field in schema}
     for name in SCHEMA.names:
         if schema.names.count(name) > 1:
@@ -47,7 +47,7 @@ def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
 
 
 def check_pool(path: Path, pool: Pool) -> None:
-    """What the statistics of a pool can show to be wrong."""
+    """Raise UserError for what the statistics of a pool show to be invalid: its keys, or scores outside 0-100."""
     _check_keys(path, int(pool.runs[0, 0]), pool.dataset, pool.task, pool.split)
     if not 0 <= pool.score_min <= pool.score_max <= 100:
         bad = pool.score_max if pool.score_max > 100 else pool.score_min
@@ -64,7 +64,7 @@ def _check_keys(path: Path, row: int, dataset: str, task: str, split: str) -> No
 
 
 def check_table(path: Path, first: int, table: pa.Table, ids: IdCheck) -> None:
-    """Check rows `first` ... of a manifest and note their sample ids. Raises UserError naming row and column."""
+    """Check rows from `first` on and add their sample ids to `ids`. Raises UserError naming row and column."""
     try:
         table.validate(full=True)
     except pa.ArrowInvalid as e:
@@ -96,7 +96,7 @@ def check_table(path: Path, first: int, table: pa.Table, ids: IdCheck) -> None:
 
 
 class IdCheck:
-    """Finds a repeated id among millions: eight bytes each, and a second look only at what may be one."""
+    """Find a repeated id among millions. Stores an 8-byte hash per id; ids are compared only where hashes are equal."""
 
     def __init__(self) -> None:
         self._hashes: list[np.ndarray] = []
@@ -105,7 +105,7 @@ class IdCheck:
         self._hashes.append(np.fromiter(map(hash, ids), np.int64, len(ids)))
 
     def first_repeat(self, again: Callable[[], Iterable[str]]) -> tuple[str, int, int] | None:
-        """(id, its row, the earlier row) of the first id that comes twice; `again()` gives all ids once more."""
+        """Return (id, its row, the earlier row) of the first repeated id, or None; `again()` yields all ids again."""
         hashes = np.sort(np.concatenate(self._hashes or [np.zeros(0, np.int64)]))
         suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
         if not suspects:

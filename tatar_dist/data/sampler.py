@@ -1,10 +1,10 @@
-"""Which samples make the next batch: task-balanced, rankable, without repeats, resumable to the sample.
+"""Sample training batches: task-balanced, rankable, without repeats, resumable to the sample.
 
-A batch is a list of (manifest index, row). Every data set is a pool, walked in an order drawn from (seed, pool, epoch)
-(orders.py): an epoch shows each sample once, and the state is seed, epoch and position. In a GRPO batch the images of a
-task that is ranked (IAA by default) come from one data set, since ranking across data sets is meaningless; the data set
-with the largest part still owed takes the turn, so that over time each gets images in proportion to its size.
-A batch that cannot rank is refused here, at construction, and never becomes a silent zero reward.
+A batch is a list of (manifest index, row). Each data set is visited in an order drawn from (seed, data set, epoch)
+(orders.py): an epoch shows each sample once. State: the seed; per data set epoch, position, rows put off or excluded.
+In a GRPO batch the images of a ranked task (IAA by default) come from one data set, since ranking across data sets is
+meaningless. The data set furthest behind its share is next, so that over time each gives images in proportion to its
+size. A batch that cannot be ranked raises `UserError` (at construction, if possible) instead of a silent zero reward.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from tatar_dist.data.rules import IdCheck
 from tatar_dist.errors import UserError
 from tatar_dist.types import TASKS, Sample, Task
 
-ORDER = "permutation"  # as states of the sampler name orders.py
+ORDER = "permutation"  # the name of orders.py in states of the sampler
 
 
 class PromptSampler:
-    """Draws batches from several manifests.
+    """Draw batches from several manifests.
 
     Args:
         manifests: any number; a data set may be spread over several.
-        seed: keys every permutation.
-        iqa_fraction: share of IQA rows in a batch (rounded to a whole number, half to even, like `config.check`). A
-            task with no data leaves its share to the other only if its share is 0 % or 100 %; otherwise it is an error.
-        min_rank_pool: images of a ranked task that a batch must hold, all of one data set.
+        seed: seeds every permutation.
+        iqa_fraction: share of IQA rows in a batch (rounded to a whole number, half to even, as in `config.rules`).
+            A task without data must have a share of 0, that is `iqa_fraction` 0 or 1.
+        min_rank_pool: least number of images of a ranked task in a batch, all of one data set.
         ranked: the tasks whose reward compares images (`Preset.ranked_tasks`); the others mix their data sets.
         supervised: the rows are training targets (SFT): nothing is ranked.
 
@@ -107,22 +107,22 @@ class PromptSampler:
         return self.manifests[ref[0]].sample_id(ref[1])
 
     def get(self, ref: Ref) -> Sample:
-        """The whole sample, image included."""
+        """Return the whole sample, image included."""
         return self.manifests[ref[0]].get(ref[1])
 
     def _owed(self, cursors: list[PoolCursor], upcoming: int) -> PoolCursor:
-        """The data set furthest behind its share, by size, once `upcoming` more rows are drawn."""
+        """Return the data set furthest behind its share (by size) once `upcoming` more rows are drawn."""
         total = sum(c.rows for c in cursors)
         served = sum(c.served for c in cursors) + upcoming
         return max(cursors, key=lambda c: (served * c.rows / total - c.served, -c.key))
 
     def counts(self, n: int) -> tuple[int, int]:
-        """How many IQA and IAA rows a batch of n holds."""
+        """Return the numbers of IQA and IAA rows in a batch of n."""
         n_iqa = round(n * self.iqa_fraction)
         return n_iqa, n - n_iqa
 
     def next_batch(self, n: int) -> list[Ref]:
-        """The next n rows, no row twice, IQA first; a ranked part (of one data set) has `min_rank_pool` rows or more.
+        """Draw the next n rows: no row twice, IQA first, a ranked part from one data set with `min_rank_pool` or more.
 
         Raises UserError when n leaves too few rows of a ranked task, or exclusions leave too few samples.
         """
@@ -141,7 +141,7 @@ class PromptSampler:
         return batch
 
     def _rankable(self, task: Task, n: int) -> PoolCursor:
-        """The data set that gives n rows to be ranked: the one owed most of those with n usable rows."""
+        """Choose the data set for n ranked rows: of those with n usable rows, the one furthest behind its share."""
         cursors = self._of(task)
         able = [c for c in cursors if c.usable >= n and c.scores_differ()]
         if not able:
@@ -154,7 +154,7 @@ class PromptSampler:
         return self._owed(able, n)
 
     def steps_per_epoch(self, n: int) -> int:
-        """Batches of n after which the larger task, at its share of a batch, has been seen once (at least 1)."""
+        """Return how many batches of n show each task in full, at its share of a batch (at least 1)."""
         steps = [
             -(-sum(c.rows for c in self._of(task)) // count)
             for task, count in zip(TASKS, self.counts(n), strict=True)
@@ -163,17 +163,17 @@ class PromptSampler:
         return max(steps, default=1)
 
     def exclude(self, ref: Ref) -> None:
-        """Never hand this row out again (it was quarantined)."""
+        """Never draw this row again (it was quarantined)."""
         self._cursor_of(ref).exclude(ref)
 
     def replace(self, ref: Ref, batch: Sequence[Ref]) -> Ref:
-        """Exclude `ref` for good and draw another row of its data set that is not in `batch`."""
+        """Exclude `ref` permanently and draw another row of its data set that is not in `batch`."""
         cursor = self._cursor_of(ref)
         cursor.exclude(ref)
         return cursor.next(set(batch))
 
     def another(self, dataset: str, avoid: Collection[tuple[str, str]]) -> Ref | None:
-        """The next row of a data set whose (data set, sample id) is not in `avoid`; None when there is none."""
+        """Draw the next row of a data set whose (data set, sample id) is not in `avoid`; None if there is none."""
         cursor = next(c for c in self._cursors if c.dataset == dataset)
         avoided: list[Ref] = []
         found = None
@@ -187,7 +187,7 @@ class PromptSampler:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON-able position of every data set."""
+        """Return the position in every data set as a JSON-serialisable dict."""
         return {
             "seed": self.seed,
             "order": ORDER,
@@ -198,8 +198,8 @@ class PromptSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken.
 
-        Raises UserError when seed, order, manifests (by what is in them, wherever they lie) or data sets are not the
-        same.
+        Raises UserError if seed, manifests (by content, not path), data sets or the order of an epoch already begun
+        differ.
         """
         try:
             seed, manifests = state["seed"], state["manifests"]
@@ -233,10 +233,10 @@ class PromptSampler:
 
 
 def shard(batch: Sequence[Ref], index: int, count: int) -> list[Ref]:
-    """Part `index` of `count` of a batch: every count-th row. The parts are disjoint and together the batch.
+    """Return part `index` of `count` of a batch: every count-th row. The parts are disjoint and together the batch.
 
-    Any process that holds the same manifests and seed draws the same batch, so that each can take its own part
-    without being told.
+    Processes with the same manifests, seed and state draw the same batch, so that each can take its own part without
+    communication.
     """
     if not 0 <= index < count:
         raise ValueError(f"shard {index} of {count}")
@@ -244,7 +244,7 @@ def shard(batch: Sequence[Ref], index: int, count: int) -> list[Ref]:
 
 
 def _check_ids(dataset: str, parts: Sequence[tuple[int, Manifest, Pool]]) -> None:
-    """Refuse a sample of a data set that two manifests hold (or one manifest that is given twice)."""
+    """Raise UserError for a sample of a data set that two manifests hold (or one manifest that is given twice)."""
     ids = IdCheck()
 
     def of(manifest: Manifest, pool: Pool) -> Iterator[list[str]]:
@@ -264,7 +264,7 @@ def _check_ids(dataset: str, parts: Sequence[tuple[int, Manifest, Pool]]) -> Non
 
 
 def check_rationales(manifests: Iterable[Manifest]) -> None:
-    """Raise UserError for a manifest none of whose rows can be a supervised target."""
+    """Raise UserError for a manifest in which no row has a rationale, the target of supervised training."""
     for manifest in manifests:
         if not manifest.has_rationales():
             raise UserError(
@@ -274,5 +274,5 @@ def check_rationales(manifests: Iterable[Manifest]) -> None:
 
 
 def sft_sampler(manifests: Iterable[Manifest], seed: int, iqa_fraction: float) -> PromptSampler:
-    """A sampler for supervised batches: the same order, no ranking rules, IAA data sets mixed within a batch."""
+    """Return a sampler for supervised batches: the same order, no ranking, IAA data sets mixed within a batch."""
     return PromptSampler(list(manifests), seed, iqa_fraction, supervised=True)

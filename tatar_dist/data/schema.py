@@ -1,4 +1,4 @@
-"""The columns of a manifest, and the stamp that its writer leaves in the footer."""
+"""Columns of a manifest, and the stamp that its writer stores in the Parquet footer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from tatar_dist.errors import UserError
 
 VERSION = 1
-STAMP = b"tatar_dist.manifest"  # the footer's key under which `write_manifest` leaves a `Stamp`
+STAMP = b"tatar_dist.manifest"  # the footer's key for the writer's `Stamp`
 SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string()),
@@ -38,8 +38,8 @@ REQUIRED = ("sample_id", "dataset", "task", "score", "split")
 
 @dataclass(frozen=True)
 class Stamp:
-    """What the writer leaves in the footer. `groups`: checksum of the row groups' sizes, so that a file cut or merged
-    by another program does not pass for checked."""
+    """The writer's entry in the footer.
+    `groups` is a checksum of the row-group sizes: a file cut or merged elsewhere must not pass as checked."""
 
     version: int
     rows: int
@@ -51,7 +51,7 @@ class Stamp:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The object of a column `attributes` or `meta`. Raises ValueError saying why the text is none."""
+    """Parse the JSON object of column `attributes` or `meta`. Raises ValueError with the reason if it is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:

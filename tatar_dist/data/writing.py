@@ -1,8 +1,8 @@
-"""Writing manifests: rows or Arrow tables in, one Parquet file out, whole or not at all.
+"""Write a manifest from rows or Arrow tables: one Parquet file, complete or not at all.
 
-Row groups hold one pool each (data set, task, split), so that a reader finds its pools in the footer; they hold at
-most `GROUP_ROWS` rows (`EMBEDDED_ROWS` with pictures in them) and about `GROUP_BYTES` bytes, which is what reading one
-random row may cost. Memory is bounded by one unfinished group per pool.
+A row group holds one pool (data set, task, split), so that a reader finds its pools in the footer. It has at most
+`GROUP_ROWS` rows (`EMBEDDED_ROWS` with embedded images) and about `GROUP_BYTES` bytes, the cost of reading one random
+row. Memory: one unfinished group per pool, and eight bytes per row to find repeated ids.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ BATCH, BATCH_BYTES = 1024, 16 << 20  # dict rows that become one table
 
 
 class ManifestWriter:
-    """Context manager; `write` tables of SCHEMA's columns in any order of pools. The file appears when it is complete.
+    """Context manager that writes tables of SCHEMA's columns, pools in any order. The file appears once complete.
 
     Args:
-        path: of the manifest.
-        image_root: the directory that `image` paths are relative to; None: the manifest's own.
+        path: manifest to write.
+        image_root: directory that `image` paths are relative to; None: the manifest's own.
 
     Raises:
-        UserError: a row that `read_manifest` would refuse.
-        KeyError: a column that the schema lacks.
+        UserError: a row that `read_manifest` would reject.
+        KeyError: a column that is not in SCHEMA.
     """
 
     def __init__(self, path: str | Path, image_root: str | Path | None = None, group_rows: int | None = None) -> None:
@@ -80,7 +80,7 @@ class ManifestWriter:
             self._waiting[key] = [held]
 
     def _full_group(self, table: pa.Table) -> int:
-        """Rows of the first group that `table` fills, or 0 when it does not fill one yet."""
+        """Return the number of rows in the first group that `table` fills, or 0 if it fills none yet."""
         embedded = table.column("image_bytes").null_count < len(table)
         limit = self._limit or (EMBEDDED_ROWS if embedded else GROUP_ROWS)
         if table.nbytes >= GROUP_BYTES:
@@ -110,7 +110,7 @@ class ManifestWriter:
         os.replace(self._beside, self.path)
 
     def _relative_root(self) -> str | None:
-        """The image root as the stamp names it: below the manifest as it is called, else from where both really lie."""
+        """Return the image root for the stamp: relative to the manifest if below it, else between resolved paths."""
         if self._root is None:
             return None
         root, home = os.path.abspath(self._root), os.path.abspath(self.path.parent)
@@ -138,7 +138,7 @@ class ManifestWriter:
 
 
 def _by_pool(table: pa.Table) -> Iterator[tuple[Key, pa.Table]]:
-    """The table's rows by pool, in their order."""
+    """Split the table into (pool, its rows), keeping the order of rows."""
     groups = table.select(KEYS).group_by(list(KEYS), use_threads=False).aggregate([]).to_pylist()
     if len(groups) == 1:
         yield (groups[0]["dataset"], groups[0]["task"], groups[0]["split"]), table
@@ -165,7 +165,7 @@ def write_manifest(
     image_root: str | Path | None = None,
     group_rows: int | None = None,
 ) -> int:
-    """Write rows (dicts of SCHEMA's columns; absent ones are null; `attributes` and `meta` may be dicts).
+    """Write a manifest from dicts of SCHEMA's columns. Absent ones are null; `attributes` and `meta` may be dicts.
 
     Returns the number of rows; raises like `ManifestWriter`.
     """

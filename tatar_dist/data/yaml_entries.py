@@ -1,8 +1,8 @@
-"""A YAML file read, and its entries taken one by one: a fault is one line that names file, place and nearest name.
+"""Read a YAML file and its entries, one by one, with one-line errors.
 
-In: a YAML file of people's making; a mapping of it, a key and where it stands. Out: the value, of the type that is due,
-or a `UserError`. YAML reads `no` as false, `010` as 8 and `2024-01-01` as a date: a name or text that is not text for
-YAML is refused, with the advice to put it in quotes, and never turned back into some other text.
+Functions take a mapping, a key and its place, and return a value of the required type or raise `UserError` naming file,
+place and nearest name. YAML reads `no` as false, `010` as 8 and `2024-01-01` as a date: a name or text of another YAML
+type is rejected, with the advice to quote it, and never converted back to text.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ KNOWN = 30  # names that a message lists
 
 
 def _cut(name: str, most: int = 40) -> str:
-    """A name from a file, short enough for a message."""
+    """Shorten a name from a file for a message."""
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: one line of bounded length."""
+    """Format a value for messages: one line of bounded length."""
     return _SHORT.repr(value)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, of which the second would win silently, and integers beyond 64 bits."""
+    """Safe YAML loader that rejects repeated keys (the second would win silently) and integers beyond 64 bits."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -60,7 +60,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The file's mapping; `what` is its name in messages. Raises UserError: cannot be read, not UTF-8, not YAML."""
+    """Read the file's mapping; `what` names it in messages. Raises UserError: cannot be read, not UTF-8, not YAML."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as e:
@@ -76,7 +76,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def near(name: Any, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    """Return the end of a message about an unknown name: the nearest known name, or the known names."""
     known = list(known)
     found = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5) if isinstance(name, str | int) else []
     if found:
@@ -86,7 +86,7 @@ def near(name: Any, known: Iterable[str]) -> str:
 
 
 def only_keys(entry: Any, known: Sequence[str], where: str) -> None:
-    """Raises UserError unless `entry` is a mapping with keys of `known`."""
+    """Raise UserError unless `entry` is a mapping with keys of `known`."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: must be a mapping with keys among {', '.join(known)}")
     for key in entry:
@@ -95,14 +95,14 @@ def only_keys(entry: Any, known: Sequence[str], where: str) -> None:
 
 
 def need(entry: Mapping[str, Any], key: str, where: str) -> Any:
-    """The key's value, not null."""
+    """Return the key's value. Raises UserError if it is missing or null."""
     if entry.get(key) is None:
         raise UserError(f"{where}: key {key} is missing")
     return entry[key]
 
 
 def mapping(entry: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    """A mapping whose keys are names; empty where the key is not there."""
+    """Return a mapping whose keys are names; empty if the key is absent."""
     value = entry.get(key, {})
     if not isinstance(value, dict):
         raise UserError(f"{where}: {key} must be a mapping, is {shown(value)}")
@@ -112,7 +112,7 @@ def mapping(entry: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
 
 
 def names(value: Any, where: str) -> tuple[str, ...]:
-    """A list of names, none twice."""
+    """Return a list of names without repeats, as a tuple."""
     if not isinstance(value, list):
         raise UserError(f"{where} must be a list of names, is {shown(value)}")
     found = tuple(name(v, where) for v in value)

@@ -1,16 +1,16 @@
-"""The one place that renders prompts and parses answers: SFT, GRPO, evaluation and serving all call it.
+"""Render prompts and parse answers; SFT, GRPO, evaluation and serving all use this module.
 
-In: configs/prompts.yaml (wording) and completion texts. Out: chat messages, training targets, parsed scores.
-The grammar of an answer (strict, the default):
+The wording comes from configs/prompts.yaml. `Prompts` makes chat messages, `answer_text` training targets, and `parse`
+reads the score of a completion. The grammar of an answer (strict, the default):
 
     completion  = any text with exactly one <answer> and one </answer> tag, in this order, any ASCII case
     block       = <answer> blanks number blanks </answer>
     number      = [+-]?[0-9]+(\\.[0-9]+)?([eE][+-]?[0-9]+)?      ASCII digits, finite as a float64
 
-A number outside 0-100 parses, keeps its raw value and is flagged `out_of_range`; rewards and metrics clamp it.
-Anything else is null, with a reason. `strict=False` also takes a leading dot (`.5`), a trailing `%` or `/100`,
-code fences around the number, and the last closed block when there are several. Never infinite, never a guess.
-All scanning is linear in the text: tags are found one by one, and no pattern can backtrack over a choice.
+A number outside 0-100 parses, keeps its raw value and is flagged `out_of_range`; rewards and metrics clamp it. Any
+other text gives None, with a reason. `strict=False` also accepts a leading dot (`.5`), a trailing `%` or `/100`, code
+fences around the number, and the last closed block if there are several. No value is infinite or guessed. Scanning is
+linear in the text: tags are found one by one, and no pattern can backtrack over a choice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.types import TASKS, Task
 
 SCORE_MIN, SCORE_MAX = 0.0, 100.0
-MAX_CHARS = 1_000_000  # a longer completion is not read at all: a hard bound on the work per text
+MAX_CHARS = 1_000_000  # a longer completion is not parsed: a hard bound on the work per text
 
 # re.ASCII matters under IGNORECASE: without it U+017F matches "s" and U+212A matches "k".
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE | re.ASCII)
@@ -43,7 +43,7 @@ _END_OF_TURN = "<|im_end|>"
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a completion says. `value` is the raw number, None when the text does not parse (`reason` says why)."""
+    """Score of a completion. `value` is the raw number, None if the text does not parse (`reason` states why)."""
 
     value: float | None
     out_of_range: bool = False
@@ -51,7 +51,7 @@ class Parsed:
 
 
 def _body(text: str) -> str:
-    """The text without blanks and end-of-turn tokens at its end."""
+    """Strip blanks and end-of-turn tokens from the end of the text."""
     end = len(text)  # an index, not a shorter copy per token: thousands of end tokens would make that quadratic
     while True:
         while end and text[end - 1].isspace():
@@ -62,7 +62,7 @@ def _body(text: str) -> str:
 
 
 def _answer_content(text: str, strict: bool) -> tuple[str | None, str | None]:
-    """(content of the answer block, None) or (None, reason)."""
+    """Return (content of the answer block, None) or (None, reason)."""
     opened: int | None = None
     content: str | None = None
     opens = closes = 0
@@ -84,7 +84,7 @@ def _answer_content(text: str, strict: bool) -> tuple[str | None, str | None]:
 
 
 def _unwrapped(content: str) -> str:
-    """Lenient only: the content without code fences and without a trailing `%` or `/100`."""
+    """Strip code fences and a trailing `%` or `/100` from the content (lenient only)."""
     content = content.strip(_BLANKS)
     if content.startswith("```"):
         content = _FENCE_OPEN.sub("", content, count=1)
@@ -99,9 +99,9 @@ def _unwrapped(content: str) -> str:
 
 
 def parse(text: str, strict: bool = True) -> Parsed:
-    """Read the score of a completion by the grammar in this file's docstring.
+    """Read the score of a completion by the grammar in the module docstring.
 
-    Never raises on any string; a text that ends with or without `<|im_end|>` reads the same.
+    Never raises on any string. A trailing `<|im_end|>` makes no difference.
     """
     if len(text) > MAX_CHARS:
         return Parsed(None, reason=f"longer than {MAX_CHARS} characters")
@@ -118,12 +118,12 @@ def parse(text: str, strict: bool = True) -> Parsed:
 
 
 def clamped(value: float | None) -> float | None:
-    """A parsed number within 0-100; None stays."""
+    """Clamp a parsed number to 0-100; None stays None."""
     return None if value is None else min(max(value, SCORE_MIN), SCORE_MAX)
 
 
 def answer_start(text: str) -> tuple[int, str] | None:
-    """(where the number of the answer begins in `text`, the number as written), None for a text that does not parse."""
+    """Return (offset of the answer's number in `text`, the number as written), None for a text that does not parse."""
     if parse(text).value is None:
         return None
     tag = next(t for t in _ANSWER_TAG.finditer(text) if not t.group(1))  # strict: the only one
@@ -134,10 +134,10 @@ def answer_start(text: str) -> tuple[int, str] | None:
 
 
 def think_text(text: str) -> str:
-    """The text inside the <think> blocks, joined by a blank; "" when there is none.
+    """Return the text inside the <think> blocks, joined by a blank; "" if there is none.
 
     Every closed block counts, so that words cannot hide in a second one. A block that is never closed runs to the
-    answer, or to the end: a completion cut off in mid-thought is as long as it is.
+    answer, or to the end: a completion cut off while thinking counts in full.
     """
     text = _body(text[:MAX_CHARS])
     parts: list[str] = []
@@ -155,12 +155,12 @@ def think_text(text: str) -> str:
 
 
 def think_words(text: str) -> int:
-    """Whitespace tokens inside <think> (what the length budgets count)."""
+    """Count whitespace tokens inside <think>, as the length budgets do."""
     return len(think_text(text).split())
 
 
 def answer_text(rationale: str | None, score: float) -> str:
-    """The training target `<think>…</think><answer>57.30</answer>`, two decimals; no think block without a rationale.
+    """Return the target `<think>…</think><answer>57.30</answer>`, two decimals; no think block without a rationale.
 
     Raises:
         UserError: a score that is not in 0-100, or a rationale that holds a tag of the format.
@@ -178,7 +178,7 @@ def answer_text(rationale: str | None, score: float) -> str:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The wording of the system message and of each task's user message."""
+    """Wording of the system message and of each task's user message."""
 
     system: str
     user: dict[str, str]
@@ -204,13 +204,13 @@ class Prompts:
         return Prompts(top["system"].strip(), {task: user[task].strip() for task in TASKS})
 
     def to_yaml(self) -> str:
-        """The texts as a file that `load` reads, without comments; anybody else may read it with any YAML library."""
+        """Return the texts as a file that `load` reads, without comments; any YAML library can read it."""
         import yaml
 
         return yaml.safe_dump({"system": self.system, "user": self.user}, allow_unicode=True, sort_keys=False)
 
     def messages(self, task: Task) -> list[dict[str, Any]]:
-        """Chat messages of one prompt; the image stands before the user text, as `{"type": "image"}`."""
+        """Return the chat messages of one prompt; the image stands before the user text, as `{"type": "image"}`."""
         if task not in self.user:
             raise UserError(f"task {task!r}: must be one of {', '.join(self.user)}")
         return [
@@ -219,7 +219,7 @@ class Prompts:
         ]
 
     def render(self, task: Task, chat_template_fn: Callable[[list[dict[str, Any]]], str]) -> str:
-        """The prompt text, ending where the assistant's turn begins.
+        """Return the prompt text, ending where the assistant's turn begins.
 
         `chat_template_fn` turns messages into text, for example
         `lambda m: processor.apply_chat_template(m, tokenize=False, add_generation_prompt=True)`.
@@ -228,7 +228,7 @@ class Prompts:
 
 
 def section(node: Any, keys: tuple[str, ...], where: str) -> dict[str, Any]:
-    """A mapping of a YAML file with exactly these keys. Raises UserError naming the key, and the nearest one."""
+    """Return a YAML mapping with exactly these keys. Raises UserError naming the key, and the nearest one."""
     if not isinstance(node, dict):
         raise UserError(f"{where}: expected the keys {', '.join(keys)}")
     for key in node:

@@ -1,13 +1,13 @@
-"""The expectation of a score over the numbers that the model might write in its answer, beside the one it wrote.
+"""Compute the expected score over the numbers that the model might have written in its answer.
 
-In: completions, and a function that gives the model's probabilities of the next symbol after a text, among those that
-the grammar allows there (constrained decoding). Out: mean and standard deviation over whole points, and how much of
-the probability was looked at. A sampled answer is one draw from this distribution; its mean has no sampling noise and
-fewer ties, so it ranks finer. The rationale before the answer stays as it was written.
+`expected_scores` takes completions and a function that returns the model's probabilities of the next symbol after a
+text, among those that the grammar allows there (constrained decoding). It returns mean and standard deviation over
+whole points, and the share of the probability that they cover. A sampled answer is one draw from this distribution; its
+mean has no sampling noise and fewer ties, so it ranks finer. The rationale before the answer stays as written.
 
     number = 0 | [1-9] [0-9]? | 100, and then `.` or `</answer>`
 
-Decimals are not looked at: where the written answer has some, half a point stands for them.
+Decimals are not queried: if the written answer has some, half a point stands for them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tatar_dist.types import Expected
 
 DIGITS = tuple("0123456789")
 POINT, END = ".", "</answer>"
-FLOOR = 0.01  # a first digit that is less probable is not looked at: at most a tenth of the probability in all
+FLOOR = 0.01  # less probable first digits are skipped: at most a tenth of the probability in total
 
 # (index of the completion, text after it that the model continues, symbols allowed next) -> a probability for each
 Question = tuple[int, str, tuple[str, ...]]
@@ -28,11 +28,11 @@ Ask = Callable[[list[Question]], list[dict[str, float]]]
 
 
 def expected_scores(texts: Sequence[str], ask: Ask) -> list[Expected | None]:
-    """One for each completion; None for one whose answer does not parse.
+    """Return one `Expected` per completion; None for one whose answer does not parse.
 
     Args:
         texts: completions.
-        ask: called three times at most, each time with all questions of a digit.
+        ask: called at most three times, each time with all questions of a digit.
     """
     starts = [answer_start(text) for text in texts]
     asked = [(i, text[: start[0]]) for i, (text, start) in enumerate(zip(texts, starts, strict=True)) if start]
@@ -64,7 +64,7 @@ def _after(digit: str) -> tuple[str, ...]:
 
 
 def _moments(values: list[tuple[int, float]], number: str) -> Expected:
-    """Over whole points; 100 has no decimals."""
+    """Return mean, standard deviation and mass over whole points; 100 has no decimals."""
     half = 0.5 if POINT in number else 0.0
     points = [(v + half if v < 100 else 100.0, p) for v, p in values]
     mass = sum(p for _, p in points)

@@ -1,7 +1,7 @@
-"""The prompt of each task as the model reads it: its text and its number of tokens, for whoever asks a model.
+"""Render each task's prompt as the model reads it, and count its tokens.
 
-In: the model's family and directory, the wording. Out: texts, and why an image cannot be asked about. Training,
-evaluation and scoring all render here, so that a model is asked what it was trained on.
+Takes the model's family and directory and the wording; also gives the reason if an image cannot be used. Training,
+evaluation and scoring all render here, so that a model gets the prompts that it was trained on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tatar_dist.types import Task
 
 
 class PromptTexts:
-    """`text[task]`, `tokens[task]` (without the image) for the model of `config`; `backbone`, `wording`."""
+    """Prompts for the model of `config`: `text[task]`, `tokens[task]` (without the image); `backbone`, `wording`."""
 
     def __init__(self, config: Config) -> None:
         backbone_class = family(config.model.family)
@@ -34,20 +34,20 @@ class PromptTexts:
         return self.backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def longest(self, answer: int) -> int:
-        """Tokens of the longest prompt, with a picture as large as the model sees one, and an answer of `answer`."""
+        """Return the tokens of the longest prompt, with an image of the largest size, plus `answer` tokens."""
         p = self.backbone.processor.image_processor
         image = self.backbone.config.max_pixels // (p.patch_size * p.merge_size) ** 2
         return max(self.tokens.values()) + image + answer
 
     def measure(self, image: bytes, task: Task, where: str) -> int | str:
-        """Tokens of the prompt with this image, or why it cannot be asked. `where` names the image."""
+        """Return the tokens of the prompt with this image, or why it cannot be used. `where` names the image."""
         try:
             return self.tokens_with(decode_image(image, where).size, task)
         except UnreadableImage as e:
             return str(e)
 
     def tokens_with(self, size: tuple[int, int], task: Task) -> int | str:
-        """Tokens of the prompt with an upright image of (width, height), or why it cannot be asked."""
+        """Return the tokens of the prompt with an upright image of (width, height), or why it cannot be used."""
         try:
             tokens = self.tokens[task] + self.backbone.image_tokens(*size)
         except ValueError as e:  # more than 200 times as wide as high, or the reverse

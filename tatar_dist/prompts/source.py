@@ -1,7 +1,7 @@
-"""Where prompts come from: samples in, rendered prompts and training rows out, broken samples left behind.
+"""Turn samples into rendered prompts and training rows; quarantine samples that cannot be used.
 
-A sample whose image cannot be read, whose prompt is too long, or that is no supervised target where one is needed, is
-quarantined once and replaced by the next of its data set; it never comes back. Nothing is ever truncated. Runs in the
+A sample whose image cannot be read, whose prompt is too long, or that has no supervised target where one is needed, is
+quarantined once, replaced by the next of its data set, and never drawn again. Nothing is truncated. Runs in the
 controller; images stay encoded bytes.
 """
 
@@ -26,15 +26,15 @@ from tatar_dist.prompts.render import PromptTexts
 from tatar_dist.run.directory import PROMPTS, RunDirectory
 from tatar_dist.types import LearnerRow, Prompt, Sample
 
-CHECK_THREADS = 8  # decoding releases the interpreter lock
+CHECK_THREADS = 8  # decoding releases the GIL
 WINDOW = 64  # held-out rows that are read and checked at a time
 
 
 def read_manifests(data: DataConfig, split: str) -> list[Manifest]:
-    """The manifests of data.SPLIT, relative paths below data.root, each with its rows of that split.
+    """Read the manifests of data.SPLIT, relative paths below data.root, each with its rows of that split.
 
-    A manifest of one other split alone is taken for validation and test, and said so: somebody may want the metrics of
-    training data. Raises UserError when there is no manifest, or one that holds other splits and not this one.
+    A manifest that holds only one other split is accepted for validation and test, with a note on stderr: metrics of
+    training data may be wanted. Raises UserError without a manifest, or for any other with no row of the split.
     """
     paths = getattr(data, split)
     if not paths:
@@ -59,9 +59,9 @@ def _windows(rows: Iterable[int]) -> Iterator[tuple[int, ...]]:
 
 
 class PromptSource:
-    """Renders prompts for the model of `config`; `run` receives the quarantine.
+    """Render prompts for the model of `config`; quarantined samples are recorded in `run`.
 
-    `missing`: by (data set, task), how many samples `held_out` could not use; an evaluation reports them.
+    `missing` counts, by (data set, task), the samples that `held_out` could not use; an evaluation reports them.
     """
 
     def __init__(self, config: Config, run: RunDirectory, texts: PromptTexts | None = None) -> None:
@@ -72,7 +72,7 @@ class PromptSource:
         (run.path / PROMPTS).write_text(self.texts.wording.to_yaml())  # an exported model takes its wording from here
 
     def problem(self, sample: Sample | str, supervised: bool = False) -> str | None:
-        """Why a sample cannot be used, as a prompt or as a supervised row, or None."""
+        """Return why a sample cannot be used, as a prompt or as a supervised row, or None if it can."""
         if isinstance(sample, str):
             return sample
         tokens = self.texts.measure(sample.image, sample.task, sample.sample_id)
@@ -81,7 +81,7 @@ class PromptSource:
         return self._target_problem(sample, tokens) if supervised else None
 
     def _target_problem(self, sample: Sample, prompt_tokens: int) -> str | None:
-        """Why nothing can be learned from the sample's answer, or None."""
+        """Return why the sample's answer cannot be a training target, or None."""
         if not sample.rationale or not sample.rationale.strip():
             return "no rationale"
         try:
@@ -93,14 +93,14 @@ class PromptSource:
 
     @staticmethod
     def _read(sampler: PromptSampler, ref: Ref) -> Sample | str:
-        """The sample, or why its image cannot be had."""
+        """Return the sample, or why its image cannot be read."""
         try:
             return sampler.get(ref)
         except UnreadableImage as e:
             return str(e)
 
     def samples(self, sampler: PromptSampler, n: int) -> list[Sample]:
-        """The sampler's next n samples, all usable; the others are quarantined and replaced."""
+        """Return the sampler's next n samples, all usable; the others are quarantined and replaced."""
         refs = sampler.next_batch(n)
         read = [self._read(sampler, ref) for ref in refs]  # one thread: a Parquet file is not safe to share
         check = partial(self.problem, supervised=sampler.supervised)
@@ -122,9 +122,9 @@ class PromptSource:
         supervised: bool = False,
         known: Callable[[Sample], bool] = lambda sample: False,
     ) -> Iterator[Sample]:
-        """The first usable `per_dataset` samples of each data set (None = all), pool by pool in manifest order.
+        """Yield the first usable `per_dataset` samples of each data set (None: all), pool by pool in manifest order.
 
-        Read as they are asked for; a sample that is `known` is usable without another look at its image.
+        Rows are read lazily; a sample for which `known` is true counts as usable without a check of its image.
         """
         taken: Counter[str] = Counter()
         for manifest, pool in ((m, p) for m in manifests for p in m.pools):
@@ -144,7 +144,7 @@ class PromptSource:
     def _checked(
         self, manifest: Manifest, rows: Sequence[int], supervised: bool, known: Callable[[Sample], bool]
     ) -> list[Sample | str]:
-        """The samples of these rows, or why one cannot be used."""
+        """Return the samples of these rows, or for each that cannot be used the reason."""
 
         def read(row: int) -> Sample | str:
             try:
@@ -162,7 +162,7 @@ class PromptSource:
             return list(threads.map(check, found))
 
     def held_out_prompts(self) -> list[Prompt]:
-        """Prompts of `data.eval_limit` validation samples of each data set; none without a manifest."""
+        """Return prompts of `data.eval_limit` validation samples of each data set; none without a manifest."""
         if not self.config.data.validation:
             return []
         manifests = read_manifests(self.config.data, "validation")
@@ -173,12 +173,12 @@ class PromptSource:
         return Prompt(sample, self.texts.text[sample.task], group_id)
 
     def batch(self, sampler: PromptSampler, n: int, step: int) -> list[Prompt]:
-        """The next n prompts; group ids sort by sample id within the step."""
+        """Return the next n prompts; their group ids sort by data set and sample id within the step."""
         samples = sorted(self.samples(sampler, n), key=lambda s: (s.dataset, s.sample_id))
         return [self.prompt(s, f"{step:06d}/{s.dataset}/{s.sample_id}") for s in samples]
 
     def more(self, like: Sequence[Prompt], asked: Sequence[Prompt], sampler: PromptSampler, step: int) -> list[Prompt]:
-        """New prompts of the data sets of `like`, one each, none asked before in this step; as many as there are."""
+        """Draw a prompt from the data set of each of `like`, none asked before in this step; fewer if none is left."""
         avoid = {(p.sample.dataset, p.sample.sample_id) for p in asked}
         found: list[Prompt] = []
         for prompt in like:
@@ -196,7 +196,7 @@ class PromptSource:
         return found
 
     def sft_row(self, sample: Sample) -> LearnerRow:
-        """The supervised row of a sample: its rationale, its score with two decimals, the end-of-turn token."""
+        """Return the supervised row of a sample: its rationale, its score with two decimals, the end-of-turn token."""
         answer = answer_text(sample.rationale, sample.score)
         ids = self.backbone.tokenizer(answer, add_special_tokens=False)["input_ids"]
         return LearnerRow(

@@ -1,7 +1,7 @@
-"""`tatar-dist data validate --clean`: the manifests again, without what validation found unusable.
+"""Write manifests without unusable rows: `tatar-dist data validate --clean`.
 
-In: a Validation. Out: new manifests; what was dropped, and why. A row goes when it cannot be used, when it leaks (the
-side that is not held out), or when the same picture came before in its pool. Pictures in files stay where they are.
+`clean` takes a `Validation`, writes new manifests and counts the dropped rows by reason. A row is dropped if it cannot
+be used, if it leaks (on the side not held out), or if its image came before in its pool. Image files are not moved.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ WHY = {"unusable": duplicates.UNUSABLE, "leaked": duplicates.LEAKED, "duplicate"
 
 
 def clean_paths(paths: Sequence[Path], out: Path) -> list[Path]:
-    """Where each clean manifest goes: `out` itself for one, a file of the same name in directory `out` for several.
+    """Return the target of each manifest: `out` itself for one, a file of the same name in directory `out` for several.
 
-    Raises UserError for a place that does not fit, that cannot be written, or that would overwrite a manifest which is
-    being read.
+    Raises UserError for an unsuitable target, one that cannot be written, or one that would overwrite a manifest being
+    read.
     """
     with writing(out):
         is_directory = out.is_dir()
@@ -47,9 +47,9 @@ def clean_paths(paths: Sequence[Path], out: Path) -> list[Path]:
 
 
 def clean(found: Validation, out: Path) -> dict[str, dict[str, int]]:
-    """Write the clean manifests. Returns by file: kept, unusable, leaked, duplicate.
+    """Write the clean manifests. Returns row counts by file: kept, unusable, leaked, duplicate.
 
-    Raises UserError when of some manifest no row is left, before any is written, or when one cannot be written.
+    Raises UserError if a manifest has no row left, before any is written, or if one cannot be written.
     """
     counts = {}
     targets = clean_paths([m.path for m in found.manifests], out)

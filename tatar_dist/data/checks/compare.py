@@ -1,7 +1,7 @@
-"""Compares the rows of all manifests given to `data validate` and writes what they have in common to their logs.
+"""Compare rows over all manifests of `data validate`; log duplicates, conflicts and leaks.
 
-In: what the stream left behind (validation.Rows). Out: problems that name sample ids, and the rows' fates. The ids are
-read once more from the files, only for rows that have something in common.
+Takes the arrays of `validation.ValidationRows`; logs problems that name sample ids and returns the rows' fates. Ids and
+scores are read once more from the files, and kept only for rows that have something in common.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _Known = dict[int, tuple[str, float]]  # row among all -> its sample_id and scor
 
 
 def compare(checked: Sequence[Checked], rows: ValidationRows) -> np.ndarray:
-    """Duplicate ids, identical pictures, conflicting scores, leaks. Returns (rows,) uint8: see duplicates.fates."""
+    """Find duplicate ids, identical images, conflicting scores, leaks. Returns (rows,) uint8: see duplicates.fates."""
     _duplicate_ids(checked, rows)
     usable = ~rows.unusable
     pictures = likenesses(rows.picture, usable & rows.picture.any(axis=1), rows.pool, rows.pools)
@@ -51,13 +51,13 @@ def _look_up(checked: Sequence[Checked], wanted: Iterable[int]) -> _Known:
 
 
 def _duplicate_ids(checked: Sequence[Checked], rows: ValidationRows) -> None:
-    """Later rows of a repeated id become unusable; ids need only be unique within their file."""
+    """Mark later rows of a repeated id as unusable; ids need only be unique within their file."""
     for manifest in checked:
         span = slice(manifest.first, manifest.first + manifest.rows)
         found = [g + manifest.first for g in groups(rows.ident[span], rows.ident[span] != 0)]
         known = _look_up([manifest], (int(r) for g in found for r in g))
         seen: dict[str, int] = {}
-        for row in (int(r) for g in found for r in g):  # equal hashes; the ids decide
+        for row in (int(r) for g in found for r in g):  # hashes are equal: compare the ids
             name = known[row][0]
             if name in seen:
                 said = f"column sample_id: {name!r} was used in row {seen[name] - manifest.first}"
@@ -67,7 +67,7 @@ def _duplicate_ids(checked: Sequence[Checked], rows: ValidationRows) -> None:
 
 
 class _Report:
-    """Words findings about rows, in the log of the manifest that a row lies in."""
+    """Write findings about rows to the log of the manifest that holds the row."""
 
     def __init__(self, checked: Sequence[Checked], rows: ValidationRows, known: _Known) -> None:
         self.checked, self.known = checked, known
@@ -96,7 +96,7 @@ class _Report:
         return ", ".join(said) + (f" and {rest:,} more" if rest > 0 else "")
 
     def leak(self, code: str, what: str, like: Likeness) -> None:
-        """One problem for each row outside the protected split, naming rows inside."""
+        """Add one problem for each row outside the protected split, naming rows inside."""
         inside = [r for r in like.rows if self._key(r)[2] == like.protected]
         for row in like.rows:
             split = self._key(row)[2]
@@ -112,7 +112,7 @@ class _Report:
                 self._add(row, "duplicate-image", f"the same bytes as {self._names([before], row)}")
 
     def conflict(self, like: Likeness) -> None:
-        """Identical pictures of one data set and task must have one score."""
+        """Report identical images of one data set and task whose scores differ."""
         together = defaultdict(list)
         for row in like.rows:
             together[self._key(row)[:2]].append(row)

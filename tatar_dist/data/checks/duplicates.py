@@ -1,7 +1,7 @@
-"""What rows have in common: identical pictures, leaks between splits, conflicting scores. Pure functions on arrays.
+"""Find rows that share an image or reference, and split leaks: pure functions on arrays.
 
-In: per row of all manifests given, one after another, a 16-byte hash of the encoded picture, an 8-byte hash of its
-reference, and its pool. Out: groups of rows, and which rows a clean manifest would drop. Hashing is the caller's.
+Arrays run over the rows of all manifests: a 16-byte hash of the encoded image, an 8-byte hash of its reference, and its
+pool. Results are groups of rows, and which rows a clean manifest would drop. The caller computes the hashes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ KEEP, UNUSABLE, LEAKED, DUPLICATE = range(4)  # a row's fate in a clean manifest
 
 @dataclass(frozen=True)
 class Likeness:
-    """Rows, ascending, that share a picture or a reference.
+    """Rows, ascending, that share an image or a reference.
 
-    leaks: they lie in two splits or more; the rows outside the `protected` split, the last of SPLITS, are those that
-        leak.
+    leaks: whether they lie in two splits or more; then the rows outside the `protected` split, the last of SPLITS, are
+        those that leak.
     """
 
     rows: tuple[int, ...]
@@ -31,9 +31,9 @@ class Likeness:
 
 
 def groups(keys: np.ndarray, present: np.ndarray) -> list[np.ndarray]:
-    """Rows with equal keys, for keys that occur twice or more; ascending within a group, by first row.
+    """Group rows by equal keys that occur twice or more; rows ascend within a group, groups are sorted by first row.
 
-    keys: (n,) or (n, 2) uint64/int64. present: (n,) bool, the rows that count.
+    keys: (n,) or (n, 2) uint64/int64. present: (n,) bool, the rows to consider.
     """
     rows = np.flatnonzero(present)
     if not len(rows):
@@ -50,10 +50,10 @@ def groups(keys: np.ndarray, present: np.ndarray) -> list[np.ndarray]:
 def likenesses(
     keys: np.ndarray, present: np.ndarray, pool: np.ndarray, pools: Sequence[Key], leaks_only: bool = False
 ) -> list[Likeness]:
-    """Groups of equal keys, each with whether it leaks. pool: (n,) int32, the row's place in `pools`.
+    """Group rows by equal keys and mark the groups that leak. pool: (n,) int32, the row's index in `pools`.
 
-    Rows of a split that is none of SPLITS must not be `present`: which side of a leak is held out is not known of them.
-    leaks_only: leave out the rest, which for references is the normal case and as large as the data set.
+    Rows of a split that is not in SPLITS must not be `present`: which side of a leak is held out is unknown for them.
+    leaks_only: omit groups without a leak, which for references are the normal case and as large as the data set.
     """
     found = []
     for group in groups(keys, present):
@@ -72,7 +72,7 @@ def fates(
     pool: np.ndarray,
     pools: Sequence[Key],
 ) -> np.ndarray:
-    """(n,) uint8: KEEP, UNUSABLE, LEAKED (all but the protected split), DUPLICATE (a later one within a pool)."""
+    """Return (n,) uint8: KEEP, UNUSABLE, LEAKED (all but the protected split), DUPLICATE (later ones in a pool)."""
     fate = np.where(unusable, UNUSABLE, KEEP).astype(np.uint8)
     for like in (*same_picture, *same_reference):
         if like.leaks:

@@ -1,7 +1,7 @@
-"""What `data validate` found wrong, one JSON line each, in a file that grows as the rows pass.
+"""Log the problems that `data validate` finds, one JSON line each, while the rows are read.
 
-In: problems. Out: `M.problems.jsonl` (row, sample_id, code, level, message), and in memory only how many there were by
-code and the first few of each, however many there are.
+`M.problems.jsonl` has row, sample_id, code, level and message. Memory holds only the count of each code and its first
+few problems, however many there are.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MEANING = ERRORS | WARNINGS
 
 @dataclass(frozen=True)
 class Problem:
-    """One line of the file. `row` and `sample_id` are None where a whole pool is meant."""
+    """One line of the file. `row` and `sample_id` are None if the problem concerns a whole pool."""
 
     row: int | None
     sample_id: str | None
@@ -65,7 +65,7 @@ class Problem:
 
 @dataclass
 class ProblemLog:
-    """Counts by code, the first `EXAMPLES` of each, and the open file that has them all."""
+    """Counts by code, the first `EXAMPLES` of each, and the open file with all problems."""
 
     path: Path
     file: IO[str]
@@ -81,15 +81,15 @@ class ProblemLog:
             self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def in_order(self) -> Iterator[tuple[str, int, list[Problem]]]:
-        """(code, how many, the first few), errors first."""
+        """Return (code, count, first problems) of each code that occurred, errors first."""
         return ((code, self.counts[code], self.examples[code]) for code in MEANING if self.counts[code])
 
 
 @contextmanager
 def problem_log(path: Path) -> Iterator[ProblemLog]:
-    """A log written beside `path` and renamed at the end; what an interrupted run leaves is the file from before.
+    """Open a log that is written beside `path` and renamed at the end; an interrupted run leaves the earlier file.
 
-    Raises UserError when it cannot be written, at once where that can be known.
+    Raises UserError if it cannot be written, at once where that can be detected.
     """
     probe(path)
     with writing(path):
@@ -102,6 +102,6 @@ def problem_log(path: Path) -> Iterator[ProblemLog]:
             file.close()
             os.replace(place, path)
     finally:
-        with suppress(OSError):  # of a file that is given up: the disk is full, and that has been said
+        with suppress(OSError):  # the file is discarded; a full disk has already been reported
             file.close()
         place.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""What `data validate` tells its reader: a table on the terminal, `M.validate.md`, `M.validate.png`, JSON.
+"""Report on `data validate`: terminal table, `M.validate.md`, `M.validate.png`, JSON.
 
-In: a Validation. Out: texts and pictures, each with the verdict first. Nothing is decided here.
+All four only present a `Validation`; texts and figure start with the verdict.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ def counted(n: int, word: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text on one line, with escapes for what a terminal would obey or not show: controls, formats, surrogates."""
+    """Return the text on one line, with escapes for control, format, surrogate and separator characters."""
     unseen = {"Cc", "Cf", "Cs", "Zl", "Zp"}
     shown = (c if unicodedata.category(c) not in unseen else c.encode("unicode_escape").decode() for c in text)
     return "".join(shown)
 
 
 def plain(text: str) -> str:
-    """The text for Markdown: nothing in it is markup, none of it ends a table's cell."""
+    """Escape a text for Markdown, so that nothing in it is markup or ends a table's cell."""
     return re.sub(r"([\\`*<\[|])", r"\\\1", printable(text))
 
 
 def verdict(found: Validation) -> str:
-    """One sentence: can it be used, and if not, how much of it."""
+    """Return one sentence: whether the data can be used, and if not, how much of it cannot."""
     if not found.rows:
         return "No rows: there is nothing to check."
     if found.ok:
@@ -62,16 +62,16 @@ def verdict(found: Validation) -> str:
 
 
 def hint(manifest: Checked) -> str | None:
-    """What to do when of many picture files none is there, which is one mistake and not many."""
+    """Suggest --images if none of many image files is there, which is one mistake and not many; else None."""
     if manifest.absent < manifest.files or 2 * manifest.files <= manifest.rows:
         return None
     return f"no image was found under {manifest.root}: name their directory with --images"
 
 
 def written_reports(found: Validation) -> list[Path]:
-    """Write the summary of every manifest, and the picture of those with rows; returns the summaries' paths.
+    """Write the summary of every manifest, and the figure of those with rows. Returns the summaries' paths.
 
-    Raises UserError when they cannot be written.
+    Raises UserError if they cannot be written.
     """
     paths = []
     for manifest in found.manifests:
@@ -80,7 +80,7 @@ def written_reports(found: Validation) -> list[Path]:
         if manifest.rows:
             with writing(drawn := manifest.place("validate.png")):
                 write_whole(drawn, picture(found, manifest))
-        else:  # none of an earlier run may stay
+        else:  # remove that of an earlier run
             manifest.place("validate.png").unlink(missing_ok=True)
         paths.append(summary)
     return paths
@@ -91,14 +91,14 @@ def _range(pool: PoolFacts) -> str:
 
 
 def _share(part: int, of: int) -> str:
-    """Per cent, but never 100 or 0 by rounding."""
+    """Format a share in per cent; rounding never makes it 100 or 0."""
     if part in (0, of) or not of:
         return "–" if not of else f"{100 * part // of} %"
     return f"{min(99.9, max(0.1, 100 * part / of)):.1f} %"
 
 
 def pool_cells(pool: PoolFacts) -> list[str]:
-    """The cells of POOL_COLUMNS: the last three are shares of the pool's rows."""
+    """Return the cells of POOL_COLUMNS. The last three are shares of the pool's rows."""
     spread = [f"{pool.mean:.1f}", f"{pool.std:.1f}"] if pool.scored else ["–", "–"]
     shares = [_share(part, pool.rows) for part in (pool.rationales, pool.attributes, pool.stds)]
     return [pool.dataset, pool.task, pool.split, f"{pool.rows:,}", _range(pool), *spread, *shares]
@@ -108,7 +108,7 @@ POOL_COLUMNS = ["data set", "task", "split", "rows", "scores", "mean", "std", "r
 
 
 def markdown(found: Validation, manifest: Checked) -> str:
-    """The summary of one manifest, readable as text."""
+    """Return the summary of one manifest as Markdown that is readable as text."""
     fate = found.fate_of(manifest)
     mine = Validation([manifest], fate)
     lines = [f"# {plain(manifest.path.name)}", "", f"**{plain(verdict(mine))}**", ""]
@@ -162,7 +162,7 @@ def as_json(found: Validation) -> dict[str, Any]:
 
 
 def print_summary(found: Validation, console: Console) -> None:
-    """Verdict, problems, pools, where to read on."""
+    """Print the verdict, the problems, the pools and the paths of the summaries."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -195,7 +195,7 @@ def print_summary(found: Validation, console: Console) -> None:
 
 
 def picture(found: Validation, manifest: Checked) -> bytes:
-    """PNG: score histograms by pool, sizes of the pictures, formats and notes."""
+    """Return a PNG: score histograms by pool, sizes of the images, problems, formats and notes."""
     # The object interface, without pyplot: no global state, no window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -215,7 +215,7 @@ def picture(found: Validation, manifest: Checked) -> bytes:
         fontsize=12,
         color=INK if mine.ok else RED,
         weight="bold",
-        parse_math=False,  # a $ in a name is a $
+        parse_math=False,  # `$` in a name is literal
     )
     parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[sum(heights[:-1]) + 0.55 * down, heights[-1] + 0.55])
     upper, lower = parts[:, 0]
@@ -281,7 +281,7 @@ def _draw_sizes(axes: Axes, manifest: Checked) -> None:
 
 
 def _draw_kinds(axes: Axes, manifest: Checked) -> None:
-    """Problems in red, warnings in amber, formats in blue, kinds in grey; each with its count."""
+    """Draw problems in red, warnings in amber, formats in blue, kinds in grey; each with its count."""
     problems = list(manifest.log.in_order())
     bars = [(code, n, AMBER if code in WARNINGS else RED) for code, n, _ in problems]
     bars += [(k, n, BLUE) for k, n in manifest.formats.most_common(5)]
@@ -293,7 +293,7 @@ def _draw_kinds(axes: Axes, manifest: Checked) -> None:
     for place, (_, n, _) in zip(places, bars, strict=True):
         axes.text(n + longest * 0.015, place, f"{n:,}", va="center", fontsize=8, color=INK)
     axes.set_xlim(0, longest * 1.15)
-    axes.set_ylim(len(bars) - max(len(bars), 10) - 0.5, len(bars) - 0.5)  # one bar alone is no wall
+    axes.set_ylim(len(bars) - max(len(bars), 10) - 0.5, len(bars) - 0.5)  # a single bar must not fill the axes
     axes.set_xticks([])
     _plain(axes, "Problems, formats and kinds")
     axes.set_yticks(places, [k for k, _, _ in bars])

@@ -1,7 +1,7 @@
-"""The rules of single manifest rows, and what each pool's scores look like: pure functions on Arrow batches.
+"""Check single manifest rows and summarise the scores of each pool, one batch at a time.
 
-In: a batch of a manifest's light columns. Out: faults as (position in the batch, code, message), and `PoolFacts`,
-running sums that need a few hundred bytes per pool however many rows it has.
+`row_faults` takes the light columns of a batch as Python values and yields (position in the batch, code, message).
+`PoolFacts` holds running sums that need a few hundred bytes per pool, however many rows it has.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Columns = dict[str, list[Any]]  # column name -> Python values of a batch
 Key = tuple[str, str, str]  # dataset, task, split
 
 BINS = 50  # of a score histogram, 2 points each
-FEW = 7  # so many distinct scores or fewer are suspicious ...
-FEW_ROWS = 30  # ... in a pool of at least so many rows
+FEW = 7  # at most this many distinct scores are suspicious ...
+FEW_ROWS = 30  # ... in a pool of at least this many rows
 NARROW = 10.0  # points; a tenth of the scale
 
 
 def row_faults(columns: Columns, root: Path) -> Iterator[tuple[int, str, str]]:
-    """What `read_manifest` and `Manifest.get` refuse, for every row of a batch. `root` is normalised and absolute."""
+    """Yield what `read_manifest` and `Manifest.get` reject in the rows of a batch. `root`: normalised, absolute."""
     for name in ("sample_id", "dataset", "task", "score", "split"):
         for i, value in enumerate(columns[name]):
             if value is None:
@@ -66,7 +66,7 @@ def _not_an_object(text: str) -> str | None:
 
 
 def reference_of(meta: str | None) -> str | None:
-    """`meta.reference`: the pristine picture that a distorted one was made from. None where there is none."""
+    """Return `meta.reference`, the pristine image that a distorted one was made from, or None."""
     if not meta or '"reference"' not in meta:
         return None
     try:
@@ -78,7 +78,7 @@ def reference_of(meta: str | None) -> str | None:
 
 @dataclass
 class PoolFacts:
-    """Running facts of one pool. `histogram` (BINS,) int64 over 0-100; `distinct` holds at most FEW + 1 scores."""
+    """Running statistics of a pool. `histogram` (BINS,) int64 over 0-100; `distinct` is complete up to FEW scores."""
 
     dataset: str
     task: str
@@ -96,7 +96,7 @@ class PoolFacts:
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
     def add(self, scores: list[float | None], rationales: int, attributes: int, stds: int) -> None:
-        """Rows of this pool: their scores and how many of them have a rationale, attributes, a score_std."""
+        """Add rows of this pool: their scores, and how many have a rationale, attributes, a score_std."""
         self.rows += len(scores)
         self.rationales, self.attributes = self.rationales + rationales, self.attributes + attributes
         self.stds += stds
@@ -124,7 +124,7 @@ class PoolFacts:
         return math.sqrt(max(0.0, self.squares / self.scored - self.mean**2)) if self.scored else math.nan
 
     def suspicions(self) -> Iterator[tuple[str, str]]:
-        """(code, message) of what a scale gone wrong, or a constant column, would look like."""
+        """Yield (code, message) for scores that suggest a wrong scale or a constant column."""
         if self.scored < 2:
             return
         if self.high == self.low:

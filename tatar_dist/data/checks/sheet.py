@@ -1,8 +1,8 @@
-"""`tatar-dist data show`: the pools of a manifest, and a contact sheet of some of its pictures.
+"""Show a manifest's pools and a contact sheet of its images: `tatar-dist data show`.
 
-In: a manifest. Out: `Shown`, and a PNG on which each picture stands above its sample id, score, task and the first
-words of its rationale; a picture that does not decode is shown as such. Texts and scores are streamed; pictures are
-read only for the rows shown.
+`show` takes a manifest; it returns a `Shown` and writes a PNG with each image above its sample id, score, task and the
+first words of its rationale. An image that does not decode is marked. Texts and scores are streamed; images are read
+only for the rows shown.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ SORTS = ("score", "random", "row")
 SCALE = 2  # pixels a point, so that small type is crisp
 TILE, CAPTION, GAP, MARGIN = 190, 74, 18, 28  # points
 ACROSS = 6
-LARGER = 4  # times that a small picture is enlarged at most
+LARGER = 4  # largest factor by which a small image is enlarged
 PAPER, TILE_PAPER, INK, QUIET, RED = "#ffffff", "#f3f5f7", "#22303c", "#71808c", "#b8433b"
 TASK_INK = {"iqa": "#2f6f94", "iaa": "#a9701f"}
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What `show` found. `images`: in words, where the pictures lie. `chosen`: the rows on the sheet.
+    """Result of `show`. `images`: in words, where the images lie. `chosen`: the rows on the sheet.
 
-    absent: how many of those name a picture file that is not there.
+    absent: how many of those name an image file that does not exist.
     """
 
     path: Path
@@ -54,10 +54,10 @@ class Shown:
 
 
 def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path, image_root: Path | None = None) -> Shown:
-    """Look through a manifest and draw `n` of its rows. image_root: where image paths start, whatever the file says.
+    """Summarise a manifest and draw `n` of its rows. image_root: base of image paths, instead of the stored one.
 
-    Raises UserError for an unknown `sort`, a `dataset` that is not there, a manifest without rows, or a wrong one, and
-    for a sheet that cannot be written.
+    Raises UserError for an unknown `sort` or `dataset`, a manifest that is invalid or has no rows, and a sheet that
+    cannot be written.
     """
     if sort not in SORTS:
         raise UserError(f"--sort {sort}: must be one of {', '.join(SORTS)}")
@@ -65,7 +65,7 @@ def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path, image_
     manifest = read_manifest(path, image_root)
     try:
         pools, rows, scores = _survey(manifest, dataset)
-    except UnicodeDecodeError:  # in a column that reading did not look at
+    except UnicodeDecodeError:  # in a column that read_manifest does not check
         raise UserError(f"{path}: text that is not UTF-8: tatar-dist data validate {path} names the rows") from None
     if not len(rows):
         there = ", ".join(sorted({p.dataset for p in manifest.pools}))
@@ -82,7 +82,7 @@ def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path, image_
 
 
 def _is_absent(manifest: Manifest, row: dict[str, Any]) -> bool:
-    """Whether a row names a file inside the image root that is not there."""
+    """Whether a row names a file inside the image root that does not exist."""
     if row["image_bytes"] is not None or not row["image"]:
         return False
     place = image_path(manifest.image_root, row["image"])
@@ -93,7 +93,7 @@ _ORDER = {"score": "from the lowest score to the highest", "random": "at random"
 
 
 def _survey(manifest: Manifest, dataset: str | None) -> tuple[list[PoolFacts], np.ndarray, np.ndarray]:
-    """Facts of all pools; row numbers and scores of the data set wanted."""
+    """Return statistics of all pools, and row numbers and scores of the selected data set."""
     columns = ("dataset", "task", "split", "score", "score_std", "rationale", "attributes")
     facts: dict[tuple[str, str, str], PoolFacts] = {}
     rows, scores = [np.zeros(0, np.int64)], [np.zeros(0)]
@@ -115,7 +115,7 @@ def _survey(manifest: Manifest, dataset: str | None) -> tuple[list[PoolFacts], n
 
 
 def chosen_rows(rows: np.ndarray, scores: np.ndarray, n: int, sort: str) -> list[int]:
-    """At most `n` rows. score: evenly spaced in rank, lowest first; random: the same at every call; row: the first."""
+    """Choose at most `n` rows. score: evenly spaced in rank, lowest first; random: fixed seed; row: the first."""
     if sort == "random":
         order = np.random.default_rng(0).permutation(len(rows))[:n]
     elif sort == "row":
@@ -128,7 +128,7 @@ def chosen_rows(rows: np.ndarray, scores: np.ndarray, n: int, sort: str) -> list
 
 @cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib carries: it has the letters of most scripts. `size` in points."""
+    """Load DejaVu Sans, which matplotlib ships and which covers most scripts. `size` in points."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -136,7 +136,7 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _fitted(text: str, font: ImageFont.FreeTypeFont, width: float, middle: bool = False) -> str:
-    """The text, or as much of it as fits with an ellipsis: at its end, or in the middle (ids differ at their ends)."""
+    """Shorten a text to `width` with an ellipsis: at its end, or in the middle (ids differ at their ends)."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
@@ -149,7 +149,7 @@ def _fitted(text: str, font: ImageFont.FreeTypeFont, width: float, middle: bool 
 
 
 def _lines(text: str, font: ImageFont.FreeTypeFont, width: float, count: int) -> list[str]:
-    """The first words of a text on `count` lines."""
+    """Break the first words of a text into at most `count` lines."""
     words, lines = text.split()[:80], [""]
     for k, word in enumerate(words):
         longer = f"{lines[-1]} {word}".strip()
@@ -164,7 +164,7 @@ def _lines(text: str, font: ImageFont.FreeTypeFont, width: float, count: int) ->
 
 
 def drawn_sheet(manifest: Manifest, chosen: Sequence[int], subtitle: str) -> tuple[Image.Image, int]:
-    """The contact sheet (RGB), and how many of its pictures are broken."""
+    """Draw the contact sheet. Returns it as RGB, and how many of its images are broken."""
     across = min(ACROSS, len(chosen))
     down = -(-len(chosen) // across)
     head = 58
@@ -192,7 +192,7 @@ def drawn_sheet(manifest: Manifest, chosen: Sequence[int], subtitle: str) -> tup
 
 
 def _paste(page: Image.Image, picture: Image.Image, x: int, y: int) -> None:
-    """The picture in the middle of its tile, as large as fits, but enlarged at most `LARGER` times."""
+    """Paste the image into the middle of its tile, as large as fits, but enlarged at most `LARGER` times."""
     side = TILE * SCALE
     factor = min(side / picture.width, side / picture.height, LARGER)
     size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))

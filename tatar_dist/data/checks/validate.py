@@ -1,10 +1,10 @@
-"""`tatar-dist data validate`: looks at every row and decodes every picture of one or more manifests.
+"""Check every row and decode every image of one or more manifests: `tatar-dist data validate`.
 
-In: manifests. Out: a `Validation`: what is wrong by row (streamed to `M.problems.jsonl`), what the pools look like,
-which rows a clean manifest would keep. Memory: 37 bytes a row, plus what is in flight: two batches of at most 32 MiB
-of embedded pictures, and decoded pictures of as many pixels as `_Room` has (images.MAX_PIXELS says what a pixel costs).
+`validate` returns a `Validation`: problems by row (streamed to `M.problems.jsonl`), statistics of the pools, and which
+rows a clean manifest would keep. Memory: 37 bytes a row, plus what is in flight: two batches with about 8 MiB each of
+embedded images, and decoded images of as many pixels as `_Room` allows (images.MAX_PIXELS gives the cost of a pixel).
 
-Threads, not processes: Pillow lets go of Python's lock while it decodes, threads start at once and need no pickling
+Threads, not processes: Pillow releases the GIL while it decodes, threads start at once and need no pickling
 (`tatar-dist bench images` has the figures). The main thread reads the next batch while the workers decode this one.
 """
 
@@ -35,9 +35,9 @@ from tatar_dist.data.schema import SCHEMA
 from tatar_dist.errors import UserError
 from tatar_dist.run.files import probe
 
-CHUNK = 4  # pictures a worker takes at a time
-WORKER_PIXELS = 25_000_000  # decoded at once, for each worker: a picture of a usual camera
-SIZES = 20_000  # picture sizes kept for the plot, a fair sample of all
+CHUNK = 4  # images a worker takes at a time
+WORKER_PIXELS = 25_000_000  # decoded at once per worker: the image of a usual camera
+SIZES = 20_000  # image sizes kept for the plot, a uniform sample
 
 Item = memoryview | Path | None  # embedded bytes, a file, or a row that names neither
 Looked = tuple[ImageFacts, bytes]  # and the 16-byte hash of the encoded bytes
@@ -50,11 +50,11 @@ def validate(
     watch: Callable[[int, int], None] = lambda done, total: None,
     images: Path | None = None,
 ) -> Validation:
-    """Check all rows and pictures; leaves `M.problems.jsonl` beside each manifest, or in `output`.
+    """Check all rows and images; writes `M.problems.jsonl` beside each manifest, or in `output`.
 
-    workers: decoding threads, by default one a core this process may use. watch(done, total): called as rows pass.
-    images: where image paths start, instead of what the manifests say.
-    Raises UserError for files that are no manifests at all, two of one name, or reports that cannot be written.
+    workers: decoding threads, by default one per core this process may use. watch(done, total): called as rows pass.
+    images: base of image paths, instead of those stored in the manifests.
+    Raises UserError for files that are not manifests, two of one name, or reports that cannot be written.
     """
     opened = [(Path(p), *open_source(Path(p), images)) for p in paths]
     names = Counter((output or p.parent, p.stem) for p, _, _ in opened)
@@ -66,7 +66,7 @@ def validate(
     with ExitStack() as stack:
         first = 0
         for path, file, root in opened:
-            for suffix in ("validate.md", "validate.png"):  # known before hours of decoding
+            for suffix in ("validate.md", "validate.png"):  # fail before hours of decoding
                 probe((output or path.parent) / f"{path.stem}.{suffix}")
             log = stack.enter_context(problem_log((output or path.parent) / f"{path.stem}.problems.jsonl"))
             checked.append(Checked(path, root, file.metadata.num_rows, first, log))
@@ -84,7 +84,7 @@ def validate(
 
 
 class _Workers:
-    """A thread pool that stops at the next picture when the block is left early, by Ctrl-C for one."""
+    """Thread pool that stops at the next image when the block is left early, for example by Ctrl-C."""
 
     def __init__(self, workers: int) -> None:
         self._pool, self._stop = ThreadPoolExecutor(workers, "decode"), threading.Event()
@@ -105,14 +105,14 @@ class _Workers:
 
 
 class _Room:
-    """So many pixels may be decoded at once. Large pictures wait for each other; usual ones never do."""
+    """Limit of the pixels decoded at once. Large images wait for each other; usual ones wait only behind large ones."""
 
     def __init__(self, pixels: int) -> None:
         self._free, self._changed = pixels, threading.Condition()
 
     @contextmanager
     def taken(self, pixels: int) -> Iterator[None]:
-        """Waits until there is room. A large picture waits at most for all small ones of two batches."""
+        """Wait until there is room. A large image waits at most for all small ones of two batches."""
         with self._changed:
             self._changed.wait_for(lambda: self._free >= pixels)
             self._free -= pixels
@@ -125,9 +125,9 @@ class _Room:
 
 
 def look_at(item: Item, room: Callable[[int], AbstractContextManager[None]] = lambda pixels: nullcontext()) -> Looked:
-    """Read, hash and decode one picture. The hash is empty where there are no bytes. `room`: see inspect_image."""
+    """Read, hash and decode one image. The hash is empty if there are no bytes. `room`: see inspect_image."""
     if item is None:
-        return ImageFacts(problem="no-image"), b""  # row_faults has said so
+        return ImageFacts(problem="no-image"), b""  # reported by row_faults
     try:
         data = _file_bytes(item) if isinstance(item, Path) else item
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
@@ -161,7 +161,7 @@ def _check_manifest(
 
 
 def _submitted(manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, pool: _Workers) -> Iterator[_Batch]:
-    """Check the light columns of each batch and hand its pictures to the workers."""
+    """Check the light columns of each batch and submit its images to the workers."""
     start = manifest.first
     for table in batches(file, SCHEMA.names):
         embedded = table.column("image_bytes").combine_chunks()
@@ -169,7 +169,7 @@ def _submitted(manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, po
         columns: Columns = {n: found for n, (found, _) in values.items()}
         columns["image_bytes"] = embedded.is_valid().to_pylist()
         for i in values["image"][1]:
-            columns["image"][i] = None  # no name of a file; it is a fault as it is
+            columns["image"][i] = None  # not a file name; reported as bad-text
         items: list[Item] = [
             memoryview(embedded[i].as_buffer()) if there else image_path(manifest.root, name) if name else None
             for i, (there, name) in enumerate(zip(columns["image_bytes"], columns["image"], strict=True))
@@ -189,7 +189,7 @@ def _submitted(manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, po
 
 
 def _note_rows(manifest: Checked, rows: ValidationRows, start: int, columns: Columns) -> None:
-    """Hashes of ids and references, and the facts of the pools that a batch belongs to."""
+    """Store hashes of ids and references, and update the statistics of the pools in a batch."""
     keys = list(zip(*(columns[n] for n in ("dataset", "task", "split")), strict=True))
     for i, name in enumerate(columns["sample_id"]):
         rows.ident[start + i] = 0 if name is None else hash(name) or 1
@@ -212,7 +212,7 @@ def _note_rows(manifest: Checked, rows: ValidationRows, start: int, columns: Col
 def _record(
     manifest: Checked, rows: ValidationRows, batch: _Batch, rng: np.random.Generator, watch: Callable[[int], None]
 ) -> None:
-    """Wait for the pictures of a batch and note what they are."""
+    """Wait for the images of a batch and record the results."""
     start, columns, wrong, futures = batch
     rows.unusable[[start + i for i in wrong]] = True
     at = start

@@ -1,6 +1,6 @@
-"""What `data validate` holds and returns, and how it streams a manifest.
+"""State and result of `data validate`, and the reading of a manifest as a stream.
 
-Unlike `read_manifest`, which refuses a manifest at its first wrong row, this reads on: all faults are wanted at once.
+Unlike `read_manifest`, which rejects a manifest at its first invalid row, this reads on, to report all faults at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BATCH_BYTES, BATCH_ROWS = 8 << 20, 128
 
 @dataclass
 class Checked:
-    """What was found in one manifest. `first`: where its rows start among those of all manifests."""
+    """Findings in one manifest. `first`: index of its first row among the rows of all manifests."""
 
     path: Path
     root: Path
@@ -44,7 +44,7 @@ class Checked:
     absent: int = 0  # of those, the files that cannot be read
 
     def place(self, suffix: str) -> Path:
-        """The report file with this suffix, beside the problems."""
+        """Return the path of the report file with this suffix, beside the problem log."""
         return self.log.path.with_name(f"{self.path.stem}.{suffix}")
 
 
@@ -67,7 +67,7 @@ class ValidationRows:
 
 @dataclass
 class Validation:
-    """Everything that was found. `fate` (rows,) uint8: see duplicates.fates."""
+    """Result of a validation. `fate` (rows,) uint8: see duplicates.fates."""
 
     manifests: list[Checked]
     fate: np.ndarray
@@ -101,9 +101,9 @@ class Validation:
 
 
 def open_source(path: Path, images: Path | None = None) -> tuple[pq.ParquetFile, Path]:
-    """The open file and its image root, which is `images`, if given, whatever the file says.
+    """Open a manifest. Returns the file and its image root, which is `images` if given, else the stored one.
 
-    Raises UserError for what is no manifest at all; no row is looked at.
+    Raises UserError for a file that is not a manifest; no row is read.
     """
     try:
         existing(path)
@@ -118,7 +118,7 @@ def open_source(path: Path, images: Path | None = None) -> tuple[pq.ParquetFile,
 
 
 def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The file in order, at most BATCH_ROWS rows and BATCH_BYTES or so at a time. SCHEMA's types; absent is null."""
+    """Yield tables of SCHEMA's types in file order, at most BATCH_ROWS rows and about BATCH_BYTES; absent is null."""
     there = [n for n in columns if n in file.schema_arrow.names]
     for g in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(g)
@@ -135,7 +135,7 @@ def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def columns_of(checked: Sequence[Checked], names: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """(first row among all manifests, columns as lists) of every batch, once more from the files."""
+    """Yield (first row among all manifests, columns as lists) of every batch, reading the files again."""
     for manifest in checked:
         file, _ = open_source(manifest.path)
         start = manifest.first
@@ -146,7 +146,7 @@ def columns_of(checked: Sequence[Checked], names: Sequence[str]) -> Iterator[tup
 
 
 def values_of(column: pa.ChunkedArray) -> tuple[list[Any], list[int]]:
-    """A column's Python values, and the places of texts that are not UTF-8: their wrong bytes are shown as escapes."""
+    """Return a column's values and the positions of texts that are not UTF-8, whose wrong bytes become escapes."""
     try:
         return column.to_pylist(), []
     except UnicodeDecodeError:

@@ -3,7 +3,7 @@
 annotations.py   reads CSV, text, JSON and Excel into columns and recognises their format
 scores.py        raw scores, spreads and votes to numbers, mapped by the declared range
 attributes.py    attribute texts of images
-folder.py        which file an image name means
+folder.py        resolves image names to files
 rows.py          all rows of an import, and checks between them
 splits.py        train, validation and test
 assemble.py      one table out of several files

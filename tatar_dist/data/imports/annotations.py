@@ -1,9 +1,9 @@
-"""Annotation files read into columns: CSV, header-less text, JSON lists, JSON lines, Excel.
+"""Read annotation files into columns: CSV, header-less text, JSON lists, JSON lines, Excel.
 
-In: a file's bytes and a set's formats. Out: `RawFile`: the recognised format, the columns it uses as Python values,
-where each row stood, and rows that are broken in themselves (ragged, not JSON, a key twice). Values are judged in
-`scores.py`. Nothing is guessed: the format is recognised by its columns, a header's names must match exactly after
-blanks and a byte order mark are stripped, and a file that fits no format or two is a `UserError`.
+`read_annotations` takes a file's bytes and a set's formats and returns a `RawFile`: the recognised format, the columns
+it uses as Python values, the place of each row, and rows that are malformed in themselves (ragged, not JSON, a repeated
+key). `scores.py` checks the values. Nothing is guessed: the format is recognised by its columns, a header's names must
+match exactly after blanks and a byte order mark are stripped, and a file without one best format is a `UserError`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MISSING = object()  # the row has no such key; JSON's null is None
 
 
 class Bad(NamedTuple):
-    """Why a row cannot be used: a short reason for counts, a sentence for its error line."""
+    """Why a row cannot be used: a short reason for counts, and a sentence for its error line."""
 
     reason: str
     text: str
@@ -48,12 +48,12 @@ class RawFile:
         return len(self.columns[self.format.image])
 
     def label(self, column: str) -> str:
-        """A column as messages call it."""
+        """Name a column as messages do."""
         return f"{'key' if self.kind in ('json', 'jsonl') else 'column'} {column}"
 
 
 class AnnotationRows(NamedTuple):
-    """A file before its format is known. `header`: names, None for files that have none."""
+    """Rows of a file before its format is known. `header`: names, None for files without a header."""
 
     kind: str
     header: list[str] | None
@@ -65,11 +65,11 @@ class AnnotationRows(NamedTuple):
 def read_annotations(
     data: bytes, file: str, dataset: Dataset, format_name: str | None = None, encoding: str | None = None
 ) -> RawFile:
-    """One file's bytes -> its columns. `file` is its name in messages.
+    """Read one file's bytes into columns. `file` is its name in messages.
 
     Raises:
-        UserError: empty, not text in `encoding` (default UTF-8), not the JSON, CSV or Excel it looks like, columns
-            that fit no format of the set or more than one.
+        UserError: empty, not text in `encoding` (default UTF-8), malformed JSON, CSV or Excel, columns that fit no
+            format of the set or more than one.
     """
     wanted = [dataset.format(format_name)] if format_name else list(dataset.formats.values())
     rows = parse(data, file, encoding, wanted)
@@ -94,7 +94,7 @@ def read_annotations(
 
 
 def parse(data: bytes, file: str, encoding: str | None, formats: Sequence[Format]) -> AnnotationRows:
-    """Bytes -> rows by what they look like; CSV or header-less text is settled by the formats' signatures."""
+    """Parse bytes into rows by their content; the formats' signatures decide between CSV and header-less text."""
     if data[:4] == b"PK\x03\x04":
         return _xlsx(data, file)
     text = decode(data, file, encoding)
@@ -117,7 +117,7 @@ def parse(data: bytes, file: str, encoding: str | None, formats: Sequence[Format
 
 
 def decode(data: bytes, file: str, encoding: str | None) -> str:
-    """Text of the bytes, without a byte order mark. Raises UserError with byte and line, suggesting --encoding."""
+    """Decode the bytes, without a byte order mark. Raises UserError with byte and line, suggesting --encoding."""
     name = encoding or "utf-8"
     try:
         if not codecs.lookup(name)._is_text_encoding:
@@ -158,7 +158,7 @@ def _csv(text: str, file: str) -> AnnotationRows:
 
 
 def _place(file: str, lines: Callable[[], list[int]]) -> Callable[[int], str]:
-    """Row -> FILE:LINE. `lines`, of all rows, are counted once and only if a message asks: most files have no fault."""
+    """Map a row to FILE:LINE. `lines` of all rows are counted once, for the first message: most files have no fault."""
     counted = cache(lines)
     return lambda i: f"{file}:{counted()[i]}"
 
@@ -175,7 +175,7 @@ def _split(line: str, separator: str) -> list[str]:
 
 
 class _Object(dict[str, Any]):
-    """A JSON object in which a key stood twice."""
+    """A JSON object with a repeated key."""
 
     repeated = ""
 
@@ -217,7 +217,7 @@ def _json_list(text: str, file: str) -> AnnotationRows:
     def lines() -> list[int]:
         found, line, counted, at = [], 1, 0, text.index("[") + 1
         for _ in rows:
-            start = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+            start = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it also matches the empty string
             line += text.count("\n", counted, start)
             found.append(line)
             counted, at = start, _DECODER.raw_decode(text, start)[1]
@@ -275,7 +275,7 @@ def _xlsx(data: bytes, file: str) -> AnnotationRows:
         header.pop()
     width = len(header)
     kept = [i for i in range(header_at + 1, len(rows)) if any(v is not None for v in rows[i])]
-    # Cells right of the header that hold nothing are the sheet's shape, not values.
+    # Empty cells to the right of the header come from the sheet's dimensions; they are not values.
     values = [[*row, *[None] * width][: max(width, _filled(row))] for row in (rows[i] for i in kept)]
     if any(None in row for row in values):
         _put_formulas(data, kept, values)
@@ -290,7 +290,7 @@ def _filled(row: Sequence[Any]) -> int:
 
 
 class Formula(str):
-    """A cell's formula whose result was never stored: it would read as empty."""
+    """A cell's formula without a stored result, which would otherwise read as empty."""
 
 
 def _put_formulas(data: bytes, kept: list[int], values: list[list[Any]]) -> None:
@@ -306,7 +306,7 @@ def _put_formulas(data: bytes, kept: list[int], values: list[list[Any]]) -> None
 
 
 def _recognise(rows: AnnotationRows, file: str, dataset: Dataset, wanted: list[Format]) -> Format:
-    """The format whose columns the file has; of several the one with most columns, if it holds the others'."""
+    """Return the format whose columns the file has; of several, the one whose columns include those of the others."""
     if rows.header is not None:
         there = rows.header
     elif rows.kind == "text":
@@ -314,7 +314,7 @@ def _recognise(rows: AnnotationRows, file: str, dataset: Dataset, wanted: list[F
     else:
         if not rows.rows:
             raise UserError(f"{file}: the list is empty")
-        # The keys of all rows: by the first row alone, a rationale that it lacks would be lost in all others.
+        # Keys of all rows: the first row may lack a rationale that others have.
         there = list(dict.fromkeys(key for row in rows.rows if isinstance(row, dict) for key in row))
         if not there:
             i = min(rows.bad, default=0)

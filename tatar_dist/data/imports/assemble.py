@@ -1,8 +1,8 @@
-"""The rows of a data set's annotation files put together: checked against each other, split, as one Arrow table.
+"""Assemble annotation files into one Arrow table; rows are cross-checked and split.
 
-In: files as bytes, the set's entry in the registry, the listed images directory. Out: `Imported`: the manifest's table,
-the report (a dict) and the dropped rows. Touches no file. A bad row is an error that names FILE:LINE and counts the
-others; with `drop_bad` it is left out with its reason. rows = kept + dropped, always.
+Takes the files as bytes, the set's entry in the registry and the listed images directory. Returns `Imported`: the
+manifest's table, the report (a dict) and the dropped rows. Accesses no file. A bad row is an error that names FILE:LINE
+and counts the others; with `drop_bad` it is dropped with its reason. rows = kept + dropped, always.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 @dataclass(frozen=True)
 class Sources:
-    """What is imported, as bytes with the names that messages use."""
+    """Files to import, as bytes with the names that messages use."""
 
     files: tuple[tuple[str, bytes], ...]
     split_lists: tuple[tuple[str, str, bytes], ...] = ()  # ("test=F", "F", bytes)
@@ -47,7 +47,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user says about them; the command's options of the same names."""
+    """The user's choices: the command's options of the same names."""
 
     format: str | None = None
     encoding: str | None = None
@@ -65,7 +65,7 @@ class Imported:
 
 
 def assemble(sources: Sources, dataset: Dataset, choices: Choices, folder: ImageFolder | None = None) -> Imported:
-    """Bytes -> the manifest's table, without touching a file. `folder` None: images are not looked for.
+    """Build the manifest's table from bytes, without file access. `folder` None: images are not looked up.
 
     Raises:
         UserError: a file that cannot be read or recognised; without `drop_bad` the first bad row, with the number of
@@ -119,7 +119,7 @@ def assemble(sources: Sources, dataset: Dataset, choices: Choices, folder: Image
 
 
 def _split(rows: AllRows, dataset: Dataset, sources: Sources, choices: Choices) -> Splits:
-    """Fills rows.split: the file's own column, else --split, else --split-list, else the set's rule."""
+    """Fill rows.split from the file's own column, else --split, else --split-list, else the set's rule."""
     if choices.split and sources.split_lists:
         raise UserError("--split and --split-list exclude each other")
     if choices.split and choices.split not in SPLITS:
@@ -173,7 +173,7 @@ def _columns(rows: AllRows, keep: np.ndarray) -> dict[str, Any]:
 
 
 def _averaged(rows: AllRows, keep: np.ndarray) -> dict[str, Any]:
-    """Ratings averaged per image, in order of first appearance; the deviation is the population's."""
+    """Average ratings per image, in order of first appearance; the deviation is the population's."""
     place: dict[str, int] = {}
     ids = np.array([place.setdefault(rows.path[i], len(place)) for i in keep.tolist()])
     first = keep[np.unique(ids, return_index=True)[1]]

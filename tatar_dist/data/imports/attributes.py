@@ -1,9 +1,9 @@
-"""The eight aesthetic attribute texts of an image, from ArtiMuse's conversations or from `aesthetic_attributes`.
+"""Read eight aesthetic texts per image: ArtiMuse's conversations or `aesthetic_attributes`.
 
-In: a file of rows `{"image", "conversations": [{"from", "value"}, …]}` (a question that names one attribute, then the
-answer) or `{"image", "aesthetic_attributes": {name: text}}`, as JSON lines or a JSON list. Out: texts by image, named
-and ordered as the method does (`templates.EIGHT`). Layout: the conversion script of yinwen2019/TATAR; the conversations
-themselves were not seen, so a question must name exactly one of the eight, in any case, and nothing else is assumed.
+A file has rows `{"image", "conversations": [{"from", "value"}, …]}` (a question that names one attribute, then the
+answer) or `{"image", "aesthetic_attributes": {name: text}}`, as JSON lines or a JSON list. Texts are returned by image,
+with the method's names and order (`types.EIGHT`). Layout: the conversion script of yinwen2019/TATAR. The conversations
+themselves were not seen, so a question must name exactly one of the eight, in any case; nothing else is assumed.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from tatar_dist.errors import UserError
 
 
 def _letters(name: str) -> str:
-    """`composition_structure`, `Composition & Structure` and `composition and structure` are one name."""
+    """Normalise a name: `composition_structure` equals `Composition & Structure` and `composition and structure`."""
     return "".join(w for w in re.findall(r"[a-z]+", name.casefold()) if w != "and")
 
 
 @cache
 def _names() -> dict[str, str]:
-    """The eight by their letters, in the method's order."""
-    from tatar_dist.types import EIGHT  # with it comes scipy.ndimage: 0.2 s that most imports do not need
+    """Return the eight names by their letters, in the method's order."""
+    from tatar_dist.types import EIGHT
 
     return {_letters(name): name for name in EIGHT}
 
 
 def place(name: str) -> int:
-    """Where an attribute stands among the eight, from 0; 8 for any other name."""
+    """Return an attribute's index among the eight; 8 for any other name."""
     known = list(_names())
     return known.index(_letters(name)) if _letters(name) in known else len(known)
 
 
 def in_order(texts: Mapping[str, Any]) -> dict[str, str]:
-    """Attribute texts under the method's names, in its order. Raises UserError for an unknown name, no text, none."""
+    """Return texts under the method's names, in its order. Raises UserError for an unknown name, no text, none."""
     found: dict[str, str] = {}
     for key, text in texts.items():
         name = _names().get(_letters(key))
@@ -57,7 +57,7 @@ def in_order(texts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def is_text(value: str) -> bool:
-    """False for a lone surrogate, which JSON can spell but no file can hold."""
+    """Whether text can be encoded: False for a lone surrogate, which JSON can express but no file can hold."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -66,10 +66,10 @@ def is_text(value: str) -> bool:
 
 
 def read_attributes(data: bytes, file: str, encoding: str | None = None) -> dict[str, dict[str, str]]:
-    """A file's attribute texts by image name.
+    """Read a file's attribute texts by image name.
 
     Raises:
-        UserError: the file or, by FILE:LINE, a row that is wrong; an attribute of an image told twice in other words.
+        UserError: an invalid file or, by FILE:LINE, an invalid row; an attribute of an image given with two texts.
     """
     rows = parse(data, file, encoding, [])
     if rows.kind not in ("json", "jsonl"):
@@ -93,7 +93,7 @@ def read_attributes(data: bytes, file: str, encoding: str | None = None) -> dict
 
 
 def join(attributes: Mapping[str, dict[str, str]], images: list[str]) -> list[dict[str, str] | None]:
-    """Texts of each image: by its name, else by its file name alone where that is unique in `attributes`."""
+    """Return the texts of each image: by its name, else by its file name if that is unique in `attributes`."""
     by_file: dict[str, str | None] = {}
     for image in attributes:
         name = posixpath.basename(image)

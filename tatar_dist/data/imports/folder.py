@@ -1,9 +1,9 @@
-"""Which files lie under the images directory, and which of them an annotation's image name means.
+"""List the images directory and resolve the image names of annotations to its files.
 
-In: a directory and names. Out: paths relative to it, or why there is none. The tree is listed once with `os.scandir`;
-a link that leads nowhere is no image, nor is a pipe, which whoever opens it would wait for. Names are compared exactly,
-in their case too, whatever the file system would forgive: a data set moves between machines. A bare name that lies in
-one sub-directory only is found there (PIPAL's labels name files that way).
+Results are paths relative to the directory, or the reason why there is none. The tree is listed once with `os.scandir`.
+A broken link is not an image, nor is a pipe, which would block its reader. Names are compared exactly, case included,
+even where the file system ignores case: a data set moves between machines. A bare name that lies in one sub-directory
+only is found there (PIPAL's labels name files that way).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tatar_dist.assets import looked_in
 from tatar_dist.data.imports.annotations import Bad
 from tatar_dist.errors import UserError
 
-# Control, format (it may turn the direction of what follows), half a character, line and paragraph separators. Blanks
-# of any width and characters newer than this Python's tables are like others.
+# Control, format (may reverse the text direction), surrogates, line and paragraph separators. Blanks of any width and
+# characters newer than this Python's Unicode tables are allowed.
 _UNSEEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 
 
 def path_fault(name: str) -> str | None:
-    """Why a name cannot be a path inside a directory, or None. Names use `/`."""
+    """Return why a name cannot be a path inside a directory, or None. Names use `/`."""
     if "\\" in name:
         return "has a backslash; paths use /"
     if name.startswith("/") or name[1:2] == ":":
@@ -42,19 +42,19 @@ def path_fault(name: str) -> str | None:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """What an entry of a directory is, links followed; a link costs a look at its end, another entry none."""
+    """Classify a directory entry, following links; a link costs a stat call, a file or directory none."""
     try:
         if entry.is_dir():
             return "directory"
         if entry.is_file():
             return "file"
         return "pipe, socket or device" if os.path.exists(entry.path) else "broken link"
-    except OSError:  # links in a circle, or into a directory that may not be entered
+    except OSError:  # circular links, or links into a directory without access
         return "broken link"
 
 
 class ImageFolder:
-    """The files under `root`, listed once. Raises UserError when it is no directory or cannot be listed."""
+    """The files under `root`, listed once. Raises UserError if it is not a directory or cannot be listed."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -67,7 +67,7 @@ class ImageFolder:
         while pending:
             prefix, directory = pending.pop()
             real = os.path.realpath(directory)
-            if real in visited:  # a link back up would never end
+            if real in visited:  # a link to a parent would loop for ever
                 continue
             visited.add(real)
             try:
@@ -98,7 +98,7 @@ class ImageFolder:
         return found
 
     def find(self, name: str) -> str | Bad:
-        """The path that `name` means, or why it means none; a near miss is named."""
+        """Return the path of `name`, or the reason why there is none, with a near match if one exists."""
         if name in self.files:
             return name
         if name in self.unusable:
@@ -123,7 +123,7 @@ class ImageFolder:
         return Bad("missing image", text)
 
     def find_all(self, names: list[str]) -> tuple[list[str], dict[int, Bad]]:
-        """Paths of all names ("" where there is none) and the reasons by position."""
+        """Return the paths of all names ("" where there is none) and the reasons by position."""
         if self.files.issuperset(names):
             return names, {}
         found = [name if name in self.files else self.find(name) for name in names]

@@ -1,8 +1,8 @@
-"""`data import`: a data set's annotation files -> one manifest, mapped to 0-100 by the declared range, never by value.
+"""Import a data set's annotation files as one manifest: `tatar-dist data import`.
 
-In: annotation files, the set's entry in the registry, the images directory. Out: a Parquet manifest, a report (a dict,
-what `--json` prints) and, where rows were dropped, `M.dropped.jsonl` with a reason for each. Reading, checking and
-splitting are `assemble`'s; this room opens and writes files. An error leaves nothing written.
+Scores are mapped to 0-100 by the declared range, never by their values. Writes a Parquet manifest and, if rows were
+dropped, `M.dropped.jsonl` with a reason for each; returns the report that `--json` prints. `assemble` parses, checks
+and splits; this module reads and writes files. An error before the manifest is written leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run_import(
     check_images: bool = True,
     embed: bool = False,
 ) -> dict[str, Any]:
-    """The command's work: read, assemble, write `output` and `output.dropped.jsonl`. Returns the report.
+    """Read, assemble, write `output` and, beside it, the list of dropped rows. Returns the report.
 
     Raises:
         UserError: as `assemble`, and for files that cannot be read or written.
@@ -77,7 +77,7 @@ def run_import(
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """No collector: rows are millions of small objects without a cycle; to walk them took AVA 1.4 of 5.1 s."""
+    """Disable garbage collection: millions of small objects without cycles; walking them took AVA 1.4 of 5.1 s."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -88,7 +88,7 @@ def _without_collector() -> Iterator[None]:
 
 
 def _dropped_file(output: Path) -> Path:
-    """The list of dropped rows beside `output`. Raises UserError if either cannot be a file, before hours are lost."""
+    """Return the path of the dropped rows beside `output`. Raises UserError early if either cannot be a file."""
     if not output.name or os.path.isdir(output):
         raise UserError(f"--output {output}: is a directory; name the manifest, a Parquet file")
     beside = output.with_suffix(".dropped.jsonl")
@@ -110,7 +110,7 @@ def _read(path: Path, option: str) -> bytes:
 
 
 def _write_dropped(path: Path, dropped: list[dict[str, Any]]) -> None:
-    """The list of this import; one of an earlier import would mislead, so it goes even if nothing was dropped."""
+    """Write the dropped rows; if there are none, remove the list of an earlier import, which would mislead."""
     if not dropped:
         path.unlink(missing_ok=True)
         return

@@ -1,7 +1,7 @@
-"""All rows of an import side by side, and the checks that need them so: paths, names, duplicates.
+"""Gather all rows of an import in columns, and check paths, names and duplicates over them.
 
-`AllRows` is made from the `ImportedScores` of all files: one list or array per column, with every bad row's reason, and
-the error line for the first of them.
+`AllRows` is built from the `ImportedScores` of all files: one list or array per column, and the reason for every bad
+row. `first_bad` formats the error line of the first one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tatar_dist.data.registry import Dataset
 
 @dataclass
 class AllRows:
-    """The rows of all files, one list or array per column; `bad` by row. Ratings are one row each."""
+    """Rows of all files, one list or array per column; `bad` by row. Each rating is a row."""
 
     files: list[ImportedScores]
     given: list[str]
@@ -43,24 +43,24 @@ class AllRows:
     bad: dict[int, Bad] = field(default_factory=dict)
 
     def alive(self) -> np.ndarray:
-        """(n,) bool."""
+        """Return (n,) bool: the rows that are not bad."""
         good = np.ones(len(self.given), dtype=bool)
         good[list(self.bad)] = False
         return good
 
     def where(self, row: int) -> str:
-        """FILE:LINE of a row."""
+        """Return FILE:LINE of a row."""
         k = bisect_right(self._starts, row) - 1
         return self.files[k].where(row - self._starts[k])
 
     @cached_property
     def _starts(self) -> list[int]:
-        """The first row of each file; a set may come as hundreds (PIPAL's labels do)."""
+        """The first row of each file; a set may consist of hundreds of files (PIPAL's labels do)."""
         return list(accumulate(map(len, self.files), initial=0))[:-1]
 
 
 def gather(files: list[ImportedScores]) -> AllRows:
-    """The rows of all files, one after the other."""
+    """Concatenate the rows of all files."""
     bad: dict[int, Bad] = {}
     start = 0
     for file in files:
@@ -87,12 +87,12 @@ def gather(files: list[ImportedScores]) -> AllRows:
 
 
 def chain(lists: Iterable[list[Any]]) -> list[Any]:
-    """Lists joined to one."""
+    """Concatenate lists."""
     return [value for each in lists for value in each]
 
 
 def counts_format(values: Iterable[float]) -> str:
-    """What `%` fills with one count per value: a member of the meta object."""
+    """Return the `%` format, with one count per value, of the member `counts` of the meta object."""
     return '"counts":{' + ",".join(f'"{v:g}":%d' for v in values) + "}"
 
 
@@ -104,7 +104,7 @@ def _vote_counts(file: ImportedScores) -> list[str]:
 
 
 def check_paths(rows: AllRows, folder: ImageFolder | None) -> None:
-    """Names that cannot be paths, and with `folder` images that are not there; fills rows.path."""
+    """Mark names that cannot be paths and, with `folder`, images that do not exist as bad; fills rows.path."""
     faults = {name: fault for name in set(rows.given) if (fault := path_fault(name))}
     if faults:
         for i, name in enumerate(rows.given):
@@ -120,7 +120,7 @@ _LEVEL = re.compile(r"\d{1,9}", re.ASCII)
 
 
 def read_names(rows: AllRows, dataset: Dataset) -> None:
-    """Reference and distortions out of the images' names, where the set's names say them."""
+    """Parse reference and distortions from image names, if the set defines a pattern for them."""
     if dataset.names is None:
         return
     told = dataset.names
@@ -148,9 +148,9 @@ def read_names(rows: AllRows, dataset: Dataset) -> None:
 
 
 def check_duplicates(rows: AllRows) -> None:
-    """An image twice, or for ratings twice by one worker: the same row again, or two that contradict.
+    """Mark repeated images (repeated per worker, for ratings) as bad: exact repeats, or rows that contradict.
 
-    Of equal rows the first stays good; of contradicting ones none does, for nothing says which is right.
+    Of equal rows the first stays good; of contradicting ones none does, because nothing shows which is right.
     """
     workers: list[str] = chain(f.worker or [""] * len(f) for f in rows.files)
     keep = np.flatnonzero(rows.alive()).tolist()
@@ -176,7 +176,7 @@ def check_duplicates(rows: AllRows) -> None:
 
 
 def first_bad(rows: AllRows, folder: ImageFolder | None, hint: bool = True) -> str:
-    """The first bad row as a line, and how many more of which kinds."""
+    """Format the first bad row as a line, with the number of bad rows by kind."""
     first = min(rows.bad)
     line = f"{rows.where(first)}: {rows.bad[first].text}"
     reasons = Counter(b.reason for b in rows.bad.values())

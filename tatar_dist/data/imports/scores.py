@@ -1,8 +1,8 @@
-"""Columns of an annotation file judged and turned into numbers: raw scores, spreads, votes, splits, texts.
+"""Check and convert annotation columns: raw scores, spreads, votes, splits, texts.
 
-`ImportedScores` holds arrays of n rows, and for every row that cannot be used the reason (`bad`). Values are checked in
-whole columns; single values are looked at only where a column fails. A number is a decimal number: no underscores, no
-other digits, no NaN or infinity, in JSON and Excel no text and no true or false.
+`ImportedScores` holds arrays of n rows and, for every row that cannot be used, the reason (`bad`). Whole columns are
+checked at once; single values only where a column fails. A number is a decimal number: no underscores, no other digits,
+no NaN or infinity; in JSON and Excel neither text nor true or false.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tatar_dist.errors import UserError
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _NUMBER_LETTERS = frozenset("0123456789+-.eE \t")
-MOST_VOTES = 1e9  # per value; a count beyond it is no count, and sums stay exact
+MOST_VOTES = 1e9  # per value; larger counts are rejected, so that sums stay exact
 
 
 @dataclass
@@ -48,13 +48,13 @@ class ImportedScores:
 
 
 def to_score(raw: np.ndarray, scale: Range, lower_is_better: bool = False) -> np.ndarray:
-    """(n,) raw values inside the declared range -> (n,) scores on 0-100, linear, flipped if lower is better."""
+    """Map (n,) raw values inside the declared range to (n,) scores on 0-100, linearly, flipped if lower is better."""
     above = scale.high - raw if lower_is_better else raw - scale.low
     return np.clip(above * scale.points, 0.0, 100.0)  # clip: the product may miss 100 by a rounding
 
 
 def judge(file: RawFile) -> ImportedScores:
-    """Every used column checked; rows that fail are in `bad`, each with its first fault."""
+    """Check every used column; rows that fail are in `bad`, each with its first fault."""
     fmt, bad = file.format, file.bad
     image = _texts(file, fmt.image)
     for column, kind in zip(fmt.columns, fmt.types or (), strict=False):
@@ -66,7 +66,7 @@ def judge(file: RawFile) -> ImportedScores:
     if fmt.score is not None:
         raw = _numbers(file, fmt.score)
     else:
-        assert votes is not None  # the registry demands score or votes
+        assert votes is not None  # the registry requires score or votes
         raw = _mean(votes, np.array([value for _, value in fmt.votes]))
         for i in np.flatnonzero(np.isnan(raw)):
             bad.setdefault(int(i), Bad("no votes", "all vote counts are 0"))
@@ -100,7 +100,7 @@ def _told(file: RawFile) -> str:
 
 
 def _texts(file: RawFile, column: str) -> list[str]:
-    """Stripped, non-empty text; "" where the row is bad."""
+    """Return stripped, non-empty text; "" where the row is bad."""
     values = file.columns[column]
     if not set(map(type, values)) <= {str}:
         values = [v if type(v) is str else _refuse(file, i, column, v, "text") for i, v in enumerate(values)]
@@ -149,7 +149,7 @@ def _wrong(label: str, value: Any, wanted: str) -> Bad:
 
 
 def short(value: Any) -> str:
-    """A value as a message shows it: one line, at most 60 characters, quoted if it is text."""
+    """Format a value for messages: one line, at most 60 characters, quoted if it is text."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints
@@ -158,7 +158,7 @@ def short(value: Any) -> str:
 
 
 def _numbers(file: RawFile, column: str) -> np.ndarray:
-    """(n,) float64, NaN where the row is bad."""
+    """Return (n,) float64, NaN where the row is bad."""
     values = file.columns[column]
     written = file.kind in ("csv", "text")
     try:
@@ -228,9 +228,9 @@ def _mean(votes: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _spread(file: RawFile, votes: np.ndarray | None) -> np.ndarray | None:
-    """(n,) standard deviation in units of the format's range: its own column, else that of the votes.
+    """Return (n,) standard deviations in units of the format's range: from their own column, else from the votes.
 
-    None too for votes beside a score column, whose scale may be another than theirs.
+    Returns None without either, and for votes beside a score column, whose scale may differ from theirs.
     """
     fmt = file.format
     if fmt.std is not None:

@@ -1,9 +1,9 @@
-"""Which rows are train, validation and test, and by what rule.
+"""Assign the rows of an import to train, validation and test.
 
-In: image names and what says so: the user's one split, the user's lists, or the set's rule of `configs/datasets.yaml`.
-Out: one split per row and a sentence that names the rule and says plainly whether it is the official split. The rule
-hashes the image's name, or its reference image's so that no reference crosses splits; it knows no seed and no order:
-the same image falls into the same split in every file.
+The split comes from `--split`, the lists of `--split-list`, or the set's rule in `configs/datasets.yaml`. Returns one
+split per row, the rule in words, and whether it is the official split. The rule hashes the image's name, or its
+reference image's so that no reference crosses splits. It uses neither seed nor order: the same image falls into the
+same split in every file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tatar_dist.types import SPLITS
 
 
 class SplitList(NamedTuple):
-    """Images that a file puts into a split."""
+    """Image names that a file assigns to a split."""
 
     split: str
     file: str
@@ -42,10 +42,10 @@ class Splits:
 
 
 def read_split_list(spec: str, data: bytes, file: str, pattern: str, columns: Sequence[str]) -> SplitList:
-    """Names of one `SPLIT=FILE`: a name a line, or a CSV or JSON list with an image column (one of `columns`).
+    """Read the names of one `SPLIT=FILE`: a name a line, or a CSV or JSON list with an image column (one of `columns`).
 
-    A name without an extension is completed by `pattern`, so that AVA's lists of numbers work.
-    Raises UserError for an unknown split, an unreadable file, no names.
+    A name without an extension is completed by `pattern`, so that AVA's lists of numbers work. Raises UserError for an
+    unknown split, an unreadable file, no names.
     """
     split = spec.partition("=")[0]
     if split not in SPLITS:
@@ -80,10 +80,10 @@ def read_split_list(spec: str, data: bytes, file: str, pattern: str, columns: Se
 
 
 def by_lists(images: Sequence[str], groups: Sequence[str], lists: Sequence[SplitList], dataset: Dataset) -> Splits:
-    """Rows by the user's lists; `groups` as in `by_rule`.
+    """Split rows by the user's lists; `groups` as in `by_rule`.
 
     With a list for train, images in no list are bad rows. With one for validation and none for train they are train.
-    With lists for test alone the set's rule parts them into train and validation, by its shares of these two.
+    With lists for test alone, the set's rule divides them into train and validation, by its shares of these two.
     """
     found: dict[str, SplitList] = {}
     for each in lists:
@@ -118,7 +118,7 @@ def by_lists(images: Sequence[str], groups: Sequence[str], lists: Sequence[Split
 
 
 def _shares_of_others(listed: set[str], dataset: Dataset) -> dict[str, float]:
-    """How the images outside the lists are parted; empty if they have no place."""
+    """Return the shares by which the images outside the lists are split; empty if those images are bad rows."""
     if "train" in listed:
         return {}
     drawn = {name: dataset.split.fractions.get(name, 0.0) for name in ("train", "validation")}
@@ -128,7 +128,7 @@ def _shares_of_others(listed: set[str], dataset: Dataset) -> dict[str, float]:
 
 
 def by_rule(groups: Sequence[str], dataset: Dataset) -> Splits:
-    """Rows by the set's rule. `groups`: what may not cross splits, a row's image or reference image."""
+    """Split rows by the set's rule. `groups`: what must not cross splits, a row's image or reference image."""
     rule = dataset.split
     chosen = {g: _hashed(g, dataset.name, rule.fractions) for g in set(groups)} | {g: "test" for g in rule.test}
     how = _by_hash(dataset, rule.fractions)
@@ -143,7 +143,7 @@ def _by_hash(dataset: Dataset, shares: Mapping[str, float]) -> str:
 
 
 def _hashed(group: str, dataset: str, shares: Mapping[str, float]) -> str:
-    """The split of `shares`, which add up to 1, on whose stretch of [0, 1) the hash of the group falls."""
+    """Return the split whose stretch of [0, 1) holds the hash of the group; `shares` add up to 1."""
     digest = hashlib.blake2b(f"{dataset}\0{group}".encode(), digest_size=8).digest()
     at = int.from_bytes(digest, "big") / 2.0**64
     for name, share in shares.items():
