@@ -5,7 +5,7 @@ import os
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tatar_dist.rationale.checks import Reason
@@ -75,6 +75,10 @@ def almost_marks(draw):
 
 
 @settings(max_examples=FUZZ_EXAMPLES)
+@example('{"visual_fidelity": true, "score_consistency": 5}', "iqa")
+@example('{"visual_fidelity": 4, "score_consistency": 5, "visual_fidelity": 4}', "iqa")
+@example('{"visual_fidelity": 4.0, "score_consistency": 5}', "iqa")
+@example('{"visual_fidelity": NaN, "score_consistency": 5}', "iqa")
 @given(st.one_of(almost_marks(), almost_marks(), almost_marks(), st.text()), st.sampled_from(["iqa", "iaa"]))
 def test_the_reader_accepts_what_the_schema_accepts_and_nothing_else(text, task):
     found = read_marks(text, task)
