@@ -43,6 +43,7 @@ WORDS = [
     "cluster.learner_placement=spread",
     "cluster.learner_restarts=10",
     "cluster.node_wait_s=60",
+    "cluster.start_timeout_s=120",  # a learner that hangs while it starts is given up after half of it
     "rollout.engine_restarts=10",
     "rollout.suspect_after_s=10",
     "rollout.call_timeout_s=25",
