@@ -105,7 +105,8 @@ def test_each_dump_holds_one_answer(start):
     assert first.text.count("Current thread") == second.text.count("Current thread") == 1
 
 
-def test_a_busy_process_can_be_asked_as_often_as_one_likes(start):
+def test_a_busy_process_can_be_asked_as_often_as_one_likes(start, monkeypatch):
+    monkeypatch.setattr("tatar_dist.faults.stacks.ANSWER_S", 60.0)  # of a busy machine
     process = start(BUSY)
     for _ in range(40):
         (found,) = stacks_of([process.pid])
