@@ -69,7 +69,7 @@ nightly: setup
 	@bad=0; for name in images rationale simulate; do $(RUN) bench $$name || bad=1; done; \
 	$(MAKE) bench PLOT=1 BENCHES="$(BENCHES) report evaluate settings overlap staleness" || bad=1; $(MAKE) bench-trl || bad=1; exit $$bad
 
-# each into build/bench/NAME.json, then a table of all that are there; a target missed is status 1, after the table
+# each into build/bench/NAME.json, then a table of all that are there; status 1, after the table, if one failed or its `ok` is false
 bench: setup
 	@mkdir -p build/bench; bad=0; for name in $(BENCHES); do \
 	    file=build/bench/$$name; echo "bench $$name"; \

@@ -1,6 +1,6 @@
-"""Headless Chromium over the DevTools protocol: a page is opened, files are chosen, scripts and screenshots come back.
+"""Drive headless Chromium over the DevTools protocol: open a page, choose files, run scripts, take screenshots.
 
-In: an address. Out: what the page computes, and every complaint of its console: errors, exceptions, blocked resources.
+`Browser.complaints` collects what the console reports: errors, exceptions, blocked resources.
 """
 
 from __future__ import annotations

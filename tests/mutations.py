@@ -156,7 +156,7 @@ def survives(name: str) -> str | None:
         )
     if done.returncode == 0:
         return "no test noticed"
-    if done.returncode == -signal.SIGFPE or done.returncode == -signal.SIGSEGV:  # a native kernel, given nonsense
+    if done.returncode in (-signal.SIGFPE, -signal.SIGSEGV):  # a native kernel, given nonsense
         print(f"noticed   {name}: {signal.Signals(-done.returncode).name} while tests ran", flush=True)
         return None
     if done.returncode != 1:  # 1: tests ran and failed

@@ -1,4 +1,4 @@
-"""The rules of the configuration that types cannot say. In: a `Config`. Raises UserError naming the key."""
+"""Check a `Config` by the rules that types cannot express. Raises UserError naming the key."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class StallDetector:
             if left <= 0 and not self._dumped:
                 try:
                     self._stall()
-                except Exception:
+                except Exception:  # the watch goes on; a full disk or a lost node must not end it
                     log.exception("the stall could not be written down")
             wait = min(max(left, 0.05), 1.0)
 

@@ -276,5 +276,5 @@ class Learner:
 
     def load(self, directory: str | None, saved_ranks: int) -> None:
         """Restore a checkpoint of `saved_ranks` ranks; None: from what was received. Collective."""
-        self.zero3.load(Path(directory or self._files.directory()), saved_ranks)
+        self.zero3.load(Path(directory) if directory else self._files.received, saved_ranks)
         self._files.discard()

@@ -33,10 +33,15 @@ class RankFiles:
         self.snapshot: list[Job] = []
         self._private: str | None = None
 
-    def directory(self) -> str:
-        """The private directory, made when it is first asked for."""
+    @property
+    def received(self) -> Path:
+        """The private directory; something must have been written or received."""
+        assert self._private is not None
+        return Path(self._private)
+
+    def _make(self) -> Path:
         self._private = self._private or tempfile.mkdtemp(prefix="tatar_checkpoint_")
-        return self._private
+        return Path(self._private)
 
     def write(self, directory: str | None) -> Files:
         """Write the last snapshot into `directory`, None: the private one, anew. Returns what was written.
@@ -47,17 +52,17 @@ class RankFiles:
         jobs, self.snapshot = self.snapshot, []
         if directory is None:
             self.discard()
-        return write_files(Path(directory or self.directory()), jobs)
+        return write_files(Path(directory) if directory else self._make(), jobs)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """A part of a file that `write` put on this node."""
-        with open(Path(self.directory()) / name, "rb") as f:
+        with open(self.received / name, "rb") as f:
             f.seek(offset)
             return f.read(size)
 
     def receive(self, name: str, offset: int, data: bytes) -> None:
         """A part of a checkpoint's file that is to be loaded, in order."""
-        path = Path(self.directory()) / name
+        path = self._make() / name
         path.parent.mkdir(exist_ok=True)
         with open(path, "r+b" if offset else "wb") as f:
             f.seek(offset)
@@ -97,7 +102,7 @@ def write(actors: Sequence[Any], directory: Path, local: bool, timeout: float, g
     Raises:
         OSError: a file could not be written. LearnersFailed: a rank died, or needs longer than `timeout`.
     """
-    refs = [_beside(a, "write", None if local else str(directory)) for a in actors]
+    refs = [_in_io(a, "write", None if local else str(directory)) for a in actors]
     deadline = time.monotonic() + timeout
     while late := [r for r in range(len(refs)) if not ray.wait([refs[r]], timeout=0)[0]]:
         if given_up.is_set() or time.monotonic() > deadline:
@@ -111,7 +116,7 @@ def write(actors: Sequence[Any], directory: Path, local: bool, timeout: float, g
         files |= written
     if local:
         for rank, actor in enumerate(actors):
-            _get(_beside(actor, "discard"), rank, timeout)
+            _get(_in_io(actor, "discard"), rank, timeout)
     return files
 
 
@@ -139,12 +144,12 @@ def _fetch(
     path.parent.mkdir(exist_ok=True)
     with open(path, "wb") as f:
         while f.tell() < facts["bytes"] and not given_up.is_set():
-            f.write(_get(_beside(actor, "read", name, f.tell(), CHUNK), rank, timeout))
+            f.write(_get(_in_io(actor, "read", name, f.tell(), CHUNK), rank, timeout))
     if seal(path) != facts:
         raise LearnersFailed(f"{name} of learner rank {rank} did not arrive as it was written")
 
 
-def _beside(actor: Any, part: str, *arguments: Any) -> Any:
+def _in_io(actor: Any, part: str, *arguments: Any) -> Any:
     return actor.files.options(concurrency_group=IO).remote(part, *arguments)
 
 

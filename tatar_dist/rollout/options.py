@@ -5,7 +5,6 @@ Imports little, because the environment must be set before torch and vLLM are im
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -55,10 +54,7 @@ def gpu_available() -> bool:
 
 
 def vllm_options(config: Config, gpu: bool) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that do not depend on what the engine is for.
-
-    vLLM's server has the same ones as options of its command line: `command_line`.
-    """
+    """Arguments of `vllm.LLM` for every use of an engine; the server passes them on its command line."""
     m, r = config.model, config.rollout
     options: dict[str, Any] = {
         "model": m.path,
@@ -77,15 +73,3 @@ def vllm_options(config: Config, gpu: bool) -> dict[str, Any]:
         return options | {"gpu_memory_utilization": r.gpu_memory_utilization}
     # A seeded request whose prefill is chunked crashes vLLM's CPU sampler: leave room for all prompts at once.
     return options | {"enforce_eager": True, "max_num_batched_tokens": r.max_num_seqs * r.max_model_len}
-
-
-def command_line(options: Mapping[str, Any]) -> list[str]:
-    """The options as words of vLLM's command line: `--max-model-len=512 --no-use-tqdm-on-load`."""
-    words = []
-    for key, value in options.items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return words

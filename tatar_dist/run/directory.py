@@ -27,6 +27,13 @@ from tatar_dist.run.log import open_log
 from tatar_dist.run.tracking import Trackers
 from tatar_dist.types import ScoredGroup
 
+HALF_WRITTEN = (  # patterns of files that a killed run leaves (files.py)
+    ".metrics.json*.tmp",
+    ".quarantine.jsonl.*.tmp",
+    ".trackers.json.*.tmp",
+    ".predictions.parquet.*.tmp",
+    "rollouts/**/.step_*.tmp",
+)
 LEASE_S = 120.0
 PROMPTS = "prompts.yaml"  # the wording that the run used (prompts/source.py)
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of `ray job submit`
@@ -39,15 +46,6 @@ def check_output(config: Config) -> None:
             f"output={Path(config.output)}: a Ray job's working directory goes when the job ends: give an absolute "
             "path that every node sees"
         )
-
-
-LEFT = (
-    ".metrics.json*.tmp",
-    ".quarantine.jsonl.*.tmp",
-    ".trackers.json.*.tmp",
-    ".predictions.parquet.*.tmp",
-    "rollouts/**/.step_*.tmp",
-)
 
 
 class RunDirectory:
@@ -67,8 +65,8 @@ class RunDirectory:
             raise UserError(f"output={self.path}: cannot write there: {e.strerror}") from e
         if not _locked(self._lock):
             raise UserError(f"output={self.path}: another process is running in this directory")
-        for left in (file for pattern in LEFT for file in self.path.glob(pattern)):
-            left.unlink()  # by a killed run, half written
+        for left in (file for pattern in HALF_WRITTEN for file in self.path.glob(pattern)):
+            left.unlink()
         (self.path / "config.yaml").write_text(to_yaml(config))
         self.events = Events(self.path)
         self._failpoints = Failpoints(config.failpoints, str(self.path))

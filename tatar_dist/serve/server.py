@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import json
 import logging
 import os
 import signal
@@ -21,12 +22,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import EXIT_INTERRUPTED, RunError, UserError
 from tatar_dist.rollout.options import (
     COMMON_ENV,
-    command_line,
     engine_environment,
     gpu_available,
     set_environment,
@@ -178,7 +179,7 @@ def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
         "middleware": MIDDLEWARE,
         "uvicorn_log_level": "warning",
     }
-    words = [*command_line(options), "--served-model-name", shown, *TASKS]
+    words = [*_command_line(options), "--served-model-name", shown, *TASKS]
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
     configure_logging_from_args(args)
@@ -186,6 +187,18 @@ def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
     args.shown, args.serving, args.died = shown, False, False
     args.scoring = Scoring(shown, prompts, forbidden, config.rollout.max_new_tokens)
     return args
+
+
+def _command_line(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of vLLM's command line: `--max-model-len=512 --no-use-tqdm-on-load`."""
+    words = []
+    for key, value in options.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
 
 
 def _serve(args: Namespace, sock: socket.socket) -> None:
