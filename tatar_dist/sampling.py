@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tatar_dist.cluster.reward_client import RemoteScorer, ScorerFailed
+from tatar_dist.cluster.reward import RemoteScorer, ScorerFailed
 from tatar_dist.config.schema import Config, GRPOConfig
 from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.errors import StopRequested, UserError

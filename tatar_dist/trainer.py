@@ -22,7 +22,7 @@ from typing import Any, NoReturn, Protocol
 
 from tatar_dist.cluster.prometheus import Exporter
 from tatar_dist.cluster.ray_cluster import Cluster
-from tatar_dist.cluster.reward_client import RemoteScorer
+from tatar_dist.cluster.reward import RemoteScorer
 from tatar_dist.cluster.selfcheck import verify
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import Interrupted, LearnersFailed, StopRequested, UserError
@@ -37,8 +37,8 @@ from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.checkpoints import CheckpointRef, Checkpoints, latest
 from tatar_dist.run.directory import RunDirectory
 from tatar_dist.run.progress import Progress
+from tatar_dist.sync import weight_push
 from tatar_dist.sync.object_store import ObjectStorePush
-from tatar_dist.sync.ways import weight_push
 
 
 class Data(Protocol):

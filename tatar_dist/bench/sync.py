@@ -107,8 +107,8 @@ def measure(case: Case, directory: Path) -> dict[str, Any]:
     import ray
 
     from tatar_dist.cluster.ray_cluster import Cluster
+    from tatar_dist.sync import weight_push
     from tatar_dist.sync.object_store import stream
-    from tatar_dist.sync.ways import weight_push
 
     config = _config(case, directory)
     way = weight_push(config)

@@ -26,8 +26,7 @@ from ray._private.state import available_resources_per_node, total_resources_per
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tatar_dist.cluster.reward_actor import RewardScorer
-from tatar_dist.cluster.reward_client import RemoteScorer
+from tatar_dist.cluster.reward import RemoteScorer, RewardScorer
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.faults.waiting import TICK_S, Waits

@@ -195,7 +195,7 @@ def _check_length_budget(c: Config, preset: Preset) -> None:
     """
     from dataclasses import replace
 
-    from tatar_dist.rewards.length import check_token_budget
+    from tatar_dist.rewards.terms import check_token_budget
 
     if c.data.iqa_fraction == 1.0:
         return

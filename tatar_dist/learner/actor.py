@@ -235,7 +235,7 @@ class Learner:
 
     def push(self, way: str, part: str, *arguments: Any) -> Any:
         """This rank's side of a weight push: the method `part` of the sender of `way` (sync/)."""
-        from tatar_dist.sync.ways import WAYS
+        from tatar_dist.sync import WAYS
 
         if way not in self._senders:
             self._senders[way] = WAYS[way][0](self.zero3, self.rank, self.failpoints)

@@ -1,19 +1,23 @@
 """The policy as the losses see it: log-probabilities and entropies at completion positions, nothing else.
 
 `PolicyModel` wraps a transformers model so that one module forward does vision once per image, the language model
-once per prompt and completion (shared_prefix.py), and the head at completion positions only, in chunks (head.py). SFT
-and GRPO use the same forward; ZeRO-3 wraps it whole. Needs torch and transformers alone.
+once per prompt and completion (shared_prefix.py), and the head at completion positions only. SFT and GRPO use the same
+forward; ZeRO-3 wraps it whole. Needs torch and transformers alone.
+
+The head never holds all logits: a vocabulary of 152k makes 0.6 MB of float32 logits a token. CHUNK_BYTES bounds the
+logits of a chunk, of which a few copies exist at a time, forward and backward (which computes them again).
 """
 
 from __future__ import annotations
 
+import types
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tatar_dist.learner import head, shared_prefix
+from tatar_dist.learner import shared_prefix
 from tatar_dist.learner.batch import MicroBatch
 
 
@@ -22,8 +26,8 @@ class TokenLogprobs:
     """logp: (B, C) float32 natural-log probability of each completion token (0 at padding);
     entropy: (B, C) float32 nats of the sampled distribution, detached (0 at padding)."""
 
-    logp: torch.Tensor
-    entropy: torch.Tensor
+    logp: Tensor
+    entropy: Tensor
 
 
 class PolicyModel(nn.Module):
@@ -38,7 +42,7 @@ class PolicyModel(nn.Module):
     def __init__(self, model: nn.Module, family: Any, forbidden_ids: list[int], temperature: float = 1.0) -> None:
         super().__init__()
         shared_prefix.install(model)
-        head.install(model.lm_head, temperature)
+        install_head(model.lm_head, temperature)
         self.backbone = model
         self.family = family
         self.register_buffer("forbidden", torch.tensor(forbidden_ids, dtype=torch.long), persistent=False)
@@ -56,3 +60,74 @@ class PolicyModel(nn.Module):
         at = batch.row, batch.column
         zeros = torch.zeros(batch.mask.shape, device=logp.device)
         return TokenLogprobs(zeros.index_put(at, logp), zeros.index_put(at, entropy))
+
+
+CHUNK_BYTES = 256 << 20
+
+
+def _chunks(tokens: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+    return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+
+
+class TokenLogprob(torch.autograd.Function):
+    """states (N, H), weight (V, H), targets (N,), forbidden ids, temperature -> logp (N,), entropy (N,), float32.
+
+    The distribution is softmax(states weight^T / temperature) without the forbidden ids. Entropy has no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, forbidden: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        n = len(targets)
+        logp, entropy, norm = (torch.empty(n, dtype=torch.float32, device=states.device) for _ in range(3))
+        for c in _chunks(n, len(weight)):
+            logits = _logits(states[c], weight, forbidden, temperature)
+            norm[c] = logits.logsumexp(-1)
+            logp[c] = logits.gather(-1, targets[c, None])[:, 0] - norm[c]
+            p = (logits - norm[c, None]).exp()
+            entropy[c] = norm[c] - (p * logits.index_fill_(-1, forbidden, 0.0)).sum(-1)  # 0 x -inf is no number
+        ctx.save_for_backward(states, weight, targets, forbidden, norm)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        states, weight, targets, forbidden, norm = ctx.saved_tensors
+        grad, t = grads[0], ctx.temperature
+        d_states = torch.empty_like(states)
+        total = None  # at least float32: in lower precision what a late chunk adds would be rounded away
+        if ctx.needs_input_grad[1]:
+            total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for c in _chunks(len(targets), len(weight)):
+            d = _logits(states[c], weight, forbidden, t).sub_(norm[c, None]).exp_().neg_()
+            d[torch.arange(len(d), device=d.device), targets[c]] += 1
+            d = d.mul_(grad[c, None] / t).to(states.dtype)
+            d_states[c] = d @ weight
+            if total is not None and total.dtype == d.dtype:
+                total.addmm_(d.T, states[c])
+            elif total is not None:
+                total += d.T @ states[c]
+        return d_states, None if total is None else total.to(weight.dtype), None, None, None
+
+
+def _logits(states: Tensor, weight: Tensor, forbidden: Tensor, temperature: float) -> Tensor:
+    """(n, V) float32, -inf where an id is forbidden."""
+    logits = (states @ weight.T).float()
+    if temperature != 1.0:
+        logits /= temperature
+    return logits.index_fill_(-1, forbidden, float("-inf"))
+
+
+def install_head(head: nn.Linear, temperature: float) -> None:
+    """`head(states, targets, forbidden)` then gives (logp, entropy) of `TokenLogprob`.
+
+    As its forward, so that ZeRO-3 gathers the weight around it as around any other layer.
+    """
+
+    def forward(self: Any, states: Tensor, targets: Tensor, forbidden: Tensor) -> Any:
+        return TokenLogprob.apply(states, self.weight, targets, forbidden, temperature)
+
+    head.forward = types.MethodType(forward, head)

@@ -14,7 +14,7 @@ from typing import Any
 from tatar_dist.models.costs import RowCosts
 
 TOKEN_PIXELS = 28**2  # of an image token of Qwen2.5-VL: 2 x 2 patches of 14 x 14
-CHUNK = 256 << 20  # head.CHUNK_BYTES, which needs torch to be read
+CHUNK = 256 << 20  # policy.CHUNK_BYTES, which needs torch to be read
 Linear = dict[str, tuple[int, int]]  # linear layers: name -> (in, out)
 
 

@@ -9,7 +9,7 @@ No weights are loaded, and torch is not imported. Parts on a learner (P paramete
     reduce bucket          2 x 5e8               DeepSpeed's reduce_bucket_size, allocated at once
     activations            what autograd keeps of a packed forward of micro_tokens (terms: models/sizes.py), or with
                            checkpointing every layer's input and twice one layer; times 1.3, more than a CPU needs
-    head                   float32 gradient of its weight and chunks of logits (learner/head.py)
+    head                   float32 gradient of its weight and chunks of logits (learner/policy.py)
     step                   float32 gradients of one sub-group of at most 1e9, after activations are freed
 
 On an engine: weights, `ENGINE_OTHER` for activations and CUDA graphs, and the rest of gpu_memory_utilization for keys

@@ -24,9 +24,8 @@ from tatar_dist.report.reading import Training, is_number
 from tatar_dist.report.rollouts import Rollouts
 from tatar_dist.report.text import clean, rationale, split_teaser
 from tatar_dist.rewards import audit
+from tatar_dist.rewards.explain import Opponent, explain
 from tatar_dist.rewards.presets import load_preset, preset_names
-from tatar_dist.rewards.score import explain
-from tatar_dist.rewards.thurstone import Opponent
 
 KNOWN = {  # columns of a rollouts file that are no reward term (run/directory.py)
     "step", "group_id", "index", "sample_id", "dataset", "task", "target", "completion", "tokens", "finish_reason",

@@ -5,7 +5,7 @@
 (TATAR, arXiv 2603.19779, and its public code.) T is the distance, in points, at which a fixed-width bell would pay one
 half; alpha widens it for far answers, so that they still feel a slope, more for IAA than for IQA. Word gates exist for
 the `released` preset alone: there a word more or less flips the reward between 0 and 1, which is why ours is a
-separate ramp (length.py).
+separate ramp (terms.py).
 """
 
 from __future__ import annotations

@@ -21,11 +21,10 @@ from typing import Any
 
 from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
-from tatar_dist.rewards.binary import BinaryParams
 from tatar_dist.rewards.custom import CustomTerm, custom_term
 from tatar_dist.rewards.gaussian import GaussianParams
-from tatar_dist.rewards.length import LengthParams
 from tatar_dist.rewards.pairwise import PairwiseParams
+from tatar_dist.rewards.terms import BinaryParams, LengthParams
 from tatar_dist.rewards.thurstone import ThurstoneParams
 from tatar_dist.types import TASKS, Task
 

@@ -17,12 +17,10 @@ from tatar_dist.algo.advantages import ZERO_STD, advantages, group_std, total_re
 from tatar_dist.rewards import thurstone as ranking
 from tatar_dist.rewards.agreement import group_kendall
 from tatar_dist.rewards.batch import Answers, Batch, batch_of_rows, read_answers
-from tatar_dist.rewards.binary import binary
-from tatar_dist.rewards.format import format_term
 from tatar_dist.rewards.gaussian import gaussian
-from tatar_dist.rewards.length import length
 from tatar_dist.rewards.pairwise import pairwise
 from tatar_dist.rewards.presets import Preset
+from tatar_dist.rewards.terms import binary, format_term, length
 from tatar_dist.types import TASKS, Group, ScoredGroup
 
 
@@ -79,9 +77,9 @@ def score_batch(
     unrankable = np.zeros(len(batch.group_ids), bool)
     for term in wanted:
         values[term] = np.full(len(batch), np.nan)
-        index = _applies(batch, preset, term)
+        index = rows_of_term(batch, preset, term)
         if term == "thurstone" and len(index):
-            q, stats, groups = _ranked_groups(batch, answers, preset, index)
+            q, stats, groups = ranked_groups(batch, answers, preset, index)
             result = ranking.thurstone(q, stats, preset.thurstone)
             values[term][index] = result.reward
             unrankable[groups[result.unrankable]] = True
@@ -132,7 +130,7 @@ def _pools(batch: Batch, index: np.ndarray, pool: str) -> np.ndarray:
     return iaa if pool == "list" else 2 * batch.dataset[index] + iaa
 
 
-def _ranked_groups(
+def ranked_groups(
     batch: Batch, answers: Answers, preset: Preset, index: np.ndarray
 ) -> tuple[np.ndarray, ranking.Groups, np.ndarray]:
     """(scores, group statistics, batch group of each of these groups) of the rows that are ranked."""
@@ -142,19 +140,9 @@ def _ranked_groups(
     return q, stats, groups
 
 
-def _applies(batch: Batch, preset: Preset, term: str) -> np.ndarray:
+def rows_of_term(batch: Batch, preset: Preset, term: str) -> np.ndarray:
     """Indices of the rows whose task the term applies to."""
     return np.flatnonzero(np.where(batch.iaa, "iaa" in preset.tasks[term], "iqa" in preset.tasks[term]))
-
-
-def explain(batch: Batch, preset: Preset, row: int, strict: bool = True) -> list[tuple[str, ranking.Opponent]]:
-    """The comparisons behind row `row`'s Thurstone term as (group_id, Opponent), heaviest first, or []."""
-    index = _applies(batch, preset, "thurstone")
-    if row not in index:
-        return []
-    q, stats, groups = _ranked_groups(batch, read_answers(batch.completions, strict), preset, index)
-    table = ranking.explain(int(np.searchsorted(index, row)), q, stats, preset.thurstone)
-    return [(str(batch.group_ids[groups[o.group]]), o) for o in table]
 
 
 def scored_groups(groups: Sequence[Group], scored: BatchScores) -> list[ScoredGroup]:

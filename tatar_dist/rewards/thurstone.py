@@ -162,7 +162,7 @@ def thurstone(q: np.ndarray, groups: Groups, params: ThurstoneParams) -> Thursto
             continue
         step = max(1, BLOCK // len(rivals))
         for i in rivals:
-            comparison = _comparison(i, rivals, groups, params)
+            comparison = comparison_of(i, rivals, groups, params)
             for start in range(starts[i], starts[i + 1], step):
                 block = rows[start : min(start + step, starts[i + 1])]
                 reward[block] = comparison.rewards(q[block], params)
@@ -170,7 +170,7 @@ def thurstone(q: np.ndarray, groups: Groups, params: ThurstoneParams) -> Thursto
 
 
 @dataclass(frozen=True)
-class _Comparison:
+class Comparison:
     """One group against the J rivals of its pool: (J,) weights (own group 0), P, 1 - P, means, 1 / s."""
 
     w: np.ndarray
@@ -185,42 +185,8 @@ class _Comparison:
         return reward_of_mean(pair_terms(self.p, self.not_p, z, params) @ self.w, params)
 
 
-def _comparison(i: int, rivals: np.ndarray, groups: Groups, params: ThurstoneParams) -> _Comparison:
+def comparison_of(i: int, rivals: np.ndarray, groups: Groups, params: ThurstoneParams) -> Comparison:
     gap = groups.g[i] - groups.g[rivals]
     p, not_p = links.probabilities(gap / params.tau, params.link)
     w = gap_weights(gap[None], (rivals != i)[None], params.m)[0]
-    return _Comparison(w, p, not_p, groups.mu[rivals], 1.0 / pair_scale(groups.v[i], groups.v[rivals], params))
-
-
-@dataclass(frozen=True)
-class Opponent:
-    """One comparison behind a completion's reward. Scores in points; `weight` is the share in the mean."""
-
-    group: int
-    target: float
-    mean: float
-    variance: float
-    p: float
-    q: float
-    weight: float
-    reward: float
-
-
-def explain(row: int, q: np.ndarray, groups: Groups, params: ThurstoneParams) -> list[Opponent]:
-    """The opponents of one parsed row, heaviest first; the weighted mean of their rewards is the row's reward
-    (before its clamp to [0, 1]). Empty when the row is unparsed or its pool cannot rank."""
-    i = int(groups.of_row[row])
-    rivals = np.flatnonzero((groups.pool == groups.pool[i]) & (groups.n_parsed > 0))
-    rivals = rivals[rivals != i]
-    if np.isnan(q[row]) or not len(rivals):
-        return []
-    c = _comparison(i, rivals, groups, params)
-    z = (q[row] - c.mu) * c.inverse_scale
-    prob, _ = links.probabilities(z, params.link)
-    r = pair_terms(c.p, c.not_p, z, params)
-    r = 1.0 + r / math.log(params.eps) if params.measure == "bce" else r
-    table = [
-        Opponent(int(j), *(float(x) for x in (groups.g[j], groups.mu[j], groups.v[j], c.p[n], prob[n], c.w[n], r[n])))
-        for n, j in enumerate(rivals)
-    ]
-    return sorted(table, key=lambda o: -o.weight)
+    return Comparison(w, p, not_p, groups.mu[rivals], 1.0 / pair_scale(groups.v[i], groups.v[rivals], params))

@@ -19,8 +19,7 @@ from tatar_dist.config.schema import Config
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.faults.health import Health, State
 from tatar_dist.faults.waiting import TICK_S, Waits, error_of, first_line
-from tatar_dist.rollout.checks import problem
-from tatar_dist.rollout.chunks import Chunk, Queue
+from tatar_dist.rollout.calls import Chunk, Queue, problem
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.sync.push import PushResult, Round
 from tatar_dist.types import Group, Prompt

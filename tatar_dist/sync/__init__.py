@@ -1,0 +1,31 @@
+"""Weight pushes from the learners to the engines: the ways by their name in `rollout.push`. See README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tatar_dist.config.schema import Config
+from tatar_dist.faults.waiting import Waits
+from tatar_dist.run.failpoints import Failpoints
+from tatar_dist.sync.cuda_ipc import IpcPush, IpcSender
+from tatar_dist.sync.nccl import NcclPush, NcclSender
+from tatar_dist.sync.object_store import ObjectStorePush, ObjectStoreSender
+from tatar_dist.sync.push import WeightPush
+
+# the sender of a learner rank and the controller's side
+WAYS: dict[
+    str, tuple[Callable[[Any, int, Failpoints], Any], Callable[[Config, Waits, Callable[..., None]], WeightPush]]
+]
+WAYS = {
+    "object_store": (ObjectStoreSender, ObjectStorePush),
+    "nccl": (NcclSender, NcclPush),
+    "cuda_ipc": (IpcSender, IpcPush),
+}
+
+
+def weight_push(
+    config: Config, waits: Waits | None = None, log: Callable[..., None] = lambda event, **fields: None
+) -> WeightPush:
+    """The controller's side of the way that `rollout.push` names."""
+    return WAYS[config.rollout.push][1](config, waits or Waits(), log)

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from tatar_dist.cluster.selfcheck import verify
-from tatar_dist.sync.ways import weight_push
+from tatar_dist.sync import weight_push
 
 
 def used_bytes() -> int:

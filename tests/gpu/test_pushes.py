@@ -7,7 +7,7 @@ import ray
 
 from tatar_dist.cluster.selfcheck import verify
 from tatar_dist.learner.actor import WeightsOutOfSync
-from tatar_dist.sync.ways import weight_push
+from tatar_dist.sync import weight_push
 
 FAST = ("grpo.optim.lr=0.003", "grpo.optim.schedule=constant", "grpo.logprob_gap_limit=0.001")
 

@@ -25,8 +25,8 @@ from tatar_dist.prompts.source import PromptSource
 from tatar_dist.rollout.engine import Sampling, WrongWeightVersion
 from tatar_dist.run.directory import RunDirectory
 from tatar_dist.sampling import make_sampler
+from tatar_dist.sync import weight_push
 from tatar_dist.sync.object_store import from_wire, stream
-from tatar_dist.sync.ways import weight_push
 from tatar_dist.types import Completion, LearnerRow
 
 PARTS = {"vision": "visual.", "language": "language_model.layers.", "embedding": "embed_tokens", "head": "lm_head"}

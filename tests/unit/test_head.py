@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tatar_dist.learner import head  # noqa: E402
+from tatar_dist.learner import policy as head  # noqa: E402
 
 
 def plain(states, weight, targets, forbidden, temperature):
@@ -24,7 +24,7 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(tokens, temperatur
     monkeypatch.setattr(head, "CHUNK_BYTES", 8 * 4 * vocabulary)  # 8 tokens at a time
     linear = torch.nn.Linear(hidden, vocabulary, bias=False)
     linear.weight.requires_grad_(trained)
-    head.install(linear, temperature)
+    head.install_head(linear, temperature)
     states = torch.randn(tokens, hidden, generator=g).requires_grad_()
     forbidden = torch.tensor([3, 49])
     targets = torch.randint(4, 49, (tokens,), generator=g)
@@ -42,7 +42,7 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(tokens, temperatur
 
 def test_a_forbidden_target_is_impossible_and_no_target_gives_no_gradient():
     linear = torch.nn.Linear(4, 9, bias=False)
-    head.install(linear, 1.0)
+    head.install_head(linear, 1.0)
     states = torch.randn(2, 4, requires_grad=True)
     logp, entropy = linear(states, torch.tensor([5, 5]), torch.tensor([5]))
     assert torch.isneginf(logp).all() and torch.isfinite(entropy).all()

@@ -24,18 +24,17 @@ PACKAGE = ROOT / "tatar_dist"
 # From a prompt to a pushed weight: what somebody reads who wants to know how a step works.
 CORE = """
 grpo sft sampling trainer types
-rewards/thurstone rewards/gaussian rewards/pairwise rewards/links rewards/length rewards/format rewards/binary
-rewards/batch rewards/score
+rewards/thurstone rewards/gaussian rewards/pairwise rewards/links rewards/terms rewards/batch rewards/score
 algo/loss algo/advantages algo/aggregation algo/schedule
-learner/actor learner/group learner/batch learner/sharding learner/packing learner/zero3 learner/policy learner/head
+learner/actor learner/group learner/batch learner/sharding learner/packing learner/zero3 learner/policy
 learner/shared_prefix learner/ragged models/costs
-rollout/pool rollout/chunks rollout/engine rollout/checks rollout/options
-sync/push sync/object_store sync/nccl sync/cuda_ipc sync/vllm_backend sync/ways
-cluster/ray_cluster cluster/reward_actor cluster/reward_client
+rollout/pool rollout/calls rollout/engine rollout/options
+sync/push sync/object_store sync/nccl sync/cuda_ipc sync/vllm_backend
+cluster/ray_cluster cluster/reward
 faults/health faults/waiting
 """.split()
-CORE_LINES, CORE_FILES = 5_690, 45
-PACKAGE_LINES = 35_438
+CORE_LINES, CORE_FILES = 5_575, 39
+PACKAGE_LINES = 35_388
 ROOT_MODULES = 10
 FILE_LINES = 400
 README_BYTES = 12_288

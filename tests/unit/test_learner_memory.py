@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tatar_dist.learner import head  # noqa: E402
+from tatar_dist.learner import policy as head  # noqa: E402
 
 CHUNK = 128 << 10
 FORWARD, BACKWARD = 4, 2  # chunks at the same time, the backward's beside the gradients

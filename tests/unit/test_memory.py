@@ -118,7 +118,7 @@ def test_the_peak_of_an_update_is_above_the_one_measured_and_near(checkpointing,
 
 
 def test_chunks_of_logits_are_those_of_the_head():
-    head = pytest.importorskip("tatar_dist.learner.head")
+    head = pytest.importorskip("tatar_dist.learner.policy")
     assert sizes.CHUNK == head.CHUNK_BYTES
 
 

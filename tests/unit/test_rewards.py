@@ -16,9 +16,9 @@ from tatar_dist.prompts.answer import answer_text
 from tatar_dist.rewards import agreement, audit
 from tatar_dist.rewards.batch import batch_of_groups, batch_of_rows
 from tatar_dist.rewards.gaussian import GaussianParams, gaussian
-from tatar_dist.rewards.length import LengthParams, check_token_budget, length
 from tatar_dist.rewards.presets import load_preset, preset_names
 from tatar_dist.rewards.score import reward_metrics, score_batch, scored_groups
+from tatar_dist.rewards.terms import LengthParams, check_token_budget, length
 from tatar_dist.types import Completion, Group, Prompt, Sample
 
 WORDS = {"iqa": 40, "iaa": 130}

@@ -10,11 +10,11 @@ from scipy.special import expit, ndtr, ndtri
 
 from tatar_dist.errors import UserError
 from tatar_dist.rewards import links
+from tatar_dist.rewards.explain import opponents
 from tatar_dist.rewards.pairwise import PairwiseParams, pairwise
 from tatar_dist.rewards.presets import load_preset
 from tatar_dist.rewards.thurstone import (
     ThurstoneParams,
-    explain,
     gap_weights,
     group_statistics,
     pair_terms,
@@ -200,7 +200,7 @@ def test_the_explained_opponents_add_up_to_the_reward(link, measure):
     g, q = rng.uniform(0, 100, 5)[group], rng.uniform(0, 100, 15)
     params = ThurstoneParams(link=link, measure=measure)
     groups = group_statistics(q, g, group, np.zeros(15, np.int64))
-    table = explain(4, q, groups, params)
+    table = opponents(4, q, groups, params)
     assert {o.group for o in table} == {0, 2, 3, 4}
     total = sum(o.weight * o.reward for o in table)
     assert total == pytest.approx(thurstone(q, groups, params).reward[4], abs=1e-12)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tatar_dist.rollout.checks import problem
+from tatar_dist.rollout.calls import problem
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.types import Completion, Group, Prompt, Sample
 

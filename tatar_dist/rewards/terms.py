@@ -1,8 +1,10 @@
-"""Length reward: a soft budget on the think text, short for IQA, long for IAA.
+"""The terms that need no other image: length, format and binary. Each is 0 where a completion does not parse.
 
-    r = clip(1 - excess / margin, 0, 1),  excess = words over `iqa_max` (IQA) or missing to `iaa_min` (IAA)
+    length   clip(1 - excess / margin, 0, 1), excess = words over `iqa_max` (IQA) or missing to `iaa_min` (IAA)
+    format   1 if the answer parses (the grammar is in tatar_dist/prompts/answer.py)
+    binary   1 if the score lies within T points of the target: the plain baseline of the probes
 
-(A ramp where TATAR's public code has a hard gate, at which a word more or less flips the reward.) Words are whitespace
+Length is a ramp where TATAR's public code has a hard gate, at which one word flips the reward. Words are whitespace
 tokens inside <think>.
 """
 
@@ -30,15 +32,29 @@ class LengthParams:
             raise UserError(f"length margin={self.margin}: must be positive (words)")
 
 
-def length(words: np.ndarray, iaa: np.ndarray, parsed: np.ndarray, params: LengthParams) -> np.ndarray:
-    """(N,) float64 in [0, 1]; 0 where unparsed.
+@dataclass(frozen=True)
+class BinaryParams:
+    threshold: float = 8.75  # T, points
 
-    Args:
-        words: (N,) think words.
-        iaa, parsed: (N,) bool.
-    """
+    def check(self) -> None:
+        if self.threshold <= 0:
+            raise UserError(f"binary threshold={self.threshold}: must be positive (points)")
+
+
+def length(words: np.ndarray, iaa: np.ndarray, parsed: np.ndarray, params: LengthParams) -> np.ndarray:
+    """(N,) float64 in [0, 1] from the (N,) think words and the (N,) bool `iaa` and `parsed`."""
     excess = np.where(iaa, params.iaa_min - words, words - params.iqa_max)
     return np.where(parsed, np.clip(1.0 - excess / params.margin, 0.0, 1.0), 0.0)
+
+
+def format_term(parsed: np.ndarray) -> np.ndarray:
+    """(N,) float64 from the (N,) bool `parsed`."""
+    return parsed.astype(np.float64)
+
+
+def binary(q: np.ndarray, g: np.ndarray, params: BinaryParams) -> np.ndarray:
+    """(N,) float64: 1 where |q - g| < T, else 0. Scores q (NaN: unparsed), targets g and T are in points."""
+    return (np.abs(q - g) < params.threshold).astype(np.float64)
 
 
 def check_token_budget(params: LengthParams, max_new_tokens: int, tokens_per_word: float = TOKENS_PER_WORD) -> None:
