@@ -1,21 +1,19 @@
 """Draw, sample and score the groups of a GRPO step, some steps ahead of need.
 
-`ScoredBatches` is what the loop asks: prompts from the manifests, completions from the engines, rewards from the reward
-actor. `Batches`, its queue, hands them out in the order of their steps.
+`ScoredBatches` is the interface to the loop; `Batches`, its queue, returns batches in the order of their steps;
+`collect` samples and scores one batch.
 
-With `staleness: k` the batch of step n is sampled from the weights of step n - k (those the run starts with, for the
-first k), while the learners work: the lag is fixed, so that a run can be repeated. Prompts of the next batch are
-always drawn ahead, images read and checked.
+With `staleness: k` the batch of step n is sampled from the weights of step n - k (of step 0 for the first k) while the
+learners work. The lag is fixed, so that a run can be repeated. Prompts of the next batch are always drawn ahead.
 
-What is ahead belongs to a checkpoint: `state` holds the sampler's position before it, and its completions. After a
-resume the same prompts are drawn, and completions that are remembered are scored again instead of sampled again. A
-batch that was cut short (a signal, the last engine's death) is sampled later, from fresher weights.
+A checkpoint holds the sampler's position before the queued batches, and their completions: after a resume the same
+prompts are drawn and the saved completions are scored again. A batch that was cut short (a signal, the last engine's
+death) is sampled later, from newer weights.
 
-`collect` samples and scores one batch. A group whose completions all got the same reward is silent: its advantages are
-0. `grpo.zero_std` says what becomes of it: `keep` (it counts in the normaliser and feels the KL), `drop` (it stays out
-of the loss), or `refill`: in up to `grpo.refill_limit` rounds the silent groups give way to new prompts of their data
-set, sampled from the same weights, and the whole batch is scored again, since a ranking depends on who is in it
-(dynamic sampling, arXiv 2503.14476); groups silent after that are dropped.
+A group whose completions all have the same reward has no advantage. `grpo.zero_std`: `keep` (it counts in the
+normaliser and has a KL), `drop` (it stays out of the loss), or `refill` (dynamic sampling, arXiv 2503.14476): in up to
+`grpo.refill_limit` rounds such groups are replaced by new prompts of their data set, sampled from the same weights,
+and the whole batch is scored again, because a ranking depends on all of it; what remains is dropped.
 """
 
 from __future__ import annotations
@@ -43,13 +41,12 @@ from tatar_dist.types import Completion, Group, Prompt, ScoredGroup
 
 @dataclass
 class Collected:
-    """The step's groups in order, the silent ones they replaced, reward metrics, and seconds by phase."""
+    """The groups of a step in order, those that a refill replaced, reward metrics, and seconds by phase."""
 
     scored: list[ScoredGroup]
     replaced: list[ScoredGroup] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
-    generate_seconds: float = 0.0
-    reward_seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: {"generate": 0.0, "reward": 0.0})
 
 
 def collect(
@@ -62,10 +59,7 @@ def collect(
     sampler: PromptSampler,
     begin: Callable[[str], None],
 ) -> Collected:
-    """Generate and score the global batch of a step. `begin` is told of each phase.
-
-    Raises what `generate` and the reward actor raise.
-    """
+    """Generate and score the global batch of a step. `begin` is called with the name of each phase."""
     out = Collected([])
     asked, groups = list(prompts), []
     for round_ in range(1 + (grpo.refill_limit if grpo.zero_std == "refill" else 0)):
@@ -74,10 +68,9 @@ def collect(
             fresh = source.more([s.group.prompt for s in silent], asked, sampler, step)
             if not fresh:
                 break
-            given_up = silent[: len(fresh)]
-            out.replaced += given_up
-            gone = {s.group.prompt.group_id for s in given_up}
-            groups = [g for g in groups if g.prompt.group_id not in gone]
+            out.replaced += silent[: len(fresh)]
+            replaced = {s.group.prompt.group_id for s in out.replaced}
+            groups = [g for g in groups if g.prompt.group_id not in replaced]
             asked += fresh
         begin("generate")
         start = time.perf_counter()
@@ -86,8 +79,8 @@ def collect(
         middle = time.perf_counter()
         begin("reward")
         out.scored, out.metrics = scorer.score(groups, step)
-        out.generate_seconds += middle - start
-        out.reward_seconds += time.perf_counter() - middle
+        out.seconds["generate"] += middle - start
+        out.seconds["reward"] += time.perf_counter() - middle
     if grpo.zero_std != "keep":
         out.scored = [replace(s, trained=not s.zero_std) for s in out.scored]
     out.metrics["reward/replaced_groups"] = float(len(out.replaced))
@@ -163,9 +156,9 @@ class Batches:
 
     def recall(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[Prompt]]:
         """The groups of `prompts` that were sampled before a resume, once each, and the prompts without one."""
-        known = [_unpacked(p, self.remembered.pop(p.group_id)) for p in prompts if p.group_id in self.remembered]
-        found = {g.prompt.group_id for g in known}
-        return known, [p for p in prompts if p.group_id not in found]
+        new = [p for p in prompts if p.group_id not in self.remembered]
+        known = [p for p in prompts if p.group_id in self.remembered]
+        return [_unpacked(p, self.remembered.pop(p.group_id)) for p in known], new
 
 
 def _packed(group: Group) -> list[Any]:
@@ -174,9 +167,9 @@ def _packed(group: Group) -> list[Any]:
 
 
 def _unpacked(prompt: Prompt, packed: list[Any]) -> Group:
-    version, prompt_ids, completions = packed
-    made = tuple(Completion(text, tuple(ids), tuple(logprobs), end) for text, ids, logprobs, end in completions)
-    return Group(prompt, tuple(prompt_ids), made, version)
+    version, prompt_ids, rows = packed
+    completions = tuple(Completion(text, tuple(ids), tuple(logprobs), end) for text, ids, logprobs, end in rows)
+    return Group(prompt, tuple(prompt_ids), completions, version)
 
 
 def make_sampler(config: Config) -> PromptSampler:
@@ -260,7 +253,6 @@ class ScoredBatches:
                 self.run.directory.begin(phase, step)
 
         g, source = self.config.grpo, self.source
-        found = collect(g, batch.prompts, step, generate, self.run.scorer, source, self.sampler, begin)
-        self.seconds["generate"] += found.generate_seconds
-        self.seconds["reward"] += found.reward_seconds
-        return found
+        collected = collect(g, batch.prompts, step, generate, self.run.scorer, source, self.sampler, begin)
+        self.seconds = {phase: total + collected.seconds[phase] for phase, total in self.seconds.items()}
+        return collected

@@ -63,7 +63,7 @@ MUTATIONS = {
     "advantage: biased std": ("algo/advantages.py", "np.maximum(n - 1, 1)", "np.maximum(n, 1)", ADVANTAGES),
     "advantage: not centred": ("algo/advantages.py", "reward - group_mean(reward, group)[group], 0.0)", "reward, 0.0)", ADVANTAGES),
     "advantage: per term sums first": ("algo/advantages.py", 'if mode == "per_term":', 'if mode == "never":', ADVANTAGES),
-    "agreement: ties count": ("rewards/agreement.py", "np.abs(a).sum(1) * np.abs(b).sum(1)", "float(len(first)) ** 2 * (np.abs(a).sum(1) > 0)", REWARDS),
+    "agreement: ties count": ("rewards/metrics.py", "np.abs(a).sum(1) * np.abs(b).sum(1)", "float(len(first)) ** 2 * (np.abs(a).sum(1) > 0)", REWARDS),
     "loss: sign": ("algo/loss.py", "pg = -torch.minimum", "pg = torch.minimum", LOSSES),
     "loss: max for min": ("algo/loss.py", "-torch.minimum(r * advantage", "-torch.maximum(r * advantage", LOSSES),
     "loss: one clip for both sides": ("algo/loss.py", "1.0 + form.clip_high) * advantage", "1.0 + form.clip_low) * advantage", LOSSES),

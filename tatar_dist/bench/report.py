@@ -33,8 +33,9 @@ def write_run(
     """Make the directory of a GRPO run that learned, half of it IQA, and return `path`."""
     from tatar_dist.config.schema import Config, DataConfig, ModelConfig, to_yaml
     from tatar_dist.rewards.batch import batch_of_groups
+    from tatar_dist.rewards.metrics import reward_metrics
     from tatar_dist.rewards.presets import load_preset
-    from tatar_dist.rewards.score import reward_metrics, score_batch, scored_groups
+    from tatar_dist.rewards.score import score_batch, scored_groups
     from tatar_dist.run.directory import write_rollouts
     from tatar_dist.run.events import Events
 

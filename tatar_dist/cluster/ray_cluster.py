@@ -7,14 +7,9 @@ at the same time, and each side has threads for half of the cores.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
-import secrets
-import signal
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,6 +21,7 @@ from ray._private.state import available_resources_per_node, total_resources_per
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from tatar_dist.cluster.ray_start import start_ray
 from tatar_dist.cluster.reward import RemoteScorer, RewardScorer
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import RunError, UserError
@@ -42,29 +38,15 @@ from tatar_dist.run.process import pin
 FEWER_WAIT_S = 10.0  # for a place of fewer learners: their nodes are there already
 
 
-def _require_token() -> None:
-    """Token authentication for the Ray we start: nobody else on this machine may submit work to it."""
-    if "RAY_AUTH_MODE" in os.environ:
-        return
-    fd, path = tempfile.mkstemp(prefix="tatar-ray-token-")  # mode 600
-    with os.fdopen(fd, "w") as f:
-        f.write(secrets.token_hex(32))
-    atexit.register(Path(path).unlink, missing_ok=True)
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": path}
-    ray._raylet.Config.initialize("")  # Ray cached the mode when it was imported
-
-
 def _with_absolute_paths(config: Config) -> Config:
     """The config with absolute output, model and preset: actors of a joined cluster have another working directory."""
     model, preset = Path(config.model.path), Path(config.reward.preset)
-    found = config
-    if config.output:
-        found = replace(found, output=str(Path(config.output).absolute()))
-    if model.is_dir():
-        found = replace(found, model=replace(found.model, path=str(model.resolve())))
-    if preset.is_file():
-        found = replace(found, reward=replace(found.reward, preset=str(preset.resolve())))
-    return found
+    return replace(
+        config,
+        output=str(Path(config.output).absolute()) if config.output else config.output,
+        model=replace(config.model, path=str(model.resolve()) if model.is_dir() else config.model.path),
+        reward=replace(config.reward, preset=str(preset.resolve()) if preset.is_file() else config.reward.preset),
+    )
 
 
 class Cluster:
@@ -96,35 +78,8 @@ class Cluster:
         self._asked = {"CPU": 0.0, "GPU": 0.0}
         self._own = not ray.is_initialized()
         if self._own:
-            self._start()
+            start_ray(self.config, self.address, self.cores)
         self._nodes = self._living()
-
-    def _start(self) -> None:
-        c = self.config.cluster
-        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            if self.address:
-                ray.init(address=self.address, **quiet)
-                return
-            _require_token()
-            ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # every port on loopback
-            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-            need = 2 + max(1, c.learners) * c.learner_cpus + max(1, self.config.rollout.engines) * c.engine_cpus
-            ray.init(
-                address="local",  # without it Ray joins whatever another run has started on this machine
-                num_cpus=max(self.cores, int(need + 1)),  # logical: processes on a laptop take turns on its cores
-                include_dashboard=False,
-                object_store_memory=c.object_store_mib << 20,
-                **quiet,
-            )
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as e:
-            raise UserError(
-                f"Ray did not start: {str(e).strip().splitlines()[0]} (cluster.address={self.address})"
-            ) from e
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, handler)  # ray.init takes it for itself: no checkpoint, no clean end
 
     def threads(self, processes: int) -> int:
         """CPU threads for each of `processes` equal processes, learners or engines."""

@@ -15,8 +15,9 @@ from tatar_dist.config.schema import GRPOConfig, RewardConfig
 from tatar_dist.errors import RunError
 from tatar_dist.faults.waiting import Waits, first_line
 from tatar_dist.rewards.batch import batch_of_groups
+from tatar_dist.rewards.metrics import reward_metrics
 from tatar_dist.rewards.presets import load_preset
-from tatar_dist.rewards.score import reward_metrics, score_batch, scored_groups
+from tatar_dist.rewards.score import score_batch, scored_groups
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.log import open_log
 from tatar_dist.run.process import process_facts

@@ -45,8 +45,9 @@ from tatar_dist.prompts.answer import clamped, parse, think_words
 from tatar_dist.prompts.render import PromptTexts
 from tatar_dist.prompts.source import PromptSource, read_manifests
 from tatar_dist.rewards.batch import batch_of_groups
+from tatar_dist.rewards.metrics import reward_metrics
 from tatar_dist.rewards.presets import load_preset
-from tatar_dist.rewards.score import reward_metrics, score_batch, scored_groups
+from tatar_dist.rewards.score import score_batch, scored_groups
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.directory import RunDirectory, write_rollouts

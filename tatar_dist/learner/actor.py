@@ -41,7 +41,7 @@ class Learner:
         self._files = RankFiles()
 
     def setup(self, rendezvous: Any, stage: str, total_steps: int, threads: int) -> dict[str, Any]:
-        """Join the process group at `rendezvous` (store.py), load the model, shard it. Collective.
+        """Join the process group at `rendezvous` (process_group.py), load the model, shard it. Collective.
 
         Returns its rank, the model's parameters and where the process runs, for the log.
         """
@@ -53,7 +53,8 @@ class Learner:
             from tatar_dist.algo.schedule import needs_reference
             from tatar_dist.learner.batch import Collator
             from tatar_dist.learner.listeners import listening, silence
-            from tatar_dist.learner.zero3 import Zero3, init_process_group
+            from tatar_dist.learner.process_group import init_process_group
+            from tatar_dist.learner.zero3 import Zero3
 
         torch.set_num_threads(threads)
         torch.manual_seed(self.config.seed)
@@ -142,36 +143,33 @@ class Learner:
         from tatar_dist.algo.loss import PolicyLoss, policy_loss
         from tatar_dist.algo.schedule import importance, kl_beta, learning_rate
 
-        start = time.perf_counter()
-        g = self.config.grpo
-        corrected = importance(self.config)
+        start, g, n = time.perf_counter(), self.config.grpo, len(shard)
         form = PolicyLoss(
             clip_low=g.clip_low,
             clip_high=g.clip_high,
             ratio=g.ratio,
-            importance=corrected,
+            importance=importance(self.config),
             importance_mode=g.importance_mode,
             importance_cap=g.importance_cap,
         )
-        beta = kl_beta(g, step, self.total_steps)
-        lr = learning_rate(g.optim, step, self.total_steps)
+        beta, lr = kl_beta(g, step, self.total_steps), learning_rate(g.optim, step, self.total_steps)
         self.zero3.set_learning_rate(lr)
-        n = len(shard)
-        made, batches = self._batches(shard), list[Any]()
+        batches: Any = self._batches(shard)
         reference: list[Any] = [None] * n
         old: list[Any] = [None] * n
-        with torch.no_grad():
-            for i in range(n) if self.zero3.has_reference or g.inner_iterations > 1 else ():
-                batches.append(next(made))
-                if self.zero3.has_reference:
-                    reference[i] = self.zero3.reference_logp(batches[i])
-                if g.inner_iterations > 1:
-                    old[i] = self.zero3.engine(batches[i]).logp
+        if self.zero3.has_reference or g.inner_iterations > 1:
+            kept = []
+            with torch.no_grad():
+                for i, batch in enumerate(batches):
+                    kept.append(batch)
+                    reference[i] = self.zero3.reference_logp(batch) if self.zero3.has_reference else None
+                    old[i] = self.zero3.engine(batch).logp if g.inner_iterations > 1 else None
+            batches = kept
         sums: dict[str, float] = {}
         gap_sum, gap_max, ratio_max, norm = 0.0, 0.0, 0.0, 0.0
         gap: dict[str, float] = {}
         for iteration in range(g.inner_iterations):
-            for i, batch in enumerate(batches or made):
+            for i, batch in enumerate(batches):
                 self.zero3.begin(last=i == n - 1)
                 out = self.zero3.engine(batch)
                 out.logp.register_hook(lambda _: self.failpoints.reach("learner.backward", step=step))
@@ -218,6 +216,7 @@ class Learner:
         return StepReport(step, metrics, time.perf_counter() - start)
 
     def _checked_gap(self, gap_sum: float, gap_max: float, tokens: float) -> dict[str, float]:
+        """Metrics of the gap over all ranks. Raises WeightsOutOfSync when its mean is over the limit."""
         import torch.distributed as dist
 
         s = self.zero3.all_reduce({"gap": gap_sum, "tokens": tokens})

@@ -1,7 +1,7 @@
-"""Where learners meet: the keys and values of a torch.distributed store, kept by a Ray actor.
+"""The keys and values of the learners' torch.distributed store, kept by a Ray actor.
 
 torch's own TCPStore listens without authentication, and whoever writes into it decides whom a rank connects to. Here
-keys travel as calls of a Ray actor, which only holders of the cluster's token can make. `store.py` is the ranks' side.
+keys travel as calls of a Ray actor, which only holders of the cluster's token can make; process_group.py makes them.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
 from tatar_dist.rewards.batch import Batch, batch_of_rows, disagreement
 from tatar_dist.rewards.explain import explain
+from tatar_dist.rewards.metrics import reward_metrics
 from tatar_dist.rewards.presets import Preset, load_preset
-from tatar_dist.rewards.score import BatchScores, reward_metrics, score_batch
+from tatar_dist.rewards.score import BatchScores, score_batch
 from tatar_dist.run.files import writing, written_whole
 from tatar_dist.types import TASKS
 

@@ -1,13 +1,12 @@
 """From a global batch of completions to reward terms, rewards, advantages and their metrics.
 
-This is all the reward actor runs: `score_batch(batch, preset)`, then `reward_metrics(batch, scored)`. Pure numpy,
-float64. The whole global batch goes in at once, because ranking needs other images. An unparsed completion gets
+The reward actor runs `score_batch(batch, preset)`, then `metrics.reward_metrics(batch, scored)`. Pure numpy, float64.
+The whole global batch goes in at once, because ranking needs other images. An unparsed completion gets
 0 from every term and counts in its group's advantage; a term of another task is NaN.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,13 +14,12 @@ import numpy as np
 
 from tatar_dist.algo.advantages import ZERO_STD, advantages, group_std, total_reward
 from tatar_dist.rewards import thurstone as ranking
-from tatar_dist.rewards.agreement import group_kendall
 from tatar_dist.rewards.batch import Answers, Batch, batch_of_rows, read_answers
 from tatar_dist.rewards.gaussian import gaussian
 from tatar_dist.rewards.pairwise import pairwise
 from tatar_dist.rewards.presets import Preset
 from tatar_dist.rewards.terms import binary, format_term, length
-from tatar_dist.types import TASKS, Group, ScoredGroup
+from tatar_dist.types import Group, ScoredGroup
 
 
 @dataclass(frozen=True)
@@ -162,35 +160,3 @@ def scored_groups(groups: Sequence[Group], scored: BatchScores) -> list[ScoredGr
             )
         )
     return result
-
-
-def reward_metrics(batch: Batch, scored: BatchScores) -> dict[str, float]:
-    """Metrics of one batch by their contract names, for the tasks and terms that occur.
-
-    reward/{total,TERM}/{task}: mean over completions. reward/frac_zero_std/{total,TERM}/{task}: share of groups whose
-    completions all got the same, which teaches nothing. reward/agreement/{task}: mean over groups of Kendall's tau-b
-    between rewards and nearness -|d| of the parsed completions; groups where it is undefined are left out.
-    completion/think_words/{task}: mean.
-    completion/parse_failures/{task}, completion/out_of_range/{task}: shares. reward/unrankable_groups: a count.
-    """
-    metrics: dict[str, float] = {}
-    for task in TASKS:
-        rows = np.flatnonzero(batch.iaa == (task == "iaa"))
-        if not len(rows):
-            continue
-        _, group = np.unique(batch.group[rows], return_inverse=True)
-        for name, values in [("total", scored.reward), *scored.terms.items()]:
-            part = values[rows]
-            if np.isnan(part).all():
-                continue
-            metrics[f"reward/{name}/{task}"] = float(part.mean())
-            metrics[f"reward/frac_zero_std/{name}/{task}"] = float((group_std(part, group) < ZERO_STD).mean())
-        heard = rows[scored.parsed[rows]]
-        nearness = -np.abs(scored.answers.score[heard] - batch.target[heard])
-        tau = group_kendall(scored.reward[heard], nearness, batch.group[heard])
-        metrics[f"reward/agreement/{task}"] = float(np.nanmean(tau)) if np.isfinite(tau).any() else math.nan
-        metrics[f"completion/think_words/{task}"] = float(scored.answers.think_words[rows].mean())
-        metrics[f"completion/parse_failures/{task}"] = float((~scored.parsed[rows]).mean())
-        metrics[f"completion/out_of_range/{task}"] = float(scored.answers.out_of_range[rows].mean())
-    metrics["reward/unrankable_groups"] = float(scored.counts["unrankable_groups"])
-    return metrics

@@ -12,8 +12,8 @@ import ray
 
 from tatar_dist.errors import RunError
 from tatar_dist.learner.listeners import listening, silence
+from tatar_dist.learner.process_group import RayStore
 from tatar_dist.learner.rendezvous import Rendezvous
-from tatar_dist.learner.store import RayStore
 from tatar_dist.rollout.options import COMMON_ENV
 
 pytestmark = pytest.mark.usefixtures("shared_ray")

@@ -8,8 +8,9 @@ import pytest
 from tatar_dist.errors import UserError
 from tatar_dist.rewards import audit
 from tatar_dist.rewards.batch import batch_of_rows
+from tatar_dist.rewards.metrics import reward_metrics
 from tatar_dist.rewards.presets import load_preset
-from tatar_dist.rewards.score import reward_metrics, score_batch
+from tatar_dist.rewards.score import score_batch
 
 MODULE = """
 import numpy as np

@@ -13,11 +13,13 @@ from scipy.stats import kendalltau
 
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import answer_text
-from tatar_dist.rewards import agreement, audit
+from tatar_dist.rewards import audit
+from tatar_dist.rewards import metrics as reward_files
 from tatar_dist.rewards.batch import batch_of_groups, batch_of_rows
 from tatar_dist.rewards.gaussian import GaussianParams, gaussian
+from tatar_dist.rewards.metrics import reward_metrics
 from tatar_dist.rewards.presets import load_preset, preset_names
-from tatar_dist.rewards.score import reward_metrics, score_batch, scored_groups
+from tatar_dist.rewards.score import score_batch, scored_groups
 from tatar_dist.rewards.terms import LengthParams, check_token_budget, length
 from tatar_dist.types import Completion, Group, Prompt, Sample
 
@@ -204,8 +206,8 @@ def test_group_kendall_equals_scipys_in_every_group(rows):
     group, x, y = (np.array(column) for column in zip(*rows, strict=True))
     for large in (64, 1):  # in blocks, and one by one
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(agreement, "LARGE", large)
-            found = agreement.group_kendall(x.astype(float), y.astype(float), group)
+            patch.setattr(reward_files, "LARGE", large)
+            found = reward_files.group_kendall(x.astype(float), y.astype(float), group)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             expected = [kendalltau(x[group == j], y[group == j]).statistic for j in np.unique(group)]

@@ -1,18 +1,58 @@
-"""The store that torch.distributed and DeepSpeed rendezvous through, as one rank uses it.
+"""The process group of the learners: `init_process_group`, and the store through which torch.distributed meets.
 
-It calls a `Rendezvous` actor: no port listens, and every call carries the cluster's token.
+The store calls a `Rendezvous` actor: no port listens, and every call carries the cluster's token.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import ray
+import torch
 import torch.distributed as dist
 
+from tatar_dist.config.schema import ClusterConfig
 from tatar_dist.errors import LearnersFailed
+from tatar_dist.run.process import interface_of
+
+
+def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torch.device, c: ClusterConfig) -> Any:
+    """gloo on CPU, NCCL on GPUs; every collective of the run fails after `cluster.collective_timeout_s`.
+
+    On a single node gloo stays on loopback, else it takes the interface of the node's address in the cluster (a host's
+    name may resolve to loopback). NCCL is only told of `cluster.network_interface`. Returns the group's
+    store, which must be kept: torch calls into it, but does not keep its Python part alive.
+
+    Raises:
+        RunError: naming ranks that did not come within half of `cluster.start_timeout_s`.
+    """
+    import deepspeed
+
+    # compiled at the first use, behind a lock file: a process killed meanwhile would leave all later ones waiting for
+    # ever; and only inference uses it
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # half: late ranks are named here, before whoever waits for this call gives up on all of them
+    store = RayStore(rendezvous, c.start_timeout_s / 2)
+    hosts = store.join(rank, world_size, ray.get_runtime_context().get_node_id())
+    gloo = c.network_interface or interface_of(ray.util.get_node_ip_address())
+    if device.type == "cpu" and len(set(hosts)) == 1:
+        gloo = "lo"
+    if gloo:
+        os.environ["GLOO_SOCKET_IFNAME"] = gloo
+    if c.network_interface:
+        os.environ["NCCL_SOCKET_IFNAME"] = c.network_interface
+    wait = timedelta(seconds=c.collective_timeout_s)
+    device_id = device if device.type == "cuda" and world_size > 1 else None
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait, device_id=device_id)
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=wait, verbose=False)
+    return store
 
 
 class RayStore(dist.Store):

@@ -1,0 +1,55 @@
+"""Start Ray on this machine, reachable by this user alone, or join a cluster."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import signal
+import tempfile
+import threading
+from pathlib import Path
+
+import ray
+
+from tatar_dist.config.schema import Config
+from tatar_dist.errors import UserError
+
+
+def start_ray(config: Config, address: str | None, cores: int) -> None:
+    """Join the cluster at `address`, or start Ray here for the actors of `config`. Raises UserError."""
+    c = config.cluster
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+            return
+        _require_token()
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # every port on loopback
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        need = 2 + max(1, c.learners) * c.learner_cpus + max(1, config.rollout.engines) * c.engine_cpus
+        ray.init(
+            address="local",  # without it Ray joins whatever another run has started on this machine
+            num_cpus=max(cores, int(need + 1)),  # logical: processes on a laptop take turns on its cores
+            include_dashboard=False,
+            object_store_memory=c.object_store_mib << 20,
+            **quiet,
+        )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as e:
+        raise UserError(f"Ray did not start: {str(e).strip().splitlines()[0]} (cluster.address={address})") from e
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # ray.init takes it for itself: no checkpoint, no clean end
+
+
+def _require_token() -> None:
+    """Token authentication for the Ray we start: nobody else on this machine may submit work to it."""
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    fd, path = tempfile.mkstemp(prefix="tatar-ray-token-")  # mode 600
+    with os.fdopen(fd, "w") as f:
+        f.write(secrets.token_hex(32))
+    atexit.register(Path(path).unlink, missing_ok=True)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": path}
+    ray._raylet.Config.initialize("")  # Ray cached the mode when it was imported

@@ -1,0 +1,74 @@
+"""The metrics of a scored batch, Kendall's tau-b of its groups among them. Pure numpy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tatar_dist.algo.advantages import ZERO_STD, group_std
+from tatar_dist.rewards.batch import Batch
+from tatar_dist.rewards.score import BatchScores
+from tatar_dist.types import TASKS
+
+LARGE = 64  # rows; all pairs of a larger group would take too much memory
+
+
+def reward_metrics(batch: Batch, scored: BatchScores) -> dict[str, float]:
+    """Metrics of one batch by their contract names, for the tasks and terms that occur.
+
+    reward/{total,TERM}/{task}: mean over completions. reward/frac_zero_std/{total,TERM}/{task}: share of groups whose
+    completions all got the same, which teaches nothing. reward/agreement/{task}: mean over groups of Kendall's tau-b
+    between rewards and nearness -|d| of the parsed completions; groups where it is undefined are left out.
+    completion/think_words/{task}: mean.
+    completion/parse_failures/{task}, completion/out_of_range/{task}: shares. reward/unrankable_groups: a count.
+    """
+    metrics: dict[str, float] = {}
+    for task in TASKS:
+        rows = np.flatnonzero(batch.iaa == (task == "iaa"))
+        if not len(rows):
+            continue
+        _, group = np.unique(batch.group[rows], return_inverse=True)
+        for name, values in [("total", scored.reward), *scored.terms.items()]:
+            part = values[rows]
+            if np.isnan(part).all():
+                continue
+            metrics[f"reward/{name}/{task}"] = float(part.mean())
+            metrics[f"reward/frac_zero_std/{name}/{task}"] = float((group_std(part, group) < ZERO_STD).mean())
+        heard = rows[scored.parsed[rows]]
+        nearness = -np.abs(scored.answers.score[heard] - batch.target[heard])
+        tau = group_kendall(scored.reward[heard], nearness, batch.group[heard])
+        metrics[f"reward/agreement/{task}"] = float(np.nanmean(tau)) if np.isfinite(tau).any() else math.nan
+        metrics[f"completion/think_words/{task}"] = float(scored.answers.think_words[rows].mean())
+        metrics[f"completion/parse_failures/{task}"] = float((~scored.parsed[rows]).mean())
+        metrics[f"completion/out_of_range/{task}"] = float(scored.answers.out_of_range[rows].mean())
+    metrics["reward/unrankable_groups"] = float(scored.counts["unrankable_groups"])
+    return metrics
+
+
+def group_kendall(x: np.ndarray, y: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """tau-b (Kendall 1945) of x and y within each group that occurs, in the order of its id; NaN where undefined.
+
+    tau_b = (concordant - discordant) / sqrt((pairs - ties in x)(pairs - ties in y)); undefined when either is constant.
+    Groups of G rows are computed together from their G (G - 1) / 2 pairs; those over LARGE rows by scipy.
+
+    Args:
+        x, y: (N,) finite values.
+        group: (N,) int64 ids, in any order.
+    """
+    _, index, counts = np.unique(group, return_inverse=True, return_counts=True)
+    order, starts = np.argsort(index, kind="stable"), np.cumsum(counts) - counts
+    tau = np.full(len(counts), np.nan)
+    for size in np.unique(counts):
+        members = np.flatnonzero(counts == size)
+        rows = order[starts[members, None] + np.arange(size)]  # (J, G)
+        if size > LARGE:
+            from scipy.stats import kendalltau
+
+            tau[members] = [kendalltau(x[r], y[r]).statistic for r in rows]
+            continue
+        first, second = np.triu_indices(size, 1)
+        a, b = (np.sign(v[rows[:, first]] - v[rows[:, second]]) for v in (x, y))
+        scale = np.sqrt(np.abs(a).sum(1) * np.abs(b).sum(1))
+        tau[members] = np.divide((a * b).sum(1), scale, out=np.full(len(members), np.nan), where=scale > 0)
+    return tau
