@@ -31,7 +31,7 @@ def write_run(
     path: Path, steps: int = STEPS, images: int = IMAGES, side: tuple[int, int] = SIDE, seed: int = 0
 ) -> Path:
     """Make the directory of a GRPO run that learned, half of it IQA, and return `path`."""
-    from tatar_dist.config.schema import Config, DataConfig, ModelConfig, to_yaml
+    from tatar_dist.config.schema import Config, DataConfig, GRPOConfig, ModelConfig, to_yaml
     from tatar_dist.rewards.batch import batch_of_groups
     from tatar_dist.rewards.metrics import reward_metrics
     from tatar_dist.rewards.presets import load_preset
@@ -43,9 +43,11 @@ def write_run(
     path.mkdir(parents=True, exist_ok=True)
     samples = _samples(path / "train.parquet", images, side, rng)
     config = Config(
-        output=str(path), model=ModelConfig(path="model"), data=DataConfig(train=[str(path / "train.parquet")])
+        output=str(path),
+        model=ModelConfig(path="model"),
+        data=DataConfig(train=[str(path / "train.parquet")]),
+        grpo=GRPOConfig(prompts_per_step=PROMPTS, group_size=GROUP),
     )
-    config.grpo.prompts_per_step, config.grpo.group_size = PROMPTS, GROUP
     (path / "config.yaml").write_text(to_yaml(config))
     sentences = [" ".join(rng.choice(WORDS, SENTENCE)) + "." for _ in range(SENTENCES)]
     preset, events = load_preset("tatar"), Events(path)

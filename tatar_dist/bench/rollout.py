@@ -89,8 +89,7 @@ def engine(directory: Path, work: Work = WORK) -> Callable[[int], int]:
     from tatar_dist.rollout.engine import RolloutEngine, Sampling
     from tatar_dist.types import Prompt, Sample
 
-    config = prepared(directory, work)
-    config.output = ""
+    config = replace(prepared(directory, work), output="")
     made = RolloutEngine(config, 0)
     made.setup(len(os.sched_getaffinity(0)), 0)
     text = subject.prompt_text(family(config.model.family)(config.model))

@@ -2,7 +2,8 @@
 
 schema.py      the keys, their types, defaults and meanings
 rationale.py   the section `rationale`
-rules.py       what types cannot express: choices, ranges, combinations
+validate.py    reads YAML files, validates with pydantic, and words every fault in one line
+rules.py       what types cannot express: combinations of keys
 load.py        merges YAML files and `key=value`; unknown keys fail with the nearest name
 page.py        writes the table of keys in configs/README.md
 """

@@ -6,28 +6,32 @@ evaluate, so that one override file (configs/demo.yaml) covers a whole pipeline.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, field
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Le
 from omegaconf import OmegaConf
+from pydantic.dataclasses import dataclass
 
 from tatar_dist.config.rationale import RationaleConfig
+from tatar_dist.config.validate import STRICT_KEYS, AboveZero, AtLeastOne, AtLeastZero, Float, Int, NotNegative
 
 
-@dataclass
+@dataclass(frozen=True, config=STRICT_KEYS)
 class ModelConfig:
     path: str = "???"  # Hugging Face model directory (or hub name where the hub is reachable)
     family: str = "qwen2_5_vl"  # a module of tatar_dist.models
-    dtype: str = "bfloat16"  # bfloat16 | float32, for learners and engines alike
-    min_pixels: int = 3136  # smaller images are scaled up; learners and engines use the same sizes
-    max_pixels: int = 1572864  # larger images are scaled down
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # bfloat16 | float32, for learners and engines alike
+    min_pixels: Int = 3136  # smaller images are scaled up; learners and engines use the same sizes
+    max_pixels: Int = 1572864  # larger images are scaled down
     train_vision: bool = True  # false freezes the vision tower
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, more time
-    lora_rank: int = 0  # above 0 low-rank adapters are trained instead of the weights (learner/lora.py)
-    lora_alpha: float = 32.0  # what an adapter adds is multiplied by lora_alpha / lora_rank
+    lora_rank: AtLeastZero = 0  # above 0 low-rank adapters are trained instead of the weights (learner/lora.py)
+    lora_alpha: AboveZero = 32.0  # what an adapter adds is multiplied by lora_alpha / lora_rank
     lora_targets: list[str] = field(default_factory=list)  # last parts of layers' names, as q_proj; empty = all linear
 
 
-@dataclass
+@dataclass(frozen=True, config=STRICT_KEYS)
 class DataConfig:
     root: str = "."  # where relative paths of manifests start
     image_root: str | None = None  # where image paths of manifests start; null = what each manifest says
@@ -35,165 +39,201 @@ class DataConfig:
     validation: list[str] = field(default_factory=list)  # likewise, validation: held-out loss and eval/*
     test: list[str] = field(default_factory=list)  # likewise, test: what `evaluate` reads
     prompts: str = "configs/prompts.yaml"  # wording of the prompts, the same for every stage
-    iqa_fraction: float = 0.5  # share of IQA samples in a batch
-    min_rank_pool: int = 2  # images of one data set that a GRPO batch must hold of a task whose reward ranks
-    max_prompt_tokens: int = 3072  # longer prompts are rejected, never truncated
-    eval_limit: int | None = None  # samples per data set in an evaluation, also of a running GRPO; null = all
+    iqa_fraction: Annotated[Float, Ge(0), Le(1)] = 0.5  # share of IQA samples in a batch
+    min_rank_pool: Annotated[Int, Ge(2)] = (
+        2  # images of one data set that a GRPO batch must hold of a task whose reward ranks
+    )
+    max_prompt_tokens: Int = 3072  # longer prompts are rejected, never truncated
+    eval_limit: AtLeastOne | None = None  # samples per data set in an evaluation, also of a running GRPO; null = all
 
 
-@dataclass
+@dataclass(frozen=True, config=STRICT_KEYS)
 class ClusterConfig:
     address: str | None = None  # Ray address to join; null starts Ray on this machine
-    nodes: int = 1  # nodes to plan for; the launchers in slurm/ set it
-    gpus_per_node: int = 8  # 0 = CPU only
-    learners: int = 8  # ZeRO-3 ranks, one GPU each; 0 = as many as fit (plan/plan.py)
-    learner_cpus: float = 1.0  # logical CPUs Ray reserves for a learner
-    engine_cpus: float = 1.0  # logical CPUs Ray reserves for an engine
-    threads: int | None = None  # CPU threads to share out; null = this machine's cores
+    nodes: AtLeastOne = 1  # nodes to plan for; the launchers in slurm/ set it
+    gpus_per_node: AtLeastZero = 8  # 0 = CPU only
+    learners: AtLeastZero = 8  # ZeRO-3 ranks, one GPU each; 0 = as many as fit (plan/plan.py)
+    learner_cpus: AboveZero = 1.0  # logical CPUs Ray reserves for a learner
+    engine_cpus: AboveZero = 1.0  # logical CPUs Ray reserves for an engine
+    threads: Int | None = None  # CPU threads to share out; null = this machine's cores
     pin_cores: bool = False  # CPU, one machine: engines on the first half of the cores, learners on the other
-    object_store_mib: int = 1024  # used only when Ray is started here
-    start_timeout_s: float = 600.0  # for actors to be placed, load the model and join
-    placement: str = "disaggregated"  # disaggregated | colocated: engines share the learners' GPUs and sleep meanwhile
-    learner_placement: str = "pack"  # pack: fill one node after the other | spread: one node each, as far as there are
+    object_store_mib: AtLeastOne = 1024  # used only when Ray is started here
+    start_timeout_s: AboveZero = 600.0  # for actors to be placed, load the model and join
+    placement: Literal["disaggregated", "colocated"] = (
+        "disaggregated"  # disaggregated | colocated: engines share the learners' GPUs and sleep meanwhile
+    )
+    learner_placement: Literal["pack", "spread"] = (
+        "pack"  # pack: fill one node after the other | spread: one node each, as far as there are
+    )
     network_interface: str | None = None  # of gloo and NCCL, for example ib0 or eth0; null = what they choose
-    collective_timeout_s: float = 1800.0  # a collective of the learners that takes longer fails
-    learner_restarts: int = 3  # restarts of the learners in a row without a finished step between them
+    collective_timeout_s: AboveZero = 1800.0  # a collective of the learners that takes longer fails
+    learner_restarts: AtLeastZero = 3  # restarts of the learners in a row without a finished step between them
     elastic: bool = True  # after a lost node learners may restart in a smaller number
-    node_wait_s: float = 120.0  # how long to wait for a lost node before that
+    node_wait_s: NotNegative = 120.0  # how long to wait for a lost node before that
 
 
-@dataclass
+@dataclass(frozen=True, config=STRICT_KEYS)
 class OptimConfig:
-    name: str = "adamw"  # adamw | sgd
-    lr: float = 1e-6  # learning rate after warm-up
-    lr_scale: dict[str, float] = field(default_factory=dict)  # part of a parameter's name -> factor on its lr
+    name: Literal["adamw", "sgd"] = "adamw"  # adamw | sgd
+    lr: NotNegative = 1e-6  # learning rate after warm-up
+    lr_scale: dict[str, NotNegative] = field(default_factory=dict)  # part of a parameter's name -> factor on its lr
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
-    eps: float = 1e-8  # of AdamW
-    weight_decay: float = 0.0  # decoupled with adamw, L2 with sgd
-    schedule: str = "linear"  # linear | cosine | constant
-    warmup_steps: int = 0  # steps from 0 to lr, linear
-    clip_norm: float = 1.0  # largest gradient norm; 0 = no clipping
+    eps: Float = 1e-8  # of AdamW
+    weight_decay: Float = 0.0  # decoupled with adamw, L2 with sgd
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear | cosine | constant
+    warmup_steps: AtLeastZero = 0  # steps from 0 to lr, linear
+    clip_norm: Float = 1.0  # largest gradient norm; 0 = no clipping
 
 
-@dataclass
+@dataclass(frozen=True, config=STRICT_KEYS)
 class SFTConfig:
-    global_batch: int = 128  # rows per optimiser step; fixed, whatever the number of ranks
-    micro_tokens: int = 16384  # tokens in one forward, prompts and answers packed; a longer row goes alone
-    epochs: float = 2.0  # passes over the training rows; max_steps overrides it
-    max_steps: int | None = None  # optimiser steps; null = what epochs come to
-    max_tokens: int = 4096  # prompt + answer; longer rows are rejected
-    eval_every: int = 100  # held-out loss, in steps; 0 = only at the end
+    global_batch: AtLeastOne = 128  # rows per optimiser step; fixed, whatever the number of ranks
+    micro_tokens: AtLeastOne = 16384  # tokens in one forward, prompts and answers packed; a longer row goes alone
+    epochs: Float = 2.0  # passes over the training rows; max_steps overrides it
+    max_steps: AtLeastOne | None = None  # optimiser steps; null = what epochs come to
+    max_tokens: Int = 4096  # prompt + answer; longer rows are rejected
+    eval_every: AtLeastZero = 100  # held-out loss, in steps; 0 = only at the end
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
 
 
-@dataclass
+@dataclass(frozen=True, config=STRICT_KEYS)
 class GRPOConfig:
-    prompts_per_step: int = 16  # prompts, one image each, per optimiser step
-    group_size: int = 8  # G, completions per prompt
-    micro_tokens: int = 16384  # tokens in one forward: prompts, each once, and completions; a longer one goes alone
-    epochs: float = 3.0  # passes over the training prompts; max_steps overrides it
-    max_steps: int | None = None  # optimiser steps; null = what epochs come to
-    kl_beta: float = 0.001  # weight of the k3 KL to the start model; 0 loads no reference model
-    kl_schedule: str = "constant"  # constant | linear | cosine: the way from kl_beta to kl_beta_end over the run
-    kl_beta_end: float = 0.0  # weight at the last step, with kl_schedule linear or cosine
-    aggregation: str = "sequence-mean"  # sequence-mean | token-mean (DAPO) | constant (Dr. GRPO, max_new_tokens)
-    ratio: str = "token"  # token | sequence (GSPO, whose clips are near 3e-4)
-    clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
-    clip_high: float = 0.2  # the ratio is clipped above 1 + clip_high
-    importance: str = "auto"  # none | token | sequence: correct for engine-learner mismatch; auto: algo/README.md
-    importance_mode: str = "truncate"  # truncate at importance_cap | mask what lies outside [1/cap, cap]
-    importance_cap: float = 2.0  # >= 1: cap on exp(learner - engine log-probability); unused without importance
+    prompts_per_step: AtLeastOne = 16  # prompts, one image each, per optimiser step
+    group_size: Annotated[Int, Ge(2)] = 8  # G, completions per prompt
+    micro_tokens: AtLeastOne = (
+        16384  # tokens in one forward: prompts, each once, and completions; a longer one goes alone
+    )
+    epochs: Float = 3.0  # passes over the training prompts; max_steps overrides it
+    max_steps: AtLeastOne | None = None  # optimiser steps; null = what epochs come to
+    kl_beta: NotNegative = 0.001  # weight of the k3 KL to the start model; 0 loads no reference model
+    kl_schedule: Literal["constant", "linear", "cosine"] = (
+        "constant"  # constant | linear | cosine: the way from kl_beta to kl_beta_end over the run
+    )
+    kl_beta_end: NotNegative = 0.0  # weight at the last step, with kl_schedule linear or cosine
+    aggregation: Literal["sequence-mean", "token-mean", "constant"] = (
+        "sequence-mean"  # sequence-mean | token-mean (DAPO) | constant (Dr. GRPO, max_new_tokens)
+    )
+    ratio: Literal["token", "sequence"] = "token"  # token | sequence (GSPO, whose clips are near 3e-4)
+    clip_low: NotNegative = 0.2  # the ratio is clipped below 1 - clip_low
+    clip_high: NotNegative = 0.2  # the ratio is clipped above 1 + clip_high
+    importance: Literal["auto", "none", "token", "sequence"] = (
+        "auto"  # none | token | sequence: correct for engine-learner mismatch; auto: algo/README.md
+    )
+    importance_mode: Literal["truncate", "mask"] = (
+        "truncate"  # truncate at importance_cap | mask what lies outside [1/cap, cap]
+    )
+    importance_cap: Annotated[Float, Ge(1)] = (
+        2.0  # >= 1: cap on exp(learner - engine log-probability); unused without importance
+    )
     mask_truncated: bool = False  # true: a completion cut off by max_new_tokens stays out of the loss
-    advantage: str = "std"  # std | mean (Dr. GRPO) | per_term: how rewards are centred and scaled in a group
-    advantage_eps: float = 1e-4  # added to the std
-    zero_std: str = "keep"  # keep | drop | refill: groups whose completions all got the same reward
-    refill_limit: int = 2  # rounds of new prompts a step for such groups, with refill; what is left is dropped
-    inner_iterations: int = 1  # updates per batch of completions, one optimiser step each
-    staleness: int = 0  # k: completions are sampled from the weights of k steps before, while the learners work
-    eval_every: int = 0  # steps between greedy answers on data.validation (eval/*); 0 = never
-    logprob_gap_limit: float = 0.05  # nats, mean |engine - learner| over a step's tokens; above it the run stops
+    advantage: Literal["std", "mean", "per_term"] = (
+        "std"  # std | mean (Dr. GRPO) | per_term: how rewards are centred and scaled in a group
+    )
+    advantage_eps: NotNegative = 1e-4  # added to the std
+    zero_std: Literal["keep", "drop", "refill"] = (
+        "keep"  # keep | drop | refill: groups whose completions all got the same reward
+    )
+    refill_limit: AtLeastOne = 2  # rounds of new prompts a step for such groups, with refill; what is left is dropped
+    inner_iterations: AtLeastOne = 1  # updates per batch of completions, one optimiser step each
+    staleness: AtLeastZero = 0  # k: completions are sampled from the weights of k steps before, while the learners work
+    eval_every: AtLeastZero = 0  # steps between greedy answers on data.validation (eval/*); 0 = never
+    logprob_gap_limit: NotNegative = 0.05  # nats, mean |engine - learner| over a step's tokens; above it the run stops
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
-@dataclass
+@dataclass(frozen=True, config=STRICT_KEYS)
 class RolloutConfig:
-    engines: int = 1  # vLLM engines; 0 = as many as fit (plan/plan.py)
-    tensor_parallel: int = 1  # GPUs per engine
-    temperature: float = 1.0  # of sampling; the loss uses it too
-    top_p: float = 1.0  # 1.0 only: the loss takes the full softmax
-    top_k: int = -1  # -1 or 0 only, for the same reason
-    max_new_tokens: int = 384  # longest completion
-    max_model_len: int = 4096  # longest prompt and completion together
-    max_num_seqs: int = 64  # completions an engine decodes at once
-    gpu_memory_utilization: float = 0.85  # share of a GPU's memory for an engine
-    cpu_kv_cache_gib: int = 1  # KV cache of an engine on a CPU
-    bucket_mib: int = 256  # weight push: bytes in flight at once
-    call_timeout_s: float = 1800.0  # for one call; an engine, learner or reward actor that takes longer is restarted
-    suspect_after_s: float = 600.0  # an engine that takes longer is suspect: it gets no more work until it answers
+    engines: AtLeastZero = 1  # vLLM engines; 0 = as many as fit (plan/plan.py)
+    tensor_parallel: AtLeastOne = 1  # GPUs per engine
+    temperature: AboveZero = 1.0  # of sampling; the loss uses it too
+    top_p: Float = 1.0  # 1.0 only: the loss takes the full softmax
+    top_k: Int = -1  # -1 or 0 only, for the same reason
+    max_new_tokens: AtLeastOne = 384  # longest completion
+    max_model_len: Int = 4096  # longest prompt and completion together
+    max_num_seqs: AtLeastOne = 64  # completions an engine decodes at once
+    gpu_memory_utilization: Float = 0.85  # share of a GPU's memory for an engine
+    cpu_kv_cache_gib: Int = 1  # KV cache of an engine on a CPU
+    bucket_mib: AtLeastOne = 256  # weight push: bytes in flight at once
+    call_timeout_s: AboveZero = (
+        1800.0  # for one call; an engine, learner or reward actor that takes longer is restarted
+    )
+    suspect_after_s: AboveZero = 600.0  # an engine that takes longer is suspect: it gets no more work until it answers
     hedge: bool = False  # a suspect engine's prompts are given to an idle one too; the first answer counts
-    min_engines: int = 1  # with fewer living or restarting engines the run stops
-    engine_restarts: int = 5  # restarts of one engine in a row without an answer between them
-    restart_backoff_s: float = 1.0  # wait before the first restart; doubles with each, up to a minute
+    min_engines: AtLeastOne = 1  # with fewer living or restarting engines the run stops
+    engine_restarts: AtLeastZero = 5  # restarts of one engine in a row without an answer between them
+    restart_backoff_s: AboveZero = 1.0  # wait before the first restart; doubles with each, up to a minute
     deterministic: bool = False  # one group per engine call, caches reset before it
-    push: str = "object_store"  # weight push: object_store (any network) | nccl | cuda_ipc (colocated)
-    push_timeout_s: float = 600.0  # an engine that takes longer for one bucket is dead
+    push: Literal["object_store", "nccl", "cuda_ipc"] = (
+        "object_store"  # weight push: object_store (any network) | nccl | cuda_ipc (colocated)
+    )
+    push_timeout_s: AboveZero = 600.0  # an engine that takes longer for one bucket is dead
 
 
-@dataclass
+@dataclass(frozen=True, config=STRICT_KEYS)
 class RewardConfig:
     preset: str = "tatar"  # a name in tatar_dist/rewards/presets, or a YAML file of that form
     weights: dict[str, float] = field(default_factory=dict)  # overrides of the preset's term weights
     params: dict[str, float] = field(default_factory=dict)  # overrides of the preset's constants
 
 
-@dataclass
+@dataclass(frozen=True, config=STRICT_KEYS)
 class EvaluateConfig:
-    samples: int = 0  # sampled completions per image: their mean and spread, and reward terms; 0 = greedy answers only
-    seed: int = 0  # of the sampled completions
+    samples: AtLeastZero = (
+        0  # sampled completions per image: their mean and spread, and reward terms; 0 = greedy answers only
+    )
+    seed: Int = 0  # of the sampled completions
     expected: bool = False  # beside each greedy answer the expectation over the scores it might have been
-    unparsed: str = "drop"  # drop | midpoint: an answer without a score is left out, or counts as 50
-    bootstrap: int = 0  # rounds for 95 % intervals of SRCC and PLCC; 0 = none
+    unparsed: Literal["drop", "midpoint"] = (
+        "drop"  # drop | midpoint: an answer without a score is left out, or counts as 50
+    )
+    bootstrap: AtLeastZero = 0  # rounds for 95 % intervals of SRCC and PLCC; 0 = none
     in_domain: list[str] | None = None  # data sets that were trained on; null = as configs/datasets.yaml has it
     slices: list[str] = field(default_factory=lambda: ["distortion", "distortions", "style", "styles"])  # keys of meta
     published: bool = False  # print figures of configs/published.yaml beside ours
 
 
-@dataclass
+@dataclass(frozen=True, config=STRICT_KEYS)
 class CheckpointConfig:
-    every: int = 50  # steps; 0 = only at the end
-    keep: int = 2  # how many of the newest stay
-    keep_every: int = 0  # checkpoints whose step is a multiple of this stay too; 0 = none
+    every: AtLeastZero = 50  # steps; 0 = only at the end
+    keep: AtLeastOne = 2  # how many of the newest stay
+    keep_every: AtLeastZero = 0  # checkpoints whose step is a multiple of this stay too; 0 = none
     keep_best: str | None = None  # the best by this metric stays too, for example eval/koniq/srcc
-    best_mode: str = "max"  # whether the largest or smallest value of keep_best is best: max | min
+    best_mode: Literal["max", "min"] = "max"  # whether the largest or smallest value of keep_best is best: max | min
     asynchronous: bool = True  # files are written while training goes on
     verify: bool = True  # read everything and compare checksums before resuming
-    storage: str = "shared"  # shared: all nodes see output | local: only the controller does, parts come through Ray
+    storage: Literal["shared", "local"] = (
+        "shared"  # shared: all nodes see output | local: only the controller does, parts come through Ray
+    )
     resume: bool = True  # continue from OUTPUT/checkpoints/latest when it exists
-    grace_seconds: float = 120.0  # from SIGTERM or SIGUSR1 to the end of the process
+    grace_seconds: AboveZero = 120.0  # from SIGTERM or SIGUSR1 to the end of the process
 
 
-@dataclass
+@dataclass(frozen=True, config=STRICT_KEYS)
 class WatchConfig:
-    stall_factor: float = 10.0  # no progress for this many median steps is a stall; 0 = no watching
-    stall_min_s: float = 300.0  # a stall is at least this long
-    stall_action: str = "report"  # report: stack dumps | restart: and restart what hangs | stop: and end the run
+    stall_factor: NotNegative = 10.0  # no progress for this many median steps is a stall; 0 = no watching
+    stall_min_s: NotNegative = 300.0  # a stall is at least this long
+    stall_action: Literal["report", "restart", "stop"] = (
+        "report"  # report: stack dumps | restart: and restart what hangs | stop: and end the run
+    )
     prometheus: bool = True  # metrics through Ray's exporter, where the cluster has one
 
 
-@dataclass
+@dataclass(frozen=True, config=STRICT_KEYS)
 class TrackConfig:
     tensorboard: bool = True  # curves in OUTPUT/tensorboard
     wandb: bool = False  # Weights & Biases; needs pip install 'tatar_dist[wandb]'
     mlflow: bool = False  # needs pip install 'tatar_dist[mlflow]'
     project: str = "tatar_dist"  # project of W&B, experiment of MLflow
     name: str | None = None  # name of the run there; null = the last part of output
-    mode: str = "offline"  # offline: into OUTPUT, for later | online: to the server that their environment names
+    mode: Literal["offline", "online"] = (
+        "offline"  # offline: into OUTPUT, for later | online: to the server that their environment names
+    )
 
 
-@dataclass
+@dataclass(frozen=True, config=STRICT_KEYS)
 class Config:
     output: str = "???"  # run directory; a run found in it is continued
-    seed: int = 0  # of the sampler, of every completion and of the trainers
+    seed: Int = 0  # of the sampler, of every completion and of the trainers
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -211,4 +251,4 @@ class Config:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, as written to a run directory."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))

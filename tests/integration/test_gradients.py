@@ -74,7 +74,7 @@ def weights(learners) -> dict[str, np.ndarray]:
 
 def use(learner, grpo) -> None:
     """In a learner: the loss takes this form from the next step on."""
-    learner.config.grpo = grpo
+    learner.config = replace(learner.config, grpo=grpo)
 
 
 def gradients(learners, form, ranks: int, start) -> dict[str, dict[str, np.ndarray]]:

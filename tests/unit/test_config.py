@@ -5,12 +5,70 @@ from pathlib import Path
 import pytest
 
 from tatar_dist.config.load import known_keys, load_config
-from tatar_dist.config.rules import ABOVE_ZERO, AT_LEAST_ONE, NOT_NEGATIVE
 from tatar_dist.config.schema import Config, to_yaml
 from tatar_dist.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MINIMAL = ["output=runs/x", "model.path=m"]
+AT_LEAST_ONE = (  # those that are null mean "no limit" and pass
+    "cluster.nodes",
+    "cluster.object_store_mib",
+    "data.eval_limit",
+    "sft.global_batch",
+    "sft.micro_tokens",
+    "sft.max_steps",
+    "grpo.prompts_per_step",
+    "grpo.micro_tokens",
+    "grpo.inner_iterations",
+    "grpo.max_steps",
+    "grpo.refill_limit",
+    "rollout.tensor_parallel",
+    "rollout.max_new_tokens",
+    "rollout.max_num_seqs",
+    "rollout.bucket_mib",
+    "rollout.min_engines",
+    "checkpoint.keep",
+)
+ABOVE_ZERO = (
+    "cluster.learner_cpus",
+    "cluster.engine_cpus",
+    "cluster.start_timeout_s",
+    "cluster.collective_timeout_s",
+    "rollout.call_timeout_s",
+    "rollout.suspect_after_s",
+    "rollout.push_timeout_s",
+    "rollout.restart_backoff_s",
+    "model.lora_alpha",
+    "checkpoint.grace_seconds",
+)
+NOT_NEGATIVE = (
+    "model.lora_rank",
+    "cluster.learners",
+    "cluster.gpus_per_node",
+    "sft.eval_every",
+    "sft.optim.lr",
+    "sft.optim.warmup_steps",
+    "grpo.eval_every",
+    "grpo.staleness",
+    "grpo.kl_beta",
+    "grpo.kl_beta_end",
+    "grpo.clip_low",
+    "grpo.clip_high",
+    "grpo.advantage_eps",
+    "grpo.logprob_gap_limit",
+    "grpo.optim.lr",
+    "grpo.optim.warmup_steps",
+    "rollout.engines",
+    "evaluate.samples",
+    "evaluate.bootstrap",
+    "checkpoint.every",
+    "checkpoint.keep_every",
+    "cluster.learner_restarts",
+    "cluster.node_wait_s",
+    "rollout.engine_restarts",
+    "watch.stall_factor",
+    "watch.stall_min_s",
+)
 
 
 @pytest.mark.parametrize("name", ["sft.yaml", "grpo.yaml", "eval.yaml"])

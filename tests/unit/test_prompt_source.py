@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -157,9 +158,9 @@ def test_a_prompt_of_exactly_the_limit_is_taken_and_one_token_over_is_not(make_s
     exact = len(source.backbone.encode_prompt(text, decode_image(manifest_row["image_bytes"], "")).ids)
     write_manifest(tmp_path / "m.parquet", [manifest_row])
     sample = read_manifest(tmp_path / "m.parquet").get(0)
-    source.config.data.max_prompt_tokens = exact
+    source.texts._data = replace(source.config.data, max_prompt_tokens=exact)
     assert source.problem(sample) is None
-    source.config.data.max_prompt_tokens = exact - 1
+    source.texts._data = replace(source.config.data, max_prompt_tokens=exact - 1)
     assert "prompt of" in source.problem(sample)
 
 
@@ -241,6 +242,10 @@ def test_rows_that_are_no_supervised_targets_are_quarantined_and_replaced(make_s
     assert len(list(source.held_out([manifest], None))) == 6  # as prompts all of them will do
 
 
+def limit_answers(source: PromptSource, tokens: int) -> None:
+    source.config = replace(source.config, sft=replace(source.config.sft, max_tokens=tokens))
+
+
 def test_the_length_of_a_supervised_row_is_prompt_image_and_answer(make_source, tmp_path):
     write_manifest(tmp_path / "m.parquet", [row(0, image_bytes=png(0, (2 * SIDE, SIDE)))])
     sample = read_manifest(tmp_path / "m.parquet").get(0)
@@ -248,9 +253,10 @@ def test_the_length_of_a_supervised_row_is_prompt_image_and_answer(make_source, 
     made = source.sft_row(sample)
     prompt = source.backbone.encode_prompt(made.prompt_text, decode_image(sample.image, ""))
     assert made.prompt_tokens == len(prompt.ids)
-    source.config.sft.max_tokens = exact = len(prompt.ids) + len(made.completion_ids)
+    exact = len(prompt.ids) + len(made.completion_ids)
+    limit_answers(source, exact)
     assert source.problem(sample, supervised=True) is None
-    source.config.sft.max_tokens = exact - 1
+    limit_answers(source, exact - 1)
     assert source.problem(sample, supervised=True) == (
         f"prompt and answer of {exact} tokens are over sft.max_tokens={exact - 1}"
     )
@@ -268,7 +274,7 @@ def test_held_out_rows_are_the_usable_ones(make_source, tmp_path):
     write_manifest(tmp_path / "v.parquet", rows)
     source = make_source(f"data.validation=[{tmp_path / 'v.parquet'}]", f"output={tmp_path / 'other'}")
     assert sorted(held_out_rows(source)) == [f"a/iqa-{i}" for i in range(1, 6)] + [f"b/iaa-{i}" for i in range(3)]
-    source.config.sft.max_tokens = 1
+    limit_answers(source, 1)
     with pytest.raises(UserError, match="data.validation has no usable row for the held-out loss"):
         held_out_rows(source)
 

@@ -128,10 +128,10 @@ def test_the_judge_is_not_asked_about_texts_that_fail_the_hard_checks(tmp_path):
         ("rationale.fast.top_p=0", "top_p"),
         ("rationale.limits.concurrency=0", "at least 1"),
         ("rationale.limits.budget_tokens=0", "at least 1"),
-        ("rationale.verdict.reject_at=5", "0 to 4"),
+        ("rationale.verdict.reject_at=5", "must be at most 4"),
         ("rationale.fast.max_tokens=20", "cannot hold min_words"),
         ("rationale.judge.timeout_s=nan", "above 0"),
-        ("rationale.splits=[trian]", "'trian' is none of train, validation, test"),
+        ("rationale.splits=[trian]", "'trian': must be one of train, validation, test"),
         ("rationale.slow.api_key_env=OTHER", "belongs to rationale.slow.url"),
     ],
 )

@@ -177,7 +177,7 @@ def test_a_token_budget_is_never_exceeded_and_a_larger_one_goes_on(tmp_path, usa
             running.run("build", source, config)
         spent = len(server.log) * sum(usage)
         assert budget - 2000 <= spent <= budget, "not exceeded, and nearly all of it used"
-        config.rationale.limits.budget_tokens = 100_000
+        config = build_config(*endpoint_words(server.url, budget_tokens=100_000), output=tmp_path / "r.parquet")
         assert running.run("build", source, config)["accepted"] == 30
         assert len(server.log) == 30
 

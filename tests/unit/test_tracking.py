@@ -133,7 +133,7 @@ def test_a_tracker_that_hangs_holds_no_step_up(tmp_path, capsys, monkeypatch, wh
     Fragile.made = []
     kinds = {"tensorboard": Asleep, "json": Steady}
     run = config(tmp_path)
-    run.track.json = True  # another one beside it; a package that is there
+    object.__setattr__(run.track, "json", True)  # another one beside it; a package that is there
     now = SimpleNamespace(seconds=0.0)  # two threads can take as long as they like on a busy machine
     trackers = Trackers(run, tmp_path, Events(tmp_path), kinds, lambda: now.seconds)
 

@@ -1,0 +1,156 @@
+"""Read YAML files and validate them against pydantic types; each fault is one line.
+
+The config, reward presets, the registry of data sets, prompt files and cost files are read here, so that all of them
+name the file, the key path, what is wrong, the value and the nearest valid key in the same words.
+"""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+import yaml
+from annotated_types import Ge, Gt
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from tatar_dist.assets import looked_in
+from tatar_dist.errors import UserError
+
+STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # of every section of the config
+
+
+def _no_bool(value: Any) -> Any:
+    """Refuse `true` as a number; pydantic would read 1. Numbers in quotes, and 8e9, which YAML reads as text, pass."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, is {value}")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool)]
+AtLeastZero = Annotated[Int, Ge(0)]
+AtLeastOne = Annotated[Int, Ge(1)]
+NotNegative = Annotated[Float, Ge(0)]  # NaN is refused by a range, too
+AboveZero = Annotated[Float, Gt(0)]
+Finite = Annotated[Float, Field(allow_inf_nan=False)]
+
+_SHORT = reprlib.Repr()  # a value may hold itself, or a thousand copies of itself
+_SHORT.maxstring = _SHORT.maxother = 60
+_LISTED = 30  # names that a message lists
+
+
+def shown(value: Any) -> str:
+    """Format a value for messages: one line of bounded length."""
+    return _SHORT.repr(value)
+
+
+def near(name: Any, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest known name, or the known names."""
+    names = [str(k) if len(str(k)) <= 40 else f"{str(k)[:39]}…" for k in known]
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5) if isinstance(name, str | int) else []
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f" (known: {', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''})"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML loader that rejects repeated keys (the second would win silently) and integers beyond 64 bits."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key.start_mark)
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 1 << 63:
+            raise yaml.MarkedYAMLError(problem="the number is too large", problem_mark=node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """Read the file's mapping; `what` names it in messages. Raises UserError: cannot be read, not UTF-8, not YAML."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+    except OSError as e:
+        where = looked_in(path) if isinstance(e, FileNotFoundError) else ""
+        raise UserError(f"{path}: cannot read the {what}: {e.strerror or e}{where}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: the {what} is not UTF-8") from None
+    except Exception as e:  # a value that its tag does not fit raises whatever PyYAML's constructors meet first
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split()) or type(e).__name__}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a {what} must be a mapping of keys to values")
+    return tree
+
+
+def validated(schema: Any, tree: Any, where: str) -> Any:
+    """Return `tree` as a `schema`. Raises UserError for the first fault: `where`, key path, problem, value."""
+    try:
+        return TypeAdapter(schema).validate_python(tree)
+    except ValidationError as e:
+        error = e.errors()[0]
+        path = ".".join(str(part) for part in error["loc"])
+        raise UserError(f"{where}: {fault(error, path, names_at(schema, error['loc'][:-1]))}") from None
+
+
+def fault(error: Mapping[str, Any], path: str, known: Iterable[str]) -> str:
+    """Say in one line what pydantic's `error` means at the key `path`; `known` are the valid names there."""
+    kind, ctx = error["type"], error.get("ctx", {})
+    if kind == "unexpected_keyword_argument":
+        return f"unknown key {path!r}{near(error['loc'][-1], known)}"
+    if kind == "missing":
+        return f"missing key {path!r}"
+    if kind == "value_error":  # of a validator of ours
+        return f"{path}: {ctx['error']}"
+    if kind == "greater_than_equal" and ctx["ge"] == 0:
+        problem = "must not be negative"
+    elif kind == "literal_error":
+        problem = "must be one of " + ctx["expected"].replace(" or ", ", ").replace("'", "")
+    elif kind in _PROBLEMS:
+        problem = _PROBLEMS[kind].format(**ctx)
+    else:
+        problem = error["msg"].replace("Input should", "must").split(", unable")[0]
+    value = error["input"] if isinstance(error["input"], int | float) else shown(error["input"])
+    return f"{path}={value}: {problem}"
+
+
+_PROBLEMS = {  # pydantic's type of an error -> our words
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be above {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "dataclass_type": "must be a mapping of keys to values",
+    "dict_type": "must be a mapping of keys to values",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "string_type": "must be text; put it in quotes",
+    "too_short": "must hold at least {min_length} values",
+    "too_long": "must hold at most {max_length} values",
+}
+
+
+def names_at(schema: Any, loc: Sequence[int | str]) -> list[str]:
+    """Return the field names of the dataclass at `loc` below `schema`, none where no dataclass stands."""
+    while typing.get_origin(schema) in (Annotated, Union, types.UnionType):
+        schema = next(part for part in typing.get_args(schema) if part is not type(None))
+    if not is_dataclass(schema):
+        inner = typing.get_args(schema)  # of a mapping its values, of a list its items
+        return names_at(inner[-1 if len(inner) == 2 and inner[1] is not ... else 0], loc[1:]) if loc and inner else []
+    hints = typing.get_type_hints(schema)
+    if not loc:
+        return list(hints)
+    return names_at(hints[str(loc[0])], loc[1:]) if loc[0] in hints else []
