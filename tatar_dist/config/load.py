@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from tatar_dist.assets import RECIPES, TINY_MODEL, locate, looked_in
 from tatar_dist.config.rules import check
 from tatar_dist.config.schema import Config
-from tatar_dist.config.validate import fault, near
+from tatar_dist.config.validate import fault, first, near
 from tatar_dist.errors import UserError
 
 
@@ -78,7 +78,7 @@ def _validated(merged: Any, layers: dict[str, Any]) -> Config:
     except OmegaConfBaseException as e:  # an interpolation of a key that is not there
         raise UserError(f"key {e.full_key!r}: {str(e.msg).splitlines()[0]}") from None
     except ValidationError as e:
-        error = e.errors()[0]
+        error = first(e)
         key = ".".join(str(part) for part in error["loc"])
         where = next((w for w, layer in reversed(layers.items()) if _gives(layer, error["loc"])), "")
         if error["type"] == "unexpected_keyword_argument":

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Union
 
 import yaml
 from annotated_types import Ge, Gt
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
@@ -39,6 +39,7 @@ AtLeastOne = Annotated[Int, Ge(1)]
 NotNegative = Annotated[Float, Ge(0)]  # NaN is refused by a range, too
 AboveZero = Annotated[Float, Gt(0)]
 Finite = Annotated[Float, Field(allow_inf_nan=False)]
+Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=1)]
 
 _SHORT = reprlib.Repr()  # a value may hold itself, or a thousand copies of itself
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -103,9 +104,14 @@ def validated(schema: Any, tree: Any, where: str) -> Any:
     try:
         return TypeAdapter(schema).validate_python(tree)
     except ValidationError as e:
-        error = e.errors()[0]
+        error = first(e)
         path = ".".join(str(part) for part in error["loc"])
         raise UserError(f"{where}: {fault(error, path, names_at(schema, error['loc'][:-1]))}") from None
+
+
+def first(errors: ValidationError) -> Mapping[str, Any]:
+    """Return the error to report: an unknown key explains a missing one, so it comes first."""
+    return min(errors.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
 
 
 def fault(error: Mapping[str, Any], path: str, known: Iterable[str]) -> str:
@@ -135,9 +141,16 @@ _PROBLEMS = {  # pydantic's type of an error -> our words
     "less_than_equal": "must be at most {le:g}",
     "dataclass_type": "must be a mapping of keys to values",
     "dict_type": "must be a mapping of keys to values",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
     "tuple_type": "must be a list",
     "list_type": "must be a list",
     "string_type": "must be text; put it in quotes",
+    "string_too_short": "must be a text that is not empty",
     "too_short": "must hold at least {min_length} values",
     "too_long": "must hold at most {max_length} values",
 }

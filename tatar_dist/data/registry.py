@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tatar_dist.assets import CONFIGS
+from tatar_dist.config.validate import near, read_yaml, shown
 from tatar_dist.data import yaml_entries as entries
 from tatar_dist.errors import UserError
 from tatar_dist.types import SPLITS, TASKS
@@ -111,7 +112,7 @@ class Dataset:
     def format(self, name: str) -> Format:
         """Return a format by name. Raises UserError for an unknown name, with the nearest one."""
         if name not in self.formats:
-            raise UserError(f"--format {name}: {self.name} has no such format{entries.near(name, self.formats)}")
+            raise UserError(f"--format {name}: {self.name} has no such format{near(name, self.formats)}")
         return self.formats[name]
 
 
@@ -126,8 +127,8 @@ class Registry:
         plain = {_plain(n): n for n in self.datasets}
         if _plain(name) in plain:
             return self.datasets[plain[_plain(name)]]
-        near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
-        hint = f", did you mean {plain[near[0]]}?" if near else ""
+        close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
+        hint = f", did you mean {plain[close[0]]}?" if close else ""
         known = ", ".join(self.datasets)
         raise UserError(f"{name}: no such data set{hint} (known: {known}; more by --registry FILE)")
 
@@ -142,7 +143,7 @@ def read_registry(files: Sequence[Path] = ()) -> Registry:
     sets: dict[str, Dataset] = {}
     lists: dict[str, Any] = {}
     for path in (REGISTRY, *files):
-        tree = entries.read_yaml(Path(path), "registry")
+        tree = read_yaml(Path(path), "registry")
         entries.only_keys(tree, ("list_formats", "datasets"), f"{path}")
         lists |= _lists(tree, f"{path}")
         mine: dict[str, str] = {}
@@ -207,8 +208,8 @@ def _format(name: str, entry: Any, where: str) -> Format:
     def column(of: Mapping[str, Any], key: str, at: str) -> str:
         named = entries.need(of, key, at)
         if named not in columns:
-            told = entries.near(named, columns)
-            raise UserError(f"{at}: {key} names {entries.shown(named)}, which is not among columns{told}")
+            told = near(named, columns)
+            raise UserError(f"{at}: {key} names {shown(named)}, which is not among columns{told}")
         return named
 
     def optional(key: str) -> str | None:
@@ -236,7 +237,7 @@ def _format(name: str, entry: Any, where: str) -> Format:
         raise UserError(f"{where}: worker goes with score alone: votes and std are computed from the ratings")
     pattern = entries.text(entry.get("image_pattern", "{}"), f"{where}: image_pattern")
     if pattern.count("{}") != 1 or pattern.count("{") != 1 or pattern.count("}") != 1:
-        told = entries.shown(pattern)
+        told = shown(pattern)
         raise UserError(f"{where}: image_pattern {told} must hold {{}} once, where the image's name goes")
     made = Format(
         name=name,
@@ -278,7 +279,7 @@ def _layout(entry: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tupl
     if "text" in kinds:
         if not isinstance(columns, dict) or len(kinds) > 1:
             raise UserError(f"{where}: columns of kind text must be a mapping of field names to {', '.join(TYPES)}")
-        types = tuple(entries.choice(t, TYPES, f"{where}: columns: {entries.shown(c)}") for c, t in columns.items())
+        types = tuple(entries.choice(t, TYPES, f"{where}: columns: {shown(c)}") for c, t in columns.items())
     elif "separator" in entry:
         raise UserError(f"{where}: separator goes with kind text; the others have one of their own")
     return kinds, entries.names(list(columns) if types else columns, f"{where}: columns"), types
@@ -340,7 +341,7 @@ def _said(entry: Mapping[str, Any], key: str, where: str) -> str:
 
 def _range(value: Any, where: str) -> Range:
     if not isinstance(value, list) or len(value) != 2:
-        raise UserError(f"{where} must be [lowest, highest], is {entries.shown(value)}")
+        raise UserError(f"{where} must be [lowest, highest], is {shown(value)}")
     low, high = (entries.number(v, where) for v in value)
     if not low < high:
         raise UserError(f"{where}: {low:g} is not below {high:g}")

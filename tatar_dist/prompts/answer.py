@@ -15,17 +15,17 @@ linear in the text: tags are found one by one, and no pattern can backtrack over
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tatar_dist.assets import locate, looked_in
+from tatar_dist.config.validate import STRICT_KEYS, Text, read_yaml, validated
 from tatar_dist.errors import UserError
-from tatar_dist.types import TASKS, Task
+from tatar_dist.types import Task
 
 SCORE_MIN, SCORE_MAX = 0.0, 100.0
 MAX_CHARS = 1_000_000  # a longer completion is not parsed: a hard bound on the work per text
@@ -177,6 +177,22 @@ def answer_text(rationale: str | None, score: float) -> str:
 
 
 @dataclass(frozen=True)
+class _TaskTexts:
+    __pydantic_config__ = STRICT_KEYS
+
+    iqa: Text
+    iaa: Text
+
+
+@dataclass(frozen=True)
+class _PromptFile:
+    __pydantic_config__ = STRICT_KEYS
+
+    system: Text
+    user: _TaskTexts
+
+
+@dataclass(frozen=True)
 class Prompts:
     """Wording of the system message and of each task's user message."""
 
@@ -186,22 +202,11 @@ class Prompts:
     @staticmethod
     def load(path: str | Path) -> Prompts:
         """Read `configs/prompts.yaml`. Raises UserError for a missing file, a missing or an unknown key."""
-        import yaml
-
         file = locate(path)
         if not file.is_file():
             raise UserError(f"{path}: no such prompt file{looked_in(path)}")
-        try:
-            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
-        top = section(loaded, ("system", "user"), f"{path}")
-        user = section(top["user"], TASKS, f"{path}: user")
-        texts = {"system": top["system"], **{f"user.{task}": user[task] for task in TASKS}}
-        for key, value in texts.items():
-            if not isinstance(value, str) or not value.strip():
-                raise UserError(f"{path}: {key} must be a text")
-        return Prompts(top["system"].strip(), {task: user[task].strip() for task in TASKS})
+        texts: _PromptFile = validated(_PromptFile, read_yaml(file, "prompt file"), f"{path}")
+        return Prompts(texts.system, asdict(texts.user))
 
     def to_yaml(self) -> str:
         """Return the texts as a file that `load` reads, without comments; any YAML library can read it."""
@@ -225,17 +230,3 @@ class Prompts:
         `lambda m: processor.apply_chat_template(m, tokenize=False, add_generation_prompt=True)`.
         """
         return chat_template_fn(self.messages(task))
-
-
-def section(node: Any, keys: tuple[str, ...], where: str) -> dict[str, Any]:
-    """Return a YAML mapping with exactly these keys. Raises UserError naming the key, and the nearest one."""
-    if not isinstance(node, dict):
-        raise UserError(f"{where}: expected the keys {', '.join(keys)}")
-    for key in node:
-        if key not in keys:
-            near = difflib.get_close_matches(str(key), keys, n=1)
-            raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    for key in keys:
-        if key not in node:
-            raise UserError(f"{where}: missing key {key!r}")
-    return node

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import MinLen
+from pydantic import AfterValidator, Strict
 
 from tatar_dist.assets import locate, looked_in
+from tatar_dist.config.validate import STRICT_KEYS, Text, near, read_yaml, validated
 from tatar_dist.errors import UserError
-from tatar_dist.prompts.answer import section
-from tatar_dist.types import EIGHT, TASKS
+from tatar_dist.types import EIGHT
 
 QUESTIONS = {  # name -> blanks that its user text may hold, all but those in _OPTIONAL must stand there
     "fast": ("score",),
@@ -25,7 +28,6 @@ QUESTIONS = {  # name -> blanks that its user text may hold, all but those in _O
     "judge.iaa": ("score", "rationale", "attributes"),
 }
 _OPTIONAL = {"judge.iaa": ("attributes",)}
-_LISTS = ("quality_factors", "refusals", "chat", "number_phrases", "ratings")
 
 
 @dataclass(frozen=True)
@@ -64,55 +66,92 @@ def phrase_pattern(phrases: list[str]) -> re.Pattern[str]:
     return re.compile(r"(?<!\w)(?:" + "|".join(parts) + r")(?!\w)")
 
 
-def _phrases(node: Any, where: str) -> re.Pattern[str]:
-    if not isinstance(node, list) or not node or not all(isinstance(w, str) and w.strip(" *") for w in node):
-        raise UserError(f"{where}: must be a list of words or phrases, at least one")
-    for phrase in node:
+def _compiled(phrases: list[str]) -> re.Pattern[str]:
+    for phrase in phrases:
+        if not phrase.strip(" *"):
+            raise ValueError(f"{phrase!r} is no word or phrase")
         try:
             phrase_pattern([phrase])
         except re.error as e:
-            raise UserError(f"{where}: {phrase!r}: write alternatives as (this|that): {e}") from None
-    return phrase_pattern(node)
+            raise ValueError(f"{phrase!r}: write alternatives as (this|that): {e}") from None
+    return phrase_pattern(phrases)
 
 
-def _user_text(text: Any, question: str, where: str) -> Template:
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: must be a text")
-    template = Template(text.strip())
+def _all_eight(attributes: dict[str, re.Pattern[str]]) -> dict[str, re.Pattern[str]]:
+    for name in attributes:
+        if name not in EIGHT:
+            raise ValueError(f"unknown key {name!r}{near(name, EIGHT)}")
+    for name in EIGHT:
+        if name not in attributes:
+            raise ValueError(f"missing key {name!r}")
+    return attributes
+
+
+# read as a list of phrases, kept as their pattern
+Phrases = Annotated[list[Annotated[str, Strict()]], MinLen(1), AfterValidator(_compiled)]
+
+
+@dataclass(frozen=True)
+class _Texts:
+    __pydantic_config__ = STRICT_KEYS
+
+    system: Text
+    user: Text
+
+
+@dataclass(frozen=True)
+class _Judge:
+    __pydantic_config__ = STRICT_KEYS
+
+    iqa: _Texts
+    iaa: _Texts
+
+
+@dataclass(frozen=True)
+class _Checks:
+    __pydantic_config__ = STRICT_KEYS
+
+    quality_factors: Phrases
+    attributes: Annotated[dict[str, Phrases], AfterValidator(_all_eight)]
+    refusals: Phrases
+    chat: Phrases
+    number_phrases: Phrases
+    ratings: Phrases
+
+
+@dataclass(frozen=True)
+class _WordingFile:
+    __pydantic_config__ = STRICT_KEYS
+
+    fast: _Texts
+    slow: _Texts
+    judge: _Judge
+    checks: _Checks
+
+
+def _user_text(text: str, question: str, where: str) -> Template:
+    template = Template(text)
     if not template.is_valid():
         raise UserError(f"{where}: a $ that starts no name; write $$ for the sign itself")
-    allowed, found = QUESTIONS[question], template.get_identifiers()
-    if unknown := [name for name in found if name not in allowed]:
+    allowed, names = QUESTIONS[question], template.get_identifiers()
+    if unknown := [name for name in names if name not in allowed]:
         raise UserError(f"{where}: unknown ${unknown[0]}; this text may use ${', $'.join(allowed)}")
     needed = [name for name in allowed if name not in _OPTIONAL.get(question, ())]
-    if missing := [name for name in needed if name not in found]:
+    if missing := [name for name in needed if name not in names]:
         raise UserError(f"{where}: ${missing[0]} is missing, the text cannot be asked without it")
     return template
 
 
 def load_wording(path: str | Path) -> Wording:
     """Read the YAML file. Raises UserError for a missing file, broken YAML, and a missing, unknown or wrong key."""
-    import yaml
-
     file = locate(path)
     if not file.is_file():
         raise UserError(f"rationale.prompts={path}: no such file{looked_in(path)}")
-    try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
-    top = section(loaded, ("fast", "slow", "judge", "checks"), f"{path}")
-    judge = section(top["judge"], TASKS, f"{path}: judge")
-    nodes = {"fast": top["fast"], "slow": top["slow"], **{f"judge.{task}": judge[task] for task in TASKS}}
-    system, user = {}, {}
-    for name, node in nodes.items():
-        texts = section(node, ("system", "user"), f"{path}: {name}")
-        if not isinstance(texts["system"], str) or not texts["system"].strip():
-            raise UserError(f"{path}: {name}.system: must be a text")
-        system[name] = texts["system"].strip()
-        user[name] = _user_text(texts["user"], name, f"{path}: {name}.user")
-    checks = section(top["checks"], (*_LISTS, "attributes"), f"{path}: checks")
-    attributes = section(checks["attributes"], EIGHT, f"{path}: checks.attributes")
-    lists = {name: _phrases(checks[name], f"{path}: checks.{name}") for name in _LISTS}
-    touched = tuple(_phrases(attributes[name], f"{path}: checks.attributes.{name}") for name in EIGHT)
-    return Wording(system, user, attributes=touched, **lists)
+    content: _WordingFile = validated(_WordingFile, read_yaml(file, "wording file"), f"{path}")
+    judge = content.judge
+    texts = {"fast": content.fast, "slow": content.slow, "judge.iqa": judge.iqa, "judge.iaa": judge.iaa}
+    system = {name: text.system for name, text in texts.items()}
+    user = {name: _user_text(text.user, name, f"{path}: {name}.user") for name, text in texts.items()}
+    checks: Any = vars(content.checks)
+    attributes = tuple(checks["attributes"][name] for name in EIGHT)
+    return Wording(system, user, **{**checks, "attributes": attributes})

@@ -12,7 +12,6 @@ A term of your own is a function named by its dotted path (rewards/custom.py):
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tatar_dist.assets import looked_in
+from tatar_dist.config.validate import near, read_yaml
 from tatar_dist.errors import UserError
 from tatar_dist.rewards.custom import CustomTerm, custom_term
 from tatar_dist.rewards.gaussian import GaussianParams
@@ -102,19 +102,16 @@ def load_preset(
         UserError: no such preset or file, broken YAML, an unknown term or constant, a value of the wrong type, a rule
             of a term violated (for example thurstone floor under tau).
     """
-    import yaml
-
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         if name_or_path not in preset_names():
-            raise UserError(_unknown("reward preset", name_or_path, preset_names()) + ", or give a YAML file")
+            raise UserError(
+                f"unknown reward preset {name_or_path!r}{near(name_or_path, preset_names())}, or give a YAML file"
+            )
         path = PRESET_DIR / f"{name_or_path}.yaml"
     elif not path.is_file():
         raise UserError(f"{path}: no such preset file{looked_in(path)}")
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    loaded = read_yaml(path, "reward preset")
     try:
         preset = _with_overrides(_preset_of(loaded, path.stem), weights or {}, params or {})
         preset.check()
@@ -123,8 +120,8 @@ def load_preset(
     return preset
 
 
-def _preset_of(loaded: Any, default_name: str) -> Preset:
-    if not isinstance(loaded, dict) or not isinstance(loaded.get("terms"), dict):
+def _preset_of(loaded: dict[str, Any], default_name: str) -> Preset:
+    if not isinstance(loaded.get("terms"), dict):
         raise UserError("expected the keys name and terms")
     _only(loaded, ("name", "terms"), "key")
     own = [t for t, body in loaded["terms"].items() if isinstance(body, dict) and "function" in body]
@@ -200,12 +197,7 @@ def _number(where: str, value: Any) -> float:
     return number
 
 
-def _unknown(what: str, name: object, known: list[str] | tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"unknown {what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
-
-
 def _only(given: Mapping[str, Any], known: list[str] | tuple[str, ...], what: str) -> None:
     for key in given:
         if key not in known:
-            raise UserError(_unknown(what, key, known))
+            raise UserError(f"unknown {what} {key!r}{near(key, known)}")

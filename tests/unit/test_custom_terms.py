@@ -106,7 +106,7 @@ def test_a_function_that_fails_is_named_in_one_line(preset, function, said):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("gaussian", "is taken"), ("reward", "is taken"), ("task", "is taken"), ('"a/b"', "letters, digits and _")],
+    [("pairwise", "is taken"), ("reward", "is taken"), ("task", "is taken"), ('"a/b"', "letters, digits and _")],
 )
 def test_it_may_not_hide_a_column_or_break_a_metrics_name(preset, name, said):
     with pytest.raises(UserError, match=said):

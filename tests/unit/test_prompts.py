@@ -181,8 +181,8 @@ def test_render_hands_the_messages_to_the_chat_template():
     ("content", "said"),
     [
         ("system: a\nusr: {iqa: a, iaa: b}\n", "did you mean 'user'"),
-        ("system: a\nuser: {iqa: a}\n", "missing key 'iaa'"),
-        ("system: a\nuser: {iqa: a, iaa: 3}\n", "user.iaa must be a text"),
+        ("system: a\nuser: {iqa: a}\n", "missing key 'user.iaa'"),
+        ("system: a\nuser: {iqa: a, iaa: 3}\n", "user.iaa=3: must be text"),
         ("system: [", "not valid YAML"),
     ],
 )

@@ -256,7 +256,7 @@ def test_attribute_texts_come_in_the_methods_order_whatever_the_spelling_of_thei
             r"fast\.user: \$score is",
         ),
         ("      $rationale", "      $rational", r"judge\.iqa\.user: unknown \$rational"),
-        ("refusals:", "refusal:", "unknown key 'refusal'; did you mean 'refusals'"),
+        ("refusals:", "refusal:", "unknown key 'checks.refusal'; did you mean 'refusals'"),
         ("overall gestalt:", "gestalt:", "unknown key 'gestalt'"),
         ("fast:", "fast: [", "not valid YAML"),
     ],

@@ -18,73 +18,106 @@ process with one thread; with t threads they are multiplied by `serial + (1 - se
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
-import yaml
+from annotated_types import Ge, Le, MinLen
+from pydantic import AfterValidator, BeforeValidator
 
-from tatar_dist.errors import UserError
+from tatar_dist.config.validate import STRICT_KEYS, AtLeastOne, Finite, read_yaml, validated
 from tatar_dist.types import TASKS
+
+Cost = Annotated[Finite, Ge(0)]
+Share = Annotated[Finite, Ge(0), Le(1)]
+Group = Annotated[tuple[AtLeastOne, ...], MinLen(1)]
+
+
+def _nested(groups: Any) -> Any:
+    """Take a flat list of lengths as one group."""
+    flat = isinstance(groups, list) and not (groups and isinstance(groups[0], list))
+    return [groups] if flat else groups
+
+
+def _task(name: str) -> str:
+    if name not in TASKS:
+        raise ValueError(f"must be one of {', '.join(TASKS)}")
+    return name
+
+
+Lengths = Annotated[
+    Mapping[Annotated[str, AfterValidator(_task)], Annotated[tuple[Group, ...], BeforeValidator(_nested)]], MinLen(1)
+]
 
 
 @dataclass(frozen=True)
 class EngineCosts:
-    per_call: float = 0.0
-    per_step: float = 0.0
-    per_token: float = 0.0
-    per_prompt: float = 0.0
-    serial: float = 0.0
+    __pydantic_config__ = STRICT_KEYS
+
+    per_call: Cost = 0.0
+    per_step: Cost = 0.0
+    per_token: Cost = 0.0
+    per_prompt: Cost = 0.0
+    serial: Share = 0.0
 
 
 @dataclass(frozen=True)
 class LearnerCosts:
-    per_update: float = 0.0
-    per_micro_batch: float = 0.0
-    per_row: float = 0.0
-    per_image: float = 0.0
-    per_token: float = 0.0
-    gather: float = 0.0
-    gather_across_nodes: float | None = None
-    serial: float = 0.0
+    __pydantic_config__ = STRICT_KEYS
+
+    per_update: Cost = 0.0
+    per_micro_batch: Cost = 0.0
+    per_row: Cost = 0.0
+    per_image: Cost = 0.0
+    per_token: Cost = 0.0
+    gather: Cost = 0.0
+    gather_across_nodes: Cost | None = None
+    serial: Share = 0.0
 
 
 @dataclass(frozen=True)
 class RewardCosts:
-    per_batch: float = 0.0
-    per_completion: float = 0.0
+    __pydantic_config__ = STRICT_KEYS
+
+    per_batch: Cost = 0.0
+    per_completion: Cost = 0.0
 
 
 @dataclass(frozen=True)
 class PushCosts:
-    per_push: float = 0.0
-    per_gb: float = 0.0
-    per_gb_receiver: float = 0.0
+    __pydantic_config__ = STRICT_KEYS
+
+    per_push: Cost = 0.0
+    per_gb: Cost = 0.0
+    per_gb_receiver: Cost = 0.0
 
 
 @dataclass(frozen=True)
 class OtherCosts:
-    per_step: float = 0.0
-    per_completion: float = 0.0
+    __pydantic_config__ = STRICT_KEYS
+
+    per_step: Cost = 0.0
+    per_completion: Cost = 0.0
 
 
 @dataclass(frozen=True)
 class StepCosts:
     """Costs of all parts of a step. `lengths`: completion lengths in tokens by task, one tuple per group."""
 
-    lengths: Mapping[str, tuple[tuple[int, ...], ...]]
+    __pydantic_config__ = STRICT_KEYS
+
+    lengths: Lengths
     engine: EngineCosts = field(default_factory=EngineCosts)
     learner: LearnerCosts = field(default_factory=LearnerCosts)
     reward: RewardCosts = field(default_factory=RewardCosts)
     push: PushCosts = field(default_factory=PushCosts)
     other: OtherCosts = field(default_factory=OtherCosts)
-    checkpoint: float = 0.0  # seconds that training stands still for one
-    switch: float = 0.0  # colocated: seconds of a step in which GPUs change hands, asleep to awake and back
-    model_gb: float = 0.0  # bytes of a weight push to one engine, in 1e9
-    parameters: float = 0.0  # 0 = unknown: memory is not checked
-    gpu_gib: float = 80.0
-    cores: int | None = None  # CPU: cores that all processes share; None = GPUs
+    checkpoint: Cost = 0.0  # seconds that training stands still for one
+    switch: Cost = 0.0  # colocated: seconds of a step in which GPUs change hands, asleep to awake and back
+    model_gb: Cost = 0.0  # bytes of a weight push to one engine, in 1e9
+    parameters: Cost = 0.0  # 0 = unknown: memory is not checked
+    gpu_gib: Cost = 80.0
+    cores: AtLeastOne | None = None  # CPU: cores that all processes share; None = GPUs
     source: str = "times given by hand"
     notes: tuple[str, ...] = ()
 
@@ -92,72 +125,9 @@ class StepCosts:
         return asdict(self)
 
 
-SECTIONS = {
-    "engine": EngineCosts,
-    "learner": LearnerCosts,
-    "reward": RewardCosts,
-    "push": PushCosts,
-    "other": OtherCosts,
-}
-T = TypeVar("T")
-
-
 def read_costs(path: Path) -> StepCosts:
     """Read costs from a YAML (or JSON) file. Raises UserError naming file and key."""
-    try:
-        found = yaml.safe_load(path.read_text())
-    except OSError as e:
-        raise UserError(f"{path}: cannot read: {e.strerror}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
-    if isinstance(found, dict) and isinstance(found.get("costs"), dict):
-        found = found["costs"]  # the whole output of plan --simulate --json
-    return _section(StepCosts, found, str(path))
-
-
-def _section(cls: type[T], found: Any, where: str) -> T:
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: expected keys and values, such as {', '.join(f.name for f in fields(cls))}")  # type: ignore[arg-type]
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    for key in found:
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}; known are {', '.join(sorted(known))}")
-    if cls is StepCosts and "lengths" not in found:
-        raise UserError(f"{where}: lengths is missing: completion lengths in tokens by task")
-    return cls(**{key: _value(key, value, f"{where}: {key}") for key, value in found.items()})
-
-
-def _value(key: str, value: Any, where: str) -> Any:
-    if key in SECTIONS:
-        return _section(SECTIONS[key], value, where)
-    if key == "lengths":
-        return _lengths(value, where)
-    if key in ("source", "notes"):
-        return str(value) if key == "source" else tuple(map(str, value if isinstance(value, list) else [value]))
-    if value is None and key in ("cores", "gather_across_nodes"):
-        return None
-    if isinstance(value, str):
-        with suppress(ValueError):
-            value = float(value)  # YAML reads 8e9, without a dot and a sign, as text
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise UserError(f"{where}: must be a number, 0 or more, found {value!r}")
-    if key == "serial" and value > 1:
-        raise UserError(f"{where}: a share, at most 1, found {value!r}")
-    if key == "cores" and (value < 1 or value != int(value)):
-        raise UserError(f"{where}: a whole number of CPU cores, or null on GPUs, found {value!r}")
-    return value
-
-
-def _lengths(value: Any, where: str) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Validate a list of groups by task, each a list of tokens; a flat list is one group."""
-    if not isinstance(value, dict) or not value or set(value) - set(TASKS):
-        raise UserError(f"{where}: expected completion lengths in tokens by task ({', '.join(TASKS)})")
-    found = {}
-    for task, groups in value.items():
-        nested = groups if isinstance(groups, list) and groups and isinstance(groups[0], list) else [groups]
-        for group in nested:
-            good = isinstance(group, list) and group
-            if not good or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in group):
-                raise UserError(f"{where}: {task}: expected a list of lengths in tokens, whole numbers from 1")
-        found[task] = tuple(tuple(group) for group in nested)
-    return found
+    tree = read_yaml(path, "file of costs")
+    if isinstance(tree.get("costs"), dict):
+        tree = tree["costs"]  # the whole output of plan --simulate --json
+    return validated(StepCosts, tree, str(path))
