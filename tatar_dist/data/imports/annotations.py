@@ -277,8 +277,6 @@ def _xlsx(data: bytes, file: str) -> AnnotationRows:
     kept = [i for i in range(header_at + 1, len(rows)) if any(v is not None for v in rows[i])]
     # Empty cells to the right of the header come from the sheet's dimensions; they are not values.
     values = [[*row, *[None] * width][: max(width, _filled(row))] for row in (rows[i] for i in kept)]
-    if any(None in row for row in values):
-        _put_formulas(data, kept, values)
     return AnnotationRows("xlsx", header, values, lambda i: f"{file}: row {kept[i] + 1}", {})
 
 
@@ -287,22 +285,6 @@ XLSX_LIMIT = 512 << 20  # bytes unpacked; SPAQ's workbook is about 2 MiB
 
 def _filled(row: Sequence[Any]) -> int:
     return max((k + 1 for k, v in enumerate(row) if v is not None), default=0)
-
-
-class Formula(str):
-    """A cell's formula without a stored result, which would otherwise read as empty."""
-
-
-def _put_formulas(data: bytes, kept: list[int], values: list[list[Any]]) -> None:
-    from openpyxl import load_workbook
-
-    sheet = load_workbook(io.BytesIO(data), read_only=True, data_only=False).worksheets[0]
-    place = {k: i for i, k in enumerate(kept)}
-    for k, cells in enumerate(sheet.iter_rows(values_only=True)):
-        row = values[place[k]] if k in place else []
-        for column, (cell, value) in enumerate(zip(cells, row, strict=False)):
-            if value is None and isinstance(cell, str) and cell.startswith("="):
-                row[column] = Formula(cell)
 
 
 def _recognise(rows: AnnotationRows, file: str, dataset: Dataset, wanted: list[Format]) -> Format:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tatar_dist.data.imports.annotations import MISSING, Bad, Formula, RawFile, json_type
+from tatar_dist.data.imports.annotations import MISSING, Bad, RawFile, json_type
 from tatar_dist.data.imports.attributes import in_order, is_text
 from tatar_dist.data.registry import Format, Range
 from tatar_dist.errors import UserError
@@ -139,9 +139,6 @@ def _wrong(label: str, value: Any, wanted: str) -> Bad:
         return Bad("missing key", f"{label} is missing")
     if value is None:
         return Bad("empty value", f"{label} is empty")
-    if isinstance(value, Formula):
-        text = f"{label} holds the formula {value} without a stored result; save the sheet with values"
-        return Bad("formula", text)
     if isinstance(value, bool | int | float | str | list | dict):
         shown = f" ({short(value)})" if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
         return Bad("wrong type", f"{label} is {json_type(value)}{shown}, must be {wanted}")
