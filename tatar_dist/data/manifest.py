@@ -12,7 +12,6 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,26 @@ import pyarrow.parquet as pq
 
 from tatar_dist.assets import looked_in
 from tatar_dist.data.images import UnreadableImage
-from tatar_dist.data.orders import WINDOW
 from tatar_dist.data.pools import Pool, index_pools
-from tatar_dist.data.rules import IdCheck, check_columns, check_pool, check_table
-from tatar_dist.data.schema import REQUIRED, SCHEMA, Stamp, groups_checksum, json_object, read_stamp
+from tatar_dist.data.schema import (
+    REQUIRED,
+    SCHEMA,
+    IdCheck,
+    Stamp,
+    check_columns,
+    check_pool,
+    check_table,
+    groups_checksum,
+    json_object,
+    read_stamp,
+    stored_ids,
+)
 from tatar_dist.errors import UserError
 from tatar_dist.types import Sample
 
 # Larger files with the writer's stamp are not read as a whole at every start: the writer checked every row.
 TRUSTED_ROWS = 200_000
+WINDOW = 8  # row groups whose rows are mixed; a reader caches as many
 # Cache of row groups: with embedded images WINDOW groups of every pool, which a sampler visits together.
 GROUP_BYTES = 16 << 20  # of a group, as the writer makes them
 CACHE_BYTES = 32 << 20  # of groups without pictures
@@ -257,11 +267,7 @@ def _check_rows(path: Path, file: pq.ParquetFile) -> None:
     for g in range(file.metadata.num_row_groups):
         check_table(path, first, file.read_row_group(g, columns=list(REQUIRED)), ids)
         first += file.metadata.row_group(g).num_rows
-    repeat = ids.first_repeat(partial(_all_ids, file))
+    repeat = ids.first_repeat(lambda: stored_ids(file))
     if repeat is not None:
         name, row, before = repeat
         raise UserError(f"{path}: row {row}, column sample_id: {name!r} was used in row {before}")
-
-
-def _all_ids(file: pq.ParquetFile) -> Iterator[str]:
-    return (i for batch in file.iter_batches(columns=["sample_id"]) for i in batch.column(0).to_pylist())

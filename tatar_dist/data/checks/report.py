@@ -15,9 +15,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from tatar_dist.data.checks.problem_log import MEANING, WARNINGS
 from tatar_dist.data.checks.rows import BINS, PoolFacts
-from tatar_dist.data.checks.validation import Checked, Validation
+from tatar_dist.data.checks.validation import MEANING, WARNINGS, Checked, Validation
 from tatar_dist.run.files import write_whole, writing
 
 if TYPE_CHECKING:

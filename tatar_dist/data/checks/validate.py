@@ -26,9 +26,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tatar_dist.data.checks.compare import compare
-from tatar_dist.data.checks.problem_log import Problem, problem_log
-from tatar_dist.data.checks.rows import Columns, PoolFacts, reference_of, row_faults
-from tatar_dist.data.checks.validation import Checked, Validation, ValidationRows, batches, open_source, values_of
+from tatar_dist.data.checks.rows import Columns, PoolFacts, reference_of, row_faults, rows_by_pool
+from tatar_dist.data.checks.validation import (
+    Checked,
+    Problem,
+    Validation,
+    ValidationRows,
+    batches,
+    open_source,
+    problem_log,
+    values_of,
+)
 from tatar_dist.data.images import MAX_PIXELS, ImageFacts, inspect_image
 from tatar_dist.data.manifest import image_path
 from tatar_dist.data.schema import SCHEMA
@@ -190,23 +198,16 @@ def _submitted(manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, po
 
 def _note_rows(manifest: Checked, rows: ValidationRows, start: int, columns: Columns) -> None:
     """Store hashes of ids and references, and update the statistics of the pools in a batch."""
-    keys = list(zip(*(columns[n] for n in ("dataset", "task", "split")), strict=True))
     for i, name in enumerate(columns["sample_id"]):
         rows.ident[start + i] = 0 if name is None else hash(name) or 1
         if reference := reference_of(columns["meta"][i]):
             rows.reference[start + i] = hash((columns["dataset"][i], reference)) or 1
-    for key in dict.fromkeys(keys):
+    for key, positions in rows_by_pool(columns).items():
         if key not in rows.pools:
             rows.pools.append(key)
         code = rows.pools.index(key)
-        mine = [i for i, k in enumerate(keys) if k == key]
-        rows.pool[start + np.array(mine)] = code
-        facts = manifest.pools.setdefault(code, PoolFacts(str(key[0]), str(key[1]), str(key[2])))
-        texts = sum(bool((columns["rationale"][i] or "").strip()) for i in mine)
-        told = sum(columns["attributes"][i] not in (None, "", "{}") for i in mine)
-        facts.add(
-            [columns["score"][i] for i in mine], texts, told, sum(columns["score_std"][i] is not None for i in mine)
-        )
+        rows.pool[start + np.array(positions)] = code
+        manifest.pools.setdefault(code, PoolFacts(*map(str, key))).add(columns, positions)
 
 
 def _record(
