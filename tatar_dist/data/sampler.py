@@ -1,7 +1,8 @@
 """Sample training batches: task-balanced, rankable, without repeats, resumable to the sample.
 
-A batch is a list of (manifest index, row). Each data set is visited in an order drawn from (seed, data set, epoch)
-(pool_cursor.py): an epoch shows each sample once. State: the seed; per data set epoch, position, rows put off or excluded.
+A batch is a list of (manifest index, row). Each data set is visited in an order drawn from (seed, data set, epoch),
+so that an epoch shows each sample once (pool_cursor.py). State: the seed; per data set the epoch, the position, and the
+rows put off or excluded.
 In a GRPO batch the images of a ranked task (IAA by default) come from one data set, since ranking across data sets is
 meaningless. The data set furthest behind its share is next, so that over time each gives images in proportion to its
 size. A batch that cannot be ranked raises `UserError` (at construction, if possible) instead of a silent zero reward.
@@ -67,8 +68,8 @@ class PromptSampler:
                 )
         if supervised:
             check_rationales(self.manifests)
-        for task, share in (("iqa", iqa_fraction), ("iaa", 1 - iqa_fraction)):
-            for cursor in self._of(task) if task in self.ranked and share > 0 else ():
+        for cursor in self._cursors:
+            if cursor.task in self.ranked and (iqa_fraction if cursor.task == "iqa" else 1 - iqa_fraction) > 0:
                 self._check_rankable(cursor)
 
     def _build(self) -> list[PoolCursor]:

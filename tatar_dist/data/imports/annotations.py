@@ -51,6 +51,10 @@ class RawFile:
         """Name a column as messages do."""
         return f"{'key' if self.kind in ('json', 'jsonl') else 'column'} {column}"
 
+    def reject(self, row: int, reason: str, text: str) -> None:
+        """Mark a row as bad, unless it is already: its first fault counts."""
+        self.bad.setdefault(int(row), Bad(reason, text))
+
 
 class AnnotationRows(NamedTuple):
     """Rows of a file before its format is known. `header`: names, None for files without a header."""
@@ -342,8 +346,6 @@ def _no_fit(
 
 
 def json_type(value: Any) -> str:
-    names: tuple[tuple[type, str], ...] = (
-        *((bool, "true or false"), (int, "a number"), (float, "a number")),
-        *((str, "text"), (list, "a list"), (dict, "an object")),
-    )
-    return next((name for kind, name in names if isinstance(value, kind)), "null")
+    """Name the JSON type of a value, for messages."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), "null")
