@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -123,16 +124,11 @@ class Manifest:
             raise UserError(f"{self.path}: row {i}: a text column is not UTF-8") from None
         row = {name: values.get(name) for name in SCHEMA.names}
         for name in ("attributes", "meta"):
-            row[name] = self._parse(row[name], i, name)
+            try:
+                row[name] = json_object(row[name]) if row[name] else {}
+            except ValueError as e:
+                raise UserError(f"{self.path}: row {i}, column {name}: {e}") from None
         return row
-
-    def _parse(self, text: str | None, i: int, column: str) -> dict[str, Any]:
-        if not text:
-            return {}
-        try:
-            return json_object(text)
-        except ValueError as e:
-            raise UserError(f"{self.path}: row {i}, column {column}: {e}") from None
 
     def sample_id(self, i: int) -> str:
         g = self.group_of(i)
@@ -172,9 +168,7 @@ class Manifest:
         if target is None:
             raise UserError(f"{where}: {name!r} leads outside {self.image_root}")
         try:
-            if not target.is_file() and target.exists():  # reading a pipe would wait for ever
-                raise UnreadableImage(f"{where}: {name!r} is no file")
-            return target.read_bytes()
+            return file_bytes(target)
         except (OSError, ValueError) as e:  # ValueError: a NUL in the name
             raise UnreadableImage(f"{where}: {name!r}: {getattr(e, 'strerror', None) or e}") from None
 
@@ -186,6 +180,13 @@ def image_path(root: Path, name: str) -> Path | None:
     """
     target = os.path.normpath(root / name)
     return Path(target) if not os.path.isabs(name) and Path(target).is_relative_to(root) else None
+
+
+def file_bytes(path: Path) -> bytes:
+    """Read a regular file. Raises OSError for anything else: reading a pipe would wait for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")
+    return path.read_bytes()
 
 
 def existing(path: str | Path) -> Path:

@@ -44,7 +44,7 @@ _Known = dict[int, tuple[str, float]]  # row among all -> its sample_id and scor
 
 
 def compare(checked: Sequence[Checked], rows: ValidationRows) -> np.ndarray:
-    """Find duplicate ids, identical images, conflicting scores, leaks. Returns (rows,) uint8: see duplicates.fates."""
+    """Find duplicate ids, identical images, conflicting scores, leaks. Returns (rows,) uint8: see `fates`."""
     _duplicate_ids(checked, rows)
     usable = ~rows.unusable
     pictures = likenesses(rows.picture, usable & rows.picture.any(axis=1), rows.pool, rows.pools)

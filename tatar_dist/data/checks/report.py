@@ -215,7 +215,7 @@ def picture(found: Validation, manifest: Checked) -> bytes:
         weight="bold",
         parse_math=False,  # `$` in a name is literal
     )
-    upper, lower = figure.subfigures(2, 1, height_ratios=[2.25 * down, 3.15])
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.25 * down, 3.15])[:, 0]
     panels = upper.subplots(max(1, down), across, squeeze=False, sharex=True)
     for axes, pool in zip(panels.flat, shown, strict=False):
         _draw_scores(axes, pool)
@@ -263,10 +263,10 @@ def _draw_sizes(axes: Axes, manifest: Checked) -> None:
         axes.set_yticks([])
         axes.text(0.5, 0.5, "no picture decodes", ha="center", color=RED, transform=axes.transAxes)
         return
-    found, how_many = np.unique(np.array(manifest.sizes), axis=0, return_counts=True)
-    area = 14 + 160 * np.sqrt(how_many / how_many.max())
-    axes.scatter(found[:, 0], found[:, 1], s=area if len(found) < 200 else 6, alpha=0.45, color=BLUE, linewidths=0)
-    low, high = max(1, found.min() * 0.6), found.max() * 1.6
+    sizes, counts = np.array(list(manifest.sizes)), np.array(list(manifest.sizes.values()))
+    area = 14 + 160 * np.sqrt(counts / counts.max())
+    axes.scatter(sizes[:, 0], sizes[:, 1], s=area if len(sizes) < 200 else 6, alpha=0.45, color=BLUE, linewidths=0)
+    low, high = max(1, sizes.min() * 0.6), sizes.max() * 1.6
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
     axes.plot([low, high], [low, high], color=QUIET, lw=0.7, ls=":")
     for axis in (axes.xaxis, axes.yaxis):

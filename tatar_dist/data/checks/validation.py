@@ -119,7 +119,7 @@ class Checked:
     pools: dict[int, PoolFacts] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
-    sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) of pictures that decode
     files: int = 0  # rows whose picture is a file
     absent: int = 0  # of those, the files that cannot be read
 
