@@ -142,29 +142,28 @@ def _print_formats(each: Dataset, out: Console) -> None:
 
 def sets_as_json(registry: Registry) -> list[dict[str, Any]]:
     """Records of the registry for `data sets --json`."""
-    return [_set_as_json(each) for each in registry.datasets.values()]
-
-
-def _set_as_json(each: Dataset) -> dict[str, Any]:
-    return {
-        "name": each.name,
-        "task": each.task,
-        "in_domain": each.in_domain,
-        "url": each.url,
-        "terms": each.terms,
-        "counts": dict(each.counts),
-        "official_split": each.split.official,
-        "formats": [
-            {
-                "name": f.name,
-                "kinds": list(f.kinds),
-                "columns": list(f.columns),
-                "image": f.image,
-                "score": f.score,
-                "range": [f.range.low, f.range.high],
-                "lower_is_better": f.lower_is_better,
-                "source": f.source,
-            }
-            for f in each.formats.values()
-        ],
-    }
+    return [
+        {
+            "name": each.name,
+            "task": each.task,
+            "in_domain": each.in_domain,
+            "url": each.url,
+            "terms": each.terms,
+            "counts": dict(each.counts),
+            "official_split": each.split.official,
+            "formats": [
+                {
+                    "name": f.name,
+                    "kinds": list(f.kinds),
+                    "columns": list(f.columns),
+                    "image": f.image,
+                    "score": f.score,
+                    "range": [f.range.low, f.range.high],
+                    "lower_is_better": f.lower_is_better,
+                    "source": f.source,
+                }
+                for f in each.formats.values()
+            ],
+        }
+        for each in registry.datasets.values()
+    ]

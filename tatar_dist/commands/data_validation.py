@@ -15,7 +15,7 @@ from rich.text import Text
 from tatar_dist.assets import looked_in
 from tatar_dist.data.checks import report as validation_report
 from tatar_dist.data.checks import sheet as contact_sheet
-from tatar_dist.data.checks.clean import clean, clean_paths
+from tatar_dist.data.checks.compare import clean, clean_paths
 from tatar_dist.data.checks.validate import validate
 from tatar_dist.errors import Interrupted, UserError
 from tatar_dist.faults.interrupts import StopSignals

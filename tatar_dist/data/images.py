@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import IO, cast
 
 import numpy as np
 
@@ -27,7 +26,6 @@ from PIL import (  # noqa: F401
     GifImagePlugin,
     Image,
     ImageFile,
-    ImageOps,
     Jpeg2KImagePlugin,
     JpegImagePlugin,
     MpoImagePlugin,
@@ -167,37 +165,6 @@ def _register_heif() -> None:
     register_heif_opener()
 
 
-class _Reader:
-    """Read bytes in place through the file methods that Pillow's decoders use.
-    io.BytesIO would copy a whole memoryview, which on rows of Parquet costs a tenth of decoding a JPEG."""
-
-    def __init__(self, data: bytes | memoryview) -> None:
-        self._data, self._at = memoryview(data), 0
-
-    def read(self, size: int | None = -1) -> bytes:
-        end = len(self._data) if size is None or size < 0 else self._at + size
-        found = bytes(self._data[self._at : end])
-        self._at += len(found)
-        return found
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
-        if at < 0:
-            raise ValueError(f"seek to {at}")
-        self._at = at
-        return at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readline(self) -> bytes:
-        rest = self._data[self._at : self._at + 4096].tobytes()
-        return self.read(rest.find(b"\n") + 1 or len(rest))
-
-    def close(self) -> None:
-        """Do nothing: there is nothing to release."""
-
-
 def _opened(data: bytes | memoryview) -> ImageFile.ImageFile:
     """Open an image: its header is read and its size allowed, but no pixel is decoded yet."""
     if not data:
@@ -214,7 +181,7 @@ def _opened(data: bytes | memoryview) -> ImageFile.ImageFile:
         if name == "JPEG" and _ends_in_zeros(data):
             said = "truncated: zeros where its end should be, as an unfinished download leaves"
             raise _Refused(ImageFacts(name, problem="truncated", message=f"cannot decode image: {said}"))
-        image = factory(cast(IO[bytes], _Reader(data)), "")
+        image = factory(io.BytesIO(data), "")
         if image.width * image.height > MAX_PIXELS:
             said = f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are decoded"
             size = (image.width, image.height)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,26 @@ import pyarrow.parquet as pq
 
 from tatar_dist.assets import looked_in
 from tatar_dist.data.images import UnreadableImage
-from tatar_dist.data.orders import WINDOW
 from tatar_dist.data.pools import Pool, index_pools
-from tatar_dist.data.rules import IdCheck, check_columns, check_pool, check_table
-from tatar_dist.data.schema import REQUIRED, SCHEMA, Stamp, groups_checksum, json_object, read_stamp
+from tatar_dist.data.schema import (
+    REQUIRED,
+    SCHEMA,
+    IdCheck,
+    Stamp,
+    check_columns,
+    check_pool,
+    check_table,
+    groups_checksum,
+    json_object,
+    read_stamp,
+    stored_ids,
+)
 from tatar_dist.errors import UserError
 from tatar_dist.types import Sample
 
 # Larger files with the writer's stamp are not read as a whole at every start: the writer checked every row.
 TRUSTED_ROWS = 200_000
+WINDOW = 8  # row groups whose rows are mixed; a reader caches as many
 # Cache of row groups: with embedded images WINDOW groups of every pool, which a sampler visits together.
 GROUP_BYTES = 16 << 20  # of a group, as the writer makes them
 CACHE_BYTES = 32 << 20  # of groups without pictures
@@ -113,16 +124,11 @@ class Manifest:
             raise UserError(f"{self.path}: row {i}: a text column is not UTF-8") from None
         row = {name: values.get(name) for name in SCHEMA.names}
         for name in ("attributes", "meta"):
-            row[name] = self._parse(row[name], i, name)
+            try:
+                row[name] = json_object(row[name]) if row[name] else {}
+            except ValueError as e:
+                raise UserError(f"{self.path}: row {i}, column {name}: {e}") from None
         return row
-
-    def _parse(self, text: str | None, i: int, column: str) -> dict[str, Any]:
-        if not text:
-            return {}
-        try:
-            return json_object(text)
-        except ValueError as e:
-            raise UserError(f"{self.path}: row {i}, column {column}: {e}") from None
 
     def sample_id(self, i: int) -> str:
         g = self.group_of(i)
@@ -162,9 +168,7 @@ class Manifest:
         if target is None:
             raise UserError(f"{where}: {name!r} leads outside {self.image_root}")
         try:
-            if not target.is_file() and target.exists():  # reading a pipe would wait for ever
-                raise UnreadableImage(f"{where}: {name!r} is no file")
-            return target.read_bytes()
+            return file_bytes(target)
         except (OSError, ValueError) as e:  # ValueError: a NUL in the name
             raise UnreadableImage(f"{where}: {name!r}: {getattr(e, 'strerror', None) or e}") from None
 
@@ -176,6 +180,13 @@ def image_path(root: Path, name: str) -> Path | None:
     """
     target = os.path.normpath(root / name)
     return Path(target) if not os.path.isabs(name) and Path(target).is_relative_to(root) else None
+
+
+def file_bytes(path: Path) -> bytes:
+    """Read a regular file. Raises OSError for anything else: reading a pipe would wait for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")
+    return path.read_bytes()
 
 
 def existing(path: str | Path) -> Path:
@@ -257,11 +268,7 @@ def _check_rows(path: Path, file: pq.ParquetFile) -> None:
     for g in range(file.metadata.num_row_groups):
         check_table(path, first, file.read_row_group(g, columns=list(REQUIRED)), ids)
         first += file.metadata.row_group(g).num_rows
-    repeat = ids.first_repeat(partial(_all_ids, file))
+    repeat = ids.first_repeat(lambda: stored_ids(file))
     if repeat is not None:
         name, row, before = repeat
         raise UserError(f"{path}: row {row}, column sample_id: {name!r} was used in row {before}")
-
-
-def _all_ids(file: pq.ParquetFile) -> Iterator[str]:
-    return (i for batch in file.iter_batches(columns=["sample_id"]) for i in batch.column(0).to_pylist())

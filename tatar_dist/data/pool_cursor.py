@@ -1,22 +1,25 @@
 """Visit one data set epoch after epoch in a keyed order, resumable from a state dict.
 
-Holds the order of one epoch (orders.py) and the rows that were put off.
+An epoch's order is a permutation seeded by (seed, data set, epoch). For a data set with images embedded in the
+manifest, row groups are shuffled, and rows within windows of a few groups, because reading one row costs as much as
+reading its group.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from tatar_dist.data.manifest import Manifest
-from tatar_dist.data.orders import MAX_ROWS, WINDOW, block_permutation, permutation
+from tatar_dist.data.manifest import WINDOW, Manifest
 from tatar_dist.data.pools import Pool
 from tatar_dist.errors import UserError
 from tatar_dist.types import Task
 
 Ref = tuple[int, int]  # (manifest index, row)
+MAX_ROWS = 1 << 24  # of a data set, whose order takes 64 MiB
 OLD_EXACT = 65_536  # largest shuffle for which older versions drew the same order
 
 
@@ -156,3 +159,30 @@ def _block_sizes(manifest: Manifest, pool: Pool) -> np.ndarray:
     """Return (blocks,) the pool's rows in each row group that holds any, in file order."""
     sizes = np.diff(pool.rows_before(manifest.starts))
     return sizes[sizes > 0]
+
+
+def permutation(n: int, key: Sequence[object]) -> np.ndarray:
+    """Draw a permutation of range(n), (n,) uint32: the same on every machine for keys with equal string forms."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=64).digest()
+    order = np.arange(n, dtype=np.uint32)
+    np.random.default_rng(np.frombuffer(digest, "<u8")).shuffle(order)
+    return order
+
+
+def block_permutation(sizes: np.ndarray, key: Sequence[object]) -> np.ndarray:
+    """Draw a permutation of the rows of consecutive blocks that finishes one window of blocks before the next.
+
+    Args:
+        sizes: (blocks,) rows of each block.
+        key: as for `permutation`.
+
+    Returns:
+        (sizes.sum(),) uint32. Blocks are shuffled, and the rows within each `WINDOW` consecutive shuffled blocks.
+    """
+    ends, order = np.cumsum(sizes), permutation(len(sizes), (*key, "blocks"))
+    shuffled, at = np.empty(ends[-1], np.uint32), 0
+    for w in range(0, len(order), WINDOW):
+        rows = np.concatenate([np.arange(ends[b] - sizes[b], ends[b]) for b in order[w : w + WINDOW]])
+        shuffled[at : at + len(rows)] = rows[permutation(len(rows), (*key, "window", w // WINDOW))]
+        at += len(rows)
+    return shuffled

@@ -1,7 +1,8 @@
 """Sample training batches: task-balanced, rankable, without repeats, resumable to the sample.
 
-A batch is a list of (manifest index, row). Each data set is visited in an order drawn from (seed, data set, epoch)
-(orders.py): an epoch shows each sample once. State: the seed; per data set epoch, position, rows put off or excluded.
+A batch is a list of (manifest index, row). Each data set is visited in an order drawn from (seed, data set, epoch),
+so that an epoch shows each sample once (pool_cursor.py). State: the seed; per data set the epoch, the position, and the
+rows put off or excluded.
 In a GRPO batch the images of a ranked task (IAA by default) come from one data set, since ranking across data sets is
 meaningless. The data set furthest behind its share is next, so that over time each gives images in proportion to its
 size. A batch that cannot be ranked raises `UserError` (at construction, if possible) instead of a silent zero reward.
@@ -17,11 +18,11 @@ import pyarrow.compute as pc
 from tatar_dist.data.manifest import Manifest
 from tatar_dist.data.pool_cursor import PoolCursor, Ref
 from tatar_dist.data.pools import Pool
-from tatar_dist.data.rules import IdCheck
+from tatar_dist.data.schema import IdCheck
 from tatar_dist.errors import UserError
 from tatar_dist.types import TASKS, Sample, Task
 
-ORDER = "permutation"  # the name of orders.py in states of the sampler
+ORDER = "permutation"  # the name of the order of pool_cursor.py in states of the sampler
 
 
 class PromptSampler:
@@ -67,8 +68,8 @@ class PromptSampler:
                 )
         if supervised:
             check_rationales(self.manifests)
-        for task, share in (("iqa", iqa_fraction), ("iaa", 1 - iqa_fraction)):
-            for cursor in self._of(task) if task in self.ranked and share > 0 else ():
+        for cursor in self._cursors:
+            if cursor.task in self.ranked and (iqa_fraction if cursor.task == "iqa" else 1 - iqa_fraction) > 0:
                 self._check_rankable(cursor)
 
     def _build(self) -> list[PoolCursor]:
@@ -232,17 +233,6 @@ class PromptSampler:
             cursor.load_state_dict(state["pools"][cursor.dataset])
 
 
-def shard(batch: Sequence[Ref], index: int, count: int) -> list[Ref]:
-    """Return part `index` of `count` of a batch: every count-th row. The parts are disjoint and together the batch.
-
-    Processes with the same manifests, seed and state draw the same batch, so that each can take its own part without
-    communication.
-    """
-    if not 0 <= index < count:
-        raise ValueError(f"shard {index} of {count}")
-    return list(batch[index::count])
-
-
 def _check_ids(dataset: str, parts: Sequence[tuple[int, Manifest, Pool]]) -> None:
     """Raise UserError for a sample of a data set that two manifests hold (or one manifest that is given twice)."""
     ids = IdCheck()
@@ -255,7 +245,7 @@ def _check_ids(dataset: str, parts: Sequence[tuple[int, Manifest, Pool]]) -> Non
     for _, manifest, pool in parts:
         for names in of(manifest, pool):
             ids.add(names)
-    repeat = ids.first_repeat(lambda: (i for _, m, p in parts for names in of(m, p) for i in names))
+    repeat = ids.first_repeat(lambda: (names for _, m, p in parts for names in of(m, p)))
     if repeat is None:
         return
     holders = [m.path for _, m, p in parts if any(repeat[0] in names for names in of(m, p))]

@@ -1,19 +1,25 @@
-"""Columns of a manifest, and the stamp that its writer stores in the Parquet footer."""
+"""Columns of a manifest, the stamp in its Parquet footer, and the rules that reader and writer share.
+
+The rules take a schema, a pool or consecutive rows; `UserError` names file, row and column.
+"""
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tatar_dist.data.pools import Pool
 from tatar_dist.errors import UserError
+from tatar_dist.types import SPLITS, TASKS
 
 VERSION = 1
 STAMP = b"tatar_dist.manifest"  # the footer's key for the writer's `Stamp`
@@ -77,3 +83,107 @@ def read_stamp(path: Path, file: pq.ParquetFile) -> Stamp | None:
     except (ValueError, TypeError, KeyError) as e:
         raise UserError(f"{path}: damaged stamp in the footer: {e!r}; import the data again") from None
     raise UserError(f"{path}: manifest version {version}, this tatar_dist reads up to {VERSION}: update it")
+
+
+def check_columns(path: Path, schema: pa.Schema) -> None:
+    """Raise UserError for a column that is missing, repeated, or of another type than in SCHEMA."""
+    found = {field.name: field.type for field in schema}
+    for name in SCHEMA.names:
+        if schema.names.count(name) > 1:
+            raise UserError(f"{path}: column {name} is there {schema.names.count(name)} times")
+    for name in REQUIRED:
+        if name not in found:
+            raise UserError(f"{path}: column {name} is missing")
+    if "image" not in found and "image_bytes" not in found:
+        raise UserError(f"{path}: neither column image nor column image_bytes is there")
+    for name in SCHEMA.names:
+        if name in found and not _fits(found[name], SCHEMA.field(name).type):
+            raise UserError(f"{path}: column {name} is {found[name]}, must be {SCHEMA.field(name).type}")
+
+
+def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if pa.types.is_null(found):
+        return True
+    if pa.types.is_string(wanted):
+        return pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found)
+    if pa.types.is_binary(wanted):
+        return pa.types.is_binary(found) or pa.types.is_large_binary(found) or pa.types.is_binary_view(found)
+    return pa.types.is_floating(found) or pa.types.is_integer(found)
+
+
+def check_pool(path: Path, pool: Pool) -> None:
+    """Raise UserError for what the statistics of a pool show to be invalid: its keys, or scores outside 0-100."""
+    _check_keys(path, int(pool.runs[0, 0]), pool.dataset, pool.task, pool.split)
+    if not 0 <= pool.score_min <= pool.score_max <= 100:
+        bad = pool.score_max if pool.score_max > 100 else pool.score_min
+        raise UserError(f"{path}: data set {pool.dataset!r}, column score: {bad} is not a number from 0 to 100")
+
+
+def _check_keys(path: Path, row: int, dataset: str, task: str, split: str) -> None:
+    if not dataset:
+        raise UserError(f"{path}: row {row}, column dataset: is empty")
+    if task not in TASKS:
+        raise UserError(f"{path}: row {row}, column task: {task!r} is neither {TASKS[0]} nor {TASKS[1]}")
+    if split not in SPLITS:
+        raise UserError(f"{path}: row {row}, column split: {split!r} is none of {', '.join(SPLITS)}")
+
+
+def check_table(path: Path, first: int, table: pa.Table, ids: IdCheck) -> None:
+    """Check rows from `first` on and add their sample ids to `ids`. Raises UserError naming row and column."""
+    try:
+        table.validate(full=True)
+    except pa.ArrowInvalid as e:
+        end = first + len(table) - 1
+        raise UserError(f"{path}: rows {first} to {end}: not UTF-8 text: {str(e).splitlines()[0]}") from None
+    for name in REQUIRED:
+        column = table.column(name)
+        if column.null_count:
+            row = first + pc.index(column.is_null(), True).as_py()
+            raise UserError(f"{path}: row {row}, column {name}: no value")
+    keys = [table.column(name).cast(pa.string()) for name in ("dataset", "task", "split")]
+    wrong = pc.or_(
+        pc.equal(keys[0], ""),
+        pc.invert(pc.and_(pc.is_in(keys[1], value_set=pa.array(TASKS)), pc.is_in(keys[2], value_set=pa.array(SPLITS)))),
+    )
+    if pc.any(wrong).as_py():
+        i = pc.index(wrong, True).as_py()
+        dataset, task, split = (column[i].as_py() for column in keys)
+        _check_keys(path, first + i, dataset, task, split)
+    empty = pc.equal(table.column("sample_id").cast(pa.string()), "")
+    if pc.any(empty).as_py():
+        raise UserError(f"{path}: row {first + pc.index(empty, True).as_py()}, column sample_id: is empty")
+    scores = table.column("score").cast(pa.float64(), safe=False).to_numpy()
+    bad = ~((scores >= 0) & (scores <= 100))  # true for NaN as well
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise UserError(f"{path}: row {first + i}, column score: {scores[i]} is not a number from 0 to 100")
+    ids.add(table.column("sample_id").to_pylist())
+
+
+class IdCheck:
+    """Find a repeated id among millions. Stores an 8-byte hash per id; ids are compared only where hashes are equal."""
+
+    def __init__(self) -> None:
+        self._hashes: list[np.ndarray] = []
+
+    def add(self, ids: Sequence[str]) -> None:
+        self._hashes.append(np.fromiter(map(hash, ids), np.int64, len(ids)))
+
+    def first_repeat(self, again: Callable[[], Iterable[Sequence[str]]]) -> tuple[str, int, int] | None:
+        """Return (id, its row, the earlier row) of the first repeated id, or None; `again()` yields what was added."""
+        hashes = np.sort(np.concatenate(self._hashes or [np.zeros(0, np.int64)]))
+        suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+        if not suspects:
+            return None
+        seen: dict[str, int] = {}
+        for row, name in enumerate(name for names in again() for name in names):
+            if hash(name) in suspects and seen.setdefault(name, row) != row:
+                return name, row, seen[name]
+        return None
+
+
+def stored_ids(file: pq.ParquetFile) -> Iterator[list[str]]:
+    """Yield the sample ids of a manifest in pieces."""
+    return (batch.column(0).to_pylist() for batch in file.iter_batches(columns=["sample_id"]))

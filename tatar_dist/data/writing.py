@@ -20,8 +20,7 @@ import pyarrow.parquet as pq
 
 from tatar_dist.data.manifest import GROUP_BYTES
 from tatar_dist.data.pools import KEYS, Key
-from tatar_dist.data.rules import IdCheck, check_table
-from tatar_dist.data.schema import SCHEMA, STAMP, VERSION, Stamp, groups_checksum
+from tatar_dist.data.schema import SCHEMA, STAMP, VERSION, IdCheck, Stamp, check_table, groups_checksum, stored_ids
 from tatar_dist.errors import UserError
 from tatar_dist.run.files import beside
 
@@ -119,12 +118,8 @@ class ManifestWriter:
         return os.path.relpath(os.path.realpath(root), os.path.realpath(home))
 
     def _check_ids(self) -> None:
-        def again() -> Iterator[str]:
-            with pq.ParquetFile(self._beside) as file:
-                for batch in file.iter_batches(columns=["sample_id"]):
-                    yield from batch.column(0).to_pylist()
-
-        repeat = self._ids.first_repeat(again)
+        with pq.ParquetFile(self._beside) as file:
+            repeat = self._ids.first_repeat(lambda: stored_ids(file))
         if repeat is not None:
             raise UserError(f"{self.path}: column sample_id: {repeat[0]!r} comes twice; nothing was written")
 

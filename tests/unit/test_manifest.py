@@ -203,7 +203,7 @@ def test_a_rationale_that_is_not_utf_8_is_named_by_row(tmp_path):
 def test_a_pipe_in_place_of_a_picture_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     path = written(tmp_path / "m.parquet", [row(0, image_bytes=None, image="pipe.jpg")])
-    with pytest.raises(UnreadableImage, match="'pipe.jpg' is no file"):
+    with pytest.raises(UnreadableImage, match="'pipe.jpg': not a regular file"):
         read_manifest(path).get(0)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from tatar_dist.data.orders import WINDOW, block_permutation, permutation
+from tatar_dist.data.pool_cursor import WINDOW, block_permutation, permutation
 
 LARGE = 69_053
 

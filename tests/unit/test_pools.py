@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tatar_dist.data import manifest as manifests
 from tatar_dist.data.manifest import read_manifest
-from tatar_dist.data.sampler import PromptSampler, shard
+from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.data.schema import STAMP
 from tatar_dist.data.writing import ManifestWriter, write_manifest, write_table
 from tatar_dist.errors import UserError
@@ -217,16 +217,6 @@ def test_images_are_found_below_the_root_that_the_manifest_names_even_after_both
     (tmp_path / "y" / "pics").rename(tmp_path / "elsewhere")
     path = tmp_path / "y" / "lists" / "m.parquet"
     assert read_manifest(path, image_root=tmp_path / "elsewhere").get(0).image == b"zero"
-
-
-def test_the_shards_of_a_batch_are_disjoint_and_together_the_batch(tmp_path):
-    write_table(tmp_path / "m.parquet", rows(200, task=lambda i: "iaa"))
-    batch = PromptSampler([read_manifest(tmp_path / "m.parquet")], 0, 0.0).next_batch(30)
-    parts = [shard(batch, i, 4) for i in range(4)]
-    assert sorted(ref for part in parts for ref in part) == sorted(batch)
-    assert {len(part) for part in parts} == {7, 8}
-    with pytest.raises(ValueError, match="shard 4 of 4"):
-        shard(batch, 4, 4)
 
 
 def test_a_sampler_on_a_million_rows_holds_only_the_order_of_an_epoch(tmp_path):

@@ -20,9 +20,9 @@ from manifest_cases import codes, picture, problems, raw, row, written
 from PIL import Image
 
 from tatar_dist.cli import main
-from tatar_dist.data.checks.clean import clean
-from tatar_dist.data.checks.duplicates import DUPLICATE, KEEP
+from tatar_dist.data.checks.compare import clean
 from tatar_dist.data.checks.validate import validate
+from tatar_dist.data.checks.validation import DUPLICATE, KEEP
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError

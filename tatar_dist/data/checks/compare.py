@@ -1,28 +1,50 @@
-"""Compare rows over all manifests of `data validate`; log duplicates, conflicts and leaks.
+"""Compare rows over all manifests of `data validate`; log duplicates, conflicts and leaks; write clean manifests.
 
-Takes the arrays of `validation.ValidationRows`; logs problems that name sample ids and returns the rows' fates. Ids and
-scores are read once more from the files, and kept only for rows that have something in common.
+Arrays run over the rows of all manifests (`validation.ValidationRows`). `compare` logs problems that name sample ids
+and returns the fate of each row in a clean manifest. Ids and scores are read once more from the files, and kept only
+for rows that have something in common. `clean` writes new manifests without the rows that cannot be used, leak (on the
+side not held out), or repeat an image of their pool; image files are not moved.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from tatar_dist.data.checks.duplicates import Likeness, fates, groups, likenesses
-from tatar_dist.data.checks.problem_log import Problem
-from tatar_dist.data.checks.validation import Checked, ValidationRows, columns_of
+from tatar_dist.data.checks.rows import Key
+from tatar_dist.data.checks.validation import (
+    DUPLICATE,
+    KEEP,
+    LEAKED,
+    UNUSABLE,
+    Checked,
+    Problem,
+    Validation,
+    ValidationRows,
+    batches,
+    columns_of,
+    open_source,
+)
+from tatar_dist.data.schema import SCHEMA
+from tatar_dist.data.writing import ManifestWriter
+from tatar_dist.errors import UserError
+from tatar_dist.run.files import probe, writing
+from tatar_dist.types import SPLITS
 
+WHY = {"unusable": UNUSABLE, "leaked": LEAKED, "duplicate": DUPLICATE}
 NAMED = 3  # rows that a message names; the rest are counted
 
 _Known = dict[int, tuple[str, float]]  # row among all -> its sample_id and score
 
 
 def compare(checked: Sequence[Checked], rows: ValidationRows) -> np.ndarray:
-    """Find duplicate ids, identical images, conflicting scores, leaks. Returns (rows,) uint8: see duplicates.fates."""
+    """Find duplicate ids, identical images, conflicting scores, leaks. Returns (rows,) uint8: see `fates`."""
     _duplicate_ids(checked, rows)
     usable = ~rows.unusable
     pictures = likenesses(rows.picture, usable & rows.picture.any(axis=1), rows.pool, rows.pools)
@@ -123,3 +145,122 @@ class _Report:
                 shown = [same[0], same[-1]] if len(same) > NAMED else same
                 said = f"{len(same)} identical pictures, scores {min(scores):g} to {max(scores):g}: "
                 self._add(min(same), "conflicting-scores", said + self._names(shown, min(same), scores=True))
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Rows, ascending, that share an image or a reference.
+
+    leaks: whether they lie in two splits or more; then the rows outside the `protected` split, the last of SPLITS, are
+        those that leak.
+    """
+
+    rows: tuple[int, ...]
+    leaks: bool
+    protected: str
+
+
+def groups(keys: np.ndarray, present: np.ndarray) -> list[np.ndarray]:
+    """Group rows by equal keys that occur twice or more; rows ascend within a group, groups are sorted by first row.
+
+    keys: (n,) or (n, 2) uint64/int64. present: (n,) bool, the rows to consider.
+    """
+    rows = np.flatnonzero(present)
+    if not len(rows):
+        return []
+    found = keys[rows].reshape(len(rows), -1)
+    order = np.lexsort(found.T)  # stable, so rows stay ascending within equal keys
+    rows, found = rows[order], found[order]
+    starts = np.flatnonzero(np.r_[True, (found[1:] != found[:-1]).any(axis=1)])
+    ends = np.r_[starts[1:], len(rows)]
+    several = np.flatnonzero(ends - starts > 1)
+    return sorted((rows[starts[k] : ends[k]] for k in several), key=lambda g: int(g[0]))
+
+
+def likenesses(
+    keys: np.ndarray, present: np.ndarray, pool: np.ndarray, pools: Sequence[Key], leaks_only: bool = False
+) -> list[Likeness]:
+    """Group rows by equal keys and mark the groups that leak. pool: (n,) int32, the row's index in `pools`.
+
+    Rows of a split that is not in SPLITS must not be `present`: which side of a leak is held out is unknown for them.
+    leaks_only: omit groups without a leak, which for references are the normal case and as large as the data set.
+    """
+    found = []
+    for group in groups(keys, present):
+        splits = {pools[p][2] for p in np.unique(pool[group])}
+        if leaks_only and len(splits) == 1:
+            continue
+        protected = max(splits, key=SPLITS.index)
+        found.append(Likeness(tuple(group.tolist()), len(splits) > 1, protected))
+    return found
+
+
+def fates(
+    unusable: np.ndarray,
+    same_picture: Sequence[Likeness],
+    same_reference: Sequence[Likeness],
+    pool: np.ndarray,
+    pools: Sequence[Key],
+) -> np.ndarray:
+    """Return (n,) uint8: KEEP, UNUSABLE, LEAKED (all but the protected split), DUPLICATE (later ones in a pool)."""
+    fate = np.where(unusable, UNUSABLE, KEEP).astype(np.uint8)
+    for like in (*same_picture, *same_reference):
+        if like.leaks:
+            for row in like.rows:
+                if fate[row] == KEEP and pools[pool[row]][2] != like.protected:
+                    fate[row] = LEAKED
+    for like in same_picture:
+        seen: set[int] = set()
+        for row in like.rows:
+            if fate[row] == KEEP:
+                if int(pool[row]) in seen:
+                    fate[row] = DUPLICATE
+                seen.add(int(pool[row]))
+    return fate
+
+
+def clean_paths(paths: Sequence[Path], out: Path) -> list[Path]:
+    """Return the target of each manifest: `out` itself for one, a file of the same name in directory `out` for several.
+
+    Raises UserError for an unsuitable target, one that cannot be written, or one that would overwrite a manifest being
+    read.
+    """
+    with writing(out):
+        is_directory = out.is_dir()
+    if len(paths) == 1 and not is_directory:
+        found = [out]
+    elif out.suffix == ".parquet":
+        raise UserError(f"--clean {out}: several manifests are given, name a directory for their clean copies")
+    else:
+        found = [out / p.name for p in paths]
+    for path, target in zip(paths, found, strict=True):
+        if target.resolve() in [p.resolve() for p in paths]:
+            raise UserError(f"--clean {target}: would overwrite {path}, which it is made from; name another place")
+    if len(set(found)) < len(found):
+        raise UserError(f"--clean {out}: two manifests have the same file name; clean them one at a time")
+    for target in found:
+        probe(target)
+    return found
+
+
+def clean(found: Validation, out: Path) -> dict[str, dict[str, int]]:
+    """Write the clean manifests. Returns row counts by file: kept, unusable, leaked, duplicate.
+
+    Raises UserError if a manifest has no row left, before any is written, or if one cannot be written.
+    """
+    counts = {}
+    targets = clean_paths([m.path for m in found.manifests], out)
+    for manifest, target in zip(found.manifests, targets, strict=True):
+        if not (found.fate_of(manifest) == KEEP).any():
+            raise UserError(f"{manifest.path}: no row is left to write to {target}")
+    for manifest, target in zip(found.manifests, targets, strict=True):
+        fate = found.fate_of(manifest)
+        keep = fate == KEEP
+        file, _ = open_source(manifest.path)
+        start = 0
+        with file, writing(target), ManifestWriter(target, image_root=manifest.root) as writer:
+            for table in batches(file, SCHEMA.names):
+                writer.write(table.filter(pa.array(keep[start : start + len(table)])))
+                start += len(table)
+        counts[str(target)] = {"kept": int(keep.sum())} | {k: int(np.sum(fate == v)) for k, v in WHY.items()}
+    return counts

@@ -15,9 +15,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from tatar_dist.data.checks.problem_log import MEANING, WARNINGS
 from tatar_dist.data.checks.rows import BINS, PoolFacts
-from tatar_dist.data.checks.validation import Checked, Validation
+from tatar_dist.data.checks.validation import MEANING, WARNINGS, Checked, Validation
 from tatar_dist.run.files import write_whole, writing
 
 if TYPE_CHECKING:
@@ -204,8 +203,7 @@ def picture(found: Validation, manifest: Checked) -> bytes:
     shown = pools[:PANELS]
     across = min(3, max(1, len(shown)))
     down = -(-len(shown) // across)
-    heights = [1.7] * down + [2.6]
-    figure = Figure(figsize=(9.6, sum(heights) + 0.55 * (down + 1) + 0.9), dpi=130, layout="constrained")
+    figure = Figure(figsize=(9.6, 2.25 * down + 4.05), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     mine = Validation([manifest], found.fate_of(manifest))
     figure.suptitle(
@@ -217,8 +215,7 @@ def picture(found: Validation, manifest: Checked) -> bytes:
         weight="bold",
         parse_math=False,  # `$` in a name is literal
     )
-    parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[sum(heights[:-1]) + 0.55 * down, heights[-1] + 0.55])
-    upper, lower = parts[:, 0]
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.25 * down, 3.15])[:, 0]
     panels = upper.subplots(max(1, down), across, squeeze=False, sharex=True)
     for axes, pool in zip(panels.flat, shown, strict=False):
         _draw_scores(axes, pool)
@@ -226,7 +223,7 @@ def picture(found: Validation, manifest: Checked) -> bytes:
         axes.axis("off")
     if len(pools) > PANELS:
         upper.supxlabel(f"and {len(pools) - PANELS} more pools, in the summary", fontsize=8, color=QUIET)
-    sizes, kinds = lower.subplots(1, 2, width_ratios=[1, 1])
+    sizes, kinds = lower.subplots(1, 2)
     _draw_sizes(sizes, manifest)
     _draw_kinds(kinds, manifest)
     buffer = io.BytesIO()
@@ -259,23 +256,22 @@ def _draw_scores(axes: Axes, pool: PoolFacts) -> None:
 
 def _draw_sizes(axes: Axes, manifest: Checked) -> None:
     _plain(axes, "Sizes of the pictures", "width, pixels (a dot may be many pictures)")
+    from matplotlib.ticker import LogLocator, NullLocator
+
     if not manifest.sizes:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.text(0.5, 0.5, "no picture decodes", ha="center", color=RED, transform=axes.transAxes)
         return
-    found, how_many = np.unique(np.array(manifest.sizes), axis=0, return_counts=True)
-    area = 14 + 160 * np.sqrt(how_many / how_many.max())
-    axes.scatter(found[:, 0], found[:, 1], s=area if len(found) < 200 else 6, alpha=0.45, color=BLUE, linewidths=0)
-    low, high = max(1, found.min() * 0.6), found.max() * 1.6
+    sizes, counts = np.array(list(manifest.sizes)), np.array(list(manifest.sizes.values()))
+    area = 14 + 160 * np.sqrt(counts / counts.max())
+    axes.scatter(sizes[:, 0], sizes[:, 1], s=area if len(sizes) < 200 else 6, alpha=0.45, color=BLUE, linewidths=0)
+    low, high = max(1, sizes.min() * 0.6), sizes.max() * 1.6
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
     axes.plot([low, high], [low, high], color=QUIET, lw=0.7, ls=":")
-    for axis, values in ((axes.xaxis, found[:, 0]), (axes.yaxis, found[:, 1])):
-        ticks = np.unique(values).tolist()
-        if len(ticks) > 3:
-            ticks = [2**k for k in range(18) if values.min() / 1.5 <= 2**k <= values.max() * 1.5]
-        axis.set_ticks(ticks[:: -(-len(ticks) // 7)])
-        axis.set_ticks([], minor=True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(base=2, numticks=7))
+        axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylabel("height", fontsize=8, color=QUIET)
 

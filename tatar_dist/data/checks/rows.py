@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,13 @@ class PoolFacts:
     distinct: set[float] = field(default_factory=set)
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
-    def add(self, scores: list[float | None], rationales: int, attributes: int, stds: int) -> None:
-        """Add rows of this pool: their scores, and how many have a rationale, attributes, a score_std."""
-        self.rows += len(scores)
-        self.rationales, self.attributes = self.rationales + rationales, self.attributes + attributes
-        self.stds += stds
+    def add(self, columns: Columns, rows: Sequence[int]) -> None:
+        """Add the `rows` of a batch, all of this pool."""
+        scores = [columns["score"][i] for i in rows]
+        self.rows += len(rows)
+        self.rationales += sum(bool((columns["rationale"][i] or "").strip()) for i in rows)
+        self.attributes += sum(columns["attributes"][i] not in (None, "", "{}") for i in rows)
+        self.stds += sum(columns["score_std"][i] is not None for i in rows)
         valid = np.array([s for s in scores if s is not None and 0 <= s <= 100], np.float64)
         if not len(valid):
             return
@@ -140,3 +143,11 @@ class PoolFacts:
         scores = {"score_min": self.low, "score_max": self.high, "score_mean": self.mean, "score_std": self.std}
         shown = {k: round(v, 4) if math.isfinite(v) else None for k, v in scores.items()}
         return {k: getattr(self, k) for k in keys} | {"with_score_std": self.stds} | shown
+
+
+def rows_by_pool(columns: Columns) -> dict[Key, list[int]]:
+    """Return the positions of a batch's rows by data set, task and split."""
+    found: dict[Key, list[int]] = defaultdict(list)
+    for i, key in enumerate(zip(columns["dataset"], columns["task"], columns["split"], strict=True)):
+        found[key].append(i)
+    return found

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tatar_dist.data.checks.rows import PoolFacts
+from tatar_dist.data.checks.rows import Key, PoolFacts, rows_by_pool
 from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.data.manifest import Manifest, image_path, read_manifest
 from tatar_dist.errors import UserError
@@ -95,22 +95,15 @@ _ORDER = {"score": "from the lowest score to the highest", "random": "at random"
 def _survey(manifest: Manifest, dataset: str | None) -> tuple[list[PoolFacts], np.ndarray, np.ndarray]:
     """Return statistics of all pools, and row numbers and scores of the selected data set."""
     columns = ("dataset", "task", "split", "score", "score_std", "rationale", "attributes")
-    facts: dict[tuple[str, str, str], PoolFacts] = {}
+    facts: dict[Key, PoolFacts] = {}
     rows, scores = [np.zeros(0, np.int64)], [np.zeros(0)]
     for first, table in manifest.tables(columns):
         values = {name: table.column(name).to_pylist() for name in columns}
-        keys = list(zip(values["dataset"], values["task"], values["split"], strict=True))
-        for key in dict.fromkeys(keys):
-            mine = [i for i, k in enumerate(keys) if k == key]
-            facts.setdefault(key, PoolFacts(*key)).add(
-                [values["score"][i] for i in mine],
-                sum(bool((values["rationale"][i] or "").strip()) for i in mine),
-                sum(values["attributes"][i] not in (None, "", "{}") for i in mine),
-                sum(values["score_std"][i] is not None for i in mine),
-            )
+        for key, positions in rows_by_pool(values).items():
+            facts.setdefault(key, PoolFacts(*key)).add(values, positions)
             if dataset in (None, key[0]):
-                rows.append(first + np.array(mine))
-                scores.append(np.array([values["score"][i] for i in mine], np.float64))
+                rows.append(first + np.array(positions))
+                scores.append(np.array([values["score"][i] for i in positions], np.float64))
     return list(facts.values()), np.concatenate(rows), np.concatenate(scores)
 
 

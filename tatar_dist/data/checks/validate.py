@@ -1,8 +1,9 @@
 """Check every row and decode every image of one or more manifests: `tatar-dist data validate`.
 
 `validate` returns a `Validation`: problems by row (streamed to `M.problems.jsonl`), statistics of the pools, and which
-rows a clean manifest would keep. Memory: 37 bytes a row, plus what is in flight: two batches with about 8 MiB each of
-embedded images, and decoded images of as many pixels as `_Room` allows (images.MAX_PIXELS gives the cost of a pixel).
+rows a clean manifest would keep. Memory: 37 bytes a row, a count for each size of pictures, and what is in flight: two
+batches with about 8 MiB each of embedded images, and decoded images of as many pixels as `_Room` allows
+(images.MAX_PIXELS gives the cost of a pixel).
 
 Threads, not processes: Pillow releases the GIL while it decodes, threads start at once and need no pickling
 (`tatar-dist bench images` has the figures). The main thread reads the next batch while the workers decode this one.
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,18 +26,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tatar_dist.data.checks.compare import compare
-from tatar_dist.data.checks.problem_log import Problem, problem_log
-from tatar_dist.data.checks.rows import Columns, PoolFacts, reference_of, row_faults
-from tatar_dist.data.checks.validation import Checked, Validation, ValidationRows, batches, open_source, values_of
+from tatar_dist.data.checks.rows import Columns, PoolFacts, reference_of, row_faults, rows_by_pool
+from tatar_dist.data.checks.validation import (
+    Checked,
+    Problem,
+    Validation,
+    ValidationRows,
+    batches,
+    open_source,
+    problem_log,
+    values_of,
+)
 from tatar_dist.data.images import MAX_PIXELS, ImageFacts, inspect_image
-from tatar_dist.data.manifest import image_path
+from tatar_dist.data.manifest import file_bytes, image_path
 from tatar_dist.data.schema import SCHEMA
 from tatar_dist.errors import UserError
 from tatar_dist.run.files import probe
 
 CHUNK = 4  # images a worker takes at a time
 WORKER_PIXELS = 25_000_000  # decoded at once per worker: the image of a usual camera
-SIZES = 20_000  # image sizes kept for the plot, a uniform sample
 
 Item = memoryview | Path | None  # embedded bytes, a file, or a row that names neither
 Looked = tuple[ImageFacts, bytes]  # and the 16-byte hash of the encoded bytes
@@ -129,16 +136,10 @@ def look_at(item: Item, room: Callable[[int], AbstractContextManager[None]] = la
     if item is None:
         return ImageFacts(problem="no-image"), b""  # reported by row_faults
     try:
-        data = _file_bytes(item) if isinstance(item, Path) else item
+        data = file_bytes(item) if isinstance(item, Path) else item
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         return ImageFacts(problem="missing", message=f"{item}: {getattr(e, 'strerror', None) or e}"), b""
     return inspect_image(data, room), hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _file_bytes(path: Path) -> bytes:
-    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
-        raise OSError("not a regular file")
-    return path.read_bytes()
 
 
 _Batch = tuple[int, Columns, set[int], list["Future[list[Looked]]"]]
@@ -147,17 +148,16 @@ _Batch = tuple[int, Columns, set[int], list["Future[list[Looked]]"]]
 def _check_manifest(
     manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, pool: _Workers, watch: Callable[[int], None]
 ) -> None:
-    rng = np.random.default_rng(0)
     waiting: _Batch | None = None
     try:
         for batch in _submitted(manifest, file, rows, pool):  # the workers never wait for the next batch to be read
             if waiting:
-                _record(manifest, rows, waiting, rng, watch)
+                _record(manifest, rows, waiting, watch)
             waiting = batch
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{manifest.path}: damaged Parquet file: {str(e).splitlines()[0]}") from None
     if waiting:
-        _record(manifest, rows, waiting, rng, watch)
+        _record(manifest, rows, waiting, watch)
 
 
 def _submitted(manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, pool: _Workers) -> Iterator[_Batch]:
@@ -190,28 +190,20 @@ def _submitted(manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, po
 
 def _note_rows(manifest: Checked, rows: ValidationRows, start: int, columns: Columns) -> None:
     """Store hashes of ids and references, and update the statistics of the pools in a batch."""
-    keys = list(zip(*(columns[n] for n in ("dataset", "task", "split")), strict=True))
     for i, name in enumerate(columns["sample_id"]):
         rows.ident[start + i] = 0 if name is None else hash(name) or 1
         if reference := reference_of(columns["meta"][i]):
             rows.reference[start + i] = hash((columns["dataset"][i], reference)) or 1
-    for key in dict.fromkeys(keys):
+    for key, positions in rows_by_pool(columns).items():
         if key not in rows.pools:
             rows.pools.append(key)
         code = rows.pools.index(key)
-        mine = [i for i, k in enumerate(keys) if k == key]
-        rows.pool[start + np.array(mine)] = code
-        facts = manifest.pools.setdefault(code, PoolFacts(str(key[0]), str(key[1]), str(key[2])))
-        texts = sum(bool((columns["rationale"][i] or "").strip()) for i in mine)
-        told = sum(columns["attributes"][i] not in (None, "", "{}") for i in mine)
-        facts.add(
-            [columns["score"][i] for i in mine], texts, told, sum(columns["score_std"][i] is not None for i in mine)
-        )
+        rows.pool[start + np.array(positions)] = code
+        dataset, task, split = map(str, key)  # a key may hold None
+        manifest.pools.setdefault(code, PoolFacts(dataset, task, split)).add(columns, positions)
 
 
-def _record(
-    manifest: Checked, rows: ValidationRows, batch: _Batch, rng: np.random.Generator, watch: Callable[[int], None]
-) -> None:
+def _record(manifest: Checked, rows: ValidationRows, batch: _Batch, watch: Callable[[int], None]) -> None:
     """Wait for the images of a batch and record the results."""
     start, columns, wrong, futures = batch
     rows.unusable[[start + i for i in wrong]] = True
@@ -233,14 +225,6 @@ def _record(
             if facts.format:
                 manifest.formats[facts.format] += 1
             if not facts.problem:
-                _sample(manifest.sizes, (facts.width, facts.height), at - manifest.first, rng)
+                manifest.sizes[facts.width, facts.height] += 1
             at += 1
         watch(at)
-
-
-def _sample(kept: list[tuple[int, int]], size: tuple[int, int], seen: int, rng: np.random.Generator) -> None:
-    """Reservoir sampling (Vitter's algorithm R): each size is kept with the same probability."""
-    if len(kept) < SIZES:
-        kept.append(size)
-    elif (place := int(rng.integers(0, seen + 1))) < SIZES:
-        kept[place] = size

@@ -5,26 +5,106 @@ Unlike `read_manifest`, which rejects a manifest at its first invalid row, this 
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tatar_dist.data.checks import duplicates
-from tatar_dist.data.checks.problem_log import WARNINGS, ProblemLog
 from tatar_dist.data.checks.rows import Key, PoolFacts
 from tatar_dist.data.manifest import existing, stamped_root
-from tatar_dist.data.rules import check_columns
-from tatar_dist.data.schema import SCHEMA, read_stamp
+from tatar_dist.data.schema import SCHEMA, check_columns, read_stamp
 from tatar_dist.errors import UserError
+from tatar_dist.run.files import probe, writing, written_whole
 
 BATCH_BYTES, BATCH_ROWS = 8 << 20, 128
+KEEP, UNUSABLE, LEAKED, DUPLICATE = range(4)  # a row's fate in a clean manifest
+EXAMPLES = 5  # of each code, for the summary
+
+# code -> what it means, in the order of a summary. An error makes the command end with status 2.
+ERRORS = {
+    "no-value": "a required column has no value",
+    "empty-key": "the sample_id or the name of the data set is empty",
+    "bad-text": "text that is not UTF-8",
+    "bad-task": "the task is neither iqa nor iaa",
+    "bad-split": "the split is none of train, validation and test",
+    "bad-score": "the score is not a number from 0 to 100",
+    "bad-json": "attributes or meta is not a JSON object",
+    "duplicate-id": "the sample_id was used before",
+    "no-image": "neither a path nor bytes",
+    "outside": "the path leads outside the image root",
+    "missing": "the image file is not there, or empty",
+    "corrupt": "the picture does not decode",
+    "truncated": "the picture is cut off",
+    "bomb": "the picture is larger than is decoded",
+    "extreme-aspect": "longer than 200 times its width, which Qwen2.5-VL refuses",
+    "leak-image": "the same picture is in a held-out split",
+    "leak-reference": "a picture of the same reference is in a held-out split",
+}
+WARNINGS = {
+    "conflicting-scores": "identical pictures, different scores",
+    "duplicate-image": "the same picture again in the same pool",
+    "scores-constant": "all scores of a pool are equal",
+    "scores-few": "a pool has a handful of distinct scores",
+    "scores-narrow": "a pool's scores lie within a tenth of the scale",
+}
+MEANING = ERRORS | WARNINGS
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One line of the file. `row` and `sample_id` are None if the problem concerns a whole pool."""
+
+    row: int | None
+    sample_id: str | None
+    code: str
+    message: str
+
+    @property
+    def level(self) -> str:
+        return "error" if self.code in ERRORS else "warning"
+
+
+@dataclass
+class ProblemLog:
+    """Counts by code, the first `EXAMPLES` of each, and the open file with all problems."""
+
+    path: Path
+    file: IO[str]
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[Problem]] = field(default_factory=dict)
+
+    def add(self, problem: Problem) -> None:
+        self.counts[problem.code] += 1
+        if len(kept := self.examples.setdefault(problem.code, [])) < EXAMPLES:
+            kept.append(problem)
+        line = asdict(problem) | {"level": problem.level}
+        with writing(self.path):
+            self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def in_order(self) -> Iterator[tuple[str, int, list[Problem]]]:
+        """Return (code, count, first problems) of each code that occurred, errors first."""
+        return ((code, self.counts[code], self.examples[code]) for code in MEANING if self.counts[code])
+
+
+@contextmanager
+def problem_log(path: Path) -> Iterator[ProblemLog]:
+    """Open a log that is written beside `path` and renamed at the end; an interrupted run leaves the earlier file.
+
+    Raises UserError if it cannot be written, at once where that can be detected.
+    """
+    probe(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as place, place.open("w", encoding="utf-8") as file:
+            yield ProblemLog(path, file)
 
 
 @dataclass
@@ -39,7 +119,7 @@ class Checked:
     pools: dict[int, PoolFacts] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
-    sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) of pictures that decode
     files: int = 0  # rows whose picture is a file
     absent: int = 0  # of those, the files that cannot be read
 
@@ -67,7 +147,7 @@ class ValidationRows:
 
 @dataclass
 class Validation:
-    """Result of a validation. `fate` (rows,) uint8: see duplicates.fates."""
+    """Result of a validation. `fate` (rows,) uint8: see compare.fates."""
 
     manifests: list[Checked]
     fate: np.ndarray
@@ -78,11 +158,11 @@ class Validation:
 
     @property
     def unusable(self) -> int:
-        return int((self.fate == duplicates.UNUSABLE).sum())
+        return int((self.fate == UNUSABLE).sum())
 
     @property
     def leaking(self) -> int:
-        return int((self.fate == duplicates.LEAKED).sum())
+        return int((self.fate == LEAKED).sum())
 
     @property
     def warnings(self) -> int:

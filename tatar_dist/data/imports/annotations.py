@@ -51,6 +51,10 @@ class RawFile:
         """Name a column as messages do."""
         return f"{'key' if self.kind in ('json', 'jsonl') else 'column'} {column}"
 
+    def reject(self, row: int, reason: str, text: str) -> None:
+        """Mark a row as bad, unless it is already: its first fault counts."""
+        self.bad.setdefault(int(row), Bad(reason, text))
+
 
 class AnnotationRows(NamedTuple):
     """Rows of a file before its format is known. `header`: names, None for files without a header."""
@@ -277,8 +281,6 @@ def _xlsx(data: bytes, file: str) -> AnnotationRows:
     kept = [i for i in range(header_at + 1, len(rows)) if any(v is not None for v in rows[i])]
     # Empty cells to the right of the header come from the sheet's dimensions; they are not values.
     values = [[*row, *[None] * width][: max(width, _filled(row))] for row in (rows[i] for i in kept)]
-    if any(None in row for row in values):
-        _put_formulas(data, kept, values)
     return AnnotationRows("xlsx", header, values, lambda i: f"{file}: row {kept[i] + 1}", {})
 
 
@@ -287,22 +289,6 @@ XLSX_LIMIT = 512 << 20  # bytes unpacked; SPAQ's workbook is about 2 MiB
 
 def _filled(row: Sequence[Any]) -> int:
     return max((k + 1 for k, v in enumerate(row) if v is not None), default=0)
-
-
-class Formula(str):
-    """A cell's formula without a stored result, which would otherwise read as empty."""
-
-
-def _put_formulas(data: bytes, kept: list[int], values: list[list[Any]]) -> None:
-    from openpyxl import load_workbook
-
-    sheet = load_workbook(io.BytesIO(data), read_only=True, data_only=False).worksheets[0]
-    place = {k: i for i, k in enumerate(kept)}
-    for k, cells in enumerate(sheet.iter_rows(values_only=True)):
-        row = values[place[k]] if k in place else []
-        for column, (cell, value) in enumerate(zip(cells, row, strict=False)):
-            if value is None and isinstance(cell, str) and cell.startswith("="):
-                row[column] = Formula(cell)
 
 
 def _recognise(rows: AnnotationRows, file: str, dataset: Dataset, wanted: list[Format]) -> Format:
@@ -360,8 +346,6 @@ def _no_fit(
 
 
 def json_type(value: Any) -> str:
-    names: tuple[tuple[type, str], ...] = (
-        *((bool, "true or false"), (int, "a number"), (float, "a number")),
-        *((str, "text"), (list, "a list"), (dict, "an object")),
-    )
-    return next((name for kind, name in names if isinstance(value, kind)), "null")
+    """Name the JSON type of a value, for messages."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), "null")

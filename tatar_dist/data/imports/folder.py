@@ -113,13 +113,10 @@ class ImageFolder:
                 return Bad("missing image", text)
         text = f"image {name!r} is not in {self.root}"
         near = sorted(self._by_stem.get(posixpath.splitext(base)[0].casefold(), []))
-        same = [n for n in near if posixpath.basename(n).casefold() == base.casefold()]
-        if same:
-            # The same letters: another case, or another directory.
-            how = "another directory" if posixpath.basename(same[0]) == base else "another case"
-            return Bad("missing image", f"{text}; there is {same[0]!r} ({how})")
         if near:
-            return Bad("missing image", f"{text}; there is {near[0]!r} (another extension)")
+            same = [n for n in near if posixpath.basename(n).casefold() == base.casefold()]
+            other = "directory" if same and posixpath.basename(same[0]) == base else "case" if same else "extension"
+            text += f"; there is {(same or near)[0]!r} (another {other})"
         return Bad("missing image", text)
 
     def find_all(self, names: list[str]) -> tuple[list[str], dict[int, Bad]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tatar_dist.data.imports.annotations import MISSING, Bad, Formula, RawFile, json_type
+from tatar_dist.data.imports.annotations import MISSING, Bad, RawFile, json_type
 from tatar_dist.data.imports.attributes import in_order, is_text
 from tatar_dist.data.registry import Format, Range
 from tatar_dist.errors import UserError
@@ -55,7 +55,7 @@ def to_score(raw: np.ndarray, scale: Range, lower_is_better: bool = False) -> np
 
 def judge(file: RawFile) -> ImportedScores:
     """Check every used column; rows that fail are in `bad`, each with its first fault."""
-    fmt, bad = file.format, file.bad
+    fmt = file.format
     image = _texts(file, fmt.image)
     for column, kind in zip(fmt.columns, fmt.types or (), strict=False):
         if kind == "integer" and column in file.columns:
@@ -69,15 +69,16 @@ def judge(file: RawFile) -> ImportedScores:
         assert votes is not None  # the registry requires score or votes
         raw = _mean(votes, np.array([value for _, value in fmt.votes]))
         for i in np.flatnonzero(np.isnan(raw)):
-            bad.setdefault(int(i), Bad("no votes", "all vote counts are 0"))
+            file.reject(i, "no votes", "all vote counts are 0")
     outside = ~((raw >= fmt.range.low) & (raw <= fmt.range.high)) & ~np.isnan(raw)
     for i in np.flatnonzero(outside):
-        text = f"{_told(file)}{raw[i]:.10g} is outside {fmt.range}, the range of format {fmt.name}"
-        bad.setdefault(int(i), Bad("out of range", text))
+        file.reject(
+            i, "out of range", f"{_told(file)}{raw[i]:.10g} is outside {fmt.range}, the range of format {fmt.name}"
+        )
     raw = np.where(outside, np.nan, raw)
     if fmt.worker:
         for i in np.flatnonzero((raw != np.floor(raw)) & ~np.isnan(raw)):
-            bad.setdefault(int(i), Bad("wrong type", f"{_told(file)}{raw[i]:g} is no whole rating"))
+            file.reject(i, "wrong type", f"{_told(file)}{raw[i]:g} is no whole rating")
     return ImportedScores(
         file=file.file,
         kind=file.kind,
@@ -91,7 +92,7 @@ def judge(file: RawFile) -> ImportedScores:
         split=_splits(file) if fmt.split else None,
         rationale=_texts(file, fmt.rationale) if fmt.rationale else None,
         attributes=_attributes(file) if fmt.attributes else None,
-        bad=bad,
+        bad=file.bad,
     )
 
 
@@ -108,11 +109,11 @@ def _texts(file: RawFile, column: str) -> list[str]:
     if not all(found):
         for i, v in enumerate(found):
             if not v:
-                file.bad.setdefault(i, Bad("empty value", f"{file.label(column)} is empty"))
+                file.reject(i, "empty value", f"{file.label(column)} is empty")
     if not is_text("".join(found)):
         for i, v in enumerate(found):
             if not is_text(v):
-                file.bad.setdefault(i, Bad("wrong type", f"{file.label(column)}: {short(v)} holds half a character"))
+                file.reject(i, "wrong type", f"{file.label(column)}: {short(v)} holds half a character")
     return found
 
 
@@ -126,11 +127,11 @@ def _check_integers(file: RawFile, column: str) -> None:
         return
     for i, value in enumerate(values):
         if not _INTEGER.fullmatch(value.strip()):
-            file.bad.setdefault(i, Bad("wrong type", f"{file.label(column)}: {short(value)} is no whole number"))
+            file.reject(i, "wrong type", f"{file.label(column)}: {short(value)} is no whole number")
 
 
 def _refuse(file: RawFile, i: int, column: str, value: Any, wanted: str) -> str:
-    file.bad.setdefault(i, _wrong(file.label(column), value, wanted))
+    file.reject(i, *_wrong(file.label(column), value, wanted))
     return ""
 
 
@@ -139,9 +140,6 @@ def _wrong(label: str, value: Any, wanted: str) -> Bad:
         return Bad("missing key", f"{label} is missing")
     if value is None:
         return Bad("empty value", f"{label} is empty")
-    if isinstance(value, Formula):
-        text = f"{label} holds the formula {value} without a stored result; save the sheet with values"
-        return Bad("formula", text)
     if isinstance(value, bool | int | float | str | list | dict):
         shown = f" ({short(value)})" if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
         return Bad("wrong type", f"{label} is {json_type(value)}{shown}, must be {wanted}")
@@ -177,7 +175,7 @@ def _numbers(file: RawFile, column: str) -> np.ndarray:
     for i, value in enumerate(values):
         one = _number(file.label(column), value, written)
         if isinstance(one, Bad):
-            file.bad.setdefault(i, one)
+            file.reject(i, *one)
         else:
             found[i] = one
     return found
@@ -215,8 +213,7 @@ def _votes(file: RawFile) -> np.ndarray:
         wrong = ~((whole >= 0) & (whole <= MOST_VOTES) & (np.abs(counts - whole) <= slack)) & ~np.isnan(counts)
     for i, k in zip(*np.nonzero(wrong), strict=True):
         made = f" of {fmt.votes_total}" if fmt.votes_total else ""
-        text = f"column {names[k]}{made} is {counts[i, k]:.10g}, which is no count of votes"
-        file.bad.setdefault(int(i), Bad("wrong type", text))
+        file.reject(i, "wrong type", f"column {names[k]}{made} is {counts[i, k]:.10g}, which is no count of votes")
     usable = ~(wrong | np.isnan(counts)).any(axis=1)
     return np.where(usable[:, None], whole, 0.0).astype(np.int64)
 
@@ -238,8 +235,9 @@ def _spread(file: RawFile, votes: np.ndarray | None) -> np.ndarray | None:
         std = _numbers(file, fmt.std)
         most = fmt.std_range.high - fmt.std_range.low
         for i in np.flatnonzero(~((std >= 0) & (std <= most)) & ~np.isnan(std)):
-            text = f"column {fmt.std}: {std[i]:.10g} is no standard deviation on {fmt.std_range}"
-            file.bad.setdefault(int(i), Bad("out of range", text))
+            file.reject(
+                i, "out of range", f"column {fmt.std}: {std[i]:.10g} is no standard deviation on {fmt.std_range}"
+            )
         return std * fmt.std_range.points / fmt.range.points
     if votes is None or fmt.score is not None:
         return None
@@ -257,7 +255,7 @@ def _splits(file: RawFile) -> list[str]:
     for i, name in enumerate(names):
         if name and name not in fmt.split_values:
             known = ", ".join(fmt.split_values)
-            file.bad.setdefault(i, Bad("unknown split", f"column {fmt.split}: {short(name)} is none of {known}"))
+            file.reject(i, "unknown split", f"column {fmt.split}: {short(name)} is none of {known}")
     return [fmt.split_values.get(name, "") for name in names]
 
 
@@ -267,12 +265,12 @@ def _attributes(file: RawFile) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     for i, value in enumerate(file.columns[column]):
         if not isinstance(value, dict):
-            file.bad.setdefault(i, _wrong(file.label(column), value, "an object"))
+            file.reject(i, *_wrong(file.label(column), value, "an object"))
             found.append({})
             continue
         try:
             found.append(in_order(value))
         except UserError as e:
-            file.bad.setdefault(i, Bad("attributes", f"{file.label(column)}: {e}"))
+            file.reject(i, "attributes", f"{file.label(column)}: {e}")
             found.append({})
     return found
