@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
-from tatar_dist.evaluate.bootstrap import paired_difference
+from tatar_dist.evaluate.bootstrap import Statistic, paired_difference
 from tatar_dist.evaluate.metrics import plcc, srcc, usable
 
 ROUNDS = 2000
@@ -62,8 +62,8 @@ def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> di
         }
         found[name if names.count(name) == 1 else f"{name}/{task}"] = entry
         columns = [[rows[key] for key in both] for rows in mine]
-        for statistic in STATISTICS:
-            entry[statistic] = _compare(statistic, columns[0], columns[1], rounds, seed)
+        for key, statistic in STATISTICS.items():
+            entry[key] = _compare(statistic, columns[0], columns[1], rounds, seed)
     if not any(entry["n"] for entry in found.values()):
         raise UserError(f"{before} and {after} have no sample in common")
     return {"before": str(before), "after": str(after), "rounds": rounds, "datasets": found}
@@ -83,14 +83,14 @@ def _read(directory: Path) -> Rows:
 
 
 def _compare(
-    statistic: Any, first: list[dict[str, Any]], second: list[dict[str, Any]], rounds: int, seed: int
+    statistic: Statistic, first: list[dict[str, Any]], second: list[dict[str, Any]], rounds: int, seed: int
 ) -> dict[str, Any]:
     target = np.array([r["target"] for r in first], np.float64)
     sides = [
         np.array([math.nan if r["prediction"] is None else r["prediction"] for r in rows], np.float64)
         for rows in (first, second)
     ]
-    values = [_one(statistic, target, p) for p in sides]
+    values = [_value(statistic, target, p) for p in sides]
     entry: dict[str, Any] = {"before": values[0], "after": values[1], "difference": None, "ci95": None, "p": None}
     if None in values:
         return entry | {"reason": "a correlation does not exist: too few rows, or one side is constant"}
@@ -104,11 +104,10 @@ def _compare(
     return entry | {"difference": i.estimate, "ci95": [i.lo, i.hi], "p": i.p, "reason": None}
 
 
-def _one(statistic: str, target: np.ndarray, prediction: np.ndarray) -> float | None:
+def _value(statistic: Statistic, target: np.ndarray, prediction: np.ndarray) -> float | None:
     t, p = usable(target, prediction, "midpoint")
-    if len(t) < 2 or np.ptp(t) == 0 or np.ptp(p) == 0:
-        return None
-    return STATISTICS[statistic](t, p)
+    value = statistic(t, p) if len(t) else math.nan
+    return value if math.isfinite(value) else None
 
 
 def show(result: dict[str, Any]) -> None:
