@@ -36,7 +36,6 @@ from tatar_dist.evaluate.answers import (
     model_fingerprint,
     without_image,
 )
-from tatar_dist.evaluate.breakdown import averages, slices
 from tatar_dist.evaluate.metrics import score_metrics, spread
 from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.faults.waiting import Waits
@@ -195,8 +194,8 @@ class Evaluation:
         metrics = partial(by_dataset, rows, missing=self.missing, unparsed=e.unparsed, bootstrap=e.bootstrap)
         found = metrics("prediction")
         result: dict[str, Any] = {"model": self.config.model.path, "datasets": found}
-        result["averages"] = averages(found, e.in_domain)
-        result["slices"] = slices(rows, e.slices, unparsed=e.unparsed)
+        result["averages"] = tables.averages(found, e.in_domain)
+        result["slices"] = tables.slices(rows, e.slices, unparsed=e.unparsed)
         if e.expected:
             result["expected"] = metrics("expected")
         if e.samples:
