@@ -8,11 +8,12 @@ undefined value is None, with its reason. scipy is imported where it is used, so
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tatar_dist.errors import UserError
 
@@ -49,7 +50,15 @@ class DatasetMetrics:
         return asdict(self)
 
 
-def usable(target: np.ndarray, prediction: np.ndarray, unparsed: str = "drop") -> tuple[np.ndarray, np.ndarray]:
+def set_names(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Return (data set, task) -> display name.
+    A name used for both tasks is split into NAME/iqa and NAME/iaa, since their scores are not comparable."""
+    distinct = set(pairs)
+    names = [name for name, _ in distinct]
+    return {(name, task): name if names.count(name) == 1 else f"{name}/{task}" for name, task in distinct}
+
+
+def usable(target: ArrayLike, prediction: ArrayLike, unparsed: str = "drop") -> tuple[np.ndarray, np.ndarray]:
     """Return (target, prediction), predictions clamped to 0-100 and unparsed (NaN) dropped or set to the midpoint 50.
 
     Raises UserError for an unknown policy.
@@ -64,8 +73,8 @@ def usable(target: np.ndarray, prediction: np.ndarray, unparsed: str = "drop") -
 
 
 def score_metrics(
-    target: np.ndarray,
-    prediction: np.ndarray,
+    target: ArrayLike,
+    prediction: ArrayLike,
     *,
     unparsed: str = "drop",
     n_missing: int = 0,
@@ -79,7 +88,7 @@ def score_metrics(
 
     Args:
         target: (n,) mean opinion scores in points, finite.
-        prediction: (n,) predicted scores in points, before clamping, NaN where unparsed.
+        prediction: (n,) predicted scores in points, before clamping, NaN or None where unparsed.
         unparsed: drop | midpoint (50).
         n_missing, n_truncated: counts to include in the result.
         bootstrap: rounds for 95 % percentile intervals of SRCC and PLCC; 0 = none.

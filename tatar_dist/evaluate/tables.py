@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 
 from tatar_dist.assets import CONFIGS
 from tatar_dist.data.registry import Registry, read_registry
-from tatar_dist.evaluate.metrics import score_metrics
+from tatar_dist.evaluate.metrics import score_metrics, set_names
 from tatar_dist.types import TASKS
 
 COLUMNS = ("data set", "n", "parsed", "truncated", "missing", "PLCC", "SRCC", "KRCC", "PLCC, fitted", "RMSE", "MAE")
@@ -77,20 +76,18 @@ def slices(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Return data set -> "KEY=VALUE" -> metrics, by members of `meta` (distortion, style) and by target range.
 
-    A data set name used for both tasks is split into NAME/iqa and NAME/iaa. Slices of fewer than `LEAST` rows are
-    omitted. A row whose value is a list counts in the slice of each member.
+    Slices of fewer than `LEAST` rows are omitted. A row whose value is a list counts in the slice of each member.
     """
-    names = [name for name, _ in {(r["dataset"], r["task"]) for r in rows}]
+    names = set_names((r["dataset"], r["task"]) for r in rows)
     groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for r in rows:
         for name in _slices_of(r, keys):
-            own = r["dataset"] if names.count(r["dataset"]) == 1 else f"{r['dataset']}/{r['task']}"
-            groups.setdefault(own, {}).setdefault(name, []).append(r)
+            groups.setdefault(names[r["dataset"], r["task"]], {}).setdefault(name, []).append(r)
     return {
         dataset: {
             name: score_metrics(
-                np.array([r["target"] for r in part], np.float64),
-                np.array([math.nan if r["prediction"] is None else r["prediction"] for r in part], np.float64),
+                [r["target"] for r in part],
+                [r["prediction"] for r in part],
                 unparsed=unparsed,
                 n_truncated=sum(r["truncated"] for r in part),
             ).to_dict()
