@@ -127,8 +127,7 @@ def _other_metrics(step: int, rng: np.random.Generator) -> dict[str, float]:
 
 def run(steps: int = STEPS, images: int = IMAGES, rounds: int = ROUNDS) -> dict[str, Any]:
     """All measurements, as what `--json` prints."""
-    from tatar_dist.report.reading import read_run
-    from tatar_dist.report.rollouts import read_rollouts
+    from tatar_dist.report.reading import read_rollouts, read_run
 
     with tempfile.TemporaryDirectory() as directory:
         path = write_run(Path(directory) / "run", steps, images)

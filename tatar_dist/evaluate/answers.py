@@ -12,16 +12,16 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tatar_dist.data.images import image_size
 from tatar_dist.errors import UserError
-from tatar_dist.evaluate.calls import batches_by_pixels
 from tatar_dist.run.journal import Journal
 from tatar_dist.types import Completion, Expected, Group, Prompt, Sample
 
-KINDS = ("greedy", "sampled")
+T = TypeVar("T")
 BATCH = 2  # engine calls are this many times the sequences that an engine works on at once, at most
+MOST_PIXELS = 1 << 29  # of a call, decoded: 2 GiB
 SAMPLES_OF_A_FILE, SAMPLE_BYTES = 64, 1 << 16  # what a fingerprint reads of a weight file
 
 
@@ -114,6 +114,26 @@ class AnswerJournal:
         ]
         self._journal.write(*lines)
         self._lines |= {(kind, str(line["key"])): line for line in lines}
+
+
+def batches_by_pixels(
+    items: Iterable[T], size: int, pixels: Callable[[T], int], most: int = MOST_PIXELS
+) -> Iterator[list[T]]:
+    """Yield lists of at most `size` items and `most` pixels in total; a larger item is yielded alone.
+
+    An engine decodes all images of a call before it starts, at 4 bytes per pixel, and vLLM keeps the processed inputs.
+    """
+    call: list[T] = []
+    total = 0
+    for item in items:
+        size_of_item = pixels(item)
+        if call and (len(call) == size or total + size_of_item > most):
+            yield call
+            call, total = [], 0
+        call.append(item)
+        total += size_of_item
+    if call:
+        yield call
 
 
 def batches(

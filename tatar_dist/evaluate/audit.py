@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tatar_dist.errors import UserError
-from tatar_dist.evaluate.metrics import DatasetMetrics, score_metrics
+from tatar_dist.evaluate.metrics import DatasetMetrics, score_metrics, set_names
 from tatar_dist.prompts.answer import parse
 from tatar_dist.rewards.audit import common_error, number_error, numbered_rows
 
@@ -42,21 +42,21 @@ def run(
     """
     if bootstrap < 0:
         raise UserError(f"--bootstrap {bootstrap}: must not be negative")
-    found: dict[tuple[str, str], list[tuple[float, float, bool]]] = {}
+    entries_of: dict[tuple[str, str], list[tuple[float, float, bool]]] = {}
     for line, row in numbered_rows(file, nan=True):
         wrong = row if isinstance(row, str) else row_error(row)
         if wrong is not None:
             raise UserError(f"{file}:{line}: {wrong}")
         assert isinstance(row, dict)  # row_error has seen it
         entry = (float(row["target"]), _prediction(row, strict), _truncated(row))
-        found.setdefault((row["dataset"], row["task"]), []).append(entry)
-    if not found:
+        entries_of.setdefault((row["dataset"], row["task"]), []).append(entry)
+    if not entries_of:
         raise UserError(f"{file}: no rows")
-    names = [name for name, _ in found]
+    names = set_names(entries_of)
     result = {}
-    for (name, task), entries in found.items():
+    for pair, entries in entries_of.items():
         target, prediction, truncated = (np.array(x) for x in zip(*entries, strict=True))
-        result[name if names.count(name) == 1 else f"{name}/{task}"] = score_metrics(
+        result[names[pair]] = score_metrics(
             target,
             prediction,
             unparsed=unparsed,
@@ -110,11 +110,11 @@ def as_table(result: dict[str, DatasetMetrics]) -> str:
     for name, m in result.items():
         cells = [f"{'—' if v is None else format(v, '.4f'):>11}" for v in (getattr(m, c) for c in columns)]
         lines.append(f"{name:{width}} {m.n:6d} {m.n_parsed:6d} " + " ".join(cells))
-        said = [f"{k} 95% [{ci[0]:.4f}, {ci[1]:.4f}]" for k, ci in m.ci95.items() if ci]
-        said += [f"{k} is null: {why}" for k, why in m.reason.items()]
+        remarks = [f"{k} 95% [{ci[0]:.4f}, {ci[1]:.4f}]" for k, ci in m.ci95.items() if ci]
+        remarks += [f"{k} is null: {why}" for k, why in m.reason.items()]
         for count, what in ((m.n_truncated, "truncated"), (m.n_out_of_range, "clamped to 0-100")):
-            said += [f"{count} {what}"] if count else []
+            remarks += [f"{count} {what}"] if count else []
         if m.n_parsed < m.n:
-            said.append(f"unparsed rows: {m.unparsed}")
-        notes += [f"{name}: {s}" for s in said]
+            remarks.append(f"unparsed rows: {m.unparsed}")
+        notes += [f"{name}: {s}" for s in remarks]
     return "\n".join(lines + notes)

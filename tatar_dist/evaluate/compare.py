@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
-from tatar_dist.evaluate.bootstrap import paired_difference
-from tatar_dist.evaluate.metrics import plcc, srcc, usable
+from tatar_dist.evaluate.bootstrap import Statistic, paired_difference
+from tatar_dist.evaluate.metrics import plcc, set_names, srcc, usable
 
 ROUNDS = 2000
 LEAST = 6  # pictures, or source photographs, below which resampling says nothing of chance
@@ -40,9 +40,9 @@ def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> di
     if rounds < 1:
         raise UserError(f"--bootstrap {rounds}: must be at least 1")
     first, second = _read(before), _read(after)
-    found: dict[str, Any] = {}
-    names = [name for _, name in {key[:2] for key in (*first, *second)}]
-    for task, name in sorted({key[:2] for key in (*first, *second)}):
+    datasets: dict[str, Any] = {}
+    names = set_names((name, task) for task, name, _ in (*first, *second))
+    for name, task in sorted(names, key=lambda pair: pair[::-1]):
         mine = [{k: v for k, v in rows.items() if k[:2] == (task, name)} for rows in (first, second)]
         both = sorted(mine[0].keys() & mine[1].keys())
         for key in both:
@@ -60,13 +60,13 @@ def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> di
             "parsed_before": sum(mine[0][key]["prediction"] is not None for key in both),
             "parsed_after": sum(mine[1][key]["prediction"] is not None for key in both),
         }
-        found[name if names.count(name) == 1 else f"{name}/{task}"] = entry
+        datasets[names[name, task]] = entry
         columns = [[rows[key] for key in both] for rows in mine]
-        for statistic in STATISTICS:
-            entry[statistic] = _compare(statistic, columns[0], columns[1], rounds, seed)
-    if not any(entry["n"] for entry in found.values()):
+        for measure, statistic in STATISTICS.items():
+            entry[measure] = _compare(statistic, columns[0], columns[1], rounds, seed)
+    if not any(entry["n"] for entry in datasets.values()):
         raise UserError(f"{before} and {after} have no sample in common")
-    return {"before": str(before), "after": str(after), "rounds": rounds, "datasets": found}
+    return {"before": str(before), "after": str(after), "rounds": rounds, "datasets": datasets}
 
 
 def _read(directory: Path) -> Rows:
@@ -83,14 +83,11 @@ def _read(directory: Path) -> Rows:
 
 
 def _compare(
-    statistic: Any, first: list[dict[str, Any]], second: list[dict[str, Any]], rounds: int, seed: int
+    statistic: Statistic, first: list[dict[str, Any]], second: list[dict[str, Any]], rounds: int, seed: int
 ) -> dict[str, Any]:
     target = np.array([r["target"] for r in first], np.float64)
-    sides = [
-        np.array([math.nan if r["prediction"] is None else r["prediction"] for r in rows], np.float64)
-        for rows in (first, second)
-    ]
-    values = [_one(statistic, target, p) for p in sides]
+    sides = [np.array([r["prediction"] for r in rows], np.float64) for rows in (first, second)]  # None becomes NaN
+    values = [_value(statistic, target, p) for p in sides]
     entry: dict[str, Any] = {"before": values[0], "after": values[1], "difference": None, "ci95": None, "p": None}
     if None in values:
         return entry | {"reason": "a correlation does not exist: too few rows, or one side is constant"}
@@ -104,11 +101,10 @@ def _compare(
     return entry | {"difference": i.estimate, "ci95": [i.lo, i.hi], "p": i.p, "reason": None}
 
 
-def _one(statistic: str, target: np.ndarray, prediction: np.ndarray) -> float | None:
+def _value(statistic: Statistic, target: np.ndarray, prediction: np.ndarray) -> float | None:
     t, p = usable(target, prediction, "midpoint")
-    if len(t) < 2 or np.ptp(t) == 0 or np.ptp(p) == 0:
-        return None
-    return STATISTICS[statistic](t, p)
+    value = statistic(t, p) if len(t) else math.nan
+    return value if math.isfinite(value) else None
 
 
 def show(result: dict[str, Any]) -> None:

@@ -8,11 +8,12 @@ undefined value is None, with its reason. scipy is imported where it is used, so
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tatar_dist.errors import UserError
 
@@ -49,7 +50,15 @@ class DatasetMetrics:
         return asdict(self)
 
 
-def usable(target: np.ndarray, prediction: np.ndarray, unparsed: str = "drop") -> tuple[np.ndarray, np.ndarray]:
+def set_names(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Return (data set, task) -> display name.
+    A name used for both tasks is split into NAME/iqa and NAME/iaa, since their scores are not comparable."""
+    distinct = set(pairs)
+    names = [name for name, _ in distinct]
+    return {(name, task): name if names.count(name) == 1 else f"{name}/{task}" for name, task in distinct}
+
+
+def usable(target: ArrayLike, prediction: ArrayLike, unparsed: str = "drop") -> tuple[np.ndarray, np.ndarray]:
     """Return (target, prediction), predictions clamped to 0-100 and unparsed (NaN) dropped or set to the midpoint 50.
 
     Raises UserError for an unknown policy.
@@ -64,8 +73,8 @@ def usable(target: np.ndarray, prediction: np.ndarray, unparsed: str = "drop") -
 
 
 def score_metrics(
-    target: np.ndarray,
-    prediction: np.ndarray,
+    target: ArrayLike,
+    prediction: ArrayLike,
     *,
     unparsed: str = "drop",
     n_missing: int = 0,
@@ -79,7 +88,7 @@ def score_metrics(
 
     Args:
         target: (n,) mean opinion scores in points, finite.
-        prediction: (n,) predicted scores in points, before clamping, NaN where unparsed.
+        prediction: (n,) predicted scores in points, before clamping, NaN or None where unparsed.
         unparsed: drop | midpoint (50).
         n_missing, n_truncated: counts to include in the result.
         bootstrap: rounds for 95 % percentile intervals of SRCC and PLCC; 0 = none.
@@ -91,30 +100,25 @@ def score_metrics(
     values: dict[str, float | None] = {}
     reason: dict[str, str] = {}
     undefined = _undefined(t, p)
-    for name, function in (("srcc", srcc), ("plcc", plcc), ("krcc", krcc), ("plcc_fitted", plcc_fitted)):
-        why = undefined
+    for name, statistic in STATISTICS.items():
+        why = undefined if name in CORRELATIONS else None if len(t) else "no usable row"
         if why is None and name == "plcc_fitted" and len(t) < MIN_FIT:
             why = f"{len(t)} usable rows, a four-parameter fit needs {MIN_FIT}"
-        values[name] = None if why else function(t, p)
-        if why is None and not math.isfinite(values[name] or 0.0):
-            values[name] = None
-            why = "the best rising logistic is flat: predictions do not rise with the target"
-        if why:
-            reason[name] = why
-    for name, error in (("rmse", rmse), ("mae", mae)):
-        values[name] = error(t, p) if len(t) else None
-        if not len(t):
-            reason[name] = "no usable row"
+        value = math.nan if why else statistic(t, p)
+        values[name] = value if math.isfinite(value) else None
+        if values[name] is None:
+            reason[name] = why or "the best rising logistic is flat: predictions do not rise with the target"
     ci95: dict[str, tuple[float, float] | None] = {}
     if bootstrap > 0:
-        from tatar_dist.evaluate.bootstrap import correlation_intervals, intervals
+        from tatar_dist.evaluate.bootstrap import intervals
 
         if cluster is not None and unparsed == "drop":
             cluster = cluster[~np.isnan(raw)]
-        ci95 = correlation_intervals(t, p, cluster, rounds=bootstrap, seed=seed)
+        ci95 = intervals({"srcc": srcc, "plcc": plcc}, t, p, cluster, rounds=bootstrap, seed=seed)
         if ci_all:
-            others = {name: STATISTICS[name] for name in STATISTICS if values[name] is not None}
-            ci95 |= dict.fromkeys(STATISTICS) | intervals(others, t, p, rounds=bootstrap, seed=seed)
+            others = {k: f for k, f in STATISTICS.items() if k not in ci95}
+            known = {k: f for k, f in others.items() if values[k] is not None}
+            ci95 |= dict.fromkeys(others) | intervals(known, t, p, rounds=bootstrap, seed=seed)
         for name, interval in ci95.items():
             if interval is None:
                 reason[f"ci95.{name}"] = undefined or reason.get(name) or "too many resamples are constant"
@@ -144,9 +148,10 @@ def _undefined(target: np.ndarray, prediction: np.ndarray) -> str | None:
 
 def plcc(target: np.ndarray, prediction: np.ndarray) -> float:
     """Pearson's r; NaN if either is constant."""
+    if np.ptp(target) == 0 or np.ptp(prediction) == 0:
+        return math.nan
     t, p = target - target.mean(), prediction - prediction.mean()
-    scale = math.sqrt(float(t @ t)) * math.sqrt(float(p @ p))
-    return float(np.clip((t @ p) / scale, -1.0, 1.0)) if scale > 0 else math.nan
+    return float(np.clip((t @ p) / (math.sqrt(float(t @ t)) * math.sqrt(float(p @ p))), -1.0, 1.0))
 
 
 def srcc(target: np.ndarray, prediction: np.ndarray) -> float:
@@ -183,7 +188,10 @@ def mae(target: np.ndarray, prediction: np.ndarray) -> float:
 
 
 def plcc_fitted(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Pearson's r after `logistic_map` of the predictions. NaN if the best non-decreasing map is flat."""
+    """Pearson's r after `logistic_map` of the predictions.
+    NaN if either is constant, or if the best non-decreasing map is flat."""
+    if np.ptp(target) == 0 or np.ptp(prediction) == 0:
+        return math.nan
     curve = logistic_map(target, prediction)(prediction)
     return plcc(target, curve) if np.ptp(curve) > 1e-6 * float(target.std()) else math.nan
 
@@ -216,18 +224,11 @@ def logistic_map(target: np.ndarray, prediction: np.ndarray) -> Callable[[np.nda
         [low, high - low, float(np.median(x)), 0.5],
         [low - 2.0, high - low + 4.0, 0.0, 2.0],  # almost a straight line
     ]
-    options = {
-        "jac": jacobian,
-        "bounds": bounds,
-        "x_scale": "jac",
-        "max_nfev": 1000,
-        "ftol": 1e-14,
-        "xtol": 1e-12,
-        "gtol": 1e-12,
-    }
-    fits = [least_squares(lambda b: mapped(b) - y, start, **options) for start in starts]
+    precision = {"x_scale": "jac", "max_nfev": 1000, "ftol": 1e-14, "xtol": 1e-12, "gtol": 1e-12}
+    fits = [least_squares(lambda b: mapped(b) - y, s, jac=jacobian, bounds=bounds, **precision) for s in starts]
     best = min(fits, key=lambda f: f.cost).x
     return lambda points: level + spread * mapped(best, (points - middle) / width)
 
 
-STATISTICS = {"krcc": krcc, "plcc_fitted": plcc_fitted, "rmse": rmse, "mae": mae}  # besides SRCC and PLCC
+CORRELATIONS = {"srcc": srcc, "plcc": plcc, "krcc": krcc, "plcc_fitted": plcc_fitted}
+STATISTICS = CORRELATIONS | {"rmse": rmse, "mae": mae}

@@ -36,8 +36,7 @@ from tatar_dist.evaluate.answers import (
     model_fingerprint,
     without_image,
 )
-from tatar_dist.evaluate.breakdown import averages, slices
-from tatar_dist.evaluate.metrics import score_metrics, spread
+from tatar_dist.evaluate.metrics import score_metrics, set_names, spread
 from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.faults.waiting import Waits
 from tatar_dist.plan.plan import resolve
@@ -195,8 +194,8 @@ class Evaluation:
         metrics = partial(by_dataset, rows, missing=self.missing, unparsed=e.unparsed, bootstrap=e.bootstrap)
         found = metrics("prediction")
         result: dict[str, Any] = {"model": self.config.model.path, "datasets": found}
-        result["averages"] = averages(found, e.in_domain)
-        result["slices"] = slices(rows, e.slices, unparsed=e.unparsed)
+        result["averages"] = tables.averages(found, e.in_domain)
+        result["slices"] = tables.slices(rows, e.slices, unparsed=e.unparsed)
         if e.expected:
             result["expected"] = metrics("expected")
         if e.samples:
@@ -293,26 +292,24 @@ def by_dataset(
 ) -> dict[str, dict[str, Any]]:
     """Return data set -> metrics of `column` of the prediction rows. missing: unusable samples by (data set, task).
 
-    Intervals are resampled by source photograph if all rows of a set name one. A name used for both tasks is split into
-    NAME/iqa and NAME/iaa, since their scores are not comparable.
+    Intervals are resampled by source photograph if all rows of a set name one.
     """
-    pairs = {(r["dataset"], r["task"]) for r in rows} | missing.keys()
-    names = [name for name, _ in pairs]
-    found = {}
-    for name, task in sorted(pairs, key=lambda pair: (TASKS.index(pair[1]), pair[0])):  # type: ignore[arg-type]
+    names = set_names([*((r["dataset"], r["task"]) for r in rows), *missing])
+    metrics = {}
+    for name, task in sorted(names, key=lambda pair: (TASKS.index(pair[1]), pair[0])):  # type: ignore[arg-type]
         part = [r for r in rows if r["dataset"] == name and r["task"] == task]
         truncated = "samples_truncated" if column == "sample_mean" else "truncated"
         sources = [r["source"] for r in part]
-        found[name if names.count(name) == 1 else f"{name}/{task}"] = score_metrics(
-            np.array([r["target"] for r in part], np.float64),
-            np.array([math.nan if r[column] is None else r[column] for r in part], np.float64),
+        metrics[names[name, task]] = score_metrics(
+            [r["target"] for r in part],
+            [r[column] for r in part],
             n_missing=missing.get((name, task), 0),
             n_truncated=sum(r[truncated] for r in part),
             unparsed=unparsed,
             bootstrap=bootstrap,
             cluster=np.array(sources) if part and all(sources) else None,
         ).to_dict() | {"task": task}
-    return found
+    return metrics
 
 
 def held_out_metrics(pool: RolloutPool, prompts: Sequence[Prompt], max_tokens: int) -> dict[str, float]:

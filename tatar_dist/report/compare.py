@@ -14,11 +14,10 @@ from tatar_dist import __version__
 from tatar_dist.errors import UserError
 from tatar_dist.report.charts import Line, line_chart
 from tatar_dist.report.comparison import Entrant, datasets, headline, tables
+from tatar_dist.report.details import differing
 from tatar_dist.report.html import environment, replace_page
 from tatar_dist.report.panels import Panel
-from tatar_dist.report.reading import read_run
-from tatar_dist.report.settings import differing
-from tatar_dist.report.text import clean
+from tatar_dist.report.reading import clean, read_run
 from tatar_dist.report.verdict import TASK_NAMES, VerdictCheck, checks
 
 FILE = "compare.html"

@@ -19,10 +19,8 @@ import pyarrow.parquet as pq
 
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import parse
-from tatar_dist.report.gallery import Key, key_of
-from tatar_dist.report.reading import Training, is_number
-from tatar_dist.report.rollouts import Rollouts
-from tatar_dist.report.text import clean, rationale, split_teaser
+from tatar_dist.report.gallery import Key, key_of, rationale, split_teaser
+from tatar_dist.report.reading import Rollouts, Training, clean, is_number
 from tatar_dist.rewards import audit
 from tatar_dist.rewards.explain import Opponent, explain
 from tatar_dist.rewards.presets import load_preset, preset_names

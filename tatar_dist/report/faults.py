@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tatar_dist.report.reading import is_number
-from tatar_dist.report.text import clean
+from tatar_dist.report.reading import clean, is_number
 from tatar_dist.run.history import ENDS, TROUBLE, RunHistory
 
 SHOWN = TROUBLE | ENDS.keys() | {"run/start", "engine/restarting"}

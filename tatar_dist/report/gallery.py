@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,12 @@ from PIL import Image
 from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.errors import UserError
-from tatar_dist.report.reading import RunFiles
-from tatar_dist.report.rollouts import Rollouts
-from tatar_dist.report.text import rationale, split_teaser
+from tatar_dist.report.reading import Rollouts, RunFiles, clean
 from tatar_dist.report.verdict import TASK_NAMES, name_of
 
 EACH = 4
+TEASER_WORDS = 26
+_THINK = re.compile(r"<think>(.*?)(?:</think>|<answer>|$)", re.IGNORECASE | re.DOTALL)
 KEEP_BYTES, KEEP_SIDE = 48_000, 400  # a picture within both is embedded as it is: JPEG would add a distortion to judge
 SMALL_SIDE = 320
 
@@ -95,6 +96,22 @@ def choose(last: Sequence[dict[str, Any]], before: dict[Key, dict[str, Any]]) ->
     take("best", (r for _, r in right), EACH - sum(why == "best" for why in taken.values()))
     order = ("improved", "best", "worst")
     return sorted(((why, i) for i, why in taken.items()), key=lambda c: order.index(c[0]))
+
+
+def rationale(completion: str | None) -> tuple[str, bool]:
+    """Return (the think text, True), or (the whole completion, False) if it has none."""
+    text = clean(completion)
+    found = _THINK.search(text)
+    inside = found.group(1).strip() if found else ""
+    return (inside, True) if inside else (text, False)
+
+
+def split_teaser(text: str) -> tuple[str, str]:
+    """Split off the first words; the rest is "" if the text is hardly longer."""
+    words = text.split()
+    if len(words) <= TEASER_WORDS + 8:
+        return " ".join(words), ""
+    return " ".join(words[:TEASER_WORDS]), " ".join(words[TEASER_WORDS:])
 
 
 class Pictures:

@@ -17,11 +17,8 @@ from tatar_dist.report.charts import nice_ticks, number
 from tatar_dist.report.details import details
 from tatar_dist.report.explanation import explanations
 from tatar_dist.report.gallery import Pictures, walls
-from tatar_dist.report.panels import panels, photographs
-from tatar_dist.report.reading import RunFiles, is_number, read_run
-from tatar_dist.report.rollouts import read_rollouts
-from tatar_dist.report.scores import clouds
-from tatar_dist.report.text import clean
+from tatar_dist.report.panels import clouds, panels, photographs
+from tatar_dist.report.reading import RunFiles, clean, is_number, read_rollouts, read_run
 from tatar_dist.report.verdict import TASK_NAMES, checks, headline, name_of
 from tatar_dist.run.files import write_whole, writing
 

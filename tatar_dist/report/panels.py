@@ -1,7 +1,7 @@
-"""Charts of the page: learning curves, and SRCC per photograph.
+"""Charts of the page: learning curves, scatters with calibration, and SRCC per photograph.
 
-Functions of `RunFiles` that return plain records for the template. Curves that were not logged are omitted, as are
-panels without curves.
+Functions of `RunFiles` and `Rollouts` that return plain records for the template. Curves that were not logged are
+omitted, as are panels without curves.
 """
 
 from __future__ import annotations
@@ -14,8 +14,17 @@ import numpy as np
 from markupsafe import Markup
 
 from tatar_dist.evaluate.metrics import srcc, usable
-from tatar_dist.report.charts import Line, line_chart, number, stacked_bars
-from tatar_dist.report.reading import EvaluationFiles, RunFiles, Training, is_number
+from tatar_dist.report.charts import (
+    Line,
+    bins,
+    calibration,
+    calibration_note,
+    line_chart,
+    number,
+    scatter,
+    stacked_bars,
+)
+from tatar_dist.report.reading import EvaluationFiles, Rollouts, RunFiles, Training, is_number
 from tatar_dist.report.verdict import TASK_NAMES, edges, name_of
 
 MAIN_TERMS = (
@@ -28,6 +37,8 @@ TIME_PARTS = (("generate", "t1"), ("learn", "t2"), ("sync", "t3"), ("reward", "t
 MOST_SOURCES = 12
 MIN_PER_SOURCE = 8  # images: fewer give no rank correlation worth printing
 TERM_COLORS = ("muted", "faint", "ink")
+LEAST = 20  # sampled answers: fewer show nothing
+LEAST_BINNED = 10  # answers: fewer have no calibration
 
 
 @dataclass(frozen=True)
@@ -148,6 +159,83 @@ def _seconds(part: np.ndarray, total: np.ndarray) -> str:
     mean = float(part.mean())
     share = f", {mean / total.mean():.0%}" if total.mean() > 0 else ""
     return (f"{mean:.1f} s" if mean >= 0.1 else f"{1000 * mean:.0f} ms") + share
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """One square chart: a model's scores on one data set, or their calibration."""
+
+    model: str
+    note: str
+    chart: Markup
+
+
+@dataclass(frozen=True)
+class Clouds:
+    """Charts of one data set: a scatter per model, and the calibration of the last model.
+    counts: (bin, n, mean score, mean target) of the calibration."""
+
+    name: str
+    task: str
+    charts: list[Cloud]
+    counts: list[tuple[str, int, float, float]]
+
+
+def clouds(run: RunFiles, rollouts: Rollouts | None) -> tuple[list[Clouds], bool]:
+    """Return the charts, and whether they show held-out answers instead of sampled completions."""
+    if any(e.predictions for e in run.evaluations):
+        return _held_out(run), True
+    return (_sampled(rollouts) if rollouts is not None else []), False
+
+
+def _held_out(run: RunFiles) -> list[Clouds]:
+    result = []
+    for dataset in run.datasets:
+        models = []
+        for evaluation in run.evaluations:
+            points = [p for p in evaluation.of(dataset) if is_number(p["prediction"])]
+            if points:
+                value = evaluation.metrics.get(dataset, {}).get("srcc")
+                pairs = [p["target"] for p in points], [p["prediction"] for p in points]
+                models.append((evaluation.model, value if is_number(value) else None, *pairs))
+        if models:
+            result.append(_clouds(name_of(run, dataset), run.task(dataset), models))
+    return result
+
+
+def _sampled(rollouts: Rollouts) -> list[Clouds]:
+    result = []
+    for task, name in TASK_NAMES.items():
+        parts = {True: rollouts.part(True, task)}
+        if len(rollouts.files) > 1:
+            parts = {False: rollouts.part(False, task)} | parts
+        models = []
+        for late, positions in parts.items():
+            t, p = rollouts.target[positions], rollouts.prediction[positions]
+            t, p = t[~np.isnan(p)], p[~np.isnan(p)]
+            if len(t) >= LEAST:
+                value = srcc(*usable(t, p)) if np.ptp(t) and np.ptp(np.clip(p, 0, 100)) else None
+                models.append(("late" if late else "early", value, t.tolist(), p.tolist()))
+        if models:
+            result.append(_clouds(name, task, models))
+    return result
+
+
+def _clouds(
+    name: str, task: str, models: Sequence[tuple[str, float | None, Sequence[float], Sequence[float]]]
+) -> Clouds:
+    charts = []
+    for model, value, target, prediction in models:
+        note = f"SRCC {number(value)}" if value is not None else "no SRCC"
+        chart = scatter(target, prediction, task or "ink", f"{name}, {model}: prediction over target")
+        charts.append(Cloud(model, f"{note}, n = {len(target):,}", chart))
+    model, _, target, prediction = models[-1]
+    found = bins(np.array(target), np.array(prediction)) if len(target) >= LEAST_BINNED else []
+    if found:
+        drawn = calibration(found, task or "ink", f"{name}, {model}: mean target by predicted score")
+        charts.append(Cloud("Calibration", calibration_note(found), drawn))
+    counts = [(f"{b.low:.0f} to {b.high:.0f}", b.n, b.predicted, b.target) for b in found]
+    return Clouds(name, task, charts, counts)
 
 
 def correlation(rows: Sequence[dict[str, Any]]) -> float | None:

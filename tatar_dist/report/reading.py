@@ -1,14 +1,15 @@
-"""Read a run or demo directory into `RunFiles`; rollouts are read by rollouts.py and explanation.py.
+"""Read a run or demo directory into `RunFiles`, and the completions that GRPO sampled into `Rollouts`.
 
 A run directory is one of SFT, GRPO or evaluation; a demo directory holds several. Missing parts are absent from the
-record. Damaged parts are absent too, and named in `RunFiles.notes`, which the page prints.
+record. Damaged parts are absent too, and named in notes, which the page prints.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,18 @@ import yaml
 
 from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
+from tatar_dist.prompts.answer import parse
 from tatar_dist.run.events import read_events
 from tatar_dist.run.files import json_lines
 
 DEMO_MODELS = {"baseline": "base", "sft_eval": "SFT", "grpo_eval": "GRPO"}  # directory -> name on the page
 DEMO_TRAININGS = ("sft", "grpo")
+TEXTS = ("dataset", "sample_id", "task", "completion")
+MOST_NOTES = 5  # damaged files of rollouts that are named; the rest is counted
+SHARE = 5  # "late" is the last of so many parts of the run, "early" the first
+MOST_CHARS = 4000  # of one rationale
+# What HTML forbids or a terminal obeys, except tab and newline.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 PREDICTION_COLUMNS = ("sample_id", "dataset", "task", "source", "target", "prediction", "completion", "truncated")
 
 
@@ -105,6 +113,12 @@ def is_number(value: Any) -> bool:
     if isinstance(value, int):
         return not isinstance(value, bool) and abs(value) < 1 << 1000  # what a float can hold
     return isinstance(value, float) and math.isfinite(value)
+
+
+def clean(text: str | None) -> str:
+    """Remove control characters and truncate to MOST_CHARS."""
+    text = _CONTROL.sub("", text or "").strip()
+    return text if len(text) <= MOST_CHARS else text[:MOST_CHARS] + "…"
 
 
 def read_run(path: Path) -> RunFiles:
@@ -245,3 +259,101 @@ def _table(file: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """N completions in the order of the steps. file, row: position on disk; key: (data set, sample id).
+    target, prediction, reward: (N,) float64, NaN if absent; scores are in points. task: (N,) names."""
+
+    files: list[Path]
+    file: np.ndarray
+    row: np.ndarray
+    index: np.ndarray
+    step: np.ndarray
+    target: np.ndarray
+    prediction: np.ndarray
+    reward: np.ndarray
+    task: np.ndarray
+    key: list[tuple[str, str]]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def part(self, late: bool, task: str | None = None) -> np.ndarray:
+        """Return (k,) positions of completions in the last (`late`) or first fifth of the files, in order."""
+        size = max(1, len(self.files) // SHARE)
+        chosen = self.file >= len(self.files) - size if late else self.file < size
+        return np.flatnonzero(chosen if task is None else chosen & (self.task == task))
+
+    def answers(self, positions: Iterable[int]) -> list[dict[str, Any]]:
+        """Return prediction rows without their text (`completion` is None); `at` holds the position."""
+        return [
+            {
+                "dataset": self.key[i][0],
+                "sample_id": self.key[i][1],
+                "task": str(self.task[i]),
+                "target": float(self.target[i]),
+                "prediction": None if np.isnan(self.prediction[i]) else float(self.prediction[i]),
+                "step": int(self.step[i]),
+                "completion": None,
+                "at": int(i),
+            }
+            for i in positions
+        ]
+
+    def text(self, position: int) -> str:
+        """Read the text of a completion."""
+        file = pq.ParquetFile(self.files[self.file[position]])
+        column = file.read(columns=["completion"]).column(0)
+        return column[int(self.row[position])].as_py() or ""
+
+
+def read_rollouts(training: Training, notes: list[str]) -> Rollouts | None:
+    """Load the completions of a run; None if there are none."""
+    files: list[Path] = []
+    columns: dict[str, list[Any]] = {k: [] for k in ("file", "row", "index", "step", "target", "prediction", "reward")}
+    tasks: list[str] = []
+    keys: list[tuple[str, str]] = []
+    bad: list[str] = []
+    for file in sorted((training.path / "rollouts").glob("step_*.parquet")):
+        try:
+            table = _light(file)
+        except (pa.ArrowException, OSError, ValueError) as e:
+            bad.append(f"{file.parent.name}/{file.name} could not be read: {str(e).splitlines()[0]}")
+            continue
+        kept = [i for i, t in enumerate(table["target"]) if is_number(t)]
+        if not kept:
+            continue
+        columns["file"] += [len(files)] * len(kept)
+        columns["row"] += kept
+        for name in ("index", "step", "target", "reward"):
+            values = table[name]
+            columns[name] += [values[i] if is_number(values[i]) else None for i in kept]
+        columns["prediction"] += [parse(table["completion"][i] or "").value for i in kept]
+        tasks += [str(table["task"][i]) for i in kept]
+        keys += [(str(table["dataset"][i]), str(table["sample_id"][i])) for i in kept]
+        files.append(file)
+    notes += bad[:MOST_NOTES]
+    if len(bad) > MOST_NOTES:
+        notes.append(f"{len(bad) - MOST_NOTES} more files of rollouts could not be read")
+    if not files:
+        return None
+    whole = {k: np.array([v or 0 for v in columns[k]], np.int64) for k in ("file", "row", "index", "step")}
+    real = {k: np.array(columns[k], np.float64) for k in ("target", "prediction", "reward")}
+    return Rollouts(files, **whole, **real, task=np.array(tasks), key=keys)
+
+
+def _light(file: Path) -> dict[str, list[Any]]:
+    """Read the required columns of a file. Raises ValueError naming a missing or invalid column."""
+    opened = pq.ParquetFile(file)
+    names = set(opened.schema_arrow.names)
+    for name in (*TEXTS, "target"):
+        if name not in names:
+            raise ValueError(f"no column {name}")
+    if not pa.types.is_string(opened.schema_arrow.field("completion").type):
+        raise ValueError("column completion holds no text")
+    wanted = [n for n in (*TEXTS, "index", "step", "target", "reward") if n in names]
+    found = opened.read(columns=wanted).to_pydict()
+    n = opened.metadata.num_rows
+    return {name: found.get(name, [None] * n) for name in (*TEXTS, "index", "step", "target", "reward")}

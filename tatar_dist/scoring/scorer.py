@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.errors import UserError
-from tatar_dist.evaluate.calls import batches_by_pixels
+from tatar_dist.evaluate.answers import batches_by_pixels
 from tatar_dist.evaluate.metrics import spread
 from tatar_dist.prompts.answer import clamped, parse, think_text
 from tatar_dist.rollout.options import COMMON_ENV, engine_environment, gpu_available, set_environment

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tatar_dist.errors import UserError
-from tatar_dist.evaluate import calls
+from tatar_dist.evaluate import answers as calls
 from tatar_dist.evaluate.answers import AnswerJournal, batch_size, batches, distinct, model_fingerprint
 from tatar_dist.types import Completion, Expected, Group, Prompt, Sample
 

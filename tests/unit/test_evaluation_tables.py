@@ -11,8 +11,8 @@ import pytest
 
 from tatar_dist.errors import UserError
 from tatar_dist.evaluate import compare, tables
-from tatar_dist.evaluate.breakdown import averages, slices
 from tatar_dist.evaluate.metrics import score_metrics
+from tatar_dist.evaluate.tables import averages, slices
 
 
 def metrics(task: str, noise: float, n: int = 50, seed: int = 0) -> dict:

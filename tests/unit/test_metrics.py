@@ -14,14 +14,8 @@ from scipy import optimize, stats
 
 from tatar_dist.errors import UserError
 from tatar_dist.evaluate import audit
-from tatar_dist.evaluate.bootstrap import (
-    _Ranks,
-    _weighted_pearson,
-    correlation_intervals,
-    paired_mean_difference,
-    paired_srcc_difference,
-)
-from tatar_dist.evaluate.metrics import plcc_fitted, score_metrics
+from tatar_dist.evaluate.bootstrap import intervals, paired_mean_difference, paired_srcc_difference, resamples
+from tatar_dist.evaluate.metrics import plcc, plcc_fitted, score_metrics, srcc
 
 
 def noisy(n=400, noise=20.0, seed=0):
@@ -100,33 +94,43 @@ def test_predictions_are_clamped_counted_and_never_rescaled():
     assert score_metrics(np.array([40.0, 60, 80]), np.array([4.0, 6, 8])).mae == pytest.approx(54)
 
 
-@given(st.lists(st.integers(0, 4), min_size=2, max_size=12), st.data())
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12))
 @settings(deadline=None)
-def test_ranks_under_counts_are_the_average_ranks_of_the_resample(values, data):
-    values = np.array(values, float)
-    drawn = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=12))
-    counts = np.bincount(drawn, minlength=len(values)).astype(float)
-    ranks = _Ranks(values).under(counts[None])[0]
-    np.testing.assert_allclose(ranks[drawn], stats.rankdata(values[drawn]))
+def test_a_resample_draws_whole_clusters_as_many_as_there_are(cluster):
+    cluster = np.array(cluster)
+    labels, sizes = np.unique(cluster, return_counts=True)
+    for rows in resamples(cluster, 5, seed=0):
+        counts = np.bincount(rows, minlength=len(cluster))
+        times = [counts[cluster == c] for c in labels]
+        assert all(len(set(t.tolist())) == 1 for t in times)  # every row of a cluster equally often
+        assert sum(t[0] for t in times) == len(labels)
 
 
-def test_weighted_pearson_equals_pearson_of_the_repeated_rows():
-    rng = np.random.default_rng(0)
-    a, b, counts = rng.normal(size=9), rng.normal(size=9), rng.integers(0, 4, (5, 9)).astype(float)
-    for r, c in zip(_weighted_pearson(a, b, counts), counts.astype(int), strict=True):
-        assert r == pytest.approx(stats.pearsonr(np.repeat(a, c), np.repeat(b, c)).statistic, abs=1e-12)
-    assert np.isnan(_weighted_pearson(np.full(9, 0.1), b, counts)).all()
+def test_an_interval_is_that_of_scipys_statistics_on_the_same_resamples():
+    target, prediction = noisy(50)
+    target, cluster = target.round(-1), np.arange(50) % 9
+    rows = list(resamples(cluster, 40, seed=3))
+    found = intervals({"srcc": srcc, "plcc": plcc}, target, prediction, cluster, rounds=40, seed=3)
+    for name, statistic in (("srcc", stats.spearmanr), ("plcc", stats.pearsonr)):
+        values = [statistic(target[r], prediction[r]).statistic for r in rows]
+        assert found[name] == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=1e-12)
+
+
+def test_a_correlation_with_a_constant_is_not_a_number():
+    for constant in (np.full(9, 0.1), np.full(9, 1e9)):
+        assert math.isnan(plcc(constant, np.arange(9.0))) and math.isnan(srcc(np.arange(9.0), constant))
 
 
 def test_correlation_intervals_agree_with_theory_and_repeat():
     target, prediction = noisy(800)
-    intervals = correlation_intervals(target, prediction, rounds=1000)
+    correlations = {"srcc": srcc, "plcc": plcc}
+    found = intervals(correlations, target, prediction, rounds=1000)
     r = stats.pearsonr(target, prediction).statistic
-    lo, hi = intervals["plcc"]
+    lo, hi = found["plcc"]
     low, high = np.tanh(np.arctanh(r) + np.array([-1.96, 1.96]) / math.sqrt(797))
     assert lo < r < hi and 0.6 < (hi - lo) / (high - low) < 1.4
-    assert correlation_intervals(target, prediction, rounds=1000) == intervals
-    assert correlation_intervals(target, prediction, rounds=1000, seed=1) != intervals
+    assert intervals(correlations, target, prediction, rounds=1000) == found
+    assert intervals(correlations, target, prediction, rounds=1000, seed=1) != found
 
 
 def test_cluster_resampling_widens_the_interval_when_clusters_differ():

@@ -13,11 +13,10 @@ from report_pages import HOSTILE, assert_safe, evaluation, grpo_rows, lines, pre
 
 from tatar_dist.bench.report import GROUP, PROMPTS, write_run
 from tatar_dist.evaluate.metrics import logistic_map, plcc, plcc_fitted
+from tatar_dist.report.charts import bins, miscalibration
+from tatar_dist.report.details import differing, settings
 from tatar_dist.report.faults import history
-from tatar_dist.report.reading import read_run
-from tatar_dist.report.rollouts import read_rollouts
-from tatar_dist.report.settings import differing, settings
-from tatar_dist.report.squares import bins, miscalibration
+from tatar_dist.report.reading import read_rollouts, read_run
 from tatar_dist.rewards import audit
 
 
