@@ -66,8 +66,7 @@ def run(output: str | Path, seeds: int, smoke: bool = False, overrides: list[str
 
 def _run_one(directory: Path, data: Path, probe_run: ProbeRun, words: list[str]) -> None:
     """Train and evaluate one run; skips what is done."""
-    from tatar_dist import grpo as controller
-    from tatar_dist import sft
+    from tatar_dist import grpo, sft
     from tatar_dist.evaluate import runner
 
     files = [CONFIGS / "probes" / f"{name}.yaml" for name in ("probe", probe_run.change) if name]
@@ -76,7 +75,7 @@ def _run_one(directory: Path, data: Path, probe_run: ProbeRun, words: list[str])
     if not done.exists():
         start = [f"model.path={model_of(directory / probe_run.start)}"] if probe_run.start else []
         config = demo_config(target, data, [*start, *words], files)
-        (sft if probe_run.stage == "sft" else controller).run(config)
+        (sft if probe_run.stage == "sft" else grpo).run(config)
         done.touch()
     evaluation = directory / f"{probe_run.name}-eval"
     if not (evaluation / "metrics.json").exists():

@@ -19,6 +19,7 @@ from tatar_dist.data.manifest import read_manifest
 from tatar_dist.errors import UserError
 from tatar_dist.run.checkpoints import STATE, latest
 from tatar_dist.run.directory import read_metrics
+from tatar_dist.scoring.directory import run_of
 from tatar_dist.types import SPLITS
 
 NAME = "README.md"
@@ -103,8 +104,8 @@ def _read(file: Path) -> dict[str, Any]:
 def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Stage, optimiser steps, reward preset and config of the run and of those that it started from, first to last."""
     stages = [_stage(config, state["same"]["stage"], state["step"])]
-    while (before := _run_of(config.model.path)) is not None:
-        directory, checkpoint = before
+    while (directory := run_of(Path(config.model.path))) is not None:
+        checkpoint = Path(config.model.path).parent.resolve()
         newest = latest(directory)
         if newest is None or not (directory / "config.yaml").exists():
             break
@@ -117,14 +118,6 @@ def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[dict[st
 def _stage(config: Config, stage: str, steps: int) -> dict[str, Any]:
     preset = Path(config.reward.preset).stem if stage == "grpo" else None
     return {"stage": stage.upper(), "steps": steps, "preset": preset, "config": config}
-
-
-def _run_of(path: str) -> tuple[Path, Path] | None:
-    """Return (run directory, checkpoint) if `path` is the model of a run's checkpoint, else None."""
-    model = Path(path)
-    if model.name != "model" or model.parent.parent.name != "checkpoints":
-        return None
-    return model.parents[2], model.parent.resolve()
 
 
 def _data(configs: Iterable[Config]) -> tuple[list[tuple[str, str, str, int]], list[str]]:

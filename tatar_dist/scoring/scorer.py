@@ -117,8 +117,8 @@ class Scorer:
         sampled = Sampling(samples, temperature, limit, seed) if samples else None
         decoded = (self._look(number, picture, tasks) for number, picture in enumerate(pictures))
         size = max(1, BATCH * self.config.rollout.max_num_seqs // len(tasks))
-        for call in batches_by_pixels(decoded, size, lambda p: p.pixels):
-            asked = [a for picture in call for a in picture.asked]
+        for call in batches_by_pixels(decoded, size, lambda picture: picture[1]):
+            asked = [entry for entries, _ in call for entry in entries]
             prompts = [p for p in asked if isinstance(p, Prompt)]
             answers = iter(self._engine.generate(prompts, greedy, 0) if prompts else ())
             draws = iter(self._engine.generate(prompts, sampled, 0)) if prompts and sampled else None
@@ -129,8 +129,8 @@ class Scorer:
                 (answer,) = next(answers).completions
                 yield score_of(prompt, answer, next(draws).completions if draws else ())
 
-    def _look(self, number: int, picture: Any, tasks: Sequence[Task]) -> _Looked:
-        """Read and decode one picture. Gives a prompt per task, or a score with the error."""
+    def _look(self, number: int, picture: Any, tasks: Sequence[Task]) -> tuple[list[Score | Prompt], int]:
+        """Read and decode one picture; returns a prompt (or a score with an error) per task, and its pixels."""
         name, data = read_picture(picture, number)
         error = data if isinstance(data, str) else ""
         size = (0, 0)
@@ -147,15 +147,7 @@ class Scorer:
             else:
                 sample = Sample(name, "", task, data, 0.0)  # type: ignore[arg-type]
                 asked.append(Prompt(sample, self.texts.text[task], f"{number}/{task}"))
-        return _Looked(asked, size[0] * size[1])
-
-
-@dataclass(frozen=True)
-class _Looked:
-    """A picture's prompt (or score with an error) for each task, and its number of pixels."""
-
-    asked: list[Score | Prompt]
-    pixels: int
+        return asked, size[0] * size[1]
 
 
 def read_picture(picture: Any, number: int = 0) -> tuple[str, bytes | str]:
