@@ -42,13 +42,13 @@ def gains(directories: Sequence[Path], task: str) -> dict[str, list[float]]:
     ids = sorted(set.intersection(*(set(s) for s in seeds)))
     rows = [[s[i] for i in ids] for s in seeds]
     cluster = np.array([r["source"] for r in rows[0]])
-    found: dict[str, Interval] = {}
+    intervals: dict[str, Interval] = {}
     for term in TERMS[task]:
         before, after = (np.array([[r[k][term] for r in seed] for seed in rows]) for k in ("sft_terms", "grpo_terms"))
-        found[f"reward_{term}"] = paired_mean_difference(before, after, cluster)
+        intervals[f"reward_{term}"] = paired_mean_difference(before, after, cluster)
     before, after = (np.array([[r[k] for r in seed] for seed in rows]) for k in ("sft", "grpo"))
-    found["srcc"] = paired_srcc_difference(np.array([r["target"] for r in rows[0]]), before, after, cluster)
-    return {name: [i.estimate, i.lo, i.hi] for name, i in found.items()}
+    intervals["srcc"] = paired_srcc_difference(np.array([r["target"] for r in rows[0]]), before, after, cluster)
+    return {name: [i.estimate, i.lo, i.hi] for name, i in intervals.items()}
 
 
 def _paired(out: Path, task: str) -> dict[str, dict[str, Any]]:
@@ -77,25 +77,24 @@ def _terms(file: Path, task: str) -> dict[str, dict[str, float]]:
 
 def of_parsed(directories: Sequence[Path], model: str, task: str) -> tuple[float, float]:
     """Return (share of sampled answers of all seeds that parsed, mean of the task's main reward term among those)."""
-    own = TERMS[task][0]
-    tables = [
-        pq.read_table(d / MODELS[model] / "sampled.parquet", columns=["task", "parsed", own]) for d in directories
-    ]
-    rows = [r for table in tables for r in table.to_pylist() if r["task"] == task]
-    parsed = [r[own] for r in rows if r["parsed"]]
+    term = TERMS[task][0]
+    files = [d / MODELS[model] / "sampled.parquet" for d in directories]
+    tables = [pq.read_table(f, columns=["task", "parsed", term], filters=[("task", "=", task)]) for f in files]
+    rows = [r for table in tables for r in table.to_pylist()]
+    parsed = [r[term] for r in rows if r["parsed"]]
     return len(parsed) / len(rows), float(np.mean(parsed)) if parsed else float("nan")
 
 
 def by_photograph(out: Path, task: str) -> dict[str, tuple[int, float, float]]:
     """Map source photograph -> (crops, SRCC after SFT, SRCC after GRPO) on its crops."""
-    rows = _paired(out, task).values()
-    found = {}
-    for source in sorted({r["source"] for r in rows}):
-        own = [r for r in rows if r["source"] == source]
-        target = np.array([r["target"] for r in own])
-        answers = (np.array([r[m] for r in own]) for m in ("sft", "grpo"))
-        found[source] = (len(own), *(srcc(target, np.nan_to_num(a, nan=50.0)) for a in answers))
-    return found
+    crops: dict[str, list[dict[str, Any]]] = {}
+    for row in _paired(out, task).values():
+        crops.setdefault(row["source"], []).append(row)
+    result = {}
+    for source, rows in sorted(crops.items()):
+        target, sft, grpo = (np.nan_to_num([r[k] for r in rows], nan=50.0) for k in ("target", "sft", "grpo"))
+        result[source] = (len(rows), srcc(target, sft), srcc(target, grpo))
+    return result
 
 
 def regression_head(model: str, data: Path) -> dict[str, dict[str, float]]:
@@ -107,66 +106,72 @@ def regression_head(model: str, data: Path) -> dict[str, dict[str, float]]:
 def markdown(directories: Sequence[Path], head: dict[str, dict[str, float]]) -> str:
     """Format the tables of the README and of demo/README.md: per seed, pooled, and per photograph."""
     summaries = [results(d) for d in directories]
-    lines = [
-        "| task | regression head | | " + " | ".join(f"seed {k}" for k in range(len(directories))) + " |",
-        "|---|---|---|" + "---|" * len(directories),
-    ]
+    seeds = [f"seed {k}" for k in range(len(directories))]
+    scores: list[list[str]] = []
+    changes: list[list[str]] = []
+    parsed: list[list[str]] = []
+    photographs: list[list[str]] = []
     for task in TASKS:
         for model in ("sft", "grpo"):
-            cells = []
-            for s in summaries:
-                (row,) = [r for r in s["table"] if r["task"] == task and r["model"] == model]
-                cells.append(f"{row['srcc']:.3f} ({row['n_parsed']}/{row['n']})")
-            lines.append(f"| {task} | {head[task]['test']:.3f} | {model} | " + " | ".join(cells) + " |")
-    lines += ["", "| task | SFT to GRPO | pooled change | 95 % interval | per seed |", "|---|---|---|---|---|"]
-    for task in TASKS:
+            rows = [r for s in summaries for r in s["table"] if (r["task"], r["model"]) == (task, model)]
+            cells = [f"{r['srcc']:.3f} ({r['n_parsed']}/{r['n']})" for r in rows]
+            scores.append([task, f"{head[task]['test']:.3f}", model, *cells])
         for name, (value, lo, hi) in gains(directories, task).items():
-            each = ", ".join(f"{s['gains'][task][name][0]:+.3f}" for s in summaries)
-            lines.append(f"| {task} | {name.replace('_', ' ')} | {value:+.3f} | {lo:+.3f} to {hi:+.3f} | {each} |")
-    lines += ["", "| task | sampled answers | SFT | GRPO |", "|---|---|---|---|"]
-    for task in TASKS:
+            by_seed = ", ".join(f"{s['gains'][task][name][0]:+.3f}" for s in summaries)
+            changes.append([task, name.replace("_", " "), f"{value:+.3f}", f"{lo:+.3f} to {hi:+.3f}", by_seed])
         (share, term), (share_after, term_after) = (of_parsed(directories, model, task) for model in ("sft", "grpo"))
-        lines.append(f"| {task} | that parse | {share:.1%} | {share_after:.1%} |")
-        lines.append(f"| {task} | {TERMS[task][0]} among these | {term:.3f} | {term_after:.3f} |")
-    lines += ["", "| task | photograph | crops | " + " | ".join(f"seed {k}" for k in range(len(directories))) + " |"]
-    lines.append("|---|---|---|" + "---|" * len(directories))
-    for task in TASKS:
-        each_seed = [by_photograph(d, task) for d in directories]
-        for source, (n, *_) in each_seed[0].items():
-            cells = [f"{s[source][1]:.2f} → {s[source][2]:.2f}" for s in each_seed]
-            lines.append(f"| {task} | {source.replace('_', ' ')} | {n} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        parsed.append([task, "that parse", f"{share:.1%}", f"{share_after:.1%}"])
+        parsed.append([task, f"{TERMS[task][0]} among these", f"{term:.3f}", f"{term_after:.3f}"])
+        crops = [by_photograph(d, task) for d in directories]
+        for source, (n, *_) in crops[0].items():
+            cells = [f"{seed[source][1]:.2f} → {seed[source][2]:.2f}" for seed in crops]
+            photographs.append([task, source.replace("_", " "), str(n), *cells])
+    tables = (
+        (["task", "regression head", "", *seeds], scores),
+        (["task", "SFT to GRPO", "pooled change", "95 % interval", "per seed"], changes),
+        (["task", "sampled answers", "SFT", "GRPO"], parsed),
+        (["task", "photograph", "crops", *seeds], photographs),
+    )
+    return "\n".join(markdown_table(columns, rows) for columns, rows in tables)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a table of text cells as Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:], ""])
+
+
+def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Format a table of text cells for the terminal, numbers from the third column on."""
+    table = Table(title=title, title_justify="left")
+    for k, column in enumerate(columns):
+        table.add_column(column, justify="left" if k < 2 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def print_tables(console: Console, summary: dict[str, Any]) -> None:
     """Print scores, changes by GRPO, and times on the terminal."""
-    table = Table(title="Held-out photographs", title_justify="left")
-    for column in ("task", "model", "images", "parsed", "SRCC", "PLCC", "MAE"):
-        table.add_column(column, justify="left" if column in ("task", "model") else "right")
-    for task in TASKS:
-        for row in summary["table"]:
-            if row["task"] == task:
-                values = ["—" if row[k] is None else f"{row[k]:.3f}" for k in ("srcc", "plcc")]
-                mae = "—" if row["mae"] is None else f"{row['mae']:.1f}"
-                parsed = f"{row['n_parsed'] / row['n']:.1%}"
-                table.add_row(task, row["model"], str(row["n"]), parsed, *values, mae)
-        table.add_section()
-    console.print(table)
-    changes = Table(title="What GRPO changed, with 95 % intervals over photographs", title_justify="left")
-    for column in ("task", "measure", "change", "interval"):
-        changes.add_column(column, justify="left" if column in ("task", "measure") else "right")
-    for task, found in summary["gains"].items():
-        for name, values in found.items():
+    scores = []
+    for row in sorted(summary["table"], key=lambda r: TASKS.index(r["task"])):
+        srcc, plcc = ("—" if row[k] is None else f"{row[k]:.3f}" for k in ("srcc", "plcc"))
+        mae = "—" if row["mae"] is None else f"{row['mae']:.1f}"
+        parsed = f"{row['n_parsed'] / row['n']:.1%}"
+        scores.append([row["task"], row["model"], str(row["n"]), parsed, srcc, plcc, mae])
+    columns = ("task", "model", "images", "parsed", "SRCC", "PLCC", "MAE")
+    console.print(terminal_table("Held-out photographs", columns, scores))
+    changes = []
+    for task, measures in summary["gains"].items():
+        for name, values in measures.items():
             value, lo, hi = ("—" if v != v else f"{v:+.3f}" for v in values)
-            changes.add_row(task, name.replace("_", " "), value, f"{lo} to {hi}")
-        changes.add_section()
-    console.print(changes)
-    times = Table(title="Time", title_justify="left", show_footer=True)
-    total, budget = (sum(s[k] for s in summary["stages"]) for k in ("seconds", "budget_seconds"))
-    times.add_column("stage", footer="all")
-    times.add_column("took", justify="right", footer=f"{total:.0f} s")
-    times.add_column("budget", justify="right", footer=f"{budget:.0f} s")
+            changes.append([task, name.replace("_", " "), value, f"{lo} to {hi}"])
+    title = "What GRPO changed, with 95 % intervals over photographs"
+    console.print(terminal_table(title, ("task", "measure", "change", "interval"), changes))
+    times = []
     for s in summary["stages"]:
         took = "reused" if s["reused"] else f"{s['seconds']:.0f} s"
-        times.add_row(s["name"].replace("_", " "), took, f"{s['budget_seconds']:.0f} s")
-    console.print(times)
+        times.append([s["name"].replace("_", " "), took, f"{s['budget_seconds']:.0f} s"])
+    total, budget = (sum(s[k] for s in summary["stages"]) for k in ("seconds", "budget_seconds"))
+    times.append(["all", f"{total:.0f} s", f"{budget:.0f} s"])
+    console.print(terminal_table("Time", ("stage", "took", "budget"), times))

@@ -58,7 +58,7 @@ SMOKE = DemoSize(
     budget={"data": 10, "baseline": 40, "sft": 75, "sft_eval": 30, "grpo": 50, "grpo_eval": 30},
 )
 
-# name, what the user is told, whose model it starts from (None: the base model)
+# name, description, the stage whose model it starts from (None: the base model)
 STAGES = (
     ("baseline", "the base model, before any training", None),
     ("sft", "supervised fine-tuning on rationales and scores", None),
@@ -104,11 +104,11 @@ def same_settings(out: Path, settings: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             file.write_text(json.dumps(settings))
-        found = json.loads(file.read_text())
+        saved = json.loads(file.read_text())
     except OSError as e:
         raise UserError(f"{out}: cannot write there: {e.strerror}") from e
-    if found != settings:
-        differing = ", ".join(f"{k}={found.get(k)}" for k in settings if found.get(k) != settings[k])
+    if saved != settings:
+        differing = ", ".join(f"{k}={saved.get(k)}" for k in settings if saved.get(k) != settings[k])
         raise UserError(f"{out}: holds a demo with other settings ({differing}): give another --output or remove it")
 
 
@@ -123,8 +123,7 @@ def _data(out: Path, size: DemoSize, console: Console) -> float:
 
 def _run_one(out: Path, size: DemoSize, words: list[str], console: Console) -> None:
     """Run all stages of one seed."""
-    from tatar_dist import grpo as controller
-    from tatar_dist import sft
+    from tatar_dist import grpo, sft
     from tatar_dist.cluster.ray_cluster import Cluster
     from tatar_dist.evaluate import runner
     from tatar_dist.report import html
@@ -145,15 +144,15 @@ def _run_one(out: Path, size: DemoSize, words: list[str], console: Console) -> N
                 continue
             start = time.perf_counter()
             console.print(f"[bold]{name}[/bold]  {text}")
-            more = [f"model.path={model_of(out / model) if model else base}"]
+            settings = [f"model.path={model_of(out / model) if model else base}"]
             if name in figures.MODELS.values():
                 first = name == "baseline"
-                more.append(f"data.eval_limit={size.baseline_images if first else size.eval_images}")
-                more.append(f"evaluate.samples={0 if first else size.samples}")
+                settings.append(f"data.eval_limit={size.baseline_images if first else size.eval_images}")
+                settings.append(f"evaluate.samples={0 if first else size.samples}")
                 kept = [w for w in words if not (first and w.startswith("data.eval_limit="))]
-                runner.run(_config(out / name, [*more, *kept]))
+                runner.run(_config(out / name, [*settings, *kept]))
             else:
-                (sft if name == "sft" else controller).run(_config(out / name, [*more, *words]))
+                (sft if name == "sft" else grpo).run(_config(out / name, [*settings, *words]))
                 done.touch()
             note(name, time.perf_counter() - start)
     summary = {"stages": stages, **figures.results(out)}
@@ -166,11 +165,10 @@ def _run_one(out: Path, size: DemoSize, words: list[str], console: Console) -> N
 def demo_config(directory: Path, data: Path, words: list[str], files: Sequence[Path] = ()) -> Config:
     """Load the recipes with demo.yaml, overridden by `files`, then by `words`.
     `data` is the directory of the manifests; files and words give their names."""
-    every = [*(CONFIGS / name for name in ("sft.yaml", "grpo.yaml", "demo.yaml")), *files]
-    # the paths of demo.yaml are the checkout's; the demo may be started anywhere
-    model, prompts = TINY_MODEL, CONFIGS / "prompts.yaml"
-    ours = [f"output={directory}", f"model.path={model}", f"data.prompts={prompts}", f"data.root={data}"]
-    return load_config([str(f) for f in every], [*ours, *words])
+    recipes = [CONFIGS / name for name in ("sft.yaml", "grpo.yaml", "demo.yaml")]
+    # the paths of demo.yaml are relative to the checkout; the demo may be started anywhere
+    paths = [f"model.path={TINY_MODEL}", f"data.prompts={CONFIGS / 'prompts.yaml'}", f"data.root={data}"]
+    return load_config([str(f) for f in (*recipes, *files)], [f"output={directory}", *paths, *words])
 
 
 def _config(directory: Path, words: list[str]) -> Config:

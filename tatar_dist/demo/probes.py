@@ -15,8 +15,7 @@ from rich.console import Console
 
 from tatar_dist.assets import CONFIGS
 from tatar_dist.demo import probe_figures
-from tatar_dist.demo.data.make import make_demo
-from tatar_dist.demo.data.styles import restyle
+from tatar_dist.demo.data.make import make_demo, restyle
 from tatar_dist.demo.pipeline import FULL, SMOKE, demo_config, same_settings
 from tatar_dist.scoring.export import model_of
 
@@ -52,33 +51,32 @@ def run(output: str | Path, seeds: int, smoke: bool = False, overrides: list[str
     out, size, words = Path(output), SMOKE if smoke else FULL, list(overrides or [])
     console = Console(stderr=True)
     same_settings(out, {"smoke": smoke, "seeds": seeds, "overrides": words})
-    words = [*(size.overrides if smoke else ()), *(["data.eval_limit=16"] if smoke else ()), *words]
+    if smoke:
+        words = [*size.overrides, "data.eval_limit=16", *words]
     make_demo(out / "data", **size.data)
     restyle(out / "data")
-    with Cluster(
-        demo_config(out / "base", out / "data", words, [CONFIGS / "probes" / "probe.yaml"])
-    ):  # one Ray for all runs
+    base = demo_config(out / "base", out / "data", words, [CONFIGS / "probes" / "probe.yaml"])
+    with Cluster(base):  # one Ray for all runs
         for seed in range(seeds):
-            for number, each in enumerate(RUNS, 1):
-                console.print(f"[bold]seed {seed}[/bold]  {each.name} ({number} of {len(RUNS)})")
-                _run_one(out / f"seed_{seed}", out / "data", each, [f"seed={seed}", *words])
+            for number, probe_run in enumerate(RUNS, 1):
+                console.print(f"[bold]seed {seed}[/bold]  {probe_run.name} ({number} of {len(RUNS)})")
+                _run_one(out / f"seed_{seed}", out / "data", probe_run, [f"seed={seed}", *words])
     return probe_figures.write(out, seeds, console)
 
 
-def _run_one(directory: Path, data: Path, each: ProbeRun, words: list[str]) -> None:
+def _run_one(directory: Path, data: Path, probe_run: ProbeRun, words: list[str]) -> None:
     """Train and evaluate one run; skips what is done."""
-    from tatar_dist import grpo as controller
-    from tatar_dist import sft
+    from tatar_dist import grpo, sft
     from tatar_dist.evaluate import runner
 
-    files = [CONFIGS / "probes" / f"{name}.yaml" for name in ("probe", each.change) if name]
-    target = directory / each.name
+    files = [CONFIGS / "probes" / f"{name}.yaml" for name in ("probe", probe_run.change) if name]
+    target = directory / probe_run.name
     done = target / "finished"
     if not done.exists():
-        start = [f"model.path={model_of(directory / each.start)}"] if each.start else []
+        start = [f"model.path={model_of(directory / probe_run.start)}"] if probe_run.start else []
         config = demo_config(target, data, [*start, *words], files)
-        (sft if each.stage == "sft" else controller).run(config)
+        (sft if probe_run.stage == "sft" else grpo).run(config)
         done.touch()
-    evaluation = directory / f"{each.name}-eval"
+    evaluation = directory / f"{probe_run.name}-eval"
     if not (evaluation / "metrics.json").exists():
         runner.run(demo_config(evaluation, data, [f"model.path={model_of(target)}", *words], files))

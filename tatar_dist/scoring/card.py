@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from tatar_dist.config.load import load_config
-from tatar_dist.config.schema import Config, ModelConfig, OptimConfig
+from tatar_dist.config.schema import Config
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.errors import UserError
 from tatar_dist.run.checkpoints import STATE, latest
 from tatar_dist.run.directory import read_metrics
+from tatar_dist.scoring.directory import run_of
 from tatar_dist.types import SPLITS
 
 NAME = "README.md"
@@ -34,19 +35,21 @@ def facts(
     Raises:
         UserError: `evaluation` holds no metrics, or those of another model.
     """
-    found = evaluation_of(run, checkpoint, evaluation)
-    stages, configs, base = _history(run, config, state)
-    measured = [load_config([str(found[0] / "config.yaml")], [])] if found else []
+    directory, metrics = evaluation_of(run, checkpoint, evaluation) or (None, None)
+    stages = _stages(run, config, state)
+    configs = [s["config"] for s in stages]
+    base = configs[0].model.path
+    measured = [load_config([str(directory / "config.yaml")], [])] if directory else []
     rows, missing = _data([*configs, *measured])
     return {
         "stages": stages,
-        "base": _public(base),
+        "base": base if _is_hub_name(base) else Path(base).name,
         "hub": _is_hub_name(base),
         "family": config.model.family,
         "demo": Path(base).name == DEMO_BASE or any(name.startswith(DEMO_SETS) for name, *_ in rows),
         "data": rows,
         "missing": missing,
-        "results": _results(found[1]) if found else [],
+        "results": sorted(metrics["datasets"].items()) if metrics else [],
         "curve": _curve(run, state["step"]),
     }
 
@@ -57,102 +60,64 @@ def render(known: Mapping[str, Any]) -> str:
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters["figure"] = lambda value: "—" if value is None else f"{value:.3f}"
+    environment.filters["short"] = "{:g}".format
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(known) + "\n"
 
 
 def evaluation_of(run: Path, checkpoint: Path, given: str | Path | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """(directory, metrics.json) of an evaluation of `checkpoint`: `given`, else the newest beside `run`, else None.
+    """Return (directory, metrics) of an evaluation of `checkpoint`: `given`, else the newest beside `run`, else None.
 
     Raises:
         UserError: `given` holds no metrics, or those of another model.
     """
     if given is not None:
-        found = _read(Path(given) / "metrics.json")
-        if found is None or "datasets" not in found:
+        directory = Path(given)
+        metrics = _read(directory / "metrics.json")
+        if "datasets" not in metrics:
             raise UserError(f"--evaluation {given}: no metrics.json of an evaluation in it")
-        if not _is_of(Path(given), found, checkpoint):
-            raise UserError(f"--evaluation {given}: evaluated {found.get('model')}, not {checkpoint / 'model'}")
-        return Path(given), found
+        if not _is_of(directory, metrics, checkpoint):
+            raise UserError(f"--evaluation {given}: evaluated {metrics.get('model')}, not {checkpoint / 'model'}")
+        return directory, metrics
     beside = run.absolute().parent.glob("*/metrics.json")
     for file in sorted(beside, key=lambda f: f.stat().st_mtime, reverse=True):
-        found = _read(file)
-        if found is not None and "datasets" in found and _is_of(file.parent, found, checkpoint):
-            return file.parent, found
+        metrics = _read(file)
+        if "datasets" in metrics and _is_of(file.parent, metrics, checkpoint):
+            return file.parent, metrics
     return None
 
 
-def _is_of(directory: Path, found: Mapping[str, Any], checkpoint: Path) -> bool:
+def _is_of(directory: Path, metrics: Mapping[str, Any], checkpoint: Path) -> bool:
     """Whether metrics are of `checkpoint`: same path, and not older, because `latest` moves as the run goes on."""
-    same = Path(str(found.get("model"))).resolve() == (checkpoint / "model").resolve()
+    same = Path(str(metrics.get("model"))).resolve() == (checkpoint / "model").resolve()
     return same and (directory / "metrics.json").stat().st_mtime >= (checkpoint / STATE).stat().st_mtime
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def _read(file: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if there is none."""
     try:
-        found = json.loads(file.read_text())
+        value = json.loads(file.read_text())
     except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
-def _history(run: Path, config: Config, state: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Config], str]:
-    """(stages, first to last; their configs; the path or name of the base model)."""
-    stages, configs = [_stage(config, state["same"]["stage"], state["step"])], [config]
-    while (before := _run_of(config.model.path)) is not None:
-        directory, checkpoint = before
+def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Stage, optimiser steps, reward preset and config of the run and of those that it started from, first to last."""
+    stages = [_stage(config, state["same"]["stage"], state["step"])]
+    while (directory := run_of(Path(config.model.path))) is not None:
+        checkpoint = Path(config.model.path).parent.resolve()
         newest = latest(directory)
         if newest is None or not (directory / "config.yaml").exists():
             break
         config = load_config([str(directory / "config.yaml")], [])
-        named = (_read(checkpoint / STATE) or newest[1])["step"]
-        stages.insert(0, _stage(config, newest[1]["same"]["stage"], named))
-        configs.insert(0, config)
-    return stages, configs, config.model.path
-
-
-def _run_of(path: str) -> tuple[Path, Path] | None:
-    """(run directory, checkpoint) when `path` is the model of a run's checkpoint."""
-    model = Path(path)
-    if model.name != "model" or model.parent.parent.name != "checkpoints":
-        return None
-    return model.parents[2], model.parent.resolve()
-
-
-def _adapters(m: ModelConfig) -> str:
-    layers = ", ".join(m.lora_targets) or "all linear layers but the head"
-    return f"LoRA of rank {m.lora_rank}, alpha {m.lora_alpha:g}, of {layers}; merged"
+        steps = (_read(checkpoint / STATE) or newest[1])["step"]
+        stages.insert(0, _stage(config, newest[1]["same"]["stage"], steps))
+    return stages
 
 
 def _stage(config: Config, stage: str, steps: int) -> dict[str, Any]:
-    """Name, reward preset and settings of a stage; settings are (label, value) pairs for people."""
-    m, d, s, g, r = config.model, config.data, config.sft, config.grpo, config.rollout
-    shared = [
-        ("optimiser steps", steps),
-        ("weights", f"{m.dtype}, vision tower {'trained' if m.train_vision else 'frozen'}"),
-        *([("trained as adapters", _adapters(m))] if m.lora_rank else []),
-        ("pixels of an image", f"{m.min_pixels} to {m.max_pixels}"),
-        ("share of IQA", d.iqa_fraction),
-        ("seed", config.seed),
-    ]
-    if stage == "sft":
-        own = [("rows a step", s.global_batch), ("optimiser", _optimiser(s.optim))]
-        return {"stage": "SFT", "preset": None, "settings": [*shared, *own]}
-    preset = Path(config.reward.preset).stem
-    changed = {**config.reward.weights, **config.reward.params}
-    own = [
-        ("batch", f"{g.prompts_per_step} prompts x {g.group_size} completions"),
-        ("reward preset", preset + "".join(f", {k}={v:g}" for k, v in changed.items())),
-        ("advantage; loss", f"{g.advantage}; {g.aggregation}, ratio by {g.ratio}, clip {g.clip_low:g}/{g.clip_high:g}"),
-        ("KL to the start", f"{g.kl_beta:g}, {g.kl_schedule}"),
-        ("sampling", f"temperature {r.temperature:g}, at most {r.max_new_tokens} tokens, staleness {g.staleness}"),
-        ("optimiser", _optimiser(g.optim)),
-    ]
-    return {"stage": "GRPO", "preset": preset, "settings": [*shared, *own]}
-
-
-def _optimiser(o: OptimConfig) -> str:
-    scaled = "".join(f", x {factor:g} for {part}" for part, factor in o.lr_scale.items())
-    return f"{o.name}, rate {o.lr:g}{scaled}, {o.schedule}, {o.warmup_steps} steps of warm-up"
+    preset = Path(config.reward.preset).stem if stage == "grpo" else None
+    return {"stage": stage.upper(), "steps": steps, "preset": preset, "config": config}
 
 
 def _data(configs: Iterable[Config]) -> tuple[list[tuple[str, str, str, int]], list[str]]:
@@ -178,20 +143,16 @@ def _data(configs: Iterable[Config]) -> tuple[list[tuple[str, str, str, int]], l
     return [(*key, n) for key, n in listed], sorted(set(missing))
 
 
-def _results(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    return sorted(metrics["datasets"].items())
-
-
 def _curve(run: Path, step: int) -> dict[str, Any] | None:
-    """The last eval/SET/{srcc,plcc} that the run itself logged before `step`, or None. A run logs no counts."""
+    """Return the last eval/SET/{srcc,plcc} that the run itself logged before `step`, or None."""
     last = None
     for row in read_metrics(run):
         if isinstance(row.get("step"), int) and row["step"] < step and _measured_sets(row):
             last = row
     if last is None:
         return None
-    found = {name: (last[f"eval/{name}/srcc"], last.get(f"eval/{name}/plcc")) for name in _measured_sets(last)}
-    return {"step": last["step"] + 1, "sets": sorted(found.items())}
+    sets = {name: (last[f"eval/{name}/srcc"], last.get(f"eval/{name}/plcc")) for name in _measured_sets(last)}
+    return {"step": last["step"] + 1, "sets": sorted(sets.items())}
 
 
 def _measured_sets(row: Mapping[str, Any]) -> list[str]:
@@ -202,8 +163,3 @@ def _measured_sets(row: Mapping[str, Any]) -> list[str]:
 
 def _is_hub_name(model: str) -> bool:
     return model.count("/") == 1 and not model.startswith((".", "/")) and not Path(model).exists()
-
-
-def _public(model: str) -> str:
-    """Name to publish: a hub name unchanged, or the last part of a directory."""
-    return model if _is_hub_name(model) else Path(model).name

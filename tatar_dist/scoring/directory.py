@@ -20,7 +20,7 @@ from tatar_dist.config.schema import Config, ModelConfig, RolloutConfig
 from tatar_dist.errors import UserError
 
 PROMPTS = "prompts.yaml"
-UNTOUCHED = 12_845_056  # pixels: what Qwen's own processors allow; nobody trained with it here, it fills a context
+UNTOUCHED = 12_845_056  # max_pixels of Qwen's own processors: more tokens than a context holds
 # file -> where it keeps the sizes of pictures, newest layout first
 PROCESSORS = {"processor_config.json": "image_processor", "preprocessor_config.json": None}
 
@@ -72,16 +72,14 @@ def _family(directory: Path, settings: dict[str, Any]) -> str:
 def _pixels(directory: Path) -> tuple[int, int]:
     """(minimum, maximum) pixels of a picture. Raises UserError if the directory does not hold them."""
     for name, section in PROCESSORS.items():
-        whole = _json(directory / name)
-        found = whole.get(section) if whole and section else whole
-        if not found:
+        content = _json(directory / name) or {}
+        settings = content.get(section) if section else content
+        if not settings:
             continue
-        size = found.get("size") or {}
+        size = settings.get("size") or {}
         try:
-            return (
-                int(found.get("min_pixels") or size["shortest_edge"]),
-                int(found.get("max_pixels") or size["longest_edge"]),
-            )
+            low = int(settings.get("min_pixels") or size["shortest_edge"])
+            return low, int(settings.get("max_pixels") or size["longest_edge"])
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{directory / name}: does not say how many pixels a picture has") from None
     raise UserError(f"{directory}: neither {' nor '.join(PROCESSORS)} in it, so sizes of pictures are unknown")
@@ -109,21 +107,21 @@ def _answer_tokens(directory: Path) -> int:
             return int(yaml.safe_load((run / "config.yaml").read_text())["rollout"]["max_new_tokens"])
         except (yaml.YAMLError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"{run / 'config.yaml'}: does not say rollout.max_new_tokens: {e}") from None
-    found = (_json(directory / "generation_config.json") or {}).get("max_new_tokens")
-    return int(found) if found else RolloutConfig.max_new_tokens
+    generation = _json(directory / "generation_config.json") or {}
+    return int(generation.get("max_new_tokens") or RolloutConfig.max_new_tokens)
 
 
 def _json(file: Path) -> dict[str, Any] | None:
     """Read a JSON object; None if there is no such file. Raises UserError if it cannot be read."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
         raise UserError(f"{file}: cannot be read: {' '.join(str(e).split())}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: holds no object")
-    return found
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: holds no JSON object")
+    return value
 
 
 def _quoted(path: Path) -> str:

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def model_of(run: str | Path) -> Path:
 
 
 def checkpoint_of(run: str | Path, step: int | None = None) -> CheckpointRef:
-    """(directory, state) of a run's finished checkpoint: the newest, or that of `step`. Raises UserError if absent."""
+    """Return a run's finished checkpoint: the newest, or that of `step`. Raises UserError if there is none."""
     if not Path(run).is_dir():
         raise UserError(f"{run}: no finished checkpoint in it: no such directory{looked_in(run)}")
     steps = []
@@ -78,24 +79,33 @@ def run(
     Raises:
         UserError: no finished checkpoint, a damaged one, a bad option, too little disk space, or no write access.
     """
+    from tatar_dist.models import family
+
     target, source = Path(output), Path(run_directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{output}: exists and is not an empty directory")
-    if target.exists() and target.samefile("."):  # the rename would put another directory in the place of this one
+    if target.exists() and target.samefile("."):  # the rename would replace the working directory
         raise UserError(f"--output {output}: is the directory that you are in: name a new one, or go to another first")
     checkpoint, state = checkpoint_of(source, step)
     files = {name: facts for name, facts in state["files"].items() if name.startswith("model/")}
     if damage := first_damage(checkpoint, files, hashes=True):
         raise UserError(f"{checkpoint}: damaged: {damage}: give another one with --step")
     config = load_config([str(source / "config.yaml")], [])
-    model, prompts = checkpoint / "model", _prompts(source, config)
+    model = checkpoint / "model"
+    # runs of an older version kept only the file's name
+    prompts = Prompts.load(source / PROMPTS if (source / PROMPTS).exists() else config.data.prompts)
     tensors = _tensors(model, dtype)
     shards = _shards(tensors, shard_size)
-    total = sum(t.nbytes for t in tensors.values())
-    _require_room(target, total + OTHER_FILES)
-    backbone = _backbone(config, model)
+    _require_room(target, sum(t.nbytes for t in tensors.values()) + OTHER_FILES)
+    backbone = family(config.model.family)(replace(config.model, path=str(model)))
     facts = model_card.facts(source, checkpoint, state, config, evaluation)
-    facts |= _use(config, backbone, prompts, next(iter(tensors.values())).dtype)
+    facts |= {
+        "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "max_model_len": config.rollout.max_model_len,
+        "forbidden": backbone.forbidden_ids(),
+        "prompts": prompts,
+    }
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -112,20 +122,6 @@ def run(
     return target
 
 
-def _prompts(source: Path, config: Config) -> Prompts:
-    """Prompts of the run. Old runs kept no copy of them, only the name of the file."""
-    kept = source / PROMPTS
-    return Prompts.load(kept if kept.exists() else config.data.prompts)
-
-
-def _backbone(config: Config, model: Path) -> QwenVL:
-    from dataclasses import replace
-
-    from tatar_dist.models import family
-
-    return family(config.model.family)(replace(config.model, path=str(model)))
-
-
 def _tensors(model: Path, dtype: str | None) -> dict[str, torch.Tensor]:
     """Name -> meta tensor with the shape and dtype to be written. Raises UserError for a bad dtype or no weights."""
     import torch
@@ -133,17 +129,17 @@ def _tensors(model: Path, dtype: str | None) -> dict[str, torch.Tensor]:
 
     if dtype not in (None, "bfloat16", "float32"):
         raise UserError(f"--dtype {dtype}: must be bfloat16 or float32")
-    found = {}
+    tensors = {}
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  not a mapping
                 part = file.get_slice(name)
                 kind = getattr(torch, TYPES[part.get_dtype()])
                 wanted = getattr(torch, dtype) if dtype and kind.is_floating_point else kind
-                found[name] = torch.empty(part.get_shape(), dtype=wanted, device="meta")
-    if not found:
+                tensors[name] = torch.empty(part.get_shape(), dtype=wanted, device="meta")
+    if not tensors:
         raise UserError(f"{model}: no *.safetensors weights in it")
-    return found
+    return tensors
 
 
 def _shards(tensors: dict[str, torch.Tensor], size: str) -> Any:
@@ -158,21 +154,10 @@ def _shards(tensors: dict[str, torch.Tensor], size: str) -> Any:
 
 def _require_room(target: Path, needed: int) -> None:
     """Raises UserError if the disk of `target` has fewer than `needed` bytes free."""
-    there = next(p for p in (target, *target.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(p for p in (target, *target.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(f"{target}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
-
-
-def _use(config: Config, backbone: QwenVL, prompts: Prompts, dtype: torch.dtype) -> dict[str, Any]:
-    """Values for the card's examples: prompts, dtype and decoding limits of training."""
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "max_new_tokens": config.rollout.max_new_tokens,
-        "max_model_len": config.rollout.max_model_len,
-        "forbidden": backbone.forbidden_ids(),
-        "prompts": prompts,
-    }
 
 
 def _jobs(
@@ -185,6 +170,7 @@ def _jobs(
     shards: Any,
 ) -> Iterator[Job]:
     """Yield all files to write, as jobs for run/checkpoint_files.py."""
+    from transformers import GenerationConfig
 
     def text(content: str) -> Any:
         return lambda path: path.write_text(content, encoding="utf-8")
@@ -194,7 +180,14 @@ def _jobs(
             yield path.name, lambda target, path=path: shutil.copyfile(path, target)
     settings = {"dtype": "", **json.loads((model / "config.json").read_text())}
     yield "config.json", text(json.dumps(_with_dtype(settings, facts["dtype"]), indent=2) + "\n")
-    yield GENERATION, text(_generation(backbone, config).to_json_string())
+    generation = GenerationConfig(  # as in rollout/engine.py: greedy, up to the end of the turn
+        do_sample=False,
+        max_new_tokens=config.rollout.max_new_tokens,
+        eos_token_id=backbone.end_of_turn(),
+        pad_token_id=backbone.tokenizer.pad_token_id,
+        suppress_tokens=backbone.forbidden_ids(),
+    )
+    yield GENERATION, text(generation.to_json_string())
     yield PROMPTS, text(prompts.to_yaml())
     yield model_card.NAME, text(model_card.render(facts))
     for name, names in shards.filename_to_tensors.items():
@@ -206,21 +199,8 @@ def _jobs(
 
 def _with_dtype(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Copy of config.json with the dtype of the weights, also in the sections of the model's parts."""
-    found = {k: _with_dtype(v, dtype) if isinstance(v, dict) else v for k, v in settings.items()}
-    return {k: dtype if k in ("dtype", "torch_dtype") else v for k, v in found.items()}
-
-
-def _generation(backbone: QwenVL, config: Config) -> Any:
-    """Generation config: greedy, up to the end of the turn, without vision placeholders, as in rollout/engine.py."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        do_sample=False,
-        max_new_tokens=config.rollout.max_new_tokens,
-        eos_token_id=backbone.end_of_turn(),
-        pad_token_id=backbone.tokenizer.pad_token_id,
-        suppress_tokens=backbone.forbidden_ids(),
-    )
+    copy = {k: _with_dtype(v, dtype) if isinstance(v, dict) else v for k, v in settings.items()}
+    return copy | dict.fromkeys(copy.keys() & {"dtype", "torch_dtype"}, dtype)
 
 
 def _write_shard(model: Path, dtypes: dict[str, torch.dtype], target: Path) -> None:

@@ -41,31 +41,26 @@ def find_pictures(words: Sequence[str], stdin: Any = None) -> list[str | tuple[s
     Raises:
         UserError: a word that matches nothing, a directory without pictures, an empty standard input.
     """
-    found: dict[str, str | tuple[str, bytes]] = {}
+    pictures: dict[str, str | tuple[str, bytes]] = {}
     for word in words:
-        for picture in _named_by(word, stdin):
-            found.setdefault(os.path.realpath(picture) if isinstance(picture, str) else picture[0], picture)
-    return list(found.values())
+        for picture in _from_stdin((stdin or sys.stdin.buffer).read()) if word == "-" else _files(word):
+            pictures.setdefault(os.path.realpath(picture) if isinstance(picture, str) else picture[0], picture)
+    return list(pictures.values())
 
 
-def _named_by(word: str, stdin: Any) -> list[Any]:
-    if word == "-":
-        return _from_stdin((stdin or sys.stdin.buffer).read())
-    path = Path(word)
-    if path.is_dir():
-        found = sorted(
-            os.path.join(at, name)
-            for at, _, names in os.walk(path, onerror=_refuse)
-            for name in names
-            if Path(name).suffix.lower() in SUFFIXES
-        )
-        if not found:
+def _files(word: str) -> list[str]:
+    """Return the files of a path, a directory or a glob."""
+    if os.path.isdir(word):
+        walk = os.walk(word, onerror=_refuse)
+        paths = sorted(os.path.join(directory, name) for directory, _, names in walk for name in names)
+        pictures = [p for p in paths if Path(p).suffix.lower() in SUFFIXES]
+        if not pictures:
             raise UserError(f"{word}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
-        return found
-    if path.exists():
+        return pictures
+    if os.path.exists(word):
         return [word]
-    if found := sorted(p for p in glob.glob(word, recursive=True) if os.path.isfile(p)):
-        return found
+    if files := sorted(p for p in glob.glob(word, recursive=True) if os.path.isfile(p)):
+        return files
     raise UserError(f"{word}: no such file, directory or glob{looked_in(word)}")
 
 
@@ -77,10 +72,12 @@ def _from_stdin(data: bytes) -> list[Any]:
     if not data.strip():
         raise UserError("-: standard input is empty: give it a picture, or file names, a line each")
     try:
-        lines = data.decode("utf-8").splitlines() if b"\0" not in data else None
-    except UnicodeDecodeError:
-        lines = None
-    return [("standard input", data)] if lines is None else [line.strip() for line in lines if line.strip()]
+        lines = data.decode("utf-8").splitlines()
+    except UnicodeDecodeError:  # every picture format has bytes that are not UTF-8, or a NUL
+        lines = []
+    if not lines or b"\0" in data:
+        return [("standard input", data)]
+    return [line.strip() for line in lines if line.strip()]
 
 
 def run(
@@ -94,54 +91,48 @@ def run(
 
     `load` loads the model and returns the function that scores. `given`: the pictures, for thumbnails of non-files.
     """
-    found: list[Score] = []
-    if html is not None:
-        write_page(html, [])  # a place that cannot be written is not found after hours
-    try:
-        _collect(found, load, total, as_json)
-    finally:
-        _show(found, as_json, html, dict(g for g in given if not isinstance(g, str)))
-    return len({s.image for s in found if s.error})
-
-
-def _collect(found: list[Score], load: Callable[[], Any], total: int, as_json: bool) -> None:
     from tatar_dist.run.progress import Progress
 
-    with Progress("score", total, unit="answer") as progress:
-        scores, said = load(), 0.0
-        progress.ready()
-        for s in scores():
-            found.append(s)
-            if as_json:
-                print(json.dumps({k: v for k, v in asdict(s).items() if v not in (None, ())}), flush=True)
-            said = said or time.monotonic()  # the first answer waited for its whole batch: no measure of the pace
-            if time.monotonic() - said > REFRESH_S or len(found) == total:
-                said = time.monotonic()
-                progress.update(len(found), {})
+    scores: list[Score] = []
+    if html is not None:
+        write_page(html, [])  # fail now, not after hours of scoring
+    try:
+        with Progress("score", total, unit="answer") as progress:
+            score, shown = load(), 0.0
+            progress.ready()
+            for s in score():
+                scores.append(s)
+                if as_json:
+                    print(json.dumps({k: v for k, v in asdict(s).items() if v not in (None, ())}), flush=True)
+                shown = shown or time.monotonic()  # the first answer came with its batch: no measure of the pace
+                if time.monotonic() - shown > REFRESH_S or len(scores) == total:
+                    shown = time.monotonic()
+                    progress.update(len(scores), {})
+    finally:
+        _show(scores, as_json)
+        if html is not None:
+            write_page(html, scores, dict(g for g in given if not isinstance(g, str)))
+            print(f"the page: {html}", file=sys.stderr)
+    return len({s.image for s in scores if s.error})
 
 
-def _show(found: Sequence[Score], as_json: bool, html: Path | None, kept: dict[str, bytes]) -> None:
+def _show(scores: Sequence[Score], as_json: bool) -> None:
+    """Print the table, and on standard error the pictures and answers without a score."""
     from rich.console import Console
 
-    if not as_json and not all(s.error for s in found):
-        Console().print(as_table(found))
-    bad = list(dict.fromkeys((s.image, s.error) for s in found if s.error))
-    for name, error in bad[:SHOWN_BAD]:
-        print(f"tatar-dist: {name}: {error}", file=sys.stderr)
+    if not as_json and not all(s.error for s in scores):
+        Console().print(as_table(scores))
+    bad = list(dict.fromkeys((s.image, s.error) for s in scores if s.error))
+    messages = [f"{name}: {error}" for name, error in bad[:SHOWN_BAD]]
     if len(bad) > SHOWN_BAD:
-        print(f"tatar-dist: and {len(bad) - SHOWN_BAD} more", file=sys.stderr)
+        messages.append(f"and {len(bad) - SHOWN_BAD} more")
     if bad:
-        print(
-            f"tatar-dist: {len(bad)} of {len({s.image for s in found})} pictures could not be scored", file=sys.stderr
-        )
-    if without := sum(s.score is None and not s.error for s in found):
-        print(
-            f"tatar-dist: {without} of {len(found)} answers hold no score; before SFT a model does not know the format",
-            file=sys.stderr,
-        )
-    if html is not None:
-        write_page(html, found, kept)
-        print(f"the page: {html}", file=sys.stderr)
+        messages.append(f"{len(bad)} of {len({s.image for s in scores})} pictures could not be scored")
+    if without := sum(s.score is None and not s.error for s in scores):
+        hint = "before SFT a model does not know the format"
+        messages.append(f"{without} of {len(scores)} answers hold no score; {hint}")
+    for message in messages:
+        print(f"tatar-dist: {message}", file=sys.stderr)
 
 
 def as_table(scores: Sequence[Score]) -> Any:
@@ -150,7 +141,7 @@ def as_table(scores: Sequence[Score]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    tasks = sorted({s.task for s in scores}, key=list(NAMES).index)
+    tasks = [task for task in NAMES if any(s.task == task for s in scores)]
     expected = any(s.expected is not None for s in scores)
     named = by_picture(scores)
     where = os.path.dirname(os.path.commonprefix(list(named))) if len(named) > 1 else ""
@@ -159,12 +150,11 @@ def as_table(scores: Sequence[Score]) -> Any:
     for task in tasks:
         table.add_column(NAMES[task], justify="right", no_wrap=True, min_width=13 if expected else 10)
     table.add_column("in its words", overflow="ellipsis", no_wrap=True, ratio=3)
-    for name, each in named.items():
-        said = (each[t].rationale or each[t].reason or "" for t in tasks if t in each)
-        shown = Text(name.removeprefix(where).lstrip("/") if where else name)
-        table.add_row(
-            shown, *(_cell(each.get(t)) for t in tasks), Text("\n".join(" ".join(words.split()) for words in said))
-        )
+    for name, by_task in named.items():
+        short = name.removeprefix(where).lstrip("/") if where else name
+        reasons = (by_task[t].rationale or by_task[t].reason or "" for t in tasks if t in by_task)
+        lines = "\n".join(" ".join(text.split()) for text in reasons)
+        table.add_row(Text(short), *(_cell(by_task.get(t)) for t in tasks), Text(lines))
     return table
 
 
@@ -180,11 +170,11 @@ def _cell(s: Score | None) -> str:
 
 def by_picture(scores: Iterable[Score]) -> dict[str, dict[str, Score]]:
     """Picture -> task -> score, without pictures that could not be scored."""
-    found: dict[str, dict[str, Score]] = {}
+    pictures: dict[str, dict[str, Score]] = {}
     for s in scores:
         if not s.error:
-            found.setdefault(s.image, {})[s.task] = s
-    return found
+            pictures.setdefault(s.image, {})[s.task] = s
+    return pictures
 
 
 def write_page(file: Path, scores: Sequence[Score], kept: Mapping[str, bytes] = MappingProxyType({})) -> None:
@@ -202,9 +192,9 @@ def write_page(file: Path, scores: Sequence[Score], kept: Mapping[str, bytes] = 
         {
             "name": name,
             "image": thumbnail(name, kept.get(name)),
-            "scores": [(NAMES[t], t, s) for t, s in sorted(each.items(), key=lambda e: list(NAMES).index(e[0]))],
+            "scores": [(NAMES[task], task, by_task[task]) for task in NAMES if task in by_task],
         }
-        for name, each in ranked
+        for name, by_task in ranked
     ]
     bad = dict.fromkeys((s.image, s.error) for s in scores if s.error)
     environment = Environment(loader=PackageLoader("tatar_dist.scoring", "."), autoescape=True)

@@ -115,22 +115,22 @@ class Scorer:
         limit = self.config.rollout.max_new_tokens
         greedy = Sampling(1, 0.0, limit, expected=expected)
         sampled = Sampling(samples, temperature, limit, seed) if samples else None
-        looked_at = (self._look(number, picture, tasks) for number, picture in enumerate(pictures))
+        decoded = (self._look(number, picture, tasks) for number, picture in enumerate(pictures))
         size = max(1, BATCH * self.config.rollout.max_num_seqs // len(tasks))
-        for call in batches_by_pixels(looked_at, size, lambda p: p.pixels):
-            found = [each for picture in call for each in picture.asked]
-            prompts = [p for p in found if isinstance(p, Prompt)]
+        for call in batches_by_pixels(decoded, size, lambda picture: picture[1]):
+            asked = [entry for entries, _ in call for entry in entries]
+            prompts = [p for p in asked if isinstance(p, Prompt)]
             answers = iter(self._engine.generate(prompts, greedy, 0) if prompts else ())
             draws = iter(self._engine.generate(prompts, sampled, 0)) if prompts and sampled else None
-            for each in found:
-                if isinstance(each, Score):
-                    yield each
+            for prompt in asked:
+                if isinstance(prompt, Score):  # an error
+                    yield prompt
                     continue
                 (answer,) = next(answers).completions
-                yield score_of(each, answer, next(draws).completions if draws else ())
+                yield score_of(prompt, answer, next(draws).completions if draws else ())
 
-    def _look(self, number: int, picture: Any, tasks: Sequence[Task]) -> _Looked:
-        """Read and decode one picture. Gives a prompt per task, or a score with the error."""
+    def _look(self, number: int, picture: Any, tasks: Sequence[Task]) -> tuple[list[Score | Prompt], int]:
+        """Read and decode one picture; returns a prompt (or a score with an error) per task, and its pixels."""
         name, data = read_picture(picture, number)
         error = data if isinstance(data, str) else ""
         size = (0, 0)
@@ -147,15 +147,7 @@ class Scorer:
             else:
                 sample = Sample(name, "", task, data, 0.0)  # type: ignore[arg-type]
                 asked.append(Prompt(sample, self.texts.text[task], f"{number}/{task}"))
-        return _Looked(asked, size[0] * size[1])
-
-
-@dataclass(frozen=True)
-class _Looked:
-    """A picture's prompt (or score with an error) for each task, and its number of pixels."""
-
-    asked: list[Score | Prompt]
-    pixels: int
+        return asked, size[0] * size[1]
 
 
 def read_picture(picture: Any, number: int = 0) -> tuple[str, bytes | str]:
@@ -166,7 +158,7 @@ def read_picture(picture: Any, number: int = 0) -> tuple[str, bytes | str]:
         return f"picture {number + 1}", bytes(picture)
     if isinstance(picture, str | os.PathLike):
         try:
-            if Path(picture).exists() and not Path(picture).is_file():  # reading a pipe would wait for ever
+            if Path(picture).exists() and not Path(picture).is_file():  # reading a pipe would block
                 return os.fspath(picture), "is no file"
             return os.fspath(picture), Path(picture).read_bytes()
         except OSError as e:
@@ -174,7 +166,7 @@ def read_picture(picture: Any, number: int = 0) -> tuple[str, bytes | str]:
     name = str(getattr(picture, "filename", "") or f"picture {number + 1}")
     try:
         return name, _encoded(picture)
-    except Exception as e:  # of foreign bytes a decoder raises anything
+    except Exception as e:  # decoders raise anything for damaged data
         return name, f"cannot be read: {' '.join(str(e).split())}"
 
 
@@ -190,18 +182,18 @@ def _encoded(picture: Image) -> bytes:
 
 def score_of(prompt: Prompt, greedy: Completion, sampled: Sequence[Completion] = ()) -> Score:
     """Make the `Score` of a prompt from its greedy and sampled completions."""
-    said = parse(greedy.text)
+    answer = parse(greedy.text)
     values = tuple(clamped(parse(c.text).value) for c in sampled)
     mean, sd = spread(values)
     expected = greedy.expected
     return Score(
         image=prompt.sample.sample_id,
         task=prompt.sample.task,
-        score=clamped(said.value),
+        score=clamped(answer.value),
         rationale=think_text(greedy.text).strip(),
         completion=greedy.text,
         truncated=greedy.finish_reason == "length",
-        reason=said.reason,
+        reason=answer.reason,
         samples=values,
         mean=mean,
         sd=sd,

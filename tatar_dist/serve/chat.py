@@ -52,7 +52,7 @@ def upright(data: bytes) -> Image.Image:
 def data_url(image: Image.Image) -> str:
     """Encode the picture without loss as a data URL (PNG) for vLLM."""
     out = io.BytesIO()
-    image.save(out, "PNG", compress_level=1)  # nobody keeps it: fast rather than small
+    image.save(out, "PNG", compress_level=1)  # short-lived: fast rather than small
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
@@ -92,13 +92,13 @@ def preset(scoring: Scoring, task: Task, body: Mapping[str, Any]) -> dict[str, A
     bias = body.get("logit_bias") or {}
     if not isinstance(bias, dict):
         raise RequestRefused("logit_bias: must be an object, {token id: bias}")
-    found = {**body, "messages": messages(scoring, task, data_url(upright(from_base64(urls[0]))))}
+    request = {**body, "messages": messages(scoring, task, data_url(upright(from_base64(urls[0]))))}
     if body.get("temperature") is None:
-        found["temperature"] = float((body.get("n") or 1) != 1)
+        request["temperature"] = float((body.get("n") or 1) != 1)
     if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
-        found["max_completion_tokens"] = scoring.max_tokens
-    found["logit_bias"] = {**bias, **scoring.logit_bias}
-    return found
+        request["max_completion_tokens"] = scoring.max_tokens
+    request["logit_bias"] = {**bias, **scoring.logit_bias}
+    return request
 
 
 def _pictures(given: Any) -> list[str]:

@@ -11,23 +11,25 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from functools import cache
 from typing import Any
 
 import httpx
-from jinja2 import Environment, PackageLoader, Template
+from jinja2 import Environment, PackageLoader
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tatar_dist.serve import chat, requests
-from tatar_dist.serve.requests import RequestRefused, ScoreRequest
+from tatar_dist.serve.requests import Options, RequestRefused
 from tatar_dist.types import TASKS, Task
 
 CHAT = "/v1/chat/completions"
-OPEN = ("/", "/health")  # without a key: the page, which asks for it, and what load balancers look at
+OPEN = ("/", "/health")  # without a key: the page, which asks for it, and the health check of load balancers
 # A large picture takes 4 GB while it is decoded, so they wait for each other.
 DECODING = 2
+PAGES = Environment(
+    loader=PackageLoader("tatar_dist.serve", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
 POLICY = (
     "default-src 'none'; img-src blob: data:; connect-src 'self'; script-src 'nonce-{nonce}'; "
     "style-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -50,7 +52,7 @@ class Front:
             except RequestRefused as e:
                 await _error(e)(scope, receive, send)
             except ClientDisconnect:
-                pass  # nobody waits for an answer
+                pass  # nobody waits for a reply
         else:
             await self.app(scope, receive, send)
 
@@ -65,9 +67,12 @@ class Front:
         if path == "/score":
             if method != "POST":
                 raise RequestRefused("/score: POST a picture to it", 405)
-            asked = await requests.read(Request(scope, receive))
-            response = await self._score(scope, receive, asked)
-            await response(scope, receive, send)
+            picture, options = await requests.read(Request(scope, receive))
+            async with self._decoding:
+                url = await asyncio.to_thread(lambda: chat.data_url(chat.upright(picture)))
+            answers = [self._task(scope, receive, task, url, options) for task in options.tasks]
+            reply = JSONResponse(dict(zip(options.tasks, await asyncio.gather(*answers), strict=True)))
+            await reply(scope, receive, send)
         elif path == CHAT and method == "POST":
             await self._chat(scope, receive, send)
         else:
@@ -93,52 +98,37 @@ class Front:
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, json=body, headers={"authorization": key} if key else {})
 
-    async def _score(self, scope: Scope, receive: Receive, asked: ScoreRequest) -> Response:
-        async with self._decoding:
-            url = await asyncio.to_thread(lambda: chat.data_url(chat.upright(asked.image)))
-        found = await asyncio.gather(*(self._task(scope, receive, task, url, asked) for task in asked.tasks))
-        return JSONResponse(dict(zip(asked.tasks, found, strict=True)))
-
-    async def _task(self, scope: Scope, receive: Receive, task: Task, url: str, asked: ScoreRequest) -> dict[str, Any]:
+    async def _task(self, scope: Scope, receive: Receive, task: Task, url: str, options: Options) -> dict[str, Any]:
         """Get the greedy answer, then the sampled ones, which reuse picture and prompt from vLLM's caches."""
 
         async def answers(n: int, temperature: float) -> list[dict[str, Any]]:
             body = chat.request_body(_args(scope).scoring, task, url, n, temperature)
             response = await self._ask(scope, receive, "POST", CHAT, body)
             if response.status_code != 200:
-                raise RequestRefused(f"vLLM refused: {_said(response)}", response.status_code)
-            found = response.json()
-            if found is None:  # vLLM's answer to a caller who has gone
+                raise RequestRefused(f"vLLM refused: {_message(response)}", response.status_code)
+            completion = response.json()
+            if completion is None:  # vLLM's reply after the caller has disconnected
                 raise ClientDisconnect
-            return [chat.answer(c) for c in sorted(found["choices"], key=lambda c: c["index"])]
+            return [chat.answer(c) for c in sorted(completion["choices"], key=lambda c: c["index"])]
 
         (greedy,) = await answers(1, 0.0)
-        return chat.summary(greedy, await answers(asked.n, asked.temperature) if asked.n else [])
+        return chat.summary(greedy, await answers(options.n, options.temperature) if options.n else [])
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a chat request on, with our prompt if its model is a task."""
         raw = await requests.body_of(receive)
         try:
-            ours = await self._preset(scope, raw)
-        except RecursionError:
-            raise RequestRefused(requests.NESTED) from None
-        if ours is not None:
-            raw = ours
+            body = requests.parsed(raw)
+        except ValueError:
+            body = None  # vLLM says what is wrong with it
+        task = body.get("model") if isinstance(body, dict) else None
+        if isinstance(task, str) and task in TASKS:
+            async with self._decoding:
+                request = await asyncio.to_thread(chat.preset, _args(scope).scoring, task, body)
+            raw = json.dumps(request).encode()
             headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
             scope = {**scope, "headers": [*headers, (b"content-length", str(len(raw)).encode())]}
         await self.app(scope, _replayed(raw, receive), send)
-
-    async def _preset(self, scope: Scope, raw: bytes) -> bytes | None:
-        """Chat request with our prompt if its model is a task, None for another model."""
-        try:
-            body = json.loads(raw)
-        except ValueError:
-            return None  # vLLM says what is wrong with it
-        task = body.get("model") if isinstance(body, dict) else None
-        if task not in TASKS:
-            return None
-        async with self._decoding:
-            found = await asyncio.to_thread(chat.preset, _args(scope).scoring, task, body)
-        return json.dumps(found).encode()
 
 
 def _args(scope: Scope) -> Any:
@@ -153,7 +143,7 @@ def _error(refused: RequestRefused) -> JSONResponse:
     return JSONResponse({"error": {"message": str(refused), "type": kind, "code": refused.status}}, refused.status)
 
 
-def _said(response: httpx.Response) -> str:
+def _message(response: httpx.Response) -> str:
     try:
         return " ".join(response.json()["error"]["message"].split())
     except (ValueError, KeyError, TypeError):
@@ -162,14 +152,12 @@ def _said(response: httpx.Response) -> str:
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
     """Make a `receive` that returns an already read body first."""
-    rest = [body]
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> Message:
-        if rest:
-            return {"type": "http.request", "body": rest.pop(), "more_body": False}
-        return await receive()
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
 
-    return again
+    return replay
 
 
 def _watched(scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]:
@@ -180,7 +168,7 @@ def _watched(scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]
     """
     state = scope["app"].state  # vLLM deletes the attribute at the end
     waiting: set[asyncio.Task[None]] = set()  # a task without a reference may be collected
-    asked = False
+    requested = False
 
     async def announce() -> None:
         while not state.server.started:
@@ -194,8 +182,8 @@ def _watched(scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]
         stop = state.engine_client.shutdown
 
         def shutdown(*args: Any, **kwargs: Any) -> None:
-            nonlocal asked
-            asked = True
+            nonlocal requested
+            requested = True
             stop(*args, **kwargs)
 
         state.engine_client.shutdown = shutdown  # vLLM calls it at a signal, before the lifespan ends
@@ -209,23 +197,15 @@ def _watched(scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]
     async def received() -> Message:
         message = await receive()
         if message["type"] == "lifespan.shutdown":
-            state.args.died = not asked
+            state.args.died = not requested
         return message
 
     return received, sent
 
 
-@cache
-def _template() -> Template:
-    loader = PackageLoader("tatar_dist.serve", ".")
-    return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(
-        "page.html.j2"
-    )
-
-
 def _page(scope: Scope) -> Response:
     args, nonce = _args(scope), secrets.token_urlsafe(16)
-    page = _template().render(
+    page = PAGES.get_template("page.html.j2").render(
         nonce=nonce,
         model=args.shown,
         key=bool(args.api_key),

@@ -6,7 +6,8 @@ There are three ways to send a picture, with the same options (`task`, `n`, `tem
     curl -F image=@a.jpg -F n=8 http://127.0.0.1:8000/score                        a form, as browsers send it
     {"image": "<base64 or data URL>", "n": 8}                                      JSON
 
-Invalid requests raise `RequestRefused`. Needs neither vLLM nor a model, only Starlette, which comes with vLLM.
+Invalid requests raise `RequestRefused`. Needs neither vLLM nor a model, only pydantic and Starlette, which come with
+vLLM.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -29,8 +29,6 @@ from tatar_dist.types import TASKS, Task
 MAX_BYTES = 128 << 20  # of a request: the encoded picture, in base64 at worst
 MAX_SAMPLES = 64
 MAX_TEMPERATURE = 2.0  # what OpenAI's API allows
-OPTIONS = ("task", "n", "temperature")
-NESTED = "the JSON is nested too deeply"
 
 
 class RequestRefused(Exception):
@@ -41,14 +39,24 @@ class RequestRefused(Exception):
         self.status = status
 
 
-@dataclass(frozen=True)
-class ScoreRequest:
-    """One encoded picture and its scoring options. `n`: number of sampled answers beside the greedy one, may be 0."""
+class Options(BaseModel):
+    """Scoring options. `n`: number of sampled answers beside the greedy one, may be 0."""
 
-    image: bytes
-    tasks: tuple[Task, ...]
-    n: int
-    temperature: float
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+    task: Literal["iqa", "iaa", "both"] = "both"
+    n: int = Field(0, ge=0, le=MAX_SAMPLES)
+    temperature: float = Field(1.0, gt=0, le=MAX_TEMPERATURE)
+
+    @field_validator("n", "temperature", mode="before")
+    @classmethod
+    def _no_bool(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise PydanticCustomError("bool", "should be a number")
+        return value
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return TASKS if self.task == "both" else (self.task,)
 
 
 async def body_of(receive: Receive) -> bytes:
@@ -69,29 +77,30 @@ async def body_of(receive: Receive) -> bytes:
     return b"".join(parts)
 
 
-async def read(request: Request) -> ScoreRequest:
-    """Parse a request. Raises RequestRefused: no picture, a malformed body, an unknown or out-of-range option."""
+async def read(request: Request) -> tuple[bytes, Options]:
+    """Read an encoded picture and its options.
+
+    Raises RequestRefused: no picture, a malformed body, an unknown or out-of-range option.
+    """
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > MAX_BYTES:
         raise RequestRefused(f"the request is larger than {MAX_BYTES >> 20} MiB", 413)
     body = await body_of(request.receive)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    options: dict[str, Any] = dict(request.query_params)
+    fields: dict[str, Any] = {}
     if kind == "multipart/form-data":
-        image, fields = await _form(request, body)
+        body, fields = await _form(request, body)
     elif kind == "application/json":
-        image, fields = _json(body)
-    else:
-        image, fields = body, {}
-    options |= fields
-    for key in options:
-        if key not in OPTIONS:
-            raise RequestRefused(f"{_brief(key)}: no such option; there are {', '.join(OPTIONS)}")
-    if not image:
+        body, fields = _json(body)
+    try:
+        options = Options.model_validate({**request.query_params, **fields})
+    except ValidationError as e:
+        raise RequestRefused(_problem(e)) from None
+    if not body:
         raise RequestRefused(
             "no picture: send its bytes, a form with the field `image`, or JSON with `image` in base64"
         )
-    return ScoreRequest(image, *_checked(options))
+    return body, options
 
 
 async def _form(request: Request, body: bytes) -> tuple[bytes, dict[str, Any]]:
@@ -99,24 +108,30 @@ async def _form(request: Request, body: bytes) -> tuple[bytes, dict[str, Any]]:
         return {"type": "http.request", "body": body, "more_body": False}
 
     try:
-        async with Request(request.scope, replay).form(max_files=1, max_fields=len(OPTIONS)) as form:
+        async with Request(request.scope, replay).form(max_files=1, max_fields=len(Options.model_fields)) as form:
             fields: dict[str, Any] = dict(form)
             image = fields.pop("image", b"")
-            found = await image.read() if isinstance(image, UploadFile) else b""
-            if isinstance(image, UploadFile) and not found:
+            data = await image.read() if isinstance(image, UploadFile) else b""
+            if isinstance(image, UploadFile) and not data:
                 raise RequestRefused("image: the file is empty")
-            return found, {k: "a file" if isinstance(v, UploadFile) else v for k, v in fields.items()}
+            return data, {k: "a file" if isinstance(v, UploadFile) else v for k, v in fields.items()}
     except HTTPException as e:
         raise RequestRefused(f"not a form that can be read: {e.detail}") from None
 
 
+def parsed(body: bytes) -> Any:
+    """Parse JSON. Raises ValueError if it is invalid and RequestRefused if it is nested too deeply."""
+    try:
+        return json.loads(body)
+    except RecursionError:
+        raise RequestRefused("the JSON is nested too deeply") from None
+
+
 def _json(body: bytes) -> tuple[bytes, dict[str, Any]]:
     try:
-        fields = json.loads(body)
+        fields = parsed(body)
     except ValueError as e:
         raise RequestRefused(f"not valid JSON: {e}") from None
-    except RecursionError:
-        raise RequestRefused(NESTED) from None
     if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
         raise RequestRefused("expected a JSON object with `image`, a picture in base64")
     return from_base64(fields.pop("image")), fields
@@ -133,29 +148,13 @@ def from_base64(text: str) -> bytes:
         raise RequestRefused("image: not valid base64") from None
 
 
-def _checked(options: Mapping[str, Any]) -> tuple[tuple[Task, ...], int, float]:
-    task = options.get("task", "both")
-    if task not in (*TASKS, "both"):
-        raise RequestRefused(f"task={_brief(task)}: must be one of {', '.join(TASKS)}, both")
-    n, temperature = _number(options, "n", 0), _number(options, "temperature", 1.0)
-    if not (n == int(n) and 0 <= n <= MAX_SAMPLES):
-        raise RequestRefused(f"n={n:g}: must be a whole number from 0 to {MAX_SAMPLES}")
-    if not 0 < temperature <= MAX_TEMPERATURE:
-        raise RequestRefused(
-            f"temperature={temperature:g}: must be above 0, up to {MAX_TEMPERATURE:g} (the score is greedy anyway)"
-        )
-    return TASKS if task == "both" else (task,), int(n), temperature
-
-
-def _number(options: Mapping[str, Any], key: str, default: float) -> float:
-    given = options.get(key, default)
-    try:
-        found = math.nan if isinstance(given, bool) else float(given)
-    except (TypeError, ValueError, OverflowError):  # a whole number may be larger than any float
-        found = math.nan
-    if not math.isfinite(found):
-        raise RequestRefused(f"{key}={_brief(given)}: must be a number")
-    return found
+def _problem(error: ValidationError) -> str:
+    """Format the first problem with the options as one line."""
+    problem = error.errors(include_url=False)[0]
+    key = _brief(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: no such option; there are {', '.join(Options.model_fields)}"
+    return f"{key}={_brief(problem['input'])}: {problem['msg'].lower().removeprefix('input ')}"
 
 
 def _brief(given: Any) -> str:

@@ -37,15 +37,15 @@ from tatar_dist.scoring.directory import model_config, run_of
 from tatar_dist.types import TASKS
 
 MIDDLEWARE = "tatar_dist.serve.middleware.Front"
-NOWHERE = "nothing.invalid"  # the only host that pictures may come from: a name that RFC 2606 gives to nobody
+NOWHERE = "nothing.invalid"  # the only host that vLLM may fetch pictures from: RFC 2606 reserves it, it never exists
 SERVER_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "HF_HUB_OFFLINE": "1",
-    # libraries tell each other; and an engine that is told to stop leaves shared memory to Python's tracker
+    # meant for other libraries; and a stopped engine leaves its shared memory to Python's resource tracker
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker",
 }
-HOLD_S = 10.0  # for a process that waits in the kernel and so does not hold
-CPU_SEQS = 16  # answers at once; each may take the room of a whole prompt in a CPU engine's batch
+HOLD_S = 10.0  # limit for suspending the engine's processes: one that waits in the kernel does not stop
+CPU_SEQS = 16  # answers at once on a CPU, where each may take the room of a whole prompt in the batch
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def run(model: Path, address: Address, words: list[str]) -> None:
     """
     key = _key(address)
     with _bound(address) as sock:
-        model_config(model, words)  # what is wrong with it is said before torch is imported, which takes seconds
+        model_config(model, words)  # fail before torch is imported, which takes seconds
         _set_environment(COMMON_ENV)
         gpu = gpu_available()
         config = model_config(model, words, [] if gpu else [f"rollout.max_num_seqs={CPU_SEQS}"])
@@ -99,10 +99,10 @@ def _key(address: Address) -> str | None:
 
 def _loopback(host: str) -> bool:
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise UserError(f"--host {host}: no such address") from None
-    return all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found)
+    return all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in addresses)
 
 
 def _bound(address: Address) -> socket.socket:
@@ -127,7 +127,7 @@ def shown_name(model: Path) -> str:
 
 
 def environment(config: Config, gpu: bool) -> dict[str, str]:
-    """Environment variables that vLLM and transformers read on import, here and in the engine's process."""
+    """Return the variables that vLLM and transformers read on import, here and in the engine's process."""
     return COMMON_ENV | engine_environment(config, gpu, len(os.sched_getaffinity(0))) | SERVER_ENV
 
 
@@ -135,9 +135,9 @@ def _set_environment(wanted: Mapping[str, str]) -> None:
     """Set variables that the user has not set; override those that would open the server or lock only a part of it."""
     set_environment(wanted)
     os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"
-    os.environ.pop("VLLM_API_KEY", None)  # vLLM's lock is on /v1 alone; ours is --api-key-env
+    os.environ.pop("VLLM_API_KEY", None)  # vLLM's key guards /v1 only; --api-key-env guards all
     warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # until vLLM configures it, as told above
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # until vLLM configures it by the environment
 
 
 def _forbidden(config: Config) -> tuple[int, ...]:
@@ -148,16 +148,16 @@ def _forbidden(config: Config) -> tuple[int, ...]:
         return tuple(family(config.model.family)(config.model).forbidden_ids())
     except UserError:
         raise
-    except Exception as e:  # of a damaged file tokenizers raises Exception itself
+    except Exception as e:  # tokenizers raises Exception itself for a damaged file
         raise UserError(f"{config.model.path}: its tokenizer or processor cannot be read: {_line(e)}") from e
 
 
 def _line(e: Exception) -> str:
-    """A library's error as part of one line; of a pydantic error the first message."""
+    """Format a library's error as part of one line; of a pydantic error the first message."""
     from pydantic import ValidationError
 
-    said = e.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(e, ValidationError) else str(e)
-    return " ".join(said.split())[:300] or type(e).__name__
+    message = e.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(e, ValidationError) else str(e)
+    return " ".join(message.split())[:300] or type(e).__name__
 
 
 def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
@@ -208,7 +208,7 @@ def _serve(args: Namespace, sock: socket.socket) -> None:
     from vllm.utils.system_utils import set_ulimit
 
     set_ulimit()  # many connections
-    # until vLLM takes them for itself, once it has loaded
+    # vLLM replaces these handlers once it has loaded
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -230,32 +230,32 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """Signal handler while the model loads: end the engine's processes and this one.
 
     An exception would be lost, because vLLM waits for its engine in ZeroMQ's poll, which drops it. SIGTERM does not
-    help either, because an engine handles it only after loading.
+    help either, because an engine handles it only after loading. All processes are suspended before any is killed,
+    because a loading engine starts others, which a kill would miss.
     """
     import psutil
 
-    held: dict[int, psutil.Process] = {}
+    suspended: dict[int, psutil.Process] = {}
     end = time.monotonic() + HOLD_S
-    # first held, all of them: an engine that is loading starts processes, which would outlive a kill between two looks
     while time.monotonic() < end:
-        standing = all(map(_stands, held))  # before the look: one that stands starts none that the look could miss
-        new = [child for child in psutil.Process().children(recursive=True) if child.pid not in held]
-        if standing and not new:
+        stopped = all(map(_is_stopped, suspended))  # first: a stopped process starts none that the listing could miss
+        new = [child for child in psutil.Process().children(recursive=True) if child.pid not in suspended]
+        if stopped and not new:
             break
         for child in new:
-            held[child.pid] = child
+            suspended[child.pid] = child
             with contextlib.suppress(psutil.Error):
                 child.suspend()
         time.sleep(0.005)
-    for child in reversed(held.values()):  # the youngest first: none lives to see its parent end
+    for child in reversed(suspended.values()):  # children before their parents
         with contextlib.suppress(psutil.Error):
-            # the resource tracker removes shared memory, and ends; others bear its name in options of Python (-W)
+            # The resource tracker removes shared memory and ends by itself. Others have its name in an option (-W).
             tracks = any("import" in word and "resource_tracker" in word for word in child.cmdline())
             child.resume() if tracks else child.kill()
     _leave("tatar-dist: interrupted", EXIT_INTERRUPTED)
 
 
-def _stands(pid: int) -> bool:
+def _is_stopped(pid: int) -> bool:
     """Whether all threads of a suspended process have stopped. Until then it may start another process."""
     try:
         stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
@@ -264,7 +264,7 @@ def _stands(pid: int) -> bool:
     return all(stat.rpartition(") ")[2][0] in "TtZX" for stat in stats)
 
 
-def _leave(said: str, status: int) -> None:
+def _leave(message: str, status: int) -> None:
     """End this process without interpreter shutdown, in which triton would print 40 lines about leaks."""
-    os.write(2, f"{said}\n".encode())  # print may not be re-entered from a signal's handler
+    os.write(2, f"{message}\n".encode())  # print is not reentrant in a signal handler
     os._exit(status)

@@ -12,8 +12,7 @@ from rich.console import Console
 
 from tatar_dist.assets import CONFIGS
 from tatar_dist.demo import probe_figures
-from tatar_dist.demo.data.make import make_demo
-from tatar_dist.demo.data.styles import restyle
+from tatar_dist.demo.data.make import make_demo, restyle
 from tatar_dist.demo.pipeline import demo_config
 from tatar_dist.demo.probes import RUNS
 

@@ -12,7 +12,9 @@ pytest.importorskip("transformers")
 
 from PIL import Image  # noqa: E402
 
-from tatar_dist.demo.tiny import align, tower  # noqa: E402
+from tatar_dist.demo.data.photos import PHOTOS  # noqa: E402
+from tatar_dist.demo.data.scenes import Scene  # noqa: E402
+from tatar_dist.demo.tiny import align, crops, tower  # noqa: E402
 from tatar_dist.demo.tiny.build import FORMAT_TOKENS, TinySizes, build, default_corpus, make_model  # noqa: E402
 
 SMALL = TinySizes(vocab=1024, text_layers=1, text_intermediate=64, vision_depth=2, vision_intermediate=64)
@@ -84,7 +86,7 @@ def test_the_aligned_forward_equals_the_models_own(loaded) -> None:
     assert inputs["input_ids"].tolist() == rows.ids.tolist()
     with torch.no_grad():
         tokens = tower.features(model.model.visual, pixels)
-        mine = model.lm_head(align.hidden_states(model, rows, tokens, len(writer.prefix)))
+        mine = model.lm_head(align.hidden_states(model, rows.ids, tokens, writer.prefix))
         theirs = model(**inputs).logits
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
@@ -127,3 +129,16 @@ def test_chat_template_renders_system_image_and_generation_prompt(loaded) -> Non
 def test_symmetries_of_the_square_are_eight_different_ones() -> None:
     x = torch.from_numpy(_crops(1))
     assert len({tower.dihedral(x, k).numpy().tobytes() for k in range(8)}) == 8
+
+
+def test_a_turned_crop_keeps_its_subject_in_its_box() -> None:
+    pixels, box = np.zeros((112, 112, 3), np.float32), (0.125, 0.25, 0.5, 0.375)
+    pixels[28:42, 14:56] = 255
+    turned = set()
+    for seed in range(60):
+        scene = crops.remixed(Scene(pixels, PHOTOS[0], box), "train", np.random.default_rng(seed))
+        x0, y0, x1, y1 = (round(112 * edge) for edge in scene.box)
+        if scene.pixels.max() == 255 and (scene.pixels == 255).all(-1).sum() == 14 * 42:  # not blended
+            assert (scene.pixels[y0:y1, x0:x1] == 255).all() and (y1 - y0) * (x1 - x0) == 14 * 42
+            turned.add(scene.box)
+    assert len(turned) == 4

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
+from tatar_dist.demo.data.photos import Box
 from tatar_dist.demo.data.scenes import LUMA, Scene, grade, soften
 
 # Weights of the attributes in the score; they sum to 1.
@@ -33,7 +34,7 @@ def _ramp(value: float, low: float, high: float) -> float:
     return t * t * (3 - 2 * t)
 
 
-def measure(pixels: np.ndarray, box: tuple[float, float, float, float] | None) -> dict[str, float]:
+def measure(pixels: np.ndarray, box: Box | None) -> dict[str, float]:
     """Measure attributes in [0, 1] of a (112, 112, 3) uint8 crop. `box`: subject as fractions, or None.
 
     exposure: exp(-((m - 0.46) / 0.17)²) of mean luma m in [0, 1], times 1 - share of pixels clipped at either end.
@@ -56,9 +57,8 @@ def measure(pixels: np.ndarray, box: tuple[float, float, float, float] | None) -
     g1, g2 = (ndimage.gaussian_filter(luma, s, mode="nearest", truncate=3.0) for s in (1.0, 2.0))
     fine, coarse = float(np.mean((luma - g1) ** 2)), float(np.mean((g1 - g2) ** 2))
     sharp = 0.5 * np.log((fine + 0.3) / (coarse + 1.0))
-    alpha, beta = rg, yb
-    chroma2 = alpha * alpha + beta * beta + 1e-3
-    cos2, sin2 = (alpha * alpha - beta * beta), 2 * alpha * beta
+    chroma2 = rg * rg + yb * yb + 1e-3
+    cos2, sin2 = (rg * rg - yb * yb), 2 * rg * yb
     concentration = float(np.hypot(cos2.sum(), sin2.sum()) / chroma2.sum())
     gy, gx = np.gradient(g1)
     edges = float(np.mean(gx * gx + gy * gy > 64.0))
@@ -84,7 +84,7 @@ def measure(pixels: np.ndarray, box: tuple[float, float, float, float] | None) -
     }
 
 
-def _separation(x: np.ndarray, box: tuple[float, float, float, float]) -> float:
+def _separation(x: np.ndarray, box: Box) -> float:
     h, w = x.shape[:2]
     x0, y0 = int(box[0] * w), int(box[1] * h)
     x1, y1 = max(x0 + 1, round(box[2] * w)), max(y0 + 1, round(box[3] * h))

@@ -6,7 +6,8 @@ on a laptop, on photographs unseen in training. There are no human opinions: fig
 KonIQ-10k or AVA.
 
 Each sample depends on (seed, split, task, index) alone, so any number of processes gives the same bytes. The base
-model's pretraining draws its crops from `make_crop` too, with other seeds.
+model's pretraining draws its crops from here too, with other seeds. `restyle` rewrites the training rationales in the
+other task's style for the controlled probes: slow for IQA, fast for IAA.
 """
 
 from __future__ import annotations
@@ -26,18 +27,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
 from tatar_dist.data.writing import write_manifest
-from tatar_dist.demo.data import aesthetics, distortions
-from tatar_dist.demo.data import texts as templates
+from tatar_dist.demo.data import aesthetics, distortions, texts
+from tatar_dist.demo.data.distortions import Distortion
 from tatar_dist.demo.data.photos import PHOTOS, locate
-from tatar_dist.demo.data.scenes import grade, make_scene
+from tatar_dist.demo.data.scenes import Scene, grade, make_scene
 from tatar_dist.run.files import write_whole
 from tatar_dist.types import SPLITS, TASKS, Task
 
 VERSION = 2  # raise it when the same seed gives other bytes
 DATASETS: dict[Task, str] = {"iqa": "demo-iqa", "iaa": "demo-iaa"}
+PASTE_SHARE: dict[Task, float] = {"iqa": 0.15, "iaa": 0.2}  # crops with the subject of another photograph
+OTHER_STYLE: dict[Task, str] = {"iqa": "slow", "iaa": "fast"}
 
 
 @dataclass(frozen=True)
@@ -52,55 +56,49 @@ class DemoCrop:
     meta: dict[str, Any]
 
 
-def _iqa_crop(split: str, rng: np.random.Generator) -> DemoCrop:
-    scene = make_scene(split, rng, paste_share=0.15)
+def _iqa_crop(scene: Scene, rng: np.random.Generator, spread: float) -> DemoCrop:
     # Mild grading only, so that the distortion dominates what there is to see.
     clean = grade(
         scene.pixels,
-        stops=float(rng.normal(0, 0.15)),
-        contrast=float(1 + rng.normal(0, 0.05)),
-        saturation=float(1 + rng.normal(0, 0.10)),
-        tint=(float(rng.normal(0, 0.02)), 0.0),
+        stops=float(rng.normal(0, 0.15 * spread)),
+        contrast=float(1 + rng.normal(0, 0.05 * spread)),
+        saturation=float(1 + rng.normal(0, 0.10 * spread)),
+        tint=(float(rng.normal(0, 0.02 * spread)), 0.0),
         vignette=0.0,
     )
     drawn = distortions.draw_distortions(rng)
     pixels = distortions.distort(clean, drawn, rng)
     q = distortions.full_reference(distortions.to_uint8(clean), pixels)
     score = round(distortions.quality_score(q), 2)
-    text = templates.iqa_rationale(drawn, scene.photo.category, score, rng)
+    text = texts.iqa_rationale(drawn, scene.photo.category, score, rng)
     measures = [{"family": d.family, "strength": round(d.strength, 4)} for d in drawn]
     meta = {"photo": scene.photo.name, "pasted": scene.pasted, "distortions": measures}
     return DemoCrop(pixels, score, q, text, {}, meta)
 
 
-def _iaa_crop(split: str, rng: np.random.Generator) -> DemoCrop:
-    scene = make_scene(split, rng, paste_share=0.2)
+def _iaa_crop(scene: Scene, rng: np.random.Generator) -> DemoCrop:
     pixels = distortions.to_uint8(aesthetics.vary(scene, rng))
     attributes = aesthetics.measure(pixels, scene.box)
     raw = aesthetics.raw_score(attributes)
     score = round(aesthetics.aesthetic_score(raw), 2)
-    text = templates.iaa_rationale(attributes, scene.photo.category, score, rng)
+    text = texts.iaa_rationale(attributes, scene.photo.category, score, rng)
     meta = {
         "photo": scene.photo.name,
         "pasted": scene.pasted,
         "attributes": {k: round(v, 4) for k, v in attributes.items()},
     }
-    return DemoCrop(pixels, score, raw, text, templates.attribute_texts(attributes, score), meta)
+    return DemoCrop(pixels, score, raw, text, texts.attribute_texts(attributes, score), meta)
+
+
+def crop_of(task: Task, scene: Scene, rng: np.random.Generator, spread: float = 1.0) -> DemoCrop:
+    """Distort or grade a scene and score the result. `spread` scales the mild grading of IQA crops."""
+    return _iqa_crop(scene, rng, spread) if task == "iqa" else _iaa_crop(scene, rng)
 
 
 def make_crop(task: Task, split: str, index: int, seed: int) -> DemoCrop:
     """Return sample `index` of a split, a function of the arguments alone."""
     rng = np.random.default_rng([seed, SPLITS.index(split), TASKS.index(task), index])
-    return _iqa_crop(split, rng) if task == "iqa" else _iaa_crop(split, rng)
-
-
-def sample_crops(
-    task: Task, split: str, n: int, seed: int, start: int = 0
-) -> Iterator[tuple[np.ndarray, float, dict[str, Any], str]]:
-    """Yield crops `start` ... `start + n - 1` as (pixels (112, 112, 3) uint8, score 0-100, meta, rationale)."""
-    for i in range(start, start + n):
-        crop = make_crop(task, split, i, seed)
-        yield crop.pixels, crop.score, crop.meta, crop.rationale
+    return crop_of(task, make_scene(split, rng, PASTE_SHARE[task]), rng)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -136,7 +134,7 @@ def _end_with(parent: int) -> None:
     """Make Linux kill this worker when its parent dies; otherwise it would wait for work for ever."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before this was asked for
+    if os.getppid() != parent:  # it died before the call above
         os._exit(1)
 
 
@@ -162,15 +160,12 @@ def make_demo(
     recipe = {"version": VERSION, "seed": seed, "rows": counts}
     stamp = output / "demo.json"
     if stamp.is_file() and all((output / f"{name}.parquet").is_file() for name in counts):
-        try:
-            if json.loads(stamp.read_text()) == recipe:
-                return counts
-        except ValueError:
-            pass  # a broken stamp proves nothing: make the set again
-    for photo in PHOTOS:  # a missing one is better said before the work than in the middle
+        if stamp.read_text() == json.dumps(recipe):
+            return counts
+    for photo in PHOTOS:  # fail before the work, not in the middle of it
         locate(photo)
     output.mkdir(parents=True, exist_ok=True)
-    stamp.unlink(missing_ok=True)  # while files of two recipes may lie together, nothing may say "complete"
+    stamp.unlink(missing_ok=True)  # files of two recipes may lie together until the end
     workers = workers or len(os.sched_getaffinity(0))
     # spawn: the caller may hold threads (torch, Ray) that a forked child would inherit dead.
     spawn = multiprocessing.get_context("spawn")
@@ -182,3 +177,24 @@ def make_demo(
                 write_manifest(output / f"{task}_{split}.parquet", chain.from_iterable(parts))
     write_whole(stamp, json.dumps(recipe))
     return counts
+
+
+def restyle(data: Path) -> None:
+    """Write `iqa_train_slow.parquet` and `iaa_train_fast.parquet` beside the training manifests, unless they exist."""
+    for task, style in OTHER_STYLE.items():
+        target = data / f"{task}_train_{style}.parquet"
+        if not target.exists():
+            write_manifest(target, _restyled(data / f"{task}_train.parquet"))
+
+
+def _restyled(file: Path) -> Iterator[dict[str, Any]]:
+    category = {p.name: p.category for p in PHOTOS}
+    for number, row in enumerate(pq.read_table(file).to_pylist()):
+        meta, rng = json.loads(row["meta"]), np.random.default_rng(number)
+        scene, score = category[meta["photo"]], row["score"]
+        if row["task"] == "iqa":
+            drawn = tuple(Distortion(d["family"], d["strength"]) for d in meta["distortions"])
+            rationale = texts.iqa_slow_rationale(drawn, scene, score, rng)
+        else:
+            rationale = texts.iaa_fast_rationale(meta["attributes"], scene, score, rng)
+        yield {**row, "rationale": rationale}

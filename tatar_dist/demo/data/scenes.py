@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from tatar_dist.demo.data.photos import Photo, load_photo, photos_of
+from tatar_dist.demo.data.photos import Box, Photo, load_photo, photos_of
 
 SIZE = 112
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
@@ -25,11 +25,11 @@ class Scene:
 
     pixels: np.ndarray
     photo: Photo
-    box: tuple[float, float, float, float] | None
+    box: Box | None
     pasted: str | None = None
 
 
-def _visible(box: tuple[float, float, float, float]) -> tuple[float, float, float, float] | None:
+def _visible(box: Box) -> Box | None:
     """Clip a box to the unit square; None if less than 15 % of its area remains."""
     x0, y0, x1, y1 = box
     cx0, cy0, cx1, cy1 = max(x0, 0.0), max(y0, 0.0), min(x1, 1.0), min(y1, 1.0)

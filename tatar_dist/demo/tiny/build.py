@@ -20,7 +20,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tatar_dist.assets import CONFIGS
 
@@ -51,8 +51,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-PROMPT_FILE = CONFIGS / "prompts.yaml"
-
 
 @dataclass(frozen=True)
 class TinySizes:
@@ -77,29 +75,28 @@ def default_corpus(n: int = 1500, seed: int = 0) -> list[str]:
     """
     import numpy as np
 
-    from tatar_dist.demo.data import aesthetics, distortions
+    from tatar_dist.demo.data import distortions
     from tatar_dist.demo.data import texts as templates
-    from tatar_dist.demo.tiny.align import DESCRIBE, MEASURE_ALL, measure_request, written
+    from tatar_dist.demo.data.photos import Category
+    from tatar_dist.demo.tiny.align import DESCRIBE, MEASURE_ALL, SCORE_NAME, measure_request, written
+    from tatar_dist.demo.tiny.crops import MEASURES
+    from tatar_dist.prompts.answer import Prompts
 
     rng = np.random.default_rng(seed)
-    scenes = ("landscape", "object", "portrait", "animal")
+    scenes = get_args(Category)
     texts = []
     for i in range(n):
         scene, score = scenes[i % len(scenes)], float(rng.uniform(0, 100))
         drawn = distortions.draw_distortions(rng)
-        values = {k: float(rng.random()) for k in (*aesthetics.WEIGHTS, "warmth", "brightness")}
+        values = {k: float(rng.random()) for k in MEASURES["iaa"]}
         texts.append(templates.iqa_rationale(drawn, scene, score, rng))
         texts.append(templates.iaa_rationale(values, scene, score, rng))
     texts += templates.attribute_texts(values, 50.0).values()
-    names = [*distortions.FAMILIES, *values, "quality", "beauty"]
-    requests = [measure_request(k.replace("_", " ")) + " " + written(k, 0.5) for k in names]
-    requests += [written(k, 0.5) for k in names]
-    requests += [DESCRIBE, MEASURE_ALL, "user", "assistant", "system", "\n"]
-    if PROMPT_FILE.is_file():
-        from tatar_dist.prompts.answer import Prompts
-
-        prompts = Prompts.load(PROMPT_FILE)
-        requests += [prompts.system, *prompts.user.values()]
+    names = [*MEASURES["iqa"], *MEASURES["iaa"], *SCORE_NAME.values()]
+    requests = [measure_request(name) + " " + written(name, 0.5) for name in names]
+    requests += [written(name, 0.5) for name in names]
+    prompts = Prompts.load(CONFIGS / "prompts.yaml")
+    requests += [DESCRIBE, MEASURE_ALL, "user", "assistant", "system", "\n", prompts.system, *prompts.user.values()]
     # Repeated, so that words of the requests and prompts weigh as much as the rationales' rarer ones.
     return texts + requests * 100
 
@@ -129,7 +126,7 @@ def train_tokenizer(corpus: Iterable[str], vocab: int) -> Any:
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in FORMAT_TOKENS])
-    fast = Qwen2TokenizerFast(
+    return Qwen2TokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -145,17 +142,20 @@ def train_tokenizer(corpus: Iterable[str], vocab: int) -> Any:
             "vision_eos_token": "<|vision_end|>",
         },
     )
-    return fast
 
 
 def make_config(tokenizer: Any, sizes: TinySizes, tie: bool) -> Any:
     """Return the Qwen2_5_VLConfig of these sizes, with token ids from the tokenizer."""
     from transformers import Qwen2_5_VLConfig
 
-    def token(text: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(text))
-
-    text = {
+    token = tokenizer.convert_tokens_to_ids
+    ends = {
+        "bos_token_id": token("<|endoftext|>"),
+        "eos_token_id": token("<|im_end|>"),
+        "pad_token_id": token("<|endoftext|>"),
+        "tie_word_embeddings": tie,
+    }
+    text = ends | {
         "vocab_size": sizes.vocab,
         "hidden_size": sizes.text_hidden,
         "intermediate_size": sizes.text_intermediate,
@@ -166,10 +166,6 @@ def make_config(tokenizer: Any, sizes: TinySizes, tie: bool) -> Any:
         "rms_norm_eps": 1e-6,
         "initializer_range": 0.05,  # 0.02 is made for widths of thousands: here it leaves the layers next to silent
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
-        "bos_token_id": token("<|endoftext|>"),
-        "eos_token_id": token("<|im_end|>"),
-        "pad_token_id": token("<|endoftext|>"),
-        "tie_word_embeddings": tie,
     }
     vision = {
         "depth": sizes.vision_depth,
@@ -190,10 +186,7 @@ def make_config(tokenizer: Any, sizes: TinySizes, tie: bool) -> Any:
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=tie,
-        bos_token_id=token("<|endoftext|>"),
-        eos_token_id=token("<|im_end|>"),
-        pad_token_id=token("<|endoftext|>"),
+        **ends,
     )
 
 
@@ -245,19 +238,12 @@ def build(
     seed: int = 0,
     corpus: Iterable[str] | None = None,
     sizes: TinySizes | None = None,
-    dtype: str = "float32",
 ) -> Path:
-    """Write model, tokenizer, processor and generation config to `directory` and return it.
-
-    `dtype` is the stored precision: "float32" or "bfloat16".
-    """
-    import torch
-
+    """Write model (float32), tokenizer, processor and generation config to `directory` and return it."""
     sizes = sizes or TinySizes()
     directory = Path(directory)
     tokenizer = train_tokenizer(default_corpus() if corpus is None else corpus, sizes.vocab)
-    model = make_model(tokenizer, tie=tie, seed=seed, sizes=sizes)
-    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    make_model(tokenizer, tie=tie, seed=seed, sizes=sizes).save_pretrained(directory)
     make_processor(tokenizer).save_pretrained(directory)
     return directory
 

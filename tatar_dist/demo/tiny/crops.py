@@ -1,60 +1,54 @@
-"""Generate and cache pretraining crops: pixels as a memory map, targets as arrays, rationales as lines.
+"""Generate pretraining crops of one task: pixels, targets and rationales.
 
-A task, split, count and seed give a `CropSet`. Train-split crops come from the train photographs only. Half of them are
-remixed (channels permuted, two photographs blended) *before* distortion or grading, so every target is still computed
-from the final pixels. Validation crops are the demo's own, never remixed.
+Train crops come from photographs of the train split. Every second one is remixed (channels permuted, two photographs
+blended, turned) *before* distortion or grading, so every target is computed from the final pixels. Validation crops are
+the demo's own, never remixed. Pretraining reads no test photograph.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
+from typing import Literal
 
 import numpy as np
 
 from tatar_dist.demo.data import aesthetics, distortions
-from tatar_dist.demo.data import make as demo
-from tatar_dist.demo.data import texts as templates
-from tatar_dist.demo.data.scenes import SIZE, Scene, grade, make_scene
-from tatar_dist.run.files import write_whole
-from tatar_dist.types import Task
+from tatar_dist.demo.data.make import PASTE_SHARE, DemoCrop, crop_of, make_crop
+from tatar_dist.demo.data.scenes import SIZE, Scene, make_scene
+from tatar_dist.types import TASKS, Task
 
-FAMILIES = tuple(distortions.FAMILIES)
-ATTRIBUTES = (*aesthetics.WEIGHTS, "warmth", "brightness")
-VERSION = 2  # raise it when the same arguments give other crops
-_SPAN = 256
+# Names of the measurements of a crop: strengths of the distortions for IQA, attributes for IAA.
+MEASURES: dict[Task, tuple[str, ...]] = {
+    "iqa": tuple(distortions.FAMILIES),
+    "iaa": (*aesthetics.WEIGHTS, "warmth", "brightness"),
+}
 
 
 @dataclass(frozen=True)
 class CropSet:
     """n crops of one task, aligned row by row.
 
-    `pixels` (n, 112, 112, 3) uint8; `score` (n,) in [0, 1]; `measures` (n, 9) strengths of `FAMILIES` for "iqa" or
-    (n, 10) `ATTRIBUTES` for "iaa", in [0, 1]; `photo` (n,) names.
+    `pixels` (n, 112, 112, 3) uint8; `score` (n,) float32 in [0, 1]; `measures` (n, 9) for "iqa" or (n, 10) for "iaa",
+    float32 in [0, 1], in the order of `MEASURES`.
     """
 
     task: Task
     pixels: np.ndarray
     score: np.ndarray
     measures: np.ndarray
-    photo: np.ndarray
     rationales: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.score)
 
 
-def measure_names(task: Task) -> tuple[str, ...]:
-    return FAMILIES if task == "iqa" else ATTRIBUTES
-
-
 def remixed(scene: Scene, split: str, rng: np.random.Generator) -> Scene:
-    """Randomly permute channels, blend in a second photograph of the split, rotate by quarter turns; keeps `box`."""
-    pixels = scene.pixels
+    """Randomly permute channels, blend in another photograph of the split, turn pixels and box by quarter turns."""
+    pixels, box = scene.pixels, scene.box
     if rng.random() < 0.6:
         pixels = pixels[..., rng.permutation(3)]
     if rng.random() < 0.4:
@@ -66,87 +60,37 @@ def remixed(scene: Scene, split: str, rng: np.random.Generator) -> Scene:
             weight = (axis[:, None] if rng.random() < 0.5 else axis[None])[..., None].astype(np.float32)
         pixels = (1 - weight) * pixels + weight * other
     if rng.random() < 0.3:
-        pixels = np.rot90(pixels, int(rng.integers(4)))
-    return replace(scene, pixels=np.ascontiguousarray(pixels, dtype=np.float32))
+        for _ in range(int(rng.integers(4))):  # counterclockwise: a point (x, y) moves to (y, 1 - x)
+            pixels = np.rot90(pixels)
+            box = box and (box[1], 1 - box[2], box[3], 1 - box[0])
+    return replace(scene, pixels=np.ascontiguousarray(pixels, dtype=np.float32), box=box)
 
 
-def _remixed_crop(task: Task, split: str, rng: np.random.Generator) -> tuple[np.ndarray, float, np.ndarray, str, str]:
-    scene = remixed(make_scene(split, rng, paste_share=0.2), split, rng)
-    if task == "iqa":
-        clean = grade(
-            scene.pixels,
-            float(rng.normal(0, 0.3)),
-            float(1 + rng.normal(0, 0.12)),
-            float(np.clip(1 + rng.normal(0, 0.3), 0, 2)),
-            (float(rng.normal(0, 0.05)), 0.0),
-            0.0,
-        )
-        drawn = distortions.draw_distortions(rng)
-        pixels = distortions.distort(clean, drawn, rng)
-        q = distortions.full_reference(distortions.to_uint8(clean), pixels)
-        score = distortions.quality_score(q)
-        values = np.zeros(len(FAMILIES), np.float32)
-        for d in drawn:
-            values[FAMILIES.index(d.family)] = d.strength
-        text = templates.iqa_rationale(drawn, scene.photo.category, score, rng)
-    else:
-        pixels = distortions.to_uint8(aesthetics.vary(scene, rng))
-        attributes = aesthetics.measure(pixels, scene.box)
-        score = aesthetics.aesthetic_score(aesthetics.raw_score(attributes))
-        values = np.array([attributes[k] for k in ATTRIBUTES], np.float32)
-        text = templates.iaa_rationale(attributes, scene.photo.category, score, rng)
-    return pixels, score, values, scene.photo.name, text
+def _crop(index: int, task: Task, split: Literal["train", "validation"], seed: int) -> DemoCrop:
+    if split == "validation" or index % 2 == 0:
+        return make_crop(task, split, index, seed)
+    rng = np.random.default_rng([seed, TASKS.index(task), index])
+    scene = remixed(make_scene(split, rng, PASTE_SHARE[task]), split, rng)
+    return crop_of(task, scene, rng, spread=2.0)
 
 
-def _plain_crop(task: Task, split: str, index: int, seed: int) -> tuple[np.ndarray, float, np.ndarray, str, str]:
-    crop = demo.make_crop(task, split, index, seed)
-    if task == "iqa":
-        values = np.zeros(len(FAMILIES), np.float32)
-        for d in crop.meta["distortions"]:
-            values[FAMILIES.index(d["family"])] = d["strength"]
-    else:
-        values = np.array([crop.meta["attributes"][k] for k in ATTRIBUTES], np.float32)
-    return crop.pixels, crop.score, values, crop.meta["photo"], crop.rationale
-
-
-def _fill(span: tuple[str, Task, str, int, int, int, int]) -> list[tuple[float, list[float], str, str]]:
-    path, task, split, start, stop, n, seed = span
-    out = np.lib.format.open_memmap(path, mode="r+")
-    rows = []
-    for i in range(start, stop):
-        rng = np.random.default_rng([seed, i, n, 0 if task == "iqa" else 1])
-        if split == "train" and i % 2:
-            pixels, score, values, photo, text = _remixed_crop(task, split, rng)
-        else:
-            pixels, score, values, photo, text = _plain_crop(task, split, i, seed)
-        out[i] = pixels
-        rows.append((score / 100, values.tolist(), photo, text))
-    return rows
-
-
-def crop_set(cache: Path, task: Task, split: str, n: int, seed: int, workers: int | None = None) -> CropSet:
-    """Load `n` crops of a split from `cache`, or generate them there with `workers` processes.
-
-    Raises ValueError for the test split, which pretraining must not read.
-    """
-    if split == "test":
-        raise ValueError("pretraining never reads the test photographs")
-    stem = Path(cache) / f"v{VERSION}_{task}_{split}_{n}_{seed}"
-    pixels_path, rows_path = stem.with_suffix(".npy"), stem.with_suffix(".jsonl")
-    if not rows_path.is_file():
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(pixels_path, mode="w+", dtype=np.uint8, shape=(n, SIZE, SIZE, 3)).flush()
-        spans = [(str(pixels_path), task, split, a, min(a + _SPAN, n), n, seed) for a in range(0, n, _SPAN)]
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), mp_context=context) as pool:
-            lines = [json.dumps(row) for part in pool.map(_fill, spans) for row in part]
-        write_whole(rows_path, "\n".join(lines) + "\n")  # last: its presence says that the pixels are complete
-    rows = [json.loads(line) for line in rows_path.read_text(encoding="utf-8").splitlines()]
-    return CropSet(
-        task,
-        np.load(pixels_path, mmap_mode="r"),
-        np.array([r[0] for r in rows], np.float32),
-        np.array([r[1] for r in rows], np.float32),
-        np.array([r[2] for r in rows]),
-        tuple(r[3] for r in rows),
+def _measures(crop: DemoCrop, task: Task) -> list[float]:
+    values = (
+        crop.meta["attributes"] if task == "iaa" else {d["family"]: d["strength"] for d in crop.meta["distortions"]}
     )
+    return [values.get(name, 0.0) for name in MEASURES[task]]
+
+
+def crop_set(task: Task, split: Literal["train", "validation"], n: int, seed: int) -> CropSet:
+    """Generate `n` crops on all cores of this machine; about 38 kB of memory each."""
+    pixels = np.empty((n, SIZE, SIZE, 3), np.uint8)
+    score, measures, rationales = [], [], []
+    spawn = multiprocessing.get_context("spawn")  # the caller has threads (torch)
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), spawn) as pool:
+        crops = pool.map(partial(_crop, task=task, split=split, seed=seed), range(n), chunksize=256)
+        for i, crop in enumerate(crops):
+            pixels[i] = crop.pixels
+            score.append(crop.score / 100)
+            measures.append(_measures(crop, task))
+            rationales.append(crop.rationale)
+    return CropSet(task, pixels, np.array(score, np.float32), np.array(measures, np.float32), tuple(rationales))

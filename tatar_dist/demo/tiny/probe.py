@@ -10,17 +10,21 @@ on validation; SRCC is reported on validation and test. It is the baseline for S
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from transformers import Qwen2_5_VLForConditionalGeneration
 
-from tatar_dist.errors import UserError
+from tatar_dist.demo.tiny.tower import features
 from tatar_dist.evaluate.metrics import srcc
 from tatar_dist.types import SPLITS, TASKS
 
@@ -28,28 +32,14 @@ DECAYS = (1e-3, 1e-2, 1e-1, 1.0)
 
 
 def load_split(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Load (n, 112, 112, 3) uint8 pixels and (n,) scores 0-100. Raises UserError for another image size."""
-    from tatar_dist.data.images import decode_image
-    from tatar_dist.data.manifest import read_manifest
-    from tatar_dist.demo.tiny.build import IMAGE_SIZE
-
-    manifest = read_manifest(path)
-    pixels = np.empty((len(manifest), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    scores = np.empty(len(manifest), np.float32)
-    for i in range(len(manifest)):
-        sample = manifest.get(i)
-        image = decode_image(sample.image, sample.sample_id).convert("RGB")
-        if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-            size = f"{image.size[0]}x{image.size[1]}"
-            raise UserError(f"{path}: {sample.sample_id} is {size}; the probe reads 112x112 only")
-        pixels[i], scores[i] = np.asarray(image), sample.score
-    return pixels, scores
+    """Load (n, 112, 112, 3) uint8 pixels and (n,) float32 scores 0-100 of a demo manifest."""
+    table = pq.read_table(path, columns=["image_bytes", "score"])
+    pixels = [np.asarray(Image.open(io.BytesIO(data))) for data in table["image_bytes"].to_pylist()]
+    return np.stack(pixels), table["score"].to_numpy().astype(np.float32)
 
 
 def pooled(visual: Any, pixels: np.ndarray) -> torch.Tensor:
     """Return (n, 2 * hidden) float32: mean and standard deviation over the image tokens."""
-    from tatar_dist.demo.tiny.tower import features
-
     tokens = features(visual, pixels)
     return torch.cat([tokens.mean(1), tokens.std(1)], 1)
 
@@ -70,25 +60,25 @@ def fit_head(x: torch.Tensor, y: torch.Tensor, decay: float, seed: int, epochs: 
     return head.eval()
 
 
-def probe(model: Any, data: str | Path, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Return {task: {"validation": SRCC, "test": SRCC, "decay": selected, "n_train", "n_test"}} of a loaded model."""
+def probe(model: Any, data: Path) -> dict[str, dict[str, float]]:
+    """Return {task: {"validation": SRCC, "test": SRCC, "decay": selected, "n_test"}} of a loaded model."""
     figures: dict[str, dict[str, float]] = {}
     for task in TASKS:
         x, y = {}, {}
         for split in SPLITS:
-            pixels, scores = load_split(Path(data) / f"{task}_{split}.parquet")
+            pixels, scores = load_split(data / f"{task}_{split}.parquet")
             x[split], y[split] = pooled(model.model.visual, pixels), scores
         mean, spread = x["train"].mean(0), x["train"].std(0) + 1e-6
         x = {s: (v - mean) / spread for s, v in x.items()}
         target = torch.from_numpy(y["train"]) / 100
         best: dict[str, float] = {}
         for decay in DECAYS:
-            heads = [fit_head(x["train"], target, decay, seed + k) for k in range(3)]
+            heads = [fit_head(x["train"], target, decay, seed=k) for k in range(3)]
             with torch.no_grad():
-                said = {s: torch.stack([h(x[s])[:, 0] for h in heads]).mean(0).numpy() for s in SPLITS[1:]}
-            found = {s: srcc(y[s].astype(np.float64), v.astype(np.float64)) for s, v in said.items()}
-            if not best or found["validation"] > best["validation"]:
-                best = {**found, "decay": decay, "n_train": len(target), "n_test": len(y["test"])}
+                predicted = {s: torch.stack([h(x[s])[:, 0] for h in heads]).mean(0).numpy() for s in SPLITS[1:]}
+            result = {s: srcc(y[s], p) for s, p in predicted.items()}
+            if not best or result["validation"] > best["validation"]:
+                best = {**result, "decay": decay, "n_test": len(y["test"])}
         figures[task] = best
     return figures
 
@@ -96,15 +86,14 @@ def probe(model: Any, data: str | Path, seed: int = 0) -> dict[str, dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description="SRCC of a regression head on the frozen tower, per task.")
     parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--data", default="data/demo", help="directory with {iqa,iaa}_{train,validation,test}.parquet")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--data", type=Path, default="data/demo", help="directory with {iqa,iaa}_{train,validation,test}.parquet"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
-    figures = probe(model, args.data, args.seed)
+    figures = probe(model, args.data)
     if args.json:
         print(json.dumps(figures))
         return

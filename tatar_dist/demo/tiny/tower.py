@@ -10,19 +10,22 @@ in Python; a test checks that both give equal results.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.fft import dct
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
-from tatar_dist.demo.tiny.crops import CropSet, measure_names
+from tatar_dist.demo.tiny.crops import MEASURES, CropSet
+from tatar_dist.evaluate.metrics import srcc
 from tatar_dist.types import TASKS, Task
 
 # OpenAI CLIP's channel statistics, which the Qwen2-VL image processor normalises with.
@@ -85,15 +88,12 @@ def dct_filters(width: int) -> torch.Tensor:
 
     Luma has all of the lowest frequencies and a sample of higher ones, which show noise and blur, up to the top.
     """
-    n = torch.arange(PATCH, dtype=torch.float32)
-    basis = torch.cos(math.pi * (n[None] + 0.5) * n[:, None] / PATCH) * math.sqrt(2 / PATCH)
-    basis[0] /= math.sqrt(2)
+    basis = torch.from_numpy(dct(np.eye(PATCH, dtype=np.float32), norm="ortho", axis=0))
     order = sorted(((u, v) for u in range(PATCH) for v in range(PATCH)), key=lambda f: (math.hypot(*f), f))
     n_chroma = width // 8
     n_luma = width - 2 * n_chroma
     low, rest = order[: n_luma // 2], order[n_luma // 2 :]
-    count = n_luma - len(low)
-    high = [rest[round(i * (len(rest) - 1) / max(count - 1, 1))] for i in range(count)]
+    high = [rest[i] for i in np.linspace(0, len(rest) - 1, n_luma - len(low)).round().astype(int)]
     axes = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-0.5, 1.0, -0.5]])
     axes = axes / axes.norm(dim=1, keepdim=True)
     plan = [(0, f) for f in low + high] + [(a, f) for a in (1, 2) for f in order[:n_chroma]]
@@ -136,78 +136,71 @@ class Heads(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.score = nn.ModuleDict({t: nn.Linear(width, 1) for t in TASKS})
-        self.measures = nn.ModuleDict({t: nn.Linear(width, len(measure_names(t))) for t in TASKS})
-        self.present = nn.Linear(width, len(measure_names("iqa")))
+        self.measures = nn.ModuleDict({t: nn.Linear(width, len(MEASURES[t])) for t in TASKS})
+        self.present = nn.Linear(width, len(MEASURES["iqa"]))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.norm(tokens.mean(1))
 
+    def loss(self, pooled: torch.Tensor, crops: CropSet, index: np.ndarray) -> torch.Tensor:
+        """Loss of a task's scores and measures, errors relative to their typical spread."""
+        score, measures = torch.from_numpy(crops.score[index]), torch.from_numpy(crops.measures[index])
+        spread = torch.from_numpy(crops.measures.std(0) + 1e-3)
+        predicted = self.score[crops.task](pooled)[:, 0]
+        loss = 2 * F.smooth_l1_loss(predicted / 0.27, score / 0.27, beta=0.5)
+        loss = loss + F.smooth_l1_loss(self.measures[crops.task](pooled) / spread, measures / spread, beta=0.5)
+        if crops.task == "iqa":
+            present = (measures > 0.04).float()
+            loss = loss + 2 * F.binary_cross_entropy_with_logits(self.present(pooled), present)
+        return loss
+
 
 def dihedral(pixels: torch.Tensor, k: int) -> torch.Tensor:
     """Apply symmetry `k` of the 8 of the square to (B, H, W, C); it changes no target."""
-    if k & 1:
-        pixels = pixels.flip(1)
-    if k & 2:
-        pixels = pixels.flip(2)
-    return pixels.transpose(1, 2) if k & 4 else pixels
-
-
-def batches(sets: dict[Task, CropSet], size: int, rng: np.random.Generator) -> Iterator[dict[Task, np.ndarray]]:
-    """Yield index batches without end, half of each task, each crop at most once per pass."""
-    orders: dict[Task, np.ndarray] = {t: rng.permutation(len(s)) for t, s in sets.items()}
-    at = dict.fromkeys(sets, 0)
-    half = size // 2
-    while True:
-        batch = {}
-        for t in sets:
-            if at[t] + half > len(orders[t]):
-                orders[t], at[t] = rng.permutation(len(sets[t])), 0
-            batch[t] = np.sort(orders[t][at[t] : at[t] + half])
-            at[t] += half
-        yield batch
-
-
-def _loss(
-    heads: Heads, pooled: torch.Tensor, crops: CropSet, index: np.ndarray, spread: dict[Task, Any]
-) -> torch.Tensor:
-    task = crops.task
-    score = torch.from_numpy(crops.score[index])
-    measures = torch.from_numpy(crops.measures[index])
-    loss = 2 * F.smooth_l1_loss((heads.score[task](pooled)[:, 0] - score) / 0.27, torch.zeros_like(score), beta=0.5)
-    error = (heads.measures[task](pooled) - measures) / spread[task]
-    loss = loss + F.smooth_l1_loss(error, torch.zeros_like(error), beta=0.5)
-    if task == "iqa":
-        present = (measures > 0.04).float()
-        loss = loss + F.binary_cross_entropy_with_logits(heads.present(pooled), present) * 2
-    return loss
+    turned = pixels.rot90(k, (1, 2))
+    return turned.flip(1) if k & 4 else turned
 
 
 @torch.no_grad()
-def features(visual: Any, pixels: np.ndarray, batch: int = 128, symmetry: int = 0) -> torch.Tensor:
+def features(visual: Any, pixels: np.ndarray, symmetry: int = 0) -> torch.Tensor:
     """Compute image tokens (n, 16, hidden) float32 of (n, 112, 112, 3) uint8 crops."""
-    out = []
-    for i in range(0, len(pixels), batch):
-        x = dihedral(torch.from_numpy(np.array(pixels[i : i + batch])), symmetry)
-        out.append(tower_tokens(visual, patchify(x)))
-    return torch.cat(out)
-
-
-@torch.no_grad()
-def validation_srcc(visual: Any, heads: Heads, sets: dict[Task, CropSet]) -> dict[Task, float]:
-    """Spearman correlation of the linear head's scores on (validation) crops, per task."""
-    return {
-        t: float(spearmanr(heads.score[t](heads(features(visual, s.pixels)))[:, 0].numpy(), s.score).statistic)
-        for t, s in sets.items()
-    }
+    batches = torch.from_numpy(pixels).split(128)
+    return torch.cat([tower_tokens(visual, patchify(dihedral(x, symmetry))) for x in batches])
 
 
 @dataclass(frozen=True)
-class TowerRun:
-    """Result of a tower run: steps, seconds, and the validation SRCC of the averaged weights by step."""
+class StageResult:
+    """Result of a stage of pretraining: steps, seconds, and SRCC of the scores on the validation crops."""
 
     steps: int
     seconds: float
-    history: tuple[tuple[int, dict[Task, float]], ...]
+    srcc: dict[Task, float]
+
+
+def timed_steps(optimiser: torch.optim.Optimizer, lr: float, minutes: float) -> Iterator[int]:
+    """Yield step numbers until `minutes` are over, with the learning rate set: 100 steps of warm-up, then a cosine."""
+    begun = time.monotonic()
+    for step in itertools.count():
+        done = (time.monotonic() - begun) / (60 * minutes)
+        if done >= 1:
+            return
+        cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min((step + 1) / 100, 1.0) * cosine
+        yield step
+
+
+def update(optimiser: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """Take one optimiser step with gradients clipped to norm 1."""
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0, foreach=True)
+    optimiser.step()
+
+
+def _moving_average(average: torch.Tensor, value: torch.Tensor, n: torch.Tensor | int) -> torch.Tensor:
+    """Exponential moving average of decay 0.998, which forgets faster in the first steps."""
+    return average.lerp(value, 1 - min(0.998, (1 + int(n)) / (10 + int(n))))
 
 
 def train_tower(
@@ -216,76 +209,34 @@ def train_tower(
     validation: dict[Task, CropSet],
     *,
     minutes: float,
-    steps: int | None = None,
+    seed: int,
     batch: int = 64,
-    lr: float = 2e-3,
-    weight_decay: float = 0.05,
-    drop_path: float = 0.05,
-    seed: int = 0,
-    say: Callable[[str], None] = print,
-) -> TowerRun:
-    """Train `model.model.visual` in place; it ends with the exponential moving average of its weights.
-
-    The cosine schedule runs over `steps`, or over `minutes`, in which case the result depends on the machine's speed.
-    """
+) -> StageResult:
+    """Train `model.model.visual` in place; it ends with the exponential moving average of its weights."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
     visual = model.model.visual
-    first = [train[t].pixels[: min(len(train[t]), 256)] for t in train]
-    dct_init(visual, torch.from_numpy(np.concatenate(first)))
+    dct_init(visual, torch.from_numpy(np.concatenate([crops.pixels[:256] for crops in train.values()])))
     heads = Heads(visual.config.out_hidden_size)
-    spread = {t: torch.from_numpy(s.measures.std(0) + 1e-3) for t, s in train.items()}
-    both = nn.ModuleList([visual, heads])
-    decayed = [p for p in both.parameters() if p.dim() > 1]
-    plain = [p for p in both.parameters() if p.dim() <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=lr, betas=(0.9, 0.98), foreach=True,
-    )  # fmt: skip
-    params = list(both.parameters())
-    average = [p.detach().clone() for p in params]
-    history: list[tuple[int, dict[Task, float]]] = []
-    parts: dict[Task, float] = {}
-    begun = time.monotonic()
-    source, step, running, done = batches(train, batch, rng), 0, 0.0, 0.0
-    while done < 1:
-        index = next(source)
+    trained = nn.ModuleList([visual, heads])
+    average = AveragedModel(trained, avg_fn=_moving_average)
+    matrices = [p for p in trained.parameters() if p.dim() > 1]
+    vectors = [p for p in trained.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), foreach=True)
+    begun, step = time.monotonic(), 0
+    for step in timed_steps(optimiser, 2e-3, minutes):
+        index = {t: rng.integers(len(crops), size=batch // 2) for t, crops in train.items()}
         pixels = torch.from_numpy(np.concatenate([train[t].pixels[i] for t, i in index.items()]))
-        pixels = dihedral(pixels, int(rng.integers(8)))
-        scale = min((step + 1) / 100, 1.0) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
-        for group in optimiser.param_groups:
-            group["lr"] = lr * scale
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            tokens = tower_tokens(visual, patchify(pixels), drop_path)
-        pooled = heads(tokens.float())
-        at, loss = 0, torch.zeros(())
-        for t, i in index.items():
-            part = _loss(heads, pooled[at : at + len(i)], train[t], i, spread)
-            loss, parts[t], at = loss + part, 0.98 * parts.get(t, part.item()) + 0.02 * part.item(), at + len(i)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
-        optimiser.step()
-        keep = min(0.998, (1 + step) / (10 + step))
-        torch._foreach_lerp_(average, [p.detach() for p in params], 1 - keep)
-        step += 1
-        running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
-        seconds = time.monotonic() - begun
-        done = step / steps if steps else seconds / (60 * minutes)
-        if step % 250 == 0 or done >= 1:
-            live = [p.detach().clone() for p in params]
-            _assign(params, average)
-            srcc = validation_srcc(visual, heads, validation)
-            history.append((step, srcc))
-            if done < 1:
-                _assign(params, live)
-            figures = ", ".join(f"{t} {v:.3f}" for t, v in srcc.items())
-            figures += ", last losses " + ", ".join(f"{t} {v:.2f}" for t, v in parts.items())
-            say(f"tower step {step} ({seconds:.0f} s): loss {running:.3f}, validation SRCC {figures}")
-    return TowerRun(step, time.monotonic() - begun, tuple(history))
-
-
-@torch.no_grad()
-def _assign(params: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-    for p, v in zip(params, values, strict=True):
-        p.copy_(v)
+            tokens = tower_tokens(visual, patchify(dihedral(pixels, int(rng.integers(8)))), drop_path=0.05)
+        pooled = dict(zip(index, heads(tokens.float()).split(batch // 2), strict=True))
+        losses = {t: heads.loss(pooled[t], train[t], i) for t, i in index.items()}
+        update(optimiser, sum(losses.values(), torch.zeros(())))
+        average.update_parameters(trained)
+        if step % 250 == 0:
+            print(f"tower step {step}: " + ", ".join(f"loss {t} {loss.item():.3f}" for t, loss in losses.items()))
+    trained.load_state_dict(average.module.state_dict())
+    with torch.no_grad():
+        scores = {t: heads.score[t](heads(features(visual, s.pixels)))[:, 0].numpy() for t, s in validation.items()}
+    return StageResult(step + 1, time.monotonic() - begun, {t: srcc(validation[t].score, scores[t]) for t in scores})
