@@ -82,7 +82,6 @@ def test_the_benchmark_sets_what_was_foretold_beside_what_was_measured(tmp_path)
         runs[learners, engines, prompts, group] = [
             write_run(path, truth, *sizes, f"grpo.group_size={group}", "cluster.threads=2")
         ]
-        path.with_suffix(".load").write_text("0.5")
     found = compare(runs)
     assert [r["calibration"] for r in found["runs"]] == [True] * len(CALIBRATION) + [False] * len(FORETOLD)
     assert found["worst_error"] < 0.1
