@@ -2,15 +2,14 @@
 
 The ratio is of seconds (policy loss, forward and backward; float32, all cores, no optimiser), with gradient
 checkpointing off and on, in turns. Also: how far the two gradients are apart, peak memory of each in a process of its
-own, and the ratio that the FLOPs of both allow (counts.py). With --plot also how time and memory grow with groups,
-images, tokens and vocabulary. Memory is measured apart from seconds, by an allocator that gives back what is freed:
+own, and the ratio that the FLOPs of both allow (subject.py). With --plot also how time and memory grow with groups,
+images, tokens and vocabulary. Memory is measured apart from seconds, with an allocator that returns freed memory:
 glibc's heap keeps freed tensors that lie between gradients which stay, more or less of them from run to run (of an
-update that has 78 MiB alive, 194 stayed), but mapping each tensor anew takes up to half of the time besides.
+update that has 78 MiB alive, 194 stayed), but mapping each tensor anew takes up to half as much time again.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
@@ -19,17 +18,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tatar_dist.bench import subject
-from tatar_dist.bench.counts import Work, flops, peak_bytes
 from tatar_dist.bench.harness import ratio, result, seconds_of
+from tatar_dist.bench.subject import Work, flops, peak_bytes
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: blocks above are mapped, and unmapped when freed; bytes
 ROUNDS = 2
 TARGET, MEMORY_TARGET, GRADIENT_TARGET = 7.0, 0.4, 1e-5
+GROWTH = {
+    "groups": [Work(groups=n) for n in (1, 2, 4)],
+    "image": [Work(pixels=p) for p in (448, 672, 896)],
+    "tokens": [Work(tokens=n) for n in (64, 128, 256)],
+    "vocab": [Work(vocab=n, pixels=448) for n in (4096, 32768, 131072)],
+}
 
 
 def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], None], Any, int]:
@@ -44,7 +49,7 @@ def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], Non
     from tatar_dist.models import family
 
     logging.disable_progress_bar()
-    config = subject.make(directory, work.pixels, replace(subject.SIZES, vocab=work.vocab))
+    config = subject.make(directory / str(work.vocab), work.pixels, replace(subject.SIZES, vocab=work.vocab))
     backbone = family(config.model.family)(config.model)
     rows, collate = subject.rows(backbone, work.groups, work.size, work.tokens, work.pixels), Collator(backbone)
     batch, forbidden = collate(rows), backbone.forbidden_ids()
@@ -65,12 +70,13 @@ def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], Non
 
 
 def alone(works: Sequence[Work], packed: bool, directory: Path, exact: bool) -> list[dict[str, float]]:
-    """Run an update each in another process: seconds, MiB above the loaded model, counts.
+    """Run an update of each in another process: seconds, MiB above the loaded model, counts.
 
-    exact: what is freed is given back at once, so that MiB are what was needed, and seconds are too many.
+    exact: freed memory is returned at once, so that MiB are what was needed, and seconds are too many.
     """
-    words = [sys.executable, "-m", "tatar_dist.bench.learner", json.dumps([w.__dict__ for w in works])]
-    words, env = [*words, str(int(packed)), str(directory)], {**os.environ, **(EXACT if exact else {})}
+    options = {"works": [asdict(w) for w in works], "packed": packed, "directory": str(directory)}
+    words = [sys.executable, "-m", "tatar_dist.bench.learner", json.dumps(options)]
+    env = {**os.environ, **(EXACT if exact else {})}
     done = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True, env=env)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
 
@@ -79,14 +85,14 @@ def compare(work: Work, directory: Path) -> dict[str, Any]:
     """Measure both ways in turns: seconds, the gradients' difference, FLOPs, memory."""
     import torch
 
-    theirs, model, prompt = _update(work, directory / str(work.vocab), packed=False)
-    ours, policy, _ = _update(work, directory / str(work.vocab), packed=True)
+    theirs, model, prompt = _update(work, directory, packed=False)
+    ours, policy, _ = _update(work, directory, packed=True)
     ours()  # threads and kernels are there now
     turns = [(seconds_of(theirs), seconds_of(ours)) for _ in range(ROUNDS)]
     seconds = [list(side) for side in zip(*turns, strict=True)]
     right = {n: p.grad for n, p in model.named_parameters()}
-    apart = torch.stack([(p.grad - right[n]).norm() for n, p in policy.named_parameters()]).norm()
-    whole = torch.stack([g.norm() for g in right.values()]).norm()
+    difference = torch.stack([(p.grad - right[n]).norm() for n, p in policy.named_parameters()]).norm()
+    norm = torch.stack([g.norm() for g in right.values()]).norm()
     counted = [flops(model.config, work, prompt, packed) for packed in (False, True)]
     memory = [alone([work], packed, directory, exact=True)[0]["mib"] for packed in (False, True)]
     return {
@@ -95,26 +101,18 @@ def compare(work: Work, directory: Path) -> dict[str, Any]:
         "ratio": ratio(*seconds),
         "gflops": {"per_row": counted[0] / 1e9, "packed": counted[1] / 1e9},
         "flops_ratio": counted[0] / counted[1],
-        "gradient_difference": float(apart / whole),
+        "gradient_difference": float(difference / norm),
         "peak_mib": {"per_row": memory[0], "packed": memory[1]},
         "memory_ratio": memory[1] / memory[0],
     }
 
 
-GROWTH = {
-    "groups": [Work(groups=n) for n in (1, 2, 4)],
-    "image": [Work(pixels=p) for p in (448, 672, 896)],
-    "tokens": [Work(tokens=n) for n in (64, 128, 256)],
-    "vocab": [Work(vocab=n, pixels=448) for n in (4096, 32768, 131072)],
-}
-
-
 def growth(directory: Path) -> dict[str, list[dict[str, Any]]]:
     """Measure packed updates along one size at a time, beside what is counted."""
-    works = list(dict.fromkeys(work for each in GROWTH.values() for work in each))
+    works = list(dict.fromkeys(work for axis in GROWTH.values() for work in axis))
     timed, needed = (alone(works, True, directory, exact) for exact in (False, True))
-    found = {w: w.__dict__ | t | {"mib": n["mib"]} for w, t, n in zip(works, timed, needed, strict=True)}
-    return {name: [found[work] for work in each] for name, each in GROWTH.items()}
+    rows = {w: asdict(w) | t | {"mib": n["mib"]} for w, t, n in zip(works, timed, needed, strict=True)}
+    return {name: [rows[work] for work in axis] for name, axis in GROWTH.items()}
 
 
 def run(grow: bool = False) -> dict[str, Any]:
@@ -122,66 +120,51 @@ def run(grow: bool = False) -> dict[str, Any]:
     import torch
 
     with tempfile.TemporaryDirectory() as name:
-        off, on = (compare(Work(checkpointing=c), Path(name)) for c in (False, True))
+        sides = {mode: compare(Work(checkpointing=mode == "on"), Path(name)) for mode in ("off", "on")}
         grown = {"growth": growth(Path(name))} if grow else {}
-    worst = min((off, on), key=lambda found: found["ratio"]["median"])
+    worst = min(sides.values(), key=lambda side: side["ratio"]["median"])
     return result(
         "learner",
         "the per-row forward",
         worst["ratio"],
         TARGET,
         f"{worst['flops_ratio']:.2f} times by FLOPs counted",
+        all(s["memory_ratio"] <= MEMORY_TARGET and s["gradient_difference"] <= GRADIENT_TARGET for s in sides.values()),
         threads=torch.get_num_threads(),
-        checkpointing={"off": off, "on": on},
+        checkpointing=sides,
         targets={"memory_ratio": MEMORY_TARGET, "gradient_difference": GRADIENT_TARGET},
-        ok=all(
-            f["ratio"]["median"] >= TARGET
-            and f["memory_ratio"] <= MEMORY_TARGET
-            and f["gradient_difference"] <= GRADIENT_TARGET
-            for f in (off, on)
-        ),
         **grown,
     )
 
 
 def _mib(field: str) -> float:
-    """A line of /proc/self/status; getrusage's peak would be the parent's, which a forked process inherits."""
+    """Read a field of /proc/self/status; getrusage's peak would be the parent's, which a forked process inherits."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(field))
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser(description="One side of the comparison in a process of its own.")
-    parser.add_argument("works", type=json.loads)
-    parser.add_argument("packed", type=int)
-    parser.add_argument("directory", type=Path)
-    options = parser.parse_args()
-    packed = bool(options.packed)
-    small = Work(size=2, tokens=8, pixels=112)
-    for work in (small, *(Work(**w) for w in options.works)):  # after the small one threads and kernels are there
-        found = _measured(work, packed, options.directory / str(work.vocab))
-        if work is not small:
-            print(json.dumps(found), flush=True)
 
 
 def _measured(work: Work, packed: bool, directory: Path) -> dict[str, float]:
     """Measure one update in this process: its seconds, its peak memory, what was counted."""
     update, model, prompt = _update(work, directory, packed)
     for weight in model.parameters():
-        weight.sum()  # read from the mapped file now: else it counts as memory of the update
+        weight.sum()  # read from the mapped file now, or else it counts as memory of the update
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, it is no room for this one
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory, which this update would use again
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _mib("VmRSS")
     seconds = seconds_of(update)
     mib = _mib("VmHWM") - before
     parameters = sum(p.numel() for p in model.parameters())
-    counted = {
+    return {
+        "seconds": seconds,
+        "mib": mib,
         "gflops": flops(model.config, work, prompt, packed) / 1e9,
         "counted_mib": peak_bytes(model.config, work, prompt, parameters) / 2**20,
     }
-    return {"seconds": seconds, "mib": mib, **counted}
 
 
 if __name__ == "__main__":
-    _main()
+    asked = json.loads(sys.argv[1])
+    _measured(Work(size=2, tokens=8, pixels=112), asked["packed"], Path(asked["directory"]))  # starts threads
+    for sizes in asked["works"]:
+        print(json.dumps(_measured(Work(**sizes), asked["packed"], Path(asked["directory"]))), flush=True)

@@ -25,27 +25,24 @@ def run() -> dict[str, Any]:
     """Measure everything. Raises UserError on a machine of one core."""
     if len(os.sched_getaffinity(0)) < 2:
         raise UserError("bench overlap: needs 2 cores, one for the engine and one for the learner")
-    sides: dict[str, list[step.Side]] = {"0": [], "1": []}
+    parts: dict[str, dict[str, list[float]]] = {lag: {part: [] for part in PARTS} for lag in ("0", "1")}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model = Path(subject.make(directory).model.path)
         words = ["model.gradient_checkpointing=false", "cluster.pin_cores=true", f"grpo.max_steps={STEPS}"]
         words += ["grpo.logprob_gap_limit=10"]
         for _ in range(ROUNDS):
-            for lag, found in sides.items():
-                found.append(step.ours(model, directory, [*words, f"grpo.staleness={lag}"]))
-    joined = {lag: {part: [x for s in found for x in s[part]] for part in PARTS} for lag, found in sides.items()}
-    apart = joined["0"]
-    halves = zip(apart["time/generate"], apart["time/learn"], apart["time/sync"], strict=True)
+            for lag, seconds in parts.items():
+                side = step.ours(model, directory, [*words, f"grpo.staleness={lag}"])
+                for part in PARTS:
+                    seconds[part] += side[part][:-1]  # the last step of a run has nothing ahead to sample
+    halves = zip(*(parts["0"][part] for part in ("time/generate", "time/learn", "time/sync")), strict=True)
     slower = [max(generate, learn + sync) for generate, learn, sync in halves]
-    # the last step of a run has nothing ahead to sample
-    each = [s for i, s in enumerate(joined["1"]["seconds"]) if (i + 1) % (STEPS - 1)]
-    kept = [s for i, s in enumerate(slower) if (i + 1) % (STEPS - 1)]
     return result(
         "overlap",
         "max(generate, learn + sync) with staleness 0",
-        ratio(kept, each),
+        ratio(slower, parts["1"]["seconds"]),
         TARGET,
         "1, perfect overlap",
-        staleness=joined,
+        staleness=parts,
     )

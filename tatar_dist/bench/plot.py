@@ -1,8 +1,7 @@
 """Draw how a packed update grows: `tatar-dist bench learner --plot FILE.svg`.
 
 The SVG has 2 x 4 panels: seconds and GiB along groups, image tokens, completion tokens and vocabulary. Dots are
-measured. The lines are counted (counts.py): FLOPs at the rate of the update that the bench compares, peak bytes as they
-are.
+measured. The lines are counted (subject.py): FLOPs at the rate of the update that the bench compares, and peak bytes.
 """
 
 from __future__ import annotations
@@ -20,28 +19,23 @@ TITLES = {
 }
 
 
-def along(name: str, work: dict[str, Any]) -> int:
-    """Return where a work stands on its axis."""
-    return (work["pixels"] // PATCH) ** 2 if name == "image" else int(work[name])
-
-
-def series(found: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+def series(result: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     """Return x, seconds and GiB by axis, measured and counted."""
-    first = found["growth"]["groups"][0]  # the update that is compared with the per-row one
+    first = result["growth"]["groups"][0]  # the update that is compared with the per-row one
     rate = first["gflops"] / first["seconds"]
     return {
         name: {
-            "x": [along(name, w) for w in works],
+            "x": [(w["pixels"] // PATCH) ** 2 if name == "image" else w[name] for w in works],
             "seconds": [w["seconds"] for w in works],
             "counted seconds": [w["gflops"] / rate for w in works],
             "GiB": [w["mib"] / 1024 for w in works],
             "counted GiB": [w["counted_mib"] / 1024 for w in works],
         }
-        for name, works in found["growth"].items()
+        for name, works in result["growth"].items()
     }
 
 
-def draw(found: dict[str, Any], file: Path) -> None:
+def draw(result: dict[str, Any], file: Path) -> None:
     """Write the SVG; the same figures give the same file."""
     import matplotlib
 
@@ -51,32 +45,25 @@ def draw(found: dict[str, Any], file: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     figure, panels = plt.subplots(2, 4, figsize=(11, 5.6), sharey="row")
-    drawn = series(found)
-    for column, (name, values) in enumerate(drawn.items()):
+    for column, (name, values) in enumerate(series(result).items()):
         title, held = TITLES[name]
-        panels[0, column].set_title(f"along {title}", fontsize=10.5, loc="left", color=INK, pad=18)
+        panels[0, column].set_title(f"along {title}\n", fontsize=10.5, loc="left", color=INK)
         panels[0, column].text(0, 1.045, held, transform=panels[0, column].transAxes, fontsize=7.5, color="#718096")
         panels[1, column].set_xlabel(title, fontsize=9, color=INK)
-        for row, unit in enumerate(("seconds", "GiB")):
-            axes = panels[row, column]
-            axes.plot(values["x"], values[f"counted {unit}"], color=COUNTED, linewidth=1.8, zorder=2)
-            axes.plot(values["x"], values[unit], "o", color=MEASURED, markersize=6.5, zorder=3, clip_on=False)
+        for axes, unit in zip(panels[:, column], ("seconds", "GiB"), strict=True):
+            axes.plot(values["x"], values[f"counted {unit}"], color=COUNTED, linewidth=1.8, label="counted")
+            axes.plot(values["x"], values[unit], "o", color=MEASURED, markersize=6.5, label="measured", clip_on=False)
             axes.set_xticks(values["x"], [f"{x:,}" if x < 4096 else f"{x // 1024}k" for x in values["x"]])
             axes.set_xlim(0, 1.08 * max(values["x"]))
-            axes.set_ylim(0, 1.08 * max(y for v in drawn.values() for y in (*v[unit], *v[f"counted {unit}"])))
+            axes.set_ylim(bottom=0)
             axes.yaxis.set_major_locator(MaxNLocator(5))
             axes.grid(axis="y", color=FAINT, linewidth=0.8)
             axes.set_axisbelow(True)
             axes.spines[["top", "right", "left"]].set_visible(False)
-            axes.spines["bottom"].set_color("#a0aec0")
             axes.tick_params(labelsize=8.5, colors=INK, length=0)
     panels[0, 0].set_ylabel("seconds an update", fontsize=9, color=INK)
     panels[1, 0].set_ylabel("peak above the model, GiB", fontsize=9, color=INK)
-    marks = [
-        plt.Line2D([], [], color=MEASURED, marker="o", linestyle="", markersize=6.5, label="measured"),
-        plt.Line2D([], [], color=COUNTED, linewidth=1.8, label="counted: FLOPs at one rate, bytes kept for backward"),
-    ]
-    figure.legend(handles=marks, loc="lower right", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower right", ncols=2, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.055, 1, 1))
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)

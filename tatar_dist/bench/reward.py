@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tatar_dist.bench.harness import ratio, result, seconds_of
-from tatar_dist.bench.process import timed
+from tatar_dist.bench.harness import ratio, result, seconds_of, timed
 from tatar_dist.prompts.answer import answer_text
 from tatar_dist.rewards.batch import Batch, batch_of_rows, read_answers
 from tatar_dist.rewards.presets import load_preset
@@ -34,9 +33,9 @@ LINKS = ("logistic", "probit")
 BUDGET_S, TARGET, ROUNDS = 10.0, 1.0, 5  # for the largest batch
 
 
-def rows(n: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+def rows(n: int) -> Iterator[dict[str, Any]]:
     """Yield n completions in groups of 8, four data sets in turn; 3 % do not parse."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     text = {task: " ".join(["word"] * words) for task, words in WORDS.items()}
     for i in range(n // GROUP):
         task = ("iqa", "iaa")[i % 2]
@@ -52,22 +51,17 @@ def pairs_of(batch: Batch) -> int:
     """Count the completion x group pairs that a Thurstone ranking of the IAA rows compares."""
     total = 0
     for dataset in np.unique(batch.dataset[batch.iaa]):
-        own = batch.iaa & (batch.dataset == dataset)
-        total += int(own.sum()) * len(np.unique(batch.group[own]))
+        compared = batch.iaa & (batch.dataset == dataset)
+        total += int(compared.sum()) * len(np.unique(batch.group[compared]))
     return total
 
 
-def each(work: Callable[[], Any], least: float = 0.2, repeats: int = 3) -> list[float]:
-    """Return the seconds of `repeats` calls, or of more until `least` seconds have passed."""
-    found: list[float] = []
-    while len(found) < repeats or sum(found) < least:
-        found.append(seconds_of(work))
-    return found
-
-
-def best(work: Callable[[], Any], least: float = 0.2, repeats: int = 3) -> float:
-    """Return the seconds of the fastest of those calls."""
-    return min(each(work, least, repeats))
+def repeated(work: Callable[[], Any], repeats: int = 3) -> list[float]:
+    """Return the seconds of `repeats` calls, or of more until 0.2 s have passed."""
+    seconds: list[float] = []
+    while len(seconds) < repeats or sum(seconds) < 0.2:
+        seconds.append(seconds_of(work))
+    return seconds
 
 
 def seconds_per_pair() -> dict[str, float]:
@@ -86,7 +80,23 @@ def seconds_per_pair() -> dict[str, float]:
         np.log1p(positive, out=out)
         np.log(positive, out=out)
 
-    return {"logistic": best(logistic) / BLOCK, "probit": best(probit) / BLOCK}
+    return {"logistic": min(repeated(logistic)) / BLOCK, "probit": min(repeated(probit)) / BLOCK}
+
+
+def measure(n: int, limit: dict[str, float]) -> dict[str, Any]:
+    """Time parsing and ranking of n completions with both links; `seconds`: rounds with the logistic link."""
+    batch, largest = batch_of_rows(rows(n)), n == SIZES[-1]
+    row: dict[str, Any] = {"completions": n, "pairs": pairs_of(batch)}
+    row["parse_seconds"] = min(repeated(lambda: read_answers(batch.completions), repeats=1))
+    for link in LINKS:
+        preset = load_preset("tatar", None, {"thurstone_link": link})
+        repeats = ROUNDS if largest and link == "logistic" else 1 if n > 10_000 else 3
+        seconds = repeated(lambda preset=preset: score_batch(batch, preset), repeats)  # type: ignore[misc]
+        if link == "logistic":
+            row["seconds"] = seconds
+        rank = min(seconds) - row["parse_seconds"]
+        row[link] = {"rank_seconds": rank, "limit_seconds": row["pairs"] * limit[link]}
+    return row
 
 
 def command(file: Path, link: str) -> dict[str, float]:
@@ -104,40 +114,23 @@ def run() -> dict[str, Any]:
     os.sched_setaffinity(0, {min(before)})
     try:
         limit = seconds_per_pair()
-        table, rounds = [], list[float]()
-        for n in SIZES:
-            batch = batch_of_rows(rows(n))
-            row: dict[str, Any] = {"completions": n, "pairs": pairs_of(batch)}
-            row["parse_seconds"] = best(lambda b=batch: read_answers(b.completions), repeats=1)
-            for link in LINKS:
-                preset = load_preset("tatar", None, {"thurstone_link": link})
-                last = (n, link) == (SIZES[-1], LINKS[0])
-                repeats = ROUNDS if last else 1 if n > 10_000 else 3
-                taken = each(lambda b=batch, p=preset: score_batch(b, p), repeats=repeats)
-                rounds, whole = taken if last else rounds, min(taken)
-                row[link] = {
-                    "score_seconds": whole,
-                    "rank_seconds": whole - row["parse_seconds"],
-                    "limit_seconds": row["pairs"] * limit[link],
-                }
-            table.append(row)
+        sizes = [measure(n, limit) for n in SIZES]
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / "batch.jsonl"
-            with file.open("w") as f:
-                f.writelines(json.dumps(r) + "\n" for r in rows(SIZES[-1]))
-            size = file.stat().st_size
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows(SIZES[-1])))
             commands = {link: command(file, link) for link in LINKS}
     finally:
         os.sched_setaffinity(0, before)
-    least = table[-1]["parse_seconds"] + table[-1][LINKS[0]]["limit_seconds"]
+    seconds = [row.pop("seconds") for row in sizes][-1]
+    least = sizes[-1]["parse_seconds"] + sizes[-1]["logistic"]["limit_seconds"]
     return result(
         "reward",
         f"{BUDGET_S:g} s for {SIZES[-1]:,} completions",
-        ratio([BUDGET_S] * len(rounds), rounds),
+        ratio([BUDGET_S] * len(seconds), seconds),
         TARGET,
         f"{BUDGET_S / least:.1f}: parsing as it is, and one exp and one log a pair",
-        seconds=rounds,
+        seconds=seconds,
         limit_seconds_per_pair=limit,
-        sizes=table,
-        command={"completions": SIZES[-1], "bytes": size, **commands},
+        sizes=sizes,
+        command=commands,
     )

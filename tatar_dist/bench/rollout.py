@@ -11,28 +11,25 @@ only, a minute of it; the engine does both once. Target and verdict are about `g
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from tatar_dist.bench import subject
-from tatar_dist.bench.counts import Work, forward_flops
 from tatar_dist.bench.harness import ratio, result, seconds_of
-from tatar_dist.config.schema import RolloutConfig
-from tatar_dist.errors import RunError
+from tatar_dist.bench.subject import Work, forward_flops
 from tatar_dist.models.sizes import ModelSizes
-from tatar_dist.rollout.options import COMMON_ENV, CPU_ENGINE_ENV
+from tatar_dist.rollout.options import COMMON_ENV, engine_environment
 
-WORK, ROUNDS, TARGET = Work(groups=4, size=8, tokens=64), 2, 5.0
-SIDES = {"generate": "transformers' generate", "rows": "generate, images repeated", "engine": "vLLM engine"}
+WORK, ROUNDS, TARGET = Work(groups=4), 2, 5.0
+NAMES = {"generate": "transformers' generate", "rows": "generate, images repeated", "engine": "vLLM engine"}
 PRODUCT = 2048  # rows and columns of the matrices whose product says what the machine can do
 
 
@@ -42,19 +39,16 @@ def prepared(directory: Path, work: Work = WORK) -> Any:
     return subject.make(directory, work.pixels, words=words)
 
 
-def _files(directory: Path, round_: int, work: Work) -> list[Path]:
-    """Return where the images of a round are."""
-    return [subject.file(round_ * work.groups + i, directory) for i in range(work.groups)]
-
-
-def write_images(directory: Path, rounds: int, work: Work = WORK) -> None:
-    """Write other images for every round."""
-    for i in range(rounds * work.groups):
-        subject.file(i, directory).write_bytes(subject.image(i, work.pixels))
+def images(directory: Path, round_: int, work: Work = WORK) -> list[Path]:
+    """Return the images of a round: every round has others."""
+    return [directory / f"{round_ * work.groups + i}.png" for i in range(work.groups)]
 
 
 def generate(directory: Path, work: Work = WORK, repeat: bool = False) -> Callable[[int], int]:
-    """Return a round of transformers' generate, which returns its completion tokens."""
+    """Load transformers' model; return a function that makes a round and returns its completion tokens.
+
+    repeat: Put the image of a prompt into every row.
+    """
     import torch
     from PIL import Image
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -67,41 +61,49 @@ def generate(directory: Path, work: Work = WORK, repeat: bool = False) -> Callab
     text = subject.prompt_text(backbone)
     rows, returned = (work.size, 1) if repeat else (1, work.size)
 
-    def round_(seed: int) -> int:
+    def make_round(seed: int) -> int:
         torch.manual_seed(seed)
-        images = [Image.open(f).convert("RGB") for f in _files(directory, seed, work) for _ in range(rows)]
-        inputs = backbone.processor(text=[text] * len(images), images=images, return_tensors="pt")
+        pictures = [Image.open(f).convert("RGB") for f in images(directory, seed, work) for _ in range(rows)]
+        inputs = backbone.processor(text=[text] * len(pictures), images=pictures, return_tensors="pt")
         length = {"min_new_tokens": work.tokens, "max_new_tokens": work.tokens}
-        made = model.generate(**inputs, num_return_sequences=returned, do_sample=True, top_k=0, **length)
-        return (made.shape[1] - inputs["input_ids"].shape[1]) * made.shape[0]
+        ids = model.generate(**inputs, num_return_sequences=returned, do_sample=True, top_k=0, **length)
+        return (ids.shape[1] - inputs["input_ids"].shape[1]) * ids.shape[0]
 
-    return round_
-
-
-def rows(directory: Path, work: Work = WORK) -> Callable[[int], int]:
-    """Return the same with the image of a prompt repeated in every row."""
-    return generate(directory, work, repeat=True)
+    return make_round
 
 
 def engine(directory: Path, work: Work = WORK) -> Callable[[int], int]:
-    """Return the same by `RolloutEngine`."""
+    """Return the same with `RolloutEngine`."""
     from tatar_dist.models import family
     from tatar_dist.rollout.engine import RolloutEngine, Sampling
     from tatar_dist.types import Prompt, Sample
 
     config = replace(prepared(directory, work), output="")
-    made = RolloutEngine(config, 0)
-    made.setup(len(os.sched_getaffinity(0)), 0)
+    loaded = RolloutEngine(config, 0)
+    loaded.setup(len(os.sched_getaffinity(0)), 0)
     text = subject.prompt_text(family(config.model.family)(config.model))
 
-    def round_(seed: int) -> int:
-        made._reset_caches()  # as after a weight push
-        samples = [Sample(f.stem, "bench", "iqa", f.read_bytes(), 50.0) for f in _files(directory, seed, work)]
+    def make_round(seed: int) -> int:
+        loaded._reset_caches()  # as after a weight push
+        samples = [Sample(f.stem, "bench", "iqa", f.read_bytes(), 50.0) for f in images(directory, seed, work)]
         prompts = [Prompt(s, text, s.sample_id) for s in samples]
-        groups = made.generate(prompts, Sampling(work.size, 1.0, work.tokens, seed=seed, step=seed), 0)
+        groups = loaded.generate(prompts, Sampling(work.size, 1.0, work.tokens, seed=seed, step=seed), 0)
         return sum(len(c.token_ids) for g in groups for c in g.completions)
 
-    return round_
+    return make_round
+
+
+@cache
+def _loaded(name: str, directory: Path) -> Callable[[int], int]:
+    os.dup2(2, 1)  # libraries print; standard output is for the bench's result
+    return {"generate": generate, "rows": partial(generate, repeat=True), "engine": engine}[name](directory)
+
+
+def _round(name: str, directory: Path, seed: int) -> tuple[int, float]:
+    """Run in the process of a side: make a round, and load the model before the first. Returns (tokens, seconds)."""
+    make_round = _loaded(name, directory)
+    start = time.perf_counter()
+    return make_round(seed), time.perf_counter() - start
 
 
 def round_flops(config: Any, prompt: int, work: Work = WORK) -> dict[str, float]:
@@ -114,7 +116,7 @@ def round_flops(config: Any, prompt: int, work: Work = WORK) -> dict[str, float]
     tower = sizes.forward_flops(1, patches, 0, 0)
     image = tower + patches * 2 * sizes.patch
     count = work.groups * work.size
-    head = count * work.tokens * 2 * sizes.head
+    head = work.completion_tokens * 2 * sizes.head
     shared = forward_flops(config, work, prompt, True) - work.groups * tower + head
     repeated = forward_flops(config, replace(work, tokens=work.tokens - 1), prompt, False) - count * tower + head
     return {
@@ -125,16 +127,16 @@ def round_flops(config: Any, prompt: int, work: Work = WORK) -> dict[str, float]
     }
 
 
-def _shape(directory: Path) -> tuple[Any, int]:
+def shape(directory: Path, work: Work = WORK) -> tuple[Any, int]:
     """Return the model's configuration and the tokens of a prompt."""
     from transformers import AutoConfig
 
     from tatar_dist.models import family
 
-    config = prepared(directory)
+    config = prepared(directory, work)
     backbone = family(config.model.family)(config.model)
-    shape: Any = AutoConfig.from_pretrained(config.model.path)
-    return shape, subject.prompt_tokens(backbone, subject.prompt_text(backbone), WORK.pixels)
+    tokens = subject.prompt_tokens(backbone, subject.prompt_text(backbone), work.pixels)
+    return AutoConfig.from_pretrained(config.model.path), tokens
 
 
 def product_rate() -> float:
@@ -163,59 +165,28 @@ def limit(counted: dict[str, float], rate: float, seconds: dict[str, list[float]
     }
 
 
-class Side:
-    """A process that makes a round whenever it is asked: `python -m MODULE NAME DIRECTORY` that calls `answer`."""
-
-    def __init__(self, name: str, directory: Path, module: str = "tatar_dist.bench.rollout") -> None:
-        self.name = name
-        self.log = (directory / f"{name}.log").open("w")
-        words = [sys.executable, "-m", module, name, str(directory)]
-        own = {
-            "VLLM_CPU_KVCACHE_SPACE": str(RolloutConfig().cpu_kv_cache_gib),
-            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-        }
-        env = {**os.environ, **COMMON_ENV, **CPU_ENGINE_ENV, **own}  # as in a run (cluster/ray_cluster.py)
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
-        self.process: Any = subprocess.Popen(words, text=True, env=env, **pipes)
-
-    def round(self, seed: int) -> dict[str, float]:
-        """Measure one round. Raises RunError with the end of its log when the side died."""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(f"{seed}\n")
-            self.process.stdin.flush()
-            for line in self.process.stdout:
-                if line.startswith('{"seconds"'):
-                    found: dict[str, float] = json.loads(line)
-                    return found
-        raise RunError(f"{self.name} ended: {Path(self.log.name).read_text()[-2000:]}")
-
-    def close(self) -> None:
-        self.process.kill()  # it holds nothing
-        self.process.wait()
-        self.log.close()
-
-
 def run() -> dict[str, Any]:
     """Measure everything."""
-    rates: dict[str, list[float]] = {name: [] for name in SIDES}
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    rates: dict[str, list[float]] = {name: [] for name in NAMES}
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
     products: list[float] = []
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-        directory = Path(name)
-        counted = round_flops(*_shape(directory))
-        write_images(directory, ROUNDS + 1)
-        sides = {name: Side(name, directory) for name in SIDES}
-        for side in sides.values():
-            stack.callback(side.close)
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place)
+        counted = round_flops(*shape(directory))
+        subject.write_images(directory, (ROUNDS + 1) * WORK.groups)
+        os.environ |= COMMON_ENV | engine_environment(prepared(directory), False, len(os.sched_getaffinity(0)))
+        sides = {name: ProcessPoolExecutor(1, get_context("spawn")) for name in NAMES}
         for round_ in range(ROUNDS + 1):
             for name, side in sides.items():
                 if name == "rows" and round_ != 1:
                     continue  # a minute each: one is enough to see what repeating an image costs
-                found = side.round(round_)
+                tokens, taken = side.submit(_round, name, directory, round_).result()
                 if round_:
-                    rates[name].append(found["tokens"] / found["seconds"])
-                    seconds[name].append(found["seconds"])
+                    rates[name].append(tokens / taken)
+                    seconds[name].append(taken)
             products += [product_rate() for _ in range(3)]
+        for side in sides.values():
+            side.shutdown()
     bound = limit(counted, max(products), seconds)
     return result(
         "rollout",
@@ -226,28 +197,15 @@ def run() -> dict[str, Any]:
         f"{bound['gflops_per_second']:.0f} GFLOP/s of a matrix product (ours: {bound['seconds']:.1f} s); "
         f"{bound['equal_speed']:.2f} times by FLOPs counted",
         sides={
-            SIDES[name]: {
+            label: {
                 "tokens_per_second": rates[name],
                 "seconds": seconds[name],
                 "gflops": counted[name] / 1e9,
                 "gflops_per_second": counted[name] / 1e9 / min(seconds[name]),
             }
-            for name in SIDES
+            for name, label in NAMES.items()
         },
         bound=bound,
         tower_share=counted["tower"] / counted["engine"],
         ratio_rows=ratio(rates["engine"][:1], rates["rows"]),
     )
-
-
-def answer(work: Callable[[int], int]) -> None:
-    """Serve a `Side`: a round of `work` for every line on standard input, the round's number."""
-    for line in sys.stdin:
-        start = time.perf_counter()
-        tokens = work(int(line))
-        print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens}), flush=True)
-
-
-if __name__ == "__main__":
-    make = {"generate": generate, "rows": rows, "engine": engine}[sys.argv[1]]
-    answer(make(Path(sys.argv[2])))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,13 @@ from tatar_dist.run.process import keep_on
 PIXELS = 448  # 256 image tokens
 GROUPS, GROUP, TOKENS = 2, 8, 64  # an update: groups, completions of each, their tokens
 PROMPTS, SAMPLES, MADE = 4, 4, 48  # a generation
-ROUNDS, TARGET, IDEAL = 3, 1.6, 2
+ROUNDS, TARGET = 3, 1.6
 
 
 def two_cores() -> tuple[int, int]:
     """Return the cores that are used. Raises UserError where there are fewer than two."""
     cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < IDEAL:
+    if len(cores) < 2:
         raise UserError(f"bench scaling: needs 2 cores, this process may use {len(cores)}")
     return cores[0], cores[1]
 
@@ -44,12 +43,6 @@ def _pin(actor: Any, core: int) -> None:
 def _forget(engine: Any) -> None:
     """Run in the engine: drop what is in its caches, as a weight push does."""
     engine._reset_caches()
-
-
-def _everywhere(actors: list[Any], call: Callable[..., None], *each: list[Any]) -> None:
-    import ray
-
-    ray.get([a.__ray_call__.remote(call, *args) for a, *args in zip(actors, *each, strict=True)])
 
 
 def _config(directory: Path, processes: int) -> Any:
@@ -67,12 +60,14 @@ class Rig:
     """`processes` learners and as many engines, each on a core of its own; learners and engines take turns."""
 
     def __init__(self, directory: Path, processes: int, cores: tuple[int, int], stack: contextlib.ExitStack) -> None:
+        import ray
+
         from tatar_dist.cluster.ray_cluster import Cluster
         from tatar_dist.learner.sharding import shard_rows
         from tatar_dist.models import family
         from tatar_dist.types import Prompt, Sample
 
-        config, own = _config(directory, processes), list(cores[:processes])
+        config = _config(directory, processes)
         cluster = stack.enter_context(Cluster(config))
         self.learners, self.pool = cluster.learners(processes), cluster.engines(processes)
         self.pool.start(1)
@@ -80,7 +75,7 @@ class Rig:
         self.pool.started()
         self._engines = [e.actor for e in self.pool.engines]
         for actors in (self.learners.actors, self._engines):
-            _everywhere(actors, _pin, own)
+            ray.get([a.__ray_call__.remote(_pin, core) for a, core in zip(actors, cores, strict=False)])
         backbone = family(config.model.family)(config.model)
         rows = subject.rows(backbone, GROUPS, GROUP, TOKENS, PIXELS)
         budget, costs = config.grpo.micro_tokens, backbone.costs()
@@ -93,9 +88,11 @@ class Rig:
         self.learners.grpo_step(self._half if half else self._shards, 0)
 
     def generate(self, half: bool = False) -> None:
+        import ray
+
         from tatar_dist.rollout.engine import Sampling
 
-        _everywhere(self._engines, _forget)
+        ray.get([e.__ray_call__.remote(_forget) for e in self._engines])
         self.pool.generate(self._prompts[: PROMPTS // 2 if half else PROMPTS], Sampling(SAMPLES, 1.0, MADE))
 
 
@@ -115,8 +112,12 @@ def run() -> dict[str, Any]:
         ):
             seconds = in_turns(work, shared, rounds=ROUNDS)
             half = in_turns(work, partial(work, half=True), rounds=ROUNDS)
-            both = {"one_seconds": seconds[0], "two_seconds": seconds[1]}
-            parts[part] = {**both, "ratio": ratio(*seconds), "limit": ratio(*half)}
+            parts[part] = {
+                "one_seconds": seconds[0],
+                "two_seconds": seconds[1],
+                "ratio": ratio(*seconds),
+                "limit": ratio(*half),
+            }
     worst = min(parts, key=lambda part: parts[part]["ratio"]["median"])
     return result(
         "scaling",

@@ -9,13 +9,13 @@ their mean. About 40 minutes on two idle cores.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from tatar_dist.bench.harness import ratio, result
 from tatar_dist.errors import UserError
@@ -38,7 +38,7 @@ def variants(seed: int) -> dict[str, list[str]]:
     return {name: words for name, words in VARIANTS.items() if seed == 0 or name in EVERY_SEED}
 
 
-def train(directory: Path, words: Sequence[str] = ()) -> None:
+def train(directory: Path) -> None:
     """Make every run that has no result yet: DIR/seed_K/sft, DIR/seed_K/VARIANT."""
     from tatar_dist import grpo as controller
     from tatar_dist import sft
@@ -50,21 +50,21 @@ def train(directory: Path, words: Sequence[str] = ()) -> None:
     data = directory / "data"
     make_demo(data, **IMAGES)
     sets = [f"data.{s}=[{','.join(f'{task}_{s}.parquet' for task in TASKS)}]" for s in SPLITS]
-    console = Console(stderr=True)
-    with Cluster(demo_config(directory / "base", data, [*sets, *words])):  # one Ray for all
+    # of the steps of GRPO; drift is what is looked at, and must not end a run
+    steps = [f"grpo.max_steps={STEPS}", f"grpo.eval_every={STEPS}", "grpo.logprob_gap_limit=10"]
+    with Cluster(demo_config(directory / "base", data, sets)):  # one Ray for all
         for seed in range(SEEDS):
             for name, more in {"sft": ["sft.eval_every=0"], **variants(seed)}.items():
                 output = directory / f"seed_{seed}" / name
                 if (output / "finished").exists():
                     continue
-                console.print(f"[bold]seed {seed}[/bold]  {name if name == 'sft' else f'staleness {name}'}")
-                own = [*sets, f"seed={seed}", *more]
+                print(f"seed {seed}: {name if name == 'sft' else f'staleness {name}'}", file=sys.stderr)
+                words = [*sets, f"seed={seed}", *more]
                 if name == "sft":
-                    sft.run(demo_config(output, data, [*own, *words]))
+                    sft.run(demo_config(output, data, words))
                 else:
-                    own += [f"model.path={model_of(directory / f'seed_{seed}' / 'sft')}", f"grpo.max_steps={STEPS}"]
-                    own += [f"grpo.eval_every={STEPS}", "grpo.logprob_gap_limit=10"]  # the gap is what is looked at
-                    controller.run(demo_config(output, data, [*own, *words]))
+                    model = model_of(directory / f"seed_{seed}" / "sft")
+                    controller.run(demo_config(output, data, [*words, f"model.path={model}", *steps]))
                 (output / "finished").touch()
 
 
@@ -72,36 +72,40 @@ def figures(run: Path) -> dict[str, float]:
     """Return what is compared of one run; drift is mean |log p learner - log p engine| a token."""
     lines = read_metrics(run)
     end = lines[-LAST:]
-    found = {f"reward/{t}": float(np.mean([m[f"reward/total/{t}"] for m in end])) for t in TASKS}
-    found["reward"] = float(np.mean(list(found.values())))
-    found |= {f"srcc/{t}": lines[-1][f"eval/demo-{t}/srcc"] for t in TASKS}
-    found["drift"] = float(np.mean([m["sync/logprob_gap"] for m in lines]))
-    found["drift_max"] = max(m["sync/logprob_gap_max"] for m in lines)
-    found |= {"kl": lines[-1]["loss/kl"], "entropy": float(np.mean([m["policy/entropy"] for m in end]))}
-    found["cut"] = float(np.mean([m.get("policy/importance_cut", 0.0) for m in lines]))
-    return found
+
+    def mean(rows: list[dict[str, Any]], name: str) -> float:
+        return float(np.mean([row[name] for row in rows]))
+
+    rewards = {f"reward/{task}": mean(end, f"reward/total/{task}") for task in TASKS}
+    return {
+        **rewards,
+        "reward": float(np.mean(list(rewards.values()))),
+        **{f"srcc/{task}": lines[-1][f"eval/demo-{task}/srcc"] for task in TASKS},
+        "drift": mean(lines, "sync/logprob_gap"),
+        "drift_max": max(m["sync/logprob_gap_max"] for m in lines),
+        "kl": lines[-1]["loss/kl"],
+    }
 
 
 def run(words: Sequence[str] = ()) -> dict[str, Any]:
-    """Train and measure everything."""
-    keep = next((w.removeprefix("output=") for w in words if w.startswith("output=")), None)
+    """Train and measure everything. Raises UserError for a word other than output=DIR."""
     if other := [w for w in words if not w.startswith("output=")]:
         raise UserError(f"bench staleness takes output=DIR only, not {other[0]!r}")
     with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(keep or temporary)
+        directory = Path(words[0].removeprefix("output=") if words else temporary)
         directory.mkdir(parents=True, exist_ok=True)
         train(directory)
-        found = {
+        runs = {
             name: [figures(directory / f"seed_{k}" / name) for k in range(SEEDS) if name in variants(k)]
             for name in VARIANTS
         }
-    by_seed = {name: {key: [f[key] for f in each] for key in each[0]} for name, each in found.items()}
-    own = by_seed["0"]["reward"]
+    by_seed = {name: {key: [f[key] for f in seeds] for key in seeds[0]} for name, seeds in runs.items()}
+    synchronous = by_seed["0"]["reward"]
     return result(
         "staleness",
         "staleness 0, reward at the end",
-        ratio(by_seed["1"]["reward"], own),
-        min(own) / float(np.mean(own)),
+        ratio(by_seed["1"]["reward"], synchronous),
+        min(synchronous) / float(np.mean(synchronous)),
         "1, or the worst seed over the mean of seeds, which is the target",
         steps=STEPS,
         staleness=by_seed,

@@ -10,14 +10,13 @@ a copy, packing for the CPU; gathering the next bucket overlaps it.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tatar_dist.bench import subject
@@ -33,45 +32,39 @@ LARGE = TinySizes(
     vocab=4096, text_hidden=1024, text_layers=6, text_heads=32, text_kv_heads=8, text_intermediate=4096,
     vision_hidden=512, vision_depth=8, vision_heads=16, vision_intermediate=2048,
 )  # fmt: skip
+# name, sizes, dtype; all are as deep as each other, and the first is the constant
+CASES = (("thin", THIN, "float32"), ("140M", LARGE, "float32"), ("140M", LARGE, "bfloat16"))
 ROUNDS, TARGET, PIXELS = 5, 1.0, 112
 PARTS = ("gather", "to store", "start", "load", "finish")
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model and its dtype. All are as deep as each other."""
+def _timed(part: str, method: Callable[..., Any]) -> Any:
+    """Return a method of an engine that also adds its seconds to `engine.parts[part]`."""
 
-    name: str
-    sizes: TinySizes
-    dtype: str = "float32"
+    def call(engine: Any, *args: Any) -> Any:
+        start = time.perf_counter()
+        value = method(engine, *args)
+        engine.parts[part] += time.perf_counter() - start
+        return value
 
-
-CASES = (Case("thin", THIN), *(Case("140M", LARGE, dtype) for dtype in ("float32", "bfloat16")))
+    return call
 
 
 class TimedEngine(RolloutEngine):
     """Add up the seconds of a push's three kinds of calls."""
 
-    def _timed(self, part: str, call: Callable[..., Any], *args: Any) -> Any:
-        start = time.perf_counter()
-        found = call(*args)
-        self.__dict__.setdefault("parts", {}).setdefault(part, []).append(time.perf_counter() - start)
-        return found
+    def __init__(self, config: Any, index: int) -> None:
+        super().__init__(config, index)
+        self.parts = Counter[str]()
 
-    def start_update(self, version: int) -> None:
-        self._timed("start", super().start_update, version)
-
-    def update(self, part: Any) -> int:
-        loaded: int = self._timed("load", super().update, part)
-        return loaded
-
-    def finish_update(self) -> int:
-        version: int = self._timed("finish", super().finish_update)
-        return version
+    start_update = _timed("start", RolloutEngine.start_update)
+    update = _timed("load", RolloutEngine.update)
+    finish_update = _timed("finish", RolloutEngine.finish_update)
 
     def take_parts(self) -> dict[str, float]:
         """Return the seconds of the last push by kind of call, and forget them."""
-        return {part: sum(seconds) for part, seconds in self.__dict__.pop("parts", {}).items()}
+        parts, self.parts = self.parts, Counter()
+        return dict(parts)
 
 
 def _gather(learner: Any) -> float:
@@ -79,30 +72,30 @@ def _gather(learner: Any) -> float:
     return seconds_of(lambda: deque(learner.zero3.full_parameters(), 0))
 
 
-def copies(nbytes: int, rounds: int = ROUNDS) -> list[float]:
+def copies(nbytes: int, rounds: int) -> list[float]:
     """Time copying that many bytes in memory, with one thread."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     source, target = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
-    found = [seconds_of(lambda: target.copy_(source)) for _ in range(rounds)]
+    seconds = [seconds_of(lambda: target.copy_(source)) for _ in range(rounds)]
     torch.set_num_threads(threads)
-    return found
+    return seconds
 
 
-def _config(case: Case, directory: Path) -> Any:
+def _config(directory: Path, name: str, sizes: TinySizes, dtype: str) -> Any:
     words = [
-        f"model.dtype={case.dtype}", "model.gradient_checkpointing=false", "cluster.gpus_per_node=0",
+        f"model.dtype={dtype}", "model.gradient_checkpointing=false", "cluster.gpus_per_node=0",
         "cluster.learners=1", "rollout.engines=1", "cluster.learner_cpus=0.5", "cluster.engine_cpus=0.5",
         "cluster.object_store_mib=1536", "rollout.max_num_seqs=2", "rollout.max_model_len=448", "grpo.kl_beta=0",
         "grpo.prompts_per_step=1", "grpo.group_size=2", "data.iqa_fraction=1", "grpo.optim.name=sgd",
         "watch.prometheus=false",
     ]  # fmt: skip
-    return subject.make(directory / case.name, PIXELS, case.sizes, words)
+    return subject.make(directory / name, PIXELS, sizes, words)
 
 
-def measure(case: Case, directory: Path) -> dict[str, Any]:
+def measure(config: Any) -> dict[str, Any]:
     """Time pushes of one model, copies of its bytes, and the parts of a push, each alone."""
     import ray
 
@@ -110,9 +103,7 @@ def measure(case: Case, directory: Path) -> dict[str, Any]:
     from tatar_dist.sync import weight_push
     from tatar_dist.sync.object_store import stream
 
-    config = _config(case, directory)
     way = weight_push(config)
-    bucket = config.rollout.bucket_mib << 20
     with Cluster(config) as cluster:
         learners, pool = cluster.learners(1), cluster.engines(1, cls=TimedEngine)
         pool.start(cluster.cores)
@@ -125,52 +116,47 @@ def measure(case: Case, directory: Path) -> dict[str, Any]:
 
         nbytes = int(push()["sync/bytes"])
         ray.get(engine.take_parts.remote())
-        pushes, parts, copied = [], dict[str, list[float]](), []
+        pushes, copied, parts = [], [], []
         for _ in range(ROUNDS):
             copied.append(min(copies(nbytes, 2)))
             pushes.append(push()["sync/seconds"])
             gather = ray.get(learner.__ray_call__.remote(_gather))
-            found = ray.get(engine.take_parts.remote()) | {"gather": gather}
-            found["to store"] = max(0.0, seconds_of(lambda: deque(stream(learners, bucket), 0)) - gather)
-            for part, seconds in found.items():
-                parts.setdefault(part, []).append(seconds)
+            stored = seconds_of(lambda: deque(stream(learners, config.rollout.bucket_mib << 20), 0))
+            calls = ray.get(engine.take_parts.remote())
+            parts.append(calls | {"gather": gather, "to store": max(0.0, stored - gather)})
     return {
-        "model": case.name,
-        "dtype": case.dtype,
+        "dtype": config.model.dtype,
         "parameters": facts[0]["parameters"],
         "bytes": nbytes,
         "push_seconds": pushes,
         "copy_seconds": copied,
-        "parts_seconds": {part: statistics.median(parts[part]) for part in PARTS},
+        "parts_seconds": {part: median(p[part] for p in parts) for part in PARTS},
     }
 
 
-def ratios(found: dict[str, Any], constant: float) -> dict[str, float]:
-    """Return (2 x copy + constant) / push, round by round."""
-    return ratio([2 * c + constant for c in found["copy_seconds"]], found["push_seconds"])
-
-
-def compare(cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield all cases but the first with what they are compared with; the first is the constant."""
-    constant = statistics.median(cases[0]["push_seconds"])
-    for found in cases[1:]:
-        push, copy = (statistics.median(found[k]) for k in ("push_seconds", "copy_seconds"))
-        rates = {"gb_per_second": found["bytes"] / push / 1e9, "share_of_copy": copy / push}
-        yield found | {"constant_seconds": constant, "ratio": ratios(found, constant), **rates}
+def compare(case: dict[str, Any], constant: float) -> dict[str, Any]:
+    """Return a case with its ratio, (2 x copy + constant) / push round by round, and rates."""
+    push, copy = (median(case[k]) for k in ("push_seconds", "copy_seconds"))
+    return case | {
+        "ratio": ratio([2 * c + constant for c in case["copy_seconds"]], case["push_seconds"]),
+        "gb_per_second": case["bytes"] / push / 1e9,
+        "share_of_copy": copy / push,
+    }
 
 
 def run() -> dict[str, Any]:
     """Measure everything."""
     from tatar_dist.cluster.ray_cluster import Cluster
 
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        with Cluster(_config(CASES[0], directory)):  # one Ray for all
-            cases = [measure(case, directory) for case in CASES]
-    compared = list(compare(cases))
-    worst = min(compared, key=lambda found: found["ratio"]["median"])
-    constant, load = worst["constant_seconds"], worst["parts_seconds"]["load"]
-    least = (2 * statistics.median(worst["copy_seconds"]) + constant) / load
+    with tempfile.TemporaryDirectory() as place:
+        configs = [_config(Path(place), *case) for case in CASES]
+        with Cluster(configs[0]):  # one Ray for all
+            cases = [{"model": case[0]} | measure(config) for case, config in zip(CASES, configs, strict=True)]
+    constant = median(cases[0]["push_seconds"])
+    compared = [compare(case, constant) for case in cases[1:]]
+    worst = min(compared, key=lambda case: case["ratio"]["median"])
+    load = worst["parts_seconds"]["load"]
+    least = (2 * median(worst["copy_seconds"]) + constant) / load
     return result(
         "sync",
         f"2 copies in memory + {1000 * constant:.0f} ms, {worst['model']} {worst['dtype']}",

@@ -30,21 +30,21 @@ UNITS = {
 def read(file: Path) -> dict[str, Any]:
     """Read a result that `bench NAME --json` wrote. Raises UserError for anything else."""
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except FileNotFoundError:
         raise UserError(f"{file}: no such file{looked_in(file)}") from None
     except ValueError:
         raise UserError(f"{file}: no JSON; was the bench cut short?") from None
-    if not isinstance(found, dict) or not found.keys() >= set(FIELDS):
-        raise UserError(f"{file}: not what a bench with a baseline prints with --json")
-    return found
+    if not isinstance(content, dict) or not content.keys() >= set(FIELDS):
+        raise UserError(f"{file}: not what a bench prints with --json")
+    return content
 
 
-def cells(found: dict[str, Any]) -> tuple[str, ...]:
+def cells(result: dict[str, Any]) -> tuple[str, ...]:
     """Return the texts of COLUMNS for one result."""
-    spread = "{median:.2f} ({min:.2f}–{max:.2f})".format(**found["ratio"])
-    met = "yes" if found["met"] else "no"
-    return found["name"], found["baseline"], spread, f"{found['target']:.3g}", met, found["limit"]
+    spread = "{median:.2f} ({min:.2f}–{max:.2f})".format(**result["ratio"])
+    met = "yes" if result["met"] else "no"
+    return result["name"], result["baseline"], spread, f"{result['target']:.3g}", met, result["limit"]
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
@@ -53,13 +53,12 @@ def markdown(results: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def show(found: dict[str, Any]) -> None:
+def show(result: dict[str, Any]) -> None:
     """Print what is compared and how it came out, other figures, and tables of records."""
     console, head, tables = Console(highlight=False, markup=False), Table.grid(padding=(0, 2)), []
-    if found.keys() >= set(FIELDS):
-        for column, cell in zip(COLUMNS, cells(found), strict=True):
-            head.add_row(column, cell, style="bold red" if (column, cell) == ("met", "no") else None)
-    for key, value in found.items():
+    for column, cell in zip(COLUMNS, cells(result), strict=True):
+        head.add_row(column, cell, style="bold red" if (column, cell) == ("met", "no") else None)
+    for key, value in result.items():
         if rows := _records(value):
             tables.append(_table(_label(key), rows))
         elif key not in (*FIELDS, "versions"):

@@ -55,7 +55,7 @@ def probes(
 
 def _run_stage(stage: str, files: list[Path], words: list[str] | None, dry_run: bool, as_json: bool) -> None:
     from tatar_dist.config.load import load_config
-    from tatar_dist.plan.inputs import check_inputs
+    from tatar_dist.plan.plan import check_inputs
 
     config = load_config([str(f) for f in files], words or [])
     if dry_run:

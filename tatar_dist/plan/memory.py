@@ -77,12 +77,12 @@ def sizes_of(path: str) -> ModelSizes:
     file = Path(path) / "config.json"
     if file.is_file():
         try:
-            found = json.loads(file.read_text())
-            if (kind := found.get("model_type")) != MODEL_TYPE:
+            settings = json.loads(file.read_text())
+            if (kind := settings.get("model_type")) != MODEL_TYPE:
                 raise UserError(f"{file}: model_type is {kind!r}; only the sizes of {MODEL_TYPE} are known")
-            text = found.get("text_config", found)
-            vision = {**VISION, **found["vision_config"]}
-            sizes = ModelSizes({n: text[n] for n in NAMES}, vision, bool(found.get("tie_word_embeddings")))
+            text = settings.get("text_config", settings)
+            vision = {**VISION, **settings["vision_config"]}
+            sizes = ModelSizes({n: text[n] for n in NAMES}, vision, bool(settings.get("tie_word_embeddings")))
             assert sizes.parameters > 0
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
             raise UserError(f"{file}: not of a Qwen2.5-VL: {type(e).__name__}: {e}") from None
@@ -143,7 +143,7 @@ def estimate(config: Config, plan: Plan, gpu_gib: float) -> Estimate:
 
 
 def learner(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory:
-    """Memory of one ZeRO-3 rank at the larger of its two peaks: backward, or optimizer step."""
+    """Estimate one ZeRO-3 rank at the larger of its two peaks: backward, or optimizer step."""
     m, grpo = config.model, plan.stage == "grpo"
     wide, ranks = (2 if m.dtype == "bfloat16" else 4), plan.learners
     everything = sizes.parameters
@@ -173,7 +173,9 @@ def learner(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memor
 
 def _micro_batch(config: Config, plan: Plan) -> tuple[float, float, float]:
     """Return (tokens, patches, completion tokens) of the largest forward: max_pixels images, full-length completions.
-    A forward has at least one prompt with one completion, whatever micro_tokens is."""
+
+    A forward has at least one prompt with one completion, whatever micro_tokens is.
+    """
     assert plan.split is not None
     image = config.model.max_pixels / TOKEN_PIXELS
     prompt, answer = _prompt(config), config.rollout.max_new_tokens
@@ -191,7 +193,7 @@ def _prompt(config: Config) -> float:
 
 
 def engine(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory:
-    """Memory of one GPU of an engine; keys and values take the rest of gpu_memory_utilization."""
+    """Estimate one GPU of an engine; keys and values take the rest of gpu_memory_utilization."""
     r, tp = config.rollout, plan.tensor_parallel
     wide = 2 if config.model.dtype == "bfloat16" else 4
     token = sizes.kv_bytes(wide) / min(tp, sizes.text["num_key_value_heads"])
@@ -250,9 +252,9 @@ def _easier(config: Config, plan: Plan) -> Iterator[tuple[str, Config]]:
 
 def _for_engines(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> str:
     """Return keys to set for an engine without room for a sequence, or for memory outside of it."""
-    found = engine(config, plan, sizes, room)
-    if found.sequences:
-        share = config.rollout.gpu_memory_utilization - (found.total / room - (1 - HEADROOM))
+    needed = engine(config, plan, sizes, room)
+    if needed.sequences:
+        share = config.rollout.gpu_memory_utilization - (needed.total / room - (1 - HEADROOM))
         return f"an engine does not fit: set rollout.gpu_memory_utilization={max(0.0, math.floor(share * 100) / 100):g}"
     most = config.cluster.gpus_per_node or 8
     for tp in (2**i for i in range(1, 7) if plan.tensor_parallel < 2**i <= most):
@@ -261,23 +263,23 @@ def _for_engines(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> 
     return "an engine has no room for a sequence on a node's GPUs: lower rollout.max_model_len, or take larger GPUs"
 
 
-def as_table(found: Estimate) -> Any:
-    """The estimate as a rich table, in GiB per GPU; NOTE describes its reliability."""
+def as_table(estimated: Estimate) -> Any:
+    """Return the estimate as a rich table, in GiB per GPU; NOTE describes its reliability."""
     from rich.table import Table
 
-    title = f"{found.stage}: GiB of a GPU's {found.gpu_gib:g}, estimated"
+    title = f"{estimated.stage}: GiB of a GPU's {estimated.gpu_gib:g}, estimated"
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     table.add_column(justify="right")
-    for m in found.roles:
+    for m in estimated.roles:
         for i, (part, size) in enumerate(m.parts.items()):
             table.add_row("" if i else m.role, part, f"{size / GIB:.1f}")
         table.add_row("", "all" if m.fits else "all: DOES NOT FIT", f"{m.total / GIB:.1f}")
         if m.sequences is not None:
             table.add_row("", "sequences at a time, of full length", str(m.sequences))
         table.add_section()
-    for line in found.advice:
+    for line in estimated.advice:
         table.add_row("change", line, "")
     return table
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import PIXELS
+from openai_server import Call, OpenAIServer, Reply
 from rationale_model import SMALLER, manifest, taught_model, wording_file
 from rationale_process import answers, build_and_kill, results, server_environment
 
-from tatar_dist.bench.openai_server import Call, OpenAIServer, Reply
 from tatar_dist.config.load import load_config
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.rationale import run as running

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from openai_server import FAST, SLOW, good_answer
 from PIL import Image
 
-from tatar_dist.bench.openai_server import FAST, SLOW, good_answer
 from tatar_dist.config.load import load_config
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.writing import write_manifest

@@ -11,10 +11,9 @@ pytest.importorskip("transformers")
 
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from tatar_dist.bench import counts, learner, shapes, subject  # noqa: E402
+from tatar_dist.bench import learner, subject  # noqa: E402
 from tatar_dist.bench.harness import in_turns, ratio, result  # noqa: E402
 from tatar_dist.bench.table import cells  # noqa: E402
-from tatar_dist.models import family  # noqa: E402
 
 ATEN = torch.ops.aten
 
@@ -39,20 +38,20 @@ UNCOUNTED = {
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_flops_are_those_of_the_operators_that_run(packed, tmp_path):
-    work = counts.Work(groups=2, size=2, tokens=24, pixels=112, vocab=8192)
+    work = subject.Work(groups=2, size=2, tokens=24, pixels=112, vocab=8192)
     update, model, prompt = learner._update(work, tmp_path, packed)
     with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         update()
     text = model.config.text_config
     # the row's last token predicts nothing, but a row-wise forward makes its logits, too
     surplus = 0 if packed else 4 * 3 * 2 * text.hidden_size * text.vocab_size
-    assert counter.get_total_flops() == pytest.approx(counts.flops(model.config, work, prompt, packed) + surplus)
+    assert counter.get_total_flops() == pytest.approx(subject.flops(model.config, work, prompt, packed) + surplus)
     kernels = counter.get_flop_counts()["Global"]
     attended = kernels[ATEN._scaled_dot_product_flash_attention_for_cpu]
-    assert attended == pytest.approx(counts.attention_flops(model.config, work, prompt, packed))
+    assert attended == pytest.approx(subject.attention_flops(model.config, work, prompt, packed))
 
 
-@pytest.mark.parametrize("work", [counts.Work(size=2, tokens=24, pixels=112), counts.Work(2, 3, 8, 224, vocab=1024)])
+@pytest.mark.parametrize("work", [subject.Work(size=2, tokens=24, pixels=112), subject.Work(2, 3, 8, 224, vocab=1024)])
 def test_what_is_kept_for_backward_is_counted(work, tmp_path):
     update, model, prompt = learner._update(work, tmp_path, True)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -67,32 +66,32 @@ def test_what_is_kept_for_backward_is_counted(work, tmp_path):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         update()
     measured = sum(storage.nbytes() for storage in kept.values())
-    assert measured == pytest.approx(counts.kept_bytes(model.config, work, prompt), rel=0.06)  # and what the ends keep
+    assert measured == pytest.approx(subject.kept_bytes(model.config, work, prompt), rel=0.06)  # and what the ends keep
 
 
 def test_the_peak_is_the_largest_of_three_moments(tmp_path):
-    config = learner._update(counts.Work(pixels=112), tmp_path, True)[1].config
-    work = counts.Work(pixels=112)
-    kept, logits = counts.kept_bytes(config, work, 40), 4 * 8 * 64 * config.text_config.vocab_size
-    assert counts.peak_bytes(config, work, 40, 14_000_000) == kept + 3 * logits
-    assert counts.peak_bytes(config, work, 40, 10**9) == 4e9
-    chunk, many = 256 << 20, counts.Work(groups=40, pixels=112)
+    config = learner._update(subject.Work(pixels=112), tmp_path, True)[1].config
+    work = subject.Work(pixels=112)
+    kept, logits = subject.kept_bytes(config, work, 40), 4 * 8 * 64 * config.text_config.vocab_size
+    assert subject.peak_bytes(config, work, 40, 14_000_000) == kept + 3 * logits
+    assert subject.peak_bytes(config, work, 40, 10**9) == 4e9
+    chunk, many = 256 << 20, subject.Work(groups=40, pixels=112)
     config.text_config.vocab_size = 8192
-    assert counts.peak_bytes(config, many, 40, 14_000_000) == counts.kept_bytes(config, many, 40) + 4 * chunk
+    assert subject.peak_bytes(config, many, 40, 14_000_000) == subject.kept_bytes(config, many, 40) + 4 * chunk
 
 
 def test_shared_prompts_are_counted_once(tmp_path):
-    config = learner._update(counts.Work(pixels=112), tmp_path, True)[1].config
-    alone, group = (counts.Work(size=n, tokens=1) for n in (1, 8))
-    prompts = [counts.flops(config, w, 1054, True) for w in (alone, group)]
+    config = learner._update(subject.Work(pixels=112), tmp_path, True)[1].config
+    alone, group = (subject.Work(size=n, tokens=1) for n in (1, 8))
+    prompts = [subject.flops(config, w, 1054, True) for w in (alone, group)]
     head = 2 * config.text_config.hidden_size * config.text_config.vocab_size
     assert prompts[1] - prompts[0] == pytest.approx(7 * 4 * head)  # their first token is predicted from the prompt
-    assert counts.flops(config, group, 1054, False) == pytest.approx(8 * counts.flops(config, alone, 1054, False))
+    assert subject.flops(config, group, 1054, False) == pytest.approx(8 * subject.flops(config, alone, 1054, False))
 
 
 def test_checkpointing_costs_one_forward_more_of_all_but_the_ends(tmp_path):
-    config = learner._update(counts.Work(pixels=112), tmp_path, True)[1].config
-    off, on = (counts.flops(config, counts.Work(pixels=112, checkpointing=c), 40, False) for c in (False, True))
+    config = learner._update(subject.Work(pixels=112), tmp_path, True)[1].config
+    off, on = (subject.flops(config, subject.Work(pixels=112, checkpointing=c), 40, False) for c in (False, True))
     v, t = config.vision_config, config.text_config
     head = 3 * 8 * 64 * 2 * t.hidden_size * t.vocab_size
     pixels = 2 * 8 * 64 * 2 * v.in_channels * v.temporal_patch_size * v.patch_size**2 * v.hidden_size
@@ -120,26 +119,7 @@ def test_the_json_of_a_comparison_is_complete():
     assert cells(found)[3:] == ("7", "yes", "8 times by FLOPs")
 
 
-def test_a_median_below_the_target_has_not_met_it():
+def test_a_median_below_the_target_or_another_target_missed_is_not_met():
     found = result("learner", "rows", {"min": 6.0, "median": 6.999, "max": 9.0}, 7.0, "")
     assert found["met"] is False and cells(found)[4] == "no"
-
-
-@pytest.mark.parametrize(("name", "billions"), [("3B", 3.75), ("7B", 8.29)])  # as the hub states them
-def test_a_shape_has_the_parameters_of_the_released_model(name, billions, tmp_path):
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    small = subject.make(tmp_path, 112)
-    config = shapes.make_config(shapes.SHAPES[name], family("qwen2_5_vl")(small.model))
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
-
-
-def test_useful_flops_leave_out_what_is_computed_twice(tmp_path):
-    config = learner._update(counts.Work(pixels=112), tmp_path, True)[1].config
-    work = counts.Work(pixels=112, checkpointing=True)
-    once, text = shapes.useful_flops(config, work, 40), config.text_config
-    logits = 8 * 64 * 2 * text.hidden_size * text.vocab_size
-    assert once == pytest.approx(counts.flops(config, counts.Work(pixels=112), 40, True) - logits)
-    assert once < counts.flops(config, work, 40, True) - logits
+    assert result("learner", "rows", {"min": 6.0, "median": 8.0, "max": 9.0}, 7.0, "", False)["met"] is False

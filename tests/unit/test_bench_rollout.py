@@ -9,8 +9,8 @@ pytest.importorskip("transformers")
 
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from tatar_dist.bench import rollout  # noqa: E402
-from tatar_dist.bench.counts import Work, attention_flops  # noqa: E402
+from tatar_dist.bench import rollout, subject  # noqa: E402
+from tatar_dist.bench.subject import Work, attention_flops  # noqa: E402
 
 WORK = Work(groups=2, size=3, tokens=4, pixels=112)
 
@@ -20,9 +20,9 @@ def test_flops_are_those_of_the_products_that_run(name, tmp_path):
     from transformers import AutoConfig
 
     rollout.prepared(tmp_path, WORK)
-    rollout.write_images(tmp_path, 1, WORK)
+    subject.write_images(tmp_path, WORK.groups, WORK.pixels)
     with FlopCounterMode(display=False) as counter:  # counts no attention on the CPU
-        assert {"generate": rollout.generate, "rows": rollout.rows}[name](tmp_path, WORK)(0) == 6 * 4
+        assert rollout.generate(tmp_path, WORK, repeat=name == "rows")(0) == 6 * 4
     shape = AutoConfig.from_pretrained(tmp_path / "model")
     prompt = _prompt(tmp_path)
     images, tokens = {"generate": 2, "rows": 6}[name], Work(groups=2, size=3, tokens=3, pixels=112)
@@ -44,26 +44,23 @@ def _without_text(shape):
 def _prompt(directory):
     from PIL import Image
 
-    from tatar_dist.bench import subject
     from tatar_dist.models import family
 
     config = rollout.prepared(directory, WORK)
     backbone = family(config.model.family)(config.model)
-    image = Image.open(subject.file(0, directory))
+    image = Image.open(rollout.images(directory, 0, WORK)[0])
     made = backbone.processor(text=[subject.prompt_text(backbone)], images=[image], return_tensors="pt")
     return made["input_ids"].shape[1]
 
 
-def test_the_prompt_has_as_many_tokens_as_the_processor_makes(tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout, "WORK", WORK)
-    monkeypatch.setattr(rollout.prepared, "__defaults__", (WORK,))
-    rollout.write_images(tmp_path, 1, WORK)
-    assert rollout._shape(tmp_path)[1] == _prompt(tmp_path)
+def test_the_prompt_has_as_many_tokens_as_the_processor_makes(tmp_path):
+    subject.write_images(tmp_path, WORK.groups, WORK.pixels)
+    assert rollout.shape(tmp_path, WORK)[1] == _prompt(tmp_path)
 
 
 def test_every_round_has_images_of_its_own(tmp_path):
-    rollout.write_images(tmp_path, 2, WORK)
-    files = [f for r in range(2) for f in rollout._files(tmp_path, r, WORK)]
+    subject.write_images(tmp_path, 2 * WORK.groups, WORK.pixels)
+    files = [f for r in range(2) for f in rollout.images(tmp_path, r, WORK)]
     assert len({f.read_bytes() for f in files}) == 4
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 
 import pytest
 
 from tatar_dist.bench import reward
 from tatar_dist.bench.table import markdown, read, show
 from tatar_dist.cli import main
+from tatar_dist.commands.checks import BENCHES
 from tatar_dist.errors import UserError
 
 RESULT = {
@@ -56,14 +58,21 @@ def test_json_is_all_that_stands_on_standard_output(monkeypatch, capsys):
         return RESULT
 
     monkeypatch.setattr(reward, "run", run)
-    assert main(["bench", "reward", "--json"]) == 0
+    assert main(["bench", "reward", "--json"]) == 1
     said = capsys.readouterr()
     assert json.loads(said.out) == RESULT and "warning" in said.err
 
 
+@pytest.mark.parametrize(("met", "status"), [(True, 0), (False, 1)])
+def test_a_missed_target_is_status_1_in_every_bench(met, status, monkeypatch, capsys):
+    for name in BENCHES:
+        monkeypatch.setattr(import_module(f"tatar_dist.bench.{name}"), "run", lambda: RESULT | {"met": met})
+        assert main(["bench", name]) == status
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
-    [(None, "no such file"), ("", "cut short"), ("[1]", "not what"), ('{"name": "shapes"}', "not what")],
+    [(None, "no such file"), ("", "cut short"), ("[1]", "not what"), ('{"name": "sync"}', "not what")],
 )
 def test_what_is_no_result_of_a_bench_is_refused(text, said, tmp_path):
     file = tmp_path / "x.json"

@@ -201,11 +201,11 @@ def test_a_qwen3_without_the_flag_that_the_engine_reads_is_refused(tmp_path):
 
 @pytest.mark.parametrize("tokens", [16, 128, 1024])
 def test_a_units_cost_is_as_its_flops(tokens, tmp_path):
-    """Beside bench/counts.py, which leaves nothing out: attention in the vision tower, its merger, the head."""
+    """Beside bench/subject.py, which leaves nothing out: attention in the vision tower, its merger, the head."""
     from transformers import Qwen2_5_VLConfig
 
-    from tatar_dist.bench.counts import Work, flops
     from tatar_dist.bench.subject import SIZES as REAL
+    from tatar_dist.bench.subject import Work, flops
 
     config = load_config([], ["output=unused", f"model.path={build(tmp_path, corpus=CORPUS, sizes=REAL)}"])
     costs, sizes = family("qwen2_5_vl")(config.model).costs(), Qwen2_5_VLConfig.from_pretrained(tmp_path)

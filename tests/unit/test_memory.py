@@ -91,8 +91,7 @@ def measured(tmp_path_factory):
     `bench learner` measures them."""
     pytest.importorskip("torch")
     from tatar_dist.bench import learner
-    from tatar_dist.bench.counts import Work
-    from tatar_dist.bench.subject import SIZES
+    from tatar_dist.bench.subject import SIZES, Work
 
     directory = tmp_path_factory.mktemp("measured")
     works = [Work(pixels=448, checkpointing=checkpointing) for checkpointing in (False, True)]

@@ -7,9 +7,9 @@ import unicodedata
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai_server import FAST, SLOW
 from rationale_cases import NOTES, build_config
 
-from tatar_dist.bench.openai_server import FAST, SLOW
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import answer_text, parse
 from tatar_dist.rationale.checks import (

@@ -7,6 +7,7 @@ import threading
 from urllib.parse import quote
 
 import pytest
+from openai_server import FAST, SLOW, OpenAIServer, Reply, completion, good_answer
 from PIL import Image
 from rationale_cases import (
     build,
@@ -22,7 +23,6 @@ from rationale_cases import (
     written,
 )
 
-from tatar_dist.bench.openai_server import FAST, SLOW, OpenAIServer, Reply, completion, good_answer
 from tatar_dist.cli import main
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError

@@ -7,9 +7,9 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai_server import FAST, OpenAIServer, Reply, completion, good_answer
 from rationale_cases import build, by_sample, first_then_good, manifest, rejected, rows, turns, when, written
 
-from tatar_dist.bench.openai_server import FAST, OpenAIServer, Reply, completion, good_answer
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.rationale.endpoint import limiter

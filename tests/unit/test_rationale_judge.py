@@ -4,9 +4,9 @@ import json
 import re
 
 import pytest
+from openai_server import FAST, OpenAIServer, Reply, completion, good_answer
 from rationale_cases import ROOT, build, build_config, by_sample, endpoint_words, manifest, png, rejected, rows, written
 
-from tatar_dist.bench.openai_server import FAST, OpenAIServer, Reply, completion, good_answer
 from tatar_dist.cli import main
 from tatar_dist.config.load import load_config
 from tatar_dist.data.manifest import read_manifest

@@ -11,10 +11,10 @@ import threading
 import time
 
 import pytest
+from openai_server import FAST, OpenAIServer, Reply, completion, good_answer
 from rationale_cases import ROOT, build_config, endpoint_words, manifest, rows, when
 from rich.console import Console
 
-from tatar_dist.bench.openai_server import FAST, OpenAIServer, Reply, completion, good_answer
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.rationale import run as running

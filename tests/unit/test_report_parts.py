@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from report_pages import HOSTILE, assert_safe, evaluation, grpo_rows, lines, predictions, report, rollouts, scores
+from report_run import GROUP, PROMPTS, write_run
 
-from tatar_dist.bench.report import GROUP, PROMPTS, write_run
 from tatar_dist.evaluate.metrics import logistic_map, plcc, plcc_fitted
 from tatar_dist.report.charts import bins, miscalibration
 from tatar_dist.report.details import differing, settings

@@ -5,8 +5,8 @@ rows a clean manifest would keep. Memory: 37 bytes a row, a count for each size 
 batches with about 8 MiB each of embedded images, and decoded images of as many pixels as `_Room` allows
 (images.MAX_PIXELS gives the cost of a pixel).
 
-Threads, not processes: Pillow releases the GIL while it decodes, threads start at once and need no pickling
-(`tatar-dist bench images` has the figures). The main thread reads the next batch while the workers decode this one.
+Threads, not processes: Pillow releases the GIL while it decodes, threads start at once and need no pickling. The
+main thread reads the next batch while the workers decode this one.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ process with one thread; with t threads they are multiplied by `serial + (1 - se
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,9 +120,6 @@ class StepCosts:
     cores: AtLeastOne | None = None  # CPU: cores that all processes share; None = GPUs
     source: str = "times given by hand"
     notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def read_costs(path: Path) -> StepCosts:

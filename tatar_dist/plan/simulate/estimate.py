@@ -14,15 +14,12 @@ usually reached (a roofline, Williams et al. 2009):
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.models.sizes import ModelSizes, passes
-from tatar_dist.plan.memory import PUBLISHED, released
+from tatar_dist.models.sizes import passes
+from tatar_dist.plan.memory import sizes_of
 from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts, StepCosts
 from tatar_dist.plan.simulate.step import prompt_tokens
 
@@ -35,46 +32,31 @@ COPY, TRANSFER = 2e9, 5e9  # bytes/s of a copy through host memory, and of Ray's
 LENGTHS = {"iqa": (80, 12), "iaa": (230, 35)}
 
 
-def model_size(path: str) -> tuple[float, int]:
-    """Return (parameters, bytes of a token's keys and values in bfloat16). Raises UserError for unknown sizes."""
-    directory = Path(path)
-    weights = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
-    if weights and (directory / "config.json").is_file():
-        try:
-            config = json.loads((directory / "config.json").read_text())
-            text = config.get("text_config", config)
-            wide = 4 if "float32" in (config.get("torch_dtype"), config.get("dtype")) else 2
-            return weights / wide, ModelSizes(text, {}).kv_bytes(2)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
-            raise UserError(f"{directory / 'config.json'}: not a model's: {type(e).__name__}: {e}") from None
-    if sizes := released(path):
-        return float(f"{sizes.parameters:.2e}"), sizes.kv_bytes(2)  # three digits, as the model cards have it
-    raise UserError(
-        f"model.path={path}: of unknown size, so its times cannot be estimated: name a Qwen2.5-VL of "
-        f"{', '.join(PUBLISHED)} or a model directory, or give measured times (--measured RUN or --times FILE)"
-    )
-
-
-def estimate(config: Config, seed: int = 0) -> StepCosts:
+def estimate(config: Config) -> StepCosts:
     """Estimate the costs. Raises UserError for a CPU configuration or a model of unknown size."""
     if not config.cluster.gpus_per_node:
         raise UserError(
             "--simulate needs times, and for CPUs there is no estimate: run a few steps with this config and give "
             "their run directory, --measured RUN (may repeat), or a file of times, --times FILE"
         )
-    (parameters, kv_bytes), tp = model_size(config.model.path), config.rollout.tensor_parallel
+    try:
+        sizes = sizes_of(config.model.path)
+    except UserError as error:
+        raise UserError(f"{error}; or give measured times (--measured RUN or --times FILE)") from None
+    parameters, kv_bytes = float(f"{sizes.parameters:.2e}"), sizes.kv_bytes(2)  # three digits, as on model cards
+    tp = config.rollout.tensor_parallel
     m, g, r = config.model, config.grpo, config.rollout
     wide = 2 if m.dtype == "bfloat16" else 4
     weights = parameters * wide
     prompt = prompt_tokens(config)
-    means = {"iqa": LENGTHS["iqa"][0], "iaa": LENGTHS["iaa"][0]}
-    context = prompt + (config.data.iqa_fraction * means["iqa"] + (1 - config.data.iqa_fraction) * means["iaa"]) / 2
+    iqa, iaa = LENGTHS["iqa"][0], LENGTHS["iaa"][0]
+    context = prompt + (config.data.iqa_fraction * iqa + (1 - config.data.iqa_fraction) * iaa) / 2
     once = 2 * bool(g.kl_beta) + 2 * (g.inner_iterations > 1)  # reference; old policy
     whole = not m.lora_rank  # adapters: no gradients of the weights to compute and to move
     update = g.inner_iterations * passes(m.gradient_checkpointing, whole)
     token = (2 * update + once) * parameters / (FLOPS * TRAIN)
     moved = weights * (update + bool(g.kl_beta))  # gathered for each pass; gradients reduced, which are one more
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = {task: rng.normal(*LENGTHS[task], 1000).clip(1, r.max_new_tokens) for task in LENGTHS}
     return StepCosts(
         lengths={task: (tuple(map(int, lengths)),) for task, lengths in drawn.items()},
@@ -103,6 +85,6 @@ def estimate(config: Config, seed: int = 0) -> StepCosts:
         notes=(
             "an estimate from data sheets and assumed efficiencies: compare splits with it, do not plan budgets; "
             "run a few steps and give --measured RUN for figures",
-            f"completions of {means['iqa']} (IQA) and {means['iaa']} (IAA) tokens are assumed",
+            f"completions of {iqa} (IQA) and {iaa} (IAA) tokens are assumed",
         ),
     )

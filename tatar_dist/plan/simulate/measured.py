@@ -23,6 +23,7 @@ from tatar_dist.assets import looked_in
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
+from tatar_dist.plan.plan import resolve
 from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts, StepCosts
 from tatar_dist.plan.simulate.step import Setup, generate, learn_factor, learn_work, push_work
 from tatar_dist.run.directory import read_metrics
@@ -72,37 +73,26 @@ def read_run(path: Path) -> MeasuredRun:
             f"{path / 'config.yaml'}: grpo.staleness={config.grpo.staleness}: times of parts that ran side by side do "
             "not tell what each costs; measure with grpo.staleness=0, the simulator lays them side by side itself"
         )
-    lines = _metrics(path)
+    lines = [row for row in read_metrics(path) if _is_timed(row)]
     if not lines:
         raise UserError(f"{metrics_file}: no step with time/generate: give the directory of a GRPO run")
     lines = lines[WARM_UP:] if len(lines) > 2 * WARM_UP else lines[-1:]
     median = float(np.median([m["time/step"] for m in lines]))
     lines = [m for m in lines if m["time/step"] <= SLOW * median][-NEWEST:]
-    learners, engines = _counts(path, config)
+    try:
+        plan = resolve(config, "grpo")
+    except UserError as e:
+        raise UserError(f"{path / 'config.yaml'}: {e}") from None
     cores = None if config.cluster.gpus_per_node else config.cluster.threads or len(os.sched_getaffinity(0))
-    setup = Setup.of(config, learners, engines, cores)
+    setup = Setup.of(config, plan.learners, plan.engines, cores)
     steps = [_observed(path, setup, m) for m in lines]
     waits = RunHistory(read_events(path)).checkpoint_seconds
     return MeasuredRun(path, config, steps, float(np.median(waits)) if waits else None)
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for row in read_metrics(path):
-        times = [row.get(f"time/{part}") for part in (*PARTS, "step")]
-        if all(isinstance(t, float | int) for t in times) and isinstance(row.get("step"), int):
-            found.append(row)
-    return found
-
-
-def _counts(path: Path, config: Config) -> tuple[int, int]:
-    from tatar_dist.plan.plan import resolve
-
-    try:
-        plan = resolve(config, "grpo")
-    except UserError as e:
-        raise UserError(f"{path / 'config.yaml'}: {e}") from None
-    return plan.learners, plan.engines
+def _is_timed(row: dict[str, Any]) -> bool:
+    times = [row.get(f"time/{part}") for part in (*PARTS, "step")]
+    return all(isinstance(t, float | int) for t in times) and isinstance(row.get("step"), int)
 
 
 def _observed(path: Path, setup: Setup, metrics: dict[str, Any]) -> Observed:
@@ -201,10 +191,13 @@ def costs_of_runs(paths: Sequence[Path]) -> StepCosts:
     def of(part: str, work: np.ndarray) -> np.ndarray:
         return fit(work, np.array([s.seconds[part] for s in steps]))
 
+    groups = [(task, tuple(group)) for s in steps for task, group in zip(s.tasks, s.lengths.tolist(), strict=True)]
     model = runs[0].config.model
     waits = [r.checkpoint for r in runs if r.checkpoint is not None]
     return StepCosts(
-        lengths=_lengths(steps),
+        lengths={
+            task: tuple(group for t, group in groups if t == task) for task in dict.fromkeys(t for t, _ in groups)
+        },
         engine=engine,
         learner=learner,
         reward=RewardCosts(*of("reward", rows)),
@@ -220,14 +213,6 @@ def costs_of_runs(paths: Sequence[Path]) -> StepCosts:
 
 
 ROLES = ("engines", "learners")
-
-
-def _lengths(steps: Sequence[Observed]) -> dict[str, tuple[tuple[int, ...], ...]]:
-    found: dict[str, list[tuple[int, ...]]] = {}
-    for s in steps:
-        for task, group in zip(s.tasks, s.lengths.tolist(), strict=True):
-            found.setdefault(task, []).append(tuple(group))
-    return {task: tuple(groups) for task, groups in found.items()}
 
 
 def _notes(

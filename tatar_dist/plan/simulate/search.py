@@ -22,7 +22,7 @@ from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 from tatar_dist.plan.plan import Plan, resolve
 from tatar_dist.plan.simulate.costs import StepCosts
-from tatar_dist.plan.simulate.step import Setup, StepTimes, simulate_step
+from tatar_dist.plan.simulate.step import Setup, StepTimes, amdahl, simulate_step
 
 GPUS = tuple(1 << k for k in range(11))
 DRAWS = 48
@@ -50,8 +50,10 @@ class Prediction:
     gpu_idle: float
     tokens_per_second: float
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+
+def fastest(predictions: dict[str, Prediction | None]) -> Prediction | None:
+    """Return the prediction with the shortest step; None if no placement fits."""
+    return min((p for p in predictions.values() if p), key=lambda p: p.step_seconds, default=None)
 
 
 def draw_lengths(costs: StepCosts, setup: Setup, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
@@ -133,16 +135,17 @@ class Simulator:
     def splits(self, gpus: int, placement: str) -> list[tuple[int, int]]:
         """Return candidate (learners, engines) that fit into the memory of `gpus` GPUs."""
         s, tp = self.setup, self.setup.tensor_parallel
-        found: list[tuple[int, int]] = []
         if placement == "colocated" and (tp > 1 or s.staleness):
-            return found
+            return []
+        calls = {-(-s.prompts // k) for k in range(1, s.prompts + 1)}  # engines that make the calls smaller
+        splits: list[tuple[int, int]] = []
         for learners in (n for n in range(1, min(gpus, s.rows) + 1) if s.rows % n == 0):
             if not self.fits(learners, placement):
                 continue
             room = learners if placement == "colocated" else (gpus - learners) // tp
-            sizes = {-(-s.prompts // k) for k in range(1, s.prompts + 1)}
-            found += [(learners, e) for e in sorted({*(n for n in sizes if n <= room), min(room, s.prompts)}) if e]
-        return found
+            engines = {n for n in calls if n <= room} | {min(room, s.prompts)}
+            splits += [(learners, e) for e in sorted(engines) if e]
+        return splits
 
     def fits(self, learners: int, placement: str) -> bool:
         """Whether GPUs hold a learner's shard and an engine's weights, together if colocated; True if unknown."""
@@ -158,14 +161,12 @@ class Simulator:
 
     def best(self, gpus: int, placement: str) -> Prediction | None:
         """Return the split with the shortest step, on ties with the fewest GPUs; None if nothing fits."""
-        found = [self.predict(*split, placement) for split in self.splits(gpus, placement)]
-        return min(found, key=lambda p: (round(p.step_seconds, 9), p.gpus), default=None)
+        predictions = [self.predict(*split, placement) for split in self.splits(gpus, placement)]
+        return min(predictions, key=lambda p: (round(p.step_seconds, 9), p.gpus), default=None)
 
 
 def alone(costs: StepCosts) -> StepCosts:
     """Convert CPU costs to those of a process that uses all `cores`, as for dedicated hardware."""
-    from tatar_dist.plan.simulate.step import amdahl
-
     assert costs.cores
     scaled = {}
     for role in ("engine", "learner"):
@@ -195,27 +196,27 @@ class Forecast:
 
     def efficiency(self) -> dict[int, float]:
         """Return n -> GPU-seconds of a step on the fewest GPUs that work, over those on n, each with the best split."""
-        steps = {n: min(p.step_seconds for p in found.values() if p) for n, found in self.rows if any(found.values())}
+        steps = {n: best.step_seconds for n, predictions in self.rows if (best := fastest(predictions))}
         return {n: steps[min(steps)] * min(steps) / (n * s) for n, s in steps.items()}
 
     def to_dict(self) -> dict[str, Any]:
         efficiency = self.efficiency()
 
         def shown(p: Prediction | None) -> dict[str, Any] | None:
-            return {**p.to_dict(), "run_seconds": self.run_seconds(p)} if p else None
+            return {**asdict(p), "run_seconds": self.run_seconds(p)} if p else None
 
         table = []
-        for n, found in self.rows:
-            fastest = min((p for p in found.values() if p), key=lambda p: p.step_seconds, default=None)
-            best = {"best": fastest and fastest.placement, "efficiency": efficiency.get(n)}
-            table.append({"gpus": n, **best, **{k: shown(p) for k, p in found.items()}})
+        for n, predictions in self.rows:
+            best = fastest(predictions)
+            row = {"gpus": n, "best": best and best.placement, "efficiency": efficiency.get(n)}
+            table.append(row | {placement: shown(p) for placement, p in predictions.items()})
         return {
             "source": self.costs.source,
             "notes": list(self.notes),
             "steps": self.plan.steps,
             "configured": shown(self.own),
             "table": table,
-            "costs": self.costs.to_dict(),
+            "costs": asdict(self.costs),
         }
 
 
@@ -250,7 +251,9 @@ def _notes(config: Config, costs: StepCosts, simulator: Simulator) -> list[str]:
         notes.append("colocated: what putting engines to sleep and waking them costs was not measured, 0 is taken")
     if not simulator.fits(1, "disaggregated"):
         least = next((n for n in range(2, simulator.setup.rows + 1) if simulator.fits(n, "disaggregated")), None)
-        least_said = f"the learners' state takes at least {least} GPUs of {costs.gpu_gib:g} GiB"
-        none_said = f"no split fits GPUs of {costs.gpu_gib:g} GiB: raise rollout.tensor_parallel, or take larger ones"
-        notes.append(f"memory: {least_said if least else none_said}")
+        if least:
+            notes.append(f"memory: the learners' state takes at least {least} GPUs of {costs.gpu_gib:g} GiB")
+        else:
+            cure = "raise rollout.tensor_parallel, or take larger ones"
+            notes.append(f"memory: no split fits GPUs of {costs.gpu_gib:g} GiB: {cure}")
     return notes

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.learner.packing import pack
 from tatar_dist.models.costs import Unit
 from tatar_dist.models.sizes import TOKEN_PIXELS
-from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, PushCosts, StepCosts
+from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, StepCosts
 
 TEXT_TOKENS, PIXELS = 200, 1024 * 768  # a prompt's text; an image of KonIQ-10k
 
@@ -162,16 +162,12 @@ def calls(setup: Setup) -> list[range]:
 
 
 def call_work(lengths: np.ndarray, slots: int) -> np.ndarray:
-    """Return the (4,) work of a call for `engine_vector`: 1, decode steps, tokens, prompts. `lengths`: (prompts, G).
+    """Return the (4,) work of a call: 1, decode steps, tokens, prompts. `lengths`: (prompts, G).
 
     Sequences beyond the engine's `slots` wait for a free one (continuous batching).
     """
     steps = lengths.max() if lengths.size <= slots else serve(lengths.ravel().tolist(), slots).seconds
     return np.array([1.0, steps, lengths.sum(), len(lengths)])
-
-
-def engine_vector(c: EngineCosts) -> np.ndarray:
-    return np.array([c.per_call, c.per_step, c.per_token, c.per_prompt])
 
 
 def generate(costs: EngineCosts, setup: Setup, lengths: np.ndarray) -> tuple[Service, np.ndarray]:
@@ -183,11 +179,12 @@ def generate(costs: EngineCosts, setup: Setup, lengths: np.ndarray) -> tuple[Ser
     def speed(busy: int) -> float:
         return min(1.0, cores / (busy * threads)) if cores else 1.0
 
-    seconds = work @ engine_vector(costs) * factor
-    found = serve(seconds.tolist(), setup.engines, speed)
-    last = max(found.calls, key=lambda mine: seconds[mine].sum() if mine else 0.0)
-    own = seconds[last].sum()
-    return found, work[last].sum(axis=0) * (found.seconds / own if own else 1.0) * factor
+    per_unit = np.array([costs.per_call, costs.per_step, costs.per_token, costs.per_prompt])
+    seconds = work @ per_unit * factor
+    service = serve(seconds.tolist(), setup.engines, speed)
+    last = max(service.calls, key=lambda indices: seconds[indices].sum() if indices else 0.0)
+    alone = seconds[last].sum()
+    return service, work[last].sum(axis=0) * (service.seconds / alone if alone else 1.0) * factor
 
 
 def learn_work(setup: Setup, lengths: np.ndarray) -> np.ndarray:
@@ -214,7 +211,7 @@ def learn_work(setup: Setup, lengths: np.ndarray) -> np.ndarray:
 
 
 def learn_factor(serial: float, setup: Setup) -> float:
-    """Slow-down of ranks that share cores, from their threads and from more threads than cores."""
+    """Return the slow-down of ranks that share cores, from their threads and from more threads than cores."""
     if not setup.side_cores:
         return 1.0
     threads = setup.threads(setup.learners)
@@ -228,17 +225,16 @@ def learner_vector(c: LearnerCosts, setup: Setup) -> np.ndarray:
 
 
 def push_work(setup: Setup, gb: float) -> np.ndarray:
-    """Return the (3,) work for `push_vector`. Each further node of engines is sent its own copy. Buckets are pipelined:
-    gathering overlaps loading, so n buckets take n + 1 times the slower of these two stages, `per_gb`."""
+    """Return the (3,) work of a push, in the order of `PushCosts`. Each further node of engines is sent a copy.
+
+    Buckets are pipelined: gathering overlaps loading, so n buckets take n + 1 times the slower of these two stages,
+    `per_gb`.
+    """
     buckets = max(1.0, np.ceil(gb * 1e9 / (setup.bucket_mib << 20)))
     receivers = setup.engines
     if setup.gpus_per_node:
         receivers = -(-setup.engines * setup.tensor_parallel // setup.gpus_per_node)
     return np.array([1.0, gb * (1 + 1 / buckets), gb * (receivers - 1)])
-
-
-def push_vector(c: PushCosts) -> np.ndarray:
-    return np.array([c.per_push, c.per_gb, c.per_gb_receiver])
 
 
 def simulate_step(costs: StepCosts, setup: Setup, lengths: np.ndarray) -> StepTimes:
@@ -253,7 +249,7 @@ def simulate_step(costs: StepCosts, setup: Setup, lengths: np.ndarray) -> StepTi
         generate=service.seconds,
         reward=costs.reward.per_batch + costs.reward.per_completion * setup.rows,
         learn=float(learn) * learn_factor(costs.learner.serial, setup),
-        sync=float(push_work(setup, costs.model_gb) @ push_vector(costs.push)),
+        sync=float(push_work(setup, costs.model_gb) @ astuple(costs.push)),
         other=costs.other.per_step + costs.other.per_completion * setup.rows,
         switch=costs.switch if setup.colocated else 0.0,
         engines_busy=service.busy,

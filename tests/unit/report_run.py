@@ -1,35 +1,20 @@
-"""Time the page of a long run and measure its size: `tatar-dist bench report`.
-
-The ratio is 20 s over the seconds of writing the page of a GRPO run of 1,000 steps with 100,000 rollouts (the whole
-command on one core, start of Python included); its size stands beside 10 MB. The run is made with what a run writes
-with: `write_rollouts`, the metrics' names, an event log with faults, a manifest of pictures. The limit is reading all
-rollouts and parsing their answers, timed in this process.
-"""
+"""Write the directory of a GRPO run with what a run writes with: rollouts, metrics, events, a manifest of pictures."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tatar_dist.bench.harness import ratio, result
-from tatar_dist.bench.process import timed
-
-STEPS, PROMPTS, GROUP = 1_000, 10, 10  # 100 completions a step
-IMAGES, SIDE = 400, (640, 480)
-BUDGET_S, BUDGET_MB, TARGET, ROUNDS = 20.0, 10.0, 1.0, 3
+PROMPTS, GROUP = 10, 10  # 100 completions a step
 WORDS = ("light", "colour", "sharp", "dull", "subject", "frame", "noise", "edge", "tone", "blur", "calm", "bright")
 SENTENCE, SENTENCES = 10, 200  # words of one, and how many there are to choose from
 LENGTH = {"iqa": 4, "iaa": 13}  # sentences of a rationale
 
 
-def write_run(
-    path: Path, steps: int = STEPS, images: int = IMAGES, side: tuple[int, int] = SIDE, seed: int = 0
-) -> Path:
+def write_run(path: Path, steps: int, images: int, side: tuple[int, int]) -> Path:
     """Make the directory of a GRPO run that learned, half of it IQA, and return `path`."""
     from tatar_dist.config.schema import Config, DataConfig, GRPOConfig, ModelConfig, to_yaml
     from tatar_dist.rewards.batch import batch_of_groups
@@ -39,7 +24,7 @@ def write_run(
     from tatar_dist.run.directory import write_rollouts
     from tatar_dist.run.events import Events
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     path.mkdir(parents=True, exist_ok=True)
     samples = _samples(path / "train.parquet", images, side, rng)
     config = Config(
@@ -123,32 +108,3 @@ def _other_metrics(step: int, rng: np.random.Generator) -> dict[str, float]:
         "optim/lr": 1e-6, "sync/logprob_gap": 1e-7, "sync/logprob_gap_max": 1e-5, "perf/tokens_per_second": 1600.0,
         "perf/rollout_idle": 0.3, "perf/learner_idle": 0.7,
     }  # fmt: skip
-
-
-def run(steps: int = STEPS, images: int = IMAGES, rounds: int = ROUNDS) -> dict[str, Any]:
-    """All measurements, as what `--json` prints."""
-    from tatar_dist.report.reading import read_rollouts, read_run
-
-    with tempfile.TemporaryDirectory() as directory:
-        path = write_run(Path(directory) / "run", steps, images)
-        commands = [timed(["-m", "tatar_dist", "report", str(path)], cores=1)[0] for _ in range(rounds)]
-        size = (path / "report.html").stat().st_size
-        training = read_run(path).trainings[0]
-        start = time.perf_counter()
-        rollouts = read_rollouts(training, [])
-        least = time.perf_counter() - start
-    seconds = [c["seconds"] for c in commands]
-    found = result(
-        "report",
-        f"{BUDGET_S:g} s for {steps * PROMPTS * GROUP:,} rollouts of {steps:,} steps",
-        ratio([BUDGET_S] * rounds, seconds),
-        TARGET,
-        f"{BUDGET_S / least:.1f}: reading the rollouts and parsing their answers",
-        seconds=seconds,
-        reading_seconds=least,
-        rollouts=len(rollouts) if rollouts else 0,
-        peak_mib=max(c["peak_mib"] for c in commands),
-        megabytes=size / 1e6,
-        megabytes_target=BUDGET_MB,
-    )
-    return found | {"met": found["met"] and size <= BUDGET_MB * 1e6}

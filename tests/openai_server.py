@@ -1,19 +1,13 @@
-"""Serve an OpenAI-compatible API on loopback with fixed latency, slots and a log.
+"""Serve an OpenAI-compatible chat API on loopback, with a latency and a log of requests.
 
-The log has for every request when it came and when its answer was sent. The benchmark runs the server as a process of
-its own; tests run it in a thread and hand in functions that answer badly. It knows no images and no language.
-
-    python -m tatar_dist.bench.openai_server --latency 0.5     prints its address, then serves until stdin closes;
-                                                               GET /log answers with the log as JSON
+Tests hand in functions that answer badly. The server knows no images and no language.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import inspect
 import json
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -61,7 +55,7 @@ class Reply:
 
 
 def completion(text: str | None, finish: str = "stop", usage: tuple[int, int] | None = None) -> dict[str, Any]:
-    """The body of a chat completion. `usage`: (prompt tokens, completion tokens)."""
+    """Return the body of a chat completion. `usage`: (prompt tokens, completion tokens)."""
     prompt, made = usage or (100, len((text or "").split()))
     return {
         "id": "chatcmpl-0",
@@ -79,7 +73,7 @@ def user_text(body: dict[str, Any]) -> str:
 
 
 def good_answer(call: Call) -> Reply:
-    """A text or marks that pass: which is seen from what is asked."""
+    """Return a text or marks that pass the checks, whichever the request asks for."""
     asked = user_text(call.body)
     for name, marks in MARKS.items():
         if name in asked:
@@ -91,16 +85,15 @@ Answering = Callable[[Call], Reply | Awaitable[Reply]]
 
 
 class OpenAIServer:
-    """Serves on loopback from a thread of its own. Context manager; `url` ends in /v1.
+    """Serve on loopback from a thread of its own. Context manager; `url` ends in /v1.
 
     `log`: dicts with number, seed, arrived, sent (seconds, monotonic; `sent` None while it is out) and status.
     """
 
-    def __init__(self, answer: Answering = good_answer, latency: float = 0.0, slots: int = 1 << 20) -> None:
-        self.answer, self.latency, self.slots = answer, latency, slots
+    def __init__(self, answer: Answering = good_answer, latency: float = 0.0) -> None:
+        self.answer, self.latency = answer, latency
         self.log: list[dict[str, Any]] = []
         self.calls: list[Call] = []
-        self.keep_calls = True
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -118,7 +111,6 @@ class OpenAIServer:
         self._loop.close()
 
     async def _start(self) -> int:
-        self._free = asyncio.Semaphore(self.slots)
         self._server = await asyncio.start_server(self._connection, "127.0.0.1", 0, limit=1 << 16)
         return int(self._server.sockets[0].getsockname()[1])
 
@@ -147,8 +139,6 @@ class OpenAIServer:
         first, *rest = head.split("\r\n")
         headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in rest if line)}
         raw = await reader.readexactly(int(headers.get("content-length", 0)))
-        if first.startswith("GET /log"):
-            return await self._send(writer, Reply(body={"log": self.log}))
         if not first.startswith("POST /v1/chat/completions"):
             return await self._send(writer, Reply(404, {"error": {"message": "no such path"}}))
         arrived = time.monotonic()
@@ -156,16 +146,14 @@ class OpenAIServer:
         call = Call(body, headers, len(self.log))
         entry = {"number": call.number, "seed": body.get("seed"), "arrived": arrived, "sent": None, "status": None}
         self.log.append(entry)
-        if self.keep_calls:
-            self.calls.append(call)
-        async with self._free:
-            found = self.answer(call)
-            reply = await found if inspect.isawaitable(found) else found
-            await asyncio.sleep(max(0.0, self.latency - (time.monotonic() - arrived)) + reply.delay)
-            try:
-                return await self._send(writer, reply)
-            finally:
-                entry |= {"sent": time.monotonic(), "status": reply.status}
+        self.calls.append(call)
+        answer = self.answer(call)
+        reply = await answer if inspect.isawaitable(answer) else answer
+        await asyncio.sleep(max(0.0, self.latency - (time.monotonic() - arrived)) + reply.delay)
+        try:
+            return await self._send(writer, reply)
+        finally:
+            entry |= {"sent": time.monotonic(), "status": reply.status}
 
     async def _send(self, writer: asyncio.StreamWriter, reply: Reply) -> bool:
         data = json.dumps(reply.body).encode() if isinstance(reply.body, dict) else reply.body
@@ -174,18 +162,3 @@ class OpenAIServer:
         writer.write("\r\n".join(lines).encode() + data[: reply.cut])
         await writer.drain()
         return reply.cut is None
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--latency", type=float, default=0.5)
-    parser.add_argument("--slots", type=int, default=1 << 20)
-    args = parser.parse_args()
-    with OpenAIServer(latency=args.latency, slots=args.slots) as server:
-        server.keep_calls = False  # bodies with images would pile up
-        print(server.url, flush=True)
-        sys.stdin.read()
-
-
-if __name__ == "__main__":
-    main()
