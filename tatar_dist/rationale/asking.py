@@ -19,10 +19,9 @@ from tatar_dist.errors import RunError, UserError
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.endpoint import Endpoint, NoAnswer, Stopped, tokens_bound
 from tatar_dist.rationale.ledger import Ledger, LedgerEntry, journal_line
-from tatar_dist.rationale.pictures import Picture, picture
 from tatar_dist.rationale.questions import Answer, Question, QuestionRow, Request
 from tatar_dist.rationale.replies import NoAccess, ReplyRefused
-from tatar_dist.rationale.rows import RationaleRows, reject_unreadable
+from tatar_dist.rationale.rows import Picture, RationaleRows, picture, reject_unreadable
 from tatar_dist.run.journal import Journal
 
 READ_THREADS = 2  # decoding and encoding of images; they release the interpreter lock

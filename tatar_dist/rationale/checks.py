@@ -109,7 +109,7 @@ def copied(text: str, sources: Sequence[str], n: int) -> str | None:
     return next((" ".join(gram) for gram in grams(bare(text)) if gram in known), None)
 
 
-# Abbreviations whose full stop ends no sentence; some end one before a capital, names and initials before a new subject.
+# Abbreviations whose full stop ends no sentence; some end one before a capital, names and initials before a starter.
 _NEVER_END = frozenset("e.g i.e eg ie vs cf approx fig mr mrs ms dr prof st mt viz resp".split())
 _MAY_END = frozenset(("etc", "al"))
 _NAMES = frozenset("jr sr inc ltd co corp".split())
