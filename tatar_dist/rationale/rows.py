@@ -35,14 +35,13 @@ JPEG_QUALITY = 92  # higher than what any teacher can tell apart, and no visible
 PATCH = 28  # Qwen-VL's image token covers 28 x 28 pixels; other models count fewer tokens for the same image
 
 
-def _attributes(text: str | None, path: Path, number: int) -> dict[str, str]:
+def _attributes(text: str | None, path: Path, number: int) -> dict[str, Any]:
     if not text:
         return {}
     try:
-        found = json_object(text)
+        return json_object(text)
     except ValueError as e:
         raise UserError(f"{path}: row {number}, column attributes: {e}") from None
-    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def reject_unreadable(ledger: Ledger, rows: RationaleRows, entry: LedgerEntry, says: str) -> None:
@@ -105,15 +104,8 @@ class RationaleRows:
                     text = values.get("rationale")
                     if (self.splits and values.get("split") not in self.splits) or (self.written and not text):
                         continue
-                    yield QuestionRow(
-                        number,
-                        values["sample_id"],
-                        values["dataset"],
-                        values["task"],
-                        float(values["score"]),
-                        text,
-                        _attributes(values.get("attributes"), self.path, number),
-                    )
+                    attributes = _attributes(values.get("attributes"), self.path, number)
+                    yield self.row_of({**values, "rationale": text, "attributes": attributes}, number)
 
     @property
     def image_root(self) -> Path:
@@ -122,7 +114,7 @@ class RationaleRows:
 
     @staticmethod
     def row_of(values: dict[str, Any], number: int) -> QuestionRow:
-        """Make a `QuestionRow` from all columns of a manifest row."""
+        """Make a `QuestionRow` from the columns of a manifest row; attributes that are no text are left out."""
         texts = {name: value for name, value in values["attributes"].items() if isinstance(value, str)}
         ids = (values["sample_id"], values["dataset"], values["task"])
         return QuestionRow(number, *ids, float(values["score"]), values["rationale"], texts)
