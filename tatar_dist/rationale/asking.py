@@ -19,10 +19,9 @@ from tatar_dist.errors import RunError, UserError
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.endpoint import Endpoint, NoAnswer, Stopped, tokens_bound
 from tatar_dist.rationale.ledger import Ledger, LedgerEntry, journal_line
-from tatar_dist.rationale.pictures import Picture, picture
 from tatar_dist.rationale.questions import Answer, Question, QuestionRow, Request
 from tatar_dist.rationale.replies import NoAccess, ReplyRefused
-from tatar_dist.rationale.rows import RationaleRows, reject_unreadable
+from tatar_dist.rationale.rows import Picture, RationaleRows, picture, reject_unreadable
 from tatar_dist.run.journal import Journal
 
 READ_THREADS = 2  # decoding and encoding of images; they release the interpreter lock
@@ -172,8 +171,8 @@ class Asking:
                 if not self.question.with_image(row.task):
                     return Prepared(entry, row)
                 pixels = self.question.targets[row.task].max_pixels
-                found = await loop.run_in_executor(encoders, picture, sample.image, pixels, row.sample_id)
-                return Prepared(entry, row, found)
+                image = await loop.run_in_executor(encoders, picture, sample.image, pixels, row.sample_id)
+                return Prepared(entry, row, image)
             except UnreadableImage as e:
                 return Prepared(entry, unreadable=str(e))
 
@@ -186,12 +185,12 @@ class Asking:
         """Ask row after row, one request at a time."""
         with contextlib.suppress(BudgetSpent, Stopped):
             while (coming := await ready.get()) is not None:
-                found = await coming
-                if found.row is None:
-                    reject_unreadable(self.ledger, self.rows, found.entry, found.unreadable or "")
+                prepared = await coming
+                if prepared.row is None:
+                    reject_unreadable(self.ledger, self.rows, prepared.entry, prepared.unreadable or "")
                     continue
                 self.ledger.images_read += 1
-                await self._settle(found.entry, found.row, found.picture)
+                await self._settle(prepared.entry, prepared.row, prepared.picture)
 
     async def _settle(self, entry: LedgerEntry, row: QuestionRow, image: Picture | None) -> None:
         """Ask about one row until it is settled. Raises BudgetSpent, Stopped, and errors that end the run."""
@@ -223,7 +222,8 @@ class Asking:
             held = False
             await self.budget.release(most, most)
             await self.journal.append({**key, "lost": most})
-            await self._reserve_again(key, most)
+            await self.budget.reserve(most)
+            await self._note({**key, "asking": most})
             held = True
 
         spent = 0
@@ -247,10 +247,6 @@ class Asking:
         finally:
             if held:
                 await self.budget.release(most, spent)
-
-    async def _reserve_again(self, key: dict[str, Any], most: int) -> None:
-        await self.budget.reserve(most)
-        await self._note({**key, "asking": most})
 
     async def _note(self, line: dict[str, Any]) -> None:
         """Journal a line about spending. With a budget, wait until it is on disk; else it joins the next commit."""

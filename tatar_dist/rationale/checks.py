@@ -1,7 +1,6 @@
-"""Hard checks of a teacher's text, as pure functions.
+"""Check a teacher's text: score leaks, copies, truncation, length, content. Pure functions.
 
-`check_text` takes the text, how it ended, the score that the text must not reveal and the attribute texts that it must
-not copy. It returns a list of `Reason`, empty when the text is accepted. A text that fails is not sent to the judge,
+`check_text` returns a list of `Reason`, empty when the text is accepted. A text that fails is not sent to the judge,
 which saves its cost. Texts are never repaired or completed. Codes are stable, because reports count them.
 """
 
@@ -12,18 +11,14 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, combinations
 
-from tatar_dist.config.rationale import RationaleConfig
+from tatar_dist.config.rationale import RationaleConfig, TextConfig
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import answer_text, parse
-from tatar_dist.rationale.number_words import words_that_leak
-from tatar_dist.rationale.prose import form_faults, sentences
 from tatar_dist.rationale.wording import Wording, plain
 from tatar_dist.types import EIGHT, Task
 
 MAX_CHARS = 20_000  # a longer text is rejected unread: a hard bound on the work per text
-SPREAD = 3  # sentences over which a slow text's attributes are spread at least, where it has so many
 
 
 @dataclass(frozen=True)
@@ -34,61 +29,75 @@ class Reason:
     says: str
 
 
-_DASHES = str.maketrans({c: "-" for c in "\u2010\u2011\u2012\u2013\u2014\u2212\u00ad"})
-
-
 def without_reasoning(text: str) -> str:
     """Remove a teacher's own reasoning: everything up to and including the first `</think>`."""
     before, tag, after = text.partition("</think>")
     return (after if tag else before).strip()
 
 
+# Numbers in words. A whole ten ("just above seventy"), a compound ("seventy-two") or a decimal is a leak whatever the
+# score (0-100); years and focal lengths are allowed. 11 to 19 and "hundred" are a leak only if they are the score, a
+# decade only beside it. Smaller numbers ("two blurred edges") are not. Phrases such as "out of ten" are in the wording.
+_UNITS = "one two three four five six seven eight nine".split()
+_TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_DECADES = [ten[:-1] + "ies" for ten in _TENS]
+_COMPOUND = rf"(?:{'|'.join(_TENS)})(?:[\s-]*(?:{'|'.join(_UNITS)})(?!\w))?+"
+# "a fifty-year-old wall", "thirty-five millimetre film", "a twenty-first century skyline", "a twenty-something"
+_NO_SCORE = r"(?![\s-]+(?:years?|millimet(?:re|er)s?|something|first[\s-]century)(?!\w))"
+_NUMBER_WORDS = (
+    re.compile(rf"(?<!\w){_COMPOUND}(?!\w){_NO_SCORE}"),
+    # "seven point two". No "one": "at one point two lines meet" is none.
+    re.compile(
+        rf"(?<!\w)(?:zero|{'|'.join([*_UNITS[1:], *_TEENS])})[\s-]+point[\s-]+(?:zero|{'|'.join(_UNITS)})(?!\w)"
+    ),
+    re.compile(rf"(?<!\w)(?:low|lower|mid|middle|high|higher|upper)[\s-]+(?:{'|'.join(_DECADES)})(?!\w)"),
+)
+_DASHES = str.maketrans({c: "-" for c in "\u2010\u2011\u2012\u2013\u2014\u2212\u00ad"})
+
+
+def spelled(number: int) -> str:
+    """Write a whole number from 0 to 100 in English words: 72 -> "seventy-two"."""
+    if number == 0:
+        return "zero"
+    if number == 100:
+        return "hundred"
+    if number < 10:
+        return _UNITS[number - 1]
+    if number < 20:
+        return _TEENS[number - 10]
+    tens, unit = divmod(number, 10)
+    return _TENS[tens - 2] + (f"-{_UNITS[unit - 1]}" if unit else "")
+
+
 def number_leak(text: str, score: float, wording: Wording) -> str | None:
-    """The first numeral of any script, number phrase or number word that reveals the score, or None."""
+    """Return the first numeral of any script, number phrase or number word that reveals the score, or None."""
     folded = unicodedata.normalize("NFKC", text)
     for character in folded:
         if unicodedata.numeric(character, None) is not None:
             return character
     words = plain(folded.translate(_DASHES))
-    if found := wording.number_phrases.search(words):
-        return found.group()
-    return words_that_leak(words, score)
+    for pattern in (wording.number_phrases, *_NUMBER_WORDS):
+        if match := pattern.search(words):
+            return match.group()
+    near = {spelled(n) for n in (math.floor(score), math.ceil(score)) if 10 < n < 20 or n == 100}
+    near |= {_DECADES[int(s // 10) - 2] for s in (score - 1, score, score + 1) if 20 <= s < 100}
+    return next((name for name in sorted(near) if re.search(rf"(?<!\w){name}(?!\w)", words)), None)
 
 
-def attributes_in_order(parts: Sequence[str], patterns: Sequence[re.Pattern[str]], most: int) -> tuple[int, int]:
-    """(number of attributes mentioned, length of the longest chain of attributes in the method's order).
-
-    A chain follows the text: part by part, and within a part by word position. It uses at most `most` per part.
-    """
-    touched: set[int] = set()
-    longest = [0] * (len(patterns) + 1)  # longest[a]: the longest chain so far of attributes before a
-    for part in parts:
-        words = plain(unicodedata.normalize("NFKC", part))
-        places = {a: [m.span() for m in pattern.finditer(words)] for a, pattern in enumerate(patterns)}
-        here = [a for a, spans in places.items() if spans]
-        touched.update(here)
-        grown = longest.copy()
-        for size in range(1, min(most, len(here)) + 1):
-            for group in combinations(here, size):
-                if _follow([places[a] for a in group]):
-                    grown[group[-1] + 1] = max(grown[group[-1] + 1], longest[group[0]] + size)
-        longest = list(accumulate(grown, max))
-    return len(touched), longest[-1]
-
-
-def _follow(places: Sequence[Sequence[tuple[int, int]]]) -> bool:
-    """Whether one span can be chosen from each list so that each starts at or after the end of the one before."""
-    at = 0
-    for spans in places:
-        ends = [end for start, end in spans if start >= at]
-        if not ends:
-            return False
-        at = min(ends)
-    return True
+def attributes_in_order(text: str, patterns: Sequence[re.Pattern[str]]) -> tuple[int, int]:
+    """Return (number of attributes mentioned, longest chain of mentions in the order of `patterns`)."""
+    words = plain(unicodedata.normalize("NFKC", text))
+    mentions = sorted((m.start(), m.end(), a) for a, pattern in enumerate(patterns) for m in pattern.finditer(words))
+    chains: list[int] = []  # longest chain that ends with each mention
+    for i, (start, _, attribute) in enumerate(mentions):
+        before = [chains[j] for j in range(i) if mentions[j][1] <= start and mentions[j][2] < attribute]
+        chains.append(1 + max(before, default=0))
+    return len({attribute for *_, attribute in mentions}), max(chains, default=0)
 
 
 def copied(text: str, sources: Sequence[str], n: int) -> str | None:
-    """The first n-gram of words that the text shares with one of the sources, or None."""
+    """Return the first n-gram of words that the text shares with one of the sources, or None."""
 
     def grams(words: list[str]) -> list[tuple[str, ...]]:
         return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
@@ -100,12 +109,67 @@ def copied(text: str, sources: Sequence[str], n: int) -> str | None:
     return next((" ".join(gram) for gram in grams(bare(text)) if gram in known), None)
 
 
+# Abbreviations whose full stop ends no sentence; some end one before a capital, names and initials before a starter.
+_NEVER_END = frozenset("e.g i.e eg ie vs cf approx fig mr mrs ms dr prof st mt viz resp".split())
+_MAY_END = frozenset(("etc", "al"))
+_NAMES = frozenset("jr sr inc ltd co corp".split())
+_INITIALS = re.compile(r"(?:[a-z]\.)*[a-z]")
+_STARTERS = frozenset(
+    "a an and at but he her his i if in it its no on she so that the their there these they this those we you".split()
+)
+_STOP = re.compile(r"[.!?]+[\"'\u201d\u2019)\]]*(?=\s|$)")
+
+
+def _ends(word: str, after: str) -> bool:
+    """Whether a full stop after `word` ends a sentence that `after` follows."""
+    if word in _NEVER_END or (word == "no" and after[:1].isdigit()):
+        return False
+    if word in _MAY_END:
+        return not after[:1].islower()
+    if word in _NAMES or (_INITIALS.fullmatch(word) and word not in ("a", "i")):
+        following = re.match(r"[^\W\d_]+", after)
+        return after[:1].isupper() and following is not None and following.group().casefold() in _STARTERS
+    return True
+
+
+def sentences(text: str) -> list[str]:
+    """Split an English text into sentences. "e.g.", "the U.S. dome" and "..." in mid-sentence do not end one."""
+    parts, start = [], 0
+    for stop in _STOP.finditer(text):
+        after = text[stop.end() :].lstrip()
+        words = text[start : stop.start()].split()
+        word = words[-1].casefold().lstrip("(\"'\u201c\u2018[") if words else ""
+        mark = stop.group().rstrip("\"'\u201d\u2019)]")
+        if mark == "." and after and not _ends(word, after):
+            continue
+        if mark.startswith("..") and after[:1].islower():
+            continue
+        parts.append(text[start : stop.end()].strip())
+        start = stop.end()
+    return [part for part in (*parts, text[start:].strip()) if part]
+
+
 def _ending(finish: str) -> list[Reason]:
     if finish == "stop":
         return []
     if finish == "length":
         return [Reason("cut-off", "the token limit cut it off")]
     return [Reason("not-finished", f"the endpoint ended it with {finish!r}")]
+
+
+def _length(text: str, wanted: TextConfig) -> list[Reason]:
+    """Check words, sentences and the last sign of a text that is not empty."""
+    reasons = []
+    n_words, n_sentences = len(text.split()), len(sentences(text))
+    if n_words < wanted.min_words:
+        reasons.append(Reason("too-short", f"{n_words} words, at least {wanted.min_words} are wanted"))
+    if n_words > wanted.max_words:
+        reasons.append(Reason("too-long", f"{n_words} words, at most {wanted.max_words} are wanted"))
+    if wanted.sentences and n_sentences != wanted.sentences:
+        reasons.append(Reason("sentences", f"{n_sentences} sentence(s), exactly {wanted.sentences} are wanted"))
+    if not re.search(r"[.!?\u2026][\"'\u201d\u2019)]*$", text):
+        reasons.append(Reason("unfinished", "it does not end like a sentence"))
+    return reasons
 
 
 def _content(text: str, task: Task, config: RationaleConfig, wording: Wording, sources: Sequence[str]) -> list[Reason]:
@@ -115,22 +179,21 @@ def _content(text: str, task: Task, config: RationaleConfig, wording: Wording, s
             return [Reason("no-quality-factor", "it names no quality factor")]
         return []
     reasons = []
-    least, parts = config.min_attributes, sentences(text)
-    touched, chain = attributes_in_order(parts, wording.attributes, len(EIGHT))
-    most = math.ceil(least / max(min(SPREAD, len(parts)), 1))
+    least = config.min_attributes
+    touched, chain = attributes_in_order(text, wording.attributes)
     if touched < least:
         reasons.append(Reason("attributes", f"it touches {touched} of {len(EIGHT)} attributes, {least} are wanted"))
     elif chain < least:
         reasons.append(Reason("attribute-order", f"only {chain} attributes come in order, {least} are wanted"))
-    elif attributes_in_order(parts, wording.attributes, most)[1] < least:
-        reasons.append(Reason("heaped", f"its attributes are heaped up: at most {most} of a sentence count"))
     if gram := copied(text, sources, config.copied_words):
         reasons.append(Reason("copied", f"it copies the attribute texts: {gram!r}"))
     return reasons
 
 
 def training_text_problem(text: str, score: float) -> Reason | None:
-    """Reason why the training text is not one think and one answer pair with the row's score, or None."""
+    """Return why the training text is not one think and one answer pair with the row's score, or None."""
+    if token := re.search(r"<\||\|>", text):
+        return Reason("training-text", f"{token.group()!r} belongs to a chat template")
     try:
         assembled = answer_text(text, score)
     except UserError as e:
@@ -164,16 +227,16 @@ def check_text(
         return [*_ending(finish), Reason("too-long", f"{len(text)} characters, which no rationale has")]
     if not text:
         return [*_ending(finish), Reason("empty", "there is no text")]
-    reasons = _ending(finish)
-    reasons += [Reason(*fault) for fault in form_faults(text, config.fast if task == "iqa" else config.slow)]
+    reasons = _ending(finish) + _length(text, config.fast if task == "iqa" else config.slow)
     if leak := number_leak(text, score, wording):
         reasons.append(Reason("number", f"{leak!r} gives a number away"))
-    if rating := wording.ratings.search(plain(text)):
-        reasons.append(Reason("rating", f"{rating.group()!r} speaks of a rating, which a reader has not seen"))
-    if chat := wording.chat.search(plain(text)):
-        reasons.append(Reason("chat", f"{chat.group()!r} speaks to whoever asked"))
-    if refusal := wording.refusals.search(plain(text)):
-        reasons.append(Reason("refusal", f"the teacher refuses: {refusal.group()!r}"))
+    for code, pattern, problem in (
+        ("rating", wording.ratings, "speaks of a rating, which a reader has not seen"),
+        ("chat", wording.chat, "speaks to whoever asked"),
+        ("refusal", wording.refusals, "is a refusal"),
+    ):
+        if match := pattern.search(plain(text)):
+            reasons.append(Reason(code, f"{match.group()!r} {problem}"))
     reasons += _content(text, task, config, wording, list(attributes.values()))
-    problem = training_text_problem(text, score)
-    return [*reasons, problem] if problem else reasons
+    broken = training_text_problem(text, score)
+    return [*reasons, broken] if broken else reasons

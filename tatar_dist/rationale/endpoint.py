@@ -1,34 +1,32 @@
-"""Client for an OpenAI-compatible endpoint, with rate limits, retries and timeouts.
+"""Client for an OpenAI-compatible endpoint: one `openai.AsyncOpenAI`, with rate limits, retries and redaction.
 
-`Endpoint.ask` sends a `Request` with its picture and returns an `Answer`. Failed tries are repeated with exponential
-backoff and jitter. A 429 pauses all slots together for its Retry-After. Requests and tokens per minute stay within the
-settings. Errors such as missing access end the run. The key comes from the environment and is sent in one header.
+`Endpoint.ask` sends a `Request` with its picture and returns an `Answer`. The library sends one try; retries are made
+here, because a lost try is booked against the token budget before the next, and a 429 pauses all slots together for its
+Retry-After. Requests and tokens per minute stay within the settings. Errors such as missing access end the run. The key
+comes from the environment variable that the settings name and is sent in one header; `OPENAI_*` variables have no
+effect.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import math
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
-import httpx
 from aiolimiter import AsyncLimiter
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from tatar_dist import __version__
 from tatar_dist.config.rationale import LimitsConfig
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.rationale.pictures import Picture
 from tatar_dist.rationale.questions import Answer, Request, Target
 from tatar_dist.rationale.replies import NoAccess, NoSchema, ReplyRefused, TryAgain, raise_for, read_answer
+from tatar_dist.rationale.rows import Picture
 
 MAX_REPLY = 4 << 20  # bytes; a longer reply is garbage
 CONNECT_S = 10.0
@@ -36,6 +34,9 @@ WINDOW_S = 2.0  # of a rate limit: bursts of two seconds' worth, then evenly
 POLL_S = 0.05
 SAY_EVERY_S = 15.0  # an endpoint that asks for pauses is quoted no more often
 RETRY_AFTER_MAX = 900.0  # a Retry-After beyond this is taken as this
+# Headers of the library that are sent; it reads the last one back from the request.
+SENT_HEADERS = {"host", "accept", "accept-encoding", "connection", "content-type", "content-length"}
+SENT_HEADERS |= {"x-stainless-raw-response"}
 
 
 class NoAnswer(Exception):
@@ -51,8 +52,8 @@ def tokens_bound(request: Request, picture: Picture | None) -> int:
     return len(request.system.encode()) + len(request.user.encode()) + 64 + (picture.tokens if picture else 0)
 
 
-def body_of(request: Request, picture: Picture | None) -> bytes:
-    """The JSON body of a chat completion."""
+def body_of(request: Request, picture: Picture | None) -> dict[str, Any]:
+    """Return the body of a chat completion."""
     content: Any = request.user
     if picture is not None:
         content = [{"type": "image_url", "image_url": {"url": picture.url}}, {"type": "text", "text": request.user}]
@@ -63,12 +64,11 @@ def body_of(request: Request, picture: Picture | None) -> bytes:
         "top_p": request.top_p,
         "max_tokens": request.max_tokens,
         "seed": request.seed,
-        "stream": False,
     }
     if request.schema is not None:
         schema = {"name": "marks", "strict": True, "schema": request.schema}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    return json.dumps(body).encode()
+    return body
 
 
 def key_of(target: Target) -> str | None:
@@ -100,11 +100,6 @@ async def acquire(limit: AsyncLimiter | None, amount: float) -> None:
         amount -= part
 
 
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    return host == "localhost" or host == "::1" or host.startswith("127.")
-
-
 class Endpoint:
     """Client for one address and key. `say` receives messages for the user. Call `close` when done."""
 
@@ -113,6 +108,7 @@ class Endpoint:
         self._key = key_of(target)
         self.retries = self.sending = 0  # `sending`: requests that are out right now
         self.stopped = False
+        self._client = self._open(target)
         self._structured = target.structured
         self._schema_known = False  # an answer by schema has come
         self._answered = False
@@ -122,44 +118,41 @@ class Endpoint:
         self._pauses = 0  # 429s since the last answer, without a Retry-After: each pause is longer
         self._said_at = -math.inf
         self._requests, self._tokens = limiter(limits.requests_per_minute), limiter(limits.tokens_per_minute)
-        base = urlsplit(target.url)
-        query = f"?{base.query}" if base.query else ""
-        self._url = f"{base.scheme}://{base.netloc}{base.path.rstrip('/')}/chat/completions{query}"
-        headers = {"content-type": "application/json", "user-agent": f"tatar-dist/{__version__}"}
+
+    def _open(self, target: Target) -> Any:
+        """Return an `openai.AsyncOpenAI` that sends to the target's address with our key alone."""
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
+
+        headers = {"user-agent": f"tatar-dist/{__version__}"}
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
-        # A client a slot: httpx looks through all connections of a client at every request, which with 64 of them
-        # costs more than sending an image.
-        self._options: dict[str, Any] = {
-            "headers": headers,
-            "timeout": httpx.Timeout(target.timeout_s, connect=min(CONNECT_S, target.timeout_s), pool=None),
-            "limits": httpx.Limits(max_connections=1, max_keepalive_connections=1),
-            "follow_redirects": False,
-            "trust_env": not _is_loopback(target.url),  # a proxy has no business between us and this machine
-            "verify": httpx.create_ssl_context(),
-        }
-        self._clients: list[httpx.AsyncClient] = []
-        self._idle: list[httpx.AsyncClient] = []
 
-    @contextlib.contextmanager
-    def _client(self) -> Iterator[httpx.AsyncClient]:
-        """Borrow an HTTP client for exclusive use, reusing its open connection."""
-        if not self._idle:
-            self._clients.append(httpx.AsyncClient(**self._options))
-            self._idle.append(self._clients[-1])
-        client = self._idle.pop()
-        try:
-            yield client
-        finally:
-            self._idle.append(client)
+        async def set_headers(request: Any) -> None:
+            """Remove the headers that the library makes of OPENAI_* variables and of this machine; add ours."""
+            for name in set(request.headers) - SENT_HEADERS:
+                del request.headers[name]
+            request.headers.update(headers)
+
+        address = urlsplit(target.url)
+        host = address.hostname or ""
+        http_client = DefaultAsyncHttpxClient(
+            follow_redirects=False,
+            trust_env=not (host in ("localhost", "::1") or host.startswith("127.")),  # no proxy to this machine
+            event_hooks={"request": [set_headers]},
+        )
+        return AsyncOpenAI(
+            api_key=self._key or "none",
+            base_url=f"{address.scheme}://{address.netloc}{address.path}",
+            default_query=dict(parse_qsl(address.query)),
+            timeout=Timeout(target.timeout_s, connect=min(CONNECT_S, target.timeout_s), pool=None),
+            max_retries=0,
+            http_client=http_client,
+        )
 
     async def close(self) -> None:
-        for client in self._clients:
-            await client.aclose()
+        await self._client.close()
 
-    async def ask(
-        self, request: Request, picture: Picture | None, on_lost: Callable[[], Awaitable[None]] | None = None
-    ) -> Answer:
+    async def ask(self, request: Request, picture: Picture | None, on_lost: Callable[[], Awaitable[None]]) -> Answer:
         """Send a request and return its answer. `on_lost` is awaited after a failed try that may have cost tokens.
 
         Raises:
@@ -206,37 +199,33 @@ class Endpoint:
         return self._answered
 
     async def _with_retries(
-        self, request: Request, picture: Picture | None, on_lost: Callable[[], Awaitable[None]] | None
+        self, request: Request, picture: Picture | None, on_lost: Callable[[], Awaitable[None]]
     ) -> Answer:
-        limits, began, counted = self.limits, time.monotonic(), 0
-
-        def give_up(state: RetryCallState) -> bool:
-            return counted > limits.retries or time.monotonic() - began > limits.give_up_s
-
-        def wait(state: RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            assert isinstance(error, TryAgain)
-            if error.limited:  # all pause together (_pause); a little apart afterwards
-                return random.uniform(0, limits.backoff_s)
-            longest = min(limits.backoff_max_s, limits.backoff_s * 2 ** (counted - 1))
-            return max(random.uniform(longest / 2, longest), min(error.retry_after or 0.0, RETRY_AFTER_MAX))
-
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(TryAgain), stop=give_up, wait=wait, reraise=True
-        ):
-            with attempt:
-                if attempt.retry_state.attempt_number > 1:
-                    self.retries += 1
-                try:
-                    return await self._once(request, picture)
-                except TryAgain as e:
-                    counted += not e.limited
-                    if e.limited:
-                        self._pause(request, e)
-                    if e.lost and on_lost is not None:
-                        await on_lost()
+        """Try until an answer, an error that no retry cures, or the end of the retries (raises the last TryAgain)."""
+        began, failures = time.monotonic(), 0
+        while True:
+            try:
+                return await self._once(request, picture)
+            except TryAgain as e:
+                if e.limited:
+                    self._pause(request, e)
+                else:
+                    failures += 1
+                if e.lost:
+                    await on_lost()
+                if failures > self.limits.retries or time.monotonic() - began > self.limits.give_up_s:
                     raise
-        raise AssertionError("AsyncRetrying ends by return or by raising")
+                delay = self._delay(e, failures)
+            self.retries += 1
+            await asyncio.sleep(delay)
+
+    def _delay(self, error: TryAgain, failures: int) -> float:
+        """Seconds before the next try: exponential backoff with jitter, at least the error's Retry-After."""
+        limits = self.limits
+        if error.limited:  # all slots pause together (_pause); spread them a little afterwards
+            return random.uniform(0, limits.backoff_s)
+        longest = min(limits.backoff_max_s, limits.backoff_s * 2 ** (failures - 1))
+        return max(random.uniform(longest / 2, longest), min(error.retry_after or 0.0, RETRY_AFTER_MAX))
 
     def _pause(self, request: Request, error: TryAgain) -> None:
         """Pause all requests for the error's Retry-After, or without one for a time that doubles at each pause."""
@@ -293,36 +282,32 @@ class Endpoint:
     async def _send(self, request: Request, picture: Picture | None) -> Answer:
         bound = tokens_bound(request, picture)
         await self._turn(bound + request.max_tokens)
-        status, headers, reply = await self._post(request, body_of(request, picture))
-        if status != 200:
-            raise_for(status, headers, reply, request, self._key)
+        reply = await self._post(request, body_of(request, picture))
         return read_answer(reply, bound, request.max_tokens, self._key)
 
-    async def _post(self, request: Request, body: bytes) -> tuple[int, httpx.Headers, bytes]:
-        """Make one POST request within `timeout_s` and return (status, headers, body)."""
-        seconds, sent = request.target.timeout_s, False
+    async def _post(self, request: Request, body: dict[str, Any]) -> bytes:
+        """Make one request within `timeout_s`. Returns the body of a 200 reply; of others, see `raise_for`."""
+        from openai import APIConnectionError, APIStatusError, APITimeoutError
+
+        seconds = request.target.timeout_s
         self.sending += 1
         try:
-            async with asyncio.timeout(seconds):  # httpx's own timeouts start anew with every byte
-                with self._client() as client:
-                    async with client.stream("POST", self._url, content=body) as response:
-                        sent = True
-                        parts, size = [], 0
-                        async for part in response.aiter_bytes():
-                            parts.append(part)
-                            size += len(part)
-                            if size > MAX_REPLY:
-                                raise TryAgain(f"the reply is longer than {MAX_REPLY >> 20} MiB", lost=True)
-                        return response.status_code, response.headers, b"".join(parts)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as e:
-            raise TryAgain(f"cannot connect: {str(e) or type(e).__name__}") from None
-        except (TimeoutError, httpx.TimeoutException):
+            async with asyncio.timeout(seconds):  # the library's own timeouts start anew with every byte
+                reply = await self._client.chat.completions.with_raw_response.create(**body)
+        except APIStatusError as e:
+            raise_for(e.status_code, e.response.headers, e.response.content, request, self._key)
+        except APIConnectionError as e:
+            cause = type(e.__cause__).__name__  # by name: the HTTP library below openai depends on its version
+            problem = str(e.__cause__) or cause
+            if cause in ("ConnectError", "ConnectTimeout"):
+                raise TryAgain(f"cannot connect: {problem}") from None
+            if isinstance(e, APITimeoutError):
+                raise TryAgain(f"no whole answer within {seconds:g} s", lost=True) from None
+            raise TryAgain(f"the connection broke: {problem}", lost=True) from None
+        except TimeoutError:
             raise TryAgain(f"no whole answer within {seconds:g} s", lost=True) from None
-        except httpx.TransportError as e:
-            raise TryAgain(f"the connection broke: {str(e) or type(e).__name__}", lost=True) from None
-        except httpx.HTTPError as e:  # a reply that cannot be decoded, for example
-            raise TryAgain(f"the reply cannot be read: {type(e).__name__}", lost=sent) from None
-        except httpx.InvalidURL:
-            raise UserError(f"{request.target.key}: not a valid address") from None
         finally:
             self.sending -= 1
+        if len(reply.content) > MAX_REPLY:
+            raise TryAgain(f"the reply is longer than {MAX_REPLY >> 20} MiB", lost=True)
+        return bytes(reply.content)

@@ -175,12 +175,12 @@ class Ledger:
 
     def reasons(self) -> dict[Task, Counter[str]]:
         """Count per task how often each code rejected an answer or an unasked row, or left a row unanswered."""
-        found: dict[Task, Counter[str]] = {}
+        totals: dict[Task, Counter[str]] = {}
         for entry in self.entries:
-            counts = found.setdefault(entry.task, Counter())
+            counts = totals.setdefault(entry.task, Counter())
             counts.update(r.code for r in entry.before)
             for _, outcome in entry.answers:
                 counts.update({r.code for r in outcome.reasons})
             if entry.failed:
                 counts[entry.failed.code] += 1
-        return found
+        return totals

@@ -20,6 +20,7 @@ FAILURES = {  # code of a row without an answer -> how messages describe it
     "no-answer": "rows got no answer after all retries",
     "endpoint-refused": "rows were refused by the endpoint",
 }
+COLUMNS = ("rows", "accepted", "rejected", "failed", "not asked", "answers", "rejected answers")
 EXAMPLES = 2  # a reason
 EXAMPLE_CHARS = 300
 
@@ -99,19 +100,26 @@ def summary(ledger: Ledger) -> dict[str, Any]:
     }
 
 
+def _figures(task: dict[str, Any]) -> list[str]:
+    """Figures of one task of a summary, in the order of `COLUMNS`."""
+    rate = "" if task["rejection_rate"] is None else f" ({100 * task['rejection_rate']:.1f} %)"
+    counts = [str(task[name]) for name in ("rows", "accepted", "rejected", "failed", "not_asked", "answers")]
+    return [*counts, f"{task['rejected_answers']}{rate}"]
+
+
 def _examples(ledger: Ledger, task: str, code: str) -> list[tuple[str, str, str]]:
     """(sample id, sentence of the reason, beginning of the text) of the first rejections with a code."""
-    found = []
+    examples = []
     for entry in ledger.entries:
         if entry.task != task:
             continue
         for line in rejections(entry):
             says = next((r["says"] for r in line["reasons"] if r["code"] == code), None)
             if says is not None:
-                found.append((entry.sample_id, says, (line["text"] or "")[:EXAMPLE_CHARS]))
-                if len(found) == EXAMPLES:
-                    return found
-    return found
+                examples.append((entry.sample_id, says, (line["text"] or "")[:EXAMPLE_CHARS]))
+                if len(examples) == EXAMPLES:
+                    return examples
+    return examples
 
 
 def _quoted(text: str) -> str:
@@ -120,18 +128,12 @@ def _quoted(text: str) -> str:
 
 def write_report(ledger: Ledger, path: Path) -> None:
     """Write the report of rejection rates as Markdown: by task, by reason, with examples."""
-    found = summary(ledger)
-    lines = [f"# rationale {ledger.question.name}: {found['accepted']} of {found['rows']} rows accepted", ""]
-    lines += [
-        "| task | rows | accepted | rejected | failed | not asked | answers | rejected answers |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for task, t in found["tasks"].items():
-        rate = "" if t["rejection_rate"] is None else f" ({100 * t['rejection_rate']:.1f} %)"
-        figures = [t[k] for k in ("rows", "accepted", "rejected", "failed", "not_asked", "answers")]
-        lines.append(f"| {task} | {' | '.join(map(str, figures))} | {t['rejected_answers']}{rate} |")
-    lines += ["", f"Tokens: {found['prompt_tokens']:,} prompt, {found['completion_tokens']:,} completion."]
-    for task, t in found["tasks"].items():
+    totals = summary(ledger)
+    lines = [f"# rationale {ledger.question.name}: {totals['accepted']} of {totals['rows']} rows accepted", ""]
+    lines += [f"| {' | '.join(('task', *COLUMNS))} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [f"| {' | '.join((task, *_figures(t)))} |" for task, t in totals["tasks"].items()]
+    lines += ["", f"Tokens: {totals['prompt_tokens']:,} prompt, {totals['completion_tokens']:,} completion."]
+    for task, t in totals["tasks"].items():
         if not t["reasons"]:
             continue
         lines += ["", f"## {task}: why answers were rejected", "", "| reason | answers |", "|---|---|"]
@@ -139,29 +141,27 @@ def write_report(ledger: Ledger, path: Path) -> None:
         for code in t["reasons"]:
             lines += ["", f"**{code}**", ""]
             for sample_id, says, text in _examples(ledger, task, code):
-                said = f": `{_quoted(text)}`" if text else ""
-                lines.append(f"- `{_quoted(sample_id)}` {_quoted(says)}{said}")
+                excerpt = f": `{_quoted(text)}`" if text else ""
+                lines.append(f"- `{_quoted(sample_id)}` {_quoted(says)}{excerpt}")
     write_whole(path, "\n".join(lines) + "\n")
 
 
-def as_table(found: dict[str, Any], title: str) -> Any:
+def as_table(totals: dict[str, Any], title: str) -> Any:
     """The same figures as a rich table, without the reasons (see `reason_lines`)."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for name in ("task", "rows", "accepted", "rejected", "failed", "not asked", "answers rejected"):
+    for name in ("task", *COLUMNS):
         table.add_column(name, justify="left" if name == "task" else "right")
-    for task, t in found["tasks"].items():
-        rate = "" if t["rejection_rate"] is None else f" ({100 * t['rejection_rate']:.1f} %)"
-        figures = [t[k] for k in ("rows", "accepted", "rejected", "failed", "not_asked")]
-        table.add_row(task, *map(str, figures), f"{t['rejected_answers']}{rate}")
+    for task, t in totals["tasks"].items():
+        table.add_row(task, *_figures(t))
     return table
 
 
-def reason_lines(found: dict[str, Any]) -> list[str]:
+def reason_lines(totals: dict[str, Any]) -> list[str]:
     """One line per task: count of each reason, the most frequent first."""
     return [
         f"{task}: " + ", ".join(f"{code} {n}" for code, n in t["reasons"].items())
-        for task, t in found["tasks"].items()
+        for task, t in totals["tasks"].items()
         if t["reasons"]
     ]

@@ -1,18 +1,24 @@
-"""Read a manifest for questions: rows streamed in order, images and whole rows one at a time.
+"""Read a manifest for questions, and prepare its images for an endpoint.
 
-Streamed rows are `QuestionRow`s without images, in bounded memory. Read from one thread at a time, because a Parquet
-file must not be shared between threads.
+Rows are streamed in order, images and whole rows are read one at a time. `picture` encodes an image as a data URL of at
+most `max_pixels` pixels. Streamed rows are `QuestionRow`s without images, in bounded memory. Read from one thread at a
+time, because a Parquet file must not be shared between threads.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import pyarrow.parquet as pq
+from PIL import Image
 
+from tatar_dist.data.images import decode_image
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.data.schema import json_object
 from tatar_dist.errors import UserError
@@ -22,18 +28,20 @@ from tatar_dist.rationale.questions import QuestionRow
 from tatar_dist.types import Sample, Task
 
 _COLUMNS = ("sample_id", "dataset", "task", "score", "split", "rationale", "attributes")
+IMAGES_TRIED = 16  # images that a run reads before it gives up a manifest of which none can be read
+SENT_AS_IS = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
+MAX_BYTES = 8 << 20  # larger files are encoded anew: endpoints refuse bodies of tens of MB
+JPEG_QUALITY = 92  # higher than what any teacher can tell apart, and no visible blocks of our own
+PATCH = 28  # Qwen-VL's image token covers 28 x 28 pixels; other models count fewer tokens for the same image
 
-IMAGES_TRIED = 16
 
-
-def _attributes(text: str | None, path: Path, number: int) -> dict[str, str]:
+def _attributes(text: str | None, path: Path, number: int) -> dict[str, Any]:
     if not text:
         return {}
     try:
-        found = json_object(text)
+        return json_object(text)
     except ValueError as e:
         raise UserError(f"{path}: row {number}, column attributes: {e}") from None
-    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def reject_unreadable(ledger: Ledger, rows: RationaleRows, entry: LedgerEntry, says: str) -> None:
@@ -96,15 +104,8 @@ class RationaleRows:
                     text = values.get("rationale")
                     if (self.splits and values.get("split") not in self.splits) or (self.written and not text):
                         continue
-                    yield QuestionRow(
-                        number,
-                        values["sample_id"],
-                        values["dataset"],
-                        values["task"],
-                        float(values["score"]),
-                        text,
-                        _attributes(values.get("attributes"), self.path, number),
-                    )
+                    attributes = _attributes(values.get("attributes"), self.path, number)
+                    yield self.row_of({**values, "rationale": text, "attributes": attributes}, number)
 
     @property
     def image_root(self) -> Path:
@@ -113,7 +114,7 @@ class RationaleRows:
 
     @staticmethod
     def row_of(values: dict[str, Any], number: int) -> QuestionRow:
-        """Make a `QuestionRow` from all columns of a manifest row."""
+        """Make a `QuestionRow` from the columns of a manifest row; attributes that are no text are left out."""
         texts = {name: value for name, value in values["attributes"].items() if isinstance(value, str)}
         ids = (values["sample_id"], values["dataset"], values["task"])
         return QuestionRow(number, *ids, float(values["score"]), values["rationale"], texts)
@@ -124,3 +125,36 @@ class RationaleRows:
         row = self.row_of(values, number)
         image = self.manifest.image(values, number)
         return row, Sample(row.sample_id, row.dataset, row.task, image, row.score, row.rationale, values["split"])
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Data URL that is sent, and the image's size in pixels."""
+
+    url: str
+    width: int
+    height: int
+
+    @property
+    def tokens(self) -> int:
+        """Upper estimate of the picture's tokens, for budgets and rate limits."""
+        return -(-self.width // PATCH) * -(-self.height // PATCH) + 4
+
+
+def picture(data: bytes, max_pixels: int, where: str) -> Picture:
+    """Encode an image for a request. Raises UnreadableImage if it does not decode; `where` names it there."""
+    decoded = decode_image(data, where)  # always: a teacher must not be asked about an image that training cannot read
+    mime = next((m for magic, m in SENT_AS_IS.items() if data.startswith(magic)), None)
+    with Image.open(io.BytesIO(data)) as image:
+        upright = image.getexif().get(0x0112, 1) in (0, 1)
+        plain = image.mode in ("RGB", "L") and not getattr(image, "is_animated", False)
+    width, height = decoded.size
+    if mime and upright and plain and width * height <= max_pixels and len(data) <= MAX_BYTES:
+        return Picture(f"data:{mime};base64,{base64.b64encode(data).decode()}", width, height)
+    if width * height > max_pixels:
+        scale = (max_pixels / (width * height)) ** 0.5
+        size = max(1, int(width * scale)), max(1, int(height * scale))  # rounded down: never over the bound
+        decoded = decoded.resize(size, Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    decoded.save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return Picture(f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", *decoded.size)

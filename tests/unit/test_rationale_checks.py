@@ -17,10 +17,10 @@ from tatar_dist.rationale.checks import (
     check_text,
     copied,
     number_leak,
+    sentences,
+    spelled,
     without_reasoning,
 )
-from tatar_dist.rationale.number_words import spelled
-from tatar_dist.rationale.prose import sentences
 from tatar_dist.rationale.questions import ordered_attributes
 from tatar_dist.rationale.wording import load_wording, phrase_pattern, plain
 
@@ -53,21 +53,11 @@ def changed(old, new):
         (f"{FAST} {FAST}", "sentences"),
         (FAST.replace(". Its", ", its"), "sentences"),
         (FAST.rstrip("."), "unfinished"),
-        (f"<think>{FAST}", "debris"),
-        (f"{FAST[:-1]}</think>.", "debris"),
-        (f"{FAST}<answer>", "debris"),
-        (f"{FAST[:-1]} <|im_end|>.", "debris"),
-        (f"{FAST[:-1]} <|im_start|>.", "debris"),
-        (f"[INST] {FAST}", "debris"),
-        (f"```\n{FAST}\n```", "debris"),
-        (f"Assistant: {FAST}", "debris"),
-        (FAST.replace("noise", "noi\x00se"), "debris"),
-        (f"- {FAST}", "list"),
-        (f"a) {FAST}", "list"),
-        (f"Step one, {FAST}", "list"),
-        (f"**Quality** {FAST}", "markup"),
-        (f"# Quality\n{FAST}", "markup"),
-        (f'{{"text": "{FAST}"}}', "markup"),
+        (f"<think>{FAST}", "training-text"),
+        (f"{FAST[:-1]}</think>.", "training-text"),
+        (f"{FAST}<answer>", "training-text"),
+        (f"{FAST[:-1]} <|im_end|>.", "training-text"),
+        (f"{FAST[:-1]} <|im_start|>.", "training-text"),
         (changed("slight noise", "slight noise of 34"), "number"),
         (changed("slight noise", "noise of \u0663\u0664"), "number"),
         (changed("slight noise", "noise of \uff13"), "number"),
@@ -168,18 +158,16 @@ def test_reasoning_before_the_text_is_dropped(text, left):
     assert without_reasoning(text) == left
 
 
-def test_keywords_are_whole_words_and_begin_and_end_are_no_tags():
+def test_keywords_are_whole_words():
     pattern = phrase_pattern(["line", "lines", "blur*", "depth of field"])
     assert not pattern.search(plain("an outline, streamlined, headlines"))
     assert pattern.search(plain("a LINE")) and pattern.search(plain("Blurred")) and pattern.search("depth of field")
-    assert "debris" not in codes(changed("slight noise", "from begin to end noise"))
 
 
 def test_five_attributes_in_order_are_wanted_of_a_slow_text():
-    parts = sentences(SLOW)
-    assert attributes_in_order(parts, WORDING.attributes, 2) == (8, 8)
-    assert attributes_in_order(["nothing of the kind"], WORDING.attributes, 8) == (0, 0)
-    touched, chain = attributes_in_order(parts[::-1], WORDING.attributes, 8)
+    assert attributes_in_order(SLOW, WORDING.attributes) == (8, 8)
+    assert attributes_in_order("nothing of the kind", WORDING.attributes) == (0, 0)
+    touched, chain = attributes_in_order(" ".join(sentences(SLOW)[::-1]), WORDING.attributes)
     assert touched == 8 and chain < 8
     bare = "The evening came and many people walked along the river to their homes beyond the old bridge. " * 9
     assert "attributes" in codes(bare.strip(), "iaa")

@@ -19,7 +19,6 @@ from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.rationale import run as running
 from tatar_dist.rationale.ledger import Ledger, LedgerEntry, journal_line
-from tatar_dist.rationale.meter import Meter
 from tatar_dist.rationale.questions import Answer, Build
 from tatar_dist.rationale.rows import RationaleRows
 from tatar_dist.rationale.wording import load_wording
@@ -312,7 +311,7 @@ def test_reading_what_is_there_shows_and_does_not_count_as_pace(tmp_path):
         answer = Answer(FAST, "stop", 100, 30)
         digest = ledger.question.digest(row)
         ledger.remember(journal_line(LedgerEntry(row.number, row.sample_id, row.dataset, row.task, digest), 0, answer))
-    meter = Meter("rationale build", 5, Console(file=said))
+    meter = running.Meter("rationale build", 5, Console(file=said))
     meter.began = meter.began - 1000.0
     meter._printed = meter.began
     for row in found:
