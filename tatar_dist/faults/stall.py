@@ -197,7 +197,7 @@ def _answer(ref: Any, node: str, pids: list[int], timeout: float) -> list[Stacks
 def processes_of(run: Path) -> list[WatchedProcess]:
     """Return the living processes of this controller's run, as the event log names them."""
     s = RunWatcher(run).read()
-    processes = [("controller", os.getpid(), None)]
+    processes: list[tuple[str, int | None, str | None]] = [("controller", os.getpid(), None)]
     if s.learners:
         places = zip(s.learners.pids, s.learners.nodes, strict=True)
         processes += [(f"learner-{rank}", *place) for rank, place in enumerate(places)]

@@ -23,7 +23,7 @@ from tatar_dist.errors import Interrupted, UserError
 from tatar_dist.run.events import Events
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.files import json_lines, write_whole, written_whole
-from tatar_dist.run.log import open_log
+from tatar_dist.run.process import open_log
 from tatar_dist.run.tracking import Trackers
 from tatar_dist.types import ScoredGroup
 

@@ -13,9 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tatar_dist.run.history import ProcessStatus, Status
 from tatar_dist.run.progress import SHOWN, clock
-from tatar_dist.run.status import LIVING, RunWatcher
+from tatar_dist.run.status import LIVING, ProcessStatus, RunWatcher, Status
 
 REFRESH_S = 1.0
 ROWS = 8  # engines; of more, the healthy ones share a row

@@ -19,8 +19,7 @@ from tatar_dist.config.schema import WatchConfig
 from tatar_dist.faults import stall
 from tatar_dist.faults.stall import StallDetector, processes_of
 from tatar_dist.run.events import Events, read_events
-from tatar_dist.run.log import open_log
-from tatar_dist.run.process import process_facts
+from tatar_dist.run.process import open_log, process_facts
 
 
 class Engine:
