@@ -49,11 +49,19 @@ class ProcessStatus:
 
 
 @dataclass
-class EngineStatus(ProcessStatus):
-    engine: int = 0
+class PlacedStatus(ProcessStatus):
     host: str | None = None
     node: str | None = None
     pid: int | None = None
+
+    def place(self, event: Mapping[str, Any]) -> None:
+        """Note where the process runs."""
+        self.host, self.node, self.pid = (event.get(k) for k in ("host", "node", "pid"))
+
+
+@dataclass
+class EngineStatus(PlacedStatus):
+    engine: int = 0
 
 
 @dataclass
@@ -62,13 +70,6 @@ class LearnersStatus(ProcessStatus):
     hosts: list[str | None] = field(default_factory=list)  # this and the next two by rank, as far as known
     nodes: list[str | None] = field(default_factory=list)
     pids: list[int | None] = field(default_factory=list)
-
-
-@dataclass
-class RewardStatus(ProcessStatus):
-    host: str | None = None
-    node: str | None = None
-    pid: int | None = None
 
 
 @dataclass
@@ -101,7 +102,7 @@ class Status:
     checkpoint: Checkpoint | None = None
     engines: list[EngineStatus] = field(default_factory=list)
     learners: LearnersStatus | None = None
-    reward: RewardStatus | None = None
+    reward: PlacedStatus | None = None
     metrics: dict[str, Any] = field(default_factory=dict)  # the last line of metrics.jsonl
     troubles: list[dict[str, Any]] = field(default_factory=list)  # the last events of faults and recoveries
     stalls: int = 0
@@ -179,7 +180,7 @@ class RunHistory:
         s.stage, s.host, s.pid, s.total = (event.get(k) for k in ("stage", "host", "pid", "total"))
         s.step = s.version = first
         s.learners = LearnersStatus(since=when, world_size=learners) if learners else None
-        s.reward = RewardStatus(since=when) if s.stage == "grpo" else None
+        s.reward = PlacedStatus(since=when) if s.stage == "grpo" else None
         self.engines = {i: EngineStatus(since=when, engine=i) for i in range(engines)}
         self.ends.clear()
         self.done.clear()
@@ -187,16 +188,15 @@ class RunHistory:
     def _started(self, name: str, event: Mapping[str, Any]) -> None:
         """Note where a process runs that may not be ready yet."""
         s, (kind, _, index) = self.now, name.partition("-")
-        host, node, pid = (event.get(k) for k in ("host", "node", "pid"))
-        if kind == "learner" and s.learners:
-            for values, value in ((s.learners.hosts, host), (s.learners.nodes, node), (s.learners.pids, pid)):
+        if kind == "learner" and (g := s.learners):
+            lists: dict[str, list[Any]] = {"host": g.hosts, "node": g.nodes, "pid": g.pids}
+            for key, values in lists.items():
                 values.extend([None] * (int(index) + 1 - len(values)))
-                values[int(index)] = value
+                values[int(index)] = event.get(key)
         elif kind == "engine" and int(index) in self.engines:
-            e = self.engines[int(index)]
-            e.host, e.node, e.pid = host, node, pid
+            self.engines[int(index)].place(event)
         elif kind == "reward" and s.reward:
-            s.reward.host, s.reward.node, s.reward.pid = host, node, pid
+            s.reward.place(event)
 
     def _engine(self, what: str, when: float, event: Mapping[str, Any]) -> None:
         index = int(event["engine"])
@@ -210,7 +210,7 @@ class RunHistory:
         e.state, e.since = what, when
         e.reason = event.get("reason") or e.reason
         if what == "ready":
-            e.host, e.node, e.pid = (event.get(k) for k in ("host", "node", "pid"))
+            e.place(event)
         elif what in ("dead", "gone"):
             e.pid = None
 
@@ -230,10 +230,10 @@ class RunHistory:
             self.done.clear()
 
     def _reward(self, what: str, when: float, event: Mapping[str, Any]) -> None:
-        r = self.now.reward = self.now.reward or RewardStatus()
+        r = self.now.reward = self.now.reward or PlacedStatus()
         if what == "ready":
             r.restarts += r.state == "failed"
-            r.host, r.node, r.pid = (event.get(k) for k in ("host", "node", "pid"))
+            r.place(event)
         else:
             r.pid, r.reason = None, event.get("reason")
         r.state, r.since = what, when

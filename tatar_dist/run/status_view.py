@@ -76,9 +76,8 @@ def _run(s: Status, now: float) -> Panel:
     elif s.step:
         rows.add_row("step", f"[bold]{s.step}[/]")
     for name, parts in _lines(s, now):
-        said = [p for p in parts if p]
-        if said:
-            rows.add_row(name, Text.assemble(*said[:1], *(x for p in said[1:] for x in ((" · ", OVER), p))))
+        if texts := [part for part in parts if part]:
+            rows.add_row(name, Text.assemble((" · ", OVER)).join(texts))
     title = f"[{style}]● [bold]{s.state}[/]{f'  {s.stage}' if s.stage else ''}"
     return Panel(rows, title=title, title_align="left", border_style=style, padding=(0, 1))
 

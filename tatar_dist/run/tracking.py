@@ -265,4 +265,5 @@ def kept_id(run: Path, name: str, make: Callable[[], str]) -> str:
 
 
 def _ids(file: Path) -> dict[str, str]:
-    return json.loads(file.read_text()) if file.exists() else {}  # type: ignore[no-any-return]
+    ids: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    return ids
