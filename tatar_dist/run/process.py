@@ -35,7 +35,7 @@ _handler: logging.Handler | None = None
 
 
 class JsonLines(logging.Formatter):
-    """A log record as one line of JSON."""
+    """Format a log record as one line of JSON."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def open_log(run: str | Path, name: str, printed: bool = True) -> Path:
 
 
 def _redirect(path: Path) -> None:
-    """Both output streams of the process to a file, below Python: C and C++ libraries write there too."""
+    """Send both output streams of the process to a file, below Python: C and C++ libraries write there too."""
     sys.stdout.flush()
     sys.stderr.flush()
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -106,10 +106,10 @@ def _permit_tracing() -> None:
 
 
 def interface_of(ip: str) -> str | None:
-    """The network interface that has this address, None where no one has."""
+    """Return the network interface that has this address, or None."""
     import psutil
 
-    if ip.startswith("127."):  # all of them are loopback's, only one is listed
+    if ip.startswith("127."):  # psutil lists only one of loopback's addresses
         return "lo"
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address == ip for a in addresses):
@@ -119,10 +119,10 @@ def interface_of(ip: str) -> str | None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around imports of large libraries. What they make stays, so the garbage collector need not look through it.
+    """Keep the garbage collector away from what imports of large libraries create, which stays.
 
-    Looking again and again, while they are imported and at every full collection after, is a third of the time that an
-    engine of a small model takes to start.
+    Scanning it, during the imports and at every full collection after, is a third of an engine's start with a small
+    model.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -136,26 +136,26 @@ def importing() -> Iterator[None]:
 
 
 def process_facts() -> dict[str, Any]:
-    """pid, host name, and Ray's node id (None outside Ray)."""
-    ray = sys.modules.get("ray")  # a process that has not imported it is in none
+    """Return pid, host name, and Ray's node id (None outside Ray)."""
+    ray = sys.modules.get("ray")  # a process that has not imported it belongs to no node
     node = ray.get_runtime_context().get_node_id() if ray and ray.is_initialized() else None
     return {"pid": os.getpid(), "host": socket.gethostname(), "node": node}
 
 
 def pin(_: Any, side: int, index: int, count: int) -> None:
-    """Keep this process on its share of this machine's cores: process `index` of `count` of the first or second half.
+    """Pin process `index` of `count` to its share of the first or second half (`side`) of this machine's cores.
 
-    Called on an actor, which comes as the first argument. Where there are fewer cores than processes, some share one.
+    Called on an actor, the first argument. Where there are fewer cores than processes, some share one.
     """
     cores = sorted(os.sched_getaffinity(0))
     half = cores[: len(cores) // 2] if side == 0 else cores[len(cores) // 2 :]
     half = half or cores
-    own = half[index * len(half) // count : (index + 1) * len(half) // count] or [half[index % len(half)]]
-    keep_on(own)
+    share = half[index * len(half) // count : (index + 1) * len(half) // count] or [half[index % len(half)]]
+    keep_on(share)
 
 
 def keep_on(cores: Collection[int]) -> None:
-    """Every thread of this process onto these cores; threads that come later inherit it."""
+    """Move every thread of this process to these cores; later threads inherit it."""
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it ended meanwhile
             os.sched_setaffinity(int(thread), cores)

@@ -240,7 +240,7 @@ class RunHistory:
 
 
 class RunWatcher:
-    """A run directory, looked at again and again.
+    """Watch a run directory.
 
     Raises:
         UserError: it is no run directory.
@@ -258,7 +258,7 @@ class RunWatcher:
         self._history = RunHistory()
 
     def read(self) -> Status:
-        """The run as it is now."""
+        """Return the run as it is now."""
         past, done = self._history, self._history.done
         for line in self._new_lines():
             try:
@@ -287,7 +287,7 @@ class RunWatcher:
         return s
 
     def _new_lines(self) -> Iterator[bytes]:
-        """Whole lines that were appended to the event log since the last call."""
+        """Yield the whole lines appended to the event log since the last call."""
         try:
             with open(self.path / EVENTS, "rb") as f:
                 f.seek(self._offset)
@@ -304,7 +304,7 @@ class RunWatcher:
         return rows[-1] if rows else {}
 
     def _checkpoint(self) -> Checkpoint | None:
-        """What `latest` points to."""
+        """Return the checkpoint that `latest` points to."""
         latest = self.path / "checkpoints" / "latest"
         try:
             state = latest / "state.json"
