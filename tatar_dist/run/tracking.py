@@ -158,7 +158,7 @@ def check_trackers(config: Config, kinds: Mapping[str, Any] = KINDS) -> None:
         )
 
 
-class _Worker(threading.Thread):
+class _TrackerThread(threading.Thread):
     """Open a tracker, write the `steps` put to it, close it at None. A daemon: a hung one ends with the process."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
@@ -197,7 +197,7 @@ class Trackers:
     ) -> None:
         self.config, self.run, self.events, self.kinds = config, run, events, kinds
         self._wanted = [name for name in kinds if getattr(config.track, name)]
-        self._open: dict[str, _Worker] = {}
+        self._open: dict[str, _TrackerThread] = {}
         check_trackers(config, kinds)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -205,7 +205,7 @@ class Trackers:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for name in list(self._wanted):
             if name not in self._open:
-                self._open[name] = _Worker(name, partial(self.kinds[name], self.config, self.run, step))
+                self._open[name] = _TrackerThread(name, partial(self.kinds[name], self.config, self.run, step))
             worker = self._open[name]
             worker.steps.put((step, finite))
             if worker.error is not None:
