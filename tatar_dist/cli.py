@@ -13,7 +13,6 @@ import typer
 from typer.exceptions import TyperException
 
 from tatar_dist.commands import checks, data, evaluation, rationale, runs, stages
-from tatar_dist.commands.serve import serve
 from tatar_dist.errors import EXIT_INTERRUPTED, Interrupted, RunError, UserError
 
 EXTRAS = ("torch", "torchvision", "vllm", "deepspeed", "ray", "transformers", "accelerate", "datasets")
@@ -32,7 +31,7 @@ app = typer.Typer(
 PANELS = {
     "Train and look": (
         stages.demo, stages.probes, stages.sft, stages.grpo, stages.evaluate, evaluation.score, runs.status,
-        runs.report, runs.export, serve,
+        runs.report, runs.export, runs.serve,
     ),
     "Check and audit": (
         stages.plan, checks.rewards, evaluation.metrics, evaluation.compare, checks.bench, checks.doctor,

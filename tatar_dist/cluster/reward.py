@@ -19,8 +19,7 @@ from tatar_dist.rewards.metrics import reward_metrics
 from tatar_dist.rewards.presets import load_preset
 from tatar_dist.rewards.score import score_batch, scored_groups
 from tatar_dist.run.failpoints import Failpoints
-from tatar_dist.run.log import open_log
-from tatar_dist.run.process import process_facts
+from tatar_dist.run.process import open_log, process_facts
 from tatar_dist.types import Group, ScoredGroup
 
 ATTEMPTS = 3

@@ -43,7 +43,7 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def raise_if_stopping(self) -> None:
-        """Raises StopRequested after a signal."""
+        """Raise StopRequested after a signal."""
         if self.requested:
             raise StopRequested
 
@@ -51,15 +51,15 @@ class StopSignals:
         if number == signal.SIGINT:
             if self.requested:
                 raise KeyboardInterrupt
-            said = b"\nstopping at the next safe point; Ctrl-C again stops at once\n"
+            message = b"\nstopping at the next safe point; Ctrl-C again stops at once\n"
         else:
-            said = b"\nasked to stop: writing a checkpoint\n"
+            message = b"\nasked to stop: writing a checkpoint\n"
             first, self.status = self.status != EXIT_PREEMPTED, EXIT_PREEMPTED
             if self.grace_seconds is not None and first:
                 signal.setitimer(signal.ITIMER_REAL, max(1.0, self.grace_seconds - MARGIN_S))
         self.requested, self.name = True, signal.Signals(number).name
         with suppress(OSError):
-            os.write(2, said)  # print may not be re-entered
+            os.write(2, message)  # print may not be re-entered
 
     def _grace_over(self, number: int, frame: FrameType | None) -> None:
         raise Interrupted(

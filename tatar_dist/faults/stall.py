@@ -23,6 +23,7 @@ from tatar_dist.config.schema import WatchConfig
 from tatar_dist.errors import RunError
 from tatar_dist.faults.stacks import Stacks, stacks_of
 from tatar_dist.run.events import Events
+from tatar_dist.run.process import process_facts
 from tatar_dist.run.status import RunWatcher
 
 NODE_S = 30.0  # for the stacks of another node: a task starts, asks, reads
@@ -49,7 +50,7 @@ class Stalled(RunError):
 
 
 class StallDetector:
-    """Context manager around the controller's loop; it watches from a thread of its own.
+    """Context manager around the controller's loop, which it watches from a thread.
 
     Args:
         first_s: the limit until the first step after a start is finished: starting and warming up take longer than
@@ -89,29 +90,29 @@ class StallDetector:
             self._thread.join(NODE_S)
 
     def progress(self) -> None:
-        """Something moved."""
+        """Note that something moved."""
         with self._lock:
             self._last, self._dumped, self._asked = self.clock(), False, None
 
     def step(self, seconds: float) -> None:
-        """A step is finished and took so long."""
+        """Note that a step is finished and how long it took."""
         self._steps.append(seconds)
         self.progress()
 
     def starting(self) -> None:
-        """Processes start (again): until the next step is finished the limit is that of a start."""
+        """Use the limit of a start until the next step is finished: processes start, perhaps again."""
         self._steps.clear()
         self.progress()
 
     def raise_if_asked(self) -> None:
-        """Raises Stalled, once a stall, when watch.stall_action is restart or stop."""
+        """Raise Stalled, once a stall, when watch.stall_action is restart or stop."""
         with self._lock:
             asked, self._asked = self._asked, None
         if asked is not None:
             raise asked
 
     def limit(self) -> float:
-        """Seconds without progress that are a stall now."""
+        """Return how many seconds without progress are a stall now."""
         if not self._steps:
             return max(self.config.stall_min_s, self.first_s)
         return max(self.config.stall_min_s, self.config.stall_factor * statistics.median(self._steps))
@@ -131,52 +132,46 @@ class StallDetector:
         with self._lock:
             since, self._dumped = self._last, True
         seconds, limit, action = self.clock() - since, self.limit(), self.config.stall_action
-        found = stacks_of_run(self.processes())
+        stacks = stacks_of_run(self.processes())
         directory = self.run / "stacks" / time.strftime("%Y%m%d-%H%M%S")
         directory.mkdir(parents=True, exist_ok=True)
-        for name, stacks in found.items():
-            (directory / f"{name}.txt").write_text(f"{name}, {stacks.text}")
-        silent = {name: stacks.state for name, stacks in found.items() if not stacks.answered}
+        for name, process in stacks.items():
+            (directory / f"{name}.txt").write_text(f"{name}, {process.text}")
+        silent = {name: process.state for name, process in stacks.items() if not process.answered}
         self.events.log(
             "stall",
             seconds=round(seconds, 1),
             limit=round(limit, 1),
             action=action,
             stacks=str(directory.relative_to(self.run)),
-            processes=list(found),
+            processes=list(stacks),
             silent=silent,
         )
-        said = (
+        message = (
             f"no progress for {seconds:.0f} s (limit {limit:.0f} s) in phase {self.events.phase} of step "
-            f"{self.events.step}; stacks of {', '.join(found)} are in {directory}"
+            f"{self.events.step}; stacks of {', '.join(stacks)} are in {directory}"
         )
         if silent:
-            said += "; did not answer: " + ", ".join(f"{name} ({state})" for name, state in silent.items())
-        log.error(said)
+            message += "; did not answer: " + ", ".join(f"{name} ({state})" for name, state in silent.items())
+        log.error(message)
         with self._lock:
             if action != "report" and self._last == since:
-                self._asked = Stalled(said, action)
+                self._asked = Stalled(message, action)
 
 
 def stacks_of_run(processes: Sequence[WatchedProcess]) -> dict[str, Stacks]:
-    """The stacks of every process by name, all nodes at the same time; a node that does not answer is named."""
-    here, deadline = _this_node(), time.monotonic() + NODE_S
+    """Return the stacks of every process by name; all nodes are asked at once, one that does not answer is named."""
+    here, deadline = process_facts()["node"], time.monotonic() + NODE_S
     nodes: dict[str | None, list[WatchedProcess]] = {}
     for p in processes:
         nodes.setdefault(None if p.node == here else p.node, []).append(p)
     asked = {node: _ask_node(node, [p.pid for p in group]) for node, group in nodes.items() if node is not None}
-    found: dict[str, Stacks] = {}
+    stacks: dict[str, Stacks] = {}
     for node, group in nodes.items():
         pids = [p.pid for p in group]
-        stacks = stacks_of(pids) if node is None else _answer(asked[node], node, pids, deadline - time.monotonic())
-        found.update(zip((p.name for p in group), stacks, strict=True))
-    return {p.name: found[p.name] for p in processes}
-
-
-def _this_node() -> str | None:
-    import ray
-
-    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+        answer = stacks_of(pids) if node is None else _answer(asked[node], node, pids, deadline - time.monotonic())
+        stacks |= zip((p.name for p in group), answer, strict=True)
+    return {p.name: stacks[p.name] for p in processes}
 
 
 def _ask_node(node: str, pids: list[int]) -> Any:
@@ -200,13 +195,13 @@ def _answer(ref: Any, node: str, pids: list[int], timeout: float) -> list[Stacks
 
 
 def processes_of(run: Path) -> list[WatchedProcess]:
-    """The living processes of this controller's run, as the event log names them."""
+    """Return the living processes of this controller's run, as the event log names them."""
     s = RunWatcher(run).read()
-    found = [WatchedProcess("controller", os.getpid())]
+    processes: list[tuple[str, int | None, str | None]] = [("controller", os.getpid(), None)]
     if s.learners:
-        pairs = enumerate(zip(s.learners.pids, s.learners.nodes, strict=True))
-        found += [WatchedProcess(f"learner-{rank}", pid, node) for rank, (pid, node) in pairs if pid is not None]
-    found += [WatchedProcess(f"engine-{e.engine}", e.pid, e.node) for e in s.engines if e.pid is not None]
-    if s.reward and s.reward.pid is not None:
-        found.append(WatchedProcess("reward", s.reward.pid, s.reward.node))
-    return found
+        places = zip(s.learners.pids, s.learners.nodes, strict=True)
+        processes += [(f"learner-{rank}", *place) for rank, place in enumerate(places)]
+    processes += [(f"engine-{e.engine}", e.pid, e.node) for e in s.engines]
+    if s.reward:
+        processes.append(("reward", s.reward.pid, s.reward.node))
+    return [WatchedProcess(name, pid, node) for name, pid, node in processes if pid is not None]

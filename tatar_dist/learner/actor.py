@@ -19,8 +19,7 @@ from tatar_dist.errors import RunError, UserError
 from tatar_dist.learner.sharding import Shard
 from tatar_dist.learner.transfer import RankFiles
 from tatar_dist.run.failpoints import Failpoints
-from tatar_dist.run.log import open_log
-from tatar_dist.run.process import importing, process_facts
+from tatar_dist.run.process import importing, open_log, process_facts
 from tatar_dist.types import StepReport
 
 IMPORTANCE = {"mean": "importance", "cut": "cut"}  # policy/importance_* -> its sum over trained tokens

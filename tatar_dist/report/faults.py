@@ -1,6 +1,6 @@
 """Summarise faults and recoveries of a run's processes: a log by time, and counts per engine.
 
-Events are not validated and may hold any fields; run/history.py defines their meaning.
+Events are not validated and may hold any fields; run/status.py defines their meaning.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tatar_dist.report.reading import clean, is_number
-from tatar_dist.run.history import ENDS, TROUBLE, RunHistory
+from tatar_dist.run.status import ENDS, TROUBLE, RunHistory
 
 SHOWN = TROUBLE | ENDS.keys() | {"run/start", "engine/restarting"}
 MOST_ROWS = 200

@@ -22,8 +22,7 @@ from tatar_dist.errors import RunError
 from tatar_dist.prompts.expected import Question, expected_scores
 from tatar_dist.rollout.options import gpu_available, vllm_options
 from tatar_dist.run.failpoints import Failpoints
-from tatar_dist.run.log import open_log
-from tatar_dist.run.process import importing, process_facts
+from tatar_dist.run.process import importing, open_log, process_facts
 from tatar_dist.types import Completion, Group, Prompt
 
 FORBIDDEN_BIAS = -100.0  # vLLM's smallest logit bias; exp(-100) is 0 beside any sampled token in float32

@@ -1,6 +1,6 @@
-"""The files of a checkpoint: written, synced and hashed by the process that has them, checked by the one that reads.
+"""Write, sync, hash and check the files of a checkpoint.
 
-No torch and no Ray in here. `Files` is what state.json keeps of them: {"model/config.json": {"bytes": …, "sha256": …}}.
+Imports no torch and no Ray. `Files` is what state.json keeps of them: {"model/config.json": {"bytes": …, "sha256": …}}.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def write(directory: Path, jobs: Iterable[Job]) -> Files:
             path = directory / name
             path.parent.mkdir(exist_ok=True)  # no parents: a directory that was given up must not come back
             job(path)
-            found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-            files |= {p.relative_to(directory).as_posix(): seal(p) for p in found}
+            paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            files |= {p.relative_to(directory).as_posix(): seal(p) for p in paths}
     except Exception as e:
         if code := _full(e, directory):
             raise OSError(code, os.strerror(code), str(directory)) from e
@@ -48,7 +48,7 @@ def write(directory: Path, jobs: Iterable[Job]) -> Files:
 
 
 def seal(path: Path) -> dict[str, Any]:
-    """Sync a file; its size and hash."""
+    """Sync a file and return its size and hash."""
     sync(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
@@ -59,7 +59,7 @@ def sha256(path: Path) -> str:
 
 
 def first_damage(directory: Path, files: Files, hashes: bool) -> str | None:
-    """What is wrong with the first file that is not as it was written, or None; `hashes`: read and compare all."""
+    """Say what is wrong with the first file not as it was written, or None; `hashes`: read and compare all."""
     for name, written in files.items():
         path = directory / name
         if not path.is_file():
@@ -76,7 +76,7 @@ def first_damage(directory: Path, files: Files, hashes: bool) -> str | None:
 
 
 def _full(error: BaseException, directory: Path) -> int | None:
-    """ENOSPC or EDQUOT if that is what `error` comes from."""
+    """Return ENOSPC or EDQUOT if `error` comes from a full disk."""
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, OSError) and chain.errno in FULL:

@@ -19,12 +19,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,6 @@ from tatar_dist.errors import UserError
 from tatar_dist.run.checkpoint_files import Files, first_damage
 from tatar_dist.run.events import Events
 from tatar_dist.run.files import sync, written_whole
-from tatar_dist.run.retention import Finished, kept
 
 STATE = "state.json"
 WRITING, REMOVING = ".writing_", ".removing_"
@@ -298,3 +298,24 @@ def _require_identity(directory: Path, state: dict[str, Any], identity: dict[str
                 f"{directory}: a checkpoint of a run with {key}={was}, this one has {key}={now}: give another output, "
                 "or checkpoint.resume=false to start over"
             )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A whole checkpoint: its directory's name, its step and its value of `checkpoint.keep_best`, if it has one."""
+
+    name: str
+    step: int
+    metric: float | None = None
+
+
+def kept(finished: Sequence[Finished], config: CheckpointConfig) -> set[str]:
+    """Names of those that stay. `finished`: newest first; the newest always stays. Of equally good ones the newest."""
+    stay = {f.name for f in finished[: max(1, config.keep)]}
+    if config.keep_every:
+        stay |= {f.name for f in finished if f.step % config.keep_every == 0}
+    sign = 1 if config.best_mode == "max" else -1
+    rated = [(sign * f.metric, f.name) for f in finished if f.metric is not None and math.isfinite(f.metric)]
+    if rated:
+        stay.add(max(rated, key=lambda r: r[0])[1])
+    return stay

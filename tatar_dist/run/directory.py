@@ -23,7 +23,7 @@ from tatar_dist.errors import Interrupted, UserError
 from tatar_dist.run.events import Events
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.files import json_lines, write_whole, written_whole
-from tatar_dist.run.log import open_log
+from tatar_dist.run.process import open_log
 from tatar_dist.run.tracking import Trackers
 from tatar_dist.types import ScoredGroup
 
@@ -108,15 +108,11 @@ class RunDirectory:
     def rewind(self, step: int) -> None:
         """Forget metrics and rollouts of steps >= `step`: the run resumes there and will write them again."""
         self._trackers.rewind(step)
-        kept = [line for line in self.metrics() if line["step"] < step]
+        kept = [line for line in read_metrics(self.path) if line["step"] < step]
         write_whole(self.path / "metrics.jsonl", "".join(map(_line, kept)))
         for file in (self.path / "rollouts").rglob("step_*.parquet"):
             if int(file.stem.removeprefix("step_")) >= step:
                 file.unlink()
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """`read_metrics` of this run."""
-        return read_metrics(self.path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl, and hand the same scalars to the trackers."""

@@ -1,7 +1,7 @@
 """The event log of a run: what happened to its processes, when, and in which phase of which step.
 
 `RUN/events.jsonl`, one object a line: `time` (Unix seconds), `event` (`subject/what`), `step`, `phase`, then what the
-event has to say. Appended with one write a line, so that several processes can share the file; never rewound, unlike
+event adds. Appended with one write a line, so that several processes can share the file; never rewound, unlike
 metrics.jsonl: a step that ran twice stands here twice. Everything that watches a run reads it: `tatar-dist status`, the
 stall detector, the tests of faults.
 
@@ -49,7 +49,7 @@ class Events:
         self._append(json.dumps({**stamp, **fields}, default=str) + "\n")
 
     def begin(self, phase: str, step: int | None = None) -> None:
-        """A phase of the loop begins; later events carry it."""
+        """Log that a phase of the loop begins; later events carry it."""
         self.phase = phase
         if step is not None:
             self.step = step

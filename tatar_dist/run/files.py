@@ -1,8 +1,8 @@
 """Write files whole or not at all, and read JSON lines that a crash may have cut off.
 
-`written_whole` gives a place beside a path and renames at the end, `write_whole` does so with data that is in memory;
-both let an OSError pass. `writing` around them makes it a `UserError`, `probe` raises one before the work, and `sync`
-makes what was written last.
+`written_whole` yields a path beside the target and renames it at the end, `write_whole` does so with data in memory;
+both let an OSError pass. `writing` around them turns it into a `UserError`, `probe` raises one before the work, and
+`sync` makes a file durable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tatar_dist.errors import UserError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside, an OSError becomes a UserError that says that `path` cannot be written, and why."""
+    """Turn an OSError into a UserError that says that `path` cannot be written, and why."""
     try:
         yield
     except OSError as e:
@@ -44,7 +44,7 @@ def beside(path: Path) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield the place to write to, which is renamed to `path` when the block ends well."""
+    """Yield a path to write to, which is renamed to `path` when the block ends without an error."""
     place = beside(path)
     try:
         yield place

@@ -1,22 +1,115 @@
-"""Where a process runs: what the event log says of every actor, what signals and stack dumps need; its cores."""
+"""A process of a run: its log, where it runs, its cores.
+
+A process writes to RUN/logs, by its name in the run:
+
+    NAME.jsonl   one object a line: time (Unix seconds), level, logger, host, pid, message, and the traceback if any
+    NAME.out     what is printed, also by native libraries (vLLM, NCCL, gloo) and by a process that crashes
+
+The event `process/started` records where it runs, so that it can be found while it starts, too. A process that cannot
+see the run directory (no shared file system) logs to its machine's temporary directory and prints that path there.
+"""
 
 from __future__ import annotations
 
 import atexit
+import ctypes
+import faulthandler
 import gc
+import json
+import logging
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
+
+from tatar_dist.run.events import Events
+
+PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, 2**64 - 1  # prctl(2)
+
+log = logging.getLogger(__name__)
+_handler: logging.Handler | None = None
+
+
+class JsonLines(logging.Formatter):
+    """Format a log record as one line of JSON."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = socket.gethostname()
+
+    def format(self, record: logging.LogRecord) -> str:
+        row = {
+            "time": round(record.created, 3),
+            "level": record.levelname,
+            "logger": record.name,
+            "host": self.host,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            row["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(row)
+
+
+def open_log(run: str | Path, name: str, printed: bool = True) -> Path:
+    """Send this process's log records to RUN/logs/NAME.jsonl; an actor calls it first. Returns the directory.
+
+    Records of tatar_dist count from INFO, of other packages from WARNING. Called again, it moves to the new place.
+
+    Args:
+        run: the run directory; it must exist, or this machine does not see it.
+        name: controller, learner-0, engine-1, reward.
+        printed: also send what this process prints to NAME.out; not for one that has a user's terminal.
+    """
+    global _handler
+    visible = Path(run).is_dir() and os.access(run, os.W_OK)
+    directory = Path(run) / "logs" if visible else Path(tempfile.mkdtemp(prefix=f"{Path(run).name}-{name}-"))
+    directory.mkdir(exist_ok=True)
+    root, before = logging.getLogger(), _handler
+    _handler = logging.FileHandler(directory / f"{name}.jsonl")
+    _handler.setFormatter(JsonLines())
+    root.addHandler(_handler)
+    if before is not None:
+        root.removeHandler(before)
+        before.close()
+    logging.getLogger("tatar_dist").setLevel(logging.INFO)
+    if printed:
+        _redirect(directory / f"{name}.out")
+    _permit_tracing()
+    facts = process_facts()
+    log.info("%s starts on node %s", name, facts["node"])
+    if visible:
+        Events(Path(run)).log("process/started", name=name, **facts)
+    else:
+        log.warning("%s does not see %s: %s logs to %s there", facts["host"], run, name, directory)
+    return directory
+
+
+def _redirect(path: Path) -> None:
+    """Send both output streams of the process to a file, below Python: C and C++ libraries write there too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+    faulthandler.enable(file=2, all_threads=True)
+
+
+def _permit_tracing() -> None:
+    """Let processes of the same user read this one's stacks (faults/stacks.py) where Yama limits that to parents."""
+    ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(PR_SET_PTRACER_ANY))  # fails, unneeded, without Yama
 
 
 def interface_of(ip: str) -> str | None:
-    """The network interface that has this address, None where no one has."""
+    """Return the network interface that has this address, or None."""
     import psutil
 
-    if ip.startswith("127."):  # all of them are loopback's, only one is listed
+    if ip.startswith("127."):  # psutil lists only one of loopback's addresses
         return "lo"
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address == ip for a in addresses):
@@ -26,10 +119,10 @@ def interface_of(ip: str) -> str | None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around imports of large libraries. What they make stays, so the garbage collector need not look through it.
+    """Keep the garbage collector away from what imports of large libraries create, which stays.
 
-    Looking again and again, while they are imported and at every full collection after, is a third of the time that an
-    engine of a small model takes to start.
+    Scanning it, during the imports and at every full collection after, is a third of an engine's start with a small
+    model.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -43,26 +136,26 @@ def importing() -> Iterator[None]:
 
 
 def process_facts() -> dict[str, Any]:
-    """pid, host name, and Ray's node id (None outside Ray)."""
-    ray = sys.modules.get("ray")  # a process that has not imported it is in none
+    """Return pid, host name, and Ray's node id (None outside Ray)."""
+    ray = sys.modules.get("ray")  # a process that has not imported it belongs to no node
     node = ray.get_runtime_context().get_node_id() if ray and ray.is_initialized() else None
     return {"pid": os.getpid(), "host": socket.gethostname(), "node": node}
 
 
 def pin(_: Any, side: int, index: int, count: int) -> None:
-    """Keep this process on its share of this machine's cores: process `index` of `count` of the first or second half.
+    """Pin process `index` of `count` to its share of the first or second half (`side`) of this machine's cores.
 
-    Called on an actor, which comes as the first argument. Where there are fewer cores than processes, some share one.
+    Called on an actor, the first argument. Where there are fewer cores than processes, some share one.
     """
     cores = sorted(os.sched_getaffinity(0))
     half = cores[: len(cores) // 2] if side == 0 else cores[len(cores) // 2 :]
     half = half or cores
-    own = half[index * len(half) // count : (index + 1) * len(half) // count] or [half[index % len(half)]]
-    keep_on(own)
+    share = half[index * len(half) // count : (index + 1) * len(half) // count] or [half[index % len(half)]]
+    keep_on(share)
 
 
 def keep_on(cores: Collection[int]) -> None:
-    """Every thread of this process onto these cores; threads that come later inherit it."""
+    """Move every thread of this process to these cores; later threads inherit it."""
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it ended meanwhile
             os.sched_setaffinity(int(thread), cores)

@@ -1,7 +1,7 @@
-"""Live progress on the terminal: stage, step, what matters of its metrics, seconds a step, time gone and left.
+"""Progress on the terminal: stage, step, its main metrics, seconds a step, time gone and left.
 
-A bar that updates on a terminal; one plain line a step (thinned out for long runs) where output is a file. Time left
-is reckoned from the steps alone: starting the engines does not count.
+A bar on a terminal; one plain line a step (thinned out for long runs) where output is a file. Time left is estimated
+from the steps alone: starting the engines does not count.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def clock(seconds: float) -> str:
 
 
 def bar(console: Console) -> progress.Progress:
-    """Name, bar, count, and what a task's field `said` holds."""
+    """Return a bar with name, count, and the text in a task's field `said`."""
     return progress.Progress(
         progress.SpinnerColumn(),
         progress.TextColumn("[bold]{task.description}"),
@@ -69,14 +69,14 @@ class Progress:
             self._bar.stop()
 
     def ready(self, first: int | None = None) -> None:
-        """Everything has started, at step `first` if it is another; from here on time counts for steps."""
+        """Start timing steps: everything is up, at step `first` if it is not the initial one."""
         self.since = time.monotonic()
         self.first = self.first if first is None else first
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
-        """`done` units of `total` are finished."""
+        """Show that `done` units of `total` are finished."""
         now = time.monotonic()
-        each = (now - self.since) / max(1, done - self.first)
+        seconds = (now - self.since) / max(1, done - self.first)
         loss = {} if "reward/total/iqa" in metrics or "reward/total/iaa" in metrics else {"loss/total": "loss"}
         known = {key: name for key, name in (loss | SHOWN).items() if key in metrics}
         # a task without held-out rows has no loss; any other NaN is worth seeing
@@ -86,11 +86,15 @@ class Progress:
             if not (key.startswith("eval/") and math.isnan(metrics[key]))
         ]
         a = "an" if self.unit[0] in "aeiou" else "a"
-        pace = f"{each:.1f} s {a} {self.unit}" if each >= 0.1 else f"{1 / max(each, 1e-9):.0f} {self.unit}s a second"
-        left = clock(each * (self.total - done))
-        said = "  ".join([*parts, pace, f"{clock(now - self.began)} gone", f"{left} left"])
+        pace = (
+            f"{seconds:.1f} s {a} {self.unit}"
+            if seconds >= 0.1
+            else f"{1 / max(seconds, 1e-9):.0f} {self.unit}s a second"
+        )
+        left = clock(seconds * (self.total - done))
+        line = "  ".join([*parts, pace, f"{clock(now - self.began)} gone", f"{left} left"])
         if self._bar:
-            self._bar.update(self._task, completed=done, said=said)
+            self._bar.update(self._task, completed=done, said=line)
         elif done == self.total or done - self._printed >= self._every or self._printed < 0:
             self._printed = done
-            self.console.print(f"{self.stage}  {done}/{self.total}  {said}", highlight=False, soft_wrap=True)
+            self.console.print(f"{self.stage}  {done}/{self.total}  {line}", highlight=False, soft_wrap=True)

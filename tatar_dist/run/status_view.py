@@ -13,9 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tatar_dist.run.history import ProcessStatus, Status
 from tatar_dist.run.progress import SHOWN, clock
-from tatar_dist.run.status import LIVING, RunWatcher
+from tatar_dist.run.status import LIVING, ProcessStatus, RunWatcher, Status
 
 REFRESH_S = 1.0
 ROWS = 8  # engines; of more, the healthy ones share a row
@@ -77,9 +76,8 @@ def _run(s: Status, now: float) -> Panel:
     elif s.step:
         rows.add_row("step", f"[bold]{s.step}[/]")
     for name, parts in _lines(s, now):
-        said = [p for p in parts if p]
-        if said:
-            rows.add_row(name, Text.assemble(*said[:1], *(x for p in said[1:] for x in ((" · ", OVER), p))))
+        if texts := [part for part in parts if part]:
+            rows.add_row(name, Text.assemble((" · ", OVER)).join(texts))
     title = f"[{style}]● [bold]{s.state}[/]{f'  {s.stage}' if s.stage else ''}"
     return Panel(rows, title=title, title_align="left", border_style=style, padding=(0, 1))
 

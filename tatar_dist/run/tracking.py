@@ -2,9 +2,9 @@
 
 Offline they write to `tensorboard/`, `wandb/` and `mlflow.db` of the run directory. Online, each follows its own
 environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI). `trackers.json` keeps the ids, so that a resumed run
-continues the same W&B and MLflow run; from step 0 it is a new one. Each tracker has a thread of its own. The run waits
-for it only at its end, and there not for long. A tracker that fails or hangs is warned about once and left out; the run
-goes on, and metrics.jsonl has everything.
+continues the same W&B and MLflow run; from step 0 it is a new one. Each tracker has a thread: MLflow's client blocks,
+and W&B and TensorBoard, which queue by themselves, block when they open and close. The run waits for it only at its
+end, CLOSE_S at most. A tracker that fails or hangs is warned about once and left out; metrics.jsonl has everything.
 
 W&B and MLflow are extras. Tests run both offline (tests/unit/test_trackers_offline.py); online they were never run.
 """
@@ -36,24 +36,23 @@ from tatar_dist.run.events import Events
 from tatar_dist.run.files import write_whole
 
 IDS = "trackers.json"
-BEHIND = 1000  # steps that may wait for a tracker; it misses what comes then
-OPEN_S = 120.0  # to open
-CLOSE_S = 30.0  # all together, to write what waits and to close
+BEHIND = 1000  # steps that may wait for a tracker: with more it is taken to hang
+CLOSE_S = 30.0  # for all trackers together to write what waits and to close
 
 _ids_lock = threading.Lock()
 
 
 class Tracker(Protocol):
-    """Where metrics go. Its constructor takes (config, run directory, first step)."""
+    """Where metrics go. Its constructor takes (config, run directory, first step); its calls may block and fail."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """All values are finite."""
+        """Write the metrics of a step, all finite."""
 
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """RUN/tensorboard. What an earlier process wrote of the steps that are run again is hidden."""
+    """Write to RUN/tensorboard; steps that are run again replace what an earlier process wrote of them."""
 
     def __init__(self, config: Config, run: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -69,12 +68,14 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run; `step` is a metric of ours and the axis of all others, because W&B's own counter would
-    drop the steps that a resumed run repeats. `wandb sync RUN/wandb/offline-*` uploads what was written offline."""
+    """Write to a Weights & Biases run; `wandb sync RUN/wandb/offline-*` uploads what was written offline.
+
+    `step` is a metric of ours and the axis of all others: W&B's own counter drops steps that a resumed run repeats.
+    """
 
     def __init__(self, config: Config, run: Path, step: int) -> None:
         if config.track.mode == "offline":
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # to its makers; read at the import
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at the import
         import wandb
 
         t = config.track
@@ -86,7 +87,7 @@ class WandB:
             mode=cast(Any, t.mode),  # config/rules.py knows which there are
             dir=str(run),
             config=asdict(config),
-            settings=wandb.Settings(silent=True),  # it prints nothing between our lines, and asks nothing
+            settings=wandb.Settings(silent=True),  # print nothing between our lines, ask nothing
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -99,15 +100,17 @@ class WandB:
 
 
 class MLflow:
-    """An MLflow run in the experiment `track.project`; offline in RUN/mlflow.db, where
-    `mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db` shows it."""
+    """Write to an MLflow run in the experiment `track.project`; offline in RUN/mlflow.db.
+
+    `mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db` shows it.
+    """
 
     def __init__(self, config: Config, run: Path, step: int) -> None:
         if config.track.mode == "offline":
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read at the import
         from mlflow import MlflowClient
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs every table that it creates
         t, offline = config.track, config.track.mode == "offline"
         self._client = MlflowClient(f"sqlite:///{run.absolute()}/mlflow.db" if offline else None)
         files = (run.absolute() / "mlflow").as_uri() if offline else None
@@ -140,7 +143,7 @@ KINDS: dict[str, Callable[[Config, Path, int], Tracker]] = {
 
 
 def check_trackers(config: Config, kinds: Mapping[str, Any] = KINDS) -> None:
-    """Raises UserError: the package of a tracker that is asked for is not installed, or it has no key to go online."""
+    """Raise UserError if the package of a tracker asked for is not installed, or W&B has no key to go online."""
     wanted = [name for name in kinds if getattr(config.track, name)]
     for name in wanted:
         if find_spec(name) is None:
@@ -155,59 +158,31 @@ def check_trackers(config: Config, kinds: Mapping[str, Any] = KINDS) -> None:
         )
 
 
-class _Thread:
-    """A tracker in a daemon thread, which opens it, gives it what is put, and closes it. No call here waits for it."""
+class _TrackerThread(threading.Thread):
+    """Open a tracker, write the `steps` put to it, close it at None. A daemon: a hung one ends with the process."""
 
-    def __init__(self, name: str, make: Callable[[], Tracker], clock: Callable[[], float]) -> None:
-        self.missed = 0  # steps
-        self._clock = clock
-        self._error: Exception | None = None
-        self._opened = False
-        self._late = clock() + OPEN_S
-        self._waiting: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, args=(make,), name=f"tracker {name}", daemon=True)
-        self._thread.start()
+    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
+        super().__init__(name=f"tracker {name}", daemon=True)
+        self.make = make
+        self.steps: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue()
+        self.error: Exception | None = None
+        self.start()
 
-    def _work(self, make: Callable[[], Tracker]) -> None:
+    def run(self) -> None:
         try:
-            tracker = make()
-            self._opened = True
-            while (step := self._waiting.get()) is not None:
+            tracker = self.make()
+            while (step := self.steps.get()) is not None:
                 tracker.log(*step)
             tracker.close()
         except Exception as e:  # any library's, any network's
-            self._error = e
+            self.error = e
 
-    @property
-    def error(self) -> Exception | None:
-        """What it failed with, also by not opening in time."""
-        if self._error is None and not self._opened and self._clock() > self._late:
-            return TimeoutError(f"not open after {OPEN_S:g} s")
-        return self._error
-
-    def put(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._waiting.qsize() < BEHIND:
-            self._waiting.put((step, metrics))
-        else:
-            self.missed += 1
-
-    def end(self) -> None:
-        """Let it write what waits and close."""
-        self._waiting.put(None)
-
-    def ended(self, until: float) -> Exception | None:
-        """Wait for that, until a time of the clock at most; what it failed with."""
-        self._thread.join(max(0.0, until - self._clock()))
-        if self._thread.is_alive():
-            return TimeoutError(f"did not close within {CLOSE_S:g} s; its last steps may be missing there")
-        return self._error
-
-    def leave(self) -> None:
-        """Should it come back to life, it closes at once."""
+    def drop(self) -> None:
+        """Discard what waits; if the tracker comes back to life, it closes at once."""
         with suppress(queue.Empty):
             while True:
-                self._waiting.get_nowait()
-        self._waiting.put(None)
+                self.steps.get_nowait()
+        self.steps.put(None)
 
 
 class Trackers:
@@ -218,65 +193,57 @@ class Trackers:
     """
 
     def __init__(
-        self,
-        config: Config,
-        run: Path,
-        events: Events,
-        kinds: Mapping[str, Callable[..., Tracker]] = KINDS,
-        clock: Callable[[], float] = time.monotonic,
+        self, config: Config, run: Path, events: Events, kinds: Mapping[str, Callable[..., Tracker]] = KINDS
     ) -> None:
-        self.config, self.run, self.events, self.kinds, self.clock = config, run, events, kinds, clock
+        self.config, self.run, self.events, self.kinds = config, run, events, kinds
         self._wanted = [name for name in kinds if getattr(config.track, name)]
-        self._open: dict[str, _Thread] = {}
+        self._open: dict[str, _TrackerThread] = {}
         check_trackers(config, kinds)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """To every tracker, without values that are not finite. Raises nothing that a tracker raises; never waits."""
+        """Hand finite values to every tracker. Never waits, raises nothing that a tracker raises."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for name in list(self._wanted):
             if name not in self._open:
-                self._open[name] = _Thread(name, partial(self.kinds[name], self.config, self.run, step), self.clock)
-            thread = self._open[name]
-            if (error := thread.error) is not None:
-                self._leave(name, error)
-                continue
-            missed = thread.missed
-            thread.put(step, finite)
-            if thread.missed and not missed:
-                _warn(f"{name} is {BEHIND} steps behind: it misses steps from {step} on until it has caught up")
+                self._open[name] = _TrackerThread(name, partial(self.kinds[name], self.config, self.run, step))
+            worker = self._open[name]
+            worker.steps.put((step, finite))
+            if worker.error is not None:
+                self._leave_out(name, worker.error)
+            elif worker.steps.qsize() > BEHIND:
+                self._leave_out(name, TimeoutError(f"more than {BEHIND} steps behind"))
 
     def rewind(self, step: int) -> None:
-        """The run goes on at `step`; at 0 it is another one."""
+        """Continue at `step`; from 0 on it is another run, with new ids."""
         self.close()
         if step == 0:
             (self.run / IDS).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Within CLOSE_S. They open again at the next `log`."""
-        for thread in self._open.values():
-            thread.end()
-        until = self.clock() + CLOSE_S
-        for name, thread in list(self._open.items()):
-            if (error := thread.ended(until)) is not None:
-                self._leave(name, error)
+        """Close all within CLOSE_S; the next `log` opens them again."""
+        for worker in self._open.values():
+            worker.steps.put(None)
+        deadline = time.monotonic() + CLOSE_S
+        for name, worker in list(self._open.items()):
+            worker.join(max(0.0, deadline - time.monotonic()))
+            if worker.error is not None:
+                self._leave_out(name, worker.error)
+            elif worker.is_alive():
+                late = f"did not close within {CLOSE_S:g} s; its last steps may be missing there"
+                self._leave_out(name, TimeoutError(late))
         self._open.clear()
 
-    def _leave(self, name: str, error: Exception) -> None:
+    def _leave_out(self, name: str, error: Exception) -> None:
         self._wanted.remove(name)
-        self._open.pop(name).leave()
+        self._open.pop(name).drop()
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         logging.getLogger(__name__).warning("%s failed and is left out", name, exc_info=error)
-        _warn(f"{name} failed and is left out from now on: {reason}")
+        print(f"tatar-dist: {name} failed and is left out from now on: {reason}", file=sys.stderr)
         self.events.log("tracker/failed", tracker=name, reason=reason)
 
 
-def _warn(text: str) -> None:
-    print(f"tatar-dist: {text}", file=sys.stderr)
-
-
 def has_wandb_key() -> bool:
-    """Whether W&B finds a key where it looks for one: in its variables, or in the netrc file, where `wandb login` puts
-    it."""
+    """Whether W&B finds a key in its environment variables or in the netrc file that `wandb login` writes."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
@@ -287,16 +254,16 @@ def has_wandb_key() -> bool:
 
 
 def kept_id(run: Path, name: str, make: Callable[[], str]) -> str:
-    """The id that trackers.json of `run` has for `name`, or a new one, which it then has."""
+    """Return the id of `name` in trackers.json of `run`, after creating one with `make` if there is none."""
     file = run / IDS
-    if (found := _ids(file).get(name)) is not None:
-        return found
-    made = make()
+    if (known := _ids(file).get(name)) is not None:
+        return known
+    created = make()
     with _ids_lock:  # trackers open at the same time
-        write_whole(file, json.dumps(_ids(file) | {name: made}))
-    return made
+        write_whole(file, json.dumps(_ids(file) | {name: created}))
+    return created
 
 
 def _ids(file: Path) -> dict[str, str]:
-    found: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
-    return found
+    ids: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    return ids

@@ -16,7 +16,7 @@ import pytest
 from tatar_dist import grpo as controller
 from tatar_dist import sft
 from tatar_dist.errors import Interrupted, UserError
-from tatar_dist.run.directory import RunDirectory
+from tatar_dist.run.directory import RunDirectory, read_metrics
 from tatar_dist.run.events import read_events
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
@@ -26,7 +26,7 @@ WALL_CLOCK = ("time/", "perf/", "sync/seconds")
 
 def lines(config) -> list[dict]:
     with RunDirectory(config) as directory:
-        return [{k: v for k, v in m.items() if not k.startswith(WALL_CLOCK)} for m in directory.metrics()]
+        return [{k: v for k, v in m.items() if not k.startswith(WALL_CLOCK)} for m in read_metrics(directory.path)]
 
 
 def test_resumed_grpo_equals_uninterrupted_grpo_to_the_bit(model_untied, make_config, tmp_path):

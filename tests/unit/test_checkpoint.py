@@ -14,9 +14,8 @@ from checkpoint_cases import SAME, SIZES, Learners, checkpoints, damage, names, 
 from tatar_dist.config.schema import CheckpointConfig
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.run.checkpoint_files import Files, write
-from tatar_dist.run.checkpoints import latest
+from tatar_dist.run.checkpoints import Finished, kept, latest
 from tatar_dist.run.events import Events, read_events
-from tatar_dist.run.retention import Finished, kept
 
 
 class Failing(Learners):

@@ -12,7 +12,7 @@ from tatar_dist.run.events import read_events
 
 
 def run_process(code: str, *args: object) -> subprocess.CompletedProcess:
-    code = "import logging, os, sys\nfrom tatar_dist.run.log import open_log\n" + code
+    code = "import logging, os, sys\nfrom tatar_dist.run.process import open_log\n" + code
     return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=60)
 
 

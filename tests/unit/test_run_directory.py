@@ -15,7 +15,7 @@ import pytest
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.run.directory import RunDirectory
+from tatar_dist.run.directory import RunDirectory, read_metrics
 from tatar_dist.types import Completion, Group, Prompt, Sample, ScoredGroup
 
 
@@ -98,7 +98,7 @@ def test_metrics_go_to_a_line_each_and_to_tensorboard(tmp_path):
     with RunDirectory(config(tmp_path)) as run:
         run.log(0, {"loss/total": 2.5, "eval/loss/iqa": float("nan")})
         run.log(1, {"loss/total": 1.5})
-        assert [r["step"] for r in run.metrics()] == [0, 1]
+        assert [r["step"] for r in read_metrics(run.path)] == [0, 1]
     assert logged(tmp_path) == [
         {"step": 0, "loss/total": 2.5, "eval/loss/iqa": None},
         {"step": 1, "loss/total": 1.5},
@@ -142,27 +142,27 @@ def test_rewind_forgets_the_steps_that_will_be_run_again_and_no_others(tmp_path)
         for step in range(5):
             run.rollouts(step, [scored()])
         run.rewind(3)
-        assert run.metrics() == logged(tmp_path) == lines[:3]
+        assert read_metrics(run.path) == logged(tmp_path) == lines[:3]
         kept = sorted(p.name for p in (tmp_path / "rollouts").iterdir())
         assert kept == ["step_000000.parquet", "step_000001.parquet", "step_000002.parquet"]
         run.rewind(0)
-        assert run.metrics() == [] and list((tmp_path / "rollouts").iterdir()) == []
+        assert read_metrics(run.path) == [] and list((tmp_path / "rollouts").iterdir()) == []
 
 
 def test_rewind_of_a_fresh_directory_is_harmless(tmp_path):
     with RunDirectory(config(tmp_path)) as run:
         run.rewind(0)
-        assert run.metrics() == []
+        assert read_metrics(run.path) == []
 
 
 @pytest.mark.parametrize("torn", ['{"step": 2, "loss/to', '{"step": 2, "loss/total": 1.5', "\x00\x00\x00"])
 def test_a_last_line_torn_by_a_crash_is_dropped_and_the_next_line_is_whole(tmp_path, torn):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "a": 1}\n{"step": 1, "a": 2}\n' + torn)
     with RunDirectory(config(tmp_path)) as run:
-        assert [r["step"] for r in run.metrics()] == [0, 1]
+        assert [r["step"] for r in read_metrics(run.path)] == [0, 1]
         run.rewind(2)
         run.log(2, {"a": 3.0})
-        assert [r["step"] for r in run.metrics()] == [0, 1, 2]
+        assert [r["step"] for r in read_metrics(run.path)] == [0, 1, 2]
     assert [r["step"] for r in logged(tmp_path)] == [0, 1, 2]
 
 

@@ -28,7 +28,7 @@ from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, OtherCosts
 from tatar_dist.plan.simulate.step import Setup, generate, learn_factor, learn_work, push_work
 from tatar_dist.run.directory import read_metrics
 from tatar_dist.run.events import read_events
-from tatar_dist.run.history import RunHistory
+from tatar_dist.run.status import RunHistory
 from tatar_dist.types import TASKS
 
 WARM_UP = 2  # first steps of a run: kernels are compiled, caches filled
