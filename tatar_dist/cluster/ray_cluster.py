@@ -191,7 +191,7 @@ class Cluster:
                 rank,
                 placed,
                 cpus=c.learner_cpus,
-                gpus=self._learner_gpus(),
+                gpus=0.5 if self.gpu and self.colocated else float(self.gpu),
                 env=env,
                 where=PlacementGroupSchedulingStrategy(self._bundles, rank),
             )
@@ -243,9 +243,6 @@ class Cluster:
         need = self._bundle()
         rooms = [min(_fit(n, r, a) for r, a in need.items()) for n in available_resources_per_node().values()]
         return max(1, min(most, sum(rooms)))
-
-    def _learner_gpus(self) -> float:
-        return 0.5 if self.gpu and self.colocated else float(self.gpu)
 
     def _unplace(self) -> None:
         if self._bundles is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -66,20 +67,16 @@ def batch_of_rows(rows: Iterable[Mapping]) -> Batch:
     Raises:
         UserError: an unknown task, or rows of one group that disagree; the message names the row (from 1).
     """
-    groups: dict = {}
+    groups: dict[Any, tuple[int, tuple]] = {}  # id -> index, and what all of its rows must agree on
     datasets: dict[str, int] = {}
-    first: list[tuple] = []
     group, iaa, dataset, target, completions = [], [], [], [], []
     for n, row in enumerate(rows, 1):
         if row["task"] not in TASKS:
             raise UserError(f"row {n}: task {row['task']!r} must be one of {', '.join(TASKS)}")
         key = (row["task"], row["dataset"], float(row["target"]))
-        if row["group_id"] not in groups:
-            groups[row["group_id"]] = len(groups)
-            first.append(key)
-        index = groups[row["group_id"]]
-        if first[index] != key:
-            raise UserError(f"row {n}: {disagreement(row['group_id'], first[index], key)}")
+        index, first = groups.setdefault(row["group_id"], (len(groups), key))
+        if first != key:
+            raise UserError(f"row {n}: {disagreement(row['group_id'], first, key)}")
         group.append(index)
         iaa.append(row["task"] == "iaa")
         dataset.append(datasets.setdefault(row["dataset"], len(datasets)))
@@ -99,8 +96,8 @@ def batch_of_rows(rows: Iterable[Mapping]) -> Batch:
 def disagreement(group_id: object, before: tuple, now: tuple) -> str:
     """The sentence that says how a row contradicts its group; both tuples are (task, dataset, target)."""
     names = ("task", "dataset", "target")
-    said = ", ".join(f"{n} {a!r} and {b!r}" for n, a, b in zip(names, before, now, strict=True) if a != b)
-    return f"group {group_id!r} has rows that disagree: {said}"
+    differences = ", ".join(f"{n} {a!r} and {b!r}" for n, a, b in zip(names, before, now, strict=True) if a != b)
+    return f"group {group_id!r} has rows that disagree: {differences}"
 
 
 def batch_of_groups(groups: Sequence[Group]) -> Batch:

@@ -134,25 +134,23 @@ class RolloutEngine:
             self._reset_caches()
         form = StructuredOutputsParams(json=sampling.schema) if sampling.schema else None
         inputs = _inputs(prompts)
-        params: list[Any] = []
-        for prompt in prompts:
-            seed = group_seed(sampling.seed, sampling.step, prompt.sample.sample_id)
-            params.append(
-                SamplingParams(
-                    n=sampling.n,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    top_k=0,
-                    min_p=0.0,
-                    repetition_penalty=1.0,
-                    max_tokens=sampling.max_tokens,
-                    seed=seed if sampling.temperature else None,
-                    logprobs=0,
-                    logit_bias={i: FORBIDDEN_BIAS for i in self.forbidden},
-                    skip_special_tokens=True,
-                    structured_outputs=form,
-                )
+        params = [
+            SamplingParams(
+                n=sampling.n,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=0,
+                min_p=0.0,
+                repetition_penalty=1.0,
+                max_tokens=sampling.max_tokens,
+                seed=group_seed(sampling.seed, sampling.step, p.sample.sample_id) if sampling.temperature else None,
+                logprobs=0,
+                logit_bias={i: FORBIDDEN_BIAS for i in self.forbidden},
+                skip_special_tokens=True,
+                structured_outputs=form,
             )
+            for p in prompts
+        ]
         outputs = self.llm.generate(inputs, params, use_tqdm=False)
         groups = [self._group(p, o, version) for p, o in zip(prompts, outputs, strict=True)]
         return self._with_expected(groups, inputs) if sampling.expected else groups
@@ -187,11 +185,11 @@ class RolloutEngine:
                     SamplingParams(max_tokens=1, temperature=0.0, logprobs=len(allowed), allowed_token_ids=allowed)
                 )
             outputs = self.llm.generate(asked, params, use_tqdm=False)
-            found = []
+            answers = []
             for (_, _, symbols), p, o in zip(questions, params, outputs, strict=True):
-                ids, given = p.allowed_token_ids or [], o.outputs[0].logprobs[0]
-                found.append({s: math.exp(given[t].logprob) for s, t in zip(symbols, ids, strict=True) if t in given})
-            return found
+                ids, top = p.allowed_token_ids or [], o.outputs[0].logprobs[0]
+                answers.append({s: math.exp(top[t].logprob) for s, t in zip(symbols, ids, strict=True) if t in top})
+            return answers
 
         expected = iter(expected_scores([c.text for _, c in flat], ask))
         return [
