@@ -39,7 +39,7 @@ def run(config: Config) -> None:
 
 
 def _evaluated(run: Run, batches: ScoredBatches, step: int) -> dict[str, float]:
-    """Greedy answers on held-out prompts, when due; after a signal the step itself counts."""
+    """Evaluate greedy answers on held-out prompts when due; a stop signal cuts this short, the step still counts."""
     every, last = run.config.grpo.eval_every, step + 1 == batches.total
     if batches.held_out and ((step + 1) % every == 0 or last):
         run.directory.begin("evaluate", step)
@@ -56,16 +56,16 @@ def _metrics(
     sampled: dict[str, float],
     seconds: float,
 ) -> dict[str, float]:
-    """A step's metrics by their contract names."""
+    """Collect the metrics of a step."""
     scored = batch.scored
     times = sampled | {"learn": report.seconds, "sync": pushed["sync/seconds"], "step": seconds}
     lag = sum(step - s.group.weight_version for s in scored) / len(scored)
-    found = {**batch.metrics, **_completion_metrics(scored), **report.metrics, **pushed, "policy/staleness": lag}
-    return found | _times(times, scored)
+    metrics = {**batch.metrics, **_completion_metrics(scored), **report.metrics, **pushed, "policy/staleness": lag}
+    return metrics | _times(times, scored)
 
 
 def _times(seconds: dict[str, float], scored: list[ScoredGroup]) -> dict[str, float]:
-    """Seconds by part of this step. With staleness the parts lie side by side, and generating is for a later step."""
+    """Seconds by part of a step. With staleness the parts overlap, and what is generated is for a later step."""
     tokens, total = sum(len(c.token_ids) for s in scored for c in s.group.completions), seconds["step"]
     return {f"time/{part}": spent for part, spent in seconds.items()} | {
         "perf/tokens_per_second": tokens / total,

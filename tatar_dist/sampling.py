@@ -100,31 +100,31 @@ class PromptBatch:
 
 @dataclass
 class Batches:
-    """The queue. `total`: the run's steps; `lag`: how many batches are sampled ahead (`grpo.staleness`)."""
+    """Queue of batches. `total`: steps of the run; `lag`: batches sampled ahead (`grpo.staleness`)."""
 
     sampler: PromptSampler
     draw: Callable[[int], list[Prompt]]  # the prompts of a step, taken from the sampler
     collect: Callable[[PromptBatch], Collected]  # samples and scores them; may take more from the sampler
     lag: int
     total: int = 0
-    remembered: dict[str, Any] = field(default_factory=dict)  # group id -> its completions, of before a resume
+    remembered: dict[str, Any] = field(default_factory=dict)  # group id -> completions sampled before a resume
     _queue: deque[PromptBatch] = field(default_factory=deque)
 
     def take(self, step: int) -> Collected:
-        """The batch of `step`. At the start of a run the `lag` batches from it on are sampled here."""
+        """Return the batch of `step`. At the start of a run the first `lag` batches are sampled here."""
         for n in range(step, min(step + max(1, self.lag), self.total)):
             if n - step == len(self._queue):
                 self._queue.append(self._drawn(n))
             batch = self._queue[n - step]
             if batch.collected is None:
                 batch.collected = self.collect(batch)
-        self.remembered.clear()  # what nobody asked for belongs to a run of more lag
+        self.remembered.clear()  # the rest was sampled with a larger lag
         batch = self._queue.popleft()
         assert batch.collected is not None and batch.step == step
         return batch.collected
 
     def work_ahead(self, step: int) -> None:
-        """While `step` is learned: draw the next batch and, with a lag, sample it. Cut short, it leaves no trace."""
+        """Draw the next batch during the update of `step` and, with a lag, sample it. An exception undoes the draw."""
         n = step + 1 + len(self._queue)
         if n >= self.total or len(self._queue) >= max(1, self.lag):
             return
@@ -142,20 +142,20 @@ class Batches:
         return PromptBatch(step, self.sampler.state_dict(), self.draw(step))
 
     def state(self) -> dict[str, Any]:
-        """What a run needs to go on with the first batch that was not taken. JSON."""
+        """Return what a resumed run needs to continue at the first batch that was not taken, as JSON."""
         sampler = self._queue[0].before if self._queue else self.sampler.state_dict()
         done = [b.collected for b in self._queue if b.collected]
         groups = [s.group for c in done for s in (*c.scored, *c.replaced)]
         return {"sampler": sampler, "ahead": {**self.remembered, **{g.prompt.group_id: _packed(g) for g in groups}}}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go back to what `state` returned; one without "ahead" is of before batches were kept."""
+        """Restore what `state` returned. Checkpoints of older versions have no "ahead"."""
         self._queue.clear()
         self.sampler.load_state_dict(state["sampler"])
         self.remembered = dict(state.get("ahead", {}))
 
     def recall(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[Prompt]]:
-        """The groups of `prompts` that were sampled before a resume, once each, and the prompts without one."""
+        """Return the groups of `prompts` that were sampled before a resume, and the prompts that have none."""
         new = [p for p in prompts if p.group_id not in self.remembered]
         known = [p for p in prompts if p.group_id in self.remembered]
         return [_unpacked(p, self.remembered.pop(p.group_id)) for p in known], new
@@ -173,7 +173,7 @@ def _unpacked(prompt: Prompt, packed: list[Any]) -> Group:
 
 
 def make_sampler(config: Config) -> PromptSampler:
-    """The sampler of `data.train`; which tasks need pools that rank follows from the reward's preset."""
+    """Make the sampler of `data.train`. Tasks whose preset has a ranking term need `data.min_rank_pool` images."""
     manifests, d, r = read_manifests(config.data, "train"), config.data, config.reward
     ranked = load_preset(r.preset, r.weights, r.params).ranked_tasks
     return PromptSampler(manifests, config.seed, d.iqa_fraction, d.min_rank_pool, ranked=ranked)
@@ -205,14 +205,14 @@ class ScoredBatches:
         self._batches.load_state(state)
 
     def peek(self, step: int) -> list[Prompt]:
-        """Prompts of `step`, which are drawn again when it comes."""
+        """Return the prompts of `step` without advancing the sampler."""
         before = self.sampler.state_dict()
         prompts = self._draw(step)
         self.sampler.load_state_dict(before)
         return prompts
 
     def take(self, step: int) -> Collected:
-        """The batch of `step`. A signal ends it (StopRequested): nothing has been learned from it yet."""
+        """Return the batch of `step`. Raises StopRequested on a signal: no update is lost by it."""
         self.seconds = {"generate": 0.0, "reward": 0.0}
         with self.run.waits.interruptible():
             return self._batches.take(step)
@@ -231,7 +231,7 @@ class ScoredBatches:
             self._batches.work_ahead(step)
 
     def shards(self, scored: Sequence[ScoredGroup]) -> list[Shard]:
-        """The rows of a batch by learner, each with its weight in the global loss."""
+        """Assign the rows of a batch to learners, each with its weight in the global loss."""
         g = self.config.grpo
         weights = global_weights(scored, g.aggregation, self.config.rollout.max_new_tokens, g.mask_truncated)
         return shard_groups(scored, len(self.run.learners.actors), weights, g.micro_tokens, self._costs)
@@ -240,7 +240,7 @@ class ScoredBatches:
         return self.source.batch(self.sampler, self.config.grpo.prompts_per_step, step)
 
     def _collect(self, batch: PromptBatch) -> Collected:
-        """Generate and score a batch with the weights that the engines have."""
+        """Generate and score a batch with the engines' current weights."""
         r, step, engines = self.config.rollout, batch.step, self.run.engines
         sampling = Sampling(self.config.grpo.group_size, r.temperature, r.max_new_tokens, self.config.seed, step)
 
@@ -249,7 +249,7 @@ class ScoredBatches:
             return known + (engines.generate(new, sampling) if new else [])
 
         def begin(phase: str) -> None:
-            if not engines.refresh_blocked:  # ahead of need the phase is the learners'
+            if not engines.refresh_blocked:  # while sampling ahead, the phase shown is the learners'
                 self.run.directory.begin(phase, step)
 
         g, source = self.config.grpo, self.source

@@ -19,7 +19,7 @@ from tatar_dist.prompts.source import PromptSource, read_manifests
 from tatar_dist.trainer import Run
 from tatar_dist.types import TASKS, LearnerRow
 
-EVAL_ROWS_PER_DATASET = 64  # held-out rows behind eval/loss: a curve, not a verdict
+EVAL_ROWS_PER_DATASET = 64  # held-out rows for eval/loss: enough for a curve
 
 
 def run(config: Config) -> None:
@@ -39,7 +39,7 @@ def run(config: Config) -> None:
 
 
 class SftRows:
-    """The training rows of each step. `total`: steps of the run; `held_out`: rows of `data.validation`."""
+    """Source of the training rows. `total`: steps of the run; `held_out`: rows of `data.validation`."""
 
     def __init__(self, config: Config, run: Run) -> None:
         s = config.sft
@@ -56,16 +56,16 @@ class SftRows:
         self.sampler.load_state_dict(state["sampler"])
 
     def take(self) -> list[LearnerRow]:
-        """The rows of the next step."""
+        """Draw the rows of the next step."""
         return [self.source.sft_row(s) for s in self.source.samples(self.sampler, self.config.sft.global_batch)]
 
     def shards(self, rows: Sequence[LearnerRow]) -> list[Shard]:
-        """Rows by learner."""
+        """Assign rows to learners."""
         return shard_rows(rows, len(self.run.learners.actors), self.config.sft.micro_tokens, self._costs)
 
 
 def _evaluated(run: Run, rows: SftRows, step: int) -> dict[str, float]:
-    """The held-out loss by task, when due."""
+    """Compute the held-out loss by task when due."""
     every, last = run.config.sft.eval_every, step + 1 == rows.total
     if not rows.held_out or not (last or (every and (step + 1) % every == 0)):
         return {}
@@ -76,7 +76,7 @@ def _evaluated(run: Run, rows: SftRows, step: int) -> dict[str, float]:
 
 
 def _held_out(config: Config, source: PromptSource) -> list[LearnerRow]:
-    """Validation rows, at most `EVAL_ROWS_PER_DATASET` of each data set; none without a manifest.
+    """Read at most `EVAL_ROWS_PER_DATASET` validation rows of each data set; none without a manifest.
 
     Raises:
         UserError: no usable row, or a manifest without any rationale.

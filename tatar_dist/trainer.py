@@ -42,19 +42,19 @@ from tatar_dist.sync.object_store import ObjectStorePush
 
 
 class Data(Protocol):
-    """Where the steps of a stage come from. `total`: how many there are.
+    """Source of a stage's steps. `total`: how many there are.
 
-    That of GRPO also has `peek(step)`, the prompts of a step that are drawn again when it comes.
+    That of GRPO also has `peek(step)`, which returns the prompts of a step without advancing the sampler.
     """
 
     @property
     def total(self) -> int: ...
 
     def state(self) -> dict[str, Any]:
-        """Where in the data the next step begins, as JSON: part of a checkpoint."""
+        """Return the position of the next step in the data, as JSON, for a checkpoint."""
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go back to what `state` returned; called before the first step and after every restart."""
+        """Restore what `state` returned; called before the first step and after every restart."""
 
 
 class Run:
@@ -78,12 +78,12 @@ class Run:
     def __init__(self, config: Config, stage: Stage) -> None:
         self.config, self.stage, self.plan = config, stage, resolve(config, stage)
         self.colocated = config.cluster.placement == "colocated"
-        self._id = secrets.token_hex(8)  # stands in the checkpoints of this process
+        self._id = secrets.token_hex(8)  # identifies the checkpoints of this process
         self._opened = False
-        self._up = False  # learners are, and hold the weights of the next step
-        self._was_up = False  # they were once
+        self._up = False  # the learners are up and hold the weights of the next step
+        self._was_up = False  # the learners were up once
         self._stopping = False  # a signal cut the step short
-        self._failures = 0  # of the learners, without a finished step between them
+        self._failures = 0  # failures of the learners since the last finished step
 
     def __enter__(self) -> Run:
         with ExitStack() as stack:
@@ -98,10 +98,10 @@ class Run:
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def next_step(self, data: Data) -> int | None:
-        """The step to make, with everything up that it needs; None after the last.
+        """Return the next step, with all processes up that it needs; None after the last step.
 
         The first call starts Ray and the actors, at the newest checkpoint if there is one; after a fault it starts
-        the learners again. A signal that came meanwhile leaves a checkpoint and ends the run.
+        the learners again. After a stop signal it writes a checkpoint and ends the run.
         """
         if not self._opened and not self._open(data):
             return None
@@ -118,10 +118,10 @@ class Run:
 
     @contextmanager
     def recovering(self) -> Iterator[None]:
-        """Around a step: a failure of the learners or a stall lets `next_step` start them again.
+        """Wrap a step: after a failure of the learners or a stall, `next_step` restarts them.
 
         The learners are only ended here: the traceback of the active exception still references the interrupted weight
-        stream, which keeps rank 0 alive. A signal, too, is answered by `next_step`.
+        stream, which keeps rank 0 alive. A stop signal, too, is handled by `next_step`.
         """
         try:
             yield
@@ -152,18 +152,18 @@ class Run:
             self._stop(step + 1, self._data.state())
 
     def push_weights(self, version: int) -> dict[str, float]:
-        """Give the learners' weights to the engines, as `version`; sync/seconds and sync/bytes."""
+        """Push the learners' weights to the engines as `version`. Returns sync/seconds and sync/bytes."""
         return self.engines.push(partial(self._push.push, self.learners), version)
 
     # -- start and restart -------------------------------------------------------------------------------------------
 
     def _open(self, data: Data) -> bool:
-        """Find the checkpoint to start from, start Ray; false when nothing is left to do."""
+        """Find the checkpoint to start from and start Ray. Returns False when all steps are done."""
         c, run = self.config, self.directory.path
         self._opened, self._data, self._total = True, data, data.total
         self._checkpoints = Checkpoints(run.absolute(), c.checkpoint, self.directory.events)
-        self._found = self._checkpoints.resume(self._identity()) if c.checkpoint.resume else None
-        self._step = self._at = self._found[1]["step"] if self._found else 0
+        self._checkpoint = self._checkpoints.resume(self._identity()) if c.checkpoint.resume else None
+        self._step = self._at = self._checkpoint[1]["step"] if self._checkpoint else 0
         self.directory.rewind(self._step)
         if self._step >= self._total:
             return False
@@ -178,45 +178,45 @@ class Run:
         self._cluster = enter(Cluster(c, self._log, overlap, self.waits))
         self._progress = enter(Progress(self.stage, self._total, self._step))
         enter(self._watch)
-        self._stack.callback(self._checkpoints.abandon)  # its thread must not use a Ray that is shut down
+        self._stack.callback(self._checkpoints.abandon)  # its thread must not use Ray after the shutdown
         self._stack.callback(self._cluster.end_learners)
         self._exporter = Exporter(run.name) if c.watch.prometheus else None
         return True
 
     def _bring_up(self) -> None:
-        """Learners (and, the first time, everything else) with the weights of the checkpoint to start from."""
-        found, restart = self._found, self._was_up
-        self._step = first = found[1]["step"] if found else 0
+        """Start the learners (at first also all else) with the weights of the checkpoint to start from."""
+        checkpoint, restart = self._checkpoint, self._was_up
+        self._step = first = checkpoint[1]["step"] if checkpoint else 0
         self.directory.events.step = first
         self.directory.rewind(first)
-        self._data.load_state(found[1] if found else self._initial)
+        self._data.load_state(checkpoint[1] if checkpoint else self._initial)
         self._watch.starting()
         if restart:
             self._log("learners/restarting", from_step=first)
         try:
             with self.waits.interruptible(stalls=False):
-                self._start(found, restart)
+                self._start(checkpoint, restart)
             if self.stage == "grpo":
                 with self.waits.interruptible():
-                    self._update_engines(first, changed=bool(found) or restart)
+                    self._update_engines(first, changed=bool(checkpoint) or restart)
         except StopRequested:
             raise Interrupted(
                 f"stopped while starting; the same command starts at step {first}", self._stop_signals.status
             ) from None
-        if found or restart:
+        if checkpoint or restart:
             self._log("learners/restored", from_step=first, world_size=len(self.learners.actors))
         self._at, self._up = first, True
         self._progress.ready(first)
 
-    def _start(self, found: CheckpointRef | None, restart: bool) -> None:
+    def _start(self, checkpoint: CheckpointRef | None, restart: bool) -> None:
         learners = self._cluster.learners(self.plan.learners, again=restart)
         if self.stage == "grpo" and not restart:
             self._start_engines()
         facts = learners.setup(self.stage, self._total)
         each = {k + "s": [f[k] for f in facts] for k in ("pid", "host", "node")}
         self._log("learners/ready", world_size=len(learners.actors), **each)
-        if found:
-            learners.load(found[0], found[1]["learners"])
+        if checkpoint:
+            learners.load(checkpoint[0], checkpoint[1]["learners"])
         self.learners, self._was_up = learners, True
 
     def _start_engines(self) -> None:
@@ -226,14 +226,14 @@ class Run:
         anytime = ObjectStorePush(self.config, self.waits, self._log)  # for engines that start late
         refresh = lambda engines, version: anytime.push(self.learners, engines, version)  # noqa: E731
         self.engines.start(self._cluster.threads(count), refresh)
-        if self.colocated:  # one after the other: both measure how much of the GPU is free
+        if self.colocated:  # not at once: learners and engines measure how much GPU memory is free
             self.engines.started()
             self.engines.sleep()
 
     def _update_engines(self, step: int, changed: bool) -> None:
-        """Engines with the learners' weights; `changed`: those are not the files of model.path."""
+        """Push the learners' weights to the engines if `changed`: they differ from the files of model.path."""
         self.engines.started()
-        # with a lag a step's own comparison of probabilities contains what was learned since: compare here, before that
+        # with a lag the comparison in a step also contains the policy's change since sampling: compare before it
         check = unproven(self.config) or self.config.grpo.staleness
         if changed or check or self.colocated:
             self.push_weights(step)
@@ -243,13 +243,13 @@ class Run:
     # -- faults and stops --------------------------------------------------------------------------------------------
 
     def _recover(self, e: LearnersFailed | Stalled) -> None:
-        """End the learners; the next start is at the last checkpoint. Raises `e` when it is not worth another try."""
-        if not self._was_up:  # they never came up: more likely a mistake than a fault
+        """End the learners, to restart from the last checkpoint. Raises `e` when no retry is allowed."""
+        if not self._was_up:  # they never came up: an error in the setup rather than a fault
             raise e
         if isinstance(e, Stalled):
             if e.action != "restart":
                 raise e
-            if self.stage == "grpo":  # whatever is at work besides the learners may be why nothing moves
+            if self.stage == "grpo":  # a busy engine or the reward actor may be the cause
                 self.engines.end_busy()
                 self.scorer.end()
         self._failures += 1
@@ -257,18 +257,19 @@ class Run:
         if self._failures > self.config.cluster.learner_restarts:
             raise e
         with suppress(LearnersFailed, UserError):
-            self._checkpoints.poll()  # the one under way counts if all of it was written before
-        if self.stage == "grpo":  # nothing else may take the learners' places
+            self._checkpoints.poll()  # a checkpoint in progress counts if it was written completely
+        if self.stage == "grpo":  # an engine must not take a learner's place
             self.engines.end_all() if self.colocated else self.engines.end_starts()
         self._cluster.end_learners()
         self._checkpoints.abandon()
-        self._found = self._newest()
+        self._checkpoint = self._newest()
         self._up = False
 
     def _newest(self) -> CheckpointRef | None:
-        """The checkpoint to restart from: with `checkpoint.resume=false` only one of this run."""
-        found = self._checkpoints.resume(self._identity())
-        return found if found and (self.config.checkpoint.resume or found[1].get("by") == self._id) else None
+        """Find the checkpoint to restart from; with `checkpoint.resume=false` only one of this process."""
+        checkpoint = self._checkpoints.resume(self._identity())
+        ours = checkpoint and (self.config.checkpoint.resume or checkpoint[1].get("by") == self._id)
+        return checkpoint if ours else None
 
     def _identity(self) -> dict[str, Any]:
         m = self.config.model
@@ -276,7 +277,7 @@ class Run:
         return {"stage": self.stage, "model.path": m.path, **adapters}
 
     def _log(self, event: str, **fields: Any) -> None:
-        """What happens to the actors: into the event log; it is progress, and engine states are metrics."""
+        """Log an event of an actor. It counts as progress; engine states are exported as metrics."""
         self.directory.events.log(event, **fields)
         self._watch.progress()
         subject, _, what = event.partition("/")
@@ -290,7 +291,7 @@ class Run:
         self._watch.progress()
 
     def _stop(self, step: int, state: dict[str, Any]) -> NoReturn:
-        """Leave a checkpoint of `step` and end. Raises Interrupted, UserError when it cannot be written."""
+        """Write a checkpoint of `step` and raise Interrupted. Raises UserError when it cannot be written."""
         self.directory.events.log("signal", name=self._stop_signals.name)
         with suppress(UserError):
             self._checkpoints.finish()

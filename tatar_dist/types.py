@@ -44,9 +44,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an engine is asked: the sample and its rendered chat text. `group_id` names its group within the run.
+    """The input of an engine: a sample and its rendered chat text. `group_id` is unique within the run.
 
-    `with_image` false: the text alone, as for a teacher that reads notes (rationale construction).
+    `with_image` False: the text alone, as for a teacher that reads notes (rationale construction).
     """
 
     sample: Sample
@@ -57,8 +57,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model's answer might have been (prompts/expected.py). mean, sd: points; mass: the share of the probability
-    that they are over."""
+    """Distribution over the scores that an answer could have had (prompts/expected.py). mean, sd: points; mass: the
+    probability that the scores considered have together."""
 
     mean: float
     sd: float
@@ -69,7 +69,7 @@ class Expected:
 class Completion:
     """One sampled answer. `logprobs` are natural-log probabilities of `token_ids`, both of length n_tokens.
 
-    `expected`: the expectation over the scores it might have written, where it was asked for and the answer parses.
+    `expected`: the expectation over possible scores, where it was requested and the answer parses.
     """
 
     text: str
@@ -93,7 +93,7 @@ class Group:
 class ScoredGroup:
     """A group with its reward terms and advantages, each a (G,) float64 array; NaN where a term does not apply.
 
-    `zero_std`: its completions all got the same, so it teaches nothing. `trained`: whether it enters the loss.
+    `zero_std`: all completions have the same reward, so no advantage. `trained`: whether it enters the loss.
     """
 
     group: Group
@@ -107,12 +107,12 @@ class ScoredGroup:
 
 @dataclass(frozen=True)
 class LearnerRow:
-    """One training row: a prompt, its completion and what the loss needs to know of it.
+    """One training row: a prompt, its completion and its inputs of the loss.
 
-    `weight` is what each of its tokens counts in the global loss (algo/aggregation.py). SFT rows carry no advantage, no
-    weight (all tokens count the same) and no sampled log-probabilities. Rows with equal `image_id` inside one
-    micro-batch share a single pass through the vision tower and the prompt, of `prompt_tokens` tokens. A `filler`
-    counts nowhere: its rank has nothing else to compute while the others do.
+    `weight` is the weight of each of its tokens in the global loss (algo/aggregation.py). SFT rows carry no advantage,
+    no weight (all tokens have the same) and no sampled log-probabilities. Rows with equal `image_id` inside one
+    micro-batch share a single pass through the vision tower and the prompt, of `prompt_tokens` tokens. A `filler` has
+    no effect on the loss: it keeps a rank without rows in the collective calls.
     """
 
     image_id: str
@@ -130,7 +130,7 @@ class LearnerRow:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the learners say of one optimiser step: scalar metrics by contract name, and seconds spent."""
+    """Result of one optimiser step: scalar metrics by contract name, and seconds."""
 
     step: int
     metrics: dict[str, float]

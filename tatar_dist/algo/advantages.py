@@ -17,7 +17,7 @@ import numpy as np
 from tatar_dist.errors import UserError
 
 MODES = ("std", "mean", "per_term")
-ZERO_STD = 1e-6  # a group's reward spread under this teaches nothing
+ZERO_STD = 1e-6  # spread of a group's rewards below which there is no advantage
 
 
 def group_mean(x: np.ndarray, group: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What changes over a run: the learning rate (linear warm-up from 0, then constant, or linear or cosine decay to 0
+"""Schedules of a run: the learning rate (linear warm-up from 0, then constant, or linear or cosine decay to 0
 after the last step) and the weight of the KL; and what of the loss follows from the rest of the configuration.
 """
 
@@ -10,7 +10,7 @@ from tatar_dist.config.schema import Config, GRPOConfig, OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
-    """Rate of the update number `step` (0-based) of `total_steps`; Hugging Face's linear and cosine schedules."""
+    """Learning rate of update `step` (0-based) of `total_steps`, by Hugging Face's linear and cosine schedules."""
     if step < optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
     if optim.schedule == "constant":
@@ -23,7 +23,7 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def kl_beta(grpo: GRPOConfig, step: int, total_steps: int) -> float:
-    """The KL's weight at update `step` (0-based): grpo.kl_beta at the first, kl_beta_end at the last."""
+    """Weight of the KL at update `step` (0-based): grpo.kl_beta at the first, kl_beta_end at the last."""
     if grpo.kl_schedule == "constant" or total_steps < 2:
         return grpo.kl_beta
     progress = min(step / (total_steps - 1), 1.0)
@@ -33,15 +33,15 @@ def kl_beta(grpo: GRPOConfig, step: int, total_steps: int) -> float:
 
 
 def needs_reference(grpo: GRPOConfig) -> bool:
-    """Whether any step of the run weighs the KL; otherwise no reference model is loaded."""
+    """Return whether any step has a KL term; otherwise no reference model is loaded."""
     return grpo.kl_beta > 0 or (grpo.kl_schedule != "constant" and grpo.kl_beta_end > 0)
 
 
 def importance(config: Config) -> str:
-    """`grpo.importance`, where it is auto by whether engines sample from other probabilities than the learners'.
+    """Resolve `grpo.importance`: auto is token where engines sample from other probabilities than the learners'.
 
-    They do when they are behind, and when adapters are merged into bfloat16 weights, whose rounding a small adapter
-    hardly gets over (learner/lora.py).
+    They do with a lag, and when adapters are merged into bfloat16 weights, whose rounding can absorb a small adapter
+    (learner/lora.py).
     """
     g, m = config.grpo, config.model
     if g.importance != "auto":

@@ -35,11 +35,11 @@ from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.process import pin
 
-FEWER_WAIT_S = 10.0  # for a place of fewer learners: their nodes are there already
+FEWER_WAIT_S = 10.0  # for fewer learners: the nodes are there
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """The config with absolute output, model and preset: actors of a joined cluster have another working directory."""
+    """Make output, model and preset absolute: actors of a joined cluster have another working directory."""
     model, preset = Path(config.model.path), Path(config.reward.preset)
     return replace(
         config,
@@ -82,17 +82,17 @@ class Cluster:
         self._nodes = self._living()
 
     def threads(self, processes: int) -> int:
-        """CPU threads for each of `processes` equal processes, learners or engines."""
+        """CPU threads of each of `processes` learners or engines."""
         return max(1, self.cores // self._sides // processes)
 
     def _pin(self, actor: Any, side: int, index: int, count: int) -> None:
-        """With `cluster.pin_cores`: actor `index` of `count` on its share of half of the cores; side 0: engines."""
+        """With `cluster.pin_cores`: pin actor `index` of `count` to its share of half of the cores (0: engines')."""
         if self.config.cluster.pin_cores:
             actor.__ray_call__.remote(pin, side, index, count)
 
     @staticmethod
     def _living() -> dict[str, str]:
-        """Node id -> address of the nodes that Ray holds for alive."""
+        """Node id -> address of the nodes that are alive to Ray."""
         return {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
 
     def log_node_changes(self) -> None:
@@ -119,8 +119,8 @@ class Cluster:
         remote: Any = ray.remote(concurrency_groups={IO: 1})(cls) if issubclass(cls, Learner) else ray.remote(cls)
         variables = {**COMMON_ENV, **(env or {})}
         if Path(self.config.model.path).is_dir():
-            variables["HF_HUB_OFFLINE"] = "1"  # there is nothing to ask the hub for
-        if not self.address:  # elsewhere, paths are that machine's or that job's own
+            variables["HF_HUB_OFFLINE"] = "1"  # the hub is not needed
+        if not self.address:  # nodes of another cluster have their own paths
             variables["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         actor = remote.options(
             num_cpus=cpus,
@@ -134,7 +134,7 @@ class Cluster:
         return actor
 
     def _reserve(self, what: str, count: int, cpus: float, gpus: int) -> None:
-        """Raises UserError where Ray could never place the actors: it would leave them waiting without a word."""
+        """Raises UserError if the cluster is too small for the actors: Ray would leave them pending silently."""
         has = ray.cluster_resources()
         for resource, amount, key in (("GPU", gpus, "cluster.gpus_per_node"), ("CPU", cpus, "cluster.*_cpus")):
             self._asked[resource] += amount * count
@@ -156,13 +156,12 @@ class Cluster:
             )
 
     def learners(self, count: int, again: bool = False) -> LearnerGroup:
-        """`count` ranks, each in a bundle of one placement group, packed by node or spread over nodes.
+        """Start `count` ranks, each in a bundle of one placement group, packed by node or spread over nodes.
 
         Args:
             count: how many.
-            again: a restart: their node may be on its way back. After `cluster.node_wait_s` there may be fewer of them.
-                They leave room for `rollout.min_engines` engines: those that died with the node would not get the
-                learners' places before the run gives them up.
+            again: a restart. Wait `cluster.node_wait_s` for a lost node, then start fewer ranks. Leave room for
+                `rollout.min_engines` engines: those lost with the node must start, too, or the run ends.
 
         Raises:
             UserError: the cluster never had room for them. RunError: it has none any more.
@@ -202,7 +201,7 @@ class Cluster:
         return LearnerGroup(self.config, self._learners, threads, self.waits)
 
     def _place(self, count: int, timeout: float) -> bool:
-        """Reserve `count` bundles for learners; false when there was no room within `timeout` seconds."""
+        """Reserve `count` bundles for learners. Returns False without room within `timeout` seconds."""
         strategy = self.config.cluster.learner_placement.upper()
         self._bundles = placement_group([self._bundle()] * count, strategy=strategy)
         with self._places_for_engines() as held:
@@ -216,7 +215,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def _places_for_engines(self) -> Iterator[list[PlacementGroup]]:
-        """Reserve places of their own for the engines that must start before `rollout.min_engines` of them live."""
+        """Reserve places for the engines that must start until `rollout.min_engines` are alive."""
         missing = self._missing_engines()
         held = [placement_group([self._engine_needs()] * missing, strategy="PACK")] if missing else []
         try:
@@ -233,13 +232,13 @@ class Cluster:
         return {"CPU": self.config.cluster.engine_cpus, **({"GPU": float(gpus)} if gpus else {})}
 
     def _bundle(self) -> dict[str, float]:
-        """What one learner needs and, colocated, the engine beside it."""
+        """Resources of one learner and, colocated, of the engine beside it."""
         c = self.config.cluster
         cpus = c.learner_cpus + (c.engine_cpus if self.colocated else 0)
         return {"CPU": cpus, **({"GPU": 1.0} if self.gpu else {})}
 
     def _room(self, most: int) -> int:
-        """How many learners, up to `most`, the free resources of the nodes would hold; 1 at least."""
+        """Count the learners, at least 1 and up to `most`, that the free resources of the nodes can hold."""
         need = self._bundle()
         rooms = [min(_fit(n, r, a) for r, a in need.items()) for n in available_resources_per_node().values()]
         return max(1, min(most, sum(rooms)))
@@ -250,7 +249,7 @@ class Cluster:
             self._bundles = None
 
     def end_learners(self) -> None:
-        """End all ranks, whatever they do, and give back their places."""
+        """Kill all ranks and release their places."""
         for actor in self._learners:
             _kill(actor)
             self._actors.remove(actor)
@@ -259,7 +258,7 @@ class Cluster:
         self.log_node_changes()
 
     def engines(self, count: int, version: int = 0, cls: type[RolloutEngine] = RolloutEngine) -> RolloutPool:
-        """A pool of `count` engines, spread over the nodes; none is started yet."""
+        """Make a pool of `count` engines, spread over the nodes, without starting them."""
         r, c = self.config.rollout, self.config.cluster
         shared = self.colocated and self._bundles is not None  # an evaluation has engines only
         gpus = (0.5 if shared else r.tensor_parallel) if self.gpu else 0
@@ -281,7 +280,7 @@ class Cluster:
         return self._pool
 
     def scorer(self) -> RemoteScorer:
-        """The reward actor, made at its first call."""
+        """Make the client of the reward actor; the actor starts at its first call."""
         c = self.config
         arguments = (c.reward, c.grpo, Failpoints(c.failpoints, c.output))
         make = lambda: self._actor(RewardScorer, *arguments, cpus=0)  # noqa: E731
@@ -299,12 +298,12 @@ class Cluster:
 
 
 def _kill(actor: Any) -> None:
-    with contextlib.suppress(Exception):  # one that died already needs no killing
+    with contextlib.suppress(Exception):  # it may be dead
         ray.kill(actor)
 
 
 def _fit(node: dict[str, float], resource: str, amount: float) -> int:
-    """How many actors of `amount` fit a node, by one resource."""
+    """Count the actors that need `amount` of a resource and fit on a node."""
     return int(node.get(resource, 0.0) / amount + 1e-9) if amount else 1 << 30
 
 

@@ -62,7 +62,7 @@ class RemoteScorer:
         self._actor: Any = None
 
     def score(self, groups: Sequence[Group], step: int = 0) -> tuple[list[ScoredGroup], dict[str, float]]:
-        """The groups with their rewards, in order, and metrics. Raises ScorerFailed after three attempts."""
+        """Return the scored groups, in order, and metrics. Raises ScorerFailed after three attempts."""
         attempt = 0
         while True:
             try:
@@ -78,7 +78,7 @@ class RemoteScorer:
                     raise
 
     def end(self) -> None:
-        """End the actor, whatever it does; the next call makes another."""
+        """Kill the actor; the next call makes another."""
         with suppress(Exception):  # it may be dead already
             ray.kill(self._actor)
         self._actor = None

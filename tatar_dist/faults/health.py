@@ -42,10 +42,10 @@ class Log(Protocol):
 
 @dataclass
 class Health:
-    """Health of engine `index`. It begins RESTARTING: its first start is a start like any other.
+    """Health of engine `index`. The initial state is RESTARTING: the first start is handled like any other.
 
     Attributes:
-        restarts: restarts in a row without an answer between them.
+        restarts: consecutive restarts without an answer between them.
         retry_at: when DEAD, the monotonic time of the next restart.
     """
 
@@ -66,13 +66,13 @@ class Health:
         self.log(f"engine/{state}", engine=self.index, **fields)
 
     def ready(self, **facts: Any) -> None:
-        """The process answers; what weights it holds is another matter."""
+        """The process answers; its weights are not known to be current."""
         self.facts = facts
         self.log("engine/ready", engine=self.index, **facts)
         self._to(State.STALE)
 
     def current(self) -> None:
-        """It holds the current weights: after a push, or because the files it loaded are the current weights."""
+        """It holds the current weights: after a push, or because it loaded them from their files."""
         if self.state is State.STALE:
             self._to(State.HEALTHY)
 
@@ -90,7 +90,7 @@ class Health:
             self._to(State.HEALTHY if current else State.STALE)
 
     def died(self, reason: str, now: float) -> None:
-        """The process is gone or must go; DEAD with a time for its restart, or GONE when those are used up."""
+        """The process died or is ended: DEAD until its restart is due, or GONE without restarts left."""
         self.reason = reason
         self._to(State.DEAD, reason=reason, **self.facts)
         self.facts = {}

@@ -13,18 +13,18 @@ from tatar_dist.errors import RunError
 from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.faults.stall import StallDetector
 
-TICK_S = 0.5  # how often a wait looks up
+TICK_S = 0.5  # between two checks of a wait
 
 
 class Waits:
-    """What may end a wait before its deadline: a stall, and inside `interruptible` a signal.
+    """Ends waits before their deadline: on a stall and, inside `interruptible`, on a signal.
 
-    The cluster, the engines' pool, the learners' group, the ways of pushing weights and the client of the reward actor
-    hold the same `Waits`. Only the thread that writes checkpoints waits without it.
+    The cluster, the engine pool, the learner group, the weight pushes and the client of the reward actor share one
+    `Waits`. Only the thread that writes checkpoints waits without it.
 
     Args:
-        stop: signals that ask the run to stop; None where nothing listens for them.
-        watch: notices that nothing moves; None where nothing watches.
+        stop: the stop signals, if any.
+        watch: the detector of stalls, if any.
     """
 
     def __init__(self, stop: StopSignals | None = None, watch: StallDetector | None = None) -> None:
@@ -33,14 +33,14 @@ class Waits:
         self._stalls = True
 
     def check(self) -> None:
-        """Leave the wait that calls this.
+        """Raise if the current wait must end.
 
         Raises:
             Stalled: nothing has moved for too long. StopRequested: a signal came, inside `interruptible`.
         """
         if self._watch is not None and self._stalls:
             self._watch.raise_if_asked()
-        may_stop, self._may_stop = self._may_stop, None  # it may wait itself, and so call `check`
+        may_stop, self._may_stop = self._may_stop, None  # `may_stop` may itself wait and call `check`
         try:
             stops = may_stop is not None and may_stop()
         finally:
@@ -49,17 +49,17 @@ class Waits:
             self._stop.raise_if_stopping()
 
     def progress(self) -> None:
-        """Something moved."""
+        """Report progress to the detector of stalls."""
         if self._watch is not None:
             self._watch.progress()
 
     @contextmanager
     def interruptible(self, when: Callable[[], bool] = lambda: True, stalls: bool = True) -> Iterator[None]:
-        """Let a signal end every wait at once, if `when()` holds. Outside, what has begun is finished.
+        """Inside, a signal ends every wait at once if `when()` is true; outside, it does not.
 
         Args:
-            when: called at every look; what it raises ends the wait, too.
-            stalls: false where a wait's own deadline is longer than what counts as a stall.
+            when: called at every check; an exception ends the wait, too.
+            stalls: False where the deadline of a wait is longer than the limit of a stall.
         """
         before, (self._may_stop, self._stalls) = (self._may_stop, self._stalls), (when, stalls)
         try:
@@ -68,14 +68,14 @@ class Waits:
             self._may_stop, self._stalls = before
 
     def gather(self, refs: Sequence[Any], timeout: float, who: str, error: type[RunError]) -> list[Any]:
-        """The results of one call per actor, in order.
+        """Wait for one call per actor and return the results in order.
 
         Args:
             refs: Ray references, one an actor.
-            timeout: seconds without any answer after which the late ones are given up.
+            timeout: seconds without any answer until `error` is raised for the late ones.
             who: what an actor is called in the error, for example "learner rank".
-            error: raised when an actor died or is late. What a call itself raised is raised as it is, and at once,
-                because the other actors may be waiting for that one.
+            error: raised when an actor died or is late. An exception of a call itself is raised unchanged and at
+                once, because the other actors may be waiting for that one.
         """
         pending, since = list(refs), time.monotonic()
         while pending:
@@ -97,13 +97,13 @@ class Waits:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line: of what a call raised the cause, not Ray's traceback around it."""
+    """Return an error's message in one line; for an error of a remote call its cause without Ray's traceback."""
     cause = getattr(error, "cause", None) or error
     return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
 
 
 def error_of(ref: Any) -> Exception | None:
-    """The error that a finished call ended with, or None. Fetches its result to this process."""
+    """Return the error of a finished call, or None. Fetches the result to this process."""
     try:
         ray.get(ref)
     except ray.exceptions.RayError as e:

@@ -22,7 +22,7 @@ from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.process import importing, open_log, process_facts
 from tatar_dist.types import StepReport
 
-IMPORTANCE = {"mean": "importance", "cut": "cut"}  # policy/importance_* -> its sum over trained tokens
+IMPORTANCE = {"mean": "importance", "cut": "cut"}  # policy/importance_* -> key of the loss's sums
 
 
 class WeightsOutOfSync(RunError):
@@ -74,7 +74,7 @@ class Learner:
             temperature=self.config.rollout.temperature if stage == "grpo" else 1.0,
             device=self.device,
         )
-        if self.device.type == "cpu":  # NCCL connects when it first needs to, and asks for a secret of the run
+        if self.device.type == "cpu":  # NCCL connects lazily and authenticates by a secret of the run
             silence(listening() - others)
         self.total_steps = total_steps
         self.collate = Collator(self.zero3.backbone)
@@ -82,7 +82,7 @@ class Learner:
         return {"rank": self.rank, "parameters": parameters, **process_facts()}
 
     def _batches(self, shard: Shard) -> Iterator[Any]:
-        """The micro-batches of a shard, the next ones made by a thread while one is computed.
+        """Yield the micro-batches of a shard; a thread prepares the next ones while one is computed.
 
         Images are decoded and preprocessed once per step.
         """
@@ -92,7 +92,7 @@ class Learner:
                 yield batch.result().to(self.device)
 
     def sft_step(self, shard: Shard, step: int, global_tokens: int) -> StepReport:
-        """One optimiser step on this rank's micro-batches. `global_tokens`: trained tokens of the whole batch."""
+        """Make one optimiser step on this rank's micro-batches. `global_tokens`: trained tokens of the global batch."""
         from tatar_dist.algo.loss import sft_loss
         from tatar_dist.algo.schedule import learning_rate
 
@@ -113,7 +113,7 @@ class Learner:
         return StepReport(step, metrics, time.perf_counter() - start)
 
     def sft_loss(self, shard: Shard) -> dict[str, float]:
-        """Held-out sums over this rank's micro-batches, reduced: negative log-likelihood and tokens, by task."""
+        """Reduce negative log-likelihood and tokens by task over the held-out micro-batches of all ranks."""
         import torch
 
         self.zero3.engine.eval()
@@ -128,7 +128,7 @@ class Learner:
         return self.zero3.all_reduce(sums)
 
     def grpo_step(self, shard: Shard, step: int) -> StepReport:
-        """Clipped policy loss and k3 KL on this rank's micro-batches, `inner_iterations` times; rows have weights.
+        """Make `inner_iterations` optimiser steps with clipped policy loss and k3 KL on this rank's micro-batches.
 
         Before the (first) update the engine's log-probabilities are compared with the learner's on all tokens of the
         step; a mean gap over `grpo.logprob_gap_limit` raises on every rank and nothing is updated.
@@ -215,7 +215,7 @@ class Learner:
         return StepReport(step, metrics, time.perf_counter() - start)
 
     def _checked_gap(self, gap_sum: float, gap_max: float, tokens: float) -> dict[str, float]:
-        """Metrics of the gap over all ranks. Raises WeightsOutOfSync when its mean is over the limit."""
+        """Reduce the gap over all ranks to metrics. Raises WeightsOutOfSync when its mean is over the limit."""
         import torch.distributed as dist
 
         s = self.zero3.all_reduce({"gap": gap_sum, "tokens": tokens})
@@ -232,7 +232,7 @@ class Learner:
         return {"sync/logprob_gap": mean, "sync/logprob_gap_max": worst}
 
     def push(self, way: str, part: str, *arguments: Any) -> Any:
-        """This rank's side of a weight push: the method `part` of the sender of `way` (sync/)."""
+        """Call the method `part` of this rank's sender of the push `way` (sync/)."""
         from tatar_dist.sync import WAYS
 
         if way not in self._senders:
@@ -240,11 +240,11 @@ class Learner:
         return getattr(self._senders[way], part)(*arguments)
 
     def push_stream(self, way: str, part: str, *arguments: Any) -> Iterator[Any]:
-        """As `push`, of a part that comes in pieces: Ray streams nothing but generator functions."""
+        """As `push`, for a method that yields: Ray streams generator functions only."""
         yield from self.push(way, part, *arguments)
 
     def logprob_gap(self, shard: Shard) -> dict[str, float]:
-        """Mean and worst |engine - learner| log-probability over the tokens of all ranks' rows. Updates nothing.
+        """Compute the mean and largest |engine - learner| log-probability over all ranks' tokens, without an update.
 
         Raises:
             WeightsOutOfSync: the mean is over `grpo.logprob_gap_limit`.
@@ -263,16 +263,16 @@ class Learner:
 
     def save(self) -> int:
         """Take a snapshot for a checkpoint into CPU memory, to be written later. Collective. Returns its bytes."""
-        self._files.snapshot = []  # what was never written goes first
+        self._files.snapshot = []  # free a snapshot that was never written
         self._files.snapshot = self.zero3.snapshot()
         size: int = self.zero3.engine.checkpoint_engine.bytes
         return size
 
     def files(self, part: str, *arguments: Any) -> Any:
-        """The method `part` of this rank's checkpoint files (transfer.py); some run in a thread beside training."""
+        """Call the method `part` of this rank's checkpoint files (transfer.py); some run beside training."""
         return getattr(self._files, part)(*arguments)
 
     def load(self, directory: str | None, saved_ranks: int) -> None:
-        """Restore a checkpoint of `saved_ranks` ranks; None: from what was received. Collective."""
+        """Restore a checkpoint of `saved_ranks` ranks; `directory` None: from received files. Collective."""
         self.zero3.load(Path(directory) if directory else self._files.received, saved_ranks)
         self._files.discard()

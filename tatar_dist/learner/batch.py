@@ -24,10 +24,10 @@ from tatar_dist.types import LearnerRow
 class MicroBatch:
     """B rows over n distinct images, packed into T tokens; N completion tokens in all, at most C in a row.
 
-    ids: (T,) int64; positions: (3, T) int64, of rotary embeddings; layout: which tokens are whose;
+    ids: (T,) int64; positions: (3, T) int64, of rotary embeddings; layout: segments of the packed row;
     pixel_values: (patches, dim) float32 of the distinct images; grids: (n, 3) int64;
-    target: (N,) int64 completion tokens; source: (N,) where in the packed row the state is that predicts each of them;
-    row, column: (N,) int64 its place in the right-padded tensors; mask: (B, C) bool; advantage, weight: (B,) float32;
+    target: (N,) int64 completion tokens; source: (N,) position in the packed row of the state that predicts each;
+    row, column: (N,) int64 place in the right-padded tensors; mask: (B, C) bool; advantage, weight: (B,) float32;
     sampled_logprobs: (B, C) float32 (0 where absent).
     """
 
@@ -51,7 +51,7 @@ class MicroBatch:
 
 
 class PromptMismatch(RunError):
-    """Engine and learner tokenised one prompt differently: the log-probabilities would be of different texts."""
+    """Engine and learner tokenised a prompt differently: their log-probabilities cannot be compared."""
 
 
 class Collator:
@@ -65,16 +65,16 @@ class Collator:
         self._encoded.clear()
 
     def encode(self, row: LearnerRow) -> EncodedPrompt:
-        found = self._encoded.get(row.image_id)
-        if found is None:
+        prompt = self._encoded.get(row.image_id)
+        if prompt is None:
             image = decode_image(row.image, row.image_id)
-            found = self._encoded[row.image_id] = self.backbone.encode_prompt(row.prompt_text, image)
-        if row.prompt_token_ids is not None and tuple(found.ids.tolist()) != row.prompt_token_ids:
+            prompt = self._encoded[row.image_id] = self.backbone.encode_prompt(row.prompt_text, image)
+        if row.prompt_token_ids is not None and tuple(prompt.ids.tolist()) != row.prompt_token_ids:
             raise PromptMismatch(
                 f"{row.image_id}: the engine read {len(row.prompt_token_ids)} prompt tokens, the learner "
-                f"{len(found.ids)}; model.min_pixels/max_pixels and the tokenizer must be the same for both"
+                f"{len(prompt.ids)}; model.min_pixels/max_pixels and the tokenizer must be the same for both"
             )
-        return found
+        return prompt
 
     def __call__(self, rows: Sequence[LearnerRow]) -> MicroBatch:
         encoded: dict[str, EncodedPrompt] = {}

@@ -24,20 +24,20 @@ DEATH_IS_KNOWN_S = 5.0
 
 
 class PendingUpdate:
-    """A step that the learners work on, while whoever started it does something else."""
+    """An update that runs on the learners while the controller does other work."""
 
     def __init__(self, group: LearnerGroup, refs: list[Any]) -> None:
         self._group, self._refs = group, refs
 
     def over(self) -> bool:
-        """Whether all ranks have answered. Does not wait. Raises what `result` would, if one has failed."""
+        """Return, without waiting, whether all ranks have answered. Raises like `result` if one has failed."""
         done, waiting = ray.wait(self._refs, num_returns=len(self._refs), timeout=0)
         if any(error_of(ref) for ref in done):
             self.result()
         return not waiting
 
     def result(self) -> StepReport:
-        """Waits for all ranks. Raises LearnersFailed."""
+        """Wait for all ranks. Raises LearnersFailed."""
         report: StepReport = self._group.wait(self._refs)[0]
         return report
 
@@ -52,10 +52,10 @@ class LearnerGroup:
         return self.wait([getattr(a, method).remote(*args) for a in self.actors])
 
     def wait(self, refs: list[Any], timeout: float | None = None) -> list[Any]:
-        """All results; the first error of any rank is raised at once, because its peers would wait for it.
+        """Return all results; the first error of any rank is raised at once, because its peers would wait for it.
 
         Raises:
-            LearnersFailed: a rank died, is late, or raised what is neither bad input nor a verdict on the run.
+            LearnersFailed: a rank died, is late, or raised anything but a UserError, RunError or OSError.
         """
         try:
             limit = timeout or self.config.rollout.call_timeout_s
@@ -68,7 +68,7 @@ class LearnerGroup:
             raise LearnersFailed(_culprit(refs, e)) from e
 
     def setup(self, stage: str, total_steps: int) -> list[dict[str, Any]]:
-        """Load the model on all ranks; every wait is bounded by `cluster.start_timeout_s`. Says where each runs."""
+        """Load the model on all ranks within `cluster.start_timeout_s`. Returns where each rank runs."""
         limit = self.config.cluster.start_timeout_s
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         meeting: Any = ray.remote(Rendezvous)
@@ -91,10 +91,10 @@ class LearnerGroup:
         return PendingUpdate(self, [a.grpo_step.remote(rows, step) for a, rows in pairs])
 
     def save(self, directory: Path) -> transfer.Writing:
-        """All ranks take a snapshot; the result comes when they have written it below `directory`, beside training.
+        """Take a snapshot on all ranks and write it below `directory` in the background.
 
         Raises:
-            OSError: it has not the room for it.
+            OSError: the disk has no room for it.
         """
         size = sum(self._all("save"))
         if size > shutil.disk_usage(directory).free:
@@ -112,7 +112,7 @@ class LearnerGroup:
 
 
 def _culprit(refs: list[Any], error: Exception) -> str:
-    """Which rank it was: a peer of a dead one hears of a broken connection before Ray knows of the death."""
+    """Name the rank at fault: peers of a dead rank see a broken connection before Ray reports the death."""
     deadline = time.monotonic() + DEATH_IS_KNOWN_S
     waiting = list(refs)
     while waiting and time.monotonic() < deadline:

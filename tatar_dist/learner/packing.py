@@ -21,14 +21,14 @@ MicroBatches = list[list["Unit"]]  # of one rank
 
 
 def pack(units: Sequence[Unit], ranks: int, budget: int, costs: RowCosts = RowCosts()) -> list[MicroBatches]:  # noqa: B008
-    """Micro-batches for each of `ranks` ranks, of at most `budget` tokens (a row that has more goes alone)."""
-    found = [_cut(own, budget) for own in _deal(units, ranks, costs)]
-    most = max(map(len, found))
-    for batches in found:
+    """Pack units into micro-batches of at most `budget` tokens for each rank; a longer row goes alone."""
+    packed = [_cut(dealt, budget) for dealt in _deal(units, ranks, costs)]
+    most = max(map(len, packed))
+    for batches in packed:
         while len(batches) < most:
             _one_more(batches)
-        batches.sort(key=_tokens, reverse=True)  # the k-th of all ranks alike: collectives wait for the slowest
-    return found
+        batches.sort(key=_tokens, reverse=True)  # similar k-th batches on all ranks: collectives wait for the slowest
+    return packed
 
 
 def _tokens(batch: Sequence[Unit]) -> int:
@@ -51,7 +51,7 @@ def _deal(units: Sequence[Unit], ranks: int, costs: RowCosts) -> list[list[Unit]
 def _relieve(own: list[list[Unit]], loads: list[float], costs: RowCosts) -> bool:
     """Move rows of the rank with the most cost to the one with the least, if that lowers the larger of the two."""
     heavy, light = max(range(len(own)), key=loads.__getitem__), min(range(len(own)), key=loads.__getitem__)
-    best = loads[heavy] * (1 - 1e-3)  # less is not worth a prompt
+    best = loads[heavy] * (1 - 1e-3)  # a smaller gain does not pay for computing the prompt twice
     found = None
     for at, unit in enumerate(own[heavy]):
         rest = loads[heavy] - costs.of(unit)
@@ -67,7 +67,7 @@ def _relieve(own: list[list[Unit]], loads: list[float], costs: RowCosts) -> bool
 
 
 def _cut(units: Sequence[Unit], budget: int) -> MicroBatches:
-    """Micro-batches within the budget: the largest unit first, each into the fullest one that has room (best fit)."""
+    """Cut units into micro-batches within the budget by best fit, the largest unit first."""
     batches: MicroBatches = []
     for unit in sorted((p for u in units for p in _within(u, budget)), key=lambda u: (-u.tokens, u.rows)):
         room = [b for b in batches if _tokens(b) + unit.tokens <= budget]
@@ -79,7 +79,7 @@ def _cut(units: Sequence[Unit], budget: int) -> MicroBatches:
 
 
 def _within(unit: Unit, budget: int) -> list[Unit]:
-    """The unit in parts of at most `budget` tokens, as equal as they come."""
+    """Split a unit into nearly equal parts of at most `budget` tokens."""
     if unit.tokens <= budget or len(unit.rows) == 1:
         return [unit]
     first, second = unit.parted(len(unit.rows) // 2)
@@ -87,7 +87,7 @@ def _within(unit: Unit, budget: int) -> list[Unit]:
 
 
 def _one_more(batches: MicroBatches) -> None:
-    """Part a micro-batch in two, the largest that can be; else add an empty one."""
+    """Split the largest micro-batch that can be split; else add an empty one."""
     for batch in sorted(batches, key=_tokens, reverse=True):
         if len(batch) > 1:
             batches.remove(batch)

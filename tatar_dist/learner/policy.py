@@ -1,4 +1,4 @@
-"""The policy as the losses see it: log-probabilities and entropies at completion positions, nothing else.
+"""The policy: log-probabilities and entropies at completion positions.
 
 `PolicyModel` wraps a transformers model so that one module forward does vision once per image, the language model
 once per prompt and completion (shared_prefix.py), and the head at completion positions only. SFT and GRPO use the same
@@ -32,7 +32,7 @@ class TokenLogprobs:
 
 class PolicyModel(nn.Module):
     """`backbone` is the transformers model (its parameter names stay those of the checkpoint, see `clean_name`); its
-    attention and its head's forward are exchanged.
+    attention and its head's forward are replaced.
 
     The distribution is the one the engine samples from: logits / temperature, forbidden ids removed.
     """
@@ -87,7 +87,7 @@ class TokenLogprob(torch.autograd.Function):
             norm[c] = logits.logsumexp(-1)
             logp[c] = logits.gather(-1, targets[c, None])[:, 0] - norm[c]
             p = (logits - norm[c, None]).exp()
-            entropy[c] = norm[c] - (p * logits.index_fill_(-1, forbidden, 0.0)).sum(-1)  # 0 x -inf is no number
+            entropy[c] = norm[c] - (p * logits.index_fill_(-1, forbidden, 0.0)).sum(-1)  # 0 x -inf is NaN
         ctx.save_for_backward(states, weight, targets, forbidden, norm)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -98,7 +98,7 @@ class TokenLogprob(torch.autograd.Function):
         states, weight, targets, forbidden, norm = ctx.saved_tensors
         grad, t = grads[0], ctx.temperature
         d_states = torch.empty_like(states)
-        total = None  # at least float32: in lower precision what a late chunk adds would be rounded away
+        total = None  # at least float32: in lower precision late chunks would be rounded away
         if ctx.needs_input_grad[1]:
             total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for c in _chunks(len(targets), len(weight)):
@@ -122,10 +122,7 @@ def _logits(states: Tensor, weight: Tensor, forbidden: Tensor, temperature: floa
 
 
 def install_head(head: nn.Linear, temperature: float) -> None:
-    """`head(states, targets, forbidden)` then gives (logp, entropy) of `TokenLogprob`.
-
-    As its forward, so that ZeRO-3 gathers the weight around it as around any other layer.
-    """
+    """Make `TokenLogprob` the forward of `head`, so that ZeRO-3 gathers its weight as of any other layer."""
 
     def forward(self: Any, states: Tensor, targets: Tensor, forbidden: Tensor) -> Any:
         return TokenLogprob.apply(states, self.weight, targets, forbidden, temperature)

@@ -56,10 +56,10 @@ class Ragged:
         return calls
 
     def varlen(self, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-        """cu_seq_q, cu_seq_k (segments + 1,) int32 and the longest segments, as flash attention's varlen form wants.
+        """Arguments of flash attention's varlen form: cu_seq_q, cu_seq_k (segments + 1,) int32, longest segments.
 
-        The longest of queries is said to be 2 at least: for 1 the kernel takes a path of its own (decoding, with
-        grouped heads), which counts on a query in every segment.
+        The longest query segment is given as at least 2: for 1 the kernel uses its decoding path, which expects a
+        query in every segment.
         """
         if device not in self._on_device:
             bounds = [torch.tensor([0, *accumulate(x)], dtype=torch.int32) for x in (self.queries, self.keys)]
@@ -75,12 +75,12 @@ class Ragged:
 
 @lru_cache(maxsize=256)
 def ragged(queries: tuple[int, ...], keys: tuple[int, ...], causal: bool) -> Ragged:
-    """A `Ragged`, the same object for the same lengths: all layers of a forward share its index tensors."""
+    """Return one `Ragged` for equal lengths, so that all layers of a forward share its index tensors."""
     return Ragged(queries, keys, causal)
 
 
 def _indices(starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(n, L) positions, the last one repeated behind a shorter segment, and (n, L) what is none of these."""
+    """Return (n, L) positions, the last one repeated after a shorter segment, and a (n, L) mask of the others."""
     steps = torch.arange(max(lengths))
     end = torch.tensor(lengths)[:, None]
     return torch.tensor(starts)[:, None] + torch.minimum(steps, end - 1), steps < end
@@ -110,7 +110,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, segments: Ragged, scale: float) -> 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Ragged, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v through these segments; `out` and `lse` may be of an attention that these are part of."""
+    """Gradients of q, k and v; `out` and `lse` may belong to a merged attention of which these segments are a part."""
     if _has_varlen(q):
         cu_q, cu_k, max_q, max_k = segments.varlen(q.device)
         state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the dropout that there is none of
@@ -122,7 +122,7 @@ def backward(
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for at_q, at_k, valid in segments._calls:
         g = _take(grad, at_q)
-        if valid is not None:  # repeated queries pass nothing on
+        if valid is not None:  # repeated queries have no gradient
             g = g * valid[:, None, :, None].to(g.device)
         parts = _attend_backward(
             g, _take(q, at_q), _take(k, at_k), _take(v, at_k), _take(out, at_q),
@@ -172,7 +172,7 @@ def _attend_backward(
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The same with a matrix of probabilities: for float32 on CUDA, which flash attention does not do."""
+    """As `_attend`, with a matrix of probabilities: for float32 on CUDA, which flash attention does not support."""
     scores = _scores(q, k, causal, scale)
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp() @ _heads(v, q), lse

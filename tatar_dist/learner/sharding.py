@@ -24,7 +24,7 @@ Shard = list[list[LearnerRow]]
 def global_weights(
     groups: Sequence[ScoredGroup], aggregation: str, limit: int, mask_truncated: bool = False
 ) -> list[np.ndarray]:
-    """For each group the (G,) weights of its completions' tokens, normalised over all groups (algo/aggregation.py)."""
+    """Compute each group's (G,) token weights, normalised over all groups (algo/aggregation.py)."""
     completions = [(s.trained, c) for s in groups for c in s.group.completions]
     trained = [kept and not (mask_truncated and c.finish_reason == "length") for kept, c in completions]
     lengths = np.array([len(c.token_ids) for _, c in completions])
@@ -33,7 +33,7 @@ def global_weights(
 
 
 def group_rows(scored: ScoredGroup, weights: np.ndarray) -> list[LearnerRow]:
-    """The learner rows of one scored group; `weights` (G,) from `global_weights`."""
+    """Make the learner rows of one scored group; `weights` (G,) from `global_weights`."""
     prompt = scored.group.prompt
     return [
         LearnerRow(
@@ -55,13 +55,13 @@ def group_rows(scored: ScoredGroup, weights: np.ndarray) -> list[LearnerRow]:
 def shard_groups(
     groups: Sequence[ScoredGroup], ranks: int, weights: Sequence[np.ndarray], budget: int, costs: RowCosts
 ) -> list[Shard]:
-    """The shards of scored groups. `weights`: one (G,) array a group, from `global_weights`."""
+    """Shard scored groups. `weights`: one (G,) array per group, from `global_weights`."""
     pairs = zip(groups, weights, strict=True)
     return shard_rows([row for g, w in pairs for row in group_rows(g, w)], ranks, budget, costs)
 
 
 def shard_rows(rows: Sequence[LearnerRow], ranks: int, budget: int, costs: RowCosts = RowCosts()) -> list[Shard]:  # noqa: B008
-    """For each rank its micro-batches of at most `budget` tokens (packing.py); rows of one image stay together."""
+    """Pack rows into each rank's micro-batches of at most `budget` tokens (packing.py)."""
     ordered = sorted(rows, key=lambda r: (r.image_id, -len(r.completion_ids)))
     members: dict[str, list[int]] = {}
     for i, row in enumerate(ordered):

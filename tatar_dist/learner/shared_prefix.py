@@ -1,4 +1,4 @@
-"""Completions that share a prompt attend to it without repeating it: the layout of a packed row, and its attention.
+"""Attention of completions that share a prompt without repeating it, and the layout of a packed row.
 
 A packed row is [prompt 1 … prompt n | completions of 1 … completions of n], every token once. A prompt's token sees its
 prompt up to itself; a completion's token sees its whole prompt and its own completion up to itself. That is two ragged
@@ -20,12 +20,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tatar_dist.learner import ragged
 from tatar_dist.learner.ragged import Ragged
 
-NAME = "tatar_flash_shared_prefix"  # with "flash" in it, transformers hands vision windows over as one ragged batch
+NAME = (
+    "tatar_flash_shared_prefix"  # transformers passes vision windows as one ragged batch if the name contains "flash"
+)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Tokens of each group's prompt, (n,), and of each of its completions, (n, its own number); 0 is allowed there."""
+    """Tokens of each of n groups' prompt, and of each of its completions; a completion may have 0."""
 
     prompts: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
@@ -95,7 +97,7 @@ class _Windows(torch.autograd.Function):
         return *ragged.backward(grads[0], q, k, v, out, lse, ctx.segments, ctx.scale), None, None
 
 
-_windows: Any = WeakTensorKeyDictionary()  # all layers are given the same tensor of bounds
+_windows: Any = WeakTensorKeyDictionary()  # all layers get the same tensor of bounds
 
 
 def _windows_of(bounds: Tensor) -> Ragged:
@@ -109,9 +111,9 @@ def _windows_of(bounds: Tensor) -> Ragged:
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """What transformers calls: query (1, H, T, D), key and value (1, Hkv, T, D); returns (1, T, H, D).
+    """Attention function for transformers: query (1, H, T, D), key and value (1, Hkv, T, D); returns (1, T, H, D).
 
-    `layout` among the arguments: a packed row. Else `cu_seq_lens_q`: windows of the vision tower.
+    With the argument `layout` for a packed row, else with `cu_seq_lens_q` for windows of the vision tower.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if (layout := kwargs.get("layout")) is not None:
@@ -120,7 +122,7 @@ def attention(
 
 
 def install(model: Any) -> None:
-    """Let the language model of a loaded transformers model take packed rows, and its vision tower ragged windows."""
+    """Make a transformers model's language model use packed rows, and its vision tower ragged windows."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention)

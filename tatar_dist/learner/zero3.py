@@ -27,9 +27,9 @@ DEEPSPEED_TAG = "deepspeed"
 
 
 def deepspeed_config(config: Config, optim: OptimConfig) -> dict[str, Any]:
-    """ZeRO-3. Clipping is on the global norm, after gradients are averaged over ranks.
+    """Configuration of ZeRO-3. Gradients are clipped by their global norm after averaging over ranks.
 
-    DeepSpeed wants a batch size: how many micro-batches make a step differs by step, `Zero3.begin` says when it ends.
+    The batch size is nominal: `Zero3.begin` marks the last micro-batch of a step, whose number differs by step.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -44,7 +44,7 @@ def deepspeed_config(config: Config, optim: OptimConfig) -> dict[str, Any]:
             "overlap_comm": True,
             "contiguous_gradients": True,
             "stage3_gather_16bit_weights_on_model_save": False,
-            # tiny parameters are sharded too: what is tested on the demo model is what runs on the large one
+            # shard tiny parameters too, so that tests of the demo model exercise the same code
             "stage3_param_persistence_threshold": 0,
         },
     }
@@ -94,7 +94,9 @@ class Zero3:
             model=policy, model_parameters=groups, optimizer=self._make_optimizer(groups), config=settings
         )
         self.engine.checkpoint_engine = SnapshotEngine()
-        self.engine._copy_recovery_script = lambda _: None  # would write at once, into a directory not there yet
+        self.engine._copy_recovery_script = lambda _: (
+            None
+        )  # it writes at once, into a directory that does not exist yet
         self._reference = None
         self.has_reference = reference_path is not None
         if reference_path is not None and not (self._lora and reference_path == config.model.path):
@@ -127,7 +129,7 @@ class Zero3:
             group["lr"] = lr * scale
 
     def begin(self, last: bool) -> None:
-        """Before the forward of every micro-batch that is learned from; `last`: the step ends with it."""
+        """Call before the forward of every trained micro-batch; `last`: it is the last of the step."""
         self.engine.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: Tensor) -> None:
@@ -139,7 +141,7 @@ class Zero3:
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def optimizer_step(self) -> float:
-        """Call after every backward; after the last one it updates. Returns the gradient norm, else 0."""
+        """Call after every backward; updates after the last one of a step. Returns the gradient norm then, else 0."""
         boundary = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
         return float(self.engine.get_global_grad_norm() or 0.0) if boundary else 0.0
@@ -179,7 +181,7 @@ class Zero3:
             yield from full
 
     def snapshot(self) -> list[Job]:
-        """Copy this rank's part of a checkpoint to CPU memory; who runs the jobs writes it. Collective.
+        """Copy this rank's part of a checkpoint to CPU memory; the returned jobs write it. Collective.
 
         deepspeed/ gets this rank's shards of weights, master weights and optimizer, model/ from rank 0 a Hugging Face
         model directory (safetensors, processor, generation config).
@@ -198,7 +200,7 @@ class Zero3:
         self.backbone.processor.save_pretrained(directory)
 
     def load(self, directory: Path, saved_ranks: int) -> None:
-        """Restore what `saved_ranks` ranks wrote, any number. Collective."""
+        """Restore a checkpoint written by any number of ranks. Collective."""
         if saved_ranks != self.world_size:
             return reshard.load(directory / DEEPSPEED_TAG, saved_ranks, self.engine, self.rank, self.world_size)
         path, _ = self.engine.load_checkpoint(str(directory), tag=DEEPSPEED_TAG)
@@ -211,7 +213,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimiser groups {"params": […], "scale": factor} by the first part of `lr_scale` found in a name; others 1.
 
-    `frozen`: names for which a part may stand without effect, as a recipe's do when adapters are trained.
+    `frozen`: names of untrained parameters that a part may match, as in a recipe used with adapters.
 
     Raises:
         UserError: a part that no parameter's name contains.

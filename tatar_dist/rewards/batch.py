@@ -36,7 +36,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the N completions say. value: raw score or NaN; score: clamped to [0, 100] or NaN; parsed, out_of_range:
+    """The N parsed answers. value: raw score or NaN; score: clamped to [0, 100] or NaN; parsed, out_of_range:
     bool; think_words: words inside <think>; words: words of the whole text, tags included (the released gates)."""
 
     value: np.ndarray
@@ -62,7 +62,7 @@ def read_answers(completions: Sequence[str], strict: bool = True) -> Answers:
 
 
 def batch_of_rows(rows: Iterable[Mapping]) -> Batch:
-    """From dicts with group_id, task, dataset, target, completion, which the caller has checked for type and range.
+    """Make a batch from dicts with group_id, task, dataset, target, completion, of checked types and ranges.
 
     Raises:
         UserError: an unknown task, or rows of one group that disagree; the message names the row (from 1).
@@ -94,14 +94,14 @@ def batch_of_rows(rows: Iterable[Mapping]) -> Batch:
 
 
 def disagreement(group_id: object, before: tuple, now: tuple) -> str:
-    """The sentence that says how a row contradicts its group; both tuples are (task, dataset, target)."""
+    """Describe how a row contradicts its group; both tuples are (task, dataset, target)."""
     names = ("task", "dataset", "target")
     differences = ", ".join(f"{n} {a!r} and {b!r}" for n, a, b in zip(names, before, now, strict=True) if a != b)
     return f"group {group_id!r} has rows that disagree: {differences}"
 
 
 def batch_of_groups(groups: Sequence[Group]) -> Batch:
-    """From rollout groups, completions in order; row n of group i stands at the sum of the earlier groups' sizes + n.
+    """Make a batch from rollout groups. Rows are the completions in the order of the groups.
 
     Raises:
         UserError: two groups with one group_id.

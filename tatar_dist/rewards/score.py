@@ -28,8 +28,8 @@ class BatchScores:
 
     reward, advantage: (N,) float64. counts: rows, groups, unparsed, out_of_range, all_unparsed_groups,
     unrankable_groups (groups whose Thurstone term is 0 because their pool holds no other image that parsed).
-    unrankable: (J,) bool of those groups. zero_std: (J,) bool of the groups whose completions all got the same reward
-    (advantage per_term: the same in every weighted term), which teach nothing.
+    unrankable: (J,) bool of those groups. zero_std: (J,) bool of the groups whose completions all have the same reward
+    (advantage per_term: the same in every weighted term) and which therefore have no advantage.
     """
 
     preset: str

@@ -2,8 +2,8 @@
 
 For completion k of group i and every other group j of the same pool that has a parsed completion (all in points):
 
-    P_ij   = L((g_i - g_j) / tau)                           what the opinion scores say
-    Q_ik,j = L((q_ik - mu_j) / s_ij)                        what the completion says
+    P_ij   = L((g_i - g_j) / tau)                           preference by the opinion scores
+    Q_ik,j = L((q_ik - mu_j) / s_ij)                        preference by the completion
     s_ij   = sqrt(max(v_i + v_j, floor^2))                  mu, v over parsed rows, v population variance
     w_ij   = exp(-|g_i - g_j| / m)                          near pairs weigh more
     r_ik   = clamp(1 - mean_w BCE(P, Q) / (-ln eps), 0, 1)  measure bce, Q clamped to [eps, 1 - eps]
@@ -116,7 +116,7 @@ def pair_scale(v_i: np.ndarray, v_j: np.ndarray, params: ThurstoneParams) -> np.
 
 
 def pair_terms(p: np.ndarray, not_p: np.ndarray, z: np.ndarray, params: ThurstoneParams) -> np.ndarray:
-    """What one pair contributes before the mean: the BCE in nats, or the fidelity. p, not_p broadcast against z."""
+    """BCE in nats, or fidelity, of each pair. p, not_p broadcast against z."""
     if params.measure == "fidelity":
         return links.fidelity(p, not_p, z, params.link)
     limit = links.clamp_limit(params.eps, params.link)
@@ -171,7 +171,7 @@ def thurstone(q: np.ndarray, groups: Groups, params: ThurstoneParams) -> Thursto
 
 @dataclass(frozen=True)
 class Comparison:
-    """One group against the J rivals of its pool: (J,) weights (own group 0), P, 1 - P, means, 1 / s."""
+    """One group against the J groups of its pool: (J,) weights (0 for itself), P, 1 - P, means, 1 / s."""
 
     w: np.ndarray
     p: np.ndarray

@@ -15,7 +15,7 @@ ROUNDING = 1e-3  # a log-probability is at most 0, up to the arithmetic of a sof
 
 @dataclass(eq=False)
 class Chunk:
-    """Prompts of one engine call. `failures`: engines that ended on it; `done` once any engine's answer is taken."""
+    """Prompts of one engine call. `failures`: engines that failed on it; `done`: an answer was taken."""
 
     prompts: list[Prompt]
     failures: int = 0
@@ -23,7 +23,7 @@ class Chunk:
 
 
 class Queue:
-    """Chunks to be handed out: those that an engine left undone first, then new ones, made one ahead of need."""
+    """Queue of chunks: first those that a failed engine left undone, then new ones, made when needed."""
 
     def __init__(self, parts: Iterable[list[Prompt]]) -> None:
         self._again: deque[Chunk] = deque()
@@ -38,7 +38,7 @@ class Queue:
         return self._again.popleft() if self else None
 
     def put_back(self, chunks: Sequence[Chunk]) -> None:
-        """They come first, in this order."""
+        """Insert at the front, in this order."""
         self._again.extendleft(reversed(chunks))
 
     def clear(self) -> None:
@@ -47,10 +47,10 @@ class Queue:
 
 
 def problem(groups: object, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> str | None:
-    """What is wrong with the groups of one engine call, or None.
+    """Describe what is wrong with the groups of one engine call; None if they are valid.
 
-    They must be the asked ones in order, each with `sampling.n` completions sampled at `version`; a completion has
-    1 to `max_tokens` non-negative token ids with one finite log-probability each, none above 0.
+    They must be those of the prompts in order, each with `sampling.n` completions sampled at `version`; a completion
+    has 1 to `max_tokens` non-negative token ids with one finite log-probability each, none above 0.
     """
     if not isinstance(groups, list) or not all(isinstance(g, Group) for g in groups):
         return f"not a list of groups: {type(groups).__name__}"

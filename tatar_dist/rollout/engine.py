@@ -34,10 +34,10 @@ class WrongWeightVersion(RunError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one call samples. `temperature` 0 is greedy. `seed` and `step` enter every group's seed; G = n.
+    """Sampling parameters of one call. `temperature` 0 is greedy. `seed` and `step` enter every group's seed; G = n.
 
-    `schema`: a JSON schema as text that every completion must follow; None = any text. `expected`: with the expectation
-    over the scores that each might have written.
+    `schema`: JSON schema, as text, that every completion must follow; None: any text. `expected`: also compute
+    `Completion.expected`.
     """
 
     n: int
@@ -57,7 +57,7 @@ def group_seed(seed: int, step: int, sample_id: str) -> int:
 
 
 def _inputs(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """Prompts as vLLM takes them; a picture that several ask about is decoded once."""
+    """Convert prompts to vLLM's input; an image shared by several prompts is decoded once."""
     decoded: dict[bytes, Any] = {}
     inputs: list[dict[str, Any]] = []
     for prompt in prompts:
@@ -84,7 +84,7 @@ class RolloutEngine:
         self._asleep = False
 
     def setup(self, threads: int, version: int) -> dict[str, Any]:
-        """Load the model. `version` names the weights that stand in `model.path`."""
+        """Load the model. `version`: the weight version of the files in `model.path`."""
         start = time.perf_counter()
         r = self.config.rollout
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -109,7 +109,7 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=vllm_backend.BACKEND),
             worker_extension_cls=vllm_backend.EXTENSION,
-            # Where JSON allows any number of blanks, a model may go on with blanks until it is cut off.
+            # A model may otherwise write blanks, which JSON allows in any number, until it is cut off.
             structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
         )
         self.llm.init_weight_transfer_engine({"init_info": {}})
@@ -169,7 +169,7 @@ class RolloutEngine:
         return Group(prompt, tuple(output.prompt_token_ids), completions, version)
 
     def _with_expected(self, groups: list[Group], inputs: Sequence[dict[str, Any]]) -> list[Group]:
-        """The groups with `Completion.expected`; `inputs` are what their prompts were asked with."""
+        """Return the groups with `Completion.expected`; `inputs`: vLLM's inputs of their prompts."""
         from vllm import SamplingParams
 
         flat = [(at, c) for at, g in zip(inputs, groups, strict=True) for c in g.completions]
@@ -199,7 +199,7 @@ class RolloutEngine:
     # A weight push: `join_push` where the way needs a group, `start_update`, `update` by part, `finish_update`.
 
     def join_push(self, membership: dict[str, Any]) -> None:
-        """Join the group that a push goes through; waits for all others."""
+        """Join the process group of a push; blocks until all members have joined."""
         self.llm.init_weight_transfer_engine({"init_info": membership})
 
     def start_update(self, version: int) -> None:
@@ -210,13 +210,13 @@ class RolloutEngine:
         self.llm.start_weight_update()
 
     def update(self, part: dict[str, Any]) -> int:
-        """Load one part, as its way's sender made it (sync/). Returns the bytes that came with it."""
+        """Load one part of the weights (sync/). Returns its size in bytes, 0 for GPU transfers."""
         self.failpoints.reach("engine.update", version=self._updating)
         self.llm.update_weights({"update_info": part})
         return sum(w.data.nbytes for w in part.get("bucket", {}).values())
 
     def finish_update(self) -> int:
-        """End the push, drop every cache that depends on weights, take the new version. Returns it."""
+        """End the push, drop every cache that depends on weights. Returns the new version."""
         assert self._updating is not None, "finish_update without start_update"
         self.llm.finish_weight_update(weight_version=str(self._updating))
         if self._can_sleep() and self._asleep:
@@ -227,9 +227,9 @@ class RolloutEngine:
         return self.version
 
     def sleep(self) -> None:
-        """Give the memory of weights and KV cache back, for learners on the same GPU; on a CPU nothing happens.
+        """Free the memory of weights and KV cache for learners on the same GPU; no effect on a CPU.
 
-        Weights are outdated by the update anyway: a push follows every sleep.
+        The weights are lost; a push follows every sleep.
         """
         if self._can_sleep() and not self._asleep:
             self.llm.sleep(level=2)
@@ -239,6 +239,6 @@ class RolloutEngine:
         return bool(self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode)
 
     def _reset_caches(self) -> None:
-        """Prefix cache and the vision tower's cached outputs; the latter outlives a prefix-cache reset."""
+        """Reset the prefix cache and the vision tower's cached outputs, which a prefix-cache reset keeps."""
         self.llm.reset_prefix_cache()
         self.llm.llm_engine.reset_encoder_cache()

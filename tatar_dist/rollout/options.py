@@ -14,20 +14,20 @@ from tatar_dist.config.schema import Config
 # every process
 COMMON_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
-    # an idle OpenMP pool must not spin on cores that another process was handed
+    # an idle OpenMP pool must not spin on cores that another process uses
     "OMP_WAIT_POLICY": "PASSIVE",
     "KMP_BLOCKTIME": "0",
     "TRANSFORMERS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TQDM_DISABLE": "1",
-    # Ray's default for workers is 15, at which any busy process of the same machine all but stops them
+    # Ray's default of 15 starves workers beside any busy process of the machine
     "RAY_worker_niceness": "0",
 }
 CPU_ENGINE_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def engine_environment(config: Config, gpu: bool, threads: int) -> dict[str, str]:
-    """What vLLM reads, by name, in the process that an engine lives in. `threads`: of OpenMP."""
+    """Environment variables of an engine's process. `threads`: OpenMP threads."""
     network = config.cluster.network_interface
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -36,13 +36,13 @@ def engine_environment(config: Config, gpu: bool, threads: int) -> dict[str, str
         "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.cpu_kv_cache_gib),
         "OMP_NUM_THREADS": str(threads),
         **({"NCCL_SOCKET_IFNAME": network} if network else {}),
-        "GLOO_SOCKET_IFNAME": "lo",  # an engine's workers are on one node, and gloo answers strangers
+        "GLOO_SOCKET_IFNAME": "lo",  # an engine's workers are on one node, and gloo accepts any connection
         **({} if gpu else CPU_ENGINE_ENV),
     }
 
 
 def set_environment(variables: Mapping[str, str]) -> None:
-    """Set environment variables of this process; those that the user has set stay."""
+    """Set environment variables of this process, except those that are set already."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)
 
@@ -65,7 +65,7 @@ def vllm_options(config: Config, gpu: bool) -> dict[str, Any]:
         "max_num_seqs": r.max_num_seqs,
         "limit_mm_per_prompt": {"image": 1, "video": 0},
         "mm_processor_kwargs": {"min_pixels": m.min_pixels, "max_pixels": m.max_pixels},
-        "generation_config": "vllm",  # not the checkpoint's own
+        "generation_config": "vllm",  # ignore the checkpoint's
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }

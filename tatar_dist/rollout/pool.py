@@ -1,4 +1,4 @@
-"""The pool of engines: gives prompts to engines as they become free, survives their deaths, pushes weights.
+"""The pool of engines: distributes prompts to free engines, survives their deaths, pushes weights.
 
 Every prompt's group is returned exactly once, whichever engine made it. An engine that dies, hangs, fails or returns
 nonsense is killed and restarted with back-off, and its prompts go to others; it serves again once it has the current
@@ -30,12 +30,12 @@ ATTEMPTS = 3  # engines that may fail on one prompt before the prompt is blamed
 
 
 class EngineFailed(RunError):
-    """Too few engines live, or one prompt ends every engine that it is given to."""
+    """Too few engines are alive, or one prompt makes every engine fail."""
 
 
 @dataclass(eq=False)
 class Engine:
-    """One engine: its health, its actor, and the call it works on. `chunk` None: an answer nobody waits for."""
+    """One engine: its health, its actor, and its current call. `chunk` None: the answer will be discarded."""
 
     health: Health
     actor: Any = None
@@ -53,10 +53,9 @@ class RolloutPool:
     """`count` engines made by `make(index)`, Ray actor handles of `RolloutEngine`.
 
     Args:
-        version: the weight version that completions are asked for; at first that of `model.path`.
-        log: takes events of the engines.
-        waits: what may end a wait.
-        max_engines: how many engines have a place to start in, the first ones; None: all.
+        version: the weight version to sample from; at first that of `model.path`.
+        log: logs events of the engines.
+        max_engines: how many engines may start, by their order; None: all.
     """
 
     def __init__(
@@ -84,50 +83,50 @@ class RolloutPool:
 
         Args:
             threads: CPU threads of an engine.
-            refresh: gives an engine that starts late the current weights. None while nobody trains: the files of
-                `model.path` are the current weights.
+            refresh: pushes the current weights into an engine that starts late. None without training: those of
+                `model.path` are current.
         """
         self._threads, self._refresh = threads, refresh
         for e in self.engines:
             self._launch(e, self.version)
 
     def started(self) -> None:
-        """Wait until every engine is ready. At the start of a run one that fails is an error, not a fault."""
+        """Wait until every engine is ready. A failure at the start of a run is an error, not a fault."""
         starting = [e for e in self.engines if e.health.state is State.RESTARTING and e.health.restarts == 0]
         limit = self.config.cluster.start_timeout_s
         facts = self.waits.gather([e.call for e in starting], limit, "starting: engine", EngineFailed)
-        for e, found in zip(starting, facts, strict=True):
+        for e, process in zip(starting, facts, strict=True):
             e.call = None
-            e.health.ready(**found)
+            e.health.ready(**process)
             e.health.current()
 
     def _launch(self, e: Engine, version: int) -> None:
-        """`version`: which one the files of model.path are, -1 where they are old."""
+        """Start an engine. `version`: that of the files of model.path, -1 if they are outdated."""
         e.actor, e.version, e.since = self.make(e.health.index), version, time.monotonic()
         e.call, e.chunk = e.actor.setup.remote(self._threads, version), None
 
     def end_starts(self) -> None:
-        """End the engines that are being started: what they wait for is needed elsewhere. They start again later."""
+        """End the engines that are starting, because their resources are needed; they start again later."""
         for e in self.engines:
             if e.health.state is State.RESTARTING:
-                e.health.restarts = max(0, e.health.restarts - 1)  # not the engine's fault
+                e.health.restarts = max(0, e.health.restarts - 1)  # the engine did not fail
                 self._lose(e, "start put off")
 
     def end_all(self) -> None:
-        """End every living engine: the place it lives in goes. They start again later."""
+        """End every living engine, because its placement group goes; they start again later."""
         for e in (e for e in self.engines if e.health.state not in (State.DEAD, State.GONE)):
             e.health.restarts = max(0, e.health.restarts - 1)
             self._lose(e, "its place was given back")
 
     def end_busy(self) -> None:
-        """End the engines that have not answered yet: nothing moves, and they may be why."""
+        """End the engines that are in a call: they may be the cause of a stall."""
         for e in self.engines:
             if e.call is not None:
                 self._lose(e, "did not answer when the run stalled")
 
     @contextmanager
     def without_refresh(self) -> Iterator[None]:
-        """Inside, stale engines cannot be given the current weights, because the learners are at work."""
+        """Inside, stale engines cannot get the current weights, because an update runs."""
         self.refresh_blocked = True
         try:
             yield
@@ -135,7 +134,7 @@ class RolloutPool:
             self.refresh_blocked = False
 
     def restart_due(self) -> None:
-        """Restart what is due. Raises EngineFailed: too few are left."""
+        """Restart engines that are due. Raises EngineFailed when too few are left."""
         now = time.monotonic()
         for e in self.engines[: self.max_engines()]:
             if e.health.due(now):
@@ -150,8 +149,8 @@ class RolloutPool:
             )
 
     def _lose(self, e: Engine, reason: str) -> Chunk | None:
-        """End an engine whatever it does; returns the chunk that it leaves undone."""
-        with suppress(Exception):  # one that died needs no killing
+        """Kill an engine. Returns its unfinished chunk."""
+        with suppress(Exception):  # it may be dead
             ray.kill(e.actor)
         left, e.call, e.chunk, e.version = e.chunk, None, None, -1
         e.health.died(reason, time.monotonic())
@@ -160,7 +159,7 @@ class RolloutPool:
     # -- generation --------------------------------------------------------------------------------------------------
 
     def chunks(self, prompts: Sequence[Prompt], n: int) -> list[list[Prompt]]:
-        """Prompts by engine call: one in deterministic mode, else enough to fill an engine, at most its share."""
+        """Split prompts into calls: one each in deterministic mode, else up to an engine's capacity or share."""
         if self.config.rollout.deterministic:
             size = 1
         else:
@@ -169,7 +168,7 @@ class RolloutPool:
         return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """All groups of `prompts`, sorted by group id.
+        """Generate the groups of `prompts`, sorted by group id.
 
         Raises:
             EngineFailed: fewer engines than `rollout.min_engines` can be kept alive, or a prompt ends every engine.
@@ -180,11 +179,11 @@ class RolloutPool:
     def stream(
         self, parts: Iterable[list[Prompt]], sampling: Sampling, more: Callable[[], bool] = lambda: True
     ) -> Iterator[list[Group]]:
-        """The groups of each engine call as it returns. Raises like `generate`.
+        """Yield the groups of each engine call as it returns. Raises like `generate`.
 
         Args:
-            parts: the prompts of each call, taken when an engine is about to be free.
-            more: once it is false nothing new is handed out.
+            parts: the prompts of each call, consumed one call ahead.
+            more: once it returns False no further call is made.
         """
         queue = Queue(parts)
         try:
@@ -202,7 +201,7 @@ class RolloutPool:
                     yield from self._take(e, queue, sampling)
                 self._judge(queue)
                 self.waits.check()
-        finally:  # left early: what the engines still work on is thrown away when it comes
+        finally:  # discard the answers of unfinished calls when they come
             for e in self.engines:
                 e.chunk = None
 
@@ -210,7 +209,7 @@ class RolloutPool:
         return [e for e in self.engines if e.chunk is not None and not e.chunk.done]
 
     def _hand_out(self, queue: Queue, sampling: Sampling) -> None:
-        """Work for every idle engine; a stale one gets the current weights first, when there is work for it."""
+        """Give work to every idle engine; a stale one first gets the current weights."""
         stale = [e for e in self.engines if e.health.state is State.STALE and e.call is None]
         if queue and stale and self._refresh and not self.refresh_blocked:
             self._load(stale, self._refresh)
@@ -222,7 +221,7 @@ class RolloutPool:
             e.chunk, e.since = chunk, time.monotonic()
 
     def _hedged(self) -> Chunk | None:
-        """With `rollout.hedge`: an undone chunk that only a suspect engine works on."""
+        """With `rollout.hedge`: return an unfinished chunk that only a suspect engine works on."""
         if not self.config.rollout.hedge:
             return None
         for slow in (e for e in self._working() if e.health.state is State.SUSPECT):
@@ -232,17 +231,17 @@ class RolloutPool:
         return None
 
     def _answers(self) -> list[Engine]:
-        """Engines whose call has returned; waits a tick at most."""
+        """Return the engines whose call has returned, after at most one tick."""
         calls = {e.call: e for e in self.engines if e.call is not None}
         if not calls:
-            time.sleep(TICK_S)  # all are dead and their restart is not due yet
+            time.sleep(TICK_S)  # all are dead, no restart is due yet
             return []
         ray.wait(list(calls), num_returns=1, timeout=TICK_S)
         done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
         return [calls[ref] for ref in done]
 
     def _take(self, e: Engine, queue: Queue, sampling: Sampling) -> Iterator[list[Group]]:
-        """One returned call: a start that succeeded, groups, or a failure."""
+        """Process a returned call: a successful start, groups, or a failure."""
         starting, chunk = e.health.state is State.RESTARTING, e.chunk
         try:
             answer = ray.get(e.call)
@@ -267,7 +266,7 @@ class RolloutPool:
             yield answer
 
     def _again(self, chunk: Chunk | None, queue: Queue, reason: str) -> None:
-        """Put a chunk that an engine left undone back, split once it has ended two: one of its prompts may be why."""
+        """Requeue a chunk that an engine left undone, in single prompts after two failures: one may be the cause."""
         if chunk is None or any(e.chunk is chunk for e in self.engines):
             return
         chunk.failures += 1
@@ -279,7 +278,7 @@ class RolloutPool:
             queue.put_back([chunk])
 
     def _judge(self, queue: Queue) -> None:
-        """Deadlines: a late engine is suspect, a very late one dead. Loading is progress: its deadline is another."""
+        """Apply the deadlines: a late engine is suspect, then dead; a loading one has a deadline of its own."""
         r, now = self.config.rollout, time.monotonic()
         for e in (e for e in self.engines if e.call is not None):
             starting = e.health.state is State.RESTARTING
@@ -295,25 +294,25 @@ class RolloutPool:
     # -- weights -----------------------------------------------------------------------------------------------------
 
     def push(self, push: Load, version: int) -> dict[str, float]:
-        """Advance to `version`: let `push` load the weights into every engine that is at hand.
+        """Advance to `version`: load the weights by `push` into every engine that is ready.
 
-        An engine that dies or is late is ended and restarted; one that is suspect or starting misses the push and gets
-        the weights before it serves again. Returns sync/seconds and sync/bytes.
+        An engine that dies or is late is restarted; one that is suspect or starting misses the push and gets the
+        weights before it serves again. Returns sync/seconds and sync/bytes.
         """
         start = time.perf_counter()
         self.version = version
-        for e in self.engines:  # with a call that nobody waits for any more
+        for e in self.engines:  # with a call whose answer will be discarded
             if e.call is not None and e.health.state is State.HEALTHY:
                 e.health.missed_push()
         takers = self._at_hand()
         for e in (e for e in self.engines if e not in takers):
-            e.version = -1  # unknown: after a restart of the learners a version's number is used again
+            e.version = -1  # unknown: after a restart of the learners, numbers are reused
         sent = self._load(takers, push)
         self.log("push/done", version=version, engines=[e.health.index for e in takers if e.version == version])
         return {"sync/seconds": time.perf_counter() - start, "sync/bytes": float(sent)}
 
     def prepare_update(self) -> None:
-        """Before an update: put colocated engines to sleep, start others that are due, so that they load meanwhile."""
+        """Before an update: put colocated engines to sleep, or restart engines, which then load during the update."""
         self.sleep() if self.config.cluster.placement == "colocated" else self.restart_due()
 
     def sleep(self) -> None:
@@ -329,10 +328,10 @@ class RolloutPool:
         return [e for e in self.engines if e.health.state in (State.HEALTHY, State.STALE) and e.call is None]
 
     def _load(self, takers: list[Engine], push: Load) -> int:
-        """Load the weights of the pool's version into `takers`; those that do not make it are lost. Bytes sent."""
+        """Load the weights of the pool's version into `takers`; failed engines are lost. Returns bytes sent."""
         try:
             result = push({e.health.index: e.actor for e in takers}, self.version)
-        except BaseException:  # the learners died half-way: an engine with half of the weights cannot be updated again
+        except BaseException:  # the learners died during the push: engines with partial weights must restart
             for e in takers:
                 self._lose(e, "weight push cut short")
             raise
@@ -345,9 +344,9 @@ class RolloutPool:
         return result.sent * (len(takers) - len(result.failed))
 
     def missing(self, nodes: Collection[str]) -> int:
-        """How many engines must start before `rollout.min_engines` of them live on `nodes`, Ray's node ids.
+        """Count the engines that must start until `rollout.min_engines` are alive on `nodes`, Ray's node ids.
 
-        Idle ones are asked, because Ray notices a lost node later than its learners' death.
+        Idle engines are pinged, because Ray reports a lost node later than the death of its learners.
         """
         alive = (State.HEALTHY, State.SUSPECT, State.STALE)
         living = [e for e in self.engines if e.health.state in alive and e.health.facts["node"] in nodes]

@@ -24,7 +24,7 @@ from tatar_dist.sync.push import PushResult, Round
 if TYPE_CHECKING:
     from tatar_dist.learner.group import LearnerGroup
 
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # of from_wire, which knows
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # from_wire
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def to_wire(tensor: Any) -> Wire:
 
 
 def from_wire(wire: Wire) -> Any:
-    """The tensor on the wire's own memory, not copied. To be read only: Ray's object store ends who writes into it."""
+    """View the tensor without a copy. Read-only: a process that writes into Ray's object store is killed."""
     import torch
 
     return torch.from_numpy(wire.data).view(getattr(torch, wire.dtype)).reshape(wire.shape)
@@ -97,7 +97,7 @@ class ObjectStorePush:
         self._waits, self._log = waits, log
 
     def push(self, learners: LearnerGroup, engines: Mapping[int, Any], version: int) -> PushResult:
-        """As `WeightPush.push`. All buckets are taken, whoever fails: gathering is collective."""
+        """See `WeightPush.push`. All buckets are consumed even if engines fail: gathering is collective."""
         push, sent = Round(engines, version, self._limit, self._waits, self._log), 0
         push.call("weight push", lambda _, e: e.start_update.remote(version))
         for bucket in stream(learners, self._bucket):
@@ -108,7 +108,7 @@ class ObjectStorePush:
 
 
 def stream(learners: LearnerGroup, bucket_bytes: int) -> Iterator[Any]:
-    """References to the buckets of rank 0, made while the ranks gather together.
+    """Yield references to the buckets of rank 0 while all ranks gather.
 
     Raises:
         LearnersFailed: a rank died or failed, or the next bucket is late.
@@ -117,13 +117,13 @@ def stream(learners: LearnerGroup, bucket_bytes: int) -> Iterator[Any]:
     others = [a.push_stream.options(num_returns="streaming").remote(*call) for a in learners.actors[1:]]
     lead = learners.actors[0].push_stream.options(num_returns="streaming", _generator_backpressure_num_objects=2)
     yield from _items(learners, lead.remote(*call))
-    for each in others:
-        for failed in _items(learners, each):  # they yield nothing, but an error comes as an item
+    for stream_of_rank in others:
+        for failed in _items(learners, stream_of_rank):  # they yield nothing, but an error comes as an item
             raise LearnersFailed(f"gathering weights: {first_line(error_of(failed) or RuntimeError('one item'))}")
 
 
 def _items(learners: LearnerGroup, streaming: Any) -> Iterator[Any]:
-    """The references of a streaming call, each within the deadline."""
+    """Yield the references of a streaming call, each within the deadline."""
     timeout, since = learners.config.rollout.call_timeout_s, time.monotonic()
     while True:
         ready, _ = ray.wait([streaming], timeout=TICK_S, fetch_local=False)

@@ -40,11 +40,11 @@ class WeightPush(Protocol):
 
 
 class Round:
-    """The engines of one push: those still in it, and why the others are not.
+    """Calls on the engines of one push. `left`: engines still in it; `failed`: reasons of the others.
 
     Args:
-        limit: seconds for each call; an engine that takes longer leaves the push.
-        log: takes the event of such an engine.
+        limit: seconds for each call; an engine that takes longer leaves the push, and an event is logged.
+        log: the event log.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Round:
         self._limit, self._waits, self._log = limit, waits, log
 
     def call(self, what: str, call: Callable[[int, Any], Any], given: Any = None) -> list[Any]:
-        """One call on each engine; the answers of those that gave one. As `wait`."""
+        """Call each engine and wait for the answers, as `wait`."""
         return self.wait(what, {i: call(i, engine) for i, engine in self.left.items()}, given)
 
     def wait(self, what: str, calls: Mapping[int, Any], given: Any = None) -> list[Any]:
-        """Wait until all have answered or the limit is over; engines that died, failed or are late leave the push.
+        """Wait for all answers up to the limit; engines that died, failed or are late leave the push.
 
         Raises:
             LearnersFailed: the reference `given` holds an error of the learner instead of a part of the weights.
@@ -90,7 +90,7 @@ class Round:
 
 
 def ask_learners(learners: LearnerGroup, calls: list[Any], limit: float, what: str) -> list[Any]:
-    """The answers of ranks. Raises LearnersFailed: a rank died, failed or is late, and which one."""
+    """Return the answers of ranks. Raises LearnersFailed naming a rank that died, failed or is late."""
     try:
         return learners.wait(calls, limit)
     except LearnersFailed as e:

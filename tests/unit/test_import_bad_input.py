@@ -126,7 +126,7 @@ def test_one_score_with_two_rationales_is_a_contradiction_not_a_repetition():
 
 def test_an_ambiguous_file_is_read_by_the_named_format():
     assert read(BOTH, "koniq10k", format="scores-and-distributions").report["files"][0]["range"] == [0, 100]
-    assert "did you mean scores-and-distributions?" in refused(BOTH, "koniq10k", format="score-distributions")
+    assert "did you mean 'scores-and-distributions'?" in refused(BOTH, "koniq10k", format="score-distributions")
 
 
 def test_byte_order_mark_blanks_and_carriage_returns_are_no_fault():
@@ -288,7 +288,7 @@ def test_paths_are_relative_to_the_images_directory_wherever_the_manifest_lies(t
         (["--split-list", "names.txt"], "--split-list names.txt: must be SPLIT=FILE"),
         (["--split-list", "dev=F.csv"], "cannot read it"),
         (["--attributes", "absent.jsonl"], "--attributes absent.jsonl: cannot read it"),
-        (["--format", "imagescore"], "did you mean image-score?"),
+        (["--format", "imagescore"], "did you mean 'image-score'?"),
         (["--registry", "absent.yaml"], "absent.yaml: cannot read the registry"),
     ],
 )
