@@ -59,7 +59,8 @@ def test_engines_out_of_memory_or_answering_nonsense_are_replaced_and_too_few_en
         assert "MemoryError: no room for the KV cache" in dead[0]["reason"]
         assert "log-probability that is none" in dead[1]["reason"]
 
-        config.rollout.min_engines, pool.engines[1].health.max_restarts = 2, 0
+        pool.config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, min_engines=2))
+        pool.engines[1].health.max_restarts = 0
         with pytest.raises(EngineFailed, match="1 of 2 engines are left, rollout.min_engines=2; engine 1: MemoryError"):
             pool.generate(prompts, Sampling(2, 1.0, 16, 0, 9))
         assert [e.health.state == "gone" for e in pool.engines] == [False, True]
