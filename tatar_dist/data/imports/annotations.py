@@ -16,7 +16,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -41,11 +41,9 @@ class RawFile:
     kind: str
     format: Format
     columns: dict[str, list[Any]]
+    rows: int
     where: Callable[[int], str]  # row -> "FILE:LINE" or "FILE: row N"
-    bad: dict[int, Bad] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.columns[self.format.image])
+    bad: dict[int, Bad]
 
     def label(self, column: str) -> str:
         """Name a column as messages do."""
@@ -82,7 +80,7 @@ def read_annotations(
         raise UserError(f"{file}: there are no rows under the header")
     if rows.kind in ("json", "jsonl"):
         columns = {c: [r.get(c, MISSING) if isinstance(r, dict) else MISSING for r in rows.rows] for c in fmt.used()}
-        return RawFile(file, rows.kind, fmt, columns, rows.where, rows.bad)
+        return RawFile(file, rows.kind, fmt, columns, len(rows.rows), rows.where, rows.bad)
     header = list(fmt.columns) if rows.header is None else rows.header
     for name in fmt.used():
         if header.count(name) > 1:
@@ -94,7 +92,7 @@ def read_annotations(
             rows.rows[i] = [*row, *[""] * width][:width]
     transposed = list(zip(*rows.rows, strict=True))
     columns = {name: list(transposed[header.index(name)]) for name in fmt.used()}
-    return RawFile(file, rows.kind, fmt, columns, rows.where, rows.bad)
+    return RawFile(file, rows.kind, fmt, columns, len(rows.rows), rows.where, rows.bad)
 
 
 def parse(data: bytes, file: str, encoding: str | None, formats: Sequence[Format]) -> AnnotationRows:

@@ -19,16 +19,15 @@ from tatar_dist.data.imports.annotations import read_annotations
 from tatar_dist.data.imports.attributes import join, read_attributes
 from tatar_dist.data.imports.folder import ImageFolder
 from tatar_dist.data.imports.rows import (
-    AllRows,
+    ImportRows,
     check_duplicates,
     check_paths,
-    counts_format,
+    concatenate,
     first_bad,
-    gather,
     read_names,
 )
-from tatar_dist.data.imports.scores import ImportedScores, judge, to_score
-from tatar_dist.data.imports.splits import SplitList, Splits, by_lists, by_rule, read_split_list
+from tatar_dist.data.imports.scores import counts_by_value, judge, to_score
+from tatar_dist.data.imports.splits import Splits, by_lists, by_rule, read_split_list
 from tatar_dist.data.registry import Dataset
 from tatar_dist.errors import UserError
 from tatar_dist.types import SPLITS
@@ -71,17 +70,15 @@ def assemble(sources: Sources, dataset: Dataset, choices: Choices, folder: Image
         UserError: a file that cannot be read or recognised; without `drop_bad` the first bad row, with the number of
             others; no row left.
     """
-    files = [
-        judge(read_annotations(data, name, dataset, choices.format, choices.encoding)) for name, data in sources.files
-    ]
+    files = [read_annotations(data, name, dataset, choices.format, choices.encoding) for name, data in sources.files]
     if len({bool(f.format.worker) for f in files}) > 1:
         raise UserError("files of single ratings and files of mean scores cannot be one manifest: import each alone")
-    rows = gather(files)
+    rows = concatenate([judge(file) for file in files])
     check_paths(rows, folder)
     read_names(rows, dataset)
     splits = _split(rows, dataset, sources, choices)
     check_duplicates(rows)
-    total = len(rows.given)
+    total = len(rows)
     if rows.bad and not choices.drop_bad:
         raise UserError(first_bad(rows, folder))
     if len(rows.bad) == total:
@@ -94,7 +91,7 @@ def assemble(sources: Sources, dataset: Dataset, choices: Choices, folder: Image
         notes.append(_join_attributes(columns, sources.attributes, choices.encoding))
     table = _table(columns, dataset)
     dropped = [
-        {"at": rows.where(i), "image": rows.given[i] or None, "reason": b.reason, "text": b.text}
+        {"at": rows.where(i), "image": rows.image[i] or None, "reason": b.reason, "text": b.text}
         for i, b in sorted(rows.bad.items())
     ]
     report = {
@@ -110,7 +107,7 @@ def assemble(sources: Sources, dataset: Dataset, choices: Choices, folder: Image
         "split_rule": splits.rule,
         "split_official": splits.official,
         "official_split": dataset.split.official,
-        "splits": _ordered(Counter(columns["split"])),
+        "splits": {name: n for name in SPLITS if (n := columns["split"].count(name))},
         "published": dict(dataset.counts),
         "score": _quantiles(columns["score"]),
         "notes": notes,
@@ -118,118 +115,110 @@ def assemble(sources: Sources, dataset: Dataset, choices: Choices, folder: Image
     return Imported(table, report, dropped)
 
 
-def _split(rows: AllRows, dataset: Dataset, sources: Sources, choices: Choices) -> Splits:
+def _split(rows: ImportRows, dataset: Dataset, sources: Sources, choices: Choices) -> Splits:
     """Fill rows.split from the file's own column, else --split, else --split-list, else the set's rule."""
     if choices.split and sources.split_lists:
         raise UserError("--split and --split-list exclude each other")
     if choices.split and choices.split not in SPLITS:
         raise UserError(f"--split {choices.split}: must be one of {', '.join(SPLITS)}")
-    own = [f for f in rows.files if f.format.split]
-    for file in own:
+    with_column = [f for f in rows.files if f.format.split]
+    for file in with_column:
         if choices.split or sources.split_lists:
             raise UserError(f"{file.file}: its column {file.format.split} says the split; leave --split and lists out")
-    told = Splits([], "; ".join(sorted({f"column {f.format.split} of the file" for f in own})), True)
-    if len(own) == len(rows.files):
-        return told
-    has = np.concatenate([np.full(len(f), f.format.split is None) for f in rows.files])
-    open_rows = [int(i) for i in np.flatnonzero(has & rows.alive())]
-    names = [rows.given[i] for i in open_rows]
-    groups = names if dataset.split.by == "image" else [rows.group[i] for i in open_rows]
+    columns_rule = "; ".join(sorted({f"column {f.format.split} of the file" for f in with_column}))
+    if len(with_column) == len(rows.files):
+        return Splits([], columns_rule, True)
+    lacks_split = np.concatenate([np.full(f.rows, f.format.split is None) for f in rows.files])
+    pending = np.flatnonzero(lacks_split & rows.alive()).tolist()
+    images = [rows.image[i] for i in pending]
+    groups = images if dataset.split.by == "image" else [rows.group[i] for i in pending]
     if choices.split:
-        found = Splits([choices.split] * len(names), f"all {choices.split}, by --split", None)
-    elif sources.split_lists and names:
-        found = by_lists(names, groups, _lists(sources, rows.files), dataset)
+        splits = Splits([choices.split] * len(images), f"all {choices.split}, by --split", None)
+    elif sources.split_lists and images:
+        image_columns = list(dict.fromkeys([*(f.format.image for f in rows.files), "image"]))
+        pattern = rows.files[0].format.image_pattern
+        lists = [read_split_list(*source, pattern, image_columns) for source in sources.split_lists]
+        splits = by_lists(images, groups, lists, dataset)
     else:
-        found = by_rule(groups, dataset)
-    rows.split = list(rows.split)
-    for k, i in enumerate(open_rows):
-        rows.split[i] = found.split[k]
-        if k in found.bad:
-            rows.bad.setdefault(i, found.bad[k])
-    if own:
-        found.rule, found.official = f"{told.rule}; of the other files: {found.rule}", found.official and None
-    return found
+        splits = by_rule(groups, dataset)
+    for i, split in zip(pending, splits.split, strict=True):
+        rows.split[i] = split
+        if not split:
+            rows.reject(i, "in no split list", f"image {rows.image[i]!r} is in none of the split lists")
+    if with_column:
+        splits.rule, splits.official = f"{columns_rule}; of the other files: {splits.rule}", splits.official and None
+    return splits
 
 
-def _lists(sources: Sources, files: list[ImportedScores]) -> list[SplitList]:
-    columns = list(dict.fromkeys([*(f.format.image for f in files), "image"]))
-    pattern = files[0].format.image_pattern
-    return [read_split_list(spec, data, name, pattern, columns) for spec, name, data in sources.split_lists]
+def _columns(rows: ImportRows, keep: np.ndarray) -> dict[str, Any]:
+    columns: dict[str, Any] = {"score": rows.score[keep], "score_raw": rows.raw[keep], "score_std": rows.std[keep]}
+    for name in ("image", "path", "split", "rationale", "attributes", "meta"):
+        values = getattr(rows, name)
+        columns[name] = [values[i] for i in keep.tolist()]
+    return columns
 
 
-def _columns(rows: AllRows, keep: np.ndarray) -> dict[str, Any]:
-    pick = keep.tolist()
-    return {
-        "given": [rows.given[i] for i in pick],
-        "image": [rows.path[i] for i in pick],
-        "score": rows.score[keep],
-        "score_raw": rows.raw[keep],
-        "score_std": rows.std[keep],
-        "split": [rows.split[i] for i in pick],
-        "rationale": [rows.rationale[i] for i in pick],
-        "attributes": [rows.attributes[i] for i in pick],
-        "meta": [",".join(filter(None, (rows.names[i], rows.counts[i]))) for i in pick],
-    }
-
-
-def _averaged(rows: AllRows, keep: np.ndarray) -> dict[str, Any]:
+def _averaged(rows: ImportRows, keep: np.ndarray) -> dict[str, Any]:
     """Average ratings per image, in order of first appearance; the deviation is the population's."""
     place: dict[str, int] = {}
     ids = np.array([place.setdefault(rows.path[i], len(place)) for i in keep.tolist()])
-    first = keep[np.unique(ids, return_index=True)[1]]
-    found = _columns(rows, first)
+    columns = _columns(rows, keep[np.unique(ids, return_index=True)[1]])
     raw, n = rows.raw[keep], np.bincount(ids)
-    found["score_raw"] = mean = np.bincount(ids, raw) / n
+    mean = np.bincount(ids, raw) / n
     fmt = rows.files[0].format
-    found["score"] = to_score(mean, fmt.range, fmt.lower_is_better)
-    found["score_std"] = np.sqrt(np.bincount(ids, (raw - mean[ids]) ** 2) / n) * fmt.range.points
+    columns["score_raw"] = mean
+    columns["score"] = to_score(mean, fmt.range, fmt.lower_is_better)
+    columns["score_std"] = np.sqrt(np.bincount(ids, (raw - mean[ids]) ** 2) / n) * fmt.range.points
     values = np.unique(raw)
-    table = np.zeros((len(n), len(values)), dtype=np.int64)
-    np.add.at(table, (ids, np.searchsorted(values, raw)), 1)
-    shape = counts_format(values)
-    counts = [shape % tuple(row) for row in table.tolist()]
-    found["meta"] = [",".join(filter(None, pair)) for pair in zip(found["meta"], counts, strict=True)]
-    return found
+    counts = np.zeros((len(n), len(values)), dtype=np.int64)
+    np.add.at(counts, (ids, np.searchsorted(values, raw)), 1)
+    counted = counts_by_value(values, counts)
+    columns["meta"] = [meta | {"counts": c} for meta, c in zip(columns["meta"], counted, strict=True)]
+    return columns
 
 
 def _join_attributes(columns: dict[str, Any], source: tuple[str, bytes], encoding: str | None) -> str:
+    """Add the texts of the file of --attributes to the rows; returns a note for the report."""
     file, data = source
-    found = join(read_attributes(data, file, encoding), columns["given"])
-    n = sum(texts is not None for texts in found)
+    joined = join(read_attributes(data, file, encoding), columns["image"])
+    n = sum(texts is not None for texts in joined)
     if not n:
         raise UserError(f"{file}: none of its images is an image of the annotations")
-    own = columns["attributes"]
-    if any(texts and mine and texts != mine for texts, mine in zip(found, own, strict=True)):
+    pairs = list(zip(joined, columns["attributes"], strict=True))
+    if any(texts and annotated and texts != annotated for texts, annotated in pairs):
         raise UserError(f"{file}: an image's attributes differ from those in the annotations: leave one of both out")
-    columns["attributes"] = [texts or mine for texts, mine in zip(found, own, strict=True)]
-    return f"attributes of {file} joined to {n:,} of {len(found):,} images"
+    columns["attributes"] = [texts or annotated for texts, annotated in pairs]
+    return f"attributes of {file} joined to {n:,} of {len(joined):,} images"
 
 
 def _table(columns: dict[str, Any], dataset: Dataset) -> pa.Table:
     n = len(columns["image"])
     std = columns["score_std"]
-    attributes = [json.dumps(a, ensure_ascii=False) if a else None for a in columns["attributes"]]
+    objects = {
+        name: [json.dumps(value, ensure_ascii=False) if value else None for value in columns[name]]
+        for name in ("attributes", "meta")
+    }
     return pa.table(
         {
-            "sample_id": [f"{dataset.name}/{name}" for name in columns["given"]],
+            "sample_id": [f"{dataset.name}/{name}" for name in columns["image"]],
             "dataset": pa.repeat(dataset.name, n),
             "task": pa.repeat(dataset.task, n),
-            "image": columns["image"],
+            "image": columns["path"],
             "score": columns["score"],
             "score_raw": columns["score_raw"],
             "score_std": pa.array(std, mask=np.isnan(std)),
             "split": columns["split"],
             "rationale": pa.array(columns["rationale"], pa.string()),
-            "attributes": pa.array(attributes, pa.string()),
-            "meta": pa.array([f"{{{m}}}" if m else None for m in columns["meta"]], pa.string()),
+            "attributes": pa.array(objects["attributes"], pa.string()),
+            "meta": pa.array(objects["meta"], pa.string()),
         }
     )
 
 
-def _file_reports(rows: AllRows) -> list[dict[str, Any]]:
+def _file_reports(rows: ImportRows) -> list[dict[str, Any]]:
     reports, start, alive = [], 0, rows.alive()
     for file in rows.files:
-        part = slice(start, start := start + len(file))
+        part = slice(start, start := start + file.rows)
         reports.append(
             {
                 "file": file.file,
@@ -239,7 +228,7 @@ def _file_reports(rows: AllRows) -> list[dict[str, Any]]:
                 "source": file.format.source,
                 "range": [file.format.range.low, file.format.range.high],
                 "lower_is_better": file.format.lower_is_better,
-                "rows": len(file),
+                "rows": file.rows,
                 "raw": _quantiles(rows.raw[part][alive[part]]),
             }
         )
@@ -249,9 +238,5 @@ def _file_reports(rows: AllRows) -> list[dict[str, Any]]:
 def _quantiles(values: np.ndarray) -> dict[str, float]:
     if not len(values):
         return {}
-    found = np.quantile(values, QUANTILES)
-    return {"n": len(values), **{f"q{q:g}": float(v) for q, v in zip(QUANTILES, found, strict=True)}}
-
-
-def _ordered(counts: Counter[str]) -> dict[str, int]:
-    return {name: counts[name] for name in SPLITS if counts[name]}
+    quantiles = np.quantile(values, QUANTILES)
+    return {"n": len(values), **{f"q{q:g}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)}}

@@ -22,7 +22,7 @@ from tatar_dist.data.imports.folder import ImageFolder
 from tatar_dist.data.registry import Dataset
 from tatar_dist.data.writing import write_manifest, write_table
 from tatar_dist.errors import UserError
-from tatar_dist.run.files import write_whole, writing
+from tatar_dist.run.files import write_whole
 
 EMBED_ROWS = 64  # rows whose image bytes are in memory at once, on the way to the writer
 
@@ -45,14 +45,14 @@ def run_import(
     """
     if embed and not check_images:
         raise UserError("--embed reads the images: leave --no-check-images out")
-    beside = _dropped_file(output)
-    for given in filter(None, (*annotations, attributes, *(Path(s.partition("=")[2]) for s in split_lists))):
-        if os.path.realpath(given) in (os.path.realpath(output), os.path.realpath(beside)):
-            raise UserError(f"--output {output}: would overwrite {given}, which is read; name another file")
-    for each in split_lists:
-        if "=" not in each:
-            raise UserError(f"--split-list {each}: must be SPLIT=FILE, such as test=names.txt")
-    lists = [(each, each.partition("=")[2]) for each in split_lists]
+    dropped_file = _dropped_file(output)
+    for spec in split_lists:
+        if "=" not in spec:
+            raise UserError(f"--split-list {spec}: must be SPLIT=FILE, such as test=names.txt")
+    lists = [(spec, spec.partition("=")[2]) for spec in split_lists]
+    for path in filter(None, (*annotations, attributes, *(Path(name) for _, name in lists))):
+        if os.path.realpath(path) in (os.path.realpath(output), os.path.realpath(dropped_file)):
+            raise UserError(f"--output {output}: would overwrite {path}, which is read; name another file")
     sources = Sources(
         files=tuple((str(p), _read(p, "--annotations")) for p in annotations),
         split_lists=tuple((spec, name, _read(Path(name), "--split-list")) for spec, name in lists),
@@ -70,25 +70,29 @@ def run_import(
             write_manifest(output, _with_bytes(imported.table, root), image_root=root)
         else:
             write_table(output, imported.table, image_root=root)
-        _write_dropped(beside, imported.dropped)
+        if imported.dropped:
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in imported.dropped)
+            write_whole(dropped_file, "".join(lines))
+        else:  # the list of an earlier import would mislead
+            dropped_file.unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f"--output {output}: cannot write: {e.strerror or e}") from None
-    where = {"manifest": str(output), "dropped_file": str(beside) if imported.dropped else None, "embedded": embed}
-    return where | imported.report
+    paths = {"manifest": str(output), "dropped_file": str(dropped_file) if imported.dropped else None}
+    return paths | {"embedded": embed} | imported.report
 
 
 def _dropped_file(output: Path) -> Path:
     """Return the path of the dropped rows beside `output`. Raises UserError early if either cannot be a file."""
-    if not output.name or os.path.isdir(output):
+    if not output.name or output.is_dir():
         raise UserError(f"--output {output}: is a directory; name the manifest, a Parquet file")
-    beside = output.with_suffix(".dropped.jsonl")
-    for path in (output, beside):
-        if os.path.exists(path) and not os.path.isfile(path):  # a device would be replaced by the file
+    dropped_file = output.with_suffix(".dropped.jsonl")
+    for path in (output, dropped_file):
+        if path.exists() and not path.is_file():  # a device would be replaced by the file
             raise UserError(f"--output {output}: {path} is there and no file; name another")
-    above = next(parent for parent in output.absolute().parents if os.path.lexists(parent))
-    if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"--output {output}: cannot write into {above}")
-    return beside
+    existing = next(parent for parent in output.absolute().parents if os.path.lexists(parent))
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--output {output}: cannot write into {existing}")
+    return dropped_file
 
 
 def _read(path: Path, option: str) -> bytes:
@@ -97,15 +101,6 @@ def _read(path: Path, option: str) -> bytes:
     except OSError as e:
         where = looked_in(path) if isinstance(e, FileNotFoundError) else ""
         raise UserError(f"{option} {path}: cannot read it: {e.strerror or e}{where}") from None
-
-
-def _write_dropped(path: Path, dropped: list[dict[str, Any]]) -> None:
-    """Write the dropped rows; if there are none, remove the list of an earlier import, which would mislead."""
-    if not dropped:
-        path.unlink(missing_ok=True)
-        return
-    with writing(path):
-        write_whole(path, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in dropped))
 
 
 def _with_bytes(table: pa.Table, root: Path) -> Iterator[dict[str, Any]]:

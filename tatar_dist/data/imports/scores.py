@@ -1,50 +1,27 @@
 """Check and convert annotation columns: raw scores, spreads, votes, splits, texts.
 
-`ImportedScores` holds arrays of n rows and, for every row that cannot be used, the reason (`bad`). Whole columns are
-checked at once; single values only where a column fails. A number is a decimal number: no underscores, no other digits,
-no NaN or infinity; in JSON and Excel neither text nor true or false.
+`judge` converts the columns of one file to `ImportRows` and notes for every row that cannot be used the reason.
+A number is a decimal number: no underscores, no other digits, no NaN or infinity; in JSON and Excel neither text nor
+true or false.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from tatar_dist.data.imports.annotations import MISSING, Bad, RawFile, json_type
 from tatar_dist.data.imports.attributes import in_order, is_text
-from tatar_dist.data.registry import Format, Range
+from tatar_dist.data.imports.rows import ImportRows
+from tatar_dist.data.registry import Range
 from tatar_dist.errors import UserError
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_NUMBER_LETTERS = frozenset("0123456789+-.eE \t")
 MOST_VOTES = 1e9  # per value; larger counts are rejected, so that sums stay exact
-
-
-@dataclass
-class ImportedScores:
-    """One file's rows. `raw`, `std` (n,) float64 in raw units, NaN where bad; `votes` (n, k) int64, 0 where bad."""
-
-    file: str
-    kind: str
-    format: Format
-    where: Callable[[int], str]
-    image: list[str]
-    raw: np.ndarray
-    std: np.ndarray | None
-    votes: np.ndarray | None
-    worker: list[str] | None
-    split: list[str] | None
-    rationale: list[str] | None
-    attributes: list[dict[str, str]] | None
-    bad: dict[int, Bad]
-
-    def __len__(self) -> int:
-        return len(self.image)
 
 
 def to_score(raw: np.ndarray, scale: Range, lower_is_better: bool = False) -> np.ndarray:
@@ -53,8 +30,8 @@ def to_score(raw: np.ndarray, scale: Range, lower_is_better: bool = False) -> np
     return np.clip(above * scale.points, 0.0, 100.0)  # clip: the product may miss 100 by a rounding
 
 
-def judge(file: RawFile) -> ImportedScores:
-    """Check every used column; rows that fail are in `bad`, each with its first fault."""
+def judge(file: RawFile) -> ImportRows:
+    """Check every used column and convert it; rows that fail are in `bad`, each with its first fault."""
     fmt = file.format
     image = _texts(file, fmt.image)
     for column, kind in zip(fmt.columns, fmt.types or (), strict=False):
@@ -63,76 +40,70 @@ def judge(file: RawFile) -> ImportedScores:
     if fmt.image_pattern != "{}":
         image = [fmt.image_pattern.replace("{}", name) for name in image]
     votes = _votes(file) if fmt.votes else None
+    vote_values = [value for _, value in fmt.votes]
     if fmt.score is not None:
         raw = _numbers(file, fmt.score)
+        label = f"{file.label(fmt.score)}: "
     else:
         assert votes is not None  # the registry requires score or votes
-        raw = _mean(votes, np.array([value for _, value in fmt.votes]))
+        raw = _mean(votes, np.array(vote_values))
+        label = "the mean of the votes, "
         for i in np.flatnonzero(np.isnan(raw)):
             file.reject(i, "no votes", "all vote counts are 0")
     outside = ~((raw >= fmt.range.low) & (raw <= fmt.range.high)) & ~np.isnan(raw)
     for i in np.flatnonzero(outside):
-        file.reject(
-            i, "out of range", f"{_told(file)}{raw[i]:.10g} is outside {fmt.range}, the range of format {fmt.name}"
-        )
+        file.reject(i, "out of range", f"{label}{raw[i]:.10g} is outside {fmt.range}, the range of format {fmt.name}")
     raw = np.where(outside, np.nan, raw)
     if fmt.worker:
         for i in np.flatnonzero((raw != np.floor(raw)) & ~np.isnan(raw)):
-            file.reject(i, "wrong type", f"{_told(file)}{raw[i]:g} is no whole rating")
-    return ImportedScores(
-        file=file.file,
-        kind=file.kind,
-        format=fmt,
-        where=file.where,
+            file.reject(i, "wrong type", f"{label}{raw[i]:g} is no whole rating")
+    rows = ImportRows(
+        files=[file],
         image=image,
+        path=image,
         raw=raw,
+        score=to_score(raw, fmt.range, fmt.lower_is_better),
         std=_spread(file, votes),
-        votes=votes,
-        worker=_texts(file, fmt.worker) if fmt.worker else None,
-        split=_splits(file) if fmt.split else None,
-        rationale=_texts(file, fmt.rationale) if fmt.rationale else None,
-        attributes=_attributes(file) if fmt.attributes else None,
+        worker=_texts(file, fmt.worker) if fmt.worker else [""] * file.rows,
+        group=list(image),
+        split=_splits(file) if fmt.split else [""] * file.rows,
+        rationale=list(_texts(file, fmt.rationale)) if fmt.rationale else [None] * file.rows,
+        attributes=list(_attributes(file)) if fmt.attributes else [None] * file.rows,
+        meta=[{} for _ in image] if votes is None else [{"counts": c} for c in counts_by_value(vote_values, votes)],
         bad=file.bad,
     )
+    file.columns.clear()  # the text of a large file would stay in memory until the manifest is written
+    return rows
 
 
-def _told(file: RawFile) -> str:
-    return f"{file.label(file.format.score)}: " if file.format.score else "the mean of the votes, "
+def counts_by_value(values: Iterable[float], counts: np.ndarray) -> list[dict[str, int]]:
+    """Return the member `counts` of each row's meta object. counts: (n, k) int64, of k values."""
+    names = [f"{value:g}" for value in values]
+    return [dict(zip(names, row, strict=True)) for row in counts.tolist()]
 
 
 def _texts(file: RawFile, column: str) -> list[str]:
     """Return stripped, non-empty text; "" where the row is bad."""
-    values = file.columns[column]
-    if not set(map(type, values)) <= {str}:
-        values = [v if type(v) is str else _refuse(file, i, column, v, "text") for i, v in enumerate(values)]
-    found = [v.strip() for v in values]
-    if not all(found):
-        for i, v in enumerate(found):
-            if not v:
-                file.reject(i, "empty value", f"{file.label(column)} is empty")
-    if not is_text("".join(found)):
-        for i, v in enumerate(found):
-            if not is_text(v):
-                file.reject(i, "wrong type", f"{file.label(column)}: {short(v)} holds half a character")
-    return found
+    texts = []
+    for i, value in enumerate(file.columns[column]):
+        text = value.strip() if type(value) is str else ""
+        if type(value) is not str:
+            file.reject(i, *_wrong(file.label(column), value, "text"))
+        elif not text:
+            file.reject(i, "empty value", f"{file.label(column)} is empty")
+        elif not is_text(text):
+            file.reject(i, "wrong type", f"{file.label(column)}: {short(text)} holds half a character")
+        texts.append(text)
+    return texts
 
 
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 
 
 def _check_integers(file: RawFile, column: str) -> None:
-    values = file.columns[column]
-    together = "".join(values)
-    if together.isascii() and together.isdigit() and all(values):
-        return
-    for i, value in enumerate(values):
+    for i, value in enumerate(file.columns[column]):
         if not _INTEGER.fullmatch(value.strip()):
             file.reject(i, "wrong type", f"{file.label(column)}: {short(value)} is no whole number")
-
-
-def _refuse(file: RawFile, i: int, column: str, value: Any, wanted: str) -> str:
-    file.reject(i, *_wrong(file.label(column), value, wanted))
-    return ""
 
 
 def _wrong(label: str, value: Any, wanted: str) -> Bad:
@@ -159,26 +130,14 @@ def _numbers(file: RawFile, column: str) -> np.ndarray:
     """Return (n,) float64, NaN where the row is bad."""
     values = file.columns[column]
     written = file.kind in ("csv", "text")
-    try:
-        if written:
-            if _NUMBER_LETTERS.issuperset("".join(values)):
-                found = np.array(list(map(float, values)))
-                if np.isfinite(found).all():
-                    return found
-        elif set(map(type, values)) <= {int, float}:
-            found = np.array(values, dtype=np.float64)
-            if np.isfinite(found).all():
-                return found
-    except (ValueError, OverflowError):
-        pass  # a value that is no number, or an integer beyond float: found below, one by one
-    found = np.full(len(values), np.nan)
+    numbers = np.full(len(values), np.nan)
     for i, value in enumerate(values):
-        one = _number(file.label(column), value, written)
-        if isinstance(one, Bad):
-            file.reject(i, *one)
+        number = _number(file.label(column), value, written)
+        if isinstance(number, Bad):
+            file.reject(i, *number)
         else:
-            found[i] = one
-    return found
+            numbers[i] = number
+    return numbers
 
 
 def _number(label: str, value: Any, written: bool) -> float | Bad:
@@ -208,14 +167,14 @@ def _votes(file: RawFile) -> np.ndarray:
     if fmt.votes_total:
         counts = counts * _numbers(file, fmt.votes_total)[:, None]  # shares of the total
     slack = 0.01 if fmt.votes_total else 0.0
-    whole = np.round(counts)
+    rounded = np.round(counts)
     with np.errstate(invalid="ignore"):
-        wrong = ~((whole >= 0) & (whole <= MOST_VOTES) & (np.abs(counts - whole) <= slack)) & ~np.isnan(counts)
+        wrong = ~((rounded >= 0) & (rounded <= MOST_VOTES) & (np.abs(counts - rounded) <= slack)) & ~np.isnan(counts)
+    share = f" of {fmt.votes_total}" if fmt.votes_total else ""
     for i, k in zip(*np.nonzero(wrong), strict=True):
-        made = f" of {fmt.votes_total}" if fmt.votes_total else ""
-        file.reject(i, "wrong type", f"column {names[k]}{made} is {counts[i, k]:.10g}, which is no count of votes")
+        file.reject(i, "wrong type", f"column {names[k]}{share} is {counts[i, k]:.10g}, which is no count of votes")
     usable = ~(wrong | np.isnan(counts)).any(axis=1)
-    return np.where(usable[:, None], whole, 0.0).astype(np.int64)
+    return np.where(usable[:, None], rounded, 0.0).astype(np.int64)
 
 
 def _mean(votes: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -224,10 +183,10 @@ def _mean(votes: np.ndarray, values: np.ndarray) -> np.ndarray:
         return (votes @ values) / total
 
 
-def _spread(file: RawFile, votes: np.ndarray | None) -> np.ndarray | None:
-    """Return (n,) standard deviations in units of the format's range: from their own column, else from the votes.
+def _spread(file: RawFile, votes: np.ndarray | None) -> np.ndarray:
+    """Return (n,) standard deviations in points: from their own column, else from the votes.
 
-    Returns None without either, and for votes beside a score column, whose scale may differ from theirs.
+    They are NaN without either, and for votes beside a score column, whose scale may differ from theirs.
     """
     fmt = file.format
     if fmt.std is not None:
@@ -235,17 +194,16 @@ def _spread(file: RawFile, votes: np.ndarray | None) -> np.ndarray | None:
         std = _numbers(file, fmt.std)
         most = fmt.std_range.high - fmt.std_range.low
         for i in np.flatnonzero(~((std >= 0) & (std <= most)) & ~np.isnan(std)):
-            file.reject(
-                i, "out of range", f"column {fmt.std}: {std[i]:.10g} is no standard deviation on {fmt.std_range}"
-            )
-        return std * fmt.std_range.points / fmt.range.points
+            text = f"column {fmt.std}: {std[i]:.10g} is no standard deviation on {fmt.std_range}"
+            file.reject(i, "out of range", text)
+        return std * fmt.std_range.points
     if votes is None or fmt.score is not None:
-        return None
+        return np.full(file.rows, np.nan)
     values = np.array([value for _, value in fmt.votes])
     mean = _mean(votes, values)
     with np.errstate(invalid="ignore", divide="ignore"):
         variance = (votes * (values[None, :] - mean[:, None]) ** 2).sum(axis=1) / votes.sum(axis=1)
-    return np.sqrt(variance)
+    return np.sqrt(variance) * fmt.range.points
 
 
 def _splits(file: RawFile) -> list[str]:
@@ -262,15 +220,13 @@ def _splits(file: RawFile) -> list[str]:
 def _attributes(file: RawFile) -> list[dict[str, str]]:
     column = file.format.attributes
     assert column is not None
-    found: list[dict[str, str]] = []
+    attributes: list[dict[str, str]] = [{} for _ in range(file.rows)]
     for i, value in enumerate(file.columns[column]):
         if not isinstance(value, dict):
             file.reject(i, *_wrong(file.label(column), value, "an object"))
-            found.append({})
             continue
         try:
-            found.append(in_order(value))
+            attributes[i] = in_order(value)
         except UserError as e:
             file.reject(i, "attributes", f"{file.label(column)}: {e}")
-            found.append({})
-    return found
+    return attributes

@@ -8,15 +8,13 @@ same split in every file.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tatar_dist.data.imports.annotations import Bad, decode, parse
+from tatar_dist.data.imports.annotations import decode, parse
 from tatar_dist.data.registry import Dataset
 from tatar_dist.errors import UserError
 from tatar_dist.types import SPLITS
@@ -37,11 +35,10 @@ class Splits:
     split: list[str]
     rule: str
     official: bool | None
-    bad: dict[int, Bad] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def read_split_list(spec: str, data: bytes, file: str, pattern: str, columns: Sequence[str]) -> SplitList:
+def read_split_list(spec: str, file: str, data: bytes, pattern: str, columns: Sequence[str]) -> SplitList:
     """Read the names of one `SPLIT=FILE`: a name a line, or a CSV or JSON list with an image column (one of `columns`).
 
     A name without an extension is completed by `pattern`, so that AVA's lists of numbers work. Raises UserError for an
@@ -50,32 +47,30 @@ def read_split_list(spec: str, data: bytes, file: str, pattern: str, columns: Se
     split = spec.partition("=")[0]
     if split not in SPLITS:
         raise UserError(f"--split-list {spec}: must be SPLIT=FILE with SPLIT one of {', '.join(SPLITS)}")
-    text = decode(data, file, None)
-    if text.lstrip()[:1] in ("[", "{"):
+    names = decode(data, file, None).split("\n")
+    header = [name.strip() for name in next(filter(str.strip, names), "").split(",")]
+    column = next((c for c in columns if c in header), None)
+    if column is not None:
+        rows = parse(data, file, None, [])
+        place = header.index(column)
+        if any(len(row) <= place for row in rows.rows):
+            raise UserError(f"{file}: a row has no column {column}, or the CSV is broken")
+        names = [row[place] for row in rows.rows]
+    elif header[0][:1] in ("[", "{"):
         rows = parse(data, file, None, [])
         if rows.bad:
             i = min(rows.bad)
             raise UserError(f"{rows.where(i)}: {rows.bad[i].text}")
-        keys = [next((c for c in columns if isinstance(row.get(c), str)), "") for row in rows.rows]
-        if "" in keys:
-            raise UserError(f"{rows.where(keys.index(''))}: no image name; looked for the keys {', '.join(columns)}")
-        names = [row[key] for row, key in zip(rows.rows, keys, strict=True)]
-    else:
-        lines = [line.strip() for line in text.split("\n") if line.strip()]
-        header = [c.strip() for c in lines[0].split(",")] if lines else []
-        column = next((c for c in columns if c in header), None)
-        if column is None:
-            names = lines
-        else:
-            try:
-                read = [row for row in csv.reader(io.StringIO(text, newline="")) if any(v.strip() for v in row)][1:]
-                names = [row[header.index(column)] for row in read]
-            except (csv.Error, IndexError):
-                raise UserError(f"{file}: a row has no column {column}, or the CSV is broken") from None
-    names = [name.strip() for name in names]
-    if not any(names):
+        names = []
+        for i, row in enumerate(rows.rows):
+            name = next((row[c] for c in columns if isinstance(row.get(c), str)), None)
+            if name is None:
+                raise UserError(f"{rows.where(i)}: no image name; looked for the keys {', '.join(columns)}")
+            names.append(name)
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
         raise UserError(f"{file}: the list names no image")
-    complete = (n if posixpath.splitext(n)[1] else pattern.replace("{}", n) for n in names if n)
+    complete = (n if posixpath.splitext(n)[1] else pattern.replace("{}", n) for n in names)
     return SplitList(split, file, frozenset(complete))
 
 
@@ -85,36 +80,37 @@ def by_lists(images: Sequence[str], groups: Sequence[str], lists: Sequence[Split
     With a list for train, images in no list are bad rows. With one for validation and none for train they are train.
     With lists for test alone, the set's rule divides them into train and validation, by its shares of these two.
     """
-    found: dict[str, SplitList] = {}
-    for each in lists:
-        for name in each.names:
-            other = found.setdefault(name, each)
-            if other.split != each.split:
-                raise UserError(f"image {name!r} is in {other.split}={other.file} and in {each.split}={each.file}")
-    shares = _shares_of_others({each.split for each in lists}, dataset)
-    rest = {group: _hashed(group, dataset.name, shares) for group in set(groups)} if shares else {}
-    splits = [
-        found[name].split if name in found else rest.get(group, "") for name, group in zip(images, groups, strict=True)
-    ]
-    bad = {i: Bad("in no split list", f"image {images[i]!r} is in none of the split lists") for i in _empty(splits)}
-    told = ", ".join(f"{each.split} = {each.file}" for each in lists)
-    how = f"; the others {_by_hash(dataset, shares)}" if len(shares) > 1 else "; all others train" if shares else ""
-    result = Splits(splits, told + how, None, bad)
+    list_of: dict[str, SplitList] = {}
+    for split_list in lists:
+        for name in split_list.names:
+            other = list_of.setdefault(name, split_list)
+            if other.split != split_list.split:
+                here, there = (f"{x.split}={x.file}" for x in (split_list, other))
+                raise UserError(f"image {name!r} is in {there} and in {here}")
+    shares = _shares_of_others({x.split for x in lists}, dataset)
+    splits = []
+    for image, group in zip(images, groups, strict=True):
+        if image in list_of:
+            splits.append(list_of[image].split)
+        else:
+            splits.append(_hashed(group, dataset.name, shares) if shares else "")
+    rule, notes = ", ".join(f"{x.split} = {x.file}" for x in lists), []
     if len(shares) > 1:
-        result.notes.append(
+        rule += f"; the others {_by_hash(dataset, shares)}"
+        notes.append(
             "validation is drawn by hash from the images outside the lists, which is not the official split; "
             "--split-list validation=FILE names your own"
         )
-    there = set(images)
-    for each in lists:
-        absent = len(each.names - there)
-        if absent == len(each.names):
-            raise UserError(f"{each.file}: none of its {absent:,} names is an image of the annotations")
+    elif shares:
+        rule += "; all others train"
+    annotated = set(images)
+    for split_list in lists:
+        absent, total = len(split_list.names - annotated), len(split_list.names)
+        if absent == total:
+            raise UserError(f"{split_list.file}: none of its {absent:,} names is an image of the annotations")
         if absent:
-            result.notes.append(
-                f"{absent:,} of the {len(each.names):,} names in {each.file} are not in the annotations"
-            )
-    return result
+            notes.append(f"{absent:,} of the {total:,} names in {split_list.file} are not in the annotations")
+    return Splits(splits, rule, None, notes)
 
 
 def _shares_of_others(listed: set[str], dataset: Dataset) -> dict[str, float]:
@@ -138,8 +134,8 @@ def by_rule(groups: Sequence[str], dataset: Dataset) -> Splits:
 
 
 def _by_hash(dataset: Dataset, shares: Mapping[str, float]) -> str:
-    told = ", ".join(f"{name} {100 * share:.3g}%" for name, share in shares.items())
-    return f"by hash of the {dataset.split.by}{'' if dataset.split.by == 'image' else ' image'}: {told}"
+    percentages = ", ".join(f"{name} {100 * share:.3g}%" for name, share in shares.items())
+    return f"by hash of the {dataset.split.by}{'' if dataset.split.by == 'image' else ' image'}: {percentages}"
 
 
 def _hashed(group: str, dataset: str, shares: Mapping[str, float]) -> str:
@@ -151,7 +147,3 @@ def _hashed(group: str, dataset: str, shares: Mapping[str, float]) -> str:
         if at < 0:
             return name
     return next(name for name, share in reversed(list(shares.items())) if share > 0)
-
-
-def _empty(values: Sequence[str]) -> list[int]:
-    return [i for i, value in enumerate(values) if not value]
