@@ -357,7 +357,7 @@ def test_a_missing_images_directory_is_told_before_anything_is_written(tmp_path,
         (
             b'{"image": "a.jpg", "aesthetic_attributes": {"overall_gestalt": "x"}}\n'
             b'{"image": "a.jpg", "aesthetic_attributes": {"Overall Gestalt": "y"}}',
-            "A:2: image 'a.jpg': 'overall gestalt' is told twice, in other words",
+            "A:2: image 'a.jpg': 'overall gestalt' is given twice, with different texts",
         ),
     ],
 )

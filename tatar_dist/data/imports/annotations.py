@@ -176,20 +176,19 @@ def _split(line: str, separator: str) -> list[str]:
     return line.split() if separator == BLANK else line.rstrip("\r\n").split(separator)
 
 
-class _Object(dict[str, Any]):
-    """A JSON object with a repeated key."""
+class _RepeatedKey(dict[str, Any]):
+    """A JSON object that has `key` twice."""
 
-    repeated = ""
+    key: str
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
-    found = _Object(found)
-    keys = [k for k, _ in pairs]
-    found.repeated = next(k for k in keys if keys.count(k) > 1)
-    return found
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        values = _RepeatedKey(values)
+        values.key = next(key for key in keys if keys.count(key) > 1)
+    return values
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
@@ -197,56 +196,56 @@ _BETWEEN = re.compile(r"[ \t\r\n,]*")  # the rows of a list
 _BROKEN = (ValueError, RecursionError)  # ValueError also for integers of thousands of digits
 
 
-def _check_object(i: int, row: Any, bad: dict[int, Bad]) -> None:
-    if not isinstance(row, dict):
-        bad[i] = Bad("wrong type", f"the row is {json_type(row)}, must be an object")
-    elif isinstance(row, _Object):
-        bad[i] = Bad("repeated key", f"key {row.repeated!r} is given twice")
+def _bad_objects(rows: list[Any]) -> dict[int, Bad]:
+    """Return the rows that are no JSON objects, or objects with a repeated key."""
+    bad = {}
+    for i, row in enumerate(rows):
+        if isinstance(row, _RepeatedKey):
+            bad[i] = Bad("repeated key", f"key {row.key!r} is given twice")
+        elif not isinstance(row, dict):
+            bad[i] = Bad("wrong type", f"the row is {json_type(row)}, must be an object")
+    return bad
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"broken JSON: {error.msg} (column {error.colno})"
+    return f"broken JSON: {str(error).split(';')[0]}"
 
 
 def _json_list(text: str, file: str) -> AnnotationRows:
     try:
         rows = _DECODER.decode(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{file}:{e.lineno}: broken JSON: {e.msg} (column {e.colno})") from None
     except _BROKEN as e:
-        raise UserError(f"{file}: broken JSON: {str(e).split(';')[0]}") from None
-    bad: dict[int, Bad] = {}
-    for i, row in enumerate(rows):
-        if type(row) is not dict:
-            _check_object(i, row, bad)
+        line = f":{e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
+        raise UserError(f"{file}{line}: {_reason(e)}") from None
 
     def lines() -> list[int]:
-        found, line, counted, at = [], 1, 0, text.index("[") + 1
+        starts, line, counted, at = [], 1, 0, text.index("[") + 1
         for _ in rows:
             start = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it also matches the empty string
             line += text.count("\n", counted, start)
-            found.append(line)
+            starts.append(line)
             counted, at = start, _DECODER.raw_decode(text, start)[1]
-        return found
+        return starts
 
-    return AnnotationRows("json", None, rows, _place(file, lines), bad)
+    return AnnotationRows("json", None, rows, _place(file, lines), _bad_objects(rows))
 
 
 def _json_lines(text: str, file: str) -> AnnotationRows:
     lines = text.split("\n")
     kept = [i for i, line in enumerate(lines) if line.strip()]
     rows: list[Any] = []
-    bad: dict[int, Bad] = {}
+    broken: dict[int, Bad] = {}
     for i, k in enumerate(kept):
         try:
-            row = _DECODER.decode(lines[k])
+            rows.append(_DECODER.decode(lines[k]))
         except _BROKEN as e:
             if i == 0 and _is_one_object(text):
                 raise UserError(f"{file}: one JSON object; rows must be a JSON list or one object a line") from None
-            row = {}
-            reason = f"{e.msg} (column {e.colno})" if isinstance(e, json.JSONDecodeError) else str(e).split(";")[0]
-            bad[i] = Bad("broken JSON", f"broken JSON: {reason}")
-        else:
-            if type(row) is not dict:
-                _check_object(i, row, bad)
-        rows.append(row)
-    return AnnotationRows("jsonl", None, rows, lambda i: f"{file}:{kept[i] + 1}", bad)
+            rows.append({})
+            broken[i] = Bad("broken JSON", _reason(e))
+    return AnnotationRows("jsonl", None, rows, lambda i: f"{file}:{kept[i] + 1}", broken | _bad_objects(rows))
 
 
 def _is_one_object(text: str) -> bool:
@@ -275,27 +274,21 @@ def _xlsx(data: bytes, file: str) -> AnnotationRows:
     header = ["" if v is None else str(v).strip() for v in rows[header_at]]
     while header and not header[-1]:
         header.pop()
-    width = len(header)
     kept = [i for i in range(header_at + 1, len(rows)) if any(v is not None for v in rows[i])]
-    # Empty cells to the right of the header come from the sheet's dimensions; they are not values.
-    values = [[*row, *[None] * width][: max(width, _filled(row))] for row in (rows[i] for i in kept)]
+    values = [rows[i] + [None] * (len(header) - len(rows[i])) for i in kept]
+    for row in values:  # empty cells to the right of the header come from the sheet's dimensions; they are not values
+        while len(row) > len(header) and row[-1] is None:
+            row.pop()
     return AnnotationRows("xlsx", header, values, lambda i: f"{file}: row {kept[i] + 1}", {})
 
 
 XLSX_LIMIT = 512 << 20  # bytes unpacked; SPAQ's workbook is about 2 MiB
 
 
-def _filled(row: Sequence[Any]) -> int:
-    return max((k + 1 for k, v in enumerate(row) if v is not None), default=0)
-
-
 def _recognise(rows: AnnotationRows, file: str, dataset: Dataset, wanted: list[Format]) -> Format:
     """Return the format whose columns the file has; of several, the one whose columns include those of the others."""
-    if rows.header is not None:
-        there = rows.header
-    elif rows.kind == "text":
-        there = []
-    else:
+    there = rows.header or []
+    if rows.kind in ("json", "jsonl"):
         if not rows.rows:
             raise UserError(f"{file}: the list is empty")
         # Keys of all rows: the first row may lack a rationale that others have.
@@ -321,26 +314,26 @@ def _recognise(rows: AnnotationRows, file: str, dataset: Dataset, wanted: list[F
 def _no_fit(
     rows: AnnotationRows, there: list[str], dataset: Dataset, wanted: list[Format], possible: list[Format]
 ) -> str:
+    """Say why no format of the set fits: which columns the nearest one lacks."""
     if not possible:
         known = "; ".join(f"{f.name}: {'/'.join(f.kinds)}" for f in wanted)
         return f"looks like {rows.kind}, in which {dataset.name} has no format ({known})"
     if rows.kind == "text":
         return f"its lines have {len(rows.rows[0])} fields, which fits no format of {dataset.name}"
     nearest = min(possible, key=lambda f: len(set(f.columns) - set(there)))
-    lacking = [c for c in nearest.columns if c not in there]
-    told = []
-    for name in lacking:
-        near = difflib.get_close_matches(name.casefold(), [t.casefold() for t in there], n=1, cutoff=0.75)
-        like = next((t for t in there if near and t.casefold() == near[0]), None)
-        told.append(f"{name!r}" + (f" (there is {like!r})" if like else ""))
-    found = ", ".join(map(repr, there[:12])) + (", …" if len(there) > 12 else "")
+    by_folded = {name.casefold(): name for name in reversed(there)}
+    lacking = []
+    for name in (c for c in nearest.columns if c not in there):
+        similar = difflib.get_close_matches(name.casefold(), list(by_folded), n=1, cutoff=0.75)
+        lacking.append(f"{name!r}" + (f" (there is {by_folded[similar[0]]!r})" if similar else ""))
+    shown = ", ".join(map(repr, there[:12])) + (", …" if len(there) > 12 else "")
     hint = ""
     if rows.kind == "csv" and len(there) == 1 and (";" in there[0] or "\t" in there[0]):
         hint = "; columns must be separated by commas"
-    what = "missing column" if rows.kind in ("csv", "xlsx") else "missing key"
     if rows.kind == "csv":
         hint += "".join(f"; nor lines of {len(f.columns)} fields, as in {f.name}" for f in wanted if f.types)
-    return f"{what} {', '.join(told)} of format {nearest.name}; found {found}{hint}"
+    what = "missing column" if rows.kind in ("csv", "xlsx") else "missing key"
+    return f"{what} {', '.join(lacking)} of format {nearest.name}; found {shown}{hint}"
 
 
 def json_type(value: Any) -> str:

@@ -194,10 +194,8 @@ def _join_attributes(columns: dict[str, Any], source: tuple[str, bytes], encodin
 def _table(columns: dict[str, Any], dataset: Dataset) -> pa.Table:
     n = len(columns["image"])
     std = columns["score_std"]
-    objects = {
-        name: [json.dumps(value, ensure_ascii=False) if value else None for value in columns[name]]
-        for name in ("attributes", "meta")
-    }
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    objects = {name: [encode(value) if value else None for value in columns[name]] for name in ("attributes", "meta")}
     return pa.table(
         {
             "sample_id": [f"{dataset.name}/{name}" for name in columns["image"]],

@@ -39,7 +39,7 @@ def place(name: str) -> int:
 
 def in_order(texts: Mapping[str, Any]) -> dict[str, str]:
     """Return texts under the method's names, in its order. Raises UserError for an unknown name, no text, none."""
-    found: dict[str, str] = {}
+    attributes: dict[str, str] = {}
     for key, text in texts.items():
         name = _names().get(_letters(key))
         if name is None:
@@ -48,12 +48,12 @@ def in_order(texts: Mapping[str, Any]) -> dict[str, str]:
             raise UserError(f"{name!r} is {json_type(text)}, must be text")
         if not text.strip() or not is_text(text):
             raise UserError(f"{name!r} has no usable text")
-        if name in found:
+        if name in attributes:
             raise UserError(f"{name!r} is there twice")
-        found[name] = text.strip()
-    if not found:
+        attributes[name] = text.strip()
+    if not attributes:
         raise UserError("no attribute is given")
-    return {name: found[name] for name in _names().values() if name in found}
+    return {name: attributes[name] for name in _names().values() if name in attributes}
 
 
 def is_text(value: str) -> bool:
@@ -77,19 +77,20 @@ def read_attributes(data: bytes, file: str, encoding: str | None = None) -> dict
     if rows.bad:
         i = min(rows.bad)
         raise UserError(f"{rows.where(i)}: {rows.bad[i].text}")
-    found: dict[str, dict[str, str]] = {}
+    attributes: dict[str, dict[str, str]] = {}
     for i, row in enumerate(rows.rows):
         try:
             image, texts = _row(row)
-            mine = found.setdefault(image, {})
-            for name, text in texts.items():
-                if mine.setdefault(name, text) != text:
-                    raise UserError(f"image {image!r}: {name!r} is told twice, in other words")
+            earlier = attributes.get(image, {})
+            for name in texts.keys() & earlier.keys():
+                if texts[name] != earlier[name]:
+                    raise UserError(f"image {image!r}: {name!r} is given twice, with different texts")
+            attributes[image] = in_order(earlier | texts)
         except UserError as e:
             raise UserError(f"{rows.where(i)}: {e}") from None
-    if not found:
+    if not attributes:
         raise UserError(f"{file}: there are no rows")
-    return {image: {name: texts[name] for name in _names().values() if name in texts} for image, texts in found.items()}
+    return attributes
 
 
 def join(attributes: Mapping[str, dict[str, str]], images: list[str]) -> list[dict[str, str] | None]:
@@ -119,17 +120,16 @@ def _row(row: dict[str, Any]) -> tuple[str, dict[str, str]]:
 def _conversation(turns: Any) -> dict[str, str]:
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         raise UserError("'conversations' must be a list of questions, each followed by its answer")
-    told = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
-    values = [value for value in told if isinstance(value, str)]
-    if len(values) < len(turns):
-        raise UserError("every turn of 'conversations' needs a text 'value'")
-    found: dict[str, str] = {}
+    values = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
+    attributes: dict[str, str] = {}
     for question, answer in zip(values[::2], values[1::2], strict=True):
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise UserError("every turn of 'conversations' needs a text 'value'")
         letters = _letters(question)
         named = [name for key, name in _names().items() if key in letters]
         if len(named) != 1:
             raise UserError(f"a question must name one of the eight attributes, names {len(named)}")
-        if named[0] in found:
+        if named[0] in attributes:
             raise UserError(f"{named[0]!r} is there twice")
-        found |= in_order({named[0]: answer})
-    return found
+        attributes[named[0]] = answer
+    return in_order(attributes)

@@ -85,17 +85,17 @@ class ImageFolder:
 
     @cached_property
     def _by_name(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = defaultdict(list)
+        paths: dict[str, list[str]] = defaultdict(list)
         for path in (*self.files, *self.unusable):
-            found[posixpath.basename(path)].append(path)
-        return found
+            paths[posixpath.basename(path)].append(path)
+        return paths
 
     @cached_property
     def _by_stem(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = defaultdict(list)
+        paths: dict[str, list[str]] = defaultdict(list)
         for path in self.files:
-            found[posixpath.splitext(posixpath.basename(path))[0].casefold()].append(path)
-        return found
+            paths[posixpath.splitext(posixpath.basename(path))[0].casefold()].append(path)
+        return paths
 
     def find(self, name: str) -> str | Bad:
         """Return the path of `name`, or the reason why there is none, with a near match if one exists."""
@@ -123,6 +123,6 @@ class ImageFolder:
         """Return the paths of all names ("" where there is none) and the reasons by position."""
         if self.files.issuperset(names):
             return names, {}
-        found = [name if name in self.files else self.find(name) for name in names]
-        bad = {i: path for i, path in enumerate(found) if isinstance(path, Bad)}
-        return ["" if isinstance(path, Bad) else path for path in found], bad
+        paths = [name if name in self.files else self.find(name) for name in names]
+        bad = {i: path for i, path in enumerate(paths) if isinstance(path, Bad)}
+        return ["" if isinstance(path, Bad) else path for path in paths], bad
