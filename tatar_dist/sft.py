@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tatar_dist.config.schema import Config
-from tatar_dist.data.sampler import check_rationales, sft_sampler
+from tatar_dist.data.sampler import PromptSampler, check_rationales
 from tatar_dist.errors import UserError
 from tatar_dist.learner.sharding import Shard, shard_rows
 from tatar_dist.prompts.source import PromptSource, read_manifests
@@ -44,7 +44,8 @@ class SftRows:
     def __init__(self, config: Config, run: Run) -> None:
         s = config.sft
         self.config, self.run, self.source = config, run, PromptSource(config, run.directory)
-        self.sampler = sft_sampler(read_manifests(config.data, "train"), config.seed, config.data.iqa_fraction)
+        manifests = read_manifests(config.data, "train")
+        self.sampler = PromptSampler(manifests, config.seed, config.data.iqa_fraction, supervised=True)
         self.total = s.max_steps or max(1, round(s.epochs * self.sampler.steps_per_epoch(s.global_batch)))
         self.held_out = _held_out(config, self.source)
         self._costs = self.source.backbone.costs()

@@ -261,8 +261,3 @@ def check_rationales(manifests: Iterable[Manifest]) -> None:
                 f"{manifest.path}: column rationale: no row has one, and SFT learns from them: tatar-dist rationale "
                 "build asks a teacher, rationale template needs none; or import texts of your own (rationale: COLUMN)"
             )
-
-
-def sft_sampler(manifests: Iterable[Manifest], seed: int, iqa_fraction: float) -> PromptSampler:
-    """Return a sampler for supervised batches: the same order, no ranking, IAA data sets mixed within a batch."""
-    return PromptSampler(list(manifests), seed, iqa_fraction, supervised=True)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import CheckpointConfig, Config
-from tatar_dist.data.sampler import sft_sampler
+from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.errors import RunError
 from tatar_dist.learner.actor import Learner
 from tatar_dist.learner.group import LearnerGroup
@@ -109,7 +109,7 @@ class Rig:
     def __init__(self, config: Config, cluster: Cluster, source: PromptSource) -> None:
         self.config, self.cluster, self.source = config, cluster, source
         manifests = read_manifests(config.data, "train")
-        samples = source.samples(sft_sampler(manifests, 0, 0.5), ROWS)
+        samples = source.samples(PromptSampler(manifests, 0, 0.5, supervised=True), ROWS)
         rng = np.random.default_rng(0)
         plain = [source.sft_row(s) for s in samples]
         self.rows = [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tatar_dist.cli import main
-from tatar_dist.data.checks.sheet import RED, _fitted, _font, _lines, chosen_rows, show
+from tatar_dist.data.checks.sheet import RED, _end, _font, _wrapped, chosen_rows, show
 from tatar_dist.data.writing import write_manifest
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (220, 220, 20)]
@@ -99,11 +99,11 @@ def test_rows_are_chosen_once_each_as_many_as_asked_for(scores, n, sort):
 @given(st.text(max_size=300), st.integers(20, 400))
 def test_captions_never_run_over_their_tile(text, width):
     font = _font(9)
-    for shown in (_fitted(text, font, width), _fitted(text, font, width, middle=True), *_lines(text, font, width, 3)):
+    for shown in (_end(text, font, width), *_wrapped(text, font, width, 3)):
         assert font.getlength(shown) <= width or shown == "…"
 
 
 def test_two_long_ids_stay_distinguishable():
     font = _font(9)
-    names = [_fitted(f"a/very/long/directory/of/some/data/set/picture-{i:06d}.png", font, 200, True) for i in range(2)]
+    names = [_end(f"a/very/long/directory/of/some/data/set/picture-{i:06d}.png", font, 200) for i in range(2)]
     assert names[0] != names[1] and all("…" in n for n in names)

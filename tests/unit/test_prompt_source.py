@@ -24,7 +24,7 @@ from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import DataConfig  # noqa: E402
 from tatar_dist.data.images import decode_image  # noqa: E402
 from tatar_dist.data.manifest import read_manifest  # noqa: E402
-from tatar_dist.data.sampler import PromptSampler, sft_sampler  # noqa: E402
+from tatar_dist.data.sampler import PromptSampler  # noqa: E402
 from tatar_dist.data.writing import write_manifest  # noqa: E402
 from tatar_dist.demo.tiny.build import TinySizes, build  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
@@ -216,7 +216,7 @@ def test_held_out_samples_are_the_first_usable_ones_of_each_data_set(make_source
 
 def test_a_supervised_row_is_the_whole_answer_and_its_end_of_turn(make_source, tmp_path):
     write_manifest(tmp_path / "m.parquet", [row(i) for i in range(3)])
-    source, sampler = make_source(), sft_sampler([read_manifest(tmp_path / "m.parquet")], 0, 1.0)
+    source, sampler = make_source(), PromptSampler([read_manifest(tmp_path / "m.parquet")], 0, 1.0, supervised=True)
     for sample in source.samples(sampler, 3):
         made = source.sft_row(sample)
         text = source.backbone.tokenizer.decode(made.completion_ids)
@@ -233,7 +233,7 @@ def test_rows_that_are_no_supervised_targets_are_quarantined_and_replaced(make_s
     rows[5]["rationale"] = "as <answer>1</answer> says"
     write_manifest(tmp_path / "m.parquet", rows)
     manifest = read_manifest(tmp_path / "m.parquet")
-    source, sampler = make_source("sft.max_tokens=400"), sft_sampler([manifest], 0, 1.0)
+    source, sampler = make_source("sft.max_tokens=400"), PromptSampler([manifest], 0, 1.0, supervised=True)
     assert {s.sample_id for _ in range(4) for s in source.samples(sampler, 2)} == {"iqa-0", "iqa-3"}
     found = {i: r["reason"] for i, r in quarantined(tmp_path).items()}
     assert set(found) == {"iqa-1", "iqa-2", "iqa-4", "iqa-5"} and found["iqa-1"] == found["iqa-2"] == "no rationale"

@@ -11,7 +11,7 @@ import pytest
 from tatar_dist.data import pool_cursor
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.data.pools import Pool
-from tatar_dist.data.sampler import PromptSampler, sft_sampler
+from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
 
@@ -212,7 +212,7 @@ def test_steps_per_epoch_covers_the_larger_task(both):
 def test_supervised_batches_mix_data_sets_in_proportion(tmp_path):
     sets = [manifest(tmp_path, "iqa", 10)]
     sets += [manifest(tmp_path, "iaa", 60, "large"), manifest(tmp_path, "iaa", 20, "small")]
-    batch = sft_sampler(sets, seed=0, iqa_fraction=0.5).next_batch(16)
+    batch = PromptSampler(sets, seed=0, supervised=True).next_batch(16)
     assert Counter(pool_of(sets[m], r).dataset for m, r in batch) == {"set-iqa": 8, "large": 6, "small": 2}
 
 
@@ -220,13 +220,13 @@ def test_supervised_batches_mix_data_sets_in_proportion(tmp_path):
 def test_a_manifest_without_any_rationale_is_refused_for_supervised_batches_only(tmp_path, text):
     sets = [manifest(tmp_path, "iqa", 4), manifest(tmp_path, "iaa", 4, text=text)]
     with pytest.raises(UserError, match="set-iaa-iaa.parquet: column rationale: no row has one"):
-        sft_sampler(sets, seed=0, iqa_fraction=0.5)
+        PromptSampler(sets, seed=0, supervised=True)
     PromptSampler(sets, seed=0)
 
 
 def test_a_supervised_batch_needs_nothing_to_rank(tmp_path):
     flat = manifest(tmp_path, "iaa", 4, score=lambda i: 50.0)
-    assert len(sft_sampler([manifest(tmp_path, "iqa", 4), flat], seed=0, iqa_fraction=0.5).next_batch(2)) == 2
+    assert len(PromptSampler([manifest(tmp_path, "iqa", 4), flat], seed=0, supervised=True).next_batch(2)) == 2
 
 
 def test_another_row_of_a_data_set_avoids_what_was_asked_and_ends_when_there_is_none(tmp_path):

@@ -7,6 +7,7 @@ only for the rows shown.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +23,7 @@ from tatar_dist.data.manifest import Manifest, image_path, read_manifest
 from tatar_dist.errors import UserError
 from tatar_dist.run.files import probe, writing, written_whole
 
-SORTS = ("score", "random", "row")
+SORTS = {"score": "from the lowest score to the highest", "random": "at random", "row": "in the order of the file"}
 SCALE = 2  # pixels a point, so that small type is crisp
 TILE, CAPTION, GAP, MARGIN = 190, 74, 18, 28  # points
 ACROSS = 6
@@ -71,7 +72,7 @@ def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path, image_
         there = ", ".join(sorted({p.dataset for p in manifest.pools}))
         raise UserError(f"{path}: " + (f"no row of data set {dataset!r}; it has {there}" if there else "has no rows"))
     chosen = chosen_rows(rows, scores, n, sort)
-    page, broken = drawn_sheet(manifest, chosen, f"{len(chosen)} of {len(rows):,} rows, {_ORDER[sort]}")
+    page, broken = drawn_sheet(manifest, chosen, f"{len(chosen)} of {len(rows):,} rows, {SORTS[sort]}")
     with writing(sheet):
         sheet.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(sheet) as place:
@@ -87,9 +88,6 @@ def _is_absent(manifest: Manifest, row: dict[str, Any]) -> bool:
         return False
     place = image_path(manifest.image_root, row["image"])
     return place is not None and not place.is_file()
-
-
-_ORDER = {"score": "from the lowest score to the highest", "random": "at random", "row": "in the order of the file"}
 
 
 def _survey(manifest: Manifest, dataset: str | None) -> tuple[list[PoolFacts], np.ndarray, np.ndarray]:
@@ -128,32 +126,24 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size * SCALE)
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont, width: float, middle: bool = False) -> str:
-    """Shorten a text to `width` with an ellipsis: at its end, or in the middle (ids differ at their ends)."""
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
+    """Wrap the first words of a text to at most `lines` lines of `width` pixels, with an ellipsis where it is cut."""
+    text = " ".join(text[:600].split())
+    for letters in range(int(width / font.getlength("i")), 1, -1):
+        wrapped = textwrap.wrap(text, letters, max_lines=lines, placeholder="…")
+        if all(font.getlength(line) <= width for line in wrapped):
+            return wrapped
+    return ["…"]
+
+
+def _end(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Cut a text to `width` pixels at its front: ids differ at their ends."""
     text = " ".join(text.split())
-    if font.getlength(text) <= width:
-        return text
-    for kept in range(min(len(text), 200), 0, -1):
-        front = (kept + 1) // 2 if middle else kept
-        shown = text[:front].rstrip() + "…" + (text[len(text) - (kept - front) :] if kept > front else "")
+    for start in range(max(0, len(text) - 100), len(text)):
+        shown = "…" + text[start:] if start else text
         if font.getlength(shown) <= width:
             return shown
     return "…"
-
-
-def _lines(text: str, font: ImageFont.FreeTypeFont, width: float, count: int) -> list[str]:
-    """Break the first words of a text into at most `count` lines."""
-    words, lines = text.split()[:80], [""]
-    for k, word in enumerate(words):
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        elif len(lines) < count:
-            lines.append(word)
-        else:
-            lines[-1] = " ".join([lines[-1], *words[k:]])
-            break
-    return [_fitted(line, font, width) for line in lines if line]
 
 
 def drawn_sheet(manifest: Manifest, chosen: Sequence[int], subtitle: str) -> tuple[Image.Image, int]:
@@ -165,9 +155,8 @@ def drawn_sheet(manifest: Manifest, chosen: Sequence[int], subtitle: str) -> tup
     height = head + MARGIN + down * (TILE + CAPTION + GAP)
     page = Image.new("RGB", (width * SCALE, height * SCALE), PAPER)
     pen = ImageDraw.Draw(page)
-    room = (width - 2 * MARGIN) * SCALE
-    pen.text((MARGIN * SCALE, 16 * SCALE), _fitted(manifest.path.name, _font(16, True), room), INK, _font(16, True))
-    pen.text((MARGIN * SCALE, 37 * SCALE), _fitted(subtitle, _font(10), room), QUIET, _font(10))
+    pen.text((MARGIN * SCALE, 16 * SCALE), " ".join(manifest.path.name.split()), INK, _font(16, True))
+    pen.text((MARGIN * SCALE, 37 * SCALE), subtitle, QUIET, _font(10))
     broken = 0
     for k, row in enumerate(chosen):
         x = (MARGIN + k % across * (TILE + GAP)) * SCALE
@@ -198,7 +187,7 @@ def _draw_broken(pen: ImageDraw.ImageDraw, x: int, y: int, why: str) -> None:
     side, inset = TILE * SCALE, 12 * SCALE
     pen.rectangle((x, y, x + side - 1, y + side - 1), "#fbf1f0", RED, SCALE)
     pen.text((x + inset, y + inset), "cannot be read", RED, _font(11, True))
-    for k, line in enumerate(_lines(why, _font(9), side - 2 * inset, 8)):
+    for k, line in enumerate(_wrapped(why, _font(9), side - 2 * inset, 8)):
         pen.text((x + inset, y + inset + (22 + 14 * k) * SCALE), line, INK, _font(9))
 
 
@@ -209,7 +198,7 @@ def _draw_caption(pen: ImageDraw.ImageDraw, x: int, y: int, values: dict[str, An
     at = x + _font(13, True).getlength(score) + 8 * SCALE
     pen.text((at, y + 3 * SCALE), task, TASK_INK.get(task, QUIET), _font(10, True))
     at += _font(10, True).getlength(task) + 8 * SCALE
-    name = _fitted(values["sample_id"], _font(9), x + side - at, middle=True)
+    name = _end(values["sample_id"], _font(9), x + side - at)
     pen.text((x + side - _font(9).getlength(name), y + 4 * SCALE), name, QUIET, _font(9))
-    for k, line in enumerate(_lines(values["rationale"] or "no rationale", _font(9), side, 3)):
+    for k, line in enumerate(_wrapped(values["rationale"] or "no rationale", _font(9), side, 3)):
         pen.text((x, y + (22 + 13 * k) * SCALE), line, INK if values["rationale"] else QUIET, _font(9))
