@@ -147,7 +147,7 @@ class ValidationRows:
 
 @dataclass
 class Validation:
-    """Result of a validation. `fate` (rows,) uint8: see compare.fates."""
+    """Result of a validation. `fate` (rows,) uint8: see compare.compare."""
 
     manifests: list[Checked]
     fate: np.ndarray
