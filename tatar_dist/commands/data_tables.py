@@ -80,16 +80,16 @@ def print_import(report: dict[str, Any], console: Console | None = None) -> None
         out.print(part)
 
 
-def _quantiles(found: dict[str, float]) -> list[str]:
-    return [f"{v:.4g}" if abs(v) < 1000 else f"{v:.0f}" for k, v in found.items() if k != "n"]
+def _quantiles(quantiles: dict[str, float]) -> list[str]:
+    return [f"{v:.4g}" if abs(v) < 1000 else f"{v:.0f}" for k, v in quantiles.items() if k != "n"]
 
 
 def _published(report: dict[str, Any], key: str) -> str:
     published = report["published"].get(key)
     if published is None:
         return ""
-    found = report["images"] if key == "total" else report["splits"][key]
-    return f"{published:,}" if found != published else f"[green]{published:,} ✓[/]"
+    imported = report["images"] if key == "total" else report["splits"][key]
+    return f"{published:,}" if imported != published else f"[green]{published:,} ✓[/]"
 
 
 def _short_names(files: list[str]) -> dict[str, str]:
@@ -108,29 +108,29 @@ def print_sets(registry: Registry, console: Console | None = None) -> None:
     numbers = ("images", "test")
     sets = _table("Data sets", "set", "task", "domain", *numbers, "gt_score in lists", numbers=numbers)
     where = _facts()
-    for each in registry.datasets.values():
-        name, domain = f"[bold]{escape(each.name)}[/]", "in" if each.in_domain else "cross"
-        counts = [f"{each.counts[k]:,}" if k in each.counts else "" for k in ("total", "test")]
-        lists = str(each.formats[each.lists[0]].range) if each.lists else ""
-        sets.add_row(name, each.task.upper(), domain, *counts, lists)
-        where.add_row(name, f"{escape(each.url)}\n[dim]{escape(each.terms)}")
+    for dataset in registry.datasets.values():
+        name, domain = f"[bold]{escape(dataset.name)}[/]", "in" if dataset.in_domain else "cross"
+        counts = [f"{dataset.counts[k]:,}" if k in dataset.counts else "" for k in ("total", "test")]
+        lists = str(dataset.formats[dataset.lists[0]].range) if dataset.lists else ""
+        sets.add_row(name, dataset.task.upper(), domain, *counts, lists)
+        where.add_row(name, f"{escape(dataset.url)}\n[dim]{escape(dataset.terms)}")
     shared = _table("Lists, of every set", "format", "keys", "file")
     lists_by_name = {n: d.formats[n] for d in registry.datasets.values() for n in d.lists}
     for fmt in lists_by_name.values():
         shared.add_row(escape(fmt.name), escape(", ".join(fmt.columns)), ", ".join(fmt.kinds))
     out.print(sets)
     out.print("[bold]Files of the releases, recognised by their columns[/]")
-    for each in registry.datasets.values():
-        _print_formats(each, out)
+    for dataset in registry.datasets.values():
+        _print_formats(dataset, out)
     for part in ("", shared, "[bold]Where to get them[/]", where):
         out.print(part)
     out.print("\nImport one: [bold]tatar-dist data import NAME --annotations F --images DIR --output M.parquet[/]")
 
 
-def _print_formats(each: Dataset, out: Console) -> None:
-    mine = [f for f in each.formats.values() if f.name not in each.lists]
-    out.print(f" [bold]{escape(each.name)}[/]" + ("" if mine else "  [dim]the lists below only[/]"))
-    for fmt in mine:
+def _print_formats(dataset: Dataset, out: Console) -> None:
+    formats = [f for f in dataset.formats.values() if f.name not in dataset.lists]
+    out.print(f" [bold]{escape(dataset.name)}[/]" + ("" if formats else "  [dim]the lists below only[/]"))
+    for fmt in formats:
         score = (fmt.score or "mean of votes") + (", mean per image" if fmt.worker else "")
         scale = f"{fmt.range}{', lower is better' if fmt.lower_is_better else ''}"
         row = f"   {fmt.name:<25}{', '.join(fmt.kinds):<10}{score:<22}{scale}"
@@ -144,13 +144,13 @@ def sets_as_json(registry: Registry) -> list[dict[str, Any]]:
     """Records of the registry for `data sets --json`."""
     return [
         {
-            "name": each.name,
-            "task": each.task,
-            "in_domain": each.in_domain,
-            "url": each.url,
-            "terms": each.terms,
-            "counts": dict(each.counts),
-            "official_split": each.split.official,
+            "name": dataset.name,
+            "task": dataset.task,
+            "in_domain": dataset.in_domain,
+            "url": dataset.url,
+            "terms": dataset.terms,
+            "counts": dict(dataset.counts),
+            "official_split": dataset.split.official,
             "formats": [
                 {
                     "name": f.name,
@@ -162,8 +162,8 @@ def sets_as_json(registry: Registry) -> list[dict[str, Any]]:
                     "lower_is_better": f.lower_is_better,
                     "source": f.source,
                 }
-                for f in each.formats.values()
+                for f in dataset.formats.values()
             ],
         }
-        for each in registry.datasets.values()
+        for dataset in registry.datasets.values()
     ]

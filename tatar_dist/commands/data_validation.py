@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich import box
@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tatar_dist.assets import looked_in
-from tatar_dist.data.checks import report as validation_report
-from tatar_dist.data.checks import sheet as contact_sheet
+from tatar_dist.data.checks import report
 from tatar_dist.data.checks.compare import clean, clean_paths
+from tatar_dist.data.checks.sheet import show
 from tatar_dist.data.checks.validate import validate
 from tatar_dist.errors import Interrupted, UserError
 from tatar_dist.faults.interrupts import StopSignals
@@ -35,43 +35,35 @@ def run_validation(
     _check_directory(images)
     if clean_to is not None:
         clean_paths(paths, clean_to)  # a wrong place is known before hours of decoding
-    bar: list[Progress] = []
-    last = 0.0
+    # a flag that every picture asks for: the exception of a first Ctrl-C was seen to get lost
+    with warnings.catch_warnings(), StopSignals() as stop, ExitStack() as stack:
+        warnings.simplefilter("ignore")  # Pillow's, of oddities in metadata; what matters is found and listed
+        progress: Progress | None = None
 
-    def watch(done: int, total: int) -> None:
-        nonlocal last
-        if stop.requested:
-            raise Interrupted("interrupted", stop.status)
-        if not bar:
-            bar.append(Progress("validate", total, unit="picture").__enter__())
-        if done and (done == total or time.monotonic() - last > 0.1):
-            last = time.monotonic()
-            bar[0].update(done, {})
+        def watch(done: int, total: int) -> None:
+            nonlocal progress
+            if stop.requested:
+                raise Interrupted("interrupted", stop.status)
+            if progress is None:
+                progress = stack.enter_context(Progress("validate", total, unit="picture"))
+            if done:
+                progress.update(done, {})
 
-    try:
-        # a flag that every picture asks for: the exception of a first Ctrl-C was seen to get lost
-        with warnings.catch_warnings(), StopSignals() as stop:
-            warnings.simplefilter("ignore")  # Pillow's, of oddities in metadata; what matters is found and listed
-            found = validate(paths, output, workers, watch, images)
-    finally:
-        for each in bar:
-            each.__exit__()
-    summaries = validation_report.written_reports(found)
-    cleaned = clean(found, clean_to) if clean_to is not None else {}
+        validation = validate(paths, output, workers, watch, images)
+    summaries = report.written_reports(validation)
+    cleaned = clean(validation, clean_to) if clean_to is not None else {}
     if as_json:
-        print(
-            json.dumps(validation_report.as_json(found) | ({"clean": cleaned} if cleaned else {}), ensure_ascii=False)
-        )
+        print(json.dumps(report.as_json(validation) | ({"clean": cleaned} if cleaned else {}), ensure_ascii=False))
     else:
-        validation_report.print_summary(found, Console())
+        report.print_summary(validation, Console())
         for path, counts in cleaned.items():
             dropped = ", ".join(f"{n:,} {why}" for why, n in counts.items() if why != "kept" and n) or "none"
             print(f"clean   {path}: {counts['kept']:,} rows kept, dropped: {dropped}")
-    if not found.ok:
-        bad = [s for s, m in zip(summaries, found.manifests, strict=True) if m.log.counts or not m.rows]
-        hints = dict.fromkeys(said for m in found.manifests if (said := validation_report.hint(m)))
-        said = f"{validation_report.verdict(found)[:-1]}: read {', '.join(map(str, bad))}"
-        raise UserError("; ".join([said, *hints]))
+    if not validation.ok:
+        to_read = [s for s, m in zip(summaries, validation.manifests, strict=True) if m.log.counts or not m.rows]
+        hints = dict.fromkeys(filter(None, map(report.hint, validation.manifests)))
+        message = f"{report.verdict(validation)[:-1]}: read {', '.join(map(str, to_read))}"
+        raise UserError("; ".join([message, *hints]))
 
 
 def _check_directory(images: Path | None) -> None:
@@ -91,19 +83,19 @@ def run_show(
     """Print the pools of one manifest and write its contact sheet."""
     _check_directory(images)
     sheet = output or path.with_name(f"{path.stem}.sheet.png")
-    found = contact_sheet.show(path, rows, sort, dataset, sheet, images)
+    shown = show(path, rows, sort, dataset, sheet, images)
     if as_json:
-        print(json.dumps(found.as_json(), ensure_ascii=False))
+        print(json.dumps(shown.as_json(), ensure_ascii=False))
         return
     console = Console()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for k, name in enumerate(("data set", "task", "split", "rows", "scores", "rationale", "attributes")):
         table.add_column(name, justify="left" if k < 3 else "right", overflow="fold")
-    for pool in found.pools:
-        row = validation_report.pool_cells(pool)
-        table.add_row(*(Text(validation_report.printable(cell)) for cell in [*row[:5], *row[7:9]]))
-    console.print(Text(f"{path}: {found.rows:,} rows, {found.images}", style="bold"))
+    for pool in shown.pools:
+        row = report.pool_cells(pool)
+        table.add_row(*(Text(report.printable(cell)) for cell in [*row[:5], *row[7:9]]))
+    console.print(Text(f"{path}: {shown.rows:,} rows, {shown.images}", style="bold"))
     console.print(table)
-    if found.absent == len(found.chosen):
+    if shown.absent == len(shown.chosen):
         print("None of these images is there: name their directory with --images.")
-    print(found.sheet)
+    print(shown.sheet)

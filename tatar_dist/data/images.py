@@ -110,7 +110,7 @@ def decode_image(data: bytes | memoryview, where: str) -> Image.Image:
     except _Refused as e:
         raise UnreadableImage(f"{where}: {e}") from None
     except Exception as e:  # decoders of foreign bytes raise anything: struct.error, KeyError, AssertionError, ...
-        raise UnreadableImage(f"{where}: cannot decode image: {_said(e)}") from None
+        raise UnreadableImage(f"{where}: cannot decode image: {_reason(e)}") from None
 
 
 def image_size(data: bytes | memoryview) -> tuple[int, int]:
@@ -140,18 +140,18 @@ def inspect_image(
                 _upright_rgb(image.crop((0, 0, 1, 1)), 1)
             size = image.size[::-1] if orientation in _TRANSPOSED else image.size
             frames = _frames(image, data)
-            notes = tuple(_notes(image, deep, orientation, frames))
+            notes = _notes(image, deep, orientation, frames)
             return ImageFacts(known.format, image.mode, *size, frames, notes)
     except _Refused as e:
         return e.facts
     except Exception as e:  # as in decode_image
-        said = _said(e)
-        code = "truncated" if "truncat" in said.lower() or isinstance(e, EOFError) else "corrupt"
+        reason = _reason(e)
+        code = "truncated" if "truncat" in reason.lower() or isinstance(e, EOFError) else "corrupt"
         code = "bomb" if isinstance(e, Image.DecompressionBombError) else code
-        return replace(known, problem=code, message=f"cannot decode image: {said}")
+        return replace(known, problem=code, message=f"cannot decode image: {reason}")
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -179,16 +179,18 @@ def _opened(data: bytes | memoryview) -> ImageFile.ImageFile:
         if not fits or factory is None:
             continue
         if name == "JPEG" and _ends_in_zeros(data):
-            said = "truncated: zeros where its end should be, as an unfinished download leaves"
-            raise _Refused(ImageFacts(name, problem="truncated", message=f"cannot decode image: {said}"))
+            reason = "truncated: zeros where its end should be, as an unfinished download leaves"
+            raise _Refused(ImageFacts(name, problem="truncated", message=f"cannot decode image: {reason}"))
         image = factory(io.BytesIO(data), "")
         if image.width * image.height > MAX_PIXELS:
-            said = f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are decoded"
+            reason = f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are decoded"
             size = (image.width, image.height)
-            raise _Refused(ImageFacts(name, image.mode, *size, problem="bomb", message=f"{said} (decompression bomb?)"))
+            raise _Refused(
+                ImageFacts(name, image.mode, *size, problem="bomb", message=f"{reason} (decompression bomb?)")
+            )
         return image
-    said = f"cannot decode image: none of the formats {', '.join(FORMATS)}"
-    raise _Refused(ImageFacts(problem="corrupt", message=said))
+    message = f"cannot decode image: none of the formats {', '.join(FORMATS)}"
+    raise _Refused(ImageFacts(problem="corrupt", message=message))
 
 
 def _ends_in_zeros(data: bytes | memoryview) -> bool:
@@ -200,20 +202,20 @@ def _ends_in_zeros(data: bytes | memoryview) -> bool:
 def _orientation(image: Image.Image) -> int | None:
     """Return EXIF orientation 1-8 of a loaded image; None if its EXIF block is broken, which viewers ignore, too."""
     try:
-        found = image.getexif().get(_ORIENTATION, 1)
+        orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # as in decode_image; `broken-exif` notes it
         return None
-    return found if found in _UPRIGHT else 1
+    return orientation if orientation in _UPRIGHT else 1
 
 
 def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
     """Convert a loaded image of any mode to upright RGB, always as a new image."""
-    made = _to_8_bits(image) if _is_deep(image) else image
-    if made.has_transparency_data:
-        made = _on_white(made)
+    upright = _to_8_bits(image) if _is_deep(image) else image
+    if upright.has_transparency_data:
+        upright = _on_white(upright)
     if orientation in _UPRIGHT:
-        made = made.transpose(_UPRIGHT[orientation])
-    return made.convert("RGB") if made is image or made.mode != "RGB" else made
+        upright = upright.transpose(_UPRIGHT[orientation])
+    return upright.convert("RGB") if upright is image or upright.mode != "RGB" else upright
 
 
 def _boxes(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
@@ -262,7 +264,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     """
     least, greatest = _range(image)
     key = image.info.get("transparency")  # value of transparent pixels: white, as under every other image
-    made = Image.new("L", image.size)
+    grey = Image.new("L", image.size)
     for box in _boxes(image):
         values = _numbers(image, box)
         if image.mode == "F" and 0 <= least and greatest <= 255:
@@ -273,8 +275,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
             scaled = (values - least) * (255 / max(greatest - least, 1e-300))
         if isinstance(key, int):
             scaled[values == key] = 255
-        made.paste(Image.fromarray(np.round(scaled).astype(np.uint8)), box)
-    return made
+        grey.paste(Image.fromarray(np.round(scaled).astype(np.uint8)), box)
+    return grey
 
 
 def _frames(image: ImageFile.ImageFile, data: bytes | memoryview) -> int:
@@ -288,27 +290,22 @@ def _frames(image: ImageFile.ImageFile, data: bytes | memoryview) -> int:
         return 1
 
 
-def _notes(image: ImageFile.ImageFile, deep: bool, orientation: int | None, frames: int) -> Iterator[str]:
+def _notes(image: ImageFile.ImageFile, deep: bool, orientation: int | None, frames: int) -> tuple[str, ...]:
+    """Return the notes of `ImageFacts` that hold for a loaded image."""
     mode, (short, long) = image.mode, sorted(image.size)
-    if mode == "CMYK":
-        yield "cmyk"
-    if deep or mode.startswith("I"):
-        yield "16-bit"
-    if mode == "F":
-        yield "float"
-    if mode in _GREY or mode.startswith("I;16"):
-        yield "greyscale"
-    if mode in ("P", "PA"):
-        yield "palette"
-    if image.has_transparency_data:
-        yield "alpha"
-    if orientation is None:
-        yield "broken-exif"
-    elif orientation != 1:
-        yield "exif-rotated"
-    if frames > 1:
-        yield "several-pictures" if image.format in ("TIFF", "MPO") else "animated"
-    if short < TINY:
-        yield "tiny"
-    if long > MAX_ASPECT * short:
-        yield "extreme-aspect"
+    stack = image.format in ("TIFF", "MPO")
+    notes = {
+        "cmyk": mode == "CMYK",
+        "16-bit": deep or mode.startswith("I"),
+        "float": mode == "F",
+        "greyscale": mode in _GREY or mode.startswith("I;16"),
+        "palette": mode in ("P", "PA"),
+        "alpha": image.has_transparency_data,
+        "broken-exif": orientation is None,
+        "exif-rotated": orientation not in (None, 1),
+        "several-pictures": frames > 1 and stack,
+        "animated": frames > 1 and not stack,
+        "tiny": short < TINY,
+        "extreme-aspect": long > MAX_ASPECT * short,
+    }
+    return tuple(note for note, holds in notes.items() if holds)

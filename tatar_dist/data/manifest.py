@@ -244,8 +244,8 @@ def _fingerprint(file: pq.ParquetFile) -> str:
     ids = file.schema_arrow.names.index("sample_id")
     for g in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(g)
-        found = group.column(ids).statistics
-        ends = (found.min, found.max) if found is not None and found.has_min_max else ()
+        statistics = group.column(ids).statistics
+        ends = (statistics.min, statistics.max) if statistics is not None and statistics.has_min_max else ()
         digest.update(repr((group.num_rows, group.total_byte_size, *ends)).encode())
     return digest.hexdigest()
 

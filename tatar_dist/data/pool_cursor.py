@@ -48,10 +48,6 @@ class PoolCursor:
         self.excluded: set[Ref] = set()
         self._order: tuple[int, np.ndarray] | None = None  # (epoch, its permutation)
 
-    def __iter__(self) -> Iterator[Ref]:
-        """All rows, in manifest order."""
-        return ((m, row) for m, _, pool in self._parts for row in pool)
-
     def __contains__(self, ref: object) -> bool:
         assert isinstance(ref, tuple)
         return any(m == ref[0] and ref[1] in pool for m, _, pool in self._parts)

@@ -7,7 +7,6 @@ read. So the index of ten million rows from `write_manifest` (a pool per row gro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,50 +61,43 @@ class Pool:
         return (row for first, count in self.runs.tolist() for row in range(first, first + count))
 
 
-@dataclass
-class _Gathered:
-    """Parts of a pool collected so far: arrays of runs, lowest and highest score."""
-
-    runs: list[np.ndarray]
-    low: float = math.inf
-    high: float = -math.inf
-
-    def pool(self, key: Key) -> Pool:
-        runs = np.concatenate(self.runs)
-        first, last = runs[:, 0], runs.sum(axis=1)
-        starts = np.flatnonzero(np.r_[True, first[1:] != last[:-1]])  # runs that touch become one
-        ends = np.r_[starts[1:], len(runs)] - 1
-        merged = np.stack([first[starts], last[ends] - first[starts]], axis=1)
-        return Pool(*key, merged, self.low, self.high)
+_Part = tuple[Key, np.ndarray, float, float]  # key, runs (k, 2), lowest and highest score
 
 
 def index_pools(file: pq.ParquetFile) -> tuple[Pool, ...]:
     """Return the pools of a manifest, ordered by first row. A null key becomes "", which read_manifest rejects."""
     names = file.schema_arrow.names
     column = {name: names.index(name) for name in (*KEYS, "score")}
-    found: dict[Key, _Gathered] = {}
+    parts_of: dict[Key, list[_Part]] = {}
     first = 0
     for g in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(g)
         for key, runs, low, high in _by_statistics(group, column) or _by_reading(file, g):
-            pool = found.setdefault(key, _Gathered([]))
-            pool.runs.append(runs + np.array([first, 0]))
-            pool.low, pool.high = min(pool.low, low), max(pool.high, high)
+            parts_of.setdefault(key, []).append((key, runs + np.array([first, 0]), low, high))
         first += group.num_rows
-    return tuple(sorted((p.pool(key) for key, p in found.items()), key=lambda p: int(p.runs[0, 0])))
+    return tuple(sorted(map(_pool, parts_of.values()), key=lambda pool: int(pool.runs[0, 0])))
 
 
-_Part = tuple[Key, np.ndarray, float, float]  # key, runs (k, 2) within the group, lowest and highest score
+def _pool(parts: list[_Part]) -> Pool:
+    """Join the parts of a pool, ascending; runs that touch become one."""
+    dataset, task, split = parts[0][0]
+    rows = np.concatenate([runs for _, runs, _, _ in parts])
+    first, last = rows[:, 0], rows.sum(axis=1)
+    starts = np.flatnonzero(np.r_[True, first[1:] != last[:-1]])
+    ends = np.r_[starts[1:], len(rows)] - 1
+    joined = np.stack([first[starts], last[ends] - first[starts]], axis=1)
+    low, high = min(low for *_, low, _ in parts), max(high for *_, high in parts)
+    return Pool(dataset, task, split, joined, low, high)
 
 
 def _by_statistics(group: Any, column: dict[str, int]) -> list[_Part] | None:
     """Return the one part of a row group that a single pool fills, or None if its statistics do not show that."""
     values = []
     for name in KEYS:
-        found = group.column(column[name]).statistics
-        if found is None or not found.has_min_max or found.null_count or found.min != found.max:
+        keys = group.column(column[name]).statistics
+        if keys is None or not keys.has_min_max or keys.null_count or keys.min != keys.max:
             return None
-        values.append(str(found.min))
+        values.append(str(keys.min))
     score = group.column(column["score"]).statistics
     if score is None or not score.has_min_max:
         return None
@@ -132,7 +124,7 @@ def _by_reading(file: pq.ParquetFile, g: int) -> list[_Part]:
     for c in np.unique(code).tolist():
         rest, split = divmod(c, len(words[2]))
         dataset, task = divmod(rest, len(words[1]))
-        own = score[code == c]
-        low, high = float(np.fmin.reduce(own)), float(np.fmax.reduce(own))
+        scores = score[code == c]
+        low, high = float(np.fmin.reduce(scores)), float(np.fmax.reduce(scores))
         parts.append(((words[0][dataset], words[1][task], words[2][split]), runs[code[starts] == c], low, high))
     return parts

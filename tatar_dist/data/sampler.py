@@ -81,11 +81,11 @@ class PromptSampler:
                     row = pool.runs[0, 0]
                     raise UserError(f"{manifest.path}: row {row}, column task: {pool.dataset!r} has rows of both tasks")
                 others.append((m, manifest, pool))
-        for name, found in parts.items():
-            if len({m for m, *_ in found}) > 1:
-                _check_ids(name, found)
+        for name, pools in parts.items():
+            if len({m for m, *_ in pools}) > 1:
+                _check_ids(name, pools)
         ordered = sorted(parts.items(), key=lambda item: (item[1][0][2].task, item[0]))
-        return [PoolCursor(name, found[0][2].task, found, self.seed, key) for key, (name, found) in enumerate(ordered)]  # type: ignore[arg-type]
+        return [PoolCursor(name, pools[0][2].task, pools, self.seed, key) for key, (name, pools) in enumerate(ordered)]  # type: ignore[arg-type]
 
     def _check_rankable(self, cursor: PoolCursor) -> None:
         if cursor.usable < self.min_rank_pool:
@@ -177,15 +177,15 @@ class PromptSampler:
         """Draw the next row of a data set whose (data set, sample id) is not in `avoid`; None if there is none."""
         cursor = next(c for c in self._cursors if c.dataset == dataset)
         avoided: list[Ref] = []
-        found = None
-        while found is None and len(avoided) < cursor.usable:
+        drawn = None
+        while drawn is None and len(avoided) < cursor.usable:
             ref = cursor.next(avoided)
             if (dataset, self.sample_id(ref)) in avoid:
                 avoided.append(ref)
             else:
-                found = ref
+                drawn = ref
         cursor.put_back(avoided)
-        return found
+        return drawn
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in every data set as a JSON-serialisable dict."""
@@ -209,9 +209,9 @@ class PromptSampler:
             raise UserError(f"the checkpoint's sampler state has no {e}: it is of another version") from None
         if seed != self.seed:
             raise UserError(f"checkpoint's sampler has seed {seed}, this run has {self.seed}")
-        mine = {c.dataset: c.rows for c in self._cursors}
-        if sizes != mine:
-            raise UserError(f"checkpoint's sampler walked data sets {sizes}, this run has {mine}")
+        run_sizes = {c.dataset: c.rows for c in self._cursors}
+        if sizes != run_sizes:
+            raise UserError(f"checkpoint's sampler walked data sets {sizes}, this run has {run_sizes}")
         if len(manifests) != len(self.manifests):
             raise UserError(
                 f"the checkpoint was made with {len(manifests)} manifests, data.train names {len(self.manifests)}"
@@ -239,8 +239,8 @@ def _check_ids(dataset: str, parts: Sequence[tuple[int, Manifest, Pool]]) -> Non
 
     def of(manifest: Manifest, pool: Pool) -> Iterator[list[str]]:
         for _, table in manifest.tables(["sample_id", "dataset", "split"]):
-            own = pc.and_(pc.equal(table["dataset"], dataset), pc.equal(table["split"], pool.split))
-            yield table.filter(own)["sample_id"].to_pylist()
+            matches = pc.and_(pc.equal(table["dataset"], dataset), pc.equal(table["split"], pool.split))
+            yield table.filter(matches)["sample_id"].to_pylist()
 
     for _, manifest, pool in parts:
         for names in of(manifest, pool):

@@ -45,18 +45,20 @@ def plain(text: str) -> str:
     return re.sub(r"([\\`*<\[|])", r"\\\1", printable(text))
 
 
-def verdict(found: Validation) -> str:
+def verdict(validation: Validation) -> str:
     """Return one sentence: whether the data can be used, and if not, how much of it cannot."""
-    if not found.rows:
+    if not validation.rows:
         return "No rows: there is nothing to check."
-    if found.ok:
-        warned = f"; {counted(found.warnings, 'warning')}" if found.warnings else ""
-        return f"All {counted(found.rows, 'row')} can be used and no split leaks{warned}."
-    parts = [f"{path.name} has no rows" for path in found.without_rows]
-    if found.unusable:
-        parts.append(f"{found.unusable:,} of {counted(found.rows, 'row')} cannot be used")
-    if found.leaking:
-        parts.append(f"{counted(found.leaking, 'row')} leak{'s' if found.leaking == 1 else ''} between splits")
+    if validation.ok:
+        warned = f"; {counted(validation.warnings, 'warning')}" if validation.warnings else ""
+        return f"All {counted(validation.rows, 'row')} can be used and no split leaks{warned}."
+    parts = [f"{path.name} has no rows" for path in validation.without_rows]
+    if validation.unusable:
+        parts.append(f"{validation.unusable:,} of {counted(validation.rows, 'row')} cannot be used")
+    if validation.leaking:
+        parts.append(
+            f"{counted(validation.leaking, 'row')} leak{'s' if validation.leaking == 1 else ''} between splits"
+        )
     return " and ".join(parts) + "."
 
 
@@ -67,18 +69,18 @@ def hint(manifest: Checked) -> str | None:
     return f"no image was found under {manifest.root}: name their directory with --images"
 
 
-def written_reports(found: Validation) -> list[Path]:
+def written_reports(validation: Validation) -> list[Path]:
     """Write the summary of every manifest, and the figure of those with rows. Returns the summaries' paths.
 
     Raises UserError if they cannot be written.
     """
     paths = []
-    for manifest in found.manifests:
+    for manifest in validation.manifests:
         with writing(summary := manifest.place("validate.md")):
-            write_whole(summary, markdown(found, manifest))
+            write_whole(summary, markdown(validation, manifest))
         if manifest.rows:
             with writing(drawn := manifest.place("validate.png")):
-                write_whole(drawn, picture(found, manifest))
+                write_whole(drawn, picture(validation, manifest))
         else:  # remove that of an earlier run
             manifest.place("validate.png").unlink(missing_ok=True)
         paths.append(summary)
@@ -106,16 +108,16 @@ def pool_cells(pool: PoolFacts) -> list[str]:
 POOL_COLUMNS = ["data set", "task", "split", "rows", "scores", "mean", "std", "rationale", "attributes", "score_std"]
 
 
-def markdown(found: Validation, manifest: Checked) -> str:
+def markdown(validation: Validation, manifest: Checked) -> str:
     """Return the summary of one manifest as Markdown that is readable as text."""
-    fate = found.fate_of(manifest)
-    mine = Validation([manifest], fate)
-    lines = [f"# {plain(manifest.path.name)}", "", f"**{plain(verdict(mine))}**", ""]
-    if said := hint(manifest):
-        lines += [plain(said[0].upper() + said[1:] + "."), ""]
-    if len(found.manifests) > 1:
-        others = ", ".join(m.path.name for m in found.manifests if m is not manifest)
-        lines += [plain(f"Checked together with {others}: {verdict(found)}"), ""]
+    fate = validation.fate_of(manifest)
+    alone = Validation([manifest], fate)
+    lines = [f"# {plain(manifest.path.name)}", "", f"**{plain(verdict(alone))}**", ""]
+    if advice := hint(manifest):
+        lines += [plain(advice[0].upper() + advice[1:] + "."), ""]
+    if len(validation.manifests) > 1:
+        others = ", ".join(m.path.name for m in validation.manifests if m is not manifest)
+        lines += [plain(f"Checked together with {others}: {verdict(validation)}"), ""]
     if manifest.rows:
         lines += [f"![Scores, sizes and kinds of pictures]({quote(manifest.place('validate.png').name)})", ""]
     if manifest.log.counts:
@@ -140,7 +142,7 @@ def markdown(found: Validation, manifest: Checked) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_json(found: Validation) -> dict[str, Any]:
+def as_json(validation: Validation) -> dict[str, Any]:
     manifests = [
         {
             "path": str(m.path),
@@ -154,26 +156,26 @@ def as_json(found: Validation) -> dict[str, Any]:
             "problems_file": str(m.log.path),
             "hint": hint(m),
         }
-        for m in found.manifests
+        for m in validation.manifests
     ]
-    numbers = {k: getattr(found, k) for k in ("ok", "rows", "unusable", "leaking", "warnings")}
-    return numbers | {"verdict": verdict(found), "manifests": manifests}
+    numbers = {k: getattr(validation, k) for k in ("ok", "rows", "unusable", "leaking", "warnings")}
+    return numbers | {"verdict": verdict(validation), "manifests": manifests}
 
 
-def print_summary(found: Validation, console: Console) -> None:
+def print_summary(validation: Validation, console: Console) -> None:
     """Print the verdict, the problems, the pools and the paths of the summaries."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    mark, style = ("✓", "bold green") if found.ok else ("✗", "bold red")
-    console.print(Text(f"{mark} {printable(verdict(found))}", style=style))
-    several = len(found.manifests) > 1
-    if any(m.log.counts for m in found.manifests):
+    mark, style = ("✓", "bold green") if validation.ok else ("✗", "bold red")
+    console.print(Text(f"{mark} {printable(verdict(validation))}", style=style))
+    several = len(validation.manifests) > 1
+    if any(m.log.counts for m in validation.manifests):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for name in (["manifest"] if several else []) + ["rows", "problem", "for instance"]:
             table.add_column(name, justify="right" if name == "rows" else "left", no_wrap=name != "for instance")
-        for m in found.manifests:
+        for m in validation.manifests:
             for code, n, (first, *_) in m.log.in_order():
                 where = f"row {first.row}, {first.sample_id}: " if first.row is not None else ""
                 kind = Text(code, style="yellow" if code in WARNINGS else "red")
@@ -183,17 +185,17 @@ def print_summary(found: Validation, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for k, name in enumerate(POOL_COLUMNS[:8]):  # what fits 80 columns; the summary has the rest
         table.add_column(name, justify="left" if k < 3 else "right", overflow="fold")
-    for m in found.manifests:
+    for m in validation.manifests:
         for pool in m.pools.values():
             table.add_row(*(Text(printable(cell)) for cell in pool_cells(pool)[:8]))
     console.print(table)
-    for m in found.manifests:
-        if said := hint(m):
-            console.print(Text(printable(said[0].upper() + said[1:]), style="bold"))
+    for m in validation.manifests:
+        if advice := hint(m):
+            console.print(Text(printable(advice[0].upper() + advice[1:]), style="bold"))
         console.print(Text(f"summary {m.place('validate.md')}", style="dim"), soft_wrap=True)
 
 
-def picture(found: Validation, manifest: Checked) -> bytes:
+def picture(validation: Validation, manifest: Checked) -> bytes:
     """Return a PNG: score histograms by pool, sizes of the images, problems, formats and notes."""
     # The object interface, without pyplot: no global state, no window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -205,13 +207,13 @@ def picture(found: Validation, manifest: Checked) -> bytes:
     down = -(-len(shown) // across)
     figure = Figure(figsize=(9.6, 2.25 * down + 4.05), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    mine = Validation([manifest], found.fate_of(manifest))
+    alone = Validation([manifest], validation.fate_of(manifest))
     figure.suptitle(
-        printable(f"{manifest.path.name}: {verdict(mine)}"),
+        printable(f"{manifest.path.name}: {verdict(alone)}"),
         x=0.01,
         ha="left",
         fontsize=12,
-        color=INK if mine.ok else RED,
+        color=INK if alone.ok else RED,
         weight="bold",
         parse_math=False,  # `$` in a name is literal
     )
@@ -250,8 +252,10 @@ def _draw_scores(axes: Axes, pool: PoolFacts) -> None:
     axes.set_xlim(0, 100)
     axes.set_yticks([])
     axes.tick_params(labelbottom=True)
-    said = f"{counted(pool.rows, 'row')}, mean {pool.mean:.0f}, std {pool.std:.0f}" if pool.scored else "no valid score"
-    _plain(axes, printable(pool.name), said + (" (suspicious)" if suspicious else ""))
+    caption = (
+        f"{counted(pool.rows, 'row')}, mean {pool.mean:.0f}, std {pool.std:.0f}" if pool.scored else "no valid score"
+    )
+    _plain(axes, printable(pool.name), caption + (" (suspicious)" if suspicious else ""))
 
 
 def _draw_sizes(axes: Axes, manifest: Checked) -> None:

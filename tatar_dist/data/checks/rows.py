@@ -54,8 +54,8 @@ def row_faults(columns: Columns, root: Path) -> Iterator[tuple[int, str, str]]:
             yield i, "outside", f"column image: {name!r} leads outside the image root"
     for name in ("attributes", "meta"):
         for i, text in enumerate(columns[name]):
-            if text and (said := _not_an_object(text)):
-                yield i, "bad-json", f"column {name}: {said}"
+            if text and (fault := _not_an_object(text)):
+                yield i, "bad-json", f"column {name}: {fault}"
 
 
 def _not_an_object(text: str) -> str | None:
@@ -147,7 +147,7 @@ class PoolFacts:
 
 def rows_by_pool(columns: Columns) -> dict[Key, list[int]]:
     """Return the positions of a batch's rows by data set, task and split."""
-    found: dict[Key, list[int]] = defaultdict(list)
+    positions: dict[Key, list[int]] = defaultdict(list)
     for i, key in enumerate(zip(columns["dataset"], columns["task"], columns["split"], strict=True)):
-        found[key].append(i)
-    return found
+        positions[key].append(i)
+    return positions

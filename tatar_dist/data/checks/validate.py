@@ -166,7 +166,7 @@ def _submitted(manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, po
     for table in batches(file, SCHEMA.names):
         embedded = table.column("image_bytes").combine_chunks()
         values = {n: values_of(table.column(n)) for n in SCHEMA.names if n != "image_bytes"}
-        columns: Columns = {n: found for n, (found, _) in values.items()}
+        columns: Columns = {n: texts for n, (texts, _) in values.items()}
         columns["image_bytes"] = embedded.is_valid().to_pylist()
         for i in values["image"][1]:
             columns["image"][i] = None  # not a file name; reported as bad-text
@@ -178,7 +178,7 @@ def _submitted(manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, po
         manifest.files += sum(isinstance(item, Path) for item in items)
         wrong = set()
         not_text = (
-            (i, "bad-text", f"column {n}: {found[i]!r} is not UTF-8") for n, (found, bad) in values.items() for i in bad
+            (i, "bad-text", f"column {n}: {texts[i]!r} is not UTF-8") for n, (texts, bad) in values.items() for i in bad
         )
         for i, code, message in chain(not_text, row_faults(columns, manifest.root)):
             manifest.log.add(Problem(start - manifest.first + i, columns["sample_id"][i], code, message))
@@ -214,8 +214,8 @@ def _record(manifest: Checked, rows: ValidationRows, batch: _Batch, watch: Calla
             if facts.problem not in (None, "no-image"):
                 manifest.log.add(Problem(at - manifest.first, sample, facts.problem or "", facts.message))
             elif "extreme-aspect" in facts.notes:
-                said = f"{facts.width} x {facts.height} pixels: longer than 200 times its shorter side"
-                manifest.log.add(Problem(at - manifest.first, sample, "extreme-aspect", said))
+                message = f"{facts.width} x {facts.height} pixels: longer than 200 times its shorter side"
+                manifest.log.add(Problem(at - manifest.first, sample, "extreme-aspect", message))
             if facts.problem or "extreme-aspect" in facts.notes:
                 rows.unusable[at] = True
             else:

@@ -202,16 +202,18 @@ def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:
     there = [n for n in columns if n in file.schema_arrow.names]
     for g in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(g)
-        each = group.total_byte_size / max(1, group.num_rows) if "image_bytes" in there else 1
-        size = int(np.clip(BATCH_BYTES / max(1.0, each), 1, BATCH_ROWS))
+        row_bytes = group.total_byte_size / max(1, group.num_rows) if "image_bytes" in there else 1
+        size = int(np.clip(BATCH_BYTES / max(1.0, row_bytes), 1, BATCH_ROWS))
         for batch in file.iter_batches(size, row_groups=[g], columns=there, use_threads=False):
-            made = {}
+            converted = {}
             for name in columns:
                 kind = SCHEMA.field(name).type
                 # unsafe: a whole number beyond 2**53 is a wrong score, not a damaged file
                 safe = not pa.types.is_floating(kind)
-                made[name] = batch.column(name).cast(kind, safe=safe) if name in there else pa.nulls(len(batch), kind)
-            yield pa.table(made)
+                converted[name] = (
+                    batch.column(name).cast(kind, safe=safe) if name in there else pa.nulls(len(batch), kind)
+                )
+            yield pa.table(converted)
 
 
 def columns_of(checked: Sequence[Checked], names: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
