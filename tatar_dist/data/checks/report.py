@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INK, QUIET, BLUE, AMBER, RED = "#22303c", "#8a97a3", "#3b7ea1", "#d9902f", "#b8433b"
-BARS = 22
 PANELS = 12  # score histograms in the picture; the summary has every pool
 
 
@@ -119,7 +118,7 @@ def markdown(validation: Validation, manifest: Checked) -> str:
         others = ", ".join(m.path.name for m in validation.manifests if m is not manifest)
         lines += [plain(f"Checked together with {others}: {verdict(validation)}"), ""]
     if manifest.rows:
-        lines += [f"![Scores, sizes and kinds of pictures]({quote(manifest.place('validate.png').name)})", ""]
+        lines += [f"![Scores and sizes of pictures]({quote(manifest.place('validate.png').name)})", ""]
     if manifest.log.counts:
         lines += ["## Problems", "", f"All of them, a line each: {plain(manifest.log.path.name)}.", ""]
         lines += ["| rows | code | meaning |", "|---:|---|---|"]
@@ -196,7 +195,7 @@ def print_summary(validation: Validation, console: Console) -> None:
 
 
 def picture(validation: Validation, manifest: Checked) -> bytes:
-    """Return a PNG: score histograms by pool, sizes of the images, problems, formats and notes."""
+    """Return a PNG: score histograms by pool, sizes of the images."""
     # The object interface, without pyplot: no global state, no window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -225,9 +224,7 @@ def picture(validation: Validation, manifest: Checked) -> bytes:
         axes.axis("off")
     if len(pools) > PANELS:
         upper.supxlabel(f"and {len(pools) - PANELS} more pools, in the summary", fontsize=8, color=QUIET)
-    sizes, kinds = lower.subplots(1, 2)
-    _draw_sizes(sizes, manifest)
-    _draw_kinds(kinds, manifest)
+    _draw_sizes(lower.subplots(), manifest)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter the font lacks is drawn as a box
@@ -278,24 +275,3 @@ def _draw_sizes(axes: Axes, manifest: Checked) -> None:
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylabel("height", fontsize=8, color=QUIET)
-
-
-def _draw_kinds(axes: Axes, manifest: Checked) -> None:
-    """Draw problems in red, warnings in amber, formats in blue, kinds in grey; each with its count."""
-    problems = list(manifest.log.in_order())
-    bars = [(code, n, AMBER if code in WARNINGS else RED) for code, n, _ in problems]
-    bars += [(k, n, BLUE) for k, n in manifest.formats.most_common(5)]
-    bars += [(k, n, QUIET) for k, n in manifest.notes.most_common() if k not in manifest.log.counts]
-    bars = bars[:BARS] or [("no picture", 0, QUIET)]
-    places = np.arange(len(bars))[::-1]
-    longest = max(n for _, n, _ in bars) or 1
-    axes.barh(places, [n for _, n, _ in bars], color=[c for _, _, c in bars], height=0.72)
-    for place, (_, n, _) in zip(places, bars, strict=True):
-        axes.text(n + longest * 0.015, place, f"{n:,}", va="center", fontsize=8, color=INK)
-    axes.set_xlim(0, longest * 1.15)
-    axes.set_ylim(len(bars) - max(len(bars), 10) - 0.5, len(bars) - 0.5)  # a single bar must not fill the axes
-    axes.set_xticks([])
-    _plain(axes, "Problems, formats and kinds")
-    axes.set_yticks(places, [k for k, _, _ in bars])
-    axes.tick_params(axis="y", colors=INK, length=0, labelsize=8)
-    axes.spines["bottom"].set_visible(False)
