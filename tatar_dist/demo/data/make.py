@@ -33,8 +33,7 @@ from PIL import Image
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.demo.data import aesthetics, distortions, texts
 from tatar_dist.demo.data.distortions import Distortion
-from tatar_dist.demo.data.photos import PHOTOS, locate
-from tatar_dist.demo.data.scenes import Scene, grade, make_scene
+from tatar_dist.demo.data.photos import PHOTOS, Scene, grade, locate, make_scene
 from tatar_dist.run.files import write_whole
 from tatar_dist.types import SPLITS, TASKS, Task
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from tatar_dist.demo.data import aesthetics, distortions
 from tatar_dist.demo.data.make import PASTE_SHARE, DemoCrop, crop_of, make_crop
-from tatar_dist.demo.data.scenes import SIZE, Scene, make_scene
+from tatar_dist.demo.data.photos import SIZE, Scene, make_scene
 from tatar_dist.types import TASKS, Task
 
 # Names of the measurements of a crop: strengths of the distortions for IQA, attributes for IAA.
@@ -93,4 +93,6 @@ def crop_set(task: Task, split: Literal["train", "validation"], n: int, seed: in
             score.append(crop.score / 100)
             measures.append(_measures(crop, task))
             rationales.append(crop.rationale)
+            if (i + 1) % 5_000 == 0:
+                print(f"{task} {split}: {i + 1} of {n} crops", flush=True)
     return CropSet(task, pixels, np.array(score, np.float32), np.array(measures, np.float32), tuple(rationales))

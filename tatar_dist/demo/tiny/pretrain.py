@@ -1,6 +1,6 @@
 """Make the demo's base model: build, train the tower, align the language model, save as bf16 with a model card.
 
-    python -m tatar_dist.demo.tiny.pretrain --output DIR                      # as the committed asset was made
+    python -m tatar_dist.demo.tiny.pretrain --output DIR
     python -m tatar_dist.demo.tiny.pretrain --output DIR --minutes-tower 1 --minutes-align 1
 
 Trains on the demo's photographs of the train split and reports figures on those of the validation split; test
@@ -58,7 +58,7 @@ def pretrain(output: Path, *, minutes_tower: float, minutes_align: float, crops:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="model directory to write")
-    parser.add_argument("--minutes-tower", type=float, default=12.0)
+    parser.add_argument("--minutes-tower", type=float, default=24.0)
     parser.add_argument("--minutes-align", type=float, default=8.0)
     parser.add_argument("--crops", type=int, default=30_000, help="train crops per task")
     parser.add_argument("--seed", type=int, default=0)
