@@ -63,7 +63,7 @@ class Front:
             return
         # vLLM's key guards /v1 only; /invocations answers chat requests, too
         if path not in OPEN and _args(scope).api_key and method != "OPTIONS":
-            await self._check_key(scope)
+            _check_key(scope)
         if path == "/score":
             if method != "POST":
                 raise RequestRefused("/score: POST a picture to it", 405)
@@ -78,32 +78,24 @@ class Front:
         else:
             await self.app(scope, receive, send)
 
-    async def _check_key(self, scope: Scope) -> None:
-        """Raises RequestRefused (401) if vLLM refuses the caller's key."""
-        if (await self._ask(scope, None, "GET", "/v1/models")).status_code == 401:
-            raise RequestRefused("the API key is missing or wrong: send it as `Authorization: Bearer KEY`", 401)
-
-    async def _ask(
-        self, scope: Scope, waiting: Receive | None, method: str, path: str, body: Any = None
-    ) -> httpx.Response:
-        """Call vLLM's app as the caller of `scope`. `waiting` tells vLLM when the caller disconnects."""
+    async def _ask(self, scope: Scope, waiting: Receive, body: dict[str, Any]) -> httpx.Response:
+        """Send a chat request to vLLM's app for the caller of `scope`; `waiting` tells it that the caller has left."""
 
         async def app(inner: Scope, receive: Receive, send: Send) -> None:
-            if waiting is not None:
-                receive = _replayed(await requests.body_of(receive), waiting)
+            receive = _replayed(await requests.body_of(receive), waiting)
             await self.app({**inner, "app": scope["app"]}, receive, send)
 
         key = Request(scope).headers.get("authorization")
         transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            return await client.request(method, path, json=body, headers={"authorization": key} if key else {})
+            return await client.post(CHAT, json=body, headers={"authorization": key} if key else {})
 
     async def _task(self, scope: Scope, receive: Receive, task: Task, url: str, options: Options) -> dict[str, Any]:
         """Get the greedy answer, then the sampled ones, which reuse picture and prompt from vLLM's caches."""
 
         async def answers(n: int, temperature: float) -> list[dict[str, Any]]:
             body = chat.request_body(_args(scope).scoring, task, url, n, temperature)
-            response = await self._ask(scope, receive, "POST", CHAT, body)
+            response = await self._ask(scope, receive, body)
             if response.status_code != 200:
                 raise RequestRefused(f"vLLM refused: {_message(response)}", response.status_code)
             completion = response.json()
@@ -134,6 +126,14 @@ class Front:
 def _args(scope: Scope) -> Any:
     """vLLM's server arguments, including ours: `scoring`, `shown`, `address`, `serving` and `died`."""
     return scope["app"].state.args
+
+
+def _check_key(scope: Scope) -> None:
+    """Raises RequestRefused (401) unless the request has one of the server's keys, as vLLM expects it."""
+    scheme, _, key = Request(scope).headers.get("authorization", "").partition(" ")
+    known = [secrets.compare_digest(key.encode(), right.encode()) for right in _args(scope).api_key]
+    if scheme.lower() != "bearer" or not any(known):
+        raise RequestRefused("the API key is missing or wrong: send it as `Authorization: Bearer KEY`", 401)
 
 
 def _error(refused: RequestRefused) -> JSONResponse:
