@@ -129,12 +129,27 @@ def _rows(span: tuple[Task, str, int, int], seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _end_with(parent: int) -> None:
-    """Make Linux kill this worker when its parent dies; otherwise it would wait for work for ever."""
+def signal_on_death_of_parent(number: int) -> None:
+    """Make Linux send this process a signal when its parent is killed."""
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+
+
+def _end_with(parent: int) -> None:
+    """End this worker with its parent; otherwise it would wait for work for ever."""
+    signal_on_death_of_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call above
         os._exit(1)
+
+
+def crop_workers(number: int | None = None) -> ProcessPoolExecutor:
+    """Return a pool of processes, one per core by default.
+
+    They are spawned: the caller may hold threads (torch, Ray) that a forked child would inherit dead.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    number = number or len(os.sched_getaffinity(0))
+    return ProcessPoolExecutor(number, spawn, initializer=_end_with, initargs=(os.getpid(),))
 
 
 def make_demo(
@@ -165,10 +180,7 @@ def make_demo(
         locate(photo)
     output.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)  # files of two recipes may lie together until the end
-    workers = workers or len(os.sched_getaffinity(0))
-    # spawn: the caller may hold threads (torch, Ray) that a forked child would inherit dead.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+    with crop_workers(workers) as pool:
         for task in TASKS:
             for split, n in sizes.items():
                 spans = [(task, split, a, min(a + 64, n)) for a in range(0, n, 64)]

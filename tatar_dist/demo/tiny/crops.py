@@ -7,9 +7,6 @@ the demo's own, never remixed. Pretraining reads no test photograph.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -17,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from tatar_dist.demo.data import aesthetics, distortions
-from tatar_dist.demo.data.make import PASTE_SHARE, DemoCrop, crop_of, make_crop
+from tatar_dist.demo.data.make import PASTE_SHARE, DemoCrop, crop_of, crop_workers, make_crop
 from tatar_dist.demo.data.photos import SIZE, Scene, make_scene
 from tatar_dist.types import TASKS, Task
 
@@ -75,9 +72,10 @@ def _crop(index: int, task: Task, split: Literal["train", "validation"], seed: i
 
 
 def _measures(crop: DemoCrop, task: Task) -> list[float]:
-    values = (
-        crop.meta["attributes"] if task == "iaa" else {d["family"]: d["strength"] for d in crop.meta["distortions"]}
-    )
+    if task == "iqa":
+        values = {d["family"]: d["strength"] for d in crop.meta["distortions"]}
+    else:
+        values = crop.meta["attributes"]
     return [values.get(name, 0.0) for name in MEASURES[task]]
 
 
@@ -85,8 +83,7 @@ def crop_set(task: Task, split: Literal["train", "validation"], n: int, seed: in
     """Generate `n` crops on all cores of this machine; about 38 kB of memory each."""
     pixels = np.empty((n, SIZE, SIZE, 3), np.uint8)
     score, measures, rationales = [], [], []
-    spawn = multiprocessing.get_context("spawn")  # the caller has threads (torch)
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), spawn) as pool:
+    with crop_workers() as pool:
         crops = pool.map(partial(_crop, task=task, split=split, seed=seed), range(n), chunksize=256)
         for i, crop in enumerate(crops):
             pixels[i] = crop.pixels
