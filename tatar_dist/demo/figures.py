@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from tatar_dist.evaluate.bootstrap import Interval, paired_mean_difference, paired_srcc_difference
+from tatar_dist.evaluate.bootstrap import paired_mean_difference, paired_srcc_difference
 from tatar_dist.evaluate.metrics import srcc
 from tatar_dist.types import TASKS
 
@@ -39,61 +41,54 @@ def results(out: Path) -> dict[str, Any]:
 def gains(directories: Sequence[Path], task: str) -> dict[str, list[float]]:
     """Return {reward_TERM…, srcc: [change, lo, hi]} from SFT to GRPO, pooled over demo directories (seeds)."""
     seeds = [_paired(d, task) for d in directories]
-    ids = sorted(set.intersection(*(set(s) for s in seeds)))
-    rows = [[s[i] for i in ids] for s in seeds]
-    cluster = np.array([r["source"] for r in rows[0]])
-    intervals: dict[str, Interval] = {}
-    for term in TERMS[task]:
-        before, after = (np.array([[r[k][term] for r in seed] for seed in rows]) for k in ("sft_terms", "grpo_terms"))
-        intervals[f"reward_{term}"] = paired_mean_difference(before, after, cluster)
-    before, after = (np.array([[r[k] for r in seed] for seed in rows]) for k in ("sft", "grpo"))
-    intervals["srcc"] = paired_srcc_difference(np.array([r["target"] for r in rows[0]]), before, after, cluster)
+    for other in seeds:  # images that every seed was asked about
+        seeds = [s.filter(pc.is_in(s["sample_id"], other["sample_id"])) for s in seeds]
+    source, target = (seeds[0][name].to_numpy() for name in ("source", "target"))
+
+    def both(column: str) -> list[np.ndarray]:
+        return [np.array([s[f"{column}_{model}"].to_numpy() for s in seeds]) for model in ("sft", "grpo")]
+
+    intervals = {f"reward_{t}": paired_mean_difference(*both(f"{t}_mean"), source) for t in TERMS[task]}
+    intervals["srcc"] = paired_srcc_difference(target, *both("prediction"), source)
     return {name: [i.estimate, i.lo, i.hi] for name, i in intervals.items()}
 
 
-def _paired(out: Path, task: str) -> dict[str, dict[str, Any]]:
-    """Map sample id -> target, source, greedy predictions (NaN unparsed) and mean reward terms of both models."""
-    rows: dict[str, dict[str, Any]] = {}
+def _paired(out: Path, task: str) -> pa.Table:
+    """Return a row per image that both models were asked about, ordered by sample_id.
+
+    Columns: sample_id, source, target, and per model (suffix _sft, _grpo) prediction, the greedy answer or null, and
+    TERM_mean, the mean of each reward term over the sampled answers.
+    """
+    tables = []
     for model in ("sft", "grpo"):
-        directory = out / MODELS[model]
-        columns = ["sample_id", "task", "source", "target", "prediction"]
-        terms = _terms(directory / "sampled.parquet", task)
-        for r in pq.read_table(directory / "predictions.parquet", columns=columns).to_pylist():
-            if r["task"] == task and r["sample_id"] in terms:
-                row = rows.setdefault(r["sample_id"], {"target": r["target"], "source": r["source"]})
-                row[model] = np.nan if r["prediction"] is None else r["prediction"]
-                row[f"{model}_terms"] = terms[r["sample_id"]]
-    return {i: r for i, r in rows.items() if "sft" in r and "grpo" in r}
-
-
-def _terms(file: Path, task: str) -> dict[str, dict[str, float]]:
-    """Map sample id -> mean of each reward term over the image's sampled completions."""
-    values: dict[str, list[dict[str, float]]] = {}
-    for row in pq.read_table(file, columns=["sample_id", "task", *TERMS[task]]).to_pylist():
-        if row["task"] == task:
-            values.setdefault(row["sample_id"], []).append(row)
-    return {i: {t: float(np.mean([r[t] for r in rows])) for t in TERMS[task]} for i, rows in values.items()}
+        directory, rows = out / MODELS[model], [("task", "=", task)]
+        columns = ["sample_id", "prediction", *(("source", "target") if model == "sft" else ())]
+        predictions = pq.read_table(directory / "predictions.parquet", columns=columns, filters=rows)
+        sampled = pq.read_table(directory / "sampled.parquet", columns=["sample_id", *TERMS[task]], filters=rows)
+        terms = sampled.group_by("sample_id").aggregate([(t, "mean") for t in TERMS[task]])
+        tables.append(predictions.join(terms, "sample_id", join_type="inner"))
+    both = tables[0].join(tables[1], "sample_id", join_type="inner", left_suffix="_sft", right_suffix="_grpo")
+    return both.sort_by("sample_id")
 
 
 def of_parsed(directories: Sequence[Path], model: str, task: str) -> tuple[float, float]:
     """Return (share of sampled answers of all seeds that parsed, mean of the task's main reward term among those)."""
-    term = TERMS[task][0]
     files = [d / MODELS[model] / "sampled.parquet" for d in directories]
-    tables = [pq.read_table(f, columns=["task", "parsed", term], filters=[("task", "=", task)]) for f in files]
-    rows = [r for table in tables for r in table.to_pylist()]
-    parsed = [r[term] for r in rows if r["parsed"]]
-    return len(parsed) / len(rows), float(np.mean(parsed)) if parsed else float("nan")
+    term, rows = TERMS[task][0], [("task", "=", task)]
+    sampled = pa.concat_tables(pq.read_table(f, columns=["parsed", term], filters=rows) for f in files)
+    parsed = sampled.filter(sampled["parsed"])
+    return len(parsed) / len(sampled), float(np.mean(parsed[term])) if len(parsed) else float("nan")
 
 
 def by_photograph(out: Path, task: str) -> dict[str, tuple[int, float, float]]:
     """Map source photograph -> (crops, SRCC after SFT, SRCC after GRPO) on its crops."""
-    crops: dict[str, list[dict[str, Any]]] = {}
-    for row in _paired(out, task).values():
-        crops.setdefault(row["source"], []).append(row)
+    rows = _paired(out, task)
     result = {}
-    for source, rows in sorted(crops.items()):
-        target, sft, grpo = (np.nan_to_num([r[k] for r in rows], nan=50.0) for k in ("target", "sft", "grpo"))
-        result[source] = (len(rows), srcc(target, sft), srcc(target, grpo))
+    for source in sorted(rows["source"].unique().to_pylist()):
+        crops = rows.filter(pc.equal(rows["source"], source))
+        names = ("target", "prediction_sft", "prediction_grpo")
+        target, sft, grpo = (np.nan_to_num(crops[name].to_numpy(), nan=50.0) for name in names)
+        result[source] = (len(crops), srcc(target, sft), srcc(target, grpo))
     return result
 
 

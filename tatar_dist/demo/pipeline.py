@@ -8,7 +8,6 @@ result are skipped.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import signal
 import time
@@ -23,7 +22,7 @@ from tatar_dist.assets import CONFIGS, TINY_MODEL
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
 from tatar_dist.demo import figures
-from tatar_dist.demo.data.make import make_demo
+from tatar_dist.demo.data.make import make_demo, signal_on_death_of_parent
 from tatar_dist.errors import UserError
 from tatar_dist.scoring.export import model_of
 from tatar_dist.types import SPLITS, TASKS
@@ -73,7 +72,7 @@ def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = N
 
     With `seeds` over 1: as many whole runs on the same data, each evaluated on every test crop, and figures.md.
     """
-    _end_with_parent()
+    signal_on_death_of_parent(signal.SIGTERM)  # killed make or shell: do not run on unnoticed
     out, size, words = Path(output), SMOKE if smoke else FULL, list(overrides or [])
     console = Console()
     same_settings(out, {"smoke": smoke, "seeds": seeds, "overrides": words})
@@ -174,9 +173,3 @@ def demo_config(directory: Path, data: Path, words: list[str], files: Sequence[P
 def _config(directory: Path, words: list[str]) -> Config:
     manifests = [f"data.{s}=[{','.join(f'{task}_{s}.parquet' for task in TASKS)}]" for s in SPLITS]
     return demo_config(directory, directory.parent / "data", [*manifests, *words])
-
-
-def _end_with_parent() -> None:
-    """Receive SIGTERM when the parent (make or a shell) is killed, instead of running on unnoticed."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -54,7 +54,7 @@ def gpu_available() -> bool:
 
 
 def vllm_options(config: Config, gpu: bool) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for every use of an engine; the server passes them on its command line."""
+    """Arguments of `vllm.LLM` for every use of an engine; the server sets them as its arguments."""
     m, r = config.model, config.rollout
     options: dict[str, Any] = {
         "model": m.path,

@@ -12,17 +12,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tatar_dist.assets import looked_in
 from tatar_dist.config.load import load_config
-from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import Prompts
-from tatar_dist.run.checkpoint_files import Job, first_damage, write
+from tatar_dist.run.checkpoint_files import first_damage, write
 from tatar_dist.run.checkpoints import CheckpointRef, finished
 from tatar_dist.run.directory import PROMPTS
 from tatar_dist.scoring import card as model_card
@@ -33,11 +31,8 @@ if TYPE_CHECKING:
     from tatar_dist.models.base import QwenVL
 
 SHARD_SIZE = "5GB"
-INDEX = "model.safetensors.index.json"
-GENERATION = "generation_config.json"
-TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64"}  # safetensors' names, torch's
 OTHER_FILES = 64 << 20  # bytes at most of tokenizer, configs and card
-OURS = {INDEX, GENERATION, model_card.NAME, PROMPTS, "config.json"}  # written anew, not copied
+WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 def model_of(run: str | Path) -> Path:
@@ -95,7 +90,6 @@ def run(
     # runs of an older version kept only the file's name
     prompts = Prompts.load(source / PROMPTS if (source / PROMPTS).exists() else config.data.prompts)
     tensors = _tensors(model, dtype)
-    shards = _shards(tensors, shard_size)
     _require_room(target, sum(t.nbytes for t in tensors.values()) + OTHER_FILES)
     backbone = family(config.model.family)(replace(config.model, path=str(model)))
     facts = model_card.facts(source, checkpoint, state, config, evaluation)
@@ -110,7 +104,12 @@ def run(
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            write(beside, _jobs(model, backbone, config, prompts, facts, tensors, shards))
+
+            def files(directory: Path) -> None:
+                _write_weights(directory, tensors, shard_size)
+                _write_others(directory, model, backbone, prompts, facts)
+
+            write(beside, [(".", files)])  # also syncs them, and names a full disk
             beside.chmod(0o755)
             os.rename(beside, target)  # also over an empty directory
         finally:
@@ -123,33 +122,22 @@ def run(
 
 
 def _tensors(model: Path, dtype: str | None) -> dict[str, torch.Tensor]:
-    """Name -> meta tensor with the shape and dtype to be written. Raises UserError for a bad dtype or no weights."""
+    """Name -> tensor in the dtype to be written, mapped from the file unless it is converted.
+
+    Raises UserError for a bad dtype or no weights.
+    """
     import torch
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     if dtype not in (None, "bfloat16", "float32"):
         raise UserError(f"--dtype {dtype}: must be bfloat16 or float32")
-    tensors = {}
-    for path in sorted(model.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  not a mapping
-                part = file.get_slice(name)
-                kind = getattr(torch, TYPES[part.get_dtype()])
-                wanted = getattr(torch, dtype) if dtype and kind.is_floating_point else kind
-                tensors[name] = torch.empty(part.get_shape(), dtype=wanted, device="meta")
+    tensors = {name: t for path in model.glob("*.safetensors") for name, t in load_file(path).items()}
     if not tensors:
         raise UserError(f"{model}: no *.safetensors weights in it")
+    if dtype:
+        wanted = getattr(torch, dtype)
+        tensors = {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
     return tensors
-
-
-def _shards(tensors: dict[str, torch.Tensor], size: str) -> Any:
-    """Shard plan of huggingface_hub: file -> tensor names, and the index. Raises UserError for a bad size."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    try:
-        return split_torch_state_dict_into_shards(tensors, max_shard_size=size)
-    except ValueError as e:
-        raise UserError(f"--shard-size {size}: expected a size such as 5GB or 500MB: {e}") from None
 
 
 def _require_room(target: Path, needed: int) -> None:
@@ -160,58 +148,40 @@ def _require_room(target: Path, needed: int) -> None:
         raise UserError(f"{target}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
 
 
-def _jobs(
-    model: Path,
-    backbone: QwenVL,
-    config: Config,
-    prompts: Prompts,
-    facts: dict[str, Any],
-    tensors: dict[str, torch.Tensor],
-    shards: Any,
-) -> Iterator[Job]:
-    """Yield all files to write, as jobs for run/checkpoint_files.py."""
+def _write_others(directory: Path, model: Path, backbone: QwenVL, prompts: Prompts, facts: dict[str, Any]) -> None:
+    """Write all files but the weights."""
     from transformers import GenerationConfig
 
-    def text(content: str) -> Any:
-        return lambda path: path.write_text(content, encoding="utf-8")
-
-    for path in sorted(model.iterdir()):
-        if path.suffix != ".safetensors" and path.name not in OURS:
-            yield path.name, lambda target, path=path: shutil.copyfile(path, target)
+    for path in model.iterdir():
+        if not path.name.endswith(WEIGHTS):
+            shutil.copyfile(path, directory / path.name)
     settings = {"dtype": "", **json.loads((model / "config.json").read_text())}
-    yield "config.json", text(json.dumps(_with_dtype(settings, facts["dtype"]), indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(_with_dtype(settings, facts["dtype"]), indent=2) + "\n")
     generation = GenerationConfig(  # as in rollout/engine.py: greedy, up to the end of the turn
         do_sample=False,
-        max_new_tokens=config.rollout.max_new_tokens,
+        max_new_tokens=facts["max_new_tokens"],
         eos_token_id=backbone.end_of_turn(),
         pad_token_id=backbone.tokenizer.pad_token_id,
-        suppress_tokens=backbone.forbidden_ids(),
+        suppress_tokens=facts["forbidden"],
     )
-    yield GENERATION, text(generation.to_json_string())
-    yield PROMPTS, text(prompts.to_yaml())
-    yield model_card.NAME, text(model_card.render(facts))
-    for name, names in shards.filename_to_tensors.items():
-        yield name, lambda target, names=names: _write_shard(model, {n: tensors[n].dtype for n in names}, target)
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        yield INDEX, text(json.dumps(index, indent=2) + "\n")
+    (directory / "generation_config.json").write_text(generation.to_json_string())
+    (directory / PROMPTS).write_text(prompts.to_yaml(), encoding="utf-8")
+    (directory / model_card.NAME).write_text(model_card.render(facts), encoding="utf-8")
+
+
+def _write_weights(directory: Path, tensors: dict[str, torch.Tensor], shard_size: str) -> None:
+    """Write the weights in shards, with their index. Raises UserError for a bad size."""
+    from huggingface_hub import save_torch_state_dict
+
+    try:
+        save_torch_state_dict(tensors, directory, max_shard_size=shard_size)
+    except ValueError as e:
+        raise UserError(f"--shard-size {shard_size}: expected a size such as 5GB or 500MB: {e}") from None
+    for path in directory.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors makes files that only their owner may read
 
 
 def _with_dtype(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Copy of config.json with the dtype of the weights, also in the sections of the model's parts."""
     copy = {k: _with_dtype(v, dtype) if isinstance(v, dict) else v for k, v in settings.items()}
     return copy | dict.fromkeys(copy.keys() & {"dtype", "torch_dtype"}, dtype)
-
-
-def _write_shard(model: Path, dtypes: dict[str, torch.dtype], target: Path) -> None:
-    """Write the tensors of one shard. Only these are in memory; they may come from several checkpoint files."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for path in sorted(model.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in dtypes.keys() & set(file.keys()):
-                tensors[name] = file.get_tensor(name).to(dtypes[name])
-    save_file(tensors, target, metadata={"format": "pt"})
-    target.chmod(0o644)  # safetensors makes files that only their owner may read

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +29,6 @@ SUFFIXES = frozenset(
 NAMES = {"iqa": "quality", "iaa": "aesthetics"}
 THUMBNAIL = 240  # pixels of the longer side on the page
 SHOWN_BAD, MOST_SHOWN = 20, 1000  # bad pictures on standard error, pictures on the page
-REFRESH_S = 0.5  # scores come in batches
 
 
 def find_pictures(words: Sequence[str], stdin: Any = None) -> list[str | tuple[str, bytes]]:
@@ -98,16 +96,13 @@ def run(
         write_page(html, [])  # fail now, not after hours of scoring
     try:
         with Progress("score", total, unit="answer") as progress:
-            score, shown = load(), 0.0
+            score = load()
             progress.ready()
             for s in score():
                 scores.append(s)
                 if as_json:
                     print(json.dumps({k: v for k, v in asdict(s).items() if v not in (None, ())}), flush=True)
-                shown = shown or time.monotonic()  # the first answer came with its batch: no measure of the pace
-                if time.monotonic() - shown > REFRESH_S or len(scores) == total:
-                    shown = time.monotonic()
-                    progress.update(len(scores), {})
+                progress.update(len(scores), {})
     finally:
         _show(scores, as_json)
         if html is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -78,7 +78,8 @@ class Scorer:
 
         self.texts = PromptTexts(self.config)
         rollout = self.config.rollout
-        rollout.max_model_len = min(rollout.max_model_len, self.texts.longest(rollout.max_new_tokens))
+        longest = min(rollout.max_model_len, self.texts.longest(rollout.max_new_tokens))
+        self.config = replace(self.config, rollout=replace(rollout, max_model_len=longest))
         set_environment(engine_environment(self.config, gpu_available(), len(os.sched_getaffinity(0))))
         from tatar_dist.rollout.engine import RolloutEngine
 

@@ -63,7 +63,7 @@ class Front:
             return
         # vLLM's key guards /v1 only; /invocations answers chat requests, too
         if path not in OPEN and _args(scope).api_key and method != "OPTIONS":
-            await self._check_key(scope)
+            _check_key(scope)
         if path == "/score":
             if method != "POST":
                 raise RequestRefused("/score: POST a picture to it", 405)
@@ -78,32 +78,24 @@ class Front:
         else:
             await self.app(scope, receive, send)
 
-    async def _check_key(self, scope: Scope) -> None:
-        """Raises RequestRefused (401) if vLLM refuses the caller's key."""
-        if (await self._ask(scope, None, "GET", "/v1/models")).status_code == 401:
-            raise RequestRefused("the API key is missing or wrong: send it as `Authorization: Bearer KEY`", 401)
-
-    async def _ask(
-        self, scope: Scope, waiting: Receive | None, method: str, path: str, body: Any = None
-    ) -> httpx.Response:
-        """Call vLLM's app as the caller of `scope`. `waiting` tells vLLM when the caller disconnects."""
+    async def _ask(self, scope: Scope, waiting: Receive, body: dict[str, Any]) -> httpx.Response:
+        """Send a chat request to vLLM's app for the caller of `scope`; `waiting` tells it that the caller has left."""
 
         async def app(inner: Scope, receive: Receive, send: Send) -> None:
-            if waiting is not None:
-                receive = _replayed(await requests.body_of(receive), waiting)
+            receive = _replayed(await requests.body_of(receive), waiting)
             await self.app({**inner, "app": scope["app"]}, receive, send)
 
         key = Request(scope).headers.get("authorization")
         transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            return await client.request(method, path, json=body, headers={"authorization": key} if key else {})
+            return await client.post(CHAT, json=body, headers={"authorization": key} if key else {})
 
     async def _task(self, scope: Scope, receive: Receive, task: Task, url: str, options: Options) -> dict[str, Any]:
         """Get the greedy answer, then the sampled ones, which reuse picture and prompt from vLLM's caches."""
 
         async def answers(n: int, temperature: float) -> list[dict[str, Any]]:
             body = chat.request_body(_args(scope).scoring, task, url, n, temperature)
-            response = await self._ask(scope, receive, "POST", CHAT, body)
+            response = await self._ask(scope, receive, body)
             if response.status_code != 200:
                 raise RequestRefused(f"vLLM refused: {_message(response)}", response.status_code)
             completion = response.json()
@@ -136,6 +128,14 @@ def _args(scope: Scope) -> Any:
     return scope["app"].state.args
 
 
+def _check_key(scope: Scope) -> None:
+    """Raises RequestRefused (401) unless the request has one of the server's keys, as vLLM expects it."""
+    scheme, _, key = Request(scope).headers.get("authorization", "").partition(" ")
+    known = [secrets.compare_digest(key.encode(), right.encode()) for right in _args(scope).api_key]
+    if scheme.lower() != "bearer" or not any(known):
+        raise RequestRefused("the API key is missing or wrong: send it as `Authorization: Bearer KEY`", 401)
+
+
 def _error(refused: RequestRefused) -> JSONResponse:
     """Error response in OpenAI's format, which clients can parse."""
     kinds = {401: "authentication_error", 413: "request_too_large"}
@@ -163,41 +163,31 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 def _watched(scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]:
     """Wrap `receive` and `send` of the lifespan.
 
-    Print the address once the app is up. Set `died` in the arguments if the app ends without a requested shutdown: then
-    the engine has died, which vLLM does not distinguish from a normal end.
+    Print the address once the app is up; its socket listens since before. Set `died` in the arguments if the app ends
+    without a requested shutdown: then the engine has died, which vLLM does not distinguish from a normal end.
     """
     state = scope["app"].state  # vLLM deletes the attribute at the end
-    waiting: set[asyncio.Task[None]] = set()  # a task without a reference may be collected
-    requested = False
-
-    async def announce() -> None:
-        while not state.server.started:
-            await asyncio.sleep(0.02)
-        print(f"ready: {state.args.address}", flush=True)
-
-    def watch() -> None:
-        state.args.serving = True
-        for served in state.openai_serving_models.base_model_paths:  # /v1/models shows it as `root`
-            served.model_path = state.args.shown
-        stop = state.engine_client.shutdown
-
-        def shutdown(*args: Any, **kwargs: Any) -> None:
-            nonlocal requested
-            requested = True
-            stop(*args, **kwargs)
-
-        state.engine_client.shutdown = shutdown  # vLLM calls it at a signal, before the lifespan ends
-        waiting.add(asyncio.create_task(announce()))
+    args, requested = state.args, asyncio.Event()
 
     async def sent(message: Message) -> None:
         await send(message)
         if message["type"] == "lifespan.startup.complete":
-            watch()
+            stop = state.engine_client.shutdown
+
+            def shutdown(*args: Any, **kwargs: Any) -> None:
+                requested.set()
+                stop(*args, **kwargs)
+
+            state.engine_client.shutdown = shutdown  # vLLM calls it at a signal, before the lifespan ends
+            for served in state.openai_serving_models.base_model_paths:  # /v1/models shows it as `root`
+                served.model_path = args.shown
+            args.serving = True
+            print(f"ready: {args.address}", flush=True)
 
     async def received() -> Message:
         message = await receive()
         if message["type"] == "lifespan.shutdown":
-            state.args.died = not requested
+            args.died = not requested.is_set()
         return message
 
     return received, sent

@@ -7,9 +7,9 @@ process or socket behind. Picture sizes, dtype and prompts come from the model d
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import ipaddress
-import json
 import logging
 import os
 import signal
@@ -22,17 +22,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+
+import psutil
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import EXIT_INTERRUPTED, RunError, UserError
-from tatar_dist.rollout.options import (
-    COMMON_ENV,
-    engine_environment,
-    gpu_available,
-    set_environment,
-    vllm_options,
-)
+from tatar_dist.rollout.options import COMMON_ENV, engine_environment, gpu_available, set_environment, vllm_options
 from tatar_dist.scoring.directory import model_config, run_of
 from tatar_dist.types import TASKS
 
@@ -44,7 +39,7 @@ SERVER_ENV = {
     # meant for other libraries; and a stopped engine leaves its shared memory to Python's resource tracker
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker",
 }
-HOLD_S = 10.0  # limit for suspending the engine's processes: one that waits in the kernel does not stop
+KILL_S = 10.0  # limit for killing the engine's processes: one that waits in the kernel does not end
 CPU_SEQS = 16  # answers at once on a CPU, where each may take the room of a whole prompt in the batch
 
 
@@ -108,16 +103,11 @@ def _loopback(host: str) -> bool:
 def _bound(address: Address) -> socket.socket:
     """Bind a socket and listen at once, before the model loads, to reserve the port. Raises UserError."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM: a restart need not wait for old connections
     try:
-        sock.bind((address.host, address.port))
-        sock.listen()
+        return socket.create_server((address.host, address.port), family=family)
     except OSError as e:
-        sock.close()
         hint = "in use; choose another with --port" if e.errno == errno.EADDRINUSE else e.strerror or e
         raise UserError(f"port {address.port} on {address.host}: {hint}") from None
-    return sock
 
 
 def shown_name(model: Path) -> str:
@@ -161,7 +151,7 @@ def _line(e: Exception) -> str:
 
 
 def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
-    """vLLM's server arguments as its own command line parses them, plus our attributes."""
+    """vLLM's server arguments, with its defaults for what we do not set, plus our attributes."""
     from tatar_dist.prompts.answer import Prompts
 
     prompts = Prompts.load(config.data.prompts)
@@ -175,30 +165,18 @@ def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
     from tatar_dist.serve.chat import Scoring
 
     options = vllm_options(config, gpu) | {
-        "allowed_media_domains": NOWHERE,
-        "middleware": MIDDLEWARE,
+        "allowed_media_domains": [NOWHERE],
+        "middleware": [MIDDLEWARE],
+        "served_model_name": [shown, *TASKS],
         "uvicorn_log_level": "warning",
     }
-    words = [*_command_line(options), "--served-model-name", shown, *TASKS]
     cli_env_setup()
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([], Namespace(**options))
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     args.shown, args.serving, args.died = shown, False, False
     args.scoring = Scoring(shown, prompts, forbidden, config.rollout.max_new_tokens)
     return args
-
-
-def _command_line(options: Mapping[str, Any]) -> list[str]:
-    """Options as words of vLLM's command line: `--max-model-len=512 --no-use-tqdm-on-load`."""
-    words = []
-    for key, value in options.items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return words
 
 
 def _serve(args: Namespace, sock: socket.socket) -> None:
@@ -230,38 +208,29 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """Signal handler while the model loads: end the engine's processes and this one.
 
     An exception would be lost, because vLLM waits for its engine in ZeroMQ's poll, which drops it. SIGTERM does not
-    help either, because an engine handles it only after loading. All processes are suspended before any is killed,
-    because a loading engine starts others, which a kill would miss.
+    help either, because an engine handles it only after loading. A loading engine starts other processes: they become
+    children of this one when it is killed, so that none is missed.
     """
-    import psutil
-
-    suspended: dict[int, psutil.Process] = {}
-    end = time.monotonic() + HOLD_S
+    pr_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
+    end = time.monotonic() + KILL_S
     while time.monotonic() < end:
-        stopped = all(map(_is_stopped, suspended))  # first: a stopped process starts none that the listing could miss
-        new = [child for child in psutil.Process().children(recursive=True) if child.pid not in suspended]
-        if stopped and not new:
+        children = [c for c in psutil.Process().children(recursive=True) if not _is_resource_tracker(c)]
+        if not children:
             break
-        for child in new:
-            suspended[child.pid] = child
+        for child in children:
             with contextlib.suppress(psutil.Error):
-                child.suspend()
-        time.sleep(0.005)
-    for child in reversed(suspended.values()):  # children before their parents
-        with contextlib.suppress(psutil.Error):
-            # The resource tracker removes shared memory and ends by itself. Others have its name in an option (-W).
-            tracks = any("import" in word and "resource_tracker" in word for word in child.cmdline())
-            child.resume() if tracks else child.kill()
+                child.kill()
+        psutil.wait_procs(children, timeout=1)
     _leave("tatar-dist: interrupted", EXIT_INTERRUPTED)
 
 
-def _is_stopped(pid: int) -> bool:
-    """Whether all threads of a suspended process have stopped. Until then it may start another process."""
-    try:
-        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
-    except OSError:
-        return not Path(f"/proc/{pid}").exists()
-    return all(stat.rpartition(") ")[2][0] in "TtZX" for stat in stats)
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    """Whether it is Python's tracker, which removes shared memory and ends by itself."""
+    try:  # other processes have its name in an option (-W)
+        return any("import" in word and "resource_tracker" in word for word in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _leave(message: str, status: int) -> None:

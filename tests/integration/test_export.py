@@ -121,7 +121,7 @@ def test_transformers_and_vllm_answer_like_our_engine_by_the_cards_examples(mode
     config = load_config([], [f"output={tmp_path / 'run'}", *words])
     run = finished_run(config, model_tied)
     model = export.run(run, tmp_path / "exported", shard_size="1MB")
-    assert len(list(model.glob("*.safetensors"))) > 1 and (model / export.INDEX).is_file()
+    assert len(list(model.glob("*.safetensors"))) > 1 and (model / "model.safetensors.index.json").is_file()
     samples = held_out(tmp_path / "data", IMAGES)
     exported = load_config([], [f"output={tmp_path / 'asked'}", *words, f"model.path={model_tied}"])
     ours = as_our_engine_answers(exported, samples)

@@ -23,8 +23,7 @@ from tatar_dist.demo.data import aesthetics, distortions
 from tatar_dist.demo.data import texts as templates
 from tatar_dist.demo.data.distortions import FAMILIES, Distortion
 from tatar_dist.demo.data.make import DemoCrop, encode_png, make_crop, make_demo
-from tatar_dist.demo.data.photos import PHOTOS, Photo, load_photo, locate, photos_of
-from tatar_dist.demo.data.scenes import grade, make_scene, soften
+from tatar_dist.demo.data.photos import PHOTOS, Photo, grade, load_photo, locate, make_scene, photos_of, soften
 from tatar_dist.errors import UserError
 
 SMALL = {"train": 70, "validation": 6, "test": 9}

@@ -73,7 +73,7 @@ def card(directory: Path) -> str:
 def test_an_export_holds_the_same_weights_in_shards_that_the_index_names(tmp_path):
     target = export.run(make_run(tmp_path / "run"), tmp_path / "deep" / "out", shard_size="1MB")
     files = sorted(p.name for p in target.glob("*.safetensors"))
-    index = json.loads((target / export.INDEX).read_text())
+    index = json.loads((target / "model.safetensors.index.json").read_text())
     assert len(files) > 2 and sorted(set(index["weight_map"].values())) == files
     assert all((target / name).stat().st_size <= 1_100_000 for name in files)
     before, after = weights(TINY), weights(target)

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from tatar_dist.assets import CONFIGS
-from tatar_dist.demo import probe_figures
+from tatar_dist.demo import probes
 from tatar_dist.demo.data.make import make_demo, restyle
 from tatar_dist.demo.pipeline import demo_config
 from tatar_dist.demo.probes import RUNS
@@ -49,14 +49,14 @@ def fill(out, noise, reward_sd, constant=False):
 def test_a_better_choice_is_said_to_be_better_and_a_worse_one_worse(tmp_path):
     noise = {"sft-tatar": 5.0, "sft-slow-iqa": 40.0, "sft-fast-iaa": 5.0, "grpo-tatar": 40.0}
     fill(tmp_path, noise, {"thurstone": 0.01, "gaussian": 0.04, "total": 0.02})
-    found = probe_figures.write(tmp_path, 2, Console(quiet=True))
+    found = probes.write_figures(tmp_path, 2, Console(quiet=True))
     iqa_style, iaa_style, iqa_reward, iaa_reward = found["probes"]
-    assert [probe_figures.verdict(r) for r in (iqa_style, iqa_reward, iaa_reward)] == [
+    assert [probes.verdict(r) for r in (iqa_style, iqa_reward, iaa_reward)] == [
         "yes",
         "no, the reverse",
         "no, the reverse",
     ]
-    assert probe_figures.verdict(iaa_style) == "no difference seen" and abs(iaa_style["difference"][0]) < 0.01
+    assert probes.verdict(iaa_style) == "no difference seen" and abs(iaa_style["difference"][0]) < 0.01
     value, lo, hi = iqa_style["difference"]
     each = np.subtract(iqa_style["srcc_choice"], iqa_style["srcc_other"])
     assert lo < value < hi and value == pytest.approx(each.mean(), abs=1e-9)
@@ -70,14 +70,14 @@ def test_a_better_choice_is_said_to_be_better_and_a_worse_one_worse(tmp_path):
 
 def test_a_rising_reward_is_not_an_unsteady_one():
     rising = np.linspace(0.2, 0.9, 50)
-    np.testing.assert_allclose(probe_figures._residuals(rising), 0, atol=1e-12)
+    np.testing.assert_allclose(probes.residuals(rising), 0, atol=1e-12)
 
 
 def test_what_is_undefined_is_a_dash_and_valid_json(tmp_path):
     fill(tmp_path, {}, {"thurstone": 0.0, "gaussian": 0.0, "total": 0.0}, constant=True)
-    found = probe_figures.write(tmp_path, 2, Console(quiet=True))
+    found = probes.write_figures(tmp_path, 2, Console(quiet=True))
     assert found["probes"][0]["srcc_choice"] == [None, None]
-    assert {probe_figures.verdict(r) for r in found["probes"]} == {"undefined"}
+    assert {probes.verdict(r) for r in found["probes"]} == {"undefined"}
     assert "—" in (tmp_path / "probes.md").read_text() and "nan" not in (tmp_path / "probes.md").read_text()
 
 

@@ -12,9 +12,8 @@ pytest.importorskip("transformers")
 
 from PIL import Image  # noqa: E402
 
-from tatar_dist.demo.data.photos import PHOTOS  # noqa: E402
-from tatar_dist.demo.data.scenes import Scene  # noqa: E402
-from tatar_dist.demo.tiny import align, crops, tower  # noqa: E402
+from tatar_dist.demo.data.photos import PHOTOS, Scene  # noqa: E402
+from tatar_dist.demo.tiny import align, pretrain, tower  # noqa: E402
 from tatar_dist.demo.tiny.build import FORMAT_TOKENS, TinySizes, build, default_corpus, make_model  # noqa: E402
 
 SMALL = TinySizes(vocab=1024, text_layers=1, text_intermediate=64, vision_depth=2, vision_intermediate=64)
@@ -61,40 +60,37 @@ def test_a_rationale_costs_little_more_than_a_token_per_word(loaded) -> None:
     assert tokens <= 1.2 * sum(len(t.split()) for t in texts)
 
 
-def test_the_fast_tower_equals_the_models_image_features(loaded) -> None:
+def test_features_are_the_models_image_tokens_crop_by_crop(loaded) -> None:
     model, processor = loaded
     pixels = _crops(3)
     with torch.no_grad():
-        # A kernel whose two frames differ, as pretrained ones may, must still be summed right.
-        kernel = model.model.visual.patch_embed.proj.weight
-        kernel.add_(0.01 * torch.randn_like(kernel))
         seen = processor.image_processor(images=[Image.fromarray(p) for p in pixels], return_tensors="pt")
         features = model.model.get_image_features(seen["pixel_values"], seen["image_grid_thw"], return_dict=True)
-        fast = tower.tower_tokens(model.model.visual, tower.patchify(torch.from_numpy(pixels)))
-    assert fast.shape == (3, 16, 128)
-    torch.testing.assert_close(fast, torch.stack(list(features.pooler_output)), atol=1e-5, rtol=1e-4)
+        tokens = tower.features(model.model.visual, pixels)
+    assert tokens.shape == (3, 16, 128)
+    torch.testing.assert_close(tokens, torch.stack(list(features.pooler_output)), atol=1e-5, rtol=1e-4)
 
 
 def test_the_aligned_forward_equals_the_models_own(loaded) -> None:
     model, processor = loaded
     pixels = _crops(1)
     writer = align.Writer(processor.tokenizer)
-    rows = writer.rows([[("Measure noise.", "noise=43"), ("Describe the image.", "Nothing.")]])
-    text = processor.tokenizer.decode(rows.ids[0])
+    ids, _ = writer.rows([[("Measure noise.", "noise=43"), ("Describe the image.", "Nothing.")]])
+    text = processor.tokenizer.decode(ids[0])
     text = text.replace("<|image_pad|>" * align.IMAGE_TOKENS, "<|image_pad|>")
     inputs = processor(text=[text], images=[Image.fromarray(pixels[0])], return_tensors="pt")
-    assert inputs["input_ids"].tolist() == rows.ids.tolist()
+    assert inputs["input_ids"].tolist() == ids.tolist()
     with torch.no_grad():
         tokens = tower.features(model.model.visual, pixels)
-        mine = model.lm_head(align.hidden_states(model, rows.ids, tokens, writer.prefix))
+        mine = model.lm_head(align.hidden_states(model, ids, tokens, writer.prefix))
         theirs = model(**inputs).logits
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_align_labels_cover_exactly_the_replies_and_their_ends(loaded) -> None:
     tokenizer = loaded[1].tokenizer
-    rows = align.Writer(tokenizer).rows([[("Measure noise.", "noise=43"), ("Measure blur.", "blur=07")]])
-    assert tokenizer.decode(rows.labels[0][rows.labels[0] >= 0]) == "noise=43<|im_end|>blur=07<|im_end|>"
+    _, labels = align.Writer(tokenizer).rows([[("Measure noise.", "noise=43"), ("Measure blur.", "blur=07")]])
+    assert tokenizer.decode(labels[0][labels[0] >= 0]) == "noise=43<|im_end|>blur=07<|im_end|>"
 
 
 def test_tied_and_untied_variants_are_what_they_say(tmp_path: Path) -> None:
@@ -136,7 +132,7 @@ def test_a_turned_crop_keeps_its_subject_in_its_box() -> None:
     pixels[28:42, 14:56] = 255
     turned = set()
     for seed in range(60):
-        scene = crops.remixed(Scene(pixels, PHOTOS[0], box), "train", np.random.default_rng(seed))
+        scene = pretrain.remixed(Scene(pixels, PHOTOS[0], box), "train", np.random.default_rng(seed))
         x0, y0, x1, y1 = (round(112 * edge) for edge in scene.box)
         if scene.pixels.max() == 255 and (scene.pixels == 255).all(-1).sum() == 14 * 42:  # not blended
             assert (scene.pixels[y0:y1, x0:x1] == 255).all() and (y1 - y0) * (x1 - x0) == 14 * 42

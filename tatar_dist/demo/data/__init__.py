@@ -1,7 +1,6 @@
 """Make the demo's data set: crops of real photographs with computed targets.
 
-photos.py, photos.yaml   photographs, their provenance and split
-scenes.py                crop geometry, pasted subjects, grading
+photos.py, photos.yaml   photographs, their provenance and split; crops, pasted subjects, grading
 distortions.py           distortions and the quality target
 aesthetics.py            measured attributes and the aesthetic target
 texts.py, texts.yaml     rationales and attribute texts

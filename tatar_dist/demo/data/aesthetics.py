@@ -10,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from tatar_dist.demo.data.photos import Box
-from tatar_dist.demo.data.scenes import LUMA, Scene, grade, soften
+from tatar_dist.demo.data.photos import LUMA, Box, Scene, grade, soften
 
 # Weights of the attributes in the score; they sum to 1.
 WEIGHTS: dict[str, float] = {

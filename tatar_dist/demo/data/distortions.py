@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from tatar_dist.demo.data.scenes import LUMA, SIZE, soften
+from tatar_dist.demo.data.photos import LUMA, SIZE, soften
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,18 @@ from PIL import Image
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.demo.data import aesthetics, distortions, texts
 from tatar_dist.demo.data.distortions import Distortion
-from tatar_dist.demo.data.photos import PHOTOS, locate
-from tatar_dist.demo.data.scenes import Scene, grade, make_scene
+from tatar_dist.demo.data.photos import PHOTOS, Scene, grade, locate, make_scene
 from tatar_dist.run.files import write_whole
 from tatar_dist.types import SPLITS, TASKS, Task
 
 VERSION = 2  # raise it when the same seed gives other bytes
 DATASETS: dict[Task, str] = {"iqa": "demo-iqa", "iaa": "demo-iaa"}
 PASTE_SHARE: dict[Task, float] = {"iqa": 0.15, "iaa": 0.2}  # crops with the subject of another photograph
+# Names of the measurements of a crop: strengths of the distortions for IQA, attributes for IAA.
+MEASURES: dict[Task, tuple[str, ...]] = {
+    "iqa": tuple(distortions.FAMILIES),
+    "iaa": (*aesthetics.WEIGHTS, "warmth", "brightness"),
+}
 OTHER_STYLE: dict[Task, str] = {"iqa": "slow", "iaa": "fast"}
 
 
@@ -130,12 +134,27 @@ def _rows(span: tuple[Task, str, int, int], seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _end_with(parent: int) -> None:
-    """Make Linux kill this worker when its parent dies; otherwise it would wait for work for ever."""
+def signal_on_death_of_parent(number: int) -> None:
+    """Make Linux send this process a signal when its parent is killed."""
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+
+
+def _end_with(parent: int) -> None:
+    """End this worker with its parent; otherwise it would wait for work for ever."""
+    signal_on_death_of_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call above
         os._exit(1)
+
+
+def crop_workers(number: int | None = None) -> ProcessPoolExecutor:
+    """Return a pool of processes, one per core by default.
+
+    They are spawned: the caller may hold threads (torch, Ray) that a forked child would inherit dead.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    number = number or len(os.sched_getaffinity(0))
+    return ProcessPoolExecutor(number, spawn, initializer=_end_with, initargs=(os.getpid(),))
 
 
 def make_demo(
@@ -166,10 +185,7 @@ def make_demo(
         locate(photo)
     output.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)  # files of two recipes may lie together until the end
-    workers = workers or len(os.sched_getaffinity(0))
-    # spawn: the caller may hold threads (torch, Ray) that a forked child would inherit dead.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+    with crop_workers(workers) as pool:
         for task in TASKS:
             for split, n in sizes.items():
                 spans = [(task, split, a, min(a + 64, n)) for a in range(0, n, 64)]

@@ -16,18 +16,20 @@ The order of turns is random; the loss is on the assistant's turns with their en
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from tatar_dist.demo.tiny.crops import MEASURES, CropSet
+from tatar_dist.demo.data.make import MEASURES
 from tatar_dist.demo.tiny.tower import StageResult, features, timed_steps, update
 from tatar_dist.evaluate.metrics import srcc
 from tatar_dist.types import TASKS, Task
+
+if TYPE_CHECKING:
+    from tatar_dist.demo.tiny.pretrain import CropSet
 
 SCORE_NAME: dict[Task, str] = {"iqa": "quality", "iaa": "beauty"}
 # Share of rows with a description. The long aesthetic ones cost most of the time.
@@ -35,6 +37,7 @@ DESCRIBE_SHARE: dict[Task, float] = {"iqa": 0.6, "iaa": 0.3}
 DESCRIBE = "Describe the image."
 MEASURE_ALL = "List the measurements."
 IMAGE_TOKENS, IMAGE_SIDE = 16, 4
+_HEAD = "<|im_start|>user\n<|vision_start|>"
 _REPLY = "<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -60,21 +63,12 @@ def conversation(crops: CropSet, i: int, rng: np.random.Generator) -> list[tuple
     return [turns[k] for k in rng.permutation(len(turns))]
 
 
-@dataclass(frozen=True)
-class AlignmentRows:
-    """A padded batch: `ids` (B, L) int64; `labels` (B, L) int64, -100 where no loss applies."""
-
-    ids: torch.Tensor
-    labels: torch.Tensor
-
-
 class Writer:
     """Tokenise conversations about one image. `prefix`: number of tokens before it; `digits` (10,): token ids."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._head = "<|im_start|>user\n<|vision_start|>"
-        self.prefix = len(self.encode(self._head))
+        self.prefix = len(self.encode(_HEAD))
         self.digits = torch.tensor([self.encode(str(d))[0] for d in range(10)])
 
     def encode(self, text: str) -> list[int]:
@@ -82,9 +76,10 @@ class Writer:
 
     def prompt(self, request: str) -> list[int]:
         """Return the token ids of a conversation up to the reply to its first request."""
-        return self.encode(f"{self._head}{'<|image_pad|>' * IMAGE_TOKENS}<|vision_end|>{request}{_REPLY}")
+        return self.encode(f"{_HEAD}{'<|image_pad|>' * IMAGE_TOKENS}<|vision_end|>{request}{_REPLY}")
 
-    def rows(self, conversations: list[list[tuple[str, str]]]) -> AlignmentRows:
+    def rows(self, conversations: list[list[tuple[str, str]]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return padded (ids, labels), both (B, L) int64; labels are -100 where no loss applies."""
         ids, labels = [], []
         for turns in conversations:
             row: list[int] = []
@@ -96,7 +91,7 @@ class Writer:
                 target += [*[-100] * len(asked), *answer]
             ids.append(torch.tensor(row))
             labels.append(torch.tensor(target))
-        return AlignmentRows(pad_sequence(ids, True), pad_sequence(labels, True, padding_value=-100))
+        return pad_sequence(ids, True), pad_sequence(labels, True, padding_value=-100)
 
 
 def row_positions(prefix: int, length: int) -> torch.Tensor:
@@ -163,17 +158,17 @@ def train_align(
     for step in timed_steps(optimiser, 3e-3, minutes):
         task = TASKS[step % 2]
         index = rng.integers(len(train[task]), size=batch)
-        rows = writer.rows([conversation(train[task], int(i), rng) for i in index])
-        target = rows.labels[:, 1:]
+        ids, labels = writer.rows([conversation(train[task], int(i), rng) for i in index])
+        target = labels[:, 1:]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = hidden_states(model, rows.ids, tokens[task][index].float(), writer.prefix)
+            hidden = hidden_states(model, ids, tokens[task][index].float(), writer.prefix)
             logits = model.lm_head(hidden[:, :-1][target >= 0]).float()
         losses = F.cross_entropy(logits, target[target >= 0], reduction="none")
         # Digits weigh fourfold, since only the image determines them.
         weight = 1 + 3 * torch.isin(target[target >= 0], writer.digits).float()
         loss = (losses * weight).sum() / weight.sum()
         update(optimiser, loss)
-        if step % 250 == 0:
-            print(f"align step {step}: loss {loss.item():.3f}")
+        if step % 100 == 0:
+            print(f"align step {step}: loss {loss.item():.3f}", flush=True)
     seconds = time.monotonic() - begun
     return StageResult(step + 1, seconds, {t: written_srcc(model, writer, crops) for t, crops in validation.items()})

@@ -24,14 +24,9 @@ from typing import Any, get_args
 
 from tatar_dist.assets import CONFIGS
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+SPECIAL_TOKENS = tuple(
+    f"<|{name}|>"
+    for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
 )
 FORMAT_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 IMAGE_SIZE = 112
@@ -68,6 +63,9 @@ class TinySizes:
     vision_intermediate: int = 256
 
 
+DEFAULT_SIZES = TinySizes()
+
+
 def default_corpus(n: int = 1500, seed: int = 0) -> list[str]:
     """Return texts to train the tokenizer on: rationales for random measurements, prompts and measurement replies.
 
@@ -77,9 +75,9 @@ def default_corpus(n: int = 1500, seed: int = 0) -> list[str]:
 
     from tatar_dist.demo.data import distortions
     from tatar_dist.demo.data import texts as templates
+    from tatar_dist.demo.data.make import MEASURES
     from tatar_dist.demo.data.photos import Category
     from tatar_dist.demo.tiny.align import DESCRIBE, MEASURE_ALL, SCORE_NAME, measure_request, written
-    from tatar_dist.demo.tiny.crops import MEASURES
     from tatar_dist.prompts.answer import Prompts
 
     rng = np.random.default_rng(seed)
@@ -106,19 +104,14 @@ def train_tokenizer(corpus: Iterable[str], vocab: int) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2TokenizerFast
 
-    split = pre_tokenizers.Sequence(
-        [
-            # Words keep their leading blank (one token a word), each digit and each other sign stands alone.
-            pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s+"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    # Words keep their leading blank (one token a word), each digit and each other sign stands alone.
+    words = pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s+"), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = split
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    n_added = len(SPECIAL_TOKENS) + len(FORMAT_TOKENS)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab - n_added,
+        vocab_size=vocab - len(SPECIAL_TOKENS) - len(FORMAT_TOKENS),
         min_frequency=2,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -150,9 +143,9 @@ def make_config(tokenizer: Any, sizes: TinySizes, tie: bool) -> Any:
 
     token = tokenizer.convert_tokens_to_ids
     ends = {
-        "bos_token_id": token("<|endoftext|>"),
-        "eos_token_id": token("<|im_end|>"),
-        "pad_token_id": token("<|endoftext|>"),
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
         "tie_word_embeddings": tie,
     }
     text = ends | {
@@ -190,44 +183,43 @@ def make_config(tokenizer: Any, sizes: TinySizes, tie: bool) -> Any:
     )
 
 
-def make_processor(tokenizer: Any) -> Any:
-    """Return the Qwen2.5-VL processor: every image is resized to about 112x112 pixels, 16 tokens for a square one."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+def image_processor() -> Any:
+    """Return the image processor: every image is resized to about 112x112 pixels, 16 tokens for a square one."""
+    from transformers import Qwen2VLImageProcessor
 
-    pixels = IMAGE_SIZE * IMAGE_SIZE
+    return Qwen2VLImageProcessor(min_pixels=IMAGE_SIZE**2, max_pixels=IMAGE_SIZE**2)
+
+
+def make_processor(tokenizer: Any) -> Any:
+    """Return the Qwen2.5-VL processor around the tokenizer and `image_processor`."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+
     return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(min_pixels=pixels, max_pixels=pixels),
+        image_processor=image_processor(),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(min_pixels=pixels, max_pixels=pixels),
+        video_processor=Qwen2VLVideoProcessor(min_pixels=IMAGE_SIZE**2, max_pixels=IMAGE_SIZE**2),
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def make_generation_config(tokenizer: Any) -> Any:
-    """Plain sampling without truncation or penalty, set explicitly because engines take their defaults from this file.
-    (transformers refuses a `top_k` beside `do_sample=False`; greedy callers set that.)"""
-    from transformers import GenerationConfig
+def make_model(tokenizer: Any, *, tie: bool = False, seed: int = 0, sizes: TinySizes = DEFAULT_SIZES) -> Any:
+    """Create a random Qwen2_5_VLForConditionalGeneration, float32; the same seed gives the same weights."""
+    import torch
+    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-    return GenerationConfig(
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(make_config(tokenizer, sizes, tie))
+    # Plain sampling without truncation or penalty. All is set, because engines take their defaults from this file.
+    model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_p=1.0,
         top_k=0,
         repetition_penalty=1.0,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def make_model(tokenizer: Any, *, tie: bool = False, seed: int = 0, sizes: TinySizes | None = None) -> Any:
-    """Create a random Qwen2_5_VLForConditionalGeneration, float32; the same seed gives the same weights."""
-    import torch
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(make_config(tokenizer, sizes or TinySizes(), tie))
-    model.generation_config = make_generation_config(tokenizer)
     return model.eval()
 
 
@@ -237,10 +229,9 @@ def build(
     tie: bool = False,
     seed: int = 0,
     corpus: Iterable[str] | None = None,
-    sizes: TinySizes | None = None,
+    sizes: TinySizes = DEFAULT_SIZES,
 ) -> Path:
     """Write model (float32), tokenizer, processor and generation config to `directory` and return it."""
-    sizes = sizes or TinySizes()
     directory = Path(directory)
     tokenizer = train_tokenizer(default_corpus() if corpus is None else corpus, sizes.vocab)
     make_model(tokenizer, tie=tie, seed=seed, sizes=sizes).save_pretrained(directory)

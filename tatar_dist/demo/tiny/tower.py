@@ -1,11 +1,8 @@
 """Stage 1 of pretraining: train the vision tower and its merger to measure, by pooled linear heads.
 
-Trains the tower of a randomly initialised Qwen2.5-VL on crops (crops.py) and reports SRCC on the validation
+Trains the tower of a randomly initialised Qwen2.5-VL on crops and reports SRCC on the validation
 photographs. The heads are discarded: as they are linear on the mean image token, measurements stay readable for the
 language model.
-
-`tower_tokens` is the tower's forward for square 112-pixel images in one batch. Hugging Face's version loops over images
-in Python; a test checks that both give equal results.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,63 +21,23 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from tatar_dist.demo.tiny.crops import MEASURES, CropSet
+from tatar_dist.demo.data.make import MEASURES
+from tatar_dist.demo.tiny.build import image_processor
 from tatar_dist.evaluate.metrics import srcc
 from tatar_dist.types import TASKS, Task
 
-# OpenAI CLIP's channel statistics, which the Qwen2-VL image processor normalises with.
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-GRID, PATCH = 8, 14
+if TYPE_CHECKING:
+    from tatar_dist.demo.tiny.pretrain import CropSet
+
+PATCH = 14
+PROCESSOR = image_processor()
 
 
-def patchify(pixels: torch.Tensor) -> torch.Tensor:
-    """Map (B, 112, 112, 3) uint8 to the processor's `pixel_values` (B, 64, 3, 196) float32, one of two equal frames."""
-    x = pixels.reshape(len(pixels), GRID // 2, 2, PATCH, GRID // 2, 2, PATCH, 3)
-    # (merged row, merged column, row and column in the 2x2 merge, channel, y, x)
-    x = x.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(len(pixels), GRID * GRID, 3, PATCH * PATCH)
-    return x.float().mul_((1 / (255 * STD))[:, None]).sub_((MEAN / STD)[:, None])
-
-
-def _rotary(visual: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin (64, head_dim) of the grid positions, in merge-block order."""
-    rows = torch.arange(GRID).view(GRID // 2, 1, 2, 1).expand(-1, GRID // 2, -1, 2).reshape(-1)
-    cols = torch.arange(GRID).view(1, GRID // 2, 1, 2).expand(GRID // 2, -1, 2, -1).reshape(-1)
-    cos, sin = visual.rotary_pos_emb(visual.patch_embed.proj.weight, torch.stack([rows, cols], dim=1))
-    return cos, sin
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
-
-
-def tower_tokens(visual: Any, patches: torch.Tensor, drop_path: float = 0.0) -> torch.Tensor:
-    """Map (B, 64, 3, 196) patches to (B, 16, text hidden), the model's image features for 112x112 images.
-
-    `drop_path` in [0, 1): share of images that skip a residual branch (stochastic depth, Huang et al., ECCV 2016).
-    """
-    weight = visual.patch_embed.proj.weight
-    # A still image fills both frames of a temporal patch, so the two halves of the kernel add up.
-    x = F.linear(patches.flatten(2), weight.sum(2).flatten(1))
-    cos, sin = (t.to(x.dtype) for t in _rotary(visual))
-
-    def branch(y: torch.Tensor) -> torch.Tensor:
-        if not drop_path:
-            return y
-        keep = (torch.rand(len(y), 1, 1) >= drop_path).to(y.dtype)
-        return y * keep / (1 - drop_path)
-
-    for block in visual.blocks:
-        heads = block.attn.num_heads
-        b, n, _ = x.shape
-        q, k, v = block.attn.qkv(block.norm1(x)).view(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        # Spelt out: the CPU kernel of scaled_dot_product_attention spends a third of the step in its backward.
-        mixing = (_rotate(q, cos, sin) * block.attn.scaling) @ _rotate(k, cos, sin).transpose(-1, -2)
-        y = mixing.softmax(-1).to(v.dtype) @ v
-        x = x + branch(block.attn.proj(y.transpose(1, 2).reshape(b, n, -1)))
-        x = x + branch(block.mlp(block.norm2(x)))
-    return visual.merger(x).view(len(x), GRID * GRID // 4, -1)
+def image_tokens(visual: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Map (B, 112, 112, 3) uint8 crops to (B, 16, text hidden), the model's image features."""
+    inputs = PROCESSOR(images=list(pixels.permute(0, 3, 1, 2)), return_tensors="pt")
+    tokens = visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+    return tokens.view(len(pixels), -1, tokens.shape[-1])
 
 
 def dct_filters(width: int) -> torch.Tensor:
@@ -111,9 +68,10 @@ def dct_init(visual: Any, pixels: torch.Tensor) -> None:
     """
     weight = visual.patch_embed.proj.weight
     filters = dct_filters(weight.shape[0])
-    response = (patchify(pixels).flatten(2) @ filters.flatten(1).T).flatten(0, 1)
+    patches = PROCESSOR(images=list(pixels.permute(0, 3, 1, 2)), return_tensors="pt")["pixel_values"]
+    # (patches, channel, frame, y, x): both frames of a temporal patch hold the same image
+    response = patches.view(-1, 3, 2, PATCH * PATCH)[:, :, 0].flatten(1) @ filters.flatten(1).T
     typical = (response.abs() + 1e-3).log().mean(0).exp() * 2  # a geometric mean: noisy crops would own any other
-    # Both frames of a temporal patch hold the same image: half the weight each.
     weight.copy_((filters / typical[:, None, None, None])[:, :, None].expand_as(weight) / 2)
     shrink = (2 * len(visual.blocks)) ** -0.5
     for name, p in visual.named_parameters():
@@ -164,8 +122,7 @@ def dihedral(pixels: torch.Tensor, k: int) -> torch.Tensor:
 @torch.no_grad()
 def features(visual: Any, pixels: np.ndarray, symmetry: int = 0) -> torch.Tensor:
     """Compute image tokens (n, 16, hidden) float32 of (n, 112, 112, 3) uint8 crops."""
-    batches = torch.from_numpy(pixels).split(128)
-    return torch.cat([tower_tokens(visual, patchify(dihedral(x, symmetry))) for x in batches])
+    return torch.cat([image_tokens(visual, dihedral(x, symmetry)) for x in torch.from_numpy(pixels).split(128)])
 
 
 @dataclass(frozen=True)
@@ -229,13 +186,16 @@ def train_tower(
         index = {t: rng.integers(len(crops), size=batch // 2) for t, crops in train.items()}
         pixels = torch.from_numpy(np.concatenate([train[t].pixels[i] for t, i in index.items()]))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            tokens = tower_tokens(visual, patchify(dihedral(pixels, int(rng.integers(8)))), drop_path=0.05)
+            tokens = image_tokens(visual, dihedral(pixels, int(rng.integers(8))))
         pooled = dict(zip(index, heads(tokens.float()).split(batch // 2), strict=True))
         losses = {t: heads.loss(pooled[t], train[t], i) for t, i in index.items()}
         update(optimiser, sum(losses.values(), torch.zeros(())))
         average.update_parameters(trained)
-        if step % 250 == 0:
-            print(f"tower step {step}: " + ", ".join(f"loss {t} {loss.item():.3f}" for t, loss in losses.items()))
+        if step % 100 == 0:
+            print(
+                f"tower step {step}: " + ", ".join(f"loss {t} {loss.item():.3f}" for t, loss in losses.items()),
+                flush=True,
+            )
     trained.load_state_dict(average.module.state_dict())
     with torch.no_grad():
         scores = {t: heads.score[t](heads(features(visual, s.pixels)))[:, 0].numpy() for t, s in validation.items()}
