@@ -15,7 +15,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.report.charts import Line, line_chart
 from tatar_dist.report.comparison import Entrant, datasets, headline, tables
 from tatar_dist.report.details import differing
-from tatar_dist.report.html import environment, replace_page
+from tatar_dist.report.html import replace_page, templates
 from tatar_dist.report.panels import Panel
 from tatar_dist.report.reading import clean, read_run
 from tatar_dist.report.verdict import TASK_NAMES, VerdictCheck, checks
@@ -57,7 +57,7 @@ def render(entrants: Sequence[Entrant]) -> str:
     found = [(e, checks(e.run)) for e in entrants]
     main, more = curves(entrants)
     return (
-        environment()
+        templates()
         .get_template("compare.html.j2")
         .render(
             headline=headline(entrants),

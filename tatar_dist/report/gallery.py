@@ -200,12 +200,12 @@ def visits(rollouts: Rollouts) -> tuple[dict[Key, dict[str, Any]], dict[Key, dic
     """Return the (first, last) visits of each image by key, each represented by its first completion.
     The last visits are those in the late steps; a first visit is included only if it is in an earlier step."""
     last: dict[Key, dict[str, Any]] = {}
-    for row in rollouts.answers(rollouts.part(late=True)):
-        key = key_of(row)
-        if key not in last or rollouts.file[row["at"]] > rollouts.file[last[key]["at"]]:
-            last[key] = row
+    for i in rollouts.part(late=True):
+        key = rollouts.key[i]
+        if key not in last or rollouts.file[i] > rollouts.file[last[key]["at"]]:
+            last[key] = rollouts.answer(i)
     before: dict[Key, dict[str, Any]] = {}
     for i, key in enumerate(rollouts.key):
         if key in last and key not in before and rollouts.file[i] < rollouts.file[last[key]["at"]]:
-            before[key] = rollouts.answers([i])[0]
+            before[key] = rollouts.answer(i)
     return before, last

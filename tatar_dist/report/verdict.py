@@ -124,7 +124,7 @@ def listed(names: Iterable[str]) -> str:
 def _curve_line(training: Training) -> str:
     if training.kind == "grpo":
         found = [(t, training.series(f"reward/total/{t}")[1]) for t in TASK_NAMES]
-        moves = [f"{TASK_NAMES[t]} {_arrow(v)}" for t, v in found if len(v)]
+        moves = [f"{TASK_NAMES[t]} {arrow(v)}" for t, v in found if len(v)]
         return (
             f"Total reward, first to last fifth of the steps: {', '.join(moves)}." if moves else "No reward was logged."
         )
@@ -146,7 +146,8 @@ def _held_out_line(training: Training) -> str:
     return f"Held-out SRCC, first to last look: {', '.join(moves)}." if moves else ""
 
 
-def _arrow(values: np.ndarray) -> str:
+def arrow(values: np.ndarray) -> str:
+    """Format the means of the first and the last fifth as "a -> b"."""
     first, last = edges(values)
     return f"{number(first)} \N{RIGHTWARDS ARROW} {number(last)}"
 

@@ -72,7 +72,7 @@ def test_all_rollouts_are_read_and_a_damaged_file_is_named(run, tmp_path):
     assert len(found) == 15 * PROMPTS * GROUP and len(found.part(late=True)) == 3 * PROMPTS * GROUP
     assert 0 < np.isnan(found.prediction).sum() < 0.1 * len(found)
     last = pq.read_table(run / "rollouts" / "step_000014.parquet").to_pylist()[7]
-    position = int(np.flatnonzero((found.step == 14) & (found.row == 7))[0])
+    position = int(np.flatnonzero((found.file == 14) & (found.row == 7))[0])
     assert found.text(position) == last["completion"] and found.target[position] == last["target"]
     lines(tmp_path, grpo_rows())
     rollouts(tmp_path, [{"sample_id": "s", "completion": None}, {"sample_id": "t", "completion": "x"}], step=1)
