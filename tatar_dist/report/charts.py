@@ -76,6 +76,11 @@ def number(value: float) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
+def percent(share: float) -> str:
+    """Format a share with one decimal; 100% without."""
+    return f"{share:.1%}" if share < 1 else "100%"
+
+
 def _tick(value: float, step: float) -> str:
     if step < 1e-3:  # more decimals than the margin has room for
         return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("-", "\N{MINUS SIGN}") if value else "0"

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tatar_dist import __version__
-from tatar_dist.report.charts import nice_ticks, number
+from tatar_dist.report.charts import nice_ticks, number, percent
 from tatar_dist.report.details import details
 from tatar_dist.report.explanation import explanations
 from tatar_dist.report.gallery import Pictures, walls
@@ -104,10 +104,6 @@ def render(run: RunFiles) -> str:
             version=__version__,
         )
     )
-
-
-def percent(share: float) -> str:
-    return f"{share:.1%}" if share < 1 else "100%"
 
 
 def duration(seconds: float) -> str:

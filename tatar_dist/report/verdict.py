@@ -65,10 +65,11 @@ def _headline(run: RunFiles) -> Headline:
         found = _scores(run, run.evaluations[-1])
         return Headline("Held-out scores: " + found if found else "No rank correlation could be computed", lines)
     training = run.trainings[-1]
-    return Headline(f"{training.kind.upper()}, {_count(len(training.rows), 'step')}", lines)
+    return Headline(f"{training.kind.upper()}, {count(len(training.rows), 'step')}", lines)
 
 
-def _count(n: int, noun: str) -> str:
+def count(n: int, noun: str) -> str:
+    """Format "1 step", "1,200 steps"."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
@@ -163,7 +164,7 @@ def checks(run: RunFiles) -> list[VerdictCheck]:
         found.append(_eval_parses(run.evaluations[-1]))
     rejected = sum(len(t.quarantine) for t in run.trainings)
     if run.trainings:
-        seen = "none" if not rejected else _count(rejected, "sample")
+        seen = "none" if not rejected else count(rejected, "sample")
         found.append(VerdictCheck("watch" if rejected else "good", "Quarantined samples", seen, "none"))
     return [c for c in found if c]
 
@@ -209,7 +210,7 @@ def _grpo_checks(training: Training) -> list[VerdictCheck | None]:
     unrankable = training.series("reward/unrankable_groups")[1]
     if len(unrankable):
         total = int(unrankable.sum())
-        seen = "none" if not total else _count(total, "group")
+        seen = "none" if not total else count(total, "group")
         result.append(
             VerdictCheck("watch" if total else "good", "Groups without a rival to rank against", seen, "none")
         )
@@ -229,7 +230,7 @@ def _finite(training: Training) -> VerdictCheck | None:
     if not names:
         return None
     wrong = max(training.not_finite(n) for n in names)
-    seen = "at every step" if not wrong else f"not at {_count(wrong, 'step')}"
+    seen = "at every step" if not wrong else f"not at {count(wrong, 'step')}"
     return VerdictCheck(
         "bad" if wrong else "good", f"{training.kind.upper()} loss and gradients finite", seen, "at every step"
     )
