@@ -20,7 +20,7 @@ from tatar_dist.evaluate.bootstrap import paired_srcc_difference
 from tatar_dist.report.charts import number, percent
 from tatar_dist.report.gallery import Key, key_of
 from tatar_dist.report.reading import RunFiles, Training, is_number
-from tatar_dist.report.verdict import TASK_NAMES, Headline, arrow, edges, listed
+from tatar_dist.report.verdict import ARROW, TASK_NAMES, Headline, arrow, edges, listed
 
 ROUNDS = 1000
 SCORES = ("srcc", "plcc", "mae", "n", "n_parsed")
@@ -28,7 +28,6 @@ LEAST_CLUSTERS = 3  # photographs: fewer cannot be resampled, then images are
 SURE = 1.96  # standard errors
 FISHER = 1.06  # variance of Fisher's z of SRCC, times n - 3 (Fieller, Hartley & Pearson 1957)
 DASH = "\N{EM DASH}"
-ARROW = "\N{RIGHTWARDS ARROW}"
 MINUS = "\N{MINUS SIGN}"
 
 
