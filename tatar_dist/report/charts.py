@@ -174,7 +174,7 @@ def line_chart(
         kind = "line dashed" if line.dashed else "line"
         parts.append(Markup('<path class="{}" style="{}" d="{}"/>').format(kind, stroke, _path(bx, by[1], at)))
         ends.append((line, float(soft[-1]), at(x[-1], soft[-1])))
-    places = _spread([y for _, _, (_, y) in ends], TOP + 4, height - BOTTOM)
+    places = _spread([y for _, _, (_, y) in ends], TOP + 4, height - BOTTOM - 4)
     for (line, value, (x, y)), place in zip(ends, places, strict=True):
         fill = Markup("fill:var(--{})").format(line.color)
         parts.append(Markup('<circle r="2.6" cx="{:.1f}" cy="{:.1f}" style="{}"/>').format(x, y, fill))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tatar_dist.report.charts import number
+from tatar_dist.report.charts import number, percent
 from tatar_dist.report.faults import history
 from tatar_dist.report.reading import EvaluationFiles, RunFiles, Training, is_number
 
@@ -99,7 +99,7 @@ def _before_after(run: RunFiles) -> tuple[str, list[str]]:
     lines = [f"Rank correlation (SRCC) with the targets on held-out images, before and after: {'; '.join(moves)}."]
     parsed, n = _parsed(last)
     if n:
-        lines.append(f"{parsed / n:.1%} of the final model\N{RIGHT SINGLE QUOTATION MARK}s answers give a score.")
+        lines.append(f"{percent(parsed / n)} of the final model\N{RIGHT SINGLE QUOTATION MARK}s answers give a score.")
     return title, lines
 
 
