@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,24 +236,39 @@ def write(directory: Path, result: Mapping[str, Any], published: bool) -> None:
 def show(result: Mapping[str, Any], published: bool) -> None:
     """Print the table on the terminal."""
     from rich.console import Console
+
+    rows = rows_of(result)
+    # nothing truncated, say; on a narrow terminal what papers do not print
+    narrow = ("KRCC", "PLCC, fitted", "RMSE") if Console().width < WIDE else ()
+    kept = [
+        i
+        for i, name in enumerate(COLUMNS)
+        if i == 0 or (name not in narrow and any(r[i] not in ("", "0") for r in rows))
+    ]
+    cells = [("average" in row[0], [row[i] for i in kept]) for row in rows]
+    print_table(str(result["model"]), [COLUMNS[i] for i in kept], cells)
+    if published and (others := published_rows(result)):
+        print_table("published, as their papers give it", others[0], [(False, row) for row in others[1:]])
+    print_notes(notes_of(result))
+
+
+def print_table(title: str, head: Sequence[str], rows: Iterable[tuple[bool, Sequence[str]]]) -> None:
+    """Print rows of (whether bold, cells) with a rich table; the first column is left-aligned."""
+    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    for title, head, rows in (
-        (str(result["model"]), list(COLUMNS), rows_of(result)),
-        *([("published, as their papers give it", p[0], p[1:])] if (p := published and published_rows(result)) else []),
-    ):
-        # nothing truncated, say; on a narrow terminal what papers do not print
-        narrow = {"KRCC", "PLCC, fitted", "RMSE"} if console.width < WIDE else set()
-        drop = {i for i in range(1, len(head)) if head[i] in narrow or all(row[i] in ("", "0") for row in rows)}
-        table = Table(title=escape(title), title_justify="left")
-        for i, name in enumerate(head):
-            if i not in drop:
-                table.add_column(name, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
-        for row in rows:
-            style = "bold" if "average" in row[0] else None
-            table.add_row(*(escape(cell) for i, cell in enumerate(row) if i not in drop), style=style)
-        console.print(table)
-    for note in notes_of(result):
-        console.print(f"  {note}", style="dim", highlight=False, markup=False)
+    table = Table(title=escape(title), title_justify="left")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
+    for bold, cells in rows:
+        table.add_row(*map(escape, cells), style="bold" if bold else None)
+    Console().print(table)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print notes below a table."""
+    from rich.console import Console
+
+    for note in notes:
+        Console().print(f"  {note}", style="dim", highlight=False, markup=False)
