@@ -18,8 +18,8 @@ from tatar_dist.report.charts import (
     Line,
     bins,
     calibration,
-    calibration_note,
     line_chart,
+    miscalibration,
     number,
     scatter,
     stacked_bars,
@@ -272,7 +272,7 @@ def _clouds(name: str, task: str, models: Sequence[Scores]) -> Clouds:
     found = bins(target, prediction) if len(target) >= LEAST_BINNED else []
     if found:
         chart = calibration(found, task or "ink", f"{name}, {model}: mean target by predicted score")
-        charts.append(("Calibration", calibration_note(found), chart))
+        charts.append(("Calibration", f"off by {number(miscalibration(found))} points", chart))
     counts = [(f"{b.low:.0f} to {b.high:.0f}", b.n, b.predicted, b.target) for b in found]
     return Clouds(name, task, charts, counts)
 
