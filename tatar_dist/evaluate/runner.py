@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -35,7 +36,6 @@ from tatar_dist.evaluate.answers import (
     distinct,
     key_of,
     model_fingerprint,
-    without_image,
 )
 from tatar_dist.evaluate.metrics import score_metrics, set_names, spread
 from tatar_dist.faults.interrupts import StopSignals
@@ -162,20 +162,20 @@ class Evaluation:
     def _parts(self, kind: str) -> Iterator[list[Prompt]]:
         """Yield unanswered prompts by engine call. `samples` is filled during the first kind."""
         size = batch_size(self.total, self.plan.engines, self.config.rollout.max_num_seqs, self.sampling[kind].n)
-        if self.config.rollout.deterministic:
-            size = 1
-        return batches(self._held_out(kind), size, self._prompt, lambda s: self.answers.has(kind, s))
+        return batches(
+            self._held_out(kind),
+            1 if self.config.rollout.deterministic else size,
+            lambda s: self.source.prompt(s, f"eval/{key_of(s)}"),
+            lambda s: self.answers.has(kind, s),
+        )
 
     def _held_out(self, kind: str) -> Iterator[Sample]:
-        known = lambda s: self.answers.has("greedy", s)  # noqa: E731
+        known = partial(self.answers.has, "greedy")
         for sample in distinct(self.source.held_out(self.manifests, self.config.data.eval_limit, known=known)):
             self.waits.check()
             if kind == "greedy":
-                self.samples.append(without_image(sample))
+                self.samples.append(replace(sample, image=b""))
             yield sample
-
-    def _prompt(self, sample: Sample) -> Prompt:
-        return self.source.prompt(sample, f"eval/{key_of(sample)}")
 
     def _engines(self, stack: ExitStack) -> RolloutPool:
         cluster = stack.enter_context(Cluster(self.config, self.directory.events.log, waits=self.waits))

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import parse
 from tatar_dist.report.gallery import Key, key_of, rationale
-from tatar_dist.report.reading import Rollouts, Training, clean, is_number
+from tatar_dist.report.reading import DAMAGE, Rollouts, Training, clean, damage_note, is_number
 from tatar_dist.report.verdict import TASK_NAMES
 from tatar_dist.rewards import audit
 from tatar_dist.rewards.explain import Opponent, explain
@@ -72,10 +71,9 @@ def explanations(training: Training, rollouts: Rollouts | None, notes: list[str]
         return []
     try:
         rows = pq.ParquetFile(files[-1]).read().to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as e:  # ValueError: a text that is not UTF-8
-        file = files[-1]
-        if rollouts is not None and file in rollouts.files:  # the damage is in a column that was not read there
-            notes.append(f"{file.parent.name}/{file.name} could not be read: {str(e).splitlines()[0]}")
+    except DAMAGE as e:
+        if rollouts is not None and files[-1] in rollouts.files:  # the damage is in a column that was not read there
+            notes.append(damage_note(files[-1], e))
         return []
     groups: dict[Any, list[int]] = {}
     for i, row in enumerate(rows):

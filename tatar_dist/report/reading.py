@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,8 @@ from tatar_dist.prompts.answer import parse
 from tatar_dist.run.events import read_events
 from tatar_dist.run.files import json_lines
 
+T = TypeVar("T")
+DAMAGE = (pa.ArrowException, OSError, ValueError, yaml.YAMLError)  # ValueError: also a text that is not UTF-8
 DEMO_MODELS = {"baseline": "base", "sft_eval": "SFT", "grpo_eval": "GRPO"}  # directory -> name on the page
 DEMO_TRAININGS = ("sft", "grpo")
 ROLLOUT_COLUMNS = ("dataset", "sample_id", "task", "completion", "target")
@@ -160,25 +162,16 @@ def _training(path: Path, notes: list[str]) -> Training | None:
         return None
     kind = "grpo" if any(k.startswith("reward/") for r in rows for k in r) else "sft"
     quarantine = _json_lines(path / "quarantine.jsonl", notes)
-    return Training(kind, _config(path, notes), rows, quarantine, path, _events(path, notes))
-
-
-def _events(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    try:
-        return read_events(path)
-    except OSError as e:
-        notes.append(f"{path.name}/events.jsonl could not be read: {e}")
-        return []
+    events = _read(path / "events.jsonl", lambda file: read_events(file.parent), [], notes)
+    return Training(kind, _config(path, notes), rows, quarantine, path, events)
 
 
 def _evaluation(path: Path, model: str, notes: list[str]) -> EvaluationFiles | None:
     datasets = _json(path / "metrics.json", notes).get("datasets")
     if not isinstance(datasets, dict) or not datasets:
         return None
-    predictions = []
-    if (path / "predictions.parquet").is_file():
-        rows = _table(path / "predictions.parquet", notes)
-        predictions = [{c: r.get(c) for c in PREDICTION_COLUMNS} for r in rows if is_number(r.get("target"))]
+    rows = _read(path / "predictions.parquet", lambda file: pq.read_table(file).to_pylist(), [], notes)
+    predictions = [{c: r.get(c) for c in PREDICTION_COLUMNS} for r in rows if is_number(r.get("target"))]
     task_of = {name: "iaa" if "iaa" in name else "iqa" for name in datasets}
     task_of |= {p["dataset"]: p["task"] for p in predictions}
     return EvaluationFiles(model, {k: v for k, v in datasets.items() if isinstance(v, dict)}, predictions, task_of)
@@ -190,8 +183,8 @@ def _from_table(table: Any) -> list[EvaluationFiles]:
     for row in _list(table):
         if isinstance(row, dict) and "model" in row and "task" in row:
             by_model.setdefault(str(row["model"]), {})[str(row["task"])] = row
-    named = {"base": "base", "sft": "SFT", "grpo": "GRPO"}
-    return [EvaluationFiles(named.get(m, m), d, [], {t: t for t in d}) for m, d in by_model.items()]
+    names = {"sft": "SFT", "grpo": "GRPO"}
+    return [EvaluationFiles(names.get(m, m), d, [], {t: t for t in d}) for m, d in by_model.items()]
 
 
 def _stages(stages: Any) -> list[dict[str, Any]]:
@@ -218,18 +211,6 @@ def _gains(gains: Any) -> list[tuple[str, str, list[float]]]:
     ]
 
 
-def _config(path: Path, notes: list[str]) -> dict[str, Any]:
-    file = path / "config.yaml"
-    if not file.is_file():
-        return {}
-    try:
-        found = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        notes.append(f"{file.name}: {str(e).splitlines()[0]}")
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _manifests(config: Mapping[str, Any], split: str) -> tuple[list[Path], str | None]:
     """Return the existing manifests of a split, and the image root of the configuration."""
     data = config.get("data")
@@ -240,34 +221,34 @@ def _manifests(config: Mapping[str, Any], split: str) -> tuple[list[Path], str |
     return there, str(images) if images else None
 
 
-def _json(file: Path, notes: list[str]) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
+def _read(file: Path, read: Callable[[Path], Any], empty: T, notes: list[str]) -> T:
+    """Return the content of a file, or `empty` if it is absent, of another type or damaged, which is noted."""
     try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as e:
-        notes.append(f"{file.parent.name}/{file.name} could not be read: {e}")
-        return {}
-    return found if isinstance(found, dict) else {}
+        content = read(file) if file.is_file() else empty
+    except DAMAGE as e:
+        notes.append(damage_note(file, e))
+        return empty
+    return content if isinstance(content, type(empty)) else empty
+
+
+def damage_note(file: Path, error: Exception) -> str:
+    """Return the note about a file that could not be read, with the first line of the error."""
+    reason, *_ = str(error).splitlines() or [type(error).__name__]
+    return f"{file.parent.name}/{file.name} could not be read: {reason}"
+
+
+def _config(path: Path, notes: list[str]) -> dict[str, Any]:
+    return _read(path / "config.yaml", lambda file: yaml.safe_load(file.read_text()), {}, notes)
+
+
+def _json(file: Path, notes: list[str]) -> dict[str, Any]:
+    return _read(file, lambda f: json.loads(f.read_text()), {}, notes)
 
 
 def _json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
     name = f"{file.parent.name}/{file.name}"
-    try:
-        return json_lines(file, lambda n: notes.append(f"{name}: line {n} is not JSON and was left out"))
-    except OSError as e:
-        notes.append(f"{name} could not be read: {e}")
-        return []
-
-
-def _table(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-    try:
-        return pq.read_table(file).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as e:  # ValueError: a text that is not UTF-8
-        notes.append(f"{file.parent.name}/{file.name} could not be read: {str(e).splitlines()[0]}")
-        return []
+    note = lambda n: notes.append(f"{name}: line {n} is not JSON and was left out")  # noqa: E731
+    return _read(file, lambda f: json_lines(f, note), [], notes)
 
 
 def _list(value: Any) -> list[Any]:
@@ -324,8 +305,8 @@ def read_rollouts(training: Training, notes: list[str]) -> Rollouts | None:
     for file in sorted((training.path / "rollouts").glob("step_*.parquet")):
         try:
             rows = [(i, r) for i, r in enumerate(_completions(file)) if is_number(r["target"])]
-        except (pa.ArrowException, OSError, ValueError) as e:
-            bad.append(f"{file.parent.name}/{file.name} could not be read: {str(e).splitlines()[0]}")
+        except DAMAGE as e:
+            bad.append(damage_note(file, e))
             continue
         for i, r in rows:
             key = str(r["dataset"]), str(r["sample_id"])
