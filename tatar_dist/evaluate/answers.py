@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -169,11 +168,6 @@ def batch_size(samples: int, engines: int, max_num_seqs: int, n: int) -> int:
     share."""
     room = max(1, max_num_seqs // n)
     return max(1, min(BATCH * room, -(-samples // (2 * engines))))
-
-
-def without_image(sample: Sample) -> Sample:
-    """Return the sample without its image bytes, as kept after it was asked."""
-    return replace(sample, image=b"")
 
 
 def _digest(sample: Sample) -> str:

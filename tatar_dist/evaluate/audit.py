@@ -8,14 +8,12 @@ and NAME/iaa, since their scores are not comparable.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tatar_dist.errors import UserError
 from tatar_dist.evaluate.metrics import DatasetMetrics, score_metrics, set_names
+from tatar_dist.evaluate.tables import notes_of
 from tatar_dist.prompts.answer import parse
 from tatar_dist.rewards.audit import common_error, number_error, numbered_rows
 
@@ -42,25 +40,26 @@ def run(
     """
     if bootstrap < 0:
         raise UserError(f"--bootstrap {bootstrap}: must not be negative")
-    entries_of: dict[tuple[str, str], list[tuple[float, float, bool]]] = {}
+    entries_of: dict[tuple[str, str], list[tuple[float, float | None, bool]]] = {}
     for line, row in numbered_rows(file, nan=True):
         wrong = row if isinstance(row, str) else row_error(row)
         if wrong is not None:
             raise UserError(f"{file}:{line}: {wrong}")
         assert isinstance(row, dict)  # row_error has seen it
-        entry = (float(row["target"]), _prediction(row, strict), _truncated(row))
+        truncated = row.get("finish_reason") == "length" or row.get("truncated") is True
+        entry = (row["target"], _prediction(row, strict), truncated)
         entries_of.setdefault((row["dataset"], row["task"]), []).append(entry)
     if not entries_of:
         raise UserError(f"{file}: no rows")
     names = set_names(entries_of)
     result = {}
     for pair, entries in entries_of.items():
-        target, prediction, truncated = (np.array(x) for x in zip(*entries, strict=True))
+        target, prediction, truncated = zip(*entries, strict=True)
         result[names[pair]] = score_metrics(
             target,
             prediction,
             unparsed=unparsed,
-            n_truncated=int(truncated.sum()),
+            n_truncated=sum(truncated),
             bootstrap=bootstrap,
             ci_all=ci_all,
             seed=seed,
@@ -71,29 +70,16 @@ def run(
 def row_error(row: dict[str, Any]) -> str | None:
     """Return the error in a row of the `metrics` contract, or None."""
     wrong = common_error(row)
-    if wrong is not None:
+    if wrong is not None or ("prediction" not in row and isinstance(row.get("completion"), str)):
         return wrong
-    if "prediction" in row:
-        value = row["prediction"]
-        return None if _unparsed(value) else number_error("prediction", value, bounded=False)
-    if not isinstance(row.get("completion"), str):
+    if "prediction" not in row:
         return "prediction or completion is missing"
-    return None
+    value = row["prediction"]
+    return None if value is None or value != value else number_error("prediction", value, bounded=False)
 
 
-def _unparsed(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _truncated(row: dict[str, Any]) -> bool:
-    return row.get("finish_reason") == "length" or row.get("truncated") is True
-
-
-def _prediction(row: dict[str, Any], strict: bool) -> float:
-    if "prediction" in row:
-        return math.nan if _unparsed(row["prediction"]) else float(row["prediction"])
-    value = parse(row["completion"], strict).value
-    return math.nan if value is None else value
+def _prediction(row: dict[str, Any], strict: bool) -> float | None:
+    return row["prediction"] if "prediction" in row else parse(row["completion"], strict).value
 
 
 def as_json(result: dict[str, DatasetMetrics]) -> dict[str, Any]:
@@ -102,19 +88,11 @@ def as_json(result: dict[str, DatasetMetrics]) -> dict[str, Any]:
 
 
 def as_table(result: dict[str, DatasetMetrics]) -> str:
-    """Format a plain-text table, followed by the reasons of missing values."""
+    """Format a plain-text table, followed by its notes."""
     width = max(len("dataset"), *(len(name) for name in result))
     columns = ("srcc", "plcc", "krcc", "plcc_fitted", "rmse", "mae")
-    lines = [f"{'dataset':{width}} {'n':>6} {'parsed':>6} " + " ".join(f"{c:>11}" for c in columns)]
-    notes = []
+    lines = [f"{'dataset':{width}} {'n':>6} {'parsed':>6} {'truncated':>9} " + " ".join(f"{c:>11}" for c in columns)]
     for name, m in result.items():
         cells = [f"{'—' if v is None else format(v, '.4f'):>11}" for v in (getattr(m, c) for c in columns)]
-        lines.append(f"{name:{width}} {m.n:6d} {m.n_parsed:6d} " + " ".join(cells))
-        remarks = [f"{k} 95% [{ci[0]:.4f}, {ci[1]:.4f}]" for k, ci in m.ci95.items() if ci]
-        remarks += [f"{k} is null: {why}" for k, why in m.reason.items()]
-        for count, what in ((m.n_truncated, "truncated"), (m.n_out_of_range, "clamped to 0-100")):
-            remarks += [f"{count} {what}"] if count else []
-        if m.n_parsed < m.n:
-            remarks.append(f"unparsed rows: {m.unparsed}")
-        notes += [f"{name}: {s}" for s in remarks]
-    return "\n".join(lines + notes)
+        lines.append(f"{name:{width}} {m.n:6d} {m.n_parsed:6d} {m.n_truncated:9d} " + " ".join(cells))
+    return "\n".join([*lines, *notes_of(as_json(result))])

@@ -78,12 +78,14 @@ def intervals(
     return dict(zip(statistics, map(_percentiles, np.array(draws).T), strict=True))
 
 
-def _interval(estimate: float, draws: np.ndarray) -> Interval:
+def _bootstrap(value: Callable[[np.ndarray], float], cluster: np.ndarray, rounds: int, seed: int) -> Interval:
+    """Return the interval of `value`, a function of row indices, over resamples of the clusters."""
+    draws = np.array([value(rows) for rows in resamples(cluster, rounds, seed)])
     lo, hi = _percentiles(draws) or (np.nan, np.nan)
     defined = draws[np.isfinite(draws)]
     rarer = min((defined <= 0).sum(), (defined >= 0).sum())
     p = min(1.0, 2 * (int(rarer) + 1) / (len(defined) + 1))
-    return Interval(estimate, lo, hi, len(defined), p)
+    return Interval(value(np.arange(len(cluster))), lo, hi, len(defined), p)
 
 
 def paired_mean_difference(
@@ -100,8 +102,7 @@ def paired_mean_difference(
     """
     before, after = _paired(before, after, cluster)
     difference = (after - before).mean(axis=0)
-    draws = np.array([difference[rows].mean() for rows in resamples(cluster, rounds, seed)])
-    return _interval(float(difference.mean()), draws)
+    return _bootstrap(lambda rows: float(difference[rows].mean()), cluster, rounds, seed)
 
 
 def paired_difference(
@@ -138,8 +139,7 @@ def paired_difference(
             np.mean([statistic(t, a[rows]) - statistic(t, b[rows]) for b, a in zip(before, after, strict=True)])
         )
 
-    draws = np.array([difference(rows) for rows in resamples(cluster, rounds, seed)])
-    return _interval(difference(np.arange(len(target))), draws)
+    return _bootstrap(difference, cluster, rounds, seed)
 
 
 paired_srcc_difference = partial(paired_difference, srcc)

@@ -21,6 +21,7 @@ from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
 from tatar_dist.evaluate.bootstrap import Statistic, paired_difference
 from tatar_dist.evaluate.metrics import plcc, set_names, srcc, usable
+from tatar_dist.evaluate.tables import print_notes, print_table
 
 ROUNDS = 2000
 LEAST = 6  # pictures, or source photographs, below which resampling says nothing of chance
@@ -43,27 +44,25 @@ def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> di
     datasets: dict[str, Any] = {}
     names = set_names((name, task) for task, name, _ in (*first, *second))
     for name, task in sorted(names, key=lambda pair: pair[::-1]):
-        mine = [{k: v for k, v in rows.items() if k[:2] == (task, name)} for rows in (first, second)]
-        both = sorted(mine[0].keys() & mine[1].keys())
-        for key in both:
-            if mine[0][key]["target"] != mine[1][key]["target"]:
+        first_of, second_of = ({k: v for k, v in rows.items() if k[:2] == (task, name)} for rows in (first, second))
+        both = sorted(first_of.keys() & second_of.keys())
+        pairs = [(first_of[key], second_of[key]) for key in both]
+        for a, b in pairs:
+            if a["target"] != b["target"]:
                 raise UserError(
-                    f"{after}: {name}/{key[2]} has the target {mine[1][key]['target']}, in {before} it has "
-                    f"{mine[0][key]['target']}: these are not evaluations of one manifest"
+                    f"{after}: {name}/{b['sample_id']} has the target {b['target']}, in {before} it has "
+                    f"{a['target']}: these are not evaluations of one manifest"
                 )
-        entry: dict[str, Any] = {
+        datasets[names[name, task]] = {
             "task": task,
             "n": len(both),
-            "only_before": len(mine[0]) - len(both),
-            "only_after": len(mine[1]) - len(both),
+            "only_before": len(first_of) - len(both),
+            "only_after": len(second_of) - len(both),
             "unparsed": "midpoint",
-            "parsed_before": sum(mine[0][key]["prediction"] is not None for key in both),
-            "parsed_after": sum(mine[1][key]["prediction"] is not None for key in both),
+            "parsed_before": sum(a["prediction"] is not None for a, _ in pairs),
+            "parsed_after": sum(b["prediction"] is not None for _, b in pairs),
+            **{measure: _compare(statistic, pairs, rounds, seed) for measure, statistic in STATISTICS.items()},
         }
-        datasets[names[name, task]] = entry
-        columns = [[rows[key] for key in both] for rows in mine]
-        for measure, statistic in STATISTICS.items():
-            entry[measure] = _compare(statistic, columns[0], columns[1], rounds, seed)
     if not any(entry["n"] for entry in datasets.values()):
         raise UserError(f"{before} and {after} have no sample in common")
     return {"before": str(before), "after": str(after), "rounds": rounds, "datasets": datasets}
@@ -83,15 +82,15 @@ def _read(directory: Path) -> Rows:
 
 
 def _compare(
-    statistic: Statistic, first: list[dict[str, Any]], second: list[dict[str, Any]], rounds: int, seed: int
+    statistic: Statistic, pairs: list[tuple[dict[str, Any], dict[str, Any]]], rounds: int, seed: int
 ) -> dict[str, Any]:
-    target = np.array([r["target"] for r in first], np.float64)
-    sides = [np.array([r["prediction"] for r in rows], np.float64) for rows in (first, second)]  # None becomes NaN
+    target = np.array([a["target"] for a, _ in pairs], np.float64)
+    sides = [np.array([pair[i]["prediction"] for pair in pairs], np.float64) for i in (0, 1)]  # None becomes NaN
     values = [_value(statistic, target, p) for p in sides]
     entry: dict[str, Any] = {"before": values[0], "after": values[1], "difference": None, "ci95": None, "p": None}
     if None in values:
         return entry | {"reason": "a correlation does not exist: too few rows, or one side is constant"}
-    cluster = np.array([r["source"] or r["sample_id"] for r in first])
+    cluster = np.array([a["source"] or a["sample_id"] for a, _ in pairs])
     if (n := len(set(cluster.tolist()))) < LEAST:
         difference = values[1] - values[0]  # type: ignore[operator]
         return entry | {"difference": difference, "reason": f"{n} independent pictures tell nothing of chance"}
@@ -109,31 +108,25 @@ def _value(statistic: Statistic, target: np.ndarray, prediction: np.ndarray) -> 
 
 def show(result: dict[str, Any]) -> None:
     """Print one row per data set and statistic; differences significant at 5 % are bold."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
-    title = escape(f"B = {result['after']} against A = {result['before']}")
-    table = Table(title=title, title_justify="left")
-    for i, head in enumerate(("data set", "n", "", "A", "B", "B - A", "95 % interval", "p")):
-        table.add_column(head, justify="left" if i in (0, 2) else "right")
+    rows, notes = [], []
     for name, m in result["datasets"].items():
         for i, statistic in enumerate(STATISTICS):
             s = m[statistic]
-            numbers = ["—" if s[k] is None else f"{s[k]:.3f}" for k in ("before", "after")]
-            difference = "—" if s["difference"] is None else f"{s['difference']:+.3f}"
-            interval = f"{s['ci95'][0]:+.3f} to {s['ci95'][1]:+.3f}" if s["ci95"] else "—"
-            p = "—" if s["p"] is None else f"{s['p']:.3f}"
-            sure = s["ci95"] is not None and (s["ci95"][0] > 0 or s["ci95"][1] < 0)
-            first = [escape(name), str(m["n"])] if i == 0 else ["", ""]
-            table.add_row(*first, statistic.upper(), *numbers, difference, interval, p, style="bold" if sure else None)
-    console.print(table)
-    for name, m in result["datasets"].items():
-        notes = [f"{k.upper()}: {m[k]['reason']}" for k in STATISTICS if m[k]["reason"]]
+            lo, hi = s["ci95"] or (math.nan, math.nan)
+            first = ["", ""] if i else [name, str(m["n"])]
+            cells = [_cell(s["before"]), _cell(s["after"]), _cell(s["difference"], "+")]
+            interval = f"{lo:+.3f} to {hi:+.3f}" if s["ci95"] else "—"
+            rows.append((lo > 0 or hi < 0, [*first, statistic.upper(), *cells, interval, _cell(s["p"])]))
+        notes += [f"{name}: {k.upper()}: {m[k]['reason']}" for k in STATISTICS if m[k]["reason"]]
         if m["only_before"] or m["only_after"]:
-            notes.append(f"{m['only_before']} samples only in A, {m['only_after']} only in B: left out")
+            notes.append(f"{name}: {m['only_before']} samples only in A, {m['only_after']} only in B: left out")
         if m["parsed_before"] < m["n"] or m["parsed_after"] < m["n"]:
-            notes.append(f"of {m['n']} answers {m['parsed_before']} and {m['parsed_after']} parsed, the others are 50")
-        for note in notes:
-            console.print(f"  {name}: {note}", style="dim", highlight=False, markup=False)
+            parsed = f"{m['parsed_before']} and {m['parsed_after']} parsed"
+            notes.append(f"{name}: of {m['n']} answers {parsed}, the others are 50")
+    head = ("data set", "n", "", "A", "B", "B - A", "95 % interval", "p")
+    print_table(f"B = {result['after']} against A = {result['before']}", head, rows)
+    print_notes(notes)
+
+
+def _cell(value: float | None, sign: str = "") -> str:
+    return "—" if value is None else format(value, f"{sign}.3f")

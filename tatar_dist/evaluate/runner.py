@@ -11,8 +11,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -34,7 +36,6 @@ from tatar_dist.evaluate.answers import (
     distinct,
     key_of,
     model_fingerprint,
-    without_image,
 )
 from tatar_dist.evaluate.metrics import score_metrics, set_names, spread
 from tatar_dist.faults.interrupts import StopSignals
@@ -161,20 +162,20 @@ class Evaluation:
     def _parts(self, kind: str) -> Iterator[list[Prompt]]:
         """Yield unanswered prompts by engine call. `samples` is filled during the first kind."""
         size = batch_size(self.total, self.plan.engines, self.config.rollout.max_num_seqs, self.sampling[kind].n)
-        if self.config.rollout.deterministic:
-            size = 1
-        return batches(self._held_out(kind), size, self._prompt, lambda s: self.answers.has(kind, s))
+        return batches(
+            self._held_out(kind),
+            1 if self.config.rollout.deterministic else size,
+            lambda s: self.source.prompt(s, f"eval/{key_of(s)}"),
+            lambda s: self.answers.has(kind, s),
+        )
 
     def _held_out(self, kind: str) -> Iterator[Sample]:
-        known = lambda s: self.answers.has("greedy", s)  # noqa: E731
+        known = partial(self.answers.has, "greedy")
         for sample in distinct(self.source.held_out(self.manifests, self.config.data.eval_limit, known=known)):
             self.waits.check()
             if kind == "greedy":
-                self.samples.append(without_image(sample))
+                self.samples.append(replace(sample, image=b""))
             yield sample
-
-    def _prompt(self, sample: Sample) -> Prompt:
-        return self.source.prompt(sample, f"eval/{key_of(sample)}")
 
     def _engines(self, stack: ExitStack) -> RolloutPool:
         cluster = stack.enter_context(Cluster(self.config, self.directory.events.log, waits=self.waits))
@@ -187,7 +188,7 @@ class Evaluation:
 
     def _results(self, path: Path) -> dict[str, Any]:
         rows = [self._row(s) for s in self.samples]
-        table = pa.Table.from_pylist(rows, _SCHEMA)
+        table = pa.Table.from_pylist(rows, pa.schema([(name, kind) for name, (kind, _) in COLUMNS.items()]))
         with written_whole(path / "predictions.parquet") as place:
             pq.write_table(table, place)
         e = self.config.evaluate
@@ -227,60 +228,41 @@ class Evaluation:
         return {k: v if math.isfinite(v) else None for k, v in reward_metrics(batch, scored).items()}
 
 
-_SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("dataset", pa.string()),
-        ("task", pa.string()),
-        ("source", pa.string()),
-        ("target", pa.float64()),
-        ("prediction", pa.float64()),
-        ("completion", pa.string()),
-        ("think_words", pa.int64()),
-        ("tokens", pa.int64()),
-        ("truncated", pa.bool_()),
-        ("expected", pa.float64()),
-        ("expected_sd", pa.float64()),
-        ("samples", pa.list_(pa.float64())),
-        ("sample_mean", pa.float64()),
-        ("sample_sd", pa.float64()),
-        ("samples_truncated", pa.int64()),
-        ("meta", pa.string()),
-    ]
-)
+# Columns of predictions.parquet, each with its value for a greedy completion; `Evaluation._row` adds the samples.
+COLUMNS: dict[str, tuple[pa.DataType, Callable[[Sample, Completion], Any]]] = {
+    "sample_id": (pa.string(), lambda s, c: s.sample_id),
+    "dataset": (pa.string(), lambda s, c: s.dataset),
+    "task": (pa.string(), lambda s, c: s.task),
+    # what several pictures are made from: crops of one photograph, distortions of one reference
+    "source": (pa.string(), lambda s, c: str(s.meta.get("photo") or s.meta.get("reference") or "")),
+    "target": (pa.float64(), lambda s, c: s.score),
+    "prediction": (pa.float64(), lambda s, c: parse(c.text).value),
+    "completion": (pa.string(), lambda s, c: c.text),
+    "think_words": (pa.int64(), lambda s, c: think_words(c.text)),
+    "tokens": (pa.int64(), lambda s, c: len(c.token_ids)),
+    "truncated": (pa.bool_(), lambda s, c: c.finish_reason == "length"),
+    "expected": (pa.float64(), lambda s, c: c.expected.mean if c.expected else None),
+    "expected_sd": (pa.float64(), lambda s, c: c.expected.sd if c.expected else None),
+    "samples": (pa.list_(pa.float64()), lambda s, c: None),
+    "sample_mean": (pa.float64(), lambda s, c: None),
+    "sample_sd": (pa.float64(), lambda s, c: None),
+    "samples_truncated": (pa.int64(), lambda s, c: 0),
+    "meta": (pa.string(), lambda s, c: json.dumps(s.meta) if s.meta else None),
+}
 
 
 def _rows(manifests: Sequence[Manifest], limit: int | None) -> int:
     """Return the maximum number of samples to ask."""
-    of_set: dict[str, int] = {}
-    for pool in (p for m in manifests for p in m.pools):
-        of_set[pool.dataset] = of_set.get(pool.dataset, 0) + pool.rows
-    return sum(n if limit is None else min(n, limit) for n in of_set.values())
+    rows = Counter[str]()
+    for manifest in manifests:
+        for pool in manifest.pools:
+            rows[pool.dataset] += pool.rows
+    return sum(n if limit is None else min(n, limit) for n in rows.values())
 
 
 def prediction_row(sample: Sample, completion: Completion) -> dict[str, Any]:
-    """Return a row of predictions.parquet: target, prediction (None if unparsed), completion and its counts."""
-    expected = completion.expected
-    return {
-        "sample_id": sample.sample_id,
-        "dataset": sample.dataset,
-        "task": sample.task,
-        # what several pictures are made from: crops of one photograph, distortions of one reference
-        "source": str(sample.meta.get("photo") or sample.meta.get("reference") or ""),
-        "target": sample.score,
-        "prediction": parse(completion.text).value,
-        "completion": completion.text,
-        "think_words": think_words(completion.text),
-        "tokens": len(completion.token_ids),
-        "truncated": completion.finish_reason == "length",
-        "expected": expected.mean if expected else None,
-        "expected_sd": expected.sd if expected else None,
-        "samples": None,
-        "sample_mean": None,
-        "sample_sd": None,
-        "samples_truncated": 0,
-        "meta": json.dumps(sample.meta) if sample.meta else None,
-    }
+    """Return a row of predictions.parquet; prediction is None if the completion does not parse."""
+    return {name: value(sample, completion) for name, (_, value) in COLUMNS.items()}
 
 
 def by_dataset(

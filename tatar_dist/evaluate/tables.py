@@ -10,14 +10,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tatar_dist.assets import CONFIGS
-from tatar_dist.data.registry import Registry, read_registry
+from tatar_dist.data.registry import read_registry
 from tatar_dist.evaluate.metrics import score_metrics, set_names
 from tatar_dist.types import TASKS
 
@@ -39,27 +39,21 @@ def averages(found: Mapping[str, Mapping[str, Any]], in_domain: Sequence[str] | 
         in_domain: data sets of the training data. None takes the flags of configs/datasets.yaml; sets that are not in
             that file count in `all` only.
     """
-    registry = read_registry() if in_domain is None else None
-    inside = {name: _is_inside(name, in_domain, registry) for name in found}
+    known = {name: entry.in_domain for name, entry in read_registry().datasets.items()} if in_domain is None else {}
     result: dict[str, dict[str, Any]] = {}
     for task in TASKS:
-        own = [name for name, m in found.items() if m.get("task") == task]
-        groups = {
-            "in_domain": [n for n in own if inside[n] is True],
-            "cross_domain": [n for n in own if inside[n] is False],
-            "all": own,
-        }
-        entry = {group: _mean({n: found[n] for n in names}) for group, names in groups.items() if names}
-        if entry:
-            result[task] = entry
+        groups: dict[str, dict[str, Any]] = {"in_domain": {}, "cross_domain": {}, "all": {}}
+        for name, m in found.items():
+            if m.get("task") == task:
+                groups["all"][name] = m
+                plain = name.removesuffix("/iqa").removesuffix("/iaa")
+                inside = known.get(plain) if in_domain is None else plain in in_domain
+                if inside is not None:
+                    groups["in_domain" if inside else "cross_domain"][name] = m
+        means = {group: _mean(of) for group, of in groups.items() if of}
+        if means:
+            result[task] = means
     return result
-
-
-def _is_inside(name: str, listed: Sequence[str] | None, registry: Registry | None) -> bool | None:
-    plain = name.removesuffix("/iqa").removesuffix("/iaa")
-    if registry is None:
-        return plain in (listed or ())
-    return registry.datasets[plain].in_domain if plain in registry.datasets else None
 
 
 def _mean(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -188,20 +182,12 @@ def markdown(rows: list[list[str]], head: tuple[str, ...] | list[str] = COLUMNS)
 def latex(result: Mapping[str, Any]) -> str:
     """Format a booktabs table with one PLCC/SRCC column per data set, as papers print it."""
     sets = result["datasets"]
-    names = " & ".join(_tex(n) for n in sets)
-    cells = " & ".join("/".join(_number(m[k]).lstrip("0").replace("—", "--") for k in ("plcc", "srcc"))
-                       for m in sets.values())  # fmt: skip
-    return "\n".join(
-        [
-            f"\\begin{{tabular}}{{l{'c' * len(sets)}}}",
-            "\\toprule",
-            f"PLCC/SRCC & {names} \\\\",
-            "\\midrule",
-            f"{_tex(Path(str(result['model'])).name)} & {cells} \\\\",
-            "\\bottomrule",
-            "\\end{tabular}",
-            "",
-        ]
+    cells = ["/".join(_number(m[k]).lstrip("0").replace("—", "--") for k in ("plcc", "srcc")) for m in sets.values()]
+    model = Path(str(result["model"])).name
+    return (
+        f"\\begin{{tabular}}{{l{'c' * len(sets)}}}\n\\toprule\n"
+        f"{' & '.join(['PLCC/SRCC', *map(_tex, sets)])} \\\\\n\\midrule\n"
+        f"{' & '.join([_tex(model), *cells])} \\\\\n\\bottomrule\n\\end{{tabular}}\n"
     )
 
 
@@ -236,24 +222,39 @@ def write(directory: Path, result: Mapping[str, Any], published: bool) -> None:
 def show(result: Mapping[str, Any], published: bool) -> None:
     """Print the table on the terminal."""
     from rich.console import Console
+
+    rows = rows_of(result)
+    # nothing truncated, say; on a narrow terminal what papers do not print
+    narrow = ("KRCC", "PLCC, fitted", "RMSE") if Console().width < WIDE else ()
+    kept = [
+        i
+        for i, name in enumerate(COLUMNS)
+        if i == 0 or (name not in narrow and any(r[i] not in ("", "0") for r in rows))
+    ]
+    cells = [("average" in row[0], [row[i] for i in kept]) for row in rows]
+    print_table(str(result["model"]), [COLUMNS[i] for i in kept], cells)
+    if published and (others := published_rows(result)):
+        print_table("published, as their papers give it", others[0], [(False, row) for row in others[1:]])
+    print_notes(notes_of(result))
+
+
+def print_table(title: str, head: Sequence[str], rows: Iterable[tuple[bool, Sequence[str]]]) -> None:
+    """Print rows of (whether bold, cells) with a rich table; the first column is left-aligned."""
+    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    for title, head, rows in (
-        (str(result["model"]), list(COLUMNS), rows_of(result)),
-        *([("published, as their papers give it", p[0], p[1:])] if (p := published and published_rows(result)) else []),
-    ):
-        # nothing truncated, say; on a narrow terminal what papers do not print
-        narrow = {"KRCC", "PLCC, fitted", "RMSE"} if console.width < WIDE else set()
-        drop = {i for i in range(1, len(head)) if head[i] in narrow or all(row[i] in ("", "0") for row in rows)}
-        table = Table(title=escape(title), title_justify="left")
-        for i, name in enumerate(head):
-            if i not in drop:
-                table.add_column(name, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
-        for row in rows:
-            style = "bold" if "average" in row[0] else None
-            table.add_row(*(escape(cell) for i, cell in enumerate(row) if i not in drop), style=style)
-        console.print(table)
-    for note in notes_of(result):
-        console.print(f"  {note}", style="dim", highlight=False, markup=False)
+    table = Table(title=escape(title), title_justify="left")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
+    for bold, cells in rows:
+        table.add_row(*map(escape, cells), style="bold" if bold else None)
+    Console().print(table)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print notes below a table."""
+    from rich.console import Console
+
+    for note in notes:
+        Console().print(f"  {note}", style="dim", highlight=False, markup=False)

@@ -1,14 +1,14 @@
 """Inline SVG charts as pure functions that return Markup: curves and bars over steps, squares of predicted scores.
 
 Colours are CSS variables of the page (`--iqa`, `--iaa`, `--ink`, `--muted`, ...), so one chart serves light and dark
-themes. All text is escaped here. A drawing is 360 units wide, about its width on a phone and in the page's columns, so
-text keeps its nominal size.
+themes. All text is escaped here. A drawing over steps is 360 units wide, about its width on a phone and in the page's
+columns, so text keeps its nominal size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +17,14 @@ from markupsafe import Markup
 from tatar_dist.evaluate.metrics import MIN_FIT, logistic_map, usable
 
 WIDTH = 360
-Point = Callable[[float, float], tuple[float, float]]  # data -> drawing units
 LEFT, RIGHT, TOP, BOTTOM = 42, 112, 10, 26  # margins; the right one holds the direct labels
+BAR_RIGHT = 40  # right margin of a chart without direct labels
+SIDE = 162  # of a square chart
 MAX_POINTS = 240  # more steps than this are averaged into bins: a pixel shows no more
 LABEL_GAP = 14  # units between the baselines of two direct labels
-SQUARE_LEFT, SQUARE_TOP, SIDE, SQUARE_RIGHT, SQUARE_BOTTOM = 30, 8, 162, 14, 22
 BINS = 10  # of ten points each
 CURVE_POINTS = 60
-Scale = Callable[[float], float]  # points on 0-100 -> drawing units
+MOST_DOTS = 1500  # of a scatter
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,77 @@ class Line:
     """One curve. x, y: (n,); color: CSS variable without dashes; `smooth`: draw the raw curve faintly behind."""
 
     label: str
-    x: Sequence[float] | np.ndarray
-    y: Sequence[float] | np.ndarray
+    x: np.ndarray
+    y: np.ndarray
     color: str
     smooth: bool = True
     dashed: bool = False
 
 
+@dataclass(frozen=True)
+class Area:
+    """Part of a drawing that shows data, in drawing units, with the ranges (low, high) of x and y."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Map data to drawing units."""
+        (x0, x1), (y0, y1) = self.x, self.y
+        return (
+            self.left + self.width * (x - x0) / ((x1 - x0) or 1.0),
+            self.top + self.height * (1 - (y - y0) / ((y1 - y0) or 1.0)),
+        )
+
+    def path(self, points: Iterable[Sequence[float]]) -> str:
+        """Return the SVG path through (x, y) points; a lone one is a dot, drawn by the round line cap."""
+        places = ["{:.1f} {:.1f}".format(*self.at(*point)) for point in points]
+        return "M" + "L".join(places) + ("h0" if len(places) == 1 else "")
+
+    def grid(self, x_ticks: Sequence[float], y_ticks: Sequence[float], vertical: bool = False) -> Markup:
+        """Draw a line and a label at each tick of y, a label at each of x, and with `vertical` a line too."""
+        right, bottom = self.left + self.width, self.top + self.height
+        step = y_ticks[1] - y_ticks[0] if len(y_ticks) > 1 else abs(y_ticks[0]) or 1.0
+        parts = []
+        for t in y_ticks:
+            y = self.at(self.x[0], t)[1]
+            parts.append(_path("grid", f"M{self.left} {y:.1f}H{right}"))
+            parts.append(_text("end", self.left - 6, y + 4, _tick(t, step)))
+        for t in x_ticks:
+            x = self.at(t, self.y[0])[0]
+            if vertical:
+                parts.append(_path("grid", f"M{x:.1f} {self.top}V{bottom}"))
+            parts.append(_text("mid", x, bottom + 17, _tick(t, 1)))
+        return Markup("").join(parts)
+
+
+SQUARE = Area(30, 8, SIDE, SIDE, (0.0, 100.0), (0.0, 100.0))
+
+
+def _path(kind: str, d: str, style: str = "") -> Markup:
+    return Markup('<path class="{}" style="{}" d="{}"/>').format(kind, style, d)
+
+
+def _text(kind: str, x: float, y: float, text: str) -> Markup:
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(kind, x, y, text)
+
+
+def _svg(width: float, height: float, label: str, parts: Iterable[Markup]) -> Markup:
+    start = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(width, height, label)
+    return start + Markup("").join(parts) + Markup("</svg>")
+
+
 def smoothed(y: np.ndarray) -> np.ndarray:
     """Exponential moving average of (n,) values without start-up bias, with a span of max(3, n / 10) steps."""
+    from scipy.signal import lfilter
+
     alpha = 2.0 / (max(3.0, len(y) / 10) + 1.0)
-    out, total, weight = np.empty(len(y)), 0.0, 0.0
-    for i, value in enumerate(y):
-        total, weight = (1 - alpha) * total + alpha * value, (1 - alpha) * weight + alpha
-        out[i] = total / weight
-    return out
+    total, weight = (lfilter([alpha], [1.0, alpha - 1.0], values) for values in (y, np.ones(len(y))))
+    return total / weight
 
 
 def nice_ticks(lo: float, hi: float, count: int = 4) -> list[float]:
@@ -74,6 +130,11 @@ def number(value: float) -> str:
     else:
         text = f"{value:.0e}".replace("e-0", "e-")
     return text.replace("-", "\N{MINUS SIGN}")
+
+
+def percent(share: float) -> str:
+    """Format a share with one decimal; 100% without."""
+    return f"{share:.1%}" if share < 1 else "100%"
 
 
 def _tick(value: float, step: float) -> str:
@@ -106,102 +167,67 @@ def _spread(wanted: list[float], lo: float, hi: float) -> list[float]:
     return at
 
 
-def open_svg(width: float, height: float, label: str) -> Markup:
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(width, height, label)
-
-
-def _axes(x0: float, x1: float, y0: float, y1: float, height: int, x_label: str, right: float) -> tuple[Markup, Point]:
-    """Draw grid and tick labels; return them with the mapping from (x, y) to drawing units."""
-    w, h = WIDTH - LEFT - right, height - TOP - BOTTOM
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return LEFT + w * (x - x0) / ((x1 - x0) or 1.0), TOP + h * (1 - (y - y0) / ((y1 - y0) or 1.0))
-
-    parts = []
-    ticks = nice_ticks(y0, y1, 4 if h > 100 else 2)
-    step = ticks[1] - ticks[0] if len(ticks) > 1 else abs(ticks[0]) or 1.0
-    for t in ticks:
-        y = at(x0, t)[1]
-        parts.append(Markup('<path class="grid" d="M{} {:.1f}H{}"/>').format(LEFT, y, WIDTH - right))
-        parts.append(Markup('<text class="end" x="{}" y="{:.1f}">{}</text>').format(LEFT - 6, y + 4, _tick(t, step)))
-    for t in nice_ticks(x0, x1, 4):
-        if t == int(t):
-            x = at(t, y0)[0]
-            parts.append(Markup('<text class="mid" x="{:.1f}" y="{}">{}</text>').format(x, height - 9, _tick(t, 1)))
-    parts.append(Markup('<text x="{}" y="{}">{}</text>').format(WIDTH - right + 8, height - 9, x_label))
-    return Markup("").join(parts), at
+def _over_steps(x: tuple[float, float], y: tuple[float, float], height: int, right: float) -> tuple[Area, Markup]:
+    """Return the area of a chart over steps with its grid and labels."""
+    area = Area(LEFT, TOP, WIDTH - LEFT - right, height - TOP - BOTTOM, x, y)
+    steps = [t for t in nice_ticks(*x, 4) if t == int(t)]
+    grid = area.grid(steps, nice_ticks(*y, 4 if height > 140 else 2))
+    return area, grid + _text("", WIDTH - right + 8, height - 9, "step")
 
 
 def line_chart(
-    lines: Sequence[Line],
-    title: str,
-    *,
-    y_range: tuple[float, float] | None = None,
-    height: int = 210,
-    x_label: str = "step",
+    lines: Sequence[Line], title: str, *, y_range: tuple[float, float] | None = None, height: int = 210
 ) -> Markup:
     """Draw curves over steps, each labelled at its end with its last (smoothed) value.
 
     y_range: minimum range of the axis, by default that of the data. Returns empty Markup if no curve has a point.
     """
-    drawn = []
-    for line in lines:
-        x, y = np.asarray(line.x, np.float64), np.asarray(line.y, np.float64)
-        ok = np.isfinite(x) & np.isfinite(y)
-        if ok.any():
-            drawn.append((line, x[ok], y[ok]))
-    if not drawn:
+    lines = [line for line in lines if len(line.x)]
+    if not lines:
         return Markup("")
-    every_y = np.concatenate([y for _, _, y in drawn])
-    lo, hi = y_range or (float(every_y.min()), float(every_y.max()))
-    lo, hi = min(lo, float(every_y.min())), max(hi, float(every_y.max()))
+    xs, ys = np.concatenate([line.x for line in lines]), np.concatenate([line.y for line in lines])
+    within = [*(y_range or ()), float(ys.min()), float(ys.max())]
+    lo, hi = min(within), max(within)
     if hi == lo:
         lo, hi = lo - (abs(lo) or 1.0) * 0.1, hi + (abs(hi) or 1.0) * 0.1
-    xs = np.concatenate([x for _, x, _ in drawn])
-    axes, at = _axes(float(xs.min()), float(xs.max()), lo, hi, height, x_label, RIGHT)
-    parts, ends = [open_svg(WIDTH, height, title), axes], []
-    for line, x, y in drawn:
-        soft = smoothed(y) if line.smooth else y
-        bx, by = binned(x, np.stack([y, soft]))
-        stroke = Markup("stroke:var(--{})").format(line.color)
-        if line.smooth and len(bx) > 1:
-            parts.append(Markup('<path class="raw" style="{}" d="{}"/>').format(stroke, _path(bx, by[0], at)))
+    area, grid = _over_steps((float(xs.min()), float(xs.max())), (lo, hi), height, RIGHT)
+    parts, ends = [grid], []
+    for line in lines:
+        soft = smoothed(line.y) if line.smooth else line.y
+        x, (raw, curve) = binned(line.x, np.stack([line.y, soft]))
+        stroke = f"stroke:var(--{line.color})"
+        if line.smooth and len(x) > 1:
+            parts.append(_path("raw", area.path(zip(x, raw, strict=True)), stroke))
         kind = "line dashed" if line.dashed else "line"
-        parts.append(Markup('<path class="{}" style="{}" d="{}"/>').format(kind, stroke, _path(bx, by[1], at)))
-        ends.append((line, float(soft[-1]), at(x[-1], soft[-1])))
-    places = _spread([y for _, _, (_, y) in ends], TOP + 4, height - BOTTOM)
+        parts.append(_path(kind, area.path(zip(x, curve, strict=True)), stroke))
+        ends.append((line, float(soft[-1]), area.at(line.x[-1], soft[-1])))
+    places = _spread([y for _, _, (_, y) in ends], TOP + 4, height - BOTTOM - 4)
     for (line, value, (x, y)), place in zip(ends, places, strict=True):
-        fill = Markup("fill:var(--{})").format(line.color)
+        fill = f"fill:var(--{line.color})"
         parts.append(Markup('<circle r="2.6" cx="{:.1f}" cy="{:.1f}" style="{}"/>').format(x, y, fill))
         text = Markup('<text class="name" x="{}" y="{:.1f}" style="{}">{} <tspan class="val">{}</tspan></text>')
         parts.append(text.format(WIDTH - RIGHT + 8, place + 4, fill, line.label, number(value)))
-    return Markup("").join([*parts, Markup("</svg>")])
+    return _svg(WIDTH, height, title, parts)
 
 
-def _path(x: np.ndarray, y: np.ndarray, at: Point) -> Markup:
-    if len(x) == 1:  # a lone point: a dot drawn by the round line cap
-        return Markup("M{:.1f} {:.1f}h0").format(*at(x[0], y[0]))
-    return Markup("M" + "L".join("{:.1f} {:.1f}".format(*at(a, b)) for a, b in zip(x, y, strict=True)))
-
-
-def stacked_bars(x: np.ndarray, parts: Sequence[tuple[np.ndarray, str]], title: str, height: int = 210) -> Markup:
-    """Draw one stacked bar per step, from below. x: (n,); parts: ((n,) heights >= 0, CSS variable)."""
-    if not len(x) or not parts:
+def stacked_bars(x: np.ndarray, heights: Sequence[tuple[np.ndarray, str]], title: str, height: int = 210) -> Markup:
+    """Draw one stacked bar per step, from below. x: (n,); heights: ((n,) values >= 0, CSS variable)."""
+    if not len(x) or not heights:
         return Markup("")
-    x, values = binned(np.asarray(x, np.float64), np.stack([np.asarray(v, np.float64) for v, _ in parts]), 90)
-    top = np.cumsum(values, axis=0)
-    axes, at = _axes(float(x[0]) - 0.5, float(x[-1]) + 0.5, 0.0, float(top[-1].max()) or 1.0, height, "step", 40)
-    width = max(1.0, 0.8 * (WIDTH - LEFT - 40) / len(x))
-    out = [open_svg(WIDTH, height, title), axes]
-    for k, (_, color) in enumerate(parts):
+    x, values = binned(x, np.stack([v for v, _ in heights]), 90)
+    tops = np.cumsum(values, axis=0)
+    y_range = (0.0, float(tops[-1].max()) or 1.0)
+    area, grid = _over_steps((float(x[0]) - 0.5, float(x[-1]) + 0.5), y_range, height, BAR_RIGHT)
+    width = max(1.0, 0.8 * area.width / len(x))
+    parts = [grid]
+    for (_, color), of_part, top_of in zip(heights, values, tops, strict=True):
         bars = []
-        for i, at_x in enumerate(x):
-            left, upper = at(at_x, top[k, i])
-            _, lower = at(at_x, top[k, i] - values[k, i])
+        for step, value, top in zip(x, of_part, top_of, strict=True):
+            (middle, upper), (_, lower) = area.at(step, top), area.at(step, top - value)
             if lower - upper > 0.05:
-                bars.append(f"M{left - width / 2:.1f} {lower:.1f}V{upper:.1f}h{width:.1f}V{lower:.1f}z")
-        out.append(Markup('<path style="fill:var(--{})" d="{}"/>').format(color, "".join(bars)))
-    return Markup("").join([*out, Markup("</svg>")])
+                bars.append(f"M{middle - width / 2:.1f} {lower:.1f}V{upper:.1f}h{width:.1f}V{lower:.1f}z")
+        parts.append(_path("bar", "".join(bars), f"fill:var(--{color})"))
+    return _svg(WIDTH, height, title, parts)
 
 
 @dataclass(frozen=True)
@@ -219,61 +245,47 @@ def bins(target: np.ndarray, prediction: np.ndarray) -> list[Bin]:
     """Return the non-empty bins of the predictions.
     target, prediction: (n,) in points. Unparsed predictions (NaN) are dropped, the others clamped to 0-100."""
     t, p = usable(target, prediction)
-    of = np.minimum((p / 100 * BINS).astype(int), BINS - 1)
-    found = []
-    for k in np.unique(of):
-        inside, width = of == k, 100 / BINS
-        mean_p, mean_t = float(p[inside].mean()), float(t[inside].mean())
-        found.append(Bin(k * width, (k + 1) * width, int(inside.sum()), mean_p, mean_t))
-    return found
+    index, width = np.minimum((p / 100 * BINS).astype(int), BINS - 1), 100 / BINS
+    return [
+        Bin(
+            k * width,
+            (k + 1) * width,
+            int((index == k).sum()),
+            float(p[index == k].mean()),
+            float(t[index == k].mean()),
+        )
+        for k in np.unique(index)
+    ]
 
 
-def miscalibration(found: Sequence[Bin]) -> float | None:
-    """Mean absolute difference of prediction and target over bins in points, weighted by n; None without bins."""
-    n = sum(b.n for b in found)
-    return sum(b.n * abs(b.predicted - b.target) for b in found) / n if n else None
+def miscalibration(of: Sequence[Bin]) -> float:
+    """Mean absolute difference of prediction and target over bins in points, weighted by n."""
+    return sum(b.n * abs(b.predicted - b.target) for b in of) / sum(b.n for b in of)
 
 
-def _frame(title: str) -> tuple[list[Markup], Scale, Scale]:
-    """Draw grid, tick labels and diagonal of a 0-100 square; return them with the x and y scales."""
-
-    def px(value: float) -> float:
-        return SQUARE_LEFT + SIDE * min(max(value, 0.0), 100.0) / 100
-
-    def py(value: float) -> float:
-        return SQUARE_TOP + SIDE * (1 - min(max(value, 0.0), 100.0) / 100)
-
-    out = [open_svg(SQUARE_LEFT + SIDE + SQUARE_RIGHT, SQUARE_TOP + SIDE + SQUARE_BOTTOM, title)]
-    for t in (0, 50, 100):
-        grid = Markup('<path class="grid" d="M{:.1f} {:.1f}H{:.1f}M{:.1f} {:.1f}V{:.1f}"/>')
-        out.append(grid.format(SQUARE_LEFT, py(t), px(100), px(t), py(0), py(100)))
-        out.append(Markup('<text class="end" x="{}" y="{:.1f}">{}</text>').format(SQUARE_LEFT - 5, py(t) + 4, t))
-        out.append(Markup('<text class="mid" x="{:.1f}" y="{:.1f}">{}</text>').format(px(t), py(0) + 15, t))
-    out.append(Markup('<path class="diagonal" d="M{} {:.1f}L{} {:.1f}"/>').format(SQUARE_LEFT, py(0), px(100), py(100)))
-    return out, px, py
+def _square(title: str, parts: Sequence[Markup]) -> Markup:
+    """Draw parts in SQUARE over its grid and diagonal."""
+    grid = SQUARE.grid((0, 50, 100), (0, 50, 100), vertical=True)
+    return _svg(206, 192, title, [grid, _path("diagonal", SQUARE.path([(0, 0), (100, 100)])), *parts])
 
 
-def scatter(target: Sequence[float], prediction: Sequence[float], color: str, title: str, most: int = 1500) -> Markup:
+def scatter(target: np.ndarray, prediction: np.ndarray, color: str, title: str) -> Markup:
     """Plot predictions over targets on 0-100, with the diagonal and the fitted logistic, if any.
-    The logistic has four parameters and maps predictions to targets. More than `most` points are thinned evenly."""
-    out, px, py = _frame(title)
-    pairs = list(zip(target, prediction, strict=True))
-    thinned = pairs[:: max(1, math.ceil(len(pairs) / most))]
-    dots = "".join(f"M{px(t):.1f} {py(p):.1f}h0" for t, p in thinned)  # a line of no length with round caps
-    opacity = 0.35 if len(thinned) > 150 else 0.6
-    path = Markup('<path class="dots" style="stroke:var(--{});stroke-opacity:{}" d="{}"/>')
-    out.append(path.format(color, opacity, dots))
-    fitted = _fitted(np.array(pairs, np.float64).reshape(-1, 2))
+    The logistic has four parameters and maps predictions to targets. More than MOST_DOTS points are thinned evenly."""
+    points = np.clip(np.stack([target, prediction], axis=1), 0.0, 100.0)
+    shown = points[:: max(1, math.ceil(len(points) / MOST_DOTS))]
+    style = f"stroke:var(--{color});stroke-opacity:{0.35 if len(shown) > 150 else 0.6}"
+    parts = [_path("dots", "".join(SQUARE.path([point]) for point in shown), style)]
+    fitted = _fitted(target, prediction)
     if fitted is not None:
-        line = "L".join(f"{px(t):.1f} {py(p):.1f}" for t, p in fitted)
-        out.append(Markup('<path class="fit" d="M{}"/>').format(line))
-    return Markup("").join([*out, Markup("</svg>")])
+        parts.append(_path("fit", SQUARE.path(np.clip(fitted, 0.0, 100.0))))
+    return _square(title, parts)
 
 
-def _fitted(pairs: np.ndarray) -> np.ndarray | None:
+def _fitted(target: np.ndarray, prediction: np.ndarray) -> np.ndarray | None:
     """Fit the logistic and return (m, 2) points (fitted target, prediction) over the range of the predictions.
     Returns None for fewer than `MIN_FIT` points, a constant side or a flat fit."""
-    target, prediction = usable(pairs[:, 0], pairs[:, 1])
+    target, prediction = usable(target, prediction)
     if len(target) < MIN_FIT or np.ptp(target) == 0 or np.ptp(prediction) == 0:
         return None
     p = np.linspace(prediction.min(), prediction.max(), CURVE_POINTS)
@@ -283,23 +295,13 @@ def _fitted(pairs: np.ndarray) -> np.ndarray | None:
 
 def calibration(found: Sequence[Bin], color: str, title: str) -> Markup:
     """Plot mean target (y) over mean prediction (x) per bin; dot area follows n, and the tooltip shows n."""
-    out, px, py = _frame(title)
-    most = max((b.n for b in found), default=1)
-    line = "L".join(f"{px(b.predicted):.1f} {py(b.target):.1f}" for b in found)
-    if len(found) > 1:
-        out.append(
-            Markup('<path class="line" style="stroke:var(--{});stroke-opacity:.5" d="M{}"/>').format(color, line)
-        )
+    most = max(b.n for b in found)
+    line = SQUARE.path(np.clip([(b.predicted, b.target) for b in found], 0.0, 100.0))
+    parts = [_path("line", line, f"stroke:var(--{color});stroke-opacity:.5")]
+    dot = Markup('<circle r="{:.1f}" cx="{:.1f}" cy="{:.1f}" style="fill:var(--{})"><title>{}</title></circle>')
     for b in found:
-        dot = Markup('<circle r="{:.1f}" cx="{:.1f}" cy="{:.1f}" style="fill:var(--{})"><title>{}</title></circle>')
-        said = (
-            f"scores {b.low:.0f} to {b.high:.0f}: n = {b.n:,}, mean score {b.predicted:.1f}, mean target {b.target:.1f}"
-        )
-        out.append(dot.format(1.8 + 4.2 * math.sqrt(b.n / most), px(b.predicted), py(b.target), color, said))
-    return Markup("").join([*out, Markup("</svg>")])
-
-
-def calibration_note(found: Sequence[Bin]) -> str:
-    """Return the caption of the calibration chart."""
-    off = miscalibration(found)
-    return "no score" if off is None else f"off by {number(off)} points"
+        means = f"mean score {b.predicted:.1f}, mean target {b.target:.1f}"
+        note = f"scores {b.low:.0f} to {b.high:.0f}: n = {b.n:,}, {means}"
+        x, y = SQUARE.at(b.predicted, min(max(b.target, 0.0), 100.0))
+        parts.append(dot.format(1.8 + 4.2 * math.sqrt(b.n / most), x, y, color, note))
+    return _square(title, parts)

@@ -12,16 +12,16 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from PIL import Image
 
 from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.errors import UserError
-from tatar_dist.report.reading import Rollouts, RunFiles, clean
+from tatar_dist.report.reading import DAMAGE, Rollouts, RunFiles, clean, damage_note
 from tatar_dist.report.verdict import TASK_NAMES, name_of
 
 EACH = 4
@@ -29,8 +29,6 @@ TEASER_WORDS = 26
 _THINK = re.compile(r"<think>(.*?)(?:</think>|<answer>|$)", re.IGNORECASE | re.DOTALL)
 KEEP_BYTES, KEEP_SIDE = 48_000, 400  # a picture within both is embedded as it is: JPEG would add a distortion to judge
 SMALL_SIDE = 320
-
-DAMAGE = (pa.ArrowException, OSError, ValueError)  # what a page of Parquet raises whose bytes were changed
 
 Key = tuple[str, str]  # data set, sample id
 
@@ -49,10 +47,6 @@ class Card:
     has_think: bool
 
 
-def _named(manifest: Path, error: Exception) -> str:
-    return f"{manifest}: damaged Parquet file: " + f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 def key_of(row: dict[str, Any]) -> Key:
     """Return the key of an image, (data set, sample id): sample ids are unique only within a data set."""
     return str(row["dataset"]), str(row["sample_id"])
@@ -67,35 +61,24 @@ def error(row: dict[str, Any] | None) -> float | None:
 
 def choose(last: Sequence[dict[str, Any]], before: dict[Key, dict[str, Any]]) -> list[tuple[str, Key]]:
     """Select up to 3 x EACH images as (why, key). last: final model's rows; before: the previous model's, by key."""
-    scored = [(e, r) for r in last if (e := error(r)) is not None]
-    taken: dict[Key, str] = {}
+    chosen: dict[str, list[Key]] = {"improved": [], "best": [], "worst": []}
 
     def take(why: str, rows: Iterable[dict[str, Any]], most: int) -> None:
-        for row in rows:
-            if most and key_of(row) not in taken:
-                taken[key_of(row)] = why
-                most -= 1
+        taken = {key for keys in chosen.values() for key in keys}
+        chosen[why] += islice((key for row in rows if (key := key_of(row)) not in taken), max(0, most))
 
-    gains = []
-    for now, row in scored:
-        was = error(before.get(key_of(row)))
-        if was is not None and was > now:
-            gains.append((was - now, row))
+    scored = [(e, r) for r in last if (e := error(r)) is not None]
+    gains = [(was - e, r) for e, r in scored if (was := error(before.get(key_of(r)))) is not None and was > e]
     take("improved", (r for _, r in sorted(gains, key=lambda g: (-g[0], g[1]["sample_id"]))), EACH)
-    unscored = [r for r in last if r["prediction"] is None]
-    wrong = sorted(scored, key=lambda s: (-s[0], s[1]["sample_id"]))
     # At most half of the worst are answers without a score: more of them would all say the same.
-    take("worst", unscored, EACH // 2)
-    left = EACH - sum(why == "worst" for why in taken.values())
-    take("worst", (r for e, r in wrong[: len(wrong) // 2]), left)
-    right = sorted(scored, key=lambda s: (s[0], s[1]["sample_id"]))
+    take("worst", (r for r in last if r["prediction"] is None), EACH // 2)
+    wrong = sorted(scored, key=lambda s: (-s[0], s[1]["sample_id"]))
+    take("worst", (r for _, r in wrong[: len(wrong) // 2]), EACH - len(chosen["worst"]))
+    right = [r for _, r in sorted(scored, key=lambda s: (s[0], s[1]["sample_id"]))]
     for quarter in range(EACH):
-        lo, hi = 100 * quarter / EACH, 100 * (quarter + 1) / EACH
-        within = (r for _, r in right if lo <= r["target"] < hi or (hi == 100 and r["target"] == 100))
-        take("best", within, 1)
-    take("best", (r for _, r in right), EACH - sum(why == "best" for why in taken.values()))
-    order = ("improved", "best", "worst")
-    return sorted(((why, i) for i, why in taken.items()), key=lambda c: order.index(c[0]))
+        take("best", (r for r in right if min(int(r["target"] * EACH / 100), EACH - 1) == quarter), 1)
+    take("best", right, EACH - len(chosen["best"]))
+    return [(why, key) for why, keys in chosen.items() for key in keys]
 
 
 def rationale(completion: str | None) -> tuple[str, bool]:
@@ -131,7 +114,7 @@ class Pictures:
                     keys = zip(*(column.to_pylist() for column in table.columns), strict=True)
                     self._where |= {key: (manifest, i) for i, key in enumerate(keys, first)}
             except DAMAGE as e:
-                notes.append(_named(path, e))
+                notes.append(damage_note(path, e))
 
     def uri(self, key: Key) -> str | None:
         """Return data:image/...;base64,..., or None if the picture is missing or cannot be decoded."""
@@ -145,7 +128,7 @@ class Pictures:
             self._notes.append(str(e))
             return None
         except DAMAGE as e:
-            self._notes.append(_named(manifest.path, e))
+            self._notes.append(damage_note(manifest.path, e))
             return None
         with Image.open(io.BytesIO(data)) as opened:
             kind = (opened.format or "").lower()
@@ -155,14 +138,6 @@ class Pictures:
             picture.save(buffer, "JPEG", quality=88)
             kind, data = "jpeg", buffer.getvalue()
         return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def card(why: str, row: dict[str, Any], models: Sequence[tuple[str, dict[str, Any] | None]], image: str | None) -> Card:
-    """Build the card of a row of the final model. models: (name, that model's row of the image or None), in order."""
-    text, has_think = rationale(row["completion"])
-    teaser, rest = split_teaser(text)
-    scores = [(name, r["prediction"]) for name, r in models if r is not None]
-    return Card(why, row["sample_id"], image, row["target"], scores, teaser, rest, has_think)
 
 
 def walls(run: RunFiles, rollouts: Rollouts | None, pictures: Pictures) -> list[tuple[str, str, list[Card]]]:
@@ -191,7 +166,10 @@ def walls(run: RunFiles, rollouts: Rollouts | None, pictures: Pictures) -> list[
             row = row_of[key]
             if "at" in row and rollouts is not None:
                 row = row | {"completion": rollouts.text(row["at"])}
-            cards.append(card(why, row, [(m, found.get(key)) for m, found in by_model], pictures.uri(key)))
+            text, has_think = rationale(row["completion"])
+            scores = [(model, answers[key]["prediction"]) for model, answers in by_model if key in answers]
+            target, image = row["target"], pictures.uri(key)
+            cards.append(Card(why, row["sample_id"], image, target, scores, *split_teaser(text), has_think))
         result.append((name, task, cards))
     return result
 
@@ -200,12 +178,12 @@ def visits(rollouts: Rollouts) -> tuple[dict[Key, dict[str, Any]], dict[Key, dic
     """Return the (first, last) visits of each image by key, each represented by its first completion.
     The last visits are those in the late steps; a first visit is included only if it is in an earlier step."""
     last: dict[Key, dict[str, Any]] = {}
-    for row in rollouts.answers(rollouts.part(late=True)):
-        key = key_of(row)
-        if key not in last or rollouts.file[row["at"]] > rollouts.file[last[key]["at"]]:
-            last[key] = row
+    for i in rollouts.part(late=True):
+        key = rollouts.key[i]
+        if key not in last or rollouts.file[i] > rollouts.file[last[key]["at"]]:
+            last[key] = rollouts.answer(i)
     before: dict[Key, dict[str, Any]] = {}
     for i, key in enumerate(rollouts.key):
         if key in last and key not in before and rollouts.file[i] < rollouts.file[last[key]["at"]]:
-            before[key] = rollouts.answers([i])[0]
+            before[key] = rollouts.answer(i)
     return before, last

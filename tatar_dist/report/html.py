@@ -7,13 +7,14 @@ comes first, then health, curves, errors and texts. Missing parts are omitted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tatar_dist import __version__
-from tatar_dist.report.charts import nice_ticks, number
+from tatar_dist.report.charts import nice_ticks, number, percent
 from tatar_dist.report.details import details
 from tatar_dist.report.explanation import explanations
 from tatar_dist.report.gallery import Pictures, walls
@@ -22,16 +23,7 @@ from tatar_dist.report.reading import RunFiles, clean, is_number, read_rollouts,
 from tatar_dist.report.verdict import TASK_NAMES, checks, headline, name_of
 from tatar_dist.run.files import write_whole, writing
 
-MINUS = "\N{MINUS SIGN}"
 MOST_QUARANTINED = 20
-MEASURES = {
-    "srcc": "SRCC",
-    "plcc": "PLCC",
-    "reward_gaussian": "Gaussian reward",
-    "reward_thurstone": "Thurstone reward",
-    "reward_format": "format",
-    "reward_length": "length",
-}
 FACTS = {  # kind of run -> (section, key, what the page calls it)
     "sft": (("model", "path", "starts from"), ("sft", "global_batch", "global batch")),
     "grpo": (
@@ -58,17 +50,18 @@ def replace_page(target: Path, page: str) -> Path:
     return target
 
 
-def environment() -> Environment:
+def templates() -> Environment:
     """Return the Jinja environment of this directory's templates, with autoescaping."""
-    found = Environment(
+    environment = Environment(
         loader=PackageLoader("tatar_dist.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"number": number, "signed": signed, "percent": percent, "duration": duration}
-    return found
+    environment.filters |= {"number": number, "percent": percent, "duration": duration, "reason": reason}
+    environment.tests["figure"] = is_number
+    return environment
 
 
 def render(run: RunFiles) -> str:
@@ -78,18 +71,19 @@ def render(run: RunFiles) -> str:
     sampled = next((t for t in reversed(run.trainings) if t.kind == "grpo"), None)
     rollouts = read_rollouts(sampled, notes) if sampled else None
     explained = explanations(sampled, rollouts, notes) if sampled else []
+    scores = _scores(run)
     pictures = Pictures(run.manifests, run.image_root, notes)
     drawn, held_out = clouds(run, rollouts)
     return (
-        environment()
+        templates()
         .get_template("template.html.j2")
         .render(
             name=run.path.resolve().name,
             kind="Demo" if run.is_demo else ("Evaluation" if not run.trainings else run.trainings[-1].kind.upper()),
             headline=headline(run),
-            strips=_strips(run),
-            scores=_scores(run),
-            gains=_gains(run),
+            strips=_strips(scores),
+            scores=scores,
+            gains=run.gains,
             checks=checks(run),
             quarantined=[
                 [clean(str(q.get(k, ""))) for k in ("sample_id", "reason")] for q in quarantined[:MOST_QUARANTINED]
@@ -104,21 +98,12 @@ def render(run: RunFiles) -> str:
             images={g.key: pictures.uri(g.key) for g in explained},
             task_names=TASK_NAMES,
             details=details(run),
-            stages=_stages(run),
+            stages=run.stages,
             facts=_facts(run),
             notes=list(dict.fromkeys(notes)),
             version=__version__,
         )
     )
-
-
-def signed(value: float) -> str:
-    """Format with sign and three decimals, such as +0.031, with a true minus sign."""
-    return f"{value:+.3f}".replace("-", MINUS)
-
-
-def percent(share: float) -> str:
-    return f"{share:.1%}" if share < 1 else "100%"
 
 
 def duration(seconds: float) -> str:
@@ -128,101 +113,36 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _strips(run: RunFiles) -> dict[str, Any] | None:
-    """One row per data set on an SRCC scale up to 1, with a mark per model; positions in percent."""
-    rows = []
-    for dataset in run.datasets:
-        found = [(e.model, e.metrics.get(dataset, {}).get("srcc")) for e in run.evaluations]
-        values = [(m, v) for m, v in found if is_number(v)]
-        if values:
-            rows.append((name_of(run, dataset), run.task(dataset), values))
-    if not rows:
+def reason(metrics: Mapping[str, Any], key: str) -> str:
+    """Return why a metric has no value."""
+    reasons = metrics.get("reason")
+    return str(reasons.get(key, "not computed")) if isinstance(reasons, dict) else "not computed"
+
+
+Scores = list[tuple[str, str, list[tuple[str, Mapping[str, Any]]]]]  # (data set's name, task, [(model, metrics)])
+
+
+def _scores(run: RunFiles) -> Scores:
+    return [
+        (name_of(run, d), run.task(d), [(e.model, e.metrics[d]) for e in run.evaluations if d in e.metrics])
+        for d in run.datasets
+    ]
+
+
+def _strips(scores: Scores) -> dict[str, Any] | None:
+    """One row per data set on an SRCC scale up to 1: (name, task, [(model, SRCC, position in percent)])."""
+    known = [(name, task, [(m, v["srcc"]) for m, v in of if is_number(v.get("srcc"))]) for name, task, of in scores]
+    known = [row for row in known if row[2]]
+    if not known:
         return None
-    lowest = min(v for *_, values in rows for _, v in values)
+    lowest = min(v for *_, values in known for _, v in values)
     lo = 0.0 if lowest >= 0 else -0.25 if lowest >= -0.25 else -1.0
 
     def at(value: float) -> float:
         return round(100 * (value - lo) / (1 - lo), 2)
 
-    drawn = []
-    for name, task, values in rows:
-        places = [at(v) for _, v in values]
-        # The last model is named below its mark, the others above, so that neighbours do not print over each other.
-        marks = [(m, v, x, i == len(values) - 1) for i, ((m, v), x) in enumerate(zip(values, places, strict=True))]
-        drawn.append({"name": name, "task": task, "marks": marks, "from": min(places), "to": max(places)})
-    return {"rows": drawn, "ticks": [(t, at(t)) for t in nice_ticks(lo, 1.0, 4)]}
-
-
-def _scores(run: RunFiles) -> list[dict[str, Any]]:
-    """Table below the strips: one row per data set and model. Missing values are None, with a reason."""
-    rows = []
-    for dataset in run.datasets:
-        of_set = [(e.model, e.metrics[dataset]) for e in run.evaluations if dataset in e.metrics]
-        for i, (model, m) in enumerate(of_set):
-            n, parsed = m.get("n"), m.get("n_parsed")
-            reason = m.get("reason") if isinstance(m.get("reason"), dict) else {}
-            rows.append(
-                {
-                    "name": name_of(run, dataset),
-                    "task": run.task(dataset),
-                    "first_of": len(of_set) if i == 0 else 0,
-                    "model": model,
-                    "n": n if is_number(n) else None,
-                    "parsed": parsed / n if is_number(n) and is_number(parsed) and n else None,
-                    "values": [
-                        (m.get(k) if is_number(m.get(k)) else None, str(reason.get(k, "not computed")))
-                        for k in ("srcc", "plcc", "mae")
-                    ],
-                }
-            )
-    return rows
-
-
-def _gains(run: RunFiles) -> list[dict[str, Any]]:
-    """Changes from SFT to GRPO; positions in percent of a scale that is symmetric about zero."""
-    reach = (
-        max((abs(v) for m in run.gains.values() for triple in m.values() for v in triple), default=0.0) * 1.08 or 1.0
-    )
-    rows = []
-    for task, measures in run.gains.items():
-        for measure, (value, low, high) in measures.items():
-            places = [round(50 + 50 * v / reach, 2) for v in (value, low, high)]
-            says = "rose" if low > 0 else "fell" if high < 0 else "no clear change"
-            rows.append(
-                {
-                    "task": task,
-                    "name": f"{TASK_NAMES.get(task, task)}, {MEASURES.get(measure, measure.replace('_', ' '))}",
-                    "value": value,
-                    "low": low,
-                    "high": high,
-                    "at": places,
-                    "says": says,
-                }
-            )
-    return rows
-
-
-def _stages(run: RunFiles) -> dict[str, Any] | None:
-    """Seconds and budgets of the stages; bars in percent of the longest of either."""
-    budgets = [s["budget_seconds"] for s in run.stages if is_number(s.get("budget_seconds"))]
-    longest = max([*budgets, *(s["seconds"] for s in run.stages)], default=0.0)
-    if not longest:
-        return None
-    rows = []
-    for s in run.stages:
-        budget = s.get("budget_seconds") if is_number(s.get("budget_seconds")) else None
-        rows.append(
-            {
-                "name": str(s.get("name", "")).replace("_", " "),
-                "seconds": s["seconds"],
-                "reused": bool(s.get("reused")),
-                "budget": budget,
-                "over": budget is not None and s["seconds"] > budget,
-                "bar": round(100 * s["seconds"] / longest, 1),
-                "mark": None if budget is None else round(100 * budget / longest, 1),
-            }
-        )
-    return {"rows": rows, "seconds": sum(s["seconds"] for s in run.stages), "budget": sum(budgets)}
+    rows = [(name, task, [(m, v, at(v)) for m, v in values]) for name, task, values in known]
+    return {"rows": rows, "ticks": [(t, at(t)) for t in nice_ticks(lo, 1.0, 4)]}
 
 
 def _facts(run: RunFiles) -> list[tuple[str, str]]:

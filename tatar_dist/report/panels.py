@@ -18,21 +18,16 @@ from tatar_dist.report.charts import (
     Line,
     bins,
     calibration,
-    calibration_note,
     line_chart,
+    miscalibration,
     number,
     scatter,
     stacked_bars,
 )
-from tatar_dist.report.reading import EvaluationFiles, Rollouts, RunFiles, Training, is_number
-from tatar_dist.report.verdict import TASK_NAMES, edges, name_of
+from tatar_dist.report.reading import Rollouts, RunFiles, Training, is_number
+from tatar_dist.report.verdict import TASK_NAMES, arrow, name_of
 
-MAIN_TERMS = (
-    "gaussian",
-    "thurstone",
-    "pairwise",
-    "binary",
-)  # what the reward is about; format and length only guard it
+MAIN_TERMS = ("gaussian", "thurstone", "pairwise", "binary")  # the others only guard the reward
 TIME_PARTS = (("generate", "t1"), ("learn", "t2"), ("sync", "t3"), ("reward", "t4"))
 MOST_SOURCES = 12
 MIN_PER_SOURCE = 8  # images: fewer give no rank correlation worth printing
@@ -51,84 +46,146 @@ class Panel:
     legend: list[tuple[str, str, str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Curves:
+    """One chart of a panel. lines: (metric, label, CSS variable); top: least upper end of the axis from 0,
+    None for the range of the data."""
+
+    name: str
+    lines: tuple[tuple[str, str, str], ...]
+    top: float | None = 1e-9
+
+
+def _by_task(metric: str) -> tuple[tuple[str, str, str], ...]:
+    return tuple((f"{metric}/{task}", name, task) for task, name in TASK_NAMES.items())
+
+
+def _single(metric: str, name: str, color: str = "ink") -> Curves:
+    return Curves(name, ((metric, name, color),))
+
+
+Table = tuple[tuple[str, str, tuple[Curves, ...]], ...]  # title, caption, charts of each panel
+MAIN: dict[str, Table] = {
+    "sft": (
+        (
+            "SFT loss",
+            "Cross-entropy in nats a token, assistant turn only. In colour: held-out images.",
+            (Curves("SFT loss", (("loss/total", "training", "ink"), *_by_task("eval/loss")), None),),
+        ),
+    ),
+    "grpo": (
+        (
+            "Reward and nearness",
+            "Kendall's tau of a group's rewards with nearness to its own target: 1 where nearer always pays more.",
+            (Curves("Agreement", _by_task("reward/agreement"), 1.0),),
+        ),
+        (
+            "Completion length",
+            "Tokens per completion, and below the words of its thought where a run logs them.",
+            (
+                Curves("Completion length", _by_task("completion/tokens"), 1.0),
+                Curves("Words of thought", _by_task("completion/think_words"), 1.0),
+            ),
+        ),
+        (
+            "Policy",
+            "Distance from the SFT model, and how varied the answers still are, in nats a token.",
+            (_single("loss/kl", "KL"), _single("policy/entropy", "entropy", "muted")),
+        ),
+    ),
+}
+MORE: Table = (
+    (
+        "Sync gap",
+        "How far log-probabilities of engine and learner differ, in nats a token: mean, and largest.",
+        (_single("sync/logprob_gap", "mean gap"), _single("sync/logprob_gap_max", "largest")),
+    ),
+    (
+        "Groups that teach nothing",
+        "Share of groups whose completions all got one reward.",
+        (Curves("Groups that teach nothing", _by_task("reward/frac_zero_std/total"), 1.0),),
+    ),
+    (
+        "Unparsed, and cut off",
+        "Shares of the sampled completions: without a score above, cut off below.",
+        (
+            Curves("Unparsed completions", _by_task("completion/parse_failures"), 0.1),
+            Curves("Completions cut off", _by_task("completion/clipped_ratio"), 0.1),
+        ),
+    ),
+    (
+        "Optimiser",
+        "Norm of the gradient before clipping, and the learning rate.",
+        (_single("optim/grad_norm", "gradient"), _single("optim/lr", "rate")),
+    ),
+    (
+        "Speed",
+        "Sampled tokens a second, and the share of a step in which each side waits.",
+        (
+            _single("perf/tokens_per_second", "tokens/s"),
+            Curves(
+                "Idle share", (("perf/rollout_idle", "engines", "t1"), ("perf/learner_idle", "learners", "t2")), 1.0
+            ),
+        ),
+    ),
+)
+
+
 def panels(run: RunFiles) -> list[Panel]:
     """Return all panels with data, in the order of the stages."""
     found: list[Panel | None] = []
     for training in run.trainings:
-        if training.kind == "sft":
-            found.append(_loss(training))
-        else:
+        if training.kind == "grpo":
             found += [_reward(training, task) for task in TASK_NAMES]
-            found += [_agreement(training), _length(training), _policy(training)]
+        found += drawn(training, MAIN[training.kind])
         found.append(_held_out_srcc(training))
     found += [_step_time(t) for t in run.trainings[-1:]]
-    return [p for p in found if p is not None and any(p.charts)]
+    return [p for p in found if p is not None]
 
 
-def _arrow(values: np.ndarray) -> str:
-    first, last = edges(values)
-    return f"{number(first)} \N{RIGHTWARDS ARROW} {number(last)}"
+def drawn(training: Training, table: Table) -> list[Panel]:
+    """Draw the panels of a table, without charts and panels that have no data."""
+    found = []
+    for title, caption, charts in table:
+        logged = [c for c in charts if any(len(training.series(metric)[0]) for metric, *_ in c.lines)]
+        height = 210 if len(logged) == 1 else 105
+        drawings = [_chart(training, c, height) for c in logged]
+        if drawings:
+            found.append(Panel(title, caption, drawings))
+    return found
 
 
-def _loss(training: Training) -> Panel:
-    lines = [Line("training", *training.series("loss/total"), "ink")]
-    lines += [Line(n, *training.series(f"eval/loss/{t}"), t, smooth=False) for t, n in TASK_NAMES.items()]
-    shown = line_chart(lines, "SFT loss over steps")
-    has_eval = any(len(line.x) for line in lines[1:])
-    end = " In colour: held-out images." if has_eval else ""
-    return Panel("SFT loss", f"Cross-entropy in nats a token, assistant turn only.{end}", [shown])
+def _chart(training: Training, curves: Curves, height: int = 210) -> Markup:
+    lines = [line(training, *of) for of in curves.lines]
+    y_range = None if curves.top is None else (0.0, curves.top)
+    return line_chart(lines, f"{curves.name} over steps", y_range=y_range, height=height)
+
+
+def line(training: Training, metric: str, label: str, color: str, dashed: bool = False) -> Line:
+    """Return the curve of a metric; those that are no noisy means of a step are not smoothed."""
+    smooth = not metric.startswith(("eval/", "optim/lr"))
+    return Line(label, *training.series(metric), color, smooth=smooth, dashed=dashed)
 
 
 def _reward(training: Training, task: str) -> Panel | None:
     terms = sorted(training.terms(task), key=lambda t: t not in MAIN_TERMS)
-    lines, rest = [], iter(TERM_COLORS * 3)
+    lines, colors = [], iter(TERM_COLORS * 3)
     for term in terms:
         main = term in MAIN_TERMS
-        lines.append(
-            Line(term, *training.series(f"reward/{term}/{task}"), task if main else next(rest), dashed=not main)
-        )
+        lines.append(line(training, f"reward/{term}/{task}", term, task if main else next(colors), dashed=not main))
     total = training.series(f"reward/total/{task}")[1]
-    if not lines or not len(total):
+    if not any(len(x.x) for x in lines) or not len(total):
         return None
     title = f"Reward, {TASK_NAMES[task]}"
-    caption = f"Mean of the sampled completions, by term. Their sum, first to last fifth: {_arrow(total)}."
+    caption = f"Mean of the sampled completions, by term. Their sum, first to last fifth: {arrow(total)}."
     return Panel(title, caption, [line_chart(lines, title, y_range=(0.0, 1.0))])
 
 
-def _agreement(training: Training) -> Panel | None:
-    lines = [Line(n, *training.series(f"reward/agreement/{t}"), t) for t, n in TASK_NAMES.items()]
-    if not any(len(line.x) for line in lines):  # a run of before this metric
-        return None
-    caption = "Kendall's tau of a group's rewards with nearness to its own target: 1 where nearer always pays more."
-    return Panel("Reward and nearness", caption, [line_chart(lines, "Agreement over steps", y_range=(0.0, 1.0))])
-
-
-def _length(training: Training) -> Panel:
-    lines = [Line(n, *training.series(f"completion/tokens/{t}"), t) for t, n in TASK_NAMES.items()]
-    words = [(n, training.series(f"completion/think_words/{t}")[1]) for t, n in TASK_NAMES.items()]
-    late = ", ".join(f"{n} {edges(v)[1]:.0f}" for n, v in words if len(v))
-    caption = "Tokens per completion." + (f" Words of thought at the end: {late}." if late else "")
-    return Panel("Completion length", caption, [line_chart(lines, "Completion length over steps", y_range=(0.0, 1.0))])
-
-
-def _policy(training: Training) -> Panel:
-    kl = line_chart([Line("KL", *training.series("loss/kl"), "ink")], "KL over steps", y_range=(0.0, 1e-6), height=105)
-    entropy = [Line("entropy", *training.series("policy/entropy"), "muted")]
-    charts = [kl, line_chart(entropy, "Entropy over steps", y_range=(0.0, 1e-6), height=105)]
-    return Panel(
-        "Policy", "Distance from the SFT model, and how varied the answers still are, in nats a token.", charts
-    )
-
-
 def _held_out_srcc(training: Training) -> Panel | None:
-    lines = [
-        Line(d, *training.series(f"eval/{d}/srcc"), "iaa" if "iaa" in d else "iqa", smooth=False)
-        for d in training.held_out
-    ]
-    if not lines:
-        return None
-    shown = line_chart(lines, "Held-out SRCC over steps", y_range=(0.0, 1.0))
-    return Panel(f"Held-out SRCC during {training.kind.upper()}", "Rank correlation with the targets.", [shown])
+    lines = tuple((f"eval/{d}/srcc", d, "iaa" if "iaa" in d else "iqa") for d in training.held_out)
+    chart = _chart(training, Curves("Held-out SRCC", lines, 1.0))
+    title = f"Held-out SRCC during {training.kind.upper()}"
+    return Panel(title, "Rank correlation with the targets.", [chart]) if chart else None
 
 
 def _step_time(training: Training) -> Panel | None:
@@ -162,90 +219,68 @@ def _seconds(part: np.ndarray, total: np.ndarray) -> str:
 
 
 @dataclass(frozen=True)
-class Cloud:
-    """One square chart: a model's scores on one data set, or their calibration."""
-
-    model: str
-    note: str
-    chart: Markup
-
-
-@dataclass(frozen=True)
 class Clouds:
-    """Charts of one data set: a scatter per model, and the calibration of the last model.
-    counts: (bin, n, mean score, mean target) of the calibration."""
+    """Charts of one data set: (model or "Calibration", note, chart).
+    counts: (bin, n, mean score, mean target) of the last model's calibration."""
 
     name: str
     task: str
-    charts: list[Cloud]
+    charts: list[tuple[str, str, Markup]]
     counts: list[tuple[str, int, float, float]]
+
+
+Scores = tuple[str, float | None, np.ndarray, np.ndarray]  # model, SRCC, (n,) targets, (n,) predictions
 
 
 def clouds(run: RunFiles, rollouts: Rollouts | None) -> tuple[list[Clouds], bool]:
     """Return the charts, and whether they show held-out answers instead of sampled completions."""
     if any(e.predictions for e in run.evaluations):
-        return _held_out(run), True
-    return (_sampled(rollouts) if rollouts is not None else []), False
+        found = [(name_of(run, d), run.task(d), _held_out(run, d)) for d in run.datasets]
+        return [_clouds(name, task, models) for name, task, models in found if models], True
+    sampled = [(name, task, _sampled(rollouts, task)) for task, name in TASK_NAMES.items()] if rollouts else []
+    return [_clouds(name, task, models) for name, task, models in sampled if models], False
 
 
-def _held_out(run: RunFiles) -> list[Clouds]:
-    result = []
-    for dataset in run.datasets:
-        models = []
-        for evaluation in run.evaluations:
-            points = [p for p in evaluation.of(dataset) if is_number(p["prediction"])]
-            if points:
-                value = evaluation.metrics.get(dataset, {}).get("srcc")
-                pairs = [p["target"] for p in points], [p["prediction"] for p in points]
-                models.append((evaluation.model, value if is_number(value) else None, *pairs))
-        if models:
-            result.append(_clouds(name_of(run, dataset), run.task(dataset), models))
-    return result
+def _held_out(run: RunFiles, dataset: str) -> list[Scores]:
+    models: list[Scores] = []
+    for e in run.evaluations:
+        points = [(p["target"], p["prediction"]) for p in e.of(dataset) if is_number(p["prediction"])]
+        if points:
+            value = e.metrics.get(dataset, {}).get("srcc")
+            models.append((e.model, value if is_number(value) else None, *np.array(points, np.float64).T))
+    return models
 
 
-def _sampled(rollouts: Rollouts) -> list[Clouds]:
-    result = []
-    for task, name in TASK_NAMES.items():
-        parts = {True: rollouts.part(True, task)}
-        if len(rollouts.files) > 1:
-            parts = {False: rollouts.part(False, task)} | parts
-        models = []
-        for late, positions in parts.items():
-            t, p = rollouts.target[positions], rollouts.prediction[positions]
-            t, p = t[~np.isnan(p)], p[~np.isnan(p)]
-            if len(t) >= LEAST:
-                value = srcc(*usable(t, p)) if np.ptp(t) and np.ptp(np.clip(p, 0, 100)) else None
-                models.append(("late" if late else "early", value, t.tolist(), p.tolist()))
-        if models:
-            result.append(_clouds(name, task, models))
-    return result
+def _sampled(rollouts: Rollouts, task: str) -> list[Scores]:
+    models: list[Scores] = []
+    for late in (False, True) if len(rollouts.files) > 1 else (True,):
+        positions = rollouts.part(late, task)
+        t, p = rollouts.target[positions], rollouts.prediction[positions]
+        t, p = t[~np.isnan(p)], p[~np.isnan(p)]
+        if len(t) >= LEAST:
+            models.append(("late" if late else "early", correlation(t, p), t, p))
+    return models
 
 
-def _clouds(
-    name: str, task: str, models: Sequence[tuple[str, float | None, Sequence[float], Sequence[float]]]
-) -> Clouds:
+def _clouds(name: str, task: str, models: Sequence[Scores]) -> Clouds:
     charts = []
     for model, value, target, prediction in models:
         note = f"SRCC {number(value)}" if value is not None else "no SRCC"
         chart = scatter(target, prediction, task or "ink", f"{name}, {model}: prediction over target")
-        charts.append(Cloud(model, f"{note}, n = {len(target):,}", chart))
+        charts.append((model, f"{note}, n = {len(target):,}", chart))
     model, _, target, prediction = models[-1]
-    found = bins(np.array(target), np.array(prediction)) if len(target) >= LEAST_BINNED else []
+    found = bins(target, prediction) if len(target) >= LEAST_BINNED else []
     if found:
-        drawn = calibration(found, task or "ink", f"{name}, {model}: mean target by predicted score")
-        charts.append(Cloud("Calibration", calibration_note(found), drawn))
+        chart = calibration(found, task or "ink", f"{name}, {model}: mean target by predicted score")
+        charts.append(("Calibration", f"off by {number(miscalibration(found))} points", chart))
     counts = [(f"{b.low:.0f} to {b.high:.0f}", b.n, b.predicted, b.target) for b in found]
     return Clouds(name, task, charts, counts)
 
 
-def correlation(rows: Sequence[dict[str, Any]]) -> float | None:
-    """SRCC of prediction rows without unparsed ones; None with too few rows or a constant side."""
-    target = np.array([r["target"] for r in rows], np.float64)
-    prediction = np.array([r["prediction"] if is_number(r["prediction"]) else np.nan for r in rows], np.float64)
+def correlation(target: np.ndarray, prediction: np.ndarray) -> float | None:
+    """SRCC of (n,) scores without unparsed ones; None with too few rows or a constant side."""
     t, p = usable(target, prediction)
-    if len(t) < MIN_PER_SOURCE or np.ptp(t) == 0 or np.ptp(p) == 0:
-        return None
-    return srcc(t, p)
+    return srcc(t, p) if len(t) >= MIN_PER_SOURCE and np.ptp(t) and np.ptp(p) else None
 
 
 @dataclass(frozen=True)
@@ -260,27 +295,23 @@ class Photographs:
 def photographs(run: RunFiles) -> Photographs | None:
     """Return the table of source photographs, lowest SRCC first; None with fewer than two known sources."""
     late = run.evaluations[-2:]
-    by: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for evaluation in late:
-        for p in evaluation.predictions:
+    by: dict[tuple[str, str, str], list[tuple[float, Any]]] = {}
+    for e in late:
+        for p in e.predictions:
             if p.get("source"):
-                by.setdefault((p["source"], p["dataset"], evaluation.model), []).append(p)
+                prediction = p["prediction"] if is_number(p["prediction"]) else np.nan
+                by.setdefault((p["source"], p["dataset"], e.model), []).append((p["target"], prediction))
     sources, datasets = sorted({k[0] for k in by}), [d for d in run.datasets if any(k[1] == d for k in by)]
-    if len(sources) < 2:
-        return None
-    models = [e.model for e in late if _says_enough(e, by)]
+    models = [e.model for e in late if any(k[2] == e.model and len(of) >= MIN_PER_SOURCE for k, of in by.items())]
     keys = [(d, m) for d in datasets for m in models]
-    if not keys:
+    if len(sources) < 2 or not keys:
         return None
     rows = []
     for source in sources:
         counts = [len(by.get((source, d, models[-1]), [])) for d in datasets]
-        rows.append((source, counts, [correlation(by.get((source, *key), [])) for key in keys]))
+        scores = [np.array(by.get((source, *key), []), np.float64).reshape(-1, 2).T for key in keys]
+        rows.append((source, counts, [correlation(*of) for of in scores]))
     last = [keys.index((d, models[-1])) for d in datasets]
     rows.sort(key=lambda r: min((v for i in last if (v := r[2][i]) is not None), default=2.0))
     columns = [(name_of(run, d), run.task(d), m) for d, m in keys]
     return Photographs(columns, rows[:MOST_SOURCES], max(0, len(rows) - MOST_SOURCES))
-
-
-def _says_enough(evaluation: EvaluationFiles, by: dict[tuple[str, str, str], list[dict[str, Any]]]) -> bool:
-    return any(len(rows) >= MIN_PER_SOURCE for key, rows in by.items() if key[2] == evaluation.model)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +25,11 @@ from tatar_dist.prompts.answer import parse
 from tatar_dist.run.events import read_events
 from tatar_dist.run.files import json_lines
 
+T = TypeVar("T")
+DAMAGE = (pa.ArrowException, OSError, ValueError, yaml.YAMLError)  # ValueError: also a text that is not UTF-8
 DEMO_MODELS = {"baseline": "base", "sft_eval": "SFT", "grpo_eval": "GRPO"}  # directory -> name on the page
 DEMO_TRAININGS = ("sft", "grpo")
-TEXTS = ("dataset", "sample_id", "task", "completion")
+ROLLOUT_COLUMNS = ("dataset", "sample_id", "task", "completion", "target")
 MOST_NOTES = 5  # damaged files of rollouts that are named; the rest is counted
 SHARE = 5  # "late" is the last of so many parts of the run, "early" the first
 MOST_CHARS = 4000  # of one rationale
@@ -93,7 +95,7 @@ class RunFiles:
     trainings: list[Training]
     evaluations: list[EvaluationFiles]
     stages: list[dict[str, Any]]
-    gains: dict[str, dict[str, list[float]]]
+    gains: list[tuple[str, str, list[float]]]
     manifests: list[Path]
     image_root: str | None  # where their image paths start, if not where they say
     notes: list[str] = field(default_factory=list)
@@ -150,8 +152,7 @@ def read_run(path: Path) -> RunFiles:
         manifests, image_root = _manifests(config, "test" if evaluation else "train")
     if not trainings and not evaluations:
         raise UserError(f"{path}: holds no run (neither metrics.jsonl, metrics.json nor the directories of a demo)")
-    stages = [s for s in _list(summary.get("stages")) if isinstance(s, dict) and is_number(s.get("seconds"))]
-    gains = _gains(summary.get("gains"))
+    stages, gains = _stages(summary.get("stages")), _gains(summary.get("gains"))
     return RunFiles(path, is_demo, trainings, evaluations, stages, gains, manifests, image_root, notes, config)
 
 
@@ -161,25 +162,16 @@ def _training(path: Path, notes: list[str]) -> Training | None:
         return None
     kind = "grpo" if any(k.startswith("reward/") for r in rows for k in r) else "sft"
     quarantine = _json_lines(path / "quarantine.jsonl", notes)
-    return Training(kind, _config(path, notes), rows, quarantine, path, _events(path, notes))
-
-
-def _events(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    try:
-        return read_events(path)
-    except OSError as e:
-        notes.append(f"{path.name}/events.jsonl could not be read: {e}")
-        return []
+    events = _read(path / "events.jsonl", lambda file: read_events(file.parent), [], notes)
+    return Training(kind, _config(path, notes), rows, quarantine, path, events)
 
 
 def _evaluation(path: Path, model: str, notes: list[str]) -> EvaluationFiles | None:
     datasets = _json(path / "metrics.json", notes).get("datasets")
     if not isinstance(datasets, dict) or not datasets:
         return None
-    predictions = []
-    if (path / "predictions.parquet").is_file():
-        rows = _table(path / "predictions.parquet", notes)
-        predictions = [{c: r.get(c) for c in PREDICTION_COLUMNS} for r in rows if is_number(r.get("target"))]
+    rows = _read(path / "predictions.parquet", lambda file: pq.read_table(file).to_pylist(), [], notes)
+    predictions = [{c: r.get(c) for c in PREDICTION_COLUMNS} for r in rows if is_number(r.get("target"))]
     task_of = {name: "iaa" if "iaa" in name else "iqa" for name in datasets}
     task_of |= {p["dataset"]: p["task"] for p in predictions}
     return EvaluationFiles(model, {k: v for k, v in datasets.items() if isinstance(v, dict)}, predictions, task_of)
@@ -191,30 +183,32 @@ def _from_table(table: Any) -> list[EvaluationFiles]:
     for row in _list(table):
         if isinstance(row, dict) and "model" in row and "task" in row:
             by_model.setdefault(str(row["model"]), {})[str(row["task"])] = row
-    named = {"base": "base", "sft": "SFT", "grpo": "GRPO"}
-    return [EvaluationFiles(named.get(m, m), d, [], {t: t for t in d}) for m, d in by_model.items()]
+    names = {"sft": "SFT", "grpo": "GRPO"}
+    return [EvaluationFiles(names.get(m, m), d, [], {t: t for t in d}) for m, d in by_model.items()]
 
 
-def _gains(found: Any) -> dict[str, dict[str, list[float]]]:
-    """Return {task: {measure: [change, low, high]}}, without entries that are not three numbers."""
-    result: dict[str, dict[str, list[float]]] = {}
-    for task, measures in (found if isinstance(found, dict) else {}).items():
-        for name, values in (measures if isinstance(measures, dict) else {}).items():
-            if isinstance(values, list) and len(values) == 3 and all(is_number(v) for v in values):
-                result.setdefault(task, {})[name] = values
-    return result
+def _stages(stages: Any) -> list[dict[str, Any]]:
+    """Return name, seconds, budget (seconds or None) and reused of each stage that names its seconds."""
+    return [
+        {
+            "name": str(s.get("name", "")),
+            "seconds": s["seconds"],
+            "budget": s.get("budget_seconds") if is_number(s.get("budget_seconds")) else None,
+            "reused": bool(s.get("reused")),
+        }
+        for s in _list(stages)
+        if isinstance(s, dict) and is_number(s.get("seconds"))
+    ]
 
 
-def _config(path: Path, notes: list[str]) -> dict[str, Any]:
-    file = path / "config.yaml"
-    if not file.is_file():
-        return {}
-    try:
-        found = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        notes.append(f"{file.name}: {str(e).splitlines()[0]}")
-        return {}
-    return found if isinstance(found, dict) else {}
+def _gains(gains: Any) -> list[tuple[str, str, list[float]]]:
+    """Return (task, measure, [change, low, high]), without entries that are not three numbers."""
+    return [
+        (task, measure, values)
+        for task, measures in (gains if isinstance(gains, dict) else {}).items()
+        for measure, values in (measures if isinstance(measures, dict) else {}).items()
+        if isinstance(values, list) and len(values) == 3 and all(is_number(v) for v in values)
+    ]
 
 
 def _manifests(config: Mapping[str, Any], split: str) -> tuple[list[Path], str | None]:
@@ -227,34 +221,34 @@ def _manifests(config: Mapping[str, Any], split: str) -> tuple[list[Path], str |
     return there, str(images) if images else None
 
 
-def _json(file: Path, notes: list[str]) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
+def _read(file: Path, read: Callable[[Path], Any], empty: T, notes: list[str]) -> T:
+    """Return the content of a file, or `empty` if it is absent, of another type or damaged, which is noted."""
     try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as e:
-        notes.append(f"{file.parent.name}/{file.name} could not be read: {e}")
-        return {}
-    return found if isinstance(found, dict) else {}
+        content = read(file) if file.is_file() else empty
+    except DAMAGE as e:
+        notes.append(damage_note(file, e))
+        return empty
+    return content if isinstance(content, type(empty)) else empty
+
+
+def damage_note(file: Path, error: Exception) -> str:
+    """Return the note about a file that could not be read, with the first line of the error."""
+    reason, *_ = str(error).splitlines() or [type(error).__name__]
+    return f"{file.parent.name}/{file.name} could not be read: {reason}"
+
+
+def _config(path: Path, notes: list[str]) -> dict[str, Any]:
+    return _read(path / "config.yaml", lambda file: yaml.safe_load(file.read_text()), {}, notes)
+
+
+def _json(file: Path, notes: list[str]) -> dict[str, Any]:
+    return _read(file, lambda f: json.loads(f.read_text()), {}, notes)
 
 
 def _json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
     name = f"{file.parent.name}/{file.name}"
-    try:
-        return json_lines(file, lambda n: notes.append(f"{name}: line {n} is not JSON and was left out"))
-    except OSError as e:
-        notes.append(f"{name} could not be read: {e}")
-        return []
-
-
-def _table(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-    try:
-        return pq.read_table(file).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as e:  # ValueError: a text that is not UTF-8
-        notes.append(f"{file.parent.name}/{file.name} could not be read: {str(e).splitlines()[0]}")
-        return []
+    note = lambda n: notes.append(f"{name}: line {n} is not JSON and was left out")  # noqa: E731
+    return _read(file, lambda f: json_lines(f, note), [], notes)
 
 
 def _list(value: Any) -> list[Any]:
@@ -264,16 +258,13 @@ def _list(value: Any) -> list[Any]:
 @dataclass(frozen=True)
 class Rollouts:
     """N completions in the order of the steps. file, row: position on disk; key: (data set, sample id).
-    target, prediction, reward: (N,) float64, NaN if absent; scores are in points. task: (N,) names."""
+    target, prediction: (N,) float64 in points, NaN where unparsed. task: (N,) names."""
 
     files: list[Path]
     file: np.ndarray
     row: np.ndarray
-    index: np.ndarray
-    step: np.ndarray
     target: np.ndarray
     prediction: np.ndarray
-    reward: np.ndarray
     task: np.ndarray
     key: list[tuple[str, str]]
 
@@ -286,74 +277,60 @@ class Rollouts:
         chosen = self.file >= len(self.files) - size if late else self.file < size
         return np.flatnonzero(chosen if task is None else chosen & (self.task == task))
 
-    def answers(self, positions: Iterable[int]) -> list[dict[str, Any]]:
-        """Return prediction rows without their text (`completion` is None); `at` holds the position."""
-        return [
-            {
-                "dataset": self.key[i][0],
-                "sample_id": self.key[i][1],
-                "task": str(self.task[i]),
-                "target": float(self.target[i]),
-                "prediction": None if np.isnan(self.prediction[i]) else float(self.prediction[i]),
-                "step": int(self.step[i]),
-                "completion": None,
-                "at": int(i),
-            }
-            for i in positions
-        ]
+    def answer(self, position: int) -> dict[str, Any]:
+        """Return a prediction row without its text (`completion` is None); `at` holds the position."""
+        dataset, sample_id = self.key[position]
+        prediction = float(self.prediction[position])
+        return {
+            "dataset": dataset,
+            "sample_id": sample_id,
+            "task": str(self.task[position]),
+            "target": float(self.target[position]),
+            "prediction": None if math.isnan(prediction) else prediction,
+            "completion": None,
+            "at": int(position),
+        }
 
     def text(self, position: int) -> str:
         """Read the text of a completion."""
-        file = pq.ParquetFile(self.files[self.file[position]])
-        column = file.read(columns=["completion"]).column(0)
+        column = pq.ParquetFile(self.files[self.file[position]]).read(columns=["completion"]).column(0)
         return column[int(self.row[position])].as_py() or ""
 
 
 def read_rollouts(training: Training, notes: list[str]) -> Rollouts | None:
     """Load the completions of a run; None if there are none."""
     files: list[Path] = []
-    columns: dict[str, list[Any]] = {k: [] for k in ("file", "row", "index", "step", "target", "prediction", "reward")}
-    tasks: list[str] = []
-    keys: list[tuple[str, str]] = []
+    completions: list[tuple[Any, ...]] = []
     bad: list[str] = []
     for file in sorted((training.path / "rollouts").glob("step_*.parquet")):
         try:
-            table = _light(file)
-        except (pa.ArrowException, OSError, ValueError) as e:
-            bad.append(f"{file.parent.name}/{file.name} could not be read: {str(e).splitlines()[0]}")
+            rows = [(i, r) for i, r in enumerate(_completions(file)) if is_number(r["target"])]
+        except DAMAGE as e:
+            bad.append(damage_note(file, e))
             continue
-        kept = [i for i, t in enumerate(table["target"]) if is_number(t)]
-        if not kept:
-            continue
-        columns["file"] += [len(files)] * len(kept)
-        columns["row"] += kept
-        for name in ("index", "step", "target", "reward"):
-            values = table[name]
-            columns[name] += [values[i] if is_number(values[i]) else None for i in kept]
-        columns["prediction"] += [parse(table["completion"][i] or "").value for i in kept]
-        tasks += [str(table["task"][i]) for i in kept]
-        keys += [(str(table["dataset"][i]), str(table["sample_id"][i])) for i in kept]
-        files.append(file)
+        for i, r in rows:
+            key = str(r["dataset"]), str(r["sample_id"])
+            prediction = parse(r["completion"] or "").value
+            completions.append((len(files), i, r["target"], prediction, str(r["task"]), key))
+        if rows:
+            files.append(file)
     notes += bad[:MOST_NOTES]
     if len(bad) > MOST_NOTES:
         notes.append(f"{len(bad) - MOST_NOTES} more files of rollouts could not be read")
     if not files:
         return None
-    whole = {k: np.array([v or 0 for v in columns[k]], np.int64) for k in ("file", "row", "index", "step")}
-    real = {k: np.array(columns[k], np.float64) for k in ("target", "prediction", "reward")}
-    return Rollouts(files, **whole, **real, task=np.array(tasks), key=keys)
+    file_of, row, target, prediction, task, key = zip(*completions, strict=True)
+    scores = np.array([target, prediction], np.float64)  # None becomes NaN
+    return Rollouts(files, np.array(file_of), np.array(row), *scores, np.array(task), list(key))
 
 
-def _light(file: Path) -> dict[str, list[Any]]:
-    """Read the required columns of a file. Raises ValueError naming a missing or invalid column."""
+def _completions(file: Path) -> list[dict[str, Any]]:
+    """Read the columns ROLLOUT_COLUMNS of a file. Raises ValueError naming a missing or invalid column."""
     opened = pq.ParquetFile(file)
-    names = set(opened.schema_arrow.names)
-    for name in (*TEXTS, "target"):
-        if name not in names:
+    schema = opened.schema_arrow
+    for name in ROLLOUT_COLUMNS:
+        if name not in schema.names:
             raise ValueError(f"no column {name}")
-    if not pa.types.is_string(opened.schema_arrow.field("completion").type):
+    if not pa.types.is_string(schema.field("completion").type):
         raise ValueError("column completion holds no text")
-    wanted = [n for n in (*TEXTS, "index", "step", "target", "reward") if n in names]
-    found = opened.read(columns=wanted).to_pydict()
-    n = opened.metadata.num_rows
-    return {name: found.get(name, [None] * n) for name in (*TEXTS, "index", "step", "target", "reward")}
+    return opened.read(columns=list(ROLLOUT_COLUMNS)).to_pylist()

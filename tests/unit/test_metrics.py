@@ -203,7 +203,8 @@ def test_the_file_audit_reads_predictions_and_completions(tmp_path):
     assert (out["b"]["n"], out["b"]["n_parsed"], out["b"]["n_truncated"]) == (6, 5, 1)
     assert out["b"]["srcc"] == pytest.approx(1) and out["b"]["ci95"]["srcc"] is not None
     table = audit.as_table(result)
-    assert "a: unparsed rows: drop" in table and "b: 1 truncated" in table
+    assert "a: 1 answers without a score, left out" in table
+    assert [line.split()[:4] for line in table.splitlines()[1:3]] == [["a", "6", "5", "0"], ["b", "6", "5", "1"]]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

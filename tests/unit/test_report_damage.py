@@ -144,7 +144,7 @@ def test_a_manifest_with_a_valid_footer_and_a_damaged_page_costs_only_the_pictur
     rollouts(run, [{"sample_id": "s1", "completion": "<answer>50.00</answer>"}])
     page = report(run)
     assert not page.of("img") and "no picture" in page.text
-    assert len(page.notes) == 1 and "train.parquet: damaged Parquet file: " in page.notes[0]
+    assert len(page.notes) == 1 and "train.parquet could not be read: " in page.notes[0]
 
 
 def test_a_directory_without_a_run_is_an_error_and_gets_no_page(tmp_path):

@@ -48,7 +48,7 @@ def test_calibration_counts_every_parsed_answer_in_the_bin_of_its_score():
     found = bins(np.array([10.0, 30.0, 90.0, 50.0]), np.array([12.0, 18.0, 100.0, np.nan]))
     assert [(b.low, b.high, b.n, b.predicted, b.target) for b in found] == [(10, 20, 2, 15, 20), (90, 100, 1, 100, 90)]
     assert miscalibration(found) == pytest.approx((2 * 5 + 10) / 3)
-    assert bins(np.array([1.0]), np.array([np.nan])) == [] and miscalibration([]) is None
+    assert bins(np.array([1.0]), np.array([np.nan])) == []
 
 
 def test_held_out_scores_are_drawn_with_their_fit_and_calibration(tmp_path):
@@ -72,7 +72,7 @@ def test_all_rollouts_are_read_and_a_damaged_file_is_named(run, tmp_path):
     assert len(found) == 15 * PROMPTS * GROUP and len(found.part(late=True)) == 3 * PROMPTS * GROUP
     assert 0 < np.isnan(found.prediction).sum() < 0.1 * len(found)
     last = pq.read_table(run / "rollouts" / "step_000014.parquet").to_pylist()[7]
-    position = int(np.flatnonzero((found.step == 14) & (found.row == 7))[0])
+    position = int(np.flatnonzero((found.file == 14) & (found.row == 7))[0])
     assert found.text(position) == last["completion"] and found.target[position] == last["target"]
     lines(tmp_path, grpo_rows())
     rollouts(tmp_path, [{"sample_id": "s", "completion": None}, {"sample_id": "t", "completion": "x"}], step=1)
