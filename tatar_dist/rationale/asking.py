@@ -109,7 +109,6 @@ class Asking:
                     slot.cancel()
                 await asyncio.gather(*slots, return_exceptions=True)
                 await self.journal.settled()
-                self.ledger.retries = sum(e.retries for e in self._endpoints.values())
                 for endpoint in self._endpoints.values():
                     await endpoint.close()
 
