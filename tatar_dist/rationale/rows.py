@@ -40,7 +40,9 @@ def reject_unreadable(ledger: Ledger, rows: RationaleRows, entry: LedgerEntry, s
     ledger.reject(entry, Reason("image-unreadable", says))
     ledger.images_unreadable += 1
     if ledger.images_unreadable >= IMAGES_TRIED and not ledger.images_read and not ledger.tokens:
-        where = "images lie in the rows" if rows.manifest.embedded else f"image paths start at {rows.image_root}"
+        where = (
+            "images lie in the rows" if rows.manifest.embedded else f"image paths start at {rows.manifest.image_root}"
+        )
         raise UserError(
             f"{rows.path}: none of the first {IMAGES_TRIED} images can be read, the last: {says}; {where}: check the "
             "manifest, or say where they start as data.image_root=…"
@@ -99,11 +101,6 @@ class RationaleRows:
                 except ValueError as e:
                     raise UserError(f"{self.path}: row {number}, column attributes: {e}") from None
                 yield self.row_of({"rationale": None, **values, "attributes": attributes}, number)
-
-    @property
-    def image_root(self) -> Path:
-        """Base directory of the manifest's image paths; the output keeps it, wherever the output is written."""
-        return self.manifest.image_root
 
     @staticmethod
     def row_of(values: dict[str, Any], number: int) -> QuestionRow:

@@ -203,7 +203,7 @@ def _write(ledger: Ledger, rows: RationaleRows, output: Path) -> None:
                 attempt = len(entry.answers) - 1
                 yield ledger.question.finished(values, rows.row_of(values, entry.number), attempt, entry.answers[-1][0])
 
-    write_manifest(output, accepted(), image_root=rows.image_root)
+    write_manifest(output, accepted(), image_root=rows.manifest.image_root)
     report.write_rejections(ledger, report.beside(output, "rejected.jsonl"))
     report.write_report(ledger, report.beside(output, "report.md"))
 

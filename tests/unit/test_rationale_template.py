@@ -75,8 +75,8 @@ def test_demo_rows_of_both_tasks_get_texts_that_the_judge_would_be_asked_about(t
     crops = {task: make_crop(task, "train", 3, 0) for task in ("iqa", "iaa")}
     rows = [{**row(task, task, **c.meta), "score": c.score, "attributes": c.attributes} for task, c in crops.items()]
     for made in templated(tmp_path, rows):
-        found = check_text(made["rationale"], "stop", made["task"], made["score"], made["attributes"], config, wording)
-        assert found == []
+        faults = check_text(made["rationale"], "stop", made["task"], made["score"], made["attributes"], config, wording)
+        assert faults == []
 
 
 def test_the_same_seed_gives_the_same_texts_whatever_stands_beside_a_row(tmp_path):
