@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import StringIO
-from itertools import islice
+from itertools import accumulate, islice
 
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.data.images import UnreadableImage, decode_image
@@ -132,20 +133,14 @@ class LocalAsking:
 
     def _affordable(self, asked: list[_Asked]) -> Iterator[list[_Asked]]:
         """Split the rows into parts whose maximal cost fits the budget left when the part is taken."""
-        if self.budget is None:
-            yield asked
-            return
-        rest = asked
-        while rest:
-            left, n = self.budget - self.ledger.tokens, 0
-            while n < len(rest) and rest[n].most <= left:
-                left -= rest[n].most
-                n += 1
+        while asked:
+            left = math.inf if self.budget is None else self.budget - self.ledger.tokens
+            n = sum(total <= left for total in accumulate(a.most for a in asked))
             if not n:
                 self.budget_spent = True
                 return
-            yield rest[:n]
-            rest = rest[n:]
+            yield asked[:n]
+            asked = asked[n:]
 
     def _round(self, pool: RolloutPool, asked: list[_Asked]) -> None:
         """Get one answer for each of these rows of one task, made durable as engine calls return."""
