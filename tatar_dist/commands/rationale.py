@@ -76,8 +76,8 @@ def template(
     """
     from tatar_dist.rationale import template as templates
 
-    found = templates.run(manifest, output, seed)
-    print(json.dumps(found) if as_json else f"{found['rows']} rows with rationales: {found['output']}")
+    result = templates.run(manifest, output, seed)
+    print(json.dumps(result) if as_json else f"{result['rows']} rows with rationales: {result['output']}")
 
 
 def _ask(
@@ -98,30 +98,27 @@ def _ask(
         plan = running.dry_run(name, source, config)
         print(json.dumps(plan)) if as_json else _print_plan(plan)
         return
-    found = running.run(name, source, config)
-    if as_json:
-        print(json.dumps(found))
-    else:
-        _print_result(name, found)
+    summary = running.run(name, source, config)
+    print(json.dumps(summary)) if as_json else _print_summary(name, summary)
 
 
-def _print_result(name: str, found: dict[str, Any]) -> None:
+def _print_summary(name: str, summary: dict[str, Any]) -> None:
     from rich.console import Console
 
     from tatar_dist.rationale.report import as_table, reason_lines
 
     console = Console(highlight=False)
-    console.print(as_table(found, f"rationale {name}: {_of(found)}"))
-    for line in reason_lines(found):
+    console.print(as_table(summary, f"rationale {name}: {_of(summary)}"))
+    for line in reason_lines(summary):
         console.print(line, soft_wrap=True)
-    cost = f", cost {found['cost']:.2f}" if found["cost"] else ""
-    tokens = found["prompt_tokens"] + found["completion_tokens"] + found["lost_tokens"]
-    console.print(f"{found['accepted']} rows in {found['output']}; {tokens:,} tokens{cost}", soft_wrap=True)
+    cost = f", cost {summary['cost']:.2f}" if summary["cost"] else ""
+    tokens = summary["prompt_tokens"] + summary["completion_tokens"] + summary["lost_tokens"]
+    console.print(f"{summary['accepted']} rows in {summary['output']}; {tokens:,} tokens{cost}", soft_wrap=True)
 
 
-def _of(found: dict[str, Any]) -> str:
-    splits = f"of {' and '.join(found['splits'])}" if found["splits"] else "of all splits"
-    return f"{found['rows']} rows {splits}"
+def _of(summary: dict[str, Any]) -> str:
+    splits = f"of {' and '.join(summary['splits'])}" if summary["splits"] else "of all splits"
+    return f"{summary['rows']} rows {splits}"
 
 
 def _print_plan(plan: dict[str, Any]) -> None:
@@ -138,7 +135,7 @@ def _print_plan(plan: dict[str, Any]) -> None:
         sampling = f"temperature {t['temperature']:g}, top_p {t['top_p']:g}, {t['max_tokens']} tokens"
         with_image = "with its image" if t["image"] else "without its image"
         who = f"{t['model'] or 'no model yet'} at {t['endpoint'] or 'no address yet'}"
-        said = f"{who}, key {t['key']}; {sampling}; {with_image}"
-        console.print(escape(said), highlight=False, soft_wrap=True)
+        request = f"{who}, key {t['key']}; {sampling}; {with_image}"
+        console.print(escape(request), highlight=False, soft_wrap=True)
         prompt = f"--- {t['sample_id']}, system\n{t['prompt']['system']}\n--- user\n{t['prompt']['user']}"
         console.print(escape(prompt), highlight=False, soft_wrap=True)

@@ -1,17 +1,16 @@
 """Send questions to OpenAI-compatible endpoints from concurrent slots.
 
-`Asking` takes a ledger with rows to ask, a journal and a stop flag, and updates the ledger. Each slot has one request
-in flight and writes its answer to disk before it sends the next. Rows are read and images prepared ahead of the slots.
-To keep to a token budget, the upper bound of a request's cost (`tokens_bound`) is reserved before it is sent.
+`Asking` takes a ledger with rows to ask, a journal and a stop flag, and updates the ledger. Each slot takes a row,
+prepares its image in a thread, has one request in flight and writes the answer to disk before it sends the next. To
+keep to a token budget, the upper bound of a request's cost (`tokens_bound`) is reserved before it is sent.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from tatar_dist.data.images import UnreadableImage
@@ -24,25 +23,12 @@ from tatar_dist.rationale.replies import NoAccess, ReplyRefused
 from tatar_dist.rationale.rows import Picture, RationaleRows, picture, reject_unreadable
 from tatar_dist.run.journal import Journal
 
-READ_THREADS = 2  # decoding and encoding of images; they release the interpreter lock
+ENCODERS = 2  # threads that decode and encode images; they release the interpreter lock
 POLL_S = 0.1  # how soon a signal is seen
 
 
 class BudgetSpent(Exception):
     """The next request might exceed the token budget."""
-
-
-@dataclass
-class Prepared:
-    """A row ready to be asked, or why it cannot be."""
-
-    entry: LedgerEntry
-    row: QuestionRow | None = None
-    picture: Picture | None = None
-    unreadable: str | None = None
-
-
-Preparing = asyncio.Task[Prepared]
 
 
 class Budget:
@@ -98,43 +84,36 @@ class Asking:
         self._endpoints: dict[tuple[str, str], Endpoint] = {}
         self._writing = 0
 
-    @property
-    def budget_spent(self) -> bool:
-        return self.budget.closed
-
-    def run(self) -> None:
-        """Ask until every row is settled, the budget is spent, or the user requests a stop.
+    def run(self) -> bool:
+        """Ask until every row is settled or the user requests a stop. Returns whether the budget ended it before.
 
         Raises UserError or RunError when the endpoint cannot be used. All answers received are in the journal,
         including those in flight at that moment that arrive within `stop_wait_s`.
         """
         asyncio.run(self._run())
+        return self.budget.closed
 
     async def _run(self) -> None:
-        for target in self.question.targets.values():
+        for kind in self.question.kinds.values():
+            target = kind.target
             if target.url and (target.url, target.api_key_env) not in self._endpoints:
                 self._endpoints[target.url, target.api_key_env] = Endpoint(target, self.limits, self.say)
-        ready: asyncio.Queue[Preparing | None] = asyncio.Queue(self.limits.concurrency)
-        with ThreadPoolExecutor(1, "rows") as reader, ThreadPoolExecutor(READ_THREADS, "images") as encoders:
-            producer = asyncio.create_task(self._prepare_all(ready, reader, encoders))
-            slots = [asyncio.create_task(self._slot(ready)) for _ in range(self.limits.concurrency)]
+        todo = self.ledger.todo()
+        with ThreadPoolExecutor(1, "rows") as reader, ThreadPoolExecutor(ENCODERS, "images") as encoders:
+            self._reader, self._encoders = reader, encoders
+            slots = [asyncio.create_task(self._slot(todo)) for _ in range(self.limits.concurrency)]
             try:
-                await self._until_done(producer, slots)
+                await self._until_done(set(slots))
             finally:
-                for task in (producer, *slots):
-                    task.cancel()
-                await asyncio.gather(producer, *slots, return_exceptions=True)
-                while not ready.empty():
-                    if (left := ready.get_nowait()) is not None:
-                        left.cancel()
+                for slot in slots:
+                    slot.cancel()
+                await asyncio.gather(*slots, return_exceptions=True)
                 await self.journal.settled()
-                self.ledger.retries = sum(e.retries for e in self._endpoints.values())
                 for endpoint in self._endpoints.values():
                     await endpoint.close()
 
-    async def _until_done(self, producer: asyncio.Task[None], slots: list[asyncio.Task[None]]) -> None:
+    async def _until_done(self, pending: set[asyncio.Task[None]]) -> None:
         """Wait for the slots; after an error or stop, wait up to `stop_wait_s` for answers in flight: they are paid."""
-        pending: set[asyncio.Task[None]] = {producer, *slots}
         deadline: float | None = None
         error: BaseException | None = None
         clock = asyncio.get_running_loop().time
@@ -143,8 +122,6 @@ class Asking:
             error = error or next((e for task in done if (e := task.exception())), None)
             self.ledger.retries = sum(e.retries for e in self._endpoints.values())
             self.progress(self.ledger)
-            if self.budget.closed and not self.in_flight:
-                break  # the rows prepared ahead are not asked
             if deadline is None and (error is not None or self.stopping()):
                 deadline = clock() + self.limits.stop_wait_s
                 for endpoint in self._endpoints.values():
@@ -159,38 +136,26 @@ class Asking:
         """Number of requests being sent and of answers not on disk yet."""
         return self._writing + sum(e.sending for e in self._endpoints.values())
 
-    async def _prepare_all(
-        self, ready: asyncio.Queue[Preparing | None], reader: ThreadPoolExecutor, encoders: ThreadPoolExecutor
-    ) -> None:
-        """Read rows in order and prepare images, up to the queue's length ahead; then put one None per slot."""
-        loop = asyncio.get_running_loop()
-
-        async def prepare(entry: LedgerEntry) -> Prepared:
-            try:
-                row, sample = await loop.run_in_executor(reader, self.rows.get, entry.number)
-                if not self.question.with_image(row.task):
-                    return Prepared(entry, row)
-                pixels = self.question.targets[row.task].max_pixels
-                image = await loop.run_in_executor(encoders, picture, sample.image, pixels, row.sample_id)
-                return Prepared(entry, row, image)
-            except UnreadableImage as e:
-                return Prepared(entry, unreadable=str(e))
-
-        for entry in self.ledger.todo():
-            await ready.put(asyncio.create_task(prepare(entry)))
-        for _ in range(self.limits.concurrency):
-            await ready.put(None)
-
-    async def _slot(self, ready: asyncio.Queue[Preparing | None]) -> None:
-        """Ask row after row, one request at a time."""
+    async def _slot(self, todo: Iterator[LedgerEntry]) -> None:
+        """Ask row after row, one request at a time. All slots share `todo`."""
         with contextlib.suppress(BudgetSpent, Stopped):
-            while (coming := await ready.get()) is not None:
-                prepared = await coming
-                if prepared.row is None:
-                    reject_unreadable(self.ledger, self.rows, prepared.entry, prepared.unreadable or "")
-                    continue
-                self.ledger.images_read += 1
-                await self._settle(prepared.entry, prepared.row, prepared.picture)
+            for entry in todo:
+                try:
+                    row, image = await self._prepare(entry)
+                except UnreadableImage as e:
+                    reject_unreadable(self.ledger, self.rows, entry, str(e))
+                else:
+                    self.ledger.images_read += 1
+                    await self._settle(entry, row, image)
+
+    async def _prepare(self, entry: LedgerEntry) -> tuple[QuestionRow, Picture | None]:
+        """Read a row and encode its image. Raises UnreadableImage."""
+        loop, kind = asyncio.get_running_loop(), self.question.kinds[entry.task]
+        row, sample = await loop.run_in_executor(self._reader, self.rows.get, entry.number)
+        if not kind.image:
+            return row, None
+        pixels = kind.target.max_pixels
+        return row, await loop.run_in_executor(self._encoders, picture, sample.image, pixels, row.sample_id)
 
     async def _settle(self, entry: LedgerEntry, row: QuestionRow, image: Picture | None) -> None:
         """Ask about one row until it is settled. Raises BudgetSpent, Stopped, and errors that end the run."""
@@ -213,20 +178,19 @@ class Asking:
         bound = tokens_bound(request, image)
         most = int(bound * self._bound_factor) + request.max_tokens
         await self.budget.reserve(most)
-        held = True
+        reserved, spent = most, 0
 
         async def lost() -> None:
             """Count the whole reservation of a failed try as spent, and reserve as much for the next try."""
-            nonlocal held
+            nonlocal reserved
             self.ledger.lost_tokens += most
-            held = False
+            reserved = 0
             await self.budget.release(most, most)
             await self.journal.append({**key, "lost": most})
             await self.budget.reserve(most)
+            reserved = most
             await self._note({**key, "asking": most})
-            held = True
 
-        spent = 0
         try:
             await self._note({**key, "asking": most})  # a kill must not hide what is being spent
             answer = await endpoint.ask(request, image, lost)
@@ -245,8 +209,7 @@ class Asking:
             await self._note({**key, "lost": 0})
             raise
         finally:
-            if held:
-                await self.budget.release(most, spent)
+            await self.budget.release(reserved, spent)
 
     async def _note(self, line: dict[str, Any]) -> None:
         """Journal a line about spending. With a budget, wait until it is on disk; else it joins the next commit."""

@@ -56,20 +56,6 @@ _NUMBER_WORDS = (
 _DASHES = str.maketrans({c: "-" for c in "\u2010\u2011\u2012\u2013\u2014\u2212\u00ad"})
 
 
-def spelled(number: int) -> str:
-    """Write a whole number from 0 to 100 in English words: 72 -> "seventy-two"."""
-    if number == 0:
-        return "zero"
-    if number == 100:
-        return "hundred"
-    if number < 10:
-        return _UNITS[number - 1]
-    if number < 20:
-        return _TEENS[number - 10]
-    tens, unit = divmod(number, 10)
-    return _TENS[tens - 2] + (f"-{_UNITS[unit - 1]}" if unit else "")
-
-
 def number_leak(text: str, score: float, wording: Wording) -> str | None:
     """Return the first numeral of any script, number phrase or number word that reveals the score, or None."""
     folded = unicodedata.normalize("NFKC", text)
@@ -80,7 +66,8 @@ def number_leak(text: str, score: float, wording: Wording) -> str | None:
     for pattern in (wording.number_phrases, *_NUMBER_WORDS):
         if match := pattern.search(words):
             return match.group()
-    near = {spelled(n) for n in (math.floor(score), math.ceil(score)) if 10 < n < 20 or n == 100}
+    whole = (math.floor(score), math.ceil(score))
+    near = {_TEENS[n - 10] for n in whole if 10 < n < 20} | {"hundred" for n in whole if n == 100}
     near |= {_DECADES[int(s // 10) - 2] for s in (score - 1, score, score + 1) if 20 <= s < 100}
     return next((name for name in sorted(near) if re.search(rf"(?<!\w){name}(?!\w)", words)), None)
 

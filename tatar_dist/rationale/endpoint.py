@@ -121,7 +121,7 @@ class Endpoint:
 
     def _open(self, target: Target) -> Any:
         """Return an `openai.AsyncOpenAI` that sends to the target's address with our key alone."""
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
+        from openai import DEFAULT_CONNECTION_LIMITS, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
         headers = {"user-agent": f"tatar-dist/{__version__}"}
         if self._key:
@@ -135,7 +135,11 @@ class Endpoint:
 
         address = urlsplit(target.url)
         host = address.hostname or ""
+        # a connection for every slot, kept open; the library's own limits are 1,000 and 100 kept
+        slots = self.limits.concurrency
+        pool = type(DEFAULT_CONNECTION_LIMITS)(max_connections=slots, max_keepalive_connections=slots)
         http_client = DefaultAsyncHttpxClient(
+            limits=pool,
             follow_redirects=False,
             trust_env=not (host in ("localhost", "::1") or host.startswith("127.")),  # no proxy to this machine
             event_hooks={"request": [set_headers]},
@@ -308,6 +312,6 @@ class Endpoint:
             raise TryAgain(f"no whole answer within {seconds:g} s", lost=True) from None
         finally:
             self.sending -= 1
-        if len(reply.content) > MAX_REPLY:
+        if len(reply.content) > MAX_REPLY:  # read whole by then: this bounds what is parsed and kept, not the memory
             raise TryAgain(f"the reply is longer than {MAX_REPLY >> 20} MiB", lost=True)
         return bytes(reply.content)

@@ -7,9 +7,8 @@ run gets the same outcomes as an uninterrupted one.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tatar_dist.rationale.checks import Reason
@@ -47,15 +46,7 @@ class LedgerEntry:
 
 
 def journal_line(entry: LedgerEntry, attempt: int, answer: Answer) -> dict[str, Any]:
-    return {
-        "sample_id": entry.sample_id,
-        "row": entry.digest,
-        "attempt": attempt,
-        "text": answer.text,
-        "finish": answer.finish,
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.completion_tokens,
-    }
+    return {"sample_id": entry.sample_id, "row": entry.digest, "attempt": attempt, **asdict(answer)}
 
 
 class Ledger:
@@ -95,12 +86,9 @@ class Ledger:
 
     def unanswered(self) -> list[dict[str, Any]]:
         """Count reservations that a killed run left open as spent; return journal lines. Call after all `remember`."""
-        lines = [
-            {"sample_id": sample_id, "attempt": attempt, "lost": tokens}
-            for (sample_id, attempt), tokens in self._reserved.items()
-        ]
-        self.lost_tokens += sum(self._reserved.values())
-        self._reserved.clear()
+        lines = [{"sample_id": key[0], "attempt": key[1], "lost": n} for key, n in self._reserved.items()]
+        for line in lines:
+            self.remember(line)
         return lines
 
     @property
@@ -117,7 +105,7 @@ class Ledger:
         digest = self.question.digest(row)
         failed_before = row.sample_id in self._failed_before
         entry = LedgerEntry(row.number, row.sample_id, row.dataset, row.task, digest, failed_before)
-        entry.before = tuple(self.question.before(row))
+        entry.before = self.question.before(row)
         known = self._durable.pop((row.sample_id, digest), {})
         while not self.is_settled(entry) and len(entry.answers) in known:
             answer = known[len(entry.answers)]
@@ -137,10 +125,9 @@ class Ledger:
 
     def todo(self) -> Iterator[LedgerEntry]:
         """Yield unsettled rows in order; those that got no answer in an earlier run come last, not to delay others."""
-        for last in (False, True):
-            for e in self.entries:
-                if e.failed_before == last and not self.is_settled(e) and e.failed is None:
-                    yield e
+        for entry in sorted(self.entries, key=lambda e: e.failed_before):
+            if not self.is_settled(entry):
+                yield entry
 
     def take(self, entry: LedgerEntry, answer: Answer, outcome: Outcome) -> bool:
         """Record a durable answer of this run. Returns whether it settles the row."""
@@ -172,15 +159,3 @@ class Ledger:
         c = self.question.endpoint
         prompt, completion = self.prompt_tokens, self.completion_tokens + self.lost_tokens
         return (prompt * c.prompt_price + completion * c.completion_price) / 1e6
-
-    def reasons(self) -> dict[Task, Counter[str]]:
-        """Count per task how often each code rejected an answer or an unasked row, or left a row unanswered."""
-        totals: dict[Task, Counter[str]] = {}
-        for entry in self.entries:
-            counts = totals.setdefault(entry.task, Counter())
-            counts.update(r.code for r in entry.before)
-            for _, outcome in entry.answers:
-                counts.update({r.code for r in outcome.reasons})
-            if entry.failed:
-                counts[entry.failed.code] += 1
-        return totals

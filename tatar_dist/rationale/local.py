@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import StringIO
-from itertools import islice
+from itertools import accumulate, islice
 
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.data.images import UnreadableImage, decode_image
@@ -26,7 +27,7 @@ from tatar_dist.rationale.rows import RationaleRows, reject_unreadable
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.journal import Journal
-from tatar_dist.types import Group, Prompt, Sample, Task
+from tatar_dist.types import Group, Prompt, Sample
 
 CALLS_AHEAD = 4  # rows held in memory with their images: this many full calls of every engine
 
@@ -64,8 +65,8 @@ class LocalAsking:
         with contextlib.redirect_stderr(StringIO()):
             self.backbone = backbone(self.config.model)
 
-    def run(self) -> None:
-        """Ask until every row is settled, the budget is spent, or the user requests a stop.
+    def run(self) -> bool:
+        """Ask until every row is settled or the user requests a stop. Returns whether the budget ended it before.
 
         Raises UserError for a model or cluster that cannot be used, RunError when an engine dies or is late.
         """
@@ -78,12 +79,9 @@ class LocalAsking:
             todo = self.ledger.todo()
             while window := list(islice(todo, size)):
                 self._settle(pool, window)
-                if self._ends:
-                    return
-
-    @property
-    def _ends(self) -> bool:
-        return self.budget_spent or self.stopping()
+                if self.budget_spent or self.stopping():
+                    break
+        return self.budget_spent
 
     def _settle(self, pool: RolloutPool, window: list[LedgerEntry]) -> None:
         """Ask about these rows, one attempt at a time, until each is settled."""
@@ -91,21 +89,23 @@ class LocalAsking:
         for entry in window:
             try:
                 samples[entry.number] = self.rows.get(entry.number)
-                if self.question.with_image(entry.task):
+                if self.question.kinds[entry.task].image:
                     decode_image(samples[entry.number][1].image, entry.sample_id)
                 self.ledger.images_read += 1
             except UnreadableImage as e:
                 reject_unreadable(self.ledger, self.rows, entry, str(e))
         for attempt in range(self.ledger.attempts):
             for task in sorted({entry.task for entry in window}):
-                entries = [e for e in window if e.task == task and len(e.answers) == attempt and self._is_open(e)]
-                asked = [a for e in entries if (a := self._asked(e, *samples[e.number])) is not None]
-                self._round(pool, asked, task, attempt)
-                if self._ends:
+                entries = [e for e in window if e.task == task and not self.ledger.is_settled(e)]
+                asked = [
+                    rendered
+                    for e in entries
+                    if len(e.answers) == attempt and (rendered := self._asked(e, *samples[e.number])) is not None
+                ]
+                if asked:
+                    self._round(pool, asked)
+                if self.budget_spent or self.stopping():
                     return
-
-    def _is_open(self, entry: LedgerEntry) -> bool:
-        return not self.ledger.is_settled(entry) and entry.failed is None
 
     def _asked(self, entry: LedgerEntry, row: QuestionRow, sample: Sample) -> _Asked | None:
         """Render a row's prompt. Rejects the row and returns None if prompt or image do not fit the engine."""
@@ -133,35 +133,27 @@ class LocalAsking:
 
     def _affordable(self, asked: list[_Asked]) -> Iterator[list[_Asked]]:
         """Split the rows into parts whose maximal cost fits the budget left when the part is taken."""
-        if self.budget is None:
-            yield asked
-            return
-        rest = asked
-        while rest:
-            left, n = self.budget - self.ledger.tokens, 0
-            while n < len(rest) and rest[n].most <= left:
-                left -= rest[n].most
-                n += 1
+        while asked:
+            left = math.inf if self.budget is None else self.budget - self.ledger.tokens
+            n = sum(total <= left for total in accumulate(a.most for a in asked))
             if not n:
                 self.budget_spent = True
                 return
-            yield rest[:n]
-            rest = rest[n:]
+            yield asked[:n]
+            asked = asked[n:]
 
-    def _round(self, pool: RolloutPool, asked: list[_Asked], task: Task, attempt: int) -> None:
-        """Get one answer for each of these rows, made durable as engine calls return."""
-        if not asked:
-            return
-        s = self.question.sampling(task)
-        schema = self.question.schema(task) if self.question.endpoint.structured else None
+    def _round(self, pool: RolloutPool, asked: list[_Asked]) -> None:
+        """Get one answer for each of these rows of one task, made durable as engine calls return."""
+        request = asked[0].request  # all differ in row and text only
+        structured = request.schema is not None and request.target.structured
         sampling = Sampling(
             n=1,
-            temperature=s.temperature,
-            top_p=s.top_p,
-            max_tokens=s.max_tokens + s.reasoning_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            max_tokens=request.max_tokens,
             seed=self.config.seed,
-            step=attempt,
-            schema=json.dumps(schema) if schema else None,
+            step=request.attempt,
+            schema=json.dumps(request.schema) if structured else None,
         )
         by_group = {a.prompt.group_id: a for a in asked}
         for part in self._affordable(asked):
@@ -174,13 +166,11 @@ class LocalAsking:
 
     def _take(self, answered: Iterable[tuple[_Asked, Group]]) -> None:
         """Write the answers of one engine call to the journal in one commit, then count them."""
-        found = []
+        answers = []
         for asked, group in answered:
             (completion,) = group.completions
-            answer = Answer(
-                completion.text, completion.finish_reason, len(group.prompt_token_ids), len(completion.token_ids)
-            )
-            found.append((asked, answer))
-        self.journal.write(*(journal_line(a.entry, a.request.attempt, answer) for a, answer in found))
-        for asked, answer in found:
+            tokens = len(group.prompt_token_ids), len(completion.token_ids)
+            answers.append((asked, Answer(completion.text, completion.finish_reason, *tokens)))
+        self.journal.write(*(journal_line(a.entry, a.request.attempt, answer) for a, answer in answers))
+        for asked, answer in answers:
             self.ledger.take(asked.entry, answer, self.question.read(asked.row, answer))

@@ -52,11 +52,21 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """How rows of one task are asked about. `texts`: name of the system and user texts in the wording."""
+
+    texts: str
+    sampling: TextConfig | VerdictConfig
+    target: Target
+    image: bool
+    schema: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Request:
     """One request without its image. `schema` is the JSON schema that the answer must follow, if any."""
 
     sample_id: str
-    task: Task
     attempt: int
     target: Target
     system: str
@@ -93,18 +103,18 @@ class Outcome:
 
 def ordered_attributes(attributes: Mapping[str, str]) -> list[tuple[str, str]]:
     """(name, text) of the attribute texts that are not blank: the eight in the method's order, then any others."""
-    found = [(name, str(text).strip()) for name, text in attributes.items() if str(text).strip()]
-    return sorted(found, key=lambda pair: place(pair[0]))
+    texts = [(name, text.strip()) for name, text in attributes.items() if text.strip()]
+    return sorted(texts, key=lambda pair: place(pair[0]))
 
 
-def _target(key: str, endpoint: EndpointConfig, own: TextConfig | None, model_path: str) -> Target:
-    url, env, where = endpoint.url, endpoint.api_key_env, f"{key}.url"
-    model = (own.model if own else "") or endpoint.model
+def _target(key: str, endpoint: EndpointConfig, text: TextConfig | None, model_path: str) -> Target:
+    url, env = endpoint.url, endpoint.api_key_env
+    model = (text.model if text else "") or endpoint.model
     if endpoint.local:
         url, env, model = "", "", model_path
-    elif own and own.url:
-        url, env = own.url, own.api_key_env
-    return Target(where, url, model, env, endpoint.max_pixels, endpoint.timeout_s, endpoint.structured)
+    elif text and text.url:
+        url, env = text.url, text.api_key_env
+    return Target(f"{key}.url", url, model, env, endpoint.max_pixels, endpoint.timeout_s, endpoint.structured)
 
 
 def _hash(text: str) -> str:
@@ -115,63 +125,49 @@ class Question(ABC):
     """Base class of both: requests, and the settings that a journal must agree with."""
 
     name: str
-    endpoint: EndpointConfig
 
-    def __init__(self, config: Config, wording: Wording) -> None:
+    def __init__(self, config: Config, wording: Wording, endpoint: EndpointConfig, kinds: dict[Task, Kind]) -> None:
         self.config, self.c, self.wording = config, config.rationale, wording
-        self.targets: dict[Task, Target] = {}
-
-    @abstractmethod
-    def words_of(self, task: Task) -> str:
-        """Name of the task's texts in the wording."""
-
-    @abstractmethod
-    def sampling(self, task: Task) -> TextConfig | VerdictConfig: ...
-
-    @abstractmethod
-    def with_image(self, task: Task) -> bool: ...
-
-    def schema(self, task: Task) -> dict[str, Any] | None:
-        return None
-
-    def blanks(self, row: QuestionRow) -> dict[str, str]:
-        texts = "\n".join(f"{name}: {text}" for name, text in ordered_attributes(row.attributes))
-        return {"score": f"{row.score:.1f}", "attributes": texts, "rationale": (row.rationale or "").strip()}
+        self.endpoint, self.kinds = endpoint, kinds
 
     def request(self, row: QuestionRow, attempt: int) -> Request:
-        system, user = self.wording.ask(self.words_of(row.task), self.blanks(row))
-        s = self.sampling(row.task)
+        kind = self.kinds[row.task]
+        attributes = "\n".join(f"{name}: {text}" for name, text in ordered_attributes(row.attributes))
+        rationale = (row.rationale or "").strip()
+        blanks = {"score": f"{row.score:.1f}", "attributes": attributes, "rationale": rationale}
+        system, user = self.wording.ask(kind.texts, blanks)
+        s = kind.sampling
         return Request(
             sample_id=row.sample_id,
-            task=row.task,
             attempt=attempt,
-            target=self.targets[row.task],
+            target=kind.target,
             system=system,
             user=user,
-            image=self.with_image(row.task),
+            image=kind.image,
             temperature=s.temperature,
             top_p=s.top_p,
             max_tokens=s.max_tokens + s.reasoning_tokens,
             seed=group_seed(self.config.seed, attempt, row.sample_id),
-            schema=self.schema(row.task),
+            schema=kind.schema,
         )
 
     def settings(self, tasks: set[Task]) -> dict[str, Any]:
         """Flat dict of all settings that change the requests. A journal with other values is not continued."""
-        found: dict[str, Any] = {"command": f"rationale {self.name}", "seed": self.config.seed}
-        for task in sorted(tasks):
-            words, s = self.words_of(task), self.sampling(task)
-            found |= {f"{words}.{k}": getattr(s, k) for k in ("temperature", "top_p", "max_tokens", "reasoning_tokens")}
-            found |= {
-                f"{words}.model": self.targets[task].model,
-                f"{words}.image": self.with_image(task),
-                f"{words}.system": _hash(self.wording.system[words]),
-                f"{words}.user": _hash(self.wording.user[words].template),
+        settings: dict[str, Any] = {"command": f"rationale {self.name}", "seed": self.config.seed}
+        for task in tasks:
+            kind = self.kinds[task]
+            values = {k: getattr(kind.sampling, k) for k in ("temperature", "top_p", "max_tokens", "reasoning_tokens")}
+            values |= {
+                "model": kind.target.model,
+                "image": kind.image,
+                "system": _hash(self.wording.system[kind.texts]),
+                "user": _hash(self.wording.user[kind.texts].template),
             }
-            if self.with_image(task):
-                local = self.endpoint.local
-                found["max_pixels"] = self.config.model.max_pixels if local else self.endpoint.max_pixels
-        return found
+            settings |= {f"{kind.texts}.{key}": value for key, value in values.items()}
+            if kind.image:
+                model = self.config.model
+                settings["max_pixels"] = model.max_pixels if self.endpoint.local else self.endpoint.max_pixels
+        return settings
 
     def about(self, row: QuestionRow) -> list[Any]:
         """Values of a row that are asked about, without the image."""
@@ -181,8 +177,12 @@ class Question(ABC):
         """Hash of what is asked about the row; answers are not reused for a row that has changed since."""
         return _hash(json.dumps(self.about(row)))
 
+    def checked(self, row: QuestionRow, text: str, finish: str = "stop") -> tuple[Reason, ...]:
+        """Reasons of the hard checks to reject a text of the row."""
+        return tuple(check_text(text, finish, row.task, row.score, row.attributes, self.c, self.wording))
+
     @abstractmethod
-    def before(self, row: QuestionRow) -> list[Reason]:
+    def before(self, row: QuestionRow) -> tuple[Reason, ...]:
         """Reasons to reject the row without asking."""
 
     @abstractmethod
@@ -199,48 +199,35 @@ class Build(Question):
     name = "build"
 
     def __init__(self, config: Config, wording: Wording) -> None:
-        super().__init__(config, wording)
-        self.endpoint = self.c.teacher
-        for task in TASKS:
-            self.targets[task] = _target("rationale.teacher", self.endpoint, self._text(task), config.model.path)
+        c = config.rationale
+        texts: tuple[tuple[Task, str, TextConfig], ...] = (("iqa", "fast", c.fast), ("iaa", "slow", c.slow))
+        kinds = {
+            task: Kind(name, text, _target("rationale.teacher", c.teacher, text, config.model.path), text.image)
+            for task, name, text in texts
+        }
+        super().__init__(config, wording, c.teacher, kinds)
 
-    def _text(self, task: Task) -> TextConfig:
-        return self.c.fast if task == "iqa" else self.c.slow
-
-    def words_of(self, task: Task) -> str:
-        return "fast" if task == "iqa" else "slow"
-
-    def sampling(self, task: Task) -> TextConfig:
-        return self._text(task)
-
-    def with_image(self, task: Task) -> bool:
-        return self._text(task).image
-
-    def before(self, row: QuestionRow) -> list[Reason]:
-        found = len(ordered_attributes(row.attributes))
-        if row.task == "iaa" and found < self.c.min_attributes:
-            text = (
-                f"the row has {found} attribute texts, a slow rationale goes through {self.c.min_attributes} at least"
-            )
-            return [Reason("no-attributes", text)]
-        return []
-
-    def text(self, answer: Answer) -> str:
-        return without_reasoning(answer.text)
+    def before(self, row: QuestionRow) -> tuple[Reason, ...]:
+        count, least = len(ordered_attributes(row.attributes)), self.c.min_attributes
+        if row.task == "iqa" or count >= least:
+            return ()
+        text = f"the row has {count} attribute texts, a slow rationale goes through {least} at least"
+        return (Reason("no-attributes", text),)
 
     def read(self, row: QuestionRow, answer: Answer) -> Outcome:
-        text = self.text(answer)
-        reasons = check_text(text, answer.finish, row.task, row.score, row.attributes, self.c, self.wording)
-        return Outcome("again", tuple(reasons)) if reasons else Outcome("accept")
+        reasons = self.checked(row, without_reasoning(answer.text), answer.finish)
+        return Outcome("again" if reasons else "accept", reasons)
 
     def finished(self, values: dict[str, Any], row: QuestionRow, attempt: int, answer: Answer) -> dict[str, Any]:
+        request = self.request(row, attempt)
         note = {
-            "teacher": self.targets[row.task].model,
+            "teacher": request.target.model,
             "attempt": attempt,
-            "prompt": self.request(row, attempt).prompt_hash,
+            "prompt": request.prompt_hash,
             "tokens": answer.completion_tokens,
         }
-        return {**values, "rationale": self.text(answer), "meta": {**values["meta"], "rationale": note}}
+        text = without_reasoning(answer.text)
+        return {**values, "rationale": text, "meta": {**values["meta"], "rationale": note}}
 
 
 class Judge(Question):
@@ -249,22 +236,10 @@ class Judge(Question):
     name = "judge"
 
     def __init__(self, config: Config, wording: Wording) -> None:
-        super().__init__(config, wording)
-        self.endpoint = self.c.judge
-        for task in TASKS:
-            self.targets[task] = _target("rationale.judge", self.endpoint, None, config.model.path)
-
-    def words_of(self, task: Task) -> str:
-        return f"judge.{task}"
-
-    def sampling(self, task: Task) -> VerdictConfig:
-        return self.c.verdict
-
-    def with_image(self, task: Task) -> bool:
-        return True
-
-    def schema(self, task: Task) -> dict[str, Any] | None:
-        return schema(task)
+        c = config.rationale
+        target = _target("rationale.judge", c.judge, None, config.model.path)
+        kinds = {task: Kind(f"judge.{task}", c.verdict, target, True, schema(task)) for task in TASKS}
+        super().__init__(config, wording, c.judge, kinds)
 
     def settings(self, tasks: set[Task]) -> dict[str, Any]:
         return super().settings(set(TASKS))  # a build that is still growing may come to the other task later
@@ -272,9 +247,8 @@ class Judge(Question):
     def about(self, row: QuestionRow) -> list[Any]:
         return [*super().about(row), row.rationale]
 
-    def before(self, row: QuestionRow) -> list[Reason]:
-        text = row.rationale or ""
-        return check_text(text, "stop", row.task, row.score, row.attributes, self.c, self.wording)
+    def before(self, row: QuestionRow) -> tuple[Reason, ...]:
+        return self.checked(row, row.rationale or "")
 
     def marks(self, row: QuestionRow, answer: Answer) -> dict[str, int] | Reason:
         return read_marks(without_reasoning(answer.text), row.task)
@@ -288,33 +262,31 @@ class Judge(Question):
         if isinstance(marks, Reason):
             return Outcome(unread, (marks,))
         low = low_marks(marks, self.c.verdict.reject_at)
-        return Outcome("reject", tuple(low)) if low else Outcome("accept")
+        return Outcome("reject" if low else "accept", tuple(low))
 
     def finished(self, values: dict[str, Any], row: QuestionRow, attempt: int, answer: Answer) -> dict[str, Any]:
-        marks = self.marks(row, answer)
-        assert not isinstance(marks, Reason), "an accepted answer has marks"
+        request = self.request(row, attempt)
         note = {
-            "judge": self.targets[row.task].model,
-            "marks": marks,
+            "judge": request.target.model,
+            "marks": self.marks(row, answer),
             "attempt": attempt,
-            "prompt": self.request(row, attempt).prompt_hash,
+            "prompt": request.prompt_hash,
         }
         return {**values, "meta": {**values["meta"], "judge": note}}
 
 
 def require_target(question: Question, tasks: set[Task]) -> None:
     """Raises UserError if the settings name no address, no model name, or no path of a local model."""
-    section = question.targets[min(tasks)].key.removesuffix(".url")
-    if question.endpoint.local:
-        if not question.config.model.path:
-            raise UserError(f"{section}.local=true: name the model directory as model.path=…")
-        return
     for task in sorted(tasks):
-        target = question.targets[task]
-        if not target.url:
+        target = question.kinds[task].target
+        section = target.key.removesuffix(".url")
+        if question.endpoint.local:
+            if not target.model:
+                raise UserError(f"{section}.local=true: name the model directory as model.path=…")
+        elif not target.url:
             raise UserError(
                 f"{target.key} is empty: give the address of an OpenAI-compatible endpoint (http://host:port/v1), or "
                 f"{section}.local=true for our own engines"
             )
-        if not target.model:
+        elif not target.model:
             raise UserError(f"{section}.model is empty: give the name under which {target.url} serves the model")

@@ -7,6 +7,7 @@ an error message, and an answer that holds a key of `KEY_CHARS` characters or mo
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import html
 import json
@@ -20,7 +21,7 @@ from urllib.parse import quote, quote_plus
 from tatar_dist.errors import UserError
 from tatar_dist.rationale.questions import Answer, Request
 
-SAID = 200  # characters of an endpoint's own words in an error
+EXCERPT_CHARS = 200  # of an endpoint's message in an error
 KEY_CHARS = 16  # a shorter key may stand in a text by chance
 SANE = 16  # usage beyond so many times our own bound is no count of tokens
 SCHEMA_WORDS = ("response_format", "response format", "json_schema", "guided", "structured", "grammar")
@@ -69,15 +70,12 @@ def redact(text: str, key: str | None) -> str:
 def excerpt(body: bytes, key: str | None) -> str:
     """Error text of a reply in one line: the message of an error object, or the beginning of the body."""
     text = body.decode("utf-8", "replace")
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict):
-        error = found.get("error", found)
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):  # no JSON, or no object
+        content = json.loads(text)
+        error = content.get("error", content)
         message = error.get("message") if isinstance(error, dict) else error
         text = message if isinstance(message, str) else text
-    return " ".join(redact(text, key).split())[:SAID] or "no further words"
+    return " ".join(redact(text, key).split())[:EXCERPT_CHARS] or "no further words"
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -104,8 +102,8 @@ def read_answer(body: bytes, prompt_bound: int, max_tokens: int, key: str | None
     Raises TryAgain if the body is not a complete chat completion, or the text repeats the key.
     """
     try:
-        found = json.loads(body)
-        choice = found["choices"][0]
+        reply = json.loads(body)
+        choice = reply["choices"][0]
         content, finish = choice["message"].get("content"), choice.get("finish_reason")
     except (ValueError, RecursionError):
         raise TryAgain("the reply is not JSON, or cut off", lost=True) from None
@@ -117,7 +115,7 @@ def read_answer(body: bytes, prompt_bound: int, max_tokens: int, key: str | None
         raise TryAgain("the message's content is no text", lost=True)
     if not isinstance(finish, str):
         raise TryAgain("the reply holds no finish_reason", lost=True)
-    usage = found.get("usage")
+    usage = reply.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     text, finish = (t.encode("utf-8", "replace").decode() for t in (content, finish))  # lone surrogates are unwritable
     if key and len(key) >= KEY_CHARS and any(redact(t, key) != t for t in (text, finish)):
@@ -130,16 +128,6 @@ def read_answer(body: bytes, prompt_bound: int, max_tokens: int, key: str | None
     )
 
 
-def _no_access(request: Request, status: int, said: str) -> str:
-    target = request.target
-    section = target.key.removesuffix(".url")
-    if target.api_key_env:
-        todo = f"check the key in the environment variable {target.api_key_env}"
-    else:
-        todo = f"no key was sent, name the environment variable that holds it as {section}.api_key_env"
-    return f"{target.key}={target.url}: the endpoint refuses access ({status}): {todo} ({said})"
-
-
 def raise_for(status: int, headers: Mapping[str, str], body: bytes, request: Request, key: str | None) -> NoReturn:
     """Raise the exception for a status other than 200.
 
@@ -149,28 +137,31 @@ def raise_for(status: int, headers: Mapping[str, str], body: bytes, request: Req
         TryAgain: 429, 408, 409, 425, 5xx. ReplyRefused: any other status.
         NoSchema: a request with a schema may have been refused, or have failed, because of the schema.
     """
-    said = excerpt(body, key)
-    target = request.target
-    if status == 401:
-        raise UserError(_no_access(request, status, said))
-    if status == 403:
-        raise NoAccess(_no_access(request, status, said))
+    message, target = excerpt(body, key), request.target
+    where = f"{target.key}={target.url}"
+    if status in (401, 403):
+        todo = f"check the key in the environment variable {target.api_key_env}"
+        if not target.api_key_env:
+            section = target.key.removesuffix(".url")
+            todo = f"no key was sent, name the environment variable that holds it as {section}.api_key_env"
+        error_type = UserError if status == 401 else NoAccess
+        raise error_type(f"{where}: the endpoint refuses access ({status}): {todo} ({message})")
     if status == 404:
         raise NoAccess(
-            f"{target.key}={target.url}: nothing there, or no model {target.model!r} (404): check the address (it ends "
-            f"like /v1) and the model's name ({said})"
+            f"{where}: nothing there, or no model {target.model!r} (404): check the address (it ends like /v1) and the "
+            f"model's name ({message})"
         )
     if 300 <= status < 400:
-        raise UserError(f"{target.key}={target.url}: redirects elsewhere ({status}): give the final address")
+        raise UserError(f"{where}: redirects elsewhere ({status}): give the final address")
     if status == 402:
-        raise UserError(f"{target.key}={target.url}: the endpoint wants payment (402): {said}")
-    if status == 429 and b"insufficient_quota" in body:
-        raise UserError(f"{target.key}={target.url}: the quota is used up (429): {said}")
+        raise UserError(f"{where}: the endpoint wants payment (402): {message}")
     if status == 429:
-        raise TryAgain(f"429: {said}", retry_after(headers), limited=True)
+        if b"insufficient_quota" in body:
+            raise UserError(f"{where}: the quota is used up (429): {message}")
+        raise TryAgain(f"429: {message}", retry_after(headers), limited=True)
     again = status in (408, 409, 425) or status >= 500
-    error = TryAgain(f"{status}: {said}", retry_after(headers)) if again else ReplyRefused(f"{status}: {said}")
-    of_schema = status in (400, 422, 501) or (status == 500 and any(word in said.lower() for word in SCHEMA_WORDS))
-    if request.schema is not None and of_schema:
-        raise NoSchema(said, error)
+    error = TryAgain(f"{status}: {message}", retry_after(headers)) if again else ReplyRefused(f"{status}: {message}")
+    by_schema = status in (400, 422, 501) or (status == 500 and any(word in message.lower() for word in SCHEMA_WORDS))
+    if request.schema is not None and by_schema:
+        raise NoSchema(message, error)
     raise error

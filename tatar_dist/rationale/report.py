@@ -7,7 +7,10 @@ and a table for the terminal. They hold no times and no state of one process, so
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,8 @@ from tatar_dist.rationale.ledger import Ledger, LedgerEntry
 from tatar_dist.run.files import write_whole, written_whole
 from tatar_dist.types import TASKS
 
-FAILURES = {  # code of a row without an answer -> how messages describe it
-    "no-answer": "rows got no answer after all retries",
-    "endpoint-refused": "rows were refused by the endpoint",
-}
-COLUMNS = ("rows", "accepted", "rejected", "failed", "not asked", "answers", "rejected answers")
+COUNTS = ("rows", "accepted", "rejected", "failed", "not_asked", "answers", "rejected_answers")  # of a task
+HEADER = ["task", *(count.replace("_", " ") for count in COUNTS)]
 EXAMPLES = 2  # a reason
 EXAMPLE_CHARS = 300
 
@@ -32,67 +32,69 @@ def beside(output: Path, ending: str) -> Path:
 
 def rejections(entry: LedgerEntry) -> Iterator[dict[str, Any]]:
     """Lines of one row: its rejected answers, and the reasons if it was not asked or not answered."""
-    base = {"sample_id": entry.sample_id, "dataset": entry.dataset, "task": entry.task}
 
-    def listed(reasons: tuple[Reason, ...]) -> list[dict[str, str]]:
-        return [{"code": r.code, "says": r.says} for r in reasons]
+    def line(attempt: int | None, reasons: tuple[Reason, ...], text: str | None, later: bool = False) -> dict[str, Any]:
+        return {
+            "sample_id": entry.sample_id,
+            "dataset": entry.dataset,
+            "task": entry.task,
+            "attempt": attempt,
+            "accepted_later": later,
+            "reasons": [asdict(reason) for reason in reasons],
+            "text": text,
+        }
 
     if entry.before:
-        yield {**base, "attempt": None, "accepted_later": False, "reasons": listed(entry.before), "text": None}
+        yield line(None, entry.before, None)
     for attempt, (answer, outcome) in enumerate(entry.answers):
         if outcome.verdict != "accept":
-            yield {
-                **base,
-                "attempt": attempt,
-                "accepted_later": entry.accepted,
-                "reasons": listed(outcome.reasons),
-                "text": answer.text,
-                "finish": answer.finish,
-            }
+            yield {**line(attempt, outcome.reasons, answer.text, entry.accepted), "finish": answer.finish}
     if entry.failed:
-        failed = {"attempt": len(entry.answers), "accepted_later": False, "reasons": listed((entry.failed,))}
-        yield {**base, **failed, "text": None}
+        yield line(len(entry.answers), (entry.failed,), None)
 
 
-def write_rejections(ledger: Ledger, path: Path) -> int:
-    """Write the lines of all rows. Returns their number."""
-    count = 0
+def write_rejections(ledger: Ledger, path: Path) -> None:
+    """Write the lines of all rows."""
     with written_whole(path) as place, open(place, "w", encoding="utf-8") as f:
         for entry in ledger.entries:
             for line in rejections(entry):
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
-                count += 1
-    return count
+
+
+def _task_summary(ledger: Ledger, entries: list[LedgerEntry]) -> dict[str, Any]:
+    """Counts of the rows of one task. `reasons`: number of rejections per code, the most frequent first."""
+    outcomes = [outcome for entry in entries for _, outcome in entry.answers]
+    accepted = sum(entry.accepted for entry in entries)
+    failed = sum(entry.failed is not None for entry in entries)
+    settled = sum(ledger.is_settled(entry) for entry in entries)
+    refused = sum(outcome.verdict != "accept" for outcome in outcomes)
+    codes: Counter[str] = Counter()
+    for entry in entries:
+        for line in rejections(entry):
+            codes.update({reason["code"] for reason in line["reasons"]})
+    return {
+        "rows": len(entries),
+        "accepted": accepted,
+        "rejected": settled - accepted,
+        "failed": failed,
+        "not_asked": len(entries) - settled - failed,
+        "answers": len(outcomes),
+        "rejected_answers": refused,
+        "rejection_rate": refused / len(outcomes) if outcomes else None,
+        "reasons": dict(sorted(codes.items(), key=lambda pair: (-pair[1], pair[0]))),
+    }
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:
     """Counts by task and reason, tokens and cost; part of what --json prints."""
-    tasks: dict[str, Any] = {}
-    counts = ledger.reasons()
-    for task in TASKS:
-        entries = [e for e in ledger.entries if e.task == task]
-        if not entries:
-            continue
-        answers = sum(len(e.answers) for e in entries)
-        refused = sum(o.verdict != "accept" for e in entries for _, o in e.answers)
-        tasks[task] = {
-            "rows": len(entries),
-            "accepted": sum(e.accepted for e in entries),
-            "rejected": sum(not e.accepted and ledger.is_settled(e) for e in entries),
-            "failed": sum(e.failed is not None for e in entries),
-            "not_asked": sum(not ledger.is_settled(e) and e.failed is None for e in entries),
-            "answers": answers,
-            "rejected_answers": refused,
-            "rejection_rate": refused / answers if answers else None,
-            "reasons": dict(sorted(counts[task].items(), key=lambda pair: (-pair[1], pair[0]))),
-        }
+    by_task = {task: [entry for entry in ledger.entries if entry.task == task] for task in TASKS}
     return {
         "rows": len(ledger.entries),
         "accepted": ledger.accepted,
         "rejected": ledger.rejected,
         "failed": ledger.failed,
         "not_asked": ledger.open,
-        "tasks": tasks,
+        "tasks": {task: _task_summary(ledger, entries) for task, entries in by_task.items() if entries},
         "prompt_tokens": ledger.prompt_tokens,
         "completion_tokens": ledger.completion_tokens,
         "lost_tokens": ledger.lost_tokens,
@@ -100,26 +102,23 @@ def summary(ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def _figures(task: dict[str, Any]) -> list[str]:
-    """Figures of one task of a summary, in the order of `COLUMNS`."""
+def _cells(name: str, task: dict[str, Any]) -> list[str]:
+    """Table row of one task of a summary: its name and `COUNTS`."""
     rate = "" if task["rejection_rate"] is None else f" ({100 * task['rejection_rate']:.1f} %)"
-    counts = [str(task[name]) for name in ("rows", "accepted", "rejected", "failed", "not_asked", "answers")]
-    return [*counts, f"{task['rejected_answers']}{rate}"]
+    *counts, refused = (str(task[count]) for count in COUNTS)
+    return [name, *counts, refused + rate]
 
 
-def _examples(ledger: Ledger, task: str, code: str) -> list[tuple[str, str, str]]:
-    """(sample id, sentence of the reason, beginning of the text) of the first rejections with a code."""
-    examples = []
+def _examples(ledger: Ledger, task: str, code: str) -> Iterator[str]:
+    """List items of all rejections with a code: sample id, sentence of the reason, beginning of the text."""
     for entry in ledger.entries:
-        if entry.task != task:
-            continue
-        for line in rejections(entry):
-            says = next((r["says"] for r in line["reasons"] if r["code"] == code), None)
-            if says is not None:
-                examples.append((entry.sample_id, says, (line["text"] or "")[:EXAMPLE_CHARS]))
-                if len(examples) == EXAMPLES:
-                    return examples
-    return examples
+        for line in rejections(entry) if entry.task == task else ():
+            for reason in line["reasons"]:
+                if reason["code"] == code:
+                    text = (line["text"] or "")[:EXAMPLE_CHARS]
+                    excerpt = f": `{_quoted(text)}`" if text else ""
+                    yield f"- `{_quoted(entry.sample_id)}` {_quoted(reason['says'])}{excerpt}"
+                    break
 
 
 def _quoted(text: str) -> str:
@@ -130,8 +129,8 @@ def write_report(ledger: Ledger, path: Path) -> None:
     """Write the report of rejection rates as Markdown: by task, by reason, with examples."""
     totals = summary(ledger)
     lines = [f"# rationale {ledger.question.name}: {totals['accepted']} of {totals['rows']} rows accepted", ""]
-    lines += [f"| {' | '.join(('task', *COLUMNS))} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [f"| {' | '.join((task, *_figures(t)))} |" for task, t in totals["tasks"].items()]
+    lines += [f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
+    lines += [f"| {' | '.join(_cells(task, t))} |" for task, t in totals["tasks"].items()]
     lines += ["", f"Tokens: {totals['prompt_tokens']:,} prompt, {totals['completion_tokens']:,} completion."]
     for task, t in totals["tasks"].items():
         if not t["reasons"]:
@@ -139,10 +138,7 @@ def write_report(ledger: Ledger, path: Path) -> None:
         lines += ["", f"## {task}: why answers were rejected", "", "| reason | answers |", "|---|---|"]
         lines += [f"| {code} | {n} |" for code, n in t["reasons"].items()]
         for code in t["reasons"]:
-            lines += ["", f"**{code}**", ""]
-            for sample_id, says, text in _examples(ledger, task, code):
-                excerpt = f": `{_quoted(text)}`" if text else ""
-                lines.append(f"- `{_quoted(sample_id)}` {_quoted(says)}{excerpt}")
+            lines += ["", f"**{code}**", "", *islice(_examples(ledger, task, code), EXAMPLES)]
     write_whole(path, "\n".join(lines) + "\n")
 
 
@@ -151,10 +147,10 @@ def as_table(totals: dict[str, Any], title: str) -> Any:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for name in ("task", *COLUMNS):
+    for name in HEADER:
         table.add_column(name, justify="left" if name == "task" else "right")
     for task, t in totals["tasks"].items():
-        table.add_row(task, *_figures(t))
+        table.add_row(*_cells(task, t))
     return table
 
 

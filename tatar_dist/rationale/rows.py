@@ -35,21 +35,14 @@ JPEG_QUALITY = 92  # higher than what any teacher can tell apart, and no visible
 PATCH = 28  # Qwen-VL's image token covers 28 x 28 pixels; other models count fewer tokens for the same image
 
 
-def _attributes(text: str | None, path: Path, number: int) -> dict[str, Any]:
-    if not text:
-        return {}
-    try:
-        return json_object(text)
-    except ValueError as e:
-        raise UserError(f"{path}: row {number}, column attributes: {e}") from None
-
-
 def reject_unreadable(ledger: Ledger, rows: RationaleRows, entry: LedgerEntry, says: str) -> None:
     """Reject a row whose image cannot be read. Raises UserError if the first `IMAGES_TRIED` are all unreadable."""
     ledger.reject(entry, Reason("image-unreadable", says))
     ledger.images_unreadable += 1
     if ledger.images_unreadable >= IMAGES_TRIED and not ledger.images_read and not ledger.tokens:
-        where = "images lie in the rows" if rows.manifest.embedded else f"image paths start at {rows.image_root}"
+        where = (
+            "images lie in the rows" if rows.manifest.embedded else f"image paths start at {rows.manifest.image_root}"
+        )
         raise UserError(
             f"{rows.path}: none of the first {IMAGES_TRIED} images can be read, the last: {says}; {where}: check the "
             "manifest, or say where they start as data.image_root=…"
@@ -95,22 +88,19 @@ class RationaleRows:
         return islice(self._all(), self.limit)
 
     def _all(self) -> Iterator[QuestionRow]:
-        number = -1
         with pq.ParquetFile(self.path) as file:
             present = [name for name in _COLUMNS if name in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=4096, columns=present):
-                for values in batch.to_pylist():
-                    number += 1
-                    text = values.get("rationale")
-                    if (self.splits and values.get("split") not in self.splits) or (self.written and not text):
-                        continue
-                    attributes = _attributes(values.get("attributes"), self.path, number)
-                    yield self.row_of({**values, "rationale": text, "attributes": attributes}, number)
-
-    @property
-    def image_root(self) -> Path:
-        """Base directory of the manifest's image paths; the output keeps it, wherever the output is written."""
-        return self.manifest.image_root
+            batches = file.iter_batches(batch_size=4096, columns=present)
+            for number, values in enumerate(row for batch in batches for row in batch.to_pylist()):
+                if self.splits and values.get("split") not in self.splits:
+                    continue
+                if self.written and not values.get("rationale"):
+                    continue
+                try:
+                    attributes = json_object(values.get("attributes") or "{}")
+                except ValueError as e:
+                    raise UserError(f"{self.path}: row {number}, column attributes: {e}") from None
+                yield self.row_of({"rationale": None, **values, "attributes": attributes}, number)
 
     @staticmethod
     def row_of(values: dict[str, Any], number: int) -> QuestionRow:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,13 @@ from tatar_dist.rationale.wording import load_wording
 from tatar_dist.run.journal import Journal
 from tatar_dist.run.progress import bar, clock
 
-QUESTIONS: dict[str, type[Question]] = {"build": Build, "judge": Judge}
+QUESTIONS: dict[str, type[Build] | type[Judge]] = {"build": Build, "judge": Judge}
 SHOW_EVERY = 1000  # rows entered between two updates of the progress display
 PLAIN_EVERY_S = 15.0  # between two plain lines of progress, where there is no terminal
+FAILURES = {  # code of a row without an answer -> how messages describe it
+    "no-answer": "rows got no answer after all retries",
+    "endpoint-refused": "rows were refused by the endpoint",
+}
 
 
 class Meter:
@@ -58,24 +63,20 @@ class Meter:
 
     def reading(self, ledger: Ledger) -> None:
         """Show progress while rows enter the ledger, before any is asked. The pace is measured from the last call."""
-        now, done = time.monotonic(), ledger.settled
-        if self._bar:
-            self._bar.update(self._task, completed=done, said="reading what is there")
-        elif now - self._printed >= PLAIN_EVERY_S:
-            self._printed = now
-            text = f"{self.name}  {len(ledger.entries)}/{self.total}  reading what is there"
-            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
-        self.began, self._settled_before = now, done
+        self.began, self._settled_before = time.monotonic(), ledger.settled
+        self._show(len(ledger.entries), "reading what is there", self.began)
 
     def __call__(self, ledger: Ledger, last: bool = False) -> None:
-        done = ledger.settled + ledger.failed
         now = time.monotonic()
+        self._show(ledger.settled + ledger.failed, self.line(ledger, now), now, last)
+
+    def _show(self, done: int, text: str, now: float, last: bool = False) -> None:
         if self._bar:
-            self._bar.update(self._task, completed=done, said=self.line(ledger, now))
+            self._bar.update(self._task, completed=done, said=text)
         elif last or now - self._printed >= PLAIN_EVERY_S:
             self._printed = now
-            text = f"{self.name}  {done}/{self.total}  {self.line(ledger, now)}"
-            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+            line = f"{self.name}  {done}/{self.total}  {text}"
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def line(self, ledger: Ledger, now: float) -> str:
         """Text beside the bar."""
@@ -105,10 +106,9 @@ def dry_run(name: str, source: Path, config: Config) -> dict[str, Any]:
     """Plan of a run: rows by task, addresses, one rendered prompt per task. Nothing is sent or written."""
     question, rows = _prepare(name, source, config)
     journal = report.beside(Path(config.output), "journal.jsonl")
-    found: dict[str, Any] = {"command": f"rationale {name}", "rows": len(rows), "splits": rows.splits or None}
-    found |= {"journal": str(journal), "tasks": {}}
+    tasks: dict[str, dict[str, Any]] = {}
     for row in rows:
-        task = found["tasks"].setdefault(row.task, {"rows": 0, "asked": 0, "not_asked": {}})
+        task = tasks.setdefault(row.task, {"rows": 0, "asked": 0, "not_asked": {}})
         task["rows"] += 1
         if reasons := question.before(row):
             code = reasons[0].code
@@ -128,7 +128,13 @@ def dry_run(name: str, source: Path, config: Config) -> dict[str, Any]:
                 "sample_id": row.sample_id,
                 "prompt": {"system": request.system, "user": request.user},
             }
-    return found
+    return {
+        "command": f"rationale {name}",
+        "rows": len(rows),
+        "splits": rows.splits or None,
+        "journal": str(journal),
+        "tasks": tasks,
+    }
 
 
 def run(name: str, source: Path, config: Config) -> dict[str, Any]:
@@ -164,14 +170,12 @@ def run(name: str, source: Path, config: Config) -> dict[str, Any]:
                 if n % SHOW_EVERY == 0:
                     meter.reading(ledger)
             meter.reading(ledger)
-            spent = False
-            if next(ledger.todo(), None) is not None:
-                spent = _ask(ledger, rows, journal, meter, stop)
+            spent = next(ledger.todo(), None) is not None and _ask(ledger, rows, journal, meter, stop)
             meter(ledger, last=True)
         _write(ledger, rows, output)
-    found = {**report.summary(ledger), "splits": rows.splits or None, "output": str(output)}
-    _complain(ledger, found, stop, spent)
-    return found
+    summary = {**report.summary(ledger), "splits": rows.splits or None, "output": str(output)}
+    _raise_if_incomplete(ledger, summary, stop, spent)
+    return summary
 
 
 def _ask(ledger: Ledger, rows: RationaleRows, journal: Journal, meter: Meter, stop: StopSignals) -> bool:
@@ -179,14 +183,10 @@ def _ask(ledger: Ledger, rows: RationaleRows, journal: Journal, meter: Meter, st
     if ledger.question.endpoint.local:
         from tatar_dist.rationale.local import LocalAsking
 
-        local = LocalAsking(ledger, rows, journal, meter, lambda: stop.requested)
-        local.run()
-        return local.budget_spent
+        return LocalAsking(ledger, rows, journal, meter, lambda: stop.requested).run()
     from tatar_dist.rationale.asking import Asking
 
-    asking = Asking(ledger, rows, journal, _say, meter, lambda: stop.requested)
-    asking.run()
-    return asking.budget_spent
+    return Asking(ledger, rows, journal, _say, meter, lambda: stop.requested).run()
 
 
 def _say(text: str) -> None:
@@ -203,30 +203,28 @@ def _write(ledger: Ledger, rows: RationaleRows, output: Path) -> None:
                 attempt = len(entry.answers) - 1
                 yield ledger.question.finished(values, rows.row_of(values, entry.number), attempt, entry.answers[-1][0])
 
-    write_manifest(output, accepted(), image_root=rows.image_root)
+    write_manifest(output, accepted(), image_root=rows.manifest.image_root)
     report.write_rejections(ledger, report.beside(output, "rejected.jsonl"))
     report.write_report(ledger, report.beside(output, "report.md"))
 
 
-def _complain(ledger: Ledger, found: dict[str, Any], stop: StopSignals, spent: bool) -> None:
+def _raise_if_incomplete(ledger: Ledger, summary: dict[str, Any], stop: StopSignals, spent: bool) -> None:
     """Raise the error of an incomplete run. The files have been written before."""
-    output = Path(found["output"])
-    kept = f"{found['accepted']} accepted rows are in {found['output']}"
+    kept = f"{ledger.accepted} accepted rows are in {summary['output']}"
     again = "the same command goes on from here"
     if spent:
         budget = ledger.question.c.limits.budget_tokens
         raise RunError(
             f"rationale.limits.budget_tokens={budget}: {ledger.tokens} tokens are spent and the next request might "
-            f"exceed it; {found['not_asked']} rows were not asked; {kept}; with a larger budget {again}"
+            f"exceed it; {ledger.open} rows were not asked; {kept}; with a larger budget {again}"
         )
-    if stop.requested and found["not_asked"]:
-        raise Interrupted(f"stopped: {found['not_asked']} rows are left; {kept}; {again}", stop.status)
-    if found["failed"]:
-        codes = {code: sum(t["reasons"].get(code, 0) for t in found["tasks"].values()) for code in report.FAILURES}
-        said = " and ".join(f"{n} {report.FAILURES[code]}" for code, n in codes.items() if n)
-        raise RunError(f"{said}; {kept}; the same command asks about them again")
-    if not found["accepted"]:
-        reasons = "; ".join(report.reason_lines(found))
-        raise RunError(
-            f"none of {found['rows']} rows was accepted ({reasons}): see {report.beside(output, 'report.md')}"
-        )
+    if stop.requested and ledger.open:
+        raise Interrupted(f"stopped: {ledger.open} rows are left; {kept}; {again}", stop.status)
+    if ledger.failed:
+        codes = Counter(entry.failed.code for entry in ledger.entries if entry.failed)
+        failures = " and ".join(f"{codes[code]} {text}" for code, text in FAILURES.items() if codes[code])
+        raise RunError(f"{failures}; {kept}; the same command asks about them again")
+    if not ledger.accepted:
+        reasons = "; ".join(report.reason_lines(summary))
+        where = report.beside(Path(summary["output"]), "report.md")
+        raise RunError(f"none of {len(ledger.entries)} rows was accepted ({reasons}): see {where}")

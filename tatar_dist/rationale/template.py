@@ -8,13 +8,16 @@ checks for a teacher's text. A row without them is an error. The choice of words
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Le
+from pydantic import AfterValidator, Strict
 
+from tatar_dist.config.validate import validated
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.demo.data.distortions import Distortion
@@ -36,75 +39,48 @@ ATTRIBUTES = (  # attributes that the IAA sentences describe
 )
 
 
-def _generator(seed: int, sample_id: str) -> np.random.Generator:
-    digest = hashlib.blake2b(f"{seed}/{sample_id}".encode(), digest_size=16).digest()
-    return np.random.default_rng(int.from_bytes(digest, "big"))
+SCENES = {photo.name: photo.category for photo in PHOTOS}  # a word that fits before "photo"
+Share = Annotated[float, Strict(), Ge(0), Le(1)]
 
 
-def _share(value: Any, where: str) -> float:
-    """Check that a value is a number in [0, 1]. Raises UserError with `where`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value <= 1 and math.isfinite(value)):
-        raise UserError(f"{where}: {value!r} must be a number from 0 to 1")
-    return float(value)
+def _with_words(family: str) -> str:
+    if family not in FAMILY_NAMES:
+        raise ValueError(f"there are no words for family {family!r}; known are {', '.join(sorted(FAMILY_NAMES))}")
+    return family
 
 
-def distortions_of(meta: dict[str, Any], where: str) -> tuple[Distortion, ...]:
-    """Distortions of a row from its meta, at most the two strongest; empty if meta has none.
+@dataclass(frozen=True)
+class KnownDistortion:
+    """An entry of `meta.distortions`."""
 
-    Raises UserError for a family without words, a strength outside [0, 1], or a wrong format.
-    """
-    listed = meta.get("distortions")
-    if listed is None:
-        return ()
-    if not isinstance(listed, list):
-        raise UserError(f"{where}.distortions: must be a list of {{family, strength}}")
-    found = []
-    for i, item in enumerate(listed):
-        at = f"{where}.distortions[{i}]"
-        if not isinstance(item, dict) or not {"family", "strength"} <= set(item):
-            raise UserError(f"{at}: must hold family and strength")
-        if item["family"] not in FAMILY_NAMES:
-            known = ", ".join(sorted(FAMILY_NAMES))
-            raise UserError(f"{at}: there are no words for family {item['family']!r}; known are {known}")
-        found.append(Distortion(item["family"], _share(item["strength"], at)))
-    return tuple(sorted(found, key=lambda d: -d.strength)[:2])
+    family: Annotated[str, AfterValidator(_with_words)]
+    strength: Share
 
 
-def attributes_of(meta: dict[str, Any], where: str) -> dict[str, float] | None:
-    """Measured attributes of a row by name, None if meta has none. Raises UserError if one is missing or invalid."""
-    measured = meta.get("attributes")
-    if measured is None:
-        return None
-    if not isinstance(measured, dict):
-        raise UserError(f"{where}.attributes: must be an object of numbers by name")
-    if missing := [name for name in ATTRIBUTES if name not in measured]:
-        raise UserError(f"{where}.attributes: {missing[0]} is missing, the sentences need {', '.join(ATTRIBUTES)}")
-    return {name: _share(measured[name], f"{where}.attributes.{name}") for name in ATTRIBUTES}
+MeasuredAttributes = make_dataclass("MeasuredAttributes", [(name, Share) for name in ATTRIBUTES])
 
 
-def scene_of(meta: dict[str, Any]) -> str:
-    """Category of the photograph as a word that fits before "photo"; "given" if unknown."""
-    kinds = {photo.name: photo.category for photo in PHOTOS}
-    return kinds.get(str(meta.get("photo")), "given")
+def _known(row: dict[str, Any], key: str, schema: Any, where: str) -> Any:
+    """Return the row's meta at `key` as a `schema`. Raises UserError if it is missing or wrong."""
+    value = row["meta"].get(key)
+    if not value:
+        raise UserError(
+            f"{where}: {row['sample_id']!r} has no {key} in meta, so nothing can be said of it without looking; have a "
+            "teacher look: tatar-dist rationale build"
+        )
+    return validated(schema, value, f"{where}, column meta.{key}")
 
 
 def rationale_of(row: dict[str, Any], seed: int, where: str) -> str:
-    """Text of one row. Raises UserError if its meta holds neither distortions nor attributes for its task."""
-    meta, rng = row["meta"], _generator(seed, row["sample_id"])
-    at = f"{where}, column meta"
-    scene = scene_of(meta)
-    if row["task"] == "iqa":
-        if found := distortions_of(meta, at):
-            return iqa_rationale(found, scene, row["score"], rng)
-        unknown = "distortions"
-    else:
-        if (measured := attributes_of(meta, at)) is not None:
-            return iaa_rationale(measured, scene, row["score"], rng)
-        unknown = "measured attributes"
-    raise UserError(
-        f"{where}: {row['sample_id']!r} has no {unknown} in meta, so nothing can be said of it without looking; have a "
-        "teacher look: tatar-dist rationale build"
-    )
+    """Text of one row: its two strongest distortions (IQA) or its attributes (IAA). Raises UserError without them."""
+    digest = hashlib.blake2b(f"{seed}/{row['sample_id']}".encode(), digest_size=16).digest()
+    rng = np.random.default_rng(int.from_bytes(digest, "big"))
+    scene = SCENES.get(str(row["meta"].get("photo")), "given")
+    if row["task"] == "iaa":
+        return iaa_rationale(vars(_known(row, "attributes", MeasuredAttributes, where)), scene, row["score"], rng)
+    distortions = _known(row, "distortions", list[KnownDistortion], where)
+    strongest = sorted(distortions, key=lambda d: -d.strength)[:2]
+    return iqa_rationale(tuple(Distortion(d.family, d.strength) for d in strongest), scene, row["score"], rng)
 
 
 def _rows(manifest: Manifest, seed: int) -> Iterator[dict[str, Any]]:

@@ -48,8 +48,8 @@ def test_what_a_teacher_is_sent(tmp_path):
 
 def test_accepted_rows_hold_the_text_and_where_it_came_from_and_no_time(tmp_path):
     with OpenAIServer() as server:
-        found = build(tmp_path, server)
-    assert (found["accepted"], found["rejected"], found["failed"]) == (6, 0, 0)
+        summary = build(tmp_path, server)
+    assert (summary["accepted"], summary["rejected"], summary["failed"]) == (6, 0, 0)
     rows = written(tmp_path)
     assert [r["sample_id"] for r in rows] == [f"iqa-{i:03d}" for i in range(6)]
     assert all(r["rationale"] == FAST for r in rows)
@@ -83,8 +83,8 @@ def test_a_text_only_teacher_is_sent_no_image(tmp_path):
 )
 def test_a_bad_reply_is_tried_again_and_costs_no_row(tmp_path, bad):
     with OpenAIServer(first_then_good(bad, bad)) as server:
-        found = build(tmp_path, server)
-    assert found["accepted"] == 6 and len(server.log) == 8
+        summary = build(tmp_path, server)
+    assert summary["accepted"] == 6 and len(server.log) == 8
 
 
 def test_retry_after_makes_every_slot_wait(tmp_path, monkeypatch):
@@ -109,8 +109,8 @@ def test_retry_after_makes_every_slot_wait(tmp_path, monkeypatch):
 
 def test_429_alone_never_uses_up_a_rows_retries(tmp_path):
     with OpenAIServer(first_then_good(*[Reply(429)] * 12)) as server:
-        found = build(tmp_path, server, retries=1, concurrency=1)
-    assert found["accepted"] == 6
+        summary = build(tmp_path, server, retries=1, concurrency=1)
+    assert summary["accepted"] == 6
 
 
 def test_a_late_answer_is_given_up_and_asked_again(tmp_path):
@@ -125,9 +125,9 @@ def test_a_late_answer_is_given_up_and_asked_again(tmp_path):
         return good_answer(call)
 
     with OpenAIServer(answer) as server:
-        found = build(tmp_path, server, "rationale.teacher.timeout_s=1", retries=100)
-    assert found["accepted"] == 6 and asked_again.is_set()
-    assert found["lost_tokens"] > 0, "what the endpoint may have written in vain is counted"
+        summary = build(tmp_path, server, "rationale.teacher.timeout_s=1", retries=100)
+    assert summary["accepted"] == 6 and asked_again.is_set()
+    assert summary["lost_tokens"] > 0, "what the endpoint may have written in vain is counted"
 
 
 def test_a_row_that_never_gets_an_answer_fails_alone_and_is_asked_again_by_the_next_run(tmp_path):
@@ -199,8 +199,8 @@ def test_an_endpoint_that_only_fails_is_not_asked_about_every_row(tmp_path):
 def test_a_text_cut_by_max_tokens_is_rejected_and_never_completed(tmp_path):
     cut = Reply(200, completion(FAST, "length"))
     with OpenAIServer(by_sample(lambda call: cut)) as server:
-        found = build(tmp_path, server, "rationale.attempts=2")
-    assert found["accepted"] == 5
+        summary = build(tmp_path, server, "rationale.attempts=2")
+    assert summary["accepted"] == 5
     lines = rejected(tmp_path)
     assert [line["attempt"] for line in lines] == [0, 1]
     assert all(line["reasons"][0]["code"] == "cut-off" and line["text"] == FAST for line in lines)
@@ -214,8 +214,8 @@ def test_a_leaked_number_is_rejected_and_the_next_attempt_has_another_seed(tmp_p
         return Reply(200, completion(FAST.replace("slight noise", "slight 34 noise"))) if len(seeds) == 1 else None
 
     with OpenAIServer(by_sample(lambda call: leak(call) or good_answer(call))) as server:
-        found = build(tmp_path, server)
-    assert found["accepted"] == 6 and len(set(seeds)) == 2
+        summary = build(tmp_path, server)
+    assert summary["accepted"] == 6 and len(set(seeds)) == 2
     (line,) = rejected(tmp_path)
     assert line["accepted_later"] and line["reasons"][0]["code"] == "number"
     assert written(tmp_path)[2]["meta"]["rationale"]["attempt"] == 1

@@ -39,8 +39,8 @@ def test_an_endpoint_that_counts_more_than_our_bound_uses_its_budget_up_before_t
 def test_a_count_of_tokens_that_cannot_be_is_taken_as_missing(tmp_path, tokens):
     usage = {"prompt_tokens": tokens, "completion_tokens": tokens}
     with OpenAIServer(lambda call: Reply(200, {**completion(FAST), "usage": usage})) as server:
-        found = build(tmp_path, server, budget_tokens=50_000)
-    assert found["accepted"] == 6 and 500 < found["prompt_tokens"] / 6 < 2000
+        summary = build(tmp_path, server, budget_tokens=50_000)
+    assert summary["accepted"] == 6 and 500 < summary["prompt_tokens"] / 6 < 2000
 
 
 @given(st.integers(0, 2000))
@@ -122,9 +122,9 @@ def test_a_quota_that_is_used_up_ends_the_run(tmp_path):
 
 @given(st.floats(0.5, 1e6))
 def test_no_minute_sees_more_than_the_limit(per_minute):
-    found = limiter(per_minute)
-    most = found.max_rate + found.max_rate / found.time_period * 60
-    assert most <= per_minute * (1 + 1e-9) or found.max_rate == 1 and found.time_period >= 60 / per_minute
+    limit = limiter(per_minute)
+    most = limit.max_rate + limit.max_rate / limit.time_period * 60
+    assert most <= per_minute * (1 + 1e-9) or limit.max_rate == 1 and limit.time_period >= 60 / per_minute
 
 
 def test_a_pause_is_followed_by_no_burst(tmp_path, monkeypatch):
@@ -233,8 +233,8 @@ def test_broken_images_among_good_ones_are_rejected_again_by_the_next_run_withou
     write_manifest(tmp_path / "m.parquet", listed)
     with OpenAIServer(latency=0.3) as server:
         for _ in range(2):
-            found = build(tmp_path, server, source=tmp_path / "m.parquet")
-            assert (found["accepted"], found["rejected"]) == (1, 39)
+            summary = build(tmp_path, server, source=tmp_path / "m.parquet")
+            assert (summary["accepted"], summary["rejected"]) == (1, 39)
         assert len(server.log) == 1
 
 

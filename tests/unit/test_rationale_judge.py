@@ -34,8 +34,8 @@ JUDGED = {"visual_fidelity": 4, "score_consistency": 4}
 def test_marks_that_are_not_the_schema_reject_the_sample_as_unjudged(tmp_path, text):
     source = manifest(tmp_path / "m.parquet", rationale=True)
     with OpenAIServer(by_sample(lambda call: Reply(200, completion(text)))) as server:
-        found = build(tmp_path, server, name="judge", source=source)
-    assert (found["accepted"], found["rejected"]) == (5, 1)
+        summary = build(tmp_path, server, name="judge", source=source)
+    assert (summary["accepted"], summary["rejected"]) == (5, 1)
     (line,) = rejected(tmp_path)
     assert line["reasons"][0]["code"] == "judge-json", "asked once: at temperature 0 it would say the same again"
 
@@ -51,12 +51,12 @@ def test_the_judge_is_held_to_a_schema_and_low_marks_reject(tmp_path):
     low = Reply(200, completion(json.dumps({**JUDGED, "score_consistency": 2})))
     source = manifest(tmp_path / "m.parquet", 6, 2, rationale=True)
     with OpenAIServer(by_sample(lambda call: low)) as server:
-        found = build(tmp_path, server, name="judge", source=source)
+        summary = build(tmp_path, server, name="judge", source=source)
         formats = [c.body["response_format"] for c in server.calls]
         assert len(server.log) == 8, "a low mark is no reason to ask again"
         assert all(c.body["temperature"] == 0.0 for c in server.calls)
     assert {f["type"] for f in formats} == {"json_schema"} and all(f["json_schema"]["strict"] for f in formats)
-    assert (found["accepted"], found["rejected"]) == (7, 1)
+    assert (summary["accepted"], summary["rejected"]) == (7, 1)
     assert [r["reasons"][0]["code"] for r in rejected(tmp_path)] == ["low-score_consistency"]
     assert written(tmp_path)[0]["meta"]["judge"]["marks"] == {"visual_fidelity": 4, "score_consistency": 5}
 
@@ -95,20 +95,20 @@ def test_a_refused_sample_does_not_turn_the_schema_off(tmp_path, which):
 
 def test_a_judge_looks_at_the_rows_that_have_a_rationale(tmp_path):
     source = manifest(tmp_path / "m.parquet", 4, rationale=True)
-    found = read_manifest(source)
-    write_manifest(source, [{**found.row(i), "rationale": None if i % 2 else FAST} for i in range(4)])
+    before = read_manifest(source)
+    write_manifest(source, [{**before.row(i), "rationale": None if i % 2 else FAST} for i in range(4)])
     with OpenAIServer() as server:
         assert build(tmp_path, server, name="judge", source=source)["rows"] == 2
     assert [r["sample_id"] for r in written(tmp_path)] == ["iqa-000", "iqa-002"]
-    write_manifest(source, [{**found.row(0), "rationale": None}])
+    write_manifest(source, [{**before.row(0), "rationale": None}])
     with pytest.raises(UserError, match="no row has a rationale to judge"):
         build(tmp_path, "http://127.0.0.1:9/v1", name="judge", source=source)
 
 
 def test_the_judge_is_not_asked_about_texts_that_fail_the_hard_checks(tmp_path):
     source = manifest(tmp_path / "m.parquet", 3, rationale=True)
-    found = read_manifest(source)
-    rows = [found.row(i) for i in range(3)]
+    before = read_manifest(source)
+    rows = [before.row(i) for i in range(3)]
     rows[1]["rationale"] = "It is bad."
     write_manifest(source, rows)
     with OpenAIServer() as server:
@@ -187,9 +187,9 @@ def test_json_output_is_the_summary(tmp_path, capsys):
         words = ["rationale", "build", str(source), "--output", f"{tmp_path}/r.parquet", *endpoint_words(server.url)]
         prices = ["rationale.teacher.prompt_price=2", "rationale.teacher.completion_price=10"]
         assert main([*words, *prices, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["accepted"] == 2 and found["tasks"]["iqa"]["rejection_rate"] == 0
-    assert found["cost"] == pytest.approx((found["prompt_tokens"] * 2 + found["completion_tokens"] * 10) / 1e6)
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["accepted"] == 2 and summary["tasks"]["iqa"]["rejection_rate"] == 0
+    assert summary["cost"] == pytest.approx((summary["prompt_tokens"] * 2 + summary["completion_tokens"] * 10) / 1e6)
 
 
 def test_the_shipped_config_holds_the_methods_figures():
@@ -226,8 +226,8 @@ def with_splits(path):
 def test_rows_of_the_train_split_are_asked_about_unless_others_are_named(tmp_path, words, numbers):
     source = with_splits(tmp_path / "m.parquet")
     with OpenAIServer() as server:
-        found = build(tmp_path, server, *words, source=source)
-        assert len(server.log) == len(numbers) == found["rows"]
+        summary = build(tmp_path, server, *words, source=source)
+        assert len(server.log) == len(numbers) == summary["rows"]
     assert sorted(r["sample_id"] for r in written(tmp_path)) == [f"iqa-{n:03d}" for n in numbers]
 
 

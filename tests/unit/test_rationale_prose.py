@@ -61,8 +61,8 @@ def test_the_templates_texts_are_accepted():
 def test_the_demos_texts_are_accepted(task):
     for i in range(6):
         crop = make_crop(task, "train", i, 0)
-        found = check_text(crop.rationale, "stop", task, crop.score, crop.attributes or {}, CONFIG, WORDING)
-        assert found == [], crop.rationale
+        faults = check_text(crop.rationale, "stop", task, crop.score, crop.attributes or {}, CONFIG, WORDING)
+        assert faults == [], crop.rationale
 
 
 @pytest.mark.parametrize(

@@ -306,15 +306,15 @@ def test_an_answer_is_on_disk_before_its_slot_asks_the_next(tmp_path):
 def test_reading_what_is_there_shows_and_does_not_count_as_pace(tmp_path):
     config = build_config(*endpoint_words("http://127.0.0.1:9/v1"), output=tmp_path / "r.parquet")
     ledger, said = Ledger(Build(config, load_wording(config.rationale.prompts))), io.StringIO()
-    found = RationaleRows(manifest(tmp_path / "m.parquet", 5))
-    for row in found:
+    question_rows = RationaleRows(manifest(tmp_path / "m.parquet", 5))
+    for row in question_rows:
         answer = Answer(FAST, "stop", 100, 30)
         digest = ledger.question.digest(row)
         ledger.remember(journal_line(LedgerEntry(row.number, row.sample_id, row.dataset, row.task, digest), 0, answer))
     meter = running.Meter("rationale build", 5, Console(file=said))
     meter.began = meter.began - 1000.0
     meter._printed = meter.began
-    for row in found:
+    for row in question_rows:
         ledger.enter(row)
         meter.reading(ledger)
     assert said.getvalue() == "rationale build  1/5  reading what is there\n"

@@ -75,8 +75,8 @@ def test_demo_rows_of_both_tasks_get_texts_that_the_judge_would_be_asked_about(t
     crops = {task: make_crop(task, "train", 3, 0) for task in ("iqa", "iaa")}
     rows = [{**row(task, task, **c.meta), "score": c.score, "attributes": c.attributes} for task, c in crops.items()]
     for made in templated(tmp_path, rows):
-        found = check_text(made["rationale"], "stop", made["task"], made["score"], made["attributes"], config, wording)
-        assert found == []
+        faults = check_text(made["rationale"], "stop", made["task"], made["score"], made["attributes"], config, wording)
+        assert faults == []
 
 
 def test_the_same_seed_gives_the_same_texts_whatever_stands_beside_a_row(tmp_path):
@@ -92,11 +92,11 @@ def test_the_same_seed_gives_the_same_texts_whatever_stands_beside_a_row(tmp_pat
     [
         (row("b"), "'b' has no distortions"),
         (row("b", distortions=[]), "'b' has no distortions"),
-        (row("b", task="iaa"), "'b' has no measured attributes"),
+        (row("b", task="iaa"), "'b' has no attributes in meta"),
         (row("b", distortions=[{"family": "gausian_blur", "strength": 0.5}]), "no words for family 'gausian_blur'"),
-        (row("b", distortions=[{"family": "noise", "strength": 3}]), "3 must be a number from 0 to 1"),
-        (row("b", distortions=[{"family": "noise"}]), "must hold family and strength"),
-        (row("b", task="iaa", attributes={"colour": 0.5}), "contrast is missing"),
+        (row("b", distortions=[{"family": "noise", "strength": 3}]), "0.strength=3: must be at most 1"),
+        (row("b", distortions=[{"family": "noise"}]), "missing key '0.strength'"),
+        (row("b", task="iaa", attributes={"colour": 0.5}), "missing key 'contrast'"),
     ],
 )
 def test_a_row_of_which_nothing_usable_is_known_is_named_and_nothing_is_written(tmp_path, bad, said):
