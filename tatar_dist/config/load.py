@@ -49,9 +49,9 @@ def load_config(files: list[str], overrides: list[str], unused: tuple[str, ...] 
     missing = OmegaConf.missing_keys(merged)
     for key in missing.intersection(unused):
         OmegaConf.update(merged, key, "")
+    config = _validated(merged, layers)  # first: a mistyped key explains a missing value
     if wanted := sorted(missing.difference(unused)):
         raise UserError(f"missing value for {', '.join(wanted)}: set it in a config file or as {wanted[0]}=…")
-    config = _validated(merged, layers)
     if (bundled := locate(config.model.path)) == TINY_MODEL:
         # any other stands as it was given: checkpoints compare it
         config = replace(config, model=replace(config.model, path=str(bundled)))
@@ -84,7 +84,7 @@ def _validated(merged: Any, layers: dict[str, Any]) -> Config:
         if error["type"] == "unexpected_keyword_argument":
             raise UserError(f"{where}: unknown key {key!r}{near(key, known_keys())}") from None
         file = "" if where in ("", *(w for w in layers if "=" in w)) else f"{where}: "  # a word is its key and value
-        raise UserError(file + fault(error, key, ())) from None
+        raise UserError(file + fault(error, Config)) from None
 
 
 def _gives(layer: Any, path: tuple[int | str, ...]) -> bool:

@@ -16,7 +16,7 @@ from pydantic import AfterValidator
 from pydantic import Field as Rule
 from pydantic.dataclasses import dataclass
 
-from tatar_dist.config.validate import STRICT_KEYS, AboveZero, AtLeastOne, AtLeastZero, Float, Int, NotNegative
+from tatar_dist.config.validate import STRICT_KEYS, AboveZero, AtLeastOne, AtLeastZero, Float, Int, NotNegative, Why
 from tatar_dist.errors import UserError
 
 ALLOWED_QUERY = ("api-version",)  # what some endpoints want in the address; anything else might be a secret
@@ -96,7 +96,7 @@ class VerdictConfig:
     top_p: Share = 1.0  # of sampling
     max_tokens: AtLeastOne = 120  # of the judge's answer
     reasoning_tokens: AtLeastZero = 0  # on top of max_tokens, for a judge that thinks before it answers
-    reject_at: Annotated[Int, Ge(0), Le(4)] = 2  # a mark of this or less rejects the sample
+    reject_at: Annotated[Int, Ge(0), Le(4), Why("marks are 1 to 5")] = 2  # a mark of this or less rejects the sample
 
 
 @dataclass(frozen=True, config=STRICT_KEYS)
@@ -117,7 +117,9 @@ class LimitsConfig:
 class RationaleConfig:
     prompts: str = "configs/rationale_prompts.yaml"  # what teachers and judges are told; word lists of the checks
     attempts: AtLeastOne = 3  # times a sample is asked before it is rejected for good
-    splits: list[Split] | None = field(default_factory=lambda: list[Split](["train"]))  # rows looked at; null = all
+    splits: Annotated[list[Split] | None, Why("null takes all rows")] = field(
+        default_factory=lambda: list[Split](["train"])
+    )  # rows looked at; null = all
     limit: AtLeastOne | None = None  # so many of these rows are looked at; null = all
     teacher: EndpointConfig = field(default_factory=EndpointConfig)
     fast: TextConfig = field(default_factory=lambda: TextConfig(sentences=2))

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from pydantic.dataclasses import dataclass
 
 from tatar_dist.config.rationale import RationaleConfig
-from tatar_dist.config.validate import STRICT_KEYS, AboveZero, AtLeastOne, AtLeastZero, Float, Int, NotNegative
+from tatar_dist.config.validate import STRICT_KEYS, AboveZero, AtLeastOne, AtLeastZero, Float, Int, NotNegative, Why
 
 
 @dataclass(frozen=True, config=STRICT_KEYS)
@@ -40,7 +40,7 @@ class DataConfig:
     test: list[str] = field(default_factory=list)  # likewise, test: what `evaluate` reads
     prompts: str = "configs/prompts.yaml"  # wording of the prompts, the same for every stage
     iqa_fraction: Annotated[Float, Ge(0), Le(1)] = 0.5  # share of IQA samples in a batch
-    min_rank_pool: Annotated[Int, Ge(2)] = (
+    min_rank_pool: Annotated[Int, Ge(2), Why("a single image cannot be ranked")] = (
         2  # images of one data set that a GRPO batch must hold of a task whose reward ranks
     )
     max_prompt_tokens: Int = 3072  # longer prompts are rejected, never truncated
@@ -99,7 +99,9 @@ class SFTConfig:
 @dataclass(frozen=True, config=STRICT_KEYS)
 class GRPOConfig:
     prompts_per_step: AtLeastOne = 16  # prompts, one image each, per optimiser step
-    group_size: Annotated[Int, Ge(2)] = 8  # G, completions per prompt
+    group_size: Annotated[Int, Ge(2), Why("an advantage compares completions of one prompt")] = (
+        8  # G, completions per prompt
+    )
     micro_tokens: AtLeastOne = (
         16384  # tokens in one forward: prompts, each once, and completions; a longer one goes alone
     )
@@ -122,7 +124,7 @@ class GRPOConfig:
     importance_mode: Literal["truncate", "mask"] = (
         "truncate"  # truncate at importance_cap | mask what lies outside [1/cap, cap]
     )
-    importance_cap: Annotated[Float, Ge(1)] = (
+    importance_cap: Annotated[Float, Ge(1), Why("it caps a ratio that is 1 where engine and learner agree")] = (
         2.0  # >= 1: cap on exp(learner - engine log-probability); unused without importance
     )
     mask_truncated: bool = False  # true: a completion cut off by max_new_tokens stays out of the loss
@@ -145,7 +147,9 @@ class GRPOConfig:
 class RolloutConfig:
     engines: AtLeastZero = 1  # vLLM engines; 0 = as many as fit (plan/plan.py)
     tensor_parallel: AtLeastOne = 1  # GPUs per engine
-    temperature: AboveZero = 1.0  # of sampling; the loss uses it too
+    temperature: Annotated[
+        AboveZero, Why("greedy completions of one prompt are all alike: no group has an advantage")
+    ] = 1.0  # of sampling; the loss uses it too
     top_p: Float = 1.0  # 1.0 only: the loss takes the full softmax
     top_k: Int = -1  # -1 or 0 only, for the same reason
     max_new_tokens: AtLeastOne = 384  # longest completion

@@ -11,7 +11,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union
 
@@ -40,6 +40,14 @@ NotNegative = Annotated[Float, Ge(0)]  # NaN is refused by a range, too
 AboveZero = Annotated[Float, Gt(0)]
 Finite = Annotated[Float, Field(allow_inf_nan=False)]
 Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=1)]
+
+
+@dataclass(frozen=True)
+class Why:
+    """A note on an annotated type: the reason of its limits, or what to do. Messages about its values end with it."""
+
+    text: str
+
 
 _SHORT = reprlib.Repr()  # a value may hold itself, or a thousand copies of itself
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -104,9 +112,7 @@ def validated(schema: Any, tree: Any, where: str) -> Any:
     try:
         return TypeAdapter(schema).validate_python(tree)
     except ValidationError as e:
-        error = first(e)
-        path = ".".join(str(part) for part in error["loc"])
-        raise UserError(f"{where}: {fault(error, path, names_at(schema, error['loc'][:-1]))}") from None
+        raise UserError(f"{where}: {fault(first(e), schema)}") from None
 
 
 def first(errors: ValidationError) -> Mapping[str, Any]:
@@ -114,11 +120,13 @@ def first(errors: ValidationError) -> Mapping[str, Any]:
     return min(errors.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
 
 
-def fault(error: Mapping[str, Any], path: str, known: Iterable[str]) -> str:
-    """Say in one line what pydantic's `error` means at the key `path`; `known` are the valid names there."""
-    kind, ctx = error["type"], error.get("ctx", {})
+def fault(error: Mapping[str, Any], schema: Any) -> str:
+    """Say in one line what pydantic's `error` means: the key path below `schema`, the value, the problem, its `Why`."""
+    kind, ctx, loc = error["type"], error.get("ctx", {}), error["loc"]
+    path = ".".join(str(part) for part in loc)
     if kind == "unexpected_keyword_argument":
-        return f"unknown key {path!r}{near(error['loc'][-1], known)}"
+        section, _ = at(schema, loc[:-1])
+        return f"unknown key {path!r}{near(loc[-1], typing.get_type_hints(section))}"
     if kind == "missing":
         return f"missing key {path!r}"
     if kind == "value_error":  # of a validator of ours
@@ -132,7 +140,8 @@ def fault(error: Mapping[str, Any], path: str, known: Iterable[str]) -> str:
     else:
         problem = error["msg"].replace("Input should", "must").split(", unable")[0]
     value = error["input"] if isinstance(error["input"], int | float) else shown(error["input"])
-    return f"{path}={value}: {problem}"
+    _, why = at(schema, loc)
+    return f"{path}={value}: {problem}" + (f"; {why}" if why else "")
 
 
 _PROBLEMS = {  # pydantic's type of an error -> our words
@@ -156,14 +165,14 @@ _PROBLEMS = {  # pydantic's type of an error -> our words
 }
 
 
-def names_at(schema: Any, loc: Sequence[int | str]) -> list[str]:
-    """Return the field names of the dataclass at `loc` below `schema`, none where no dataclass stands."""
+def at(schema: Any, loc: Sequence[int | str], why: str = "") -> tuple[Any, str]:
+    """Return the type at `loc` below `schema`, None where there is none, and the innermost `Why` on the way or ""."""
     while typing.get_origin(schema) in (Annotated, Union, types.UnionType):
+        why = next((note.text for note in getattr(schema, "__metadata__", ()) if isinstance(note, Why)), why)
         schema = next(part for part in typing.get_args(schema) if part is not type(None))
-    if not is_dataclass(schema):
-        inner = typing.get_args(schema)  # of a mapping its values, of a list its items
-        return names_at(inner[-1 if len(inner) == 2 and inner[1] is not ... else 0], loc[1:]) if loc and inner else []
-    hints = typing.get_type_hints(schema)
     if not loc:
-        return list(hints)
-    return names_at(hints[str(loc[0])], loc[1:]) if loc[0] in hints else []
+        return schema, why
+    if is_dataclass(schema):
+        return at(typing.get_type_hints(schema, include_extras=True).get(str(loc[0])), loc[1:], why)
+    inner = typing.get_args(schema)  # of a mapping its values, of a list its items
+    return at(inner[-1 if len(inner) == 2 and inner[1] is not ... else 0], loc[1:], why) if inner else (None, why)

@@ -32,19 +32,10 @@ def schema(task: Task) -> dict[str, Any]:
     }
 
 
-class _NotAnAnswer(ValueError):
-    """The text is not a valid answer; the message gives the reason."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _NotAnAnswer("a key stands twice")
-    return found
-
-
-def _constant(name: str) -> Any:
-    raise _NotAnAnswer(f"{name} is no mark")
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
 
 
 def read_marks(text: str, task: Task) -> dict[str, int] | Reason:
@@ -52,21 +43,18 @@ def read_marks(text: str, task: Task) -> dict[str, int] | Reason:
     if len(text) > MAX_CHARS:
         return Reason("judge-json", f"longer than {MAX_CHARS} characters")
     try:
-        found = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
-        if not isinstance(found, dict):
-            raise _NotAnAnswer("not a JSON object")
-        wanted = MARKS[task]
-        if set(found) != set(wanted):
-            raise _NotAnAnswer(f"its keys are {sorted(found)[:5]}, they must be {sorted(wanted)}"[:200])
-        for name in wanted:
-            value = found[name]
-            if type(value) is not int or not LOWEST <= value <= HIGHEST:  # a boolean is an int to isinstance
-                raise _NotAnAnswer(f"{name} is no whole number from {LOWEST} to {HIGHEST}")
-    except _NotAnAnswer as e:
-        return Reason("judge-json", str(e))
+        answer = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as e:  # ValueError: not JSON, or an integer of thousands of digits
         return Reason("judge-json", f"not one JSON object: {str(e)[:100]}")
-    return {name: found[name] for name in wanted}
+    if not isinstance(answer, dict):
+        return Reason("judge-json", "not a JSON object")
+    names = MARKS[task]
+    if set(answer) != set(names):
+        return Reason("judge-json", f"its keys are {sorted(answer)[:5]}, they must be {sorted(names)}"[:200])
+    for name in names:
+        if type(answer[name]) is not int or not LOWEST <= answer[name] <= HIGHEST:  # isinstance takes a boolean, too
+            return Reason("judge-json", f"{name} is no whole number from {LOWEST} to {HIGHEST}")
+    return {name: answer[name] for name in names}
 
 
 def low_marks(marks: dict[str, int], reject_at: int) -> list[Reason]:

@@ -38,22 +38,22 @@ class CustomTerm:
     def values(self, batch: Batch, answers: Answers) -> np.ndarray:
         """(N,) float64, 0 where unparsed. Raises UserError when the function fails or returns anything else."""
         try:
-            found = np.asarray(_function(self.name, self.path)(batch, answers, **self.constants), np.float64)
+            values = np.asarray(_function(self.name, self.path)(batch, answers, **self.constants), np.float64)
         except UserError:
             raise
         except Exception as e:  # whatever a user's code raises is theirs to read, in one line
             raise UserError(f"reward term {self.name} ({self.path}) failed: {type(e).__name__}: {e}") from e
-        if found.shape != (len(batch),):
+        if values.shape != (len(batch),):
             raise UserError(
-                f"reward term {self.name} ({self.path}) returned shape {found.shape}, expected ({len(batch)},)"
+                f"reward term {self.name} ({self.path}) returned shape {values.shape}, expected ({len(batch)},)"
             )
-        wrong = np.flatnonzero(answers.parsed & ~np.isfinite(found))
+        wrong = np.flatnonzero(answers.parsed & ~np.isfinite(values))
         if len(wrong):
             raise UserError(
-                f"reward term {self.name} ({self.path}) returned {found[wrong[0]]} for row {wrong[0] + 1}: "
+                f"reward term {self.name} ({self.path}) returned {values[wrong[0]]} for row {wrong[0] + 1}: "
                 "must be a finite number"
             )
-        return np.where(answers.parsed, found, 0.0)
+        return np.where(answers.parsed, values, 0.0)
 
 
 def custom_term(name: str, path: Any, constants: Mapping[str, Any], taken: tuple[str, ...]) -> CustomTerm:
@@ -77,10 +77,10 @@ def _function(name: str, path: Any) -> Callable[..., Any]:
     if not isinstance(path, str) or not module:
         raise UserError(f"terms.{name}.function={path!r}: expected a dotted path such as my_rewards.brief")
     try:
-        found = getattr(importlib.import_module(module), attribute, None)
+        function = getattr(importlib.import_module(module), attribute, None)
     except Exception as e:  # importing runs the user's file, which may fail in any way
         where = f"{type(e).__name__}: {e}"
         raise UserError(f"terms.{name}.function={path}: {where}; is its directory in PYTHONPATH?") from None
-    if not callable(found):
+    if not callable(function):
         raise UserError(f"terms.{name}.function={path}: module {module} has no function {attribute!r}")
-    return found
+    return function

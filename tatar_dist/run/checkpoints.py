@@ -311,7 +311,7 @@ class Finished:
 
 def kept(finished: Sequence[Finished], config: CheckpointConfig) -> set[str]:
     """Names of those that stay. `finished`: newest first; the newest always stays. Of equally good ones the newest."""
-    stay = {f.name for f in finished[: max(1, config.keep)]}
+    stay = {f.name for f in finished[: config.keep]}
     if config.keep_every:
         stay |= {f.name for f in finished if f.step % config.keep_every == 0}
     sign = 1 if config.best_mode == "max" else -1

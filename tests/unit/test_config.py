@@ -212,3 +212,17 @@ def test_engines_that_sleep_while_learners_work_cannot_work_ahead():
     words = ["cluster.placement=colocated", "rollout.push=cuda_ipc"]
     with pytest.raises(UserError, match=r"grpo.staleness=2: .*cluster.placement=colocated has nothing to gain"):
         load_config([], [*MINIMAL, "grpo.staleness=2", "cluster.gpus_per_node=8", *words])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("grpo.group_size=1", "must be at least 2; an advantage compares completions of one prompt"),
+        ("rationale.verdict.reject_at=5", "must be at most 4; marks are 1 to 5"),
+        ("rationale.splits=[all]", "must be one of train, validation, test; null takes all rows"),
+    ],
+)
+def test_a_message_ends_with_the_reason_of_the_limit(word, message):
+    with pytest.raises(UserError) as caught:
+        load_config([], [*MINIMAL, word])
+    assert str(caught.value).endswith(message)
