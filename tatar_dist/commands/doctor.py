@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -61,30 +61,17 @@ class DoctorCheck:
 
 def run() -> list[DoctorCheck]:
     """Run all checks, in the order in which problems are best solved."""
-    checks: list[DoctorCheck] = []
-    parts: tuple[Callable[[], Iterator[DoctorCheck]], ...] = (
-        _tools,
-        _packages,
-        _torch,
-        _machine,
-        _cluster,
-        _nodes,
-        _ports,
-        _paths,
-        _photographs,
-        _base_model,
-    )
-    for part in parts:
-        checks += part()
-    return checks
+    parts = (_tools, _packages, _torch, _machine, _cluster, _nodes, _ports, _paths, _photographs, _base_model)
+    return [check for part in parts for check in part()]
 
 
 def _tools() -> Iterator[DoctorCheck]:
     version = ".".join(map(str, sys.version_info[:3]))
     yield DoctorCheck("python", (3, 11) <= sys.version_info[:2] < (3, 13), True, version, "use Python 3.11 or 3.12")
-    for tool, why in ((t, "torch and vLLM compile kernels") for t in ("gcc", "g++")):
+    for tool in ("gcc", "g++"):
         path = shutil.which(tool)
-        yield DoctorCheck(tool, path is not None, True, path or "not found", f"install {tool}: {why}")
+        hint = f"install {tool}: torch and vLLM compile kernels"
+        yield DoctorCheck(tool, path is not None, True, path or "not found", hint)
     sbatch = shutil.which("sbatch")
     yield DoctorCheck("slurm", True, False, sbatch or "not here (only needed to submit jobs)")
 
@@ -104,9 +91,8 @@ def _packages() -> Iterator[DoctorCheck]:
             continue
         version = _version(requirement.name)
         ok = version is not None and requirement.specifier.contains(version, prereleases=True)
-        said = version or "not installed"
         hint = f"wanted {requirement.name}{requirement.specifier}: run `make setup`"
-        yield DoctorCheck(requirement.name, ok, True, said, hint)
+        yield DoctorCheck(requirement.name, ok, True, version or "not installed", hint)
 
 
 def _version(package: str) -> str | None:
@@ -121,25 +107,19 @@ def _torch() -> Iterator[DoctorCheck]:
         return
     try:
         done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=180)
-        found = json.loads(done.stdout.splitlines()[-1])
+        torch = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, ValueError, IndexError):
         yield DoctorCheck("import torch", False, True, "does not import", "delete .venv and run `make setup`")
         return
-    build = f"{found['torch']}, {'CUDA ' + found['cuda'] if found['cuda'] else 'CPU build'}"
-    yield DoctorCheck("torch build", True, False, build)
-    nccl = found["nccl"] or ("missing" if found["cuda"] else "not in a CPU build: learners use gloo")
-    yield DoctorCheck(
-        "NCCL", nccl != "missing", False, nccl, "learners on GPUs need it: install torch's own CUDA build"
-    )
-    broken = found["torchvision"]
-    yield DoctorCheck(
-        "import torchvision", broken is None, True, broken or "works", "run `python launch/fix_torchvision.py`"
-    )
-    gpus = ", ".join(found["devices"])
-    mismatch = bool(found["cuda"]) and not gpus
-    yield DoctorCheck(
-        "GPUs", not mismatch, False, gpus or "none: CPU only", "torch has CUDA but sees no device: check the driver"
-    )
+    cuda, gpus, error = torch["cuda"], ", ".join(torch["devices"]), torch["torchvision"]
+    yield DoctorCheck("torch build", True, False, f"{torch['torch']}, {f'CUDA {cuda}' if cuda else 'CPU build'}")
+    nccl = torch["nccl"] or ("missing" if cuda else "not in a CPU build: learners use gloo")
+    hint = "learners on GPUs need it: install torch's own CUDA build"
+    yield DoctorCheck("NCCL", nccl != "missing", False, nccl, hint)
+    hint = "run `python launch/fix_torchvision.py`"
+    yield DoctorCheck("import torchvision", error is None, True, error or "works", hint)
+    hint = "torch has CUDA but sees no device: check the driver"
+    yield DoctorCheck("GPUs", not cuda or bool(gpus), False, gpus or "none: CPU only", hint)
 
 
 def _machine() -> Iterator[DoctorCheck]:
@@ -147,9 +127,8 @@ def _machine() -> Iterator[DoctorCheck]:
 
     ram = psutil.virtual_memory().total
     yield DoctorCheck("memory", ram >= MIN_RAM * 0.95, False, _gib(ram), f"the demo peaks below {_gib(MIN_RAM)}")
-    yield DoctorCheck(
-        "cores", True, False, str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield DoctorCheck("cores", True, False, str(cores))
     free = shutil.disk_usage(Path.cwd()).free
     yield DoctorCheck("disk here", free >= MIN_DISK, False, f"{_gib(free)} free", f"{_gib(MIN_DISK)} are advised")
     shm = Path("/dev/shm")
@@ -208,11 +187,9 @@ def _paths() -> Iterator[DoctorCheck]:
     """List where each path of the pipeline has been run so far, from `plan.proven.COVERAGE`."""
     from tatar_dist.plan.proven import COVERAGE, NEVER
 
+    hint = "run tests/gpu there before you rely on it"
     for path in COVERAGE:
-        known = path.status != NEVER
-        yield DoctorCheck(
-            path.name, known, False, f"{path.status} ({path.key})", "run tests/gpu there before you rely on it"
-        )
+        yield DoctorCheck(path.name, path.status != NEVER, False, f"{path.status} ({path.key})", hint)
 
 
 def _gib(n: float) -> str:
@@ -238,16 +215,15 @@ def _photographs() -> Iterator[DoctorCheck]:
             locate(photo)
         except UserError:
             missing.append(f"{photo.name} ({photo.package})")
-    said = f"{len(PHOTOS) - len(missing)} of {len(PHOTOS)}" + (f"; missing: {', '.join(missing)}" if missing else "")
-    yield DoctorCheck("photographs of the demo", not missing, False, said, "run `make setup` (launch/photos.txt)")
+    counts = f"{len(PHOTOS) - len(missing)} of {len(PHOTOS)}" + (f"; missing: {', '.join(missing)}" if missing else "")
+    yield DoctorCheck("photographs of the demo", not missing, False, counts, "run `make setup` (launch/photos.txt)")
 
 
 def _base_model() -> Iterator[DoctorCheck]:
     missing = [name for name in BASE_MODEL_FILES if not (TINY_MODEL / name).is_file()]
-    said = f"missing: {', '.join(missing)}" if missing else "complete"
-    yield DoctorCheck(
-        "base model of the demo", not missing, False, said, "take the checkout again, or build it: tatar_dist/demo/tiny"
-    )
+    files = f"missing: {', '.join(missing)}" if missing else "complete"
+    hint = "take the checkout again, or build it: tatar_dist/demo/tiny"
+    yield DoctorCheck("base model of the demo", not missing, False, files, hint)
 
 
 def as_json(checks: list[DoctorCheck]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -54,13 +55,11 @@ def _facts(file: str | None) -> tuple[dict[str, str], bool | None]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages among PACKAGES."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(metadata.PackageNotFoundError):
+            installed[package] = metadata.version(package)
+    return installed
 
 
 def examine(address: str) -> Iterator[DoctorCheck]:
@@ -68,18 +67,16 @@ def examine(address: str) -> Iterator[DoctorCheck]:
     import ray
 
     if address.startswith("http"):
-        yield DoctorCheck(
-            "Ray cluster", True, False, f"{address} takes jobs; submit the doctor as one to see the nodes"
-        )
+        text = f"{address} takes jobs; submit the doctor as one to see the nodes"
+        yield DoctorCheck("Ray cluster", True, False, text)
         return
     try:
         _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as e:  # of many kinds: no such address, another version, no token
         text = f"{address}: {_line(e)}"
-        yield DoctorCheck(
-            "Ray cluster", False, False, text, "start it, or unset RAY_ADDRESS; same Ray version, same token"
-        )
+        hint = "start it, or unset RAY_ADDRESS; same Ray version, same token"
+        yield DoctorCheck("Ray cluster", False, False, text, hint)
         return
     file = _new_file()
     try:
@@ -122,7 +119,7 @@ def _ask(ray: Any, file: str | None) -> tuple[list[Node], dict[str, str]]:
     there = [{"scheduling_strategy": NodeAffinitySchedulingStrategy(n["NodeID"], False)} for n in living]
     asked = [facts.options(**where).remote(file) for where in there]
     ready = set(ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)[0])
-    found, silent = [], {}
+    nodes, silent = [], {}
     for n, where, answer in zip(living, there, asked, strict=True):
         address = n["NodeManagerAddress"]
         try:
@@ -133,8 +130,8 @@ def _ask(ray: Any, file: str | None) -> tuple[list[Node], dict[str, str]]:
         except (TimeoutError, ray.exceptions.RayError) as e:
             silent[address] = _line(e)
         else:
-            found.append(Node(address, int(n["Resources"].get("GPU", 0)), packages, ahead, doubt, seen))
-    return found, silent
+            nodes.append(Node(address, int(n["Resources"].get("GPU", 0)), packages, ahead, doubt, seen))
+    return nodes, silent
 
 
 def _offset(ray: Any, task: Any) -> tuple[float, float]:
@@ -147,9 +144,9 @@ def _offset(ray: Any, task: Any) -> tuple[float, float]:
 
 def checks(nodes: Sequence[Node], silent: Mapping[str, str], here: Mapping[str, str]) -> Iterator[DoctorCheck]:
     """Check the answers. `silent`: address -> error; `here`: versions of this process, which all nodes must have."""
-    said = f"{len(nodes)} nodes, {sum(n.gpus for n in nodes)} GPUs"
+    size = f"{len(nodes)} nodes, {sum(n.gpus for n in nodes)} GPUs"
     lost = "".join(f"; no answer from {address}: {why}" for address, why in silent.items())
-    yield DoctorCheck("Ray cluster", not silent, False, said + lost, "look at these nodes' raylet logs")
+    yield DoctorCheck("Ray cluster", not silent, False, size + lost, "look at these nodes' raylet logs")
     if not nodes:
         return
     other = [
@@ -158,16 +155,14 @@ def checks(nodes: Sequence[Node], silent: Mapping[str, str], here: Mapping[str, 
         for package, version in here.items()
         if n.versions.get(package) != version
     ]
-    yield DoctorCheck(
-        "versions on the nodes", not other, True, "; ".join(other) or "as here", "install the same everywhere"
-    )
+    hint = "install the same everywhere"
+    yield DoctorCheck("versions on the nodes", not other, True, "; ".join(other) or "as here", hint)
     off = [f"{n.address} {n.ahead:+.1f} s" for n in nodes if abs(n.ahead) - n.doubt > MAX_SKEW_S]
     most = max(abs(n.ahead) for n in nodes)
     hint = "let NTP or chrony set them: logs and events of the nodes cannot be put in order"
     yield DoctorCheck("clocks of the nodes", not off, False, ", ".join(off) or f"at most {most:.3f} s apart", hint)
     blind = [n.address for n in nodes if n.sees_file is False]
     written = nodes[0].sees_file is not None
-    found = f"not seen from {', '.join(blind)}" if blind else "seen from all nodes" if written else "not writable"
-    yield DoctorCheck(
-        "this directory", written and not blind, False, found, "run where all nodes see it, or checkpoint.storage=local"
-    )
+    text = f"not seen from {', '.join(blind)}" if blind else "seen from all nodes" if written else "not writable"
+    hint = "run where all nodes see it, or checkpoint.storage=local"
+    yield DoctorCheck("this directory", written and not blind, False, text, hint)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tatar_dist.commands.options import Json, print_result
+from tatar_dist.commands.options import Json
 from tatar_dist.errors import UserError
 from tatar_dist.plan import proven
 
@@ -17,6 +18,7 @@ Configs = Annotated[list[Path], typer.Option("--config", help="YAML file; may re
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of config keys, after all files.")
 ]
+STAGE_MODULES = {"sft": "tatar_dist.sft", "grpo": "tatar_dist.grpo", "evaluate": "tatar_dist.evaluate.runner"}
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, load nothing.")]
 
 
@@ -48,9 +50,9 @@ def probes(
     """
     from tatar_dist.demo import probes as controlled
 
-    found = controlled.run(output, seeds, smoke, overrides)
+    results = controlled.run(output, seeds, smoke, overrides)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(results))
 
 
 def _run_stage(stage: str, files: list[Path], words: list[str] | None, dry_run: bool, as_json: bool) -> None:
@@ -65,29 +67,14 @@ def _run_stage(stage: str, files: list[Path], words: list[str] | None, dry_run: 
     for warning in proven.warnings_for(config, stage):
         print(f"tatar-dist: {warning}", file=sys.stderr)
     check_inputs(config, stage)
-    result: Any
-    if stage == "sft":
-        from tatar_dist import sft as sft_stage
+    result = import_module(STAGE_MODULES[stage]).run(config)
+    if as_json:
+        print(json.dumps({"output": config.output} if result is None else result, default=str))
+    elif stage == "evaluate":
+        from tatar_dist.evaluate import tables
 
-        result = sft_stage.run(config)
-    elif stage == "grpo":
-        from tatar_dist import grpo as controller
-
-        result = controller.run(config)
-    else:
-        from tatar_dist.evaluate import runner
-
-        result = runner.run(config)
-        if not as_json:
-            from tatar_dist.evaluate import tables
-
-            tables.show(result, config.evaluate.published)
-            print(f"evaluate: predictions, metrics and tables are in {config.output}")
-            return
-    if result is not None:
-        print_result(result, as_json)
-    elif as_json:
-        print(json.dumps({"output": config.output}))
+        tables.show(result, config.evaluate.published)
+        print(f"evaluate: predictions, metrics and tables are in {config.output}")
     else:
         print(f"{stage}: done, everything it made is in {config.output}")
 
@@ -102,10 +89,10 @@ def _print_plans(
     plans = [planning.resolve(config, stage) for stage in stages]  # type: ignore[arg-type]
     estimates = [memory.of_plan(config, p, gpu_memory) if command is None else None for p in plans]
     if as_json:
-        found = {p.stage: p.to_dict() for p in plans}
+        by_stage = {p.stage: p.to_dict() for p in plans}
         for p, e in zip(plans, estimates, strict=True):
-            found[p.stage]["memory"] = e.to_dict() if isinstance(e, memory.Estimate) else None
-        print(json.dumps(found[plans[0].stage] if len(plans) == 1 else found))
+            by_stage[p.stage]["memory"] = e.to_dict() if isinstance(e, memory.Estimate) else None
+        print(json.dumps(by_stage[plans[0].stage] if len(plans) == 1 else by_stage))
         return
     from rich.console import Console
 

@@ -3,8 +3,9 @@
 py-spy reads a process's memory from outside, so it also sees one that is stopped or whose interpreter lock is held by C
 code; `--nonblocking`, because pausing a stopped process fails. No signal is sent to a process: its handler would walk
 the frames of running threads, which now and then crashes a healthy process. py-spy must be permitted to trace
-(`run.process.open_log` permits processes of the same user; some containers need CAP_SYS_PTRACE); where it is not, the
-text gives the process's state and py-spy's error. On other nodes this runs as a Ray task (faults/stall.py).
+(`run.process.open_log` permits every process of the same user, see README.md; some containers need CAP_SYS_PTRACE);
+where it is not, the text gives the process's state and py-spy's error. On other nodes this runs as a Ray task
+(faults/stall.py).
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def _redirect(path: Path) -> None:
 
 
 def _permit_tracing() -> None:
-    """Let processes of the same user read this one's stacks (faults/stacks.py) where Yama limits that to parents."""
+    """Let any process of the same user trace this one where Yama limits that to ancestors (faults/README.md)."""
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(PR_SET_PTRACER_ANY))  # fails, unneeded, without Yama
 
 

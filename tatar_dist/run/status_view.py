@@ -85,38 +85,26 @@ def _run(s: Status, now: float) -> Panel:
 def _lines(s: Status, now: float) -> Iterator[tuple[str, list[Text | None]]]:
     """(name, what there is to say) of the panel's lines."""
 
-    def said(text: str, value: Any = True, style: str = "") -> Text | None:
+    def part(text: str, value: Any = True, style: str = "") -> Text | None:
         return None if value is None else Text(text.format(value), style=style)
 
     if reason := s.reason or EXPLAINED.get(s.state):
-        yield "", [said("{}", reason, STYLES[s.state])]
+        yield "", [part("{}", reason, STYLES[s.state])]
     if s.phase and s.phase_since:
         version = s.version if s.stage == "grpo" else None
         since = _span(now - s.phase_since)
-        yield "now", [Text.assemble((s.phase, "bold"), f" for {since}"), said("weights of version {}", version)]
+        yield "now", [Text.assemble((s.phase, "bold"), f" for {since}"), part("weights of version {}", version)]
     left = None if s.eta_seconds is None else clock(s.eta_seconds)
-    yield (
-        "pace",
-        [
-            said("{:.1f} s a step", s.seconds_per_step),
-            said("{:,.0f} tokens/s", s.tokens_per_second),
-            said("{} left", left),
-        ],
-    )
+    speed = part("{:,.0f} tokens/s", s.tokens_per_second)
+    yield "pace", [part("{:.1f} s a step", s.seconds_per_step), speed, part("{} left", left)]
     shown = [(name, s.metrics.get(key)) for key, name in SHOWN.items()]
-    yield "last", [said(f"{name} {{:.3g}}", v) for name, v in shown if isinstance(v, int | float)]
+    yield "last", [part(f"{name} {{:.3g}}", v) for name, v in shown if isinstance(v, int | float)]
     if c := s.checkpoint:
-        yield "saved", [said("checkpoint of step {}", c.step), said("{} ago", _span(now - c.time))]
+        yield "saved", [part("checkpoint of step {}", c.step), part("{} ago", _span(now - c.time))]
     began = None if s.started is None else _span(now - s.started)
-    until = s.last_event if s.state not in LIVING else None
-    yield (
-        "since",
-        [
-            said("started {} ago", began),
-            said("last heard of {} ago", None if until is None else _span(now - until)),
-            said("{}", f"{s.host} pid {s.pid}" if s.host else None),
-        ],
-    )
+    silent = None if s.state in LIVING or s.last_event is None else _span(now - s.last_event)
+    process = f"{s.host} pid {s.pid}" if s.host else None
+    yield "since", [part("started {} ago", began), part("last heard of {} ago", silent), part("{}", process)]
 
 
 def _table(*columns: str) -> Table:
@@ -151,8 +139,8 @@ def _processes(s: Status, now: float) -> RenderableType:
 
 def _some(values: Sequence[Any], n: int) -> str:
     """The first `n` different ones and how many more there are."""
-    found = sorted({v for v in values if v is not None})
-    return ", ".join(map(str, found[:n])) + (f" +{len(found) - n}" if len(found) > n else "")
+    different = sorted({v for v in values if v is not None})
+    return ", ".join(map(str, different[:n])) + (f" +{len(different) - n}" if len(different) > n else "")
 
 
 def _troubles(s: Status, now: float) -> RenderableType:

@@ -238,7 +238,11 @@ class Trackers:
         self._open.pop(name).drop()
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         logging.getLogger(__name__).warning("%s failed and is left out", name, exc_info=error)
-        print(f"tatar-dist: {name} failed and is left out from now on: {reason}", file=sys.stderr)
+        print(
+            f"tatar-dist: {name} failed and is left out from now on: {reason}; metrics.jsonl has every step. "
+            f"To use {name} again, mend the cause and restart the run, which resumes; or set track.{name}=false",
+            file=sys.stderr,
+        )
         self.events.log("tracker/failed", tracker=name, reason=reason)
 
 

@@ -78,6 +78,7 @@ def test_a_tracker_that_fails_is_warned_about_once_and_the_others_go_on(tmp_path
     assert steady.got == [*((i, {"a": float(i)}) for i in range(4)), (-1, {})]
     warned = capsys.readouterr().err
     assert warned.count("tensorboard failed and is left out from now on: ConnectionError: server is gone") == 1
+    assert "metrics.jsonl has every step" in warned and "track.tensorboard=false" in warned
     failed = [e for e in read_events(tmp_path) if e["event"] == "tracker/failed"]
     assert [(e["tracker"], e["reason"]) for e in failed] == [
         ("tensorboard", "ConnectionError: server is gone and more")
