@@ -54,14 +54,14 @@ def facts(
     }
 
 
-def render(values: Mapping[str, Any]) -> str:
+def render(known: Mapping[str, Any]) -> str:
     """Render the card as Markdown."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters["figure"] = lambda value: "—" if value is None else f"{value:.3f}"
     environment.filters["short"] = "{:g}".format
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values) + "\n"
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(known) + "\n"
 
 
 def evaluation_of(run: Path, checkpoint: Path, given: str | Path | None = None) -> tuple[Path, dict[str, Any]] | None:
@@ -145,14 +145,20 @@ def _data(configs: Iterable[Config]) -> tuple[list[tuple[str, str, str, int]], l
 
 def _curve(run: Path, step: int) -> dict[str, Any] | None:
     """Return the last eval/SET/{srcc,plcc} that the run itself logged before `step`, or None."""
-    curve = None
+    last = None
     for row in read_metrics(run):
-        keys = sorted(k for k in row if k.startswith("eval/") and k.endswith("/srcc"))
-        if keys and isinstance(row.get("step"), int) and row["step"] < step:
-            names = [k.removeprefix("eval/").removesuffix("/srcc") for k in keys]  # may contain a slash
-            sets = [(name, (row[f"eval/{name}/srcc"], row.get(f"eval/{name}/plcc"))) for name in names]
-            curve = {"step": row["step"] + 1, "sets": sets}
-    return curve
+        if isinstance(row.get("step"), int) and row["step"] < step and _measured_sets(row):
+            last = row
+    if last is None:
+        return None
+    sets = {name: (last[f"eval/{name}/srcc"], last.get(f"eval/{name}/plcc")) for name in _measured_sets(last)}
+    return {"step": last["step"] + 1, "sets": sorted(sets.items())}
+
+
+def _measured_sets(row: Mapping[str, Any]) -> list[str]:
+    """Data sets whose SRCC is in a line of metrics.jsonl. Their names may contain a slash."""
+    keys = [k for k in row if k.startswith("eval/") and k.endswith("/srcc")]
+    return [k.removeprefix("eval/").removesuffix("/srcc") for k in keys]
 
 
 def _is_hub_name(model: str) -> bool:

@@ -54,8 +54,8 @@ def model_config(model: str | os.PathLike[str], overrides: Sequence[str] = (), e
         "rollout.max_new_tokens": _answer_tokens(directory),
         "rollout.max_model_len": min(RolloutConfig.max_model_len, int(text.get("max_position_embeddings", 1 << 30))),
     }
-    defaults = [f"{key}={value}" for key, value in words.items()]
-    return load_config([], [*defaults, *extra, *overrides], unused=("output",))
+    own = [f"{key}={value}" for key, value in words.items()]
+    return load_config([], [*own, *extra, *overrides], unused=("output",))
 
 
 def _family(directory: Path, settings: dict[str, Any]) -> str:

@@ -163,31 +163,41 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 def _watched(scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]:
     """Wrap `receive` and `send` of the lifespan.
 
-    Print the address once the app is up; its socket listens since before. Set `died` in the arguments if the app ends
-    without a requested shutdown: then the engine has died, which vLLM does not distinguish from a normal end.
+    Print the address once the app is up. Set `died` in the arguments if the app ends without a requested shutdown: then
+    the engine has died, which vLLM does not distinguish from a normal end.
     """
     state = scope["app"].state  # vLLM deletes the attribute at the end
-    args, requested = state.args, asyncio.Event()
+    waiting: set[asyncio.Task[None]] = set()  # a task without a reference may be collected
+    requested = False
+
+    async def announce() -> None:
+        while not state.server.started:
+            await asyncio.sleep(0.02)
+        print(f"ready: {state.args.address}", flush=True)
+
+    def watch() -> None:
+        state.args.serving = True
+        for served in state.openai_serving_models.base_model_paths:  # /v1/models shows it as `root`
+            served.model_path = state.args.shown
+        stop = state.engine_client.shutdown
+
+        def shutdown(*args: Any, **kwargs: Any) -> None:
+            nonlocal requested
+            requested = True
+            stop(*args, **kwargs)
+
+        state.engine_client.shutdown = shutdown  # vLLM calls it at a signal, before the lifespan ends
+        waiting.add(asyncio.create_task(announce()))
 
     async def sent(message: Message) -> None:
         await send(message)
         if message["type"] == "lifespan.startup.complete":
-            stop = state.engine_client.shutdown
-
-            def shutdown(*args: Any, **kwargs: Any) -> None:
-                requested.set()
-                stop(*args, **kwargs)
-
-            state.engine_client.shutdown = shutdown  # vLLM calls it at a signal, before the lifespan ends
-            for served in state.openai_serving_models.base_model_paths:  # /v1/models shows it as `root`
-                served.model_path = args.shown
-            args.serving = True
-            print(f"ready: {args.address}", flush=True)
+            watch()
 
     async def received() -> Message:
         message = await receive()
         if message["type"] == "lifespan.shutdown":
-            args.died = not requested.is_set()
+            state.args.died = not requested
         return message
 
     return received, sent

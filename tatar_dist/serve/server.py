@@ -27,7 +27,13 @@ import psutil
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import EXIT_INTERRUPTED, RunError, UserError
-from tatar_dist.rollout.options import COMMON_ENV, engine_environment, gpu_available, set_environment, vllm_options
+from tatar_dist.rollout.options import (
+    COMMON_ENV,
+    engine_environment,
+    gpu_available,
+    set_environment,
+    vllm_options,
+)
 from tatar_dist.scoring.directory import model_config, run_of
 from tatar_dist.types import TASKS
 
@@ -103,11 +109,16 @@ def _loopback(host: str) -> bool:
 def _bound(address: Address) -> socket.socket:
     """Bind a socket and listen at once, before the model loads, to reserve the port. Raises UserError."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM: a restart need not wait for old connections
     try:
-        return socket.create_server((address.host, address.port), family=family)
+        sock.bind((address.host, address.port))
+        sock.listen()
     except OSError as e:
+        sock.close()
         hint = "in use; choose another with --port" if e.errno == errno.EADDRINUSE else e.strerror or e
         raise UserError(f"port {address.port} on {address.host}: {hint}") from None
+    return sock
 
 
 def shown_name(model: Path) -> str:

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from PIL import Image  # noqa: E402
 
 from tatar_dist.demo.data.photos import PHOTOS, Scene  # noqa: E402
-from tatar_dist.demo.tiny import align, pretrain, tower  # noqa: E402
+from tatar_dist.demo.tiny import align, crops, tower  # noqa: E402
 from tatar_dist.demo.tiny.build import FORMAT_TOKENS, TinySizes, build, default_corpus, make_model  # noqa: E402
 
 SMALL = TinySizes(vocab=1024, text_layers=1, text_intermediate=64, vision_depth=2, vision_intermediate=64)
@@ -132,7 +132,7 @@ def test_a_turned_crop_keeps_its_subject_in_its_box() -> None:
     pixels[28:42, 14:56] = 255
     turned = set()
     for seed in range(60):
-        scene = pretrain.remixed(Scene(pixels, PHOTOS[0], box), "train", np.random.default_rng(seed))
+        scene = crops.remixed(Scene(pixels, PHOTOS[0], box), "train", np.random.default_rng(seed))
         x0, y0, x1, y1 = (round(112 * edge) for edge in scene.box)
         if scene.pixels.max() == 255 and (scene.pixels == 255).all(-1).sum() == 14 * 42:  # not blended
             assert (scene.pixels[y0:y1, x0:x1] == 255).all() and (y1 - y0) * (x1 - x0) == 14 * 42

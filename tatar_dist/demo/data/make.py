@@ -40,11 +40,6 @@ from tatar_dist.types import SPLITS, TASKS, Task
 VERSION = 2  # raise it when the same seed gives other bytes
 DATASETS: dict[Task, str] = {"iqa": "demo-iqa", "iaa": "demo-iaa"}
 PASTE_SHARE: dict[Task, float] = {"iqa": 0.15, "iaa": 0.2}  # crops with the subject of another photograph
-# Names of the measurements of a crop: strengths of the distortions for IQA, attributes for IAA.
-MEASURES: dict[Task, tuple[str, ...]] = {
-    "iqa": tuple(distortions.FAMILIES),
-    "iaa": (*aesthetics.WEIGHTS, "warmth", "brightness"),
-}
 OTHER_STYLE: dict[Task, str] = {"iqa": "slow", "iaa": "fast"}
 
 

@@ -16,20 +16,17 @@ The order of turns is random; the loss is on the assistant's turns with their en
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from tatar_dist.demo.data.make import MEASURES
+from tatar_dist.demo.tiny.crops import MEASURES, CropSet
 from tatar_dist.demo.tiny.tower import StageResult, features, timed_steps, update
 from tatar_dist.evaluate.metrics import srcc
 from tatar_dist.types import TASKS, Task
-
-if TYPE_CHECKING:
-    from tatar_dist.demo.tiny.pretrain import CropSet
 
 SCORE_NAME: dict[Task, str] = {"iqa": "quality", "iaa": "beauty"}
 # Share of rows with a description. The long aesthetic ones cost most of the time.

@@ -75,9 +75,9 @@ def default_corpus(n: int = 1500, seed: int = 0) -> list[str]:
 
     from tatar_dist.demo.data import distortions
     from tatar_dist.demo.data import texts as templates
-    from tatar_dist.demo.data.make import MEASURES
     from tatar_dist.demo.data.photos import Category
     from tatar_dist.demo.tiny.align import DESCRIBE, MEASURE_ALL, SCORE_NAME, measure_request, written
+    from tatar_dist.demo.tiny.crops import MEASURES
     from tatar_dist.prompts.answer import Prompts
 
     rng = np.random.default_rng(seed)

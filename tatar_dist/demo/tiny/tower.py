@@ -1,6 +1,6 @@
 """Stage 1 of pretraining: train the vision tower and its merger to measure, by pooled linear heads.
 
-Trains the tower of a randomly initialised Qwen2.5-VL on crops and reports SRCC on the validation
+Trains the tower of a randomly initialised Qwen2.5-VL on crops (crops.py) and reports SRCC on the validation
 photographs. The heads are discarded: as they are linear on the mean image token, measurements stay readable for the
 language model.
 """
@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +21,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from tatar_dist.demo.data.make import MEASURES
 from tatar_dist.demo.tiny.build import image_processor
+from tatar_dist.demo.tiny.crops import MEASURES, CropSet
 from tatar_dist.evaluate.metrics import srcc
 from tatar_dist.types import TASKS, Task
-
-if TYPE_CHECKING:
-    from tatar_dist.demo.tiny.pretrain import CropSet
 
 PATCH = 14
 PROCESSOR = image_processor()
