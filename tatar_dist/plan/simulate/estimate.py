@@ -18,7 +18,7 @@ import numpy as np
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.models.sizes import passes
+from tatar_dist.models.costs import passes
 from tatar_dist.plan.memory import sizes_of
 from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts, StepCosts
 from tatar_dist.plan.simulate.step import prompt_tokens

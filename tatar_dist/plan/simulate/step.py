@@ -19,8 +19,7 @@ import numpy as np
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 from tatar_dist.learner.packing import pack
-from tatar_dist.models.costs import Unit
-from tatar_dist.models.sizes import TOKEN_PIXELS
+from tatar_dist.models.costs import TOKEN_PIXELS, Unit
 from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, StepCosts
 
 TEXT_TOKENS, PIXELS = 200, 1024 * 768  # a prompt's text; an image of KonIQ-10k
