@@ -25,7 +25,7 @@ from typing import Any
 from tatar_dist.bench import subject
 from tatar_dist.bench.harness import ratio, result, seconds_of
 from tatar_dist.bench.subject import Work, forward_flops
-from tatar_dist.models.sizes import ModelSizes
+from tatar_dist.models.costs import ModelSizes
 from tatar_dist.rollout.options import COMMON_ENV, engine_environment
 
 WORK, ROUNDS, TARGET = Work(groups=4), 2, 5.0

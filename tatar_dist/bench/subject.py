@@ -1,7 +1,7 @@
 """Make what benches work on, a random Qwen2.5-VL of 14M parameters and its inputs, and count its FLOPs and bytes.
 
 896 x 896 pixels are 1,024 image tokens; with the text around them a prompt has about 1,050. Completions are random
-tokens: how long a forward takes does not depend on which. FLOPs are those of models/sizes.py, for updates that are
+tokens: how long a forward takes does not depend on which. FLOPs are those of models/costs.py, for updates that are
 packed or have a row a completion; the peak of memory above the model is of a packed one, in float32, without gradient
 checkpointing.
 """
@@ -22,8 +22,7 @@ from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.demo.tiny.build import TinySizes, build
-from tatar_dist.models.costs import Unit
-from tatar_dist.models.sizes import ModelSizes, head_bytes, kept_elements, passes
+from tatar_dist.models.costs import ModelSizes, Unit, head_bytes, kept_elements, passes
 from tatar_dist.prompts.answer import Prompts
 from tatar_dist.types import LearnerRow
 

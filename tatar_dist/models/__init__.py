@@ -6,8 +6,7 @@ and name it in the config.
     base.py         what the Qwen-VL families have in common
     qwen2_5_vl.py   Qwen2.5-VL
     qwen3_vl.py     Qwen3-VL, dense
-    costs.py        what rows of one prompt cost to compute
-    sizes.py        parameters, FLOPs and bytes by the sizes in config.json
+    costs.py        parameters, FLOPs and bytes by the sizes in config.json, and what a prompt's rows cost
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 def names() -> list[str]:
     """All families, each the `model_type` of its models' config.json."""
-    return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "costs", "sizes")]
+    return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "costs")]
 
 
 def family(name: str) -> type[QwenVL]:

@@ -17,8 +17,7 @@ from PIL import Image
 from tatar_dist.assets import looked_in
 from tatar_dist.config.schema import ModelConfig
 from tatar_dist.errors import UserError
-from tatar_dist.models.costs import RowCosts
-from tatar_dist.models.sizes import ModelSizes
+from tatar_dist.models.costs import ModelSizes, RowCosts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

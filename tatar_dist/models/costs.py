@@ -1,8 +1,19 @@
-"""What rows of one prompt cost to compute, in tokens through the language model's matrices."""
+"""Size and cost of a Qwen-VL: parameters, FLOPs and bytes from its config.json, and the cost of a prompt's rows.
+
+A product of (m, k) and (k, n) is m k n multiply-adds and 2 m k n FLOPs. The layers are those of Qwen2.5-VL (arXiv
+2502.13923). `ModelSizes.costs` is also used for Qwen3-VL, whose vision MLP (two matrices) and head width it does not
+model.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+TOKEN_PIXELS = 28**2  # of an image token of Qwen2.5-VL: 2 x 2 patches of 14 x 14
+CHUNK = 256 << 20  # policy.CHUNK_BYTES, which needs torch to be read
+Linear = dict[str, tuple[int, int]]  # linear layers: name -> (in, out)
 
 
 @dataclass(frozen=True)
@@ -44,3 +55,141 @@ class RowCosts:
         """Cost of a packed unit, in tokens."""
         image = self.vision * unit.prompt + self.vision_pair * unit.prompt**2
         return unit.tokens + self.pair * unit.pairs + image
+
+
+def passes(recomputed: bool, trained: bool = True) -> int:
+    """Forward and backward, counted in forwards: backward is one for inputs and, where `trained`, one for weights."""
+    return 2 + trained + recomputed
+
+
+def weights(layers: Linear) -> int:
+    """Elements of the matrices, which are also the multiply-adds of a token."""
+    return sum(i * o for i, o in layers.values())
+
+
+def _gated(hidden: int, wide: int) -> Linear:
+    return {"gate_proj": (hidden, wide), "up_proj": (hidden, wide), "down_proj": (wide, hidden)}
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The `text_config` and `vision_config` of a config.json. tied: the head is the embedding."""
+
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    tied: bool = False
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> ModelSizes:
+        """From a config.json as a dict. Raises KeyError without a vision_config."""
+        text = settings.get("text_config", settings)
+        return cls(text, settings["vision_config"], bool(settings.get("tie_word_embeddings")))
+
+    @property
+    def kv(self) -> int:
+        """Width of the keys of a token in one layer."""
+        t = self.text
+        return int(t["hidden_size"] // t["num_attention_heads"] * t["num_key_value_heads"])
+
+    def kv_bytes(self, wide: int) -> int:
+        """Keys and values of a token in all layers, elements of `wide` bytes."""
+        return 2 * wide * self.kv * int(self.text["num_hidden_layers"])
+
+    @property
+    def linear(self) -> tuple[Linear, Linear, Linear]:
+        """Linear layers of a decoder layer, of a block of the vision tower and of its merger."""
+        (h, m), (w, n) = ((s["hidden_size"], s["intermediate_size"]) for s in (self.text, self.vision))
+        layer = {"q_proj": (h, h), "k_proj": (h, self.kv), "v_proj": (h, self.kv), "o_proj": (h, h)} | _gated(h, m)
+        merged, out = w * self.merge, self.vision.get("out_hidden_size", h)
+        return layer, {"qkv": (w, 3 * w), "proj": (w, w)} | _gated(w, n), {"0": (merged, merged), "2": (merged, out)}
+
+    @property
+    def merge(self) -> int:
+        """Patches of an image token."""
+        return int(self.vision.get("spatial_merge_size", 2) ** 2)
+
+    @property
+    def full_blocks(self) -> int:
+        """Vision blocks whose attention sees all of the image; the others see windows."""
+        return len(self.vision.get("fullatt_block_indexes", range(self.vision["depth"])))
+
+    @property
+    def patch(self) -> int:
+        """Weights of the patch embedding."""
+        v = self.vision
+        return int(v["in_channels"] * v["temporal_patch_size"] * v["patch_size"] ** 2 * v["hidden_size"])
+
+    @property
+    def head(self) -> int:
+        return int(self.text["vocab_size"] * self.text["hidden_size"])
+
+    @property
+    def vision_parameters(self) -> int:
+        """Of the tower: linear layers with biases, two norms a block and one before the merger."""
+        _, *parts = self.linear
+        block, merger = (weights(part) + sum(out for _, out in part.values()) for part in parts)
+        h = self.vision["hidden_size"]
+        return int(self.patch + self.vision["depth"] * (block + 2 * h) + h + merger)
+
+    @property
+    def parameters(self) -> int:
+        """Of all; a decoder layer has biases of queries, keys and values, and two norms."""
+        h, kv = self.text["hidden_size"], self.kv
+        layers = self.text["num_hidden_layers"] * (weights(self.linear[0]) + h + 2 * kv + 2 * h)
+        return int(self.vision_parameters + layers + h + self.head * (1 if self.tied else 2))
+
+    def adapters(self, rank: int, targets: Sequence[str], vision: bool) -> int:
+        """Parameters of LoRA adapters (learner/lora.py): rank x (in + out) of every layer that gets one."""
+        times = (self.text["num_hidden_layers"], vision and self.vision["depth"], vision)
+        found = ((n, name, sum(s)) for n, part in zip(times, self.linear, strict=True) for name, s in part.items())
+        return rank * sum(n * size for n, name, size in found if not targets or name in targets)
+
+    def attention_flops(self, images: int, patches: int, pairs: float) -> float:
+        """FLOPs of scores and weighted sums in a forward, 4 x width a pair of a query and a key that it sees.
+
+        patches: of an image; pairs: in each layer of the language model.
+        """
+        v, t = self.vision, self.text
+        window = (v["window_size"] // v["patch_size"]) ** 2
+        seen = self.full_blocks * patches + (v["depth"] - self.full_blocks) * min(window, patches)
+        tower: int = images * patches * 4 * v["hidden_size"] * seen
+        return tower + t["num_hidden_layers"] * pairs * 4 * t["hidden_size"]
+
+    def forward_flops(self, images: int, patches: int, tokens: int, pairs: float) -> float:
+        """FLOPs of a forward, as `attention_flops`, with all products but the patch embedding's and the head's."""
+        layer, block, merger = map(weights, self.linear)
+        image = patches * self.vision["depth"] * 2 * block + patches / self.merge * 2 * merger
+        text = self.text["num_hidden_layers"] * tokens * 2 * layer
+        return images * image + text + self.attention_flops(images, patches, pairs)
+
+    def costs(self) -> RowCosts:
+        """By multiply-adds. Leaves out the head, and of the tower the merger and windowed attention."""
+        layer, block, _ = map(weights, self.linear)
+        text, image = self.text["num_hidden_layers"] * layer, self.merge * self.vision["depth"] * block
+        pairs = self.full_blocks * 2 * self.vision["hidden_size"] * self.merge**2
+        return RowCosts(image / text, 2 * self.text["hidden_size"] / layer, pairs / text)
+
+
+def kept_elements(sizes: ModelSizes, patches: float, tokens: float, checkpointing: bool) -> float:
+    """Numbers that autograd keeps of `patches` through the vision tower and `tokens` through the language model.
+
+    A vision block of width h and intermediate width m keeps of each patch: twice its input and two results of a norm
+    (6 h), queries, keys and the fused projection that values are a part of (5 h), attention's output (h), and four
+    times m in the gated MLP. A decoder layer keeps 8 h, keys and values of their own width, and 4 m of each token.
+    """
+    t, v = sizes.text, sizes.vision
+    block = patches * (12 * v["hidden_size"] + 4 * v["intermediate_size"])
+    layer = tokens * (8 * t["hidden_size"] + 2 * sizes.kv + 4 * t["intermediate_size"])
+    if not checkpointing:
+        return v["depth"] * block + t["num_hidden_layers"] * layer
+    inputs = patches * v["depth"] * v["hidden_size"] + tokens * t["num_hidden_layers"] * t["hidden_size"]
+    return inputs + 2 * max(block, layer)  # what the layer keeps again, and gradients of about as much
+
+
+def head_bytes(sizes: ModelSizes, tokens: float, wide: int, trained: bool = True) -> float:
+    """Of the head's backward: its weight's gradient, where it is trained, summed in float32, then in the weight's type,
+    and two chunks of logits; or of its forward, three chunks, or four where a chunk before it is still held."""
+    logits = 4.0 * tokens * sizes.text["vocab_size"]
+    chunk, live = (logits, 3) if logits <= CHUNK else (CHUNK, 4)
+    gradient = trained * sizes.head * (4 if wide == 4 else 4 + wide)
+    return max(live * chunk, gradient + 2 * chunk)

@@ -7,7 +7,7 @@ No weights are loaded, and torch is not imported. Parts on a learner (P paramete
     reference              2 P / N               GRPO with kl_beta > 0; adapters (learner/lora.py) need none
     gathered layers        2 x at most 1e9       DeepSpeed's stage3_max_live_parameters
     reduce bucket          2 x 5e8               DeepSpeed's reduce_bucket_size, allocated at once
-    activations            what autograd keeps of a packed forward of micro_tokens (terms: models/sizes.py), or with
+    activations            what autograd keeps of a packed forward of micro_tokens (terms: models/costs.py), or with
                            checkpointing every layer's input and twice one layer; times 1.3, more than a CPU needs
     head                   float32 gradient of its weight and chunks of logits (learner/policy.py)
     step                   float32 gradients of one sub-group of at most 1e9, after activations are freed
@@ -31,7 +31,7 @@ from typing import Any
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.models.sizes import TOKEN_PIXELS, ModelSizes, head_bytes, kept_elements
+from tatar_dist.models.costs import TOKEN_PIXELS, ModelSizes, head_bytes, kept_elements
 from tatar_dist.plan.plan import Plan
 
 GIB = 2**30
@@ -80,9 +80,7 @@ def sizes_of(path: str) -> ModelSizes:
             settings = json.loads(file.read_text())
             if (kind := settings.get("model_type")) != MODEL_TYPE:
                 raise UserError(f"{file}: model_type is {kind!r}; only the sizes of {MODEL_TYPE} are known")
-            text = settings.get("text_config", settings)
-            vision = {**VISION, **settings["vision_config"]}
-            sizes = ModelSizes({n: text[n] for n in NAMES}, vision, bool(settings.get("tie_word_embeddings")))
+            sizes = ModelSizes.of(settings | {"vision_config": VISION | settings["vision_config"]})
             assert sizes.parameters > 0
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
             raise UserError(f"{file}: not of a Qwen2.5-VL: {type(e).__name__}: {e}") from None

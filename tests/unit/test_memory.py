@@ -11,7 +11,7 @@ from tatar_dist.assets import TINY_MODEL as TINY
 from tatar_dist.cli import main
 from tatar_dist.config.load import load_config
 from tatar_dist.errors import UserError
-from tatar_dist.models import sizes
+from tatar_dist.models import costs
 from tatar_dist.plan import memory
 from tatar_dist.plan.plan import resolve
 
@@ -118,7 +118,7 @@ def test_the_peak_of_an_update_is_above_the_one_measured_and_near(checkpointing,
 
 def test_chunks_of_logits_are_those_of_the_head():
     head = pytest.importorskip("tatar_dist.learner.policy")
-    assert sizes.CHUNK == head.CHUNK_BYTES
+    assert costs.CHUNK == head.CHUNK_BYTES
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])

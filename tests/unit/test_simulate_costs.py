@@ -14,8 +14,7 @@ from tatar_dist.cli import main
 from tatar_dist.config.schema import to_yaml
 from tatar_dist.errors import UserError
 from tatar_dist.plan.simulate.command import costs_from, numbers_of_gpus
-from tatar_dist.plan.simulate.costs import StepCosts, read_costs
-from tatar_dist.plan.simulate.estimate import estimate
+from tatar_dist.plan.simulate.costs import StepCosts, estimate, read_costs
 from tatar_dist.plan.simulate.measured import costs_of_runs, fit, read_run
 from tatar_dist.plan.simulate.search import Simulator, draw_lengths, forecast
 from tatar_dist.plan.simulate.step import Setup, simulate_step

@@ -11,8 +11,7 @@ from rich.table import Table
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.plan.simulate.costs import StepCosts, read_costs
-from tatar_dist.plan.simulate.estimate import estimate
+from tatar_dist.plan.simulate.costs import StepCosts, estimate, read_costs
 from tatar_dist.plan.simulate.measured import costs_of_runs
 from tatar_dist.plan.simulate.search import GPUS, Forecast, fastest, forecast
 

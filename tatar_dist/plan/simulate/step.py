@@ -20,16 +20,7 @@ from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 from tatar_dist.learner.packing import pack
 from tatar_dist.models.costs import Unit
-from tatar_dist.models.sizes import TOKEN_PIXELS
-from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, StepCosts
-
-TEXT_TOKENS, PIXELS = 200, 1024 * 768  # a prompt's text; an image of KonIQ-10k
-
-
-def prompt_tokens(config: Config) -> int:
-    """Tokens of a prompt with an image of KonIQ-10k's size, within the configured limits."""
-    m = config.model
-    return TEXT_TOKENS + min(m.max_pixels, max(m.min_pixels, PIXELS)) // TOKEN_PIXELS
+from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, StepCosts, prompt_tokens
 
 
 @dataclass(frozen=True)
