@@ -108,7 +108,7 @@ MUTATIONS = {
     "judge: booleans are marks": ("rationale/marks.py", "type(answer[name]) is not int", "not isinstance(answer[name], int)", TEXTS),
     "judge: repeated keys accepted": ("rationale/marks.py", "if len(dict(pairs)) != len(pairs):", "if False:", TEXTS),
     "journal: damage in the middle passed over": ("run/journal.py", "if bad is not None:\n                    raise", "if False:\n                    raise", ASKING),
-    "journal: other settings continued": ("run/journal.py", 'if difference := _difference(line["settings"], found):', "if False:", ASKING),
+    "journal: other settings continued": ("run/journal.py", 'if difference := _difference(line["settings"], settings):', "if False:", ASKING),
     "prefix: prompts not causal": ("learner/shared_prefix.py", "return ragged.ragged(lengths, lengths, True)", "return ragged.ragged(lengths, lengths, False)", PACKED),
     "prefix: merge sign": ("learner/shared_prefix.py", "(x - both).exp()", "(both - x).exp()", PACKED),
     "prefix: shares swapped": ("learner/shared_prefix.py", "for x in (lse[p:], norm)]", "for x in (norm, lse[p:])]", PACKED),

@@ -52,15 +52,15 @@ def rewards(
 
     if explain is not None and len(files) > 1:
         raise UserError("--explain looks at one file, give only that")
-    found = [audit.run(f, preset, all_terms=all_terms, lenient=lenient, advantage=advantage) for f in files]
-    for warning in (w for each in found for w in each.warnings):
+    audits = [audit.run(f, preset, all_terms=all_terms, lenient=lenient, advantage=advantage) for f in files]
+    for warning in (w for each in audits for w in each.warnings):
         print(f"tatar-dist: {warning}", file=sys.stderr)
     if explain is not None:
-        print(audit.explain_table(found[0], explain))
+        print(audit.explain_table(audits[0], explain))
         return
-    audit.write(found, output, sys.stdout)
+    audit.write(audits, output, sys.stdout)
     if output is not None:
-        print_result({**audit.summary(found), "output": str(output)}, as_json)
+        print_result({**audit.summary(audits), "output": str(output)}, as_json)
 
 
 def bench(
@@ -118,14 +118,14 @@ def doctor(as_json: Json = False) -> None:
     """
     from tatar_dist.commands import doctor as checks
 
-    found = checks.run()
+    results = checks.run()
     if as_json:
-        print(json.dumps(checks.as_json(found)))
+        print(json.dumps(checks.as_json(results)))
     else:
         from rich.console import Console
 
         console = Console()
-        console.print(checks.as_table(found))
-        console.print(checks.verdict(found))
-    if any(c.required and not c.ok for c in found):
+        console.print(checks.as_table(results))
+        console.print(checks.verdict(results))
+    if any(c.required and not c.ok for c in results):
         raise typer.Exit(1)

@@ -45,7 +45,7 @@ def score(
     from tatar_dist.scoring.scorer import Scorer
     from tatar_dist.types import TASKS
 
-    found = score_output.find_pictures(pictures)
+    paths = score_output.find_pictures(pictures)
     model_config(model, overrides or [])  # before anything is loaded
     if task not in (*TASKS, "both"):
         raise UserError(f"--task {task}: must be one of {', '.join(TASKS)}, both")
@@ -53,11 +53,11 @@ def score(
     logging.getLogger("vllm").setLevel(logging.ERROR)
     how: dict[str, Any] = {"samples": samples, "temperature": temperature, "seed": seed, "expected": expected}
     failed = score_output.run(
-        lambda: partial(Scorer(model, overrides or []).score, found, task, **how),
-        total=len(found) * (2 if task == "both" else 1),
+        lambda: partial(Scorer(model, overrides or []).score, paths, task, **how),
+        total=len(paths) * (2 if task == "both" else 1),
         as_json=as_json,
         html=html,
-        given=found,
+        given=paths,
     )
     if failed:
         raise typer.Exit(1)
@@ -79,8 +79,8 @@ def metrics(
 
     if ci_all and not bootstrap:
         raise UserError("--ci-all: how many rounds? Add --bootstrap 1000")
-    found = audit.run(file, bootstrap=bootstrap, ci_all=ci_all, unparsed=unparsed, seed=seed)
-    print(json.dumps(audit.as_json(found)) if as_json else audit.as_table(found))
+    result = audit.run(file, bootstrap=bootstrap, ci_all=ci_all, unparsed=unparsed, seed=seed)
+    print(json.dumps(audit.as_json(result)) if as_json else audit.as_table(result))
 
 
 def compare(
@@ -96,8 +96,8 @@ def compare(
     """
     from tatar_dist.evaluate import compare as paired
 
-    found = paired.run(before, after, rounds=bootstrap, seed=seed)
+    result = paired.run(before, after, rounds=bootstrap, seed=seed)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(result))
     else:
-        paired.show(found)
+        paired.show(result)

@@ -34,15 +34,15 @@ def model_fingerprint(path: str) -> str:
     directory = Path(path)
     if not directory.is_dir():
         return path
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for file in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
         with open(file, "rb") as f:
             size = file.stat().st_size
-            found.update(f"{file.name} {size} ".encode())
+            digest.update(f"{file.name} {size} ".encode())
             for place in range(SAMPLES_OF_A_FILE):
                 f.seek(max(0, (size - SAMPLE_BYTES) * place // (SAMPLES_OF_A_FILE - 1)))
-                found.update(f.read(SAMPLE_BYTES))
-    return found.hexdigest()
+                digest.update(f.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 class AnswerJournal:
@@ -79,7 +79,7 @@ class AnswerJournal:
     def get(self, kind: str, sample: Sample) -> tuple[Completion, ...]:
         """Return the completions of an answered sample. Raises KeyError for a sample without an answer.
         Only the number of tokens and the sum of log-probabilities are kept: all token ids are 0."""
-        said = self._lines[(kind, key_of(sample))]["said"]
+        reply = self._lines[(kind, key_of(sample))]["said"]
         return tuple(
             Completion(
                 c["text"],
@@ -88,7 +88,7 @@ class AnswerJournal:
                 c["finish"],
                 Expected(*c["expected"]) if c["expected"] else None,
             )
-            for c in said
+            for c in reply
         )
 
     def keep(self, kind: str, groups: Sequence[Group]) -> None:

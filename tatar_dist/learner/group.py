@@ -118,6 +118,6 @@ def _culprit(refs: list[Any], error: Exception) -> str:
     while waiting and time.monotonic() < deadline:
         done, waiting = ray.wait(waiting, num_returns=1, timeout=TICK_S)
         for ref in done:
-            if isinstance(found := error_of(ref), ray.exceptions.RayActorError):
-                return f"learner rank {refs.index(ref)} died: {first_line(found)}"
+            if isinstance(cause := error_of(ref), ray.exceptions.RayActorError):
+                return f"learner rank {refs.index(ref)} died: {first_line(cause)}"
     return first_line(error)

@@ -63,12 +63,12 @@ def install(model: nn.Module, config: ModelConfig, seed: int) -> None:
     Raises:
         UserError: a target that is the name of no such layer, a rank above a layer's width.
     """
-    found = {
+    targets = {
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and layer.weight.requires_grad and not name.endswith("lm_head")
     }
-    known = {name.rpartition(".")[2] for name in found}
+    known = {name.rpartition(".")[2] for name in targets}
     for target in config.lora_targets:
         if target not in known:
             raise UserError(
@@ -76,7 +76,7 @@ def install(model: nn.Module, config: ModelConfig, seed: int) -> None:
             )
     model.requires_grad_(False)
     random = torch.Generator().manual_seed(seed)
-    for name, layer in found.items():
+    for name, layer in targets.items():
         parent, _, last = name.rpartition(".")
         if not config.lora_targets or last in config.lora_targets:
             if config.lora_rank > (width := min(layer.in_features, layer.out_features)):
@@ -107,13 +107,13 @@ def merged(named: Iterable[tuple[str, Tensor]], scale: float) -> Iterator[tuple[
 
     `named` holds a layer's adapter wherever it holds its weight.
     """
-    found = dict(named)
-    for name, weight in found.items():
+    by_name = dict(named)
+    for name, weight in by_name.items():
         stem = name.removesuffix("weight")
         if is_adapter(name):
             continue
-        if name != stem and stem + DOWN in found:
-            added = found[stem + UP].detach().float() @ found[stem + DOWN].detach().float()
+        if name != stem and stem + DOWN in by_name:
+            added = by_name[stem + UP].detach().float() @ by_name[stem + DOWN].detach().float()
             yield name, (weight.detach().float() + scale * added).to(weight.dtype)
         else:
             yield name, weight.detach().clone()

@@ -52,18 +52,18 @@ def _relieve(own: list[list[Unit]], loads: list[float], costs: RowCosts) -> bool
     """Move rows of the rank with the most cost to the one with the least, if that lowers the larger of the two."""
     heavy, light = max(range(len(own)), key=loads.__getitem__), min(range(len(own)), key=loads.__getitem__)
     best = loads[heavy] * (1 - 1e-3)  # a smaller gain does not pay for computing the prompt twice
-    found = None
+    move = None
     for at, unit in enumerate(own[heavy]):
         rest = loads[heavy] - costs.of(unit)
         for n in range(1, len(unit.rows)):
             stays, goes = unit.parted(n)
             after = rest + costs.of(stays), loads[light] + costs.of(goes)
             if max(after) < best:
-                best, found = max(after), (at, stays, goes, after)
-    if found:
-        _, own[heavy][found[0]], goes, (loads[heavy], loads[light]) = found
+                best, move = max(after), (at, stays, goes, after)
+    if move:
+        _, own[heavy][move[0]], goes, (loads[heavy], loads[light]) = move
         own[light].append(goes)
-    return found is not None
+    return move is not None
 
 
 def _cut(units: Sequence[Unit], budget: int) -> MicroBatches:

@@ -31,15 +31,15 @@ class Piece:
 
 
 def pieces(shapes: Shapes, ranks: int) -> dict[str, Piece]:
-    found = {}
+    parts = {}
     for group, parameters in enumerate(shapes):
         offset = 0
         for name, shape in parameters.items():
             numel = math.prod(shape)
             size = -(-numel // ranks)
-            found[name] = Piece(group, offset, size, numel)
+            parts[name] = Piece(group, offset, size, numel)
             offset += size
-    return found
+    return parts
 
 
 def recut(flats: Sequence[Sequence[Tensor]], old: Shapes, new: Shapes, rank: int, ranks: int) -> list[Tensor]:

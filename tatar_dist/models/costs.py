@@ -141,8 +141,8 @@ class ModelSizes:
     def adapters(self, rank: int, targets: Sequence[str], vision: bool) -> int:
         """Parameters of LoRA adapters (learner/lora.py): rank x (in + out) of every layer that gets one."""
         times = (self.text["num_hidden_layers"], vision and self.vision["depth"], vision)
-        found = ((n, name, sum(s)) for n, part in zip(times, self.linear, strict=True) for name, s in part.items())
-        return rank * sum(n * size for n, name, size in found if not targets or name in targets)
+        layers = ((n, name, sum(s)) for n, part in zip(times, self.linear, strict=True) for name, s in part.items())
+        return rank * sum(n * size for n, name, size in layers if not targets or name in targets)
 
     def attention_flops(self, images: int, patches: int, pairs: float) -> float:
         """FLOPs of scores and weighted sums in a forward, 4 x width a pair of a query and a key that it sees.

@@ -80,13 +80,13 @@ class Plan:
     def processes(self) -> dict[str, int]:
         """Processes by role. A tensor-parallel engine is one process per GPU."""
         rewards = 0 if self.stage == "sft" else 1
-        found = {
+        counts = {
             "controller": 1,
             "learners": self.learners,
             "engines": self.engines * self.tensor_parallel,
             "reward": rewards,
         }
-        return {role: n for role, n in found.items() if n}
+        return {role: n for role, n in counts.items() if n}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the `--json` object."""

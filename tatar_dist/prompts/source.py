@@ -157,9 +157,9 @@ class PromptSource:
                 return sample
             return self.problem(sample, supervised) or sample
 
-        found = [read(row) for row in rows]  # one thread: a Parquet file is not safe to share
+        texts = [read(row) for row in rows]  # one thread: a Parquet file is not safe to share
         with ThreadPoolExecutor(CHECK_THREADS) as threads:
-            return list(threads.map(check, found))
+            return list(threads.map(check, texts))
 
     def held_out_prompts(self) -> list[Prompt]:
         """Return prompts of `data.eval_limit` validation samples of each data set; none without a manifest."""

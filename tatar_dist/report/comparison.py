@@ -112,18 +112,18 @@ class Finding:
 def headline(entrants: Sequence[Entrant]) -> Headline:
     """Build the title that names the better run, with the supporting figures."""
     names = datasets(entrants)
-    found = [f for d in names if (f := _held_out_finding(entrants, d, names))]
-    lines, best, ending = [f.line for f in found], "{} scores {} best", ""
-    if not found:
-        found, best = [f for t in TASK_NAMES if (f := _reward_finding(entrants, t))], "{} gained most reward on {}"
-        lines = [f.line for f in found]
-        if found and not _same_reward(entrants):
+    findings = [f for d in names if (f := _held_out_finding(entrants, d, names))]
+    lines, best, ending = [f.line for f in findings], "{} scores {} best", ""
+    if not findings:
+        findings, best = [f for t in TASK_NAMES if (f := _reward_finding(entrants, t))], "{} gained most reward on {}"
+        lines = [f.line for f in findings]
+        if findings and not _same_reward(entrants):
             ending = ", but the rewards differ"
             lines.append("The rewards are configured differently: compare their terms, or evaluate the runs.")
-    if not found:
+    if not findings:
         return Headline("Nothing that these runs share says which learned more", [])
     subjects_of: dict[tuple[Any, ...], list[str]] = {}  # (clear, letters named) -> subjects
-    for f in found:
+    for f in findings:
         letters = sorted(f.order[:2]) if f.clear is False else f.order[:1]
         subjects_of.setdefault((f.clear, *letters), []).append(f.subject)
     parts = []

@@ -72,13 +72,13 @@ def history(events: Sequence[Mapping[str, Any]], steps: int) -> History | None:
         return None
     past = RunHistory(known)
     shown = [_entry(e, known[0]["time"]) for e in known if e["event"] in SHOWN]
-    said = [f"{n:,} {names[n > 1]}" for k, names in COUNTED.items() if (n := past.counts[k])]
+    parts = [f"{n:,} {names[n > 1]}" for k, names in COUNTED.items() if (n := past.counts[k])]
     engines = [
         EngineHealth(i, c["ready"], c["dead"], c["suspect"], c["hedged"], STATES.get(last, last))
         for i, c in sorted(past.engine_counts.items())
         for last in [past.engine_states.get(i, "")]
     ]
-    return History(shown[:MOST_ROWS], len(shown[MOST_ROWS:]), engines, ", ".join(said), _progress(past, steps))
+    return History(shown[:MOST_ROWS], len(shown[MOST_ROWS:]), engines, ", ".join(parts), _progress(past, steps))
 
 
 def _entry(event: Mapping[str, Any], first: float) -> FaultEntry:

@@ -84,8 +84,8 @@ def choose(last: Sequence[dict[str, Any]], before: dict[Key, dict[str, Any]]) ->
 def rationale(completion: str | None) -> tuple[str, bool]:
     """Return (the think text, True), or (the whole completion, False) if it has none."""
     text = clean(completion)
-    found = _THINK.search(text)
-    inside = found.group(1).strip() if found else ""
+    think = _THINK.search(text)
+    inside = think.group(1).strip() if think else ""
     return (inside, True) if inside else (text, False)
 
 

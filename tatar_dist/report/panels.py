@@ -235,8 +235,8 @@ Scores = tuple[str, float | None, np.ndarray, np.ndarray]  # model, SRCC, (n,) t
 def clouds(run: RunFiles, rollouts: Rollouts | None) -> tuple[list[Clouds], bool]:
     """Return the charts, and whether they show held-out answers instead of sampled completions."""
     if any(e.predictions for e in run.evaluations):
-        found = [(name_of(run, d), run.task(d), _held_out(run, d)) for d in run.datasets]
-        return [_clouds(name, task, models) for name, task, models in found if models], True
+        entries = [(name_of(run, d), run.task(d), _held_out(run, d)) for d in run.datasets]
+        return [_clouds(name, task, models) for name, task, models in entries if models], True
     sampled = [(name, task, _sampled(rollouts, task)) for task, name in TASK_NAMES.items()] if rollouts else []
     return [_clouds(name, task, models) for name, task, models in sampled if models], False
 
@@ -269,11 +269,11 @@ def _clouds(name: str, task: str, models: Sequence[Scores]) -> Clouds:
         chart = scatter(target, prediction, task or "ink", f"{name}, {model}: prediction over target")
         charts.append((model, f"{note}, n = {len(target):,}", chart))
     model, _, target, prediction = models[-1]
-    found = bins(target, prediction) if len(target) >= LEAST_BINNED else []
-    if found:
-        chart = calibration(found, task or "ink", f"{name}, {model}: mean target by predicted score")
-        charts.append(("Calibration", f"off by {number(miscalibration(found))} points", chart))
-    counts = [(f"{b.low:.0f} to {b.high:.0f}", b.n, b.predicted, b.target) for b in found]
+    bars = bins(target, prediction) if len(target) >= LEAST_BINNED else []
+    if bars:
+        chart = calibration(bars, task or "ink", f"{name}, {model}: mean target by predicted score")
+        charts.append(("Calibration", f"off by {number(miscalibration(bars))} points", chart))
+    counts = [(f"{b.low:.0f} to {b.high:.0f}", b.n, b.predicted, b.target) for b in bars]
     return Clouds(name, task, charts, counts)
 
 

@@ -134,8 +134,8 @@ def explain_table(audit: Audit, row: int) -> str:
     if not 1 <= row <= len(audit.rows):
         raise UserError(f"--explain {row}: the file has rows 1 to {len(audit.rows)}")
     value = audit.scored.answers.value[row - 1]
-    said = "unparsed" if math.isnan(value) else f"{value:g}"
-    head = f"row {row}: group {audit.rows[row - 1]['group_id']}, target {audit.batch.target[row - 1]:g}, answer {said}"
+    text = "unparsed" if math.isnan(value) else f"{value:g}"
+    head = f"row {row}: group {audit.rows[row - 1]['group_id']}, target {audit.batch.target[row - 1]:g}, answer {text}"
     table = explain(audit.batch, audit.preset, row - 1, audit.strict)
     if not table:
         return head + "\nno Thurstone comparison: unparsed, another task's term, or no other image in its pool"
@@ -269,9 +269,9 @@ def _unrankable_warnings(batch: Batch, scored: BatchScores) -> list[str]:
     first = np.unique(batch.group, return_index=True)[1]
     counts = np.bincount(batch.dataset[first][scored.unrankable], minlength=len(batch.datasets))
     names = [batch.datasets[i] for i in np.flatnonzero(counts)]
-    said = [
+    lines = [
         f"data set {name!r}: {counts[batch.datasets.index(name)]} group(s) have no other image to be ranked against; "
         "their Thurstone term is 0"
         for name in names[:MAX_SAID]
     ]
-    return said if len(names) <= MAX_SAID else [*said, f"… and {len(names) - MAX_SAID} more data sets"]
+    return lines if len(names) <= MAX_SAID else [*lines, f"… and {len(names) - MAX_SAID} more data sets"]

@@ -63,8 +63,8 @@ def problem(groups: object, prompts: Sequence[Prompt], sampling: Sampling, versi
         if len(g.completions) != sampling.n:
             return f"{g.prompt.group_id}: {len(g.completions)} completions, asked for {sampling.n}"
         for i, c in enumerate(g.completions):
-            if found := _bad_completion(c, sampling.max_tokens):
-                return f"{g.prompt.group_id}: completion {i}: {found}"
+            if fault := _bad_completion(c, sampling.max_tokens):
+                return f"{g.prompt.group_id}: completion {i}: {fault}"
     return None
 
 

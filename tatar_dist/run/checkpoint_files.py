@@ -69,9 +69,9 @@ def first_damage(directory: Path, files: Files, hashes: bool) -> str | None:
     if not hashes:
         return None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda name: sha256(directory / name), files)
+        sums = pool.map(lambda name: sha256(directory / name), files)
         return next(
-            (f"{n} has another sha256" for n, h in zip(files, found, strict=True) if h != files[n]["sha256"]), None
+            (f"{n} has another sha256" for n, h in zip(files, sums, strict=True) if h != files[n]["sha256"]), None
         )
 
 

@@ -144,8 +144,8 @@ class Journal:
     def _check_first(self, line: Mapping[str, Any]) -> None:
         if line.get("journal") != VERSION or not isinstance(line.get("settings"), dict):
             raise UserError(f"{self.path}: not a journal of this version; move it away to begin anew")
-        found = json.loads(json.dumps(dict(self._settings)))  # as it would be read back: tuples are lists
-        if difference := _difference(line["settings"], found):
+        settings = json.loads(json.dumps(dict(self._settings)))  # as it would be read back: tuples are lists
+        if difference := _difference(line["settings"], settings):
             raise UserError(
                 f"{self.path}: was written under other settings ({difference}): set them back, choose another "
                 "--output, or delete the journal to begin anew"

@@ -162,8 +162,8 @@ def _fit_engine(steps: Sequence[Observed], serial: float) -> tuple[EngineCosts, 
 def _fit_learner(steps: Sequence[Observed], serial: float) -> tuple[LearnerCosts, float]:
     seconds = np.array([s.seconds["learn"] for s in steps])
     work = np.array([learn_work(s.setup, s.lengths) * learn_factor(serial, s.setup) for s in steps])
-    found = fit(work, seconds)
-    return replace(LearnerCosts(*found), serial=serial), _error(work @ found, seconds)
+    line = fit(work, seconds)
+    return replace(LearnerCosts(*line), serial=serial), _error(work @ line, seconds)
 
 
 def _best_serial(try_: Callable[[float], tuple[Any, float]], threads: set[int]) -> tuple[Any, float]:
