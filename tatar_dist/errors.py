@@ -19,7 +19,7 @@ class RunError(RuntimeError):
 
 
 class LearnersFailed(RunError):
-    """A learner died, is late or broke: all of them restart from the last checkpoint."""
+    """A learner died, failed or did not answer in time; all learners restart from the last checkpoint."""
 
 
 class Interrupted(Exception):

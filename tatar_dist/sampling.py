@@ -59,7 +59,11 @@ def collect(
     sampler: PromptSampler,
     begin: Callable[[str], None],
 ) -> Collected:
-    """Generate and score the global batch of a step. `begin` is called with the name of each phase."""
+    """Generate and score the global batch of a step.
+
+    With `grpo.zero_std: refill`, groups whose rewards are all equal are replaced, for up to `grpo.refill_limit` rounds.
+    `begin` is called with "generate" and "reward" as these phases start, in every round.
+    """
     out = Collected([])
     asked, groups = list(prompts), []
     for round_ in range(1 + (grpo.refill_limit if grpo.zero_std == "refill" else 0)):

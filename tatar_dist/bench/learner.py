@@ -38,7 +38,7 @@ GROWTH = {
 
 
 def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], None], Any, int]:
-    """Return a function that makes one update's gradient, its model, and tokens of a prompt."""
+    """Return (a function that computes the gradients of one update, its model, the tokens of the first prompt)."""
     import torch
     from transformers.utils import logging
 

@@ -34,7 +34,7 @@ PRODUCT = 2048  # rows and columns of the matrices whose product says what the m
 
 
 def prepared(directory: Path, work: Work = WORK) -> Any:
-    """Return the configuration of the random model, which is written if it is not there."""
+    """Write the random model unless it exists; return its configuration."""
     words = [f"rollout.max_num_seqs={work.groups * work.size}", "rollout.max_model_len=1536", "cluster.gpus_per_node=0"]
     return subject.make(directory, work.pixels, words=words)
 

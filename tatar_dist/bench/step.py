@@ -75,7 +75,7 @@ def tune(model: Path, directory: Path) -> tuple[str, dict[str, float | str]]:
             tried[variant] = str(e).splitlines()[-1]
     times = {v: s for v, s in tried.items() if isinstance(s, float)}
     if not times:
-        raise RunError(f"bench step: no variant of TRL runs: {tried}")
+        raise RunError(f"bench step: every variant of TRL failed: {tried}")
     return min(times, key=times.__getitem__), tried
 
 

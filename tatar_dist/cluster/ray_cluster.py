@@ -82,7 +82,7 @@ class Cluster:
         self._nodes = self._living()
 
     def threads(self, processes: int) -> int:
-        """CPU threads of each of `processes` learners or engines."""
+        """Return the number of CPU threads for each process when `processes` learners or engines share the cores."""
         return max(1, self.cores // self._sides // processes)
 
     def _pin(self, actor: Any, side: int, index: int, count: int) -> None:

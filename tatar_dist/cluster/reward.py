@@ -45,7 +45,7 @@ class RewardScorer:
 
 
 class ScorerFailed(RunError):
-    """The reward actor died or was late."""
+    """The reward actor died or did not answer in time."""
 
 
 class RemoteScorer:

@@ -24,7 +24,7 @@ def status(
     from tatar_dist.run.status import RunWatcher
 
     if watch and as_json:
-        raise UserError("--watch draws, --json prints one object: give one of them")
+        raise UserError("--watch and --json cannot be combined: give one of them")
     files = RunWatcher(run)
     if as_json:
         print(json.dumps(files.read().to_dict()))

@@ -151,9 +151,9 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What a run would start: processes, GPUs, the split of a batch, the memory of a GPU. Loads no model.
+    """What a run would start: processes, GPUs, how a batch is divided, memory per GPU. Loads no model.
 
-    Without --measured or --times, --simulate estimates from FLOPs and bytes on H100s.
+    Without --measured or --times, --simulate estimates an H100's times from FLOPs and bytes.
 
     Example: [bold]tatar-dist plan --config configs/grpo.yaml --simulate --measured runs/grpo[/bold]
     """

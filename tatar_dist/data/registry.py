@@ -265,7 +265,8 @@ def _format(name: str, entry: Any, where: str) -> Format:
     meant = [c for c in (made.image, made.score, made.worker, made.votes_total, made.std, made.split) if c]
     meant += [c for c in (made.rationale, made.attributes, *votes) if c]
     if len(set(meant)) < len(meant):
-        raise UserError(f"{where}: column {next(c for c in meant if meant.count(c) > 1)} has two meanings")
+        twice = next(c for c in meant if meant.count(c) > 1)
+        raise UserError(f"{where}: column {twice} has two meanings: use it for one key only")
     return made
 
 
@@ -292,7 +293,7 @@ def _votes(entry: Mapping[str, Any], scale: Range, where: str) -> dict[str, floa
     if "score" not in entry and not votes:
         raise UserError(f"{where}: needs score (a column) or votes (columns and their values)")
     if "votes_total" in entry and not votes:
-        raise UserError(f"{where}: votes_total needs votes, the shares of that column")
+        raise UserError(f"{where}: votes_total needs votes, the columns that hold shares of that total")
     if len({f"{value:g}" for value in votes.values()}) < len(votes):
         raise UserError(f"{where}: votes: two columns have one value")
     for key, value in votes.items():

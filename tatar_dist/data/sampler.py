@@ -227,7 +227,7 @@ class PromptSampler:
             if not cursor.keeps_old_order() and (before["epoch"] or before["position"]):
                 raise UserError(
                     f"the checkpoint's sampler walked data set {cursor.dataset!r} in the order of another version: "
-                    "train into another directory, or from its weights (model.path)"
+                    "train into another directory, from the start or from this checkpoint's weights (model.path)"
                 )
         for cursor in self._cursors:
             cursor.load_state_dict(state["pools"][cursor.dataset])

@@ -61,7 +61,7 @@ def text(value: Any, where: str) -> str:
 
 
 def name(value: Any, where: str) -> str:
-    """Text of one line without blanks at its ends."""
+    """Printable text, not empty, without leading or trailing blanks."""
     if text(value, where) != value.strip() or not value.isprintable():
         raise UserError(f"{where}: {shown(value)} is no name: it has blanks at an end or does not print")
     return value

@@ -68,9 +68,10 @@ STAGES = (
 
 
 def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = None, seeds: int = 1) -> None:
-    """Run every stage without a result, print the tables, write summary.json and report.html.
+    """Run every stage that has no result yet, print the tables, and write summary.json and report.html.
 
-    With `seeds` over 1: as many whole runs on the same data, each evaluated on every test crop, and figures.md.
+    With `seeds` over 1: run everything once per seed on the same data, in seed_K/, evaluate every model on all test
+    crops, and write figures.md.
     """
     signal_on_death_of_parent(signal.SIGTERM)  # killed make or shell: do not run on unnoticed
     out, size, words = Path(output), SMOKE if smoke else FULL, list(overrides or [])

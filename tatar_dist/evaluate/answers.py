@@ -29,8 +29,11 @@ def key_of(sample: Sample) -> str:
 
 
 def model_fingerprint(path: str) -> str:
-    """Hash a model directory: config, weight file names and sizes, and 64 KiB at 64 evenly spaced offsets of each file.
-    A `path` that is not a directory is returned unchanged."""
+    """Hash a model directory; return a `path` that is not a directory unchanged.
+
+    Covers the name and size of config.json and of every *.safetensors file, and up to 64 KiB of each at each of 64
+    evenly spaced offsets. Raises OSError if config.json is missing.
+    """
     directory = Path(path)
     if not directory.is_dir():
         return path

@@ -91,10 +91,10 @@ def _bootstrap(value: Callable[[np.ndarray], float], cluster: np.ndarray, rounds
 def paired_mean_difference(
     before: np.ndarray, after: np.ndarray, cluster: np.ndarray, *, rounds: int = 2000, seed: int = 0
 ) -> Interval:
-    """Interval of mean(after - before), resampled by cluster; averaged over seeds if they are the first axis.
+    """Bootstrap the 95 % interval of mean(after - before), drawing whole clusters; seeds are averaged first.
 
     Args:
-        before, after: (n,) or (S, n) values of a reward term for the same rows (and seeds), finite.
+        before, after: (n,) or (S, n), S seeds: finite values of a reward term for the same rows (and seeds).
         cluster: (n,) labels, the source photograph of each row.
 
     Raises:

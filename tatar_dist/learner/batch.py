@@ -81,7 +81,7 @@ class Collator:
         members: dict[str, list[int]] = {}
         for r, row in enumerate(rows):
             if not row.completion_ids:
-                raise RunError(f"{row.image_id}: a completion without a token, which has nothing to learn from")
+                raise RunError(f"{row.image_id}: a completion has no tokens, so there is nothing to learn from it")
             encoded[row.image_id] = self.encode(row)
             members.setdefault(row.image_id, []).append(r)
         prompts = list(encoded.values())

@@ -43,7 +43,14 @@ def pieces(shapes: Shapes, ranks: int) -> dict[str, Piece]:
 
 
 def recut(flats: Sequence[Sequence[Tensor]], old: Shapes, new: Shapes, rank: int, ranks: int) -> list[Tensor]:
-    """`flats[r][g]`: what saved rank r holds of sub-group g. Returns what `rank` of `ranks` holds of each new one."""
+    """Return one flat tensor per sub-group of `new`: the elements that `rank` of `ranks` holds.
+
+    Args:
+        flats: `flats[r][g]` is the flat tensor that saved rank r holds of sub-group g of `old`.
+
+    Raises:
+        RuntimeError: a parameter's number of elements differs between `old` and `new`.
+    """
     before, after = pieces(old, len(flats)), pieces(new, ranks)
     cut = []
     for parameters in new:

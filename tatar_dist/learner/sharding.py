@@ -1,9 +1,9 @@
-"""The batcher: turns scored groups or SFT rows into shards, one a rank: its micro-batches, each a list of rows.
+"""The batcher: turns scored groups or SFT rows into one shard per rank, a list of micro-batches of rows.
 
-Before it deals the groups it gives every row its weight in the global loss; a row of weight 0 (a dropped group, a
-truncated completion that is masked) is dealt like the others. Who gets what: packing.py. Every rank gets the same
-number of micro-batches, because it must make the same collective calls; one that would stay empty holds a filler, a
-row that counts nowhere. Pure and deterministic.
+Before the groups are distributed, every row gets its weight in the global loss; a row of weight 0 (in a dropped group,
+or a masked truncated completion) is distributed like the others. packing.py decides which rank gets which rows. Every
+rank gets the same number of micro-batches, because all ranks must make the same collective calls; a micro-batch that
+would be empty holds a filler, a row of weight 0. Pure and deterministic.
 """
 
 from __future__ import annotations

@@ -111,9 +111,10 @@ def _windows_of(bounds: Tensor) -> Ragged:
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention function for transformers: query (1, H, T, D), key and value (1, Hkv, T, D); returns (1, T, H, D).
+    """Attention function for transformers; returns (output (1, T, H, D), None).
 
-    With the argument `layout` for a packed row, else with `cu_seq_lens_q` for windows of the vision tower.
+    query: (1, H, T, D); key and value: (1, Hkv, T, D). If the keyword argument `layout` is given, the row is packed;
+    else `cu_seq_lens_q` gives the bounds of the vision tower's windows. `attention_mask` is ignored.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if (layout := kwargs.get("layout")) is not None:

@@ -159,6 +159,6 @@ def _get(ref: Any, rank: int, timeout: float) -> Any:
     except ray.exceptions.RayTaskError as e:
         if isinstance(e.cause, OSError | UserError | RunError):
             raise e.cause from e
-        raise LearnersFailed(f"learner rank {rank}: {first_line(e)}") from e
+        raise LearnersFailed(f"checkpoint files of learner rank {rank}: {first_line(e)}") from e
     except ray.exceptions.RayError as e:
-        raise LearnersFailed(f"learner rank {rank}: {str(e).splitlines()[0]}") from e
+        raise LearnersFailed(f"checkpoint files of learner rank {rank}: {str(e).splitlines()[0]}") from e

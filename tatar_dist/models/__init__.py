@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def names() -> list[str]:
-    """All families, each the `model_type` of its models' config.json."""
+    """Return the names of all families; each is the `model_type` in the config.json of the family's models."""
     return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "costs")]
 
 

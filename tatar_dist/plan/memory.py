@@ -73,7 +73,11 @@ def released(path: str) -> ModelSizes | None:
 
 
 def sizes_of(path: str) -> ModelSizes:
-    """Read sizes from `path`/config.json, or of a released Qwen2.5-VL by name. Raises UserError if neither applies."""
+    """Read a model's sizes from `path`/config.json, or look up a released Qwen2.5-VL named in `path`.
+
+    Raises:
+        UserError: config.json is not a valid one of a Qwen2.5-VL, or there is none and the name is unknown.
+    """
     file = Path(path) / "config.json"
     if file.is_file():
         try:

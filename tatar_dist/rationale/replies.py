@@ -112,7 +112,7 @@ def read_answer(body: bytes, prompt_bound: int, max_tokens: int, key: str | None
     if content is None:
         content = ""  # a teacher that spent all its tokens on reasoning_content
     if not isinstance(content, str):
-        raise TryAgain("the message's content is no text", lost=True)
+        raise TryAgain("the message's content is not text", lost=True)
     if not isinstance(finish, str):
         raise TryAgain("the reply holds no finish_reason", lost=True)
     usage = reply.get("usage")

@@ -44,8 +44,8 @@ def reject_unreadable(ledger: Ledger, rows: RationaleRows, entry: LedgerEntry, s
             "images lie in the rows" if rows.manifest.embedded else f"image paths start at {rows.manifest.image_root}"
         )
         raise UserError(
-            f"{rows.path}: none of the first {IMAGES_TRIED} images can be read, the last: {says}; {where}: check the "
-            "manifest, or say where they start as data.image_root=…"
+            f"{rows.path}: none of the first {IMAGES_TRIED} images can be read (the last: {says}); {where}: "
+            "check the manifest, or set data.image_root to the directory that image paths start from"
         )
 
 

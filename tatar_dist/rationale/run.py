@@ -79,7 +79,7 @@ class Meter:
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def line(self, ledger: Ledger, now: float) -> str:
-        """Text beside the bar."""
+        """Return the text shown beside the progress bar: counts, tokens, cost, rate and time left."""
         done = ledger.settled + ledger.failed
         gone = max(now - self.began, 1e-9)
         here = done - self._settled_before

@@ -220,8 +220,11 @@ def _seconds(part: np.ndarray, total: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Clouds:
-    """Charts of one data set: (model or "Calibration", note, chart).
-    counts: (bin, n, mean score, mean target) of the last model's calibration."""
+    """Charts of one data set, or of a task's sampled completions.
+
+    charts: (model or "Calibration", note, chart). counts: (bin, n, mean prediction, mean target) of the last model's
+    calibration.
+    """
 
     name: str
     task: str
@@ -285,7 +288,11 @@ def correlation(target: np.ndarray, prediction: np.ndarray) -> float | None:
 
 @dataclass(frozen=True)
 class Photographs:
-    """SRCC within each source photograph. columns: (display name, task, model); rows: (photo, n, values)."""
+    """SRCC within each source photograph.
+
+    columns: (display name, task, model). rows: (photograph, number of predictions per data set, SRCC per column or
+    None). hidden: number of further photographs that are not shown.
+    """
 
     columns: list[tuple[str, str, str]]
     rows: list[tuple[str, list[int], list[float | None]]]

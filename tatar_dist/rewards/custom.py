@@ -61,12 +61,12 @@ def custom_term(name: str, path: Any, constants: Mapping[str, Any], taken: tuple
     if name in taken:
         raise UserError(f"terms.{name}: the name is taken, call a term of your own something else")
     if not str(name).isidentifier():  # it becomes a column and a part of metric names
-        raise UserError(f"terms.{name}: a term's name may hold letters, digits and _ only")
+        raise UserError(f"terms.{name}: a term's name may hold only letters, digits and _, and not start with a digit")
     function = _function(name, path)
     try:
         inspect.signature(function).bind(None, None, **constants)
     except TypeError as e:
-        raise UserError(f"terms.{name}: {path} cannot be called with (batch, answers, constants): {e}") from None
+        raise UserError(f"terms.{name}: {path} cannot be called with (batch, answers, **constants): {e}") from None
     except ValueError:  # some compiled functions have no signature to look at
         pass
     return CustomTerm(name, path, dict(constants))

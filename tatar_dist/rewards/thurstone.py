@@ -124,7 +124,7 @@ def pair_terms(p: np.ndarray, not_p: np.ndarray, z: np.ndarray, params: Thurston
 
 
 def reward_of_mean(mean: np.ndarray, params: ThurstoneParams) -> np.ndarray:
-    """The reward from the weighted mean of `pair_terms`."""
+    """Turn the weighted mean of `pair_terms` into a reward in [0, 1]; a mean BCE of -ln eps or more gives 0."""
     if params.measure == "bce":
         mean = 1.0 + mean / math.log(params.eps)
     return np.clip(mean, 0.0, 1.0)

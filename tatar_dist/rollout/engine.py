@@ -1,9 +1,10 @@
 """One vLLM engine: grouped completions with their log-probabilities, at a known weight version.
 
-Plain class: `tatar_dist.cluster.ray_cluster` makes the Ray actor of it. Every sampling parameter is explicit; nothing
-is read from the checkpoint's generation config, and what is sampled from is what the loss assumes: full softmax at
-the given temperature without the vision placeholder tokens. `Sampling.top_p` and `Sampling.schema` are for teachers
-and judges (rationale construction), whose probabilities nobody learns from; training leaves both alone.
+A plain class, which `tatar_dist.cluster.ray_cluster` wraps in a Ray actor. Every sampling parameter is explicit and
+none is read from the checkpoint's generation config. Completions are sampled from the distribution that the loss
+assumes: the full softmax at the given temperature, without the vision placeholder tokens. `Sampling.top_p` and
+`Sampling.schema` are for teachers and judges (rationale construction), whose log-probabilities are not trained on;
+training leaves both at their defaults.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class RolloutEngine:
         return Group(prompt, tuple(output.prompt_token_ids), completions, version)
 
     def _with_expected(self, groups: list[Group], inputs: Sequence[dict[str, Any]]) -> list[Group]:
-        """Return the groups with `Completion.expected`; `inputs`: vLLM's inputs of their prompts."""
+        """Return the groups with `Completion.expected` filled in. inputs: vLLM's input for the prompt of each group."""
         from vllm import SamplingParams
 
         flat = [(at, c) for at, g in zip(inputs, groups, strict=True) for c in g.completions]

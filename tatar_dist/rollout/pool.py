@@ -271,7 +271,7 @@ class RolloutPool:
             return
         chunk.failures += 1
         if chunk.failures >= ATTEMPTS and len(chunk.prompts) == 1:
-            raise EngineFailed(f"{chunk.prompts[0].group_id}: {ATTEMPTS} engines in a row ended on it: {reason}")
+            raise EngineFailed(f"{chunk.prompts[0].group_id}: {ATTEMPTS} engines failed on this prompt: {reason}")
         if chunk.failures >= ATTEMPTS - 1 and len(chunk.prompts) > 1:
             queue.put_back([Chunk([p], chunk.failures - 1) for p in chunk.prompts])
         else:

@@ -146,7 +146,7 @@ class RunDirectory:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl: None for values not finite, and without a line cut off by a crash."""
+    """Read the rows of metrics.jsonl: None for non-finite values; lines that are not JSON objects are skipped."""
     return json_lines(run / "metrics.jsonl")
 
 

@@ -214,7 +214,7 @@ class Trackers:
                 self._leave_out(name, TimeoutError(f"more than {BEHIND} steps behind"))
 
     def rewind(self, step: int) -> None:
-        """Continue at `step`; from 0 on it is another run, with new ids."""
+        """Close the trackers, so that logging continues at `step`. Step 0 starts a new run, with new ids."""
         self.close()
         if step == 0:
             (self.run / IDS).unlink(missing_ok=True)

@@ -32,12 +32,14 @@ SHOWN_BAD, MOST_SHOWN = 20, 1000  # bad pictures on standard error, pictures on 
 
 
 def find_pictures(words: Sequence[str], stdin: Any = None) -> list[str | tuple[str, bytes]]:
-    """Find the pictures that the words name, each once. Directories are searched recursively, sorted by path.
+    """Find the pictures named by the command-line arguments `words`, each once, in order.
 
-    `-` reads standard input: one encoded picture, or one file name per line.
+    A directory is searched recursively, sorted by path. `-` reads standard input: one encoded picture, or one file name
+    per line. Returns file names, and ("standard input", bytes) for an encoded picture.
 
     Raises:
-        UserError: a word that matches nothing, a directory without pictures, an empty standard input.
+        UserError: an argument that matches nothing, an unreadable directory or one without pictures, an empty standard
+            input.
     """
     pictures: dict[str, str | tuple[str, bytes]] = {}
     for word in words:

@@ -108,7 +108,7 @@ def _pictures(given: Any) -> list[str]:
     urls = [p["image_url"].get("url") if isinstance(p["image_url"], dict) else p["image_url"] for p in parts]
     for url in urls:
         if not isinstance(url, str) or not url.startswith("data:"):
-            raise RequestRefused("image_url: must be a data URL, data:image/…;base64,…; this server fetches no picture")
+            raise RequestRefused("image_url: must be a data URL (data:image/…;base64,…); this server fetches no URLs")
     return urls
 
 

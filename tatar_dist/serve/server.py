@@ -89,7 +89,7 @@ def _key(address: Address) -> str | None:
         if not key:
             raise UserError(f"--api-key-env {address.key_env}: that environment variable is not set, or empty")
         if not (key.isascii() and key.isprintable() and " " not in key):
-            raise UserError(f"--api-key-env {address.key_env}: a key is made of visible ASCII characters, no blanks")
+            raise UserError(f"--api-key-env {address.key_env}: the key must be visible ASCII characters without spaces")
     if not (key or address.open or _loopback(address.host)):
         raise UserError(
             f"--host {address.host}: others could use the server; name the variable that holds an API key with "
@@ -205,7 +205,7 @@ def _serve(args: Namespace, sock: socket.socket) -> None:
     except ValueError as e:
         if args.serving:
             raise
-        raise UserError(f"{args.model}: vLLM refuses to load it so: {_line(e)}") from e
+        raise UserError(f"{args.model}: vLLM rejected the model or its settings: {_line(e)}") from e
     except RuntimeError as e:
         if "ngine core" not in str(e):
             raise

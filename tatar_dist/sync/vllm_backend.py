@@ -1,10 +1,11 @@
-"""The engine's side of every weight push: a vLLM weight-transfer engine in each worker, which knows the parts by what
-they carry.
+"""The engine's side of every weight push: a vLLM weight-transfer backend for all transports.
 
-One engine for all ways, because one that joins late gets its weights through the object store, whatever the others use.
-Workers of a tensor-parallel engine are processes of their own, which learn of `PushEngine` by importing this module for
-`EXTENSION`. Two traps of vLLM 0.32 are handled here: parameters are repacked for CPU kernels, so the layerwise reload
-must frame every update, and a tied lm_head keeps its old packed copy after a reload.
+`PushEngine` tells the transports apart by the keys of an update: a bucket from the object store, CUDA IPC handles, or
+else NCCL. One backend serves all, because an engine that joins late gets its weights through the object store,
+whichever transport the others use. The workers of a tensor-parallel engine are separate processes; importing this
+module for `EXTENSION` registers the backend there. Two pitfalls of vLLM 0.32 are handled here: parameters are repacked
+for CPU kernels, so every update must run inside a layerwise reload, and a tied lm_head keeps its old packed copy after
+a reload.
 """
 
 from __future__ import annotations

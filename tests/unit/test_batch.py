@@ -132,7 +132,7 @@ def test_a_completion_of_one_token_adds_none_to_the_packed_row(tiny):
 def test_a_completion_of_no_tokens_is_refused_by_the_name_of_its_image(tiny, place):
     rows = list(tiny.rows)
     rows[place] = replace(rows[place], completion_ids=(), sampled_logprobs=())
-    with pytest.raises(RunError, match=f"^{rows[place].image_id}: a completion without a token") as raised:
+    with pytest.raises(RunError, match=f"^{rows[place].image_id}: a completion has no tokens") as raised:
         Collator(tiny.backbone)(rows)
     assert "\n" not in str(raised.value)
 

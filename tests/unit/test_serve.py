@@ -236,9 +236,9 @@ def test_a_chat_request_that_makes_no_sense_is_refused_in_one_line(monkeypatch):
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        ("http://example.com/a.png", "this server fetches no picture"),
-        ("file:///etc/passwd", "this server fetches no picture"),
-        (None, "this server fetches no picture"),
+        ("http://example.com/a.png", "this server fetches no URLs"),
+        ("file:///etc/passwd", "this server fetches no URLs"),
+        (None, "this server fetches no URLs"),
         ("data:image/png;base64,AAAA", "cannot decode image"),
     ],
 )
@@ -287,7 +287,7 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(capsys, tmp_pat
     assert "no such address" in fails(capsys, *model, "--host", "no.such.host.invalid")
     assert "not set, or empty" in fails(capsys, *model, "--api-key-env", "TATAR_TEST_KEY")
     monkeypatch.setenv("TATAR_TEST_KEY", "a b")
-    assert "no blanks" in fails(capsys, *model, "--api-key-env", "TATAR_TEST_KEY")
+    assert "without spaces" in fails(capsys, *model, "--api-key-env", "TATAR_TEST_KEY")
     monkeypatch.setenv("TATAR_TEST_KEY", "ab")
     assert "model_type" in fails(capsys, *model, "--host", "0.0.0.0", "--api-key-env", "TATAR_TEST_KEY")
 

@@ -198,7 +198,10 @@ def open_source(path: Path, images: Path | None = None) -> tuple[pq.ParquetFile,
 
 
 def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Yield tables of SCHEMA's types in file order, at most BATCH_ROWS rows and about BATCH_BYTES; absent is null."""
+    """Yield tables of SCHEMA's types in file order; columns that the file lacks are null.
+
+    A table has at most BATCH_ROWS rows and, if it has image_bytes, about BATCH_BYTES bytes.
+    """
     there = [n for n in columns if n in file.schema_arrow.names]
     for g in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(g)

@@ -66,10 +66,11 @@ def is_text(value: str) -> bool:
 
 
 def read_attributes(data: bytes, file: str, encoding: str | None = None) -> dict[str, dict[str, str]]:
-    """Read a file's attribute texts by image name.
+    """Read attribute texts; return {image name: {attribute: text}}.
 
     Raises:
-        UserError: an invalid file or, by FILE:LINE, an invalid row; an attribute of an image given with two texts.
+        UserError: an unreadable file or one without rows; with FILE:LINE, an invalid row, or an attribute of an image
+            given twice with different texts.
     """
     rows = parse(data, file, encoding, [])
     if rows.kind not in ("json", "jsonl"):

@@ -39,10 +39,13 @@ class Splits:
 
 
 def read_split_list(spec: str, file: str, data: bytes, pattern: str, columns: Sequence[str]) -> SplitList:
-    """Read the names of one `SPLIT=FILE`: a name a line, or a CSV or JSON list with an image column (one of `columns`).
+    """Read the image names of one `SPLIT=FILE`.
 
-    A name without an extension is completed by `pattern`, so that AVA's lists of numbers work. Raises UserError for an
-    unknown split, an unreadable file, no names.
+    The file has one name per line, or is a CSV or JSON list with the image name in one of `columns`. A name without an
+    extension replaces the `{}` in `pattern`, so that AVA's lists of numbers work.
+
+    Raises:
+        UserError: an unknown split, an unreadable file, a row without a name, or a list without names.
     """
     split = spec.partition("=")[0]
     if split not in SPLITS:
@@ -107,7 +110,7 @@ def by_lists(images: Sequence[str], groups: Sequence[str], lists: Sequence[Split
     for split_list in lists:
         absent, total = len(split_list.names - annotated), len(split_list.names)
         if absent == total:
-            raise UserError(f"{split_list.file}: none of its {absent:,} names is an image of the annotations")
+            raise UserError(f"{split_list.file}: none of its {absent:,} names is an image in the annotations")
         if absent:
             notes.append(f"{absent:,} of the {total:,} names in {split_list.file} are not in the annotations")
     return Splits(splits, rule, None, notes)

@@ -191,7 +191,10 @@ def make_demo(
 
 
 def restyle(data: Path) -> None:
-    """Write `iqa_train_slow.parquet` and `iaa_train_fast.parquet` beside the training manifests, unless they exist."""
+    """Write the demo's training rows with rationales of the other style, unless the files exist.
+
+    `iqa_train_slow.parquet` and `iaa_train_fast.parquet`, beside the training manifests.
+    """
     for task, style in OTHER_STYLE.items():
         target = data / f"{task}_train_{style}.parquet"
         if not target.exists():

@@ -150,7 +150,10 @@ def _error(predicted: np.ndarray, seconds: np.ndarray) -> float:
 
 
 def _fit_engine(steps: Sequence[Observed], serial: float) -> tuple[EngineCosts, float]:
-    """Fit by iteration, since the costs determine which engine finishes last. Returns (costs, median error)."""
+    """Fit an engine's costs to the measured generation times; return (costs, median relative error).
+
+    Iterates, because the costs determine which engine finishes last.
+    """
     seconds = np.array([s.seconds["generate"] for s in steps])
     costs = EngineCosts(per_step=1.0, serial=serial)
     for _ in range(6):
