@@ -36,20 +36,26 @@ def load_config(files: list[str], overrides: list[str], unused: tuple[str, ...] 
     Raises:
         UserError: missing file, broken YAML, unknown key, wrong type, or a rule of `check` violated.
     """
-    layers = {name: _file(name) for name in files}
+    layers = [(name, _file(name)) for name in files]
     for word in overrides:
         if "=" not in word:
             raise UserError(f"{word!r}: expected key=value (or --config FILE)")
-        layers[word] = OmegaConf.from_dotlist([word])
+        layers.append((word, OmegaConf.from_dotlist([word])))
     merged: Any = OmegaConf.create(asdict(Config()))
-    for where, layer in layers.items():
+    for where, layer in layers:
         if not OmegaConf.is_dict(layer):
             raise UserError(f"{where}: must hold keys and values")
-        merged = OmegaConf.merge(merged, layer)
-    missing = OmegaConf.missing_keys(merged)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except (TypeError, OmegaConfBaseException) as e:  # a list in place of a section
+            raise UserError(f"{where}: {str(e).splitlines()[0]}") from None
+    try:
+        missing = OmegaConf.missing_keys(merged)
+    except OmegaConfBaseException as e:  # an interpolation of a key that is not there
+        raise UserError(f"key {e.full_key!r}: {str(e.msg).splitlines()[0]}") from None
     for key in missing.intersection(unused):
         OmegaConf.update(merged, key, "")
-    config = _validated(merged, layers)  # first: a mistyped key explains a missing value
+    config = _validated(merged, layers, files)  # first: a mistyped key explains a missing value
     if wanted := sorted(missing.difference(unused)):
         raise UserError(f"missing value for {', '.join(wanted)}: set it in a config file or as {wanted[0]}=…")
     if (bundled := locate(config.model.path)) == TINY_MODEL:
@@ -71,19 +77,17 @@ def _file(name: str) -> Any:
         raise UserError(f"{name}: not valid YAML: {' '.join(str(e).split())}") from None
 
 
-def _validated(merged: Any, layers: dict[str, Any]) -> Config:
+def _validated(merged: Any, layers: list[tuple[str, Any]], files: list[str]) -> Config:
     """Return the merged layers as a `Config`. An error names the last layer that gives the key."""
     try:
         return TypeAdapter(Config).validate_python(OmegaConf.to_container(merged, resolve=True))
-    except OmegaConfBaseException as e:  # an interpolation of a key that is not there
-        raise UserError(f"key {e.full_key!r}: {str(e.msg).splitlines()[0]}") from None
     except ValidationError as e:
         error = first(e)
         key = ".".join(str(part) for part in error["loc"])
-        where = next((w for w, layer in reversed(layers.items()) if _gives(layer, error["loc"])), "")
+        where = next((w for w, layer in reversed(layers) if _gives(layer, error["loc"])), "")
         if error["type"] == "unexpected_keyword_argument":
             raise UserError(f"{where}: unknown key {key!r}{near(key, known_keys())}") from None
-        file = "" if where in ("", *(w for w in layers if "=" in w)) else f"{where}: "  # a word is its key and value
+        file = f"{where}: " if where in files else ""  # a word is its key and value
         raise UserError(file + fault(error, Config)) from None
 
 

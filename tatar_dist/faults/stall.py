@@ -152,7 +152,9 @@ class StallDetector:
             f"{self.events.step}; stacks of {', '.join(stacks)} are in {directory}"
         )
         if silent:
-            message += "; did not answer: " + ", ".join(f"{name} ({state})" for name, state in silent.items())
+            message += "; stopped, gone or unreadable: " + ", ".join(
+                f"{name} ({state})" for name, state in silent.items()
+            )
         log.error(message)
         with self._lock:
             if action != "report" and self._last == since:

@@ -177,10 +177,16 @@ def _content(text: str, task: Task, config: RationaleConfig, wording: Wording, s
     return reasons
 
 
+_CHAT_TEMPLATE = re.compile(r"<\||\|>|\[/?INST\]|```|\{\{|\}\}|^\s*(?:assistant|user|system)\s*:", re.I | re.M)
+_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")  # could hide a number from `number_leak`, or be debris
+
+
 def training_text_problem(text: str, score: float) -> Reason | None:
     """Return why the training text is not one think and one answer pair with the row's score, or None."""
-    if token := re.search(r"<\||\|>", text):
-        return Reason("training-text", f"{token.group()!r} belongs to a chat template")
+    if token := _CHAT_TEMPLATE.search(text):
+        return Reason("training-text", f"{token.group()!r} belongs to a chat template or to markup")
+    if hidden := next((c for c in text if unicodedata.category(c) in _INVISIBLE and c not in "\n\r\t"), None):
+        return Reason("training-text", f"holds the invisible character U+{ord(hidden):04X}")
     try:
         assembled = answer_text(text, score)
     except UserError as e:

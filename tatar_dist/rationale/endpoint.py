@@ -34,9 +34,7 @@ WINDOW_S = 2.0  # of a rate limit: bursts of two seconds' worth, then evenly
 POLL_S = 0.05
 SAY_EVERY_S = 15.0  # an endpoint that asks for pauses is quoted no more often
 RETRY_AFTER_MAX = 900.0  # a Retry-After beyond this is taken as this
-# Headers of the library that are sent; it reads the last one back from the request.
-SENT_HEADERS = {"host", "accept", "accept-encoding", "connection", "content-type", "content-length"}
-SENT_HEADERS |= {"x-stainless-raw-response"}
+READ_BACK = "x-stainless-raw-response"  # the only header of the library that stays: it reads it from the request
 
 
 class NoAnswer(Exception):
@@ -123,15 +121,18 @@ class Endpoint:
         """Return an `openai.AsyncOpenAI` that sends to the target's address with our key alone."""
         from openai import DEFAULT_CONNECTION_LIMITS, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
-        headers = {"user-agent": f"tatar-dist/{__version__}"}
+        json_type = "application/json"
+        headers = {"user-agent": f"tatar-dist/{__version__}", "accept": json_type, "content-type": json_type}
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
 
         async def set_headers(request: Any) -> None:
-            """Remove the headers that the library makes of OPENAI_* variables and of this machine; add ours."""
-            for name in set(request.headers) - SENT_HEADERS:
+            """Replace the headers, which the library makes of OPENAI_* variables and of this machine, by ours."""
+            kept = {READ_BACK: request.headers[READ_BACK]} if READ_BACK in request.headers else {}
+            for name in set(request.headers):
                 del request.headers[name]
-            request.headers.update(headers)
+            body = {"host": address.netloc, "content-length": str(len(request.content))}
+            request.headers.update(headers | body | kept)
 
         address = urlsplit(target.url)
         host = address.hostname or ""
@@ -147,7 +148,7 @@ class Endpoint:
         return AsyncOpenAI(
             api_key=self._key or "none",
             base_url=f"{address.scheme}://{address.netloc}{address.path}",
-            default_query=dict(parse_qsl(address.query)),
+            default_query=dict(parse_qsl(address.query, keep_blank_values=True)),
             timeout=Timeout(target.timeout_s, connect=min(CONNECT_S, target.timeout_s), pool=None),
             max_retries=0,
             http_client=http_client,

@@ -226,3 +226,20 @@ def test_a_message_ends_with_the_reason_of_the_limit(word, message):
     with pytest.raises(UserError) as caught:
         load_config([], [*MINIMAL, word])
     assert str(caught.value).endswith(message)
+
+
+def test_the_later_of_repeated_words_and_files_wins(tmp_path):
+    for name, seed in (("a.yaml", 1), ("b.yaml", 2)):
+        (tmp_path / name).write_text(f"seed: {seed}\n")
+    a, b = str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")
+    assert load_config([a, b, a], ["model.path=x", "output=y"]).seed == 1
+    assert load_config([], ["model.path=x", "output=y", "seed=1", "seed=2", "seed=1"]).seed == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "says"), [("model=[1,2]", "model=\\[1,2\\]: "), ("seed=${nope}", "key 'seed': .*nope")]
+)
+def test_what_omegaconf_cannot_merge_is_one_line(word, says):
+    with pytest.raises(UserError, match=says) as e:
+        load_config([], ["model.path=x", "output=y", word])
+    assert "\n" not in str(e.value)

@@ -275,12 +275,18 @@ def test_variables_of_the_openai_library_have_no_effect(tmp_path, monkeypatch):
     for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
         monkeypatch.setenv(f"OPENAI_{name}", "sk-of-somebody-else")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "authorization: sk-of-somebody-else\nx-other: 1")
+    monkeypatch.setenv(
+        "OPENAI_CUSTOM_HEADERS",
+        "\n".join(
+            ("authorization: sk-of-somebody-else", "x-other: 1", "host: other.example", "content-type: text/plain")
+        ),
+    )
     with OpenAIServer() as server:
         assert build(tmp_path, server)["accepted"] == 6
     for call in server.calls:
         assert not {"authorization", "x-other"} & set(call.headers)
         assert "sk-of-somebody-else" not in str(call.headers)
+        assert call.headers["host"].startswith("127.0.0.1:") and call.headers["content-type"] == "application/json"
 
 
 def test_a_missing_key_variable_is_named_before_anything_is_sent(tmp_path, monkeypatch):

@@ -16,15 +16,21 @@ from tatar_dist.faults.stacks import stacks_of
 from tatar_dist.faults.stall import StallDetector, Stalled, WatchedProcess, processes_of
 from tatar_dist.run.events import Events, read_events
 
-HUNG = """
+PERMIT = "from tatar_dist.run.process import _permit_tracing; _permit_tracing()\n"  # as `open_log` does
+HUNG = (
+    PERMIT
+    + """
 def computing_for_ever():
     print("ready", flush=True)
     while True:
         pass
 computing_for_ever()
 """
+)
 FRAME = "computing_for_ever (<string>"  # its name alone stands in the command line, too
-BUSY = """
+BUSY = (
+    PERMIT
+    + """
 import threading
 def deep(n):
     return deep(n - 1) if n else sum(range(30))
@@ -36,6 +42,7 @@ for _ in range(4):
 print("ready", flush=True)
 work()
 """
+)
 
 
 @pytest.fixture

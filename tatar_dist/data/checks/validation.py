@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -101,10 +101,13 @@ def problem_log(path: Path) -> Iterator[ProblemLog]:
     Raises UserError if it cannot be written, at once where that can be detected.
     """
     probe(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as place, place.open("w", encoding="utf-8") as file:
-            yield ProblemLog(path, file)
+    with ExitStack() as stack:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(stack.enter_context(written_whole(path)).open("w", encoding="utf-8"))
+        yield ProblemLog(path, file)
+        with writing(path):
+            stack.pop_all().close()
 
 
 @dataclass

@@ -174,7 +174,7 @@ def make_demo(
     recipe = {"version": VERSION, "seed": seed, "rows": counts}
     stamp = output / "demo.json"
     if stamp.is_file() and all((output / f"{name}.parquet").is_file() for name in counts):
-        if stamp.read_text() == json.dumps(recipe):
+        if stamp.read_bytes() == json.dumps(recipe).encode():
             return counts
     for photo in PHOTOS:  # fail before the work, not in the middle of it
         locate(photo)
