@@ -82,11 +82,13 @@ def sizes_of(path: str) -> ModelSizes:
     if file.is_file():
         try:
             settings = json.loads(file.read_text())
+            if not isinstance(settings, dict):
+                raise UserError(f"{file}: must hold the keys and values of a model's configuration")
             if (kind := settings.get("model_type")) != MODEL_TYPE:
                 raise UserError(f"{file}: model_type is {kind!r}; only the sizes of {MODEL_TYPE} are known")
             sizes = ModelSizes.of(settings | {"vision_config": VISION | settings["vision_config"]})
             assert sizes.parameters > 0
-        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, AssertionError) as e:
             raise UserError(f"{file}: not of a Qwen2.5-VL: {type(e).__name__}: {e}") from None
         return sizes
     if known := released(path):

@@ -50,7 +50,7 @@ class Meter:
         self._bar: progress.Progress | None = None
         if self.console.is_terminal:
             self._bar = bar(self.console)
-            self._task = self._bar.add_task(name, total=total, said="starting")
+            self._task = self._bar.add_task(name, total=total, text="starting")
 
     def __enter__(self) -> Meter:
         if self._bar:
@@ -72,7 +72,7 @@ class Meter:
 
     def _show(self, done: int, text: str, now: float, last: bool = False) -> None:
         if self._bar:
-            self._bar.update(self._task, completed=done, said=text)
+            self._bar.update(self._task, completed=done, text=text)
         elif last or now - self._printed >= PLAIN_EVERY_S:
             self._printed = now
             line = f"{self.name}  {done}/{self.total}  {text}"

@@ -80,7 +80,6 @@ class Journal:
         self._flusher: asyncio.Task[None] | None = None
         self._writer = ThreadPoolExecutor(1, "journal")
         self._broken: OSError | None = None
-        self.syncs = 0
         self.cut: str | None = None  # after `read`: what had to be cut from the end, for the user
 
     def __enter__(self) -> Journal:
@@ -196,4 +195,3 @@ class Journal:
         while data:
             data = data[os.write(self._file, data) :]
         os.fdatasync(self._file)
-        self.syncs += 1

@@ -32,13 +32,13 @@ def clock(seconds: float) -> str:
 
 
 def bar(console: Console) -> progress.Progress:
-    """Return a bar with name, count, and the text in a task's field `said`."""
+    """Return a bar with name, count, and the text in a task's field `text`."""
     return progress.Progress(
         progress.SpinnerColumn(),
         progress.TextColumn("[bold]{task.description}"),
         progress.BarColumn(20),
         progress.TextColumn("{task.completed}/{task.total}"),
-        progress.TextColumn("{task.fields[said]}"),
+        progress.TextColumn("{task.fields[text]}"),
         console=console,
     )
 
@@ -57,7 +57,7 @@ class Progress:
         self._bar: progress.Progress | None = None
         if self.console.is_terminal:
             self._bar = bar(self.console)
-            self._task = self._bar.add_task(stage, total=total, completed=start, said="starting")
+            self._task = self._bar.add_task(stage, total=total, completed=start, text="starting")
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -94,7 +94,7 @@ class Progress:
         left = clock(seconds * (self.total - done))
         line = "  ".join([*parts, pace, f"{clock(now - self.began)} gone", f"{left} left"])
         if self._bar:
-            self._bar.update(self._task, completed=done, said=line)
+            self._bar.update(self._task, completed=done, text=line)
         elif done == self.total or done - self._printed >= self._every or self._printed < 0:
             self._printed = done
             self.console.print(f"{self.stage}  {done}/{self.total}  {line}", highlight=False, soft_wrap=True)

@@ -245,9 +245,14 @@ def test_lines_of_metrics_that_hold_no_step_are_left_out(tmp_path, line):
 
 def test_a_model_directory_without_sense_is_one_line(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"00")
-    for text in ("{", "[]", '{"hidden_size": 8}'):
+    for text, says in (
+        ("{", "not of a Qwen2.5-VL: JSONDecodeError"),
+        ("[]", "must hold the keys and values"),
+        ('{"hidden_size": 8}', "model_type is None"),
+        ('{"model_type": "qwen2_5_vl"}', "not of a Qwen2.5-VL: KeyError"),
+    ):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(UserError, match="config.json: (not of a Qwen2.5-VL|model_type is None)"):
+        with pytest.raises(UserError, match=f"config.json: {says}"):
             costs_from(grpo(f"model.path={tmp_path}"), [], None)
 
 

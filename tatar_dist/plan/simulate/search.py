@@ -111,9 +111,7 @@ class Simulator:
         switch = self.costs.switch if setup.colocated else 0.0
         names = ("generate", "reward", "sync", "other")
         parts = {name: np.array([getattr(t, name) for t in times]) for name in names} | {"learn": learn}
-        step: np.ndarray = np.sum(list(parts.values()), axis=0) + switch
-        if setup.staleness:  # the shorter of the two takes no time of its own
-            step -= np.minimum(parts["generate"] + parts["reward"], parts["learn"])
+        step = np.array([replace(t, learn=x, switch=switch).step for t, x in zip(times, learn.tolist(), strict=True)])
         if not step.all():
             raise UserError(f"a step takes no time by these times ({self.costs.source}): give engine and learner some")
         busy = np.array([t.engines_busy for t in times]) * setup.tensor_parallel + learners * learn

@@ -100,6 +100,7 @@ class StepTimes:
 
     @property
     def step(self) -> float:
+        """Seconds of the step; with `overlap` the learners work beside the sampling of a later batch."""
         first, second = self.generate + self.reward, self.learn
         work = max(first, second) if self.overlap else first + second
         return work + self.sync + self.other + self.switch
