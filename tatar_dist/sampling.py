@@ -1,7 +1,6 @@
 """Draw, sample and score the groups of a GRPO step, some steps ahead of need.
 
-`ScoredBatches` is the interface to the loop; `Batches`, its queue, returns batches in the order of their steps;
-`collect` samples and scores one batch.
+`ScoredBatches` is the interface to the loop; `Batches`, its queue, returns batches in the order of their steps.
 
 With `staleness: k` the batch of step n is sampled from the weights of step n - k (of step 0 for the first k) while the
 learners work. The lag is fixed, so that a run can be repeated. Prompts of the next batch are always drawn ahead.
@@ -20,13 +19,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tatar_dist.cluster.reward import RemoteScorer, ScorerFailed
-from tatar_dist.config.schema import Config, GRPOConfig
+from tatar_dist.cluster.reward import ScorerFailed
+from tatar_dist.config.schema import Config
 from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.errors import StopRequested, UserError
 from tatar_dist.learner.group import PendingUpdate
@@ -41,55 +40,11 @@ from tatar_dist.types import Completion, Group, Prompt, ScoredGroup
 
 @dataclass
 class Collected:
-    """The groups of a step in order, those that a refill replaced, reward metrics, and seconds by phase."""
+    """The groups of a step in order, those that a refill replaced, and reward metrics."""
 
     scored: list[ScoredGroup]
     replaced: list[ScoredGroup] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=lambda: {"generate": 0.0, "reward": 0.0})
-
-
-def collect(
-    grpo: GRPOConfig,
-    prompts: Sequence[Prompt],
-    step: int,
-    generate: Callable[[Sequence[Prompt]], list[Group]],
-    scorer: RemoteScorer,
-    source: PromptSource,
-    sampler: PromptSampler,
-    begin: Callable[[str], None],
-) -> Collected:
-    """Generate and score the global batch of a step.
-
-    With `grpo.zero_std: refill`, groups whose rewards are all equal are replaced, for up to `grpo.refill_limit` rounds.
-    `begin` is called with "generate" and "reward" as these phases start, in every round.
-    """
-    out = Collected([])
-    asked, groups = list(prompts), []
-    for round_ in range(1 + (grpo.refill_limit if grpo.zero_std == "refill" else 0)):
-        if round_:
-            silent = [s for s in out.scored if s.zero_std]
-            fresh = source.more([s.group.prompt for s in silent], asked, sampler, step)
-            if not fresh:
-                break
-            out.replaced += silent[: len(fresh)]
-            replaced = {s.group.prompt.group_id for s in out.replaced}
-            groups = [g for g in groups if g.prompt.group_id not in replaced]
-            asked += fresh
-        begin("generate")
-        start = time.perf_counter()
-        groups += generate(asked if not round_ else fresh)
-        groups.sort(key=lambda g: g.prompt.group_id)
-        middle = time.perf_counter()
-        begin("reward")
-        out.scored, out.metrics = scorer.score(groups, step)
-        out.seconds["generate"] += middle - start
-        out.seconds["reward"] += time.perf_counter() - middle
-    if grpo.zero_std != "keep":
-        out.scored = [replace(s, trained=not s.zero_std) for s in out.scored]
-    out.metrics["reward/replaced_groups"] = float(len(out.replaced))
-    out.metrics["reward/dropped_groups"] = float(sum(not s.trained for s in out.scored))
-    return out
 
 
 @dataclass
@@ -244,19 +199,45 @@ class ScoredBatches:
         return self.source.batch(self.sampler, self.config.grpo.prompts_per_step, step)
 
     def _collect(self, batch: PromptBatch) -> Collected:
-        """Generate and score a batch with the engines' current weights."""
-        r, step, engines = self.config.rollout, batch.step, self.run.engines
+        """Generate and score a batch with the engines' current weights.
+
+        With `grpo.zero_std: refill`, groups whose rewards are all equal are replaced in up to `grpo.refill_limit`
+        rounds; every round scores the whole batch.
+        """
+        g, step, out = self.config.grpo, batch.step, Collected([])
+        asked = fresh = batch.prompts
+        groups: list[Group] = []
+        for round_ in range(1 + (g.refill_limit if g.zero_std == "refill" else 0)):
+            if round_:
+                silent = [s for s in out.scored if s.zero_std]
+                fresh = self.source.more([s.group.prompt for s in silent], asked, self.sampler, step)
+                if not fresh:
+                    break
+                out.replaced += silent[: len(fresh)]
+                replaced = {s.group.prompt.group_id for s in out.replaced}
+                groups = [group for group in groups if group.prompt.group_id not in replaced]
+                asked = asked + fresh
+            with self._phase("generate", step):
+                groups = sorted(groups + self._generate(fresh, step), key=lambda group: group.prompt.group_id)
+            with self._phase("reward", step):
+                out.scored, out.metrics = self.run.scorer.score(groups, step)
+        if g.zero_std != "keep":
+            out.scored = [replace(s, trained=not s.zero_std) for s in out.scored]
+        out.metrics["reward/replaced_groups"] = float(len(out.replaced))
+        out.metrics["reward/dropped_groups"] = float(sum(not s.trained for s in out.scored))
+        return out
+
+    def _generate(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
+        r = self.config.rollout
         sampling = Sampling(self.config.grpo.group_size, r.temperature, r.max_new_tokens, self.config.seed, step)
+        known, new = self._batches.recall(prompts)
+        return known + (self.run.engines.generate(new, sampling) if new else [])
 
-        def generate(prompts: Sequence[Prompt]) -> list[Group]:
-            known, new = self._batches.recall(prompts)
-            return known + (engines.generate(new, sampling) if new else [])
-
-        def begin(phase: str) -> None:
-            if not engines.refresh_blocked:  # while sampling ahead, the phase shown is the learners'
-                self.run.directory.begin(phase, step)
-
-        g, source = self.config.grpo, self.source
-        collected = collect(g, batch.prompts, step, generate, self.run.scorer, source, self.sampler, begin)
-        self.seconds = {phase: total + collected.seconds[phase] for phase, total in self.seconds.items()}
-        return collected
+    @contextmanager
+    def _phase(self, phase: str, step: int) -> Iterator[None]:
+        """Measure a phase; it is shown as the run's, except while sampling ahead, when the learners' is."""
+        if not self.run.engines.refresh_blocked:
+            self.run.directory.begin(phase, step)
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start

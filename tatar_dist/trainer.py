@@ -1,12 +1,5 @@
 """A training run: start, resume, checkpoints, faults, preemption. The loops over its steps are grpo.py and sft.py.
 
-    with Run(config, "grpo") as run:
-        data = …                                    # where the steps come from
-        while (step := run.next_step(data)) is not None:
-            with run.recovering():
-                …                                   # one optimiser step with run.learners, and its metrics
-                run.finish(step, metrics)
-
 Learners are a unit: when one dies, all restart from the last checkpoint, in a smaller number if their node does not
 come back. Engines and the reward actor, which only GRPO has, survive that, unless they live on the learners' GPUs.
 """
@@ -26,7 +19,7 @@ from tatar_dist.cluster.reward import RemoteScorer
 from tatar_dist.cluster.selfcheck import verify
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import Interrupted, LearnersFailed, StopRequested, UserError
-from tatar_dist.faults.health import State
+from tatar_dist.faults.health import LIVING, State
 from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.faults.stall import StallDetector, Stalled, processes_of
 from tatar_dist.faults.waiting import Waits, first_line
@@ -259,7 +252,7 @@ class Run:
         with suppress(LearnersFailed, UserError):
             self._checkpoints.poll()  # a checkpoint in progress counts if it was written completely
         if self.stage == "grpo":  # an engine must not take a learner's place
-            self.engines.end_all() if self.colocated else self.engines.end_starts()
+            self.engines.release(*(LIVING if self.colocated else [State.RESTARTING]))
         self._cluster.end_learners()
         self._checkpoints.abandon()
         self._checkpoint = self._newest()

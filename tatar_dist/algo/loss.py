@@ -18,6 +18,7 @@ sequence (the product over its tokens), `truncate` takes c = min(w, cap), `mask`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,23 +30,10 @@ class PolicyLoss:
 
     clip_low: float = 0.2
     clip_high: float = 0.2
-    ratio: str = "token"  # token | sequence
-    importance: str = "none"  # none | token | sequence
-    importance_mode: str = "truncate"  # truncate | mask
+    ratio: Literal["token", "sequence"] = "token"
+    importance: Literal["none", "token", "sequence"] = "none"
+    importance_mode: Literal["truncate", "mask"] = "truncate"
     importance_cap: float = 2.0
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a form that does not exist."""
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
-
-
-CHOICES = {
-    "ratio": ("token", "sequence"),
-    "importance": ("none", "token", "sequence"),
-    "importance_mode": ("truncate", "mask"),
-}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ after the last step) and the weight of the KL; and what of the loss follows from
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from tatar_dist.config.schema import Config, GRPOConfig, OptimConfig
 
@@ -37,7 +38,7 @@ def needs_reference(grpo: GRPOConfig) -> bool:
     return grpo.kl_beta > 0 or (grpo.kl_schedule != "constant" and grpo.kl_beta_end > 0)
 
 
-def importance(config: Config) -> str:
+def importance(config: Config) -> Literal["none", "token", "sequence"]:
     """Resolve `grpo.importance`: auto is token where engines sample from other probabilities than the learners'.
 
     They do with a lag, and when adapters are merged into bfloat16 weights, whose rounding can absorb a small adapter

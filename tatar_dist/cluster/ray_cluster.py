@@ -139,14 +139,12 @@ class Cluster:
         for resource, amount, key in (("GPU", gpus, "cluster.gpus_per_node"), ("CPU", cpus, "cluster.*_cpus")):
             self._asked[resource] += amount * count
             if self._asked[resource] > has.get(resource, 0.0):
+                advice = f"lower cluster.learners, rollout.engines or {key}"
                 if resource == "GPU" and not has.get("GPU"):
-                    raise UserError(
-                        f"{count} {what} need {self._asked[resource]:g} GPUs, Ray has none: add nodes, or train on "
-                        "CPUs (cluster.gpus_per_node=0), as configs/demo.yaml does for a tiny model"
-                    )
+                    advice = "train on CPUs (cluster.gpus_per_node=0), as configs/demo.yaml does for a tiny model"
                 raise UserError(
                     f"{count} {what} and what was started before need {self._asked[resource]:g} {resource}s, Ray has "
-                    f"{has.get(resource, 0.0):g}: add nodes, or lower cluster.learners, rollout.engines or {key}"
+                    f"{has.get(resource, 0.0):g}: add nodes, or {advice}"
                 )
         rooms = [min(_fit(n, "GPU", gpus), _fit(n, "CPU", cpus)) for n in total_resources_per_node().values()]
         if sum(rooms) < count:

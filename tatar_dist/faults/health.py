@@ -26,6 +26,7 @@ class State(StrEnum):
     GONE = "gone"
 
 
+LIVING = (State.RESTARTING, State.STALE, State.HEALTHY, State.SUSPECT)
 ALLOWED = {
     State.RESTARTING: {State.STALE, State.DEAD},
     State.STALE: {State.HEALTHY, State.DEAD},

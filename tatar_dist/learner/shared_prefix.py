@@ -20,9 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tatar_dist.learner import ragged
 from tatar_dist.learner.ragged import Ragged
 
-NAME = (
-    "tatar_flash_shared_prefix"  # transformers passes vision windows as one ragged batch if the name contains "flash"
-)
+# transformers passes vision windows as one ragged batch if the name contains "flash"
+NAME = "tatar_flash_shared_prefix"
 
 
 @dataclass(frozen=True)

@@ -94,16 +94,15 @@ class Zero3:
             model=policy, model_parameters=groups, optimizer=self._make_optimizer(groups), config=settings
         )
         self.engine.checkpoint_engine = SnapshotEngine()
-        self.engine._copy_recovery_script = lambda _: (
-            None
-        )  # it writes at once, into a directory that does not exist yet
+        # DeepSpeed would copy a script into the directory at once, before it exists
+        self.engine._copy_recovery_script = lambda _: None
         self._reference = None
         self.has_reference = reference_path is not None
         if reference_path is not None and not (self._lora and reference_path == config.model.path):
             frozen = self._wrap(config, temperature, reference_path)
             frozen.requires_grad_(False).eval()
-            plain = {k: v for k, v in settings.items() if k not in ("gradient_clipping",)}
-            self._reference, _, _, _ = deepspeed.initialize(model=frozen, config=plain)
+            settings = {k: v for k, v in settings.items() if k != "gradient_clipping"}
+            self._reference, _, _, _ = deepspeed.initialize(model=frozen, config=settings)
 
     def _wrap(self, config: Config, temperature: float, path: str) -> PolicyModel:
         model = replace(config.model, path=path)

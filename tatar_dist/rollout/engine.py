@@ -10,17 +10,16 @@ training leaves both at their defaults.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tatar_dist.config.schema import Config
 from tatar_dist.data.images import decode_image
 from tatar_dist.errors import RunError
-from tatar_dist.prompts.expected import Question, expected_scores
+from tatar_dist.rollout.expected import with_expected
 from tatar_dist.rollout.options import gpu_available, vllm_options
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.process import importing, open_log, process_facts
@@ -154,7 +153,7 @@ class RolloutEngine:
         ]
         outputs = self.llm.generate(inputs, params, use_tqdm=False)
         groups = [self._group(p, o, version) for p, o in zip(prompts, outputs, strict=True)]
-        return self._with_expected(groups, inputs) if sampling.expected else groups
+        return with_expected(self.llm, groups, inputs) if sampling.expected else groups
 
     @staticmethod
     def _group(prompt: Prompt, output: Any, version: int) -> Group:
@@ -168,34 +167,6 @@ class RolloutEngine:
             for c in sorted(output.outputs, key=lambda c: c.index)
         )
         return Group(prompt, tuple(output.prompt_token_ids), completions, version)
-
-    def _with_expected(self, groups: list[Group], inputs: Sequence[dict[str, Any]]) -> list[Group]:
-        """Return the groups with `Completion.expected` filled in. inputs: vLLM's input for the prompt of each group."""
-        from vllm import SamplingParams
-
-        flat = [(at, c) for at, g in zip(inputs, groups, strict=True) for c in g.completions]
-        tokenizer = self.llm.get_tokenizer()
-
-        def ask(questions: list[Question]) -> list[dict[str, float]]:
-            asked, params = [], []
-            for i, text, symbols in questions:
-                at = flat[i][0]
-                asked.append({**at, "prompt": at["prompt"] + text})
-                allowed = [tokenizer.encode(s, add_special_tokens=False)[0] for s in symbols]
-                params.append(
-                    SamplingParams(max_tokens=1, temperature=0.0, logprobs=len(allowed), allowed_token_ids=allowed)
-                )
-            outputs = self.llm.generate(asked, params, use_tqdm=False)
-            answers = []
-            for (_, _, symbols), p, o in zip(questions, params, outputs, strict=True):
-                ids, top = p.allowed_token_ids or [], o.outputs[0].logprobs[0]
-                answers.append({s: math.exp(top[t].logprob) for s, t in zip(symbols, ids, strict=True) if t in top})
-            return answers
-
-        expected = iter(expected_scores([c.text for _, c in flat], ask))
-        return [
-            replace(g, completions=tuple(replace(c, expected=next(expected)) for c in g.completions)) for g in groups
-        ]
 
     # A weight push: `join_push` where the way needs a group, `start_update`, `update` by part, `finish_update`.
 

@@ -105,18 +105,11 @@ class RolloutPool:
         e.actor, e.version, e.since = self.make(e.health.index), version, time.monotonic()
         e.call, e.chunk = e.actor.setup.remote(self._threads, version), None
 
-    def end_starts(self) -> None:
-        """End the engines that are starting, because their resources are needed; they start again later."""
-        for e in self.engines:
-            if e.health.state is State.RESTARTING:
-                e.health.restarts = max(0, e.health.restarts - 1)  # the engine did not fail
-                self._lose(e, "start put off")
-
-    def end_all(self) -> None:
-        """End every living engine, because its placement group goes; they start again later."""
-        for e in (e for e in self.engines if e.health.state not in (State.DEAD, State.GONE)):
-            e.health.restarts = max(0, e.health.restarts - 1)
-            self._lose(e, "its place was given back")
+    def release(self, *states: State) -> None:
+        """End the engines in these states, because learners need their resources; they start again later."""
+        for e in (e for e in self.engines if e.health.state in states):
+            e.health.restarts = max(0, e.health.restarts - 1)  # the engine did not fail
+            self._lose(e, "its resources are needed")
 
     def end_busy(self) -> None:
         """End the engines that are in a call: they may be the cause of a stall."""
@@ -317,7 +310,7 @@ class RolloutPool:
 
     def sleep(self) -> None:
         """Colocated engines give their memory to the learners; the next push wakes them."""
-        self.end_starts()
+        self.release(State.RESTARTING)
         handles = {e.health.index: e.actor for e in self._at_hand()}
         asleep = Round(handles, self.version, self.config.rollout.push_timeout_s, self.waits, self.log)
         asleep.call("going to sleep", lambda _, actor: actor.sleep.remote())

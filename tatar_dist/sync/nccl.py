@@ -9,12 +9,13 @@ from __future__ import annotations
 import base64
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import RunError
-from tatar_dist.faults.waiting import Waits
+from tatar_dist.faults.waiting import Waits, first_line
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.sync.push import PushResult, Round, ask_learners
 
@@ -29,96 +30,76 @@ class NcclSender:
 
     def __init__(self, zero3: Any, rank: int, failpoints: Failpoints) -> None:
         self._zero3, self._rank = zero3, rank
-        self._group: NcclGroup | None = None
+        self._communicator: Any = None  # of rank 0 with all workers of all engines
 
     def metadata(self) -> dict[str, list[Any]]:
-        """Names, dtypes and shapes of all weights, in the order in which they are sent."""
+        """Return names, dtypes and shapes of all weights, in the order in which they are sent."""
         names, dtypes, shapes = zip(*self._zero3.metadata(), strict=True)
         return {"names": list(names), "dtype_names": [str(d)[6:] for d in dtypes], "shapes": list(shapes)}
 
     def unique_id(self) -> str:
-        return unique_id()
+        """Make a new group's identity, which is also its secret: it travels through Ray alone, and no store listens."""
+        from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+        return base64.b64encode(bytes(NCCLLibrary().ncclGetUniqueId().internal)).decode()
 
     def join(self, unique: str, world_size: int, timeout_s: float) -> str | None:
-        """Rank 0: lead a new NCCL group with the engines' workers. What went wrong, or None."""
-        if self._group is not None:
-            self._group.leave()
+        """Rank 0: form a new NCCL group with the engines' workers. Returns what went wrong, or None.
+
+        A thread waits for the workers, because NCCL cannot be told to stop waiting.
+        """
+        import torch
+
+        self._leave()
+        formed: Future[Any] = Future()
+        device = torch.cuda.current_device()
+
+        def form() -> None:
+            from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+
+            secret = base64.b64decode(unique)
+            try:
+                formed.set_result(PyNcclCommunicator.from_unique_id_bytes(secret, 0, world_size, device=device))
+            except Exception as e:  # handed to the thread that waits
+                formed.set_exception(e)
+
+        threading.Thread(target=form, daemon=True).start()
         try:
-            self._group = NcclGroup(unique, world_size, timeout_s)
-        except RunError as e:
-            return str(e)
+            self._communicator = formed.result(timeout_s)
+        except TimeoutError:
+            return f"NCCL group of {world_size}: not all engines joined within {timeout_s:g} s"
+        except Exception as e:
+            return f"NCCL group of {world_size}: {first_line(e)}"
         return None
 
     def broadcast(self, bucket_bytes: int, timeout_s: float) -> tuple[int, str | None]:
-        """Send all weights to the group. Collective; (bytes sent, what went wrong)."""
+        """Send all weights to the group. Collective. Returns (bytes sent, what went wrong or None)."""
         parameters, sent, problem = self._zero3.full_parameters(), 0, None
         if self._rank == 0:
-            assert self._group is not None, "a broadcast before a group was joined"
-            try:
-                sent = self._group.broadcast(parameters, bucket_bytes, timeout_s)
-            except RunError as e:
-                problem = str(e)
+            sent, problem = self._send(parameters, bucket_bytes, timeout_s)
         for _ in parameters:  # to the end also after a failure: the other ranks gather with us
             pass
         return sent, problem
 
-
-def unique_id() -> str:
-    """A new NCCL group's identity, which is also its secret: it travels through Ray alone, and no store listens."""
-    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
-
-    return base64.b64encode(bytes(NCCLLibrary().ncclGetUniqueId().internal)).decode()
-
-
-class NcclGroup:
-    """Rank 0's membership in a group with all workers of all engines."""
-
-    def __init__(self, unique_id: str, world_size: int, timeout_s: float) -> None:
-        """Raises RunError when the others have not all joined in time; NCCL cannot be told to stop waiting for them."""
-        self._communicator: Any = None
-        failed: list[Exception] = []
-        import torch
-
-        device = torch.cuda.current_device()
-
-        def join() -> None:
-            from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-
-            try:
-                self._communicator = PyNcclCommunicator.from_unique_id_bytes(
-                    base64.b64decode(unique_id), rank=0, world_size=world_size, device=device
-                )
-            except Exception as e:  # handed to the thread that waits
-                failed.append(e)
-
-        thread = threading.Thread(target=join, daemon=True)
-        thread.start()
-        thread.join(timeout_s)
-        if failed:
-            raise RunError(f"NCCL group of {world_size}: {failed[0]}") from failed[0]
-        if self._communicator is None:
-            raise RunError(f"NCCL group of {world_size}: not all engines joined within {timeout_s:g} s")
-
-    def broadcast(self, parameters: Iterable[tuple[str, Any]], bucket_bytes: int, timeout_s: float) -> int:
-        """Send all; bytes sent. Raises RunError when receivers do not take a chunk within `timeout_s`."""
+    def _send(self, parameters: Iterator[Any], bucket_bytes: int, timeout_s: float) -> tuple[int, str | None]:
         import torch
         from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
 
-        sent, pairs = 0, iter(parameters)
-        while (chunk := pack_tensors(pairs, lambda pair: pair[1], bucket_bytes)) is not None:
+        sent = 0
+        while (chunk := pack_tensors(parameters, lambda pair: pair[1], bucket_bytes)) is not None:
             self._communicator.broadcast(chunk.packed_tensor, src=0)
             done = torch.cuda.Event()
             done.record()
             end = time.monotonic() + timeout_s
             while not done.query():
                 if time.monotonic() > end:
-                    self.leave()
-                    raise RunError(f"the NCCL weight push stood still for {timeout_s:g} s")
+                    self._leave()
+                    return sent, f"the NCCL weight push stood still for {timeout_s:g} s"
                 time.sleep(POLL_S)
             sent += chunk.packed_tensor.numel()
-        return sent
+        return sent, None
 
-    def leave(self) -> None:
+    def _leave(self) -> None:
         """Abort what is under way; the group is gone on this side."""
         if self._communicator is not None:
             self._communicator.destroy()
@@ -167,17 +148,6 @@ class NcclReceiver:
             self._engine = None
 
 
-def _membership(unique: str, rank: int, world_size: int, bucket_bytes: int) -> dict[str, Any]:
-    """What an engine joins the group of `unique` with; its workers have the ranks from `rank` on."""
-    return {
-        "nccl_unique_id_b64": unique,
-        "rank_offset": rank,
-        "world_size": world_size,
-        "packed": True,
-        "packed_buffer_size_bytes": bucket_bytes,
-    }
-
-
 class NcclPush:
     """One NCCL group of learner rank 0 and every worker of every engine; made anew when the engines change.
 
@@ -217,11 +187,11 @@ class NcclPush:
         lead = learners.actors[0]
         (unique,) = ask_learners(learners, [lead.push.remote("nccl", "unique_id")], self.limit, "NCCL")
         world = 1 + self.workers * len(push.left)
-        ranks = {i: 1 + n * self.workers for n, i in enumerate(push.left)}
-        calls = {
-            i: e.join_push.remote({"nccl": _membership(unique, ranks[i], world, self.bucket)})
-            for i, e in push.left.items()
-        }
+        group = {"nccl_unique_id_b64": unique, "world_size": world, "packed": True}
+        calls, rank = {}, 1
+        for i, e in push.left.items():
+            membership = {**group, "rank_offset": rank, "packed_buffer_size_bytes": self.bucket}
+            calls[i], rank = e.join_push.remote({"nccl": membership}), rank + self.workers
         leading = [lead.push.remote("nccl", "join", unique, world, self.limit)]
         (problem,) = ask_learners(learners, leading, 2 * self.limit, "NCCL")
         push.wait("joining the NCCL group", calls)

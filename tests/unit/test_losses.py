@@ -255,8 +255,6 @@ def test_impossible_requests_are_refused():
         plain(logp, old, None, advantage, mask, kl_beta=0.1)
     with pytest.raises(ValueError, match="needs engine_logp"):
         plain(logp, old, None, advantage, mask, form=PolicyLoss(importance="token"))
-    with pytest.raises(ValueError, match="ratio='seq'"):
-        PolicyLoss(ratio="seq")
     with pytest.raises(ValueError, match="without a trained token"):
         sft_loss(logp, mask, 0)
 

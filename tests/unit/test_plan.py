@@ -139,5 +139,5 @@ def test_a_machine_without_a_gpu_is_told_of_the_config_for_cpus(monkeypatch):
 
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 8.0})
     asked = SimpleNamespace(_asked={"CPU": 0.0, "GPU": 0.0})
-    with pytest.raises(UserError, match="4 learner.*need 4 GPUs, Ray has none.*gpus_per_node=0.*configs/demo.yaml"):
+    with pytest.raises(UserError, match="4 learner.*need 4 GPUs, Ray has 0.*gpus_per_node=0.*configs/demo.yaml"):
         cluster.Cluster._reserve(asked, "learner(s)", 4, 1.0, 1)
