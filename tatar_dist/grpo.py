@@ -29,7 +29,7 @@ def run(config: Config) -> None:
                 run.directory.rollouts(step, batch.scored, batch.replaced)  # written before the update that they cause
                 run.engines.prepare_update()
                 run.directory.begin("learn", step)
-                update = run.learners.start_grpo_step(batches.shards(batch.scored), step)
+                update = run.learners.grpo_step(batches.shards(batch.scored), step)
                 batches.work_ahead(step, update)
                 report = update.result()
                 run.directory.begin("sync", step)

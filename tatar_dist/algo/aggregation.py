@@ -11,24 +11,21 @@ is then the global loss, however its rows are dealt over ranks and accumulation 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
-AGGREGATIONS = ("sequence-mean", "token-mean", "constant")
+Aggregation = Literal["sequence-mean", "token-mean", "constant"]
 
 
-def token_weights(lengths: np.ndarray, trained: np.ndarray, aggregation: str, limit: int) -> np.ndarray:
+def token_weights(lengths: np.ndarray, trained: np.ndarray, aggregation: Aggregation, limit: int) -> np.ndarray:
     """(N,) float64, what each token of a sequence counts; 0 for sequences that are not trained, or have no token.
 
     Args:
         lengths: (N,) completion tokens of every sequence of the global batch.
         trained: (N,) bool; the others (groups dropped, truncated completions) enter neither loss nor normaliser.
         limit: the length a constant normaliser divides by.
-
-    Raises:
-        ValueError: an unknown aggregation.
     """
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(f"aggregation={aggregation!r}: must be one of {', '.join(AGGREGATIONS)}")
     lengths = np.asarray(lengths, np.float64)
     counted = np.asarray(trained, bool) & (lengths > 0)
     sequences, tokens = max(1, int(counted.sum())), max(1.0, float(lengths[counted].sum()))

@@ -10,9 +10,10 @@ missed a push holds old ones. Where nobody trains, those of `model.path` are the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 MAX_BACKOFF_S = 60.0
 
@@ -37,10 +38,6 @@ ALLOWED = {
 }
 
 
-class Log(Protocol):
-    def __call__(self, event: str, **fields: Any) -> None: ...
-
-
 @dataclass
 class Health:
     """Health of engine `index`. The initial state is RESTARTING: the first start is handled like any other.
@@ -53,7 +50,7 @@ class Health:
     index: int
     max_restarts: int
     backoff_s: float
-    log: Log
+    log: Callable[..., None]  # logs an event
     state: State = State.RESTARTING
     restarts: int = 0
     retry_at: float = 0.0

@@ -83,10 +83,8 @@ class LearnerGroup:
     def sft_loss(self, shards: list[Shard]) -> dict[str, float]:
         return self.wait([a.sft_loss.remote(r) for a, r in zip(self.actors, shards, strict=True)])[0]
 
-    def grpo_step(self, shards: list[Shard], step: int) -> StepReport:
-        return self.start_grpo_step(shards, step).result()
-
-    def start_grpo_step(self, shards: list[Shard], step: int) -> PendingUpdate:
+    def grpo_step(self, shards: list[Shard], step: int) -> PendingUpdate:
+        """Start an update; the caller works on and then takes its result."""
         pairs = zip(self.actors, shards, strict=True)
         return PendingUpdate(self, [a.grpo_step.remote(rows, step) for a, rows in pairs])
 

@@ -89,12 +89,11 @@ def _within(unit: Unit, budget: int) -> list[Unit]:
 def _one_more(batches: MicroBatches) -> None:
     """Split the largest micro-batch that can be split; else add an empty one."""
     for batch in sorted(batches, key=_tokens, reverse=True):
-        if len(batch) > 1:
+        units = batch
+        if len(batch) == 1 and len(batch[0].rows) > 1:
+            units = list(batch[0].parted(len(batch[0].rows) // 2))
+        if len(units) > 1:
             batches.remove(batch)
-            batches += [batch[::2], batch[1::2]]
-            return
-        if batch and len(batch[0].rows) > 1:
-            batches.remove(batch)
-            batches += [[part] for part in batch[0].parted(len(batch[0].rows) // 2)]
+            batches += [units[::2], units[1::2]]
             return
     batches.append([])

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tatar_dist.algo.aggregation import token_weights
+from tatar_dist.algo.aggregation import Aggregation, token_weights
 from tatar_dist.learner.packing import pack
 from tatar_dist.models.costs import RowCosts, Unit
 from tatar_dist.types import LearnerRow, ScoredGroup
@@ -22,7 +22,7 @@ Shard = list[list[LearnerRow]]
 
 
 def global_weights(
-    groups: Sequence[ScoredGroup], aggregation: str, limit: int, mask_truncated: bool = False
+    groups: Sequence[ScoredGroup], aggregation: Aggregation, limit: int, mask_truncated: bool = False
 ) -> list[np.ndarray]:
     """Compute each group's (G,) token weights, normalised over all groups (algo/aggregation.py)."""
     completions = [(s.trained, c) for s in groups for c in s.group.completions]

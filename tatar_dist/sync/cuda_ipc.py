@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tatar_dist.config.schema import Config
@@ -24,35 +24,31 @@ class IpcSender:
     def next_chunk(self, bucket_bytes: int) -> dict[str, Any] | None:
         """The next chunk of weights in this GPU's memory, None after the last. Collective; frees the one before."""
         if self._chunks is None:
-            self._chunks = ipc_chunks(self._zero3.full_parameters(everywhere=True), bucket_bytes)
+            self._chunks = self._gathered(bucket_bytes)
         chunk = next(self._chunks, None)
         if chunk is None:
             self._chunks = None
         return chunk
 
+    def _gathered(self, bucket_bytes: int) -> Iterator[dict[str, Any]]:
+        """Yield chunks of full tensors, as vLLM's receiver on the same GPU needs them to copy them."""
+        import torch
+        from torch.multiprocessing.reductions import reduce_tensor
+        from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
 
-def ipc_chunks(parameters: Iterable[tuple[str, Any]], bucket_bytes: int) -> Iterator[dict[str, Any]]:
-    """Chunks of full tensors in this GPU's memory, as what vLLM's receiver on the same GPU needs to copy them.
-
-    Ask for the next one only when everybody has copied the last: its memory goes then.
-    """
-    import torch
-    from torch.multiprocessing.reductions import reduce_tensor
-    from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
-
-    gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-    pairs = iter(parameters)
-    while (chunk := pack_tensors(pairs, lambda pair: pair[1], bucket_bytes)) is not None:
-        torch.cuda.current_stream().synchronize()
-        yield {
-            "names": chunk.names,
-            "dtype_names": [str(d).removeprefix("torch.") for d in chunk.dtypes],
-            "shapes": chunk.shapes,
-            "tensor_sizes": chunk.tensor_sizes,
-            "ipc_handles": {gpu: reduce_tensor(chunk.packed_tensor)[1]},
-        }
-        del chunk
-        torch.cuda.ipc_collect()
+        gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        parameters = self._zero3.full_parameters(everywhere=True)
+        while (chunk := pack_tensors(parameters, lambda pair: pair[1], bucket_bytes)) is not None:
+            torch.cuda.current_stream().synchronize()
+            yield {
+                "names": chunk.names,
+                "dtype_names": [str(d).removeprefix("torch.") for d in chunk.dtypes],
+                "shapes": chunk.shapes,
+                "tensor_sizes": chunk.tensor_sizes,
+                "ipc_handles": {gpu: reduce_tensor(chunk.packed_tensor)[1]},
+            }
+            del chunk  # everybody has copied it when the next one is asked for
+            torch.cuda.ipc_collect()
 
 
 class IpcReceiver:

@@ -173,7 +173,7 @@ def trained(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Itera
         store = Checkpoints(run, config.checkpoint, events)
         for step in range(3):
             source.batch(sampler, 6, step)
-            learners.grpo_step(rig.shards(learners), step)
+            learners.grpo_step(rig.shards(learners), step).result()
         state, position = rig.ask(learners, "state"), sampler.state_dict()
         store.save(3, {"same": SAME, "sampler": position}, learners, {})
         prompts = [p.group_id for p in source.batch(sampler, 6, 3)]

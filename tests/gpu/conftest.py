@@ -91,7 +91,7 @@ class Rig:
             for g in groups
             for i, c in enumerate(g.completions)
         ]  # fmt: skip
-        self.learners.grpo_step([[rows]], 0)
+        self.learners.grpo_step([[rows]], 0).result()
 
     def pushed(self, version: int) -> None:
         """The engine has taken `version` behind the pool's back."""

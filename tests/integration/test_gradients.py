@@ -90,13 +90,13 @@ def gradients(learners, form, ranks: int, start) -> dict[str, dict[str, np.ndarr
         return {n: (before[n] - v) / LR for n, v in after.items()}
 
     found = {"sft": gradient(learners.sft_step(shards, WARMUP, sum(len(r.completion_ids) for r in rows)))}
-    report = learners.grpo_step(shards, WARMUP)
+    report = learners.grpo_step(shards, WARMUP).result()
     assert report.metrics["loss/kl"] > 1e-5  # or the reference would have no part in the gradient
     if form.importance in ("token", "sequence"):
         assert 0 < report.metrics["policy/importance_cut"] < 1
     found["grpo"] = gradient(report)
     one_row = shard_rows(rows[1:2], ranks, BUDGET)  # a second learner has a filler only
-    return found | {"one row": gradient(learners.grpo_step(one_row, WARMUP))}
+    return found | {"one row": gradient(learners.grpo_step(one_row, WARMUP).result())}
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,7 @@ def test_updates_of_one_and_two_ranks_are_those_of_padded_rows_in_plain_torch(ti
             shards = shard_groups(groups, ranks, shares, BUDGET, backbone.costs())
             for i, step in enumerate(STEPS):
                 before = weights(learners) if i else {}
-                metrics = learners.grpo_step(shards, step).metrics
+                metrics = learners.grpo_step(shards, step).result().metrics
                 assert metrics["loss/policy"] == pytest.approx(plain.policy[i], rel=LIMIT)
                 assert metrics["loss/kl"] == pytest.approx(plain.kl[i], rel=LIMIT, abs=1e-9)
                 assert metrics["optim/grad_norm"] == pytest.approx(plain.norm[i], rel=LIMIT)

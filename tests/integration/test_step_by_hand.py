@@ -66,7 +66,7 @@ class Rig:
         ]  # fmt: skip
         self.step += 1
         ranks = len(self.learners.actors)
-        return self.learners.grpo_step([[rows[r::ranks]] for r in range(ranks)], 0).metrics
+        return self.learners.grpo_step([[rows[r::ranks]] for r in range(ranks)], 0).result().metrics
 
     def weights(self):
         found = {}
