@@ -141,8 +141,9 @@ def fault(error: Mapping[str, Any], schema: Any) -> str:
         problem = _PROBLEMS[kind].format(**ctx)
     else:
         problem = error["msg"].replace("Input should", "must").split(", unable")[0]
-    value = error["input"] if isinstance(error["input"], int | float) else shown(error["input"])
-    given = path if loc[-1:] == ("[key]",) else f"{path}={value}"  # [key]: the last key of the path is wrong
+    given = (
+        path if loc[-1:] == ("[key]",) else f"{path}={shown(error['input'])}"
+    )  # [key]: the last key of the path is wrong
     _, why = at(schema, loc)
     return f"{given}: {problem}" + (f"; {why}" if why else "")
 
