@@ -163,13 +163,12 @@ class FileLayout:
         ):
             if broken:
                 raise ValueError(problem)
-        seen: set[str] = set()
-        for key, column in self._read():
+        read = self._read()
+        for key, column in read:
             if column not in self.columns:
                 raise ValueError(f"{key} names {shown(column)}, not one of columns{near(column, self.columns)}")
-            if column in seen:
+            if [name for _, name in read].count(column) > 1:
                 raise ValueError(f"column {column} has two meanings: use it for one key only")
-            seen.add(column)
 
 
 @dataclass(kw_only=True, config=STRICT_KEYS)

@@ -23,11 +23,12 @@ from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 from tatar_dist.assets import looked_in
 from tatar_dist.config.validate import fault, first, shown
 from tatar_dist.errors import UserError
-from tatar_dist.rewards.batch import Batch, batch_of_rows, disagreement
-from tatar_dist.rewards.explain import explain
+from tatar_dist.rewards import links
+from tatar_dist.rewards.batch import Answers, Batch, batch_of_rows, disagreement
 from tatar_dist.rewards.metrics import reward_metrics
 from tatar_dist.rewards.presets import Preset, load_preset
-from tatar_dist.rewards.score import BatchScores, score_batch
+from tatar_dist.rewards.score import BatchScores, ranked_groups, rows_of_term, score_batch
+from tatar_dist.rewards.thurstone import comparison_of, pair_terms
 from tatar_dist.run.files import writing, written_whole
 from tatar_dist.types import Task
 
@@ -61,13 +62,12 @@ class CompletionRow(LabelledRow):
 
 @dataclass(frozen=True)
 class Audit:
-    """A scored file. rows: the input dicts kept; strict: how answers were read; warnings: lines for stderr."""
+    """A scored file. rows: the input dicts kept; warnings: lines for stderr."""
 
     rows: list[dict[str, Any]]
     batch: Batch
     preset: Preset
     scored: BatchScores
-    strict: bool
     warnings: list[str]
 
     def lines(self) -> Iterator[str]:
@@ -122,7 +122,7 @@ def run(
         counts = np.bincount(batch.dataset[first_row][scored.unrankable], minlength=len(batch.datasets))
         named = [f"{name!r}: {n} group(s)" for name, n in zip(batch.datasets, counts, strict=True) if n]
         warnings.append(f"no other image to be ranked against, so that the Thurstone term is 0: {', '.join(named)}")
-    return Audit(rows, batch, loaded, scored, not lenient, warnings)
+    return Audit(rows, batch, loaded, scored, warnings)
 
 
 def write(audits: Sequence[Audit], output: str | Path | None, stdout: IO[str]) -> None:
@@ -160,6 +160,44 @@ def _mean(values: np.ndarray) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
+@dataclass(frozen=True)
+class Opponent:
+    """One comparison behind a Thurstone reward. Scores in points; `weight` is its share of the mean."""
+
+    group_id: str
+    target: float
+    mean: float
+    variance: float
+    p: float
+    q: float
+    weight: float
+    reward: float
+
+
+def explain(batch: Batch, answers: Answers, preset: Preset, row: int) -> list[Opponent]:
+    """Return the opponents of row `row` (from 0), heaviest first; their weighted mean is the reward before its clamp.
+
+    Empty where the term does not apply, the row is unparsed or its pool cannot rank.
+    """
+    params, index = preset.thurstone, rows_of_term(batch, preset, "thurstone")
+    if row not in index or not answers.parsed[row]:
+        return []
+    _, stats, groups = ranked_groups(batch, answers, preset, index)
+    i = int(np.searchsorted(groups, batch.group[row]))
+    rivals = np.flatnonzero((stats.pool == stats.pool[i]) & (stats.n_parsed > 0))
+    rivals = rivals[rivals != i]
+    c = comparison_of(i, rivals, stats, params)
+    z = (answers.score[row] - c.mu) * c.inverse_scale
+    q, _ = links.probabilities(z, params.link)
+    reward = pair_terms(c.p, c.not_p, z, params)
+    if params.measure == "bce":
+        reward = 1.0 + reward / math.log(params.eps)
+    columns = (stats.g[rivals], stats.mu[rivals], stats.v[rivals], c.p, q, c.w, reward)
+    ids = [str(batch.group_ids[group]) for group in groups[rivals]]
+    table = [Opponent(*values) for values in zip(ids, *(x.tolist() for x in columns), strict=True)]
+    return sorted(table, key=lambda o: -o.weight)
+
+
 def explain_table(audit: Audit, row: int) -> str:
     """A readable table of the comparisons behind the Thurstone reward of row `row` (from 1). Raises UserError."""
     if not 1 <= row <= len(audit.rows):
@@ -167,15 +205,17 @@ def explain_table(audit: Audit, row: int) -> str:
     value = audit.scored.answers.value[row - 1]
     text = "unparsed" if math.isnan(value) else f"{value:g}"
     head = f"row {row}: group {audit.rows[row - 1]['group_id']}, target {audit.batch.target[row - 1]:g}, answer {text}"
-    table = explain(audit.batch, audit.preset, row - 1, audit.strict)
+    table = explain(audit.batch, audit.scored.answers, audit.preset, row - 1)
     if not table:
         return head + "\nno Thurstone comparison: unparsed, another task's term, or no other image in its pool"
     lines = [head, f"{'opponent':24} {'target':>7} {'mean':>7} {'sd':>6} {'P':>7} {'Q':>7} {'weight':>7} {'reward':>7}"]
-    for group_id, o in table:
+    for o in table:
         points = f"{o.target:7.2f} {o.mean:7.2f} {math.sqrt(o.variance):6.2f}"
-        name = group_id if len(group_id) <= 24 else "…" + group_id[-23:]  # what tells ids apart stands at their end
+        name = (
+            o.group_id if len(o.group_id) <= 24 else "…" + o.group_id[-23:]
+        )  # what tells ids apart stands at their end
         lines.append(f"{name:24} {points} {o.p:7.4f} {o.q:7.4f} {o.weight:7.4f} {o.reward:7.4f}")
-    return "\n".join([*lines, f"weighted mean {sum(o.weight * o.reward for _, o in table):.6f}"])
+    return "\n".join([*lines, f"weighted mean {sum(o.weight * o.reward for o in table):.6f}"])
 
 
 def read_rows(file: str | Path, lenient: bool = False) -> tuple[list[dict[str, Any]], int]:

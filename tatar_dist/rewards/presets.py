@@ -103,20 +103,20 @@ def load_preset(
             known = near(name_or_path, preset_names())
             raise UserError(f"unknown reward preset {name_or_path!r}{known}, or give a YAML file")
         path = PRESET_DIR / f"{name_or_path}.yaml"
-    where = f"reward preset {name_or_path}"
+    where, weights, params = f"reward preset {name_or_path}", weights or {}, params or {}
     file = validated(_PresetFile, read_yaml(path, "reward preset"), where)
     # A term that the file leaves out is computed for audits only, a ranking for IAA alone.
     bodies: dict[str, dict[str, Any]] = {t: {"tasks": ["iaa"]} if t in RANKING else {} for t in TERMS}
     bodies |= {term: dict(body or {}) for term, body in file.terms.items()}
     own = [term for term, body in bodies.items() if "function" in body]
     _only(bodies, (*TERMS, *own), f"{where}: unknown term")
-    _only(weights or {}, bodies, f"{where}: reward.weights: unknown term")
-    for term, weight in (weights or {}).items():
+    _only(weights, bodies, f"{where}: reward.weights: unknown term")
+    for term, weight in weights.items():
         bodies[term]["weight"] = weight
     keys = {t: bodies[t] if t in own else [f.name for f in fields(TERMS[t])] for t in bodies}
     constants = {f"{t}_{k}": (t, k) for t in keys for k in keys[t] if k not in ("weight", "tasks", "function")}
-    _only(params or {}, constants, f"{where}: reward.params: unknown constant")
-    for name, value in (params or {}).items():
+    _only(params, constants, f"{where}: reward.params: unknown constant")
+    for name, value in params.items():
         term, key = constants[name]
         bodies[term][key] = value
     custom = {}

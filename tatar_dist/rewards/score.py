@@ -37,11 +37,6 @@ class BatchScores:
     unrankable: np.ndarray
     zero_std: np.ndarray
 
-    @property
-    def parsed(self) -> np.ndarray:
-        """(N,) bool."""
-        return self.answers.parsed
-
 
 def score_batch(
     batch: Batch,
@@ -138,7 +133,7 @@ def scored_groups(groups: Sequence[Group], scored: BatchScores) -> list[ScoredGr
         result.append(
             ScoredGroup(
                 group=group,
-                parsed=scored.parsed[part],
+                parsed=scored.answers.parsed[part],
                 terms={name: value[part] for name, value in scored.terms.items()},
                 reward=scored.reward[part],
                 advantage=scored.advantage[part],

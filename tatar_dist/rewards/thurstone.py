@@ -34,7 +34,6 @@ from tatar_dist.rewards.terms import Positive, Term
 BLOCK = 1 << 16  # pairs held at once
 RELEASED_VARIANCE_EPS = 1e-6 * 100.0**2  # the released code adds 1e-6 on the 0-1 scale
 
-
 Epsilon = Annotated[Finite, Ge(1e-300), Lt(0.5)]
 
 

@@ -84,7 +84,7 @@ def test_tatar_pays_iqa_for_distance_and_iaa_for_order():
     assert all(scored.terms[t][5] == 0 for t in ("thurstone", "format", "length")) and scored.reward[5] == 0
     expected = np.nansum([scored.terms[t] for t in ("gaussian", "thurstone", "format", "length")], axis=0)
     np.testing.assert_allclose(scored.reward, expected)
-    assert scored.parsed.tolist() == [True] * 5 + [False] and not scored.answers.out_of_range.any()
+    assert scored.answers.parsed.tolist() == [True] * 5 + [False] and not scored.answers.out_of_range.any()
     assert scored.unrankable.tolist() == [False] * 3
 
 

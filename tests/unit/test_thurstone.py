@@ -11,9 +11,11 @@ from scipy.special import expit, ndtr, ndtri
 
 from tatar_dist.errors import UserError
 from tatar_dist.rewards import links
-from tatar_dist.rewards.explain import opponents
+from tatar_dist.rewards.audit import explain
+from tatar_dist.rewards.batch import batch_of_rows
 from tatar_dist.rewards.pairwise import PairwiseParams, pairwise
 from tatar_dist.rewards.presets import load_preset
+from tatar_dist.rewards.score import score_batch
 from tatar_dist.rewards.thurstone import (
     ThurstoneParams,
     gap_weights,
@@ -203,12 +205,19 @@ def test_the_explained_opponents_add_up_to_the_reward(link, measure):
     rng = np.random.default_rng(2)
     group = np.repeat(np.arange(5), 3)
     g, q = rng.uniform(0, 100, 5)[group], rng.uniform(0, 100, 15)
-    params = ThurstoneParams(link=link, measure=measure)
-    groups = group_statistics(q, g, group, np.zeros(15, np.int64))
-    table = opponents(4, q, groups, params)
-    assert {o.group for o in table} == {0, 2, 3, 4}
+    rows = [
+        {"group_id": j, "task": "iaa", "dataset": "d", "target": t, "completion": f"<answer>{a}</answer>"}
+        for j, t, a in zip(group.tolist(), g.tolist(), q.tolist(), strict=True)
+    ]
+    batch, preset = (
+        batch_of_rows(rows),
+        load_preset("tatar", None, {"thurstone_link": link, "thurstone_measure": measure}),
+    )
+    scored = score_batch(batch, preset)
+    table = explain(batch, scored.answers, preset, 4)
+    assert {o.group_id for o in table} == {"0", "2", "3", "4"}
     total = sum(o.weight * o.reward for o in table)
-    assert total == pytest.approx(thurstone(q, groups, params)[4], abs=1e-12)
+    assert total == pytest.approx(scored.terms["thurstone"][4], abs=1e-12)
 
 
 @given(st.floats(-1e6, 1e6), st.sampled_from(LINKS))
