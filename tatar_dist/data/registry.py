@@ -145,17 +145,14 @@ class FileLayout:
 
     def __post_init__(self) -> None:
         text, listed = "text" in self.kind, None in self.columns.values()
-        pattern_fits = re.fullmatch(r"[^{}]*\{\}[^{}]*", self.image_pattern)
+        pattern, pattern_fits = shown(self.image_pattern), re.fullmatch(r"[^{}]*\{\}[^{}]*", self.image_pattern)
         more = self.votes or self.std or not self.score
         for broken, problem in (
             (not self.score and not self.votes, "needs score (a column) or votes (columns and their values)"),
-            (
-                self.votes_total and not self.votes,
-                "votes_total needs votes, the columns that hold shares of that total",
-            ),
+            (self.votes_total and not self.votes, "votes_total needs votes, the columns with shares of that total"),
             (len({f"{v:g}" for v in self.votes.values()}) < len(self.votes), "votes: two columns have one value"),
             (self.worker and more, "worker goes with score alone: votes and std are computed from the ratings"),
-            (not pattern_fits, "image_pattern must hold {} once, where the image's name goes"),
+            (not pattern_fits, f"image_pattern {pattern} must hold {{}} once, where the image's name goes"),
             (text and len(self.kind) > 1, "kind text stands alone"),
             (text and listed, "columns of kind text must be a mapping of field names to text, number or integer"),
             (not text and not listed, "columns must be a list of names; a mapping goes with kind text"),
@@ -293,9 +290,10 @@ def read_registry(files: Sequence[Path] = ()) -> Registry:
     for path in (REGISTRY, *files):
         entries = validated(_Entries, read_yaml(Path(path), "registry"), str(path))
         lists |= entries.list_formats
-        if len({_plain(name) for name in entries.datasets}) < len(entries.datasets):
-            raise UserError(f"{path}: two data sets have one name, in any case and without hyphens")
+        names: dict[str, str] = {}
         for name, dataset in entries.datasets.items():
+            if (twin := names.setdefault(_plain(name), name)) != name:
+                raise UserError(f"{path}: datasets: {twin} and {name} are one name, in any case and without hyphens")
             if dataset.list_range:
                 mine = {key: layout for key, layout in lists.items() if layout.task in (None, dataset.task)}
                 where = f"{path}: datasets.{name}: list format"

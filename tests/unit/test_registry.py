@@ -127,7 +127,7 @@ def test_later_files_add_sets_and_replace_them_whole(tmp_path):
         ("{train: 1}", "{train: 0.5}", "must be shares that add up to 1"),
         ("{train: 1}", "{tarin: 1}", "split.fractions.tarin: must be one of train, validation, test"),
         ("by: image", "by: reference", "by reference needs names with a pattern"),
-        ("source: own", "source: own, image_pattern: x", "image_pattern must hold {} once"),
+        ("source: own", "source: own, image_pattern: x", "image_pattern 'x' must hold {} once"),
         ("source: own", "source: own, better: more", "better='more': must be one of higher, lower"),
         ("counts: {total: 2}", "counts: {total: -2}", "counts.total=-2: must not be negative"),
         ("    url:", "    names: {pattern: '('}\n    url:", "pattern is no regular expression"),
@@ -185,7 +185,7 @@ def test_a_wrong_entry_names_its_place_and_the_nearest_key(old, new, told, tmp_p
 
 def test_one_name_twice_in_a_file_is_refused(tmp_path):
     entry = MINE.partition("  Mine:\n")[2]
-    with pytest.raises(UserError, match="two data sets have one name"):
+    with pytest.raises(UserError, match="Mine and M-INE are one name"):
         read_registry([written(tmp_path, MINE + "  M-INE:\n" + entry)])
 
 
