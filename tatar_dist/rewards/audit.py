@@ -71,13 +71,13 @@ class Audit:
     warnings: list[str]
 
     def lines(self) -> Iterator[str]:
-        """The output, one JSON object per row, without line ends."""
+        """Yield the output, one JSON object per row, without line ends."""
         columns = {k: [None if math.isnan(v) else v for v in column.tolist()] for k, column in self.columns().items()}
         for n, row in enumerate(self.rows):
             yield json.dumps({**row, **{key: values[n] for key, values in columns.items()}})
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The added columns by name, (N,) float64, NaN where a term does not apply."""
+        """Return the added columns by name, (N,) float64, NaN where a term does not apply."""
         unknown = np.full(len(self.rows), np.nan)
         terms = dict.fromkeys((*COLUMNS, *self.preset.weights))
         return {
@@ -137,7 +137,7 @@ def write(audits: Sequence[Audit], output: str | Path | None, stdout: IO[str]) -
 
 
 def summary(audits: Sequence[Audit]) -> dict[str, Any]:
-    """Rows, parsed rows, the mean of every column, and the batches' metrics averaged over the files that have them."""
+    """Count rows and parsed rows; average every column, and the metrics over the files that have them."""
     columns = [audit.columns() for audit in audits]
     joined = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
     metrics = [reward_metrics(a.batch, a.scored) for a in audits]
@@ -155,7 +155,7 @@ def summary(audits: Sequence[Audit]) -> dict[str, Any]:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """The mean of what is not NaN; None when there is nothing."""
+    """Return the mean of what is not NaN; None if all is."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else None
 
@@ -199,7 +199,7 @@ def explain(batch: Batch, answers: Answers, preset: Preset, row: int) -> list[Op
 
 
 def explain_table(audit: Audit, row: int) -> str:
-    """A readable table of the comparisons behind the Thurstone reward of row `row` (from 1). Raises UserError."""
+    """Format the comparisons behind the Thurstone reward of row `row` (from 1) as a table. Raises UserError."""
     if not 1 <= row <= len(audit.rows):
         raise UserError(f"--explain {row}: the file has rows 1 to {len(audit.rows)}")
     value = audit.scored.answers.value[row - 1]
@@ -219,7 +219,7 @@ def explain_table(audit: Audit, row: int) -> str:
 
 
 def read_rows(file: str | Path, lenient: bool = False) -> tuple[list[dict[str, Any]], int]:
-    """The checked rows and how many were dropped (only with `lenient`). Raises UserError naming FILE:LINE."""
+    """Return the checked rows and how many were dropped (with `lenient`). Raises UserError naming FILE:LINE."""
     rows: list[dict[str, Any]] = []
     first_rows: dict[Any, Mapping] = {}
     dropped = 0

@@ -60,7 +60,7 @@ class Preset:
 
     @property
     def terms(self) -> dict[str, Term]:
-        """Every term this preset knows: the built-in ones, then the user's."""
+        """All terms by name: the built-in ones, then the user's."""
         return {term: getattr(self, term) for term in TERMS} | self.custom
 
     @property
@@ -108,19 +108,19 @@ def load_preset(
     # A term that the file leaves out is computed for audits only, a ranking for IAA alone.
     bodies: dict[str, dict[str, Any]] = {t: {"tasks": ["iaa"]} if t in RANKING else {} for t in TERMS}
     bodies |= {term: dict(body or {}) for term, body in file.terms.items()}
-    own = [term for term, body in bodies.items() if "function" in body]
-    _only(bodies, (*TERMS, *own), f"{where}: unknown term")
+    users = [term for term, body in bodies.items() if "function" in body]
+    _only(bodies, (*TERMS, *users), f"{where}: unknown term")
     _only(weights, bodies, f"{where}: reward.weights: unknown term")
     for term, weight in weights.items():
         bodies[term]["weight"] = weight
-    keys = {t: bodies[t] if t in own else [f.name for f in fields(TERMS[t])] for t in bodies}
+    keys = {t: bodies[t] if t in users else [f.name for f in fields(TERMS[t])] for t in bodies}
     constants = {f"{t}_{k}": (t, k) for t in keys for k in keys[t] if k not in ("weight", "tasks", "function")}
     _only(params, constants, f"{where}: reward.params: unknown constant")
     for name, value in params.items():
         term, key = constants[name]
         bodies[term][key] = value
     custom = {}
-    for term in own:
+    for term in users:
         if term in TERMS or term in RESERVED:
             raise UserError(f"{where}: terms.{term}: the name is taken, call a term of your own something else")
         if not term.isidentifier():  # it becomes a column and a part of metric names
