@@ -33,9 +33,9 @@ ADVANTAGES, LOSSES = ("test_advantages.py", "test_rewards.py"), ("test_losses.py
 
 # name: (file below tatar_dist, text, what it becomes, tests)
 MUTATIONS = {
-    "gaussian: sign": ("rewards/gaussian.py", "np.exp(-0.5 * (d", "np.exp(0.5 * (d", REWARDS),
-    "gaussian: width does not adapt": ("rewards/gaussian.py", "* d / 100.0", "* 0.0", REWARDS),
-    "gaussian: task widths swapped": ("rewards/gaussian.py", "np.where(iaa, params.alpha_iaa, params.alpha_iqa)", "np.where(iaa, params.alpha_iqa, params.alpha_iaa)", REWARDS),
+    "gaussian: sign": ("rewards/terms.py", "np.exp(-0.5 * (d", "np.exp(0.5 * (d", REWARDS),
+    "gaussian: width does not adapt": ("rewards/terms.py", "* d / 100.0", "* 0.0", REWARDS),
+    "gaussian: task widths swapped": ("rewards/terms.py", "np.where(iaa, params.alpha_iaa, params.alpha_iqa)", "np.where(iaa, params.alpha_iqa, params.alpha_iaa)", REWARDS),
     "thurstone: missing floor": ("rewards/thurstone.py", "np.sqrt(np.maximum(v_i + v_j, params.floor**2))", "np.sqrt(np.maximum(v_i + v_j, 1e-4))", REWARDS),
     "thurstone: sign of the gap": ("rewards/thurstone.py", "gap = groups.g[i] - groups.g[rivals]", "gap = groups.g[rivals] - groups.g[i]", REWARDS),
     "thurstone: sign of z": ("rewards/thurstone.py", "z = (q[:, None] - self.mu) * self.inverse_scale", "z = (self.mu - q[:, None]) * self.inverse_scale", REWARDS),
@@ -50,7 +50,7 @@ MUTATIONS = {
     "fidelity: one half missing": ("rewards/links.py", "np.sqrt(p * q) + np.sqrt(not_p * not_q)", "np.sqrt(p * q)", REWARDS),
     "pairwise: siblings always compared": ("rewards/pairwise.py", "if params.siblings else", "if True else", REWARDS),
     "pairwise: sign": ("rewards/pairwise.py", "(q[block, None] - q[None, rows]) / params.tau", "(q[None, rows] - q[block, None]) / params.tau", REWARDS),
-    "length: tasks swapped": ("rewards/terms.py", "np.where(iaa,", "np.where(~iaa,", REWARDS),
+    "length: tasks swapped": ("rewards/terms.py", "np.where(iaa, params.iaa_min", "np.where(~iaa, params.iaa_min", REWARDS),
     "length: unparsed paid": ("rewards/terms.py", "np.where(parsed,", "np.where(parsed | True,", REWARDS),
     "binary: inverted": ("rewards/terms.py", "np.abs(q - g) <", "np.abs(q - g) >=", REWARDS),
     "reward: weights ignored": ("algo/advantages.py", "total += weight * np.nan_to_num", "total += np.nan_to_num", ("test_custom_terms.py", *ADVANTAGES)),

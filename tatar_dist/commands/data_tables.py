@@ -117,7 +117,7 @@ def print_sets(registry: Registry, console: Console | None = None) -> None:
     shared = _table("Lists, of every set", "format", "keys", "file")
     lists_by_name = {n: d.formats[n] for d in registry.datasets.values() for n in d.lists}
     for fmt in lists_by_name.values():
-        shared.add_row(escape(fmt.name), escape(", ".join(fmt.columns)), ", ".join(fmt.kinds))
+        shared.add_row(escape(fmt.name), escape(", ".join(fmt.columns)), ", ".join(fmt.kind))
     out.print(sets)
     out.print("[bold]Files of the releases, recognised by their columns[/]")
     for dataset in registry.datasets.values():
@@ -133,9 +133,9 @@ def _print_formats(dataset: Dataset, out: Console) -> None:
     for fmt in formats:
         score = (fmt.score or "mean of votes") + (", mean per image" if fmt.worker else "")
         scale = f"{fmt.range}{', lower is better' if fmt.lower_is_better else ''}"
-        row = f"   {fmt.name:<25}{', '.join(fmt.kinds):<10}{score:<22}{scale}"
+        row = f"   {fmt.name:<25}{', '.join(fmt.kind):<10}{score:<22}{scale}"
         out.print(escape(row.rstrip()), highlight=False)
-        fields = f"{len(fmt.columns)} fields, no header: " if fmt.types else ""
+        fields = f"{len(fmt.columns)} fields, no header: " if "text" in fmt.kind else ""
         columns = f"[dim]{escape(fields + ', '.join(_shortened(list(fmt.columns))))}[/]"
         out.print(Padding(columns, (0, 0, 0, 5)), highlight=False)
 
@@ -154,7 +154,7 @@ def sets_as_json(registry: Registry) -> list[dict[str, Any]]:
             "formats": [
                 {
                     "name": f.name,
-                    "kinds": list(f.kinds),
+                    "kinds": list(f.kind),
                     "columns": list(f.columns),
                     "image": f.image,
                     "score": f.score,

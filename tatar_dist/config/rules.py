@@ -71,14 +71,12 @@ def _check_length_budget(c: Config, preset: Preset) -> None:
 
     The released code asks for 125 words and stops generation after about 180, tags and answer included.
     """
-    from dataclasses import replace
-
     from tatar_dist.rewards.terms import check_token_budget
 
     if c.data.iqa_fraction == 1.0:
         return
-    if preset.weight("length") != 0 and "iaa" in preset.tasks["length"]:
-        check_token_budget(preset.length, c.rollout.max_new_tokens)
+    if preset.length.weight and "iaa" in preset.length.tasks:
+        check_token_budget(preset.length.iaa_min, c.rollout.max_new_tokens)
     gate = preset.gaussian.gate_iaa_min_words
-    if preset.weight("gaussian") != 0 and "iaa" in preset.tasks["gaussian"] and gate is not None:
-        check_token_budget(replace(preset.length, iaa_min=gate), c.rollout.max_new_tokens)
+    if preset.gaussian.weight and "iaa" in preset.gaussian.tasks and gate is not None:
+        check_token_budget(gate, c.rollout.max_new_tokens)

@@ -51,6 +51,8 @@ class Why:
 
 _SHORT = reprlib.Repr()  # a value may hold itself, or a thousand copies of itself
 _SHORT.maxstring = _SHORT.maxother = 60
+_PATHS = reprlib.Repr()
+_PATHS.maxstring = 300  # keys may be of any length, and hold line ends
 _LISTED = 30  # names that a message lists
 
 
@@ -123,7 +125,7 @@ def first(errors: ValidationError) -> Mapping[str, Any]:
 def fault(error: Mapping[str, Any], schema: Any) -> str:
     """Say in one line what pydantic's `error` means: the key path below `schema`, the value, the problem, its `Why`."""
     kind, ctx, loc = error["type"], error.get("ctx", {}), error["loc"]
-    path = ".".join(str(part) for part in loc)
+    path = _PATHS.repr(".".join(str(part) for part in loc if part != "[key]"))[1:-1]
     if kind == "unexpected_keyword_argument":
         section, _ = at(schema, loc[:-1])
         return f"unknown key {path!r}{near(loc[-1], typing.get_type_hints(section))}"
@@ -139,9 +141,11 @@ def fault(error: Mapping[str, Any], schema: Any) -> str:
         problem = _PROBLEMS[kind].format(**ctx)
     else:
         problem = error["msg"].replace("Input should", "must").split(", unable")[0]
-    value = error["input"] if isinstance(error["input"], int | float) else shown(error["input"])
+    given = (
+        path if loc[-1:] == ("[key]",) else f"{path}={shown(error['input'])}"
+    )  # [key]: the last key of the path is wrong
     _, why = at(schema, loc)
-    return f"{path}={value}: {problem}" + (f"; {why}" if why else "")
+    return f"{given}: {problem}" + (f"; {why}" if why else "")
 
 
 _PROBLEMS = {  # pydantic's type of an error -> our words

@@ -1,38 +1,62 @@
 """Read and check the registry of data sets that can be imported: `configs/datasets.yaml`.
 
-`read_registry` takes further YAML files, of which later ones add or replace data sets, and returns a `Registry` of
-frozen records. No file of a data set is opened; a new data set needs a YAML entry, not code. An unknown key or name
-raises `UserError` naming file, place and the nearest valid name.
+The dataclasses have the keys of that file, whose head explains them; a new data set needs an entry, not code. No file
+of a data set is opened. YAML reads `no` as false, `010` as 8 and `2024-01-01` as a date: such a name is refused, with
+the advice to quote it, and never converted back to text.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import MinLen
+from pydantic import AfterValidator, BeforeValidator, Strict
+from pydantic.dataclasses import dataclass
 
 from tatar_dist.assets import CONFIGS
-from tatar_dist.config.validate import near, read_yaml, shown
-from tatar_dist.data import yaml_entries as entries
+from tatar_dist.config.validate import (
+    STRICT_KEYS,
+    AtLeastZero,
+    Finite,
+    NotNegative,
+    Text,
+    near,
+    read_yaml,
+    shown,
+    validated,
+)
 from tatar_dist.errors import UserError
-from tatar_dist.types import SPLITS, TASKS
+from tatar_dist.types import Task
 
 REGISTRY = CONFIGS / "datasets.yaml"
-KINDS = ("csv", "xlsx", "json", "jsonl", "text")
-TYPES = ("text", "number", "integer")  # of a header-less file's fields
-BLANK = "blank"  # any run of blanks separates
-SPLIT = {"by": "image", "fractions": {"train": 0.7, "validation": 0.1, "test": 0.2}}  # default rule of a set
+BLANK = "blank"  # a separator: any run of blanks
+
+SplitName = Literal["train", "validation", "test"]
+
+
+def _name(text: str) -> str:
+    if text != text.strip() or not text.isprintable():
+        raise ValueError(f"{shown(text)} is no name: it has blanks at an end or does not print")
+    return text
+
+
+Name = Annotated[str, Strict(), MinLen(1), AfterValidator(_name)]
 
 
 @dataclass(frozen=True)
 class Range:
     """A declared raw scale. `imports.scores.to_score` maps it linearly to 0-100."""
 
-    low: float
-    high: float
+    low: Finite
+    high: Finite
+
+    def __post_init__(self) -> None:
+        if not 1e-12 <= self.high - self.low <= 1e12:  # far beyond any opinion scale; `points` must not overflow
+            raise ValueError(f"[{self.low:g}, {self.high:g}] is no scale; write [lowest, highest]")
 
     @property
     def points(self) -> float:
@@ -43,77 +67,202 @@ class Range:
         return f"{self.low:.10g}–{self.high:.10g}"
 
 
-@dataclass(frozen=True)
-class Format:
-    """Layout of one annotation file. `columns` is its signature; `image`, `score` and so on name columns among them."""
+def _ends(value: Any) -> dict[str, Any]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"must be [lowest, highest], is {shown(value)}")
+    return {"low": value[0], "high": value[1]}
 
-    name: str
-    kinds: tuple[str, ...]
-    columns: tuple[str, ...]
-    image: str
-    range: Range
-    source: str
-    types: tuple[str, ...] | None = None  # of `columns`, header-less text only
-    separator: str = ","
-    lower_is_better: bool = False
-    score: str | None = None  # None: the mean of the votes
-    worker: str | None = None  # given: a row is one rating, averaged per image
-    votes: tuple[tuple[str, float], ...] = ()  # (column, value of such a vote)
-    votes_total: str | None = None
-    std: str | None = None
-    std_range: Range | None = None
-    image_pattern: str = "{}"
-    split: str | None = None
-    split_values: Mapping[str, str] | None = None
-    rationale: str | None = None
-    attributes: str | None = None
+
+def _columns(value: Any) -> Any:
+    """Turn a list of names into a mapping to None; header-less text has a mapping of names to types."""
+    if not isinstance(value, list):
+        return value
+    for column in value:
+        if not isinstance(column, str):
+            raise ValueError(f"{shown(column)} must be text; put it in quotes")
+        if value.count(column) > 1:
+            raise ValueError(f"{shown(column)} is given twice")
+    return dict.fromkeys(value)
+
+
+Scale = Annotated[Range, BeforeValidator(_ends)]
+Kinds = Annotated[
+    tuple[Literal["csv", "xlsx", "json", "jsonl", "text"], ...],
+    BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value]),
+    MinLen(1),
+]
+Columns = Annotated[dict[Name, Literal["text", "number", "integer"] | None], BeforeValidator(_columns), MinLen(1)]
+
+
+@dataclass(frozen=True, config=STRICT_KEYS)
+class StdColumn:
+    column: Name
+    range: Scale  # of the deviations, which may differ from that of the scores
+
+
+@dataclass(frozen=True, config=STRICT_KEYS)
+class SplitColumn:
+    column: Name
+    values: Annotated[dict[Name, SplitName], MinLen(1)]
+
+
+@dataclass(kw_only=True, config=STRICT_KEYS)
+class FileLayout:
+    """Columns of an annotation file. `columns` is its signature; `image`, `score` and so on name columns among them."""
+
+    name: str = field(init=False, default="")  # its key in the registry
+    kind: Kinds
+    columns: Columns
+    image: Name
+    source: Text = ""
+    separator: Literal[",", ";", "\t", "blank"] = ","
+    better: Literal["higher", "lower"] = "higher"
+    score: Name | None = None  # None: the mean of the votes
+    worker: Name | None = None  # given: a row is one rating, averaged per image
+    votes: dict[Name, Finite] = field(default_factory=dict)  # column -> value of such a vote
+    votes_total: Name | None = None
+    std: StdColumn | None = None
+    image_pattern: Text = "{}"
+    split: SplitColumn | None = None
+    rationale: Name | None = None
+    attributes: Name | None = None
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.better == "lower"
+
+    def _read(self) -> list[tuple[str, str]]:
+        """Return (key, column) of the columns that an import reads."""
+        keys = ("image", "score", "worker", "votes_total", "rationale", "attributes")
+        named = {key: getattr(self, key) for key in keys}
+        named |= {key: part.column for key, part in (("std", self.std), ("split", self.split)) if part}
+        return [(key, column) for key, column in named.items() if column] + [("votes", c) for c in self.votes]
 
     def used(self) -> tuple[str, ...]:
         """Return the columns that an import reads, in the file's order."""
-        named = {self.image, self.score, self.worker, self.votes_total, self.std, self.split}
-        named |= {self.rationale, self.attributes} | {column for column, _ in self.votes}
+        named = {column for _, column in self._read()}
         return tuple(c for c in self.columns if c in named)
 
+    def __post_init__(self) -> None:
+        text, listed = "text" in self.kind, None in self.columns.values()
+        pattern, pattern_fits = shown(self.image_pattern), re.fullmatch(r"[^{}]*\{\}[^{}]*", self.image_pattern)
+        more = self.votes or self.std or not self.score
+        for broken, problem in (
+            (not self.score and not self.votes, "needs score (a column) or votes (columns and their values)"),
+            (self.votes_total and not self.votes, "votes_total needs votes, the columns with shares of that total"),
+            (len({f"{v:g}" for v in self.votes.values()}) < len(self.votes), "votes: two columns have one value"),
+            (self.worker and more, "worker goes with score alone: votes and std are computed from the ratings"),
+            (not pattern_fits, f"image_pattern {pattern} must hold {{}} once, where the image's name goes"),
+            (text and len(self.kind) > 1, "kind text stands alone"),
+            (text and listed, "columns of kind text must be a mapping of field names to text, number or integer"),
+            (not text and not listed, "columns must be a list of names; a mapping goes with kind text"),
+            (not text and self.separator != ",", "separator goes with kind text; the others have one of their own"),
+        ):
+            if broken:
+                raise ValueError(problem)
+        read = self._read()
+        for key, column in read:
+            if column not in self.columns:
+                raise ValueError(f"{key} names {shown(column)}, not one of columns{near(column, self.columns)}")
+            if [name for _, name in read].count(column) > 1:
+                raise ValueError(f"column {column} has two meanings: use it for one key only")
 
-@dataclass(frozen=True)
+
+@dataclass(kw_only=True, config=STRICT_KEYS)
+class Format(FileLayout):
+    """Layout of one annotation file whose scores lie on `range`."""
+
+    range: Scale
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for column, value in self.votes.items():
+            if not self.score and not self.range.low <= value <= self.range.high:
+                raise ValueError(f"votes: {column}: {value:g} is outside the range {self.range}")
+
+
+@dataclass(kw_only=True, config=STRICT_KEYS)
+class ListFormat(FileLayout):
+    """Layout of lists that every set of `task` (None: any) with a `list_range` may come as."""
+
+    task: Task | None = None
+
+    def on(self, scale: Range, where: str) -> Format:
+        """Return the format for a set's `list_range`. Raises UserError for votes outside of it."""
+        layout = {key: value for key, value in vars(self).items() if key not in ("name", "task")}
+        return validated(Format, layout | {"range": [scale.low, scale.high]}, where)
+
+
+@dataclass(frozen=True, config=STRICT_KEYS)
 class Names:
     """Parts of an image's name: `pattern` has groups `reference`, `type`, `level`; level / `levels` is the strength."""
 
-    pattern: str
-    distortions: Mapping[str, str]
-    levels: int
+    pattern: Text
+    distortions: dict[Name, Name] = field(default_factory=dict)
+    levels: AtLeastZero = 0
+
+    def __post_init__(self) -> None:
+        try:
+            groups = re.compile(self.pattern, re.ASCII).groupindex
+        except (re.error, ValueError, OverflowError, RecursionError) as e:
+            raise ValueError(f"pattern is no regular expression: {' '.join(str(e).split())}") from None
+        if "reference" not in groups:
+            raise ValueError("pattern needs a group (?P<reference>…)")
+        if self.distortions and not ({"type", "level"} <= set(groups) and self.levels):
+            raise ValueError("distortions need groups type and level in pattern, and levels (a whole number)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT_KEYS)
 class SplitRule:
     """Rule for rows without a split from file or user: `test` groups first, the rest by hash of the group."""
 
-    by: str  # image | reference
-    fractions: Mapping[str, float]
-    test: tuple[str, ...]
-    official: str
+    by: Literal["image", "reference"]
+    fractions: dict[SplitName, NotNegative]
+    test: tuple[Name, ...] = ()
+    official: Text = ""
+
+    def __post_init__(self) -> None:
+        if abs(sum(self.fractions.values()) - 1) > 1e-9:
+            raise ValueError("fractions must be shares that add up to 1")
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True, config=STRICT_KEYS)
 class Dataset:
-    """A data set: its name as written everywhere, its task, published counts and formats by name."""
+    """A data set: its task, published counts and formats by name."""
 
-    name: str
-    task: str
-    in_domain: bool
-    url: str
-    terms: str
-    counts: Mapping[str, int]
-    split: SplitRule
-    formats: Mapping[str, Format]
-    lists: tuple[str, ...] = ()  # those of `formats` that come from list_formats
+    name: str = field(init=False, default="")  # as written everywhere
+    task: Task
+    in_domain: bool = False
+    url: Text = ""
+    terms: Text = ""
+    counts: dict[Literal["total", "train", "validation", "test"], AtLeastZero] = field(default_factory=dict)
+    list_range: Scale | None = None  # given: the set may come as the list formats, too
     names: Names | None = None
+    split: SplitRule = SplitRule("image", {"train": 0.7, "validation": 0.1, "test": 0.2})
+    formats: dict[Name, Format] = field(default_factory=dict)
+    lists: tuple[str, ...] = field(init=False, default=())  # those of `formats` that come from list_formats
+
+    def __post_init__(self) -> None:
+        if self.split.by == "reference" and not self.names:
+            raise ValueError("split: by reference needs names with a pattern")
 
     def format(self, name: str) -> Format:
         """Return a format by name. Raises UserError for an unknown name, with the nearest one."""
         if name not in self.formats:
             raise UserError(f"--format {name}: {self.name} has no such format{near(name, self.formats)}")
         return self.formats[name]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).casefold()
+
+
+@dataclass(frozen=True, config=STRICT_KEYS)
+class _Entries:
+    """The keys of a registry file."""
+
+    datasets: dict[Name, Dataset] = field(default_factory=dict)
+    list_formats: dict[Name, ListFormat] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,232 +273,36 @@ class Registry:
 
     def find(self, name: str) -> Dataset:
         """Find a data set by name, ignoring case, blanks, `-` and `_`. Raises UserError with the nearest name."""
-        plain = {_plain(n): n for n in self.datasets}
-        if _plain(name) in plain:
-            return self.datasets[plain[_plain(name)]]
-        close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
-        hint = f", did you mean {plain[close[0]]}?" if close else ""
-        known = ", ".join(self.datasets)
-        raise UserError(f"{name}: no such data set{hint} (known: {known}; more by --registry FILE)")
+        for known, dataset in self.datasets.items():
+            if _plain(known) == _plain(name):
+                return dataset
+        raise UserError(f"{name}: no such data set{near(name, self.datasets)}; more by --registry FILE")
 
 
 def read_registry(files: Sequence[Path] = ()) -> Registry:
     """Read `configs/datasets.yaml`, then `files`, whose data sets are added or replace those of the same name.
 
     Raises:
-        UserError: file missing or not YAML, and by place: unknown or missing key, wrong type, unknown column, a
-            column with two meanings, a range that is not a scale.
+        UserError: a file that is missing or not YAML, or an entry that is wrong, with file and key path.
     """
-    sets: dict[str, Dataset] = {}
-    lists: dict[str, Any] = {}
+    datasets: dict[str, Dataset] = {}  # by plain name
+    lists: dict[str, ListFormat] = {}
     for path in (REGISTRY, *files):
-        tree = read_yaml(Path(path), "registry")
-        entries.only_keys(tree, ("list_formats", "datasets"), f"{path}")
-        lists |= _lists(tree, f"{path}")
-        mine: dict[str, str] = {}
-        for name, entry in entries.mapping(tree, "datasets", f"{path}").items():
-            if mine.setdefault(_plain(name), name) != name:
-                raise UserError(
-                    f"{path}: {name} and {mine[_plain(name)]} are one name, in any case and without hyphens"
-                )
-            plain = {_plain(n): n for n in sets}
-            sets.pop(plain.get(_plain(name), ""), None)
-            sets[name] = _dataset(name, entry, lists, f"{path}: {name}")
-    return Registry(sets)
-
-
-_FORMAT_KEYS = (
-    *("kind", "columns", "image", "score", "worker", "votes", "votes_total", "range", "better", "std", "source"),
-    *("image_pattern", "separator", "split", "rationale", "attributes"),
-)
-
-
-def _lists(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the list formats. Their values are checked with each data set that uses them, which gives the range."""
-    found = entries.mapping(tree, "list_formats", where)
-    for name, entry in found.items():
-        at = f"{where}: list format {name}"
-        entries.only_keys(entry, ("task", *(k for k in _FORMAT_KEYS if k != "range")), at)
-        if "task" in entry:
-            entries.choice(entry["task"], TASKS, f"{at}: task")
-    return found
-
-
-def _dataset(name: str, entry: Any, lists: Mapping[str, Any], where: str) -> Dataset:
-    known = ("task", "in_domain", "url", "terms", "counts", "list_range", "names", "split", "formats")
-    entries.only_keys(entry, known, where)
-    task = entries.choice(entries.need(entry, "task", where), TASKS, f"{where}: task")
-    in_domain = entries.flag(entry.get("in_domain", False), f"{where}: in_domain")
-    counts = entries.mapping(entry, "counts", where)
-    entries.only_keys(counts, ("total", *SPLITS), f"{where}: counts")
-    for key, count in counts.items():
-        entries.whole(count, 0, f"{where}: counts: {key}")
-    formats = entries.mapping(entry, "formats", where)
-    shared: dict[str, Any] = {}
-    if "list_range" in entry:
-        _range(entry["list_range"], f"{where}: list_range")
-        # Skip list formats of the other task: their rationale keys differ.
-        mine = {k: v for k, v in lists.items() if v.get("task") in (None, task)}
-        shared = {k: {a: b for a, b in v.items() if a != "task"} for k, v in mine.items()}
-        formats = {**{k: {**v, "range": entry["list_range"]} for k, v in shared.items()}, **formats}
-    if not formats:
-        raise UserError(f"{where}: needs a format, or list_range for the usual lists")
-    read = {k: _format(k, v, f"{where}: format {k}") for k, v in formats.items()}
-    names = _names(entry["names"], f"{where}: names") if "names" in entry else None
-    split = _split_rule(entry.get("split", SPLIT), names, f"{where}: split")
-    url, terms = (_said(entry, k, where) for k in ("url", "terms"))
-    return Dataset(name, task, in_domain, url, terms, counts, split, read, tuple(shared), names)
-
-
-def _format(name: str, entry: Any, where: str) -> Format:
-    entries.only_keys(entry, _FORMAT_KEYS, where)
-    kinds, columns, types = _layout(entry, where)
-
-    def column(of: Mapping[str, Any], key: str, at: str) -> str:
-        named = entries.need(of, key, at)
-        if named not in columns:
-            told = near(named, columns)
-            raise UserError(f"{at}: {key} names {shown(named)}, which is not among columns{told}")
-        return named
-
-    def optional(key: str) -> str | None:
-        return column(entry, key, where) if key in entry else None
-
-    def pair(key: str, other: str) -> dict[str, Any]:
-        at = f"{where}: {key}"
-        found = entries.mapping(entry, key, where)
-        if key in entry:
-            entries.only_keys(found, ("column", other), at)
-            column(found, "column", at)
-            entries.need(found, other, at)
-        return found
-
-    scale = _range(entries.need(entry, "range", where), f"{where}: range")
-    votes, std, split = _votes(entry, scale, where), pair("std", "range"), pair("split", "values")
-    for key in votes:
-        column({"votes": key}, "votes", where)
-    values = entries.mapping(split, "values", f"{where}: split")
-    for key, value in values.items():
-        entries.choice(value, SPLITS, f"{where}: split: values: {key}")
-    if split and not values:
-        raise UserError(f"{where}: split: values is empty")
-    if "worker" in entry and (votes or std or "score" not in entry):
-        raise UserError(f"{where}: worker goes with score alone: votes and std are computed from the ratings")
-    pattern = entries.text(entry.get("image_pattern", "{}"), f"{where}: image_pattern")
-    if pattern.count("{}") != 1 or pattern.count("{") != 1 or pattern.count("}") != 1:
-        told = shown(pattern)
-        raise UserError(f"{where}: image_pattern {told} must hold {{}} once, where the image's name goes")
-    made = Format(
-        name=name,
-        kinds=kinds,
-        columns=columns,
-        image=column(entry, "image", where),
-        range=scale,
-        source=_said(entry, "source", where),
-        types=types,
-        separator=entries.choice(entry.get("separator", ","), (",", ";", "\t", BLANK), f"{where}: separator"),
-        lower_is_better=entries.choice(entry.get("better", "higher"), ("higher", "lower"), f"{where}: better")
-        == "lower",
-        score=optional("score"),
-        worker=optional("worker"),
-        votes=tuple(votes.items()),
-        votes_total=optional("votes_total"),
-        std=std.get("column"),
-        std_range=_range(std["range"], f"{where}: std: range") if std else None,
-        image_pattern=pattern,
-        split=split.get("column"),
-        split_values=values if split else None,
-        rationale=optional("rationale"),
-        attributes=optional("attributes"),
-    )
-    meant = [c for c in (made.image, made.score, made.worker, made.votes_total, made.std, made.split) if c]
-    meant += [c for c in (made.rationale, made.attributes, *votes) if c]
-    if len(set(meant)) < len(meant):
-        twice = next(c for c in meant if meant.count(c) > 1)
-        raise UserError(f"{where}: column {twice} has two meanings: use it for one key only")
-    return made
-
-
-def _layout(entry: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...] | None]:
-    """Return kinds, columns, and the columns' types for header-less text."""
-    kinds = entries.need(entry, "kind", where)
-    kinds = tuple(entries.choice(k, KINDS, f"{where}: kind") for k in (kinds if isinstance(kinds, list) else [kinds]))
-    columns, types = entries.need(entry, "columns", where), None
-    if not kinds or not columns:
-        raise UserError(f"{where}: {'columns' if kinds else 'kind'} is empty")
-    if "text" in kinds:
-        if not isinstance(columns, dict) or len(kinds) > 1:
-            raise UserError(f"{where}: columns of kind text must be a mapping of field names to {', '.join(TYPES)}")
-        types = tuple(entries.choice(t, TYPES, f"{where}: columns: {shown(c)}") for c, t in columns.items())
-    elif "separator" in entry:
-        raise UserError(f"{where}: separator goes with kind text; the others have one of their own")
-    return kinds, entries.names(list(columns) if types else columns, f"{where}: columns"), types
-
-
-def _votes(entry: Mapping[str, Any], scale: Range, where: str) -> dict[str, float]:
-    """Return vote columns and their values, which must lie on the scale if their mean is the score."""
-    given = entries.mapping(entry, "votes", where)
-    votes = {key: entries.number(value, f"{where}: votes: {key}") for key, value in given.items()}
-    if "score" not in entry and not votes:
-        raise UserError(f"{where}: needs score (a column) or votes (columns and their values)")
-    if "votes_total" in entry and not votes:
-        raise UserError(f"{where}: votes_total needs votes, the columns that hold shares of that total")
-    if len({f"{value:g}" for value in votes.values()}) < len(votes):
-        raise UserError(f"{where}: votes: two columns have one value")
-    for key, value in votes.items():
-        if "score" not in entry and not scale.low <= value <= scale.high:
-            raise UserError(f"{where}: votes: {key}: {value:g} is outside the range {scale}")
-    return votes
-
-
-def _names(entry: Any, where: str) -> Names:
-    entries.only_keys(entry, ("pattern", "levels", "distortions"), where)
-    pattern = entries.text(entries.need(entry, "pattern", where), f"{where}: pattern")
-    try:
-        groups = re.compile(pattern, re.ASCII).groupindex
-    except (re.error, ValueError, OverflowError, RecursionError) as e:
-        raise UserError(f"{where}: pattern is no regular expression: {' '.join(str(e).split())}") from None
-    if "reference" not in groups:
-        raise UserError(f"{where}: pattern needs a group (?P<reference>…)")
-    distortions = entries.mapping(entry, "distortions", where)
-    for key, family in distortions.items():
-        entries.name(family, f"{where}: distortions: {key}")
-    levels = entries.whole(entry.get("levels", 1), 1, f"{where}: levels")
-    if distortions and not ({"type", "level"} <= set(groups) and "levels" in entry):
-        raise UserError(f"{where}: distortions need groups type and level in pattern, and levels (a whole number)")
-    return Names(pattern, distortions, levels)
-
-
-def _split_rule(entry: Any, names: Names | None, where: str) -> SplitRule:
-    entries.only_keys(entry, ("by", "fractions", "test", "official"), where)
-    by = entries.choice(entries.need(entry, "by", where), ("image", "reference"), f"{where}: by")
-    if by == "reference" and names is None:
-        raise UserError(f"{where}: by reference needs names with a pattern")
-    fractions = entries.mapping(entry, "fractions", where)
-    entries.only_keys(fractions, SPLITS, f"{where}: fractions")
-    shares = {k: entries.number(v, f"{where}: fractions: {k}") for k, v in fractions.items()}
-    if min(shares.values(), default=-1) < 0 or abs(sum(shares.values()) - 1) > 1e-9:
-        raise UserError(f"{where}: fractions must be shares that add up to 1")
-    test = entries.names(entry.get("test", []), f"{where}: test")
-    official = _said(entry, "official", where)
-    return SplitRule(by, shares, test, official)
-
-
-def _said(entry: Mapping[str, Any], key: str, where: str) -> str:
-    """Return a text that gives the source of something; "" if the entry has none."""
-    return entries.text(entry[key], f"{where}: {key}") if key in entry else ""
-
-
-def _range(value: Any, where: str) -> Range:
-    if not isinstance(value, list) or len(value) != 2:
-        raise UserError(f"{where} must be [lowest, highest], is {shown(value)}")
-    low, high = (entries.number(v, where) for v in value)
-    if not low < high:
-        raise UserError(f"{where}: {low:g} is not below {high:g}")
-    if not 1e-12 <= high - low <= 1e12:  # far beyond any opinion scale; `points` must not overflow
-        raise UserError(f"{where}: from {low:g} to {high:g} is no scale")
-    return Range(low, high)
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]", "", name).casefold()
+        entries = validated(_Entries, read_yaml(Path(path), "registry"), str(path))
+        lists |= entries.list_formats
+        names: dict[str, str] = {}
+        for name, dataset in entries.datasets.items():
+            if (twin := names.setdefault(_plain(name), name)) != name:
+                raise UserError(f"{path}: datasets: {twin} and {name} are one name, in any case and without hyphens")
+            if dataset.list_range:
+                mine = {key: layout for key, layout in lists.items() if layout.task in (None, dataset.task)}
+                where = f"{path}: datasets.{name}: list format"
+                shared = {key: layout.on(dataset.list_range, f"{where} {key}") for key, layout in mine.items()}
+                dataset.lists, dataset.formats = tuple(shared), shared | dataset.formats
+            if not dataset.formats:
+                raise UserError(f"{path}: datasets.{name}: needs a format, or list_range for the usual lists")
+            dataset.name = name
+            for key, fmt in dataset.formats.items():
+                fmt.name = key
+            datasets[_plain(name)] = dataset
+    return Registry({dataset.name: dataset for dataset in datasets.values()})

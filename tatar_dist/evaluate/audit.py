@@ -8,6 +8,7 @@ and NAME/iaa, since their scores are not comparable.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from tatar_dist.errors import UserError
 from tatar_dist.evaluate.metrics import DatasetMetrics, score_metrics, set_names
 from tatar_dist.evaluate.tables import notes_of
 from tatar_dist.prompts.answer import parse
-from tatar_dist.rewards.audit import common_error, number_error, numbered_rows
+from tatar_dist.rewards import audit
+
+
+@dataclass(frozen=True)
+class PredictionRow(audit.LabelledRow):
+    prediction: audit.Number | None = None
 
 
 def run(
@@ -41,7 +47,7 @@ def run(
     if bootstrap < 0:
         raise UserError(f"--bootstrap {bootstrap}: must not be negative")
     entries_of: dict[tuple[str, str], list[tuple[float, float | None, bool]]] = {}
-    for line, row in numbered_rows(file, nan=True):
+    for line, row in audit.numbered_rows(file, nan=True):
         wrong = row if isinstance(row, str) else row_error(row)
         if wrong is not None:
             raise UserError(f"{file}:{line}: {wrong}")
@@ -69,13 +75,11 @@ def run(
 
 def row_error(row: dict[str, Any]) -> str | None:
     """Return the error in a row of the `metrics` contract, or None."""
-    wrong = common_error(row)
-    if wrong is not None or ("prediction" not in row and isinstance(row.get("completion"), str)):
-        return wrong
-    if "prediction" not in row:
+    unparsed = row.get("prediction") != row.get("prediction")  # NaN, as null
+    wrong = audit.row_error({**row, "prediction": None} if unparsed else row, PredictionRow)
+    if wrong is None and "prediction" not in row and not isinstance(row.get("completion"), str):
         return "prediction or completion is missing"
-    value = row["prediction"]
-    return None if value is None or value != value else number_error("prediction", value, bounded=False)
+    return wrong
 
 
 def _prediction(row: dict[str, Any], strict: bool) -> float | None:

@@ -22,7 +22,6 @@ from tatar_dist.report.gallery import Key, key_of, rationale
 from tatar_dist.report.reading import DAMAGE, Rollouts, Training, clean, damage_note, is_number
 from tatar_dist.report.verdict import TASK_NAMES
 from tatar_dist.rewards import audit
-from tatar_dist.rewards.explain import Opponent, explain
 from tatar_dist.rewards.presets import load_preset, preset_names
 
 KNOWN = {  # columns of a rollouts file that are no reward term (run/directory.py)
@@ -39,7 +38,7 @@ class Comparisons:
 
     row: dict[str, Any]
     answer: float | None
-    opponents: list[tuple[str, Opponent]]
+    opponents: list[tuple[str, audit.Opponent]]
     others: int
     mean: float
 
@@ -147,9 +146,9 @@ def _explained(
 
 
 def _comparisons(row: dict[str, Any], answer: float | None, scored: audit.Audit, position: int) -> Comparisons | None:
-    table = explain(scored.batch, scored.preset, position)
+    table = audit.explain(scored.batch, scored.scored.answers, scored.preset, position)
     if not table or not is_number(row.get("thurstone")):
         return None
-    mean = sum(o.weight * o.reward for _, o in table)
-    shown = [(clean(name), o) for name, o in table[:MOST_OPPONENTS]]
+    mean = sum(o.weight * o.reward for o in table)
+    shown = [(clean(o.group_id), o) for o in table[:MOST_OPPONENTS]]
     return Comparisons(row, answer, shown, len(table) - len(shown), mean)

@@ -14,7 +14,7 @@ import numpy as np
 
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import parse, think_words
-from tatar_dist.types import TASKS, Group
+from tatar_dist.types import Group
 
 
 @dataclass(frozen=True)
@@ -65,39 +65,32 @@ def batch_of_rows(rows: Iterable[Mapping]) -> Batch:
     """Make a batch from dicts with group_id, task, dataset, target, completion, of checked types and ranges.
 
     Raises:
-        UserError: an unknown task, or rows of one group that disagree; the message names the row (from 1).
+        UserError: rows of one group that disagree; the message names the row (from 1).
     """
-    groups: dict[Any, tuple[int, tuple]] = {}  # id -> index, and what all of its rows must agree on
-    datasets: dict[str, int] = {}
-    group, iaa, dataset, target, completions = [], [], [], [], []
+    rows = list(rows)
+    first_rows: dict[Any, Mapping] = {}
     for n, row in enumerate(rows, 1):
-        if row["task"] not in TASKS:
-            raise UserError(f"row {n}: task {row['task']!r} must be one of {', '.join(TASKS)}")
-        key = (row["task"], row["dataset"], float(row["target"]))
-        index, first = groups.setdefault(row["group_id"], (len(groups), key))
-        if first != key:
-            raise UserError(f"row {n}: {disagreement(row['group_id'], first, key)}")
-        group.append(index)
-        iaa.append(row["task"] == "iaa")
-        dataset.append(datasets.setdefault(row["dataset"], len(datasets)))
-        target.append(key[2])
-        completions.append(row["completion"])
+        if problem := disagreement(row, first_rows):
+            raise UserError(f"row {n}: {problem}")
+    groups = {group_id: j for j, group_id in enumerate(first_rows)}
+    datasets = {name: i for i, name in enumerate(dict.fromkeys(row["dataset"] for row in rows))}
     return Batch(
-        np.array(group, np.int64),
-        np.array(iaa, bool),
-        np.array(dataset, np.int64),
-        np.array(target, np.float64),
-        completions,
-        list(groups),
-        list(datasets),
+        group=np.array([groups[row["group_id"]] for row in rows], np.int64),
+        iaa=np.array([row["task"] == "iaa" for row in rows], bool),
+        dataset=np.array([datasets[row["dataset"]] for row in rows], np.int64),
+        target=np.array([row["target"] for row in rows], np.float64),
+        completions=[row["completion"] for row in rows],
+        group_ids=list(groups),
+        datasets=list(datasets),
     )
 
 
-def disagreement(group_id: object, before: tuple, now: tuple) -> str:
-    """Describe how a row contradicts its group; both tuples are (task, dataset, target)."""
-    names = ("task", "dataset", "target")
-    differences = ", ".join(f"{n} {a!r} and {b!r}" for n, a, b in zip(names, before, now, strict=True) if a != b)
-    return f"group {group_id!r} has rows that disagree: {differences}"
+def disagreement(row: Mapping, first_rows: dict[Any, Mapping]) -> str | None:
+    """Say how a row contradicts the first of its group, or None; `first_rows`, by group id, takes in new groups."""
+    first = first_rows.setdefault(row["group_id"], row)
+    keys = [key for key in ("task", "dataset", "target") if row[key] != first[key]]
+    differences = ", ".join(f"{key} {first[key]!r} and {row[key]!r}" for key in keys)
+    return f"group {row['group_id']!r} has rows that disagree: {differences}" if keys else None
 
 
 def batch_of_groups(groups: Sequence[Group]) -> Batch:

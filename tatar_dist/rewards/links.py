@@ -8,11 +8,11 @@ Everything is computed from the smaller tail, so nothing overflows and no 1 - Q 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 
-LINKS = ("logistic", "probit")
-MEASURES = ("bce", "fidelity")
+Link = Literal["logistic", "probit"]
 
 
 def tails(z: np.ndarray, link: str) -> np.ndarray:

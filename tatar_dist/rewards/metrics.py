@@ -35,14 +35,14 @@ def reward_metrics(batch: Batch, scored: BatchScores) -> dict[str, float]:
                 continue
             metrics[f"reward/{name}/{task}"] = float(part.mean())
             metrics[f"reward/frac_zero_std/{name}/{task}"] = float((group_std(part, group) < ZERO_STD).mean())
-        heard = rows[scored.parsed[rows]]
-        nearness = -np.abs(scored.answers.score[heard] - batch.target[heard])
-        tau = group_kendall(scored.reward[heard], nearness, batch.group[heard])
+        parsed = rows[scored.answers.parsed[rows]]
+        nearness = -np.abs(scored.answers.score[parsed] - batch.target[parsed])
+        tau = group_kendall(scored.reward[parsed], nearness, batch.group[parsed])
         metrics[f"reward/agreement/{task}"] = float(np.nanmean(tau)) if np.isfinite(tau).any() else math.nan
         metrics[f"completion/think_words/{task}"] = float(scored.answers.think_words[rows].mean())
-        metrics[f"completion/parse_failures/{task}"] = float((~scored.parsed[rows]).mean())
+        metrics[f"completion/parse_failures/{task}"] = float((~scored.answers.parsed[rows]).mean())
         metrics[f"completion/out_of_range/{task}"] = float(scored.answers.out_of_range[rows].mean())
-    metrics["reward/unrankable_groups"] = float(scored.counts["unrankable_groups"])
+    metrics["reward/unrankable_groups"] = float(scored.unrankable.sum())
     return metrics
 
 

@@ -17,21 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from tatar_dist.rewards import links
-from tatar_dist.rewards.thurstone import check_ranking, gap_weights
+from tatar_dist.rewards.thurstone import Epsilon, RankingParams, gap_weights
 
 BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
-class PairwiseParams:
-    tau: float = 8.0  # points
-    m: float = 12.0  # points
-    eps: float = 1e-4
+class PairwiseParams(RankingParams):
+    eps: Epsilon = 1e-4
     siblings: bool = False  # True: completions of the same image are compared too (released)
-    pool: str = "dataset"
-
-    def check(self) -> None:
-        check_ranking("pairwise", self.tau, self.m, self.eps, self.pool)
 
 
 def pairwise(q: np.ndarray, g: np.ndarray, group: np.ndarray, pool: np.ndarray, params: PairwiseParams) -> np.ndarray:

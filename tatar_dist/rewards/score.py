@@ -7,18 +7,17 @@ The whole global batch goes in at once, because ranking needs other images. An u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tatar_dist.algo.advantages import ZERO_STD, advantages, group_std, total_reward
 from tatar_dist.rewards import thurstone as ranking
-from tatar_dist.rewards.batch import Answers, Batch, batch_of_rows, read_answers
-from tatar_dist.rewards.gaussian import gaussian
+from tatar_dist.rewards.batch import Answers, Batch, read_answers
 from tatar_dist.rewards.pairwise import pairwise
 from tatar_dist.rewards.presets import Preset
-from tatar_dist.rewards.terms import binary, format_term, length
+from tatar_dist.rewards.terms import binary, gaussian, length
 from tatar_dist.types import Group, ScoredGroup
 
 
@@ -26,32 +25,24 @@ from tatar_dist.types import Group, ScoredGroup
 class BatchScores:
     """The N scored completions. terms: term -> (N,) float64, NaN where the term does not apply to the row's task.
 
-    reward, advantage: (N,) float64. counts: rows, groups, unparsed, out_of_range, all_unparsed_groups,
-    unrankable_groups (groups whose Thurstone term is 0 because their pool holds no other image that parsed).
-    unrankable: (J,) bool of those groups. zero_std: (J,) bool of the groups whose completions all have the same reward
-    (advantage per_term: the same in every weighted term) and which therefore have no advantage.
+    reward, advantage: (N,) float64. unrankable: (J,) bool, groups whose Thurstone term is 0 because their pool holds no
+    other image that parsed. zero_std: (J,) bool of the groups whose completions all have the same reward (advantage
+    per_term: the same in every weighted term) and which therefore have no advantage.
     """
 
-    preset: str
     answers: Answers
     terms: dict[str, np.ndarray]
     reward: np.ndarray
     advantage: np.ndarray
-    counts: dict[str, int]
     unrankable: np.ndarray
     zero_std: np.ndarray
 
-    @property
-    def parsed(self) -> np.ndarray:
-        """(N,) bool."""
-        return self.answers.parsed
-
 
 def score_batch(
-    rows: Batch | Iterable[Mapping],
+    batch: Batch,
     preset: Preset,
     *,
-    terms: Sequence[str] | None = None,
+    terms: Collection[str] = (),
     strict: bool = True,
     advantage: str = "std",
     eps: float = 1e-4,
@@ -59,58 +50,45 @@ def score_batch(
     """Score one global batch.
 
     Args:
-        rows: a `Batch`, or dicts with group_id, task, dataset, target, completion.
-        preset: from `load_preset`.
-        terms: which terms to compute beside those the preset weighs; None computes only these.
+        terms: which terms to compute beside those the preset weighs.
         strict: the answer grammar (tatar_dist/prompts/answer.py).
         advantage: std | mean | per_term (tatar_dist/algo/advantages.py), with its eps.
 
     Raises:
-        UserError: rows of a group that disagree, an unknown task or advantage mode.
+        UserError: an unknown advantage mode, or a user's term that fails.
     """
-    batch = rows if isinstance(rows, Batch) else batch_of_rows(rows)
     answers = read_answers(batch.completions, strict)
-    wanted = [t for t in preset.terms if preset.weight(t) != 0 or (terms is not None and t in terms)]
+    weights = preset.weights
     values: dict[str, np.ndarray] = {}
     unrankable = np.zeros(len(batch.group_ids), bool)
-    for term in wanted:
+    for term in preset.terms:
+        if term not in weights and term not in terms:
+            continue
         values[term] = np.full(len(batch), np.nan)
         index = rows_of_term(batch, preset, term)
-        if term == "thurstone" and len(index):
+        if not len(index):
+            continue
+        if term == "thurstone":
             q, stats, groups = ranked_groups(batch, answers, preset, index)
-            result = ranking.thurstone(q, stats, preset.thurstone)
-            values[term][index] = result.reward
-            unrankable[groups[result.unrankable]] = True
-        elif term in preset.custom:
-            values[term][index] = preset.custom[term].values(batch, answers)[index]
-        elif len(index):
+            values[term][index] = ranking.thurstone(q, stats, preset.thurstone)
+            unrankable[groups[stats.unrankable]] = True
+        else:
             values[term][index] = _term(term, batch, answers, preset, index)
-    weights = {t: preset.weight(t) for t in preset.active}
-    n_parsed = np.bincount(batch.group, weights=answers.parsed, minlength=len(batch.group_ids))
     reward = total_reward(values, weights, len(batch))
-    spoken = [np.nan_to_num(values[t], nan=0.0) for t in weights] if advantage == "per_term" else [reward]
+    compared = [np.nan_to_num(values[t], nan=0.0) for t in weights] if advantage == "per_term" else [reward]
     return BatchScores(
-        preset=preset.name,
         answers=answers,
         terms=values,
         reward=reward,
         advantage=advantages(values, weights, batch.group, advantage, eps),
-        counts={
-            "rows": len(batch),
-            "groups": len(batch.group_ids),
-            "unparsed": int((~answers.parsed).sum()),
-            "out_of_range": int(answers.out_of_range.sum()),
-            "all_unparsed_groups": int((n_parsed == 0).sum()),
-            "unrankable_groups": int(unrankable.sum()),
-        },
         unrankable=unrankable,
-        zero_std=np.all([group_std(x, batch.group) < ZERO_STD for x in spoken], axis=0),
+        zero_std=np.all([group_std(x, batch.group) < ZERO_STD for x in compared], axis=0),
     )
 
 
 def _term(term: str, batch: Batch, answers: Answers, preset: Preset, index: np.ndarray) -> np.ndarray:
     """(len(index),) values of one term at the rows it applies to."""
-    q, g, iaa = answers.score[index], batch.target[index], batch.iaa[index]
+    q, g, iaa, parsed = answers.score[index], batch.target[index], batch.iaa[index], answers.parsed[index]
     if term == "gaussian":
         return gaussian(q, g, iaa, answers.words[index], preset.gaussian)
     if term == "pairwise":
@@ -118,8 +96,10 @@ def _term(term: str, batch: Batch, answers: Answers, preset: Preset, index: np.n
     if term == "binary":
         return binary(q, g, preset.binary)
     if term == "format":
-        return format_term(answers.parsed[index])
-    return length(answers.think_words[index], iaa, answers.parsed[index], preset.length)
+        return parsed.astype(np.float64)
+    if term == "length":
+        return length(answers.think_words[index], iaa, parsed, preset.length)
+    return preset.custom[term].values(batch, answers)[index]
 
 
 def _pools(batch: Batch, index: np.ndarray, pool: str) -> np.ndarray:
@@ -140,7 +120,8 @@ def ranked_groups(
 
 def rows_of_term(batch: Batch, preset: Preset, term: str) -> np.ndarray:
     """Indices of the rows whose task the term applies to."""
-    return np.flatnonzero(np.where(batch.iaa, "iaa" in preset.tasks[term], "iqa" in preset.tasks[term]))
+    tasks = preset.terms[term].tasks
+    return np.flatnonzero(np.where(batch.iaa, "iaa" in tasks, "iqa" in tasks))
 
 
 def scored_groups(groups: Sequence[Group], scored: BatchScores) -> list[ScoredGroup]:
@@ -152,7 +133,7 @@ def scored_groups(groups: Sequence[Group], scored: BatchScores) -> list[ScoredGr
         result.append(
             ScoredGroup(
                 group=group,
-                parsed=scored.parsed[part],
+                parsed=scored.answers.parsed[part],
                 terms={name: value[part] for name, value in scored.terms.items()},
                 reward=scored.reward[part],
                 advantage=scored.advantage[part],

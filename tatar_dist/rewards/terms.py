@@ -1,44 +1,87 @@
-"""The terms that need no other image: length, format and binary. Each is 0 where a completion does not parse.
+"""The terms that need no other image: gaussian, length and binary. Each is 0 where a completion does not parse.
 
-    length   clip(1 - excess / margin, 0, 1), excess = words over `iqa_max` (IQA) or missing to `iaa_min` (IAA)
-    format   1 if the answer parses (the grammar is in tatar_dist/prompts/answer.py)
-    binary   1 if the score lies within T points of the target: the plain baseline of the probes
+    gaussian  min(cap, scale * exp(-d^2 / 2 sigma^2)), d = |q - g|, sigma = T / sqrt(2 ln 2) * (1 + alpha * d / 100)
+    length    clip(1 - excess / margin, 0, 1), excess = words over `iqa_max` (IQA) or missing to `iaa_min` (IAA)
+    binary    1 if the score lies within T points of the target: the plain baseline of the probes
 
-Length is a ramp where TATAR's public code has a hard gate, at which one word flips the reward. Words are whitespace
-tokens inside <think>.
+gaussian is TATAR's (arXiv 2603.19779, and its public code). T is the distance, in points, at which a fixed-width bell
+would pay one half; alpha widens it for far answers, so that they still feel a slope, more for IAA than for IQA. Length
+is a ramp over the whitespace tokens inside <think>, where TATAR's public code has a hard gate, at which one word flips
+the reward; the gates of gaussian exist for the preset `released` alone.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge, Gt, MinLen
 
+from tatar_dist.config.validate import STRICT_KEYS, Finite
 from tatar_dist.errors import UserError
+from tatar_dist.types import TASKS, Task
 
 TOKENS_PER_WORD = 256 / 180  # English rationales: 256 tokens hold about 180 words
 ANSWER_TOKENS = 24  # the four tags and the number
 
-
-@dataclass(frozen=True)
-class LengthParams:
-    iqa_max: float = 65.0
-    iaa_min: float = 125.0
-    margin: float = 15.0
-
-    def check(self) -> None:
-        if self.margin <= 0:
-            raise UserError(f"length margin={self.margin}: must be positive (words)")
+Positive = Annotated[Finite, Gt(0)]
+Factor = Annotated[Finite, Ge(0)]
 
 
 @dataclass(frozen=True)
-class BinaryParams:
-    threshold: float = 8.75  # T, points
+class Term:
+    """What a preset says of every term: its weight in the reward, and the tasks that it applies to."""
 
-    def check(self) -> None:
-        if self.threshold <= 0:
-            raise UserError(f"binary threshold={self.threshold}: must be positive (points)")
+    __pydantic_config__ = STRICT_KEYS
+
+    weight: Finite = 0.0
+    tasks: Annotated[tuple[Task, ...], MinLen(1)] = TASKS
+
+
+@dataclass(frozen=True)
+class GaussianParams(Term):
+    threshold: Positive = 8.75  # T, points
+    alpha_iqa: Factor = 0.8
+    alpha_iaa: Factor = 2.0
+    scale_iqa: Factor = 1.0
+    scale_iaa: Factor = 1.0
+    cap: Factor = 1.0
+    gate_iqa_max_words: Finite | None = None  # words of the whole completion, tags included; above: 0
+    gate_iaa_min_words: Finite | None = None  # below: 0
+
+
+@dataclass(frozen=True)
+class LengthParams(Term):
+    iqa_max: Finite = 65.0  # words
+    iaa_min: Finite = 125.0
+    margin: Positive = 15.0
+
+
+@dataclass(frozen=True)
+class BinaryParams(Term):
+    threshold: Positive = 8.75  # T, points
+
+
+def gaussian(q: np.ndarray, g: np.ndarray, iaa: np.ndarray, words: np.ndarray, params: GaussianParams) -> np.ndarray:
+    """(N,) float64 in [0, cap]; 0 where unparsed.
+
+    Args:
+        q: (N,) predicted scores in points, clamped to [0, 100]; NaN where unparsed.
+        g: (N,) targets in points.
+        iaa: (N,) bool, True for IAA rows.
+        words: (N,) words of the whole completion, for the gates.
+    """
+    d = np.abs(q - g)
+    sigma0 = params.threshold / math.sqrt(2.0 * math.log(2.0))
+    sigma = sigma0 * (1.0 + np.where(iaa, params.alpha_iaa, params.alpha_iqa) * d / 100.0)
+    r = np.minimum(params.cap, np.where(iaa, params.scale_iaa, params.scale_iqa) * np.exp(-0.5 * (d / sigma) ** 2))
+    if params.gate_iqa_max_words is not None:
+        r = np.where(~iaa & (words > params.gate_iqa_max_words), 0.0, r)
+    if params.gate_iaa_min_words is not None:
+        r = np.where(iaa & (words < params.gate_iaa_min_words), 0.0, r)
+    return np.where(np.isnan(q), 0.0, r)
 
 
 def length(words: np.ndarray, iaa: np.ndarray, parsed: np.ndarray, params: LengthParams) -> np.ndarray:
@@ -47,21 +90,16 @@ def length(words: np.ndarray, iaa: np.ndarray, parsed: np.ndarray, params: Lengt
     return np.where(parsed, np.clip(1.0 - excess / params.margin, 0.0, 1.0), 0.0)
 
 
-def format_term(parsed: np.ndarray) -> np.ndarray:
-    """(N,) float64 from the (N,) bool `parsed`."""
-    return parsed.astype(np.float64)
-
-
 def binary(q: np.ndarray, g: np.ndarray, params: BinaryParams) -> np.ndarray:
     """(N,) float64: 1 where |q - g| < T, else 0. Scores q (NaN: unparsed), targets g and T are in points."""
     return (np.abs(q - g) < params.threshold).astype(np.float64)
 
 
-def check_token_budget(params: LengthParams, max_new_tokens: int, tokens_per_word: float = TOKENS_PER_WORD) -> None:
-    """Refuse a generation limit under which no IAA completion can earn its length reward. Raises UserError."""
-    needed = math.ceil(params.iaa_min * tokens_per_word) + ANSWER_TOKENS
+def check_token_budget(iaa_min: float, max_new_tokens: int) -> None:
+    """Refuse a generation limit under which no IAA completion can reach `iaa_min` words. Raises UserError."""
+    needed = math.ceil(iaa_min * TOKENS_PER_WORD) + ANSWER_TOKENS
     if max_new_tokens < needed:
         raise UserError(
-            f"rollout.max_new_tokens={max_new_tokens}: the length reward asks for {params.iaa_min:g} words in an IAA "
-            f"rationale, about {needed} tokens with the answer; raise it, or lower reward.params.length_iaa_min"
+            f"rollout.max_new_tokens={max_new_tokens}: the reward asks for {iaa_min:g} words in an IAA rationale, "
+            f"about {needed} tokens with the answer; raise it, or lower reward.params.length_iaa_min"
         )

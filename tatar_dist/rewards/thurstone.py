@@ -22,49 +22,43 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Ge, Lt
 
-from tatar_dist.errors import UserError
+from tatar_dist.config.validate import Finite
 from tatar_dist.rewards import links
+from tatar_dist.rewards.terms import Positive, Term
 
 BLOCK = 1 << 16  # pairs held at once
 RELEASED_VARIANCE_EPS = 1e-6 * 100.0**2  # the released code adds 1e-6 on the 0-1 scale
 
+Epsilon = Annotated[Finite, Ge(1e-300), Lt(0.5)]
+
 
 @dataclass(frozen=True)
-class ThurstoneParams:
-    link: str = "logistic"
-    measure: str = "bce"
-    tau: float = 8.0  # points
-    m: float = 12.0  # points
-    floor: float | None = 8.0  # points
-    eps: float = 1e-6
-    pool: str = "dataset"  # dataset: opponents come from the same data set; list: from the whole batch (released)
+class RankingParams(Term):
+    """What the two ranking terms share."""
 
-    def check(self) -> None:
-        check_ranking("thurstone", self.tau, self.m, self.eps, self.pool)
-        check_choice("thurstone link", self.link, links.LINKS)
-        check_choice("thurstone measure", self.measure, links.MEASURES)
-        if self.floor is not None and not self.floor >= self.tau:
-            raise UserError(
-                f"thurstone floor={self.floor:g} is under tau={self.tau:g}: with collapsed groups a right order would "
-                "score below a tie; raise the floor to tau or lower tau"
+    tau: Positive = 8.0  # points
+    m: Positive = 12.0  # points
+    eps: Epsilon = 1e-6
+    pool: Literal["dataset", "list"] = "dataset"  # list: opponents come from the whole batch (released)
+
+
+@dataclass(frozen=True)
+class ThurstoneParams(RankingParams):
+    link: links.Link = "logistic"
+    measure: Literal["bce", "fidelity"] = "bce"
+    floor: Finite | None = 8.0  # points
+
+    def __post_init__(self) -> None:
+        if self.floor is not None and self.floor < self.tau:
+            raise ValueError(
+                f"floor={self.floor:g} is under tau={self.tau:g}: with collapsed groups a right order would score "
+                "below a tie; raise the floor to tau or lower tau"
             )
-
-
-def check_ranking(term: str, tau: float, m: float, eps: float, pool: str) -> None:
-    """Rules shared by both ranking terms. Raises UserError."""
-    if tau <= 0 or m <= 0:
-        raise UserError(f"{term} tau={tau:g}, m={m:g}: both must be positive (points)")
-    if not 1e-300 <= eps < 0.5:
-        raise UserError(f"{term} eps={eps:g}: must lie between 0 and 0.5")
-    check_choice(f"{term} pool", pool, ("dataset", "list"))
-
-
-def check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{what}={value!r}: must be one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
@@ -78,6 +72,13 @@ class Groups:
     n_parsed: np.ndarray
     pool: np.ndarray
     of_row: np.ndarray
+
+    @property
+    def unrankable(self) -> np.ndarray:
+        """(J,) bool, groups whose pool holds no other group with a parsed row."""
+        ranked = self.n_parsed > 0
+        _, pool = np.unique(self.pool, return_inverse=True)
+        return np.bincount(pool, ranked)[pool] - ranked < 1
 
 
 def group_statistics(q: np.ndarray, g: np.ndarray, group: np.ndarray, pool: np.ndarray) -> Groups:
@@ -98,14 +99,6 @@ def group_statistics(q: np.ndarray, g: np.ndarray, group: np.ndarray, pool: np.n
     mu = np.bincount(group[parsed], weights=q[parsed], minlength=n_groups) / safe
     v = np.bincount(group[parsed], weights=(q[parsed] - mu[group[parsed]]) ** 2, minlength=n_groups) / safe
     return Groups(g[first], mu, v, n, pool[first], group)
-
-
-@dataclass(frozen=True)
-class ThurstoneResult:
-    """`reward` (N,) float64, 0 where unparsed or unrankable; `unrankable` (J,) bool, groups without an opponent."""
-
-    reward: np.ndarray
-    unrankable: np.ndarray
 
 
 def pair_scale(v_i: np.ndarray, v_j: np.ndarray, params: ThurstoneParams) -> np.ndarray:
@@ -141,23 +134,19 @@ def gap_weights(gap: np.ndarray, opponent: np.ndarray, m: float) -> np.ndarray:
     return w / np.maximum(w.sum(axis=1, keepdims=True), 1e-300)
 
 
-def thurstone(q: np.ndarray, groups: Groups, params: ThurstoneParams) -> ThurstoneResult:
-    """The reward of every row; see the file's docstring for the formula and its cost.
+def thurstone(q: np.ndarray, groups: Groups, params: ThurstoneParams) -> np.ndarray:
+    """(N,) float64, 0 where unparsed or without an opponent; the file's docstring has the formula and its cost.
 
     Args:
         q: (N,) clamped scores in points, NaN where unparsed.
         groups: their statistics, from `group_statistics` with pools already chosen.
     """
     reward = np.zeros(len(q))
-    unrankable = np.zeros(len(groups.g), bool)
     rows = np.flatnonzero(~np.isnan(q))
     rows = rows[np.argsort(groups.of_row[rows], kind="stable")]
     starts = np.searchsorted(groups.of_row[rows], np.arange(len(groups.g) + 1))
     for pool in np.unique(groups.pool):
-        members = np.flatnonzero(groups.pool == pool)
-        ranked = groups.n_parsed[members] > 0
-        rivals = members[ranked]
-        unrankable[members[len(rivals) - ranked < 1]] = True
+        rivals = np.flatnonzero((groups.pool == pool) & (groups.n_parsed > 0))
         if len(rivals) < 2:
             continue
         step = max(1, BLOCK // len(rivals))
@@ -166,7 +155,7 @@ def thurstone(q: np.ndarray, groups: Groups, params: ThurstoneParams) -> Thursto
             for start in range(starts[i], starts[i + 1], step):
                 block = rows[start : min(start + step, starts[i + 1])]
                 reward[block] = comparison.rewards(q[block], params)
-    return ThurstoneResult(reward, unrankable)
+    return reward
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ PACKAGE = ROOT / "tatar_dist"
 # From a prompt to a pushed weight: what somebody reads who wants to know how a step works.
 CORE = """
 grpo sft sampling trainer types
-rewards/thurstone rewards/gaussian rewards/pairwise rewards/links rewards/terms rewards/batch rewards/score
+rewards/thurstone rewards/pairwise rewards/links rewards/terms rewards/batch rewards/score
 algo/loss algo/advantages algo/aggregation algo/schedule
 learner/actor learner/group learner/batch learner/sharding learner/packing learner/zero3 learner/policy
 learner/shared_prefix learner/ragged

@@ -327,7 +327,7 @@ def test_a_name_longer_than_a_file_may_have_is_one_line(tmp_path, capsys):
 
 def test_an_unknown_set_names_the_nearest(tmp_path, capsys):
     assert run(tmp_path, HEAD, name="TAD-66")[0] == 2
-    assert "TAD-66: no such data set, did you mean TAD66K?" in capsys.readouterr().err
+    assert "TAD-66: no such data set; did you mean 'TAD66K'?" in capsys.readouterr().err
 
 
 def test_a_missing_images_directory_is_told_before_anything_is_written(tmp_path, capsys):

@@ -84,7 +84,7 @@ def test_a_set_is_found_in_any_case_with_or_without_hyphens(name):
 
 
 def test_an_unknown_set_names_the_nearest():
-    with pytest.raises(UserError, match="konic10k: no such data set, did you mean KonIQ-10k"):
+    with pytest.raises(UserError, match="konic10k: no such data set; did you mean 'KonIQ-10k'"):
         read_registry().find("konic10k")
 
 
@@ -113,23 +113,23 @@ def test_later_files_add_sets_and_replace_them_whole(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("task: iaa", "taks: iaa", "unknown key 'taks'; did you mean 'task'?"),
-        ("task: iaa", "task: vqa", "task is 'vqa', must be one of 'iqa', 'iaa'"),
-        ("    task: iaa\n", "", "key task is missing"),
-        ("in_domain: true", "in_domain: maybe", "in_domain must be true or false"),
-        ("score: points", "score: point", "score names 'point', which is not among columns; did you mean 'points'?"),
+        ("task: iaa", "taks: iaa", "unknown key 'datasets.Mine.taks'; did you mean 'task'?"),
+        ("task: iaa", "task: vqa", "datasets.Mine.task='vqa': must be one of iqa, iaa"),
+        ("    task: iaa\n", "", "missing key 'datasets.Mine.task'"),
+        ("in_domain: true", "in_domain: maybe", "in_domain='maybe': must be a valid boolean"),
+        ("score: points", "score: point", "score names 'point', not one of columns; did you mean 'points'?"),
         ("score: points, ", "", "needs score (a column) or votes"),
-        ("range: [0, 50]", "range: [50, 0]", "range: 50 is not below 0"),
-        ("range: [0, 50]", "range: 50", "range must be [lowest, highest]"),
-        ("range: [0, 50]", "range: [0, .inf]", "range must be a number"),
-        ("kind: csv", "kind: cvs", "kind is 'cvs'"),
+        ("range: [0, 50]", "range: [50, 0]", "range: [50, 0] is no scale; write [lowest, highest]"),
+        ("range: [0, 50]", "range: 50", "range: must be [lowest, highest], is 50"),
+        ("range: [0, 50]", "range: [0, .inf]", "range.high=inf: must be a finite number"),
+        ("kind: csv", "kind: cvs", "kind.0='cvs': must be one of csv, xlsx, json, jsonl, text"),
         ("kind: csv", "kind: text", "columns of kind text must be a mapping"),
         ("{train: 1}", "{train: 0.5}", "must be shares that add up to 1"),
-        ("{train: 1}", "{tarin: 1}", "unknown key 'tarin'; did you mean 'train'?"),
+        ("{train: 1}", "{tarin: 1}", "split.fractions.tarin: must be one of train, validation, test"),
         ("by: image", "by: reference", "by reference needs names with a pattern"),
         ("source: own", "source: own, image_pattern: x", "image_pattern 'x' must hold {} once"),
-        ("source: own", "source: own, better: more", "better is 'more'"),
-        ("counts: {total: 2}", "counts: {total: -2}", "counts: total must be a whole number"),
+        ("source: own", "source: own, better: more", "better='more': must be one of higher, lower"),
+        ("counts: {total: 2}", "counts: {total: -2}", "counts.total=-2: must not be negative"),
         ("    url:", "    names: {pattern: '('}\n    url:", "pattern is no regular expression"),
         ("    url:", "    names: {pattern: x}\n    url:", "pattern needs a group (?P<reference>"),
         ("    terms: mine", "    terms: mine\n    terms: yours", "key 'terms' is given twice"),
@@ -138,32 +138,40 @@ def test_later_files_add_sets_and_replace_them_whole(tmp_path):
         ("task: iaa", "? [a]\n    : task", "not valid YAML"),
         ("terms: mine", "terms: 2024-13-45", "not valid YAML"),
         ("counts: {total: 2}", "counts: {total: 0x" + "f" * 20 + "}", "the number is too large"),
-        ("official: none}", "official: none, test: 5}", "split: test must be a list of names, is 5"),
-        ("official: none}", "official: none, test: null}", "split: test must be a list of names, is None"),
-        ("official: none}", "official: none, test: [08, 010]}", "split: test must be text, is 8"),
-        ("source: own", "source: own, std: {range: [1, 5]}", "std: key column is missing"),
-        ("source: own", "source: own, std: {column: points}", "std: key range is missing"),
-        ("source: own", "source: own, split: {values: {a: test}}", "split: key column is missing"),
-        ("source: own", "source: own, split: {column: points, values: {}}", "split: values is empty"),
+        ("official: none}", "official: none, test: 5}", "split.test=5: must be a list"),
+        ("official: none}", "official: none, test: null}", "split.test=None: must be a list"),
+        ("official: none}", "official: none, test: [08, 010]}", "split.test.1=8: must be text; put it in quotes"),
+        ("source: own", "source: own, std: {range: [1, 5]}", "missing key 'datasets.Mine.formats.table.std.column'"),
+        ("source: own", "source: own, std: {column: points}", "missing key 'datasets.Mine.formats.table.std.range'"),
+        (
+            "source: own",
+            "source: own, split: {values: {a: test}}",
+            "missing key 'datasets.Mine.formats.table.split.column'",
+        ),
+        (
+            "source: own",
+            "source: own, split: {column: points, values: {}}",
+            "split.values={}: must hold at least 1 value",
+        ),
         ("source: own", "source: own, votes_total: points", "votes_total needs votes"),
         ("source: own", "source: own, votes: {points: 1}", "column points has two meanings"),
         ("source: own", "source: own, separator: ';'", "separator goes with kind text"),
         ("score: points, ", "votes: {points: 51}, ", "votes: points: 51 is outside the range 0–50"),
-        ("kind: csv", "kind: []", "kind is empty"),
-        ("[file, points]", "[file, points, no]", "columns must be text, is False for YAML; put it in quotes"),
+        ("kind: csv", "kind: []", "kind=[]: must hold at least 1 value"),
+        ("[file, points]", "[file, points, no]", "columns: False must be text; put it in quotes"),
         ("[file, points]", "[file, points, ' x']", "is no name"),
-        ("[file, points]", "[file, points, file]", "columns must be names, none of them twice"),
+        ("[file, points]", "[file, points, file]", "columns: 'file' is given twice"),
         ("range: [0, 50]", "range: [0, 1.0e-320]", "is no scale"),
         ("range: [0, 50]", "range: [-1.0e+308, 1.0e+308]", "is no scale"),
         (
             "    url:",
             "    names: {pattern: '(?P<reference>.)', levels: true}\n    url:",
-            "levels must be a whole number",
+            "names.levels: must be a number, is True",
         ),
         ("    url:", "    names: {pattern: '(?u)(?P<reference>.)'}\n    url:", "pattern is no regular expression"),
-        ("datasets:", "list_formats: {own: [3]}\ndatasets:", "list format own: must be a mapping"),
-        ("datasets:", "list_formats: {own: {range: [0, 1]}}\ndatasets:", "list format own: unknown key 'range'"),
-        ("  Mine:", "  m-i-n-e: {}\n  Mine:", "m-i-n-e: key task is missing"),
+        ("datasets:", "list_formats: {own: [3]}\ndatasets:", "list_formats.own=[3]: must be a mapping"),
+        ("datasets:", "list_formats: {own: {range: [0, 1]}}\ndatasets:", "unknown key 'list_formats.own.range'"),
+        ("  Mine:", "  m-i-n-e: {}\n  Mine:", "missing key 'datasets.m-i-n-e.task'"),
     ],
 )
 def test_a_wrong_entry_names_its_place_and_the_nearest_key(old, new, told, tmp_path):
@@ -177,7 +185,7 @@ def test_a_wrong_entry_names_its_place_and_the_nearest_key(old, new, told, tmp_p
 
 def test_one_name_twice_in_a_file_is_refused(tmp_path):
     entry = MINE.partition("  Mine:\n")[2]
-    with pytest.raises(UserError, match="M-INE and Mine are one name"):
+    with pytest.raises(UserError, match="Mine and M-INE are one name"):
         read_registry([written(tmp_path, MINE + "  M-INE:\n" + entry)])
 
 

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+from dataclasses import fields
 
 import pytest
 import yaml
@@ -113,7 +114,9 @@ def changed(draw):
         if kind == 0:
             del inside[last]
         elif kind == 1 and isinstance(inside, dict):
-            inside[draw(st.one_of(LEAF, st.sampled_from(sorted(registry._FORMAT_KEYS))))] = draw(VALUE)
+            inside[draw(st.one_of(LEAF, st.sampled_from(sorted(f.name for f in fields(registry.Format)))))] = draw(
+                VALUE
+            )
         else:
             inside[last] = draw(VALUE)
     return tree
@@ -130,10 +133,10 @@ def answer(path):
         assert dataset.formats and all(isinstance(g, str) for g in dataset.split.test)
         assert math.isclose(sum(dataset.split.fractions.values()), 1) and set(dataset.split.fractions) <= set(SPLITS)
         for fmt in dataset.formats.values():
-            assert fmt.kinds and 0 < fmt.range.points < math.inf and fmt.image in fmt.columns
+            assert fmt.kind and 0 < fmt.range.points < math.inf and fmt.image in fmt.columns
             assert (fmt.score is None or fmt.score in fmt.columns) and (fmt.score or fmt.votes)
             assert fmt.votes or fmt.votes_total is None
-            assert (fmt.split is None) == (fmt.split_values is None) and (fmt.std is None) == (fmt.std_range is None)
+            assert (fmt.split is None or fmt.split.values) and (fmt.std is None or fmt.std.range.points > 0)
             assert all(isinstance(c, str) and c for c in fmt.columns)
         for data in FILES:
             imported(data, dataset)

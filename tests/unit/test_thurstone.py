@@ -1,6 +1,7 @@
 """The completion-level Thurstone reward: its order properties, what may not matter to it, its numerics."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from scipy.special import expit, ndtr, ndtri
 
 from tatar_dist.errors import UserError
 from tatar_dist.rewards import links
-from tatar_dist.rewards.explain import opponents
+from tatar_dist.rewards.audit import explain
+from tatar_dist.rewards.batch import batch_of_rows
 from tatar_dist.rewards.pairwise import PairwiseParams, pairwise
 from tatar_dist.rewards.presets import load_preset
+from tatar_dist.rewards.score import score_batch
 from tatar_dist.rewards.thurstone import (
     ThurstoneParams,
     gap_weights,
@@ -22,14 +25,18 @@ from tatar_dist.rewards.thurstone import (
     thurstone,
 )
 
-FORMS = [(link, measure) for link in links.LINKS for measure in links.MEASURES]
+LINKS = get_args(links.Link)
+FORMS = [(link, measure) for link in LINKS for measure in ("bce", "fidelity")]
 score = st.floats(0, 100, allow_subnormal=False)
 
 
-def rewards(q, g, group, params, pool=None):
-    q, g, group = np.asarray(q, float), np.asarray(g, float), np.asarray(group)
+def statistics(q, g, group, pool=None):
     pool = np.zeros(len(q), np.int64) if pool is None else np.asarray(pool)
-    return thurstone(q, group_statistics(q, g, group, pool), params)
+    return group_statistics(np.asarray(q, float), np.asarray(g, float), np.asarray(group), pool)
+
+
+def rewards(q, g, group, params, pool=None):
+    return thurstone(np.asarray(q, float), statistics(q, g, group, pool), params)
 
 
 def slow(q, g, group, params):
@@ -73,7 +80,7 @@ def test_the_blocks_equal_the_formula_written_pair_by_pair(link, measure):
     q = np.clip(g + rng.normal(0, 15, len(g)), 0, 100)
     q[rng.random(len(q)) < 0.2] = np.nan
     params = ThurstoneParams(link=link, measure=measure)
-    np.testing.assert_allclose(rewards(q, g, group, params).reward, slow(q, g, group, params), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(rewards(q, g, group, params), slow(q, g, group, params), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("link", "measure"), FORMS)
@@ -85,9 +92,9 @@ def test_with_collapsed_groups_exact_beats_a_tie_and_a_tie_beats_the_reversed_or
     g = np.repeat([low, high], size)
     group = np.repeat([0, 1], size)
     params = ThurstoneParams(link=link, measure=measure)
-    exact = rewards(g, g, group, params).reward
-    tie = rewards(np.full(2 * size, (low + high) / 2), g, group, params).reward
-    reversed_order = rewards(np.repeat([high, low], size), g, group, params).reward
+    exact = rewards(g, g, group, params)
+    tie = rewards(np.full(2 * size, (low + high) / 2), g, group, params)
+    reversed_order = rewards(np.repeat([high, low], size), g, group, params)
     assert (exact > tie).all() and (tie > reversed_order).all()
 
 
@@ -117,47 +124,47 @@ def test_rewards_are_finite_in_range_and_do_not_depend_on_the_order_of_rows(data
     g = np.array(data.draw(st.lists(score, min_size=6, max_size=6)))[group]
     q = np.array(data.draw(st.lists(score | st.just(math.nan), min_size=n, max_size=n)))
     params = ThurstoneParams(link=link, measure=measure)
-    r = rewards(q, g, group, params).reward
+    r = rewards(q, g, group, params)
     assert np.isfinite(r).all() and (r >= 0).all() and (r <= 1).all() and (r[np.isnan(q)] == 0).all()
     order = np.array(data.draw(st.permutations(range(n))))
-    np.testing.assert_allclose(rewards(q[order], g[order], group[order], params).reward, r[order], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(rewards(q[order], g[order], group[order], params), r[order], rtol=0, atol=1e-12)
     relabel = np.array(data.draw(st.permutations(range(group.max() + 1))))
-    np.testing.assert_allclose(rewards(q, g, relabel[group], params).reward, r, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(rewards(q, g, relabel[group], params), r, rtol=0, atol=1e-12)
 
 
 def test_siblings_are_no_opponents():
     params = ThurstoneParams()
-    alone = rewards([10.0, 90.0], [50.0, 50.0], [0, 0], params)
-    assert (alone.reward == 0).all() and alone.unrankable.all()
+    alone = ([10.0, 90.0], [50.0, 50.0], [0, 0])
+    assert (rewards(*alone, params) == 0).all() and statistics(*alone).unrankable.all()
     # A sibling acts only through the group's variance: where the floor holds, not at all.
-    a = rewards([60.0, 61.0, 40.0], [70.0, 70.0, 40.0], [0, 0, 1], params).reward
-    b = rewards([60.0, 63.0, 40.0], [70.0, 70.0, 40.0], [0, 0, 1], params).reward
+    a = rewards([60.0, 61.0, 40.0], [70.0, 70.0, 40.0], [0, 0, 1], params)
+    b = rewards([60.0, 63.0, 40.0], [70.0, 70.0, 40.0], [0, 0, 1], params)
     assert a[0] == b[0] and a[2] != b[2]
 
 
 def test_other_pools_do_not_matter():
     params = ThurstoneParams()
-    one = rewards([60.0, 40.0], [70.0, 30.0], [0, 1], params).reward
-    two = rewards([60.0, 40.0, 5.0, 99.0], [70.0, 30.0, 99.0, 5.0], [0, 1, 2, 3], params, [0, 0, 1, 1]).reward
+    one = rewards([60.0, 40.0], [70.0, 30.0], [0, 1], params)
+    two = rewards([60.0, 40.0, 5.0, 99.0], [70.0, 30.0, 99.0, 5.0], [0, 1, 2, 3], params, [0, 0, 1, 1])
     np.testing.assert_array_equal(two[:2], one)
 
 
 def test_an_unparsed_row_gets_nothing_and_does_not_move_its_group():
     params = ThurstoneParams()
     g, group = [70.0, 70.0, 70.0, 30.0], [0, 0, 0, 1]
-    with_hole = rewards([60.0, math.nan, 70.0, 40.0], g, group, params).reward
-    without = rewards([60.0, 70.0, 40.0], [70.0, 70.0, 30.0], [0, 0, 1], params).reward
+    with_hole = rewards([60.0, math.nan, 70.0, 40.0], g, group, params)
+    without = rewards([60.0, 70.0, 40.0], [70.0, 70.0, 30.0], [0, 0, 1], params)
     assert with_hole[1] == 0
     np.testing.assert_array_equal(with_hole[[0, 2, 3]], without)
 
 
 def test_a_group_without_a_parsed_row_is_no_opponent_and_a_pool_left_with_one_cannot_rank():
     params = ThurstoneParams()
-    result = rewards([60.0, math.nan, 40.0], [70.0, 50.0, 30.0], [0, 1, 2], params)
-    np.testing.assert_array_equal(result.reward[[0, 2]], rewards([60.0, 40.0], [70.0, 30.0], [0, 1], params).reward)
-    assert not result.unrankable.any()
-    lonely = rewards([60.0, math.nan], [70.0, 50.0], [0, 1], params)
-    assert (lonely.reward == 0).all() and lonely.unrankable.tolist() == [True, False]
+    three = ([60.0, math.nan, 40.0], [70.0, 50.0, 30.0], [0, 1, 2])
+    np.testing.assert_array_equal(rewards(*three, params)[[0, 2]], rewards([60.0, 40.0], [70.0, 30.0], [0, 1], params))
+    assert not statistics(*three).unrankable.any()
+    lonely = ([60.0, math.nan], [70.0, 50.0], [0, 1])
+    assert (rewards(*lonely, params) == 0).all() and statistics(*lonely).unrankable.tolist() == [True, False]
 
 
 def test_nearer_targets_weigh_more_and_tiny_m_does_not_underflow():
@@ -179,8 +186,8 @@ def test_a_floor_under_tau_is_refused_except_in_released():
 def test_without_the_floor_a_right_order_of_collapsed_groups_would_score_below_a_tie():
     released = load_preset("released").thurstone
     g, group = [60.0, 55.0], [0, 1]
-    right = rewards([61.0, 56.0], g, group, released).reward
-    tie = rewards([58.0, 58.0], g, group, released).reward
+    right = rewards([61.0, 56.0], g, group, released)
+    tie = rewards([58.0, 58.0], g, group, released)
     assert (right < tie).all()
 
 
@@ -188,9 +195,9 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     rng = np.random.default_rng(1)
     group = np.repeat(np.arange(20), 5)
     g, q = rng.uniform(0, 100, 20)[group], rng.uniform(0, 100, 100)
-    whole = rewards(q, g, group, ThurstoneParams()).reward
+    whole = rewards(q, g, group, ThurstoneParams())
     monkeypatch.setattr("tatar_dist.rewards.thurstone.BLOCK", 7)
-    np.testing.assert_allclose(rewards(q, g, group, ThurstoneParams()).reward, whole, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(rewards(q, g, group, ThurstoneParams()), whole, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize(("link", "measure"), FORMS)
@@ -198,15 +205,22 @@ def test_the_explained_opponents_add_up_to_the_reward(link, measure):
     rng = np.random.default_rng(2)
     group = np.repeat(np.arange(5), 3)
     g, q = rng.uniform(0, 100, 5)[group], rng.uniform(0, 100, 15)
-    params = ThurstoneParams(link=link, measure=measure)
-    groups = group_statistics(q, g, group, np.zeros(15, np.int64))
-    table = opponents(4, q, groups, params)
-    assert {o.group for o in table} == {0, 2, 3, 4}
+    rows = [
+        {"group_id": j, "task": "iaa", "dataset": "d", "target": t, "completion": f"<answer>{a}</answer>"}
+        for j, t, a in zip(group.tolist(), g.tolist(), q.tolist(), strict=True)
+    ]
+    batch, preset = (
+        batch_of_rows(rows),
+        load_preset("tatar", None, {"thurstone_link": link, "thurstone_measure": measure}),
+    )
+    scored = score_batch(batch, preset)
+    table = explain(batch, scored.answers, preset, 4)
+    assert {o.group_id for o in table} == {"0", "2", "3", "4"}
     total = sum(o.weight * o.reward for o in table)
-    assert total == pytest.approx(thurstone(q, groups, params).reward[4], abs=1e-12)
+    assert total == pytest.approx(scored.terms["thurstone"][4], abs=1e-12)
 
 
-@given(st.floats(-1e6, 1e6), st.sampled_from(links.LINKS))
+@given(st.floats(-1e6, 1e6), st.sampled_from(LINKS))
 def test_links_are_complementary_finite_and_precise_in_the_tail(z, link):
     q, not_q = links.probabilities(np.array([z]), link)
     assert q[0] + not_q[0] == pytest.approx(1) and 0 <= q[0] <= 1

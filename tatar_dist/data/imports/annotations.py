@@ -112,8 +112,8 @@ def parse(data: bytes, file: str, encoding: str | None, formats: Sequence[Format
         names = [c.strip() for c in next(csv.reader([line]), [])]
     except csv.Error:
         names = []
-    if not any(f.kinds != ("text",) and set(f.columns) <= set(names) for f in formats):
-        for fmt in (f for f in formats if f.types and len(_split(line, f.separator)) == len(f.columns)):
+    if not any("text" not in f.kind and set(f.columns) <= set(names) for f in formats):
+        for fmt in (f for f in formats if "text" in f.kind and len(_split(line, f.separator)) == len(f.columns)):
             return _plain_text(text, file, fmt.separator)
     return _csv(text, file)
 
@@ -297,7 +297,7 @@ def _recognise(rows: AnnotationRows, file: str, dataset: Dataset, wanted: list[F
             i = min(rows.bad, default=0)
             reason = rows.bad[i].text if rows.bad else "the row is an empty object"
             raise UserError(f"{rows.where(i)}: {reason}; no row of the file can be read")
-    possible = [f for f in wanted if rows.kind in f.kinds]
+    possible = [f for f in wanted if rows.kind in f.kind]
     if rows.kind == "text":
         fits = [f for f in possible if len(f.columns) == len(rows.rows[0])]
     else:
@@ -316,7 +316,7 @@ def _no_fit(
 ) -> str:
     """Say why no format of the set fits: which columns the nearest one lacks."""
     if not possible:
-        known = "; ".join(f"{f.name}: {'/'.join(f.kinds)}" for f in wanted)
+        known = "; ".join(f"{f.name}: {'/'.join(f.kind)}" for f in wanted)
         return f"looks like {rows.kind}, in which {dataset.name} has no format ({known})"
     if rows.kind == "text":
         return f"its lines have {len(rows.rows[0])} fields, which fits no format of {dataset.name}"
@@ -331,7 +331,7 @@ def _no_fit(
     if rows.kind == "csv" and len(there) == 1 and (";" in there[0] or "\t" in there[0]):
         hint = "; columns must be separated by commas"
     if rows.kind == "csv":
-        hint += "".join(f"; nor lines of {len(f.columns)} fields, as in {f.name}" for f in wanted if f.types)
+        hint += "".join(f"; nor lines of {len(f.columns)} fields, as in {f.name}" for f in wanted if "text" in f.kind)
     what = "missing column" if rows.kind in ("csv", "xlsx") else "missing key"
     return f"{what} {', '.join(lacking)} of format {nearest.name}; found {shown}{hint}"
 

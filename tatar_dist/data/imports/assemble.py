@@ -121,11 +121,11 @@ def _split(rows: ImportRows, dataset: Dataset, sources: Sources, choices: Choice
         raise UserError("--split and --split-list exclude each other")
     if choices.split and choices.split not in SPLITS:
         raise UserError(f"--split {choices.split}: must be one of {', '.join(SPLITS)}")
-    with_column = [f for f in rows.files if f.format.split]
-    for file in with_column:
+    with_column = [(f.file, f.format.split.column) for f in rows.files if f.format.split]
+    for file, column in with_column:
         if choices.split or sources.split_lists:
-            raise UserError(f"{file.file}: its column {file.format.split} says the split; leave --split and lists out")
-    columns_rule = "; ".join(sorted({f"column {f.format.split} of the file" for f in with_column}))
+            raise UserError(f"{file}: its column {column} says the split; leave --split and lists out")
+    columns_rule = "; ".join(sorted({f"column {column} of the file" for _, column in with_column}))
     if len(with_column) == len(rows.files):
         return Splits([], columns_rule, True)
     lacks_split = np.concatenate([np.full(f.rows, f.format.split is None) for f in rows.files])

@@ -36,13 +36,13 @@ def judge(file: RawFile) -> ImportRows:
     """Check every used column and convert it; rows that fail are in `bad`, each with its first fault."""
     fmt = file.format
     image = _texts(file, fmt.image)
-    for column, kind in zip(fmt.columns, fmt.types or (), strict=False):
+    for column, kind in fmt.columns.items():
         if kind == "integer" and column in file.columns:
             _check_integers(file, column)
     if fmt.image_pattern != "{}":
         image = [fmt.image_pattern.replace("{}", name) for name in image]
     votes = _votes(file) if fmt.votes else None
-    vote_values = [value for _, value in fmt.votes]
+    vote_values = list(fmt.votes.values())
     if fmt.score is not None:
         raw = _numbers(file, fmt.score)
         label = f"{file.label(fmt.score)}: "
@@ -173,7 +173,7 @@ def _number(label: str, value: Any, written: bool) -> float | Bad:
 
 def _votes(file: RawFile) -> np.ndarray:
     fmt = file.format
-    names = [name for name, _ in fmt.votes]
+    names = list(fmt.votes)
     counts = np.stack([_numbers(file, name) for name in names], axis=1)
     if fmt.votes_total:
         counts = counts * _numbers(file, fmt.votes_total)[:, None]  # shares of the total
@@ -201,16 +201,15 @@ def _spread(file: RawFile, votes: np.ndarray | None) -> np.ndarray:
     """
     fmt = file.format
     if fmt.std is not None:
-        assert fmt.std_range is not None
-        std = _numbers(file, fmt.std)
-        most = fmt.std_range.high - fmt.std_range.low
+        std, scale = _numbers(file, fmt.std.column), fmt.std.range
+        most = scale.high - scale.low
         for i in np.flatnonzero(~((std >= 0) & (std <= most)) & ~np.isnan(std)):
-            text = f"column {fmt.std}: {std[i]:.10g} is no standard deviation on {fmt.std_range}"
+            text = f"column {fmt.std.column}: {std[i]:.10g} is no standard deviation on {scale}"
             file.reject(i, "out of range", text)
-        return std * fmt.std_range.points
+        return std * scale.points
     if votes is None or fmt.score is not None:
         return np.full(file.rows, np.nan)
-    values = np.array([value for _, value in fmt.votes])
+    values = np.array(list(fmt.votes.values()))
     mean = _mean(votes, values)
     with np.errstate(invalid="ignore", divide="ignore"):
         variance = (votes * (values[None, :] - mean[:, None]) ** 2).sum(axis=1) / votes.sum(axis=1)
@@ -218,14 +217,14 @@ def _spread(file: RawFile, votes: np.ndarray | None) -> np.ndarray:
 
 
 def _splits(file: RawFile) -> list[str]:
-    fmt = file.format
-    assert fmt.split is not None and fmt.split_values is not None
-    names = _texts(file, fmt.split)
+    split = file.format.split
+    assert split is not None
+    names = _texts(file, split.column)
     for i, name in enumerate(names):
-        if name and name not in fmt.split_values:
-            known = ", ".join(fmt.split_values)
-            file.reject(i, "unknown split", f"column {fmt.split}: {short(name)} is none of {known}")
-    return [fmt.split_values.get(name, "") for name in names]
+        if name and name not in split.values:
+            known = ", ".join(split.values)
+            file.reject(i, "unknown split", f"column {split.column}: {short(name)} is none of {known}")
+    return [split.values.get(name, "") for name in names]
 
 
 def _attributes(file: RawFile) -> list[dict[str, str]]:

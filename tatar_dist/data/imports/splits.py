@@ -129,8 +129,9 @@ def _shares_of_others(listed: set[str], dataset: Dataset) -> dict[str, float]:
 def by_rule(groups: Sequence[str], dataset: Dataset) -> Splits:
     """Split rows by the set's rule. `groups`: what must not cross splits, a row's image or reference image."""
     rule = dataset.split
-    chosen = {g: _hashed(g, dataset.name, rule.fractions) for g in set(groups)} | {g: "test" for g in rule.test}
-    how = _by_hash(dataset, rule.fractions)
+    shares: dict[str, float] = dict(rule.fractions.items())
+    chosen = {g: _hashed(g, dataset.name, shares) for g in set(groups)} | {g: "test" for g in rule.test}
+    how = _by_hash(dataset, shares)
     if rule.test:
         how = f"test = {len(rule.test)} {rule.by} images of the published test list; the others {how}"
     return Splits([chosen[group] for group in groups], how, False)
