@@ -73,7 +73,7 @@ def compare(runs: dict[Run, list[Path]]) -> dict[str, Any]:
         measured_runs = [read_run(p) for p in paths]
         steps = [s.seconds for r in measured_runs for s in r.steps]
         total = np.array([sum(s.values()) for s in steps])
-        simulator = Simulator(measured_runs[0].config, costs, shared_cores=True)
+        simulator = Simulator(measured_runs[0].setup.config, costs, shared_cores=True)
         predicted = simulator.predict(run[0], run[1], "disaggregated")
         measured = {
             "step_seconds": float(np.median(total)),

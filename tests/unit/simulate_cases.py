@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tatar_dist.config.load import load_config
-from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts, StepCosts
+from tatar_dist.plan.simulate.costs import (
+    EngineCosts,
+    LearnerCosts,
+    OtherCosts,
+    PushCosts,
+    RewardCosts,
+    StepCosts,
+    prompt_tokens,
+)
 from tatar_dist.plan.simulate.step import Setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -30,7 +39,15 @@ def demo(*words):
 
 
 GRPO, DEMO = grpo(), demo()
+PROMPT = prompt_tokens(GRPO)
 
 
-def setup_of(learners=1, engines=1, prompts=4, group_size=4, **other):
-    return Setup(learners, engines, prompts, group_size, **{"micro_tokens": 400, "max_num_seqs": 64, **other})
+def setup_of(learners=1, engines=1, prompts=4, group_size=4, cores=None, **other):
+    """A step of GRPO's config, small; `other`: values of its sections grpo and rollout."""
+    sizes = {"prompts_per_step": prompts, "group_size": group_size, "micro_tokens": 400 + PROMPT} | other
+    sections = {
+        name: replace(section, **{k: v for k, v in sizes.items() if hasattr(section, k)})
+        for name, section in (("grpo", GRPO.grpo), ("rollout", GRPO.rollout))
+    }
+    cluster = replace(GRPO.cluster, gpus_per_node=0)
+    return Setup(replace(GRPO, cluster=cluster, **sections), learners, engines, cores)

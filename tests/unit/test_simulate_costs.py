@@ -26,17 +26,17 @@ def write_run(path, costs, *words, steps=6, slow=None):
     import pyarrow.parquet as pq
 
     config = demo(*words)
-    setup = Setup.of(config, config.cluster.learners, config.rollout.engines, costs.cores)
+    setup = Setup(config, config.cluster.learners, config.rollout.engines, costs.cores)
     (path / "rollouts").mkdir(parents=True)
     (path / "config.yaml").write_text(to_yaml(config))
     lines = []
-    for step, lengths in enumerate(draw_lengths(costs, setup, draws=steps)):
+    for step, lengths in enumerate(draw_lengths(costs, config, draws=steps)):
         t = simulate_step(costs, setup, lengths)
         factor = 10.0 if step == slow else 1.0
         seconds = {name: factor * getattr(t, name) for name in ("generate", "reward", "learn", "sync", "step")}
         sync = {"sync/bytes": costs.model_gb * 1e9 * setup.engines}
         lines.append(json.dumps({"step": step, **{f"time/{k}": v for k, v in seconds.items()}, **sync}) + "\n")
-        half = setup.prompts // 2
+        half = config.grpo.prompts_per_step // 2
         rows = [
             {"group_id": f"{p:03d}", "index": i, "task": "iqa" if p < half else "iaa", "tokens": int(n)}
             for p, group in enumerate(lengths)

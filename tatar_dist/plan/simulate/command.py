@@ -49,32 +49,27 @@ def run(config: Config, measured: Sequence[Path], times: Path | None, gpus: str 
 
 def duration(seconds: float) -> str:
     """Format with about three significant digits and a suitable unit."""
-    for limit, unit, divisor in ((1.0, "ms", 1e-3), (120.0, "s", 1.0), (7200.0, "min", 60.0), (172_800.0, "h", 3600.0)):
-        if seconds < limit:
-            return f"{_figures(seconds / divisor)} {unit}"
-    return f"{_figures(seconds / 86_400)} days"
-
-
-def _figures(x: float) -> str:
-    return f"{x:.{2 if x < 10 else 1 if x < 100 else 0}f}"
+    units = ((1.0, "ms", 1e-3), (120.0, "s", 1.0), (7200.0, "min", 60.0), (172_800.0, "h", 3600.0))
+    _, unit, divisor = next((u for u in units if seconds < u[0]), (0, "days", 86_400))
+    x = seconds / divisor
+    return f"{x:.{2 if x < 10 else 1 if x < 100 else 0}f} {unit}"
 
 
 def _configured(f: Forecast) -> Table:
     """Return the step of the configured split, part by part."""
-    p = f.own
+    p = f.configured
     table = Table(title="grpo: a step as configured", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     table.add_row("split", f"{p.learners} learners + {p.engines} engines, {p.placement}")
-    parts = ", ".join(f"{name} {duration(s)}" for name, s in p.parts.items() if s)
     table.add_row("step", f"{duration(p.step_seconds)} (95 % under {duration(p.step_p95)})")
-    table.add_row("parts", parts)
+    table.add_row("parts", ", ".join(f"{name} {duration(s)}" for name, s in p.parts.items() if s))
     table.add_row("idle", f"engines {p.rollout_idle:.0%}, learners {p.learner_idle:.0%} of a step")
     table.add_row("tokens", f"{p.tokens_per_second:,.0f} a second")
     seconds = f.run_seconds(p)
     cost = f", {seconds * f.plan.gpus / 3600:,.1f} GPU-hours" if seconds and f.plan.gpus else ""
-    run = f"{duration(seconds)}, {f.plan.steps} steps{cost}" if seconds else "unknown: manifests not there yet"
-    table.add_row("run", run)
+    unknown = "unknown: manifests not there yet"
+    table.add_row("run", f"{duration(seconds)}, {f.plan.steps} steps{cost}" if seconds else unknown)
     table.add_row("times", f.costs.source)
     return table
 
@@ -83,18 +78,7 @@ def _by_gpus(f: Forecast) -> Table:
     """Return the best splits by number of GPUs."""
     what = "processes" if f.costs.cores else "GPUs"
     table = Table(title=f"Best split, learners + engines, on N {what}", title_justify="left")
-    heads = (
-        "N",
-        "disagg-\nregated",
-        "step",
-        "colo-\ncated",
-        "step",
-        "E\nidle",
-        "L\nidle",
-        "all\nidle",
-        "effi-\nciency",
-    )
-    for name in heads:
+    for name in "N|disagg-\nregated|step|colo-\ncated|step|E\nidle|L\nidle|all\nidle|effi-\nciency".split("|"):
         table.add_column(name, justify="right", no_wrap=True)
     efficiency = f.efficiency()
     for n, predictions in f.rows:

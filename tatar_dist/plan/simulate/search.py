@@ -22,7 +22,7 @@ from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 from tatar_dist.plan.plan import Plan, resolve
 from tatar_dist.plan.simulate.costs import StepCosts
-from tatar_dist.plan.simulate.step import Setup, StepTimes, amdahl, simulate_step
+from tatar_dist.plan.simulate.step import Setup, generate, learn_seconds, step_times
 
 GPUS = tuple(1 << k for k in range(11))
 DRAWS = 48
@@ -56,66 +56,64 @@ def fastest(predictions: dict[str, Prediction | None]) -> Prediction | None:
     return min((p for p in predictions.values() if p), key=lambda p: p.step_seconds, default=None)
 
 
-def draw_lengths(costs: StepCosts, setup: Setup, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
-    """Draw (draws, P, G) completion lengths, IQA prompts first.
+def draw_lengths(costs: StepCosts, config: Config, draws: int = DRAWS) -> np.ndarray:
+    """Draw (draws, P, G) completion lengths, IQA prompts first, the same in every call.
+
     Each prompt takes the G lengths from one measured group with replacement, so completions of a prompt stay similar.
 
     Raises:
         UserError: a task of the batch has no lengths.
     """
-    rng = np.random.default_rng(seed)
-    n_iqa = round(setup.prompts * setup.iqa_fraction)
+    rng = np.random.default_rng(0)
+    prompts, group_size = config.grpo.prompts_per_step, config.grpo.group_size
+    n_iqa = round(prompts * config.data.iqa_fraction)
     parts = []
-    for task, n in (("iqa", n_iqa), ("iaa", setup.prompts - n_iqa)):
+    for task, n in (("iqa", n_iqa), ("iaa", prompts - n_iqa)):
         if not n:
             continue
         groups = costs.lengths.get(task)
         if not groups:
-            raise UserError(f"no completion lengths of task {task}, which has {n} of {setup.prompts} prompts in a step")
-        picked = rng.integers(len(groups), size=(draws, n))
-        sizes = np.array([len(g) for g in groups])
-        table = np.zeros((len(groups), sizes.max()), int)
-        for i, group in enumerate(groups):
-            table[i, : len(group)] = group
-        within = (rng.random((draws, n, setup.group_size)) * sizes[picked][..., None]).astype(int)
-        parts.append(table[picked[..., None], within])
+            raise UserError(f"no completion lengths of task {task}, which has {n} of {prompts} prompts in a step")
+        sizes = np.array([len(group) for group in groups])
+        first = sizes.cumsum() - sizes
+        picked = rng.integers(len(groups), size=(draws, n, 1))
+        within = (rng.random((draws, n, group_size)) * sizes[picked]).astype(int)
+        parts.append(np.concatenate(groups)[first[picked] + within])
     return np.concatenate(parts, axis=1)
 
 
 class Simulator:
-    """Simulate splits of one configuration with the same draws, and cache the results."""
+    """Simulate splits of one configuration with the same draws, and cache the results.
 
-    def __init__(self, config: Config, costs: StepCosts, shared_cores: bool = False, seed: int = 0) -> None:
-        # On CPUs a table over more processes supposes for each the cores that one had.
+    On CPUs all processes share the measured cores (`shared_cores`), or each is supposed to have as many of its own.
+    """
+
+    def __init__(self, config: Config, costs: StepCosts, shared_cores: bool = False) -> None:
         self.config, self.costs = config, costs
-        cores = costs.cores if shared_cores else None
-        if costs.cores and not shared_cores:
-            self.costs = alone(costs)
-        self.setup = replace(Setup.of(config, 1, 1, cores), colocated=False)
-        self.lengths = draw_lengths(costs, self.setup, seed)
+        self.setup = Setup(config, 1, 1, costs.cores, dedicated=not shared_cores)
+        self.lengths = draw_lengths(costs, config)
         self._engines = cache(self._simulate_engines)
         self._learners = cache(self._simulate_learners)
 
-    def _simulate_engines(self, engines: int) -> list[StepTimes]:
+    def _simulate_engines(self, engines: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (draws,) seconds and busy seconds of generation."""
         setup = replace(self.setup, engines=engines)
-        return [simulate_step(self.costs, setup, lengths) for lengths in self.lengths]
+        services = [generate(self.costs.engine, setup, lengths)[0] for lengths in self.lengths]
+        return np.array([s.seconds for s in services]), np.array([s.busy for s in services])
 
     def _simulate_learners(self, learners: int) -> np.ndarray:
         setup = replace(self.setup, learners=learners)
-        return np.array([simulate_step(self.costs, setup, lengths).learn for lengths in self.lengths])
+        return np.array([learn_seconds(self.costs.learner, setup, lengths) for lengths in self.lengths])
 
     def predict(self, learners: int, engines: int, placement: str) -> Prediction:
         """Predict a step. Raises UserError for fewer rows than learners, or if all costs are zero."""
         setup = replace(self.setup, learners=learners, engines=engines, colocated=placement == "colocated")
-        times, learn = self._engines(engines), self._learners(learners)
-        switch = self.costs.switch if setup.colocated else 0.0
-        names = ("generate", "reward", "sync", "other")
-        parts = {name: np.array([getattr(t, name) for t in times]) for name in names} | {"learn": learn}
-        step = np.array([replace(t, learn=x, switch=switch).step for t, x in zip(times, learn.tolist(), strict=True)])
+        times = step_times(self.costs, setup, *self._engines(engines), self._learners(learners))
+        step = times.step
         if not step.all():
             raise UserError(f"a step takes no time by these times ({self.costs.source}): give engine and learner some")
-        busy = np.array([t.engines_busy for t in times]) * setup.tensor_parallel + learners * learn
-        mean = {name: float(parts[name].mean()) for name in ("generate", "reward", "learn", "sync", "other")}
+        busy = times.engines_busy * self.config.rollout.tensor_parallel + learners * times.learn
+        names = ("generate", "reward", "learn", "sync", "other", *(["switch"] if setup.colocated else []))
         return Prediction(
             placement=placement,
             learners=learners,
@@ -123,39 +121,37 @@ class Simulator:
             gpus=setup.gpus,
             step_seconds=float(step.mean()),
             step_p95=float(np.quantile(step, 0.95)),
-            parts=mean | ({"switch": switch} if setup.colocated else {}),
-            rollout_idle=float(np.mean(1 - parts["generate"] / step)),
-            learner_idle=float(np.mean(1 - learn / step)),
+            parts={name: float(np.mean(getattr(times, name))) for name in names},
+            rollout_idle=float(np.mean(1 - times.generate / step)),
+            learner_idle=float(np.mean(1 - times.learn / step)),
             gpu_idle=float(np.mean(1 - busy / (setup.gpus * step))),
             tokens_per_second=float(np.mean(self.lengths.sum(axis=(1, 2)) / step)),
         )
 
     def splits(self, gpus: int, placement: str) -> list[tuple[int, int]]:
         """Return candidate (learners, engines) that fit into the memory of `gpus` GPUs."""
-        s, tp = self.setup, self.setup.tensor_parallel
-        if placement == "colocated" and (tp > 1 or s.staleness):
+        tp, prompts, rows = self.config.rollout.tensor_parallel, self.config.grpo.prompts_per_step, self.setup.rows
+        shared = placement == "colocated"
+        if shared and (tp > 1 or self.config.grpo.staleness):
             return []
-        calls = {-(-s.prompts // k) for k in range(1, s.prompts + 1)}  # engines that make the calls smaller
+        useful = {-(-prompts // k) for k in range(1, prompts + 1)}  # engines that make the calls smaller
         splits: list[tuple[int, int]] = []
-        for learners in (n for n in range(1, min(gpus, s.rows) + 1) if s.rows % n == 0):
-            if not self.fits(learners, placement):
-                continue
-            room = learners if placement == "colocated" else (gpus - learners) // tp
-            engines = {n for n in calls if n <= room} | {min(room, s.prompts)}
-            splits += [(learners, e) for e in sorted(engines) if e]
+        for learners in range(1, min(gpus, rows) + 1):
+            if rows % learners == 0 and self.fits(learners, placement):
+                room = learners if shared else (gpus - learners) // tp
+                engines = {n for n in useful if n <= room} | {min(room, prompts)}
+                splits += [(learners, n) for n in sorted(engines) if n]
         return splits
 
     def fits(self, learners: int, placement: str) -> bool:
         """Whether GPUs hold a learner's shard and an engine's weights, together if colocated; True if unknown."""
-        c = self.costs
+        c, gpu = self.costs, self.costs.gpu_gib * 2**30
         if not c.parameters or c.cores:
             return True
-        gpu = c.gpu_gib * 2**30
         state = c.parameters * (STATE_BYTES + (REFERENCE_BYTES if self.config.grpo.kl_beta else 0)) / learners
-        weights = c.parameters * ENGINE_BYTES / self.setup.tensor_parallel
-        if placement == "colocated" and state + weights > (1 - KV_SHARE) * gpu:
-            return False
-        return state <= MEMORY * gpu and weights <= (1 - KV_SHARE) * gpu
+        weights = c.parameters * ENGINE_BYTES / self.config.rollout.tensor_parallel
+        beside = state if placement == "colocated" else 0
+        return state <= MEMORY * gpu and weights + beside <= (1 - KV_SHARE) * gpu
 
     def best(self, gpus: int, placement: str) -> Prediction | None:
         """Return the split with the shortest step, on ties with the fewest GPUs; None if nothing fits."""
@@ -163,34 +159,23 @@ class Simulator:
         return min(predictions, key=lambda p: (round(p.step_seconds, 9), p.gpus), default=None)
 
 
-def alone(costs: StepCosts) -> StepCosts:
-    """Convert CPU costs to those of a process that uses all `cores`, as for dedicated hardware."""
-    assert costs.cores
-    scaled = {}
-    for role in ("engine", "learner"):
-        part = getattr(costs, role)
-        factor = amdahl(part.serial, costs.cores)
-        values = {k: v * factor for k, v in asdict(part).items() if v is not None and k != "serial"}
-        scaled[role] = replace(part, **values)
-    return replace(costs, **scaled)
-
-
 @dataclass(frozen=True)
 class Forecast:
     """The split of `plan`, and the best ones by number of GPUs and placement (None: nothing fits)."""
 
     plan: Plan
-    own: Prediction
+    configured: Prediction
     rows: tuple[tuple[int, dict[str, Prediction | None]], ...]
     costs: StepCosts
     notes: tuple[str, ...]
-    checkpoints: int | None  # in the whole run
+    checkpoint_every: int
 
     def run_seconds(self, p: Prediction) -> float | None:
         """Seconds of the whole run, without start and evaluations; None if the number of steps is unknown."""
-        if self.plan.steps is None or self.checkpoints is None:
+        if (steps := self.plan.steps) is None:
             return None
-        return self.plan.steps * p.step_seconds + self.checkpoints * self.costs.checkpoint
+        checkpoints = -(-steps // self.checkpoint_every) if self.checkpoint_every else 1
+        return steps * p.step_seconds + checkpoints * self.costs.checkpoint
 
     def efficiency(self) -> dict[int, float]:
         """Return n -> GPU-seconds of a step on the fewest GPUs that work, over those on n, each with the best split."""
@@ -198,21 +183,22 @@ class Forecast:
         return {n: steps[min(steps)] * min(steps) / (n * s) for n, s in steps.items()}
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the `--json` object."""
         efficiency = self.efficiency()
 
-        def shown(p: Prediction | None) -> dict[str, Any] | None:
+        def with_run(p: Prediction | None) -> dict[str, Any] | None:
             return {**asdict(p), "run_seconds": self.run_seconds(p)} if p else None
 
         table = []
         for n, predictions in self.rows:
             best = fastest(predictions)
             row = {"gpus": n, "best": best and best.placement, "efficiency": efficiency.get(n)}
-            table.append(row | {placement: shown(p) for placement, p in predictions.items()})
+            table.append(row | {placement: with_run(p) for placement, p in predictions.items()})
         return {
             "source": self.costs.source,
             "notes": list(self.notes),
             "steps": self.plan.steps,
-            "configured": shown(self.own),
+            "configured": with_run(self.configured),
             "table": table,
             "costs": asdict(self.costs),
         }
@@ -224,8 +210,8 @@ def forecast(config: Config, costs: StepCosts, gpus: Sequence[int] = GPUS) -> Fo
     Raises:
         UserError: a number below 1, times of CPUs for a cluster of GPUs or the reverse, more learners than completions.
     """
-    if wrong := [n for n in gpus if n < 1]:
-        raise UserError(f"--gpus {wrong[0]}: must be at least 1")
+    if min(gpus) < 1:
+        raise UserError(f"--gpus {min(gpus)}: must be at least 1")
     plan = resolve(config, "grpo")
     if bool(costs.cores) == bool(config.cluster.gpus_per_node):
         kind = ("CPUs", "GPUs") if costs.cores else ("GPUs", "CPUs")
@@ -233,25 +219,22 @@ def forecast(config: Config, costs: StepCosts, gpus: Sequence[int] = GPUS) -> Fo
             f"times of {kind[0]} ({costs.source}) say nothing about {kind[1]}: measure there, "
             f"or set cluster.gpus_per_node={0 if costs.cores else 8}"
         )
-    own = Simulator(config, costs, shared_cores=True).predict(plan.learners, plan.engines, config.cluster.placement)
-    many = Simulator(config, costs)
-    rows = tuple((n, {p: many.best(n, p) for p in PLACEMENTS}) for n in sorted(set(gpus)))
-    every, steps = config.checkpoint.every, plan.steps
-    saved = None if steps is None else (steps // every + (steps % every > 0) if every else 1)
-    return Forecast(plan, own, rows, costs, tuple(_notes(config, costs, many)), saved)
+    shared, simulator = Simulator(config, costs, shared_cores=True), Simulator(config, costs)
+    configured = shared.predict(plan.learners, plan.engines, config.cluster.placement)
+    rows = tuple((n, {p: simulator.best(n, p) for p in PLACEMENTS}) for n in sorted(set(gpus)))
+    return Forecast(plan, configured, rows, costs, tuple(_notes(costs, simulator)), config.checkpoint.every)
 
 
-def _notes(config: Config, costs: StepCosts, simulator: Simulator) -> list[str]:
+def _notes(costs: StepCosts, simulator: Simulator) -> list[str]:
     notes = list(costs.notes)
     if costs.cores:
         notes.append("CPUs: the table supposes for every process the cores that the measured ones shared")
     if not costs.switch:
         notes.append("colocated: what putting engines to sleep and waking them costs was not measured, 0 is taken")
-    if not simulator.fits(1, "disaggregated"):
-        least = next((n for n in range(2, simulator.setup.rows + 1) if simulator.fits(n, "disaggregated")), None)
-        if least:
-            notes.append(f"memory: the learners' state takes at least {least} GPUs of {costs.gpu_gib:g} GiB")
-        else:
-            cure = "raise rollout.tensor_parallel, or take larger ones"
-            notes.append(f"memory: no split fits GPUs of {costs.gpu_gib:g} GiB: {cure}")
+    fewest = next((n for n in range(1, simulator.setup.rows + 1) if simulator.fits(n, "disaggregated")), None)
+    if fewest is None:
+        cure = "raise rollout.tensor_parallel, or take larger ones"
+        notes.append(f"memory: no split fits GPUs of {costs.gpu_gib:g} GiB: {cure}")
+    elif fewest > 1:
+        notes.append(f"memory: the learners' state takes at least {fewest} GPUs of {costs.gpu_gib:g} GiB")
     return notes
