@@ -64,8 +64,8 @@ def measure(directory: Path, words: Sequence[str] = ()) -> dict[Run, list[Path]]
 
 def compare(runs: dict[Run, list[Path]]) -> dict[str, Any]:
     """Set predictions from the calibration's runs beside what all runs measured."""
+    from tatar_dist.plan.simulate.forecast import Simulator
     from tatar_dist.plan.simulate.measured import costs_of_runs, read_run
-    from tatar_dist.plan.simulate.search import Simulator
 
     costs = costs_of_runs([path for run in CALIBRATION for path in runs[run]])
     rows = []

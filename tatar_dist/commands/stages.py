@@ -168,8 +168,8 @@ def plan(
         raise UserError(f"--simulate --stage {stage}: only grpo is simulated")
     loaded = load_config([str(f) for f in config], overrides or [], unused=("output",))
     if simulate:
-        from tatar_dist.plan.simulate import command
+        from tatar_dist.plan.simulate import forecast
 
-        command.run(loaded, measured or [], times, gpus, as_json)
+        forecast.run(loaded, measured or [], times, gpus, as_json)
         return
     _print_plans(loaded, [stage] if stage else list(STAGES), as_json, gpu_memory=gpu_memory)

@@ -14,7 +14,7 @@ from simulate_cases import COSTS, DEMO, GRPO, LENGTHS, PROMPT, grpo, setup_of
 from tatar_dist.learner.sharding import shard_groups
 from tatar_dist.models.costs import RowCosts
 from tatar_dist.plan.plan import resolve
-from tatar_dist.plan.simulate.search import Simulator, draw_lengths, forecast
+from tatar_dist.plan.simulate.forecast import Simulator, draw_lengths, forecast
 from tatar_dist.plan.simulate.step import call_work, calls, learn_work, serve, simulate_step
 from tatar_dist.types import Completion, Group, Prompt, Sample, ScoredGroup
 
@@ -189,9 +189,10 @@ def test_colocated_splits_are_those_that_a_run_accepts():
 
 
 def test_more_gpus_never_make_the_best_step_longer():
-    rows = forecast(GRPO, COSTS).rows
-    steps = [min(p.step_seconds for p in found.values() if p) for _, found in rows]
-    assert [n for n, _ in rows] == [1 << k for k in range(11)]
+    rows = forecast(GRPO, COSTS)["table"]
+    placements = ("disaggregated", "colocated")
+    steps = [min(row[name]["step_seconds"] for name in placements if row[name]) for row in rows]
+    assert [row["gpus"] for row in rows] == [1 << k for k in range(11)]
     assert all(b <= a + 1e-9 for a, b in zip(steps, steps[1:], strict=False))
 
 

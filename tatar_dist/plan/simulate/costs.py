@@ -31,11 +31,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from annotated_types import Ge, Le, MinLen
-from pydantic import BeforeValidator
 
 from tatar_dist.config.schema import Config
 from tatar_dist.config.validate import STRICT_KEYS, AtLeastOne, Finite, read_yaml, validated
@@ -56,15 +55,7 @@ TEXT_TOKENS, PIXELS = 200, 1024 * 768  # a prompt's text; an image of KonIQ-10k
 Cost = Annotated[Finite, Ge(0)]
 Share = Annotated[Finite, Ge(0), Le(1)]
 Group = Annotated[tuple[AtLeastOne, ...], MinLen(1)]
-
-
-def _nested(groups: Any) -> Any:
-    """Take a flat list of lengths as one group."""
-    flat = isinstance(groups, list) and not (groups and isinstance(groups[0], list))
-    return [groups] if flat else groups
-
-
-Lengths = Annotated[Mapping[Task, Annotated[tuple[Group, ...], BeforeValidator(_nested)]], MinLen(1)]
+Lengths = Annotated[Mapping[Task, Annotated[tuple[Group, ...], MinLen(1)]], MinLen(1)]
 
 
 @dataclass(frozen=True)

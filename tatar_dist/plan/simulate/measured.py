@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def _fit_engine(steps: Sequence[Observed], serial: float) -> tuple[EngineCosts, 
     costs = EngineCosts(per_step=1.0, serial=serial)
     for _ in range(6):
         work = np.array([generate(costs, s.setup, s.lengths)[1] for s in steps])
-        costs = EngineCosts(*fit(work, seconds), serial)
+        costs = replace(EngineCosts(*fit(work, seconds)), serial=serial)
     return costs, _error(np.array([generate(costs, s.setup, s.lengths)[0].seconds for s in steps]), seconds)
 
 
@@ -154,7 +154,7 @@ def _fit_learner(steps: Sequence[Observed], serial: float) -> tuple[LearnerCosts
     factors = [s.setup.slow_down(serial, s.setup.learners, s.setup.learners) for s in steps]
     work = np.array([learn_work(s.setup, s.lengths) * f for s, f in zip(steps, factors, strict=True)])
     per_unit = fit(work, seconds)
-    return LearnerCosts(*per_unit, serial=serial), _error(work @ per_unit, seconds)
+    return replace(LearnerCosts(*per_unit), serial=serial), _error(work @ per_unit, seconds)
 
 
 def _best_serial(try_: Callable[[float], tuple[Any, float]], threads: set[int]) -> tuple[Any, float]:

@@ -165,16 +165,15 @@ def learn_work(setup: Setup, lengths: np.ndarray) -> np.ndarray:
     prompt = prompt_tokens(setup.config)
     units = [Unit(tuple(range(i * g, i * g + g)), prompt, tuple(row)) for i, row in enumerate(rows)]
     packed = pack(units, ranks, setup.config.grpo.micro_tokens)
-    at_once = list(zip(*packed, strict=True))  # the k-th micro-batches of all ranks
+    # (ranks, micro-batches, 3): completions, images (parts of a prompt may meet again), completion tokens
+    counts = np.array([[_counts(batch, g) for batch in batches] for batches in packed])
+    n = counts.shape[1]
+    return np.array([1, n, *counts.max(axis=0).sum(axis=0), n * (ranks - 1) / ranks], dtype=float)
 
-    def slowest(what: Callable[[list[Unit]], int]) -> int:
-        return sum(max(map(what, batches)) for batches in at_once)
 
-    n = len(at_once)
-    completions = slowest(lambda batch: sum(len(u.rows) for u in batch))
-    images = slowest(lambda batch: len({u.rows[0] // g for u in batch}))  # parts of a prompt may meet again
-    tokens = slowest(lambda batch: sum(sum(u.lengths) for u in batch))
-    return np.array([1, n, completions, images, tokens, n * (ranks - 1) / ranks], dtype=float)
+def _counts(batch: Sequence[Unit], g: int) -> tuple[int, int, int]:
+    images = {unit.rows[0] // g for unit in batch}
+    return sum(len(unit.rows) for unit in batch), len(images), sum(sum(unit.lengths) for unit in batch)
 
 
 def learn_seconds(costs: LearnerCosts, setup: Setup, lengths: np.ndarray) -> float:

@@ -1,7 +1,7 @@
-"""Search the best split of learners and engines for each number of GPUs, and predict its step time.
+"""`tatar-dist plan --simulate`: predict a step, and search the best split of learners and engines by number of GPUs.
 
-Takes a configuration, `StepCosts` and numbers of GPUs; returns a `Forecast`. All candidate splits are simulated with
-the same draws of completion lengths (fixed seed), so that they differ only by the split:
+All candidate splits are simulated with the same draws of completion lengths (fixed seed), so that they differ only by
+the split:
     learners   every divisor of the global batch that fits (others work too, and are rarely better)
     engines    every number that makes the calls smaller than one engine fewer would, up to one per prompt
 both `disaggregated` (separate GPUs) and `colocated` (each engine shares a learner's GPU in turns, as in plan.resolve).
@@ -11,18 +11,24 @@ are not simulated with staleness, as the engines sleep while the learners work, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.plan.plan import Plan, resolve
-from tatar_dist.plan.simulate.costs import StepCosts
+from tatar_dist.plan.plan import resolve
+from tatar_dist.plan.simulate.costs import StepCosts, estimate, read_costs
+from tatar_dist.plan.simulate.measured import costs_of_runs
 from tatar_dist.plan.simulate.step import Setup, generate, learn_seconds, step_times
+from tatar_dist.types import TASKS
 
 GPUS = tuple(1 << k for k in range(11))
 DRAWS = 48
@@ -51,11 +57,6 @@ class Prediction:
     tokens_per_second: float
 
 
-def fastest(predictions: dict[str, Prediction | None]) -> Prediction | None:
-    """Return the prediction with the shortest step; None if no placement fits."""
-    return min((p for p in predictions.values() if p), key=lambda p: p.step_seconds, default=None)
-
-
 def draw_lengths(costs: StepCosts, config: Config, draws: int = DRAWS) -> np.ndarray:
     """Draw (draws, P, G) completion lengths, IQA prompts first, the same in every call.
 
@@ -68,7 +69,7 @@ def draw_lengths(costs: StepCosts, config: Config, draws: int = DRAWS) -> np.nda
     prompts, group_size = config.grpo.prompts_per_step, config.grpo.group_size
     n_iqa = round(prompts * config.data.iqa_fraction)
     parts = []
-    for task, n in (("iqa", n_iqa), ("iaa", prompts - n_iqa)):
+    for task, n in zip(TASKS, (n_iqa, prompts - n_iqa), strict=True):
         if not n:
             continue
         groups = costs.lengths.get(task)
@@ -159,53 +160,11 @@ class Simulator:
         return min(predictions, key=lambda p: (round(p.step_seconds, 9), p.gpus), default=None)
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """The split of `plan`, and the best ones by number of GPUs and placement (None: nothing fits)."""
+def forecast(config: Config, costs: StepCosts, gpus: Sequence[int] = GPUS) -> dict[str, Any]:
+    """Simulate the configured split and the best splits for each number of `gpus`; return the `--json` object.
 
-    plan: Plan
-    configured: Prediction
-    rows: tuple[tuple[int, dict[str, Prediction | None]], ...]
-    costs: StepCosts
-    notes: tuple[str, ...]
-    checkpoint_every: int
-
-    def run_seconds(self, p: Prediction) -> float | None:
-        """Seconds of the whole run, without start and evaluations; None if the number of steps is unknown."""
-        if (steps := self.plan.steps) is None:
-            return None
-        checkpoints = -(-steps // self.checkpoint_every) if self.checkpoint_every else 1
-        return steps * p.step_seconds + checkpoints * self.costs.checkpoint
-
-    def efficiency(self) -> dict[int, float]:
-        """Return n -> GPU-seconds of a step on the fewest GPUs that work, over those on n, each with the best split."""
-        steps = {n: best.step_seconds for n, predictions in self.rows if (best := fastest(predictions))}
-        return {n: steps[min(steps)] * min(steps) / (n * s) for n, s in steps.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the `--json` object."""
-        efficiency = self.efficiency()
-
-        def with_run(p: Prediction | None) -> dict[str, Any] | None:
-            return {**asdict(p), "run_seconds": self.run_seconds(p)} if p else None
-
-        table = []
-        for n, predictions in self.rows:
-            best = fastest(predictions)
-            row = {"gpus": n, "best": best and best.placement, "efficiency": efficiency.get(n)}
-            table.append(row | {placement: with_run(p) for placement, p in predictions.items()})
-        return {
-            "source": self.costs.source,
-            "notes": list(self.notes),
-            "steps": self.plan.steps,
-            "configured": with_run(self.configured),
-            "table": table,
-            "costs": asdict(self.costs),
-        }
-
-
-def forecast(config: Config, costs: StepCosts, gpus: Sequence[int] = GPUS) -> Forecast:
-    """Simulate the configured split and the best splits for each number of `gpus`.
+    "table" has the best split of each placement (None: nothing fits). "efficiency": GPU-seconds of a step on the fewest
+    GPUs that work, over those on n. "run_seconds" leaves out the start and evaluations; None: steps are unknown.
 
     Raises:
         UserError: a number below 1, times of CPUs for a cluster of GPUs or the reverse, more learners than completions.
@@ -219,10 +178,32 @@ def forecast(config: Config, costs: StepCosts, gpus: Sequence[int] = GPUS) -> Fo
             f"times of {kind[0]} ({costs.source}) say nothing about {kind[1]}: measure there, "
             f"or set cluster.gpus_per_node={0 if costs.cores else 8}"
         )
+    steps, every = plan.steps or 0, config.checkpoint.every
+    saving = costs.checkpoint * (-(-steps // every) if every else 1)
+
+    def record(p: Prediction) -> dict[str, Any]:
+        return asdict(p) | {"run_seconds": steps * p.step_seconds + saving if steps else None}
+
     shared, simulator = Simulator(config, costs, shared_cores=True), Simulator(config, costs)
     configured = shared.predict(plan.learners, plan.engines, config.cluster.placement)
-    rows = tuple((n, {p: simulator.best(n, p) for p in PLACEMENTS}) for n in sorted(set(gpus)))
-    return Forecast(plan, configured, rows, costs, tuple(_notes(costs, simulator)), config.checkpoint.every)
+    table: list[dict[str, Any]] = []
+    least = None  # GPU-seconds of a step on the fewest GPUs that work
+    for n in sorted(set(gpus)):
+        splits = [p for placement in PLACEMENTS if (p := simulator.best(n, placement))]
+        row: dict[str, Any] = {"gpus": n, "best": None, "efficiency": None} | dict.fromkeys(PLACEMENTS)
+        if splits:
+            best = min(splits, key=lambda p: p.step_seconds)
+            least = least or n * best.step_seconds
+            row |= {"best": best.placement, "efficiency": least / (n * best.step_seconds)}
+        table.append(row | {p.placement: record(p) for p in splits})
+    return {
+        "source": costs.source,
+        "notes": _notes(costs, simulator),
+        "steps": plan.steps,
+        "configured": record(configured),
+        "table": table,
+        "costs": asdict(costs),
+    }
 
 
 def _notes(costs: StepCosts, simulator: Simulator) -> list[str]:
@@ -238,3 +219,87 @@ def _notes(costs: StepCosts, simulator: Simulator) -> list[str]:
     elif fewest > 1:
         notes.append(f"memory: the learners' state takes at least {fewest} GPUs of {costs.gpu_gib:g} GiB")
     return notes
+
+
+def costs_from(config: Config, measured: Sequence[Path], times: Path | None) -> StepCosts:
+    """Return costs of measured runs, else of a file, else estimated. Raises UserError for both or for bad input."""
+    if measured and times:
+        raise UserError("--measured and --times both say what a step costs: give one of them")
+    if measured:
+        return costs_of_runs(measured)
+    return read_costs(times) if times else estimate(config)
+
+
+def numbers_of_gpus(text: str | None) -> Sequence[int]:
+    """Parse "8,64" as numbers; None gives all powers of two up to 1024."""
+    try:
+        return GPUS if text is None else [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--gpus {text}: expected whole numbers with commas between, such as 8,64,512") from None
+
+
+def run(config: Config, measured: Sequence[Path], times: Path | None, gpus: str | None, as_json: bool) -> None:
+    """Print the forecast. Raises UserError for bad options or costs."""
+    prediction = forecast(config, costs_from(config, measured, times), numbers_of_gpus(gpus))
+    if as_json:
+        print(json.dumps(prediction))
+        return
+    console = Console()
+    console.print(_configured(prediction, config), _by_gpus(prediction), sep="\n")
+    for note in prediction["notes"]:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """Format with about three significant digits and a suitable unit."""
+    units = ((1.0, "ms", 1e-3), (120.0, "s", 1.0), (7200.0, "min", 60.0), (172_800.0, "h", 3600.0))
+    _, unit, divisor = next((u for u in units if seconds < u[0]), (0, "days", 86_400))
+    x = seconds / divisor
+    return f"{x:.{2 if x < 10 else 1 if x < 100 else 0}f} {unit}"
+
+
+def _configured(prediction: dict[str, Any], config: Config) -> Table:
+    """Return the step of the configured split, part by part."""
+    p, steps = prediction["configured"], prediction["steps"]
+    table = Table(title="grpo: a step as configured", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("split", f"{p['learners']} learners + {p['engines']} engines, {p['placement']}")
+    table.add_row("step", f"{duration(p['step_seconds'])} (95 % under {duration(p['step_p95'])})")
+    table.add_row("parts", ", ".join(f"{name} {duration(s)}" for name, s in p["parts"].items() if s))
+    table.add_row("idle", f"engines {p['rollout_idle']:.0%}, learners {p['learner_idle']:.0%} of a step")
+    table.add_row("tokens", f"{p['tokens_per_second']:,.0f} a second")
+    total = "unknown: manifests not there yet"
+    if (seconds := p["run_seconds"]) is not None:
+        total = f"{duration(seconds)}, {steps} steps"
+        if gpus := config.cluster.nodes * config.cluster.gpus_per_node:
+            total += f", {seconds * gpus / 3600:,.1f} GPU-hours"
+    table.add_row("run", total)
+    table.add_row("times", prediction["source"])
+    return table
+
+
+def _by_gpus(prediction: dict[str, Any]) -> Table:
+    """Return the best splits by number of GPUs."""
+    what = "processes" if prediction["costs"]["cores"] else "GPUs"
+    table = Table(title=f"Best split, learners + engines, on N {what}", title_justify="left")
+    for name in "N|disagg-\nregated|step|colo-\ncated|step|E\nidle|L\nidle|all\nidle|effi-\nciency".split("|"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in prediction["table"]:
+        cells = []
+        for placement in PLACEMENTS:
+            p, mark = row[placement], "bold" if placement == row["best"] else "none"
+            texts = (f"{p['learners']}+{p['engines']}", duration(p["step_seconds"])) if p else ("—", "—")
+            cells += [f"[{mark}]{text}[/]" for text in texts]
+        shares = ["—"] * 4
+        if row["best"]:
+            best = row[row["best"]]
+            shares = [f"{best[k]:.0%}" for k in ("rollout_idle", "learner_idle", "gpu_idle")]
+            shares.append(f"{row['efficiency']:.0%}")
+        table.add_row(str(row["gpus"]), *cells, *shares)
+    table.caption = (
+        f"Bold: the faster one. Of it: shares of a step without work for engines (E), learners (L), all {what}; "
+        "efficiency: GPU-seconds of a step on the smallest N that fits, over those here. —: does not fit."
+    )
+    table.caption_justify = "left"
+    return table
