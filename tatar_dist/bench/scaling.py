@@ -47,11 +47,9 @@ def _forget(engine: Any) -> None:
 
 def _config(directory: Path, processes: int) -> Any:
     words = [
-        "cluster.gpus_per_node=0", "cluster.threads=1", f"cluster.learners={processes}", f"rollout.engines={processes}",
-        "cluster.learner_cpus=0.5", "cluster.engine_cpus=0.5", f"rollout.max_num_seqs={PROMPTS * SAMPLES}",
-        "rollout.max_model_len=512", f"grpo.prompts_per_step={GROUPS}", f"grpo.group_size={GROUP}",
-        "data.iqa_fraction=1", "grpo.kl_beta=0", "grpo.logprob_gap_limit=1000",
-        "model.gradient_checkpointing=false", "watch.prometheus=false",
+        "cluster.threads=1", f"cluster.learners={processes}", f"rollout.engines={processes}",
+        f"rollout.max_num_seqs={PROMPTS * SAMPLES}", "rollout.max_model_len=512", f"grpo.prompts_per_step={GROUPS}",
+        f"grpo.group_size={GROUP}", "grpo.logprob_gap_limit=1000", "model.gradient_checkpointing=false",
     ]  # fmt: skip
     return subject.make(directory, PIXELS, words=words)
 

@@ -86,11 +86,9 @@ def copies(nbytes: int, rounds: int) -> list[float]:
 
 def _config(directory: Path, name: str, sizes: TinySizes, dtype: str) -> Any:
     words = [
-        f"model.dtype={dtype}", "model.gradient_checkpointing=false", "cluster.gpus_per_node=0",
-        "cluster.learners=1", "rollout.engines=1", "cluster.learner_cpus=0.5", "cluster.engine_cpus=0.5",
-        "cluster.object_store_mib=1536", "rollout.max_num_seqs=2", "rollout.max_model_len=448", "grpo.kl_beta=0",
-        "grpo.prompts_per_step=1", "grpo.group_size=2", "data.iqa_fraction=1", "grpo.optim.name=sgd",
-        "watch.prometheus=false",
+        f"model.dtype={dtype}", "model.gradient_checkpointing=false", "cluster.object_store_mib=1536",
+        "rollout.max_num_seqs=2", "rollout.max_model_len=448", "grpo.prompts_per_step=1", "grpo.group_size=2",
+        "grpo.optim.name=sgd",
     ]  # fmt: skip
     return subject.make(directory / name, PIXELS, sizes, words)
 
