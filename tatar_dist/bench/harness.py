@@ -37,6 +37,16 @@ def in_turns(*works: Callable[[], Any], rounds: int) -> list[list[float]]:
     return [list(side) for side in zip(*seconds[1:], strict=True)]
 
 
+def two_cores(bench: str) -> list[int]:
+    """Return two cores of this process. Raises UserError where there are fewer."""
+    from tatar_dist.errors import UserError  # not in the small parent
+
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise UserError(f"bench {bench}: needs 2 cores, this process may use {len(cores)}")
+    return cores[:2]
+
+
 def ratio(baseline: list[float], ours: list[float]) -> dict[str, float]:
     """Return min, median and max of baseline / ours, round by round."""
     ratios = [b / o for b, o in zip(baseline, ours, strict=True)]

@@ -85,6 +85,7 @@ def compare(work: Work, directory: Path) -> dict[str, Any]:
     """Measure both ways in turns: seconds, the gradients' difference, FLOPs, memory."""
     import torch
 
+    sides = ("per_row", "packed")
     theirs, model, prompt = _update(work, directory, packed=False)
     ours, policy, _ = _update(work, directory, packed=True)
     ours()  # threads and kernels are there now
@@ -93,16 +94,16 @@ def compare(work: Work, directory: Path) -> dict[str, Any]:
     right = {n: p.grad for n, p in model.named_parameters()}
     difference = torch.stack([(p.grad - right[n]).norm() for n, p in policy.named_parameters()]).norm()
     norm = torch.stack([g.norm() for g in right.values()]).norm()
-    counted = [flops(model.config, work, prompt, packed) for packed in (False, True)]
+    counted = [flops(model.config, work, prompt, packed) / 1e9 for packed in (False, True)]
     memory = [alone([work], packed, directory, exact=True)[0]["mib"] for packed in (False, True)]
     return {
         "prompt_tokens": prompt,
-        "seconds": {"per_row": seconds[0], "packed": seconds[1]},
+        "seconds": dict(zip(sides, seconds, strict=True)),
         "ratio": ratio(*seconds),
-        "gflops": {"per_row": counted[0] / 1e9, "packed": counted[1] / 1e9},
+        "gflops": dict(zip(sides, counted, strict=True)),
         "flops_ratio": counted[0] / counted[1],
         "gradient_difference": float(difference / norm),
-        "peak_mib": {"per_row": memory[0], "packed": memory[1]},
+        "peak_mib": dict(zip(sides, memory, strict=True)),
         "memory_ratio": memory[1] / memory[0],
     }
 
@@ -139,8 +140,8 @@ def run(grow: bool = False) -> dict[str, Any]:
 
 def _mib(field: str) -> float:
     """Read a field of /proc/self/status; getrusage's peak would be the parent's, which a forked process inherits."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(field))
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return next(int(words[1]) / 1024 for words in lines if words[0] == f"{field}:")
 
 
 def _measured(work: Work, packed: bool, directory: Path) -> dict[str, float]:
@@ -153,13 +154,11 @@ def _measured(work: Work, packed: bool, directory: Path) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _mib("VmRSS")
     seconds = seconds_of(update)
-    mib = _mib("VmHWM") - before
-    parameters = sum(p.numel() for p in model.parameters())
     return {
         "seconds": seconds,
-        "mib": mib,
+        "mib": _mib("VmHWM") - before,
         "gflops": flops(model.config, work, prompt, packed) / 1e9,
-        "counted_mib": peak_bytes(model.config, work, prompt, parameters) / 2**20,
+        "counted_mib": peak_bytes(model.config, work, prompt, model.num_parameters()) / 2**20,
     }
 
 

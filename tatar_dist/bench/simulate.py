@@ -70,20 +70,19 @@ def compare(runs: dict[Run, list[Path]]) -> dict[str, Any]:
     costs = costs_of_runs([path for run in CALIBRATION for path in runs[run]])
     rows = []
     for run, paths in runs.items():
+        learners, engines, prompts, group = run
         measured_runs = [read_run(p) for p in paths]
         steps = [s.seconds for r in measured_runs for s in r.steps]
         total = np.array([sum(s.values()) for s in steps])
         simulator = Simulator(measured_runs[0].setup.config, costs, shared_cores=True)
-        predicted = simulator.predict(run[0], run[1], "disaggregated")
-        measured = {
-            "step_seconds": float(np.median(total)),
-            "rollout_idle": float(np.median(1 - np.array([s["generate"] for s in steps]) / total)),
-            "learner_idle": float(np.median(1 - np.array([s["learn"] for s in steps]) / total)),
-        }
+        predicted = simulator.predict(learners, engines, "disaggregated")
+        measured = {"step_seconds": float(np.median(total))}
+        for idle, part in (("rollout_idle", "generate"), ("learner_idle", "learn")):
+            measured[idle] = float(np.median(1 - np.array([s[part] for s in steps]) / total))
         rows.append(
             {
-                "split": f"{run[0]} + {run[1]}",
-                "batch": f"{run[2]} x {run[3]}",
+                "split": f"{learners} + {engines}",
+                "batch": f"{prompts} x {group}",
                 "calibration": run in CALIBRATION,
                 "measured": measured,
                 "predicted": {key: getattr(predicted, key) for key in measured},

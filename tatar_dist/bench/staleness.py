@@ -70,20 +70,15 @@ def train(directory: Path) -> None:
 
 def figures(run: Path) -> dict[str, float]:
     """Return what is compared of one run; drift is mean |log p learner - log p engine| a token."""
-    lines = read_metrics(run)
-    end = lines[-LAST:]
-
-    def mean(rows: list[dict[str, Any]], name: str) -> float:
-        return float(np.mean([row[name] for row in rows]))
-
-    rewards = {f"reward/{task}": mean(end, f"reward/total/{task}") for task in TASKS}
+    rows = read_metrics(run)
+    rewards = {f"reward/{task}": float(np.mean([r[f"reward/total/{task}"] for r in rows[-LAST:]])) for task in TASKS}
     return {
         **rewards,
         "reward": float(np.mean(list(rewards.values()))),
-        **{f"srcc/{task}": lines[-1][f"eval/demo-{task}/srcc"] for task in TASKS},
-        "drift": mean(lines, "sync/logprob_gap"),
-        "drift_max": max(m["sync/logprob_gap_max"] for m in lines),
-        "kl": lines[-1]["loss/kl"],
+        **{f"srcc/{task}": rows[-1][f"eval/demo-{task}/srcc"] for task in TASKS},
+        "drift": float(np.mean([row["sync/logprob_gap"] for row in rows])),
+        "drift_max": max(row["sync/logprob_gap_max"] for row in rows),
+        "kl": rows[-1]["loss/kl"],
     }
 
 

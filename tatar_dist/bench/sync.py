@@ -35,6 +35,10 @@ LARGE = TinySizes(
 # name, sizes, dtype; all are as deep as each other, and the first is the constant
 CASES = (("thin", THIN, "float32"), ("140M", LARGE, "float32"), ("140M", LARGE, "bfloat16"))
 ROUNDS, TARGET, PIXELS = 5, 1.0, 112
+WORDS = (
+    "model.gradient_checkpointing=false", "cluster.object_store_mib=1536", "rollout.max_num_seqs=2",
+    "rollout.max_model_len=448", "grpo.prompts_per_step=1", "grpo.group_size=2", "grpo.optim.name=sgd",
+)  # fmt: skip
 PARTS = ("gather", "to store", "start", "load", "finish")
 
 
@@ -82,15 +86,6 @@ def copies(nbytes: int, rounds: int) -> list[float]:
     seconds = [seconds_of(lambda: target.copy_(source)) for _ in range(rounds)]
     torch.set_num_threads(threads)
     return seconds
-
-
-def _config(directory: Path, name: str, sizes: TinySizes, dtype: str) -> Any:
-    words = [
-        f"model.dtype={dtype}", "model.gradient_checkpointing=false", "cluster.object_store_mib=1536",
-        "rollout.max_num_seqs=2", "rollout.max_model_len=448", "grpo.prompts_per_step=1", "grpo.group_size=2",
-        "grpo.optim.name=sgd",
-    ]  # fmt: skip
-    return subject.make(directory / name, PIXELS, sizes, words)
 
 
 def measure(config: Any) -> dict[str, Any]:
@@ -147,7 +142,10 @@ def run() -> dict[str, Any]:
     from tatar_dist.cluster.ray_cluster import Cluster
 
     with tempfile.TemporaryDirectory() as place:
-        configs = [_config(Path(place), *case) for case in CASES]
+        configs = [
+            subject.make(Path(place) / name, PIXELS, sizes, [*WORDS, f"model.dtype={dtype}"])
+            for name, sizes, dtype in CASES
+        ]
         with Cluster(configs[0]):  # one Ray for all
             cases = [{"model": case[0]} | measure(config) for case, config in zip(CASES, configs, strict=True)]
     constant = median(cases[0]["push_seconds"])

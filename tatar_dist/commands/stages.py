@@ -87,7 +87,7 @@ def _print_plans(
     from tatar_dist.plan import plan as planning
 
     plans = [planning.resolve(config, stage) for stage in stages]  # type: ignore[arg-type]
-    estimates = [memory.of_plan(config, p, gpu_memory) if command is None else None for p in plans]
+    estimates = [memory.estimate(config, p, gpu_memory) if command is None else None for p in plans]
     if as_json:
         by_stage = {p.stage: p.to_dict() for p in plans}
         for p, e in zip(plans, estimates, strict=True):

@@ -122,18 +122,32 @@ class Estimate:
         return {"gpu_gib": self.gpu_gib, "roles": roles, "advice": list(self.advice), "note": NOTE}
 
 
-def estimate(config: Config, plan: Plan, gpu_gib: float) -> Estimate:
-    """Estimate a stage. Raises UserError for a model of unknown sizes or GPU memory that is not positive."""
-    if not gpu_gib > 0:
+def estimate(config: Config, plan: Plan, gpu_gib: float | None = None) -> Estimate | str | None:
+    """Estimate a stage on GPUs of `gpu_gib`; None: of 80 GiB, if the configuration has GPUs.
+
+    Returns None for a run without GPUs and, where `gpu_gib` is None, the reason why there is no estimate.
+
+    Raises:
+        UserError: `gpu_gib` is given, and not positive or the model's sizes are unknown.
+    """
+    if gpu_gib is None and not config.cluster.gpus_per_node:
+        return None
+    if gpu_gib is not None and not gpu_gib > 0:
         raise UserError(f"--gpu-memory {gpu_gib:g}: must be above 0 GiB")
-    sizes, room = sizes_of(config.model.path), gpu_gib * GIB
+    try:
+        sizes = sizes_of(config.model.path)
+    except UserError as e:
+        if gpu_gib is not None:
+            raise
+        return f"memory is not estimated: {e}"
+    gib = 80.0 if gpu_gib is None else gpu_gib
     roles, advice = [], []
     for count, role, advise in ((plan.learners, learner, _for_learners), (plan.engines, engine, _for_engines)):
         if count:
-            roles.append(role(config, plan, sizes, room))
+            roles.append(role(config, plan, sizes, gib * GIB))
             if not roles[-1].fits:
-                advice.append(advise(config, plan, sizes, room))
-    return Estimate(plan.stage, gpu_gib, tuple(roles), tuple(advice))
+                advice.append(advise(config, plan, sizes, gib * GIB))
+    return Estimate(plan.stage, gib, tuple(roles), tuple(advice))
 
 
 def learner(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory:
@@ -258,15 +272,3 @@ def as_table(estimated: Estimate) -> Any:
     for line in estimated.advice:
         table.add_row("change", line, "")
     return table
-
-
-def of_plan(config: Config, plan: Plan, gpu_gib: float | None) -> Estimate | str | None:
-    """Return an estimate, None for a run without GPUs if `gpu_gib` is None, or the reason why there is none."""
-    if gpu_gib is None and not config.cluster.gpus_per_node:
-        return None
-    try:
-        return estimate(config, plan, 80.0 if gpu_gib is None else gpu_gib)
-    except UserError as e:
-        if gpu_gib is not None:
-            raise
-        return f"memory is not estimated: {e}"

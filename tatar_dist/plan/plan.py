@@ -14,7 +14,6 @@ Any number of ranks up to the rows of the batch can share it.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -178,16 +177,14 @@ def _notes(config: Config, stage: Stage, idle: int, engines: int, samples: dict[
 
 def count_samples(data: DataConfig) -> dict[str, int] | None:
     """Count training rows by task in the manifests' pools; None without manifests or if one is unreadable."""
-    paths = [Path(data.root) / m for m in data.train]
-    if not paths or not all(p.is_file() for p in paths):
-        return None
-    counts: Counter[str] = Counter()
+    counts: dict[str, int] = dict.fromkeys(TASKS, 0)
     try:
-        for pool in (p for m in paths for p in read_manifest(m).of_split("train").pools):
-            counts[pool.task] += pool.rows
+        for name in data.train:
+            for pool in read_manifest(Path(data.root) / name).of_split("train").pools:
+                counts[pool.task] += pool.rows
     except UserError:
         return None  # a plan is an estimate; the run itself reports a broken manifest with its reason
-    return {task: counts[task] for task in TASKS}
+    return counts if data.train else None
 
 
 def _steps(config: Config, stage: Stage, samples: dict[str, int] | None) -> int | None:

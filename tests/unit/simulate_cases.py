@@ -15,7 +15,7 @@ from tatar_dist.plan.simulate.costs import (
     StepCosts,
     prompt_tokens,
 )
-from tatar_dist.plan.simulate.step import Setup
+from tatar_dist.plan.simulate.step import Setup, generate, learn_seconds, step_times
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LENGTHS = {"iqa": ((50, 60, 55), (40, 45, 70)), "iaa": ((150, 160, 190), (170, 200, 180))}
@@ -51,3 +51,9 @@ def setup_of(learners=1, engines=1, prompts=4, group_size=4, cores=None, **other
     }
     cluster = replace(GRPO.cluster, gpus_per_node=0)
     return Setup(replace(GRPO, cluster=cluster, **sections), learners, engines, cores)
+
+
+def simulate_step(costs, setup, lengths):
+    """A step with completions of `lengths` (P, G)."""
+    service, _ = generate(costs.engine, setup, lengths)
+    return step_times(costs, setup, service.seconds, service.busy, learn_seconds(costs.learner, setup, lengths))

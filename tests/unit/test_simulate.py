@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from simulate_cases import COSTS, DEMO, GRPO, LENGTHS, PROMPT, grpo, setup_of
+from simulate_cases import COSTS, DEMO, GRPO, LENGTHS, PROMPT, grpo, setup_of, simulate_step
 
 from tatar_dist.learner.sharding import shard_groups
 from tatar_dist.models.costs import RowCosts
 from tatar_dist.plan.plan import resolve
 from tatar_dist.plan.simulate.forecast import Simulator, draw_lengths, forecast
-from tatar_dist.plan.simulate.step import call_work, calls, learn_work, serve, simulate_step
+from tatar_dist.plan.simulate.step import call_work, calls, learn_work, serve
 from tatar_dist.types import Completion, Group, Prompt, Sample, ScoredGroup
 
 FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25000"))  # a thousandth of them, for what takes long

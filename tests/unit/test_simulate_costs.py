@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
-from simulate_cases import CONFIGS, COSTS, DEMO, GRPO, LENGTHS, demo, grpo
+from simulate_cases import CONFIGS, COSTS, DEMO, GRPO, LENGTHS, demo, grpo, simulate_step
 
 from tatar_dist.cli import main
 from tatar_dist.config.schema import to_yaml
@@ -16,7 +16,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.plan.simulate.costs import StepCosts, estimate, read_costs
 from tatar_dist.plan.simulate.forecast import Simulator, costs_from, draw_lengths, forecast, numbers_of_gpus
 from tatar_dist.plan.simulate.measured import costs_of_runs, fit, read_run
-from tatar_dist.plan.simulate.step import Setup, simulate_step
+from tatar_dist.plan.simulate.step import Setup
 
 
 def write_run(path, costs, *words, steps=6, slow=None):

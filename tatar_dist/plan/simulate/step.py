@@ -209,14 +209,3 @@ def step_times(costs: StepCosts, setup: Setup, generate: Any, engines_busy: Any,
         engines_busy=engines_busy,
         overlap=setup.config.grpo.staleness > 0,
     )
-
-
-def simulate_step(costs: StepCosts, setup: Setup, lengths: np.ndarray) -> StepTimes:
-    """Simulate a step with completions of `lengths` (P, G), IQA prompts first, as the sampler draws them.
-
-    Raises:
-        UserError: fewer rows than learners.
-    """
-    service, _ = generate(costs.engine, setup, lengths)
-    learn = learn_seconds(costs.learner, setup, lengths)
-    return step_times(costs, setup, service.seconds, service.busy, learn)
