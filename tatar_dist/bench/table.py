@@ -33,9 +33,9 @@ def read(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{file}: no such file{looked_in(file)}") from None
     except ValueError:
-        raise UserError(f"{file}: no JSON; was the bench cut short?") from None
+        content = None
     if not isinstance(content, dict) or not content.keys() >= set(FIELDS):
-        raise UserError(f"{file}: not what a bench prints with --json")
+        raise UserError(f"{file}: not what a bench prints with --json; was it cut short?")
     return content
 
 

@@ -72,13 +72,13 @@ def test_a_missed_target_is_status_1_in_every_bench(met, status, monkeypatch, ca
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [(None, "no such file"), ("", "cut short"), ("[1]", "not what"), ('{"name": "sync"}', "not what")],
+    [(None, "no such file"), ("", "not what .* cut short"), ("[1]", "not what"), ('{"name": "sync"}', "not what")],
 )
 def test_what_is_no_result_of_a_bench_is_refused(text, said, tmp_path):
     file = tmp_path / "x.json"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(UserError, match=rf"x\.json: {said}|x\.json: no JSON; was the bench {said}"):
+    with pytest.raises(UserError, match=rf"x\.json: {said}"):
         read(file)
 
 
