@@ -1,14 +1,11 @@
 """Time reading pictures, importing rows and starting a sampler: `tatar-dist bench data`.
 
-The ratio is Pillow's seconds over those of `validate` for 400 JPEGs of a megapixel, cut from the demo's photographs:
-from a manifest with the pictures in its rows and from one with paths, of which the slower counts. Pillow decodes the
-same bytes, in memory, in as many threads, in turns. Validation also hashes (4-9 % of decoding such a JPEG) and reads
-the file.
+The ratio is Pillow's seconds over those of `validate` for 400 JPEGs of a megapixel, from a manifest with the pictures
+in its rows and from one with paths, of which the slower counts. Pillow decodes the same bytes, in memory, in as many
+threads, in turns. Validation also hashes (4-9 % of decoding such a JPEG) and reads the file.
 
-Imports and the sampler are whole processes, start of Python included, with a target for seconds (5 s an import; 2 s and
-300 MiB a sampler). The limit of an import is parsing the file's text with csv or json; that of the sampler is importing
-pyarrow and reading the footer. The manifest of ten million rows is written by `ManifestWriter` in eight sets, as an
-import writes it.
+Imports and the sampler are whole processes, start of Python included. The limit of an import is parsing the file's text
+with csv or json; that of the sampler is importing pyarrow and reading the footer.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """Time an update, packed and with the prompt in every row: `tatar-dist bench learner`.
 
 The ratio is of seconds (policy loss, forward and backward; float32, all cores, no optimiser), with gradient
-checkpointing off and on, in turns. Also: how far the two gradients are apart, peak memory of each in a process of its
-own, and the ratio that the FLOPs of both allow (subject.py). With --plot also how time and memory grow with groups,
-images, tokens and vocabulary. Memory is measured apart from seconds, with an allocator that returns freed memory:
-glibc's heap keeps freed tensors that lie between gradients which stay, more or less of them from run to run (of an
-update that has 78 MiB alive, 194 stayed), but mapping each tensor anew takes up to half as much time again.
+checkpointing off and on, in turns. Memory is measured apart from seconds, in a process of its own with an allocator
+that returns freed memory: glibc's heap keeps freed tensors between gradients which stay (194 MiB of an update that has
+78 alive), but mapping each tensor anew takes up to half as much time again. With --plot also how both grow.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Time grouped completions by our engine beside `generate`: `tatar-dist bench rollout`.
 
 Completion tokens a second for 4 images of 1,024 image tokens x 8 completions x 64 tokens, random 14M model, sampled,
-float32. Each side is a process that has loaded its model and waits; they work in turns, on the CPU, with all cores.
-Every round has other images, decoded and scaled within it.
+float32, on the CPU with all cores. Each side is a process that has loaded its model; they work in turns, each round
+with other images.
 
 `generate` (num_return_sequences) encodes an image once per group and runs the prompt through the language model in
-every row; `rows` repeats the image, too, as trainers that sample rows independently do (TRL), and works in one round
-only, a minute of it; the engine does both once. Target and verdict are about `generate`, the stronger of the two.
+every row; `rows` repeats the image, too, as trainers that sample rows independently do (TRL); the engine does both
+once. Target and verdict are about `generate`, the stronger of the two.
 """
 
 from __future__ import annotations

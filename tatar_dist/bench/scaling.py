@@ -2,9 +2,8 @@
 
 The ratio is how many times faster two are: an update of the same global batch of 2 groups (real ZeRO-3), and
 completions of the same 4 prompts; random 14M model, float32, in turns. Ideal is 2; the limit is what one process gains
-from half of the work, with nothing beside it (an engine makes as many decoding steps for half of the rows). A process
-is pinned to its core with all its threads and computes with one. More processes than cores cannot be measured here:
-`tatar-dist plan --simulate` predicts them.
+from half of the work, with nothing beside it (an engine makes as many decoding steps for half of the rows). Each
+process is pinned to a core of its own and computes with one thread.
 """
 
 from __future__ import annotations

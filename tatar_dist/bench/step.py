@@ -3,10 +3,9 @@
 The ratio is how many times faster a step is (generate, score, learn, push) than TRL's: with its other defaults, all
 completions in one forward, and with the variant of trl_side.py that was fastest here (TUNED; the word `tune` compares
 the first steps of all again); both targets must be met. TRL's default recomputes activations; ours keeps them, which
-takes less memory than TRL's rows that recompute (bench learner has both figures); `recomputing` is the ratio where both
-recompute. Same random 14M model, prompts, lengths and machine, other images each step, one run after the other, each
-with all cores, the first step of each left out. Ours is the real pipeline (grpo.py): one vLLM engine, one ZeRO-3
-learner, a group a forward.
+takes less memory than TRL's rows that recompute (bench learner); `recomputing` is the ratio where both recompute. Same
+random 14M model, prompts, lengths and machine, other images each step, one run after the other, each with all cores,
+the first step left out. Ours is grpo.py with one vLLM engine, one ZeRO-3 learner and a group a forward.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
 For a random model of 140 million parameters, in float32 and bfloat16: (2 x copy + constant) / push, where a push goes
 through Ray's object store from one ZeRO-3 learner to one vLLM engine on this machine. Copy: one thread, torch's copy_
-into memory that is there already. Constant: a push of as many tensors with nearly no bytes, of a model as deep and very
-thin: calls, Ray, and vLLM's work for every tensor and layer of a reload. Then where the time goes: gathering alone in
-the learner, gathering into the object store without an engine, the engine's calls. Load is vLLM's work for each tensor,
-a copy, packing for the CPU; gathering the next bucket overlaps it.
+into memory that is there already. Constant: a push of as many tensors with nearly no bytes, of a very thin model. Then
+the parts of a push: gathering alone in the learner, gathering into the object store without an engine, the engine's
+calls (load is vLLM's work for each tensor; gathering the next bucket overlaps it).
 """
 
 from __future__ import annotations
