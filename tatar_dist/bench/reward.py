@@ -115,7 +115,6 @@ def run() -> dict[str, Any]:
         ratio([BUDGET_S] * len(seconds), seconds),
         TARGET,
         f"{BUDGET_S / least:.1f}: parsing as it is, and one exp and one log a pair",
-        limit_seconds_per_pair=limit,
         sizes=sizes,
         command=commands,
     )

@@ -180,15 +180,7 @@ def run() -> dict[str, Any]:
         f"{bound['ratio']:.2f} times, a round of {bound['least_seconds']:.1f} s at the "
         f"{bound['gflops_per_second']:.0f} GFLOP/s of a matrix product (ours: {min(seconds['engine']):.1f} s); "
         f"{bound['equal_speed']:.2f} times by FLOPs counted",
-        sides={
-            label: {
-                "tokens_per_second": rates[name],
-                "seconds": seconds[name],
-                "gflops": counted[name] / 1e9,
-                "gflops_per_second": counted[name] / 1e9 / min(seconds[name]),
-            }
-            for name, label in NAMES.items()
-        },
+        sides={label: {"tokens_per_second": rates[n], "seconds": seconds[n]} for n, label in NAMES.items()},
         bound=bound,
         tower_share=counted["tower"] / counted["engine"],
         ratio_rows=ratio(rates["engine"][:1], rates["rows"]),

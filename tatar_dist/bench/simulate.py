@@ -72,21 +72,17 @@ def compare(runs: dict[Run, list[Path]]) -> dict[str, Any]:
     for run, paths in runs.items():
         learners, engines, prompts, group = run
         measured_runs = [read_run(p) for p in paths]
-        steps = [s.seconds for r in measured_runs for s in r.steps]
-        total = np.array([sum(s.values()) for s in steps])
+        measured = float(np.median([sum(step.seconds.values()) for r in measured_runs for step in r.steps]))
         simulator = Simulator(measured_runs[0].setup.config, costs, shared_cores=True)
-        predicted = simulator.predict(learners, engines, "disaggregated")
-        measured = {"step_seconds": float(np.median(total))}
-        for idle, part in (("rollout_idle", "generate"), ("learner_idle", "learn")):
-            measured[idle] = float(np.median(1 - np.array([s[part] for s in steps]) / total))
+        predicted = simulator.predict(learners, engines, "disaggregated").step_seconds
         rows.append(
             {
                 "split": f"{learners} + {engines}",
                 "batch": f"{prompts} x {group}",
                 "calibration": run in CALIBRATION,
-                "measured": measured,
-                "predicted": {key: getattr(predicted, key) for key in measured},
-                "ratio": predicted.step_seconds / measured["step_seconds"],
+                "measured_seconds": measured,
+                "predicted_seconds": predicted,
+                "ratio": predicted / measured,
             }
         )
     errors = [abs(r["ratio"] - 1) for r in rows if not r["calibration"]]

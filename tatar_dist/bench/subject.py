@@ -47,12 +47,10 @@ def image(seed: int, pixels: int = PIXELS) -> bytes:
     return out.getvalue()
 
 
-def write_images(directory: Path, n: int, pixels: int = PIXELS) -> list[Path]:
+def write_images(directory: Path, n: int, pixels: int = PIXELS) -> None:
     """Write `image(i)` of all i below `n` as DIRECTORY/i.png."""
-    files = [directory / f"{i}.png" for i in range(n)]
-    for i, file in enumerate(files):
-        file.write_bytes(image(i, pixels))
-    return files
+    for i in range(n):
+        (directory / f"{i}.png").write_bytes(image(i, pixels))
 
 
 def make(directory: Path, pixels: int = PIXELS, sizes: TinySizes = SIZES, words: Sequence[str] = ()) -> Config:

@@ -212,21 +212,22 @@ def costs_of_runs(paths: Sequence[Path]) -> StepCosts:
 def _notes(setups: list[Setup], threads: dict[str, set[int]]) -> list[str]:
     """Return what these runs leave open."""
     alike = [role for role, counts in threads.items() if len(counts) == 1]
-    prompts = {-(-s.config.grpo.prompts_per_step // s.engines) for s in setups}
     notes = {
-        "engine calls of one size only: how their time grows with prompts is a guess; "
-        "add --measured of a run with other rollout.engines or prompts_per_step": len(prompts) == 1,
-        "one number of rows a learner only: what part of learning does not shrink with more learners is a guess; "
-        "add --measured of a run with other cluster.learners": len({s.rows // s.learners for s in setups}) == 1,
+        "one size of engine calls only: add --measured RUN with other rollout.engines or grpo.prompts_per_step": (
+            len({-(-s.config.grpo.prompts_per_step // s.engines) for s in setups}) == 1
+        ),
+        "one number of rows a learner only: add --measured RUN with other cluster.learners": (
+            len({s.rows // s.learners for s in setups}) == 1
+        ),
         "one number of learners only: the cost of collectives is a guess": len({s.learners for s in setups}) == 1,
-        "nothing measured spans nodes: beyond one, collectives and pushes are taken as fast as within one": all(
-            0 < s.config.cluster.gpus_per_node >= s.learners for s in setups
+        "no run spans nodes: collectives and pushes between nodes are taken as fast as within one": (
+            all(0 < s.config.cluster.gpus_per_node >= s.learners for s in setups)
         ),
         f"{' and '.join(alike)} had one number of threads only: half of their work is taken as serial": (
             setups[0].cores and alike
         ),
-        "zero_std=refill: rounds of new prompts count into the measured generation, not as rounds": any(
-            s.config.grpo.zero_std == "refill" for s in setups
+        "zero_std=refill: rounds of new prompts count into the measured generation, not as rounds": (
+            any(s.config.grpo.zero_std == "refill" for s in setups)
         ),
     }
     return [note for note, holds in notes.items() if holds]
