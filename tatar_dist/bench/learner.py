@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tatar_dist.bench.harness import ratio, result, seconds_of
 from tatar_dist.bench.subject import Work, flops, peak_bytes
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: blocks above are mapped, and unmapped when freed; bytes
+STARTS_THREADS = Work(size=2, tokens=8, pixels=112)
 ROUNDS = 2
 TARGET, MEMORY_TARGET, GRADIENT_TARGET = 7.0, 0.4, 1e-5
 GROWTH = {
@@ -72,11 +73,14 @@ def alone(works: Sequence[Work], packed: bool, directory: Path, exact: bool) -> 
 
     exact: freed memory is returned at once, so that MiB are what was needed, and seconds are too many.
     """
-    options = {"works": [asdict(w) for w in works], "packed": packed, "directory": str(directory)}
-    words = [sys.executable, "-m", "tatar_dist.bench.learner", json.dumps(options)]
-    env = {**os.environ, **(EXACT if exact else {})}
-    done = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True, env=env)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
+    os.environ |= EXACT if exact else {}
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn"), os.dup2, (2, 1)) as process:  # libraries print
+            done = process.map(partial(_measured, packed=packed, directory=directory), [STARTS_THREADS, *works])
+            return list(done)[1:]
+    finally:
+        for name in EXACT:
+            os.environ.pop(name, None)
 
 
 def compare(work: Work, directory: Path) -> dict[str, Any]:
@@ -152,10 +156,3 @@ def _measured(work: Work, packed: bool, directory: Path) -> dict[str, float]:
         "gflops": flops(model.config, work, prompt, packed) / 1e9,
         "counted_mib": peak_bytes(model.config, work, prompt, model.num_parameters()) / 2**20,
     }
-
-
-if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    _measured(Work(size=2, tokens=8, pixels=112), asked["packed"], Path(asked["directory"]))  # starts threads
-    for sizes in asked["works"]:
-        print(json.dumps(_measured(Work(**sizes), asked["packed"], Path(asked["directory"]))), flush=True)

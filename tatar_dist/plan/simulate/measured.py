@@ -213,13 +213,13 @@ def _notes(setups: list[Setup], threads: dict[str, set[int]]) -> list[str]:
     """Return what these runs leave open."""
     alike = [role for role, counts in threads.items() if len(counts) == 1]
     notes = {
-        "one size of engine calls only: add --measured RUN with other rollout.engines or grpo.prompts_per_step": (
+        "a guess, how engine calls grow with prompts: measure a run with other rollout.engines or prompts_per_step": (
             len({-(-s.config.grpo.prompts_per_step // s.engines) for s in setups}) == 1
         ),
-        "one number of rows a learner only: add --measured RUN with other cluster.learners": (
+        "a guess, how much of learning shrinks with more learners: measure a run with other cluster.learners": (
             len({s.rows // s.learners for s in setups}) == 1
         ),
-        "one number of learners only: the cost of collectives is a guess": len({s.learners for s in setups}) == 1,
+        "a guess, what collectives cost: all runs had one number of learners": len({s.learners for s in setups}) == 1,
         "no run spans nodes: collectives and pushes between nodes are taken as fast as within one": (
             all(0 < s.config.cluster.gpus_per_node >= s.learners for s in setups)
         ),
