@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tatar_dist.bench import subject
-from tatar_dist.bench.harness import ratio, result, seconds_of
+from tatar_dist.bench.harness import in_turns, ratio, result, seconds_of
 from tatar_dist.bench.subject import Work, flops, peak_bytes
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: blocks above are mapped, and unmapped when freed; bytes
@@ -90,9 +90,7 @@ def compare(work: Work, directory: Path) -> dict[str, Any]:
     sides = ("per_row", "packed")
     theirs, model, prompt = _update(work, directory, packed=False)
     ours, policy, _ = _update(work, directory, packed=True)
-    ours()  # threads and kernels are there now
-    turns = [(seconds_of(theirs), seconds_of(ours)) for _ in range(ROUNDS)]
-    seconds = [list(side) for side in zip(*turns, strict=True)]
+    seconds = in_turns(theirs, ours, rounds=ROUNDS)
     right = {n: p.grad for n, p in model.named_parameters()}
     difference = torch.stack([(p.grad - right[n]).norm() for n, p in policy.named_parameters()]).norm()
     norm = torch.stack([g.norm() for g in right.values()]).norm()

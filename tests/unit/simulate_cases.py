@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from tatar_dist.config.load import load_config
 from tatar_dist.plan.simulate.costs import (
@@ -15,7 +16,7 @@ from tatar_dist.plan.simulate.costs import (
     StepCosts,
     prompt_tokens,
 )
-from tatar_dist.plan.simulate.step import Setup, generate, learn_seconds, step_times
+from tatar_dist.plan.simulate.step import Setup, generate, learn_seconds, step_parts, step_seconds
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LENGTHS = {"iqa": ((50, 60, 55), (40, 45, 70)), "iaa": ((150, 160, 190), (170, 200, 180))}
@@ -54,6 +55,8 @@ def setup_of(learners=1, engines=1, prompts=4, group_size=4, cores=None, **other
 
 
 def simulate_step(costs, setup, lengths):
-    """A step with completions of `lengths` (P, G)."""
+    """The parts of a step with completions of `lengths` (P, G), its seconds and the busy seconds of its engines."""
     service, _ = generate(costs.engine, setup, lengths)
-    return step_times(costs, setup, service.seconds, service.busy, learn_seconds(costs.learner, setup, lengths))
+    parts = step_parts(costs, setup, service.seconds, learn_seconds(costs.learner, setup, lengths))
+    step = step_seconds(parts, setup.config.grpo.staleness)
+    return SimpleNamespace(**parts, step=step, engines_busy=service.busy)

@@ -27,7 +27,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.plan.plan import resolve
 from tatar_dist.plan.simulate.costs import StepCosts, estimate, read_costs
 from tatar_dist.plan.simulate.measured import costs_of_runs
-from tatar_dist.plan.simulate.step import Setup, generate, learn_seconds, step_times
+from tatar_dist.plan.simulate.step import Setup, generate, learn_seconds, step_parts, step_seconds
 from tatar_dist.types import TASKS
 
 GPUS = tuple(1 << k for k in range(11))
@@ -109,12 +109,12 @@ class Simulator:
     def predict(self, learners: int, engines: int, placement: str) -> Prediction:
         """Predict a step. Raises UserError for fewer rows than learners, or if all costs are zero."""
         setup = replace(self.setup, learners=learners, engines=engines, colocated=placement == "colocated")
-        times = step_times(self.costs, setup, *self._engines(engines), self._learners(learners))
-        step = times.step
+        (generated, engines_busy), learn = self._engines(engines), self._learners(learners)
+        parts = step_parts(self.costs, setup, generated, learn)
+        step = step_seconds(parts, self.config.grpo.staleness)
         if not step.all():
             raise UserError(f"a step takes no time by these times ({self.costs.source}): give engine and learner some")
-        busy = times.engines_busy * self.config.rollout.tensor_parallel + learners * times.learn
-        names = ("generate", "reward", "learn", "sync", "other", *(["switch"] if setup.colocated else []))
+        busy = engines_busy * self.config.rollout.tensor_parallel + learners * learn
         return Prediction(
             placement=placement,
             learners=learners,
@@ -122,9 +122,9 @@ class Simulator:
             gpus=setup.gpus,
             step_seconds=float(step.mean()),
             step_p95=float(np.quantile(step, 0.95)),
-            parts={name: float(np.mean(getattr(times, name))) for name in names},
-            rollout_idle=float(np.mean(1 - times.generate / step)),
-            learner_idle=float(np.mean(1 - times.learn / step)),
+            parts={name: float(np.mean(seconds)) for name, seconds in parts.items()},
+            rollout_idle=float(np.mean(1 - generated / step)),
+            learner_idle=float(np.mean(1 - learn / step)),
             gpu_idle=float(np.mean(1 - busy / (setup.gpus * step))),
             tokens_per_second=float(np.mean(self.lengths.sum(axis=(1, 2)) / step)),
         )

@@ -1,8 +1,8 @@
 """Discrete-event simulation of one GRPO step: engine calls, reward, learners and weight push.
 
 Takes `StepCosts`, a `Setup` (configuration and split) and completion lengths in tokens (P prompts, G a group); returns
-`StepTimes`. With staleness 0 the parts run in sequence, as in grpo.py; otherwise generation and scoring overlap with
-learning. Within a part, the calls of rollout/pool.py and the micro-batches of learner/packing.py are simulated.
+the seconds of its parts. With staleness 0 they run in sequence, as in grpo.py; otherwise generation and scoring overlap
+with learning. Within a part, the calls of rollout/pool.py and the micro-batches of learner/packing.py are simulated.
 
 The time of a part is linear in its costs. The functions here return the *work*, the vector that multiplies the costs,
 so that measured.py fits costs with the same model.
@@ -67,27 +67,6 @@ class Setup:
         threads = self.threads(processes)
         turns = 1.0 if self.dedicated else max(1.0, busy * threads / self.side_cores)
         return (serial + (1 - serial) / threads) * turns
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Seconds by part, and busy seconds summed over engines; floats, or (draws,) arrays of some."""
-
-    generate: Any
-    reward: float
-    learn: Any
-    sync: float
-    other: float
-    switch: float
-    engines_busy: Any
-    overlap: bool = False
-
-    @property
-    def step(self) -> Any:
-        """Seconds of the step; with `overlap` the learners work beside the sampling of a later batch."""
-        sample = self.generate + self.reward
-        work = np.maximum(sample, self.learn) if self.overlap else sample + self.learn
-        return work + self.sync + self.other + self.switch
 
 
 @dataclass(frozen=True)
@@ -197,15 +176,19 @@ def push_work(setup: Setup, gb: float) -> np.ndarray:
     return np.array([1.0, gb * (1 + 1 / buckets), gb * (receivers - 1)])
 
 
-def step_times(costs: StepCosts, setup: Setup, generate: Any, engines_busy: Any, learn: Any) -> StepTimes:
-    """Add the parts that do not depend on lengths. Arguments as in `StepTimes`."""
-    return StepTimes(
-        generate=generate,
-        reward=costs.reward.per_batch + costs.reward.per_completion * setup.rows,
-        learn=learn,
-        sync=float(push_work(setup, costs.model_gb) @ astuple(costs.push)),
-        other=costs.other.per_step + costs.other.per_completion * setup.rows,
-        switch=costs.switch if setup.colocated else 0.0,
-        engines_busy=engines_busy,
-        overlap=setup.config.grpo.staleness > 0,
-    )
+def step_parts(costs: StepCosts, setup: Setup, generate: Any, learn: Any) -> dict[str, Any]:
+    """Return the seconds of each part of a step, given those of the engines and learners: floats or (draws,) arrays."""
+    parts = {
+        "generate": generate,
+        "reward": costs.reward.per_batch + costs.reward.per_completion * setup.rows,
+        "learn": learn,
+        "sync": float(push_work(setup, costs.model_gb) @ astuple(costs.push)),
+        "other": costs.other.per_step + costs.other.per_completion * setup.rows,
+    }
+    return parts | ({"switch": costs.switch} if setup.colocated else {})
+
+
+def step_seconds(parts: dict[str, Any], staleness: int) -> Any:
+    """Return the seconds of a step; with staleness the learners work beside the sampling of a later batch."""
+    sample, learn = parts["generate"] + parts["reward"], parts["learn"]
+    return sum(parts.values()) - (np.minimum(sample, learn) if staleness else 0.0)
