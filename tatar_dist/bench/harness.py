@@ -65,10 +65,9 @@ def result(
     """Build the JSON object of a bench, which `table.show` prints.
 
     Args:
-        spread: min, median and max of the ratio. `met`, the bench's exit status, is whether the median reaches `target`
-            and the bench's other targets are reached.
+        spread: Min, median and max of the ratio. `met`, the bench's exit status, is whether the median reaches `target`
+            and the bench's other targets are reached (`others_met`).
         limit: The bound of the ratio and what sets it.
-        others_met: Whether the bench's other targets are reached.
         details: Anything else. A dict or list of records becomes a table; keys with `seconds`, `mib` or `bytes` in
             their name get units.
     """

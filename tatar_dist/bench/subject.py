@@ -67,8 +67,7 @@ def make(directory: Path, pixels: int = PIXELS, sizes: TinySizes = SIZES, words:
 
 
 def prompt_text(backbone: Any) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": TEXT}]
-    messages = [{"role": "user", "content": content}]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": TEXT}]}]
     return backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 

@@ -123,12 +123,10 @@ class Estimate:
 
 
 def estimate(config: Config, plan: Plan, gpu_gib: float | None = None) -> Estimate | str | None:
-    """Estimate a stage on GPUs of `gpu_gib`; None: of 80 GiB, if the configuration has GPUs.
+    """Estimate a stage on GPUs of `gpu_gib`, by default of 80 GiB.
 
-    Returns None for a run without GPUs and, where `gpu_gib` is None, the reason why there is no estimate.
-
-    Raises:
-        UserError: `gpu_gib` is given, and not positive or the model's sizes are unknown.
+    With the default, a run without GPUs gives None, and a model of unknown sizes the reason as text. Otherwise that and
+    a size that is not positive raise UserError.
     """
     if gpu_gib is None and not config.cluster.gpus_per_node:
         return None

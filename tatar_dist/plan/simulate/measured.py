@@ -56,7 +56,7 @@ class MeasuredRun:
 
     setup: Setup
     steps: list[Observed]
-    checkpoint: float | None  # median seconds that the loop stood still for one
+    checkpoints: list[float]  # seconds that the loop stood still for each
 
 
 def read_run(path: Path) -> MeasuredRun:
@@ -84,8 +84,8 @@ def read_run(path: Path) -> MeasuredRun:
         raise UserError(f"{file}: {e}") from None
     cores = None if config.cluster.gpus_per_node else config.cluster.threads or len(os.sched_getaffinity(0))
     setup = Setup(config, plan.learners, plan.engines, cores)
-    waits = RunHistory(read_events(path)).checkpoint_seconds
-    return MeasuredRun(setup, [_observed(path, setup, row) for row in rows], float(np.median(waits)) if waits else None)
+    steps = [_observed(path, setup, row) for row in rows]
+    return MeasuredRun(setup, steps, RunHistory(read_events(path)).checkpoint_seconds)
 
 
 def _observed(path: Path, setup: Setup, metrics: dict[str, Any]) -> Observed:
@@ -188,7 +188,7 @@ def costs_of_runs(paths: Sequence[Path]) -> StepCosts:
     for s in steps:
         for task, group in zip(s.tasks, s.lengths.tolist(), strict=True):
             lengths.setdefault(task, []).append(tuple(group))
-    waits = [r.checkpoint for r in runs if r.checkpoint is not None]
+    waits = [seconds for run in runs for seconds in run.checkpoints]
     return StepCosts(
         lengths={task: tuple(groups) for task, groups in lengths.items()},
         engine=engine,
