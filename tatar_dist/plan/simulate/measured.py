@@ -92,10 +92,10 @@ def _observed(path: Path, setup: Setup, metrics: dict[str, Any]) -> Observed:
     file = path / "rollouts" / f"step_{metrics['step']:06d}.parquet"
     try:
         table = pq.read_table(file, columns=["group_id", "task", "tokens"])
-    except (OSError, ValueError) as e:  # pyarrow's errors are ValueErrors
+        grouped = table.group_by("group_id", use_threads=False).aggregate([("tokens", "list"), ("task", "min")])
+        groups = sorted(grouped.to_pylist(), key=lambda group: TASKS.index(group["task_min"]))
+    except (OSError, ValueError) as e:  # pyarrow's errors are ValueErrors; so is a task that is none of TASKS
         raise UserError(f"{file}: cannot read the completions of a measured step: {str(e).splitlines()[0]}") from None
-    grouped = table.group_by("group_id", use_threads=False).aggregate([("tokens", "list"), ("task", "min")])
-    groups = sorted(grouped.to_pylist(), key=lambda group: TASKS.index(group["task_min"]))
     g = setup.config.grpo
     if len(groups) != g.prompts_per_step or any(len(group["tokens_list"]) != g.group_size for group in groups):
         raise UserError(
