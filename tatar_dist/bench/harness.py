@@ -1,14 +1,17 @@
 """Time calls in turns and commands as whole processes; build the result object that all benches share.
 
-A command is timed by a small parent process, `python harness.py CORES WORD...`: the kernel counts what a forked child
+A command is timed by a small parent process, `python harness.py WORD...`: the kernel counts what a forked child
 shares with its parent into the child's peak memory, so a bench full of data must not be the parent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -34,6 +37,16 @@ def in_turns(*works: Callable[[], Any], rounds: int) -> list[list[float]]:
     return [list(side) for side in zip(*seconds[1:], strict=True)]
 
 
+def two_cores(bench: str) -> list[int]:
+    """Return two cores of this process. Raises UserError where there are fewer."""
+    from tatar_dist.errors import UserError  # not in the small parent
+
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise UserError(f"bench {bench}: needs 2 cores, this process may use {len(cores)}")
+    return cores[:2]
+
+
 def ratio(baseline: list[float], ours: list[float]) -> dict[str, float]:
     """Return min, median and max of baseline / ours, round by round."""
     ratios = [b / o for b, o in zip(baseline, ours, strict=True)]
@@ -52,10 +65,9 @@ def result(
     """Build the JSON object of a bench, which `table.show` prints.
 
     Args:
-        spread: min, median and max of the ratio. `met`, the bench's exit status, is whether the median reaches `target`
-            and the bench's other targets are reached.
+        spread: Min, median and max of the ratio. `met`, the bench's exit status, is whether the median reaches `target`
+            and the bench's other targets are reached (`others_met`).
         limit: The bound of the ratio and what sets it.
-        others_met: Whether the bench's other targets are reached.
         details: Anything else. A dict or list of records becomes a table; keys with `seconds`, `mib` or `bytes` in
             their name get units.
     """
@@ -75,10 +87,8 @@ def result(
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions
 
 
@@ -86,23 +96,21 @@ def _machine() -> dict[str, Any]:
     """Return the CPU, the cores this process may use, the GPUs, and the current load."""
     import torch
 
-    cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    model = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    cpu = model[1] if model else platform.processor() or platform.machine()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "gpus": gpus, "load": round(os.getloadavg()[0], 2)}
 
 
-def timed(words: Sequence[str], cores: int | None = None) -> tuple[dict[str, float], str]:
-    """Run `python WORDS` with one thread a library, on the first `cores` cores or on all; start of Python included.
+def timed(words: Sequence[str]) -> tuple[dict[str, float], str]:
+    """Run `python WORDS` on the cores of this process with one thread a library; start of Python included.
 
     Returns {"seconds", "peak_mib"} and the output. Raises RuntimeError when the command fails.
     """
     root = Path(__file__).parents[2]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    parent = [sys.executable, "-P", __file__, str(cores or 0), *words]
+    parent = [sys.executable, "-P", __file__, *words]
     measured = json.loads(subprocess.run(parent, env=env, stdout=subprocess.PIPE, check=True).stdout)
     output, status = measured.pop("output"), measured.pop("status")
     if status:
@@ -110,16 +118,13 @@ def timed(words: Sequence[str], cores: int | None = None) -> tuple[dict[str, flo
     return measured, output
 
 
-def _measure(cores: int, words: list[str]) -> dict[str, float | str]:
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: cores or None])
+def _measure(words: list[str]) -> dict[str, float | str]:
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
-        output = child.stdout.read().decode() if child.stdout else ""
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - start
-        child.returncode = os.waitstatus_to_exitcode(status)
-    return {"seconds": seconds, "peak_mib": usage.ru_maxrss / 1024, "status": child.returncode, "output": output}
+    done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # this process has no other child
+    return {"seconds": seconds, "peak_mib": peak, "status": done.returncode, "output": done.stdout}
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(int(sys.argv[1]), sys.argv[2:])))
+    print(json.dumps(_measure(sys.argv[1:])))

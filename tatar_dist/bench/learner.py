@@ -1,32 +1,31 @@
 """Time an update, packed and with the prompt in every row: `tatar-dist bench learner`.
 
 The ratio is of seconds (policy loss, forward and backward; float32, all cores, no optimiser), with gradient
-checkpointing off and on, in turns. Also: how far the two gradients are apart, peak memory of each in a process of its
-own, and the ratio that the FLOPs of both allow (subject.py). With --plot also how time and memory grow with groups,
-images, tokens and vocabulary. Memory is measured apart from seconds, with an allocator that returns freed memory:
-glibc's heap keeps freed tensors that lie between gradients which stay, more or less of them from run to run (of an
-update that has 78 MiB alive, 194 stayed), but mapping each tensor anew takes up to half as much time again.
+checkpointing off and on, in turns. Memory is measured apart from seconds, in a process of its own with an allocator
+that returns freed memory: glibc's heap keeps freed tensors between gradients which stay (194 MiB of an update that has
+78 alive), but mapping each tensor anew takes up to half as much time again. With --plot also how both grow.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from tatar_dist.bench import subject
-from tatar_dist.bench.harness import ratio, result, seconds_of
+from tatar_dist.bench.harness import in_turns, ratio, result, seconds_of
 from tatar_dist.bench.subject import Work, flops, peak_bytes
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: blocks above are mapped, and unmapped when freed; bytes
+STARTS_THREADS = Work(size=2, tokens=8, pixels=112)
 ROUNDS = 2
 TARGET, MEMORY_TARGET, GRADIENT_TARGET = 7.0, 0.4, 1e-5
 GROWTH = {
@@ -74,35 +73,34 @@ def alone(works: Sequence[Work], packed: bool, directory: Path, exact: bool) -> 
 
     exact: freed memory is returned at once, so that MiB are what was needed, and seconds are too many.
     """
-    options = {"works": [asdict(w) for w in works], "packed": packed, "directory": str(directory)}
-    words = [sys.executable, "-m", "tatar_dist.bench.learner", json.dumps(options)]
-    env = {**os.environ, **(EXACT if exact else {})}
-    done = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True, env=env)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
+    os.environ |= EXACT if exact else {}
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn"), os.dup2, (2, 1)) as process:  # libraries print
+            done = process.map(partial(_measured, packed=packed, directory=directory), [STARTS_THREADS, *works])
+            return list(done)[1:]
+    finally:
+        for name in EXACT:
+            os.environ.pop(name, None)
 
 
 def compare(work: Work, directory: Path) -> dict[str, Any]:
     """Measure both ways in turns: seconds, the gradients' difference, FLOPs, memory."""
     import torch
 
+    sides = ("per_row", "packed")
     theirs, model, prompt = _update(work, directory, packed=False)
     ours, policy, _ = _update(work, directory, packed=True)
-    ours()  # threads and kernels are there now
-    turns = [(seconds_of(theirs), seconds_of(ours)) for _ in range(ROUNDS)]
-    seconds = [list(side) for side in zip(*turns, strict=True)]
+    seconds = in_turns(theirs, ours, rounds=ROUNDS)
     right = {n: p.grad for n, p in model.named_parameters()}
     difference = torch.stack([(p.grad - right[n]).norm() for n, p in policy.named_parameters()]).norm()
     norm = torch.stack([g.norm() for g in right.values()]).norm()
-    counted = [flops(model.config, work, prompt, packed) for packed in (False, True)]
     memory = [alone([work], packed, directory, exact=True)[0]["mib"] for packed in (False, True)]
     return {
-        "prompt_tokens": prompt,
-        "seconds": {"per_row": seconds[0], "packed": seconds[1]},
+        "seconds": dict(zip(sides, seconds, strict=True)),
         "ratio": ratio(*seconds),
-        "gflops": {"per_row": counted[0] / 1e9, "packed": counted[1] / 1e9},
-        "flops_ratio": counted[0] / counted[1],
+        "flops_ratio": flops(model.config, work, prompt, False) / flops(model.config, work, prompt, True),
         "gradient_difference": float(difference / norm),
-        "peak_mib": {"per_row": memory[0], "packed": memory[1]},
+        "peak_mib": dict(zip(sides, memory, strict=True)),
         "memory_ratio": memory[1] / memory[0],
     }
 
@@ -117,8 +115,6 @@ def growth(directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 def run(grow: bool = False) -> dict[str, Any]:
     """Measure everything; with `grow` also how an update grows, some three minutes."""
-    import torch
-
     with tempfile.TemporaryDirectory() as name:
         sides = {mode: compare(Work(checkpointing=mode == "on"), Path(name)) for mode in ("off", "on")}
         grown = {"growth": growth(Path(name))} if grow else {}
@@ -130,7 +126,6 @@ def run(grow: bool = False) -> dict[str, Any]:
         TARGET,
         f"{worst['flops_ratio']:.2f} times by FLOPs counted",
         all(s["memory_ratio"] <= MEMORY_TARGET and s["gradient_difference"] <= GRADIENT_TARGET for s in sides.values()),
-        threads=torch.get_num_threads(),
         checkpointing=sides,
         targets={"memory_ratio": MEMORY_TARGET, "gradient_difference": GRADIENT_TARGET},
         **grown,
@@ -139,8 +134,8 @@ def run(grow: bool = False) -> dict[str, Any]:
 
 def _mib(field: str) -> float:
     """Read a field of /proc/self/status; getrusage's peak would be the parent's, which a forked process inherits."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(field))
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return next(int(words[1]) / 1024 for words in lines if words[0] == f"{field}:")
 
 
 def _measured(work: Work, packed: bool, directory: Path) -> dict[str, float]:
@@ -153,18 +148,9 @@ def _measured(work: Work, packed: bool, directory: Path) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _mib("VmRSS")
     seconds = seconds_of(update)
-    mib = _mib("VmHWM") - before
-    parameters = sum(p.numel() for p in model.parameters())
     return {
         "seconds": seconds,
-        "mib": mib,
+        "mib": _mib("VmHWM") - before,
         "gflops": flops(model.config, work, prompt, packed) / 1e9,
-        "counted_mib": peak_bytes(model.config, work, prompt, parameters) / 2**20,
+        "counted_mib": peak_bytes(model.config, work, prompt, model.num_parameters()) / 2**20,
     }
-
-
-if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    _measured(Work(size=2, tokens=8, pixels=112), asked["packed"], Path(asked["directory"]))  # starts threads
-    for sizes in asked["works"]:
-        print(json.dumps(_measured(Work(**sizes), asked["packed"], Path(asked["directory"]))), flush=True)

@@ -8,14 +8,12 @@ batch, so what is left beside generating is the push, reward and the controller'
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from tatar_dist.bench import step, subject
-from tatar_dist.bench.harness import ratio, result
-from tatar_dist.errors import UserError
+from tatar_dist.bench import step
+from tatar_dist.bench.harness import ratio, result, two_cores
 
 STEPS, ROUNDS, TARGET = 5, 2, 1 / 1.1
 PARTS = ("seconds", "time/generate", "time/learn", "time/sync", "time/reward")
@@ -23,17 +21,17 @@ PARTS = ("seconds", "time/generate", "time/learn", "time/sync", "time/reward")
 
 def run() -> dict[str, Any]:
     """Measure steps with staleness 0 and 1; return the result. Raises UserError with fewer than 2 CPU cores."""
-    if len(os.sched_getaffinity(0)) < 2:
-        raise UserError("bench overlap: needs 2 cores, one for the engine and one for the learner")
+    two_cores("overlap")
     parts: dict[str, dict[str, list[float]]] = {lag: {part: [] for part in PARTS} for lag in ("0", "1")}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        model = Path(subject.make(directory).model.path)
-        words = ["model.gradient_checkpointing=false", "cluster.pin_cores=true", f"grpo.max_steps={STEPS}"]
-        words += ["grpo.logprob_gap_limit=10"]
+        words = [
+            "model.gradient_checkpointing=false", "cluster.pin_cores=true", f"grpo.max_steps={STEPS}",
+            "grpo.logprob_gap_limit=10",
+        ]  # fmt: skip
         for _ in range(ROUNDS):
             for lag, seconds in parts.items():
-                side = step.ours(model, directory, [*words, f"grpo.staleness={lag}"])
+                side = step.ours(directory, [*words, f"grpo.staleness={lag}"])
                 for part in PARTS:
                     seconds[part] += side[part][:-1]  # the last step of a run has nothing ahead to sample
     halves = zip(*(parts["0"][part] for part in ("time/generate", "time/learn", "time/sync")), strict=True)

@@ -40,10 +40,7 @@ def token_logprobs(
     temperature: float = 1.0,
     padded: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Return (B, C) float32 log-probabilities of completion tokens, 0 at padding.
-
-    `padded`: the rows' `pad`, where it is there already.
-    """
+    """Return (B, C) float32 log-probabilities of completion tokens, 0 at padding. `padded`: `pad(rows)`."""
     device = next(model.parameters()).device
     inputs = {k: v.to(device) for k, v in (padded or pad(collate, rows)).items()}
     module: Any = model

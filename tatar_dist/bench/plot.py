@@ -42,23 +42,18 @@ def draw(result: dict[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "bench"
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
 
     figure, panels = plt.subplots(2, 4, figsize=(11, 5.6), sharey="row")
     for column, (name, values) in enumerate(series(result).items()):
         title, held = TITLES[name]
-        panels[0, column].set_title(f"along {title}\n", fontsize=10.5, loc="left", color=INK)
-        panels[0, column].text(0, 1.045, held, transform=panels[0, column].transAxes, fontsize=7.5, color="#718096")
+        panels[0, column].set_title(f"along {title}\n{held}", fontsize=9, loc="left", color=INK)
         panels[1, column].set_xlabel(title, fontsize=9, color=INK)
         for axes, unit in zip(panels[:, column], ("seconds", "GiB"), strict=True):
             axes.plot(values["x"], values[f"counted {unit}"], color=COUNTED, linewidth=1.8, label="counted")
             axes.plot(values["x"], values[unit], "o", color=MEASURED, markersize=6.5, label="measured", clip_on=False)
             axes.set_xticks(values["x"], [f"{x:,}" if x < 4096 else f"{x // 1024}k" for x in values["x"]])
-            axes.set_xlim(0, 1.08 * max(values["x"]))
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.set(xlim=(0, 1.08 * max(values["x"])), ylim=(0, None), axisbelow=True)
             axes.grid(axis="y", color=FAINT, linewidth=0.8)
-            axes.set_axisbelow(True)
             axes.spines[["top", "right", "left"]].set_visible(False)
             axes.tick_params(labelsize=8.5, colors=INK, length=0)
     panels[0, 0].set_ylabel("seconds an update", fontsize=9, color=INK)

@@ -2,23 +2,20 @@
 
 The ratio is how many times faster two are: an update of the same global batch of 2 groups (real ZeRO-3), and
 completions of the same 4 prompts; random 14M model, float32, in turns. Ideal is 2; the limit is what one process gains
-from half of the work, with nothing beside it (an engine makes as many decoding steps for half of the rows). A process
-is pinned to its core with all its threads and computes with one. More processes than cores cannot be measured here:
-`tatar-dist plan --simulate` predicts them.
+from half of the work, with nothing beside it (an engine makes as many decoding steps for half of the rows). Each
+process is pinned to a core of its own and computes with one thread.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tatar_dist.bench import subject
-from tatar_dist.bench.harness import in_turns, ratio, result
-from tatar_dist.errors import UserError
+from tatar_dist.bench.harness import in_turns, ratio, result, two_cores
 from tatar_dist.run.process import keep_on
 
 PIXELS = 448  # 256 image tokens
@@ -27,31 +24,11 @@ PROMPTS, SAMPLES, MADE = 4, 4, 48  # a generation
 ROUNDS, TARGET = 3, 1.6
 
 
-def two_cores() -> tuple[int, int]:
-    """Return the cores that are used. Raises UserError where there are fewer than two."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        raise UserError(f"bench scaling: needs 2 cores, this process may use {len(cores)}")
-    return cores[0], cores[1]
-
-
-def _pin(actor: Any, core: int) -> None:
-    """Run in the actor: keep its threads on one core."""
-    keep_on([core])
-
-
-def _forget(engine: Any) -> None:
-    """Run in the engine: drop what is in its caches, as a weight push does."""
-    engine._reset_caches()
-
-
 def _config(directory: Path, processes: int) -> Any:
     words = [
-        "cluster.gpus_per_node=0", "cluster.threads=1", f"cluster.learners={processes}", f"rollout.engines={processes}",
-        "cluster.learner_cpus=0.5", "cluster.engine_cpus=0.5", f"rollout.max_num_seqs={PROMPTS * SAMPLES}",
-        "rollout.max_model_len=512", f"grpo.prompts_per_step={GROUPS}", f"grpo.group_size={GROUP}",
-        "data.iqa_fraction=1", "grpo.kl_beta=0", "grpo.logprob_gap_limit=1000",
-        "model.gradient_checkpointing=false", "watch.prometheus=false",
+        "cluster.threads=1", f"cluster.learners={processes}", f"rollout.engines={processes}",
+        f"rollout.max_num_seqs={PROMPTS * SAMPLES}", "rollout.max_model_len=512", f"grpo.prompts_per_step={GROUPS}",
+        f"grpo.group_size={GROUP}", "grpo.logprob_gap_limit=1000", "model.gradient_checkpointing=false",
     ]  # fmt: skip
     return subject.make(directory, PIXELS, words=words)
 
@@ -59,7 +36,7 @@ def _config(directory: Path, processes: int) -> Any:
 class Rig:
     """`processes` learners and as many engines, each on a core of its own; learners and engines take turns."""
 
-    def __init__(self, directory: Path, processes: int, cores: tuple[int, int], stack: contextlib.ExitStack) -> None:
+    def __init__(self, directory: Path, processes: int, cores: list[int], stack: contextlib.ExitStack) -> None:
         import ray
 
         from tatar_dist.cluster.ray_cluster import Cluster
@@ -75,7 +52,8 @@ class Rig:
         self.pool.started()
         self._engines = [e.actor for e in self.pool.engines]
         for actors in (self.learners.actors, self._engines):
-            ray.get([a.__ray_call__.remote(_pin, core) for a, core in zip(actors, cores, strict=False)])
+            pin = [a.__ray_call__.remote(lambda _, c: keep_on([c]), c) for a, c in zip(actors, cores, strict=False)]
+            ray.get(pin)
         backbone = family(config.model.family)(config.model)
         rows = subject.rows(backbone, GROUPS, GROUP, TOKENS, PIXELS)
         budget, costs = config.grpo.micro_tokens, backbone.costs()
@@ -92,7 +70,7 @@ class Rig:
 
         from tatar_dist.rollout.engine import Sampling
 
-        ray.get([e.__ray_call__.remote(_forget) for e in self._engines])
+        ray.get([e.__ray_call__.remote(lambda engine: engine._reset_caches()) for e in self._engines])
         self.pool.generate(self._prompts[: PROMPTS // 2 if half else PROMPTS], Sampling(SAMPLES, 1.0, MADE))
 
 
@@ -100,16 +78,13 @@ def run() -> dict[str, Any]:
     """Measure everything. Raises UserError where there are fewer than two cores."""
     from tatar_dist.cluster.ray_cluster import Cluster
 
-    cores = two_cores()
+    cores = two_cores("scaling")
     parts: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         directory = Path(name)
         stack.enter_context(Cluster(_config(directory, 4)))  # one Ray with room for both
         one, two = (Rig(directory, n, cores, stack) for n in (1, 2))
-        for part, work, shared in (
-            ("learners", one.learn, two.learn),
-            ("engines", one.generate, two.generate),
-        ):
+        for part, work, shared in (("learners", one.learn, two.learn), ("engines", one.generate, two.generate)):
             seconds = in_turns(work, shared, rounds=ROUNDS)
             half = in_turns(work, partial(work, half=True), rounds=ROUNDS)
             parts[part] = {

@@ -64,30 +64,25 @@ def measure(directory: Path, words: Sequence[str] = ()) -> dict[Run, list[Path]]
 
 def compare(runs: dict[Run, list[Path]]) -> dict[str, Any]:
     """Set predictions from the calibration's runs beside what all runs measured."""
+    from tatar_dist.plan.simulate.forecast import Simulator
     from tatar_dist.plan.simulate.measured import costs_of_runs, read_run
-    from tatar_dist.plan.simulate.search import Simulator
 
     costs = costs_of_runs([path for run in CALIBRATION for path in runs[run]])
     rows = []
     for run, paths in runs.items():
+        learners, engines, prompts, group = run
         measured_runs = [read_run(p) for p in paths]
-        steps = [s.seconds for r in measured_runs for s in r.steps]
-        total = np.array([sum(s.values()) for s in steps])
-        simulator = Simulator(measured_runs[0].config, costs, shared_cores=True)
-        predicted = simulator.predict(run[0], run[1], "disaggregated")
-        measured = {
-            "step_seconds": float(np.median(total)),
-            "rollout_idle": float(np.median(1 - np.array([s["generate"] for s in steps]) / total)),
-            "learner_idle": float(np.median(1 - np.array([s["learn"] for s in steps]) / total)),
-        }
+        measured = float(np.median([sum(step.seconds.values()) for r in measured_runs for step in r.steps]))
+        simulator = Simulator(measured_runs[0].setup.config, costs, shared_cores=True)
+        predicted = simulator.predict(learners, engines, "disaggregated").step_seconds
         rows.append(
             {
-                "split": f"{run[0]} + {run[1]}",
-                "batch": f"{run[2]} x {run[3]}",
+                "split": f"{learners} + {engines}",
+                "batch": f"{prompts} x {group}",
                 "calibration": run in CALIBRATION,
-                "measured": measured,
-                "predicted": {key: getattr(predicted, key) for key in measured},
-                "ratio": predicted.step_seconds / measured["step_seconds"],
+                "measured_seconds": measured,
+                "predicted_seconds": predicted,
+                "ratio": predicted / measured,
             }
         )
     errors = [abs(r["ratio"] - 1) for r in rows if not r["calibration"]]

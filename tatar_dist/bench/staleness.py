@@ -22,20 +22,15 @@ from tatar_dist.errors import UserError
 from tatar_dist.run.directory import read_metrics
 from tatar_dist.types import SPLITS, TASKS
 
-VARIANTS: dict[str, list[str]] = {
-    "0": [],
-    "1": ["grpo.staleness=1"],
-    "4": ["grpo.staleness=4"],
-    "4, uncorrected": ["grpo.staleness=4", "grpo.importance=none"],
+STEPS, LAST = 60, 15  # LAST: steps at the end whose mean reward counts
+SEEDS = 3
+VARIANTS: dict[str, tuple[list[str], int]] = {  # config words, and with how many seeds
+    "0": ([], SEEDS),
+    "1": (["grpo.staleness=1"], SEEDS),
+    "4": (["grpo.staleness=4"], 1),  # these show what drift does, once
+    "4, uncorrected": (["grpo.staleness=4", "grpo.importance=none"], 1),
 }
-SEEDS, STEPS, LAST = 3, 60, 15  # LAST: steps at the end whose mean reward counts
-EVERY_SEED = ("0", "1")  # the others show what drift does, once
 IMAGES = {"train": 2000, "validation": 300, "test": 60}
-
-
-def variants(seed: int) -> dict[str, list[str]]:
-    """Return what is trained with this seed."""
-    return {name: words for name, words in VARIANTS.items() if seed == 0 or name in EVERY_SEED}
 
 
 def train(directory: Path) -> None:
@@ -54,7 +49,8 @@ def train(directory: Path) -> None:
     steps = [f"grpo.max_steps={STEPS}", f"grpo.eval_every={STEPS}", "grpo.logprob_gap_limit=10"]
     with Cluster(demo_config(directory / "base", data, sets)):  # one Ray for all
         for seed in range(SEEDS):
-            for name, more in {"sft": ["sft.eval_every=0"], **variants(seed)}.items():
+            stages = {"sft": ["sft.eval_every=0"]} | {v: words for v, (words, n) in VARIANTS.items() if seed < n}
+            for name, more in stages.items():
                 output = directory / f"seed_{seed}" / name
                 if (output / "finished").exists():
                     continue
@@ -70,20 +66,15 @@ def train(directory: Path) -> None:
 
 def figures(run: Path) -> dict[str, float]:
     """Return what is compared of one run; drift is mean |log p learner - log p engine| a token."""
-    lines = read_metrics(run)
-    end = lines[-LAST:]
-
-    def mean(rows: list[dict[str, Any]], name: str) -> float:
-        return float(np.mean([row[name] for row in rows]))
-
-    rewards = {f"reward/{task}": mean(end, f"reward/total/{task}") for task in TASKS}
+    rows = read_metrics(run)
+    rewards = {f"reward/{task}": float(np.mean([r[f"reward/total/{task}"] for r in rows[-LAST:]])) for task in TASKS}
     return {
         **rewards,
         "reward": float(np.mean(list(rewards.values()))),
-        **{f"srcc/{task}": lines[-1][f"eval/demo-{task}/srcc"] for task in TASKS},
-        "drift": mean(lines, "sync/logprob_gap"),
-        "drift_max": max(m["sync/logprob_gap_max"] for m in lines),
-        "kl": lines[-1]["loss/kl"],
+        **{f"srcc/{task}": rows[-1][f"eval/demo-{task}/srcc"] for task in TASKS},
+        "drift": float(np.mean([row["sync/logprob_gap"] for row in rows])),
+        "drift_max": max(row["sync/logprob_gap_max"] for row in rows),
+        "kl": rows[-1]["loss/kl"],
     }
 
 
@@ -96,8 +87,7 @@ def run(words: Sequence[str] = ()) -> dict[str, Any]:
         directory.mkdir(parents=True, exist_ok=True)
         train(directory)
         runs = {
-            name: [figures(directory / f"seed_{k}" / name) for k in range(SEEDS) if name in variants(k)]
-            for name in VARIANTS
+            name: [figures(directory / f"seed_{seed}" / name) for seed in range(n)] for name, (_, n) in VARIANTS.items()
         }
     by_seed = {name: {key: [f[key] for f in seeds] for key in seeds[0]} for name, seeds in runs.items()}
     synchronous = by_seed["0"]["reward"]

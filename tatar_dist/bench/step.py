@@ -3,10 +3,9 @@
 The ratio is how many times faster a step is (generate, score, learn, push) than TRL's: with its other defaults, all
 completions in one forward, and with the variant of trl_side.py that was fastest here (TUNED; the word `tune` compares
 the first steps of all again); both targets must be met. TRL's default recomputes activations; ours keeps them, which
-takes less memory than TRL's rows that recompute (bench learner has both figures); `recomputing` is the ratio where both
-recompute. Same random 14M model, prompts, lengths and machine, other images each step, one run after the other, each
-with all cores, the first step of each left out. Ours is the real pipeline (grpo.py): one vLLM engine, one ZeRO-3
-learner, a group a forward.
+takes less memory than TRL's rows that recompute (bench learner); `recomputing` is the ratio where both recompute. Same
+random 14M model, prompts, lengths and machine, other images each step, one run after the other, each with all cores,
+the first step left out. Ours is grpo.py with one vLLM engine, one ZeRO-3 learner and a group a forward.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tatar_dist.assets import CONFIGS
 from tatar_dist.bench import subject
 from tatar_dist.bench.harness import ratio, result
 from tatar_dist.bench.trl_side import VARIANTS
-from tatar_dist.config.schema import Config
+from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.prompts.answer import Prompts
+from tatar_dist.prompts.render import PromptTexts
 from tatar_dist.run.directory import read_metrics
 
 PEER = Path(__file__).parents[2] / ".venv-trl/bin/python"
 PROMPTS, GROUP, TOKENS, STEPS = 2, 8, 64, 3
+IMAGES = PROMPTS * STEPS
 TARGETS = {"defaults": 8.0, "tuned": 5.0}
 TUNED = "a group a forward"
 SAME_WORK = 0.05  # mean completion tokens may differ by this much
@@ -79,49 +78,23 @@ def tune(model: Path, directory: Path) -> tuple[str, dict[str, float | str]]:
     return min(times, key=times.__getitem__), tried
 
 
-def ours(model: Path, directory: Path, more: Sequence[str] = ()) -> Side:
+def ours(directory: Path, more: Sequence[str]) -> Side:
     """Run steps of the pipeline on the same images; `more`: config words."""
     from tatar_dist import grpo as controller
-    from tatar_dist.config.load import load_config
 
-    manifest = subject.manifest(directory / "iqa.parquet", PROMPTS * STEPS)
-    output = Path(tempfile.mkdtemp(dir=directory))
-    area = subject.PIXELS**2
+    manifest, output = directory / "iqa.parquet", Path(tempfile.mkdtemp(dir=directory))
+    same = {"dataset": "bench", "task": "iqa", "split": "train", "rationale": None}
+    rows = ({"sample_id": f"{i:04d}", "score": float(i), "image_bytes": subject.image(i)} for i in range(IMAGES))
+    write_manifest(manifest, (same | row for row in rows))
     words = [
-        f"output={output}", f"model.path={model}", "model.dtype=float32", f"model.min_pixels={area}",
-        f"model.max_pixels={area}", f"data.train=[{manifest}]",
-        "data.iqa_fraction=1", "cluster.gpus_per_node=0", "cluster.learners=1", "rollout.engines=1",
-        "cluster.learner_cpus=0.5", "cluster.engine_cpus=0.5", f"grpo.prompts_per_step={PROMPTS}",
-        f"grpo.group_size={GROUP}", "grpo.micro_tokens=2048", f"grpo.max_steps={STEPS}",
-        "grpo.kl_beta=0", f"rollout.max_new_tokens={TOKENS}", "rollout.max_model_len=1536",
-        f"rollout.max_num_seqs={PROMPTS * GROUP}", "checkpoint.every=0", "watch.prometheus=false",
-        *more,
+        f"output={output}", f"data.train=[{manifest}]", f"grpo.prompts_per_step={PROMPTS}", f"grpo.group_size={GROUP}",
+        "grpo.micro_tokens=2048", f"grpo.max_steps={STEPS}", f"rollout.max_new_tokens={TOKENS}",
+        "rollout.max_model_len=1536", f"rollout.max_num_seqs={PROMPTS * GROUP}", "checkpoint.every=0", *more,
     ]  # fmt: skip
-    controller.run(load_config([], words))
+    controller.run(subject.make(directory, words=words))
     names = {"seconds": "time/step", "tokens": "completion/tokens/iqa"}
     names |= {name: name for name in ("time/generate", "time/learn", "time/sync", "time/reward")}
     return warm({key: [line[name] for line in read_metrics(output)] for key, name in names.items()})
-
-
-def _messages() -> list[dict[str, str]]:
-    """Return the pipeline's own prompt; TRL puts the image in by itself."""
-    messages = Prompts.load(CONFIGS / "prompts.yaml").messages("iqa")
-    return [
-        {"role": m["role"], "content": m["content"] if isinstance(m["content"], str) else m["content"][-1]["text"]}
-        for m in messages
-    ]
-
-
-def _prompt_tokens(config: Config) -> int:
-    """Count the tokens of the pipeline's prompt with its image."""
-    from tatar_dist.models import family
-
-    backbone = family(config.model.family)(config.model)
-
-    def chat(messages: list[dict[str, Any]]) -> str:
-        return backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    return subject.prompt_tokens(backbone, Prompts.load(CONFIGS / "prompts.yaml").render("iqa", chat))
 
 
 def compare(peer: Side, mine: Side) -> dict[str, float]:
@@ -145,16 +118,19 @@ def run(words: Sequence[str] = ()) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
         config = subject.make(directory)
-        model, prompt = Path(config.model.path), _prompt_tokens(config)
-        (directory / "messages.json").write_text(json.dumps(_messages()))
-        subject.write_images(directory, PROMPTS * STEPS)
+        model, texts = Path(config.model.path), PromptTexts(config)
+        prompt = texts.tokens["iqa"] + texts.backbone.image_tokens(subject.PIXELS, subject.PIXELS)
+        # the pipeline's own prompt; TRL puts the image in by itself
+        messages = [{"role": m["role"], "content": m["content"][-1]["text"]} for m in texts.wording.messages("iqa")]
+        (directory / "messages.json").write_text(json.dumps(messages))
+        subject.write_images(directory, IMAGES)
         best, tried = tune(model, directory) if words else (TUNED, {})
         sides: dict[str, Side] = {}
         for name, measure in {
             "defaults": lambda: warm(theirs(model, directory, "defaults")),
-            "ours, recomputing": lambda: ours(model, directory, ["model.gradient_checkpointing=true"]),
+            "ours, recomputing": lambda: ours(directory, ["model.gradient_checkpointing=true"]),
             "tuned": lambda: warm(theirs(model, directory, best)),
-            "ours": lambda: ours(model, directory, ["model.gradient_checkpointing=false"]),
+            "ours": lambda: ours(directory, ["model.gradient_checkpointing=false"]),
         }.items():
             sides[name] = {"prompt": [prompt]} | measure()
             print(f"{name}: {', '.join(f'{s:.1f} s' for s in sides[name]['seconds'])}", file=sys.stderr, flush=True)

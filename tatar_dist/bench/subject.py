@@ -20,7 +20,6 @@ from PIL import Image
 from tatar_dist.assets import CONFIGS
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
-from tatar_dist.data.writing import write_manifest
 from tatar_dist.demo.tiny.build import TinySizes, build
 from tatar_dist.models.costs import ModelSizes, Unit, head_bytes, kept_elements, passes
 from tatar_dist.prompts.answer import Prompts
@@ -33,6 +32,11 @@ SIZES = TinySizes(
 PIXELS, GROUP, TOKENS = 896, 8, 64
 TEXT = "Rate the quality of this image."
 FLOAT = 4  # bytes
+WORDS = (
+    "model.dtype=float32", "cluster.gpus_per_node=0", "cluster.learners=1", "rollout.engines=1",
+    "cluster.learner_cpus=0.5", "cluster.engine_cpus=0.5", "data.iqa_fraction=1", "grpo.kl_beta=0",
+    "watch.prometheus=false",
+)  # fmt: skip
 
 
 def image(seed: int, pixels: int = PIXELS) -> bytes:
@@ -43,25 +47,14 @@ def image(seed: int, pixels: int = PIXELS) -> bytes:
     return out.getvalue()
 
 
-def write_images(directory: Path, n: int, pixels: int = PIXELS) -> list[Path]:
+def write_images(directory: Path, n: int, pixels: int = PIXELS) -> None:
     """Write `image(i)` of all i below `n` as DIRECTORY/i.png."""
-    files = [directory / f"{i}.png" for i in range(n)]
-    for i, file in enumerate(files):
-        file.write_bytes(image(i, pixels))
-    return files
-
-
-def manifest(file: Path, n: int) -> Path:
-    """Write a training manifest of `n` images of IQA, unless it is there, and return `file`."""
-    same = {"dataset": "bench", "task": "iqa", "split": "train", "rationale": None}
-    if not file.exists():
-        rows = ({"sample_id": f"{i:04d}", "score": float(i % 100), "image_bytes": image(i)} for i in range(n))
-        write_manifest(file, [same | row for row in rows])
-    return file
+    for i in range(n):
+        (directory / f"{i}.png").write_bytes(image(i, pixels))
 
 
 def make(directory: Path, pixels: int = PIXELS, sizes: TinySizes = SIZES, words: Sequence[str] = ()) -> Config:
-    """Write the model; return a float32 configuration with images of `pixels` x `pixels`."""
+    """Write the model unless it exists; return WORDS and `words` as a configuration of `pixels` x `pixels` images."""
     from transformers import AutoProcessor
 
     path, area = directory / "model", pixels * pixels
@@ -69,26 +62,25 @@ def make(directory: Path, pixels: int = PIXELS, sizes: TinySizes = SIZES, words:
         wording = Prompts.load(CONFIGS / "prompts.yaml")  # its words are the vocabulary, so that they are few tokens
         build(path, corpus=[wording.system, *wording.user.values(), TEXT, "system user assistant"] * 20, sizes=sizes)
         AutoProcessor.from_pretrained(path, min_pixels=area, max_pixels=area).save_pretrained(path)  # for a peer, too
-    model = [f"model.path={path}", "model.dtype=float32", f"model.min_pixels={area}", f"model.max_pixels={area}"]
-    return load_config([], [f"output={directory / 'run'}", *model, *words])
+    model = [f"model.path={path}", f"model.min_pixels={area}", f"model.max_pixels={area}"]
+    return load_config([], [f"output={directory / 'run'}", *WORDS, *model, *words])
 
 
 def prompt_text(backbone: Any) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": TEXT}]
-    messages = [{"role": "user", "content": content}]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": TEXT}]}]
     return backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def prompt_tokens(backbone: Any, text: str, pixels: int = PIXELS) -> int:
-    """Count the tokens of a rendered prompt with its image."""
-    return len(backbone.tokenizer(text)["input_ids"]) + backbone.image_tokens(pixels, pixels)
+def prompt_tokens(backbone: Any, pixels: int = PIXELS) -> int:
+    """Count the tokens of the prompt with its image."""
+    return len(backbone.tokenizer(prompt_text(backbone))["input_ids"]) + backbone.image_tokens(pixels, pixels)
 
 
 def rows(backbone: Any, groups: int, size: int, tokens: int, pixels: int = PIXELS) -> list[LearnerRow]:
     """Return groups of `size` completions of `tokens` tokens with advantages of both signs."""
     rng = np.random.default_rng(0)
     text = prompt_text(backbone)
-    share = {"weight": 1 / groups / size / tokens, "prompt_tokens": prompt_tokens(backbone, text, pixels)}
+    share = {"weight": 1 / groups / size / tokens, "prompt_tokens": prompt_tokens(backbone, pixels)}
     completions = []
     for g in range(groups):
         png = image(g, pixels)
@@ -115,8 +107,11 @@ class Work:
         return self.groups * self.size * self.tokens
 
 
-def _counts(config: Any, work: Work, prompt: int, packed: bool) -> tuple[ModelSizes, int, int, int, float]:
-    """Return ModelSizes, and images, patches of each, tokens and pairs in a layer as `forward_flops` takes them."""
+def counts(config: Any, work: Work, prompt: int, packed: bool) -> tuple[ModelSizes, int, int, int, float]:
+    """Return ModelSizes, and images, patches of each, tokens and pairs in a layer as its `forward_flops` takes them.
+
+    `config`: a Qwen2_5_VLConfig; `prompt`: tokens of a prompt.
+    """
     if packed:
         images, unit = work.groups, Unit(tuple(range(work.size)), prompt, (work.tokens - 1,) * work.size)
     else:
@@ -125,22 +120,11 @@ def _counts(config: Any, work: Work, prompt: int, packed: bool) -> tuple[ModelSi
     return ModelSizes.of(config.to_dict()), images, patches, images * unit.tokens, images * unit.pairs
 
 
-def attention_flops(config: Any, work: Work, prompt: int, packed: bool) -> float:
-    """Count the FLOPs of scores and weighted sums in one forward; causal attention counts the half that it needs."""
-    sizes, images, patches, _, pairs = _counts(config, work, prompt, packed)
-    return sizes.attention_flops(images, patches, pairs)
-
-
-def forward_flops(config: Any, work: Work, prompt: int, packed: bool) -> float:
-    """Count the FLOPs of a forward without patch embedding and head: what checkpointing adds to an update."""
-    sizes, *counted = _counts(config, work, prompt, packed)
-    return sizes.forward_flops(*counted)
-
-
 def flops(config: Any, work: Work, prompt: int, packed: bool) -> float:
-    """Count the FLOPs of forward and backward. `config`: a Qwen2_5_VLConfig; `prompt`: tokens of a prompt."""
-    sizes, images, patches, *_ = _counts(config, work, prompt, packed)
-    body = forward_flops(config, work, prompt, packed) * passes(work.checkpointing)
+    """Count the FLOPs of forward and backward. Arguments as in `counts`."""
+    sizes, images, patches, *text = counts(config, work, prompt, packed)
+    # without patch embedding and head: what checkpointing computes again
+    body = sizes.forward_flops(images, patches, *text) * passes(work.checkpointing)
     head = work.completion_tokens * 2 * sizes.head
     # pixels have no gradient; the chunked head makes its logits twice
     return body + images * patches * 2 * sizes.patch * 2 + head * passes(packed)
@@ -148,7 +132,7 @@ def flops(config: Any, work: Work, prompt: int, packed: bool) -> float:
 
 def kept_bytes(config: Any, work: Work, prompt: int) -> float:
     """Count what autograd keeps of a packed forward for the backward."""
-    sizes, images, patches, tokens, _ = _counts(config, work, prompt, packed=True)
+    sizes, images, patches, tokens, _ = counts(config, work, prompt, packed=True)
     return FLOAT * kept_elements(sizes, images * patches, tokens, checkpointing=False)
 
 

@@ -2,10 +2,9 @@
 
 For a random model of 140 million parameters, in float32 and bfloat16: (2 x copy + constant) / push, where a push goes
 through Ray's object store from one ZeRO-3 learner to one vLLM engine on this machine. Copy: one thread, torch's copy_
-into memory that is there already. Constant: a push of as many tensors with nearly no bytes, of a model as deep and very
-thin: calls, Ray, and vLLM's work for every tensor and layer of a reload. Then where the time goes: gathering alone in
-the learner, gathering into the object store without an engine, the engine's calls. Load is vLLM's work for each tensor,
-a copy, packing for the CPU; gathering the next bucket overlaps it.
+into memory that is there already. Constant: a push of as many tensors with nearly no bytes, of a very thin model. Then
+the parts of a push: gathering alone in the learner, gathering into the object store without an engine, the engine's
+calls (load is vLLM's work for each tensor; gathering the next bucket overlaps it).
 """
 
 from __future__ import annotations
@@ -35,6 +34,10 @@ LARGE = TinySizes(
 # name, sizes, dtype; all are as deep as each other, and the first is the constant
 CASES = (("thin", THIN, "float32"), ("140M", LARGE, "float32"), ("140M", LARGE, "bfloat16"))
 ROUNDS, TARGET, PIXELS = 5, 1.0, 112
+WORDS = (
+    "model.gradient_checkpointing=false", "cluster.object_store_mib=1536", "rollout.max_num_seqs=2",
+    "rollout.max_model_len=448", "grpo.prompts_per_step=1", "grpo.group_size=2", "grpo.optim.name=sgd",
+)  # fmt: skip
 PARTS = ("gather", "to store", "start", "load", "finish")
 
 
@@ -82,17 +85,6 @@ def copies(nbytes: int, rounds: int) -> list[float]:
     seconds = [seconds_of(lambda: target.copy_(source)) for _ in range(rounds)]
     torch.set_num_threads(threads)
     return seconds
-
-
-def _config(directory: Path, name: str, sizes: TinySizes, dtype: str) -> Any:
-    words = [
-        f"model.dtype={dtype}", "model.gradient_checkpointing=false", "cluster.gpus_per_node=0",
-        "cluster.learners=1", "rollout.engines=1", "cluster.learner_cpus=0.5", "cluster.engine_cpus=0.5",
-        "cluster.object_store_mib=1536", "rollout.max_num_seqs=2", "rollout.max_model_len=448", "grpo.kl_beta=0",
-        "grpo.prompts_per_step=1", "grpo.group_size=2", "data.iqa_fraction=1", "grpo.optim.name=sgd",
-        "watch.prometheus=false",
-    ]  # fmt: skip
-    return subject.make(directory / name, PIXELS, sizes, words)
 
 
 def measure(config: Any) -> dict[str, Any]:
@@ -149,7 +141,10 @@ def run() -> dict[str, Any]:
     from tatar_dist.cluster.ray_cluster import Cluster
 
     with tempfile.TemporaryDirectory() as place:
-        configs = [_config(Path(place), *case) for case in CASES]
+        configs = [
+            subject.make(Path(place) / name, PIXELS, sizes, [*WORDS, f"model.dtype={dtype}"])
+            for name, sizes, dtype in CASES
+        ]
         with Cluster(configs[0]):  # one Ray for all
             cases = [{"model": case[0]} | measure(config) for case, config in zip(CASES, configs, strict=True)]
     constant = median(cases[0]["push_seconds"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,9 @@ def read(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{file}: no such file{looked_in(file)}") from None
     except ValueError:
-        raise UserError(f"{file}: no JSON; was the bench cut short?") from None
+        content = None
     if not isinstance(content, dict) or not content.keys() >= set(FIELDS):
-        raise UserError(f"{file}: not what a bench prints with --json")
+        raise UserError(f"{file}: not what a bench prints with --json; was it cut short?")
     return content
 
 
@@ -59,10 +58,10 @@ def show(result: dict[str, Any]) -> None:
     for column, cell in zip(COLUMNS, cells(result), strict=True):
         head.add_row(column, cell, style="bold red" if (column, cell) == ("met", "no") else None)
     for key, value in result.items():
-        if rows := _records(value):
-            tables.append(_table(_label(key), rows))
+        if records := _records(value):
+            tables.append(_table(_label(key), records))
         elif key not in (*FIELDS, "versions"):
-            figures = (f"{_label(path)} {_text(f'{key} {path}', v)}".strip() for path, v in _flat(value))
+            figures = (f"{_label(path)} {_text(f'{key} {path}', v)}".strip() for path, v in _flat(value).items())
             head.add_row(_label(key), ", ".join(figures))
     console.print(head)
     for table in tables:  # wider than the terminal rather than cut
@@ -74,37 +73,29 @@ def _is_spread(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() == {"min", "median", "max"}
 
 
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested dicts with their keys joined; a spread is a leaf."""
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts with their keys joined; a spread is a leaf."""
     if not isinstance(value, dict) or _is_spread(value):
-        yield path, value
-        return
-    for key, inner in value.items():
-        yield from _flat(inner, f"{path} {key}".strip())
+        return {path: value}
+    return {p: leaf for key, inner in value.items() for p, leaf in _flat(inner, f"{path} {key}".strip()).items()}
 
 
 def _records(value: Any) -> list[dict[str, Any]]:
-    """Return a list of dicts, or a dict of them or of such lists, as flat rows, else nothing."""
+    """Return a list of dicts, or a dict of them or of such lists, as flat records, else nothing."""
     named = value if isinstance(value, dict) else {"": value}
     rows = [(name, row) for name, inner in named.items() for row in (inner if isinstance(inner, list) else [inner])]
-    if isinstance(value, str) or not all(isinstance(row, dict) and not _is_spread(row) for _, row in rows):
+    if not all(isinstance(row, dict) and not _is_spread(row) for _, row in rows):
         return []
-    return [({"": name} if name else {}) | dict(_flat(row)) for name, row in rows]
+    return [{"": name} | _flat(row) for name, row in rows]
 
 
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """Return a table with a record per line, or per column if they have many more fields."""
-    fields = list(dict.fromkeys(field for row in rows for field in row))
-    across = len(fields) > 2 * len(rows)
-    heads = [_label(field) if across else _label(field).replace(" ", "\n") for field in fields]
-    lines = [heads, *([_text(field, row.get(field, "")) for field in fields] for row in rows)]
-    if across:
-        lines = [list(line) for line in zip(*lines, strict=True)]
+def _table(title: str, records: list[dict[str, Any]]) -> Table:
+    """Return a table with a record per column."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
-    for i, name in enumerate(lines[0]):
-        table.add_column(name, justify="right" if i else "left")
-    for line in lines[1:]:
-        table.add_row(*line)
+    for record in ({"": ""}, *records):
+        table.add_column(record[""], justify="right" if table.columns else "left")
+    for field in list(dict.fromkeys(field for record in records for field in record if field)):
+        table.add_row(_label(field), *(_text(field, record.get(field)) for record in records))
     return table
 
 
@@ -114,15 +105,15 @@ def _label(key: str) -> str:
 
 
 def _text(key: str, value: Any) -> str:
-    """Return a value with the unit that its key names; numbers as their median and range."""
+    """Return a value with the unit that its key names; several numbers as their median and range."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value in (None, [], ()):
         return "—"
-    if isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(v, int | float) for v in value):
-        value = {"min": min(value), "median": statistics.median(value), "max": max(value)}
     if isinstance(value, list | tuple):
-        return ", ".join(_text(key, v) for v in value)
+        if len(value) == 1 or not all(isinstance(v, int | float) for v in value):
+            return ", ".join(_text(key, v) for v in value)
+        value = {"min": min(value), "median": statistics.median(value), "max": max(value)}
     middle = value["median"] if _is_spread(value) else value
     if not isinstance(middle, int | float):
         return str(value)

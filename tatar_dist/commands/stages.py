@@ -87,7 +87,7 @@ def _print_plans(
     from tatar_dist.plan import plan as planning
 
     plans = [planning.resolve(config, stage) for stage in stages]  # type: ignore[arg-type]
-    estimates = [memory.of_plan(config, p, gpu_memory) if command is None else None for p in plans]
+    estimates = [memory.estimate(config, p, gpu_memory) if command is None else None for p in plans]
     if as_json:
         by_stage = {p.stage: p.to_dict() for p in plans}
         for p, e in zip(plans, estimates, strict=True):
@@ -168,8 +168,8 @@ def plan(
         raise UserError(f"--simulate --stage {stage}: only grpo is simulated")
     loaded = load_config([str(f) for f in config], overrides or [], unused=("output",))
     if simulate:
-        from tatar_dist.plan.simulate import command
+        from tatar_dist.plan.simulate import forecast
 
-        command.run(loaded, measured or [], times, gpus, as_json)
+        forecast.run(loaded, measured or [], times, gpus, as_json)
         return
     _print_plans(loaded, [stage] if stage else list(STAGES), as_json, gpu_memory=gpu_memory)

@@ -24,7 +24,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,16 +61,6 @@ NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 MODEL_TYPE = "qwen2_5_vl"  # other families have other layers
 
 
-def released(path: str) -> ModelSizes | None:
-    """Sizes of a released Qwen2.5-VL named in `path`, for example Qwen2.5-VL-7B; None for other names."""
-    named = re.search(r"Qwen2\.5-VL-(\d+B)", path)
-    if named is None or named[1] not in PUBLISHED:
-        return None
-    *text, tied, wide = PUBLISHED[named[1]]
-    vision = VISION | {"intermediate_size": wide, "out_hidden_size": text[0]}
-    return ModelSizes(dict(zip(NAMES, text, strict=True)), vision, tied)
-
-
 def sizes_of(path: str) -> ModelSizes:
     """Read a model's sizes from `path`/config.json, or look up a released Qwen2.5-VL named in `path`.
 
@@ -81,9 +70,7 @@ def sizes_of(path: str) -> ModelSizes:
     file = Path(path) / "config.json"
     if file.is_file():
         try:
-            settings = json.loads(file.read_text())
-            if not isinstance(settings, dict):
-                raise UserError(f"{file}: must hold the keys and values of a model's configuration")
+            settings = dict(json.loads(file.read_text()))
             if (kind := settings.get("model_type")) != MODEL_TYPE:
                 raise UserError(f"{file}: model_type is {kind!r}; only the sizes of {MODEL_TYPE} are known")
             sizes = ModelSizes.of(settings | {"vision_config": VISION | settings["vision_config"]})
@@ -91,9 +78,12 @@ def sizes_of(path: str) -> ModelSizes:
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, AssertionError) as e:
             raise UserError(f"{file}: not of a Qwen2.5-VL: {type(e).__name__}: {e}") from None
         return sizes
-    if known := released(path):
-        return known
-    raise UserError(f"model.path={path}: no config.json there and no released Qwen2.5-VL, so its sizes are unknown")
+    released = re.search(r"Qwen2\.5-VL-(\d+B)", path)
+    if released is None or released[1] not in PUBLISHED:
+        raise UserError(f"model.path={path}: no config.json there and no released Qwen2.5-VL, so its sizes are unknown")
+    *text, tied, wide = PUBLISHED[released[1]]
+    vision = VISION | {"intermediate_size": wide, "out_hidden_size": text[0]}
+    return ModelSizes(dict(zip(NAMES, text, strict=True)), vision, tied)
 
 
 @dataclass(frozen=True)
@@ -132,18 +122,30 @@ class Estimate:
         return {"gpu_gib": self.gpu_gib, "roles": roles, "advice": list(self.advice), "note": NOTE}
 
 
-def estimate(config: Config, plan: Plan, gpu_gib: float) -> Estimate:
-    """Estimate a stage. Raises UserError for a model of unknown sizes or GPU memory that is not positive."""
-    if not gpu_gib > 0:
+def estimate(config: Config, plan: Plan, gpu_gib: float | None = None) -> Estimate | str | None:
+    """Estimate a stage on GPUs of `gpu_gib`, by default of 80 GiB.
+
+    With the default, a run without GPUs gives None, and a model of unknown sizes the reason as text. Otherwise that and
+    a size that is not positive raise UserError.
+    """
+    if gpu_gib is None and not config.cluster.gpus_per_node:
+        return None
+    if gpu_gib is not None and not gpu_gib > 0:
         raise UserError(f"--gpu-memory {gpu_gib:g}: must be above 0 GiB")
-    sizes, room = sizes_of(config.model.path), gpu_gib * GIB
+    try:
+        sizes = sizes_of(config.model.path)
+    except UserError as e:
+        if gpu_gib is not None:
+            raise
+        return f"memory is not estimated: {e}"
+    gib = 80.0 if gpu_gib is None else gpu_gib
     roles, advice = [], []
     for count, role, advise in ((plan.learners, learner, _for_learners), (plan.engines, engine, _for_engines)):
         if count:
-            roles.append(role(config, plan, sizes, room))
+            roles.append(role(config, plan, sizes, gib * GIB))
             if not roles[-1].fits:
-                advice.append(advise(config, plan, sizes, room))
-    return Estimate(plan.stage, gpu_gib, tuple(roles), tuple(advice))
+                advice.append(advise(config, plan, sizes, gib * GIB))
+    return Estimate(plan.stage, gib, tuple(roles), tuple(advice))
 
 
 def learner(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory:
@@ -214,44 +216,26 @@ def engine(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory
 
 
 def _for_learners(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> str:
-    """Return the first change that makes a rank fit; changes that preserve the recipe's gradients come first."""
-    whole = plan.split
-    assert whole is not None
-
-    def fits(changed: Config, ranks: int = plan.learners) -> bool:
-        split = replace(whole, ranks=ranks, micro_tokens=getattr(changed, plan.stage).micro_tokens)
-        return learner(changed, replace(plan, learners=ranks, split=split), sizes, room).fits
-
-    best = config
-    for key, changed in _easier(config, plan):
-        best = changed
-        if fits(changed):
-            return f"a learner does not fit: set {key}"
-    for ranks in range(plan.learners + 1, whole.rows + 1):
-        if fits(best, ranks):
-            return f"a learner does not fit: set cluster.learners={ranks}, and cluster.nodes for as many GPUs" + (
-                "; with " + key if best is not config else ""
-            )
-    return f"a learner does not fit with any number of ranks up to {whole.rows}: lower model.max_pixels" + (
-        ", or take larger GPUs"
-        if best.model.lora_rank
-        else ", train adapters (model.lora_rank=16), or take larger GPUs"
-    )
-
-
-def _easier(config: Config, plan: Plan) -> Iterator[tuple[str, Config]]:
-    """Yield (keys to set, changed config): checkpointing, then with it ever smaller forwards."""
-    words = ""
-    if not config.model.gradient_checkpointing:
-        words = "model.gradient_checkpointing=true"
-        config = replace(config, model=replace(config.model, gradient_checkpointing=True))
-        yield words, config
-    section, tokens = plan.stage, getattr(config, plan.stage).micro_tokens
-    least = math.ceil(_prompt(config) + config.rollout.max_new_tokens)
-    while tokens > least:
-        tokens = max(least, tokens // 2)
-        part = replace(getattr(config, section), micro_tokens=tokens)
-        yield f"{words} {section}.micro_tokens={tokens}".strip(), replace(config, **{section: part})
+    """Return the first change that makes a rank fit: checkpointing, then smaller forwards, then more ranks."""
+    split = plan.split
+    assert split is not None
+    checkpointed = replace(config, model=replace(config.model, gradient_checkpointing=True))
+    budgets, least = [split.micro_tokens], math.ceil(_prompt(config) + config.rollout.max_new_tokens)
+    while budgets[-1] > least:
+        budgets.append(max(least, budgets[-1] // 2))
+    more = range(plan.learners + 1, split.rows + 1)
+    for budget, ranks in [*((b, plan.learners) for b in budgets), *((budgets[-1], ranks) for ranks in more)]:
+        changed = replace(plan, learners=ranks, split=replace(split, ranks=ranks, micro_tokens=budget))
+        if learner(checkpointed, changed, sizes, room).fits:
+            keys = {
+                "model.gradient_checkpointing=true": not config.model.gradient_checkpointing,
+                f"{plan.stage}.micro_tokens={budget}": budget < split.micro_tokens,
+                f"cluster.learners={ranks}, and cluster.nodes for as many GPUs": ranks > plan.learners,
+            }
+            return "a learner does not fit: set " + " ".join(key for key, differs in keys.items() if differs)
+    adapters = "" if config.model.lora_rank else "train adapters (model.lora_rank=16), "
+    advice = f"lower model.max_pixels, {adapters}or take larger GPUs"
+    return f"a learner does not fit with any number of ranks up to {split.rows}: {advice}"
 
 
 def _for_engines(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> str:
@@ -286,15 +270,3 @@ def as_table(estimated: Estimate) -> Any:
     for line in estimated.advice:
         table.add_row("change", line, "")
     return table
-
-
-def of_plan(config: Config, plan: Plan, gpu_gib: float | None) -> Estimate | str | None:
-    """Return an estimate, None for a run without GPUs if `gpu_gib` is None, or the reason why there is none."""
-    if gpu_gib is None and not config.cluster.gpus_per_node:
-        return None
-    try:
-        return estimate(config, plan, 80.0 if gpu_gib is None else gpu_gib)
-    except UserError as e:
-        if gpu_gib is not None:
-            raise
-        return f"memory is not estimated: {e}"

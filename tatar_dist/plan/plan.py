@@ -14,7 +14,6 @@ Any number of ranks up to the rows of the batch can share it.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,12 +78,11 @@ class Plan:
     @property
     def processes(self) -> dict[str, int]:
         """Processes by role. A tensor-parallel engine is one process per GPU."""
-        rewards = 0 if self.stage == "sft" else 1
         counts = {
             "controller": 1,
             "learners": self.learners,
             "engines": self.engines * self.tensor_parallel,
-            "reward": rewards,
+            "reward": int(self.stage != "sft"),
         }
         return {role: n for role, n in counts.items() if n}
 
@@ -99,11 +97,14 @@ def resolve(config: Config, stage: Stage) -> Plan:
     Raises:
         UserError: more learners than rows, too few GPUs, or an engine larger than a node.
     """
-    c, tp = config.cluster, config.rollout.tensor_parallel
+    c, g, tp = config.cluster, config.grpo, config.rollout.tensor_parallel
     gpus = c.nodes * c.gpus_per_node
     if c.gpus_per_node and tp > c.gpus_per_node:
         raise UserError(f"rollout.tensor_parallel={tp}: an engine must fit a node, which has {c.gpus_per_node} GPUs")
-    learners, engines = _counts(config, stage, _batch(config, stage)[0])
+    rows, budget, key = g.prompts_per_step * g.group_size, g.micro_tokens, "grpo.prompts_per_step x grpo.group_size"
+    if stage == "sft":
+        rows, budget, key = config.sft.global_batch, config.sft.micro_tokens, "sft.global_batch"
+    learners, engines = _counts(config, stage, rows)
     colocated = c.placement == "colocated" and stage == "grpo"
     if colocated and (tp > 1 or engines > learners):
         raise UserError(
@@ -111,13 +112,15 @@ def resolve(config: Config, stage: Stage) -> Plan:
             f"rollout.tensor_parallel={tp} do not fit {learners} learners"
         )
     wanted = {"learners": learners, "engines": 0 if colocated else engines * tp}
-    if c.gpus_per_node and sum(wanted.values()) > gpus:
+    used = sum(wanted.values())
+    if gpus and used > gpus:
         parts = " + ".join(f"{n} for {role}" for role, n in wanted.items() if n)
         raise UserError(
-            f"{stage} needs {sum(wanted.values())} GPUs ({parts}), there are {gpus} "
+            f"{stage} needs {used} GPUs ({parts}), there are {gpus} "
             f"(cluster.nodes={c.nodes} x cluster.gpus_per_node={c.gpus_per_node})"
         )
-    split = split_of(config, stage, learners) if learners else None
+    if learners > rows:
+        raise UserError(f"{key}={rows} rows are too few for {learners} learners: use cluster.learners={rows} or fewer")
     samples = None if stage == "evaluate" else count_samples(config.data)
     return Plan(
         stage=stage,
@@ -126,29 +129,13 @@ def resolve(config: Config, stage: Stage) -> Plan:
         learners=learners,
         engines=engines,
         tensor_parallel=tp if engines else 1,
-        split=split,
+        split=Split(rows, learners, budget) if learners else None,
         samples=samples,
         steps=_steps(config, stage, samples),
-        warmup_steps={"sft": config.sft.optim.warmup_steps, "grpo": config.grpo.optim.warmup_steps}.get(stage, 0),
+        warmup_steps=0 if stage == "evaluate" else getattr(config, stage).optim.warmup_steps,
         colocated=colocated,
-        notes=tuple(_notes(config, stage, learners, engines, samples)),
+        notes=tuple(_notes(config, stage, gpus - used if gpus else 0, engines, samples)),
     )
-
-
-def split_of(config: Config, stage: Stage, learners: int) -> Split:
-    """Split a stage's batch over `learners` ranks. Raises UserError for more ranks than rows."""
-    rows, budget, key = _batch(config, stage)
-    if learners > rows:
-        raise UserError(f"{key}={rows} rows are too few for {learners} learners: use cluster.learners={rows} or fewer")
-    return Split(rows, learners, budget)
-
-
-def _batch(config: Config, stage: Stage) -> tuple[int, int, str]:
-    """Return (rows of an optimiser step, the most tokens in one forward, the config key of the rows)."""
-    if stage == "sft":
-        return config.sft.global_batch, config.sft.micro_tokens, "sft.global_batch"
-    g = config.grpo
-    return g.prompts_per_step * g.group_size, g.micro_tokens, "grpo.prompts_per_step x grpo.group_size"
 
 
 def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
@@ -172,17 +159,14 @@ def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
     return learners, engines
 
 
-def _notes(config: Config, stage: Stage, learners: int, engines: int, samples: dict[str, int] | None) -> Iterable[str]:
-    gpus = config.cluster.nodes * config.cluster.gpus_per_node
-    shared = config.cluster.placement == "colocated" and stage == "grpo"
-    idle = gpus - learners - (0 if shared else engines * config.rollout.tensor_parallel)
-    if gpus and idle > 0:
+def _notes(config: Config, stage: Stage, idle: int, engines: int, samples: dict[str, int] | None) -> Iterable[str]:
+    if idle:
         cure = {
             "sft": "raise sft.global_batch to use them",
             "grpo": "raise grpo.prompts_per_step, or set cluster.learners and rollout.engines, to use them",
             "evaluate": "raise rollout.engines to use them",
         }[stage]
-        yield f"{idle} of {gpus} GPUs stay idle: {cure}"
+        yield f"{idle} of {config.cluster.nodes * config.cluster.gpus_per_node} GPUs stay idle: {cure}"
     if stage == "grpo" and engines > config.grpo.prompts_per_step:
         yield f"rollout.engines={engines}, but a step has only {config.grpo.prompts_per_step} prompts: some never work"
     share = config.data.iqa_fraction
@@ -193,16 +177,14 @@ def _notes(config: Config, stage: Stage, learners: int, engines: int, samples: d
 
 def count_samples(data: DataConfig) -> dict[str, int] | None:
     """Count training rows by task in the manifests' pools; None without manifests or if one is unreadable."""
-    paths = [Path(data.root) / m for m in data.train]
-    if not paths or not all(p.is_file() for p in paths):
-        return None
-    counts: Counter[str] = Counter()
+    counts: dict[str, int] = dict.fromkeys(TASKS, 0)
     try:
-        for pool in (p for m in paths for p in read_manifest(m).of_split("train").pools):
-            counts[pool.task] += pool.rows
+        for name in data.train:
+            for pool in read_manifest(Path(data.root) / name).of_split("train").pools:
+                counts[pool.task] += pool.rows
     except UserError:
         return None  # a plan is an estimate; the run itself reports a broken manifest with its reason
-    return {task: counts[task] for task in TASKS}
+    return counts if data.train else None
 
 
 def _steps(config: Config, stage: Stage, samples: dict[str, int] | None) -> int | None:
@@ -239,32 +221,30 @@ def _counted(n: int, what: str) -> str:
 
 
 def as_table(plan: Plan) -> Any:
-    """The plan as a rich table."""
+    """Return the plan as a rich table."""
     from rich.table import Table
 
     table = Table(title=f"{plan.stage}: what would run", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    hardware = f"{plan.nodes} x {plan.gpus_per_node} GPUs = {plan.gpus}, {plan.gpus_used} used"
-    table.add_row("nodes", hardware if plan.gpus_per_node else f"{plan.nodes}, CPU only")
+    hardware, per_learner, per_engine = f"{plan.nodes}, CPU only", "", ""
+    if plan.gpus_per_node:
+        hardware = f"{plan.nodes} x {plan.gpus_per_node} GPUs = {plan.gpus}, {plan.gpus_used} used"
+        per_learner, per_engine = ", one GPU each", f", {_counted(plan.tensor_parallel, 'GPU')} each"
+    if plan.colocated:
+        per_engine = ", each with a learner" + (" on its GPU, asleep while that works" if plan.gpus_per_node else "")
+    table.add_row("nodes", hardware)
     table.add_row("processes", ", ".join(_counted(n, role.removesuffix("s")) for role, n in plan.processes.items()))
     if plan.learners:
-        table.add_row(
-            "learners", _counted(plan.learners, "ZeRO-3 rank") + (", one GPU each" if plan.gpus_per_node else "")
-        )
+        table.add_row("learners", _counted(plan.learners, "ZeRO-3 rank") + per_learner)
     if plan.engines:
-        each = f", {_counted(plan.tensor_parallel, 'GPU')} each" if plan.gpus_per_node else ""
-        if plan.colocated:
-            each = ", each with a learner" + (" on its GPU, asleep while that works" if plan.gpus_per_node else "")
-        table.add_row("engines", _counted(plan.engines, "vLLM engine") + each)
-    if plan.split:
-        s = plan.split
-        what = "completions" if plan.stage == "grpo" else "rows"
-        text = f"{s.rows} {what} over {_counted(s.ranks, 'rank')}, at most {s.micro_tokens} tokens in one forward"
-        table.add_row("batch", text)
+        table.add_row("engines", _counted(plan.engines, "vLLM engine") + per_engine)
+    if s := plan.split:
+        rows = f"{s.rows} {'completions' if plan.stage == 'grpo' else 'rows'} over {_counted(s.ranks, 'rank')}"
         samples = plan.samples and ", ".join(f"{n} {task}" for task, n in plan.samples.items())
-        table.add_row("samples", samples or "unknown: manifests not there yet")
         warmup = f", {plan.warmup_steps} of them warm-up" if plan.warmup_steps else ""
+        table.add_row("batch", f"{rows}, at most {s.micro_tokens} tokens in one forward")
+        table.add_row("samples", samples or "unknown: manifests not there yet")
         table.add_row("steps", f"{plan.steps}{warmup}" if plan.steps is not None else "depends on the manifests")
     for note in plan.notes:
         table.add_row("note", note)

@@ -42,18 +42,16 @@ COVERAGE = (
 
 def unproven(config: Config, stage: Stage = "grpo") -> list[Path]:
     """Return the paths that `config` selects in `stage` and that were never run."""
-    c, r = config.cluster, config.rollout
+    gpus, push = config.cluster.gpus_per_node > 0, config.rollout.push
     taken = {
-        "cluster.gpus_per_node=0": c.gpus_per_node == 0,
-        "cluster.gpus_per_node>0": c.gpus_per_node > 0,
-        "rollout.push=object_store": r.push == "object_store",
-        "rollout.push=nccl": r.push == "nccl",
-        "rollout.push=cuda_ipc": r.push == "cuda_ipc",
-        "cluster.placement=colocated": c.gpus_per_node > 0 and c.placement == "colocated",
-        "model.lora_rank>0": c.gpus_per_node > 0 and config.model.lora_rank > 0,
-        "rollout.tensor_parallel>1": r.tensor_parallel > 1,
+        "cluster.gpus_per_node=0": not gpus,
+        "cluster.gpus_per_node>0": gpus,
+        "cluster.placement=colocated": gpus and config.cluster.placement == "colocated",
+        "model.lora_rank>0": gpus and config.model.lora_rank > 0,
+        "rollout.tensor_parallel>1": config.rollout.tensor_parallel > 1,
+        f"rollout.push={push}": True,
     }
-    return [p for p in COVERAGE if p.status == NEVER and stage in p.stages and taken[p.key]]
+    return [p for p in COVERAGE if p.status == NEVER and stage in p.stages and taken.get(p.key)]
 
 
 def warnings_for(config: Config, stage: Stage) -> list[str]:

@@ -48,7 +48,8 @@ def test_flops_are_those_of_the_operators_that_run(packed, tmp_path):
     assert counter.get_total_flops() == pytest.approx(subject.flops(model.config, work, prompt, packed) + surplus)
     kernels = counter.get_flop_counts()["Global"]
     attended = kernels[ATEN._scaled_dot_product_flash_attention_for_cpu]
-    assert attended == pytest.approx(subject.attention_flops(model.config, work, prompt, packed))
+    sizes, images, patches, _, pairs = subject.counts(model.config, work, prompt, packed)
+    assert attended == pytest.approx(sizes.attention_flops(images, patches, pairs))
 
 
 @pytest.mark.parametrize("work", [subject.Work(size=2, tokens=24, pixels=112), subject.Work(2, 3, 8, 224, vocab=1024)])

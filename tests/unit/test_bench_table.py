@@ -40,7 +40,7 @@ def test_a_result_is_printed_with_its_figures_and_a_table_for_records(capsys):
     for line in (
         "baseline 2 copies", "ratio, median (min–max) 0.75 (0.50–1.25)", "target 1", "met no", "limit bytes",
         "push 4.20 ms", "share 0.01", "seconds 500 ms (250–750) 500 ms (250–750)", "fits yes no",
-        "mib ours 12.0 MiB 12.0 MiB", "mfu — —", "rows bytes x", "1,000 2.50 MB", "30,000 0.50",
+        "mib ours 12.0 MiB 12.0 MiB", "mfu — —", "rows 1,000 30,000", "bytes 2.50 MB —", "x — 0.50",
     ):  # fmt: skip
         assert line.split() in said
 
@@ -72,13 +72,13 @@ def test_a_missed_target_is_status_1_in_every_bench(met, status, monkeypatch, ca
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [(None, "no such file"), ("", "cut short"), ("[1]", "not what"), ('{"name": "sync"}', "not what")],
+    [(None, "no such file"), ("", "not what .* cut short"), ("[1]", "not what"), ('{"name": "sync"}', "not what")],
 )
 def test_what_is_no_result_of_a_bench_is_refused(text, said, tmp_path):
     file = tmp_path / "x.json"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(UserError, match=rf"x\.json: {said}|x\.json: no JSON; was the bench {said}"):
+    with pytest.raises(UserError, match=rf"x\.json: {said}"):
         read(file)
 
 

@@ -58,7 +58,7 @@ def test_another_family_is_not_taken_for_qwen2_5_vl(tmp_path, kind):
     with pytest.raises(UserError, match=f"config.json: model_type is {kind!r}; only the sizes of qwen2_5_vl are known"):
         memory.sizes_of(str(tmp_path))
     config = load_config([str(CONFIGS / "grpo.yaml")], [f"model.path={tmp_path}"])
-    assert f"memory is not estimated: {tmp_path}" in memory.of_plan(config, resolve(config, "grpo"), None)
+    assert f"memory is not estimated: {tmp_path}" in memory.estimate(config, resolve(config, "grpo"))
 
 
 def test_a_twentieth_of_a_gpu_stays_free():

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from simulate_cases import COSTS, DEMO, GRPO, LENGTHS, grpo, setup_of
+from simulate_cases import COSTS, DEMO, GRPO, LENGTHS, PROMPT, grpo, setup_of, simulate_step
 
 from tatar_dist.learner.sharding import shard_groups
 from tatar_dist.models.costs import RowCosts
 from tatar_dist.plan.plan import resolve
-from tatar_dist.plan.simulate.search import Simulator, draw_lengths, forecast
-from tatar_dist.plan.simulate.step import call_work, calls, learn_work, serve, simulate_step
+from tatar_dist.plan.simulate.forecast import Simulator, draw_lengths, forecast
+from tatar_dist.plan.simulate.step import call_work, calls, learn_work, serve
 from tatar_dist.types import Completion, Group, Prompt, Sample, ScoredGroup
 
 FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25000"))  # a thousandth of them, for what takes long
@@ -68,7 +68,7 @@ def scored_group(i, lengths):
     completions = tuple(Completion("", tuple(range(n)), (0.0,) * n, "stop") for n in lengths)
     prompt = Prompt(Sample(f"{i:03d}", "set", "iaa", b"", 50.0), "", f"{i:03d}")
     n = len(lengths)
-    return ScoredGroup(Group(prompt, (1,), completions, 0), np.ones(n, bool), {}, np.zeros(n), np.zeros(n))
+    return ScoredGroup(Group(prompt, (1,) * PROMPT, completions, 0), np.ones(n, bool), {}, np.zeros(n), np.zeros(n))
 
 
 @settings(deadline=None)
@@ -77,6 +77,7 @@ def test_learner_work_is_that_of_the_batchers_shards(prompts, group_size, budget
     assume(ranks <= prompts * group_size)
     lengths = np.random.default_rng(seed).integers(1, 30, (prompts, group_size))
     groups = [scored_group(i, row) for i, row in enumerate(lengths.tolist())]
+    budget += PROMPT
     shards = shard_groups(groups, ranks, [np.ones(group_size)] * prompts, budget, RowCosts())
     shards = [[[r for r in batch if not r.filler] for batch in shard] for shard in shards]
 
@@ -85,7 +86,7 @@ def test_learner_work_is_that_of_the_batchers_shards(prompts, group_size, budget
 
     tokens = slowest(lambda batch: sum(len(r.completion_ids) for r in batch))
     images, rows = slowest(lambda batch: len({r.image_id for r in batch})), slowest(len)
-    work = learn_work(setup_of(ranks, 1, prompts, group_size, micro_tokens=budget, prompt_tokens=1), lengths)
+    work = learn_work(setup_of(ranks, 1, prompts, group_size, micro_tokens=budget), lengths)
     n = len(shards[0])
     assert work.tolist() == pytest.approx([1, n, rows, images, tokens, n * (1 - 1 / ranks)])
 
@@ -152,13 +153,13 @@ def test_shares_are_shares_and_parts_make_the_step(learners, engines, placement)
 
 
 def test_draws_have_the_measured_lengths_by_task_and_are_the_same_every_time():
-    setup = setup_of(1, 1, prompts=8, group_size=5)
-    found = draw_lengths(COSTS, setup)
+    config = setup_of(1, 1, prompts=8, group_size=5).config
+    found = draw_lengths(COSTS, config)
     assert found.shape[1:] == (8, 5)
     assert set(np.unique(found[:, :4])) == {n for g in LENGTHS["iqa"] for n in g}
     assert set(np.unique(found[:, 4:])) == {n for g in LENGTHS["iaa"] for n in g}
     assert all(set(group) <= set(LENGTHS["iqa"][0]) or set(group) <= set(LENGTHS["iqa"][1]) for group in found[0, :4])
-    assert (found == draw_lengths(COSTS, setup)).all()
+    assert (found == draw_lengths(COSTS, config)).all()
 
 
 @pytest.mark.parametrize("placement", ["disaggregated", "colocated"])
@@ -188,9 +189,10 @@ def test_colocated_splits_are_those_that_a_run_accepts():
 
 
 def test_more_gpus_never_make_the_best_step_longer():
-    rows = forecast(GRPO, COSTS).rows
-    steps = [min(p.step_seconds for p in found.values() if p) for _, found in rows]
-    assert [n for n, _ in rows] == [1 << k for k in range(11)]
+    rows = forecast(GRPO, COSTS)["table"]
+    placements = ("disaggregated", "colocated")
+    steps = [min(row[name]["step_seconds"] for name in placements if row[name]) for row in rows]
+    assert [row["gpus"] for row in rows] == [1 << k for k in range(11)]
     assert all(b <= a + 1e-9 for a, b in zip(steps, steps[1:], strict=False))
 
 

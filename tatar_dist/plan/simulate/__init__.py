@@ -3,6 +3,5 @@
 measured.py   run directories -> StepCosts, by non-negative least squares
 costs.py      StepCosts: seconds per unit of work of each part of a step; from YAML, or estimated from FLOPs and bytes
 step.py       StepCosts, a split and completion lengths -> the seconds of one step, event by event
-search.py     configuration and StepCosts -> the best split learners/engines for each number of GPUs
-command.py    the command and its tables
+forecast.py   the command: configuration and StepCosts -> the best split learners/engines for each number of GPUs
 """

@@ -29,56 +29,37 @@ the share of it that is usually reached (a roofline, Williams et al. 2009):
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from annotated_types import Ge, Le, MinLen
-from pydantic import AfterValidator, BeforeValidator
 
 from tatar_dist.config.schema import Config
 from tatar_dist.config.validate import STRICT_KEYS, AtLeastOne, Finite, read_yaml, validated
 from tatar_dist.errors import UserError
 from tatar_dist.models.costs import TOKEN_PIXELS, passes
 from tatar_dist.plan.memory import sizes_of
-from tatar_dist.types import TASKS
+from tatar_dist.types import Task
 
 # An H100 SXM, from NVIDIA's data sheet: dense bf16 FLOP/s, HBM and NVLink bytes/s (one direction); 400 Gb/s a GPU.
-FLOPS, HBM, NVLINK, NETWORK, GPU_GIB = 989e12, 3.35e12, 450e9, 50e9, 80.0
+FLOPS, HBM, NVLINK, NETWORK = 989e12, 3.35e12, 450e9, 50e9
 # The shares of them that are reached: our assumptions, on the low side of what is published.
 TRAIN, PREFILL, MEMORY, LINK = 0.35, 0.4, 0.6, 0.6
 COPY, TRANSFER = 2e9, 5e9  # bytes/s of a copy through host memory, and of Ray's object store between nodes: assumed
 # Mean and standard deviation of completion tokens: about 40 words for IQA, 150 for IAA, as the length reward wants.
-LENGTHS = {"iqa": (80, 12), "iaa": (230, 35)}
+LENGTHS: dict[Task, tuple[int, int]] = {"iqa": (80, 12), "iaa": (230, 35)}
 TEXT_TOKENS, PIXELS = 200, 1024 * 768  # a prompt's text; an image of KonIQ-10k
 
 Cost = Annotated[Finite, Ge(0)]
 Share = Annotated[Finite, Ge(0), Le(1)]
 Group = Annotated[tuple[AtLeastOne, ...], MinLen(1)]
-
-
-def _nested(groups: Any) -> Any:
-    """Take a flat list of lengths as one group."""
-    flat = isinstance(groups, list) and not (groups and isinstance(groups[0], list))
-    return [groups] if flat else groups
-
-
-def _task(name: str) -> str:
-    if name not in TASKS:
-        raise ValueError(f"must be one of {', '.join(TASKS)}")
-    return name
-
-
-Lengths = Annotated[
-    Mapping[Annotated[str, AfterValidator(_task)], Annotated[tuple[Group, ...], BeforeValidator(_nested)]], MinLen(1)
-]
+Lengths = Annotated[Mapping[Task, Annotated[tuple[Group, ...], MinLen(1)]], MinLen(1)]
 
 
 @dataclass(frozen=True)
 class EngineCosts:
-    __pydantic_config__ = STRICT_KEYS
-
     per_call: Cost = 0.0
     per_step: Cost = 0.0
     per_token: Cost = 0.0
@@ -88,8 +69,6 @@ class EngineCosts:
 
 @dataclass(frozen=True)
 class LearnerCosts:
-    __pydantic_config__ = STRICT_KEYS
-
     per_update: Cost = 0.0
     per_micro_batch: Cost = 0.0
     per_row: Cost = 0.0
@@ -102,16 +81,12 @@ class LearnerCosts:
 
 @dataclass(frozen=True)
 class RewardCosts:
-    __pydantic_config__ = STRICT_KEYS
-
     per_batch: Cost = 0.0
     per_completion: Cost = 0.0
 
 
 @dataclass(frozen=True)
 class PushCosts:
-    __pydantic_config__ = STRICT_KEYS
-
     per_push: Cost = 0.0
     per_gb: Cost = 0.0
     per_gb_receiver: Cost = 0.0
@@ -119,8 +94,6 @@ class PushCosts:
 
 @dataclass(frozen=True)
 class OtherCosts:
-    __pydantic_config__ = STRICT_KEYS
-
     per_step: Cost = 0.0
     per_completion: Cost = 0.0
 
@@ -129,14 +102,14 @@ class OtherCosts:
 class StepCosts:
     """Costs of all parts of a step. `lengths`: completion lengths in tokens by task, one tuple per group."""
 
-    __pydantic_config__ = STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS  # of the parts, too
 
     lengths: Lengths
-    engine: EngineCosts = field(default_factory=EngineCosts)
-    learner: LearnerCosts = field(default_factory=LearnerCosts)
-    reward: RewardCosts = field(default_factory=RewardCosts)
-    push: PushCosts = field(default_factory=PushCosts)
-    other: OtherCosts = field(default_factory=OtherCosts)
+    engine: EngineCosts = EngineCosts()
+    learner: LearnerCosts = LearnerCosts()
+    reward: RewardCosts = RewardCosts()
+    push: PushCosts = PushCosts()
+    other: OtherCosts = OtherCosts()
     checkpoint: Cost = 0.0  # seconds that training stands still for one
     switch: Cost = 0.0  # colocated: seconds of a step in which GPUs change hands, asleep to awake and back
     model_gb: Cost = 0.0  # bytes of a weight push to one engine, in 1e9
@@ -173,27 +146,24 @@ def estimate(config: Config) -> StepCosts:
     except UserError as error:
         raise UserError(f"{error}; or give measured times (--measured RUN or --times FILE)") from None
     parameters, kv_bytes = float(f"{sizes.parameters:.2e}"), sizes.kv_bytes(2)  # three digits, as on model cards
-    tp = config.rollout.tensor_parallel
-    m, g, r = config.model, config.grpo, config.rollout
-    wide = 2 if m.dtype == "bfloat16" else 4
-    weights = parameters * wide
-    prompt = prompt_tokens(config)
-    iqa, iaa = LENGTHS["iqa"][0], LENGTHS["iaa"][0]
-    context = prompt + (config.data.iqa_fraction * iqa + (1 - config.data.iqa_fraction) * iaa) / 2
+    m, g, tp = config.model, config.grpo, config.rollout.tensor_parallel
+    weights = parameters * (2 if m.dtype == "bfloat16" else 4)
+    prompt, share = prompt_tokens(config), config.data.iqa_fraction
+    context = prompt + (share * LENGTHS["iqa"][0] + (1 - share) * LENGTHS["iaa"][0]) / 2
     once = 2 * bool(g.kl_beta) + 2 * (g.inner_iterations > 1)  # reference; old policy
-    whole = not m.lora_rank  # adapters: no gradients of the weights to compute and to move
-    update = g.inner_iterations * passes(m.gradient_checkpointing, whole)
+    update = g.inner_iterations * passes(m.gradient_checkpointing, trained=not m.lora_rank)
     token = (2 * update + once) * parameters / (FLOPS * TRAIN)
     moved = weights * (update + bool(g.kl_beta))  # gathered for each pass; gradients reduced, which are one more
+    engine_token = 2 * parameters / tp / (FLOPS * PREFILL)
     rng = np.random.default_rng(0)
-    drawn = {task: rng.normal(*LENGTHS[task], 1000).clip(1, r.max_new_tokens) for task in LENGTHS}
+    drawn = {task: rng.normal(*spread, 1000).clip(1, config.rollout.max_new_tokens) for task, spread in LENGTHS.items()}
     return StepCosts(
         lengths={task: (tuple(map(int, lengths)),) for task, lengths in drawn.items()},
         engine=EngineCosts(
             per_call=0.2,
             per_step=weights / tp / (HBM * MEMORY) + 2e-3,
-            per_token=kv_bytes * context / tp / (HBM * MEMORY) + 2 * parameters / tp / (FLOPS * PREFILL),
-            per_prompt=2 * parameters * prompt / tp / (FLOPS * PREFILL),
+            per_token=kv_bytes * context / tp / (HBM * MEMORY) + engine_token,
+            per_prompt=engine_token * prompt,
         ),
         learner=LearnerCosts(
             per_update=0.5,
@@ -209,11 +179,10 @@ def estimate(config: Config) -> StepCosts:
         switch=2 * weights / tp / 20e9 + 1.0,
         model_gb=weights / 1e9,
         parameters=parameters,
-        gpu_gib=GPU_GIB,
         source="estimated from FLOPs and bytes on H100s (nothing measured)",
         notes=(
             "an estimate from data sheets and assumed efficiencies: compare splits with it, do not plan budgets; "
             "run a few steps and give --measured RUN for figures",
-            f"completions of {iqa} (IQA) and {iaa} (IAA) tokens are assumed",
+            f"completions of {LENGTHS['iqa'][0]} (IQA) and {LENGTHS['iaa'][0]} (IAA) tokens are assumed",
         ),
     )

@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from tatar_dist.assets import looked_in
 from tatar_dist.config.load import load_config
-from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 from tatar_dist.plan.plan import resolve
 from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, OtherCosts, PushCosts, RewardCosts, StepCosts
-from tatar_dist.plan.simulate.step import Setup, generate, learn_factor, learn_work, push_work
+from tatar_dist.plan.simulate.step import Setup, generate, learn_work, push_work
 from tatar_dist.run.directory import read_metrics
 from tatar_dist.run.events import read_events
 from tatar_dist.run.status import RunHistory
-from tatar_dist.types import TASKS
+from tatar_dist.types import TASKS, Task
 
 WARM_UP = 2  # first steps of a run: kernels are compiled, caches filled
 SLOW = 2.0  # a step that took longer than this many medians was disturbed: a restart, a stall
@@ -45,7 +45,7 @@ class Observed:
 
     setup: Setup
     lengths: np.ndarray
-    tasks: tuple[str, ...]
+    tasks: tuple[Task, ...]
     seconds: dict[str, float]
     model_gb: float
 
@@ -54,71 +54,58 @@ class Observed:
 class MeasuredRun:
     """Contents of a run directory."""
 
-    path: Path
-    config: Config
+    setup: Setup
     steps: list[Observed]
-    checkpoint: float | None  # median seconds that the loop stood still for one
+    checkpoints: list[float]  # seconds that the loop stood still for each
 
 
 def read_run(path: Path) -> MeasuredRun:
     """Read a run. Raises UserError: no GRPO run, staleness above 0, unknown keys, no timed step, bad rollouts."""
-    metrics_file = path / "metrics.jsonl"
-    if not path.is_dir():
-        raise UserError(f"{path}: no such directory{looked_in(path)}")
-    if not (path / "config.yaml").is_file() or not metrics_file.is_file():
-        raise UserError(f"{path}: no run directory of GRPO (config.yaml and metrics.jsonl), give one that has trained")
-    config = load_config([str(path / "config.yaml")], [])
+    file = path / "config.yaml"
+    if not file.is_file():
+        where = "" if path.is_dir() else looked_in(path)
+        raise UserError(f"{path}: no run directory of GRPO, config.yaml and metrics.jsonl are not in it{where}")
+    config = load_config([str(file)], [])
     if config.grpo.staleness:
         raise UserError(
-            f"{path / 'config.yaml'}: grpo.staleness={config.grpo.staleness}: times of parts that ran side by side do "
-            "not tell what each costs; measure with grpo.staleness=0, the simulator lays them side by side itself"
+            f"{file}: grpo.staleness={config.grpo.staleness}: times of parts that ran side by side do not tell what "
+            "each costs; measure with grpo.staleness=0, the simulator lays them side by side itself"
         )
-    lines = [row for row in read_metrics(path) if _is_timed(row)]
-    if not lines:
-        raise UserError(f"{metrics_file}: no step with time/generate: give the directory of a GRPO run")
-    lines = lines[WARM_UP:] if len(lines) > 2 * WARM_UP else lines[-1:]
-    median = float(np.median([m["time/step"] for m in lines]))
-    lines = [m for m in lines if m["time/step"] <= SLOW * median][-NEWEST:]
+    names = {"step", "time/step", *(f"time/{part}" for part in PARTS)}
+    rows = [row for row in read_metrics(path) if row.keys() >= names]
+    if not rows:
+        raise UserError(f"{path}/metrics.jsonl: no step with time/generate: give the directory of a GRPO run")
+    rows = rows[WARM_UP:] if len(rows) > 2 * WARM_UP else rows[-1:]
+    median = float(np.median([row["time/step"] for row in rows]))
+    rows = [row for row in rows if row["time/step"] <= SLOW * median][-NEWEST:]
     try:
         plan = resolve(config, "grpo")
     except UserError as e:
-        raise UserError(f"{path / 'config.yaml'}: {e}") from None
+        raise UserError(f"{file}: {e}") from None
     cores = None if config.cluster.gpus_per_node else config.cluster.threads or len(os.sched_getaffinity(0))
-    setup = Setup.of(config, plan.learners, plan.engines, cores)
-    steps = [_observed(path, setup, m) for m in lines]
-    waits = RunHistory(read_events(path)).checkpoint_seconds
-    return MeasuredRun(path, config, steps, float(np.median(waits)) if waits else None)
-
-
-def _is_timed(row: dict[str, Any]) -> bool:
-    times = [row.get(f"time/{part}") for part in (*PARTS, "step")]
-    return all(isinstance(t, float | int) for t in times) and isinstance(row.get("step"), int)
+    setup = Setup(config, plan.learners, plan.engines, cores)
+    steps = [_observed(path, setup, row) for row in rows]
+    return MeasuredRun(setup, steps, RunHistory(read_events(path)).checkpoint_seconds)
 
 
 def _observed(path: Path, setup: Setup, metrics: dict[str, Any]) -> Observed:
-    import pyarrow.parquet as pq
-
     file = path / "rollouts" / f"step_{metrics['step']:06d}.parquet"
     try:
-        table = pq.read_table(file, columns=["group_id", "index", "task", "tokens"])
-    except (OSError, ValueError) as e:  # pyarrow's errors are ValueErrors
+        table = pq.read_table(file, columns=["group_id", "task", "tokens"])
+        grouped = table.group_by("group_id", use_threads=False).aggregate([("tokens", "list"), ("task", "min")])
+        groups = sorted(grouped.to_pylist(), key=lambda group: TASKS.index(group["task_min"]))
+    except (OSError, ValueError) as e:  # pyarrow's errors are ValueErrors; so is a task that is none of TASKS
         raise UserError(f"{file}: cannot read the completions of a measured step: {str(e).splitlines()[0]}") from None
-    columns = table.to_pydict()
-    if set(columns["task"]) - set(TASKS):
-        raise UserError(f"{file}: holds a task that is none of {', '.join(TASKS)}")
-    groups: dict[str, list[int]] = {}
-    task_of = dict(zip(columns["group_id"], columns["task"], strict=True))
-    for group, tokens in zip(columns["group_id"], columns["tokens"], strict=True):
-        groups.setdefault(group, []).append(tokens)
-    names = sorted(groups, key=lambda g: TASKS.index(task_of[g]))
-    if len(names) != setup.prompts or any(len(groups[g]) != setup.group_size for g in names):
+    g = setup.config.grpo
+    if len(groups) != g.prompts_per_step or any(len(group["tokens_list"]) != g.group_size for group in groups):
         raise UserError(
-            f"{file}: holds {len(names)} groups, config.yaml says {setup.prompts} of {setup.group_size} completions"
+            f"{file}: holds {len(groups)} groups, config.yaml says {g.prompts_per_step} of {g.group_size} completions"
         )
     seconds = {part: float(metrics[f"time/{part}"]) for part in PARTS}
     seconds["other"] = max(0.0, float(metrics["time/step"]) - sum(seconds.values()))
     gb = float(metrics.get("sync/bytes") or 0.0) / setup.engines / 1e9
-    return Observed(setup, np.array([groups[g] for g in names]), tuple(task_of[g] for g in names), seconds, gb)
+    lengths = np.array([group["tokens_list"] for group in groups])
+    return Observed(setup, lengths, tuple(group["task_min"] for group in groups), seconds, gb)
 
 
 def fit(work: np.ndarray, seconds: np.ndarray) -> np.ndarray:
@@ -164,84 +151,83 @@ def _fit_engine(steps: Sequence[Observed], serial: float) -> tuple[EngineCosts, 
 
 def _fit_learner(steps: Sequence[Observed], serial: float) -> tuple[LearnerCosts, float]:
     seconds = np.array([s.seconds["learn"] for s in steps])
-    work = np.array([learn_work(s.setup, s.lengths) * learn_factor(serial, s.setup) for s in steps])
-    line = fit(work, seconds)
-    return replace(LearnerCosts(*line), serial=serial), _error(work @ line, seconds)
+    factors = [s.setup.slow_down(serial, s.setup.learners, s.setup.learners) for s in steps]
+    work = np.array([learn_work(s.setup, s.lengths) * f for s, f in zip(steps, factors, strict=True)])
+    per_unit = fit(work, seconds)
+    return replace(LearnerCosts(*per_unit), serial=serial), _error(work @ per_unit, seconds)
 
 
 def _best_serial(try_: Callable[[float], tuple[Any, float]], threads: set[int]) -> tuple[Any, float]:
     """Fit with the best serial share if runs differ in threads, else with 0.5; return (costs, error)."""
     candidates = np.linspace(0, 1, 11) if len(threads) > 1 else [0.5]
-    return min((try_(float(s)) for s in candidates), key=lambda found: found[1])
+    return min((try_(float(s)) for s in candidates), key=lambda fitted: fitted[1])
 
 
 def costs_of_runs(paths: Sequence[Path]) -> StepCosts:
     """Fit costs to all runs together. Raises UserError as `read_run` does, and for runs on different hardware."""
     runs = [read_run(p) for p in paths]
     steps = [s for run in runs for s in run.steps]
-    kinds = {s.setup.cores for s in steps}
-    if len(kinds) > 1:
+    setups = [run.setup for run in runs]
+    cores, model = setups[0].cores, setups[0].config.model
+    if any(s.cores != cores for s in setups):
         raise UserError(f"{paths[0]} and others ran on different hardware: give runs of one kind of machine")
-    setups = {s.setup for s in steps}
-    cores = steps[0].setup.cores
-    threads = {role: {s.threads(getattr(s, role)) for s in setups} for role in ROLES}
+    threads = {
+        "engines": {s.threads(s.engines) for s in setups},
+        "learners": {s.threads(s.learners) for s in setups},
+    }
     engine, engine_error = _best_serial(lambda s: _fit_engine(steps, s), threads["engines"])
     learner, learner_error = _best_serial(lambda s: _fit_learner(steps, s), threads["learners"])
     rows = np.array([[1.0, s.setup.rows] for s in steps])
-    gb = np.array([s.model_gb for s in steps])
+    gb = float(np.median([s.model_gb for s in steps]))
     pushes = np.array([push_work(s.setup, s.model_gb) for s in steps])
 
-    def of(part: str, work: np.ndarray) -> np.ndarray:
+    def fitted(part: str, work: np.ndarray) -> np.ndarray:
         return fit(work, np.array([s.seconds[part] for s in steps]))
 
-    groups = [(task, tuple(group)) for s in steps for task, group in zip(s.tasks, s.lengths.tolist(), strict=True)]
-    model = runs[0].config.model
-    waits = [r.checkpoint for r in runs if r.checkpoint is not None]
+    lengths: dict[Task, list[tuple[int, ...]]] = {}
+    for s in steps:
+        for task, group in zip(s.tasks, s.lengths.tolist(), strict=True):
+            lengths.setdefault(task, []).append(tuple(group))
+    waits = [seconds for run in runs for seconds in run.checkpoints]
     return StepCosts(
-        lengths={
-            task: tuple(group for t, group in groups if t == task) for task in dict.fromkeys(t for t, _ in groups)
-        },
+        lengths={task: tuple(groups) for task, groups in lengths.items()},
         engine=engine,
         learner=learner,
-        reward=RewardCosts(*of("reward", rows)),
-        push=PushCosts(*of("sync", pushes)),
-        other=OtherCosts(*of("other", rows)),
+        reward=RewardCosts(*fitted("reward", rows)),
+        push=PushCosts(*fitted("sync", pushes)),
+        other=OtherCosts(*fitted("other", rows)),
         checkpoint=float(np.median(waits)) if waits else 0.0,
-        model_gb=float(np.median(gb)),
-        parameters=float(np.median(gb)) * 1e9 / (2 if model.dtype == "bfloat16" else 4) if not cores else 0.0,
+        model_gb=gb,
+        parameters=0.0 if cores else gb * 1e9 / (2 if model.dtype == "bfloat16" else 4),
         cores=cores,
         source=f"measured: {len(steps)} steps of {', '.join(str(p) for p in paths)}",
-        notes=tuple(_notes(runs, setups, threads, engine_error, learner_error)),
+        notes=(
+            f"the fit misses measured generation by {engine_error:.0%}, learning by {learner_error:.0%} (median)",
+            *_notes(setups, threads),
+            *([] if waits else ["no checkpoint was measured (events.jsonl): the whole run is without them"]),
+        ),
     )
 
 
-ROLES = ("engines", "learners")
-
-
-def _notes(
-    runs: list[MeasuredRun], setups: set[Setup], threads: dict[str, set[int]], engine_error: float, learner_error: float
-) -> list[str]:
-    notes = [f"the fit misses measured generation by {engine_error:.0%}, learning by {learner_error:.0%} (median)"]
-    if len({-(-s.prompts // s.engines) for s in setups}) == 1:
-        notes.append(
-            "engine calls of one size only: how their time grows with prompts is a guess; "
-            "add --measured of a run with other rollout.engines or prompts_per_step"
-        )
-    if len({s.rows // s.learners for s in setups}) == 1:
-        notes.append(
-            "one number of rows a learner only: what part of learning does not shrink with more learners is a guess; "
-            "add --measured of a run with other cluster.learners"
-        )
-    if len({s.learners for s in setups}) == 1:
-        notes.append("one number of learners only: the cost of collectives is a guess")
-    if all(0 < s.gpus_per_node >= s.learners for s in setups):
-        notes.append("nothing measured spans nodes: beyond one, collectives and pushes are taken as fast as within one")
-    if any(s.cores for s in setups):
-        alike = [role for role in ROLES if len(threads[role]) == 1]
-        if alike:
-            notes.append(f"{' and '.join(alike)} had one number of threads only: half of their work is taken as serial")
-    if not any(r.checkpoint is not None for r in runs):
-        notes.append("no checkpoint was measured (events.jsonl): the whole run is without them")
-    if any(r.config.grpo.zero_std == "refill" for r in runs):
-        notes.append("zero_std=refill: rounds of new prompts count into the measured generation, not as rounds")
-    return notes
+def _notes(setups: list[Setup], threads: dict[str, set[int]]) -> list[str]:
+    """Return what these runs leave open."""
+    alike = [role for role, counts in threads.items() if len(counts) == 1]
+    notes = {
+        "a guess, how engine calls grow with prompts: measure a run with other rollout.engines or prompts_per_step": (
+            len({-(-s.config.grpo.prompts_per_step // s.engines) for s in setups}) == 1
+        ),
+        "a guess, how much of learning shrinks with more learners: measure a run with other cluster.learners": (
+            len({s.rows // s.learners for s in setups}) == 1
+        ),
+        "a guess, what collectives cost: all runs had one number of learners": len({s.learners for s in setups}) == 1,
+        "no run spans nodes: collectives and pushes between nodes are taken as fast as within one": (
+            all(0 < s.config.cluster.gpus_per_node >= s.learners for s in setups)
+        ),
+        f"{' and '.join(alike)} had one number of threads only: half of their work is taken as serial": (
+            setups[0].cores and alike
+        ),
+        "zero_std=refill: rounds of new prompts count into the measured generation, not as rounds": (
+            any(s.config.grpo.zero_std == "refill" for s in setups)
+        ),
+    }
+    return [note for note, holds in notes.items() if holds]

@@ -1,8 +1,8 @@
 """Discrete-event simulation of one GRPO step: engine calls, reward, learners and weight push.
 
-Takes `StepCosts`, a `Setup` (sizes and split) and completion lengths in tokens (P prompts, G a group); returns
-`StepTimes`. With staleness 0 the parts run in sequence, as in grpo.py; otherwise generation and scoring overlap with
-learning. Within a part, the calls of rollout/pool.py and the micro-batches of learner/packing.py are simulated.
+Takes `StepCosts`, a `Setup` (configuration and split) and completion lengths in tokens (P prompts, G a group); returns
+the seconds of its parts. With staleness 0 they run in sequence, as in grpo.py; otherwise generation and scoring overlap
+with learning. Within a part, the calls of rollout/pool.py and the micro-batches of learner/packing.py are simulated.
 
 The time of a part is linear in its costs. The functions here return the *work*, the vector that multiplies the costs,
 so that measured.py fits costs with the same model.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,85 +26,47 @@ from tatar_dist.plan.simulate.costs import EngineCosts, LearnerCosts, StepCosts,
 
 @dataclass(frozen=True)
 class Setup:
-    """Parameters of a step. `cores`: CPU cores shared by all processes; None = dedicated hardware."""
+    """A step of `config` with its numbers of learners and engines.
 
+    cores: CPU cores that all processes share or, with `dedicated`, that each process has for itself; None on GPUs.
+    """
+
+    config: Config
     learners: int
     engines: int
-    prompts: int
-    group_size: int
-    micro_tokens: int
-    max_num_seqs: int
-    prompt_tokens: int = 0
-    staleness: int = 0
-    pinned: bool = False  # cluster.pin_cores
-    iqa_fraction: float = 0.5
-    deterministic: bool = False
-    colocated: bool = False
-    tensor_parallel: int = 1
-    gpus_per_node: int = 0
-    bucket_mib: int = 256
     cores: int | None = None
-
-    @classmethod
-    def of(cls, config: Config, learners: int, engines: int, cores: int | None) -> Setup:
-        g, r, c = config.grpo, config.rollout, config.cluster
-        return cls(
-            learners=learners,
-            engines=engines,
-            prompts=g.prompts_per_step,
-            group_size=g.group_size,
-            micro_tokens=g.micro_tokens,
-            max_num_seqs=r.max_num_seqs,
-            prompt_tokens=prompt_tokens(config),
-            staleness=g.staleness,
-            pinned=c.pin_cores,
-            iqa_fraction=config.data.iqa_fraction,
-            deterministic=r.deterministic,
-            colocated=c.placement == "colocated",
-            tensor_parallel=r.tensor_parallel,
-            gpus_per_node=c.gpus_per_node,
-            bucket_mib=r.bucket_mib,
-            cores=cores,
-        )
+    dedicated: bool = False
+    colocated: bool = False
 
     @property
     def rows(self) -> int:
-        return self.prompts * self.group_size
-
-    @property
-    def side_cores(self) -> int | None:
-        """Cores of the engines, and of the learners: all if they run in turns, else half."""
-        return self.cores and max(1, self.cores // (2 if self.staleness or self.pinned else 1))
-
-    def threads(self, processes: int) -> int:
-        """Threads of each of `processes` engines or learners, as in Cluster.threads."""
-        return max(1, self.side_cores // processes) if self.side_cores else 1
+        return self.config.grpo.prompts_per_step * self.config.grpo.group_size
 
     @property
     def gpus(self) -> int:
-        engines = self.engines * self.tensor_parallel
+        engines = self.engines * self.config.rollout.tensor_parallel
         return max(self.learners, engines) if self.colocated else self.learners + engines
 
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Seconds by part, and busy seconds summed over engines."""
-
-    generate: float
-    reward: float
-    learn: float
-    sync: float
-    other: float
-    switch: float
-    engines_busy: float
-    overlap: bool = False
-
     @property
-    def step(self) -> float:
-        """Seconds of the step; with `overlap` the learners work beside the sampling of a later batch."""
-        first, second = self.generate + self.reward, self.learn
-        work = max(first, second) if self.overlap else first + second
-        return work + self.sync + self.other + self.switch
+    def side_cores(self) -> int:
+        """Cores of the engines, and of the learners: all if they run in turns, else half."""
+        halved = self.config.grpo.staleness or self.config.cluster.pin_cores
+        return max(1, (self.cores or 1) // (2 if halved and not self.dedicated else 1))
+
+    def threads(self, processes: int) -> int:
+        """Threads of each of `processes` engines or learners, as in Cluster.threads."""
+        return self.side_cores if self.dedicated else max(1, self.side_cores // processes)
+
+    def slow_down(self, serial: float, processes: int, busy: int) -> float:
+        """Return the time of one of `processes` while `busy` of them work, over its time alone with one thread.
+
+        Threads share all but the `serial` part of the work (Amdahl 1967); more threads than cores take turns.
+        """
+        if not self.cores:
+            return 1.0
+        threads = self.threads(processes)
+        turns = 1.0 if self.dedicated else max(1.0, busy * threads / self.side_cores)
+        return (serial + (1 - serial) / threads) * turns
 
 
 @dataclass(frozen=True)
@@ -139,18 +102,12 @@ def serve(work: Sequence[float], engines: int, speed: Callable[[int], float] = l
     return Service(clock, busy, calls)
 
 
-def amdahl(serial: float, threads: int) -> float:
-    """Ratio of the time with `threads` threads to that with one (Amdahl 1967)."""
-    return serial + (1 - serial) / threads
-
-
 def calls(setup: Setup) -> list[range]:
     """Split the prompts into engine calls, as RolloutPool.chunks does."""
-    size = 1
-    if not setup.deterministic:
-        share = -(-setup.prompts // setup.engines)
-        size = max(1, min(share, setup.max_num_seqs // setup.group_size))
-    return [range(i, min(i + size, setup.prompts)) for i in range(0, setup.prompts, size)]
+    g, r = setup.config.grpo, setup.config.rollout
+    share = -(-g.prompts_per_step // setup.engines)
+    size = 1 if r.deterministic else max(1, min(share, r.max_num_seqs // g.group_size))
+    return [range(i, min(i + size, g.prompts_per_step)) for i in range(0, g.prompts_per_step, size)]
 
 
 def call_work(lengths: np.ndarray, slots: int) -> np.ndarray:
@@ -164,56 +121,47 @@ def call_work(lengths: np.ndarray, slots: int) -> np.ndarray:
 
 def generate(costs: EngineCosts, setup: Setup, lengths: np.ndarray) -> tuple[Service, np.ndarray]:
     """Return the schedule of a step's calls, and the (4,) work of the last engine, scaled by its slow-down."""
-    work = np.array([call_work(lengths[r.start : r.stop], setup.max_num_seqs) for r in calls(setup)])
-    cores, threads = setup.side_cores, setup.threads(setup.engines)
-    factor = amdahl(costs.serial, threads)
-
-    def speed(busy: int) -> float:
-        return min(1.0, cores / (busy * threads)) if cores else 1.0
-
-    per_unit = np.array([costs.per_call, costs.per_step, costs.per_token, costs.per_prompt])
-    seconds = work @ per_unit * factor
-    service = serve(seconds.tolist(), setup.engines, speed)
-    last = max(service.calls, key=lambda indices: seconds[indices].sum() if indices else 0.0)
-    alone = seconds[last].sum()
-    return service, work[last].sum(axis=0) * (service.seconds / alone if alone else 1.0) * factor
+    *per_unit, serial = astuple(costs)
+    work = np.array([call_work(lengths[r.start : r.stop], setup.config.rollout.max_num_seqs) for r in calls(setup)])
+    alone = setup.slow_down(serial, setup.engines, busy=1)
+    seconds = work @ per_unit * alone
+    service = serve(seconds.tolist(), setup.engines, lambda busy: alone / setup.slow_down(serial, setup.engines, busy))
+    last = max(service.calls, key=lambda indices: seconds[indices].sum())
+    busy = seconds[last].sum()
+    return service, work[last].sum(axis=0) * (service.seconds / busy if busy else 1.0) * alone
 
 
 def learn_work(setup: Setup, lengths: np.ndarray) -> np.ndarray:
-    """Return the (6,) work for `learner_vector`, of each micro-batch's slowest rank, as collectives wait for it.
+    """Return the (6,) work of each micro-batch's slowest rank, as collectives wait for it, in order of `LearnerCosts`.
 
     Raises:
         UserError: fewer rows than learners.
     """
-    ranks, g = setup.learners, setup.group_size
+    ranks, g = setup.learners, setup.config.grpo.group_size
     if setup.rows < ranks:
         raise UserError(f"{setup.rows} completions a step are too few for {ranks} learners")
     rows = (-np.sort(-lengths)).tolist()  # longest first, as the batcher has them
-    units = [Unit(tuple(range(i * g, i * g + g)), setup.prompt_tokens, tuple(row)) for i, row in enumerate(rows)]
-    at_once = list(zip(*pack(units, ranks, setup.micro_tokens), strict=True))  # the k-th micro-batches of all ranks
-
-    def slowest(what: Callable[[list[Unit]], int]) -> int:
-        return sum(max(map(what, batches)) for batches in at_once)
-
-    n = len(at_once)
-    completions = slowest(lambda batch: sum(len(u.rows) for u in batch))
-    images = slowest(lambda batch: len({u.rows[0] // g for u in batch}))  # parts of a prompt may meet again
-    tokens = slowest(lambda batch: sum(sum(u.lengths) for u in batch))
-    return np.array([1, n, completions, images, tokens, n * (ranks - 1) / ranks], dtype=float)
+    prompt = prompt_tokens(setup.config)
+    units = [Unit(tuple(range(i * g, i * g + g)), prompt, tuple(row)) for i, row in enumerate(rows)]
+    packed = pack(units, ranks, setup.config.grpo.micro_tokens)
+    # (ranks, micro-batches, 3): completions, images (parts of a prompt may meet again), completion tokens
+    counts = np.array([[_counts(batch, g) for batch in batches] for batches in packed])
+    n = counts.shape[1]
+    return np.array([1, n, *counts.max(axis=0).sum(axis=0), n * (ranks - 1) / ranks], dtype=float)
 
 
-def learn_factor(serial: float, setup: Setup) -> float:
-    """Return the slow-down of ranks that share cores, from their threads and from more threads than cores."""
-    if not setup.side_cores:
-        return 1.0
-    threads = setup.threads(setup.learners)
-    return amdahl(serial, threads) * max(1.0, setup.learners * threads / setup.side_cores)
+def _counts(batch: Sequence[Unit], g: int) -> tuple[int, int, int]:
+    images = {unit.rows[0] // g for unit in batch}
+    return sum(len(unit.rows) for unit in batch), len(images), sum(sum(unit.lengths) for unit in batch)
 
 
-def learner_vector(c: LearnerCosts, setup: Setup) -> np.ndarray:
-    across = setup.gpus_per_node and setup.learners > setup.gpus_per_node and c.gather_across_nodes is not None
-    gather = c.gather_across_nodes if across else c.gather
-    return np.array([c.per_update, c.per_micro_batch, c.per_row, c.per_image, c.per_token, gather])
+def learn_seconds(costs: LearnerCosts, setup: Setup, lengths: np.ndarray) -> float:
+    """Return the seconds of an update. Raises UserError as `learn_work` does."""
+    *per_unit, gather, across_nodes, serial = astuple(costs)
+    if across_nodes is not None and 0 < setup.config.cluster.gpus_per_node < setup.learners:
+        gather = across_nodes
+    slow_down = setup.slow_down(serial, setup.learners, setup.learners)
+    return float(learn_work(setup, lengths) @ [*per_unit, gather]) * slow_down
 
 
 def push_work(setup: Setup, gb: float) -> np.ndarray:
@@ -222,28 +170,25 @@ def push_work(setup: Setup, gb: float) -> np.ndarray:
     Buckets are pipelined: gathering overlaps loading, so n buckets take n + 1 times the slower of these two stages,
     `per_gb`.
     """
-    buckets = max(1.0, np.ceil(gb * 1e9 / (setup.bucket_mib << 20)))
-    receivers = setup.engines
-    if setup.gpus_per_node:
-        receivers = -(-setup.engines * setup.tensor_parallel // setup.gpus_per_node)
+    r, per_node = setup.config.rollout, setup.config.cluster.gpus_per_node
+    buckets = max(1.0, np.ceil(gb * 1e9 / (r.bucket_mib << 20)))
+    receivers = -(-setup.engines * r.tensor_parallel // per_node) if per_node else setup.engines
     return np.array([1.0, gb * (1 + 1 / buckets), gb * (receivers - 1)])
 
 
-def simulate_step(costs: StepCosts, setup: Setup, lengths: np.ndarray) -> StepTimes:
-    """Simulate a step with completions of `lengths` (P, G), IQA prompts first, as the sampler draws them.
+def step_parts(costs: StepCosts, setup: Setup, generate: Any, learn: Any) -> dict[str, Any]:
+    """Return the seconds of each part of a step, given those of the engines and learners: floats or (draws,) arrays."""
+    parts = {
+        "generate": generate,
+        "reward": costs.reward.per_batch + costs.reward.per_completion * setup.rows,
+        "learn": learn,
+        "sync": float(push_work(setup, costs.model_gb) @ astuple(costs.push)),
+        "other": costs.other.per_step + costs.other.per_completion * setup.rows,
+    }
+    return parts | ({"switch": costs.switch} if setup.colocated else {})
 
-    Raises:
-        UserError: fewer rows than learners.
-    """
-    service, _ = generate(costs.engine, setup, lengths)
-    learn = learn_work(setup, lengths) @ learner_vector(costs.learner, setup)
-    return StepTimes(
-        generate=service.seconds,
-        reward=costs.reward.per_batch + costs.reward.per_completion * setup.rows,
-        learn=float(learn) * learn_factor(costs.learner.serial, setup),
-        sync=float(push_work(setup, costs.model_gb) @ astuple(costs.push)),
-        other=costs.other.per_step + costs.other.per_completion * setup.rows,
-        switch=costs.switch if setup.colocated else 0.0,
-        engines_busy=service.busy,
-        overlap=setup.staleness > 0,
-    )
+
+def step_seconds(parts: dict[str, Any], staleness: int) -> Any:
+    """Return the seconds of a step; with staleness the learners work beside the sampling of a later batch."""
+    sample, learn = parts["generate"] + parts["reward"], parts["learn"]
+    return sum(parts.values()) - (np.minimum(sample, learn) if staleness else 0.0)
