@@ -132,6 +132,5 @@ class LearnerRow:
 class StepReport:
     """Result of one optimiser step: scalar metrics by contract name, and seconds."""
 
-    step: int
     metrics: dict[str, float]
     seconds: float

@@ -98,12 +98,10 @@ class Cluster:
     def log_node_changes(self) -> None:
         """Log which nodes left and came since the last call."""
         before, self._nodes = self._nodes, self._living()
-        for event, ids, names in (
-            ("node/lost", before.keys() - self._nodes.keys(), before),
-            ("node/joined", self._nodes.keys() - before.keys(), self._nodes),
-        ):
-            for node in sorted(ids):
-                self.log(event, node=node, host=names[node])
+        for node in sorted(before.keys() - self._nodes.keys()):
+            self.log("node/lost", node=node, host=before[node])
+        for node in sorted(self._nodes.keys() - before.keys()):
+            self.log("node/joined", node=node, host=self._nodes[node])
 
     def _actor(
         self,

@@ -22,8 +22,6 @@ from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.process import importing, open_log, process_facts
 from tatar_dist.types import StepReport
 
-IMPORTANCE = {"mean": "importance", "cut": "cut"}  # policy/importance_* -> key of the loss's sums
-
 
 class WeightsOutOfSync(RunError):
     """The engine's log-probabilities are not the learner's: the engine samples from other weights."""
@@ -110,7 +108,7 @@ class Learner:
             total += float(loss.detach())
         metrics = self.zero3.all_reduce({"loss/total": total})
         metrics |= {"optim/lr": lr, "optim/grad_norm": norm}
-        return StepReport(step, metrics, time.perf_counter() - start)
+        return StepReport(metrics, time.perf_counter() - start)
 
     def sft_loss(self, shard: Shard) -> dict[str, float]:
         """Reduce negative log-likelihood and tokens by task over the held-out micro-batches of all ranks."""
@@ -207,12 +205,16 @@ class Learner:
             "policy/entropy": total["entropy"] / total["tokens"],
             "policy/clip_fraction": total["clipped"] / trained,
             "policy/ratio_max": ratio,
-            **{f"policy/importance_{k}": total[s] / trained for k, s in IMPORTANCE.items() if s in total},
+            **{
+                f"policy/importance_{k}": total[s] / trained
+                for k, s in (("mean", "importance"), ("cut", "cut"))
+                if s in total
+            },
             "optim/lr": lr,
             "optim/grad_norm": norm,
             **gap,
         }
-        return StepReport(step, metrics, time.perf_counter() - start)
+        return StepReport(metrics, time.perf_counter() - start)
 
     def _checked_gap(self, gap_sum: float, gap_max: float, tokens: float) -> dict[str, float]:
         """Reduce the gap over all ranks to metrics. Raises WeightsOutOfSync when its mean is over the limit."""

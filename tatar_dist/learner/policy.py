@@ -31,7 +31,7 @@ class TokenLogprobs:
 
 
 class PolicyModel(nn.Module):
-    """`backbone` is the transformers model (its parameter names stay those of the checkpoint, see `clean_name`); its
+    """`backbone` is the transformers model (PREFIX stands before the checkpoint's names of its parameters); its
     attention and its head's forward are replaced.
 
     The distribution is the one the engine samples from: logits / temperature, forbidden ids removed.
@@ -46,11 +46,6 @@ class PolicyModel(nn.Module):
         self.backbone = model
         self.family = family
         self.register_buffer("forbidden", torch.tensor(forbidden_ids, dtype=torch.long), persistent=False)
-
-    @classmethod
-    def clean_name(cls, name: str) -> str:
-        """The checkpoint's name of a parameter of this module."""
-        return name.removeprefix(cls.PREFIX)
 
     def forward(self, batch: MicroBatch) -> TokenLogprobs:
         model: Any = self.backbone

@@ -41,9 +41,6 @@ def deepspeed_config(config: Config, optim: OptimConfig) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "zero_optimization": {
             "stage": 3,
-            "overlap_comm": True,
-            "contiguous_gradients": True,
-            "stage3_gather_16bit_weights_on_model_save": False,
             # shard tiny parameters too, so that tests of the demo model exercise the same code
             "stage3_param_persistence_threshold": 0,
         },
@@ -153,7 +150,7 @@ class Zero3:
         return dict(zip(names, t.tolist(), strict=True))
 
     def _named(self) -> list[tuple[str, Any]]:
-        return [(PolicyModel.clean_name(n), p) for n, p in self.engine.module.named_parameters()]
+        return [(n.removeprefix(PolicyModel.PREFIX), p) for n, p in self.engine.module.named_parameters()]
 
     def metadata(self) -> list[tuple[str, torch.dtype, list[int]]]:
         """(name, dtype, full shape) of what `full_parameters` yields, in its order. Not collective."""

@@ -44,10 +44,6 @@ class Engine:
     chunk: Chunk | None = None
     since: float = 0.0
 
-    @property
-    def idle(self) -> bool:
-        return self.health.state is State.HEALTHY and self.call is None
-
 
 class RolloutPool:
     """`count` engines made by `make(index)`, Ray actor handles of `RolloutEngine`.
@@ -206,7 +202,7 @@ class RolloutPool:
         stale = [e for e in self.engines if e.health.state is State.STALE and e.call is None]
         if queue and stale and self._refresh and not self.refresh_blocked:
             self._load(stale, self._refresh)
-        for e in (e for e in self.engines if e.idle):
+        for e in (e for e in self.engines if e.health.state is State.HEALTHY and e.call is None):
             chunk = queue.take() or self._hedged()
             if chunk is None:
                 return
