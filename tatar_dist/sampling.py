@@ -6,8 +6,7 @@ With `staleness: k` the batch of step n is sampled from the weights of step n - 
 learners work. The lag is fixed, so that a run can be repeated. Prompts of the next batch are always drawn ahead.
 
 A checkpoint holds the sampler's position before the queued batches, and their completions: after a resume the same
-prompts are drawn and the saved completions are scored again. A batch that was cut short (a signal, the last engine's
-death) is sampled later, from newer weights.
+prompts are drawn and the saved completions are scored again. A batch cut short is sampled later, from newer weights.
 
 A group whose completions all have the same reward has no advantage. `grpo.zero_std`: `keep` (it counts in the
 normaliser and has a KL), `drop` (it stays out of the loss), or `refill` (dynamic sampling, arXiv 2503.14476): in up to

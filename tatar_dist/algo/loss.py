@@ -41,8 +41,8 @@ class LossParts:
     """`loss`: scalar tensor with gradient. `sums`: detached floats that add up over micro-batches and ranks.
 
     policy, kl: weighted like the loss (kl without beta), so their global sums are the reported values. tokens, entropy:
-    sums over all tokens. trained, clipped, importance, cut: sums over the tokens of rows with a weight; `cut` counts
-    those that the importance correction capped or masked. `ratio_max` reduces by max.
+    sums over all tokens. trained, clipped, importance_*: sums over the tokens of rows with a weight; importance_cut
+    counts those that the importance correction capped or masked. `ratio_max` reduces by max.
     """
 
     loss: Tensor
@@ -105,7 +105,8 @@ def policy_loss(
     if engine_logp is not None and form.importance != "none":
         correction, cut = _importance(form, old.detach(), _at_tokens(engine_logp, mask))
         pg = pg * correction
-        sums = {"importance": float((correction * trained).sum()), "cut": float((cut & trained).sum())}
+        sums["importance_mean"] = float((correction * trained).sum())
+        sums["importance_cut"] = float((cut & trained).sum())
 
     policy = ((pg * mask).sum(dim=1) * weight).sum()
     loss = policy

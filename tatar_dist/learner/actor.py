@@ -205,11 +205,7 @@ class Learner:
             "policy/entropy": total["entropy"] / total["tokens"],
             "policy/clip_fraction": total["clipped"] / trained,
             "policy/ratio_max": ratio,
-            **{
-                f"policy/importance_{k}": total[s] / trained
-                for k, s in (("mean", "importance"), ("cut", "cut"))
-                if s in total
-            },
+            **{f"policy/{k}": total[k] / trained for k in ("importance_mean", "importance_cut") if k in total},
             "optim/lr": lr,
             "optim/grad_norm": norm,
             **gap,

@@ -186,8 +186,8 @@ def test_sums_add_up_over_micro_batches():
     assert whole.sums["tokens"] == float(mask.sum()) and whole.sums["trained"] == float(mask[:6].sum())
     assert whole.sums["entropy"] == pytest.approx(float(-(logp.detach() * mask).sum()))
     w = (old - engine).exp()[:6][mask[:6]]
-    assert whole.sums["importance"] == pytest.approx(float(w.clamp(max=1.1).sum()))
-    assert whole.sums["cut"] == float((w > 1.1).sum()) > 0
+    assert whole.sums["importance_mean"] == pytest.approx(float(w.clamp(max=1.1).sum()))
+    assert whole.sums["importance_cut"] == float((w > 1.1).sum()) > 0
 
 
 def test_clipped_counts_only_the_side_that_is_cut():
@@ -245,7 +245,7 @@ def test_the_correction_of_an_engine_that_is_the_learner_is_1():
     for importance, mode in itertools.product(("token", "sequence"), ("truncate", "mask")):
         form = PolicyLoss(importance=importance, importance_mode=mode, importance_cap=1.0)
         parts = plain(logp, old, None, advantage, mask, form=form, engine_logp=old)
-        assert parts.sums["importance"] == float(mask.sum()) and parts.sums["cut"] == 0
+        assert parts.sums["importance_mean"] == float(mask.sum()) and parts.sums["importance_cut"] == 0
         uncorrected = plain(logp, old, None, advantage, mask)
         torch.testing.assert_close(parts.loss, uncorrected.loss, rtol=0, atol=1e-15)
 
