@@ -70,7 +70,7 @@ def render(run: RunFiles) -> str:
     quarantined = [q for t in run.trainings for q in t.quarantine]
     sampled = next((t for t in reversed(run.trainings) if t.kind == "grpo"), None)
     rollouts = read_rollouts(sampled, notes) if sampled else None
-    explained = explanations(sampled, rollouts, notes) if sampled else []
+    explained = explanations(sampled, rollouts, notes) if sampled and rollouts else []
     scores = _scores(run)
     pictures = Pictures(run.manifests, run.image_root, notes)
     drawn, held_out = clouds(run, rollouts)
@@ -83,7 +83,7 @@ def render(run: RunFiles) -> str:
             headline=headline(run),
             strips=_strips(scores),
             scores=scores,
-            gains=run.gains,
+            gains=_gains(run),
             checks=checks(run),
             quarantined=[
                 [clean(str(q.get(k, ""))) for k in ("sample_id", "reason")] for q in quarantined[:MOST_QUARANTINED]
@@ -98,7 +98,7 @@ def render(run: RunFiles) -> str:
             images={g.key: pictures.uri(g.key) for g in explained},
             task_names=TASK_NAMES,
             details=details(run),
-            stages=run.stages,
+            stages=run.summary.get("stages", []),
             facts=_facts(run),
             notes=list(dict.fromkeys(notes)),
             version=__version__,
@@ -117,6 +117,17 @@ def reason(metrics: Mapping[str, Any], key: str) -> str:
     """Return why a metric has no value."""
     reasons = metrics.get("reason")
     return str(reasons.get(key, "not computed")) if isinstance(reasons, dict) else "not computed"
+
+
+def _gains(run: RunFiles) -> list[tuple[str, str, list[float]]]:
+    """Return (task, measure, [change, low, high]) of a demo, without undefined changes."""
+    gains: dict[str, dict[str, list[float]]] = run.summary.get("gains", {})
+    return [
+        (task, measure, values)
+        for task, measures in gains.items()
+        for measure, values in measures.items()
+        if all(map(is_number, values))
+    ]
 
 
 Scores = list[tuple[str, str, list[tuple[str, Mapping[str, Any]]]]]  # (data set's name, task, [(model, metrics)])

@@ -6,7 +6,7 @@ omitted, as are panels without curves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from tatar_dist.evaluate.metrics import srcc, usable
 from tatar_dist.report.charts import (
+    Bin,
     Line,
     bins,
     calibration,
@@ -222,17 +223,16 @@ def _seconds(part: np.ndarray, total: np.ndarray) -> str:
 class Clouds:
     """Charts of one data set, or of a task's sampled completions.
 
-    charts: (model or "Calibration", note, chart). counts: (bin, n, mean prediction, mean target) of the last model's
-    calibration.
+    charts: (model or "Calibration", note, chart). bins: of the last model's calibration.
     """
 
     name: str
     task: str
     charts: list[tuple[str, str, Markup]]
-    counts: list[tuple[str, int, float, float]]
+    bins: list[Bin]
 
 
-Scores = tuple[str, float | None, np.ndarray, np.ndarray]  # model, SRCC, (n,) targets, (n,) predictions
+Scores = tuple[str, float | None, np.ndarray]  # model, SRCC, (2, n) targets and predictions
 
 
 def clouds(run: RunFiles, rollouts: Rollouts | None) -> tuple[list[Clouds], bool]:
@@ -247,37 +247,40 @@ def clouds(run: RunFiles, rollouts: Rollouts | None) -> tuple[list[Clouds], bool
 def _held_out(run: RunFiles, dataset: str) -> list[Scores]:
     models: list[Scores] = []
     for e in run.evaluations:
-        points = [(p["target"], p["prediction"]) for p in e.of(dataset) if is_number(p["prediction"])]
-        if points:
+        points = _parsed(e.of(dataset))
+        if points.size:
             value = e.metrics.get(dataset, {}).get("srcc")
-            models.append((e.model, value if is_number(value) else None, *np.array(points, np.float64).T))
+            models.append((e.model, value if is_number(value) else None, points))
     return models
 
 
 def _sampled(rollouts: Rollouts, task: str) -> list[Scores]:
     models: list[Scores] = []
     for late in (False, True) if len(rollouts.files) > 1 else (True,):
-        positions = rollouts.part(late, task)
-        t, p = rollouts.target[positions], rollouts.prediction[positions]
-        t, p = t[~np.isnan(p)], p[~np.isnan(p)]
-        if len(t) >= LEAST:
-            models.append(("late" if late else "early", correlation(t, p), t, p))
+        points = _parsed([r for r in rollouts.part(late) if r["task"] == task])
+        if points.shape[1] >= LEAST:
+            models.append(("late" if late else "early", correlation(*points), points))
     return models
+
+
+def _parsed(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Return the targets and predictions of the parsed answers, (2, n)."""
+    points = [(r["target"], r["prediction"]) for r in rows if is_number(r["prediction"])]
+    return np.array(points, np.float64).reshape(-1, 2).T
 
 
 def _clouds(name: str, task: str, models: Sequence[Scores]) -> Clouds:
     charts = []
-    for model, value, target, prediction in models:
+    for model, value, points in models:
         note = f"SRCC {number(value)}" if value is not None else "no SRCC"
-        chart = scatter(target, prediction, task or "ink", f"{name}, {model}: prediction over target")
-        charts.append((model, f"{note}, n = {len(target):,}", chart))
-    model, _, target, prediction = models[-1]
-    bars = bins(target, prediction) if len(target) >= LEAST_BINNED else []
-    if bars:
-        chart = calibration(bars, task or "ink", f"{name}, {model}: mean target by predicted score")
-        charts.append(("Calibration", f"off by {number(miscalibration(bars))} points", chart))
-    counts = [(f"{b.low:.0f} to {b.high:.0f}", b.n, b.predicted, b.target) for b in bars]
-    return Clouds(name, task, charts, counts)
+        chart = scatter(*points, task or "ink", f"{name}, {model}: prediction over target")
+        charts.append((model, f"{note}, n = {points.shape[1]:,}", chart))
+    model, _, points = models[-1]
+    calibrated = bins(*points) if points.shape[1] >= LEAST_BINNED else []
+    if calibrated:
+        chart = calibration(calibrated, task or "ink", f"{name}, {model}: mean target by predicted score")
+        charts.append(("Calibration", f"off by {number(miscalibration(calibrated))} points", chart))
+    return Clouds(name, task, charts, calibrated)
 
 
 def correlation(target: np.ndarray, prediction: np.ndarray) -> float | None:

@@ -209,7 +209,7 @@ def _finite(training: Training) -> VerdictCheck | None:
     names = {k for r in training.rows for k in r if k.startswith("loss/") or k == "optim/grad_norm"}
     if not names:
         return None
-    wrong = max(training.not_finite(n) for n in names)
+    wrong = max(sum(n in r and not is_number(r[n]) for r in training.rows) for n in names)
     seen = f"not at {count(wrong, 'step')}" if wrong else "at every step"
     return _check(not wrong, f"{training.kind.upper()} loss and gradients finite", seen, "at every step", "bad")
 

@@ -69,11 +69,11 @@ def test_answers_that_do_not_rise_with_the_target_get_no_curve(tmp_path):
 def test_all_rollouts_are_read_and_a_damaged_file_is_named(run, tmp_path):
     training = read_run(run).trainings[0]
     found = read_rollouts(training, [])
-    assert len(found) == 15 * PROMPTS * GROUP and len(found.part(late=True)) == 3 * PROMPTS * GROUP
-    assert 0 < np.isnan(found.prediction).sum() < 0.1 * len(found)
+    assert len(found.rows) == 15 * PROMPTS * GROUP and len(found.part(late=True)) == 3 * PROMPTS * GROUP
+    assert 0 < sum(r["prediction"] is None for r in found.rows) < 0.1 * len(found.rows)
     last = pq.read_table(run / "rollouts" / "step_000014.parquet").to_pylist()[7]
-    position = int(np.flatnonzero((found.file == 14) & (found.row == 7))[0])
-    assert found.text(position) == last["completion"] and found.target[position] == last["target"]
+    (row,) = (r for r in found.rows if (r["file"], r["row"]) == (14, 7))
+    assert found.text(row) == last["completion"] and row["target"] == last["target"]
     lines(tmp_path, grpo_rows())
     rollouts(tmp_path, [{"sample_id": "s", "completion": None}, {"sample_id": "t", "completion": "x"}], step=1)
     for step in range(2, 10):
