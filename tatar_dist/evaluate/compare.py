@@ -10,6 +10,7 @@ evaluation that drops them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import pyarrow.parquet as pq
 
 from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
-from tatar_dist.evaluate.bootstrap import Statistic, paired_difference
+from tatar_dist.evaluate import bootstrap
+from tatar_dist.evaluate.bootstrap import Statistic
 from tatar_dist.evaluate.metrics import plcc, set_names, srcc, usable
 from tatar_dist.evaluate.tables import print_notes, print_table
 
@@ -27,7 +29,7 @@ ROUNDS = 2000
 LEAST = 6  # pictures, or source photographs, below which resampling says nothing of chance
 STATISTICS = {"srcc": srcc, "plcc": plcc}
 COLUMNS = ["sample_id", "dataset", "task", "source", "target", "prediction"]
-Rows = dict[tuple[str, str, str], dict[str, Any]]
+Row = dict[str, Any]  # of predictions.parquet
 
 
 def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> dict[str, Any]:
@@ -61,14 +63,14 @@ def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> di
             "unparsed": "midpoint",
             "parsed_before": sum(a["prediction"] is not None for a, _ in pairs),
             "parsed_after": sum(b["prediction"] is not None for _, b in pairs),
-            **{measure: _compare(statistic, pairs, rounds, seed) for measure, statistic in STATISTICS.items()},
+            **{measure: paired_difference(statistic, pairs, rounds, seed) for measure, statistic in STATISTICS.items()},
         }
     if not any(entry["n"] for entry in datasets.values()):
         raise UserError(f"{before} and {after} have no sample in common")
     return {"before": str(before), "after": str(after), "rounds": rounds, "datasets": datasets}
 
 
-def _read(directory: Path) -> Rows:
+def _read(directory: Path) -> dict[tuple[str, str, str], Row]:
     file = Path(directory) / "predictions.parquet"
     if not Path(directory).is_dir():
         raise UserError(f"{directory}: no such directory{looked_in(directory)}")
@@ -81,20 +83,24 @@ def _read(directory: Path) -> Rows:
     return {(r["task"], r["dataset"], r["sample_id"]): r for r in rows}
 
 
-def _compare(
-    statistic: Statistic, pairs: list[tuple[dict[str, Any], dict[str, Any]]], rounds: int, seed: int
+def paired_difference(
+    statistic: Statistic, pairs: Sequence[tuple[Row, Row]], rounds: int = ROUNDS, seed: int = 0
 ) -> dict[str, Any]:
+    """Compare prediction rows of two models for the same samples, resampled by source photograph where it is known.
+
+    Returns before, after, difference, ci95 and p, None where undefined, and reason: why.
+    """
     target = np.array([a["target"] for a, _ in pairs], np.float64)
-    sides = [np.array([pair[i]["prediction"] for pair in pairs], np.float64) for i in (0, 1)]  # None becomes NaN
-    values = [_value(statistic, target, p) for p in sides]
+    before, after = (np.array([pair[i]["prediction"] for pair in pairs], np.float64) for i in (0, 1))  # None: NaN
+    values = [_value(statistic, target, p) for p in (before, after)]
     entry: dict[str, Any] = {"before": values[0], "after": values[1], "difference": None, "ci95": None, "p": None}
-    if None in values:
+    if values[0] is None or values[1] is None:
         return entry | {"reason": "a correlation does not exist: too few rows, or one side is constant"}
     cluster = np.array([a["source"] or a["sample_id"] for a, _ in pairs])
     if (n := len(set(cluster.tolist()))) < LEAST:
-        difference = values[1] - values[0]  # type: ignore[operator]
+        difference = values[1] - values[0]
         return entry | {"difference": difference, "reason": f"{n} independent pictures tell nothing of chance"}
-    i = paired_difference(statistic, target, sides[0], sides[1], cluster, rounds=rounds, seed=seed)
+    i = bootstrap.paired_difference(statistic, target, before, after, cluster, rounds=rounds, seed=seed)
     if not math.isfinite(i.lo):
         return entry | {"difference": i.estimate, "reason": "too many resamples are constant"}
     return entry | {"difference": i.estimate, "ci95": [i.lo, i.hi], "p": i.p, "reason": None}
