@@ -6,9 +6,8 @@ learned more, the final figures, the configuration keys that differ, overlaid cu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tatar_dist import __version__
 from tatar_dist.errors import UserError
@@ -106,12 +105,10 @@ def _configurations(entrants: Sequence[Entrant]) -> list[tuple[str, list[Entrant
     """Return (stage, its runs, [(key, value of each run)]) of differing keys, for stages of at least two runs."""
     stages = []
     for stage in ("sft", "grpo", "evaluate"):
-        configs: list[tuple[Entrant, Mapping[str, Any]]] = []
-        for e in entrants:
-            training = e.training(stage)
-            config = training.config if training else e.run.config if stage == "evaluate" and not e.last else {}
-            if config:
-                configs.append((e, config))
+        if stage == "evaluate":
+            configs = [(e, e.run.config) for e in entrants if e.run.config and not e.run.trainings]
+        else:
+            configs = [(e, t.config) for e in entrants if (t := e.run.training(stage)) and t.config]
         if len(configs) >= 2:
             rows = differing([(config, stage) for _, config in configs])
             stages.append((stage, [e for e, _ in configs], [r for r in rows if r[0] != "output"]))
@@ -127,7 +124,7 @@ def _health(of_run: Sequence[list[VerdictCheck]]) -> dict[str, list[VerdictCheck
 def panels(entrants: Sequence[Entrant], table: Curves) -> list[Panel]:
     """Draw the panels of a table, one line per run; metrics that no run logged are omitted."""
     tasks = [{"task": task, "name": name} for task, name in TASK_NAMES.items()]
-    grpo = [t for e in entrants if (t := e.training("grpo"))]
+    grpo = [t for e in entrants if (t := e.run.training("grpo"))]
     terms = [s | {"term": x} for s in tasks for x in dict.fromkeys(x for t in grpo for x in t.terms(s["task"]))]
     subjects = {"{term}": terms, "{task}": tasks, "{dataset}": [{"dataset": d} for d in datasets(entrants)]}
     found = []
@@ -136,7 +133,7 @@ def panels(entrants: Sequence[Entrant], table: Curves) -> list[Panel]:
             lines = [
                 line(training, metric.format(**names), e.letter, e.color, dashed=i >= COLORS)
                 for i, e in enumerate(entrants)
-                if (training := e.training(stage))
+                if (training := e.run.training(stage))
             ]
             heading = title.format(**names)
             chart = line_chart(lines, f"{heading} of each run", y_range=None if top is None else (0.0, top))

@@ -41,20 +41,6 @@ class Entrant:
     run: RunFiles
     color: str
 
-    def training(self, kind: str) -> Training | None:
-        """Return the last training of a kind."""
-        return next((t for t in reversed(self.run.trainings) if t.kind == kind), None)
-
-    @property
-    def last(self) -> Training | None:
-        return self.run.trainings[-1] if self.run.trainings else None
-
-    @property
-    def kind(self) -> str:
-        if self.run.is_demo:
-            return "demo"
-        return self.run.trainings[-1].kind.upper() if self.run.trainings else "evaluation"
-
 
 def datasets(entrants: Sequence[Entrant]) -> dict[str, str]:
     """Return the task of every data set with held-out scores of any run, quality before aesthetics."""
@@ -143,7 +129,7 @@ def _held_out_finding(entrants: Sequence[Entrant], dataset: str, tasks: Mapping[
         n = f"n = {scores['n']:,}{parsed}" if "n" in scores else "n not logged"
         figures.append(f"{e.letter} {start}{_three(scores['srcc'])} ({n})")
     line = f"SRCC on {dataset}: {', '.join(figures)}. {test}"
-    return Finding(TASK_NAMES[task] if alone else dataset, [e.letter for e, _ in scored], clear, line)
+    return Finding(TASK_NAMES.get(task, dataset) if alone else dataset, [e.letter for e, _ in scored], clear, line)
 
 
 def _difference(
@@ -179,7 +165,7 @@ def _pairs(a: RunFiles, b: RunFiles, dataset: str) -> list[tuple[dict[str, Any],
 def _reward_finding(entrants: Sequence[Entrant], task: str) -> Finding | None:
     gains = []
     for e in entrants:
-        training = e.training("grpo")
+        training = e.run.training("grpo")
         values = training.values(f"reward/total/{task}") if training else np.empty(0)
         if training and len(values) >= 2:
             k = max(1, len(values) // 5)
@@ -203,7 +189,7 @@ def _reward_finding(entrants: Sequence[Entrant], task: str) -> Finding | None:
 
 def _same_reward(entrants: Sequence[Entrant]) -> bool:
     """Whether all GRPO runs have the same reward configuration."""
-    sections = [t.config.get("reward") for e in entrants if (t := e.training("grpo"))]
+    sections = [t.config.get("reward") for e in entrants if (t := e.run.training("grpo"))]
     return all(s == sections[0] for s in sections)
 
 
@@ -231,7 +217,7 @@ def tables(entrants: Sequence[Entrant]) -> list[tuple[str, str, list[Row]]]:
             _row("images", [s.get("n") for s in scores], lambda v: f"{v:,.0f}"),
         ]
         parts.append((f"Held-out images, {dataset}", task, rows))
-    grpo = [e.training("grpo") for e in entrants]
+    grpo = [e.run.training("grpo") for e in entrants]
     for task, name in TASK_NAMES.items():
         terms = sorted({x for t in grpo if t for x in t.terms(task)})
         rows = [
@@ -241,7 +227,7 @@ def tables(entrants: Sequence[Entrant]) -> list[tuple[str, str, list[Row]]]:
             _row("not parsed", _late(grpo, f"completion/parse_failures/{task}"), percent),
         ]
         parts.append((f"Sampled for {name}, last fifth of the steps", task, rows))
-    last = [e.last for e in entrants]
+    last = [e.run.trainings[-1] if e.run.trainings else None for e in entrants]
     rows = [_row("steps", [len(t.rows) if t else None for t in last], lambda v: f"{v:,.0f}")]
     rows += [_row(name, _late(last, metric), number) for name, metric in LATE]
     parts.append(("Training, last fifth of the steps", "", rows))

@@ -6,6 +6,7 @@ configs/STAGE.yaml. Sections that a stage does not read are omitted.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,9 +16,8 @@ from omegaconf import OmegaConf
 
 from tatar_dist.assets import CONFIGS
 from tatar_dist.config.schema import Config
-from tatar_dist.report.faults import History, history
 from tatar_dist.report.panels import MORE, Panel, drawn
-from tatar_dist.report.reading import RunFiles, clean
+from tatar_dist.report.reading import History, RunFiles, clean
 
 NOT_READ = {
     "sft": ("grpo", "rollout", "reward", "evaluate", "rationale"),
@@ -55,13 +55,7 @@ class Details:
 def details(run: RunFiles) -> list[Details]:
     """Return one record per training."""
     return [
-        Details(
-            t.kind,
-            drawn(t, MORE),
-            settings(t.config, t.kind),
-            f"configs/{RECIPES[t.kind]}",
-            history(t.events, len(t.rows)),
-        )
+        Details(t.kind, drawn(t, MORE), settings(t.config, t.kind), f"configs/{RECIPES[t.kind]}", t.history)
         for t in run.trainings
     ]
 
@@ -87,20 +81,12 @@ def flat(config: Mapping[Any, Any], left_out: Sequence[str] = (), prefix: str = 
         name = f"{prefix}{key}"
         if name in left_out:
             continue
-        values |= flat(value, left_out, f"{name}.") if isinstance(value, Mapping) else {name: _text(value)}
+        values |= (
+            flat(value, left_out, f"{name}.")
+            if isinstance(value, Mapping)
+            else {name: clean(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))}
+        )
     return values
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return f"{value:g}" if abs(value) < 1e5 and value == float(f"{value:g}") else str(value)
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_text(v) for v in value) + "]"
-    return clean(str(value))
 
 
 @cache

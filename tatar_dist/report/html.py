@@ -59,7 +59,7 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "duration": duration, "reason": reason}
+    environment.filters |= {"number": number, "percent": percent, "duration": duration}
     environment.tests["figure"] = is_number
     return environment
 
@@ -68,7 +68,7 @@ def render(run: RunFiles) -> str:
     """Render the page as HTML text."""
     notes = list(run.notes)
     quarantined = [q for t in run.trainings for q in t.quarantine]
-    sampled = next((t for t in reversed(run.trainings) if t.kind == "grpo"), None)
+    sampled = run.training("grpo")
     rollouts = read_rollouts(sampled, notes) if sampled else None
     explained = explanations(sampled, rollouts, notes) if sampled and rollouts else []
     scores = _scores(run)
@@ -79,7 +79,7 @@ def render(run: RunFiles) -> str:
         .get_template("template.html.j2")
         .render(
             name=run.path.resolve().name,
-            kind="Demo" if run.is_demo else ("Evaluation" if not run.trainings else run.trainings[-1].kind.upper()),
+            kind=run.kind,
             headline=headline(run),
             strips=_strips(scores),
             scores=scores,
@@ -111,12 +111,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def reason(metrics: Mapping[str, Any], key: str) -> str:
-    """Return why a metric has no value."""
-    reasons = metrics.get("reason")
-    return str(reasons.get(key, "not computed")) if isinstance(reasons, dict) else "not computed"
 
 
 def _gains(run: RunFiles) -> list[tuple[str, str, list[float]]]:

@@ -1,4 +1,4 @@
-"""Read a run or demo directory into `RunFiles`, and the completions that GRPO sampled into `Rollouts`.
+"""Read a run or demo directory into `RunFiles`, its events into `History`, what GRPO sampled into `Rollouts`.
 
 A run directory is one of SFT, GRPO or evaluation; a demo directory holds several. Missing parts are absent from the
 record. Damaged parts are absent too, and named in notes, which the page prints.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,9 +26,9 @@ from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import parse
 from tatar_dist.run.events import read_events
 from tatar_dist.run.files import json_lines
+from tatar_dist.run.status import ENDS, TROUBLE, RunHistory
 
 T = TypeVar("T")
-
 DEMO_MODELS = {"baseline": "base", "sft_eval": "SFT", "grpo_eval": "GRPO"}  # directory -> name on the page
 DEMO_TRAININGS = ("sft", "grpo")
 ROLLOUT_COLUMNS = ["dataset", "sample_id", "task", "completion", "target"]
@@ -49,6 +50,10 @@ class Training:
     quarantine: list[dict[str, Any]]
     path: Path
     events: list[dict[str, Any]]
+
+    @cached_property
+    def history(self) -> History | None:
+        return history(self.events, len(self.rows))
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return (steps, values) of a metric, (n,) float64 each, at steps where it was logged and is finite."""
@@ -103,6 +108,15 @@ class RunFiles:
     summary: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def kind(self) -> str:
+        """demo, or else SFT, GRPO or evaluation."""
+        return "demo" if self.is_demo else self.trainings[-1].kind.upper() if self.trainings else "evaluation"
+
+    def training(self, kind: str) -> Training | None:
+        """Return the last training of a kind."""
+        return next((t for t in reversed(self.trainings) if t.kind == kind), None)
+
+    @property
     def datasets(self) -> list[str]:
         """Evaluated data sets, quality before aesthetics, then by name."""
         names = {d: e.task_of.get(d, "") for e in self.evaluations for d in e.metrics}
@@ -117,10 +131,10 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def clean(text: str | None) -> str:
-    """Remove control characters and truncate to MOST_CHARS."""
+def clean(text: str | None, most: int = MOST_CHARS) -> str:
+    """Remove control characters and truncate to `most`."""
     text = _CONTROL.sub("", text or "").strip()
-    return text if len(text) <= MOST_CHARS else text[:MOST_CHARS] + "…"
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def read_run(path: Path) -> RunFiles:
@@ -209,6 +223,99 @@ def noted(file: Path, notes: list[str]) -> Iterator[None]:
     except (pa.ArrowException, OSError, ValueError, yaml.YAMLError) as e:  # ValueError: also text that is not UTF-8
         reason, *_ = str(e).splitlines() or [type(e).__name__]
         notes.append(f"{file.parent.name}/{file.name} could not be read: {reason}")
+
+
+SHOWN = TROUBLE | ENDS.keys() | {"run/start", "engine/restarting"}
+MOST_ROWS = 200  # of the log
+MOST_FACTS = 160  # characters of one entry
+COUNTED = {  # event -> (one, several), as the health check says it
+    "engine/dead": ("engine failure", "engine failures"),
+    "engine/suspect": ("slow engine", "slow engines"),
+    "learners/failed": ("learner failure", "learner failures"),
+    "reward/failed": ("reward actor failure", "reward actor failures"),
+    "node/lost": ("node lost", "nodes lost"),
+    "push/late": ("late weight push", "late weight pushes"),
+    "stall": ("stall", "stalls"),
+    "checkpoint/failed": ("checkpoint not written", "checkpoints not written"),
+    "run/failed": ("failed start", "failed starts"),
+}
+STATES = {"ready": "healthy", "stale": "behind", "gone": "given up"}
+LEFT_OUT = {
+    "reason",
+    "engine",
+    "time",
+    "event",
+    "step",
+    "phase",
+    "pid",
+    "host",
+    "node",
+    "stacks",
+    "processes",
+    "silent",
+    "hosts",
+    "pids",
+}
+
+
+@dataclass(frozen=True)
+class FaultEntry:
+    """One log line. seconds: since the first event of the run; `bad`: a fault, not a recovery or a start."""
+
+    seconds: float
+    step: int | None
+    what: str
+    detail: str
+    bad: bool
+
+
+@dataclass(frozen=True)
+class History:
+    """Faults of a run. entries: at most MOST_ROWS, oldest first; hidden: number of entries not shown.
+
+    engines: (index, last state, counts of its events). summary: `4 engine failures, 1 stall`, or "".
+    progress: `It stopped after 13 of 60 steps.`, "" once finished.
+    """
+
+    entries: list[FaultEntry]
+    hidden: int
+    engines: list[tuple[int, str, Mapping[str, int]]]
+    summary: str
+    progress: str
+
+
+def history(events: Sequence[Mapping[str, Any]], steps: int) -> History | None:
+    """Build the history of a run; None without events. steps: finished steps, as counted in metrics.jsonl."""
+    known = [e for e in events if is_number(e.get("time")) and isinstance(e.get("event"), str)]
+    if not known:
+        return None
+    past = RunHistory(known)
+    shown = [_entry(e, known[0]["time"]) for e in known if e["event"] in SHOWN]
+    parts = [f"{n:,} {names[n > 1]}" for k, names in COUNTED.items() if (n := past.counts[k])]
+    states = {i: STATES.get(state, state) for i, state in past.engine_states.items()}
+    engines = [(i, states.get(i, ""), counts) for i, counts in sorted(past.engine_counts.items())]
+    progress = ""
+    if past.now.started is not None and "finished" not in past.ends:
+        of = f" of {past.now.total:,}" if is_number(past.now.total) else ""
+        end = past.ends[-1].replace("interrupted", "was interrupted") if past.ends else ""
+        how = f"It {end}" if end else "It had not ended when this page was written,"
+        progress = f"{how} after {steps:,}{of} steps."
+    return History(shown[:MOST_ROWS], len(shown[MOST_ROWS:]), engines, ", ".join(parts), progress)
+
+
+def _entry(event: Mapping[str, Any], first: float) -> FaultEntry:
+    name = event["event"]
+    reason = [str(event["reason"])] if event.get("reason") else []
+    facts = [f"{k.replace('_', ' ')} {v}" for k, v in event.items() if k not in LEFT_OUT]
+    subject, _, what = name.partition("/")
+    engine = f" {event['engine']}" if is_number(event.get("engine")) else ""
+    return FaultEntry(
+        max(0.0, event["time"] - first),
+        event["step"] if isinstance(event.get("step"), int) else None,
+        f"{subject}{engine} {what}".strip(),
+        clean(" ".join("; ".join([*reason, *facts]).split()), MOST_FACTS),
+        name in COUNTED,
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from tatar_dist.report.charts import number, percent
-from tatar_dist.report.faults import history
 from tatar_dist.report.reading import EvaluationFiles, RunFiles, Training, is_number
 
 ARROW = "\N{RIGHTWARDS ARROW}"
@@ -56,8 +55,7 @@ def edges(values: np.ndarray) -> tuple[float, float]:
 
 def headline(run: RunFiles) -> Headline:
     """Sum the run up: what it learned if there are two evaluations, else its scores or its length."""
-    past = [history(t.events, len(t.rows)) for t in run.trainings[-1:]]
-    progress = [p.progress for p in past if p and p.progress]
+    progress = [t.history.progress for t in run.trainings[-1:] if t.history and t.history.progress]
     if len(run.evaluations) >= 2:
         title, lines = _before_after(run)
         return Headline(title, lines + progress)
@@ -151,8 +149,8 @@ def _checks(run: RunFiles) -> Iterator[VerdictCheck]:
     for t in run.trainings:
         yield from _finite(t)
         yield from _grpo(t) if t.kind == "grpo" else _overfitting(t)
-        if past := history(t.events, len(t.rows)):
-            yield _none(f"{t.kind.upper()} processes", past.summary, "no fault")
+        if t.history:
+            yield _none(f"{t.kind.upper()} processes", t.history.summary, "no fault")
     if run.evaluations:
         parsed, n = _parsed(run.evaluations[-1])
         if n:

@@ -15,8 +15,7 @@ from report_run import GROUP, PROMPTS, write_run
 from tatar_dist.evaluate.metrics import logistic_map, plcc, plcc_fitted
 from tatar_dist.report.charts import bins, miscalibration
 from tatar_dist.report.details import differing, settings
-from tatar_dist.report.faults import history
-from tatar_dist.report.reading import read_rollouts, read_run
+from tatar_dist.report.reading import history, read_rollouts, read_run
 from tatar_dist.rewards import audit
 
 
@@ -200,8 +199,8 @@ def test_the_log_of_faults_is_by_time_and_counted():
         (6.0, "engine 1 restarting", False),
     ]
     assert found.entries[1].detail == "it died" and found.progress.endswith("after 13 of 60 steps.")
-    (engine,) = found.engines
-    assert (engine.engine, engine.dead, engine.loads, engine.state) == (1, 1, 1, "healthy")
+    ((engine, state, counts),) = found.engines
+    assert (engine, counts["dead"], counts["ready"], state) == (1, 1, 1, "healthy")
 
 
 def test_a_run_that_ended_has_no_word_about_its_progress_and_one_without_events_no_history():
