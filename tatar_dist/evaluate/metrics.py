@@ -188,20 +188,19 @@ def mae(target: np.ndarray, prediction: np.ndarray) -> float:
 
 
 def plcc_fitted(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Pearson's r after `logistic_map` of the predictions.
-    NaN if either is constant, or if the best non-decreasing map is flat."""
-    if np.ptp(target) == 0 or np.ptp(prediction) == 0:
-        return math.nan
-    curve = logistic_map(target, prediction)(prediction)
-    return plcc(target, curve) if np.ptp(curve) > 1e-6 * float(target.std()) else math.nan
+    """Pearson's r after `logistic_map` of the predictions; NaN where there is none."""
+    curve = logistic_map(target, prediction)
+    return math.nan if curve is None else plcc(target, curve(prediction))
 
 
-def logistic_map(target: np.ndarray, prediction: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Fit the monotone logistic map from predictions to targets by least squares (VQEG), both in points.
+def logistic_map(target: np.ndarray, prediction: np.ndarray) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Fit the monotone logistic map from predictions to targets, (n,) float64 in points, by least squares (VQEG).
 
     The map is low + (high - low) / (1 + exp(-(x - c) / s)) with high >= low and s > 0: a free sign would reward a
-    predictor of reversed order. Neither argument, (n,) float64, may be constant.
+    predictor of reversed order. None for fewer than MIN_FIT points, for a constant side and where the best map is flat.
     """
+    if len(target) < MIN_FIT or np.ptp(target) == 0 or np.ptp(prediction) == 0:
+        return None
     from scipy.optimize import least_squares
     from scipy.special import expit
 
@@ -227,6 +226,8 @@ def logistic_map(target: np.ndarray, prediction: np.ndarray) -> Callable[[np.nda
     precision = {"x_scale": "jac", "max_nfev": 1000, "ftol": 1e-14, "xtol": 1e-12, "gtol": 1e-12}
     fits = [least_squares(lambda b: mapped(b) - y, s, jac=jacobian, bounds=bounds, **precision) for s in starts]
     best = min(fits, key=lambda f: f.cost).x
+    if np.ptp(mapped(best)) <= 1e-6:
+        return None
     return lambda points: level + spread * mapped(best, (points - middle) / width)
 
 
