@@ -121,14 +121,10 @@ def number(value: float) -> str:
     size = abs(value)
     if size >= 10_000:
         text = f"{value / 1000:.0f}k"
-    elif size >= 100 or value == 0:
-        text = f"{value:.0f}"
-    elif size >= 10:
-        text = f"{value:.1f}"
-    elif size >= 0.01:
-        text = f"{value:.2f}"
-    else:
+    elif 0 < size < 0.01:
         text = f"{value:.0e}".replace("e-0", "e-")
+    else:
+        text = f"{value:.{0 if size >= 100 or value == 0 else 1 if size >= 10 else 2}f}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 

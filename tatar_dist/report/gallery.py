@@ -25,7 +25,6 @@ from tatar_dist.report.reading import Rollouts, RunFiles, clean, noted
 from tatar_dist.report.verdict import TASK_NAMES, name_of
 
 EACH = 4
-TEASER_WORDS = 26
 _THINK = re.compile(r"<think>(.*?)(?:</think>|<answer>|$)", re.IGNORECASE | re.DOTALL)
 KEEP_BYTES, KEEP_SIDE = 48_000, 400  # a picture within both is embedded as it is: JPEG would add a distortion to judge
 SMALL_SIDE = 320
@@ -42,8 +41,7 @@ class Card:
     image: str | None
     target: float
     scores: list[tuple[str, float | None]]
-    teaser: str
-    rest: str
+    text: str
     has_think: bool
 
 
@@ -87,14 +85,6 @@ def rationale(completion: str | None) -> tuple[str, bool]:
     think = _THINK.search(text)
     inside = think.group(1).strip() if think else ""
     return (inside, True) if inside else (text, False)
-
-
-def split_teaser(text: str) -> tuple[str, str]:
-    """Split off the first words; the rest is "" if the text is hardly longer."""
-    words = text.split()
-    if len(words) <= TEASER_WORDS + 8:
-        return " ".join(words), ""
-    return " ".join(words[:TEASER_WORDS]), " ".join(words[TEASER_WORDS:])
 
 
 class Pictures:
@@ -158,7 +148,7 @@ def walls(run: RunFiles, rollouts: Rollouts | None, pictures: Pictures) -> list[
             text, has_think = rationale(completion)
             scores = [(model, answers[key]["prediction"]) for model, answers in by_model if key in answers]
             image = pictures.uri(key)
-            cards.append(Card(why, key[1], image, row["target"], scores, *split_teaser(text), has_think))
+            cards.append(Card(why, key[1], image, row["target"], scores, text, has_think))
         if cards:
             result.append((name, task, cards))
     return result

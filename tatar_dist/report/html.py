@@ -7,23 +7,35 @@ comes first, then health, curves, errors and texts. Missing parts are omitted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from omegaconf import OmegaConf
 
 from tatar_dist import __version__
+from tatar_dist.assets import CONFIGS
+from tatar_dist.config.schema import Config
 from tatar_dist.report.charts import nice_ticks, number, percent
-from tatar_dist.report.details import details
 from tatar_dist.report.explanation import explanations
 from tatar_dist.report.gallery import Pictures, walls
-from tatar_dist.report.panels import clouds, panels, photographs
-from tatar_dist.report.reading import RunFiles, clean, is_number, read_rollouts, read_run
+from tatar_dist.report.panels import MORE, Panel, clouds, drawn, panels, photographs
+from tatar_dist.report.reading import History, RunFiles, clean, is_number, read_rollouts, read_run
 from tatar_dist.report.verdict import TASK_NAMES, checks, headline, name_of
 from tatar_dist.run.files import write_whole, writing
 
 MOST_QUARANTINED = 20
+NOT_READ = {
+    "sft": ("grpo", "rollout", "reward", "evaluate", "rationale"),
+    "grpo": ("sft", "rationale"),
+    "evaluate": ("sft", "grpo", "checkpoint", "watch", "rationale"),
+}
+RECIPES = {"sft": "sft.yaml", "grpo": "grpo.yaml", "evaluate": "eval.yaml"}
+ABSENT = "—"
 FACTS = {  # kind of run -> (section, key, what the page calls it)
     "sft": (("model", "path", "starts from"), ("sft", "global_batch", "global batch")),
     "grpo": (
@@ -50,8 +62,8 @@ def replace_page(target: Path, page: str) -> Path:
     return target
 
 
-def templates() -> Environment:
-    """Return the Jinja environment of this directory's templates, with autoescaping."""
+def render_page(template: str, **content: Any) -> str:
+    """Render a template of this directory, with autoescaping."""
     environment = Environment(
         loader=PackageLoader("tatar_dist.report", "."),
         autoescape=True,
@@ -61,48 +73,44 @@ def templates() -> Environment:
     )
     environment.filters |= {"number": number, "percent": percent, "duration": duration}
     environment.tests["figure"] = is_number
-    return environment
+    return environment.get_template(template).render(content, version=__version__)
 
 
 def render(run: RunFiles) -> str:
     """Render the page as HTML text."""
     notes = list(run.notes)
-    quarantined = [q for t in run.trainings for q in t.quarantine]
+    quarantined = [
+        [clean(str(q.get(k, ""))) for k in ("sample_id", "reason")] for t in run.trainings for q in t.quarantine
+    ]
     sampled = run.training("grpo")
     rollouts = read_rollouts(sampled, notes) if sampled else None
     explained = explanations(sampled, rollouts, notes) if sampled and rollouts else []
     scores = _scores(run)
     pictures = Pictures(run.manifests, run.image_root, notes)
-    drawn, held_out = clouds(run, rollouts)
-    return (
-        templates()
-        .get_template("template.html.j2")
-        .render(
-            name=run.path.resolve().name,
-            kind=run.kind,
-            headline=headline(run),
-            strips=_strips(scores),
-            scores=scores,
-            gains=_gains(run),
-            checks=checks(run),
-            quarantined=[
-                [clean(str(q.get(k, ""))) for k in ("sample_id", "reason")] for q in quarantined[:MOST_QUARANTINED]
-            ],
-            n_quarantined=len(quarantined),
-            panels=panels(run),
-            clouds=drawn,
-            held_out=held_out,
-            photographs=photographs(run),
-            gallery=walls(run, rollouts, pictures),
-            explained=explained,
-            images={g.key: pictures.uri(g.key) for g in explained},
-            task_names=TASK_NAMES,
-            details=details(run),
-            stages=run.summary.get("stages", []),
-            facts=_facts(run),
-            notes=list(dict.fromkeys(notes)),
-            version=__version__,
-        )
+    drawn_clouds, held_out = clouds(run, rollouts)
+    return render_page(
+        "template.html.j2",
+        name=run.path.resolve().name,
+        kind=run.kind,
+        headline=headline(run),
+        strips=_strips(scores),
+        scores=scores,
+        gains=_gains(run),
+        checks=list(checks(run)),
+        quarantined=quarantined[:MOST_QUARANTINED],
+        n_quarantined=len(quarantined),
+        panels=panels(run),
+        clouds=drawn_clouds,
+        held_out=held_out,
+        photographs=photographs(run),
+        gallery=walls(run, rollouts, pictures),
+        explained=explained,
+        images={g.key: pictures.uri(g.key) for g in explained},
+        task_names=TASK_NAMES,
+        details=details(run),
+        stages=run.summary.get("stages", []),
+        facts=_facts(run),
+        notes=list(dict.fromkeys(notes)),
     )
 
 
@@ -161,3 +169,70 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
             if isinstance(values, dict) and key in values:
                 facts.append((f"{kind} {text}", str(values[key])))
     return facts
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key. default: the recipe's value as text, None if the recipe has no such key."""
+
+    key: str
+    value: str
+    default: str | None
+
+    @property
+    def differs(self) -> bool:
+        return self.value != self.default
+
+
+@dataclass(frozen=True)
+class Details:
+    """Details of one training. `recipe`: the configuration file that the settings are compared with."""
+
+    kind: str
+    panels: list[Panel]
+    settings: list[Setting]
+    recipe: str
+    history: History | None
+
+
+def details(run: RunFiles) -> list[Details]:
+    """Return one record per training."""
+    return [
+        Details(t.kind, drawn(t, MORE), settings(t.config, t.kind), f"configs/{RECIPES[t.kind]}", t.history)
+        for t in run.trainings
+    ]
+
+
+def settings(config: Mapping[str, Any], stage: str) -> list[Setting]:
+    """Return every key that the stage reads. stage: sft | grpo | evaluate."""
+    recipe = recipe_of(stage)
+    return [Setting(k, v, recipe.get(k)) for k, v in flat(config, NOT_READ[stage]).items()]
+
+
+def differing(configs: Sequence[Mapping[str, Any]], stage: str) -> list[tuple[str, list[str]]]:
+    """Return (key, value of each run) of the keys that the stage reads and that differ between runs."""
+    flattened = [flat(config, NOT_READ[stage]) for config in configs]
+    rows = [(key, [f.get(key, ABSENT) for f in flattened]) for key in dict.fromkeys(k for f in flattened for k in f)]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def flat(config: Mapping[Any, Any], left_out: Sequence[str] = (), prefix: str = "") -> dict[str, str]:
+    """Flatten a configuration to {dotted key: value as text}, without the keys in `left_out`."""
+    values: dict[str, str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if name in left_out:
+            continue
+        values |= (
+            flat(value, left_out, f"{name}.")
+            if isinstance(value, Mapping)
+            else {name: clean(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))}
+        )
+    return values
+
+
+@cache
+def recipe_of(stage: str) -> dict[str, str]:
+    """Return the recipe of a stage as {dotted key: value as text}."""
+    recipe: Any = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(CONFIGS / RECIPES[stage]))
+    return flat(OmegaConf.to_container(recipe), NOT_READ[stage])  # type: ignore[arg-type]

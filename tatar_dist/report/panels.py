@@ -229,11 +229,12 @@ Scores = tuple[str, float | None, np.ndarray]  # model, SRCC, (2, n) targets and
 
 def clouds(run: RunFiles, rollouts: Rollouts | None) -> tuple[list[Clouds], bool]:
     """Return the charts, and whether they show held-out answers instead of sampled completions."""
-    if any(e.predictions for e in run.evaluations):
+    held_out = any(e.predictions for e in run.evaluations)
+    if held_out:
         entries = [(name_of(run, d), run.task(d), _held_out(run, d)) for d in run.datasets]
-        return [_clouds(name, task, models) for name, task, models in entries if models], True
-    sampled = [(name, task, _sampled(rollouts, task)) for task, name in TASK_NAMES.items()] if rollouts else []
-    return [_clouds(name, task, models) for name, task, models in sampled if models], False
+    else:
+        entries = [(name, task, _sampled(rollouts, task)) for task, name in TASK_NAMES.items()] if rollouts else []
+    return [_clouds(name, task, models) for name, task, models in entries if models], held_out
 
 
 def _held_out(run: RunFiles, dataset: str) -> list[Scores]:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,19 +98,14 @@ class RunFiles:
     """
 
     path: Path
-    is_demo: bool
+    kind: str  # demo | SFT | GRPO | evaluation
     trainings: list[Training]
     evaluations: list[EvaluationFiles]
     manifests: list[Path]
     image_root: str | None  # where their image paths start, if not where they say
     notes: list[str]
-    config: Mapping[str, Any] = field(default_factory=dict)
-    summary: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def kind(self) -> str:
-        """demo, or else SFT, GRPO or evaluation."""
-        return "demo" if self.is_demo else self.trainings[-1].kind.upper() if self.trainings else "evaluation"
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
 
     def training(self, kind: str) -> Training | None:
         """Return the last training of a kind."""
@@ -170,7 +165,8 @@ def read_run(path: Path) -> RunFiles:
     if not trainings and not evaluations:
         raise UserError(f"{path}: holds no run (neither metrics.jsonl, metrics.json nor the directories of a demo)")
     manifests = [m for m in manifests if m.is_file()]
-    return RunFiles(path, is_demo, trainings, evaluations, manifests, image_root, notes, config, summary)
+    kind = "demo" if is_demo else trainings[-1].kind.upper() if trainings else "evaluation"
+    return RunFiles(path, kind, trainings, evaluations, manifests, image_root, notes, config, summary)
 
 
 def _training(path: Path, notes: list[str]) -> Training | None:

@@ -39,33 +39,25 @@ class VerdictCheck:
     expected: str
 
 
-@dataclass(frozen=True)
-class Headline:
-    """One-sentence summary, and the sentences that support it."""
-
-    title: str
-    lines: list[str]
-
-
 def edges(values: np.ndarray) -> tuple[float, float]:
     """Return the means of the first and the last fifth of (n,) values, n >= 1."""
     k = max(1, len(values) // 5)
     return float(values[:k].mean()), float(values[-k:].mean())
 
 
-def headline(run: RunFiles) -> Headline:
-    """Sum the run up: what it learned if there are two evaluations, else its scores or its length."""
+def headline(run: RunFiles) -> tuple[str, list[str]]:
+    """Return a title (what the run learned if there are two evaluations, else its scores or length), and sentences."""
     progress = [t.history.progress for t in run.trainings[-1:] if t.history and t.history.progress]
     if len(run.evaluations) >= 2:
         title, lines = _before_after(run)
-        return Headline(title, lines + progress)
+        return title, lines + progress
     lines = [line for t in run.trainings for line in (_curve_line(t), _held_out_line(t)) if line] + progress
     if not run.evaluations:
         training = run.trainings[-1]
-        return Headline(f"{training.kind.upper()}, {count(len(training.rows), 'step')}", lines)
+        return f"{training.kind.upper()}, {count(len(training.rows), 'step')}", lines
     values = {name_of(run, d): run.evaluations[-1].metrics.get(d, {}).get("srcc") for d in run.datasets}
     scores = ", ".join(f"{name} SRCC {number(v)}" for name, v in values.items() if is_number(v))
-    return Headline(f"Held-out scores: {scores}" if scores else "No rank correlation could be computed", lines)
+    return f"Held-out scores: {scores}" if scores else "No rank correlation could be computed", lines
 
 
 def count(n: int, noun: str) -> str:
@@ -140,12 +132,8 @@ def arrow(values: np.ndarray) -> str:
     return f"{number(first)} {ARROW} {number(last)}"
 
 
-def checks(run: RunFiles) -> list[VerdictCheck]:
+def checks(run: RunFiles) -> Iterator[VerdictCheck]:
     """Run all health checks that the run's files allow."""
-    return list(_checks(run))
-
-
-def _checks(run: RunFiles) -> Iterator[VerdictCheck]:
     for t in run.trainings:
         yield from _finite(t)
         yield from _grpo(t) if t.kind == "grpo" else _overfitting(t)

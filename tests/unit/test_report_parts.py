@@ -14,7 +14,7 @@ from report_run import GROUP, PROMPTS, write_run
 
 from tatar_dist.evaluate.metrics import logistic_map, plcc, plcc_fitted
 from tatar_dist.report.charts import bins, miscalibration
-from tatar_dist.report.details import differing, settings
+from tatar_dist.report.html import differing, settings
 from tatar_dist.report.reading import history, read_rollouts, read_run
 from tatar_dist.rewards import audit
 
@@ -170,7 +170,7 @@ def test_what_differs_from_the_recipe_is_marked_and_other_stages_are_left_out(pa
 
 def test_only_differing_keys_of_runs_are_compared():
     a, b = {"grpo": {"kl_beta": 0.1, "group_size": 8}}, {"grpo": {"kl_beta": 0.2, "group_size": 8}, "seed": 1}
-    assert differing([(a, "grpo"), (b, "grpo")]) == [("grpo.kl_beta", ["0.1", "0.2"]), ("seed", ["—", "1"])]
+    assert differing([a, b], "grpo") == [("grpo.kl_beta", ["0.1", "0.2"]), ("seed", ["—", "1"])]
 
 
 # Faults -------------------------------------------------------------------------------------------------------------
