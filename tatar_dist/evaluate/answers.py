@@ -48,28 +48,20 @@ def model_fingerprint(path: str) -> str:
     return digest.hexdigest()
 
 
-class AnswerJournal:
-    """Journal of one evaluation, a context manager. Raises UserError as `Journal` does."""
+class AnswerJournal(Journal):
+    """Journal of one evaluation, a context manager that reads earlier answers on entry."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self._journal = Journal(path, settings)
+        super().__init__(path, settings)
         self._lines: dict[tuple[str, str], dict[str, Any]] = {}
 
     def __enter__(self) -> AnswerJournal:
         try:
-            self._journal.read(lambda line: self._lines.update({(line["kind"], line["key"]): line}))
+            self.read(lambda line: self._lines.update({(line["kind"], line["key"]): line}))
         except BaseException:
-            self._journal.close()
+            self.close()
             raise
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._journal.close()
-
-    @property
-    def notice(self) -> str | None:
-        """Message for the user about a line that a kill left incomplete, or None."""
-        return self._journal.cut
 
     def count(self, kind: str) -> int:
         return sum(k == kind for k, _ in self._lines)
@@ -114,7 +106,7 @@ class AnswerJournal:
             }
             for g in groups
         ]
-        self._journal.write(*lines)
+        self.write(*lines)
         self._lines |= {(kind, str(line["key"])): line for line in lines}
 
 

@@ -22,15 +22,14 @@ Statistic = Callable[[np.ndarray, np.ndarray], float]  # (target, prediction), (
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic on the full data with its percentile interval. `rounds`: resamples in which it is defined.
+    """A statistic on the full data with its percentile interval, NaN if it is seldom defined.
 
-    p: two-sided, of no difference: 2 (k + 1) / (rounds + 1), k the number of resamples on the rarer side of 0.
+    p: two-sided, of no difference: 2 (k + 1) / (R + 1), with k of R resamples on the rarer side of 0.
     """
 
     estimate: float
     lo: float
     hi: float
-    rounds: int
     p: float
 
 
@@ -49,7 +48,7 @@ def resamples(cluster: np.ndarray, rounds: int, seed: int) -> Iterator[np.ndarra
 
 def _percentiles(values: np.ndarray) -> tuple[float, float] | None:
     defined = values[np.isfinite(values)]
-    if len(values) == 0 or len(defined) < MIN_DEFINED * len(values):
+    if len(defined) == 0 or len(defined) < MIN_DEFINED * len(values):
         return None
     lo, hi = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(lo), float(hi)
@@ -85,7 +84,7 @@ def _bootstrap(value: Callable[[np.ndarray], float], cluster: np.ndarray, rounds
     defined = draws[np.isfinite(draws)]
     rarer = min((defined <= 0).sum(), (defined >= 0).sum())
     p = min(1.0, 2 * (int(rarer) + 1) / (len(defined) + 1))
-    return Interval(value(np.arange(len(cluster))), lo, hi, len(defined), p)
+    return Interval(value(np.arange(len(cluster))), lo, hi, p)
 
 
 def paired_mean_difference(
@@ -98,7 +97,7 @@ def paired_mean_difference(
         cluster: (n,) labels, the source photograph of each row.
 
     Raises:
-        ValueError: different shapes, NaN, or no rows.
+        ValueError: different shapes, or NaN.
     """
     before, after = _paired(before, after, cluster)
     difference = (after - before).mean(axis=0)
@@ -123,21 +122,13 @@ def paired_difference(
 
     Args:
         target: (n,); before, after: (n,) or (S, n) predictions; cluster: (n,) labels.
-
-    Raises:
-        ValueError: different shapes, or no rows.
     """
     before, after = (np.clip(np.where(np.isnan(x), MIDPOINT, x), 0.0, 100.0) for x in (before, after))
-    before, after = _paired(before, after, cluster)
-    target = np.asarray(target, np.float64)
-    if target.shape != before.shape[1:]:
-        raise ValueError(f"target {target.shape} and predictions {before.shape} do not have the same rows")
+    pairs = list(zip(*_paired(before, after, cluster), strict=True))
 
     def difference(rows: np.ndarray) -> float:
         t = target[rows]
-        return float(
-            np.mean([statistic(t, a[rows]) - statistic(t, b[rows]) for b, a in zip(before, after, strict=True)])
-        )
+        return float(np.mean([statistic(t, a[rows]) - statistic(t, b[rows]) for b, a in pairs]))
 
     return _bootstrap(difference, cluster, rounds, seed)
 
@@ -150,8 +141,6 @@ def _paired(before: np.ndarray, after: np.ndarray, cluster: np.ndarray) -> tuple
     before, after = np.atleast_2d(np.asarray(before, np.float64)), np.atleast_2d(np.asarray(after, np.float64))
     if before.shape != after.shape or before.shape[1] != len(cluster):
         raise ValueError(f"before {before.shape}, after {after.shape} and {len(cluster)} cluster labels do not match")
-    if before.size == 0:
-        raise ValueError("no rows to compare")
     if np.isnan(before).any() or np.isnan(after).any():
         raise ValueError("NaN in paired values: a row must count in both or in neither")
     return before, after

@@ -92,8 +92,8 @@ def score_metrics(
         unparsed: drop | midpoint (50).
         n_missing, n_truncated: counts to include in the result.
         bootstrap: rounds for 95 % percentile intervals of SRCC and PLCC; 0 = none.
-        cluster: (n,) labels of clusters (crops of one photograph) to resample for SRCC and PLCC; None = by rows.
-        ci_all: also compute intervals of the other metrics, which are recomputed for each resample.
+        ci_all: compute intervals of the other metrics too.
+        cluster: (n,) labels of clusters (crops of one photograph) to resample as a whole; None = by rows.
     """
     raw = np.asarray(prediction, np.float64)
     t, p = usable(target, raw, unparsed)
@@ -114,11 +114,9 @@ def score_metrics(
 
         if cluster is not None and unparsed == "drop":
             cluster = cluster[~np.isnan(raw)]
-        ci95 = intervals({"srcc": srcc, "plcc": plcc}, t, p, cluster, rounds=bootstrap, seed=seed)
-        if ci_all:
-            others = {k: f for k, f in STATISTICS.items() if k not in ci95}
-            known = {k: f for k, f in others.items() if values[k] is not None}
-            ci95 |= dict.fromkeys(others) | intervals(known, t, p, rounds=bootstrap, seed=seed)
+        asked = STATISTICS if ci_all else {"srcc": srcc, "plcc": plcc}
+        known = {name: statistic for name, statistic in asked.items() if values[name] is not None}
+        ci95 = dict.fromkeys(asked) | intervals(known, t, p, cluster, rounds=bootstrap, seed=seed)
         for name, interval in ci95.items():
             if interval is None:
                 reason[f"ci95.{name}"] = undefined or reason.get(name) or "too many resamples are constant"
@@ -137,10 +135,8 @@ def score_metrics(
 
 def _undefined(target: np.ndarray, prediction: np.ndarray) -> str | None:
     """Return why the correlations are undefined, or None."""
-    if len(target) == 0:
-        return "no usable row"
     if len(target) < 2:
-        return "1 usable row"
+        return "1 usable row" if len(target) else "no usable row"
     if np.ptp(prediction) == 0:
         return "constant prediction"
     return "constant target" if np.ptp(target) == 0 else None

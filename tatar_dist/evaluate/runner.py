@@ -66,8 +66,8 @@ def run(config: Config) -> dict[str, Any]:
         RunDirectory(config) as directory,
         StopSignals() as stop,
     ):
-        if answers.notice:
-            print(f"tatar-dist: {answers.notice}", file=sys.stderr)
+        if answers.cut:
+            print(f"tatar-dist: {answers.cut}", file=sys.stderr)
         source = PromptSource(config, directory, texts)
         waits = Waits(stop)
         try:

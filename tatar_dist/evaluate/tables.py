@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from tatar_dist.assets import CONFIGS
 from tatar_dist.data.registry import read_registry
@@ -139,17 +143,15 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "—" if value is None else f"{value:.{digits}f}"
 
 
-def published_rows(result: Mapping[str, Any], path: Path = CONFIGS / "published.yaml") -> list[list[str]]:
+def published_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Return [METHOD, "PLCC / SRCC" per evaluated set] from configs/published.yaml; the first row is the header."""
-    import yaml
-
-    found: dict[str, Any] = yaml.safe_load(path.read_text())
-    names = [n for n in result["datasets"] if any(n in sets for sets in found.values())]
+    published: dict[str, Any] = yaml.safe_load((CONFIGS / "published.yaml").read_text())
+    names = [n for n in result["datasets"] if any(n in sets for sets in published.values())]
     if not names:
         return []
     ours = ["this model", *(_pair(result["datasets"][n]) for n in names)]
-    others = [[method, *(_pair(sets.get(n, {})) for n in names)] for method, sets in found.items()]
-    return [["PLCC / SRCC", *names], ours, *(row for row in others if any(c != "—" for c in row[1:]))]
+    others = [[method, *(_pair(sets.get(n, {})) for n in names)] for method, sets in published.items()]
+    return [["PLCC / SRCC", *names], ours, *(row for row in others if set(row[1:]) != {"—"})]
 
 
 def _pair(m: Mapping[str, Any]) -> str:
@@ -219,18 +221,12 @@ def write(directory: Path, result: Mapping[str, Any], published: bool) -> None:
     (directory / "table.csv").write_text(as_csv(result))
 
 
-def show(result: Mapping[str, Any], published: bool) -> None:
-    """Print the table on the terminal."""
-    from rich.console import Console
-
+def show(result: Mapping[str, Any], published: bool = False) -> None:
+    """Print the table on the terminal, without columns that are all 0, and in a narrow one without the last ones."""
     rows = rows_of(result)
-    # nothing truncated, say; on a narrow terminal what papers do not print
+    # what papers do not print
     narrow = ("KRCC", "PLCC, fitted", "RMSE") if Console().width < WIDE else ()
-    kept = [
-        i
-        for i, name in enumerate(COLUMNS)
-        if i == 0 or (name not in narrow and any(r[i] not in ("", "0") for r in rows))
-    ]
+    kept = [i for i, name in enumerate(COLUMNS) if name not in narrow and any(r[i] not in ("", "0") for r in rows)]
     cells = [("average" in row[0], [row[i] for i in kept]) for row in rows]
     print_table(str(result["model"]), [COLUMNS[i] for i in kept], cells)
     if published and (others := published_rows(result)):
@@ -240,10 +236,6 @@ def show(result: Mapping[str, Any], published: bool) -> None:
 
 def print_table(title: str, head: Sequence[str], rows: Iterable[tuple[bool, Sequence[str]]]) -> None:
     """Print rows of (whether bold, cells) with a rich table; the first column is left-aligned."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     table = Table(title=escape(title), title_justify="left")
     for i, name in enumerate(head):
         table.add_column(name, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
@@ -254,7 +246,5 @@ def print_table(title: str, head: Sequence[str], rows: Iterable[tuple[bool, Sequ
 
 def print_notes(notes: Iterable[str]) -> None:
     """Print notes below a table."""
-    from rich.console import Console
-
     for note in notes:
         Console().print(f"  {note}", style="dim", highlight=False, markup=False)
