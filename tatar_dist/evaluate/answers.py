@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,16 +75,11 @@ class AnswerJournal(Journal):
     def get(self, kind: str, sample: Sample) -> tuple[Completion, ...]:
         """Return the completions of an answered sample. Raises KeyError for a sample without an answer.
         Only the number of tokens and the sum of log-probabilities are kept: all token ids are 0."""
-        reply = self._lines[(kind, key_of(sample))]["said"]
         return tuple(
             Completion(
-                c["text"],
-                (0,) * c["tokens"],
-                (c["logprob"],),
-                c["finish"],
-                Expected(*c["expected"]) if c["expected"] else None,
+                c["text"], (0,) * c["tokens"], (c["logprob"],), c["finish"], c["expected"] and Expected(*c["expected"])
             )
-            for c in reply
+            for c in self._lines[(kind, key_of(sample))]["said"]
         )
 
     def keep(self, kind: str, groups: Sequence[Group]) -> None:
@@ -99,7 +95,7 @@ class AnswerJournal(Journal):
                         "tokens": len(c.token_ids),
                         "logprob": round(sum(c.logprobs), 6),
                         "finish": c.finish_reason,
-                        "expected": [c.expected.mean, c.expected.sd, c.expected.mass] if c.expected else None,
+                        "expected": c.expected and astuple(c.expected),
                     }
                     for c in g.completions
                 ],

@@ -23,7 +23,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.evaluate import bootstrap
 from tatar_dist.evaluate.bootstrap import Statistic
 from tatar_dist.evaluate.metrics import plcc, set_names, srcc, usable
-from tatar_dist.evaluate.tables import print_notes, print_table
+from tatar_dist.evaluate.tables import print_table
 
 ROUNDS = 2000
 LEAST = 6  # pictures, or source photographs, below which resampling says nothing of chance
@@ -72,10 +72,10 @@ def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> di
 
 def _read(directory: Path) -> dict[tuple[str, str, str], Row]:
     file = Path(directory) / "predictions.parquet"
-    if not Path(directory).is_dir():
-        raise UserError(f"{directory}: no such directory{looked_in(directory)}")
     if not file.is_file():
-        raise UserError(f"{directory}: no predictions.parquet in it: give the output of `tatar-dist evaluate`")
+        raise UserError(
+            f"{directory}: no predictions.parquet in it{looked_in(directory)}: give the output of `tatar-dist evaluate`"
+        )
     try:
         rows = pq.read_table(file, columns=COLUMNS).to_pylist()
     except (pa.ArrowInvalid, OSError) as e:
@@ -91,25 +91,19 @@ def paired_difference(
     Returns before, after, difference, ci95 and p, None where undefined, and reason: why.
     """
     target = np.array([a["target"] for a, _ in pairs], np.float64)
-    before, after = (np.array([pair[i]["prediction"] for pair in pairs], np.float64) for i in (0, 1))  # None: NaN
-    values = [_value(statistic, target, p) for p in (before, after)]
-    entry: dict[str, Any] = {"before": values[0], "after": values[1], "difference": None, "ci95": None, "p": None}
-    if values[0] is None or values[1] is None:
+    predictions = [np.array([pair[i]["prediction"] for pair in pairs], np.float64) for i in (0, 1)]  # None: NaN
+    values = [statistic(*usable(target, p, "midpoint")) if pairs else math.nan for p in predictions]
+    before, after = (value if math.isfinite(value) else None for value in values)
+    entry: dict[str, Any] = {"before": before, "after": after, "difference": None, "ci95": None, "p": None}
+    if before is None or after is None:
         return entry | {"reason": "a correlation does not exist: too few rows, or one side is constant"}
     cluster = np.array([a["source"] or a["sample_id"] for a, _ in pairs])
     if (n := len(set(cluster.tolist()))) < LEAST:
-        difference = values[1] - values[0]
-        return entry | {"difference": difference, "reason": f"{n} independent pictures tell nothing of chance"}
-    i = bootstrap.paired_difference(statistic, target, before, after, cluster, rounds=rounds, seed=seed)
+        return entry | {"difference": after - before, "reason": f"{n} independent pictures tell nothing of chance"}
+    i = bootstrap.paired_difference(statistic, target, *predictions, cluster, rounds=rounds, seed=seed)
     if not math.isfinite(i.lo):
         return entry | {"difference": i.estimate, "reason": "too many resamples are constant"}
     return entry | {"difference": i.estimate, "ci95": [i.lo, i.hi], "p": i.p, "reason": None}
-
-
-def _value(statistic: Statistic, target: np.ndarray, prediction: np.ndarray) -> float | None:
-    t, p = usable(target, prediction, "midpoint")
-    value = statistic(t, p) if len(t) else math.nan
-    return value if math.isfinite(value) else None
 
 
 def show(result: dict[str, Any]) -> None:
@@ -130,8 +124,7 @@ def show(result: dict[str, Any]) -> None:
             parsed = f"{m['parsed_before']} and {m['parsed_after']} parsed"
             notes.append(f"{name}: of {m['n']} answers {parsed}, the others are 50")
     head = ("data set", "n", "", "A", "B", "B - A", "95 % interval", "p")
-    print_table(f"B = {result['after']} against A = {result['before']}", head, rows)
-    print_notes(notes)
+    print_table(f"B = {result['after']} against A = {result['before']}", head, rows, notes)
 
 
 def _cell(value: float | None, sign: str = "") -> str:

@@ -173,16 +173,6 @@ def spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
     )
 
 
-def rmse(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Root mean squared error, in points."""
-    return float(np.sqrt(np.mean((prediction - target) ** 2)))
-
-
-def mae(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Mean absolute error, in points."""
-    return float(np.mean(np.abs(prediction - target)))
-
-
 def plcc_fitted(target: np.ndarray, prediction: np.ndarray) -> float:
     """Pearson's r after `logistic_map` of the predictions; NaN where there is none."""
     curve = logistic_map(target, prediction)
@@ -228,4 +218,7 @@ def logistic_map(target: np.ndarray, prediction: np.ndarray) -> Callable[[np.nda
 
 
 CORRELATIONS = {"srcc": srcc, "plcc": plcc, "krcc": krcc, "plcc_fitted": plcc_fitted}
-STATISTICS = CORRELATIONS | {"rmse": rmse, "mae": mae}
+STATISTICS = CORRELATIONS | {
+    "rmse": lambda target, prediction: float(np.sqrt(np.mean((prediction - target) ** 2))),
+    "mae": lambda target, prediction: float(np.mean(np.abs(prediction - target))),
+}
