@@ -11,6 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tatar_dist.errors import UserError
 from tatar_dist.evaluate.metrics import DatasetMetrics, score_metrics, set_names
 from tatar_dist.prompts.answer import parse
@@ -42,18 +44,19 @@ def run(
     if not rows_of:
         raise UserError(f"{file}: no rows")
     names = set_names(rows_of)
-    return {
-        names[pair]: score_metrics(
+    result = {}
+    for pair, rows in rows_of.items():
+        predictions = [r["prediction"] if "prediction" in r else parse(r["completion"]).value for r in rows]
+        result[names[pair]] = score_metrics(
             [r["target"] for r in rows],
-            [r["prediction"] if "prediction" in r else parse(r["completion"]).value for r in rows],
+            np.array(predictions, np.float64),  # None becomes NaN
             unparsed=unparsed,
             n_truncated=sum(r.get("finish_reason") == "length" or r.get("truncated") is True for r in rows),
             bootstrap=bootstrap,
             ci_all=ci_all,
             seed=seed,
         )
-        for pair, rows in rows_of.items()
-    }
+    return result
 
 
 def row_error(row: dict[str, Any]) -> str | None:

@@ -90,17 +90,17 @@ def paired_difference(
 
     Returns before, after, difference, ci95 and p, None where undefined, and reason: why.
     """
-    target = np.array([a["target"] for a, _ in pairs], np.float64)
-    predictions = [np.array([pair[i]["prediction"] for pair in pairs], np.float64) for i in (0, 1)]  # None: NaN
-    values = [statistic(*usable(target, p, "midpoint")) if pairs else math.nan for p in predictions]
+    target = np.array([row["target"] for row, _ in pairs], np.float64)
+    a, b = (np.array([pair[i]["prediction"] for pair in pairs], np.float64) for i in (0, 1))  # None becomes NaN
+    values = [statistic(*usable(target, p, "midpoint")) if pairs else math.nan for p in (a, b)]
     before, after = (value if math.isfinite(value) else None for value in values)
     entry: dict[str, Any] = {"before": before, "after": after, "difference": None, "ci95": None, "p": None}
     if before is None or after is None:
         return entry | {"reason": "a correlation does not exist: too few rows, or one side is constant"}
-    cluster = np.array([a["source"] or a["sample_id"] for a, _ in pairs])
+    cluster = np.array([row["source"] or row["sample_id"] for row, _ in pairs])
     if (n := len(set(cluster.tolist()))) < LEAST:
         return entry | {"difference": after - before, "reason": f"{n} independent pictures tell nothing of chance"}
-    i = bootstrap.paired_difference(statistic, target, *predictions, cluster, rounds=rounds, seed=seed)
+    i = bootstrap.paired_difference(statistic, target, a, b, cluster, rounds=rounds, seed=seed)
     if not math.isfinite(i.lo):
         return entry | {"difference": i.estimate, "reason": "too many resamples are constant"}
     return entry | {"difference": i.estimate, "ci95": [i.lo, i.hi], "p": i.p, "reason": None}

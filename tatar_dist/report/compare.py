@@ -143,7 +143,7 @@ def panels(entrants: Sequence[Entrant], table: Curves) -> list[Panel]:
     grpo = [t for e in entrants if (t := e.run.training("grpo"))]
     terms = [s | {"term": x} for s in tasks for x in dict.fromkeys(x for t in grpo for x in t.terms(s["task"]))]
     subjects = {"{term}": terms, "{task}": tasks, "{dataset}": [{"dataset": d} for d in datasets(entrants)]}
-    found = []
+    result = []
     for stage, metric, title, caption, top in table:
         for names in next((s for placeholder, s in subjects.items() if placeholder in metric), [{}]):
             lines = [
@@ -154,8 +154,8 @@ def panels(entrants: Sequence[Entrant], table: Curves) -> list[Panel]:
             heading = title.format(**names)
             chart = line_chart(lines, f"{heading} of each run", y_range=None if top is None else (0.0, top))
             if chart:
-                found.append(Panel(heading, caption.format(**names), [chart]))
-    return found
+                result.append(Panel(heading, caption.format(**names), [chart]))
+    return result
 
 
 def datasets(entrants: Sequence[Entrant]) -> dict[str, str]:

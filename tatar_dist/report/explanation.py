@@ -46,10 +46,7 @@ class Comparisons:
     opponents: list[tuple[str, Opponent]]
     others: int
     mean: float
-
-    @property
-    def agrees(self) -> bool:
-        return abs(min(max(self.mean, 0.0), 1.0) - self.row["thurstone"]) <= APART
+    agrees: bool
 
 
 @dataclass(frozen=True)
@@ -110,10 +107,16 @@ def _audit(
 def _explained(
     why: str, rows: Sequence[dict[str, Any]], members: Sequence[int], scored: audit.Audit | None
 ) -> Explained:
-    by_reward = sorted(members, key=lambda i: -rows[i]["reward"])
-    answers = {i: parse(rows[i]["completion"]).value for i in by_reward}
+    answers = {i: parse(rows[i]["completion"]).value for i in sorted(members, key=lambda i: -rows[i]["reward"])}
     answered = [i for i, value in answers.items() if value is not None]
-    ends = [*answered[:1], *answered[1:][-1:]]
+    comparisons = []
+    for i in dict.fromkeys([*answered[:1], *answered[-1:]]) if scored else ():
+        table = explain(scored.batch, scored.preset, i)
+        if table and is_number(rows[i].get("thurstone")):
+            shown = [(clean(name), o) for name, o in table[:MOST_OPPONENTS]]
+            mean = sum(o.weight * o.reward for _, o in table)
+            agrees = abs(min(max(mean, 0.0), 1.0) - rows[i]["thurstone"]) <= APART
+            comparisons.append(Comparisons(rows[i], answers[i], shown, len(table) - len(shown), mean, agrees))
     first = rows[members[0]]
     return Explained(
         why=why,
@@ -121,14 +124,5 @@ def _explained(
         key=key_of(first),
         terms=[k for k in first if k not in KNOWN and any(is_number(rows[i].get(k)) for i in members)],
         completions=[(rows[i], value, rationale(rows[i]["completion"])[0]) for i, value in answers.items()],
-        comparisons=[c for i in ends if scored and (c := _comparisons(rows[i], answers[i], scored, i))],
+        comparisons=comparisons,
     )
-
-
-def _comparisons(row: dict[str, Any], answer: float | None, scored: audit.Audit, position: int) -> Comparisons | None:
-    table = explain(scored.batch, scored.preset, position)
-    if not table or not is_number(row.get("thurstone")):
-        return None
-    mean = sum(o.weight * o.reward for _, o in table)
-    shown = [(clean(name), o) for name, o in table[:MOST_OPPONENTS]]
-    return Comparisons(row, answer, shown, len(table) - len(shown), mean)

@@ -277,7 +277,7 @@ def _clouds(name: str, task: str, models: Sequence[Scores]) -> Clouds:
 
 
 def correlation(target: np.ndarray, prediction: np.ndarray) -> float | None:
-    """SRCC of (n,) scores without unparsed ones; None with too few rows or a constant side."""
+    """SRCC of (n,) parsed scores; None with too few rows or a constant side."""
     t, p = usable(target, prediction)
     return srcc(t, p) if len(t) >= MIN_PER_SOURCE and np.ptp(t) and np.ptp(p) else None
 
@@ -297,24 +297,22 @@ class Photographs:
 
 def photographs(run: RunFiles) -> Photographs | None:
     """Return the table of source photographs, lowest SRCC first; None with fewer than two known sources."""
-    points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}  # predictions by (photograph, data set, model)
     for e in run.evaluations[-2:]:
         for p in e.predictions:
             if p["source"]:
-                prediction = p["prediction"] if is_number(p["prediction"]) else np.nan
-                points.setdefault((p["source"], p["dataset"], e.model), []).append((p["target"], prediction))
-    sources = sorted({source for source, *_ in points})
-    datasets = [d for d in run.datasets if any(d == dataset for _, dataset, _ in points)]
-    large = {model for (*_, model), of in points.items() if len(of) >= MIN_PER_SOURCE}
+                groups.setdefault((p["source"], p["dataset"], e.model), []).append(p)
+    sources = sorted({source for source, *_ in groups})
+    datasets = [d for d in run.datasets if any(d == dataset for _, dataset, _ in groups)]
+    large = {model for (*_, model), rows in groups.items() if len(rows) >= MIN_PER_SOURCE}
     models = [e.model for e in run.evaluations[-2:] if e.model in large]
     if len(sources) < 2 or not models:
         return None
     columns = [(d, m) for d in datasets for m in models]
     rows = []
     for source in sources:
-        counts = [len(points.get((source, d, models[-1]), [])) for d in datasets]
-        scores = [np.array(points.get((source, *c), []), np.float64).reshape(-1, 2).T for c in columns]
-        rows.append((source, counts, [correlation(*of) for of in scores]))
+        counts = [len(groups.get((source, d, models[-1]), [])) for d in datasets]
+        rows.append((source, counts, [correlation(*_parsed(groups.get((source, *c), []))) for c in columns]))
     last = slice(len(models) - 1, None, len(models))  # the columns of the last model
     rows.sort(key=lambda row: min((v for v in row[2][last] if v is not None), default=2.0))
     names = [(name_of(run, d), run.task(d), m) for d, m in columns]
