@@ -22,7 +22,7 @@ from tatar_dist.evaluate.compare import paired_difference
 from tatar_dist.evaluate.metrics import srcc
 from tatar_dist.report.charts import line_chart, number, percent
 from tatar_dist.report.gallery import key_of
-from tatar_dist.report.html import differing, render_page, replace_page
+from tatar_dist.report.html import differing, write_page
 from tatar_dist.report.panels import Panel, line
 from tatar_dist.report.reading import RunFiles, Training, clean, is_number, read_run
 from tatar_dist.report.verdict import ARROW, TASK_NAMES, arrow, checks, count, edges, listed
@@ -91,22 +91,10 @@ def write(runs: Sequence[Path], file: Path) -> Path:
         raise UserError(f"{twice}: given twice, a run is not compared with itself")
     named = enumerate(zip(LETTERS, short_names(paths), runs, strict=False))
     entrants = [Entrant(letter, clean(name), read_run(run), f"r{i % COLORS}") for i, (letter, name, run) in named]
-    return replace_page(Path(file), render(entrants))
-
-
-def short_names(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest unique path suffixes of equal depth: runs/a/grpo, runs/b/grpo -> a/grpo, b/grpo."""
-    depth = 1
-    while len({p.parts[-depth:] for p in paths}) < len(paths):
-        depth += 1
-    return ["/".join(p.parts[-depth:]) for p in paths]
-
-
-def render(entrants: Sequence[Entrant]) -> str:
-    """Render the page as HTML text."""
     checks_of = [{c.name: c for c in checks(e.run)} for e in entrants]
     check_names = dict.fromkeys(name for by_name in checks_of for name in by_name)
-    return render_page(
+    return write_page(
+        file,
         "compare.html.j2",
         headline=headline(entrants),
         entrants=entrants,
@@ -119,6 +107,14 @@ def render(entrants: Sequence[Entrant]) -> str:
         health={name: [by_name.get(name) for by_name in checks_of] for name in check_names},
         notes=[f"{e.letter}: {note}" for e in entrants for note in dict.fromkeys(e.run.notes)],
     )
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest unique path suffixes of equal depth: runs/a/grpo, runs/b/grpo -> a/grpo, b/grpo."""
+    depth = 1
+    while len({p.parts[-depth:] for p in paths}) < len(paths):
+        depth += 1
+    return ["/".join(p.parts[-depth:]) for p in paths]
 
 
 def _configurations(entrants: Sequence[Entrant]) -> list[tuple[str, list[Entrant], list[tuple[str, list[str]]]]]:

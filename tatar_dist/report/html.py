@@ -46,38 +46,13 @@ FACTS = {  # kind of run -> (section, key, what the page calls it)
 }
 
 
-def write(run: Path, file: Path | None = None) -> Path:
+def write(directory: Path, file: Path | None = None) -> Path:
     """Write the page of a run to `file`, or to RUN/report.html, and return its path.
 
     Raises:
         UserError: no such directory, no run in it, or the page cannot be written there.
     """
-    return replace_page(Path(file or Path(run) / "report.html"), render(read_run(run)))
-
-
-def replace_page(target: Path, page: str) -> Path:
-    """Write a page atomically and return its path. Raises UserError if it cannot be written."""
-    with writing(target):
-        write_whole(target, page.encode("utf-8", "replace"))
-    return target
-
-
-def render_page(template: str, **content: Any) -> str:
-    """Render a template of this directory, with autoescaping."""
-    environment = Environment(
-        loader=PackageLoader("tatar_dist.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "percent": percent, "duration": duration}
-    environment.tests["figure"] = is_number
-    return environment.get_template(template).render(content, version=__version__)
-
-
-def render(run: RunFiles) -> str:
-    """Render the page as HTML text."""
+    run = read_run(directory)
     notes = list(run.notes)
     quarantined = [
         [clean(str(q.get(k, ""))) for k in ("sample_id", "reason")] for t in run.trainings for q in t.quarantine
@@ -88,7 +63,8 @@ def render(run: RunFiles) -> str:
     scores = _scores(run)
     pictures = Pictures(run.manifests, run.image_root, notes)
     drawn_clouds, held_out = clouds(run, rollouts)
-    return render_page(
+    return write_page(
+        file or run.path / "report.html",
         "template.html.j2",
         name=run.path.resolve().name,
         kind=run.kind,
@@ -112,6 +88,27 @@ def render(run: RunFiles) -> str:
         facts=_facts(run),
         notes=list(dict.fromkeys(notes)),
     )
+
+
+def write_page(file: Path, template: str, **content: Any) -> Path:
+    """Render a template of this directory, with autoescaping, write the page atomically and return its path.
+
+    Raises:
+        UserError: the page cannot be written.
+    """
+    environment = Environment(
+        loader=PackageLoader("tatar_dist.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "percent": percent, "duration": duration}
+    environment.tests["figure"] = is_number
+    page = environment.get_template(template).render(content, version=__version__)
+    with writing(file):
+        write_whole(file, page.encode("utf-8", "replace"))
+    return file
 
 
 def duration(seconds: float) -> str:
