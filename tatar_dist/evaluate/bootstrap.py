@@ -7,6 +7,7 @@ is a source photograph, because crops of one photograph are not independent, or 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -46,14 +47,6 @@ def resamples(cluster: np.ndarray, rounds: int, seed: int) -> Iterator[np.ndarra
         yield by_cluster[np.repeat(starts[drawn] - first, counts) + np.arange(counts.sum())]
 
 
-def _percentiles(values: np.ndarray) -> tuple[float, float] | None:
-    defined = values[np.isfinite(values)]
-    if len(defined) == 0 or len(defined) < MIN_DEFINED * len(values):
-        return None
-    lo, hi = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(lo), float(hi)
-
-
 def intervals(
     statistics: Mapping[str, Statistic],
     target: np.ndarray,
@@ -74,17 +67,24 @@ def intervals(
         [statistic(target[rows], prediction[rows]) for statistic in statistics.values()]
         for rows in resamples(cluster, rounds, seed)
     ]
-    return dict(zip(statistics, map(_percentiles, np.array(draws).T), strict=True))
+    bounds = map(_interval, np.array(draws).T)
+    return {name: None if math.isnan(lo) else (lo, hi) for name, (lo, hi, _) in zip(statistics, bounds, strict=True)}
+
+
+def _interval(draws: np.ndarray) -> tuple[float, float, float]:
+    """Return lo, hi and p of an `Interval` from the values of the resamples, (R,)."""
+    defined = draws[np.isfinite(draws)]
+    lo = hi = math.nan
+    if len(defined) >= MIN_DEFINED * len(draws):
+        lo, hi = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    rarer = min((defined <= 0).sum(), (defined >= 0).sum())
+    return lo, hi, min(1.0, 2 * (int(rarer) + 1) / (len(defined) + 1))
 
 
 def _bootstrap(value: Callable[[np.ndarray], float], cluster: np.ndarray, rounds: int, seed: int) -> Interval:
     """Return the interval of `value`, a function of row indices, over resamples of the clusters."""
     draws = np.array([value(rows) for rows in resamples(cluster, rounds, seed)])
-    lo, hi = _percentiles(draws) or (np.nan, np.nan)
-    defined = draws[np.isfinite(draws)]
-    rarer = min((defined <= 0).sum(), (defined >= 0).sum())
-    p = min(1.0, 2 * (int(rarer) + 1) / (len(defined) + 1))
-    return Interval(value(np.arange(len(cluster))), lo, hi, p)
+    return Interval(value(np.arange(len(cluster))), *_interval(draws))
 
 
 def paired_mean_difference(

@@ -56,7 +56,7 @@ MORE: Curves = (
         "grpo",
         "reward/frac_zero_std/total/{task}",
         "Groups that teach nothing, {name}",
-        "Share with one reward for all.",
+        "Share of groups with one reward for all.",
         1.0,
     ),
     ("grpo", "policy/entropy", "Entropy", "Nats a token.", 1e-6),
@@ -246,8 +246,10 @@ def _difference(
     """Return (whether the difference exceeds chance, None if untested; the sentence that reports it)."""
     names = f"{best[0].letter} {MINUS} {second[0].letter}"
     pairs = _pairs(second[0].run, best[0].run, dataset)
-    entry = paired_difference(srcc, pairs, rounds=ROUNDS) if pairs else {"ci95": None}
-    if entry["ci95"]:
+    if pairs:
+        entry = paired_difference(srcc, pairs, rounds=ROUNDS)
+        if not entry["ci95"]:
+            return None, f"{names}: {entry['reason']}."
         lo, hi = entry["ci95"]
         missing = sum(not (is_number(a["prediction"]) and is_number(b["prediction"])) for a, b in pairs)
         unparsed = f", {missing:,} with an answer that does not parse, which counts as 50" if missing else ""

@@ -68,7 +68,8 @@ class Training:
     @property
     def held_out(self) -> list[str]:
         """Data sets whose held-out SRCC was logged during training."""
-        return sorted({k[5:-5] for r in self.rows for k in r if k.startswith("eval/") and k.endswith("/srcc")})
+        names = {k for r in self.rows for k in r if k.startswith("eval/") and k.endswith("/srcc")}
+        return sorted(k.removeprefix("eval/").removesuffix("/srcc") for k in names)
 
     def terms(self, task: str) -> list[str]:
         """Return the reward terms logged for a task, without the total."""
