@@ -63,7 +63,7 @@ def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> di
             "unparsed": "midpoint",
             "parsed_before": sum(a["prediction"] is not None for a, _ in pairs),
             "parsed_after": sum(b["prediction"] is not None for _, b in pairs),
-            **{measure: paired_difference(statistic, pairs, rounds, seed) for measure, statistic in STATISTICS.items()},
+            **{measure: compare_rows(statistic, pairs, rounds, seed) for measure, statistic in STATISTICS.items()},
         }
     if not any(entry["n"] for entry in datasets.values()):
         raise UserError(f"{before} and {after} have no sample in common")
@@ -83,7 +83,7 @@ def _read(directory: Path) -> dict[tuple[str, str, str], Row]:
     return {(r["task"], r["dataset"], r["sample_id"]): r for r in rows}
 
 
-def paired_difference(
+def compare_rows(
     statistic: Statistic, pairs: Sequence[tuple[Row, Row]], rounds: int = ROUNDS, seed: int = 0
 ) -> dict[str, Any]:
     """Compare prediction rows of two models for the same samples, resampled by source photograph where it is known.

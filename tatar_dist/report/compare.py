@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tatar_dist.errors import UserError
-from tatar_dist.evaluate.compare import paired_difference
+from tatar_dist.evaluate.compare import compare_rows
 from tatar_dist.evaluate.metrics import srcc
 from tatar_dist.report.charts import line_chart, number, percent
 from tatar_dist.report.gallery import key_of
@@ -247,7 +247,7 @@ def _difference(
     names = f"{best[0].letter} {MINUS} {second[0].letter}"
     pairs = _pairs(second[0].run, best[0].run, dataset)
     if pairs:
-        entry = paired_difference(srcc, pairs, rounds=ROUNDS)
+        entry = compare_rows(srcc, pairs, rounds=ROUNDS)
         if not entry["ci95"]:
             return None, f"{names}: {entry['reason']}."
         lo, hi = entry["ci95"]
