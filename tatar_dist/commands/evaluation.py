@@ -75,12 +75,15 @@ def metrics(
 
     Example: [bold]tatar-dist metrics predictions.jsonl --bootstrap 1000 --json[/bold]
     """
-    from tatar_dist.evaluate import audit
+    from tatar_dist.evaluate import audit, tables
 
     if ci_all and not bootstrap:
         raise UserError("--ci-all: how many rounds? Add --bootstrap 1000")
     result = audit.run(file, bootstrap=bootstrap, ci_all=ci_all, unparsed=unparsed, seed=seed)
-    print(json.dumps(audit.as_json(result)) if as_json else audit.as_table(result))
+    if as_json:
+        print(json.dumps(audit.as_json(result)))
+    else:
+        tables.show({"model": str(file)} | audit.as_json(result))
 
 
 def compare(

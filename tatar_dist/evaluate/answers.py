@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,28 +49,20 @@ def model_fingerprint(path: str) -> str:
     return digest.hexdigest()
 
 
-class AnswerJournal:
-    """Journal of one evaluation, a context manager. Raises UserError as `Journal` does."""
+class AnswerJournal(Journal):
+    """Journal of one evaluation, a context manager that reads earlier answers on entry."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self._journal = Journal(path, settings)
+        super().__init__(path, settings)
         self._lines: dict[tuple[str, str], dict[str, Any]] = {}
 
     def __enter__(self) -> AnswerJournal:
         try:
-            self._journal.read(lambda line: self._lines.update({(line["kind"], line["key"]): line}))
+            self.read(lambda line: self._lines.update({(line["kind"], line["key"]): line}))
         except BaseException:
-            self._journal.close()
+            self.close()
             raise
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._journal.close()
-
-    @property
-    def notice(self) -> str | None:
-        """Message for the user about a line that a kill left incomplete, or None."""
-        return self._journal.cut
 
     def count(self, kind: str) -> int:
         return sum(k == kind for k, _ in self._lines)
@@ -82,16 +75,11 @@ class AnswerJournal:
     def get(self, kind: str, sample: Sample) -> tuple[Completion, ...]:
         """Return the completions of an answered sample. Raises KeyError for a sample without an answer.
         Only the number of tokens and the sum of log-probabilities are kept: all token ids are 0."""
-        reply = self._lines[(kind, key_of(sample))]["said"]
         return tuple(
             Completion(
-                c["text"],
-                (0,) * c["tokens"],
-                (c["logprob"],),
-                c["finish"],
-                Expected(*c["expected"]) if c["expected"] else None,
+                c["text"], (0,) * c["tokens"], (c["logprob"],), c["finish"], c["expected"] and Expected(*c["expected"])
             )
-            for c in reply
+            for c in self._lines[(kind, key_of(sample))]["said"]
         )
 
     def keep(self, kind: str, groups: Sequence[Group]) -> None:
@@ -107,14 +95,14 @@ class AnswerJournal:
                         "tokens": len(c.token_ids),
                         "logprob": round(sum(c.logprobs), 6),
                         "finish": c.finish_reason,
-                        "expected": [c.expected.mean, c.expected.sd, c.expected.mass] if c.expected else None,
+                        "expected": c.expected and astuple(c.expected),
                     }
                     for c in g.completions
                 ],
             }
             for g in groups
         ]
-        self._journal.write(*lines)
+        self.write(*lines)
         self._lines |= {(kind, str(line["key"])): line for line in lines}
 
 

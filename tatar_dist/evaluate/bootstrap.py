@@ -7,6 +7,7 @@ is a source photograph, because crops of one photograph are not independent, or 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,15 +23,14 @@ Statistic = Callable[[np.ndarray, np.ndarray], float]  # (target, prediction), (
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic on the full data with its percentile interval. `rounds`: resamples in which it is defined.
+    """A statistic on the full data with its percentile interval, NaN if it is seldom defined.
 
-    p: two-sided, of no difference: 2 (k + 1) / (rounds + 1), k the number of resamples on the rarer side of 0.
+    p: two-sided, of no difference: 2 (k + 1) / (R + 1), with k of R resamples on the rarer side of 0.
     """
 
     estimate: float
     lo: float
     hi: float
-    rounds: int
     p: float
 
 
@@ -45,14 +45,6 @@ def resamples(cluster: np.ndarray, rounds: int, seed: int) -> Iterator[np.ndarra
         counts = sizes[drawn]
         first = np.cumsum(counts) - counts  # position of each drawn cluster in the resample
         yield by_cluster[np.repeat(starts[drawn] - first, counts) + np.arange(counts.sum())]
-
-
-def _percentiles(values: np.ndarray) -> tuple[float, float] | None:
-    defined = values[np.isfinite(values)]
-    if len(values) == 0 or len(defined) < MIN_DEFINED * len(values):
-        return None
-    lo, hi = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(lo), float(hi)
 
 
 def intervals(
@@ -75,17 +67,24 @@ def intervals(
         [statistic(target[rows], prediction[rows]) for statistic in statistics.values()]
         for rows in resamples(cluster, rounds, seed)
     ]
-    return dict(zip(statistics, map(_percentiles, np.array(draws).T), strict=True))
+    bounds = map(_interval, np.array(draws).T)
+    return {name: None if math.isnan(lo) else (lo, hi) for name, (lo, hi, _) in zip(statistics, bounds, strict=True)}
+
+
+def _interval(draws: np.ndarray) -> tuple[float, float, float]:
+    """Return lo, hi and p of an `Interval` from the values of the resamples, (R,)."""
+    defined = draws[np.isfinite(draws)]
+    lo = hi = math.nan
+    if len(defined) >= MIN_DEFINED * len(draws):
+        lo, hi = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    rarer = min((defined <= 0).sum(), (defined >= 0).sum())
+    return lo, hi, min(1.0, 2 * (int(rarer) + 1) / (len(defined) + 1))
 
 
 def _bootstrap(value: Callable[[np.ndarray], float], cluster: np.ndarray, rounds: int, seed: int) -> Interval:
     """Return the interval of `value`, a function of row indices, over resamples of the clusters."""
     draws = np.array([value(rows) for rows in resamples(cluster, rounds, seed)])
-    lo, hi = _percentiles(draws) or (np.nan, np.nan)
-    defined = draws[np.isfinite(draws)]
-    rarer = min((defined <= 0).sum(), (defined >= 0).sum())
-    p = min(1.0, 2 * (int(rarer) + 1) / (len(defined) + 1))
-    return Interval(value(np.arange(len(cluster))), lo, hi, len(defined), p)
+    return Interval(value(np.arange(len(cluster))), *_interval(draws))
 
 
 def paired_mean_difference(
@@ -98,7 +97,7 @@ def paired_mean_difference(
         cluster: (n,) labels, the source photograph of each row.
 
     Raises:
-        ValueError: different shapes, NaN, or no rows.
+        ValueError: different shapes, or NaN.
     """
     before, after = _paired(before, after, cluster)
     difference = (after - before).mean(axis=0)
@@ -123,21 +122,13 @@ def paired_difference(
 
     Args:
         target: (n,); before, after: (n,) or (S, n) predictions; cluster: (n,) labels.
-
-    Raises:
-        ValueError: different shapes, or no rows.
     """
     before, after = (np.clip(np.where(np.isnan(x), MIDPOINT, x), 0.0, 100.0) for x in (before, after))
-    before, after = _paired(before, after, cluster)
-    target = np.asarray(target, np.float64)
-    if target.shape != before.shape[1:]:
-        raise ValueError(f"target {target.shape} and predictions {before.shape} do not have the same rows")
+    pairs = list(zip(*_paired(before, after, cluster), strict=True))
 
     def difference(rows: np.ndarray) -> float:
         t = target[rows]
-        return float(
-            np.mean([statistic(t, a[rows]) - statistic(t, b[rows]) for b, a in zip(before, after, strict=True)])
-        )
+        return float(np.mean([statistic(t, a[rows]) - statistic(t, b[rows]) for b, a in pairs]))
 
     return _bootstrap(difference, cluster, rounds, seed)
 
@@ -150,8 +141,6 @@ def _paired(before: np.ndarray, after: np.ndarray, cluster: np.ndarray) -> tuple
     before, after = np.atleast_2d(np.asarray(before, np.float64)), np.atleast_2d(np.asarray(after, np.float64))
     if before.shape != after.shape or before.shape[1] != len(cluster):
         raise ValueError(f"before {before.shape}, after {after.shape} and {len(cluster)} cluster labels do not match")
-    if before.size == 0:
-        raise ValueError("no rows to compare")
     if np.isnan(before).any() or np.isnan(after).any():
         raise ValueError("NaN in paired values: a row must count in both or in neither")
     return before, after

@@ -10,6 +10,7 @@ evaluation that drops them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ import pyarrow.parquet as pq
 
 from tatar_dist.assets import looked_in
 from tatar_dist.errors import UserError
-from tatar_dist.evaluate.bootstrap import Statistic, paired_difference
+from tatar_dist.evaluate import bootstrap
+from tatar_dist.evaluate.bootstrap import Statistic
 from tatar_dist.evaluate.metrics import plcc, set_names, srcc, usable
-from tatar_dist.evaluate.tables import print_notes, print_table
+from tatar_dist.evaluate.tables import print_table
 
 ROUNDS = 2000
 LEAST = 6  # pictures, or source photographs, below which resampling says nothing of chance
 STATISTICS = {"srcc": srcc, "plcc": plcc}
 COLUMNS = ["sample_id", "dataset", "task", "source", "target", "prediction"]
-Rows = dict[tuple[str, str, str], dict[str, Any]]
+Row = dict[str, Any]  # of predictions.parquet
 
 
 def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> dict[str, Any]:
@@ -61,19 +63,19 @@ def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> di
             "unparsed": "midpoint",
             "parsed_before": sum(a["prediction"] is not None for a, _ in pairs),
             "parsed_after": sum(b["prediction"] is not None for _, b in pairs),
-            **{measure: _compare(statistic, pairs, rounds, seed) for measure, statistic in STATISTICS.items()},
+            **{measure: compare_rows(statistic, pairs, rounds, seed) for measure, statistic in STATISTICS.items()},
         }
     if not any(entry["n"] for entry in datasets.values()):
         raise UserError(f"{before} and {after} have no sample in common")
     return {"before": str(before), "after": str(after), "rounds": rounds, "datasets": datasets}
 
 
-def _read(directory: Path) -> Rows:
+def _read(directory: Path) -> dict[tuple[str, str, str], Row]:
     file = Path(directory) / "predictions.parquet"
-    if not Path(directory).is_dir():
-        raise UserError(f"{directory}: no such directory{looked_in(directory)}")
     if not file.is_file():
-        raise UserError(f"{directory}: no predictions.parquet in it: give the output of `tatar-dist evaluate`")
+        raise UserError(
+            f"{directory}: no predictions.parquet in it{looked_in(directory)}: give the output of `tatar-dist evaluate`"
+        )
     try:
         rows = pq.read_table(file, columns=COLUMNS).to_pylist()
     except (pa.ArrowInvalid, OSError) as e:
@@ -81,29 +83,27 @@ def _read(directory: Path) -> Rows:
     return {(r["task"], r["dataset"], r["sample_id"]): r for r in rows}
 
 
-def _compare(
-    statistic: Statistic, pairs: list[tuple[dict[str, Any], dict[str, Any]]], rounds: int, seed: int
+def compare_rows(
+    statistic: Statistic, pairs: Sequence[tuple[Row, Row]], rounds: int = ROUNDS, seed: int = 0
 ) -> dict[str, Any]:
-    target = np.array([a["target"] for a, _ in pairs], np.float64)
-    sides = [np.array([pair[i]["prediction"] for pair in pairs], np.float64) for i in (0, 1)]  # None becomes NaN
-    values = [_value(statistic, target, p) for p in sides]
-    entry: dict[str, Any] = {"before": values[0], "after": values[1], "difference": None, "ci95": None, "p": None}
-    if None in values:
+    """Compare prediction rows of two models for the same samples, resampled by source photograph where it is known.
+
+    Returns before, after, difference, ci95 and p, None where undefined, and reason: why.
+    """
+    target = np.array([row["target"] for row, _ in pairs], np.float64)
+    a, b = (np.array([pair[i]["prediction"] for pair in pairs], np.float64) for i in (0, 1))  # None becomes NaN
+    values = [statistic(*usable(target, p, "midpoint")) if pairs else math.nan for p in (a, b)]
+    before, after = (value if math.isfinite(value) else None for value in values)
+    entry: dict[str, Any] = {"before": before, "after": after, "difference": None, "ci95": None, "p": None}
+    if before is None or after is None:
         return entry | {"reason": "a correlation does not exist: too few rows, or one side is constant"}
-    cluster = np.array([a["source"] or a["sample_id"] for a, _ in pairs])
+    cluster = np.array([row["source"] or row["sample_id"] for row, _ in pairs])
     if (n := len(set(cluster.tolist()))) < LEAST:
-        difference = values[1] - values[0]  # type: ignore[operator]
-        return entry | {"difference": difference, "reason": f"{n} independent pictures tell nothing of chance"}
-    i = paired_difference(statistic, target, sides[0], sides[1], cluster, rounds=rounds, seed=seed)
+        return entry | {"difference": after - before, "reason": f"{n} independent pictures tell nothing of chance"}
+    i = bootstrap.paired_difference(statistic, target, a, b, cluster, rounds=rounds, seed=seed)
     if not math.isfinite(i.lo):
         return entry | {"difference": i.estimate, "reason": "too many resamples are constant"}
     return entry | {"difference": i.estimate, "ci95": [i.lo, i.hi], "p": i.p, "reason": None}
-
-
-def _value(statistic: Statistic, target: np.ndarray, prediction: np.ndarray) -> float | None:
-    t, p = usable(target, prediction, "midpoint")
-    value = statistic(t, p) if len(t) else math.nan
-    return value if math.isfinite(value) else None
 
 
 def show(result: dict[str, Any]) -> None:
@@ -124,8 +124,7 @@ def show(result: dict[str, Any]) -> None:
             parsed = f"{m['parsed_before']} and {m['parsed_after']} parsed"
             notes.append(f"{name}: of {m['n']} answers {parsed}, the others are 50")
     head = ("data set", "n", "", "A", "B", "B - A", "95 % interval", "p")
-    print_table(f"B = {result['after']} against A = {result['before']}", head, rows)
-    print_notes(notes)
+    print_table(f"B = {result['after']} against A = {result['before']}", head, rows, notes)
 
 
 def _cell(value: float | None, sign: str = "") -> str:

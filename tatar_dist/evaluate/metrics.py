@@ -92,8 +92,8 @@ def score_metrics(
         unparsed: drop | midpoint (50).
         n_missing, n_truncated: counts to include in the result.
         bootstrap: rounds for 95 % percentile intervals of SRCC and PLCC; 0 = none.
-        cluster: (n,) labels of clusters (crops of one photograph) to resample for SRCC and PLCC; None = by rows.
-        ci_all: also compute intervals of the other metrics, which are recomputed for each resample.
+        ci_all: compute intervals of the other metrics too.
+        cluster: (n,) labels of clusters (crops of one photograph) to resample as a whole; None = by rows.
     """
     raw = np.asarray(prediction, np.float64)
     t, p = usable(target, raw, unparsed)
@@ -114,11 +114,9 @@ def score_metrics(
 
         if cluster is not None and unparsed == "drop":
             cluster = cluster[~np.isnan(raw)]
-        ci95 = intervals({"srcc": srcc, "plcc": plcc}, t, p, cluster, rounds=bootstrap, seed=seed)
-        if ci_all:
-            others = {k: f for k, f in STATISTICS.items() if k not in ci95}
-            known = {k: f for k, f in others.items() if values[k] is not None}
-            ci95 |= dict.fromkeys(others) | intervals(known, t, p, rounds=bootstrap, seed=seed)
+        asked = STATISTICS if ci_all else {"srcc": srcc, "plcc": plcc}
+        known = {name: statistic for name, statistic in asked.items() if values[name] is not None}
+        ci95 = dict.fromkeys(asked) | intervals(known, t, p, cluster, rounds=bootstrap, seed=seed)
         for name, interval in ci95.items():
             if interval is None:
                 reason[f"ci95.{name}"] = undefined or reason.get(name) or "too many resamples are constant"
@@ -137,10 +135,8 @@ def score_metrics(
 
 def _undefined(target: np.ndarray, prediction: np.ndarray) -> str | None:
     """Return why the correlations are undefined, or None."""
-    if len(target) == 0:
-        return "no usable row"
     if len(target) < 2:
-        return "1 usable row"
+        return "1 usable row" if len(target) else "no usable row"
     if np.ptp(prediction) == 0:
         return "constant prediction"
     return "constant target" if np.ptp(target) == 0 else None
@@ -177,31 +173,20 @@ def spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
     )
 
 
-def rmse(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Root mean squared error, in points."""
-    return float(np.sqrt(np.mean((prediction - target) ** 2)))
-
-
-def mae(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Mean absolute error, in points."""
-    return float(np.mean(np.abs(prediction - target)))
-
-
 def plcc_fitted(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Pearson's r after `logistic_map` of the predictions.
-    NaN if either is constant, or if the best non-decreasing map is flat."""
-    if np.ptp(target) == 0 or np.ptp(prediction) == 0:
-        return math.nan
-    curve = logistic_map(target, prediction)(prediction)
-    return plcc(target, curve) if np.ptp(curve) > 1e-6 * float(target.std()) else math.nan
+    """Pearson's r after `logistic_map` of the predictions; NaN where there is none."""
+    curve = logistic_map(target, prediction)
+    return math.nan if curve is None else plcc(target, curve(prediction))
 
 
-def logistic_map(target: np.ndarray, prediction: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Fit the monotone logistic map from predictions to targets by least squares (VQEG), both in points.
+def logistic_map(target: np.ndarray, prediction: np.ndarray) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Fit the monotone logistic map from predictions to targets, (n,) float64 in points, by least squares (VQEG).
 
     The map is low + (high - low) / (1 + exp(-(x - c) / s)) with high >= low and s > 0: a free sign would reward a
-    predictor of reversed order. Neither argument, (n,) float64, may be constant.
+    predictor of reversed order. None for fewer than MIN_FIT points, for a constant side and where the best map is flat.
     """
+    if len(target) < MIN_FIT or np.ptp(target) == 0 or np.ptp(prediction) == 0:
+        return None
     from scipy.optimize import least_squares
     from scipy.special import expit
 
@@ -227,8 +212,13 @@ def logistic_map(target: np.ndarray, prediction: np.ndarray) -> Callable[[np.nda
     precision = {"x_scale": "jac", "max_nfev": 1000, "ftol": 1e-14, "xtol": 1e-12, "gtol": 1e-12}
     fits = [least_squares(lambda b: mapped(b) - y, s, jac=jacobian, bounds=bounds, **precision) for s in starts]
     best = min(fits, key=lambda f: f.cost).x
+    if np.ptp(mapped(best)) <= 1e-6:
+        return None
     return lambda points: level + spread * mapped(best, (points - middle) / width)
 
 
 CORRELATIONS = {"srcc": srcc, "plcc": plcc, "krcc": krcc, "plcc_fitted": plcc_fitted}
-STATISTICS = CORRELATIONS | {"rmse": rmse, "mae": mae}
+STATISTICS = CORRELATIONS | {
+    "rmse": lambda target, prediction: float(np.sqrt(np.mean((prediction - target) ** 2))),
+    "mae": lambda target, prediction: float(np.mean(np.abs(prediction - target))),
+}

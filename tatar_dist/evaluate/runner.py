@@ -29,14 +29,7 @@ from tatar_dist.config.schema import Config
 from tatar_dist.data.manifest import Manifest
 from tatar_dist.errors import Interrupted, StopRequested, UserError
 from tatar_dist.evaluate import tables
-from tatar_dist.evaluate.answers import (
-    AnswerJournal,
-    batch_size,
-    batches,
-    distinct,
-    key_of,
-    model_fingerprint,
-)
+from tatar_dist.evaluate.answers import AnswerJournal, batch_size, batches, distinct, key_of, model_fingerprint
 from tatar_dist.evaluate.metrics import score_metrics, set_names, spread
 from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.faults.waiting import Waits
@@ -66,8 +59,8 @@ def run(config: Config) -> dict[str, Any]:
         RunDirectory(config) as directory,
         StopSignals() as stop,
     ):
-        if answers.notice:
-            print(f"tatar-dist: {answers.notice}", file=sys.stderr)
+        if answers.cut:
+            print(f"tatar-dist: {answers.cut}", file=sys.stderr)
         source = PromptSource(config, directory, texts)
         waits = Waits(stop)
         try:
@@ -96,17 +89,12 @@ class Evaluation:
     """One evaluation. `samples`: the samples asked, without images, in manifest order."""
 
     def __init__(
-        self,
-        config: Config,
-        directory: RunDirectory,
-        source: PromptSource,
-        answers: AnswerJournal,
-        waits: Waits,
+        self, config: Config, directory: RunDirectory, source: PromptSource, answers: AnswerJournal, waits: Waits
     ) -> None:
         self.config, self.directory, self.source, self.answers, self.waits = config, directory, source, answers, waits
         self.plan = resolve(config, "evaluate")
         self.manifests = read_manifests(config.data, "test")
-        self.total = _rows(self.manifests, config.data.eval_limit)
+        self.total = _most_samples(self.manifests, config.data.eval_limit)
         self.samples: list[Sample] = []
         limit, e = config.rollout.max_new_tokens, config.evaluate
         self.sampling = {"greedy": Sampling(1, 0.0, limit, expected=e.expected)}
@@ -135,38 +123,37 @@ class Evaluation:
 
     def _ask_all(self, progress: Progress) -> tuple[int, float]:
         """Generate all kinds of answers; return the number of generated tokens and the seconds taken."""
-        tokens, done, began = 0, 0, 0.0
+        tokens, done, began = 0, 0, time.perf_counter()
         with ExitStack() as stack:
             pool: RolloutPool | None = None
             for kind, sampling in self.sampling.items():
-                parts = self._parts(kind)
-                first = next(parts, None)
-                if first is not None:
-                    if pool is None:
-                        pool = self._engines(stack)
-                        began = time.perf_counter()
-                        done = sum(min(self.answers.count(k), self.total) for k in self.sampling)
-                        progress.ready(done)
-                    for groups in pool.stream(chain([first], parts), sampling):
-                        self.answers.keep(kind, groups)
-                        tokens += sum(len(c.token_ids) for g in groups for c in g.completions)
-                        done += len(groups)
-                        self.directory.begin("evaluate", done)
-                        progress.update(min(done, progress.total), {})
-                if kind == list(self.sampling)[-1]:
-                    self.directory.begin("results", progress.total)
+                calls = self._calls(kind)
+                first = next(calls, None)
+                if first and pool is None:
+                    pool = self._engines(stack)
+                    began = time.perf_counter()
+                    done = sum(min(self.answers.count(k), self.total) for k in self.sampling)
+                    progress.ready(done)
+                for groups in pool.stream(chain([first], calls), sampling) if first and pool else ():
+                    self.answers.keep(kind, groups)
+                    tokens += sum(len(c.token_ids) for g in groups for c in g.completions)
+                    done += len(groups)
+                    self.directory.begin("evaluate", done)
+                    progress.update(min(done, progress.total), {})
                 if kind == "greedy":
                     self.missing = dict(self.source.missing)  # another kind comes by the same samples again
+            self.directory.begin("results", progress.total)
         return tokens, time.perf_counter() - began
 
-    def _parts(self, kind: str) -> Iterator[list[Prompt]]:
+    def _calls(self, kind: str) -> Iterator[list[Prompt]]:
         """Yield unanswered prompts by engine call. `samples` is filled during the first kind."""
-        size = batch_size(self.total, self.plan.engines, self.config.rollout.max_num_seqs, self.sampling[kind].n)
+        r = self.config.rollout
+        size = batch_size(self.total, self.plan.engines, r.max_num_seqs, self.sampling[kind].n)
         return batches(
             self._held_out(kind),
-            1 if self.config.rollout.deterministic else size,
+            1 if r.deterministic else size,
             lambda s: self.source.prompt(s, f"eval/{key_of(s)}"),
-            lambda s: self.answers.has(kind, s),
+            partial(self.answers.has, kind),
         )
 
     def _held_out(self, kind: str) -> Iterator[Sample]:
@@ -193,9 +180,8 @@ class Evaluation:
             pq.write_table(table, place)
         e = self.config.evaluate
         metrics = partial(by_dataset, rows, missing=self.missing, unparsed=e.unparsed, bootstrap=e.bootstrap)
-        found = metrics("prediction")
-        result: dict[str, Any] = {"model": self.config.model.path, "datasets": found}
-        result["averages"] = tables.averages(found, e.in_domain)
+        result: dict[str, Any] = {"model": self.config.model.path, "datasets": metrics("prediction")}
+        result["averages"] = tables.averages(result["datasets"], e.in_domain)
         result["slices"] = tables.slices(rows, e.slices, unparsed=e.unparsed)
         if e.expected:
             result["expected"] = metrics("expected")
@@ -251,12 +237,11 @@ COLUMNS: dict[str, tuple[pa.DataType, Callable[[Sample, Completion], Any]]] = {
 }
 
 
-def _rows(manifests: Sequence[Manifest], limit: int | None) -> int:
-    """Return the maximum number of samples to ask."""
+def _most_samples(manifests: Sequence[Manifest], limit: int | None) -> int:
+    """Return the maximum number of samples to ask, at most `limit` per data set."""
     rows = Counter[str]()
-    for manifest in manifests:
-        for pool in manifest.pools:
-            rows[pool.dataset] += pool.rows
+    for pool in chain.from_iterable(m.pools for m in manifests):
+        rows[pool.dataset] += pool.rows
     return sum(n if limit is None else min(n, limit) for n in rows.values())
 
 
@@ -277,11 +262,11 @@ def by_dataset(
     Intervals are resampled by source photograph if all rows of a set name one.
     """
     names = set_names([*((r["dataset"], r["task"]) for r in rows), *missing])
+    truncated = "samples_truncated" if column == "sample_mean" else "truncated"
     metrics = {}
     for name, task in sorted(names, key=lambda pair: (TASKS.index(pair[1]), pair[0])):  # type: ignore[arg-type]
         part = [r for r in rows if r["dataset"] == name and r["task"] == task]
-        truncated = "samples_truncated" if column == "sample_mean" else "truncated"
-        sources = [r["source"] for r in part]
+        sources = np.array([r["source"] for r in part], str)
         metrics[names[name, task]] = score_metrics(
             [r["target"] for r in part],
             [r[column] for r in part],
@@ -289,7 +274,7 @@ def by_dataset(
             n_truncated=sum(r[truncated] for r in part),
             unparsed=unparsed,
             bootstrap=bootstrap,
-            cluster=np.array(sources) if part and all(sources) else None,
+            cluster=sources if (sources != "").all() else None,
         ).to_dict() | {"task": task}
     return metrics
 

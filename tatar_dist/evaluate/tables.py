@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from tatar_dist.assets import CONFIGS
 from tatar_dist.data.registry import read_registry
@@ -31,11 +35,11 @@ LEAST = 10  # rows of a slice that are worth a correlation
 VARIANTS = {"expected": "expected score", "sample_mean": "mean of samples"}
 
 
-def averages(found: Mapping[str, Mapping[str, Any]], in_domain: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+def averages(metrics: Mapping[str, Mapping[str, Any]], in_domain: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     """Return task -> {"in_domain", "cross_domain", "all"} -> {srcc, plcc, datasets, without}; empty groups are absent.
 
     Args:
-        found: metrics by data set, each with its `task`.
+        metrics: by data set, each with its `task`.
         in_domain: data sets of the training data. None takes the flags of configs/datasets.yaml; sets that are not in
             that file count in `all` only.
     """
@@ -43,7 +47,7 @@ def averages(found: Mapping[str, Mapping[str, Any]], in_domain: Sequence[str] | 
     result: dict[str, dict[str, Any]] = {}
     for task in TASKS:
         groups: dict[str, dict[str, Any]] = {"in_domain": {}, "cross_domain": {}, "all": {}}
-        for name, m in found.items():
+        for name, m in metrics.items():
             if m.get("task") == task:
                 groups["all"][name] = m
                 plain = name.removesuffix("/iqa").removesuffix("/iaa")
@@ -57,12 +61,10 @@ def averages(found: Mapping[str, Mapping[str, Any]], in_domain: Sequence[str] | 
 
 
 def _mean(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    entry: dict[str, Any] = {"datasets": list(metrics)}
-    for name in AVERAGED:
-        values = [m[name] for m in metrics.values() if m[name] is not None]
-        entry[name] = float(np.mean(values)) if values else None
-    entry["without"] = [n for n, m in metrics.items() if any(m[k] is None for k in AVERAGED)]
-    return entry
+    values = {key: [m[key] for m in metrics.values() if m[key] is not None] for key in AVERAGED}
+    means = {key: float(np.mean(known)) if known else None for key, known in values.items()}
+    without = [name for name, m in metrics.items() if any(m[key] is None for key in AVERAGED)]
+    return {"datasets": list(metrics), **means, "without": without}
 
 
 def slices(
@@ -95,21 +97,17 @@ def slices(
 def _slices_of(row: Mapping[str, Any], keys: Sequence[str]) -> Iterator[str]:
     low = min(int(row["target"] // WIDTH) * WIDTH, 100 - WIDTH)
     yield f"target={low:02d}-{low + WIDTH}"
-    meta = json.loads(row["meta"]) if row["meta"] else {}
+    meta = json.loads(row["meta"] or "{}")
     for key in keys:
-        for value in _values(meta.get(key)):
-            yield f"{key}={value}"
+        members = meta.get(key)
+        names = {_name(m) for m in (members if isinstance(members, list) else [members])}
+        yield from (f"{key}={name}" for name in names if name is not None)
 
 
-def _values(found: Any) -> set[str]:
-    """Return a scalar as text, a list by member, and an object by its `family` or `name`."""
-    if found is None:
-        return set()
-    if isinstance(found, list):
-        return set().union(*map(_values, found))
-    if isinstance(found, dict):
-        return _values(found.get("family", found.get("name")))
-    return {str(found)}
+def _name(member: Any) -> str | None:
+    """Return a value of `meta` as text; an object is named by its `family` or `name`."""
+    name = member.get("family", member.get("name")) if isinstance(member, dict) else member
+    return None if name is None else str(name)
 
 
 def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
@@ -139,17 +137,15 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "—" if value is None else f"{value:.{digits}f}"
 
 
-def published_rows(result: Mapping[str, Any], path: Path = CONFIGS / "published.yaml") -> list[list[str]]:
+def published_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Return [METHOD, "PLCC / SRCC" per evaluated set] from configs/published.yaml; the first row is the header."""
-    import yaml
-
-    found: dict[str, Any] = yaml.safe_load(path.read_text())
-    names = [n for n in result["datasets"] if any(n in sets for sets in found.values())]
+    published: dict[str, Any] = yaml.safe_load((CONFIGS / "published.yaml").read_text())
+    names = [n for n in result["datasets"] if any(n in sets for sets in published.values())]
     if not names:
         return []
     ours = ["this model", *(_pair(result["datasets"][n]) for n in names)]
-    others = [[method, *(_pair(sets.get(n, {})) for n in names)] for method, sets in found.items()]
-    return [["PLCC / SRCC", *names], ours, *(row for row in others if any(c != "—" for c in row[1:]))]
+    others = [[method, *(_pair(sets.get(n, {})) for n in names)] for method, sets in published.items()]
+    return [["PLCC / SRCC", *names], ours, *(row for row in others if set(row[1:]) != {"—"})]
 
 
 def _pair(m: Mapping[str, Any]) -> str:
@@ -204,7 +200,7 @@ def as_csv(result: Mapping[str, Any]) -> str:
     for answers in ("datasets", *VARIANTS):
         for name, m in result.get(answers, {}).items():
             label = "greedy" if answers == "datasets" else answers
-            writer.writerow([name, m.get("task", ""), label, *("" if m[k] is None else m[k] for k in keys)])
+            writer.writerow([name, m.get("task", ""), label, *(m[k] for k in keys)])  # None is an empty cell
     return out.getvalue()
 
 
@@ -219,42 +215,26 @@ def write(directory: Path, result: Mapping[str, Any], published: bool) -> None:
     (directory / "table.csv").write_text(as_csv(result))
 
 
-def show(result: Mapping[str, Any], published: bool) -> None:
-    """Print the table on the terminal."""
-    from rich.console import Console
-
+def show(result: Mapping[str, Any], published: bool = False) -> None:
+    """Print the table and its notes on the terminal, without columns that are all 0."""
     rows = rows_of(result)
-    # nothing truncated, say; on a narrow terminal what papers do not print
-    narrow = ("KRCC", "PLCC, fitted", "RMSE") if Console().width < WIDE else ()
-    kept = [
-        i
-        for i, name in enumerate(COLUMNS)
-        if i == 0 or (name not in narrow and any(r[i] not in ("", "0") for r in rows))
-    ]
+    narrow = ("KRCC", "PLCC, fitted", "RMSE") if Console().width < WIDE else ()  # what papers do not print
+    kept = [i for i, name in enumerate(COLUMNS) if name not in narrow and any(r[i] not in ("", "0") for r in rows)]
     cells = [("average" in row[0], [row[i] for i in kept]) for row in rows]
-    print_table(str(result["model"]), [COLUMNS[i] for i in kept], cells)
+    print_table(str(result["model"]), [COLUMNS[i] for i in kept], cells, notes_of(result))
     if published and (others := published_rows(result)):
         print_table("published, as their papers give it", others[0], [(False, row) for row in others[1:]])
-    print_notes(notes_of(result))
 
 
-def print_table(title: str, head: Sequence[str], rows: Iterable[tuple[bool, Sequence[str]]]) -> None:
-    """Print rows of (whether bold, cells) with a rich table; the first column is left-aligned."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
+def print_table(
+    title: str, head: Sequence[str], rows: Iterable[tuple[bool, Sequence[str]]], notes: Iterable[str] = ()
+) -> None:
+    """Print rows of (whether bold, cells) with a rich table, its first column left-aligned, and notes below."""
     table = Table(title=escape(title), title_justify="left")
     for i, name in enumerate(head):
         table.add_column(name, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     for bold, cells in rows:
         table.add_row(*map(escape, cells), style="bold" if bold else None)
     Console().print(table)
-
-
-def print_notes(notes: Iterable[str]) -> None:
-    """Print notes below a table."""
-    from rich.console import Console
-
     for note in notes:
         Console().print(f"  {note}", style="dim", highlight=False, markup=False)

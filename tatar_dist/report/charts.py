@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from tatar_dist.evaluate.metrics import MIN_FIT, logistic_map, usable
+from tatar_dist.evaluate.metrics import logistic_map, usable
 
 WIDTH = 360
 LEFT, RIGHT, TOP, BOTTOM = 42, 112, 10, 26  # margins; the right one holds the direct labels
@@ -121,14 +121,10 @@ def number(value: float) -> str:
     size = abs(value)
     if size >= 10_000:
         text = f"{value / 1000:.0f}k"
-    elif size >= 100 or value == 0:
-        text = f"{value:.0f}"
-    elif size >= 10:
-        text = f"{value:.1f}"
-    elif size >= 0.01:
-        text = f"{value:.2f}"
-    else:
+    elif 0 < size < 0.01:
         text = f"{value:.0e}".replace("e-0", "e-")
+    else:
+        text = f"{value:.{0 if size >= 100 or value == 0 else 1 if size >= 10 else 2}f}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -245,17 +241,10 @@ def bins(target: np.ndarray, prediction: np.ndarray) -> list[Bin]:
     """Return the non-empty bins of the predictions.
     target, prediction: (n,) in points. Unparsed predictions (NaN) are dropped, the others clamped to 0-100."""
     t, p = usable(target, prediction)
-    index, width = np.minimum((p / 100 * BINS).astype(int), BINS - 1), 100 / BINS
-    return [
-        Bin(
-            k * width,
-            (k + 1) * width,
-            int((index == k).sum()),
-            float(p[index == k].mean()),
-            float(t[index == k].mean()),
-        )
-        for k in np.unique(index)
-    ]
+    edges = np.linspace(0, 100, BINS + 1)
+    index = np.digitize(p, edges[1:-1])
+    parts = [(k, index == k) for k in np.unique(index)]
+    return [Bin(edges[k], edges[k + 1], int(i.sum()), float(p[i].mean()), float(t[i].mean())) for k, i in parts]
 
 
 def miscalibration(of: Sequence[Bin]) -> float:
@@ -276,30 +265,20 @@ def scatter(target: np.ndarray, prediction: np.ndarray, color: str, title: str) 
     shown = points[:: max(1, math.ceil(len(points) / MOST_DOTS))]
     style = f"stroke:var(--{color});stroke-opacity:{0.35 if len(shown) > 150 else 0.6}"
     parts = [_path("dots", "".join(SQUARE.path([point]) for point in shown), style)]
-    fitted = _fitted(target, prediction)
-    if fitted is not None:
-        parts.append(_path("fit", SQUARE.path(np.clip(fitted, 0.0, 100.0))))
+    curve = logistic_map(*usable(target, prediction))
+    if curve is not None:
+        p = np.linspace(points[:, 1].min(), points[:, 1].max(), CURVE_POINTS)
+        parts.append(_path("fit", SQUARE.path(np.clip(np.stack([curve(p), p], axis=1), 0.0, 100.0))))
     return _square(title, parts)
 
 
-def _fitted(target: np.ndarray, prediction: np.ndarray) -> np.ndarray | None:
-    """Fit the logistic and return (m, 2) points (fitted target, prediction) over the range of the predictions.
-    Returns None for fewer than `MIN_FIT` points, a constant side or a flat fit."""
-    target, prediction = usable(target, prediction)
-    if len(target) < MIN_FIT or np.ptp(target) == 0 or np.ptp(prediction) == 0:
-        return None
-    p = np.linspace(prediction.min(), prediction.max(), CURVE_POINTS)
-    t = logistic_map(target, prediction)(p)
-    return np.stack([t, p], axis=1) if np.isfinite(t).all() and np.ptp(t) > 1e-6 * target.std() else None
-
-
-def calibration(found: Sequence[Bin], color: str, title: str) -> Markup:
+def calibration(bars: Sequence[Bin], color: str, title: str) -> Markup:
     """Plot mean target (y) over mean prediction (x) per bin; dot area follows n, and the tooltip shows n."""
-    most = max(b.n for b in found)
-    line = SQUARE.path(np.clip([(b.predicted, b.target) for b in found], 0.0, 100.0))
+    most = max(b.n for b in bars)
+    line = SQUARE.path(np.clip([(b.predicted, b.target) for b in bars], 0.0, 100.0))
     parts = [_path("line", line, f"stroke:var(--{color});stroke-opacity:.5")]
     dot = Markup('<circle r="{:.1f}" cx="{:.1f}" cy="{:.1f}" style="fill:var(--{})"><title>{}</title></circle>')
-    for b in found:
+    for b in bars:
         means = f"mean score {b.predicted:.1f}, mean target {b.target:.1f}"
         note = f"scores {b.low:.0f} to {b.high:.0f}: n = {b.n:,}, {means}"
         x, y = SQUARE.at(b.predicted, min(max(b.target, 0.0), 100.0))

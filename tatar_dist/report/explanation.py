@@ -8,7 +8,7 @@ from the logged one is marked (`Comparisons.agrees`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,23 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import parse
 from tatar_dist.report.gallery import Key, key_of, rationale
-from tatar_dist.report.reading import DAMAGE, Rollouts, Training, clean, damage_note, is_number
+from tatar_dist.report.reading import Rollouts, Training, clean, is_number, noted
 from tatar_dist.report.verdict import TASK_NAMES
 from tatar_dist.rewards import audit
-from tatar_dist.rewards.presets import load_preset, preset_names
+from tatar_dist.rewards.presets import preset_names
 
 KNOWN = {  # columns of a rollouts file that are no reward term (run/directory.py)
     "step", "group_id", "index", "sample_id", "dataset", "task", "target", "completion", "tokens", "finish_reason",
     "logprob_sum", "weight_version", "parsed", "reward", "advantage", "trained",
 }  # fmt: skip
 MOST_OPPONENTS = 8
+REASONS: tuple[tuple[str, Callable[[np.ndarray], float]], ...] = (  # (why, what the group has the most of)
+    ("Rewards furthest apart: this group teaches most", np.std),
+    ("Highest mean reward", np.mean),
+    ("Lowest mean reward", lambda rewards: -np.mean(rewards)),
+)
 APART = 1e-6  # more than rounding between a logged term and the same one computed again
 
 
@@ -41,10 +45,7 @@ class Comparisons:
     opponents: list[tuple[str, audit.Opponent]]
     others: int
     mean: float
-
-    @property
-    def agrees(self) -> bool:
-        return abs(min(max(self.mean, 0.0), 1.0) - self.row["thurstone"]) <= APART
+    agrees: bool
 
 
 @dataclass(frozen=True)
@@ -60,50 +61,29 @@ class Explained:
     comparisons: list[Comparisons]
 
 
-def explanations(training: Training, rollouts: Rollouts | None, notes: list[str]) -> list[Explained]:
-    """Return up to three groups per task from the newest rollouts file; [] if it holds no valid rows.
-
-    `rollouts` are those of this training. A damaged file that is missing from them is already in `notes`.
-    """
-    files = sorted((training.path / "rollouts").glob("step_*.parquet"))
-    if not files:
-        return []
-    try:
-        rows = pq.ParquetFile(files[-1]).read().to_pylist()
-    except DAMAGE as e:
-        if rollouts is not None and files[-1] in rollouts.files:  # the damage is in a column that was not read there
-            notes.append(damage_note(files[-1], e))
-        return []
-    groups: dict[Any, list[int]] = {}
+def explanations(training: Training, rollouts: Rollouts, notes: list[str]) -> list[Explained]:
+    """Return up to three groups per task from the newest file of `rollouts`; [] if it holds no valid rows."""
+    file, rows = rollouts.files[-1], []
+    with noted(file, notes):
+        rows = pq.ParquetFile(file).read().to_pylist()
+    groups: dict[tuple[str, Any], list[int]] = {}
     for i, row in enumerate(rows):
-        if _valid(row):
+        if row.get("group_id") is not None and is_number(row.get("reward")) and audit.row_error(row) is None:
             groups.setdefault((row["task"], row["group_id"]), []).append(i)
-    scored = _audit(files[-1], rows, training.config, notes)
-    result = []
-    for task in TASK_NAMES:
-        of_task = [members for (name, _), members in groups.items() if name == task]
-        for why, members in _chosen(rows, of_task):
-            result.append(_explained(why, rows, members, scored))
-    return result
-
-
-def _valid(row: Mapping[str, Any]) -> bool:
-    return row.get("group_id") is not None and is_number(row.get("reward")) and audit.row_error(dict(row)) is None
+    scored = _audit(file, rows, training.config, notes)
+    return [
+        _explained(why, rows, members, scored)
+        for name in TASK_NAMES
+        for why, members in _chosen(rows, [members for (task, _), members in groups.items() if task == name])
+    ]
 
 
 def _chosen(rows: Sequence[Mapping[str, Any]], groups: Sequence[list[int]]) -> list[tuple[str, list[int]]]:
     """Return (why, members) of the selected groups, without duplicates. groups: positions of each group's rows."""
-    if not groups:
-        return []
     rewards = [np.array([rows[i]["reward"] for i in members], np.float64) for members in groups]
-    spreads, means = [r.std() for r in rewards], [r.mean() for r in rewards]
     picks: dict[int, str] = {}
-    for why, pick in (
-        ("Rewards furthest apart: this group teaches most", np.argmax(spreads)),
-        ("Highest mean reward", np.argmax(means)),
-        ("Lowest mean reward", np.argmin(means)),
-    ):
-        picks.setdefault(int(pick), why)
+    for why, measure in REASONS if groups else ():
+        picks.setdefault(int(np.argmax([measure(r) for r in rewards])), why)
     return [(why, groups[i]) for i, why in picks.items()]
 
 
@@ -113,27 +93,29 @@ def _audit(
     """Score the step's batch again as the reward actor did; None without a Thurstone term or a usable preset."""
     if not any(is_number(r.get("thurstone")) for r in rows):
         return None
-    reward = config.get("reward")
-    reward = reward if isinstance(reward, Mapping) else {}
+    reward = config.get("reward") or {}
     name = str(reward.get("preset", "tatar"))
-    try:
-        if name not in preset_names():  # a user's preset may name Python code, which a report does not run
-            raise UserError(f"the comparisons behind its reward: preset {clean(name)} is not one of ours")
-        weights, params = (dict(reward.get(k) or {}) for k in ("weights", "params"))
-        load_preset(name, weights, params)
-        return audit.run(file, name, weights=weights, params=params, all_terms=False)
-    except (UserError, TypeError, ValueError) as e:
-        notes.append(str(e).splitlines()[0])
+    if name not in preset_names():  # a user's preset may name Python code, which a report does not run
+        notes.append(f"the comparisons behind its reward: preset {clean(name)} is not one of ours")
         return None
+    with noted(file, notes):
+        return audit.run(file, name, weights=reward.get("weights"), params=reward.get("params"), all_terms=False)
+    return None
 
 
 def _explained(
     why: str, rows: Sequence[dict[str, Any]], members: Sequence[int], scored: audit.Audit | None
 ) -> Explained:
-    by_reward = sorted(members, key=lambda i: -rows[i]["reward"])
-    answers = {i: parse(rows[i]["completion"]).value for i in by_reward}
+    answers = {i: parse(rows[i]["completion"]).value for i in sorted(members, key=lambda i: -rows[i]["reward"])}
     answered = [i for i, value in answers.items() if value is not None]
-    ends = [*answered[:1], *answered[1:][-1:]]
+    comparisons = []
+    for i in dict.fromkeys([*answered[:1], *answered[-1:]]) if scored else ():
+        table = audit.explain(scored.batch, scored.scored.answers, scored.preset, i)
+        if table and is_number(rows[i].get("thurstone")):
+            shown = [(clean(o.group_id), o) for o in table[:MOST_OPPONENTS]]
+            mean = sum(o.weight * o.reward for o in table)
+            agrees = abs(min(max(mean, 0.0), 1.0) - rows[i]["thurstone"]) <= APART
+            comparisons.append(Comparisons(rows[i], answers[i], shown, len(table) - len(shown), mean, agrees))
     first = rows[members[0]]
     return Explained(
         why=why,
@@ -141,14 +123,5 @@ def _explained(
         key=key_of(first),
         terms=[k for k in first if k not in KNOWN and any(is_number(rows[i].get(k)) for i in members)],
         completions=[(rows[i], value, rationale(rows[i]["completion"])[0]) for i, value in answers.items()],
-        comparisons=[c for i in ends if scored and (c := _comparisons(rows[i], answers[i], scored, i))],
+        comparisons=comparisons,
     )
-
-
-def _comparisons(row: dict[str, Any], answer: float | None, scored: audit.Audit, position: int) -> Comparisons | None:
-    table = audit.explain(scored.batch, scored.scored.answers, scored.preset, position)
-    if not table or not is_number(row.get("thurstone")):
-        return None
-    mean = sum(o.weight * o.reward for o in table)
-    shown = [(clean(o.group_id), o) for o in table[:MOST_OPPONENTS]]
-    return Comparisons(row, answer, shown, len(table) - len(shown), mean)

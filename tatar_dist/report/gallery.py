@@ -18,14 +18,13 @@ from typing import Any
 
 from PIL import Image
 
-from tatar_dist.data.images import UnreadableImage, decode_image
+from tatar_dist.data.images import decode_image
 from tatar_dist.data.manifest import Manifest, read_manifest
-from tatar_dist.errors import UserError
-from tatar_dist.report.reading import DAMAGE, Rollouts, RunFiles, clean, damage_note
+from tatar_dist.prompts.answer import clamped
+from tatar_dist.report.reading import Rollouts, RunFiles, clean, noted
 from tatar_dist.report.verdict import TASK_NAMES, name_of
 
 EACH = 4
-TEASER_WORDS = 26
 _THINK = re.compile(r"<think>(.*?)(?:</think>|<answer>|$)", re.IGNORECASE | re.DOTALL)
 KEEP_BYTES, KEEP_SIDE = 48_000, 400  # a picture within both is embedded as it is: JPEG would add a distortion to judge
 SMALL_SIDE = 320
@@ -42,8 +41,7 @@ class Card:
     image: str | None
     target: float
     scores: list[tuple[str, float | None]]
-    teaser: str
-    rest: str
+    text: str
     has_think: bool
 
 
@@ -52,11 +50,10 @@ def key_of(row: dict[str, Any]) -> Key:
     return str(row["dataset"]), str(row["sample_id"])
 
 
-def error(row: dict[str, Any] | None) -> float | None:
+def error(row: dict[str, Any]) -> float | None:
     """Absolute error in points of the prediction, clamped to 0-100; None without a score."""
-    if row is None or row["prediction"] is None:
-        return None
-    return abs(min(max(row["prediction"], 0.0), 100.0) - row["target"])
+    prediction = clamped(row["prediction"])
+    return None if prediction is None else abs(prediction - row["target"])
 
 
 def choose(last: Sequence[dict[str, Any]], before: dict[Key, dict[str, Any]]) -> list[tuple[str, Key]]:
@@ -68,7 +65,8 @@ def choose(last: Sequence[dict[str, Any]], before: dict[Key, dict[str, Any]]) ->
         chosen[why] += islice((key for row in rows if (key := key_of(row)) not in taken), max(0, most))
 
     scored = [(e, r) for r in last if (e := error(r)) is not None]
-    gains = [(was - e, r) for e, r in scored if (was := error(before.get(key_of(r)))) is not None and was > e]
+    both = [(e, r, before[key_of(r)]) for e, r in scored if key_of(r) in before]
+    gains = [(was - e, r) for e, r, earlier in both if (was := error(earlier)) is not None and was > e]
     take("improved", (r for _, r in sorted(gains, key=lambda g: (-g[0], g[1]["sample_id"]))), EACH)
     # At most half of the worst are answers without a score: more of them would all say the same.
     take("worst", (r for r in last if r["prediction"] is None), EACH // 2)
@@ -89,14 +87,6 @@ def rationale(completion: str | None) -> tuple[str, bool]:
     return (inside, True) if inside else (text, False)
 
 
-def split_teaser(text: str) -> tuple[str, str]:
-    """Split off the first words; the rest is "" if the text is hardly longer."""
-    words = text.split()
-    if len(words) <= TEASER_WORDS + 8:
-        return " ".join(words), ""
-    return " ".join(words[:TEASER_WORDS]), " ".join(words[TEASER_WORDS:])
-
-
 class Pictures:
     """Look up samples by id in manifests and encode their pictures as data URIs; errors go to `notes`."""
 
@@ -104,40 +94,32 @@ class Pictures:
         self._notes = notes
         self._where: dict[Key, tuple[Manifest, int]] = {}
         for path in manifests:
-            try:
+            with noted(path, notes):
                 manifest = read_manifest(path, image_root)
-            except UserError as e:
-                notes.append(str(e))
-                continue
-            try:
                 for first, table in manifest.tables(["dataset", "sample_id"]):
                     keys = zip(*(column.to_pylist() for column in table.columns), strict=True)
                     self._where |= {key: (manifest, i) for i, key in enumerate(keys, first)}
-            except DAMAGE as e:
-                notes.append(damage_note(path, e))
 
     def uri(self, key: Key) -> str | None:
         """Return data:image/...;base64,..., or None if the picture is missing or cannot be decoded."""
-        if key not in self._where:
-            return None
-        manifest, i = self._where[key]
-        try:
-            data = manifest.get(i).image
-            picture = decode_image(data, key[1])  # also proves that these bytes are a picture, before embedding them
-        except (UserError, UnreadableImage) as e:
-            self._notes.append(str(e))
-            return None
-        except DAMAGE as e:
-            self._notes.append(damage_note(manifest.path, e))
-            return None
-        with Image.open(io.BytesIO(data)) as opened:
-            kind = (opened.format or "").lower()
-        if kind not in ("png", "jpeg", "webp") or len(data) > KEEP_BYTES or max(picture.size) > KEEP_SIDE:
-            picture.thumbnail((SMALL_SIDE, SMALL_SIDE), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            picture.save(buffer, "JPEG", quality=88)
-            kind, data = "jpeg", buffer.getvalue()
-        return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+        if key in self._where:
+            manifest, i = self._where[key]
+            with noted(manifest.path, self._notes):
+                return _data_uri(manifest.get(i).image, key[1])
+        return None
+
+
+def _data_uri(data: bytes, name: str) -> str:
+    """Encode a picture, scaled down if it is large. Raises UnreadableImage."""
+    picture = decode_image(data, name)  # also proves that these bytes are a picture, before embedding them
+    with Image.open(io.BytesIO(data)) as opened:
+        kind = (opened.format or "").lower()
+    if kind not in ("png", "jpeg", "webp") or len(data) > KEEP_BYTES or max(picture.size) > KEEP_SIDE:
+        picture.thumbnail((SMALL_SIDE, SMALL_SIDE), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=88)
+        kind, data = "jpeg", buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def walls(run: RunFiles, rollouts: Rollouts | None, pictures: Pictures) -> list[tuple[str, str, list[Card]]]:
@@ -159,18 +141,16 @@ def walls(run: RunFiles, rollouts: Rollouts | None, pictures: Pictures) -> list[
         return []
     result = []
     for name, task, rows in groups:
-        if not rows:
-            continue
         row_of, cards = {key_of(r): r for r in rows}, []
         for why, key in choose(rows, before):
             row = row_of[key]
-            if "at" in row and rollouts is not None:
-                row = row | {"completion": rollouts.text(row["at"])}
-            text, has_think = rationale(row["completion"])
+            completion = row["completion"] if "completion" in row or rollouts is None else rollouts.text(row)
+            text, has_think = rationale(completion)
             scores = [(model, answers[key]["prediction"]) for model, answers in by_model if key in answers]
-            target, image = row["target"], pictures.uri(key)
-            cards.append(Card(why, row["sample_id"], image, target, scores, *split_teaser(text), has_think))
-        result.append((name, task, cards))
+            image = pictures.uri(key)
+            cards.append(Card(why, key[1], image, row["target"], scores, text, has_think))
+        if cards:
+            result.append((name, task, cards))
     return result
 
 
@@ -178,12 +158,11 @@ def visits(rollouts: Rollouts) -> tuple[dict[Key, dict[str, Any]], dict[Key, dic
     """Return the (first, last) visits of each image by key, each represented by its first completion.
     The last visits are those in the late steps; a first visit is included only if it is in an earlier step."""
     last: dict[Key, dict[str, Any]] = {}
-    for i in rollouts.part(late=True):
-        key = rollouts.key[i]
-        if key not in last or rollouts.file[i] > rollouts.file[last[key]["at"]]:
-            last[key] = rollouts.answer(i)
-    before: dict[Key, dict[str, Any]] = {}
-    for i, key in enumerate(rollouts.key):
-        if key in last and key not in before and rollouts.file[i] < rollouts.file[last[key]["at"]]:
-            before[key] = rollouts.answer(i)
-    return before, last
+    for row in rollouts.part(late=True):
+        if row["file"] > last.get(key_of(row), {"file": -1})["file"]:
+            last[key_of(row)] = row
+    first: dict[Key, dict[str, Any]] = {}
+    for row in rollouts.rows:
+        if (key := key_of(row)) in last and row["file"] < last[key]["file"]:
+            first.setdefault(key, row)
+    return first, last

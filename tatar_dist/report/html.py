@@ -7,23 +7,35 @@ comes first, then health, curves, errors and texts. Missing parts are omitted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from omegaconf import OmegaConf
 
 from tatar_dist import __version__
+from tatar_dist.assets import CONFIGS
+from tatar_dist.config.schema import Config
 from tatar_dist.report.charts import nice_ticks, number, percent
-from tatar_dist.report.details import details
 from tatar_dist.report.explanation import explanations
 from tatar_dist.report.gallery import Pictures, walls
-from tatar_dist.report.panels import clouds, panels, photographs
-from tatar_dist.report.reading import RunFiles, clean, is_number, read_rollouts, read_run
+from tatar_dist.report.panels import MORE, Panel, clouds, drawn, panels, photographs
+from tatar_dist.report.reading import History, RunFiles, clean, is_number, read_rollouts, read_run
 from tatar_dist.report.verdict import TASK_NAMES, checks, headline, name_of
 from tatar_dist.run.files import write_whole, writing
 
 MOST_QUARANTINED = 20
+NOT_READ = {
+    "sft": ("grpo", "rollout", "reward", "evaluate", "rationale"),
+    "grpo": ("sft", "rationale"),
+    "evaluate": ("sft", "grpo", "checkpoint", "watch", "rationale"),
+}
+RECIPES = {"sft": "sft.yaml", "grpo": "grpo.yaml", "evaluate": "eval.yaml"}
+ABSENT = "—"
 FACTS = {  # kind of run -> (section, key, what the page calls it)
     "sft": (("model", "path", "starts from"), ("sft", "global_batch", "global batch")),
     "grpo": (
@@ -34,24 +46,56 @@ FACTS = {  # kind of run -> (section, key, what the page calls it)
 }
 
 
-def write(run: Path, file: Path | None = None) -> Path:
+def write(directory: Path, file: Path | None = None) -> Path:
     """Write the page of a run to `file`, or to RUN/report.html, and return its path.
 
     Raises:
         UserError: no such directory, no run in it, or the page cannot be written there.
     """
-    return replace_page(Path(file or Path(run) / "report.html"), render(read_run(run)))
+    run = read_run(directory)
+    notes = list(run.notes)
+    quarantined = [
+        [clean(str(q.get(k, ""))) for k in ("sample_id", "reason")] for t in run.trainings for q in t.quarantine
+    ]
+    sampled = run.training("grpo")
+    rollouts = read_rollouts(sampled, notes) if sampled else None
+    explained = explanations(sampled, rollouts, notes) if sampled and rollouts else []
+    scores = _scores(run)
+    pictures = Pictures(run.manifests, run.image_root, notes)
+    drawn_clouds, held_out = clouds(run, rollouts)
+    return write_page(
+        file or run.path / "report.html",
+        "template.html.j2",
+        name=run.path.resolve().name,
+        kind=run.kind,
+        headline=headline(run),
+        strips=_strips(scores),
+        scores=scores,
+        gains=_gains(run),
+        checks=list(checks(run)),
+        quarantined=quarantined[:MOST_QUARANTINED],
+        n_quarantined=len(quarantined),
+        panels=panels(run),
+        clouds=drawn_clouds,
+        held_out=held_out,
+        photographs=photographs(run),
+        gallery=walls(run, rollouts, pictures),
+        explained=explained,
+        images={g.key: pictures.uri(g.key) for g in explained},
+        task_names=TASK_NAMES,
+        details=details(run),
+        stages=run.summary.get("stages", []),
+        facts=_facts(run),
+        notes=list(dict.fromkeys(notes)),
+    )
 
 
-def replace_page(target: Path, page: str) -> Path:
-    """Write a page atomically and return its path. Raises UserError if it cannot be written."""
-    with writing(target):
-        write_whole(target, page.encode("utf-8", "replace"))
-    return target
+def write_page(file: Path, template: str, **content: Any) -> Path:
+    """Render a template of this directory, with autoescaping, write the page atomically and return its path.
 
-
-def templates() -> Environment:
-    """Return the Jinja environment of this directory's templates, with autoescaping."""
+    Raises:
+        UserError: the page cannot be written.
+    """
     environment = Environment(
         loader=PackageLoader("tatar_dist.report", "."),
         autoescape=True,
@@ -59,51 +103,12 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "duration": duration, "reason": reason}
+    environment.filters |= {"number": number, "percent": percent, "duration": duration}
     environment.tests["figure"] = is_number
-    return environment
-
-
-def render(run: RunFiles) -> str:
-    """Render the page as HTML text."""
-    notes = list(run.notes)
-    quarantined = [q for t in run.trainings for q in t.quarantine]
-    sampled = next((t for t in reversed(run.trainings) if t.kind == "grpo"), None)
-    rollouts = read_rollouts(sampled, notes) if sampled else None
-    explained = explanations(sampled, rollouts, notes) if sampled else []
-    scores = _scores(run)
-    pictures = Pictures(run.manifests, run.image_root, notes)
-    drawn, held_out = clouds(run, rollouts)
-    return (
-        templates()
-        .get_template("template.html.j2")
-        .render(
-            name=run.path.resolve().name,
-            kind="Demo" if run.is_demo else ("Evaluation" if not run.trainings else run.trainings[-1].kind.upper()),
-            headline=headline(run),
-            strips=_strips(scores),
-            scores=scores,
-            gains=run.gains,
-            checks=checks(run),
-            quarantined=[
-                [clean(str(q.get(k, ""))) for k in ("sample_id", "reason")] for q in quarantined[:MOST_QUARANTINED]
-            ],
-            n_quarantined=len(quarantined),
-            panels=panels(run),
-            clouds=drawn,
-            held_out=held_out,
-            photographs=photographs(run),
-            gallery=walls(run, rollouts, pictures),
-            explained=explained,
-            images={g.key: pictures.uri(g.key) for g in explained},
-            task_names=TASK_NAMES,
-            details=details(run),
-            stages=run.stages,
-            facts=_facts(run),
-            notes=list(dict.fromkeys(notes)),
-            version=__version__,
-        )
-    )
+    page = environment.get_template(template).render(content, version=__version__)
+    with writing(file):
+        write_whole(file, page.encode("utf-8", "replace"))
+    return file
 
 
 def duration(seconds: float) -> str:
@@ -113,10 +118,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def reason(metrics: Mapping[str, Any], key: str) -> str:
-    """Return why a metric has no value."""
-    reasons = metrics.get("reason")
-    return str(reasons.get(key, "not computed")) if isinstance(reasons, dict) else "not computed"
+def _gains(run: RunFiles) -> list[tuple[str, str, list[float]]]:
+    """Return (task, measure, [change, low, high]) of a demo, without undefined changes."""
+    gains: dict[str, dict[str, list[float]]] = run.summary.get("gains", {})
+    return [
+        (task, measure, values)
+        for task, measures in gains.items()
+        for measure, values in measures.items()
+        if all(map(is_number, values))
+    ]
 
 
 Scores = list[tuple[str, str, list[tuple[str, Mapping[str, Any]]]]]  # (data set's name, task, [(model, metrics)])
@@ -156,3 +166,70 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
             if isinstance(values, dict) and key in values:
                 facts.append((f"{kind} {text}", str(values[key])))
     return facts
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key. default: the recipe's value as text, None if the recipe has no such key."""
+
+    key: str
+    value: str
+    default: str | None
+
+    @property
+    def differs(self) -> bool:
+        return self.value != self.default
+
+
+@dataclass(frozen=True)
+class Details:
+    """Details of one training. `recipe`: the configuration file that the settings are compared with."""
+
+    kind: str
+    panels: list[Panel]
+    settings: list[Setting]
+    recipe: str
+    history: History | None
+
+
+def details(run: RunFiles) -> list[Details]:
+    """Return one record per training."""
+    return [
+        Details(t.kind, drawn(t, MORE), settings(t.config, t.kind), f"configs/{RECIPES[t.kind]}", t.history)
+        for t in run.trainings
+    ]
+
+
+def settings(config: Mapping[str, Any], stage: str) -> list[Setting]:
+    """Return every key that the stage reads. stage: sft | grpo | evaluate."""
+    recipe = recipe_of(stage)
+    return [Setting(k, v, recipe.get(k)) for k, v in flat(config, NOT_READ[stage]).items()]
+
+
+def differing(configs: Sequence[Mapping[str, Any]], stage: str) -> list[tuple[str, list[str]]]:
+    """Return (key, value of each run) of the keys that the stage reads and that differ between runs."""
+    flattened = [flat(config, NOT_READ[stage]) for config in configs]
+    rows = [(key, [f.get(key, ABSENT) for f in flattened]) for key in dict.fromkeys(k for f in flattened for k in f)]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def flat(config: Mapping[Any, Any], left_out: Sequence[str] = (), prefix: str = "") -> dict[str, str]:
+    """Flatten a configuration to {dotted key: value as text}, without the keys in `left_out`."""
+    values: dict[str, str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if name in left_out:
+            continue
+        values |= (
+            flat(value, left_out, f"{name}.")
+            if isinstance(value, Mapping)
+            else {name: clean(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))}
+        )
+    return values
+
+
+@cache
+def recipe_of(stage: str) -> dict[str, str]:
+    """Return the recipe of a stage as {dotted key: value as text}."""
+    recipe: Any = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(CONFIGS / RECIPES[stage]))
+    return flat(OmegaConf.to_container(recipe), NOT_READ[stage])  # type: ignore[arg-type]

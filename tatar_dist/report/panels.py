@@ -6,8 +6,9 @@ omitted, as are panels without curves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from markupsafe import Markup
 
 from tatar_dist.evaluate.metrics import srcc, usable
 from tatar_dist.report.charts import (
+    Bin,
     Line,
     bins,
     calibration,
@@ -48,11 +50,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class Curves:
-    """One chart of a panel. lines: (metric, label, CSS variable); top: least upper end of the axis from 0,
-    None for the range of the data."""
+    """One chart of a panel. lines: (metric, label, CSS variable), with True if dashed; top: least upper end of the
+    axis from 0, None for the range of the data."""
 
     name: str
-    lines: tuple[tuple[str, str, str], ...]
+    lines: tuple[tuple[str, str, str] | tuple[str, str, str, bool], ...]
     top: float | None = 1e-9
 
 
@@ -133,32 +135,32 @@ MORE: Table = (
 
 def panels(run: RunFiles) -> list[Panel]:
     """Return all panels with data, in the order of the stages."""
-    found: list[Panel | None] = []
+    result = []
     for training in run.trainings:
-        if training.kind == "grpo":
-            found += [_reward(training, task) for task in TASK_NAMES]
-        found += drawn(training, MAIN[training.kind])
-        found.append(_held_out_srcc(training))
-    found += [_step_time(t) for t in run.trainings[-1:]]
-    return [p for p in found if p is not None]
+        held_out = tuple((f"eval/{d}/srcc", d, "iaa" if "iaa" in d else "iqa") for d in training.held_out)
+        title, caption = f"Held-out SRCC during {training.kind.upper()}", "Rank correlation with the targets."
+        table = (*_rewards(training), *MAIN[training.kind], (title, caption, (Curves("Held-out SRCC", held_out, 1.0),)))
+        result += drawn(training, table)
+    return result + [panel for t in run.trainings[-1:] if (panel := _step_time(t))]
 
 
 def drawn(training: Training, table: Table) -> list[Panel]:
     """Draw the panels of a table, without charts and panels that have no data."""
-    found = []
+    result = []
     for title, caption, charts in table:
-        logged = [c for c in charts if any(len(training.series(metric)[0]) for metric, *_ in c.lines)]
-        height = 210 if len(logged) == 1 else 105
-        drawings = [_chart(training, c, height) for c in logged]
+        logged = [c for c in charts if any(len(training.values(metric)) for metric, *_ in c.lines)]
+        drawings = [
+            line_chart(
+                [line(training, *of) for of in c.lines],
+                f"{c.name} over steps",
+                y_range=None if c.top is None else (0.0, c.top),
+                height=210 if len(logged) == 1 else 105,
+            )
+            for c in logged
+        ]
         if drawings:
-            found.append(Panel(title, caption, drawings))
-    return found
-
-
-def _chart(training: Training, curves: Curves, height: int = 210) -> Markup:
-    lines = [line(training, *of) for of in curves.lines]
-    y_range = None if curves.top is None else (0.0, curves.top)
-    return line_chart(lines, f"{curves.name} over steps", y_range=y_range, height=height)
+            result.append(Panel(title, caption, drawings))
+    return result
 
 
 def line(training: Training, metric: str, label: str, color: str, dashed: bool = False) -> Line:
@@ -167,48 +169,39 @@ def line(training: Training, metric: str, label: str, color: str, dashed: bool =
     return Line(label, *training.series(metric), color, smooth=smooth, dashed=dashed)
 
 
-def _reward(training: Training, task: str) -> Panel | None:
-    terms = sorted(training.terms(task), key=lambda t: t not in MAIN_TERMS)
-    lines, colors = [], iter(TERM_COLORS * 3)
-    for term in terms:
-        main = term in MAIN_TERMS
-        lines.append(line(training, f"reward/{term}/{task}", term, task if main else next(colors), dashed=not main))
-    total = training.series(f"reward/total/{task}")[1]
-    if not any(len(x.x) for x in lines) or not len(total):
-        return None
-    title = f"Reward, {TASK_NAMES[task]}"
-    caption = f"Mean of the sampled completions, by term. Their sum, first to last fifth: {arrow(total)}."
-    return Panel(title, caption, [line_chart(lines, title, y_range=(0.0, 1.0))])
-
-
-def _held_out_srcc(training: Training) -> Panel | None:
-    lines = tuple((f"eval/{d}/srcc", d, "iaa" if "iaa" in d else "iqa") for d in training.held_out)
-    chart = _chart(training, Curves("Held-out SRCC", lines, 1.0))
-    title = f"Held-out SRCC during {training.kind.upper()}"
-    return Panel(title, "Rank correlation with the targets.", [chart]) if chart else None
+def _rewards(training: Training) -> Table:
+    """Return the panel of each task's reward terms: solid those that score, dashed those that guard."""
+    table = []
+    for task, name in TASK_NAMES.items():
+        total = training.values(f"reward/total/{task}")
+        terms = training.terms(task)
+        scoring = [(f"reward/{t}/{task}", t, task) for t in terms if t in MAIN_TERMS]
+        guards = [t for t in terms if t not in MAIN_TERMS]
+        dashed = [(f"reward/{t}/{task}", t, color, True) for t, color in zip(guards, cycle(TERM_COLORS))]
+        if len(total):
+            caption = f"Mean of the sampled completions, by term. Their sum, first to last fifth: {arrow(total)}."
+            table.append((f"Reward, {name}", caption, (Curves(f"Reward, {name}", (*scoring, *dashed), 1.0),)))
+    return tuple(table)
 
 
 def _step_time(training: Training) -> Panel | None:
     step, total = training.series("time/step")
     if not len(step):
         return None
-    parts, legend, known = [], [], np.zeros(len(step))
+    parts = []
     for name, color in TIME_PARTS:
-        at, seconds = training.series(f"time/{name}")
-        if not len(at):
-            continue
-        values = np.array([dict(zip(at, seconds, strict=True)).get(s, 0.0) for s in step])
-        known += values
-        parts.append((values, color))
-        legend.append((name, color, _seconds(values, total)))
+        seconds = dict(zip(*training.series(f"time/{name}"), strict=True))
+        if seconds:
+            parts.append((name, color, np.array([seconds.get(s, 0.0) for s in step])))
+    known = sum((seconds for *_, seconds in parts), np.zeros(len(step)))
     other = np.maximum(total - known, 0.0)
     if other.mean() > 0.01 * total.mean():
-        parts.append((other, "t5"))
-        legend.append(("other", "t5", _seconds(other, total)))
+        parts.append(("other", "t5", other))
     caption = f"Seconds of each {training.kind.upper()} step; {total.mean():.1f} s on average."
     if known.mean() > 1.02 * total.mean():
         caption += " The parts add up to more: engines sampled ahead while the learners worked."
-    return Panel("Step time", caption, [stacked_bars(step, parts, "Seconds per step by part")], legend)
+    chart = stacked_bars(step, [(seconds, color) for _, color, seconds in parts], "Seconds per step by part")
+    return Panel("Step time", caption, [chart], [(name, color, _seconds(s, total)) for name, color, s in parts])
 
 
 def _seconds(part: np.ndarray, total: np.ndarray) -> str:
@@ -222,66 +215,69 @@ def _seconds(part: np.ndarray, total: np.ndarray) -> str:
 class Clouds:
     """Charts of one data set, or of a task's sampled completions.
 
-    charts: (model or "Calibration", note, chart). counts: (bin, n, mean prediction, mean target) of the last model's
-    calibration.
+    charts: (model or "Calibration", note, chart). bins: of the last model's calibration.
     """
 
     name: str
     task: str
     charts: list[tuple[str, str, Markup]]
-    counts: list[tuple[str, int, float, float]]
+    bins: list[Bin]
 
 
-Scores = tuple[str, float | None, np.ndarray, np.ndarray]  # model, SRCC, (n,) targets, (n,) predictions
+Scores = tuple[str, float | None, np.ndarray]  # model, SRCC, (2, n) targets and predictions
 
 
 def clouds(run: RunFiles, rollouts: Rollouts | None) -> tuple[list[Clouds], bool]:
     """Return the charts, and whether they show held-out answers instead of sampled completions."""
-    if any(e.predictions for e in run.evaluations):
+    held_out = any(e.predictions for e in run.evaluations)
+    if held_out:
         entries = [(name_of(run, d), run.task(d), _held_out(run, d)) for d in run.datasets]
-        return [_clouds(name, task, models) for name, task, models in entries if models], True
-    sampled = [(name, task, _sampled(rollouts, task)) for task, name in TASK_NAMES.items()] if rollouts else []
-    return [_clouds(name, task, models) for name, task, models in sampled if models], False
+    else:
+        entries = [(name, task, _sampled(rollouts, task)) for task, name in TASK_NAMES.items()] if rollouts else []
+    return [_clouds(name, task, models) for name, task, models in entries if models], held_out
 
 
 def _held_out(run: RunFiles, dataset: str) -> list[Scores]:
     models: list[Scores] = []
     for e in run.evaluations:
-        points = [(p["target"], p["prediction"]) for p in e.of(dataset) if is_number(p["prediction"])]
-        if points:
+        points = _parsed(e.of(dataset))
+        if points.size:
             value = e.metrics.get(dataset, {}).get("srcc")
-            models.append((e.model, value if is_number(value) else None, *np.array(points, np.float64).T))
+            models.append((e.model, value if is_number(value) else None, points))
     return models
 
 
 def _sampled(rollouts: Rollouts, task: str) -> list[Scores]:
     models: list[Scores] = []
     for late in (False, True) if len(rollouts.files) > 1 else (True,):
-        positions = rollouts.part(late, task)
-        t, p = rollouts.target[positions], rollouts.prediction[positions]
-        t, p = t[~np.isnan(p)], p[~np.isnan(p)]
-        if len(t) >= LEAST:
-            models.append(("late" if late else "early", correlation(t, p), t, p))
+        points = _parsed([r for r in rollouts.part(late) if r["task"] == task])
+        if points.shape[1] >= LEAST:
+            models.append(("late" if late else "early", correlation(*points), points))
     return models
+
+
+def _parsed(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Return the targets and predictions of the parsed answers, (2, n)."""
+    points = [(r["target"], r["prediction"]) for r in rows if is_number(r["prediction"])]
+    return np.array(points, np.float64).reshape(-1, 2).T
 
 
 def _clouds(name: str, task: str, models: Sequence[Scores]) -> Clouds:
     charts = []
-    for model, value, target, prediction in models:
+    for model, value, points in models:
         note = f"SRCC {number(value)}" if value is not None else "no SRCC"
-        chart = scatter(target, prediction, task or "ink", f"{name}, {model}: prediction over target")
-        charts.append((model, f"{note}, n = {len(target):,}", chart))
-    model, _, target, prediction = models[-1]
-    bars = bins(target, prediction) if len(target) >= LEAST_BINNED else []
-    if bars:
-        chart = calibration(bars, task or "ink", f"{name}, {model}: mean target by predicted score")
-        charts.append(("Calibration", f"off by {number(miscalibration(bars))} points", chart))
-    counts = [(f"{b.low:.0f} to {b.high:.0f}", b.n, b.predicted, b.target) for b in bars]
-    return Clouds(name, task, charts, counts)
+        chart = scatter(*points, task or "ink", f"{name}, {model}: prediction over target")
+        charts.append((model, f"{note}, n = {points.shape[1]:,}", chart))
+    model, _, points = models[-1]
+    calibrated = bins(*points) if points.shape[1] >= LEAST_BINNED else []
+    if calibrated:
+        chart = calibration(calibrated, task or "ink", f"{name}, {model}: mean target by predicted score")
+        charts.append(("Calibration", f"off by {number(miscalibration(calibrated))} points", chart))
+    return Clouds(name, task, charts, calibrated)
 
 
 def correlation(target: np.ndarray, prediction: np.ndarray) -> float | None:
-    """SRCC of (n,) scores without unparsed ones; None with too few rows or a constant side."""
+    """SRCC of (n,) parsed scores; None with too few rows or a constant side."""
     t, p = usable(target, prediction)
     return srcc(t, p) if len(t) >= MIN_PER_SOURCE and np.ptp(t) and np.ptp(p) else None
 
@@ -301,24 +297,23 @@ class Photographs:
 
 def photographs(run: RunFiles) -> Photographs | None:
     """Return the table of source photographs, lowest SRCC first; None with fewer than two known sources."""
-    late = run.evaluations[-2:]
-    by: dict[tuple[str, str, str], list[tuple[float, Any]]] = {}
-    for e in late:
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}  # predictions by (photograph, data set, model)
+    for e in run.evaluations[-2:]:
         for p in e.predictions:
-            if p.get("source"):
-                prediction = p["prediction"] if is_number(p["prediction"]) else np.nan
-                by.setdefault((p["source"], p["dataset"], e.model), []).append((p["target"], prediction))
-    sources, datasets = sorted({k[0] for k in by}), [d for d in run.datasets if any(k[1] == d for k in by)]
-    models = [e.model for e in late if any(k[2] == e.model and len(of) >= MIN_PER_SOURCE for k, of in by.items())]
-    keys = [(d, m) for d in datasets for m in models]
-    if len(sources) < 2 or not keys:
+            if p["source"]:
+                groups.setdefault((p["source"], p["dataset"], e.model), []).append(p)
+    sources = sorted({source for source, *_ in groups})
+    datasets = [d for d in run.datasets if any(d == dataset for _, dataset, _ in groups)]
+    large = {model for (*_, model), rows in groups.items() if len(rows) >= MIN_PER_SOURCE}
+    models = [e.model for e in run.evaluations[-2:] if e.model in large]
+    if len(sources) < 2 or not models:
         return None
+    columns = [(d, m) for d in datasets for m in models]
     rows = []
     for source in sources:
-        counts = [len(by.get((source, d, models[-1]), [])) for d in datasets]
-        scores = [np.array(by.get((source, *key), []), np.float64).reshape(-1, 2).T for key in keys]
-        rows.append((source, counts, [correlation(*of) for of in scores]))
-    last = [keys.index((d, models[-1])) for d in datasets]
-    rows.sort(key=lambda r: min((v for i in last if (v := r[2][i]) is not None), default=2.0))
-    columns = [(name_of(run, d), run.task(d), m) for d, m in keys]
-    return Photographs(columns, rows[:MOST_SOURCES], max(0, len(rows) - MOST_SOURCES))
+        counts = [len(groups.get((source, d, models[-1]), [])) for d in datasets]
+        rows.append((source, counts, [correlation(*_parsed(groups.get((source, *c), []))) for c in columns]))
+    last = slice(len(models) - 1, None, len(models))  # the columns of the last model
+    rows.sort(key=lambda row: min((v for v in row[2][last] if v is not None), default=2.0))
+    names = [(name_of(run, d), run.task(d), m) for d, m in columns]
+    return Photographs(names, rows[:MOST_SOURCES], max(0, len(rows) - MOST_SOURCES))

@@ -1,4 +1,4 @@
-"""Read a run or demo directory into `RunFiles`, and the completions that GRPO sampled into `Rollouts`.
+"""Read a run or demo directory into `RunFiles`, its events into `History`, what GRPO sampled into `Rollouts`.
 
 A run directory is one of SFT, GRPO or evaluation; a demo directory holds several. Missing parts are absent from the
 record. Damaged parts are absent too, and named in notes, which the page prints.
@@ -7,10 +7,11 @@ record. Damaged parts are absent too, and named in notes, which the page prints.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,16 +21,17 @@ import pyarrow.parquet as pq
 import yaml
 
 from tatar_dist.assets import looked_in
+from tatar_dist.data.images import UnreadableImage
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import parse
 from tatar_dist.run.events import read_events
 from tatar_dist.run.files import json_lines
+from tatar_dist.run.status import ENDS, TROUBLE, RunHistory
 
 T = TypeVar("T")
-DAMAGE = (pa.ArrowException, OSError, ValueError, yaml.YAMLError)  # ValueError: also a text that is not UTF-8
 DEMO_MODELS = {"baseline": "base", "sft_eval": "SFT", "grpo_eval": "GRPO"}  # directory -> name on the page
 DEMO_TRAININGS = ("sft", "grpo")
-ROLLOUT_COLUMNS = ("dataset", "sample_id", "task", "completion", "target")
+ROLLOUT_COLUMNS = ["dataset", "sample_id", "task", "completion", "target"]
 MOST_NOTES = 5  # damaged files of rollouts that are named; the rest is counted
 SHARE = 5  # "late" is the last of so many parts of the run, "early" the first
 MOST_CHARS = 4000  # of one rationale
@@ -47,24 +49,27 @@ class Training:
     rows: list[dict[str, Any]]
     quarantine: list[dict[str, Any]]
     path: Path
-    events: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]]
+
+    @cached_property
+    def history(self) -> History | None:
+        return history(self.events, len(self.rows))
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return (steps, values) of a metric, (n,) float64 each, at steps where it was logged and is finite."""
-        pairs = [(r.get("step", i), r.get(name)) for i, r in enumerate(self.rows)]
-        kept = [(s, v) for s, v in pairs if is_number(v) and is_number(s)]
-        array = np.array(kept, np.float64).reshape(-1, 2)
-        return array[:, 0], array[:, 1]
+        pairs = [(r.get("step", i), r[name]) for i, r in enumerate(self.rows) if is_number(r.get(name))]
+        steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
+        return steps, values
+
+    def values(self, name: str) -> np.ndarray:
+        """Return the finite values of a metric, (n,) float64, in the order of the steps."""
+        return self.series(name)[1]
 
     @property
     def held_out(self) -> list[str]:
         """Data sets whose held-out SRCC was logged during training."""
         names = {k for r in self.rows for k in r if k.startswith("eval/") and k.endswith("/srcc")}
-        return sorted({k.removeprefix("eval/").removesuffix("/srcc") for k in names})
-
-    def not_finite(self, name: str) -> int:
-        """Count the steps at which this metric was logged but is not a finite number."""
-        return sum(1 for r in self.rows if name in r and not is_number(r[name]))
+        return sorted(k.removeprefix("eval/").removesuffix("/srcc") for k in names)
 
     def terms(self, task: str) -> list[str]:
         """Return the reward terms logged for a task, without the total."""
@@ -88,18 +93,24 @@ class EvaluationFiles:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Contents of a run. `evaluations`: in order of training; `manifests`: where to look up pictures."""
+    """Contents of a run. `evaluations`: in order of training; `manifests`: where to look up pictures.
+
+    config: of the directory itself; summary: summary.json of a demo, its times and what GRPO changed.
+    """
 
     path: Path
-    is_demo: bool
+    kind: str  # demo | SFT | GRPO | evaluation
     trainings: list[Training]
     evaluations: list[EvaluationFiles]
-    stages: list[dict[str, Any]]
-    gains: list[tuple[str, str, list[float]]]
     manifests: list[Path]
     image_root: str | None  # where their image paths start, if not where they say
-    notes: list[str] = field(default_factory=list)
-    config: Mapping[str, Any] = field(default_factory=dict)  # of the directory itself
+    notes: list[str]
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+
+    def training(self, kind: str) -> Training | None:
+        """Return the last training of a kind."""
+        return next((t for t in reversed(self.trainings) if t.kind == kind), None)
 
     @property
     def datasets(self) -> list[str]:
@@ -112,15 +123,14 @@ class RunFiles:
 
 
 def is_number(value: Any) -> bool:
-    if isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) < 1 << 1000  # what a float can hold
-    return isinstance(value, float) and math.isfinite(value)
+    """Whether a value is a finite number; bounded, since a JSON integer may exceed what a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def clean(text: str | None) -> str:
-    """Remove control characters and truncate to MOST_CHARS."""
+def clean(text: str | None, most: int = MOST_CHARS) -> str:
+    """Remove control characters and truncate to `most`."""
     text = _CONTROL.sub("", text or "").strip()
-    return text if len(text) <= MOST_CHARS else text[:MOST_CHARS] + "…"
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def read_run(path: Path) -> RunFiles:
@@ -133,27 +143,31 @@ def read_run(path: Path) -> RunFiles:
     if not path.is_dir():
         raise UserError(f"{path}: no directory" if path.exists() else f"{path}: no such directory{looked_in(path)}")
     notes: list[str] = []
+    summary: dict[str, Any] = {}
+    image_root: str | None = None
     is_demo = (path / "summary.json").is_file() or any(
-        (path / n / "metrics.json").is_file() or (path / n / "metrics.jsonl").is_file()
-        for n in (*DEMO_MODELS, *DEMO_TRAININGS)
+        (path / name / file).is_file()
+        for name in (*DEMO_MODELS, *DEMO_TRAININGS)
+        for file in ("metrics.json", "metrics.jsonl")
     )
-    summary = _json(path / "summary.json", notes)
-    config: Mapping[str, Any] = {}
     if is_demo:
         trainings = [t for n in DEMO_TRAININGS if (t := _training(path / n, notes))]
         evaluations = [e for n, model in DEMO_MODELS.items() if (e := _evaluation(path / n, model, notes))]
-        evaluations = evaluations or _from_table(summary.get("table"))
         manifests = [m for split in ("test", "train") for m in sorted((path / "data").glob(f"*_{split}.parquet"))]
-        image_root = None
+        config: dict[str, Any] = {}
+        summary = _read(path / "summary.json", summary, notes)
     else:
-        training, evaluation = _training(path, notes), _evaluation(path, "this model", notes)
-        trainings, evaluations = [training] if training else [], [evaluation] if evaluation else []
-        config = training.config if training else _config(path, notes)
-        manifests, image_root = _manifests(config, "test" if evaluation else "train")
+        trainings = [t for t in [_training(path, notes)] if t]
+        evaluations = [e for e in [_evaluation(path, "this model", notes)] if e]
+        config = _read(path / "config.yaml", {}, notes)
+        data = config.get("data") or {}
+        manifests = [Path(data.get("root", ".")) / m for m in data.get("test" if evaluations else "train") or []]
+        image_root = data.get("image_root")
     if not trainings and not evaluations:
         raise UserError(f"{path}: holds no run (neither metrics.jsonl, metrics.json nor the directories of a demo)")
-    stages, gains = _stages(summary.get("stages")), _gains(summary.get("gains"))
-    return RunFiles(path, is_demo, trainings, evaluations, stages, gains, manifests, image_root, notes, config)
+    manifests = [m for m in manifests if m.is_file()]
+    kind = "demo" if is_demo else trainings[-1].kind.upper() if trainings else "evaluation"
+    return RunFiles(path, kind, trainings, evaluations, manifests, image_root, notes, config, summary)
 
 
 def _training(path: Path, notes: list[str]) -> Training | None:
@@ -161,176 +175,189 @@ def _training(path: Path, notes: list[str]) -> Training | None:
     if not rows:
         return None
     kind = "grpo" if any(k.startswith("reward/") for r in rows for k in r) else "sft"
-    quarantine = _json_lines(path / "quarantine.jsonl", notes)
-    events = _read(path / "events.jsonl", lambda file: read_events(file.parent), [], notes)
-    return Training(kind, _config(path, notes), rows, quarantine, path, events)
+    config, quarantine = _read(path / "config.yaml", {}, notes), _json_lines(path / "quarantine.jsonl", notes)
+    return Training(kind, config, rows, quarantine, path, read_events(path))
 
 
 def _evaluation(path: Path, model: str, notes: list[str]) -> EvaluationFiles | None:
-    datasets = _json(path / "metrics.json", notes).get("datasets")
-    if not isinstance(datasets, dict) or not datasets:
+    datasets = _read(path / "metrics.json", {}, notes).get("datasets")
+    if not datasets:
         return None
-    rows = _read(path / "predictions.parquet", lambda file: pq.read_table(file).to_pylist(), [], notes)
-    predictions = [{c: r.get(c) for c in PREDICTION_COLUMNS} for r in rows if is_number(r.get("target"))]
+    rows = _read(path / "predictions.parquet", [], notes)
+    predictions = [{c: r.get(c) for c in PREDICTION_COLUMNS} for r in rows]
     task_of = {name: "iaa" if "iaa" in name else "iqa" for name in datasets}
-    task_of |= {p["dataset"]: p["task"] for p in predictions}
-    return EvaluationFiles(model, {k: v for k, v in datasets.items() if isinstance(v, dict)}, predictions, task_of)
+    return EvaluationFiles(model, datasets, predictions, task_of | {p["dataset"]: p["task"] for p in predictions})
 
 
-def _from_table(table: Any) -> list[EvaluationFiles]:
-    """Build evaluations from the table in summary.json, for a demo whose evaluation directories are gone."""
-    by_model: dict[str, dict[str, Any]] = {}
-    for row in _list(table):
-        if isinstance(row, dict) and "model" in row and "task" in row:
-            by_model.setdefault(str(row["model"]), {})[str(row["task"])] = row
-    names = {"sft": "SFT", "grpo": "GRPO"}
-    return [EvaluationFiles(names.get(m, m), d, [], {t: t for t in d}) for m, d in by_model.items()]
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".json": lambda file: json.loads(file.read_text()),
+    ".yaml": lambda file: yaml.safe_load(file.read_text()),
+    ".parquet": lambda file: pq.read_table(file).to_pylist(),
+}
 
 
-def _stages(stages: Any) -> list[dict[str, Any]]:
-    """Return name, seconds, budget (seconds or None) and reused of each stage that names its seconds."""
-    return [
-        {
-            "name": str(s.get("name", "")),
-            "seconds": s["seconds"],
-            "budget": s.get("budget_seconds") if is_number(s.get("budget_seconds")) else None,
-            "reused": bool(s.get("reused")),
-        }
-        for s in _list(stages)
-        if isinstance(s, dict) and is_number(s.get("seconds"))
-    ]
-
-
-def _gains(gains: Any) -> list[tuple[str, str, list[float]]]:
-    """Return (task, measure, [change, low, high]), without entries that are not three numbers."""
-    return [
-        (task, measure, values)
-        for task, measures in (gains if isinstance(gains, dict) else {}).items()
-        for measure, values in (measures if isinstance(measures, dict) else {}).items()
-        if isinstance(values, list) and len(values) == 3 and all(is_number(v) for v in values)
-    ]
-
-
-def _manifests(config: Mapping[str, Any], split: str) -> tuple[list[Path], str | None]:
-    """Return the existing manifests of a split, and the image root of the configuration."""
-    data = config.get("data")
-    if not isinstance(data, dict):
-        return [], None
-    root, images = Path(str(data.get("root", "."))), data.get("image_root")
-    there = [p for p in (root / str(path) for path in _list(data.get(split))) if p.is_file()]
-    return there, str(images) if images else None
-
-
-def _read(file: Path, read: Callable[[Path], Any], empty: T, notes: list[str]) -> T:
+def _read(file: Path, empty: T, notes: list[str]) -> T:
     """Return the content of a file, or `empty` if it is absent, of another type or damaged, which is noted."""
-    try:
-        content = read(file) if file.is_file() else empty
-    except DAMAGE as e:
-        notes.append(damage_note(file, e))
-        return empty
+    content: Any = empty
+    with noted(file, notes):
+        if file.is_file():
+            content = READERS[file.suffix](file)
     return content if isinstance(content, type(empty)) else empty
 
 
-def damage_note(file: Path, error: Exception) -> str:
-    """Return the note about a file that could not be read, with the first line of the error."""
-    reason, *_ = str(error).splitlines() or [type(error).__name__]
-    return f"{file.parent.name}/{file.name} could not be read: {reason}"
-
-
-def _config(path: Path, notes: list[str]) -> dict[str, Any]:
-    return _read(path / "config.yaml", lambda file: yaml.safe_load(file.read_text()), {}, notes)
-
-
-def _json(file: Path, notes: list[str]) -> dict[str, Any]:
-    return _read(file, lambda f: json.loads(f.read_text()), {}, notes)
-
-
 def _json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-    name = f"{file.parent.name}/{file.name}"
-    note = lambda n: notes.append(f"{name}: line {n} is not JSON and was left out")  # noqa: E731
-    return _read(file, lambda f: json_lines(f, note), [], notes)
+    note = f"{file.parent.name}/{file.name}: line {{}} is not JSON and was left out"
+    return json_lines(file, lambda line: notes.append(note.format(line)))
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+@contextmanager
+def noted(file: Path, notes: list[str]) -> Iterator[None]:
+    """End the block at an error of reading `file`, and append a note with the first line of the error."""
+    try:
+        yield
+    except (UserError, UnreadableImage) as e:  # names the place
+        notes.append(str(e).splitlines()[0])
+    except (pa.ArrowException, OSError, ValueError, yaml.YAMLError) as e:  # ValueError: also text that is not UTF-8
+        reason, *_ = str(e).splitlines() or [type(e).__name__]
+        notes.append(f"{file.parent.name}/{file.name} could not be read: {reason}")
+
+
+SHOWN = TROUBLE | ENDS.keys() | {"run/start", "engine/restarting"}
+MOST_ROWS = 200  # of the log
+MOST_FACTS = 160  # characters of one entry
+COUNTED = {  # event -> (one, several), as the health check says it
+    "engine/dead": ("engine failure", "engine failures"),
+    "engine/suspect": ("slow engine", "slow engines"),
+    "learners/failed": ("learner failure", "learner failures"),
+    "reward/failed": ("reward actor failure", "reward actor failures"),
+    "node/lost": ("node lost", "nodes lost"),
+    "push/late": ("late weight push", "late weight pushes"),
+    "stall": ("stall", "stalls"),
+    "checkpoint/failed": ("checkpoint not written", "checkpoints not written"),
+    "run/failed": ("failed start", "failed starts"),
+}
+STATES = {"ready": "healthy", "stale": "behind", "gone": "given up"}
+LEFT_OUT = {
+    "reason",
+    "engine",
+    "time",
+    "event",
+    "step",
+    "phase",
+    "pid",
+    "host",
+    "node",
+    "stacks",
+    "processes",
+    "silent",
+    "hosts",
+    "pids",
+}
+
+
+@dataclass(frozen=True)
+class FaultEntry:
+    """One log line. seconds: since the first event of the run; `bad`: a fault, not a recovery or a start."""
+
+    seconds: float
+    step: int | None
+    what: str
+    detail: str
+    bad: bool
+
+
+@dataclass(frozen=True)
+class History:
+    """Faults of a run. entries: at most MOST_ROWS, oldest first; hidden: number of entries not shown.
+
+    engines: (index, last state, counts of its events). summary: `4 engine failures, 1 stall`, or "".
+    progress: `It stopped after 13 of 60 steps.`, "" once finished.
+    """
+
+    entries: list[FaultEntry]
+    hidden: int
+    engines: list[tuple[int, str, Mapping[str, int]]]
+    summary: str
+    progress: str
+
+
+def history(events: Sequence[Mapping[str, Any]], steps: int) -> History | None:
+    """Build the history of a run; None without events. steps: finished steps, as counted in metrics.jsonl."""
+    known = [e for e in events if is_number(e.get("time")) and isinstance(e.get("event"), str)]
+    if not known:
+        return None
+    past = RunHistory(known)
+    shown = [_entry(e, known[0]["time"]) for e in known if e["event"] in SHOWN]
+    parts = [f"{n:,} {names[n > 1]}" for k, names in COUNTED.items() if (n := past.counts[k])]
+    states = {i: STATES.get(state, state) for i, state in past.engine_states.items()}
+    engines = [(i, states.get(i, ""), counts) for i, counts in sorted(past.engine_counts.items())]
+    progress = ""
+    if past.now.started is not None and "finished" not in past.ends:
+        of = f" of {past.now.total:,}" if is_number(past.now.total) else ""
+        end = past.ends[-1].replace("interrupted", "was interrupted") if past.ends else ""
+        how = f"It {end}" if end else "It had not ended when this page was written,"
+        progress = f"{how} after {steps:,}{of} steps."
+    return History(shown[:MOST_ROWS], len(shown[MOST_ROWS:]), engines, ", ".join(parts), progress)
+
+
+def _entry(event: Mapping[str, Any], first: float) -> FaultEntry:
+    name = event["event"]
+    reason = [str(event["reason"])] if event.get("reason") else []
+    facts = [f"{k.replace('_', ' ')} {v}" for k, v in event.items() if k not in LEFT_OUT]
+    subject, _, what = name.partition("/")
+    engine = f" {event['engine']}" if is_number(event.get("engine")) else ""
+    return FaultEntry(
+        max(0.0, event["time"] - first),
+        event["step"] if isinstance(event.get("step"), int) else None,
+        f"{subject}{engine} {what}".strip(),
+        clean(" ".join("; ".join([*reason, *facts]).split()), MOST_FACTS),
+        name in COUNTED,
+    )
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """N completions in the order of the steps. file, row: position on disk; key: (data set, sample id).
-    target, prediction: (N,) float64 in points, NaN where unparsed. task: (N,) names."""
+    """Completions in the order of the steps, as prediction rows without their text.
+
+    rows: dataset, sample_id, task, target, prediction (None if unparsed); file, row: the place in `files`.
+    """
 
     files: list[Path]
-    file: np.ndarray
-    row: np.ndarray
-    target: np.ndarray
-    prediction: np.ndarray
-    task: np.ndarray
-    key: list[tuple[str, str]]
+    rows: list[dict[str, Any]]
 
-    def __len__(self) -> int:
-        return len(self.row)
-
-    def part(self, late: bool, task: str | None = None) -> np.ndarray:
-        """Return (k,) positions of completions in the last (`late`) or first fifth of the files, in order."""
+    def part(self, late: bool) -> list[dict[str, Any]]:
+        """Return the completions of the last (`late`) or first fifth of the files."""
         size = max(1, len(self.files) // SHARE)
-        chosen = self.file >= len(self.files) - size if late else self.file < size
-        return np.flatnonzero(chosen if task is None else chosen & (self.task == task))
+        first = len(self.files) - size if late else 0
+        return [r for r in self.rows if first <= r["file"] < first + size]
 
-    def answer(self, position: int) -> dict[str, Any]:
-        """Return a prediction row without its text (`completion` is None); `at` holds the position."""
-        dataset, sample_id = self.key[position]
-        prediction = float(self.prediction[position])
-        return {
-            "dataset": dataset,
-            "sample_id": sample_id,
-            "task": str(self.task[position]),
-            "target": float(self.target[position]),
-            "prediction": None if math.isnan(prediction) else prediction,
-            "completion": None,
-            "at": int(position),
-        }
-
-    def text(self, position: int) -> str:
+    def text(self, row: Mapping[str, Any]) -> str:
         """Read the text of a completion."""
-        column = pq.ParquetFile(self.files[self.file[position]]).read(columns=["completion"]).column(0)
-        return column[int(self.row[position])].as_py() or ""
+        column = pq.ParquetFile(self.files[row["file"]]).read(columns=["completion"]).column(0)
+        return column[row["row"]].as_py() or ""
 
 
 def read_rollouts(training: Training, notes: list[str]) -> Rollouts | None:
     """Load the completions of a run; None if there are none."""
-    files: list[Path] = []
-    completions: list[tuple[Any, ...]] = []
-    bad: list[str] = []
+    rollouts, damaged = Rollouts([], []), list[str]()
     for file in sorted((training.path / "rollouts").glob("step_*.parquet")):
-        try:
-            rows = [(i, r) for i, r in enumerate(_completions(file)) if is_number(r["target"])]
-        except DAMAGE as e:
-            bad.append(damage_note(file, e))
-            continue
-        for i, r in rows:
-            key = str(r["dataset"]), str(r["sample_id"])
-            prediction = parse(r["completion"] or "").value
-            completions.append((len(files), i, r["target"], prediction, str(r["task"]), key))
-        if rows:
-            files.append(file)
-    notes += bad[:MOST_NOTES]
-    if len(bad) > MOST_NOTES:
-        notes.append(f"{len(bad) - MOST_NOTES} more files of rollouts could not be read")
-    if not files:
-        return None
-    file_of, row, target, prediction, task, key = zip(*completions, strict=True)
-    scores = np.array([target, prediction], np.float64)  # None becomes NaN
-    return Rollouts(files, np.array(file_of), np.array(row), *scores, np.array(task), list(key))
+        with noted(file, damaged):
+            for i, row in enumerate(_completions(file)):
+                prediction = parse(row.pop("completion") or "").value
+                rollouts.rows.append(row | {"prediction": prediction, "file": len(rollouts.files), "row": i})
+            rollouts.files.append(file)
+    notes += damaged[:MOST_NOTES]
+    if len(damaged) > MOST_NOTES:
+        notes.append(f"{len(damaged) - MOST_NOTES} more files of rollouts could not be read")
+    return rollouts if rollouts.rows else None
 
 
 def _completions(file: Path) -> list[dict[str, Any]]:
     """Read the columns ROLLOUT_COLUMNS of a file. Raises ValueError naming a missing or invalid column."""
-    opened = pq.ParquetFile(file)
-    schema = opened.schema_arrow
+    table = pq.ParquetFile(file).read(columns=ROLLOUT_COLUMNS)
     for name in ROLLOUT_COLUMNS:
-        if name not in schema.names:
+        if name not in table.column_names:
             raise ValueError(f"no column {name}")
-    if not pa.types.is_string(schema.field("completion").type):
+    if not pa.types.is_string(table.schema.field("completion").type):
         raise ValueError("column completion holds no text")
-    return opened.read(columns=list(ROLLOUT_COLUMNS)).to_pylist()
+    return table.to_pylist()

@@ -6,22 +6,24 @@ the last fifth of the steps, which excludes a bad start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from tatar_dist.report.charts import number, percent
-from tatar_dist.report.faults import history
 from tatar_dist.report.reading import EvaluationFiles, RunFiles, Training, is_number
 
 ARROW = "\N{RIGHTWARDS ARROW}"
 TASK_NAMES = {"iqa": "quality", "iaa": "aesthetics"}
 LEARNED_SRCC, LEARNED_GAIN = 0.2, 0.1  # a model that ranks at all, and better than it did before training
 PARSE_LIMIT = 0.02  # share of answers without a score
-ZERO_STD_LIMIT = 0.5  # share of groups whose completions all got one reward: they teach nothing
+SHARES = (  # (metric, name, limit of its late mean)
+    ("reward/frac_zero_std/total", "Groups that teach nothing", 0.5),
+    ("completion/parse_failures", "Sampled answers without a score", PARSE_LIMIT),
+    ("completion/clipped_ratio", "Answers cut off by the token limit", 0.05),
+)
 KL_LIMIT = 0.3  # nats a token from the reference
-CLIPPED_LIMIT = 0.05  # share of completions cut off by the token limit
 ENTROPY_FLOOR = 0.2  # of what it was at the start
 OVERFIT_LIMIT = 1.05  # last held-out SFT loss over its minimum
 GAP_LIMIT = 0.05  # sync/logprob_gap, when the run's config does not say
@@ -37,35 +39,25 @@ class VerdictCheck:
     expected: str
 
 
-@dataclass(frozen=True)
-class Headline:
-    """One-sentence summary, and the sentences that support it."""
-
-    title: str
-    lines: list[str]
-
-
 def edges(values: np.ndarray) -> tuple[float, float]:
     """Return the means of the first and the last fifth of (n,) values, n >= 1."""
     k = max(1, len(values) // 5)
     return float(values[:k].mean()), float(values[-k:].mean())
 
 
-def headline(run: RunFiles) -> Headline:
-    """Sum the run up: what it learned if there are two evaluations, else its scores or its length."""
-    past = [history(t.events, len(t.rows)) for t in run.trainings[-1:]]
-    progress = [p.progress for p in past if p and p.progress]
+def headline(run: RunFiles) -> tuple[str, list[str]]:
+    """Return a title (what the run learned if there are two evaluations, else its scores or length), and sentences."""
+    progress = [t.history.progress for t in run.trainings[-1:] if t.history and t.history.progress]
     if len(run.evaluations) >= 2:
         title, lines = _before_after(run)
-        return Headline(title, lines + progress)
-    lines = [x for t in run.trainings for x in (_curve_line(t), _held_out_line(t)) if x] + progress
+        return title, lines + progress
+    lines = [line for t in run.trainings for line in (_curve_line(t), _held_out_line(t)) if line] + progress
     if not run.evaluations:
         training = run.trainings[-1]
-        return Headline(f"{training.kind.upper()}, {count(len(training.rows), 'step')}", lines)
-    metrics = run.evaluations[-1].metrics
-    values = [(d, metrics[d].get("srcc")) for d in run.datasets if d in metrics]
-    scores = ", ".join(f"{name_of(run, d)} SRCC {number(v)}" for d, v in values if is_number(v))
-    return Headline(f"Held-out scores: {scores}" if scores else "No rank correlation could be computed", lines)
+        return f"{training.kind.upper()}, {count(len(training.rows), 'step')}", lines
+    values = {name_of(run, d): run.evaluations[-1].metrics.get(d, {}).get("srcc") for d in run.datasets}
+    scores = ", ".join(f"{name} SRCC {number(v)}" for name, v in values.items() if is_number(v))
+    return f"Held-out scores: {scores}" if scores else "No rank correlation could be computed", lines
 
 
 def count(n: int, noun: str) -> str:
@@ -82,11 +74,10 @@ def name_of(run: RunFiles, dataset: str) -> str:
 
 def _before_after(run: RunFiles) -> tuple[str, list[str]]:
     """Return the title and the sentences of a run that was evaluated before and after training."""
-    first, last = run.evaluations[0], run.evaluations[-1]
     learned, not_learned, moves = [], [], []
     for dataset in run.datasets:
         name = name_of(run, dataset)
-        before, after = (e.metrics.get(dataset, {}).get("srcc") for e in (first, last))
+        before, after = (run.evaluations[i].metrics.get(dataset, {}).get("srcc") for i in (0, -1))
         start = before if is_number(before) else 0.0
         good = is_number(after) and after >= LEARNED_SRCC and after - start >= LEARNED_GAIN
         (learned if good else not_learned).append(name)
@@ -97,7 +88,7 @@ def _before_after(run: RunFiles) -> tuple[str, list[str]]:
     if learned and not_learned:
         title = f"It learned {listed(learned)}, not {listed(not_learned)}"
     lines = [f"Rank correlation (SRCC) with the targets on held-out images, before and after: {'; '.join(moves)}."]
-    parsed, n = _parsed(last)
+    parsed, n = _parsed(run.evaluations[-1])
     if n:
         lines.append(f"{percent(parsed / n)} of the final model\N{RIGHT SINGLE QUOTATION MARK}s answers give a score.")
     return title, lines
@@ -105,9 +96,8 @@ def _before_after(run: RunFiles) -> tuple[str, list[str]]:
 
 def _parsed(evaluation: EvaluationFiles) -> tuple[int, int]:
     """Return (answers with a score, answers) over all data sets that count both."""
-    counts = [(m.get("n_parsed"), m.get("n")) for m in evaluation.metrics.values()]
-    known = [(parsed, n) for parsed, n in counts if is_number(parsed) and is_number(n)]
-    return sum(parsed for parsed, _ in known), sum(n for _, n in known)
+    known = [m for m in evaluation.metrics.values() if is_number(m.get("n_parsed")) and is_number(m.get("n"))]
+    return sum(m["n_parsed"] for m in known), sum(m["n"] for m in known)
 
 
 def listed(names: Iterable[str]) -> str:
@@ -119,19 +109,19 @@ def listed(names: Iterable[str]) -> str:
 def _curve_line(training: Training) -> str:
     """Describe how the reward moved, or the loss of SFT."""
     if training.kind == "grpo":
-        rewards = [(name, training.series(f"reward/total/{task}")[1]) for task, name in TASK_NAMES.items()]
+        rewards = [(name, training.values(f"reward/total/{task}")) for task, name in TASK_NAMES.items()]
         moves = ", ".join(f"{name} {arrow(v)}" for name, v in rewards if len(v))
         return f"Total reward, first to last fifth of the steps: {moves}." if moves else "No reward was logged."
-    held_out = training.series("eval/loss/iqa")[1]
+    held_out = training.values("eval/loss/iqa")
     if len(held_out) >= 2:
         return f"Held-out loss (quality): {number(held_out[0])} {ARROW} {number(held_out[-1])}."
-    values = training.series("loss/total")[1]
+    values = training.values("loss/total")
     return f"Training loss: {arrow(values)}." if len(values) >= 2 else "Too few steps to say how the loss moved."
 
 
 def _held_out_line(training: Training) -> str:
     """Describe the change of held-out SRCC during training; "" with fewer than two values."""
-    curves = [(d, training.series(f"eval/{d}/srcc")[1]) for d in training.held_out]
+    curves = [(d, training.values(f"eval/{d}/srcc")) for d in training.held_out]
     moves = ", ".join(f"{d} {number(v[0])} {ARROW} {number(v[-1])}" for d, v in curves if len(v) >= 2)
     return f"Held-out SRCC, first to last look: {moves}." if moves else ""
 
@@ -142,20 +132,21 @@ def arrow(values: np.ndarray) -> str:
     return f"{number(first)} {ARROW} {number(last)}"
 
 
-def checks(run: RunFiles) -> list[VerdictCheck]:
+def checks(run: RunFiles) -> Iterator[VerdictCheck]:
     """Run all health checks that the run's files allow."""
-    found: list[VerdictCheck | None] = []
     for t in run.trainings:
-        found.append(_finite(t))
-        found += _grpo_checks(t) if t.kind == "grpo" else [_overfitting(t)]
-        past = history(t.events, len(t.rows))
-        found.append(past and _none(f"{t.kind.upper()} processes", past.summary, "no fault"))
+        yield from _finite(t)
+        yield from _grpo(t) if t.kind == "grpo" else _overfitting(t)
+        if t.history:
+            yield _none(f"{t.kind.upper()} processes", t.history.summary, "no fault")
     if run.evaluations:
-        found.append(_eval_parses(run.evaluations[-1]))
+        parsed, n = _parsed(run.evaluations[-1])
+        if n:
+            name, failed = f"Held-out answers without a score ({run.evaluations[-1].model})", n - parsed
+            yield _check(failed <= PARSE_LIMIT * n, name, f"{failed:,} of {n:,}", f"at most {PARSE_LIMIT:.0%}")
     if run.trainings:
         rejected = sum(len(t.quarantine) for t in run.trainings)
-        found.append(_none("Quarantined samples", count(rejected, "sample") if rejected else ""))
-    return [c for c in found if c]
+        yield _none("Quarantined samples", count(rejected, "sample") if rejected else "")
 
 
 def _check(good: bool, name: str, seen: str, expected: str, otherwise: str = "watch") -> VerdictCheck:
@@ -167,66 +158,45 @@ def _none(name: str, seen: str, none: str = "none") -> VerdictCheck:
     return _check(not seen, name, seen or none, none)
 
 
-def _share(training: Training, metric: str, name: str, limit: float) -> VerdictCheck | None:
-    """Check the late mean of a share of each task."""
-    late = {n: edges(v)[1] for t, n in TASK_NAMES.items() if len(v := training.series(f"{metric}/{t}")[1])}
-    seen = ", ".join(f"{name} {v:.1%}" for name, v in late.items())
-    return _check(max(late.values()) <= limit, name, seen, f"at most {limit:.0%}, late") if late else None
+def _finite(training: Training) -> Iterator[VerdictCheck]:
+    names = {k for r in training.rows for k in r if k.startswith("loss/") or k == "optim/grad_norm"}
+    if names:
+        wrong = max(sum(n in r and not is_number(r[n]) for r in training.rows) for n in names)
+        seen = f"not at {count(wrong, 'step')}" if wrong else "at every step"
+        yield _check(not wrong, f"{training.kind.upper()} loss and gradients finite", seen, "at every step", "bad")
 
 
-def _grpo_checks(training: Training) -> list[VerdictCheck | None]:
-    found: list[VerdictCheck | None] = []
-    gap = training.series("sync/logprob_gap")[1]
+def _grpo(training: Training) -> Iterator[VerdictCheck]:
+    gap, kl = training.values("sync/logprob_gap"), training.values("loss/kl")
     if len(gap):
-        grpo = training.config.get("grpo")
-        configured = grpo.get("logprob_gap_limit") if isinstance(grpo, dict) else None
+        configured = (training.config.get("grpo") or {}).get("logprob_gap_limit")
         limit = configured if is_number(configured) else GAP_LIMIT
         name, seen = "Engines and learners hold the same weights", f"largest gap {number(gap.max())} nats"
-        found.append(_check(gap.max() <= limit, name, seen, f"at most {limit:g}", "bad"))
-    kl = training.series("loss/kl")[1]
+        yield _check(gap.max() <= limit, name, seen, f"at most {limit:g}", "bad")
     if len(kl):
         late = edges(kl)[1]
         seen, expected = f"KL {number(late)} nats a token", f"at most {KL_LIMIT:g}, late"
-        found.append(_check(late <= KL_LIMIT, "Distance from the reference", seen, expected))
-    found.append(_share(training, "reward/frac_zero_std/total", "Groups that teach nothing", ZERO_STD_LIMIT))
-    found.append(_share(training, "completion/parse_failures", "Sampled answers without a score", PARSE_LIMIT))
-    found.append(_share(training, "completion/clipped_ratio", "Answers cut off by the token limit", CLIPPED_LIMIT))
-    entropy = training.series("policy/entropy")[1]
+        yield _check(late <= KL_LIMIT, "Distance from the reference", seen, expected)
+    for metric, name, limit in SHARES:
+        shares = {n: edges(v)[1] for t, n in TASK_NAMES.items() if len(v := training.values(f"{metric}/{t}"))}
+        if shares:
+            seen = ", ".join(f"{task} {v:.1%}" for task, v in shares.items())
+            yield _check(max(shares.values()) <= limit, name, seen, f"at most {limit:.0%}, late")
+    entropy = training.values("policy/entropy")
     if len(entropy) >= 5 and edges(entropy)[0] > 0:
         first, last = edges(entropy)
-        expected = f"at least {ENTROPY_FLOOR:.0%} of the start"
-        found.append(
-            _check(last >= ENTROPY_FLOOR * first, "Answers stay varied", f"entropy {arrow(entropy)}", expected)
-        )
-    unrankable = training.series("reward/unrankable_groups")[1]
+        seen, expected = f"entropy {arrow(entropy)}", f"at least {ENTROPY_FLOOR:.0%} of the start"
+        yield _check(last >= ENTROPY_FLOOR * first, "Answers stay varied", seen, expected)
+    unrankable = training.values("reward/unrankable_groups")
     if len(unrankable):
         total = int(unrankable.sum())
-        found.append(_none("Groups without a rival to rank against", count(total, "group") if total else ""))
-    return found
+        yield _none("Groups without a rival to rank against", count(total, "group") if total else "")
 
 
-def _finite(training: Training) -> VerdictCheck | None:
-    names = {k for r in training.rows for k in r if k.startswith("loss/") or k == "optim/grad_norm"}
-    if not names:
-        return None
-    wrong = max(training.not_finite(n) for n in names)
-    seen = f"not at {count(wrong, 'step')}" if wrong else "at every step"
-    return _check(not wrong, f"{training.kind.upper()} loss and gradients finite", seen, "at every step", "bad")
-
-
-def _overfitting(training: Training) -> VerdictCheck | None:
-    losses = [training.series(f"eval/loss/{t}")[1] for t in TASK_NAMES]
+def _overfitting(training: Training) -> Iterator[VerdictCheck]:
+    losses = [training.values(f"eval/loss/{t}") for t in TASK_NAMES]
     ratios = [float(v[-1] / v.min()) for v in losses if len(v) >= 2 and v.min() > 0]
-    if not ratios:
-        return None
-    worst = max(ratios)
-    seen = "at its lowest at the end" if worst <= 1.0 else f"{worst - 1:.1%} above its lowest"
-    return _check(worst <= OVERFIT_LIMIT, "Held-out SFT loss", seen, "at most 5% above its lowest")
-
-
-def _eval_parses(evaluation: EvaluationFiles) -> VerdictCheck | None:
-    parsed, n = _parsed(evaluation)
-    if not n:
-        return None
-    failed, name = n - parsed, f"Held-out answers without a score ({evaluation.model})"
-    return _check(failed <= PARSE_LIMIT * n, name, f"{failed:,} of {n:,}", f"at most {PARSE_LIMIT:.0%}")
+    if ratios:
+        worst = max(ratios)
+        seen = "at its lowest at the end" if worst <= 1.0 else f"{worst - 1:.1%} above its lowest"
+        yield _check(worst <= OVERFIT_LIMIT, "Held-out SFT loss", seen, "at most 5% above its lowest")

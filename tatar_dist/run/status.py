@@ -2,7 +2,7 @@
 
 What an event changes stands in `RunHistory` alone. `RunWatcher` completes it to the `Status` that run/status_view.py
 draws and `--json` prints, from the run's files: while it runs, after its end, on any machine. It reads only what was
-appended since its last look, so that `--watch` costs little. The report (report/faults.py) and the simulator
+appended since its last look, so that `--watch` costs little. The report (report/reading.py) and the simulator
 (plan/simulate/measured.py) show parts of the history; how an event is worded stands where it is shown.
 """
 

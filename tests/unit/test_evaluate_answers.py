@@ -38,7 +38,7 @@ def test_answers_outlive_the_process_and_a_torn_last_line(tmp_path):
         answers.keep("sampled", [group(sample(0), "drawn")])
     file.write_bytes(file.read_bytes() + b'{"sum":"0')
     with AnswerJournal(file, SETTINGS) as answers:
-        assert answers.notice and (answers.count("greedy"), answers.count("sampled")) == (2, 1)
+        assert answers.cut and (answers.count("greedy"), answers.count("sampled")) == (2, 1)
         (kept,) = answers.get("greedy", sample(0))
         assert (kept.text, kept.finish_reason, kept.expected) == ("<answer>5</answer>", "stop", Expected(5.5, 1.0, 0.9))
         assert (len(kept.token_ids), sum(kept.logprobs)) == (2, -0.75)  # the ids themselves are not kept

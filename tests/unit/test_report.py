@@ -97,13 +97,6 @@ def test_a_demo_that_was_stopped_halfway_shows_the_stages_that_ran(tmp_path):
     assert "Held-out scores: quality SRCC 0.10" in page.text
 
 
-def test_a_demo_whose_evaluations_were_cleaned_away_is_shown_from_its_summary(tmp_path):
-    table = [{"model": m, "task": "iqa", **scores(v)} for m, v in (("base", 0.1), ("sft", 0.6), ("grpo", 0.8))]
-    (tmp_path / "summary.json").write_text(json.dumps({"table": table}))
-    page = report(tmp_path)
-    assert "quality 0.10 → 0.80" in page.text and "0.600" in page.text
-
-
 def test_a_run_of_one_step_has_a_page(tmp_path):
     assert "SFT, 1 step" in report(lines(tmp_path / "a", [{"step": 0, "loss/total": 2.0}])).text
     assert "GRPO, 1 step" in report(lines(tmp_path / "b", grpo_rows(1))).text

@@ -206,11 +206,10 @@ def test_hostile_names_of_metrics_data_sets_photographs_and_reasons_are_text(tmp
     assert "By source photograph" in page.text
 
 
-def test_hostile_models_stages_and_gains_of_a_summary_are_text(tmp_path):
-    table = [{"model": m, "task": HOSTILE, **scores(0.5)} for m in (HOSTILE, "grpo")]
+def test_hostile_sets_stages_and_gains_of_a_demo_are_text(tmp_path):
+    evaluation(tmp_path / "grpo_eval", {HOSTILE: scores(0.5)})
     summary = {
-        "table": table,
-        "stages": [{"name": HOSTILE, "seconds": 1.0, "budget_seconds": HOSTILE}],
+        "stages": [{"name": HOSTILE, "seconds": 1.0, "budget_seconds": HOSTILE, "reused": False}],
         "gains": {HOSTILE: {HOSTILE: [0.1, 0.0, 0.2]}},
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))

@@ -14,9 +14,8 @@ from report_run import GROUP, PROMPTS, write_run
 
 from tatar_dist.evaluate.metrics import logistic_map, plcc, plcc_fitted
 from tatar_dist.report.charts import bins, miscalibration
-from tatar_dist.report.details import differing, settings
-from tatar_dist.report.faults import history
-from tatar_dist.report.reading import read_rollouts, read_run
+from tatar_dist.report.html import differing, settings
+from tatar_dist.report.reading import history, read_rollouts, read_run
 from tatar_dist.rewards import audit
 
 
@@ -69,11 +68,11 @@ def test_answers_that_do_not_rise_with_the_target_get_no_curve(tmp_path):
 def test_all_rollouts_are_read_and_a_damaged_file_is_named(run, tmp_path):
     training = read_run(run).trainings[0]
     found = read_rollouts(training, [])
-    assert len(found) == 15 * PROMPTS * GROUP and len(found.part(late=True)) == 3 * PROMPTS * GROUP
-    assert 0 < np.isnan(found.prediction).sum() < 0.1 * len(found)
+    assert len(found.rows) == 15 * PROMPTS * GROUP and len(found.part(late=True)) == 3 * PROMPTS * GROUP
+    assert 0 < sum(r["prediction"] is None for r in found.rows) < 0.1 * len(found.rows)
     last = pq.read_table(run / "rollouts" / "step_000014.parquet").to_pylist()[7]
-    position = int(np.flatnonzero((found.file == 14) & (found.row == 7))[0])
-    assert found.text(position) == last["completion"] and found.target[position] == last["target"]
+    (row,) = (r for r in found.rows if (r["file"], r["row"]) == (14, 7))
+    assert found.text(row) == last["completion"] and row["target"] == last["target"]
     lines(tmp_path, grpo_rows())
     rollouts(tmp_path, [{"sample_id": "s", "completion": None}, {"sample_id": "t", "completion": "x"}], step=1)
     for step in range(2, 10):
@@ -171,7 +170,7 @@ def test_what_differs_from_the_recipe_is_marked_and_other_stages_are_left_out(pa
 
 def test_only_differing_keys_of_runs_are_compared():
     a, b = {"grpo": {"kl_beta": 0.1, "group_size": 8}}, {"grpo": {"kl_beta": 0.2, "group_size": 8}, "seed": 1}
-    assert differing([(a, "grpo"), (b, "grpo")]) == [("grpo.kl_beta", ["0.1", "0.2"]), ("seed", ["—", "1"])]
+    assert differing([a, b], "grpo") == [("grpo.kl_beta", ["0.1", "0.2"]), ("seed", ["—", "1"])]
 
 
 # Faults -------------------------------------------------------------------------------------------------------------
@@ -200,8 +199,8 @@ def test_the_log_of_faults_is_by_time_and_counted():
         (6.0, "engine 1 restarting", False),
     ]
     assert found.entries[1].detail == "it died" and found.progress.endswith("after 13 of 60 steps.")
-    (engine,) = found.engines
-    assert (engine.engine, engine.dead, engine.loads, engine.state) == (1, 1, 1, "healthy")
+    ((engine, state, counts),) = found.engines
+    assert (engine, counts["dead"], counts["ready"], state) == (1, 1, 1, "healthy")
 
 
 def test_a_run_that_ended_has_no_word_about_its_progress_and_one_without_events_no_history():
