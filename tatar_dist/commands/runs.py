@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tatar_dist.commands.options import Json
+from tatar_dist.commands import Json
 from tatar_dist.errors import UserError
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tatar_dist.commands.options import Json
+from tatar_dist.commands import Json
 from tatar_dist.errors import UserError
 from tatar_dist.plan import proven
 
