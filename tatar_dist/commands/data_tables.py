@@ -49,12 +49,10 @@ def print_import(report: dict[str, Any]) -> None:
     for reason, n in report["dropped"].items():
         counts.add_row(f"[yellow]dropped: {reason}", f"[yellow]{n:,}")
     counts.add_row("kept", f"{report['kept']:,}")
-    for name, n, key in (
-        ("images", report["images"], "total"),
-        *((f"  {s}", n, s) for s, n in report["splits"].items()),
-    ):
+    for key, n in {"total": report["images"], **report["splits"]}.items():
         published = report["published"].get(key)
-        counts.add_row(name, f"{n:,}", "" if published is None else f"{published:,}{' ✓' if n == published else ''}")
+        text = "" if published is None else f"{published:,}{' ✓' if n == published else ''}"
+        counts.add_row("images" if key == "total" else f"  {key}", f"{n:,}", text)
 
     facts = Table.grid(padding=(0, 2))
     official = {

@@ -43,9 +43,7 @@ def upright(data: bytes) -> Image.Image:
         raise RequestRefused(str(e)) from None
     short, long = sorted(image.size)
     if long > MAX_ASPECT * short:
-        raise RequestRefused(
-            f"image: {image.width} x {image.height} pixels, longer than {MAX_ASPECT} times its shorter side"
-        )
+        raise RequestRefused(f"image: {long} x {short} pixels, longer than {MAX_ASPECT} times its shorter side")
     return image
 
 
@@ -116,9 +114,7 @@ def answer(choice: Mapping[str, Any]) -> dict[str, Any]:
     """Parse a choice of a chat completion: score (0-100, None if it did not parse), rationale, reason, truncated."""
     text, cut = choice["message"]["content"] or "", choice["finish_reason"] == "length"
     parsed = parse(text)
-    reason = parsed.reason
-    if reason and cut:
-        reason = f"cut off at the longest answer allowed, {reason}"
+    reason = f"cut off at the longest answer allowed, {parsed.reason}" if parsed.reason and cut else parsed.reason
     return {"score": clamped(parsed.value), "rationale": think_text(text).strip(), "reason": reason, "truncated": cut}
 
 
