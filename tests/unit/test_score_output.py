@@ -161,7 +161,7 @@ def test_directories_that_are_no_model_of_ours(tmp_path):
     with pytest.raises(UserError, match="no .*safetensors"):
         model_config(tmp_path)
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(UserError, match="sizes of pictures are unknown"):
+    with pytest.raises(UserError, match="no processor_config.json in it says how many pixels"):
         model_config(tmp_path)
 
 
