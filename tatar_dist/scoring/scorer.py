@@ -1,6 +1,6 @@
 """`Scorer`: score pictures with one engine in this process, without Ray; `tatar-dist score` uses it, too.
 
-Each picture and task gives a `Score`, in order, as batches finish; one that cannot be read gives a `Score` with `error`.
+Each picture and task gives a `Score`, in order, as batches finish; a picture that cannot be read gives its `error`.
 """
 
 from __future__ import annotations

@@ -55,10 +55,7 @@ class Options:
 
 
 async def body_of(receive: Receive) -> bytes:
-    """Read the whole body of a request.
-
-    Raises RequestRefused (413) beyond `MAX_BYTES` and ClientDisconnect if the client has disconnected.
-    """
+    """Read a whole body. Raises RequestRefused (413) beyond `MAX_BYTES`, ClientDisconnect if the client has left."""
     parts: list[bytes] = []
     size, more = 0, True
     while more:
@@ -83,10 +80,7 @@ def replayed(body: bytes, receive: Receive) -> Receive:
 
 
 async def read(request: Request) -> tuple[bytes, Options]:
-    """Read an encoded picture and its options.
-
-    Raises RequestRefused: no picture, a malformed body, an unknown or out-of-range option.
-    """
+    """Read an encoded picture and its options. Raises RequestRefused."""
     body = await body_of(request.receive)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     fields: dict[str, Any] = {}
