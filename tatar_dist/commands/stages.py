@@ -89,9 +89,8 @@ def _print_plans(
     plans = [planning.resolve(config, stage) for stage in stages]  # type: ignore[arg-type]
     estimates = [memory.of_plan(config, p, gpu_memory) if command is None else None for p in plans]
     if as_json:
-        by_stage = {p.stage: p.to_dict() for p in plans}
-        for p, e in zip(plans, estimates, strict=True):
-            by_stage[p.stage]["memory"] = e.to_dict() if isinstance(e, memory.Estimate) else None
+        sizes = [e.to_dict() if isinstance(e, memory.Estimate) else None for e in estimates]
+        by_stage = {p.stage: p.to_dict() | {"memory": size} for p, size in zip(plans, sizes, strict=True)}
         print(json.dumps(by_stage[plans[0].stage] if len(plans) == 1 else by_stage))
         return
     from rich.console import Console

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from tatar_dist.config.validate import STRICT_KEYS, AboveZero, AtLeastOne, AtLeastZero, Float, Int, NotNegative, Why
 from tatar_dist.errors import UserError
 
-ALLOWED_QUERY = ("api-version",)  # what some endpoints want in the address; anything else might be a secret
+ALLOWED_QUERY = {"api-version"}  # what some endpoints want in the address; anything else might be a secret
 
 
 def check_url(url: str) -> str:
@@ -31,15 +31,13 @@ def check_url(url: str) -> str:
         _ = parts.port
     except ValueError:
         raise ValueError("not a valid address") from None
-    if "@" in parts.netloc:
-        raise ValueError(
-            "holds a user name or password; put the key into an environment variable and name it in api_key_env"
-        )
-    if any(name not in ALLOWED_QUERY for name, _ in parse_qsl(parts.query, keep_blank_values=True)) or parts.fragment:
-        raise ValueError(
-            "holds a query (?…), which may carry a key; put the key into an environment variable and name it "
-            "in api_key_env"
-        )
+    query = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)} - ALLOWED_QUERY
+    for secret, given in (
+        ("a user name or password", "@" in parts.netloc),
+        ("a query (?…), which may carry a key", query or parts.fragment),
+    ):
+        if given:
+            raise ValueError(f"holds {secret}; put the key into an environment variable and name it in api_key_env")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url!r} must start with http:// or https:// and name a host")
     return url
@@ -135,9 +133,7 @@ def check(c: RationaleConfig) -> None:
     """Check rules that join several keys. Raises UserError naming the key, never a value that may be a secret."""
     for key, text in (("rationale.fast", c.fast), ("rationale.slow", c.slow)):
         if text.url and c.teacher.local:
-            raise UserError(
-                f"{key}.url: with rationale.teacher.local=true our own engines write all texts; leave it out"
-            )
+            raise UserError(f"{key}.url: with rationale.teacher.local=true our engines write all texts; leave it out")
         if text.api_key_env and not text.url:
             raise UserError(f"{key}.api_key_env: belongs to {key}.url, which is empty; the teacher's is its own")
         if text.min_words > text.max_words:

@@ -29,15 +29,6 @@ def check(c: Config) -> None:
             f"rollout.top_p={c.rollout.top_p}, top_k={c.rollout.top_k}: only 1.0 and -1 are available, as the loss "
             "takes the probabilities of the full softmax"
         )
-    _check_push(c)
-    for entry in c.failpoints:
-        parse_failpoint(entry)
-    check_rationale(c.rationale)
-    _check_reward(c)
-
-
-def _check_push(c: Config) -> None:
-    """Which way of pushing weights goes with which placement; and engines enough."""
     push, placement = c.rollout.push, c.cluster.placement
     if push != "object_store" and not c.cluster.gpus_per_node:
         raise UserError(f"rollout.push={push} needs GPUs, cluster.gpus_per_node is 0: use object_store")
@@ -46,6 +37,10 @@ def _check_push(c: Config) -> None:
         raise UserError(f"rollout.push={push} does not work with cluster.placement={placement}: use {other}")
     if 0 < c.rollout.engines < c.rollout.min_engines:
         raise UserError(f"rollout.min_engines={c.rollout.min_engines} of rollout.engines={c.rollout.engines} engines")
+    for entry in c.failpoints:
+        parse_failpoint(entry)
+    check_rationale(c.rationale)
+    _check_reward(c)
 
 
 def _check_reward(c: Config) -> None:
