@@ -73,7 +73,7 @@ def examine(address: str) -> Iterator[DoctorCheck]:
     try:
         with suppress(OSError):  # not writable
             file = tempfile.NamedTemporaryFile(prefix=".tatar-doctor-", dir=Path.cwd())
-        nodes, silent = _ask(ray, file and file.name)
+        nodes, silent = _ask(ray, file.name if file else None)
     finally:
         ray.shutdown()
         if file is not None:

@@ -53,7 +53,8 @@ Url = Annotated[str, AfterValidator(check_url)]
 Variable = Annotated[str, AfterValidator(_check_variable)]
 FiniteAboveZero = Annotated[AboveZero, Rule(allow_inf_nan=False)]
 Share = Annotated[Float, Gt(0), Le(1)]
-Splits = Annotated[list[Literal["train", "validation", "test"]] | None, Why("null takes all rows")]
+Split = Literal["train", "validation", "test"]
+Splits = Annotated[list[Split] | None, Why("null takes all rows")]
 
 
 @dataclass(frozen=True, config=STRICT_KEYS)
@@ -115,7 +116,7 @@ class LimitsConfig:
 class RationaleConfig:
     prompts: str = "configs/rationale_prompts.yaml"  # what teachers and judges are told; word lists of the checks
     attempts: AtLeastOne = 3  # times a sample is asked before it is rejected for good
-    splits: Splits = field(default_factory=lambda: ["train"])  # rows looked at; null = all
+    splits: Splits = field(default_factory=lambda: list[Split](["train"]))  # rows looked at; null = all
     limit: AtLeastOne | None = None  # so many of these rows are looked at; null = all
     teacher: EndpointConfig = field(default_factory=EndpointConfig)
     fast: TextConfig = field(default_factory=lambda: TextConfig(sentences=2))
