@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,15 +51,13 @@ def score(
         raise UserError(f"--task {task}: must be one of {', '.join(TASKS)}, both")
     warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    how: dict[str, Any] = {"samples": samples, "temperature": temperature, "seed": seed, "expected": expected}
-    failed = score_output.run(
-        lambda: partial(Scorer(model, overrides or []).score, paths, task, **how),
-        total=len(paths) * (2 if task == "both" else 1),
-        as_json=as_json,
-        html=html,
-        given=paths,
-    )
-    if failed:
+
+    def load() -> Iterator[Any]:
+        scorer = Scorer(model, overrides or [])
+        return scorer.score(paths, task, samples=samples, temperature=temperature, seed=seed, expected=expected)
+
+    total = len(paths) * (2 if task == "both" else 1)
+    if score_output.run(load, total, as_json, html, given=paths):
         raise typer.Exit(1)
 
 

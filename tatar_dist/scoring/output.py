@@ -89,7 +89,7 @@ def _from_stdin(data: bytes) -> list[Any]:
 
 
 def run(
-    load: Callable[[], Callable[[], Iterable[Score]]],
+    load: Callable[[], Iterable[Score]],
     total: int,
     as_json: bool,
     html: Path | None,
@@ -97,16 +97,16 @@ def run(
 ) -> int:
     """Print scores as they arrive, also partial results after Ctrl-C. Returns the number of pictures with errors.
 
-    `load` loads the model and returns the function that scores. `given`: the pictures, for thumbnails of non-files.
+    `load` loads the model and returns an iterator that scores. `given`: the pictures, for thumbnails of non-files.
     """
     scores: list[Score] = []
     if html is not None:
         write_page(html, [])  # fail now, not after hours of scoring
     try:
         with Progress("score", total, unit="answer") as progress:
-            score = load()
+            arriving = load()
             progress.ready()
-            for s in score():
+            for s in arriving:
                 scores.append(s)
                 if as_json:
                     print(json.dumps({k: v for k, v in asdict(s).items() if v not in (None, ())}), flush=True)
