@@ -1,8 +1,6 @@
-"""Model card of an exported model: base model, training, data, measurements, usage.
+"""Model card of an exported model: `facts` collects what `render` writes by `model_card.md.j2`.
 
-`facts` collects a dict from a run directory, the exported checkpoint and its evaluation; `render` makes the text of
-README.md from it with `model_card.md.j2`. Earlier stages are found by following `model.path` from run to run. A card
-contains no paths of the machine that wrote it.
+Earlier stages are found by following `model.path` from run to run. A card contains no paths of the writing machine.
 """
 
 from __future__ import annotations

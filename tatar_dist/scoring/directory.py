@@ -1,9 +1,8 @@
-"""Make the configuration for scoring and serving from a model directory, without the config of a run.
+"""Make the configuration for scoring and serving from a model directory: of a checkpoint, an export, or any model.
 
-The directory comes from training or `tatar-dist export`, or holds any model of a known family. Family, dtype and
-context length come from config.json, image sizes from the processor; prompts from `prompts.yaml` there or, for a
-checkpoint's model, in its run, else configs/prompts.yaml; the answer length from the run or generation_config.json,
-else the default of the schema. Does not import torch.
+Family, dtype and context length come from config.json, image sizes from the processor; prompts from `prompts.yaml`
+there or in a checkpoint's run, else configs/prompts.yaml; the answer length from the run or generation_config.json,
+else the schema's default. Does not import torch.
 """
 
 from __future__ import annotations

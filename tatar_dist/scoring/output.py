@@ -1,6 +1,5 @@
-"""Input and output of `tatar-dist score`: find pictures, print a table or JSON lines, write a page.
+"""Find the pictures of `tatar-dist score`, print their scores as a table or JSON lines, write a page.
 
-Takes command-line words, and scores as they arrive. A table or one JSON object per line goes to standard output.
 Progress and the pictures that could not be scored go to standard error.
 """
 
@@ -43,11 +42,8 @@ def find_pictures(words: Sequence[str], stdin: Any = None) -> list[str | tuple[s
     """Find the pictures named by the command-line arguments `words`, each once, in order.
 
     A directory is searched recursively, sorted by path. `-` reads standard input: one encoded picture, or one file name
-    per line. Returns file names, and ("standard input", bytes) for an encoded picture.
-
-    Raises:
-        UserError: an argument that matches nothing, an unreadable directory or one without pictures, an empty standard
-            input.
+    per line. Returns file names, and ("standard input", bytes) for an encoded picture. Raises UserError for an argument
+    that names no picture.
     """
     pictures: dict[str, str | tuple[str, bytes]] = {}
     for word in words:
