@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from tatar_dist.assets import looked_in
 from tatar_dist.commands import Json
 from tatar_dist.errors import UserError
 
@@ -101,7 +100,8 @@ def sets(registry: Registries = None, as_json: Json = False) -> None:
 
 
 ImageRoot = Annotated[
-    Path | None, typer.Option("--images", metavar="DIR", help="Where image paths start, whatever the manifest says.")
+    Path | None,
+    typer.Option("--images", metavar="DIR", exists=True, file_okay=False, help="Base of image paths, if another."),
 ]
 
 
@@ -132,7 +132,6 @@ def validate(
     from tatar_dist.faults.interrupts import StopSignals
     from tatar_dist.run.progress import Progress
 
-    _check_directory(images)
     if clean is not None:
         compare.clean_paths(manifests, clean)  # a wrong place is known before hours of decoding
     # a flag that every picture asks for: the exception of a first Ctrl-C was seen to get lost
@@ -166,11 +165,6 @@ def validate(
         raise UserError("; ".join([message, *hints]))
 
 
-def _check_directory(images: Path | None) -> None:
-    if images is not None and not images.is_dir():
-        raise UserError(f"--images {images}: no such directory{looked_in(images)}")
-
-
 @app.command("show")
 def show(
     manifest: Annotated[Path, typer.Argument(metavar="M.parquet")],
@@ -188,7 +182,6 @@ def show(
     from tatar_dist.commands import data_tables
     from tatar_dist.data.checks import sheet
 
-    _check_directory(images)
     page = output or manifest.with_name(f"{manifest.stem}.sheet.png")
     shown = sheet.show(manifest, rows, sort, dataset, page, images)
     if as_json:
