@@ -27,9 +27,7 @@ CHAT = "/v1/chat/completions"
 OPEN = ("/", "/health")  # without a key: the page, which asks for it, and the health check of load balancers
 # A large picture takes 4 GB while it is decoded, so they wait for each other.
 DECODING = 2
-PAGES = Environment(
-    loader=PackageLoader("tatar_dist.serve", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-)
+PAGES = Environment(loader=PackageLoader("tatar_dist.serve", "."), autoescape=True, trim_blocks=True)
 POLICY = (
     "default-src 'none'; img-src blob: data:; connect-src 'self'; script-src 'nonce-{nonce}'; "
     "style-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -69,7 +67,7 @@ class Front:
                 raise RequestRefused("/score: POST a picture to it", 405)
             picture, options = await requests.read(Request(scope, receive))
             async with self._decoding:
-                url = await asyncio.to_thread(lambda: chat.data_url(chat.upright(picture)))
+                url = await asyncio.to_thread(chat.picture_url, picture)
             answers = [self._task(scope, receive, task, url, options) for task in options.tasks]
             reply = JSONResponse(dict(zip(options.tasks, await asyncio.gather(*answers), strict=True)))
             await reply(scope, receive, send)

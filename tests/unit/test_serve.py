@@ -226,7 +226,7 @@ def test_a_chat_request_that_makes_no_sense_is_refused_in_one_line(monkeypatch):
     def decode(*args):
         raise AssertionError("a picture of a request that is refused was decoded")
 
-    monkeypatch.setattr(chat, "upright", decode)
+    monkeypatch.setattr(chat, "picture_url", decode)
     several = [*body["messages"], *with_picture(png())]
     assert "2 pictures in the messages; it judges one" in said(
         ask("POST", path, json={**body, "messages": several}, headers=KEY)
