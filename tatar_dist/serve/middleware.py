@@ -42,17 +42,15 @@ class Front:
         self._decoding = asyncio.Semaphore(DECODING)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, _announcing(scope, send))
-        elif scope["type"] == "http":
-            try:
-                await self._http(scope, receive, send)
-            except RequestRefused as e:
-                await _error(e)(scope, receive, send)
-            except ClientDisconnect:
-                pass  # nobody waits for a reply
-        else:
-            await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, _announcing(scope, send) if scope["type"] == "lifespan" else send)
+            return
+        try:
+            await self._http(scope, receive, send)
+        except RequestRefused as e:
+            await _error(e)(scope, receive, send)
+        except ClientDisconnect:
+            pass  # nobody waits for a reply
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = scope["path"], scope["method"]

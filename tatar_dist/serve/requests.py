@@ -6,8 +6,7 @@ There are three ways to send a picture, with the same options (`task`, `n`, `tem
     curl -F image=@a.jpg -F n=8 http://127.0.0.1:8000/score                        a form, as browsers send it
     {"image": "<base64 or data URL>", "n": 8}                                      JSON
 
-Invalid requests raise `RequestRefused`. Needs neither vLLM nor a model, only pydantic and Starlette, which come with
-vLLM.
+Invalid requests raise `RequestRefused`. Needs neither vLLM nor a model.
 """
 
 from __future__ import annotations
