@@ -51,13 +51,10 @@ def main(args: list[str] | None = None) -> int:
         if status == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this status, silently
             _complain("interrupted")
         return status if isinstance(status, int) else 0
-    except UserError as e:
+    except (UserError, RunError) as e:
         # Ray wraps what an actor raised: the wrapper's text is a traceback, its cause the one line.
         _complain(getattr(e, "cause", None) or e)
-        return EXIT_BAD_INPUT
-    except RunError as e:
-        _complain(getattr(e, "cause", None) or e)
-        return EXIT_FAILED
+        return EXIT_BAD_INPUT if isinstance(e, UserError) else EXIT_FAILED
     except TyperException as e:
         if e.format_message():  # empty when the help page was the answer already
             _complain(e.format_message())

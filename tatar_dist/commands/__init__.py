@@ -4,11 +4,15 @@ Heavy imports are inside functions, so that `--help` answers at once.
 
     stages.py           demo, probes, sft, grpo, evaluate, plan
     evaluation.py       score, metrics, compare
-    runs.py             status, report, export
-    data.py             data …, with data_tables.py (tables of import and sets) and data_validation.py
+    runs.py             status, report, export, serve
+    data.py             data …, with data_tables.py (tables of import and sets)
     rationale.py        rationale …
-    serve.py            serve
     checks.py           rewards, bench, doctor
     doctor.py           checks of this machine; doctor_nodes.py: of every node of a Ray cluster
-    options.py          options and output that several commands share
 """
+
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

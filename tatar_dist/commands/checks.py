@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
-from tatar_dist.commands.options import Json, print_result
+from tatar_dist.commands import Json
 from tatar_dist.errors import UserError
 
 # modules of tatar_dist.bench
@@ -60,7 +61,8 @@ def rewards(
         return
     audit.write(audits, output, sys.stdout)
     if output is not None:
-        print_result({**audit.summary(audits), "output": str(output)}, as_json)
+        summary = {**audit.summary(audits), "output": str(output)}
+        print(json.dumps(summary) if as_json else yaml.safe_dump(summary, sort_keys=False), end="")
 
 
 def bench(

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from tatar_dist.commands.options import Json
+from tatar_dist.commands import Json
+from tatar_dist.errors import UserError
 
 app = typer.Typer(help="Make and look at manifests, the Parquet files all stages read.", no_args_is_help=True)
 
@@ -68,6 +69,7 @@ def import_set(
 
     Example: [bold]tatar-dist data import KADID-10k --annotations dmos.csv --images images --output kadid.parquet[/bold]
     """
+    from tatar_dist.commands import data_tables
     from tatar_dist.data.imports.importer import Choices, run_import
     from tatar_dist.data.registry import read_registry
 
@@ -78,12 +80,7 @@ def import_set(
         check_images=not no_check_images,
         embed=embed,
     )
-    if as_json:
-        print(json.dumps(report, ensure_ascii=False))
-    else:
-        from tatar_dist.commands.data_tables import print_import
-
-        print_import(report)
+    print(json.dumps(report, ensure_ascii=False)) if as_json else data_tables.print_import(report)
 
 
 @app.command("sets")
@@ -92,18 +89,19 @@ def sets(registry: Registries = None, as_json: Json = False) -> None:
 
     Example: [bold]tatar-dist data sets[/bold]
     """
-    from tatar_dist.commands.data_tables import print_sets, sets_as_json
+    from tatar_dist.commands import data_tables
     from tatar_dist.data.registry import read_registry
 
     known = read_registry(registry or ())
     if as_json:
-        print(json.dumps(sets_as_json(known), ensure_ascii=False))
+        print(json.dumps(data_tables.sets_as_json(known), ensure_ascii=False))
     else:
-        print_sets(known)
+        data_tables.print_sets(known)
 
 
 ImageRoot = Annotated[
-    Path | None, typer.Option("--images", metavar="DIR", help="Where image paths start, whatever the manifest says.")
+    Path | None,
+    typer.Option("--images", metavar="DIR", exists=True, file_okay=False, help="Base of image paths, if another."),
 ]
 
 
@@ -123,9 +121,48 @@ def validate(
 
     Example: [bold]tatar-dist data validate data/koniq.parquet --clean data/koniq-clean.parquet[/bold]
     """
-    from tatar_dist.commands.data_validation import run_validation
+    import warnings
+    from contextlib import ExitStack
 
-    run_validation(manifests, output, workers, clean, images, as_json)
+    from rich.console import Console
+
+    from tatar_dist.data.checks import compare, report
+    from tatar_dist.data.checks.validate import validate
+    from tatar_dist.errors import Interrupted
+    from tatar_dist.faults.interrupts import StopSignals
+    from tatar_dist.run.progress import Progress
+
+    if clean is not None:
+        compare.clean_paths(manifests, clean)  # a wrong place is known before hours of decoding
+    # a flag that every picture asks for: the exception of a first Ctrl-C was seen to get lost
+    with warnings.catch_warnings(), StopSignals() as stop, ExitStack() as stack:
+        warnings.simplefilter("ignore")  # Pillow's, of oddities in metadata; what matters is found and listed
+        progress: Progress | None = None
+
+        def watch(done: int, total: int) -> None:
+            nonlocal progress
+            if stop.requested:
+                raise Interrupted("interrupted", stop.status)
+            if progress is None:
+                progress = stack.enter_context(Progress("validate", total, unit="picture"))
+            if done:
+                progress.update(done, {})
+
+        validation = validate(manifests, output, workers, watch, images)
+    summaries = report.written_reports(validation)
+    cleaned = compare.clean(validation, clean) if clean is not None else {}
+    if as_json:
+        print(json.dumps(report.as_json(validation) | ({"clean": cleaned} if cleaned else {}), ensure_ascii=False))
+    else:
+        report.print_summary(validation, Console())
+        for path, counts in cleaned.items():
+            dropped = ", ".join(f"{n:,} {why}" for why, n in counts.items() if why != "kept" and n) or "none"
+            print(f"clean   {path}: {counts['kept']:,} rows kept, dropped: {dropped}")
+    if not validation.ok:
+        to_read = [s for s, m in zip(summaries, validation.manifests, strict=True) if m.log.counts or not m.rows]
+        hints = dict.fromkeys(filter(None, map(report.hint, validation.manifests)))
+        message = f"{report.verdict(validation)[:-1]}: read {', '.join(map(str, to_read))}"
+        raise UserError("; ".join([message, *hints]))
 
 
 @app.command("show")
@@ -142,6 +179,12 @@ def show(
 
     Example: [bold]tatar-dist data show data/koniq.parquet --rows 40 --sort score[/bold]
     """
-    from tatar_dist.commands.data_validation import run_show
+    from tatar_dist.commands import data_tables
+    from tatar_dist.data.checks import sheet
 
-    run_show(manifest, rows, sort, dataset, output, images, as_json)
+    page = output or manifest.with_name(f"{manifest.stem}.sheet.png")
+    shown = sheet.show(manifest, rows, sort, dataset, page, images)
+    if as_json:
+        print(json.dumps(shown.as_json(), ensure_ascii=False))
+    else:
+        data_tables.print_pools(shown)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import resource
 import shutil
@@ -20,31 +21,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tatar_dist.assets import TINY_MODEL
-
 GIB = 1 << 30
-MIN_RAM = 8 * GIB  # the demo peaks below it
-MIN_DISK = 10 * GIB  # its environment and runs
-MIN_SHM = 1 * GIB  # Ray's object store
 MIN_FILES = 65_536
 TIME_ERROR = 5
 SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse.ceph", "glusterfs", "wekafs", "cifs", "smb", "9p")
 RAY_PORTS = {6379: "Ray's control store", 8265: "Ray's dashboard and jobs", 10001: "Ray's client"}
-BASE_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 PROBE = """
 import json, torch
-found = {"torch": torch.__version__, "cuda": torch.version.cuda, "devices": [], "nccl": None}
+report = {"torch": torch.__version__, "cuda": torch.version.cuda, "devices": [], "nccl": None}
 if torch.version.cuda and torch.distributed.is_nccl_available():
-    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    report["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
 if torch.cuda.is_available():
-    found["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    report["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 try:
     import torchvision.transforms.v2.functional
-    found["torchvision"] = None
+    report["torchvision"] = None
 except Exception as e:
-    found["torchvision"] = str(e).splitlines()[0]
-print(json.dumps(found))
+    report["torchvision"] = str(e).splitlines()[0]
+print(json.dumps(report))
 """
 
 
@@ -61,7 +56,7 @@ class DoctorCheck:
 
 def run() -> list[DoctorCheck]:
     """Run all checks, in the order in which problems are best solved."""
-    parts = (_tools, _packages, _torch, _machine, _cluster, _nodes, _ports, _paths, _photographs, _base_model)
+    parts = (_tools, _packages, _torch, _machine, _cluster, _clock, _nodes, _ports, _paths, _photographs)
     return [check for part in parts for check in part()]
 
 
@@ -69,11 +64,8 @@ def _tools() -> Iterator[DoctorCheck]:
     version = ".".join(map(str, sys.version_info[:3]))
     yield DoctorCheck("python", (3, 11) <= sys.version_info[:2] < (3, 13), True, version, "use Python 3.11 or 3.12")
     for tool in ("gcc", "g++"):
-        path = shutil.which(tool)
-        hint = f"install {tool}: torch and vLLM compile kernels"
+        path, hint = shutil.which(tool), f"install {tool}: torch and vLLM compile kernels"
         yield DoctorCheck(tool, path is not None, True, path or "not found", hint)
-    sbatch = shutil.which("sbatch")
-    yield DoctorCheck("slurm", True, False, sbatch or "not here (only needed to submit jobs)")
 
 
 def _packages() -> Iterator[DoctorCheck]:
@@ -125,54 +117,40 @@ def _torch() -> Iterator[DoctorCheck]:
 def _machine() -> Iterator[DoctorCheck]:
     import psutil
 
-    ram = psutil.virtual_memory().total
-    yield DoctorCheck("memory", ram >= MIN_RAM * 0.95, False, _gib(ram), f"the demo peaks below {_gib(MIN_RAM)}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield DoctorCheck("cores", True, False, str(cores))
-    free = shutil.disk_usage(Path.cwd()).free
-    yield DoctorCheck("disk here", free >= MIN_DISK, False, f"{_gib(free)} free", f"{_gib(MIN_DISK)} are advised")
-    shm = Path("/dev/shm")
-    if shm.is_dir():
-        size = shutil.disk_usage(shm).free
-        hint = "Ray keeps its objects there (docker: --shm-size=2g); else they go to disk, slowly"
-        yield DoctorCheck("/dev/shm", size >= MIN_SHM, False, f"{_gib(size)} free", hint)
+    shm = "Ray keeps its objects there (docker: --shm-size=2g); else they go to disk, slowly"
+    for name, size, least, hint in (
+        ("memory", psutil.virtual_memory().total, 7.6, "the demo peaks below 8 GiB"),
+        ("disk here", shutil.disk_usage(".").free, 10, "10 GiB are advised for the environment and runs"),
+        ("/dev/shm", shutil.disk_usage("/dev/shm").free, 1, shm),
+    ):
+        yield DoctorCheck(name, size >= least * GIB, False, f"{size / GIB:.1f} GiB", hint)
 
 
 def _cluster() -> Iterator[DoctorCheck]:
-    """Checks for clusters: networks, open files, whether this file system is shared, clock."""
+    """Check what a cluster needs of a machine: networks, open files, a shared file system."""
     import psutil
 
-    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
-    names = [
-        f"{name} {a.address}"
-        for name, addresses in sorted(psutil.net_if_addrs().items())
-        for a in addresses
-        if name in up and a.family == socket.AF_INET and name != "lo"
-    ]
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup and name != "lo"}
+    addresses = ((name, a) for name in sorted(up) for a in psutil.net_if_addrs().get(name, ()))
+    networks = ", ".join(f"{name} {a.address}" for name, a in addresses if a.family == socket.AF_INET)
     hint = "one machine only; cluster.network_interface names the one to use where there are several"
-    yield DoctorCheck("networks", bool(names), False, ", ".join(names) or "loopback only", hint)
+    yield DoctorCheck("networks", bool(networks), False, networks or "loopback only", hint)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    shown = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
-    enough = hard == resource.RLIM_INFINITY or hard >= MIN_FILES
+    most = math.inf if hard == resource.RLIM_INFINITY else hard
     hint = f"Ray raises its own limit up to that; {MIN_FILES} are advised (limits.conf, or the container's --ulimit)"
-    yield DoctorCheck("open files", enough, False, f"{soft}, may be raised to {shown}", hint)
-    here = Path.cwd()
-    mounts = [m for m in psutil.disk_partitions(all=True) if here.is_relative_to(m.mountpoint)]
+    yield DoctorCheck("open files", most >= MIN_FILES, False, f"{soft}, may be raised to {most}", hint)
+    mounts = [m for m in psutil.disk_partitions(all=True) if Path.cwd().is_relative_to(m.mountpoint)]
     kind = max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else "unknown"
     shared = "shared" if kind.startswith(SHARED) else "this machine's own, as far as its type says"
     yield DoctorCheck("file system here", True, False, f"{kind}: {shared} (checkpoint.storage)")
-    yield _clock()
 
 
-def _clock() -> DoctorCheck:
+def _clock() -> Iterator[DoctorCheck]:
     """Check whether the kernel's clock is synchronised: adjtimex(2) returns TIME_ERROR if it is not."""
-    try:
-        state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # modes 0: only reads
-    except (OSError, AttributeError):
-        state = -1
+    state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # modes 0: only reads
     known = {-1: "this system does not say whether it is synchronised", TIME_ERROR: "not synchronised"}
     hint = "start chrony or ntpd: times of several nodes are compared in logs and events"
-    return DoctorCheck("clock", state != TIME_ERROR, False, known.get(state, "synchronised"), hint)
+    yield DoctorCheck("clock", state != TIME_ERROR, False, known.get(state, "synchronised"), hint)
 
 
 def _nodes() -> Iterator[DoctorCheck]:
@@ -192,10 +170,6 @@ def _paths() -> Iterator[DoctorCheck]:
         yield DoctorCheck(path.name, path.status != NEVER, False, f"{path.status} ({path.key})", hint)
 
 
-def _gib(n: float) -> str:
-    return f"{n / GIB:.1f} GiB"
-
-
 def _ports() -> Iterator[DoctorCheck]:
     for port, what in RAY_PORTS.items():
         with socket.socket() as s:
@@ -209,21 +183,14 @@ def _photographs() -> Iterator[DoctorCheck]:
     from tatar_dist.demo.data.photos import PHOTOS, locate
     from tatar_dist.errors import UserError
 
-    missing = []
-    for photo in PHOTOS:
-        try:
+    problem = None
+    try:
+        for photo in PHOTOS:
             locate(photo)
-        except UserError:
-            missing.append(f"{photo.name} ({photo.package})")
-    counts = f"{len(PHOTOS) - len(missing)} of {len(PHOTOS)}" + (f"; missing: {', '.join(missing)}" if missing else "")
-    yield DoctorCheck("photographs of the demo", not missing, False, counts, "run `make setup` (launch/photos.txt)")
-
-
-def _base_model() -> Iterator[DoctorCheck]:
-    missing = [name for name in BASE_MODEL_FILES if not (TINY_MODEL / name).is_file()]
-    files = f"missing: {', '.join(missing)}" if missing else "complete"
-    hint = "take the checkout again, or build it: tatar_dist/demo/tiny"
-    yield DoctorCheck("base model of the demo", not missing, False, files, hint)
+    except UserError as e:
+        problem = str(e)
+    hint = "run `make setup` (launch/photos.txt)"
+    yield DoctorCheck("photographs of the demo", problem is None, False, problem or f"all {len(PHOTOS)}", hint)
 
 
 def as_json(checks: list[DoctorCheck]) -> dict[str, Any]:
@@ -234,8 +201,7 @@ def as_json(checks: list[DoctorCheck]) -> dict[str, Any]:
 
 def verdict(checks: list[DoctorCheck]) -> str:
     """Summary sentence."""
-    missing = [c.name for c in checks if c.required and not c.ok]
-    noted = [c.name for c in checks if not c.required and not c.ok]
+    missing, noted = ([c.name for c in checks if c.required is needed and not c.ok] for needed in (True, False))
     if missing:
         return f"[red]Missing:[/] {', '.join(missing)}. Nothing will run before that is put right."
     return f"Everything needed is here{'; look at: ' + ', '.join(noted) if noted else ''}."

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import socket
 import sys
@@ -40,17 +39,9 @@ class Node:
     sees_file: bool | None
 
 
-def _now() -> float:
-    return time.time()
-
-
-def _facts(file: str | None) -> tuple[dict[str, str], bool | None]:
-    """Runs on a node: return its versions and whether it sees `file` (None: there is none)."""
-    seen = None if file is None else Path(file).exists()
-    if seen is False:
-        time.sleep(2)  # a network file system may show a new file late
-        seen = Path(str(file)).exists()
-    return versions(), seen
+def _facts(file: str | None) -> tuple[float, dict[str, str], bool | None]:
+    """Runs on a node: return its time, its versions and whether it sees `file` (None: there is none)."""
+    return time.time(), versions(), None if file is None else Path(file).exists()
 
 
 def versions() -> dict[str, str]:
@@ -78,13 +69,15 @@ def examine(address: str) -> Iterator[DoctorCheck]:
         hint = "start it, or unset RAY_ADDRESS; same Ray version, same token"
         yield DoctorCheck("Ray cluster", False, False, text, hint)
         return
-    file = _new_file()
+    file = None
     try:
-        nodes, silent = _ask(ray, file)
+        with suppress(OSError):  # not writable
+            file = tempfile.NamedTemporaryFile(prefix=".tatar-doctor-", dir=Path.cwd())
+        nodes, silent = _ask(ray, file.name if file else None)
     finally:
         ray.shutdown()
         if file is not None:
-            os.unlink(file)
+            file.close()
     yield from checks(nodes, silent, versions())
 
 
@@ -99,47 +92,35 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _new_file() -> str | None:
-    """Create a file in this directory for the nodes to see; None if the directory is not writable."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=".tatar-doctor-", dir=Path.cwd())
-    except OSError:
-        return None
-    os.close(handle)
-    return name
-
-
 def _ask(ray: Any, file: str | None) -> tuple[list[Node], dict[str, str]]:
     """(nodes that answered, address -> error of a node that did not)."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a node may have no tatar_dist, or another
-    facts, now = (ray.remote(num_cpus=0, max_retries=0)(ask) for ask in (_facts, _now))
+    facts = ray.remote(num_cpus=0, max_retries=0)(_facts)
     living = [n for n in ray.nodes() if n["Alive"]]
-    there = [{"scheduling_strategy": NodeAffinitySchedulingStrategy(n["NodeID"], False)} for n in living]
-    asked = [facts.options(**where).remote(file) for where in there]
-    ready = set(ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)[0])
+    tasks = [facts.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], False)) for n in living]
+    first = [task.remote(file) for task in tasks]  # starts a worker on every node
+    ready = set(ray.wait(first, num_returns=len(first), timeout=ANSWER_S)[0])
     nodes, silent = [], {}
-    for n, where, answer in zip(living, there, asked, strict=True):
-        address = n["NodeManagerAddress"]
+    for n, task, answer in zip(living, tasks, first, strict=True):
         try:
             if answer not in ready:
                 raise TimeoutError(f"not within {ANSWER_S} s")
-            packages, seen = ray.get(answer)
-            ahead, doubt = min((_offset(ray, now.options(**where)) for _ in range(PROBES)), key=lambda pair: pair[1])
+            answers = [_round_trip(ray, n, task, file) for _ in range(PROBES)]
+            nodes.append(min(answers, key=lambda node: node.doubt))
         except (TimeoutError, ray.exceptions.RayError) as e:
-            silent[address] = _line(e)
-        else:
-            nodes.append(Node(address, int(n["Resources"].get("GPU", 0)), packages, ahead, doubt, seen))
+            silent[n["NodeManagerAddress"]] = _line(e)
     return nodes, silent
 
 
-def _offset(ray: Any, task: Any) -> tuple[float, float]:
-    """(clock offset, its uncertainty) of a node in seconds, from one round trip as in NTP (RFC 5905, section 8)."""
+def _round_trip(ray: Any, node: Mapping[str, Any], task: Any, file: str | None) -> Node:
+    """Ask a node once. The offset of its clock is taken as in NTP (RFC 5905, section 8)."""
     start = time.time()
-    there = ray.get(task.remote(), timeout=ANSWER_S)
+    there, packages, seen = ray.get(task.remote(file), timeout=ANSWER_S)
     end = time.time()
-    return there - (start + end) / 2, (end - start) / 2
+    gpus = int(node["Resources"].get("GPU", 0))
+    return Node(node["NodeManagerAddress"], gpus, packages, there - (start + end) / 2, (end - start) / 2, seen)
 
 
 def checks(nodes: Sequence[Node], silent: Mapping[str, str], here: Mapping[str, str]) -> Iterator[DoctorCheck]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from tatar_dist.commands.options import Json
+from tatar_dist.commands import Json
 from tatar_dist.errors import UserError
 
 
@@ -23,7 +23,7 @@ def score(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A config key of the engine; may repeat.")
     ] = None,
-    task: Annotated[str, typer.Option(help="iqa, iaa or both.")] = "both",
+    task: Annotated[Literal["iqa", "iaa", "both"], typer.Option(help="Quality, aesthetics or both.")] = "both",
     samples: Annotated[int, typer.Option(min=0, help="Sampled answers beside the greedy one: mean and spread.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampled answers.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampled answers.")] = 0,
@@ -43,23 +43,18 @@ def score(
     from tatar_dist.scoring import output as score_output
     from tatar_dist.scoring.directory import model_config
     from tatar_dist.scoring.scorer import Scorer
-    from tatar_dist.types import TASKS
 
     paths = score_output.find_pictures(pictures)
     model_config(model, overrides or [])  # before anything is loaded
-    if task not in (*TASKS, "both"):
-        raise UserError(f"--task {task}: must be one of {', '.join(TASKS)}, both")
     warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    how: dict[str, Any] = {"samples": samples, "temperature": temperature, "seed": seed, "expected": expected}
-    failed = score_output.run(
-        lambda: partial(Scorer(model, overrides or []).score, paths, task, **how),
-        total=len(paths) * (2 if task == "both" else 1),
-        as_json=as_json,
-        html=html,
-        given=paths,
-    )
-    if failed:
+
+    def load() -> Iterator[Any]:
+        scorer = Scorer(model, overrides or [])
+        return scorer.score(paths, task, samples=samples, temperature=temperature, seed=seed, expected=expected)
+
+    total = len(paths) * (2 if task == "both" else 1)
+    if score_output.run(load, total, as_json, html, given=paths):
         raise typer.Exit(1)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tatar_dist.commands.options import Json
+from tatar_dist.commands import Json
 
 app = typer.Typer(help="Make the rationales that SFT learns from.", no_args_is_help=True)
 
@@ -122,20 +122,13 @@ def _of(summary: dict[str, Any]) -> str:
 
 
 def _print_plan(plan: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console()
-    console.print(f"[bold]{plan['command']}[/bold]: {_of(plan)}; nothing is sent", highlight=False)
+    print(f"{plan['command']}: {_of(plan)}; nothing is sent")
     for task, t in plan["tasks"].items():
         left_out = "".join(f", {n} not ({code})" for code, n in t["not_asked"].items())
-        console.print(f"\n[bold]{task}[/bold]: {t['asked']} rows would be asked{left_out}", highlight=False)
+        print(f"\n{task}: {t['asked']} rows would be asked{left_out}")
         if "prompt" not in t:
             continue
+        who = f"{t['model'] or 'no model yet'} at {t['endpoint'] or 'no address yet'}, key {t['key']}"
         sampling = f"temperature {t['temperature']:g}, top_p {t['top_p']:g}, {t['max_tokens']} tokens"
-        with_image = "with its image" if t["image"] else "without its image"
-        who = f"{t['model'] or 'no model yet'} at {t['endpoint'] or 'no address yet'}"
-        request = f"{who}, key {t['key']}; {sampling}; {with_image}"
-        console.print(escape(request), highlight=False, soft_wrap=True)
-        prompt = f"--- {t['sample_id']}, system\n{t['prompt']['system']}\n--- user\n{t['prompt']['user']}"
-        console.print(escape(prompt), highlight=False, soft_wrap=True)
+        print(f"{who}; {sampling}; {'with' if t['image'] else 'without'} its image")
+        print(f"--- {t['sample_id']}, system\n{t['prompt']['system']}\n--- user\n{t['prompt']['user']}")

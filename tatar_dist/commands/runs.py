@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tatar_dist.commands.options import Json
+from tatar_dist.commands import Json
 from tatar_dist.errors import UserError
 
 
@@ -105,4 +105,4 @@ def serve(
     """
     from tatar_dist.serve import server
 
-    server.run(model, server.Address(host, port, api_key_env, open_to_all), overrides or [])
+    server.run(model, host, port, api_key_env, open_to_all, overrides or [])

@@ -7,6 +7,7 @@ from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
@@ -14,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from tatar_dist.assets import RECIPES, TINY_MODEL, locate, looked_in
 from tatar_dist.config.rules import check
 from tatar_dist.config.schema import Config
-from tatar_dist.config.validate import fault, first, near
+from tatar_dist.config.validate import fault, first, near, read_yaml
 from tatar_dist.errors import UserError
 
 
@@ -36,19 +37,17 @@ def load_config(files: list[str], overrides: list[str], unused: tuple[str, ...] 
     Raises:
         UserError: missing file, broken YAML, unknown key, wrong type, or a rule of `check` violated.
     """
-    layers = [(name, _file(name)) for name in files]
-    for word in overrides:
-        if "=" not in word:
-            raise UserError(f"{word!r}: expected key=value (or --config FILE)")
-        layers.append((word, OmegaConf.from_dotlist([word])))
+    layers: list[tuple[str, Any]] = []
     merged: Any = OmegaConf.create(asdict(Config()))
-    for where, layer in layers:
-        if not OmegaConf.is_dict(layer):
-            raise UserError(f"{where}: must hold keys and values")
+    for n, where in enumerate([*files, *overrides]):
+        if n >= len(files) and "=" not in where:
+            raise UserError(f"{where!r}: expected key=value (or --config FILE)")
         try:
+            layer = _file(where) if n < len(files) else OmegaConf.from_dotlist([where])
             merged = OmegaConf.merge(merged, layer)
-        except (TypeError, OmegaConfBaseException) as e:  # a list in place of a section
-            raise UserError(f"{where}: {str(e).splitlines()[0]}") from None
+        except (TypeError, OmegaConfBaseException, yaml.YAMLError) as e:
+            raise UserError(f"{where}: not keys and values of the config: {' '.join(str(e).split())}") from None
+        layers.append((where, layer))
     try:
         missing = OmegaConf.missing_keys(merged)
     except OmegaConfBaseException as e:  # an interpolation of a key that is not there
@@ -71,10 +70,7 @@ def _file(name: str) -> Any:
         raise UserError(f"{name}: no such config file{looked_in(name)} (bundled: {', '.join(RECIPES)})")
     if path != Path(name):
         print(f"tatar-dist: {name}: not{looked_in(name)}, the bundled file is used", file=sys.stderr)
-    try:
-        return OmegaConf.load(path)
-    except Exception as e:  # YAML errors come in several classes; each says its line
-        raise UserError(f"{name}: not valid YAML: {' '.join(str(e).split())}") from None
+    return OmegaConf.create(read_yaml(path, "config"))
 
 
 def _validated(merged: Any, layers: list[tuple[str, Any]], files: list[str]) -> Config:

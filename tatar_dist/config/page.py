@@ -1,78 +1,48 @@
-"""The table of every config key in configs/README.md, generated from the schema and its trailing comments.
+"""Write the table of every config key in configs/README.md.
 
     python -m tatar_dist.config.page      rewrite the table below the marker line
 
-Defaults come from an instance of `Config`, meanings from the comments on each field's lines in schema.py and
-rationale.py. A field without a comment still gets a row.
+Keys, defaults and choices come from the schema, meanings from the comment at the end of each field's line.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
-import io
-import tokenize
+import json
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tatar_dist.config import rationale, schema
+from tatar_dist.config.schema import Config
 
 PAGE = Path(__file__).parents[2] / "configs/README.md"
 MARKER = "<!-- keys: python -m tatar_dist.config.page -->\n"
+FIELD = re.compile(r"^    (\w+): .+?  # (.+)$", re.MULTILINE)
 
 
-def comments(module: Any) -> dict[tuple[str, str], str]:
-    """(class name, field name) -> the comments on the field's lines, for every annotated field of a module."""
-    source = inspect.getsource(module)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    at_line = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    found = {}
-    for cls in (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)):
-        for node in cls.body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-                found[cls.name, node.target.id] = " ".join(at_line[i] for i in lines if i in at_line)
-    return found
-
-
-def _yaml(value: Any) -> str:
-    """A default as one writes it in a YAML file."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_yaml, value))}]"
-    return str(value) if value not in ("", {}) else {"": '""'}.get(str(value), "{}")
-
-
-def _section(title: str, instance: Any, meanings: dict[tuple[str, str], str]) -> list[str]:
-    """One section's heading and table, then its subsections."""
-    rows, below = [], list[str]()
-    for f in fields(instance):
-        value, key = getattr(instance, f.name), f"{title}.{f.name}".lstrip(".")
-        if is_dataclass(value):
-            below += _section(key, value, meanings)
+def keys_table(title: str = "", section: Any = None) -> str:
+    """Every key of the schema, or of one section, as Markdown: a table per section, in the order of the schema."""
+    section = section or Config()
+    comments, hints = dict(FIELD.findall(inspect.getsource(type(section)))), get_type_hints(type(section))
+    rows, subsections = [], []
+    for f in fields(section):
+        default, key = getattr(section, f.name), f"{title}.{f.name}".lstrip(".")
+        if is_dataclass(default):
+            subsections.append(keys_table(key, default))
             continue
-        meaning = meanings.get((type(instance).__name__, f.name), "").replace("|", "\\|")
-        default = "required" if value == "???" else f"`{_yaml(value)}`"
-        rows.append(f"| `{key}` | {default} | {meaning} |")
-    head = [f"### `{title}`" if title else "### Top level", "", "| key | default | meaning |", "|---|---|---|"]
-    return [*(head if rows else head[:1]), *rows, "", *below]
-
-
-def keys_table() -> str:
-    """Every key of the schema as Markdown, a table per section, in the order of the schema."""
-    return "\n".join(_section("", schema.Config(), comments(schema) | comments(rationale)))
+        choices = get_args(hints[f.name]) if get_origin(hints[f.name]) is Literal else ()
+        meaning = "; ".join(filter(None, (" | ".join(choices), comments.get(f.name)))).replace("|", "\\|")
+        value = default if isinstance(default, str) and default else json.dumps(default)
+        rows.append(f"| `{key}` | {'required' if value == '???' else f'`{value}`'} | {meaning} |")
+    head = ["| key | default | meaning |", "|---|---|---|"] if rows else []
+    return "\n".join([f"### `{title}`" if title else "### Top level", "", *head, *rows, "", *subsections])
 
 
 def main() -> None:
     """Rewrite what follows the marker line of configs/README.md."""
-    if not PAGE.exists():
-        raise SystemExit(f"{PAGE}: not in a checkout")
-    head, marker, _ = PAGE.read_text(encoding="utf-8").partition(MARKER)
-    if not marker:
-        raise SystemExit(f"{PAGE}: no line {MARKER.strip()}")
-    PAGE.write_text(head + marker + "\n" + keys_table(), encoding="utf-8")
+    head, _ = PAGE.read_text(encoding="utf-8").split(MARKER)
+    PAGE.write_text(f"{head}{MARKER}\n{keys_table()}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from tatar_dist.config.validate import STRICT_KEYS, AboveZero, AtLeastOne, AtLeastZero, Float, Int, NotNegative, Why
 from tatar_dist.errors import UserError
 
-ALLOWED_QUERY = ("api-version",)  # what some endpoints want in the address; anything else might be a secret
+ALLOWED_QUERY = {"api-version"}  # what some endpoints want in the address; anything else might be a secret
 
 
 def check_url(url: str) -> str:
@@ -31,15 +31,13 @@ def check_url(url: str) -> str:
         _ = parts.port
     except ValueError:
         raise ValueError("not a valid address") from None
-    if "@" in parts.netloc:
-        raise ValueError(
-            "holds a user name or password; put the key into an environment variable and name it in api_key_env"
-        )
-    if any(name not in ALLOWED_QUERY for name, _ in parse_qsl(parts.query, keep_blank_values=True)) or parts.fragment:
-        raise ValueError(
-            "holds a query (?…), which may carry a key; put the key into an environment variable and name it "
-            "in api_key_env"
-        )
+    query = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)} - ALLOWED_QUERY
+    for secret, given in (
+        ("a user name or password", "@" in parts.netloc),
+        ("a query (?…), which may carry a key", query or parts.fragment),
+    ):
+        if given:
+            raise ValueError(f"holds {secret}; put the key into an environment variable and name it in api_key_env")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url!r} must start with http:// or https:// and name a host")
     return url
@@ -56,6 +54,7 @@ Variable = Annotated[str, AfterValidator(_check_variable)]
 FiniteAboveZero = Annotated[AboveZero, Rule(allow_inf_nan=False)]
 Share = Annotated[Float, Gt(0), Le(1)]
 Split = Literal["train", "validation", "test"]
+Splits = Annotated[list[Split] | None, Why("null takes all rows")]
 
 
 @dataclass(frozen=True, config=STRICT_KEYS)
@@ -117,9 +116,7 @@ class LimitsConfig:
 class RationaleConfig:
     prompts: str = "configs/rationale_prompts.yaml"  # what teachers and judges are told; word lists of the checks
     attempts: AtLeastOne = 3  # times a sample is asked before it is rejected for good
-    splits: Annotated[list[Split] | None, Why("null takes all rows")] = field(
-        default_factory=lambda: list[Split](["train"])
-    )  # rows looked at; null = all
+    splits: Splits = field(default_factory=lambda: list[Split](["train"]))  # rows looked at; null = all
     limit: AtLeastOne | None = None  # so many of these rows are looked at; null = all
     teacher: EndpointConfig = field(default_factory=EndpointConfig)
     fast: TextConfig = field(default_factory=lambda: TextConfig(sentences=2))
@@ -137,9 +134,7 @@ def check(c: RationaleConfig) -> None:
     """Check rules that join several keys. Raises UserError naming the key, never a value that may be a secret."""
     for key, text in (("rationale.fast", c.fast), ("rationale.slow", c.slow)):
         if text.url and c.teacher.local:
-            raise UserError(
-                f"{key}.url: with rationale.teacher.local=true our own engines write all texts; leave it out"
-            )
+            raise UserError(f"{key}.url: with rationale.teacher.local=true our engines write all texts; leave it out")
         if text.api_key_env and not text.url:
             raise UserError(f"{key}.api_key_env: belongs to {key}.url, which is empty; the teacher's is its own")
         if text.min_words > text.max_words:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from tatar_dist.config.rationale import check as check_rationale
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 from tatar_dist.run.failpoints import parse as parse_failpoint
-
-if TYPE_CHECKING:
-    from tatar_dist.rewards.presets import Preset
 
 
 def check(c: Config) -> None:
@@ -32,15 +27,6 @@ def check(c: Config) -> None:
             f"rollout.top_p={c.rollout.top_p}, top_k={c.rollout.top_k}: only 1.0 and -1 are available, as the loss "
             "takes the probabilities of the full softmax"
         )
-    _check_push(c)
-    for entry in c.failpoints:
-        parse_failpoint(entry)
-    check_rationale(c.rationale)
-    _check_reward(c)
-
-
-def _check_push(c: Config) -> None:
-    """Which way of pushing weights goes with which placement; and engines enough."""
     push, placement = c.rollout.push, c.cluster.placement
     if push != "object_store" and not c.cluster.gpus_per_node:
         raise UserError(f"rollout.push={push} needs GPUs, cluster.gpus_per_node is 0: use object_store")
@@ -49,11 +35,16 @@ def _check_push(c: Config) -> None:
         raise UserError(f"rollout.push={push} does not work with cluster.placement={placement}: use {other}")
     if 0 < c.rollout.engines < c.rollout.min_engines:
         raise UserError(f"rollout.min_engines={c.rollout.min_engines} of rollout.engines={c.rollout.engines} engines")
+    for entry in c.failpoints:
+        parse_failpoint(entry)
+    check_rationale(c.rationale)
+    _check_reward(c)
 
 
 def _check_reward(c: Config) -> None:
     """Rules that follow from the reward: batches that can rank, and room for the words it asks for."""
     from tatar_dist.rewards.presets import load_preset
+    from tatar_dist.rewards.terms import check_token_budget
 
     preset = load_preset(c.reward.preset, c.reward.weights, c.reward.params)
     n_iqa = round(c.grpo.prompts_per_step * c.data.iqa_fraction)
@@ -63,18 +54,9 @@ def _check_reward(c: Config) -> None:
                 f"grpo.prompts_per_step={c.grpo.prompts_per_step} holds {n} {task.upper()} image(s) a step, ranking "
                 f"needs data.min_rank_pool={c.data.min_rank_pool}: raise prompts_per_step or change data.iqa_fraction"
             )
-    _check_length_budget(c, preset)
-
-
-def _check_length_budget(c: Config, preset: Preset) -> None:
-    """Refuse a generation limit under which an IAA rationale cannot reach the words the reward asks of it.
-
-    The released code asks for 125 words and stops generation after about 180, tags and answer included.
-    """
-    from tatar_dist.rewards.terms import check_token_budget
-
     if c.data.iqa_fraction == 1.0:
         return
+    # an IAA rationale must reach the words: the released code asks for 125 and stops after about 180 tokens
     if preset.length.weight and "iaa" in preset.length.tasks:
         check_token_budget(preset.length.iaa_min, c.rollout.max_new_tokens)
     gate = preset.gaussian.gate_iaa_min_words

@@ -16,12 +16,20 @@ from pydantic.dataclasses import dataclass
 from tatar_dist.config.rationale import RationaleConfig
 from tatar_dist.config.validate import STRICT_KEYS, AboveZero, AtLeastOne, AtLeastZero, Float, Int, NotNegative, Why
 
+RankPool = Annotated[Int, Ge(2), Why("a single image cannot be ranked")]
+GroupSize = Annotated[Int, Ge(2), Why("an advantage compares completions of one prompt")]
+RatioCap = Annotated[Float, Ge(1), Why("it caps a ratio that is 1 where engine and learner agree")]
+Temperature = Annotated[AboveZero, Why("greedy completions of one prompt are all alike: no group has an advantage")]
+Schedule = Literal["linear", "cosine", "constant"]
+Importance = Literal["auto", "none", "token", "sequence"]
+Aggregation = Literal["sequence-mean", "token-mean", "constant"]
+
 
 @dataclass(frozen=True, config=STRICT_KEYS)
 class ModelConfig:
     path: str = "???"  # Hugging Face model directory (or hub name where the hub is reachable)
     family: str = "qwen2_5_vl"  # a module of tatar_dist.models
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # bfloat16 | float32, for learners and engines alike
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # for learners and engines alike
     min_pixels: Int = 3136  # smaller images are scaled up; learners and engines use the same sizes
     max_pixels: Int = 1572864  # larger images are scaled down
     train_vision: bool = True  # false freezes the vision tower
@@ -40,9 +48,7 @@ class DataConfig:
     test: list[str] = field(default_factory=list)  # likewise, test: what `evaluate` reads
     prompts: str = "configs/prompts.yaml"  # wording of the prompts, the same for every stage
     iqa_fraction: Annotated[Float, Ge(0), Le(1)] = 0.5  # share of IQA samples in a batch
-    min_rank_pool: Annotated[Int, Ge(2), Why("a single image cannot be ranked")] = (
-        2  # images of one data set that a GRPO batch must hold of a task whose reward ranks
-    )
+    min_rank_pool: RankPool = 2  # images of one data set that a GRPO batch must hold of a task whose reward ranks
     max_prompt_tokens: Int = 3072  # longer prompts are rejected, never truncated
     eval_limit: AtLeastOne | None = None  # samples per data set in an evaluation, also of a running GRPO; null = all
 
@@ -59,12 +65,8 @@ class ClusterConfig:
     pin_cores: bool = False  # CPU, one machine: engines on the first half of the cores, learners on the other
     object_store_mib: AtLeastOne = 1024  # used only when Ray is started here
     start_timeout_s: AboveZero = 600.0  # for actors to be placed, load the model and join
-    placement: Literal["disaggregated", "colocated"] = (
-        "disaggregated"  # disaggregated | colocated: engines share the learners' GPUs and sleep meanwhile
-    )
-    learner_placement: Literal["pack", "spread"] = (
-        "pack"  # pack: fill one node after the other | spread: one node each, as far as there are
-    )
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"  # colocated: engines sleep on learners' GPUs
+    learner_placement: Literal["pack", "spread"] = "pack"  # pack: fill node after node; spread: one node each
     network_interface: str | None = None  # of gloo and NCCL, for example ib0 or eth0; null = what they choose
     collective_timeout_s: AboveZero = 1800.0  # a collective of the learners that takes longer fails
     learner_restarts: AtLeastZero = 3  # restarts of the learners in a row without a finished step between them
@@ -74,13 +76,13 @@ class ClusterConfig:
 
 @dataclass(frozen=True, config=STRICT_KEYS)
 class OptimConfig:
-    name: Literal["adamw", "sgd"] = "adamw"  # adamw | sgd
+    name: Literal["adamw", "sgd"] = "adamw"  # the optimiser
     lr: NotNegative = 1e-6  # learning rate after warm-up
     lr_scale: dict[str, NotNegative] = field(default_factory=dict)  # part of a parameter's name -> factor on its lr
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     eps: Float = 1e-8  # of AdamW
     weight_decay: Float = 0.0  # decoupled with adamw, L2 with sgd
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear | cosine | constant
+    schedule: Schedule = "linear"  # of the learning rate after warm-up
     warmup_steps: AtLeastZero = 0  # steps from 0 to lr, linear
     clip_norm: Float = 1.0  # largest gradient norm; 0 = no clipping
 
@@ -99,42 +101,24 @@ class SFTConfig:
 @dataclass(frozen=True, config=STRICT_KEYS)
 class GRPOConfig:
     prompts_per_step: AtLeastOne = 16  # prompts, one image each, per optimiser step
-    group_size: Annotated[Int, Ge(2), Why("an advantage compares completions of one prompt")] = (
-        8  # G, completions per prompt
-    )
-    micro_tokens: AtLeastOne = (
-        16384  # tokens in one forward: prompts, each once, and completions; a longer one goes alone
-    )
+    group_size: GroupSize = 8  # G, completions per prompt
+    micro_tokens: AtLeastOne = 16384  # tokens in one forward, each prompt counted once; a longer group goes alone
     epochs: Float = 3.0  # passes over the training prompts; max_steps overrides it
     max_steps: AtLeastOne | None = None  # optimiser steps; null = what epochs come to
     kl_beta: NotNegative = 0.001  # weight of the k3 KL to the start model; 0 loads no reference model
-    kl_schedule: Literal["constant", "linear", "cosine"] = (
-        "constant"  # constant | linear | cosine: the way from kl_beta to kl_beta_end over the run
-    )
+    kl_schedule: Schedule = "constant"  # the way from kl_beta to kl_beta_end over the run
     kl_beta_end: NotNegative = 0.0  # weight at the last step, with kl_schedule linear or cosine
-    aggregation: Literal["sequence-mean", "token-mean", "constant"] = (
-        "sequence-mean"  # sequence-mean | token-mean (DAPO) | constant (Dr. GRPO, max_new_tokens)
-    )
-    ratio: Literal["token", "sequence"] = "token"  # token | sequence (GSPO, whose clips are near 3e-4)
+    aggregation: Aggregation = "sequence-mean"  # token-mean as in DAPO, constant (max_new_tokens) as in Dr. GRPO
+    ratio: Literal["token", "sequence"] = "token"  # sequence as in GSPO, whose clips are near 3e-4
     clip_low: NotNegative = 0.2  # the ratio is clipped below 1 - clip_low
     clip_high: NotNegative = 0.2  # the ratio is clipped above 1 + clip_high
-    importance: Literal["auto", "none", "token", "sequence"] = (
-        "auto"  # none | token | sequence: correct for engine-learner mismatch; auto: algo/README.md
-    )
-    importance_mode: Literal["truncate", "mask"] = (
-        "truncate"  # truncate at importance_cap | mask what lies outside [1/cap, cap]
-    )
-    importance_cap: Annotated[Float, Ge(1), Why("it caps a ratio that is 1 where engine and learner agree")] = (
-        2.0  # >= 1: cap on exp(learner - engine log-probability); unused without importance
-    )
+    importance: Importance = "auto"  # correction of engine-learner mismatch; auto: algo/README.md
+    importance_mode: Literal["truncate", "mask"] = "truncate"  # at importance_cap, or mask outside [1/cap, cap]
+    importance_cap: RatioCap = 2.0  # >= 1: cap on exp(learner - engine log-probability); unused without importance
     mask_truncated: bool = False  # true: a completion cut off by max_new_tokens stays out of the loss
-    advantage: Literal["std", "mean", "per_term"] = (
-        "std"  # std | mean (Dr. GRPO) | per_term: how rewards are centred and scaled in a group
-    )
+    advantage: Literal["std", "mean", "per_term"] = "std"  # scaling of rewards in a group; mean as in Dr. GRPO
     advantage_eps: NotNegative = 1e-4  # added to the std
-    zero_std: Literal["keep", "drop", "refill"] = (
-        "keep"  # keep | drop | refill: groups whose completions all got the same reward
-    )
+    zero_std: Literal["keep", "drop", "refill"] = "keep"  # groups whose completions all got the same reward
     refill_limit: AtLeastOne = 2  # rounds of new prompts a step for such groups, with refill; what is left is dropped
     inner_iterations: AtLeastOne = 1  # updates per batch of completions, one optimiser step each
     staleness: AtLeastZero = 0  # k: completions are sampled from the weights of k steps before, while the learners work
@@ -147,9 +131,7 @@ class GRPOConfig:
 class RolloutConfig:
     engines: AtLeastZero = 1  # vLLM engines; 0 = as many as fit (plan/plan.py)
     tensor_parallel: AtLeastOne = 1  # GPUs per engine
-    temperature: Annotated[
-        AboveZero, Why("greedy completions of one prompt are all alike: no group has an advantage")
-    ] = 1.0  # of sampling; the loss uses it too
+    temperature: Temperature = 1.0  # of sampling; the loss uses it too
     top_p: Float = 1.0  # 1.0 only: the loss takes the full softmax
     top_k: Int = -1  # -1 or 0 only, for the same reason
     max_new_tokens: AtLeastOne = 384  # longest completion
@@ -158,18 +140,14 @@ class RolloutConfig:
     gpu_memory_utilization: Float = 0.85  # share of a GPU's memory for an engine
     cpu_kv_cache_gib: Int = 1  # KV cache of an engine on a CPU
     bucket_mib: AtLeastOne = 256  # weight push: bytes in flight at once
-    call_timeout_s: AboveZero = (
-        1800.0  # for one call; an engine, learner or reward actor that takes longer is restarted
-    )
+    call_timeout_s: AboveZero = 1800.0  # an engine, learner or reward actor that takes longer is restarted
     suspect_after_s: AboveZero = 600.0  # an engine that takes longer is suspect: it gets no more work until it answers
     hedge: bool = False  # a suspect engine's prompts are given to an idle one too; the first answer counts
     min_engines: AtLeastOne = 1  # with fewer living or restarting engines the run stops
     engine_restarts: AtLeastZero = 5  # restarts of one engine in a row without an answer between them
     restart_backoff_s: AboveZero = 1.0  # wait before the first restart; doubles with each, up to a minute
     deterministic: bool = False  # one group per engine call, caches reset before it
-    push: Literal["object_store", "nccl", "cuda_ipc"] = (
-        "object_store"  # weight push: object_store (any network) | nccl | cuda_ipc (colocated)
-    )
+    push: Literal["object_store", "nccl", "cuda_ipc"] = "object_store"  # weight push; cuda_ipc where colocated
     push_timeout_s: AboveZero = 600.0  # an engine that takes longer for one bucket is dead
 
 
@@ -182,14 +160,10 @@ class RewardConfig:
 
 @dataclass(frozen=True, config=STRICT_KEYS)
 class EvaluateConfig:
-    samples: AtLeastZero = (
-        0  # sampled completions per image: their mean and spread, and reward terms; 0 = greedy answers only
-    )
+    samples: AtLeastZero = 0  # sampled completions per image: mean, spread, reward terms; 0 = greedy answers only
     seed: Int = 0  # of the sampled completions
     expected: bool = False  # beside each greedy answer the expectation over the scores it might have been
-    unparsed: Literal["drop", "midpoint"] = (
-        "drop"  # drop | midpoint: an answer without a score is left out, or counts as 50
-    )
+    unparsed: Literal["drop", "midpoint"] = "drop"  # an answer without a score is left out, or counts as 50
     bootstrap: AtLeastZero = 0  # rounds for 95 % intervals of SRCC and PLCC; 0 = none
     in_domain: list[str] | None = None  # data sets that were trained on; null = as configs/datasets.yaml has it
     slices: list[str] = field(default_factory=lambda: ["distortion", "distortions", "style", "styles"])  # keys of meta
@@ -202,12 +176,10 @@ class CheckpointConfig:
     keep: AtLeastOne = 2  # how many of the newest stay
     keep_every: AtLeastZero = 0  # checkpoints whose step is a multiple of this stay too; 0 = none
     keep_best: str | None = None  # the best by this metric stays too, for example eval/koniq/srcc
-    best_mode: Literal["max", "min"] = "max"  # whether the largest or smallest value of keep_best is best: max | min
+    best_mode: Literal["max", "min"] = "max"  # whether the largest or smallest value of keep_best is best
     asynchronous: bool = True  # files are written while training goes on
     verify: bool = True  # read everything and compare checksums before resuming
-    storage: Literal["shared", "local"] = (
-        "shared"  # shared: all nodes see output | local: only the controller does, parts come through Ray
-    )
+    storage: Literal["shared", "local"] = "shared"  # local: only the controller sees output, parts come through Ray
     resume: bool = True  # continue from OUTPUT/checkpoints/latest when it exists
     grace_seconds: AboveZero = 120.0  # from SIGTERM or SIGUSR1 to the end of the process
 
@@ -216,9 +188,7 @@ class CheckpointConfig:
 class WatchConfig:
     stall_factor: NotNegative = 10.0  # no progress for this many median steps is a stall; 0 = no watching
     stall_min_s: NotNegative = 300.0  # a stall is at least this long
-    stall_action: Literal["report", "restart", "stop"] = (
-        "report"  # report: stack dumps | restart: and restart what hangs | stop: and end the run
-    )
+    stall_action: Literal["report", "restart", "stop"] = "report"  # stack dumps alone, or restart what hangs, or stop
     prometheus: bool = True  # metrics through Ray's exporter, where the cluster has one
 
 
@@ -229,9 +199,7 @@ class TrackConfig:
     mlflow: bool = False  # needs pip install 'tatar_dist[mlflow]'
     project: str = "tatar_dist"  # project of W&B, experiment of MLflow
     name: str | None = None  # name of the run there; null = the last part of output
-    mode: Literal["offline", "online"] = (
-        "offline"  # offline: into OUTPUT, for later | online: to the server that their environment names
-    )
+    mode: Literal["offline", "online"] = "offline"  # into OUTPUT, for later; or to the server in their environment
 
 
 @dataclass(frozen=True, config=STRICT_KEYS)

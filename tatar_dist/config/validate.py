@@ -64,7 +64,7 @@ def shown(value: Any) -> str:
 def near(name: Any, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known name, or the known names."""
     names = [str(k) if len(str(k)) <= 40 else f"{str(k)[:39]}…" for k in known]
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5) if isinstance(name, str | int) else []
+    close = difflib.get_close_matches(str(name)[:60], names, n=1, cutoff=0.5) if isinstance(name, str | int) else []
     if close:
         return f"; did you mean {close[0]!r}?"
     return f" (known: {', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''})"
@@ -128,7 +128,7 @@ def fault(error: Mapping[str, Any], schema: Any) -> str:
     path = _PATHS.repr(".".join(str(part) for part in loc if part != "[key]"))[1:-1]
     if kind == "unexpected_keyword_argument":
         section, _ = at(schema, loc[:-1])
-        return f"unknown key {path!r}{near(loc[-1], typing.get_type_hints(section))}"
+        return f"unknown key {shown(path)}{near(loc[-1], typing.get_type_hints(section))}"
     if kind == "missing":
         return f"missing key {path!r}"
     if kind == "value_error":  # of a validator of ours

@@ -1,9 +1,8 @@
-"""Make the configuration for scoring and serving from a model directory, without the config of a run.
+"""Make the configuration for scoring and serving from a model directory: of a checkpoint, an export, or any model.
 
-The directory comes from training or `tatar-dist export`, or holds any model of a known family. Family, dtype and
-context length come from config.json, image sizes from the processor; prompts from `prompts.yaml` there or, for a
-checkpoint's model, in its run, else configs/prompts.yaml; the answer length from the run or generation_config.json,
-else the default of the schema. Does not import torch.
+Family, dtype and context length come from config.json, image sizes from the processor; prompts from `prompts.yaml`
+there or in a checkpoint's run, else configs/prompts.yaml; the answer length from the run or generation_config.json,
+else the schema's default. Does not import torch.
 """
 
 from __future__ import annotations
@@ -17,16 +16,15 @@ from typing import Any
 from tatar_dist.assets import CONFIGS, locate, looked_in
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config, ModelConfig, RolloutConfig
+from tatar_dist.config.validate import read_yaml
 from tatar_dist.errors import UserError
 
 PROMPTS = "prompts.yaml"
 UNTOUCHED = 12_845_056  # max_pixels of Qwen's own processors: more tokens than a context holds
-# file -> where it keeps the sizes of pictures, newest layout first
-PROCESSORS = {"processor_config.json": "image_processor", "preprocessor_config.json": None}
 
 
-def model_config(model: str | os.PathLike[str], overrides: Sequence[str] = (), extra: Sequence[str] = ()) -> Config:
-    """Configuration for a model: settings from the directory, then `extra`, then the user's `overrides`; later win.
+def model_config(model: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Configuration for a model: settings from the directory, then `overrides` (`key=value`).
 
     Raises:
         UserError: no such directory, no model of a known family in it, or an unreadable file.
@@ -43,19 +41,18 @@ def model_config(model: str | os.PathLike[str], overrides: Sequence[str] = (), e
     dtype = settings.get("dtype") or settings.get("torch_dtype")
     text = settings.get("text_config") or settings
     words = {
-        "model.path": _quoted(directory),
+        "model.path": json.dumps(str(directory)),  # quoted for YAML: a directory may be named 123 or a: b
         "model.family": kind,
         "model.dtype": "float32" if dtype == "float32" else ModelConfig.dtype,
         "model.min_pixels": low,
         "model.max_pixels": ModelConfig.max_pixels if high == UNTOUCHED else high,
-        "data.prompts": _quoted(_prompts(directory)),
+        "data.prompts": json.dumps(str(_prompts(directory))),
         "data.iqa_fraction": 1.0,  # nothing is learned here: no rule about the length of what is rewarded
         "cluster.gpus_per_node": 0,
         "rollout.max_new_tokens": _answer_tokens(directory),
         "rollout.max_model_len": min(RolloutConfig.max_model_len, int(text.get("max_position_embeddings", 1 << 30))),
     }
-    own = [f"{key}={value}" for key, value in words.items()]
-    return load_config([], [*own, *extra, *overrides], unused=("output",))
+    return load_config([], [*(f"{key}={value}" for key, value in words.items()), *overrides], unused=("output",))
 
 
 def _family(directory: Path, settings: dict[str, Any]) -> str:
@@ -71,18 +68,14 @@ def _family(directory: Path, settings: dict[str, Any]) -> str:
 
 def _pixels(directory: Path) -> tuple[int, int]:
     """(minimum, maximum) pixels of a picture. Raises UserError if the directory does not hold them."""
-    for name, section in PROCESSORS.items():
-        content = _json(directory / name) or {}
-        settings = content.get(section) if section else content
-        if not settings:
-            continue
-        size = settings.get("size") or {}
-        try:
-            low = int(settings.get("min_pixels") or size["shortest_edge"])
-            return low, int(settings.get("max_pixels") or size["longest_edge"])
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{directory / name}: does not say how many pixels a picture has") from None
-    raise UserError(f"{directory}: neither {' nor '.join(PROCESSORS)} in it, so sizes of pictures are unknown")
+    newest, older = (_json(directory / name) or {} for name in ("processor_config.json", "preprocessor_config.json"))
+    settings = newest.get("image_processor") or older
+    size = settings.get("size") or {}
+    low = settings.get("min_pixels") or size.get("shortest_edge")
+    high = settings.get("max_pixels") or size.get("longest_edge")
+    if not (isinstance(low, int) and isinstance(high, int)):
+        raise UserError(f"{directory}: no processor_config.json in it says how many pixels a picture may have")
+    return low, high
 
 
 def run_of(directory: Path) -> Path | None:
@@ -101,12 +94,7 @@ def _answer_tokens(directory: Path) -> int:
     """max_new_tokens of the run, else of generation_config.json, else of the schema."""
     run = run_of(directory)
     if run is not None and (run / "config.yaml").is_file():
-        import yaml
-
-        try:
-            return int(yaml.safe_load((run / "config.yaml").read_text())["rollout"]["max_new_tokens"])
-        except (yaml.YAMLError, KeyError, TypeError, ValueError) as e:
-            raise UserError(f"{run / 'config.yaml'}: does not say rollout.max_new_tokens: {e}") from None
+        return read_yaml(run / "config.yaml", "config")["rollout"]["max_new_tokens"]
     generation = _json(directory / "generation_config.json") or {}
     return int(generation.get("max_new_tokens") or RolloutConfig.max_new_tokens)
 
@@ -122,8 +110,3 @@ def _json(file: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise UserError(f"{file}: holds no JSON object")
     return value
-
-
-def _quoted(path: Path) -> str:
-    """Quote a path for `key=value`, which is parsed as YAML: a directory may be named 123 or a: b."""
-    return json.dumps(str(path))

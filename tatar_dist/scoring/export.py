@@ -1,8 +1,6 @@
-"""`tatar-dist export`: write the trained model of a run as a Hugging Face directory.
+"""Export the trained model of a run as a Hugging Face directory that loads without our code.
 
-It loads without our code and holds weights (safetensors shards; an index if several), processor and tokenizer, a
-generation config, `prompts.yaml` (the wording of the run) and the model card `README.md` (scoring/card.py). The run
-must have a finished checkpoint. The directory is written under a temporary name and renamed when it is complete.
+The directory is written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +41,14 @@ def model_of(run: str | Path) -> Path:
 
 def checkpoint_of(run: str | Path, step: int | None = None) -> CheckpointRef:
     """Return a run's finished checkpoint: the newest, or that of `step`. Raises UserError if there is none."""
-    if not Path(run).is_dir():
-        raise UserError(f"{run}: no finished checkpoint in it: no such directory{looked_in(run)}")
     steps = []
     for directory, state in finished(Path(run)):
         if step is None or state["step"] == step:
             return directory, state
         steps.append(str(state["step"]))
-    if step is None or not steps:
-        raise UserError(f"{run}: no finished checkpoint in it")
+    if not steps:
+        there = "" if Path(run).is_dir() else f": no such directory{looked_in(run)}"
+        raise UserError(f"{run}: no finished checkpoint in it{there}")
     raise UserError(f"--step {step}: {run} has no finished checkpoint of it, but of {', '.join(reversed(steps))}")
 
 
@@ -102,18 +100,13 @@ def run(
     }
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-
-            def files(directory: Path) -> None:
-                _write_weights(directory, tensors, shard_size)
-                _write_others(directory, model, backbone, prompts, facts)
-
-            write(beside, [(".", files)])  # also syncs them, and names a full disk
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
+            beside = Path(name)
+            write_weights = partial(_write_weights, tensors=tensors, shard_size=shard_size)
+            write_others = partial(_write_others, model=model, backbone=backbone, prompts=prompts, facts=facts)
+            write(beside, [(".", write_weights), (".", write_others)])  # also syncs them, and names a full disk
             beside.chmod(0o755)
             os.rename(beside, target)  # also over an empty directory
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
     except OSError as e:
         if e.errno == errno.ENOSPC:
             raise

@@ -1,6 +1,5 @@
-"""Input and output of `tatar-dist score`: find pictures, print a table or JSON lines, write a page.
+"""Find the pictures of `tatar-dist score`, print their scores as a table or JSON lines, write a page.
 
-Takes command-line words, and scores as they arrive. A table or one JSON object per line goes to standard output.
 Progress and the pictures that could not be scored go to standard error.
 """
 
@@ -18,8 +17,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
 from tatar_dist.assets import looked_in
+from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.errors import UserError
+from tatar_dist.run.progress import Progress
 from tatar_dist.scoring.scorer import Score, read_picture
 
 # What a directory is searched for; a file that is named itself is tried whatever it is called.
@@ -28,18 +35,15 @@ SUFFIXES = frozenset(
 )
 NAMES = {"iqa": "quality", "iaa": "aesthetics"}
 THUMBNAIL = 240  # pixels of the longer side on the page
-SHOWN_BAD, MOST_SHOWN = 20, 1000  # bad pictures on standard error, pictures on the page
+MOST_SHOWN = 1000  # pictures on the page
 
 
 def find_pictures(words: Sequence[str], stdin: Any = None) -> list[str | tuple[str, bytes]]:
     """Find the pictures named by the command-line arguments `words`, each once, in order.
 
     A directory is searched recursively, sorted by path. `-` reads standard input: one encoded picture, or one file name
-    per line. Returns file names, and ("standard input", bytes) for an encoded picture.
-
-    Raises:
-        UserError: an argument that matches nothing, an unreadable directory or one without pictures, an empty standard
-            input.
+    per line. Returns file names, and ("standard input", bytes) for an encoded picture. Raises UserError for an argument
+    that names no picture.
     """
     pictures: dict[str, str | tuple[str, bytes]] = {}
     for word in words:
@@ -81,7 +85,7 @@ def _from_stdin(data: bytes) -> list[Any]:
 
 
 def run(
-    load: Callable[[], Callable[[], Iterable[Score]]],
+    load: Callable[[], Iterable[Score]],
     total: int,
     as_json: bool,
     html: Path | None,
@@ -89,18 +93,16 @@ def run(
 ) -> int:
     """Print scores as they arrive, also partial results after Ctrl-C. Returns the number of pictures with errors.
 
-    `load` loads the model and returns the function that scores. `given`: the pictures, for thumbnails of non-files.
+    `load` loads the model and returns an iterator that scores. `given`: the pictures, for thumbnails of non-files.
     """
-    from tatar_dist.run.progress import Progress
-
     scores: list[Score] = []
     if html is not None:
         write_page(html, [])  # fail now, not after hours of scoring
     try:
         with Progress("score", total, unit="answer") as progress:
-            score = load()
+            arriving = load()
             progress.ready()
-            for s in score():
+            for s in arriving:
                 scores.append(s)
                 if as_json:
                     print(json.dumps({k: v for k, v in asdict(s).items() if v not in (None, ())}), flush=True)
@@ -115,14 +117,10 @@ def run(
 
 def _show(scores: Sequence[Score], as_json: bool) -> None:
     """Print the table, and on standard error the pictures and answers without a score."""
-    from rich.console import Console
-
     if not as_json and not all(s.error for s in scores):
         Console().print(as_table(scores))
-    bad = list(dict.fromkeys((s.image, s.error) for s in scores if s.error))
-    messages = [f"{name}: {error}" for name, error in bad[:SHOWN_BAD]]
-    if len(bad) > SHOWN_BAD:
-        messages.append(f"and {len(bad) - SHOWN_BAD} more")
+    bad = _bad(scores)
+    messages = [f"{name}: {error}" for name, error in bad]
     if bad:
         messages.append(f"{len(bad)} of {len({s.image for s in scores})} pictures could not be scored")
     if without := sum(s.score is None and not s.error for s in scores):
@@ -132,12 +130,13 @@ def _show(scores: Sequence[Score], as_json: bool) -> None:
         print(f"tatar-dist: {message}", file=sys.stderr)
 
 
-def as_table(scores: Sequence[Score]) -> Any:
-    """Rich table with a row per scored picture: scores, and the first words of the rationale, one line per task."""
-    from rich.markup import escape
-    from rich.table import Table
-    from rich.text import Text
+def _bad(scores: Iterable[Score]) -> list[tuple[str, str]]:
+    """(picture, error) of the pictures that could not be scored."""
+    return list(dict.fromkeys((s.image, s.error) for s in scores if s.error))
 
+
+def as_table(scores: Sequence[Score]) -> Table:
+    """Rich table with a row per scored picture: scores, and the first words of the rationale, one line per task."""
     tasks = [task for task in NAMES if any(s.task == task for s in scores)]
     expected = any(s.expected is not None for s in scores)
     named = by_picture(scores)
@@ -179,23 +178,18 @@ def write_page(file: Path, scores: Sequence[Score], kept: Mapping[str, bytes] = 
 
     `kept`: encoded pictures that are not files, by name. Raises UserError if the page cannot be written.
     """
-    from jinja2 import Environment, PackageLoader
-
     ranked = sorted(by_picture(scores).items(), key=lambda entry: _rank(entry[1].values()))
     left_out = max(0, len(ranked) - MOST_SHOWN)
     if left_out:
         ranked = ranked[: MOST_SHOWN // 2] + ranked[-MOST_SHOWN // 2 :]
-    pictures = [
-        {
-            "name": name,
-            "image": thumbnail(name, kept.get(name)),
-            "scores": [(NAMES[task], task, by_task[task]) for task in NAMES if task in by_task],
-        }
-        for name, by_task in ranked
-    ]
-    bad = dict.fromkeys((s.image, s.error) for s in scores if s.error)
     environment = Environment(loader=PackageLoader("tatar_dist.scoring", "."), autoescape=True)
-    page = environment.get_template("score_page.html.j2").render(pictures=pictures, bad=list(bad), left_out=left_out)
+    page = environment.get_template("score_page.html.j2").render(
+        pictures=ranked,
+        tasks=NAMES,
+        bad=_bad(scores),
+        left_out=left_out,
+        thumbnail=lambda name: _thumbnail(name, kept.get(name)),
+    )
     try:
         file.write_text(page, encoding="utf-8", errors="replace")
     except OSError as e:
@@ -208,15 +202,13 @@ def _rank(scores: Iterable[Score]) -> float:
     return -sum(values) / len(values) if values else 1.0
 
 
-def thumbnail(name: str, data: bytes | str | None = None) -> str | None:
-    """Small JPEG data URI of encoded `data` or of the file `name`; None if it cannot be read."""
-    from tatar_dist.data.images import UnreadableImage, decode_image
-
-    data = read_picture(name)[1] if data is None else data
-    if isinstance(data, str):
+def _thumbnail(name: str, data: bytes | None) -> str | None:
+    """Small JPEG data URI of encoded `data`, else of the file `name`; None if it cannot be read."""
+    encoded = data or read_picture(name)[1]
+    if isinstance(encoded, str):
         return None
     try:
-        picture = decode_image(data, name)
+        picture = decode_image(encoded, name)
     except UnreadableImage:
         return None
     picture.thumbnail((THUMBNAIL, THUMBNAIL))

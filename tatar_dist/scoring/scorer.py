@@ -1,12 +1,6 @@
-"""Score pictures from Python or the command line, with one engine in this process, no Ray.
+"""`Scorer`: score pictures with one engine in this process, without Ray; `tatar-dist score` uses it, too.
 
-    from tatar_dist import Scorer
-    for score in Scorer("models/scorer").score(["photo.jpg", picture, data], task="both"):
-        print(score.image, score.task, score.score, score.rationale)
-
-The model directory is a checkpoint's or an exported one. Pictures are paths, encoded bytes or Pillow images. Each
-picture and task gives a `Score`, in order, as batches finish. Prompts, picture sizes and dtype are taken from the
-directory (scoring/directory.py). A picture that cannot be read gives a `Score` with `error`; the others are scored.
+Each picture and task gives a `Score`, in order, as batches finish; a picture that cannot be read gives its `error`.
 """
 
 from __future__ import annotations

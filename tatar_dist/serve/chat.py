@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
 from tatar_dist.data.images import MAX_ASPECT, UnreadableImage, decode_image
 from tatar_dist.evaluate.metrics import spread
 from tatar_dist.prompts.answer import Prompts, clamped, parse, think_text
@@ -35,22 +33,18 @@ class Scoring:
         return {str(i): FORBIDDEN_BIAS for i in self.forbidden}
 
 
-def upright(data: bytes) -> Image.Image:
-    """Decode any format that `decode_image` reads to an RGB picture. Raises RequestRefused, also for its shape."""
+def picture_url(data: bytes) -> str:
+    """Decode a picture of any format and encode it without loss, upright, as a data URL (PNG) for vLLM.
+
+    Raises RequestRefused for data that cannot be decoded, and for a picture that is too long for its width.
+    """
     try:
         image = decode_image(data, "image")
     except UnreadableImage as e:
         raise RequestRefused(str(e)) from None
     short, long = sorted(image.size)
     if long > MAX_ASPECT * short:
-        raise RequestRefused(
-            f"image: {image.width} x {image.height} pixels, longer than {MAX_ASPECT} times its shorter side"
-        )
-    return image
-
-
-def data_url(image: Image.Image) -> str:
-    """Encode the picture without loss as a data URL (PNG) for vLLM."""
+        raise RequestRefused(f"image: {long} x {short} pixels, longer than {MAX_ASPECT} times its shorter side")
     out = io.BytesIO()
     image.save(out, "PNG", compress_level=1)  # short-lived: fast rather than small
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
@@ -92,7 +86,7 @@ def preset(scoring: Scoring, task: Task, body: Mapping[str, Any]) -> dict[str, A
     bias = body.get("logit_bias") or {}
     if not isinstance(bias, dict):
         raise RequestRefused("logit_bias: must be an object, {token id: bias}")
-    request = {**body, "messages": messages(scoring, task, data_url(upright(from_base64(urls[0]))))}
+    request = {**body, "messages": messages(scoring, task, picture_url(from_base64(urls[0])))}
     if body.get("temperature") is None:
         request["temperature"] = float((body.get("n") or 1) != 1)
     if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
@@ -116,9 +110,7 @@ def answer(choice: Mapping[str, Any]) -> dict[str, Any]:
     """Parse a choice of a chat completion: score (0-100, None if it did not parse), rationale, reason, truncated."""
     text, cut = choice["message"]["content"] or "", choice["finish_reason"] == "length"
     parsed = parse(text)
-    reason = parsed.reason
-    if reason and cut:
-        reason = f"cut off at the longest answer allowed, {reason}"
+    reason = f"cut off at the longest answer allowed, {parsed.reason}" if parsed.reason and cut else parsed.reason
     return {"score": clamped(parsed.value), "rationale": think_text(text).strip(), "reason": reason, "truncated": cut}
 
 

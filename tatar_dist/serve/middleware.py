@@ -27,9 +27,7 @@ CHAT = "/v1/chat/completions"
 OPEN = ("/", "/health")  # without a key: the page, which asks for it, and the health check of load balancers
 # A large picture takes 4 GB while it is decoded, so they wait for each other.
 DECODING = 2
-PAGES = Environment(
-    loader=PackageLoader("tatar_dist.serve", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-)
+PAGES = Environment(loader=PackageLoader("tatar_dist.serve", "."), autoescape=True, trim_blocks=True)
 POLICY = (
     "default-src 'none'; img-src blob: data:; connect-src 'self'; script-src 'nonce-{nonce}'; "
     "style-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -44,17 +42,15 @@ class Front:
         self._decoding = asyncio.Semaphore(DECODING)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, *_watched(scope, receive, send))
-        elif scope["type"] == "http":
-            try:
-                await self._http(scope, receive, send)
-            except RequestRefused as e:
-                await _error(e)(scope, receive, send)
-            except ClientDisconnect:
-                pass  # nobody waits for a reply
-        else:
-            await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, _announcing(scope, send) if scope["type"] == "lifespan" else send)
+            return
+        try:
+            await self._http(scope, receive, send)
+        except RequestRefused as e:
+            await _error(e)(scope, receive, send)
+        except ClientDisconnect:
+            pass  # nobody waits for a reply
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = scope["path"], scope["method"]
@@ -69,7 +65,7 @@ class Front:
                 raise RequestRefused("/score: POST a picture to it", 405)
             picture, options = await requests.read(Request(scope, receive))
             async with self._decoding:
-                url = await asyncio.to_thread(lambda: chat.data_url(chat.upright(picture)))
+                url = await asyncio.to_thread(chat.picture_url, picture)
             answers = [self._task(scope, receive, task, url, options) for task in options.tasks]
             reply = JSONResponse(dict(zip(options.tasks, await asyncio.gather(*answers), strict=True)))
             await reply(scope, receive, send)
@@ -82,7 +78,7 @@ class Front:
         """Send a chat request to vLLM's app for the caller of `scope`; `waiting` tells it that the caller has left."""
 
         async def app(inner: Scope, receive: Receive, send: Send) -> None:
-            receive = _replayed(await requests.body_of(receive), waiting)
+            receive = requests.replayed(await requests.body_of(receive), waiting)
             await self.app({**inner, "app": scope["app"]}, receive, send)
 
         key = Request(scope).headers.get("authorization")
@@ -120,7 +116,7 @@ class Front:
             raw = json.dumps(request).encode()
             headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
             scope = {**scope, "headers": [*headers, (b"content-length", str(len(raw)).encode())]}
-        await self.app(scope, _replayed(raw, receive), send)
+        await self.app(scope, requests.replayed(raw, receive), send)
 
 
 def _args(scope: Scope) -> Any:
@@ -150,57 +146,32 @@ def _message(response: httpx.Response) -> str:
         return f"HTTP status {response.status_code}"
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Make a `receive` that returns an already read body first."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+def _announcing(scope: Scope, send: Send) -> Send:
+    """Wrap `send` of the lifespan: print the address once the app is up, and notice how the engine ends.
 
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay
-
-
-def _watched(scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]:
-    """Wrap `receive` and `send` of the lifespan.
-
-    Print the address once the app is up. Set `died` in the arguments if the app ends without a requested shutdown: then
-    the engine has died, which vLLM does not distinguish from a normal end.
+    vLLM stops the engine at a signal, or at the end of a server whose engine has died: only the latter sets `died`.
     """
     state = scope["app"].state  # vLLM deletes the attribute at the end
-    waiting: set[asyncio.Task[None]] = set()  # a task without a reference may be collected
-    requested = False
-
-    async def announce() -> None:
-        while not state.server.started:
-            await asyncio.sleep(0.02)
-        print(f"ready: {state.args.address}", flush=True)
-
-    def watch() -> None:
-        state.args.serving = True
-        for served in state.openai_serving_models.base_model_paths:  # /v1/models shows it as `root`
-            served.model_path = state.args.shown
-        stop = state.engine_client.shutdown
-
-        def shutdown(*args: Any, **kwargs: Any) -> None:
-            nonlocal requested
-            requested = True
-            stop(*args, **kwargs)
-
-        state.engine_client.shutdown = shutdown  # vLLM calls it at a signal, before the lifespan ends
-        waiting.add(asyncio.create_task(announce()))
 
     async def sent(message: Message) -> None:
         await send(message)
-        if message["type"] == "lifespan.startup.complete":
-            watch()
+        if message["type"] != "lifespan.startup.complete":
+            return
+        args, engine = state.args, state.engine_client
+        stop = engine.shutdown
 
-    async def received() -> Message:
-        message = await receive()
-        if message["type"] == "lifespan.shutdown":
-            state.args.died = not requested
-        return message
+        def shutdown(*words: Any, **options: Any) -> None:
+            if args.died is None:  # the first call
+                args.died = engine.errored
+            stop(*words, **options)
 
-    return received, sent
+        engine.shutdown = shutdown
+        for served in state.openai_serving_models.base_model_paths:  # /v1/models shows it as `root`
+            served.model_path = args.shown
+        args.serving = True
+        print(f"ready: {args.address}", flush=True)
+
+    return sent
 
 
 def _page(scope: Scope) -> Response:

@@ -6,8 +6,7 @@ There are three ways to send a picture, with the same options (`task`, `n`, `tem
     curl -F image=@a.jpg -F n=8 http://127.0.0.1:8000/score                        a form, as browsers send it
     {"image": "<base64 or data URL>", "n": 8}                                      JSON
 
-Invalid requests raise `RequestRefused`. Needs neither vLLM nor a model, only pydantic and Starlette, which come with
-vLLM.
+Invalid requests raise `RequestRefused`. Needs neither vLLM nor a model.
 """
 
 from __future__ import annotations
@@ -15,15 +14,17 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import PydanticCustomError
+from annotated_types import Le
+from pydantic import ValidationError
+from pydantic.dataclasses import dataclass
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive
 
+from tatar_dist.config.validate import STRICT_KEYS, AboveZero, AtLeastZero, fault, first
 from tatar_dist.types import TASKS, Task
 
 MAX_BYTES = 128 << 20  # of a request: the encoded picture, in base64 at worst
@@ -39,20 +40,13 @@ class RequestRefused(Exception):
         self.status = status
 
 
-class Options(BaseModel):
+@dataclass(frozen=True, config=STRICT_KEYS)
+class Options:
     """Scoring options. `n`: number of sampled answers beside the greedy one, may be 0."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
     task: Literal["iqa", "iaa", "both"] = "both"
-    n: int = Field(0, ge=0, le=MAX_SAMPLES)
-    temperature: float = Field(1.0, gt=0, le=MAX_TEMPERATURE)
-
-    @field_validator("n", "temperature", mode="before")
-    @classmethod
-    def _no_bool(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise PydanticCustomError("bool", "should be a number")
-        return value
+    n: Annotated[AtLeastZero, Le(MAX_SAMPLES)] = 0
+    temperature: Annotated[AboveZero, Le(MAX_TEMPERATURE)] = 1.0
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -60,10 +54,7 @@ class Options(BaseModel):
 
 
 async def body_of(receive: Receive) -> bytes:
-    """Read the whole body of a request.
-
-    Raises RequestRefused (413) beyond `MAX_BYTES` and ClientDisconnect if the client has disconnected.
-    """
+    """Read a whole body. Raises RequestRefused (413) beyond `MAX_BYTES`, ClientDisconnect if the client has left."""
     parts: list[bytes] = []
     size, more = 0, True
     while more:
@@ -77,14 +68,18 @@ async def body_of(receive: Receive) -> bytes:
     return b"".join(parts)
 
 
-async def read(request: Request) -> tuple[bytes, Options]:
-    """Read an encoded picture and its options.
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """Make a `receive` that returns an already read body first."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    Raises RequestRefused: no picture, a malformed body, an unknown or out-of-range option.
-    """
-    declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > MAX_BYTES:
-        raise RequestRefused(f"the request is larger than {MAX_BYTES >> 20} MiB", 413)
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+async def read(request: Request) -> tuple[bytes, Options]:
+    """Read an encoded picture and its options. Raises RequestRefused."""
     body = await body_of(request.receive)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     fields: dict[str, Any] = {}
@@ -93,28 +88,21 @@ async def read(request: Request) -> tuple[bytes, Options]:
     elif kind == "application/json":
         body, fields = _json(body)
     try:
-        options = Options.model_validate({**request.query_params, **fields})
+        options = Options(**{**request.query_params, **fields})
     except ValidationError as e:
-        raise RequestRefused(_problem(e)) from None
+        raise RequestRefused(fault(first(e), Options)) from None
     if not body:
-        raise RequestRefused(
-            "no picture: send its bytes, a form with the field `image`, or JSON with `image` in base64"
-        )
+        raise RequestRefused("no picture: send its bytes, a form with the file `image`, or JSON with `image` in base64")
     return body, options
 
 
 async def _form(request: Request, body: bytes) -> tuple[bytes, dict[str, Any]]:
-    async def replay() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
-
     try:
-        async with Request(request.scope, replay).form(max_files=1, max_fields=len(Options.model_fields)) as form:
-            fields: dict[str, Any] = dict(form)
-            image = fields.pop("image", b"")
+        form = Request(request.scope, replayed(body, request.receive)).form(max_files=1, max_fields=3)
+        async with form as fields:
+            image = fields.get("image")
             data = await image.read() if isinstance(image, UploadFile) else b""
-            if isinstance(image, UploadFile) and not data:
-                raise RequestRefused("image: the file is empty")
-            return data, {k: "a file" if isinstance(v, UploadFile) else v for k, v in fields.items()}
+            return data, {key: value for key, value in fields.items() if key != "image"}
     except HTTPException as e:
         raise RequestRefused(f"not a form that can be read: {e.detail}") from None
 
@@ -146,17 +134,3 @@ def from_base64(text: str) -> bytes:
         return base64.b64decode("".join(rest.split()), validate=True)
     except (binascii.Error, ValueError):
         raise RequestRefused("image: not valid base64") from None
-
-
-def _problem(error: ValidationError) -> str:
-    """Format the first problem with the options as one line."""
-    problem = error.errors(include_url=False)[0]
-    key = _brief(problem["loc"][0])
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: no such option; there are {', '.join(Options.model_fields)}"
-    return f"{key}={_brief(problem['input'])}: {problem['msg'].lower().removeprefix('input ')}"
-
-
-def _brief(given: Any) -> str:
-    """Shorten a value from the request to 40 characters of one line, for messages."""
-    return " ".join(str(given).split())[:40]

@@ -19,7 +19,6 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -27,13 +26,7 @@ import psutil
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import EXIT_INTERRUPTED, RunError, UserError
-from tatar_dist.rollout.options import (
-    COMMON_ENV,
-    engine_environment,
-    gpu_available,
-    set_environment,
-    vllm_options,
-)
+from tatar_dist.rollout.options import COMMON_ENV, engine_environment, gpu_available, set_environment, vllm_options
 from tatar_dist.scoring.directory import model_config, run_of
 from tatar_dist.types import TASKS
 
@@ -49,75 +42,63 @@ KILL_S = 10.0  # limit for killing the engine's processes: one that waits in the
 CPU_SEQS = 16  # answers at once on a CPU, where each may take the room of a whole prompt in the batch
 
 
-@dataclass(frozen=True)
-class Address:
-    """Address to listen on. `key_env`: environment variable with the API key. `open`: allow any host without a key."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    key_env: str | None = None
-    open: bool = False
-
-
-def run(model: Path, address: Address, words: list[str]) -> None:
+def run(model: Path, host: str, port: int, key_env: str | None, open_to_all: bool, words: list[str]) -> None:
     """Serve until stopped, then end the process: status 0, 1 if the engine died, 130 if stopped while loading.
 
+    Args:
+        key_env: environment variable that holds the API key.
+        open_to_all: allow any host without a key.
+        words: config overrides.
+
     Raises:
-        UserError: no model of a known family, an address in use or reachable by others without a key or `open`, an
+        UserError: no model of a known family, an address in use or open to others without a key or `open_to_all`, an
             invalid key, or settings that vLLM refuses.
         RunError: vLLM could not load the model.
     """
-    key = _key(address)
-    with _bound(address) as sock:
+    key = _key(host, key_env, open_to_all)
+    with _bound(host, port) as sock:
         model_config(model, words)  # fail before torch is imported, which takes seconds
         _set_environment(COMMON_ENV)
         gpu = gpu_available()
-        config = model_config(model, words, [] if gpu else [f"rollout.max_num_seqs={CPU_SEQS}"])
+        config = model_config(model, words if gpu else [f"rollout.max_num_seqs={CPU_SEQS}", *words])
         _set_environment(environment(config, gpu))
         args = _arguments(config, shown_name(model), gpu)
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        args.host, args.port, args.api_key = address.host, sock.getsockname()[1], [key] if key else None
-        args.address = f"http://{host}:{args.port}"
+        args.host, args.port, args.api_key = host, sock.getsockname()[1], [key] if key else None
+        args.address = f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
         print(f"loading {model} ({config.model.family}, {config.model.dtype}) …", file=sys.stderr, flush=True)
         _serve(args, sock)
 
 
-def _key(address: Address) -> str | None:
-    key = None
-    if address.key_env is not None:
-        key = os.environ.get(address.key_env)
+def _key(host: str, key_env: str | None, open_to_all: bool) -> str | None:
+    """Return the API key, None without one. Raises UserError for a bad key, or if others could use the server."""
+    if key_env is not None:
+        key = os.environ.get(key_env, "")
         if not key:
-            raise UserError(f"--api-key-env {address.key_env}: that environment variable is not set, or empty")
+            raise UserError(f"--api-key-env {key_env}: that environment variable is not set, or empty")
         if not (key.isascii() and key.isprintable() and " " not in key):
-            raise UserError(f"--api-key-env {address.key_env}: the key must be visible ASCII characters without spaces")
-    if not (key or address.open or _loopback(address.host)):
-        raise UserError(
-            f"--host {address.host}: others could use the server; name the variable that holds an API key with "
-            "--api-key-env NAME, or add --open"
-        )
-    return key
-
-
-def _loopback(host: str) -> bool:
+            raise UserError(f"--api-key-env {key_env}: the key must be visible ASCII characters without spaces")
+        return key
     try:
         addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise UserError(f"--host {host}: no such address") from None
-    return all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in addresses)
+    if not (open_to_all or all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in addresses)):
+        hint = "name the variable that holds an API key with --api-key-env NAME, or add --open"
+        raise UserError(f"--host {host}: others could use the server; {hint}")
+    return None
 
 
-def _bound(address: Address) -> socket.socket:
+def _bound(host: str, port: int) -> socket.socket:
     """Bind a socket and listen at once, before the model loads, to reserve the port. Raises UserError."""
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM: a restart need not wait for old connections
     try:
-        sock.bind((address.host, address.port))
+        sock.bind((host, port))
         sock.listen()
     except OSError as e:
         sock.close()
         hint = "in use; choose another with --port" if e.errno == errno.EADDRINUSE else e.strerror or e
-        raise UserError(f"port {address.port} on {address.host}: {hint}") from None
+        raise UserError(f"port {port} on {host}: {hint}") from None
     return sock
 
 
@@ -141,18 +122,6 @@ def _set_environment(wanted: Mapping[str, str]) -> None:
     logging.getLogger("vllm").setLevel(logging.ERROR)  # until vLLM configures it by the environment
 
 
-def _forbidden(config: Config) -> tuple[int, ...]:
-    """Token ids that no answer may contain. Raises UserError if the tokenizer or the processor cannot be read."""
-    from tatar_dist.models import family
-
-    try:
-        return tuple(family(config.model.family)(config.model).forbidden_ids())
-    except UserError:
-        raise
-    except Exception as e:  # tokenizers raises Exception itself for a damaged file
-        raise UserError(f"{config.model.path}: its tokenizer or processor cannot be read: {_line(e)}") from e
-
-
 def _line(e: Exception) -> str:
     """Format a library's error as part of one line; of a pydantic error the first message."""
     from pydantic import ValidationError
@@ -163,10 +132,16 @@ def _line(e: Exception) -> str:
 
 def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
     """vLLM's server arguments, with its defaults for what we do not set, plus our attributes."""
+    from tatar_dist.models import family
     from tatar_dist.prompts.answer import Prompts
 
     prompts = Prompts.load(config.data.prompts)
-    forbidden = _forbidden(config)
+    try:
+        forbidden = tuple(family(config.model.family)(config.model).forbidden_ids())
+    except UserError:
+        raise
+    except Exception as e:  # tokenizers raises Exception itself for a damaged file
+        raise UserError(f"{config.model.path}: its tokenizer or processor cannot be read: {_line(e)}") from e
 
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -185,7 +160,7 @@ def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([], Namespace(**options))
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    args.shown, args.serving, args.died = shown, False, False
+    args.shown, args.serving, args.died = shown, False, None
     args.scoring = Scoring(shown, prompts, forbidden, config.rollout.max_new_tokens)
     return args
 

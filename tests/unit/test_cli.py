@@ -76,7 +76,7 @@ def test_python_dash_m_is_the_same_command():
         (["grpo"], "--config"),
         (["grpo", "--config", "nowhere.yaml"], "nowhere.yaml: no such config file"),
         (["grpo", "--config", "configs/grpo.yaml", "grpo.groupsize=4", "--dry-run"], "grpo.group_size"),
-        (["plan", "--config", "configs/grpo.yaml", "--stage", "train"], "sft, grpo, evaluate"),
+        (["plan", "--config", "configs/grpo.yaml", "--stage", "train"], "'sft', 'grpo', 'evaluate'"),
         (["rewards", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["metrics", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ],

@@ -79,13 +79,13 @@ SCORES = [
 
 
 def test_what_cannot_be_scored_is_named_and_the_rest_is_shown(capsys):
-    assert run(lambda: lambda: iter(SCORES), 5, as_json=True, html=None) == 1
+    assert run(lambda: iter(SCORES), 5, as_json=True, html=None) == 1
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line.get("score") for line in lines] == [40.0, None, 90.0, None, 7.0]
     assert lines[0]["samples"] == [39.0, None, 43.0] and "samples" not in lines[2]
     assert "[/x]bad.png: cannot decode image" in err and "1 of 4 pictures could not be scored" in err
-    run(lambda: lambda: iter(SCORES), 5, as_json=False, html=None)
+    run(lambda: iter(SCORES), 5, as_json=False, html=None)
     table = capsys.readouterr().out
     assert (
         "± 2.8" in table
@@ -95,22 +95,22 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_shown(capsys):
         and "[red]odd" in table
         and "[/INST]" in table
     )
-    run(lambda: lambda: iter(SCORES[1:2]), 1, as_json=False, html=None)
+    run(lambda: iter(SCORES[1:2]), 1, as_json=False, html=None)
     assert "no <answer>" in capsys.readouterr().out  # instead of its words, why there is no score
     assert "1 of 5 answers hold no score" in err
 
 
 def test_there_is_no_empty_table(capsys):
-    assert run(lambda: lambda: iter(SCORES[3:4]), 1, as_json=False, html=None) == 1
+    assert run(lambda: iter(SCORES[3:4]), 1, as_json=False, html=None) == 1
     assert capsys.readouterr().out == ""
 
 
 def test_the_table_names_the_directory_once(capsys):
     found = [Score(f"/a/long/place/{name}", "iqa", 7.0, "") for name in ("sub/x.png", "y.png")]
-    run(lambda: lambda: iter(found), 2, as_json=False, html=None)
+    run(lambda: iter(found), 2, as_json=False, html=None)
     table = capsys.readouterr().out
     assert table.count("long") == 1 and " sub/x.png" in table and " y.png" in table
-    run(lambda: lambda: iter(found[:1]), 1, as_json=False, html=None)
+    run(lambda: iter(found[:1]), 1, as_json=False, html=None)
     assert "place" in capsys.readouterr().out
 
 
@@ -120,7 +120,7 @@ def test_what_was_scored_before_ctrl_c_is_shown(capsys, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(lambda: interrupted, 9, as_json=False, html=tmp_path / "p.html", given=[("good.png", b"")])
+        run(interrupted, 9, as_json=False, html=tmp_path / "p.html", given=[("good.png", b"")])
     assert "good.png" in capsys.readouterr().out and "good.png" in (tmp_path / "p.html").read_text()
     with pytest.raises(UserError, match="cannot write there"):  # before a model is loaded
         run(lambda: pytest.fail("loaded"), 9, as_json=False, html=tmp_path / "gone" / "p.html")
@@ -161,7 +161,7 @@ def test_directories_that_are_no_model_of_ours(tmp_path):
     with pytest.raises(UserError, match="no .*safetensors"):
         model_config(tmp_path)
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(UserError, match="sizes of pictures are unknown"):
+    with pytest.raises(UserError, match="no processor_config.json in it says how many pixels"):
         model_config(tmp_path)
 
 

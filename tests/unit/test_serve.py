@@ -107,24 +107,24 @@ def test_the_three_ways_to_send_a_picture_are_the_same_request():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"params": {"task": "quality"}}, "task=quality: should be 'iqa', 'iaa' or 'both'"),
-        ({"params": {"n": "many"}}, "n=many: should be a valid integer"),
-        ({"params": {"n": "1.5"}}, "n=1.5: should be a valid integer"),
-        ({"params": {"n": "65"}}, "n=65: should be less than or equal to 64"),
-        ({"params": {"n": "inf"}}, "n=inf: should be a valid integer"),
-        ({"params": {"temperature": "0"}}, "temperature=0: should be greater than 0"),
-        ({"params": {"seed": "1"}}, "seed: no such option"),
-        ({"params": {"task": "a\nb" + "c" * 999}}, "task=a bccc"),
+        ({"params": {"task": "quality"}}, "task='quality': must be one of iqa, iaa, both"),
+        ({"params": {"n": "many"}}, "n='many': must be a whole number"),
+        ({"params": {"n": "1.5"}}, "n='1.5': must be a whole number"),
+        ({"params": {"n": "65"}}, "n='65': must be at most 64"),
+        ({"params": {"n": "inf"}}, "n='inf': must be a whole number"),
+        ({"params": {"temperature": "0"}}, "temperature='0': must be above 0"),
+        ({"params": {"seed": "1"}}, "unknown key 'seed' (known: task, n, temperature)"),
+        ({"params": {"task": "a\nb" + "c" * 999}}, "task='a\\nbccc"),
         ({"json": {"image": data_url(png()), "n": 10**400}}, "n=1000"),
-        ({"json": {"image": data_url(png()), "temperature": None}}, "temperature=None: should be a valid number"),
+        ({"json": {"image": data_url(png()), "temperature": None}}, "temperature=None: must be a number"),
         ({"content": NESTED, "headers": {"content-type": "application/json"}}, "nested too deeply"),
         ({"content": b""}, "no picture"),
-        ({"files": {"image": ("x.png", b"")}}, "image: the file is empty"),
+        ({"files": {"image": ("x.png", b"")}}, "no picture"),
         ({"content": b"{", "headers": {"content-type": "application/json"}}, "not valid JSON"),
         ({"json": {"picture": "x"}}, "expected a JSON object with `image`"),
         ({"json": {"image": "not base64!"}}, "not valid base64"),
         ({"json": {"image": "data:image/png,abc"}}, "a data URL without"),
-        ({"json": {"image": data_url(png()), "n": True}}, "n=True: should be a number"),
+        ({"json": {"image": data_url(png()), "n": True}}, "n: must be a number, is True"),
         ({"content": b"--x", "headers": {"content-type": "multipart/form-data"}}, "not a form that can be read"),
         ({"content": b"no image at all"}, "image: cannot decode image"),
         ({"content": png(4100, 20)}, "longer than 200 times"),
@@ -226,7 +226,7 @@ def test_a_chat_request_that_makes_no_sense_is_refused_in_one_line(monkeypatch):
     def decode(*args):
         raise AssertionError("a picture of a request that is refused was decoded")
 
-    monkeypatch.setattr(chat, "upright", decode)
+    monkeypatch.setattr(chat, "picture_url", decode)
     several = [*body["messages"], *with_picture(png())]
     assert "2 pictures in the messages; it judges one" in said(
         ask("POST", path, json={**body, "messages": several}, headers=KEY)
@@ -279,7 +279,7 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(capsys, tmp_pat
     assert "no config.json" in fails(capsys, *model)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert "model_type is 'llama'; known families are qwen2_5_vl, qwen3_vl" in fails(capsys, *model)
-    with server._bound(server.Address(port=0)) as loading:  # nobody accepts yet: its model is being loaded
+    with server._bound("127.0.0.1", 0) as loading:  # nobody accepts yet: its model is being loaded
         port = str(loading.getsockname()[1])
         assert f"port {port} on 127.0.0.1: in use" in fails(capsys, "--model", str(tmp_path), "--port", port)
     assert "add --open" in fails(capsys, *model, "--host", "0.0.0.0")

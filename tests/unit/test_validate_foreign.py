@@ -167,9 +167,8 @@ def test_images_elsewhere_are_named_and_the_hint_says_how(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["broken"], found["absent"]) == (0, 0)
     for command in ("validate", "show"):
-        assert run(capsys, command, path, "--images", tmp_path / "no") == (
-            *(2, f"tatar-dist: --images {tmp_path}/no: no such directory"),
-        )
+        status, said = run(capsys, command, path, "--images", tmp_path / "no")
+        assert status == 2 and "'--images': " in said and f"'{tmp_path}/no' does not exist" in said
 
 
 def test_one_image_that_is_there_is_no_hint(tmp_path, capsys):
