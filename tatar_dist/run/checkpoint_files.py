@@ -1,7 +1,4 @@
-"""Write, sync, hash and check the files of a checkpoint.
-
-Imports no torch and no Ray. `Files` is what state.json keeps of them: {"model/config.json": {"bytes": …, "sha256": …}}.
-"""
+"""Write, sync, hash and check the files of a checkpoint; no torch, no Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from typing import Any
 
 from tatar_dist.run.files import sync
 
-Files = dict[str, dict[str, Any]]
+Files = dict[str, dict[str, Any]]  # as in state.json: {"model/config.json": {"bytes": …, "sha256": …}}
 Job = tuple[str, Callable[[Path], None]]  # path below the checkpoint, what writes that file or directory
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -26,11 +23,11 @@ NEARLY_FULL = 1 << 20  # bytes free under which any failed write is put down to 
 
 
 def write(directory: Path, jobs: Iterable[Job]) -> Files:
-    """Run the jobs below `directory`, which exists; sync and hash what each wrote. Only the new files are listed.
+    """Run the jobs below an existing `directory`, sync and hash what each wrote; return size and hash by path.
 
     Raises:
-        OSError: ENOSPC or EDQUOT, in whatever words a library reported the full disk; FileNotFoundError when
-            `directory` is gone, or was made on a file system that this machine does not share.
+        OSError: ENOSPC or EDQUOT for a full disk, whatever a library raised; FileNotFoundError if `directory` is gone
+            or lies on a file system that this machine does not share.
     """
     files: Files = {}
     try:
@@ -59,7 +56,7 @@ def sha256(path: Path) -> str:
 
 
 def first_damage(directory: Path, files: Files, hashes: bool) -> str | None:
-    """Say what is wrong with the first file not as it was written, or None; `hashes`: read and compare all."""
+    """Describe the first file that is not as it was written, or return None; `hashes`: read and compare all."""
     for name, written in files.items():
         path = directory / name
         if not path.is_file():
@@ -68,11 +65,10 @@ def first_damage(directory: Path, files: Files, hashes: bool) -> str | None:
             return f"{name} has {size} bytes instead of {written['bytes']}"
     if not hashes:
         return None
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor() as pool:
         sums = pool.map(lambda name: sha256(directory / name), files)
-        return next(
-            (f"{n} has another sha256" for n, h in zip(files, sums, strict=True) if h != files[n]["sha256"]), None
-        )
+        changed = [name for name, digest in zip(files, sums, strict=True) if digest != files[name]["sha256"]]
+    return f"{changed[0]} has another sha256" if changed else None
 
 
 def _full(error: BaseException, directory: Path) -> int | None:

@@ -22,6 +22,7 @@ from tatar_dist.rollout.engine import RolloutEngine, Sampling
 from tatar_dist.run.checkpoint_files import Files, write
 from tatar_dist.run.checkpoints import Checkpoints
 from tatar_dist.run.directory import RunDirectory
+from tatar_dist.run.events import Events
 from tatar_dist.scoring import export
 from tatar_dist.types import Sample
 
@@ -74,7 +75,7 @@ def finished_run(config: Config, model: str) -> Path:
     run = Path(config.output)
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(to_yaml(config))
-    store = Checkpoints(run, config.checkpoint)
+    store = Checkpoints(run, config.checkpoint, Events(run))
     store.save(7, {"same": {"stage": "grpo", "model.path": config.model.path}}, Learner(model), {})
     store.finish()
     return run

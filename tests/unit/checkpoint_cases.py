@@ -47,8 +47,8 @@ class Learners:
         return write(directory, [(name, self.job(self.tag, name)) for name in SIZES])
 
 
-def checkpoints(run: Path, events: Events | None = None, **settings) -> Checkpoints:
-    return Checkpoints(run, CheckpointConfig(**settings), events)
+def checkpoints(run: Path, **settings) -> Checkpoints:
+    return Checkpoints(run, CheckpointConfig(**settings), Events(run))
 
 
 def save(store: Checkpoints, step: int, state: dict | None = None, learners=None, metrics: dict | None = None) -> Path:

@@ -22,6 +22,7 @@ from tatar_dist.errors import UserError  # noqa: E402
 from tatar_dist.prompts.answer import Prompts  # noqa: E402
 from tatar_dist.run.checkpoint_files import Files, write  # noqa: E402
 from tatar_dist.run.checkpoints import Checkpoints  # noqa: E402
+from tatar_dist.run.events import Events  # noqa: E402
 from tatar_dist.scoring import card as model_card  # noqa: E402
 from tatar_dist.scoring import export  # noqa: E402
 
@@ -46,7 +47,7 @@ def make_run(run: Path, *words: str, stage: str = "grpo", steps: tuple[int, ...]
     config = load_config([], [f"output={run}", f"model.path={model}", *SMALL, *words])
     (run / "config.yaml").write_text(to_yaml(config))
     for step in steps:
-        store = Checkpoints(run, CheckpointConfig(keep=9))
+        store = Checkpoints(run, CheckpointConfig(keep=9), Events(run))
         store.save(step, {"same": {"stage": stage, "model.path": str(model)}}, Learner(), {})
         store.finish()
     return run
@@ -258,7 +259,7 @@ def test_results_are_those_of_this_checkpoint_with_what_was_asked_and_parsed(tmp
 def test_an_evaluation_of_what_was_latest_before_does_not_count(tmp_path):
     run = make_run(tmp_path / "run", steps=(1,))
     found = evaluate(tmp_path / "eval", run / "checkpoints" / "latest" / "model")
-    store = Checkpoints(run, CheckpointConfig(keep=9))
+    store = Checkpoints(run, CheckpointConfig(keep=9), Events(run))
     store.save(2, {"same": {"stage": "grpo", "model.path": str(TINY)}}, Learner(), {})
     store.finish()
     os.utime(found / "metrics.json", (1, 1))
