@@ -76,7 +76,7 @@ def history(events: Sequence[Mapping[str, Any]], steps: int) -> History | None:
     engines = [
         EngineHealth(i, c["ready"], c["dead"], c["suspect"], c["hedged"], STATES.get(last, last))
         for i, c in sorted(past.engine_counts.items())
-        for last in [past.engine_states.get(i, "")]
+        for last in [past.engines[i].state if i in past.engines else ""]
     ]
     return History(shown[:MOST_ROWS], len(shown[MOST_ROWS:]), engines, ", ".join(parts), _progress(past, steps))
 
@@ -100,10 +100,10 @@ def _entry(event: Mapping[str, Any], first: float) -> FaultEntry:
 
 def _progress(past: RunHistory, steps: int) -> str:
     """Describe the state of a run that has started and not finished; "" for any other."""
-    if past.now.started is None or "finished" in past.ends:
+    if past.now.started is None or past.now.state == "finished":
         return ""
     of = f" of {past.now.total:,}" if is_number(past.now.total) else ""
     how = "It had not ended when this page was written,"
-    if past.ends:
-        how = f"It {past.ends[-1].replace('interrupted', 'was interrupted')}"
+    if past.now.state in ENDS.values():
+        how = f"It {past.now.state.replace('interrupted', 'was interrupted')}"
     return f"{how} after {steps:,}{of} steps."

@@ -7,13 +7,14 @@ both let an OSError pass. `writing` around them turns it into a `UserError`, `pr
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tatar_dist.errors import UserError
 
@@ -66,6 +67,15 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def lock(file: IO[str] | int, shared: bool = False) -> bool:
+    """Lock an open file until it is closed, without waiting; return False if another process holds the lock."""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
 
 
 def json_lines(
