@@ -89,7 +89,7 @@ def _facts(s: Status, now: float) -> dict[str, list[str]]:
         if s.stage == "grpo":
             facts["now"].append(f"weights of version {s.version}")
     if s.seconds_per_step is not None:
-        facts["pace"].append(f"{s.seconds_per_step:.1f} s a step")
+        facts["pace"].append(f"{s.seconds_per_step:.1f} s/step")
     if s.tokens_per_second is not None:
         facts["pace"].append(f"{s.tokens_per_second:,.0f} tokens/s")
     if s.eta_seconds is not None:

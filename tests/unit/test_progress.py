@@ -88,13 +88,13 @@ def test_time_left_is_reckoned_from_the_steps_without_the_start(monkeypatch):
         progress.ready()
         now.seconds = 106.0
         progress.update(6, {})  # two steps since the run was resumed at 4
-    assert file.getvalue() == "sft  6/14  3.0 s a step  1:46 gone  0:24 left\n"
+    assert file.getvalue() == "sft  6/14  3.0 s/step  1:46 gone  0:24 left\n"
 
 
 def test_work_that_takes_no_time_at_all_has_a_line(monkeypatch):
     monkeypatch.setattr("tatar_dist.run.progress.time", SimpleNamespace(monotonic=lambda: 5.0))
     (line,) = written(1)
-    assert re.search(r"steps a second  0:00 gone  0:00 left$", line)
+    assert re.search(r"steps/s  0:00 gone  0:00 left$", line)
 
 
 @pytest.mark.parametrize(
