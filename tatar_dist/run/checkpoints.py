@@ -30,9 +30,8 @@ from typing import Any, Protocol
 
 from tatar_dist.config.schema import CheckpointConfig
 from tatar_dist.errors import UserError
-from tatar_dist.run.checkpoint_files import Files, first_damage
 from tatar_dist.run.events import Events
-from tatar_dist.run.files import sync, written_whole
+from tatar_dist.run.files import Files, first_damage, sync, written_whole
 
 STATE = "state.json"
 WRITING, REMOVING = ".writing_", ".removing_"

@@ -74,37 +74,36 @@ def _run(s: Status, now: float) -> Panel:
         rows.add_row("step", bar)
     if reason := s.reason or EXPLAINED.get(s.state):
         rows.add_row("", Text(reason, style=style))
-    for name, facts in _facts(s, now).items():
-        if facts:
-            rows.add_row(name, Text(" · ".join(facts)))
+    facts = [(name, text) for name, text in _facts(s, now) if text]
+    for name in dict.fromkeys(name for name, _ in facts):
+        rows.add_row(name, Text(" · ".join(text for line, text in facts if line == name)))
     title = f"[{style}]● [bold]{s.state}[/]{f'  {s.stage}' if s.stage else ''}"
     return Panel(rows, title=title, title_align="left", border_style=style, padding=(0, 1))
 
 
-def _facts(s: Status, now: float) -> dict[str, list[str]]:
-    """Return what is known of the run: name of a line of the panel -> its parts."""
-    facts: dict[str, list[str]] = {name: [] for name in ("now", "pace", "last", "saved", "since")}
-    if s.phase and s.phase_since:
-        facts["now"].append(f"{s.phase} for {_span(now - s.phase_since)}")
-        if s.stage == "grpo":
-            facts["now"].append(f"weights of version {s.version}")
-    if s.seconds_per_step is not None:
-        facts["pace"].append(f"{s.seconds_per_step:.1f} s/step")
-    if s.tokens_per_second is not None:
-        facts["pace"].append(f"{s.tokens_per_second:,.0f} tokens/s")
-    if s.eta_seconds is not None:
-        facts["pace"].append(f"{clock(s.eta_seconds)} left")
-    values = [(name, s.metrics.get(key)) for key, name in SHOWN.items()]
-    facts["last"] += [f"{name} {value:.3g}" for name, value in values if isinstance(value, int | float)]
-    if s.checkpoint:
-        facts["saved"] += [f"checkpoint of step {s.checkpoint.step}", f"{_span(now - s.checkpoint.time)} ago"]
-    if s.started is not None:
-        facts["since"].append(f"started {_span(now - s.started)} ago")
-    if s.state not in LIVING and s.last_event is not None:
-        facts["since"].append(f"last heard of {_span(now - s.last_event)} ago")
-    if s.host:
-        facts["since"].append(f"{s.host} pid {s.pid}")
-    return facts
+def _facts(s: Status, now: float) -> list[tuple[str, str | None]]:
+    """Return (name of a line of the panel, a part of it or None) in their order."""
+
+    def known(value: float | None, text: str) -> str | None:
+        return None if value is None else text.format(value)
+
+    def since(moment: float | None, text: str) -> str | None:
+        return None if moment is None else text.format(_span(now - moment))
+
+    shown = [(name, s.metrics.get(key)) for key, name in SHOWN.items()]
+    saved = s.checkpoint
+    return [
+        ("now", since(s.phase_since, f"{s.phase} for {{}}") if s.phase else None),
+        ("now", f"weights of version {s.version}" if s.phase and s.stage == "grpo" else None),
+        ("pace", known(s.seconds_per_step, "{:.1f} s/step")),
+        ("pace", known(s.tokens_per_second, "{:,.0f} tokens/s")),
+        ("pace", None if s.eta_seconds is None else f"{clock(s.eta_seconds)} left"),
+        *[("last", f"{name} {value:.3g}") for name, value in shown if isinstance(value, int | float)],
+        ("saved", since(saved.time, f"checkpoint of step {saved.step}, {{}} ago") if saved else None),
+        ("since", since(s.started, "started {} ago")),
+        ("since", None if s.state in LIVING else since(s.last_event, "last heard of {} ago")),
+        ("since", f"{s.host} pid {s.pid}" if s.host else None),
+    ]
 
 
 def _table(*columns: str) -> Table:

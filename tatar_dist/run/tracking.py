@@ -133,13 +133,13 @@ KINDS: dict[str, Callable[[Config, Path, int], Tracker]] = {
 }
 
 
-def check_trackers(config: Config, kinds: Mapping[str, Any] = KINDS) -> list[str]:
+def check_trackers(config: Config) -> list[str]:
     """Return the names of the trackers that the config asks for.
 
     Raises:
         UserError: the package of one is not installed, or W&B has no key to go online: it would ask on the terminal.
     """
-    wanted = [name for name in kinds if getattr(config.track, name)]
+    wanted = [name for name in KINDS if getattr(config.track, name)]
     for name in wanted:
         if find_spec(name) is None:
             extra = "" if name == "tensorboard" else f" (pip install 'tatar_dist[{name}]')"
@@ -187,19 +187,17 @@ class _TrackerThread(threading.Thread):
 class Trackers:
     """The trackers that the config asks for, opened at the first `log`. Raises UserError as `check_trackers` does."""
 
-    def __init__(
-        self, config: Config, run: Path, events: Events, kinds: Mapping[str, Callable[..., Tracker]] = KINDS
-    ) -> None:
-        self.config, self.run, self.events, self.kinds = config, run, events, kinds
-        self._wanted = check_trackers(config, kinds)
+    def __init__(self, config: Config, run: Path, events: Events) -> None:
+        self.config, self.run, self.events = config, run, events
+        self._wanted = {name: KINDS[name] for name in check_trackers(config)}
         self._open: dict[str, _TrackerThread] = {}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hand finite values to every tracker. Never waits, raises nothing that a tracker raises."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        for name in list(self._wanted):
+        for name, kind in list(self._wanted.items()):
             if name not in self._open:
-                self._open[name] = _TrackerThread(name, partial(self.kinds[name], self.config, self.run, step))
+                self._open[name] = _TrackerThread(name, partial(kind, self.config, self.run, step))
             thread = self._open[name]
             thread.steps.put((step, finite))
             if thread.error is not None:
@@ -229,7 +227,7 @@ class Trackers:
 
     def _leave_out(self, name: str, error: Exception) -> None:
         """Warn, and do without this tracker from now on; if it comes back to life, it closes at once."""
-        self._wanted.remove(name)
+        del self._wanted[name]
         thread = self._open.pop(name)
         thread.left_out = True
         thread.steps.put(None)

@@ -20,9 +20,9 @@ from tatar_dist.assets import looked_in
 from tatar_dist.config.load import load_config
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import Prompts
-from tatar_dist.run.checkpoint_files import first_damage, write
 from tatar_dist.run.checkpoints import CheckpointRef, finished
 from tatar_dist.run.directory import PROMPTS
+from tatar_dist.run.files import first_damage, write_files
 from tatar_dist.scoring import card as model_card
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def run(
                 _write_weights(directory, tensors, shard_size)
                 _write_others(directory, model, backbone, prompts, facts)
 
-            write(beside, [(".", files)])  # also syncs them, and names a full disk
+            write_files(beside, [(".", files)])  # also syncs them, and names a full disk
             beside.chmod(0o755)
             os.rename(beside, target)  # also over an empty directory
         finally:

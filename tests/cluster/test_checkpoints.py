@@ -30,10 +30,10 @@ from tatar_dist.learner.actor import Learner
 from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.learner.sharding import Shard, shard_rows
 from tatar_dist.prompts.source import PromptSource, read_manifests
-from tatar_dist.run.checkpoint_files import write
 from tatar_dist.run.checkpoints import Checkpoints, latest
 from tatar_dist.run.directory import RunDirectory
 from tatar_dist.run.events import Events, read_events
+from tatar_dist.run.files import write_files
 from tatar_dist.sampling import make_sampler
 
 SAME = {"stage": "grpo"}
@@ -296,7 +296,7 @@ def test_the_words_of_every_library_for_a_full_disk_are_understood(small_disk):
     for who, writer in writers.items():
         directory = small_disk(8)
         with pytest.raises(OSError) as e:
-            write(directory, [("small", lambda path: path.write_bytes(b"fits")), ("large", writer)])
+            write_files(directory, [("small", lambda path: path.write_bytes(b"fits")), ("large", writer)])
         assert e.value.errno == errno.ENOSPC, who
 
 

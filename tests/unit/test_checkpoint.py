@@ -13,9 +13,9 @@ from checkpoint_cases import SAME, SIZES, Learners, checkpoints, damage, names, 
 
 from tatar_dist.config.schema import CheckpointConfig
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.run.checkpoint_files import Files, write
 from tatar_dist.run.checkpoints import kept, latest
 from tatar_dist.run.events import read_events
+from tatar_dist.run.files import Files, write_files
 
 
 class Failing(Learners):
@@ -30,7 +30,7 @@ class Failing(Learners):
             raise self.error
 
         name = next(iter(SIZES))
-        return write(directory, [(name, plain_job("half", name)), ("model", job)])
+        return write_files(directory, [(name, plain_job("half", name)), ("model", job)])
 
 
 # Saving and finding -------------------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from tatar_dist.config.schema import CheckpointConfig, to_yaml  # noqa: E402
 from tatar_dist.data.writing import write_manifest  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
 from tatar_dist.prompts.answer import Prompts  # noqa: E402
-from tatar_dist.run.checkpoint_files import Files, write  # noqa: E402
 from tatar_dist.run.checkpoints import Checkpoints  # noqa: E402
 from tatar_dist.run.events import Events  # noqa: E402
+from tatar_dist.run.files import Files, write_files  # noqa: E402
 from tatar_dist.scoring import card as model_card  # noqa: E402
 from tatar_dist.scoring import export  # noqa: E402
 
@@ -37,7 +37,7 @@ class Learner:
     def save(self, directory: Path) -> Future[Files]:
         done: Future[Files] = Future()
         jobs = [(f"model/{p.name}", lambda to, p=p: to.write_bytes(p.read_bytes())) for p in sorted(TINY.iterdir())]
-        done.set_result(write(directory, [*jobs, ("deepspeed/rank_0.pt", lambda to: to.write_text("state"))]))
+        done.set_result(write_files(directory, [*jobs, ("deepspeed/rank_0.pt", lambda to: to.write_text("state"))]))
         return done
 
 
