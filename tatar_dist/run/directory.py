@@ -182,7 +182,7 @@ def write_rollouts(path: Path, step: int, scored: Sequence[ScoredGroup]) -> None
                     "logprob_sum": float(sum(c.logprobs)),
                     "weight_version": s.group.weight_version,
                     "parsed": bool(s.parsed[i]),
-                    **{name: _null(values[i]) for name, values in s.terms.items()},
+                    **{name: None if math.isnan(v[i]) else float(v[i]) for name, v in s.terms.items()},
                     "reward": float(s.reward[i]),
                     "advantage": float(s.advantage[i]),
                     "trained": s.trained,
@@ -191,7 +191,3 @@ def write_rollouts(path: Path, step: int, scored: Sequence[ScoredGroup]) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as place:
         pq.write_table(pa.Table.from_pylist(rows), place)
-
-
-def _null(value: float) -> float | None:
-    return None if value != value else float(value)

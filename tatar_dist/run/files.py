@@ -26,7 +26,6 @@ from tatar_dist.errors import UserError
 Files = dict[str, dict[str, Any]]  # as in state.json: {"model/config.json": {"bytes": …, "sha256": …}}
 Job = tuple[str, Callable[[Path], None]]  # path below the checkpoint, what writes that file or directory
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_IN_WORDS = re.compile(r"no space left|disk quota exceeded|\bcode: (28|122)\b", re.IGNORECASE)  # torch, safetensors
 NEARLY_FULL = 1 << 20  # bytes free under which any failed write is put down to the disk
 
@@ -173,7 +172,7 @@ def _full(error: BaseException, directory: Path) -> int | None:
     """Return ENOSPC or EDQUOT if `error` comes from a full disk."""
     chain: BaseException | None = error
     while chain is not None:
-        if isinstance(chain, OSError) and chain.errno in FULL:
+        if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
             return chain.errno
         if FULL_IN_WORDS.search(str(chain)):
             return errno.ENOSPC

@@ -51,7 +51,7 @@ class JsonLines(logging.Formatter):
 
 
 def open_log(run: str | Path, name: str, printed: bool = True) -> Path:
-    """Send this process's log records to RUN/logs/NAME.jsonl and nowhere else. Returns the directory.
+    """Send this process's log records to RUN/logs/NAME.jsonl, instead of where they went. Returns the directory.
 
     Records of tatar_dist count from INFO, of other packages from WARNING.
 
@@ -101,10 +101,8 @@ def interface_of(ip: str) -> str | None:
 
     if ip.startswith("127."):  # psutil lists only one of loopback's addresses
         return "lo"
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address == ip for a in addresses):
-            return name
-    return None
+    names = [name for name, addresses in psutil.net_if_addrs().items() if ip in {a.address for a in addresses}]
+    return names[0] if names else None
 
 
 @contextmanager

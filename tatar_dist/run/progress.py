@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Self
 
 from rich import progress
@@ -26,9 +27,8 @@ SHOWN = {
 
 
 def clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    """Return hours, minutes and seconds; 0:00:00 for a negative time, as clocks of two hosts may differ a little."""
+    return str(timedelta(seconds=max(0, round(seconds))))
 
 
 class ProgressLine:

@@ -57,6 +57,11 @@ class PlacedStatus(ProcessStatus):
         """Note where the process runs."""
         self.host, self.node, self.pid = (event.get(k) for k in ("host", "node", "pid"))
 
+    def enter(self, state: str, when: float, event: Mapping[str, Any]) -> None:
+        super().enter(state, when, event)
+        if state in ("ready", "dead", "gone", "failed"):
+            self.place(event if state == "ready" else {})
+
 
 @dataclass
 class EngineStatus(PlacedStatus):
@@ -192,15 +197,15 @@ class RunHistory:
     def _engine(self, what: str, when: float, event: Mapping[str, Any]) -> None:
         index = int(event["engine"])
         self.engine_counts.setdefault(index, Counter())[what] += 1
-        if what == "hedged":  # no state
-            return
-        engine = self.engines.setdefault(index, EngineStatus(engine=index))
-        engine.enter(what, when, event)
-        engine.restarts += what == "restarting"
-        if what == "ready":
-            engine.place(event)
-        elif what in ("dead", "gone"):
-            engine.pid = None
+        if what != "hedged":  # the only one that is no state
+            engine = self.engines.setdefault(index, EngineStatus(engine=index))
+            engine.restarts += what == "restarting"
+            engine.enter(what, when, event)
+
+    def _reward(self, what: str, when: float, event: Mapping[str, Any]) -> None:
+        actor = self.now.reward = self.now.reward or PlacedStatus()
+        actor.restarts += (actor.state, what) == ("failed", "ready")
+        actor.enter(what, when, event)
 
     def _learners(self, what: str, when: float, event: Mapping[str, Any]) -> None:
         group = self.now.learners = self.now.learners or LearnersStatus()
@@ -213,12 +218,6 @@ class RunHistory:
         elif what == "restored":
             self.now.step = int(event["from_step"])
             self.done.clear()
-
-    def _reward(self, what: str, when: float, event: Mapping[str, Any]) -> None:
-        actor = self.now.reward = self.now.reward or PlacedStatus()
-        actor.restarts += (actor.state, what) == ("failed", "ready")
-        actor.enter(what, when, event)
-        actor.place(event if what == "ready" else {})
 
 
 class RunWatcher:

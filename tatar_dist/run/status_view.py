@@ -54,11 +54,6 @@ def view(s: Status, now: float) -> RenderableType:
     return Group(*parts)
 
 
-def _span(seconds: float) -> str:
-    """Minutes and seconds; clocks of two hosts may differ a little."""
-    return clock(max(0.0, seconds))
-
-
 def _run(s: Status, now: float) -> Panel:
     style = STYLES[s.state]
     rows = Table.grid(padding=(0, 2), expand=True)
@@ -88,7 +83,7 @@ def _facts(s: Status, now: float) -> list[tuple[str, str | None]]:
         return None if value is None else text.format(value)
 
     def since(moment: float | None, text: str) -> str | None:
-        return None if moment is None else text.format(_span(now - moment))
+        return None if moment is None else text.format(clock(now - moment))
 
     shown = [(name, s.metrics.get(key)) for key, name in SHOWN.items()]
     saved = s.checkpoint
@@ -119,7 +114,7 @@ def _processes(s: Status, now: float) -> Table:
 
     def row(name: str, p: ProcessStatus, hosts: Iterable[str | None], pids: Iterable[int | None]) -> None:
         mark = Text(f"● {p.state}", style=STYLES.get(p.state, ""))
-        since = "" if p.since is None else _span(now - p.since)
+        since = "" if p.since is None else clock(now - p.since)
         table.add_row(name, mark, since, str(p.restarts or ""), _some(hosts, 2), _some(pids, 1))
 
     if s.learners:
@@ -147,7 +142,7 @@ def _troubles(s: Status, now: float) -> Table:
         name = str(t["event"])
         bad = name.endswith(("dead", "failed", "gone", "lost", "late")) or name in ("stall", "fault")
         table.add_row(
-            f"{_span(now - t['time'])} ago",
+            f"{clock(now - t['time'])} ago",
             " ".join(str(t[k]) for k in ("step", "phase") if t.get(k) is not None),
             Text(name, style=BAD if bad else WORKING),
             Text(_what(t)),
