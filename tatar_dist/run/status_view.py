@@ -19,6 +19,7 @@ from tatar_dist.run.status import LIVING, ProcessStatus, RunWatcher, Status
 REFRESH_S = 1.0
 ROWS = 8  # engines; of more, the healthy ones share a row
 GOOD, WORKING, BAD, OVER = "green", "yellow", "bold red", "dim"
+PLAIN: Any = {"box": None, "padding": (0, 2, 0, 1), "header_style": OVER}  # a table
 STYLES = {
     **dict.fromkeys(("running", "finished", "ready", "healthy"), GOOD),
     **dict.fromkeys(("starting", "interrupted", "restarting", "stale", "suspect", "restored"), WORKING),
@@ -101,16 +102,9 @@ def _facts(s: Status, now: float) -> list[tuple[str, str | None]]:
     ]
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 1), header_style=OVER)
-    for column in columns:
-        table.add_column(column, no_wrap=column != "what", overflow="fold" if column == "what" else "ellipsis")
-    return table
-
-
 def _processes(s: Status, now: float) -> Table:
     """A row for each; the healthy engines of a large run share one."""
-    table = _table("process", "state", "for", "restarts", "host", "pid")
+    table = Table("process", "state", "for", "restarts", "host", "pid", **PLAIN)
 
     def row(name: str, p: ProcessStatus, hosts: Iterable[str | None], pids: Iterable[int | None]) -> None:
         mark = Text(f"● {p.state}", style=STYLES.get(p.state, ""))
@@ -137,7 +131,7 @@ def _some(values: Iterable[Any], n: int) -> str:
 
 
 def _troubles(s: Status, now: float) -> Table:
-    table = _table("when", "step", "event", "what")
+    table = Table("when", "step", "event", "what", **PLAIN)
     for t in s.troubles:
         name = str(t["event"])
         bad = name.endswith(("dead", "failed", "gone", "lost", "late")) or name in ("stall", "fault")
@@ -145,7 +139,7 @@ def _troubles(s: Status, now: float) -> Table:
             f"{clock(now - t['time'])} ago",
             " ".join(str(t[k]) for k in ("step", "phase") if t.get(k) is not None),
             Text(name, style=BAD if bad else WORKING),
-            Text(_what(t)),
+            Text(_what(t), overflow="fold"),
         )
     return table
 
@@ -153,6 +147,7 @@ def _troubles(s: Status, now: float) -> Table:
 def _what(event: dict[str, Any]) -> str:
     """Which engine or node, the reason, and further facts of an event by name."""
     subject = str(event["event"]).partition("/")[0]
-    who = f"{subject} {event[subject]}: " if subject in event else ""
+    who = f"{subject} {event[subject]}" if subject in event else ""
     facts = [f"{k} {event[k]}" for k in ("seconds", "action", "stacks", "point", "name", "path") if event.get(k)]
-    return who + ", ".join([event["reason"], *facts] if event.get("reason") else facts)
+    reason = [event["reason"]] if event.get("reason") else []
+    return ": ".join(filter(None, [who, ", ".join([*reason, *facts])]))
