@@ -160,6 +160,7 @@ class Checkpoints:
         """Rename a complete checkpoint to its name. After a kill in between, `resume` does the rest."""
         self._hide(final)
         beside.rename(final)
+        self._damaged.discard(final.name)
         sync(self.root)
         self._point(final)
 

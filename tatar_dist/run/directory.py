@@ -1,8 +1,4 @@
-"""Everything a run leaves behind, and the lock that keeps two runs out of one directory.
-
-config.yaml  prompts.yaml  metrics.jsonl  events.jsonl  tensorboard/  rollouts/[replaced/]step_*.parquet  checkpoints/
-quarantine.jsonl  trackers.json  logs/  stacks/  report.html
-"""
+"""The directory of a run: what it leaves behind (README.md), and the lock that keeps a second run out."""
 
 from __future__ import annotations
 

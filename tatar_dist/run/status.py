@@ -1,8 +1,7 @@
 """Fold the event log of a run (run/events.py) into its history, and read what the run does now.
 
-`RunHistory` defines what an event changes. `RunWatcher` completes it, from the run's other files, to the `Status` that
-run/status_view.py draws and `--json` prints: while the run lives, after its end, on any machine. Report and simulator
-(report/faults.py, plan/simulate/measured.py) use parts of the history.
+`RunHistory` defines what an event changes; report/faults.py and plan/simulate/measured.py use parts of it. `RunWatcher`
+completes it, from the run's other files, to the `Status` that run/status_view.py draws and `--json` prints.
 """
 
 from __future__ import annotations

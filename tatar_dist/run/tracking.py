@@ -1,12 +1,8 @@
 """Experiment trackers: a run's metrics in TensorBoard, Weights & Biases and MLflow, by the config section `track`.
 
-Offline they write to `tensorboard/`, `wandb/` and `mlflow.db` of the run directory. Online, each follows its own
-environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI). `trackers.json` keeps the ids, so that a resumed run
-continues the same W&B and MLflow run; from step 0 it is a new one. Each tracker has a thread: MLflow's client blocks,
-and W&B and TensorBoard, which queue by themselves, block when they open and close. A tracker that fails or hangs is
-warned about once and left out.
-
-W&B and MLflow are extras. Tests run both offline (tests/unit/test_trackers_offline.py); online they were never run.
+`trackers.json` keeps ids, so that a resumed run continues the same W&B and MLflow run; from step 0 it is a new one.
+Each tracker has a thread: MLflow's client blocks, and W&B and TensorBoard, which queue by themselves, block when they
+open and close. Tests run W&B and MLflow offline (tests/unit/test_trackers_offline.py); online they were never run.
 """
 
 from __future__ import annotations

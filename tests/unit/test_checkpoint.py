@@ -278,3 +278,13 @@ def test_a_damaged_checkpoint_does_not_push_out_a_good_one(tmp_path):
     assert os.readlink(tmp_path / "checkpoints" / "latest") == "step_000001"
     save(store, 3)
     assert names(tmp_path) == ["latest", "step_000001", "step_000003"]
+
+
+def test_a_checkpoint_that_replaces_a_damaged_one_of_its_step_stays(tmp_path):
+    store = checkpoints(tmp_path, keep=1)
+    damage(save(store, 2, learners=Learners("old")) / "model" / "model.safetensors", 5)
+    store = checkpoints(tmp_path, keep=1)
+    with pytest.raises(UserError, match="no checkpoint is whole"):
+        store.resume(SAME)
+    assert tag_of(save(store, 2, learners=Learners("new"))) == "new"
+    assert latest(tmp_path)[1]["step"] == 2
