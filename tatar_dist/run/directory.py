@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from tatar_dist.errors import Interrupted, UserError
 from tatar_dist.run.events import Events
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.files import json_lines, lock, write_whole, written_whole
-from tatar_dist.run.process import open_log
+from tatar_dist.run.process import open_log, process_facts
 from tatar_dist.run.tracking import Trackers
 from tatar_dist.types import ScoredGroup
 
@@ -80,8 +79,8 @@ class RunDirectory:
     @contextmanager
     def running(self, stage: str, total: int, first: int, learners: int, engines: int) -> Iterator[None]:
         """Log the start and the end of a stage as events, with its process log open in between."""
-        facts = {"pid": os.getpid(), "host": socket.gethostname(), "stage": stage, "total": total, "from_step": first}
-        self.events.log("run/start", **facts, learners=learners, engines=engines)
+        facts = {"stage": stage, "total": total, "from_step": first, "learners": learners, "engines": engines}
+        self.events.log("run/start", **process_facts(), **facts)
         open_log(self.path, "controller", printed=False)
         try:
             yield
