@@ -105,7 +105,7 @@ def print_sets(registry: Registry) -> None:
             score = (fmt.score or "mean of votes") + (", mean per image" if fmt.worker else "")
             scale = f"{fmt.range}{', lower is better' if fmt.lower_is_better else ''}"
             print(f"   {fmt.name:<25}{', '.join(fmt.kind):<10}{score:<22}{scale}")
-            print(f"     {'no header: ' if fmt.types else ''}{_shortened(fmt.columns)}")
+            print(f"     {'no header: ' if 'text' in fmt.kind else ''}{_shortened(fmt.columns)}")
     console.print("", lists, where)
     print("Import one: tatar-dist data import NAME --annotations F --images DIR --output M.parquet")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,7 @@ def status(
         raise UserError("--watch and --json cannot be combined: give one of them")
     files = RunWatcher(run)
     if as_json:
-        print(json.dumps(files.read().to_dict()))
+        print(json.dumps(asdict(files.read())))
         return
     import time
 

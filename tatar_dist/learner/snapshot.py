@@ -16,7 +16,7 @@ from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch.utils._pytree import tree_leaves
 
-from tatar_dist.run.checkpoint_files import Job
+from tatar_dist.run.files import Job
 
 
 class SnapshotEngine(TorchCheckpointEngine):

@@ -19,8 +19,7 @@ import ray
 
 from tatar_dist.errors import LearnersFailed, RunError, UserError
 from tatar_dist.faults.waiting import TICK_S, first_line
-from tatar_dist.run.checkpoint_files import Files, Job, seal
-from tatar_dist.run.checkpoint_files import write as write_files
+from tatar_dist.run.files import Files, Job, seal, write_files
 
 CHUNK = 64 << 20  # bytes
 IO = "io"  # the concurrency group of learner calls that run beside training

@@ -21,7 +21,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.learner import lora, reshard
 from tatar_dist.learner.policy import PolicyModel
 from tatar_dist.models import family
-from tatar_dist.run.checkpoint_files import Job
+from tatar_dist.run.files import Job
 
 DEEPSPEED_TAG = "deepspeed"
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich import progress
 from rich.console import Console
 
 from tatar_dist.config.schema import Config
@@ -27,7 +26,7 @@ from tatar_dist.rationale.questions import Build, Judge, Question, require_targe
 from tatar_dist.rationale.rows import RationaleRows
 from tatar_dist.rationale.wording import load_wording
 from tatar_dist.run.journal import Journal
-from tatar_dist.run.progress import bar, clock
+from tatar_dist.run.progress import ProgressLine, clock
 
 QUESTIONS: dict[str, type[Build] | type[Judge]] = {"build": Build, "judge": Judge}
 SHOW_EVERY = 1000  # rows entered between two updates of the progress display
@@ -38,28 +37,13 @@ FAILURES = {  # code of a row without an answer -> how messages describe it
 }
 
 
-class Meter:
+class Meter(ProgressLine):
     """Progress of a run: a bar on a terminal, else a plain line every 15 s. Call it with the ledger, at any rate."""
 
     def __init__(self, name: str, total: int, console: Console | None = None) -> None:
-        self.name, self.total = name, total
-        self.console = console or Console(stderr=True)
-        self.began = time.monotonic()
+        super().__init__(name, total, console=console)
         self._printed = self.began - PLAIN_EVERY_S + 2.0  # the first plain line after two seconds
         self._settled_before = 0
-        self._bar: progress.Progress | None = None
-        if self.console.is_terminal:
-            self._bar = bar(self.console)
-            self._task = self._bar.add_task(name, total=total, text="starting")
-
-    def __enter__(self) -> Meter:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
 
     def reading(self, ledger: Ledger) -> None:
         """Show progress while rows enter the ledger, before any is asked. The pace is measured from the last call."""
@@ -71,12 +55,10 @@ class Meter:
         self._show(ledger.settled + ledger.failed, self.line(ledger, now), now, last)
 
     def _show(self, done: int, text: str, now: float, last: bool = False) -> None:
-        if self._bar:
-            self._bar.update(self._task, completed=done, text=text)
-        elif last or now - self._printed >= PLAIN_EVERY_S:
+        due = last or now - self._printed >= PLAIN_EVERY_S
+        if due:
             self._printed = now
-            line = f"{self.name}  {done}/{self.total}  {text}"
-            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self.show(done, text, due)
 
     def line(self, ledger: Ledger, now: float) -> str:
         """Return the text shown beside the progress bar: counts, tokens, cost, rate and time left."""

@@ -289,13 +289,14 @@ def history(events: Sequence[Mapping[str, Any]], steps: int) -> History | None:
     past = RunHistory(known)
     shown = [_entry(e, known[0]["time"]) for e in known if e["event"] in SHOWN]
     parts = [f"{n:,} {names[n > 1]}" for k, names in COUNTED.items() if (n := past.counts[k])]
-    states = {i: STATES.get(state, state) for i, state in past.engine_states.items()}
+    states = {i: STATES.get(engine.state, engine.state) for i, engine in past.engines.items()}
     engines = [(i, states.get(i, ""), counts) for i, counts in sorted(past.engine_counts.items())]
     progress = ""
-    if past.now.started is not None and "finished" not in past.ends:
+    if past.now.started is not None and past.now.state != "finished":
         of = f" of {past.now.total:,}" if is_number(past.now.total) else ""
-        end = past.ends[-1].replace("interrupted", "was interrupted") if past.ends else ""
-        how = f"It {end}" if end else "It had not ended when this page was written,"
+        how = "It had not ended when this page was written,"
+        if past.now.state in ENDS.values():
+            how = f"It {past.now.state.replace('interrupted', 'was interrupted')}"
         progress = f"{how} after {steps:,}{of} steps."
     return History(shown[:MOST_ROWS], len(shown[MOST_ROWS:]), engines, ", ".join(parts), progress)
 

@@ -1,17 +1,11 @@
-"""Everything a run leaves behind, and the lock that keeps two runs out of one directory.
-
-config.yaml  prompts.yaml  metrics.jsonl  events.jsonl  tensorboard/  rollouts/[replaced/]step_*.parquet  checkpoints/
-quarantine.jsonl  trackers.json  logs/  stacks/  report.html
-"""
+"""The directory of a run: what it leaves behind (README.md), and the lock that keeps a second run out."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,25 +16,19 @@ from tatar_dist.config.schema import Config, to_yaml
 from tatar_dist.errors import Interrupted, UserError
 from tatar_dist.run.events import Events
 from tatar_dist.run.failpoints import Failpoints
-from tatar_dist.run.files import json_lines, write_whole, written_whole
-from tatar_dist.run.process import open_log
+from tatar_dist.run.files import json_lines, lock, write_whole, written_whole
+from tatar_dist.run.process import open_log, process_facts
 from tatar_dist.run.tracking import Trackers
 from tatar_dist.types import ScoredGroup
 
-HALF_WRITTEN = (  # patterns of files that a killed run leaves (files.py)
-    ".metrics.json*.tmp",
-    ".quarantine.jsonl.*.tmp",
-    ".trackers.json.*.tmp",
-    ".predictions.parquet.*.tmp",
-    "rollouts/**/.step_*.tmp",
-)
+HALF_WRITTEN = (".*.tmp", "rollouts/**/.*.tmp")  # patterns of files that a killed run leaves (files.py)
 LEASE_S = 120.0
 PROMPTS = "prompts.yaml"  # the wording that the run used (prompts/source.py)
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entrypoint of `ray job submit`
 
 
 def check_output(config: Config) -> None:
-    """Raises UserError: what is written to `output` would be lost."""
+    """Raise UserError if what is written to `output` would be lost."""
     if IN_RAY_JOB in os.environ and not Path(config.output).is_absolute():
         raise UserError(
             f"output={Path(config.output)}: a Ray job's working directory goes when the job ends: give an absolute "
@@ -65,13 +53,18 @@ class RunDirectory:
             raise UserError(f"output={self.path}: cannot write there: {e.strerror}") from e
         if not _locked(self._lock):
             raise UserError(f"output={self.path}: another process is running in this directory")
-        for left in (file for pattern in HALF_WRITTEN for file in self.path.glob(pattern)):
-            left.unlink()
+        for pattern in HALF_WRITTEN:
+            for file in self.path.glob(pattern):
+                file.unlink(missing_ok=True)
         (self.path / "config.yaml").write_text(to_yaml(config))
         self.events = Events(self.path)
         self._failpoints = Failpoints(config.failpoints, str(self.path))
         self._trackers = Trackers(config, self.path, self.events)
-        self._quarantined: set[tuple[str, str]] | None = None  # (sample id, manifest), once read
+        self._quarantine_file = self.path / "quarantine.jsonl"
+        rows = json_lines(self._quarantine_file)
+        self._quarantined = {(row["sample_id"], row["manifest"]) for row in rows}
+        if self._quarantine_file.exists():  # without a line cut off by a crash, which would swallow the next one
+            write_whole(self._quarantine_file, "".join(map(_line, rows)))
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -85,9 +78,9 @@ class RunDirectory:
 
     @contextmanager
     def running(self, stage: str, total: int, first: int, learners: int, engines: int) -> Iterator[None]:
-        """Around the run of a stage: its start and its end stand in the event log, its log is open."""
-        facts = {"pid": os.getpid(), "host": socket.gethostname(), "stage": stage, "total": total, "from_step": first}
-        self.events.log("run/start", **facts, learners=learners, engines=engines)
+        """Log the start and the end of a stage as events, with its process log open in between."""
+        facts = {"stage": stage, "total": total, "from_step": first, "learners": learners, "engines": engines}
+        self.events.log("run/start", **process_facts(), **facts)
         open_log(self.path, "controller", printed=False)
         try:
             yield
@@ -101,7 +94,7 @@ class RunDirectory:
         self.events.log("run/end")
 
     def begin(self, phase: str, step: int) -> None:
-        """A phase of the loop begins: it stands in the event log, and failpoints of the controller fire."""
+        """Log that a phase of the loop begins, and fire the failpoints of the controller."""
         self.events.begin(phase, step)
         self._failpoints.reach(f"controller.{phase}", step=step)
 
@@ -122,27 +115,20 @@ class RunDirectory:
 
     def quarantine(self, sample_id: str, where: str, reason: str) -> None:
         """Note a sample that cannot be used, once, however often the run is resumed; the run goes on without it."""
-        if self._quarantined is None:
-            rows = json_lines(self.path / "quarantine.jsonl")
-            # whole again: the next line must not be glued to one cut off by a crash
-            write_whole(self.path / "quarantine.jsonl", "".join(map(_line, rows)))
-            self._quarantined = {(row["sample_id"], row["manifest"]) for row in rows}
-        if (sample_id, where) in self._quarantined:
-            return
-        self._quarantined.add((sample_id, where))
-        with open(self.path / "quarantine.jsonl", "a") as f:
-            f.write(_line({"sample_id": sample_id, "manifest": where, "reason": reason}))
+        if (sample_id, where) not in self._quarantined:
+            self._quarantined.add((sample_id, where))
+            with open(self._quarantine_file, "a") as f:
+                f.write(_line({"sample_id": sample_id, "manifest": where, "reason": reason}))
 
     def rollouts(self, step: int, scored: Sequence[ScoredGroup], replaced: Sequence[ScoredGroup] = ()) -> None:
-        """Write every completion of a step with its reward terms, as one Parquet file.
+        """Write every completion of a step's global batch with its reward terms, as one Parquet file.
 
-        The groups that others replaced (sampling.py) go to rollouts/replaced/, as they were scored before that: the
-        step's own file is the global batch that was learned from, nothing else.
+        The groups that others replaced (sampling.py) go to rollouts/replaced/, as they were scored before that.
         """
-        name = f"step_{step:06d}.parquet"
-        write_rollouts(self.path / "rollouts" / name, step, scored)
+        file = self.path / "rollouts" / f"step_{step:06d}.parquet"
+        write_rollouts(file, step, scored)
         if replaced:
-            write_rollouts(self.path / "rollouts" / "replaced" / name, step, replaced)
+            write_rollouts(file.parent / "replaced" / file.name, step, replaced)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -154,13 +140,11 @@ def _locked(file: Any) -> bool:
     """Take the lock, in several tries: `tatar-dist status` holds it for moments, to see whether a run does; and for a
     node that died a network file system holds it until the lease is over, when Slurm has started the job again."""
     deadline = time.monotonic() + (LEASE_S if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.5)
-    while time.monotonic() < deadline:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            time.sleep(0.05)
-    return False
+    while not lock(file):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -170,7 +154,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def write_rollouts(path: Path, step: int, scored: Sequence[ScoredGroup]) -> None:
-    """One row a completion: what was asked, what came, its reward terms, reward and advantage."""
+    """Write one row per completion: its prompt, its text, its reward terms, reward and advantage."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -193,7 +177,7 @@ def write_rollouts(path: Path, step: int, scored: Sequence[ScoredGroup]) -> None
                     "logprob_sum": float(sum(c.logprobs)),
                     "weight_version": s.group.weight_version,
                     "parsed": bool(s.parsed[i]),
-                    **{name: _null(values[i]) for name, values in s.terms.items()},
+                    **{name: None if math.isnan(v[i]) else float(v[i]) for name, v in s.terms.items()},
                     "reward": float(s.reward[i]),
                     "advantage": float(s.advantage[i]),
                     "trained": s.trained,
@@ -202,7 +186,3 @@ def write_rollouts(path: Path, step: int, scored: Sequence[ScoredGroup]) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as place:
         pq.write_table(pa.Table.from_pylist(rows), place)
-
-
-def _null(value: float) -> float | None:
-    return None if value != value else float(value)

@@ -24,7 +24,6 @@ stall detector, the tests of faults.
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -48,19 +47,14 @@ class Events:
         stamp = {"time": round(time.time(), 3), "event": event, "step": self.step, "phase": self.phase}
         self._append(json.dumps({**stamp, **fields}, default=str) + "\n")
 
-    def begin(self, phase: str, step: int | None = None) -> None:
+    def begin(self, phase: str, step: int) -> None:
         """Log that a phase of the loop begins; later events carry it."""
-        self.phase = phase
-        if step is not None:
-            self.step = step
+        self.phase, self.step = phase, step
         self.log("phase")
 
     def _append(self, line: str) -> None:
-        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(fd, line.encode())
-        finally:
-            os.close(fd)
+        with open(self.path, "ab", buffering=0) as f:  # one write a line: processes share the file
+            f.write(line.encode())
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:

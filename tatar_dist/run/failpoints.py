@@ -1,9 +1,8 @@
 """Failpoints: named places in the code where a test or a chaos run makes a process die or hang, once.
 
 `failpoints: ["learner.backward:kill:step=2:rank=1"]` in the config: the learner of rank 1 sends itself SIGKILL in the
-backward of step 2. Nothing is imitated: the signal is real, and so is what the others see. Each entry fires once in a
-run's life, also over restarts: the process that fires it leaves a marker in RUN/.failpoints first, and says so in the
-event log. Without entries a failpoint costs one look into an empty tuple.
+backward of step 2. Each entry fires once in a run's life, also over restarts: the process that fires it first leaves a
+marker in RUN/.failpoints and an event in the event log.
 
     entry   POINT:ACTION[:KEY=VALUE…]       action: kill (SIGKILL), stop (SIGSTOP), raise (RuntimeError)
     points  engine.generate     step, engine
@@ -17,21 +16,19 @@ event log. Without entries a failpoint costs one look into an empty tuple.
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tatar_dist.errors import UserError
 from tatar_dist.run.events import Events
 
-ACTIONS = ("kill", "stop", "raise")
+_ENTRY = re.compile(r"([^:]+):(kill|stop|raise)((?::[^:=]+=[^:]*)*)")
 
 
-@dataclass(frozen=True)
-class Failpoint:
-    """One parsed entry."""
-
+class Failpoint(NamedTuple):
     text: str
     point: str
     action: str
@@ -39,15 +36,12 @@ class Failpoint:
 
 
 def parse(entry: str) -> Failpoint:
-    """Raises UserError: not POINT:ACTION[:KEY=VALUE…]."""
-    point, _, rest = entry.partition(":")
-    action, *conditions = rest.split(":")
-    pairs = [c.partition("=") for c in conditions]
-    if not point or action not in ACTIONS or any(not sep for _, sep, _ in pairs):
-        raise UserError(
-            f"failpoints: {entry!r}: expected POINT:ACTION[:KEY=VALUE…], action one of {', '.join(ACTIONS)}"
-        )
-    return Failpoint(entry, point, action, {k: v for k, _, v in pairs})
+    """Parse an entry. Raises UserError if it is not of the form above."""
+    parts = _ENTRY.fullmatch(entry)
+    if parts is None:
+        raise UserError(f"failpoints: {entry!r}: expected POINT:ACTION[:KEY=VALUE…], action one of kill, stop, raise")
+    where = dict(condition.split("=", 1) for condition in parts[3].split(":")[1:])
+    return Failpoint(entry, parts[1], parts[2], where)
 
 
 class Failpoints:
@@ -67,7 +61,7 @@ class Failpoints:
         marker = self.run / ".failpoints" / f.text.replace("/", "_")
         marker.parent.mkdir(exist_ok=True)
         try:
-            os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+            marker.touch(exist_ok=False)
         except FileExistsError:
             return
         Events(self.run).log("fault", point=f.point, action=f.action, pid=os.getpid(), **{**self.known, **facts})

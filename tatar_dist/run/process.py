@@ -31,22 +31,17 @@ from tatar_dist.run.events import Events
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, 2**64 - 1  # prctl(2)
 
 log = logging.getLogger(__name__)
-_handler: logging.Handler | None = None
 
 
 class JsonLines(logging.Formatter):
     """Format a log record as one line of JSON."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.host = socket.gethostname()
 
     def format(self, record: logging.LogRecord) -> str:
         row = {
             "time": round(record.created, 3),
             "level": record.levelname,
             "logger": record.name,
-            "host": self.host,
+            "host": socket.gethostname(),
             "pid": record.process,
             "message": record.getMessage(),
         }
@@ -56,26 +51,21 @@ class JsonLines(logging.Formatter):
 
 
 def open_log(run: str | Path, name: str, printed: bool = True) -> Path:
-    """Send this process's log records to RUN/logs/NAME.jsonl; an actor calls it first. Returns the directory.
+    """Send this process's log records to RUN/logs/NAME.jsonl, instead of where they went. Returns the directory.
 
-    Records of tatar_dist count from INFO, of other packages from WARNING. Called again, it moves to the new place.
+    Records of tatar_dist count from INFO, of other packages from WARNING.
 
     Args:
-        run: the run directory; it must exist, or this machine does not see it.
+        run: the run directory; without one, this machine is taken not to see it.
         name: controller, learner-0, engine-1, reward.
         printed: also send what this process prints to NAME.out; not for one that has a user's terminal.
     """
-    global _handler
     visible = Path(run).is_dir() and os.access(run, os.W_OK)
     directory = Path(run) / "logs" if visible else Path(tempfile.mkdtemp(prefix=f"{Path(run).name}-{name}-"))
     directory.mkdir(exist_ok=True)
-    root, before = logging.getLogger(), _handler
-    _handler = logging.FileHandler(directory / f"{name}.jsonl")
-    _handler.setFormatter(JsonLines())
-    root.addHandler(_handler)
-    if before is not None:
-        root.removeHandler(before)
-        before.close()
+    handler = logging.FileHandler(directory / f"{name}.jsonl")
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(handlers=[handler], force=True)  # force: an earlier run of this process has one
     logging.getLogger("tatar_dist").setLevel(logging.INFO)
     if printed:
         _redirect(directory / f"{name}.out")
@@ -111,28 +101,20 @@ def interface_of(ip: str) -> str | None:
 
     if ip.startswith("127."):  # psutil lists only one of loopback's addresses
         return "lo"
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address == ip for a in addresses):
-            return name
-    return None
+    names = [name for name, addresses in psutil.net_if_addrs().items() if ip in {a.address for a in addresses}]
+    return names[0] if names else None
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Keep the garbage collector away from what imports of large libraries create, which stays.
-
-    Scanning it, during the imports and at every full collection after, is a third of an engine's start with a small
-    model.
-    """
-    collects = gc.isenabled()
+    """Exempt what imports of large libraries create from garbage collection: a third of the start of a small engine."""
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         atexit.register(gc.unfreeze)  # or triton would list what is left when the interpreter is taken down
-        if collects:
-            gc.enable()
+        gc.enable()
 
 
 def process_facts() -> dict[str, Any]:
@@ -148,10 +130,9 @@ def pin(_: Any, side: int, index: int, count: int) -> None:
     Called on an actor, the first argument. Where there are fewer cores than processes, some share one.
     """
     cores = sorted(os.sched_getaffinity(0))
-    half = cores[: len(cores) // 2] if side == 0 else cores[len(cores) // 2 :]
-    half = half or cores
-    share = half[index * len(half) // count : (index + 1) * len(half) // count] or [half[index % len(half)]]
-    keep_on(share)
+    middle = len(cores) // 2
+    half = (cores[middle:] if side else cores[:middle]) or cores
+    keep_on(half[index * len(half) // count : (index + 1) * len(half) // count] or [half[index % len(half)]])
 
 
 def keep_on(cores: Collection[int]) -> None:

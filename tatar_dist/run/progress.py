@@ -1,7 +1,6 @@
-"""Progress on the terminal: stage, step, its main metrics, seconds a step, time gone and left.
+"""Progress on the terminal: stage, step, its main metrics, seconds per step, time gone and left.
 
-A bar on a terminal; one plain line a step (thinned out for long runs) where output is a file. Time left is estimated
-from the steps alone: starting the engines does not count.
+Time left is estimated from the steps alone: starting the engines does not count.
 """
 
 from __future__ import annotations
@@ -9,6 +8,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from datetime import timedelta
+from typing import Self
 
 from rich import progress
 from rich.console import Console
@@ -26,47 +27,52 @@ SHOWN = {
 
 
 def clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    """Return hours, minutes and seconds; 0:00:00 for a negative time, as clocks of two hosts may differ a little."""
+    return str(timedelta(seconds=max(0, round(seconds))))
 
 
-def bar(console: Console) -> progress.Progress:
-    """Return a bar with name, count, and the text in a task's field `text`."""
-    return progress.Progress(
-        progress.SpinnerColumn(),
-        progress.TextColumn("[bold]{task.description}"),
-        progress.BarColumn(20),
-        progress.TextColumn("{task.completed}/{task.total}"),
-        progress.TextColumn("{task.fields[text]}"),
-        console=console,
-    )
+class ProgressLine:
+    """Name, count and a text: beside a bar on a terminal, else as plain lines. A context manager."""
+
+    def __init__(self, name: str, total: int, start: int = 0, console: Console | None = None) -> None:
+        self.name, self.total = name, total
+        self.console = console or Console(stderr=True)
+        self.began = time.monotonic()
+        self._bar = progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn("[bold]{task.description}"),
+            progress.BarColumn(20),
+            progress.TextColumn("{task.completed}/{task.total}"),
+            progress.TextColumn("{task.fields[text]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=total, completed=start, text="starting")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, done: int, text: str, due: bool) -> None:
+        """Show `done` of `total` and a text; off a terminal only if a line is `due`."""
+        self._bar.update(self._task, completed=done, text=text)
+        if due and not self.console.is_terminal:
+            line = f"{self.name}  {done}/{self.total}  {text}"
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-class Progress:
-    """Context manager; call `ready` when the actors are up and `update` after every unit of work."""
+class Progress(ProgressLine):
+    """Progress of a stage. Call `ready` when the actors are up and `update` after every unit of work."""
 
     def __init__(
         self, stage: str, total: int, start: int = 0, unit: str = "step", console: Console | None = None
     ) -> None:
-        self.stage, self.total, self.first, self.unit = stage, total, start, unit
-        self.console = console or Console(stderr=True)
-        self.began = self.since = time.monotonic()
-        self._printed = -1
-        self._every = max(1, total // 25)
-        self._bar: progress.Progress | None = None
-        if self.console.is_terminal:
-            self._bar = bar(self.console)
-            self._task = self._bar.add_task(stage, total=total, completed=start, text="starting")
-
-    def __enter__(self) -> Progress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        super().__init__(stage, total, start, console)
+        self.first, self.unit, self.since = start, unit, self.began
+        self._printed = -math.inf  # units at the last line
 
     def ready(self, first: int | None = None) -> None:
         """Start timing steps: everything is up, at step `first` if it is not the initial one."""
@@ -74,27 +80,20 @@ class Progress:
         self.first = self.first if first is None else first
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Show that `done` units of `total` are finished."""
+        """Show that `done` units of `total` are finished. A long run prints about 25 lines."""
         now = time.monotonic()
         seconds = (now - self.since) / max(1, done - self.first)
-        loss = {} if "reward/total/iqa" in metrics or "reward/total/iaa" in metrics else {"loss/total": "loss"}
-        known = {key: name for key, name in (loss | SHOWN).items() if key in metrics}
-        # a task without held-out rows has no loss; any other NaN is worth seeing
+        # of a policy step the loss says nothing; a task without held-out rows has NaN, any other is worth seeing
+        names = SHOWN if any(key.startswith("reward/") for key in metrics) else {"loss/total": "loss"} | SHOWN
         parts = [
             f"{name} {metrics[key]:.3g}"
-            for key, name in known.items()
-            if not (key.startswith("eval/") and math.isnan(metrics[key]))
+            for key, name in names.items()
+            if key in metrics and not (key.startswith("eval/") and math.isnan(metrics[key]))
         ]
-        a = "an" if self.unit[0] in "aeiou" else "a"
-        pace = (
-            f"{seconds:.1f} s {a} {self.unit}"
-            if seconds >= 0.1
-            else f"{1 / max(seconds, 1e-9):.0f} {self.unit}s a second"
-        )
-        left = clock(seconds * (self.total - done))
-        line = "  ".join([*parts, pace, f"{clock(now - self.began)} gone", f"{left} left"])
-        if self._bar:
-            self._bar.update(self._task, completed=done, text=line)
-        elif done == self.total or done - self._printed >= self._every or self._printed < 0:
+        slow = seconds >= 0.1
+        parts.append(f"{seconds:.1f} s/{self.unit}" if slow else f"{1 / max(seconds, 1e-9):.0f} {self.unit}s/s")
+        parts += [f"{clock(now - self.began)} gone", f"{clock(seconds * (self.total - done))} left"]
+        due = done == self.total or done - self._printed >= max(1, self.total // 25)
+        if due:
             self._printed = done
-            self.console.print(f"{self.stage}  {done}/{self.total}  {line}", highlight=False, soft_wrap=True)
+        self.show(done, "  ".join(parts), due)

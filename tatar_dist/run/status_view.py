@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -19,6 +19,7 @@ from tatar_dist.run.status import LIVING, ProcessStatus, RunWatcher, Status
 REFRESH_S = 1.0
 ROWS = 8  # engines; of more, the healthy ones share a row
 GOOD, WORKING, BAD, OVER = "green", "yellow", "bold red", "dim"
+PLAIN: Any = {"box": None, "padding": (0, 2, 0, 1), "header_style": OVER}  # a table
 STYLES = {
     **dict.fromkeys(("running", "finished", "ready", "healthy"), GOOD),
     **dict.fromkeys(("starting", "interrupted", "restarting", "stale", "suspect", "restored"), WORKING),
@@ -43,20 +44,15 @@ def watch(files: RunWatcher, console: Console) -> None:
 
 
 def view(s: Status, now: float) -> RenderableType:
-    """Everything, from the most to the least important."""
+    """Draw everything, from the most to the least important. now: Unix seconds."""
     parts: list[RenderableType] = [_run(s, now)]
     if s.state in LIVING and (s.engines or s.learners):
-        parts.append(_processes(s, now))
+        parts += ["", _processes(s, now)]
     if s.troubles:
-        parts.append(_troubles(s, now))
+        parts += ["", _troubles(s, now)]
     if s.unreadable_lines:
         parts.append(Text(f" {s.unreadable_lines} unreadable line(s) of events.jsonl left out", style=OVER))
     return Group(*parts)
-
-
-def _span(seconds: float) -> str:
-    """Minutes and seconds; clocks of two hosts may differ a little."""
-    return clock(max(0.0, seconds))
 
 
 def _run(s: Status, now: float) -> Panel:
@@ -67,103 +63,91 @@ def _run(s: Status, now: float) -> Panel:
     rows.add_row("run", Text(s.run))
     if s.total:
         bar = Table.grid(padding=(0, 2), expand=True)
-        bar.add_column(no_wrap=True)
-        bar.add_column(ratio=1)
-        bar.add_column(no_wrap=True, justify="right")
+        for ratio in (None, 1, None):
+            bar.add_column(no_wrap=True, ratio=ratio)
         done = ProgressBar(s.total, s.step, complete_style=style, finished_style=GOOD)
         bar.add_row(f"[bold]{s.step}[/] of {s.total}", done, f"{s.step / s.total:.0%}")
         rows.add_row("step", bar)
-    elif s.step:
-        rows.add_row("step", f"[bold]{s.step}[/]")
-    for name, parts in _lines(s, now):
-        if texts := [part for part in parts if part]:
-            rows.add_row(name, Text.assemble((" · ", OVER)).join(texts))
+    if reason := s.reason or EXPLAINED.get(s.state):
+        rows.add_row("", Text(reason, style=style))
+    facts = [(name, text) for name, text in _facts(s, now) if text]
+    for name in dict.fromkeys(name for name, _ in facts):
+        rows.add_row(name, Text(" · ".join(text for line, text in facts if line == name)))
     title = f"[{style}]● [bold]{s.state}[/]{f'  {s.stage}' if s.stage else ''}"
     return Panel(rows, title=title, title_align="left", border_style=style, padding=(0, 1))
 
 
-def _lines(s: Status, now: float) -> Iterator[tuple[str, list[Text | None]]]:
-    """(name, what there is to say) of the panel's lines."""
+def _facts(s: Status, now: float) -> list[tuple[str, str | None]]:
+    """Return (name of a line of the panel, a part of it or None) in their order."""
 
-    def part(text: str, value: Any = True, style: str = "") -> Text | None:
-        return None if value is None else Text(text.format(value), style=style)
+    def known(value: float | None, text: str) -> str | None:
+        return None if value is None else text.format(value)
 
-    if reason := s.reason or EXPLAINED.get(s.state):
-        yield "", [part("{}", reason, STYLES[s.state])]
-    if s.phase and s.phase_since:
-        version = s.version if s.stage == "grpo" else None
-        since = _span(now - s.phase_since)
-        yield "now", [Text.assemble((s.phase, "bold"), f" for {since}"), part("weights of version {}", version)]
-    left = None if s.eta_seconds is None else clock(s.eta_seconds)
-    speed = part("{:,.0f} tokens/s", s.tokens_per_second)
-    yield "pace", [part("{:.1f} s a step", s.seconds_per_step), speed, part("{} left", left)]
+    def since(moment: float | None, text: str) -> str | None:
+        return None if moment is None else text.format(clock(now - moment))
+
     shown = [(name, s.metrics.get(key)) for key, name in SHOWN.items()]
-    yield "last", [part(f"{name} {{:.3g}}", v) for name, v in shown if isinstance(v, int | float)]
-    if c := s.checkpoint:
-        yield "saved", [part("checkpoint of step {}", c.step), part("{} ago", _span(now - c.time))]
-    began = None if s.started is None else _span(now - s.started)
-    silent = None if s.state in LIVING or s.last_event is None else _span(now - s.last_event)
-    process = f"{s.host} pid {s.pid}" if s.host else None
-    yield "since", [part("started {} ago", began), part("last heard of {} ago", silent), part("{}", process)]
+    saved = s.checkpoint
+    return [
+        ("now", since(s.phase_since, f"{s.phase} for {{}}") if s.phase else None),
+        ("now", f"weights of version {s.version}" if s.phase and s.stage == "grpo" else None),
+        ("pace", known(s.seconds_per_step, "{:.1f} s/step")),
+        ("pace", known(s.tokens_per_second, "{:,.0f} tokens/s")),
+        ("pace", None if s.eta_seconds is None else f"{clock(s.eta_seconds)} left"),
+        *[("last", f"{name} {value:.3g}") for name, value in shown if isinstance(value, int | float)],
+        ("saved", since(saved.time, f"checkpoint of step {saved.step}, {{}} ago") if saved else None),
+        ("since", since(s.started, "started {} ago")),
+        ("since", None if s.state in LIVING else since(s.last_event, "last heard of {} ago")),
+        ("since", f"{s.host} pid {s.pid}" if s.host else None),
+    ]
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 1), header_style=OVER)
-    for column in columns:
-        table.add_column(column, no_wrap=column != "what", overflow="fold" if column == "what" else "ellipsis")
-    return table
-
-
-def _processes(s: Status, now: float) -> RenderableType:
+def _processes(s: Status, now: float) -> Table:
     """A row for each; the healthy engines of a large run share one."""
-    table = _table("process", "state", "for", "restarts", "host", "pid")
+    table = Table("process", "state", "for", "restarts", "host", "pid", **PLAIN)
 
-    def row(name: str, p: ProcessStatus, hosts: list[str | None], pids: list[int | None]) -> None:
+    def row(name: str, p: ProcessStatus, hosts: Iterable[str | None], pids: Iterable[int | None]) -> None:
         mark = Text(f"● {p.state}", style=STYLES.get(p.state, ""))
-        since = "" if p.since is None else _span(now - p.since)
+        since = "" if p.since is None else clock(now - p.since)
         table.add_row(name, mark, since, str(p.restarts or ""), _some(hosts, 2), _some(pids, 1))
 
-    if g := s.learners:
-        row(f"learners × {g.world_size or '?'}", g, [*g.hosts], [*g.pids])
-    healthy = [e for e in s.engines if e.state == "healthy"]
-    shared = healthy if len(s.engines) > ROWS else []
+    if s.learners:
+        row(f"learners × {s.learners.world_size or '?'}", s.learners, s.learners.hosts, s.learners.pids)
+    shared = [e for e in s.engines if e.state == "healthy"] if len(s.engines) > ROWS else []
     if shared:
         row(f"engines × {len(shared)}", ProcessStatus("healthy"), [e.host for e in shared], [e.pid for e in shared])
     for e in s.engines:
         if e not in shared:
             row(f"engine {e.engine}", e, [e.host], [e.pid])
-    if r := s.reward:
-        row("reward", r, [r.host], [r.pid])
-    return Group("", table)
+    if s.reward:
+        row("reward", s.reward, [s.reward.host], [s.reward.pid])
+    return table
 
 
-def _some(values: Sequence[Any], n: int) -> str:
+def _some(values: Iterable[Any], n: int) -> str:
     """The first `n` different ones and how many more there are."""
     different = sorted({v for v in values if v is not None})
     return ", ".join(map(str, different[:n])) + (f" +{len(different) - n}" if len(different) > n else "")
 
 
-def _troubles(s: Status, now: float) -> RenderableType:
-    table = _table("when", "step", "event", "what")
+def _troubles(s: Status, now: float) -> Table:
+    table = Table("when", "step", "event", "what", **PLAIN)
     for t in s.troubles:
-        name, where = str(t["event"]), (t.get("step"), t.get("phase"))
+        name = str(t["event"])
         bad = name.endswith(("dead", "failed", "gone", "lost", "late")) or name in ("stall", "fault")
         table.add_row(
-            f"{_span(now - t['time'])} ago",
-            " ".join(str(x) for x in where if x is not None),
+            f"{clock(now - t['time'])} ago",
+            " ".join(str(t[k]) for k in ("step", "phase") if t.get(k) is not None),
             Text(name, style=BAD if bad else WORKING),
-            Text(_what(t)),
+            Text(_what(t), overflow="fold"),
         )
-    return Group("", table)
+    return table
 
 
 def _what(event: dict[str, Any]) -> str:
-    """The rest of an event in words."""
-    who = f"engine {event['engine']}: " if "engine" in event else ""
-    if event["event"] == "stall":
-        return f"{event.get('seconds')} s without progress, action {event.get('action')}, see {event.get('stacks')}"
-    if event["event"] == "fault":
-        return f"{event.get('point')} {event.get('action')}"
-    if str(event["event"]).startswith("node/"):
-        who = f"node {event.get('node')} "
-    return who + ", ".join(str(event[k]) for k in ("reason", "name", "path") if event.get(k))
+    """Which engine or node, the reason, and further facts of an event by name."""
+    subject = str(event["event"]).partition("/")[0]
+    who = f"{subject} {event[subject]}" if subject in event else ""
+    facts = [f"{k} {event[k]}" for k in ("seconds", "action", "stacks", "point", "name", "path") if event.get(k)]
+    reason = [event["reason"]] if event.get("reason") else []
+    return ": ".join(filter(None, [who, ", ".join([*reason, *facts])]))

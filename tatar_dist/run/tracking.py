@@ -1,12 +1,8 @@
 """Experiment trackers: a run's metrics in TensorBoard, Weights & Biases and MLflow, by the config section `track`.
 
-Offline they write to `tensorboard/`, `wandb/` and `mlflow.db` of the run directory. Online, each follows its own
-environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI). `trackers.json` keeps the ids, so that a resumed run
-continues the same W&B and MLflow run; from step 0 it is a new one. Each tracker has a thread: MLflow's client blocks,
-and W&B and TensorBoard, which queue by themselves, block when they open and close. The run waits for it only at its
-end, CLOSE_S at most. A tracker that fails or hangs is warned about once and left out; metrics.jsonl has everything.
-
-W&B and MLflow are extras. Tests run both offline (tests/unit/test_trackers_offline.py); online they were never run.
+`trackers.json` keeps ids, so that a resumed run continues the same W&B and MLflow run; from step 0 it is a new one.
+Each tracker has a thread: MLflow's client blocks, and W&B and TensorBoard, which queue by themselves, block when they
+open and close. Tests run W&B and MLflow offline (tests/unit/test_trackers_offline.py); online they were never run.
 """
 
 from __future__ import annotations
@@ -14,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import netrc
 import os
 import queue
 import secrets
@@ -22,13 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, cast
-from urllib.parse import urlsplit
 
 from tatar_dist.config.schema import Config, to_yaml
 from tatar_dist.errors import UserError
@@ -68,10 +61,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Write to a Weights & Biases run; `wandb sync RUN/wandb/offline-*` uploads what was written offline.
-
-    `step` is a metric of ours and the axis of all others: W&B's own counter drops steps that a resumed run repeats.
-    """
+    """Write to a Weights & Biases run; `wandb sync RUN/wandb/offline-*` uploads an offline one."""
 
     def __init__(self, config: Config, run: Path, step: int) -> None:
         if config.track.mode == "offline":
@@ -89,7 +79,7 @@ class WandB:
             config=asdict(config),
             settings=wandb.Settings(silent=True),  # print nothing between our lines, ask nothing
         )
-        self._run.define_metric("step")
+        self._run.define_metric("step")  # the axis: W&B's own counter drops steps that a resumed run repeats
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -100,10 +90,7 @@ class WandB:
 
 
 class MLflow:
-    """Write to an MLflow run in the experiment `track.project`; offline in RUN/mlflow.db.
-
-    `mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db` shows it.
-    """
+    """Write to an MLflow run; `mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db` shows an offline one."""
 
     def __init__(self, config: Config, run: Path, step: int) -> None:
         if config.track.mode == "offline":
@@ -142,9 +129,13 @@ KINDS: dict[str, Callable[[Config, Path, int], Tracker]] = {
 }
 
 
-def check_trackers(config: Config, kinds: Mapping[str, Any] = KINDS) -> None:
-    """Raise UserError if the package of a tracker asked for is not installed, or W&B has no key to go online."""
-    wanted = [name for name in kinds if getattr(config.track, name)]
+def check_trackers(config: Config) -> list[str]:
+    """Return the names of the trackers that the config asks for.
+
+    Raises:
+        UserError: the package of one is not installed, or W&B has no key to go online: it would ask on the terminal.
+    """
+    wanted = [name for name in KINDS if getattr(config.track, name)]
     for name in wanted:
         if find_spec(name) is None:
             extra = "" if name == "tensorboard" else f" (pip install 'tatar_dist[{name}]')"
@@ -156,6 +147,16 @@ def check_trackers(config: Config, kinds: Mapping[str, Any] = KINDS) -> None:
             "track.mode=online: there is no key for Weights & Biases: set WANDB_API_KEY, run `wandb login`, or set "
             "track.mode=offline"
         )
+    return wanted
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B finds a key in its environment variables or in the netrc file that `wandb login` writes."""
+    from requests.utils import get_netrc_auth  # a dependency of wandb
+
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    return get_netrc_auth(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai") is not None
 
 
 class _TrackerThread(threading.Thread):
@@ -166,51 +167,38 @@ class _TrackerThread(threading.Thread):
         self.make = make
         self.steps: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue()
         self.error: Exception | None = None
+        self.left_out = False  # what waits is not written any more
         self.start()
 
     def run(self) -> None:
         try:
             tracker = self.make()
-            while (step := self.steps.get()) is not None:
+            while (step := self.steps.get()) is not None and not self.left_out:
                 tracker.log(*step)
             tracker.close()
         except Exception as e:  # any library's, any network's
             self.error = e
 
-    def drop(self) -> None:
-        """Discard what waits; if the tracker comes back to life, it closes at once."""
-        with suppress(queue.Empty):
-            while True:
-                self.steps.get_nowait()
-        self.steps.put(None)
-
 
 class Trackers:
-    """The trackers that the config asks for, opened at the first `log`.
+    """The trackers that the config asks for, opened at the first `log`. Raises UserError as `check_trackers` does."""
 
-    Raises:
-        UserError: one needs a package that is not installed, or W&B a key, which it would ask for on the terminal.
-    """
-
-    def __init__(
-        self, config: Config, run: Path, events: Events, kinds: Mapping[str, Callable[..., Tracker]] = KINDS
-    ) -> None:
-        self.config, self.run, self.events, self.kinds = config, run, events, kinds
-        self._wanted = [name for name in kinds if getattr(config.track, name)]
+    def __init__(self, config: Config, run: Path, events: Events) -> None:
+        self.config, self.run, self.events = config, run, events
+        self._wanted = {name: KINDS[name] for name in check_trackers(config)}
         self._open: dict[str, _TrackerThread] = {}
-        check_trackers(config, kinds)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hand finite values to every tracker. Never waits, raises nothing that a tracker raises."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        for name in list(self._wanted):
+        for name, kind in list(self._wanted.items()):
             if name not in self._open:
-                self._open[name] = _TrackerThread(name, partial(self.kinds[name], self.config, self.run, step))
-            worker = self._open[name]
-            worker.steps.put((step, finite))
-            if worker.error is not None:
-                self._leave_out(name, worker.error)
-            elif worker.steps.qsize() > BEHIND:
+                self._open[name] = _TrackerThread(name, partial(kind, self.config, self.run, step))
+            thread = self._open[name]
+            thread.steps.put((step, finite))
+            if thread.error is not None:
+                self._leave_out(name, thread.error)
+            elif thread.steps.qsize() > BEHIND:
                 self._leave_out(name, TimeoutError(f"more than {BEHIND} steps behind"))
 
     def rewind(self, step: int) -> None:
@@ -221,21 +209,24 @@ class Trackers:
 
     def close(self) -> None:
         """Close all within CLOSE_S; the next `log` opens them again."""
-        for worker in self._open.values():
-            worker.steps.put(None)
+        for thread in self._open.values():
+            thread.steps.put(None)
         deadline = time.monotonic() + CLOSE_S
-        for name, worker in list(self._open.items()):
-            worker.join(max(0.0, deadline - time.monotonic()))
-            if worker.error is not None:
-                self._leave_out(name, worker.error)
-            elif worker.is_alive():
+        for name, thread in list(self._open.items()):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
                 late = f"did not close within {CLOSE_S:g} s; its last steps may be missing there"
                 self._leave_out(name, TimeoutError(late))
+            elif thread.error is not None:
+                self._leave_out(name, thread.error)
         self._open.clear()
 
     def _leave_out(self, name: str, error: Exception) -> None:
-        self._wanted.remove(name)
-        self._open.pop(name).drop()
+        """Warn, and do without this tracker from now on; if it comes back to life, it closes at once."""
+        del self._wanted[name]
+        thread = self._open.pop(name)
+        thread.left_out = True
+        thread.steps.put(None)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         logging.getLogger(__name__).warning("%s failed and is left out", name, exc_info=error)
         print(
@@ -246,28 +237,17 @@ class Trackers:
         self.events.log("tracker/failed", tracker=name, reason=reason)
 
 
-def has_wandb_key() -> bool:
-    """Whether W&B finds a key in its environment variables or in the netrc file that `wandb login` writes."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc").authenticators(host) is not None
-    except (OSError, ValueError, netrc.NetrcParseError):
-        return False
-
-
 def kept_id(run: Path, name: str, make: Callable[[], str]) -> str:
     """Return the id of `name` in trackers.json of `run`, after creating one with `make` if there is none."""
     file = run / IDS
-    if (known := _ids(file).get(name)) is not None:
-        return known
-    created = make()
-    with _ids_lock:  # trackers open at the same time
-        write_whole(file, json.dumps(_ids(file) | {name: created}))
-    return created
+    ids = _ids(file)
+    if name not in ids:
+        created = make()  # may block: not under the lock
+        with _ids_lock:  # trackers open at the same time
+            ids = _ids(file) | {name: created}
+            write_whole(file, json.dumps(ids))
+    return ids[name]
 
 
 def _ids(file: Path) -> dict[str, str]:
-    ids: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
-    return ids
+    return json.loads(file.read_text()) if file.exists() else {}

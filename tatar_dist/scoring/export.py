@@ -19,9 +19,9 @@ from tatar_dist.assets import looked_in
 from tatar_dist.config.load import load_config
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import Prompts
-from tatar_dist.run.checkpoint_files import first_damage, write
 from tatar_dist.run.checkpoints import CheckpointRef, finished
 from tatar_dist.run.directory import PROMPTS
+from tatar_dist.run.files import first_damage, write_files
 from tatar_dist.scoring import card as model_card
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def run(
             beside = Path(name)
             write_weights = partial(_write_weights, tensors=tensors, shard_size=shard_size)
             write_others = partial(_write_others, model=model, backbone=backbone, prompts=prompts, facts=facts)
-            write(beside, [(".", write_weights), (".", write_others)])  # also syncs them, and names a full disk
+            write_files(beside, [(".", write_weights), (".", write_others)])  # also syncs them, and names a full disk
             beside.chmod(0o755)
             os.rename(beside, target)  # also over an empty directory
     except OSError as e:

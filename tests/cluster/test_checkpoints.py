@@ -30,10 +30,10 @@ from tatar_dist.learner.actor import Learner
 from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.learner.sharding import Shard, shard_rows
 from tatar_dist.prompts.source import PromptSource, read_manifests
-from tatar_dist.run.checkpoint_files import write
 from tatar_dist.run.checkpoints import Checkpoints, latest
 from tatar_dist.run.directory import RunDirectory
 from tatar_dist.run.events import Events, read_events
+from tatar_dist.run.files import write_files
 from tatar_dist.sampling import make_sampler
 
 SAME = {"stage": "grpo"}
@@ -214,7 +214,7 @@ def test_any_number_of_learners_continues_what_two_left(trained, count, storage,
         rig.config, checkpoint=dataclasses.replace(rig.config.checkpoint, storage=storage, asynchronous=False)
     )
     private = set(glob.glob(f"{tempfile.gettempdir()}/tatar_checkpoint_*"))
-    directory, state = Checkpoints(trained.run, config.checkpoint).resume(SAME)
+    directory, state = Checkpoints(trained.run, config.checkpoint, Events(trained.run)).resume(SAME)
     assert (state["step"], state["learners"]) == (3, 2)
     learners = rig.start(count)
     try:
@@ -233,7 +233,7 @@ def test_any_number_of_learners_continues_what_two_left(trained, count, storage,
         assert sampler.state_dict() == trained.sampler
         assert [p.group_id for p in rig.source.batch(sampler, 6, 3)] == trained.next_prompts
 
-        store = Checkpoints(tmp_path, config.checkpoint)
+        store = Checkpoints(tmp_path, config.checkpoint, Events(tmp_path))
         store.save(3, {"same": SAME}, learners, {})  # the same weights again, by this number of writers
         again, written = store.resume(SAME)
         assert written["learners"] == count == len(list((again / "deepspeed").glob("*optim_states.pt")))
@@ -251,7 +251,7 @@ def test_any_number_of_learners_continues_what_two_left(trained, count, storage,
 def test_a_learner_that_dies_while_it_writes_is_named_and_the_checkpoint_does_not_count(trained, tmp_path):
     rig = trained.rig
     (trained.run / "release").unlink()
-    store = Checkpoints(tmp_path, rig.config.checkpoint)
+    store = Checkpoints(tmp_path, rig.config.checkpoint, Events(tmp_path))
     learners = rig.start(2)
     try:
         store.save(4, {"same": SAME}, learners, {})
@@ -296,7 +296,7 @@ def test_the_words_of_every_library_for_a_full_disk_are_understood(small_disk):
     for who, writer in writers.items():
         directory = small_disk(8)
         with pytest.raises(OSError) as e:
-            write(directory, [("small", lambda path: path.write_bytes(b"fits")), ("large", writer)])
+            write_files(directory, [("small", lambda path: path.write_bytes(b"fits")), ("large", writer)])
         assert e.value.errno == errno.ENOSPC, who
 
 
@@ -321,5 +321,7 @@ def test_a_run_on_a_full_disk_trains_on_with_its_last_checkpoint_and_ends_with_o
     failed = [Path(e["path"]).name for e in events if e["event"] == "checkpoint/failed"]
     assert failed == ["step_000002", "step_000003"]
     assert [e["step"] for e in events if e["event"] == "step/done"] == [0, 1, 2]  # training went on after the first
-    directory, state = Checkpoints(disk / "run", CheckpointConfig()).resume(latest(disk / "run")[1]["same"])
+    directory, state = Checkpoints(disk / "run", CheckpointConfig(), Events(disk / "run")).resume(
+        latest(disk / "run")[1]["same"]
+    )
     assert state["step"] == 1 and sorted(p.name for p in directory.parent.iterdir()) == ["latest", "step_000001"]

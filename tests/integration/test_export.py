@@ -19,9 +19,10 @@ from tatar_dist.demo.data.make import make_demo
 from tatar_dist.prompts.answer import parse
 from tatar_dist.prompts.source import PromptSource
 from tatar_dist.rollout.engine import RolloutEngine, Sampling
-from tatar_dist.run.checkpoint_files import Files, write
 from tatar_dist.run.checkpoints import Checkpoints
 from tatar_dist.run.directory import RunDirectory
+from tatar_dist.run.events import Events
+from tatar_dist.run.files import Files, write_files
 from tatar_dist.scoring import export
 from tatar_dist.types import Sample
 
@@ -65,7 +66,7 @@ class Learner:
     def save(self, directory: Path) -> Future[Files]:
         done: Future[Files] = Future()
         jobs = [(f"model/{p.name}", lambda to, p=p: to.write_bytes(p.read_bytes())) for p in self.model.iterdir()]
-        done.set_result(write(directory, jobs))
+        done.set_result(write_files(directory, jobs))
         return done
 
 
@@ -74,7 +75,7 @@ def finished_run(config: Config, model: str) -> Path:
     run = Path(config.output)
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(to_yaml(config))
-    store = Checkpoints(run, config.checkpoint)
+    store = Checkpoints(run, config.checkpoint, Events(run))
     store.save(7, {"same": {"stage": "grpo", "model.path": config.model.path}}, Learner(model), {})
     store.finish()
     return run

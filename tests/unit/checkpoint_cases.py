@@ -1,4 +1,4 @@
-"""A run's checkpoints with files of random bytes: written as in a run (run/checkpoint_files.py), in no time."""
+"""A run's checkpoints with files of random bytes: written as in a run (run/files.py), in no time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from tatar_dist.config.schema import CheckpointConfig
-from tatar_dist.run.checkpoint_files import Files, write
 from tatar_dist.run.checkpoints import Checkpoints
 from tatar_dist.run.events import Events
+from tatar_dist.run.files import Files, write_files
 
 SIZES = {"deepspeed/rank_0.pt": 40_000, "deepspeed/rank_1.pt": 70_000, "model/model.safetensors": 30_000}
 SAME = {"stage": "grpo"}
@@ -44,11 +44,11 @@ class Learners:
         return self.write(directory)
 
     def write(self, directory: Path) -> Files:
-        return write(directory, [(name, self.job(self.tag, name)) for name in SIZES])
+        return write_files(directory, [(name, self.job(self.tag, name)) for name in SIZES])
 
 
-def checkpoints(run: Path, events: Events | None = None, **settings) -> Checkpoints:
-    return Checkpoints(run, CheckpointConfig(**settings), events)
+def checkpoints(run: Path, **settings) -> Checkpoints:
+    return Checkpoints(run, CheckpointConfig(**settings), Events(run))
 
 
 def save(store: Checkpoints, step: int, state: dict | None = None, learners=None, metrics: dict | None = None) -> Path:

@@ -13,9 +13,9 @@ from checkpoint_cases import SAME, SIZES, Learners, checkpoints, damage, names, 
 
 from tatar_dist.config.schema import CheckpointConfig
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.run.checkpoint_files import Files, write
-from tatar_dist.run.checkpoints import Finished, kept, latest
-from tatar_dist.run.events import Events, read_events
+from tatar_dist.run.checkpoints import kept, latest
+from tatar_dist.run.events import read_events
+from tatar_dist.run.files import Files, write_files
 
 
 class Failing(Learners):
@@ -30,7 +30,7 @@ class Failing(Learners):
             raise self.error
 
         name = next(iter(SIZES))
-        return write(directory, [(name, plain_job("half", name)), ("model", job)])
+        return write_files(directory, [(name, plain_job("half", name)), ("model", job)])
 
 
 # Saving and finding -------------------------------------------------------------------------------------------------
@@ -65,13 +65,12 @@ def test_the_state_is_the_one_of_the_moment_of_saving(tmp_path):
 
 
 def test_while_files_are_written_the_caller_goes_on_and_nothing_counts_yet(tmp_path):
-    store, gate, events = checkpoints(tmp_path), threading.Event(), Events(tmp_path)
-    store.events = events
+    store, gate = checkpoints(tmp_path), threading.Event()
     save(store, 1, learners=Learners("old"))
     store.save(2, {"same": SAME}, Learners("new", gate), {})
     for step in range(3):
         store.poll()
-        events.log("step/done", number=step)
+        store.events.log("step/done", number=step)
     assert tag_of(latest(tmp_path)[0]) == "old"
     gate.set()
     store.finish()
@@ -106,7 +105,7 @@ def test_an_abandoned_save_leaves_nothing_and_a_late_writer_does_not_bring_it_ba
     store, gate = checkpoints(tmp_path), threading.Event()
     learners = Learners("new", gate)
     store.save(2, {"same": SAME}, learners, {})
-    late = store._under_way.files
+    late = store._pending.files
     late.cancel = lambda: False  # a learner on another node, which cannot be told
     store.abandon()
     gate.set()
@@ -160,7 +159,7 @@ WORDS = [
 def test_a_full_disk_in_the_middle_of_a_run_is_said_and_the_run_goes_on_with_the_last_checkpoint(
     tmp_path, capsys, error
 ):
-    store = checkpoints(tmp_path, Events(tmp_path), keep=1)
+    store = checkpoints(tmp_path, keep=1)
     kept = save(store, 1, learners=Learners("old"))
     store.save(2, {"same": SAME}, Failing(error), {})
     store.poll()
@@ -264,8 +263,8 @@ def test_a_value_of_another_metric_does_not_make_a_checkpoint_the_best(tmp_path)
 
 
 def test_the_newest_stays_whatever_the_rules_say():
-    finished = [Finished("c", 3), Finished("b", 2), Finished("a", 1)]
-    assert kept(finished, CheckpointConfig(keep=1)) == {"c"}
+    finished = [(Path(f"step_{i:06d}"), {"step": i, "metrics": {}}) for i in (3, 2, 1)]
+    assert kept(finished, CheckpointConfig(keep=1)) == {Path("step_000003")}
     assert kept([], CheckpointConfig()) == set()
 
 
@@ -279,3 +278,13 @@ def test_a_damaged_checkpoint_does_not_push_out_a_good_one(tmp_path):
     assert os.readlink(tmp_path / "checkpoints" / "latest") == "step_000001"
     save(store, 3)
     assert names(tmp_path) == ["latest", "step_000001", "step_000003"]
+
+
+def test_a_checkpoint_that_replaces_a_damaged_one_of_its_step_stays(tmp_path):
+    store = checkpoints(tmp_path, keep=1)
+    damage(save(store, 2, learners=Learners("old")) / "model" / "model.safetensors", 5)
+    store = checkpoints(tmp_path, keep=1)
+    with pytest.raises(UserError, match="no checkpoint is whole"):
+        store.resume(SAME)
+    assert tag_of(save(store, 2, learners=Learners("new"))) == "new"
+    assert latest(tmp_path)[1]["step"] == 2

@@ -20,8 +20,9 @@ from tatar_dist.config.schema import CheckpointConfig, to_yaml  # noqa: E402
 from tatar_dist.data.writing import write_manifest  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
 from tatar_dist.prompts.answer import Prompts  # noqa: E402
-from tatar_dist.run.checkpoint_files import Files, write  # noqa: E402
 from tatar_dist.run.checkpoints import Checkpoints  # noqa: E402
+from tatar_dist.run.events import Events  # noqa: E402
+from tatar_dist.run.files import Files, write_files  # noqa: E402
 from tatar_dist.scoring import card as model_card  # noqa: E402
 from tatar_dist.scoring import export  # noqa: E402
 
@@ -36,7 +37,7 @@ class Learner:
     def save(self, directory: Path) -> Future[Files]:
         done: Future[Files] = Future()
         jobs = [(f"model/{p.name}", lambda to, p=p: to.write_bytes(p.read_bytes())) for p in sorted(TINY.iterdir())]
-        done.set_result(write(directory, [*jobs, ("deepspeed/rank_0.pt", lambda to: to.write_text("state"))]))
+        done.set_result(write_files(directory, [*jobs, ("deepspeed/rank_0.pt", lambda to: to.write_text("state"))]))
         return done
 
 
@@ -46,7 +47,7 @@ def make_run(run: Path, *words: str, stage: str = "grpo", steps: tuple[int, ...]
     config = load_config([], [f"output={run}", f"model.path={model}", *SMALL, *words])
     (run / "config.yaml").write_text(to_yaml(config))
     for step in steps:
-        store = Checkpoints(run, CheckpointConfig(keep=9))
+        store = Checkpoints(run, CheckpointConfig(keep=9), Events(run))
         store.save(step, {"same": {"stage": stage, "model.path": str(model)}}, Learner(), {})
         store.finish()
     return run
@@ -260,7 +261,7 @@ def test_results_are_those_of_this_checkpoint_with_what_was_asked_and_parsed(tmp
 def test_an_evaluation_of_what_was_latest_before_does_not_count(tmp_path):
     run = make_run(tmp_path / "run", steps=(1,))
     found = evaluate(tmp_path / "eval", run / "checkpoints" / "latest" / "model")
-    store = Checkpoints(run, CheckpointConfig(keep=9))
+    store = Checkpoints(run, CheckpointConfig(keep=9), Events(run))
     store.save(2, {"same": {"stage": "grpo", "model.path": str(TINY)}}, Learner(), {})
     store.finish()
     os.utime(found / "metrics.json", (1, 1))

@@ -88,18 +88,18 @@ def test_time_left_is_reckoned_from_the_steps_without_the_start(monkeypatch):
         progress.ready()
         now.seconds = 106.0
         progress.update(6, {})  # two steps since the run was resumed at 4
-    assert file.getvalue() == "sft  6/14  3.0 s a step  1:46 gone  0:24 left\n"
+    assert file.getvalue() == "sft  6/14  3.0 s/step  0:01:46 gone  0:00:24 left\n"
 
 
 def test_work_that_takes_no_time_at_all_has_a_line(monkeypatch):
     monkeypatch.setattr("tatar_dist.run.progress.time", SimpleNamespace(monotonic=lambda: 5.0))
     (line,) = written(1)
-    assert re.search(r"steps a second  0:00 gone  0:00 left$", line)
+    assert re.search(r"steps/s  0:00:00 gone  0:00:00 left$", line)
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (61, "1:01"), (3599.7, "1:00:00"), (36061, "10:01:01")],
+    [(-0.7, "0:00:00"), (59.4, "0:00:59"), (59.6, "0:01:00"), (3599.7, "1:00:00"), (36061, "10:01:01")],
 )
 def test_seconds_read_like_a_clock(seconds, text):
     assert clock(seconds) == text

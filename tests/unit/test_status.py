@@ -226,18 +226,13 @@ def test_metrics_and_checkpoint(run):
     assert run.read().checkpoint is None
 
 
-def test_a_run_without_an_event_log(run):
-    (run.path / "metrics.jsonl").write_text('{"step": 6}\n')
-    assert (run.read().state, run.read().step) == ("starting", 7)
-    run.lock.close()
-    assert run.read().state == "finished"
-
-
-def test_an_evaluation(run):
+def test_an_evaluation_counts_answers(run):
+    run.log("run/start", stage="evaluate", total=40, from_step=0, learners=0, engines=1)
     run.log("process/started", name="engine-0", pid=20, host="a", node="n0")
-    assert run.read().state == "starting"
-    (run.path / "metrics.json").write_text("{}")
-    run.lock.close()
+    run.log("phase", 16, **{"phase": "evaluate"})
+    s = run.read()
+    assert (s.state, s.step, s.total, s.engines[0].pid) == ("running", 16, 40, 20)
+    run.log("run/end", 40)
     assert run.read().state == "finished"
 
 

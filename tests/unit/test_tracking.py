@@ -63,11 +63,13 @@ def test_a_missing_package_is_one_line_with_the_extra_before_anything_runs(tmp_p
     RunDirectory(config(tmp_path / "run")).close()  # the lock was let go
 
 
-def test_a_tracker_that_fails_is_warned_about_once_and_the_others_go_on(tmp_path, capsys):
+def test_a_tracker_that_fails_is_warned_about_once_and_the_others_go_on(tmp_path, capsys, monkeypatch):
     Fragile.made = []
     run = config(tmp_path, "track.mlflow=false", "track.wandb=false")
-    trackers = Trackers(run, tmp_path, Events(tmp_path), {"tensorboard": Fragile})
-    also = Trackers(run, tmp_path, Events(tmp_path), {"tensorboard": Steady})
+    monkeypatch.setitem(tracking.KINDS, "tensorboard", Fragile)
+    trackers = Trackers(run, tmp_path, Events(tmp_path))
+    monkeypatch.setitem(tracking.KINDS, "tensorboard", Steady)
+    also = Trackers(run, tmp_path, Events(tmp_path))
     for step in range(4):
         for each in (trackers, also):
             each.log(step, {"a": float(step), "b": float("nan")})
@@ -133,10 +135,10 @@ def test_a_tracker_that_hangs_holds_no_step_up(tmp_path, capsys, monkeypatch, wh
     monkeypatch.setattr(tracking, "CLOSE_S", 2.0)
     monkeypatch.setattr(Asleep, "where", where)
     Fragile.made = []
-    kinds = {"tensorboard": Asleep, "json": Steady}
+    monkeypatch.setattr(tracking, "KINDS", {"tensorboard": Asleep, "json": Steady})
     run = config(tmp_path)
     object.__setattr__(run.track, "json", True)  # another one beside it; a package that is there
-    trackers = Trackers(run, tmp_path, Events(tmp_path), kinds)
+    trackers = Trackers(run, tmp_path, Events(tmp_path))
 
     def made(kind: type) -> list:
         return [t for t in Fragile.made if type(t) is kind]
