@@ -54,7 +54,7 @@ MUTATIONS = {
     "length: unparsed paid": ("rewards/terms.py", "np.where(parsed,", "np.where(parsed | True,", REWARDS),
     "binary: inverted": ("rewards/terms.py", "np.abs(q - g) <", "np.abs(q - g) >=", REWARDS),
     "reward: weights ignored": ("algo/advantages.py", "total += weight * np.nan_to_num", "total += np.nan_to_num", ("test_custom_terms.py", *ADVANTAGES)),
-    "expected: 100 forgotten": ("prompts/expected.py", '(100 if symbol == "0" else 10, p * q)', "(10, p * q)", EXPECTED),
+    "expected: 100 forgotten": ("prompts/expected.py", '("0", POINT, END) if digits == "10"', '(POINT, END) if digits == "10"', EXPECTED),
     "expected: half points on 100": ("prompts/expected.py", "v + half if v < 100 else 100.0", "v + half", EXPECTED),
     "expected: not normalised": ("prompts/expected.py", "for v, p in points) / mass\n    return", "for v, p in points)\n    return", EXPECTED),
     "evaluate: answers of another picture": ("evaluate/answers.py", ' and line["image"] == _digest(sample)', "", ANSWERS),

@@ -224,9 +224,5 @@ class Prompts:
         ]
 
     def render(self, task: Task, chat_template_fn: Callable[[list[dict[str, Any]]], str]) -> str:
-        """Return the prompt text, ending where the assistant's turn begins.
-
-        `chat_template_fn` turns messages into text, for example
-        `lambda m: processor.apply_chat_template(m, tokenize=False, add_generation_prompt=True)`.
-        """
+        """Return the prompt text that `chat_template_fn` makes of the messages (a processor's chat template)."""
         return chat_template_fn(self.messages(task))

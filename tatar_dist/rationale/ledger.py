@@ -57,9 +57,7 @@ class Ledger:
         self.attempts = question.c.attempts
         self.entries: list[LedgerEntry] = []
         self.prompt_tokens = self.completion_tokens = self.lost_tokens = 0
-        self.retries = 0  # of this process
         self.accepted = self.rejected = self.failed = 0
-        self.images_read = self.images_unreadable = 0  # of this process
         self._durable: dict[tuple[str, str], dict[int, Answer]] = {}  # by sample id and digest of the row
         self._failed_before: set[str] = set()
         self._reserved: dict[tuple[str, int], int] = {}  # asked by a killed run, never answered
@@ -129,12 +127,11 @@ class Ledger:
             if not self.is_settled(entry):
                 yield entry
 
-    def take(self, entry: LedgerEntry, answer: Answer, outcome: Outcome) -> bool:
-        """Record a durable answer of this run. Returns whether it settles the row."""
+    def take(self, entry: LedgerEntry, answer: Answer, outcome: Outcome) -> None:
+        """Record a durable answer of this run."""
         entry.answers.append((answer, outcome))
         self._count(answer)
         self._settle(entry)
-        return self.is_settled(entry)
 
     def fail(self, entry: LedgerEntry, reason: Reason) -> None:
         """Record that a row got no answer. It is left out of this run's output; the next run asks about it again."""

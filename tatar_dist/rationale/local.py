@@ -51,7 +51,7 @@ class LocalAsking:
         ledger: Ledger,
         rows: RationaleRows,
         journal: Journal,
-        progress: Callable[[Ledger], None],
+        progress: Callable[[], None],
         stopping: Callable[[], bool],
     ) -> None:
         self.ledger, self.rows, self.journal = ledger, rows, journal
@@ -91,7 +91,6 @@ class LocalAsking:
                 samples[entry.number] = self.rows.get(entry.number)
                 if self.question.kinds[entry.task].image:
                     decode_image(samples[entry.number][1].image, entry.sample_id)
-                self.ledger.images_read += 1
             except UnreadableImage as e:
                 reject_unreadable(self.ledger, self.rows, entry, str(e))
         for attempt in range(self.ledger.attempts):
@@ -110,7 +109,7 @@ class LocalAsking:
     def _asked(self, entry: LedgerEntry, row: QuestionRow, sample: Sample) -> _Asked | None:
         """Render a row's prompt. Rejects the row and returns None if prompt or image do not fit the engine."""
         request = self.question.request(row, len(entry.answers))
-        content: list[dict[str, str]] = [{"type": "image"}] if request.image else []
+        content: list[dict[str, str]] = [{"type": "image"}] if request.kind.image else []
         messages = [
             {"role": "system", "content": [{"type": "text", "text": request.system}]},
             {"role": "user", "content": [*content, {"type": "text", "text": request.user}]},
@@ -119,17 +118,17 @@ class LocalAsking:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         try:
             tokens = len(tokenizer(text)["input_ids"])
-            if request.image:
+            if request.kind.image:
                 tokens += self.backbone.image_tokens(*decode_image(sample.image, entry.sample_id).size)
         except ValueError as e:  # an image more than 200 times as wide as high
             self.ledger.reject(entry, Reason("image-unreadable", str(e)))
             return None
-        most, limit = tokens + request.max_tokens, self.config.rollout.max_model_len
+        most, limit = tokens + request.kind.max_tokens, self.config.rollout.max_model_len
         if most > limit:
             says = f"prompt and answer need {most} tokens, over rollout.max_model_len={limit}"
             self.ledger.reject(entry, Reason("prompt-too-long", says))
             return None
-        return _Asked(entry, row, request, Prompt(sample, text, f"{entry.number:09d}", request.image), most)
+        return _Asked(entry, row, request, Prompt(sample, text, f"{entry.number:09d}", request.kind.image), most)
 
     def _affordable(self, asked: list[_Asked]) -> Iterator[list[_Asked]]:
         """Split the rows into parts whose maximal cost fits the budget left when the part is taken."""
@@ -145,22 +144,23 @@ class LocalAsking:
     def _round(self, pool: RolloutPool, asked: list[_Asked]) -> None:
         """Get one answer for each of these rows of one task, made durable as engine calls return."""
         request = asked[0].request  # all differ in row and text only
-        structured = request.schema is not None and request.target.structured
+        kind = request.kind
+        structured = kind.schema is not None and kind.endpoint.structured
         sampling = Sampling(
             n=1,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            max_tokens=request.max_tokens,
+            temperature=kind.sampling.temperature,
+            top_p=kind.sampling.top_p,
+            max_tokens=kind.max_tokens,
             seed=self.config.seed,
             step=request.attempt,
-            schema=json.dumps(request.schema) if structured else None,
+            schema=json.dumps(kind.schema) if structured else None,
         )
         by_group = {a.prompt.group_id: a for a in asked}
         for part in self._affordable(asked):
             calls = pool.chunks([a.prompt for a in part], sampling.n)
             for groups in pool.stream(calls, sampling, more=lambda: not self.stopping()):
                 self._take([(by_group[g.prompt.group_id], g) for g in groups])
-                self.progress(self.ledger)
+                self.progress()
             if self.stopping():
                 return
 

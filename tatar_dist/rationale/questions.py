@@ -11,7 +11,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tatar_dist.config.rationale import EndpointConfig, TextConfig, VerdictConfig
@@ -39,44 +39,38 @@ class QuestionRow:
 
 
 @dataclass(frozen=True)
-class Target:
-    """Destination of a request. `url` is "" for our own engines; `key` is the setting that holds the address."""
-
-    key: str
-    url: str
-    model: str
-    api_key_env: str
-    max_pixels: int
-    timeout_s: float
-    structured: bool
-
-
-@dataclass(frozen=True)
 class Kind:
-    """How rows of one task are asked about. `texts`: name of the system and user texts in the wording."""
+    """How rows of one task are asked about.
+
+    Args:
+        texts: name of the system and user texts in the wording.
+        section: of the config ("rationale.teacher"), for messages.
+        endpoint: destination, with the address, key variable and model of this kind; the path of a local model.
+        schema: JSON schema that an answer must follow, if any.
+    """
 
     texts: str
+    section: str
+    endpoint: EndpointConfig
     sampling: TextConfig | VerdictConfig
-    target: Target
     image: bool
     schema: dict[str, Any] | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        return self.sampling.max_tokens + self.sampling.reasoning_tokens
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request without its image. `schema` is the JSON schema that the answer must follow, if any."""
+    """One request without its image."""
 
+    kind: Kind
     sample_id: str
     attempt: int
-    target: Target
     system: str
     user: str
-    image: bool
-    temperature: float
-    top_p: float
-    max_tokens: int
     seed: int
-    schema: dict[str, Any] | None
 
     @property
     def prompt_hash(self) -> str:
@@ -107,14 +101,13 @@ def ordered_attributes(attributes: Mapping[str, str]) -> list[tuple[str, str]]:
     return sorted(texts, key=lambda pair: place(pair[0]))
 
 
-def _target(key: str, endpoint: EndpointConfig, text: TextConfig | None, model_path: str) -> Target:
-    url, env = endpoint.url, endpoint.api_key_env
-    model = (text.model if text else "") or endpoint.model
+def _destination(endpoint: EndpointConfig, text: TextConfig, model_path: str) -> EndpointConfig:
+    """Where one kind of text is asked for: our own engines, the address of this kind alone, or the teacher's."""
     if endpoint.local:
-        url, env, model = "", "", model_path
-    elif text and text.url:
-        url, env = text.url, text.api_key_env
-    return Target(f"{key}.url", url, model, env, endpoint.max_pixels, endpoint.timeout_s, endpoint.structured)
+        return replace(endpoint, url="", api_key_env="", model=model_path)
+    if text.url:
+        endpoint = replace(endpoint, url=text.url, api_key_env=text.api_key_env)
+    return replace(endpoint, model=text.model or endpoint.model)
 
 
 def _hash(text: str) -> str:
@@ -125,6 +118,7 @@ class Question(ABC):
     """Base class of both: requests, and the settings that a journal must agree with."""
 
     name: str
+    about: tuple[str, ...] = ("task", "score", "attributes")  # values of a row that are asked about, but for the image
 
     def __init__(self, config: Config, wording: Wording, endpoint: EndpointConfig, kinds: dict[Task, Kind]) -> None:
         self.config, self.c, self.wording = config, config.rationale, wording
@@ -136,46 +130,38 @@ class Question(ABC):
         rationale = (row.rationale or "").strip()
         blanks = {"score": f"{row.score:.1f}", "attributes": attributes, "rationale": rationale}
         system, user = self.wording.ask(kind.texts, blanks)
-        s = kind.sampling
-        return Request(
-            sample_id=row.sample_id,
-            attempt=attempt,
-            target=kind.target,
-            system=system,
-            user=user,
-            image=kind.image,
-            temperature=s.temperature,
-            top_p=s.top_p,
-            max_tokens=s.max_tokens + s.reasoning_tokens,
-            seed=group_seed(self.config.seed, attempt, row.sample_id),
-            schema=kind.schema,
-        )
+        return Request(kind, row.sample_id, attempt, system, user, group_seed(self.config.seed, attempt, row.sample_id))
 
     def settings(self, tasks: set[Task]) -> dict[str, Any]:
         """Flat dict of all settings that change the requests. A journal with other values is not continued."""
         settings: dict[str, Any] = {"command": f"rationale {self.name}", "seed": self.config.seed}
-        for task in tasks:
-            kind = self.kinds[task]
+        for kind in (self.kinds[task] for task in tasks):
             values = {k: getattr(kind.sampling, k) for k in ("temperature", "top_p", "max_tokens", "reasoning_tokens")}
-            values |= {
-                "model": kind.target.model,
-                "image": kind.image,
-                "system": _hash(self.wording.system[kind.texts]),
-                "user": _hash(self.wording.user[kind.texts].template),
-            }
+            texts = self.wording.texts[kind.texts]
+            values |= {"model": kind.endpoint.model, "image": kind.image}
+            values |= {"system": _hash(texts.system), "user": _hash(texts.user)}
             settings |= {f"{kind.texts}.{key}": value for key, value in values.items()}
             if kind.image:
-                model = self.config.model
-                settings["max_pixels"] = model.max_pixels if self.endpoint.local else self.endpoint.max_pixels
+                settings["max_pixels"] = (self.config.model if self.endpoint.local else self.endpoint).max_pixels
         return settings
-
-    def about(self, row: QuestionRow) -> list[Any]:
-        """Values of a row that are asked about, without the image."""
-        return [row.task, row.score, row.attributes]
 
     def digest(self, row: QuestionRow) -> str:
         """Hash of what is asked about the row; answers are not reused for a row that has changed since."""
-        return _hash(json.dumps(self.about(row)))
+        return _hash(json.dumps([getattr(row, name) for name in self.about]))
+
+    def require_endpoint(self, tasks: set[Task]) -> None:
+        """Raise UserError if the settings name no address, no model name, or no path of a local model."""
+        for kind in (self.kinds[task] for task in sorted(tasks)):
+            endpoint = kind.endpoint
+            if endpoint.local and not endpoint.model:
+                raise UserError(f"{kind.section}.local=true: name the model directory as model.path=…")
+            if not (endpoint.local or endpoint.url):
+                raise UserError(
+                    f"{kind.section}.url is empty: give the address of an OpenAI-compatible endpoint "
+                    f"(http://host:port/v1), or {kind.section}.local=true for our own engines"
+                )
+            if not endpoint.model:
+                raise UserError(f"{kind.section}.model is empty: name the model that {endpoint.url} serves")
 
     def checked(self, row: QuestionRow, text: str, finish: str = "stop") -> tuple[Reason, ...]:
         """Reasons of the hard checks to reject a text of the row."""
@@ -199,12 +185,11 @@ class Build(Question):
     name = "build"
 
     def __init__(self, config: Config, wording: Wording) -> None:
-        c = config.rationale
+        c, kinds = config.rationale, {}
         texts: tuple[tuple[Task, str, TextConfig], ...] = (("iqa", "fast", c.fast), ("iaa", "slow", c.slow))
-        kinds = {
-            task: Kind(name, text, _target("rationale.teacher", c.teacher, text, config.model.path), text.image)
-            for task, name, text in texts
-        }
+        for task, name, text in texts:
+            endpoint = _destination(c.teacher, text, config.model.path)
+            kinds[task] = Kind(name, "rationale.teacher", endpoint, text, text.image)
         super().__init__(config, wording, c.teacher, kinds)
 
     def before(self, row: QuestionRow) -> tuple[Reason, ...]:
@@ -221,7 +206,7 @@ class Build(Question):
     def finished(self, values: dict[str, Any], row: QuestionRow, attempt: int, answer: Answer) -> dict[str, Any]:
         request = self.request(row, attempt)
         note = {
-            "teacher": request.target.model,
+            "teacher": request.kind.endpoint.model,
             "attempt": attempt,
             "prompt": request.prompt_hash,
             "tokens": answer.completion_tokens,
@@ -234,18 +219,16 @@ class Judge(Question):
     """Questions to a judge, which marks the row's rationale. The hard checks come first and cost nothing."""
 
     name = "judge"
+    about = (*Question.about, "rationale")
 
     def __init__(self, config: Config, wording: Wording) -> None:
         c = config.rationale
-        target = _target("rationale.judge", c.judge, None, config.model.path)
-        kinds = {task: Kind(f"judge.{task}", c.verdict, target, True, schema(task)) for task in TASKS}
+        endpoint = _destination(c.judge, TextConfig(), config.model.path)
+        kinds = {t: Kind(f"judge.{t}", "rationale.judge", endpoint, c.verdict, True, schema(t)) for t in TASKS}
         super().__init__(config, wording, c.judge, kinds)
 
     def settings(self, tasks: set[Task]) -> dict[str, Any]:
         return super().settings(set(TASKS))  # a build that is still growing may come to the other task later
-
-    def about(self, row: QuestionRow) -> list[Any]:
-        return [*super().about(row), row.rationale]
 
     def before(self, row: QuestionRow) -> tuple[Reason, ...]:
         return self.checked(row, row.rationale or "")
@@ -267,26 +250,9 @@ class Judge(Question):
     def finished(self, values: dict[str, Any], row: QuestionRow, attempt: int, answer: Answer) -> dict[str, Any]:
         request = self.request(row, attempt)
         note = {
-            "judge": request.target.model,
+            "judge": request.kind.endpoint.model,
             "marks": self.marks(row, answer),
             "attempt": attempt,
             "prompt": request.prompt_hash,
         }
         return {**values, "meta": {**values["meta"], "judge": note}}
-
-
-def require_target(question: Question, tasks: set[Task]) -> None:
-    """Raises UserError if the settings name no address, no model name, or no path of a local model."""
-    for task in sorted(tasks):
-        target = question.kinds[task].target
-        section = target.key.removesuffix(".url")
-        if question.endpoint.local:
-            if not target.model:
-                raise UserError(f"{section}.local=true: name the model directory as model.path=…")
-        elif not target.url:
-            raise UserError(
-                f"{target.key} is empty: give the address of an OpenAI-compatible endpoint (http://host:port/v1), or "
-                f"{section}.local=true for our own engines"
-            )
-        elif not target.model:
-            raise UserError(f"{section}.model is empty: give the name under which {target.url} serves the model")

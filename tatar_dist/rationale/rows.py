@@ -35,16 +35,14 @@ JPEG_QUALITY = 92  # higher than what any teacher can tell apart, and no visible
 PATCH = 28  # Qwen-VL's image token covers 28 x 28 pixels; other models count fewer tokens for the same image
 
 
-def reject_unreadable(ledger: Ledger, rows: RationaleRows, entry: LedgerEntry, says: str) -> None:
-    """Reject a row whose image cannot be read. Raises UserError if the first `IMAGES_TRIED` are all unreadable."""
-    ledger.reject(entry, Reason("image-unreadable", says))
-    ledger.images_unreadable += 1
-    if ledger.images_unreadable >= IMAGES_TRIED and not ledger.images_read and not ledger.tokens:
-        where = (
-            "images lie in the rows" if rows.manifest.embedded else f"image paths start at {rows.manifest.image_root}"
-        )
+def reject_unreadable(ledger: Ledger, rows: RationaleRows, entry: LedgerEntry, problem: str) -> None:
+    """Reject a row whose image cannot be read. Raises UserError if all of the first `IMAGES_TRIED` are."""
+    ledger.reject(entry, Reason("image-unreadable", problem))
+    first = [reason.code for entry in ledger.entries[:IMAGES_TRIED] for reason in entry.before]
+    if first == ["image-unreadable"] * IMAGES_TRIED:
+        where = "lie in the rows" if rows.manifest.embedded else f"have paths that start at {rows.manifest.image_root}"
         raise UserError(
-            f"{rows.path}: none of the first {IMAGES_TRIED} images can be read (the last: {says}); {where}: "
+            f"{rows.path}: none of the first {IMAGES_TRIED} images can be read (the last: {problem}); they {where}: "
             "check the manifest, or set data.image_root to the directory that image paths start from"
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rich import progress
 from rich.console import Console
@@ -75,8 +75,6 @@ class Progress:
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
         """Show that `done` units of `total` are finished."""
-        now = time.monotonic()
-        seconds = (now - self.since) / max(1, done - self.first)
         loss = {} if "reward/total/iqa" in metrics or "reward/total/iaa" in metrics else {"loss/total": "loss"}
         known = {key: name for key, name in (loss | SHOWN).items() if key in metrics}
         # a task without held-out rows has no loss; any other NaN is worth seeing
@@ -85,6 +83,12 @@ class Progress:
             for key, name in known.items()
             if not (key.startswith("eval/") and math.isnan(metrics[key]))
         ]
+        self.show(done, parts)
+
+    def show(self, done: int, parts: Iterable[str]) -> None:
+        """Show `done` with these texts, the pace, and the time gone and left."""
+        now = time.monotonic()
+        seconds = (now - self.since) / max(1, done - self.first)
         a = "an" if self.unit[0] in "aeiou" else "a"
         pace = (
             f"{seconds:.1f} s {a} {self.unit}"
@@ -95,6 +99,6 @@ class Progress:
         line = "  ".join([*parts, pace, f"{clock(now - self.began)} gone", f"{left} left"])
         if self._bar:
             self._bar.update(self._task, completed=done, text=line)
-        elif done == self.total or done - self._printed >= self._every or self._printed < 0:
+        elif done != self._printed and (done == self.total or done - self._printed >= self._every or self._printed < 0):
             self._printed = done
             self.console.print(f"{self.stage}  {done}/{self.total}  {line}", highlight=False, soft_wrap=True)
