@@ -11,49 +11,33 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from tatar_dist.data.images import UnreadableImage
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.endpoint import Endpoint, Send, Stopped, tokens_bound
-from tatar_dist.rationale.ledger import Ledger, LedgerEntry, journal_line
+from tatar_dist.rationale.ledger import LedgerEntry, journal_line
 from tatar_dist.rationale.questions import QuestionRow
 from tatar_dist.rationale.replies import RequestFailed
-from tatar_dist.rationale.rows import Picture, RationaleRows, picture, reject_unreadable
-from tatar_dist.run.journal import Journal
+from tatar_dist.rationale.rows import Asker, Picture, picture
 
 ENCODERS = 2  # threads that decode and encode images; they release the interpreter lock
 POLL_S = 0.1  # how soon a signal is seen
 
 
-class Asking:
+class Asking(Asker):
     """One run against endpoints. `progress` is called and `stopping` polled about every `POLL_S` seconds."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        rows: RationaleRows,
-        journal: Journal,
-        say: Callable[[str], None],
-        progress: Callable[[], None],
-        stopping: Callable[[], bool],
-    ) -> None:
-        self.ledger, self.rows, self.journal = ledger, rows, journal
-        self.say, self.progress, self.stopping = say, progress, stopping
-        self.question = ledger.question
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.limits = self.question.c.limits
-        self.budget_spent = False
         self._reserved = 0  # tokens of requests in flight
         self._bound_factor = 1.0  # of prompt tokens: the most that an endpoint counted over our bound
 
     def run(self) -> bool:
-        """Ask until every row is settled or the user requests a stop. Returns whether the budget ended it before.
-
-        Raises UserError or RunError when the endpoint cannot be used. All answers received are in the journal,
-        including those in flight at that moment that arrive within `stop_wait_s`.
-        """
+        """Raises UserError or RunError when an endpoint cannot be used, after the answers in flight have been kept."""
         asyncio.run(self._run())
         return self.budget_spent
 
@@ -98,7 +82,7 @@ class Asking:
                 try:
                     row, image = await self._prepare(entry)
                 except UnreadableImage as e:
-                    reject_unreadable(self.ledger, self.rows, entry, str(e))
+                    self.reject_unreadable(entry, str(e))
                     continue
                 while not (entry.failed or self.ledger.is_settled(entry)):
                     await self._ask(entry, row, image)

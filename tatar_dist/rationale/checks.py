@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from tatar_dist.config.rationale import RationaleConfig, TextConfig
+from tatar_dist.config.rationale import RationaleConfig
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import answer_text
 from tatar_dist.rationale.wording import Wording, plain
@@ -83,7 +83,7 @@ def attributes_in_order(text: str, patterns: Iterable[re.Pattern[str]]) -> tuple
     return len({attribute for *_, attribute in mentions}), max(chains, default=0)
 
 
-def copied(text: str, sources: Sequence[str], n: int) -> str | None:
+def copied(text: str, sources: Iterable[str], n: int) -> str | None:
     """Return the first n-gram of words that the text shares with one of the sources, or None."""
 
     def grams(words: list[str]) -> list[tuple[str, ...]]:
@@ -132,61 +132,20 @@ def sentences(text: str) -> list[str]:
     return [part for part in (*parts, text[start:].strip()) if part]
 
 
-def _ending(finish: str) -> list[Reason]:
-    if finish == "stop":
-        return []
-    if finish == "length":
-        return [Reason("cut-off", "the token limit cut it off")]
-    return [Reason("not-finished", f"the endpoint ended it with {finish!r}")]
-
-
-def _length(text: str, wanted: TextConfig) -> list[Reason]:
-    """Check words, sentences and the last sign of a text that is not empty."""
-    reasons = []
-    n_words, n_sentences = len(text.split()), len(sentences(text))
-    if n_words < wanted.min_words:
-        reasons.append(Reason("too-short", f"{n_words} words, at least {wanted.min_words} are wanted"))
-    if n_words > wanted.max_words:
-        reasons.append(Reason("too-long", f"{n_words} words, at most {wanted.max_words} are wanted"))
-    if wanted.sentences and n_sentences != wanted.sentences:
-        reasons.append(Reason("sentences", f"{n_sentences} sentence(s), exactly {wanted.sentences} are wanted"))
-    if not re.search(r"[.!?\u2026][\"'\u201d\u2019)]*$", text):
-        reasons.append(Reason("unfinished", "it does not end like a sentence"))
-    return reasons
-
-
-def _content(text: str, task: Task, config: RationaleConfig, wording: Wording, sources: Sequence[str]) -> list[Reason]:
-    """Check that the text mentions what it must and does not copy the sources."""
-    if task == "iqa":
-        if not wording.checks.quality_factors.search(plain(unicodedata.normalize("NFKC", text))):
-            return [Reason("no-quality-factor", "it names no quality factor")]
-        return []
-    reasons = []
-    least = config.min_attributes
-    touched, chain = attributes_in_order(text, wording.checks.attributes.values())
-    if touched < least:
-        reasons.append(Reason("attributes", f"it touches {touched} of {len(EIGHT)} attributes, {least} are wanted"))
-    elif chain < least:
-        reasons.append(Reason("attribute-order", f"only {chain} attributes come in order, {least} are wanted"))
-    if gram := copied(text, sources, config.copied_words):
-        reasons.append(Reason("copied", f"it copies the attribute texts: {gram!r}"))
-    return reasons
-
-
 _CHAT_TEMPLATE = re.compile(r"<\||\|>|\[/?INST\]|```|\{\{|\}\}|^\s*(?:assistant|user|system)\s*:", re.I | re.M)
 _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")  # could hide a number from `number_leak`, or be debris
 
 
-def training_text_problem(text: str, score: float) -> Reason | None:
+def training_text_fault(text: str, score: float) -> str | None:
     """Return why the text cannot stand in a training target with the row's score, or None."""
     if token := _CHAT_TEMPLATE.search(text):
-        return Reason("training-text", f"{token.group()!r} belongs to a chat template or to markup")
+        return f"{token.group()!r} belongs to a chat template or to markup"
     if hidden := next((c for c in text if unicodedata.category(c) in _INVISIBLE and c not in "\n\r\t"), None):
-        return Reason("training-text", f"holds the invisible character U+{ord(hidden):04X}")
+        return f"holds the invisible character U+{ord(hidden):04X}"
     try:
         answer_text(text, score)
     except UserError as e:  # it holds a tag of the answer format
-        return Reason("training-text", str(e))
+        return str(e)
     return None
 
 
@@ -206,21 +165,47 @@ def check_text(
         score: the row's score on 0-100, which the text must not reveal.
         attributes: attribute name -> text that an IAA text must not copy.
     """
-    text = text.strip()
+    text, reasons = text.strip(), []
+    if finish == "length":
+        reasons.append(Reason("cut-off", "the token limit cut it off"))
+    elif finish != "stop":
+        reasons.append(Reason("not-finished", f"the endpoint ended it with {finish!r}"))
     if len(text) > MAX_CHARS:
-        return [*_ending(finish), Reason("too-long", f"{len(text)} characters, which no rationale has")]
+        return [*reasons, Reason("too-long", f"{len(text)} characters, which no rationale has")]
     if not text:
-        return [*_ending(finish), Reason("empty", "there is no text")]
-    reasons = _ending(finish) + _length(text, config.fast if task == "iqa" else config.slow)
+        return [*reasons, Reason("empty", "there is no text")]
+    wanted = config.fast if task == "iqa" else config.slow
+    n_words, n_sentences = len(text.split()), len(sentences(text))
+    if n_words < wanted.min_words:
+        reasons.append(Reason("too-short", f"{n_words} words, at least {wanted.min_words} are wanted"))
+    if n_words > wanted.max_words:
+        reasons.append(Reason("too-long", f"{n_words} words, at most {wanted.max_words} are wanted"))
+    if wanted.sentences and n_sentences != wanted.sentences:
+        reasons.append(Reason("sentences", f"{n_sentences} sentence(s), exactly {wanted.sentences} are wanted"))
+    if not re.search(r"[.!?\u2026][\"'\u201d\u2019)]*$", text):
+        reasons.append(Reason("unfinished", "it does not end like a sentence"))
     if leak := number_leak(text, score, wording):
         reasons.append(Reason("number", f"{leak!r} gives a number away"))
+    words, checks = plain(unicodedata.normalize("NFKC", text)), wording.checks
     for code, pattern, problem in (
-        ("rating", wording.checks.ratings, "speaks of a rating, which a reader has not seen"),
-        ("chat", wording.checks.chat, "speaks to whoever asked"),
-        ("refusal", wording.checks.refusals, "is a refusal"),
+        ("rating", checks.ratings, "speaks of a rating, which a reader has not seen"),
+        ("chat", checks.chat, "speaks to whoever asked"),
+        ("refusal", checks.refusals, "is a refusal"),
     ):
-        if match := pattern.search(plain(text)):
+        if match := pattern.search(words):
             reasons.append(Reason(code, f"{match.group()!r} {problem}"))
-    reasons += _content(text, task, config, wording, list(attributes.values()))
-    broken = training_text_problem(text, score)
-    return [*reasons, broken] if broken else reasons
+    if task == "iqa":
+        if not checks.quality_factors.search(words):
+            reasons.append(Reason("no-quality-factor", "it names no quality factor"))
+    else:
+        touched, chain = attributes_in_order(text, checks.attributes.values())
+        least = config.min_attributes
+        if touched < least:
+            reasons.append(Reason("attributes", f"it touches {touched} of {len(EIGHT)} attributes, {least} are wanted"))
+        elif chain < least:
+            reasons.append(Reason("attribute-order", f"only {chain} attributes come in order, {least} are wanted"))
+        if gram := copied(text, attributes.values(), config.copied_words):
+            reasons.append(Reason("copied", f"it copies the attribute texts: {gram!r}"))
+    if fault := training_text_fault(text, score):
+        reasons.append(Reason("training-text", fault))
+    return reasons

@@ -18,9 +18,12 @@ from tatar_dist.types import Task
 
 @dataclass
 class LedgerEntry:
-    """State of one row. `failed` is why it got no answer; the next run asks again about such a row.
+    """State of one row.
 
-    `digest`: hash of what is asked about the row. `failed_before`: an earlier run got no answer, so others go first.
+    Args:
+        digest: hash of what is asked about the row.
+        before: reasons to reject it without asking.
+        failed: why it got no answer; the next run asks again about such a row.
     """
 
     number: int
@@ -28,9 +31,8 @@ class LedgerEntry:
     dataset: str
     task: Task
     digest: str
-    failed_before: bool = False
+    before: tuple[Reason, ...]
     answers: list[tuple[Answer, Outcome]] = field(default_factory=list)
-    before: tuple[Reason, ...] = ()
     failed: Reason | None = None
 
     @property
@@ -98,19 +100,16 @@ class Ledger:
         self.prompt_tokens += answer.prompt_tokens
         self.completion_tokens += answer.completion_tokens
 
-    def enter(self, row: QuestionRow) -> LedgerEntry:
+    def enter(self, row: QuestionRow) -> None:
         """Add the next row of the manifest, with its answers from the journal."""
         digest = self.question.digest(row)
-        failed_before = row.sample_id in self._failed_before
-        entry = LedgerEntry(row.number, row.sample_id, row.dataset, row.task, digest, failed_before)
-        entry.before = self.question.before(row)
+        entry = LedgerEntry(row.number, row.sample_id, row.dataset, row.task, digest, self.question.before(row))
         known = self._durable.pop((row.sample_id, digest), {})
         while not self.is_settled(entry) and len(entry.answers) in known:
             answer = known[len(entry.answers)]
             entry.answers.append((answer, self.question.read(row, answer)))
         self.entries.append(entry)
         self._settle(entry)
-        return entry
 
     def is_settled(self, entry: LedgerEntry) -> bool:
         """Whether the row needs no further answer: accepted, rejected, or out of attempts."""
@@ -123,7 +122,7 @@ class Ledger:
 
     def todo(self) -> Iterator[LedgerEntry]:
         """Yield unsettled rows in order; those that got no answer in an earlier run come last, not to delay others."""
-        for entry in sorted(self.entries, key=lambda e: e.failed_before):
+        for entry in sorted(self.entries, key=lambda e: e.sample_id in self._failed_before):
             if not self.is_settled(entry):
                 yield entry
 

@@ -31,30 +31,19 @@ SANE = 16  # usage beyond so many times our own bound is no count of tokens
 SCHEMA_WORDS = ("response_format", "response format", "json_schema", "guided", "structured", "grammar")
 
 
+@dataclass
 class RequestFailed(Exception):
-    """A try that got no answer.
+    """A try that got no answer."""
 
-    Args:
-        refused: the endpoint refuses this request; another try would not help.
-        limited: the endpoint asks to slow down (429).
-        lost: it may have generated tokens nevertheless.
-        by_schema: the JSON schema in the request may be the cause.
-        retry_after: seconds that the endpoint asks to wait.
-    """
+    message: str
+    refused: bool = False  # by the endpoint: another try would not help
+    limited: bool = False  # the endpoint asks to slow down (429)
+    lost: bool = False  # it may have generated tokens nevertheless
+    by_schema: bool = False  # the JSON schema in the request may be the cause
+    retry_after: float | None = None  # seconds that the endpoint asks to wait
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        refused: bool = False,
-        limited: bool = False,
-        lost: bool = False,
-        by_schema: bool = False,
-        retry_after: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.refused, self.limited, self.lost, self.by_schema = refused, limited, lost, by_schema
-        self.retry_after = retry_after
+    def __str__(self) -> str:
+        return self.message
 
 
 class NoAccess(UserError):

@@ -1,15 +1,15 @@
 """Read a manifest for questions, and prepare its images for an endpoint.
 
-Rows are streamed in order, images and whole rows are read one at a time. `picture` encodes an image as a data URL of at
-most `max_pixels` pixels. Streamed rows are `QuestionRow`s without images, in bounded memory. Read from one thread at a
-time, because a Parquet file must not be shared between threads.
+Rows are streamed in order without their images; whole rows are read one at a time, from one thread, because a Parquet
+file must not be shared between threads. `picture` encodes an image as a data URL of at most `max_pixels` pixels.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.ledger import Ledger, LedgerEntry
 from tatar_dist.rationale.questions import QuestionRow
+from tatar_dist.run.journal import Journal
 from tatar_dist.types import Sample, Task
 
 _COLUMNS = ("sample_id", "dataset", "task", "score", "split", "rationale", "attributes")
@@ -33,18 +34,6 @@ SENT_AS_IS = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
 MAX_BYTES = 8 << 20  # larger files are encoded anew: endpoints refuse bodies of tens of MB
 JPEG_QUALITY = 92  # higher than what any teacher can tell apart, and no visible blocks of our own
 PATCH = 28  # Qwen-VL's image token covers 28 x 28 pixels; other models count fewer tokens for the same image
-
-
-def reject_unreadable(ledger: Ledger, rows: RationaleRows, entry: LedgerEntry, problem: str) -> None:
-    """Reject a row whose image cannot be read. Raises UserError if all of the first `IMAGES_TRIED` are."""
-    ledger.reject(entry, Reason("image-unreadable", problem))
-    first = [reason.code for entry in ledger.entries[:IMAGES_TRIED] for reason in entry.before]
-    if first == ["image-unreadable"] * IMAGES_TRIED:
-        where = "lie in the rows" if rows.manifest.embedded else f"have paths that start at {rows.manifest.image_root}"
-        raise UserError(
-            f"{rows.path}: none of the first {IMAGES_TRIED} images can be read (the last: {problem}); they {where}: "
-            "check the manifest, or set data.image_root to the directory that image paths start from"
-        )
 
 
 class RationaleRows:
@@ -113,6 +102,44 @@ class RationaleRows:
         row = self.row_of(values, number)
         image = self.manifest.image(values, number)
         return row, Sample(row.sample_id, row.dataset, row.task, image, row.score, row.rationale, values["split"])
+
+
+@dataclass
+class Asker(ABC):
+    """Base class of what asks about the open rows of a ledger: at endpoints, or on our own engines.
+
+    Args:
+        say: receives messages for the user.
+        progress: called as answers come.
+        stopping: whether the user has requested a stop.
+    """
+
+    ledger: Ledger
+    rows: RationaleRows
+    journal: Journal
+    say: Callable[[str], None]
+    progress: Callable[[], None]
+    stopping: Callable[[], bool]
+    budget_spent = False
+
+    def __post_init__(self) -> None:
+        self.question = self.ledger.question
+
+    @abstractmethod
+    def run(self) -> bool:
+        """Ask until every row is settled or the user requests a stop. Returns whether the budget ended it before."""
+
+    def reject_unreadable(self, entry: LedgerEntry, problem: str) -> None:
+        """Reject a row whose image cannot be read. Raises UserError if all of the first `IMAGES_TRIED` are."""
+        self.ledger.reject(entry, Reason("image-unreadable", problem))
+        first = [reason.code for entry in self.ledger.entries[:IMAGES_TRIED] for reason in entry.before]
+        if first == ["image-unreadable"] * IMAGES_TRIED:
+            manifest = self.rows.manifest
+            where = "lie in the rows" if manifest.embedded else f"have paths that start at {manifest.image_root}"
+            raise UserError(
+                f"{manifest.path}: none of the first {IMAGES_TRIED} images can be read (the last: {problem}); they "
+                f"{where}: check the manifest, or set data.image_root to the directory that image paths start from"
+            )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.rationale import report
 from tatar_dist.rationale.ledger import Ledger
 from tatar_dist.rationale.questions import Build, Judge, Question
-from tatar_dist.rationale.rows import RationaleRows
+from tatar_dist.rationale.rows import Asker, RationaleRows
 from tatar_dist.rationale.wording import load_wording
 from tatar_dist.run.journal import Journal
 from tatar_dist.run.progress import Progress
@@ -120,13 +120,12 @@ def _ask(ledger: Ledger, rows: RationaleRows, journal: Journal, stop: StopSignal
             progress.show(done, [*parts, f"{ledger.tokens:,} tokens", *([f"cost {cost:.2f}"] if cost else [])])
 
     with Progress(f"rationale {ledger.question.name}", len(rows), settled_before, unit="row") as progress:
+        asker: type[Asker]
         if ledger.question.endpoint.local:
-            from tatar_dist.rationale.local import LocalAsking
-
-            return LocalAsking(ledger, rows, journal, show, lambda: stop.requested).run()
-        from tatar_dist.rationale.asking import Asking
-
-        return Asking(ledger, rows, journal, _say, show, lambda: stop.requested).run()
+            from tatar_dist.rationale.local import LocalAsking as asker
+        else:
+            from tatar_dist.rationale.asking import Asking as asker
+        return asker(ledger, rows, journal, _say, show, lambda: stop.requested).run()
 
 
 def _say(text: str) -> None:
