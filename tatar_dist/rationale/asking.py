@@ -1,8 +1,7 @@
 """Send questions to OpenAI-compatible endpoints from concurrent slots.
 
-`Asking` takes a ledger with rows to ask, a journal and a stop flag, and updates the ledger. Each slot takes a row,
-prepares its image in a thread, has one request in flight and writes the answer to disk before it sends the next. To
-keep to a token budget, the upper bound of a request's cost (`tokens_bound`) is reserved before it is sent.
+Each slot takes a row, prepares its image in a thread, has one request in flight and writes the answer to disk before it
+sends the next. To keep to a token budget, the upper bound of a request's cost is reserved before it is sent.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def number_leak(text: str, score: float, wording: Wording) -> str | None:
 
 def attributes_in_order(text: str, patterns: Iterable[re.Pattern[str]]) -> tuple[int, int]:
     """Return (number of attributes mentioned, longest chain of mentions in the order of `patterns`)."""
-    words = plain(unicodedata.normalize("NFKC", text))
+    words = plain(text)
     mentions = sorted((m.start(), m.end(), a) for a, pattern in enumerate(patterns) for m in pattern.finditer(words))
     chains: list[int] = []  # longest chain that ends with each mention
     for i, (start, _, attribute) in enumerate(mentions):
@@ -90,7 +90,7 @@ def copied(text: str, sources: Iterable[str], n: int) -> str | None:
         return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
     def bare(t: str) -> list[str]:
-        return re.findall(r"\w+", plain(unicodedata.normalize("NFKC", t)).replace("'", ""))
+        return re.findall(r"\w+", plain(t).replace("'", ""))
 
     known = {gram for source in sources for gram in grams(bare(source))}
     return next((" ".join(gram) for gram in grams(bare(text)) if gram in known), None)
@@ -186,7 +186,7 @@ def check_text(
         reasons.append(Reason("unfinished", "it does not end like a sentence"))
     if leak := number_leak(text, score, wording):
         reasons.append(Reason("number", f"{leak!r} gives a number away"))
-    words, checks = plain(unicodedata.normalize("NFKC", text)), wording.checks
+    words, checks = plain(text), wording.checks
     for code, pattern, problem in (
         ("rating", checks.ratings, "speaks of a rating, which a reader has not seen"),
         ("chat", checks.chat, "speaks to whoever asked"),

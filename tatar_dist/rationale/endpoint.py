@@ -50,7 +50,7 @@ def tokens_bound(request: Request, picture: Picture | None) -> int:
     return len(request.system.encode()) + len(request.user.encode()) + 64 + (picture.tokens if picture else 0)
 
 
-def body_of(request: Request, picture: Picture | None, by_schema: bool) -> dict[str, Any]:
+def body_of(request: Request, picture: Picture | None) -> dict[str, Any]:
     """Return the body of a chat completion."""
     content: Any = request.user
     if picture is not None:
@@ -63,7 +63,7 @@ def body_of(request: Request, picture: Picture | None, by_schema: bool) -> dict[
         "max_tokens": request.kind.max_tokens,
         "seed": request.seed,
     }
-    if by_schema:
+    if request.kind.schema is not None and request.kind.endpoint.structured:
         schema = {"name": "marks", "strict": True, "schema": request.kind.schema}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     return body
@@ -75,10 +75,9 @@ def key_of(kind: Kind) -> str | None:
     if not name:
         return None
     key = os.environ.get(name, "").strip()
-    if not key:
-        raise UserError(f"{kind.section}.api_key_env={name}: this environment variable is not set")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(f"{kind.section}.api_key_env={name}: the variable holds characters that no key has")
+    if not (key and key.isascii() and key.isprintable() and " " not in key):
+        problem = "holds characters that no key has" if key else "is not set"
+        raise UserError(f"{kind.section}.api_key_env={name}: this environment variable {problem}")
     return key
 
 
@@ -105,7 +104,6 @@ class Endpoint:
         self._timeout_s = kind.endpoint.timeout_s
         self._key = key_of(kind)
         self._client = self._open()
-        self._structured = kind.endpoint.structured
         self._answered = False
         self._asking = self._undecided = 0  # calls of `ask`; those of them that wait for what a 403 or 404 means
         self._failures = 0  # given up since the last answer
@@ -169,9 +167,8 @@ class Endpoint:
                 raise
             raise RequestFailed(str(e), refused=True) from None
         except RequestFailed as e:
-            self._failures += not (
-                e.refused and self._answered
-            )  # else it is about this sample, and others are answered
+            if not (e.refused and self._answered):  # else it is about this sample, and others are answered
+                self._failures += 1
             if self._failures >= self.limits.failures_in_a_row:
                 raise RunError(
                     f"{self._name}: {self.limits.failures_in_a_row} requests in a row got no answer, the last: {e}; "
@@ -214,9 +211,9 @@ class Endpoint:
     def _pause(self, error: RequestFailed) -> None:
         """Pause all requests for the error's Retry-After, or without one for a time that doubles at each pause."""
         now, seconds = time.monotonic(), error.retry_after
-        if now < self._resume_at and seconds is None:
-            return  # asked before the pause that another slot began: the same event
         if seconds is None:
+            if now < self._resume_at:
+                return  # asked before the pause that another slot began: the same event
             seconds = min(self.limits.backoff_max_s, self.limits.backoff_s * 2**self._pauses)
             self._pauses = min(self._pauses + 1, 20)
         self._resume_at = max(self._resume_at, now + min(seconds, RETRY_AFTER_MAX))
@@ -252,26 +249,12 @@ class Endpoint:
             amount -= part
 
     async def _once(self, request: Request, picture: Picture | None) -> Answer:
-        """Send the request. One that may have failed by its schema is sent without, as are later ones if that helps."""
-        by_schema = self._structured and request.kind.schema is not None
-        try:
-            return await self._send(request, picture, by_schema)
-        except RequestFailed as e:
-            if not (by_schema and e.by_schema) or (self._structured and self._answered):  # answers come by schema
-                raise
-            answer = await self._send(request, picture, by_schema=False)
-            if self._structured:
-                self._structured = False
-                self.say(f"{self._url} takes no JSON schema ({e}): asking for plain JSON from here on")
-            return answer
-
-    async def _send(self, request: Request, picture: Picture | None, by_schema: bool) -> Answer:
-        """Make one HTTP request within the endpoint's `timeout_s`."""
+        """Make one HTTP request within the endpoint's `timeout_s`, when its turn has come."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
         bound = tokens_bound(request, picture)
         await self._turn(bound + request.kind.max_tokens)
-        body = body_of(request, picture, by_schema)
+        body = body_of(request, picture)
         try:
             async with asyncio.timeout(self._timeout_s):  # the library's own timeouts start anew with every byte
                 reply = await self._client.chat.completions.with_raw_response.create(**body)

@@ -18,22 +18,16 @@ from tatar_dist.types import Task
 
 @dataclass
 class LedgerEntry:
-    """State of one row.
-
-    Args:
-        digest: hash of what is asked about the row.
-        before: reasons to reject it without asking.
-        failed: why it got no answer; the next run asks again about such a row.
-    """
+    """State of one row."""
 
     number: int
     sample_id: str
     dataset: str
     task: Task
-    digest: str
-    before: tuple[Reason, ...]
+    digest: str  # hash of what is asked about the row
+    before: tuple[Reason, ...]  # reasons to reject it without asking
     answers: list[tuple[Answer, Outcome]] = field(default_factory=list)
-    failed: Reason | None = None
+    failed: Reason | None = None  # why it got no answer; the next run asks again
 
     @property
     def verdict(self) -> str | None:

@@ -1,8 +1,7 @@
 """Use our own vLLM engines on Ray as teacher or judge: `rationale.teacher.local=true model.path=...`.
 
-As for an endpoint (asking.py), `LocalAsking` takes a ledger with rows to ask, a journal and a stop flag, and updates
-the ledger. Rows go to the engines in rounds of one attempt. The answers of an engine call are on disk before that
-engine gets the next call. With `rollout.deterministic` an answer depends only on its row and attempt, so that a killed
+Rows go to the engines in rounds of one attempt. The answers of an engine call are on disk before that engine gets the
+next call. With `rollout.deterministic` an answer depends only on its row and attempt, so that a killed
 and resumed run writes the same file as an uninterrupted one.
 """
 

@@ -1,8 +1,9 @@
 """Requests for teachers (`Build`) and judges (`Judge`), and the evaluation of their answers.
 
 Both classes are pure: they make requests, outcomes and finished rows from rows, settings and wording. Requests go to an
-endpoint (asking.py) or to our own engines (local.py). The seed of a request is a hash of (run seed, attempt, sample
-id), so that another attempt samples another text and a resumed run repeats the requests of the first.
+endpoint (asking.py) or to our own engines (local.py). A judge answers with marks in JSON. The seed of a request is a
+hash of (run seed, attempt, sample id), so that another attempt samples another text and a resumed run repeats the
+requests of the first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from string import Template
 from typing import Any, Literal
 
 from tatar_dist.config.rationale import EndpointConfig, TextConfig, VerdictConfig
@@ -19,10 +21,15 @@ from tatar_dist.config.schema import Config
 from tatar_dist.data.imports.attributes import place
 from tatar_dist.errors import UserError
 from tatar_dist.rationale.checks import Reason, check_text, without_reasoning
-from tatar_dist.rationale.marks import low_marks, read_marks, schema
 from tatar_dist.rationale.wording import Wording
 from tatar_dist.rollout.engine import group_seed
 from tatar_dist.types import TASKS, Task
+
+MARKS: dict[Task, tuple[str, str]] = {
+    "iqa": ("visual_fidelity", "score_consistency"),
+    "iaa": ("groundedness", "cohesion"),
+}
+LOWEST, HIGHEST = 1, 5
 
 
 @dataclass(frozen=True)
@@ -40,21 +47,14 @@ class QuestionRow:
 
 @dataclass(frozen=True)
 class Kind:
-    """How rows of one task are asked about.
+    """How rows of one task are asked about."""
 
-    Args:
-        texts: name of the system and user texts in the wording.
-        section: of the config ("rationale.teacher"), for messages.
-        endpoint: destination, with the address, key variable and model of this kind; the path of a local model.
-        schema: JSON schema that an answer must follow, if any.
-    """
-
-    texts: str
-    section: str
-    endpoint: EndpointConfig
+    texts: str  # name of the system and user texts in the wording
+    section: str  # of the config ("rationale.teacher"), for messages
+    endpoint: EndpointConfig  # with the address, key variable and model of this kind; the path of a local model
     sampling: TextConfig | VerdictConfig
     image: bool
-    schema: dict[str, Any] | None = None
+    schema: dict[str, Any] | None = None  # JSON schema that an answer must follow
 
     @property
     def max_tokens(self) -> int:
@@ -129,8 +129,8 @@ class Question(ABC):
         attributes = "\n".join(f"{name}: {text}" for name, text in ordered_attributes(row.attributes))
         rationale = (row.rationale or "").strip()
         blanks = {"score": f"{row.score:.1f}", "attributes": attributes, "rationale": rationale}
-        system, user = self.wording.ask(kind.texts, blanks)
-        return Request(kind, row.sample_id, attempt, system, user, group_seed(self.config.seed, attempt, row.sample_id))
+        texts, seed = self.wording.texts[kind.texts], group_seed(self.config.seed, attempt, row.sample_id)
+        return Request(kind, row.sample_id, attempt, texts.system, Template(texts.user).substitute(blanks), seed)
 
     def settings(self, tasks: set[Task]) -> dict[str, Any]:
         """Flat dict of all settings that change the requests. A journal with other values is not continued."""
@@ -155,13 +155,12 @@ class Question(ABC):
             endpoint = kind.endpoint
             if endpoint.local and not endpoint.model:
                 raise UserError(f"{kind.section}.local=true: name the model directory as model.path=…")
-            if not (endpoint.local or endpoint.url):
+            if not (endpoint.local or endpoint.url and endpoint.model):
                 raise UserError(
-                    f"{kind.section}.url is empty: give the address of an OpenAI-compatible endpoint "
-                    f"(http://host:port/v1), or {kind.section}.local=true for our own engines"
+                    f"{kind.section}.{'model' if endpoint.url else 'url'} is empty: give the address of an "
+                    f"OpenAI-compatible endpoint (http://host:port/v1) and the name of its model, or "
+                    f"{kind.section}.local=true for our own engines"
                 )
-            if not endpoint.model:
-                raise UserError(f"{kind.section}.model is empty: name the model that {endpoint.url} serves")
 
     def checked(self, row: QuestionRow, text: str, finish: str = "stop") -> tuple[Reason, ...]:
         """Reasons of the hard checks to reject a text of the row."""
@@ -215,6 +214,49 @@ class Build(Question):
         return {**values, "rationale": text, "meta": {**values["meta"], "rationale": note}}
 
 
+def marks_schema(task: Task) -> dict[str, Any]:
+    """JSON schema of an answer, in the strict form that OpenAI's and vLLM's structured outputs accept."""
+    mark = {"type": "integer", "enum": list(range(LOWEST, HIGHEST + 1))}
+    return {
+        "type": "object",
+        "properties": {name: dict(mark) for name in MARKS[task]},
+        "required": list(MARKS[task]),
+        "additionalProperties": False,
+    }
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def read_marks(text: str, task: Task) -> dict[str, int] | Reason:
+    """Marks by name in the schema's order, or a Reason with code "judge-json". Does not raise on any string.
+
+    Accepts one JSON object that follows the schema, without prose or a code fence around it, and guesses nothing.
+    """
+    try:
+        answer = json.loads(text, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as e:  # ValueError: not JSON, or an integer of thousands of digits
+        return Reason("judge-json", f"not one JSON object: {str(e)[:100]}")
+    if not isinstance(answer, dict) or set(answer) != set(MARKS[task]):
+        return Reason("judge-json", f"not an object with the keys {' and '.join(MARKS[task])}")
+    for name in MARKS[task]:
+        if type(answer[name]) is not int or not LOWEST <= answer[name] <= HIGHEST:  # isinstance takes a boolean, too
+            return Reason("judge-json", f"{name} is no whole number from {LOWEST} to {HIGHEST}")
+    return {name: answer[name] for name in MARKS[task]}
+
+
+def low_marks(marks: dict[str, int], reject_at: int) -> list[Reason]:
+    """One reason for each mark that is `reject_at` or less."""
+    return [
+        Reason(f"low-{name}", f"the judge gave {name} {value} of {HIGHEST}, {reject_at} or less rejects")
+        for name, value in marks.items()
+        if value <= reject_at
+    ]
+
+
 class Judge(Question):
     """Questions to a judge, which marks the row's rationale. The hard checks come first and cost nothing."""
 
@@ -224,7 +266,7 @@ class Judge(Question):
     def __init__(self, config: Config, wording: Wording) -> None:
         c = config.rationale
         endpoint = _destination(c.judge, TextConfig(), config.model.path)
-        kinds = {t: Kind(f"judge.{t}", "rationale.judge", endpoint, c.verdict, True, schema(t)) for t in TASKS}
+        kinds = {t: Kind(f"judge.{t}", "rationale.judge", endpoint, c.verdict, True, marks_schema(t)) for t in TASKS}
         super().__init__(config, wording, c.judge, kinds)
 
     def settings(self, tasks: set[Task]) -> dict[str, Any]:

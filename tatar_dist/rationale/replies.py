@@ -1,8 +1,7 @@
-"""Interpret an endpoint's HTTP reply: answer, retry, refusal of one request, or end of the run.
+"""Interpret an endpoint's HTTP reply: answer, retry, refusal of one request, or end of the run. Does no I/O.
 
-`read_answer` and `raise_for` take status, headers and body, and return an `Answer` or raise the exception for the case.
-They do no I/O; endpoint.py sends and waits. Some servers echo the API key. It is removed from the excerpt of a body in
-an error message, and an answer that holds a key of `KEY_CHARS` characters or more is requested again.
+Some servers echo the API key. It is removed from the excerpt of a body in an error message, and an answer that holds a
+key of `KEY_CHARS` characters or more is requested again.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from tatar_dist.rationale.questions import Answer, Request
 EXCERPT_CHARS = 200  # of an endpoint's message in an error
 KEY_CHARS = 16  # a shorter key may stand in a text by chance
 SANE = 16  # usage beyond so many times our own bound is no count of tokens
-SCHEMA_WORDS = ("response_format", "response format", "json_schema", "guided", "structured", "grammar")
 
 
 @dataclass
@@ -39,7 +37,6 @@ class RequestFailed(Exception):
     refused: bool = False  # by the endpoint: another try would not help
     limited: bool = False  # the endpoint asks to slow down (429)
     lost: bool = False  # it may have generated tokens nevertheless
-    by_schema: bool = False  # the JSON schema in the request may be the cause
     retry_after: float | None = None  # seconds that the endpoint asks to wait
 
     def __str__(self) -> str:
@@ -133,22 +130,16 @@ def raise_for(status: int, headers: Mapping[str, str], body: bytes, request: Req
         RequestFailed: to be tried again after 429, 408, 409, 425, 5xx; refused with any other status.
     """
     message, section, endpoint = excerpt(body, key), request.kind.section, request.kind.endpoint
-    problem = ""
-    if status in (401, 403):
-        todo = f"check the key in the environment variable {endpoint.api_key_env}"
-        if not endpoint.api_key_env:
-            todo = f"no key was sent, name the environment variable that holds it as {section}.api_key_env"
-        problem = f"the endpoint refuses access: {todo}"
-    elif status == 404:
-        problem = (
-            f"nothing there, or no model {endpoint.model!r}: check the address (it ends like /v1) and the model's name"
-        )
-    elif 300 <= status < 400:
-        problem = "redirects elsewhere: give the final address"
-    elif status == 402:
-        problem = "the endpoint wants payment"
-    elif status == 429 and b"insufficient_quota" in body:
-        problem = "the quota is used up"
+    key_problem = f"check the key in the environment variable {endpoint.api_key_env}"
+    if not endpoint.api_key_env:
+        key_problem = f"no key was sent, name the environment variable that holds it as {section}.api_key_env"
+    problem = {
+        401: f"the endpoint refuses access: {key_problem}",
+        402: "the endpoint wants payment",
+        403: f"the endpoint refuses access: {key_problem}",
+        404: f"nothing there, or no model {endpoint.model!r}: check address (it ends like /v1) and model name",
+        429: "the quota is used up" if b"insufficient_quota" in body else None,
+    }.get(status, "redirects elsewhere: give the final address" if 300 <= status < 400 else None)
     if problem:
         error_type = NoAccess if status in (403, 404) else UserError
         raise error_type(f"{section}.url={endpoint.url}: {problem} ({status}: {message})")
@@ -156,6 +147,5 @@ def raise_for(status: int, headers: Mapping[str, str], body: bytes, request: Req
         f"{status}: {message}",
         refused=not (status in (408, 409, 425, 429) or status >= 500),
         limited=status == 429,
-        by_schema=status in (400, 422, 501) or (status == 500 and any(w in message.lower() for w in SCHEMA_WORDS)),
         retry_after=retry_after(headers),
     )

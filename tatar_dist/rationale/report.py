@@ -15,7 +15,7 @@ from typing import Any
 
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.ledger import Ledger, LedgerEntry
-from tatar_dist.run.files import write_whole, written_whole
+from tatar_dist.run.files import write_whole
 from tatar_dist.types import TASKS
 
 COUNTS = ("rows", "accepted", "rejected", "failed", "not_asked", "answers", "rejected_answers")  # of a task
@@ -32,32 +32,30 @@ def beside(output: Path, ending: str) -> Path:
 def rejections(entry: LedgerEntry) -> Iterator[dict[str, Any]]:
     """Lines of one row: its rejected answers, and the reasons if it was not asked or not answered."""
 
-    def line(attempt: int | None, reasons: tuple[Reason, ...], text: str | None, later: bool = False) -> dict[str, Any]:
+    def line(attempt: int | None, reasons: tuple[Reason, ...], text: str | None = None) -> dict[str, Any]:
         return {
             "sample_id": entry.sample_id,
             "dataset": entry.dataset,
             "task": entry.task,
             "attempt": attempt,
-            "accepted_later": later,
+            "accepted_later": entry.accepted,
             "reasons": [asdict(reason) for reason in reasons],
             "text": text,
         }
 
     if entry.before:
-        yield line(None, entry.before, None)
+        yield line(None, entry.before)
     for attempt, (answer, outcome) in enumerate(entry.answers):
         if outcome.verdict != "accept":
-            yield {**line(attempt, outcome.reasons, answer.text, entry.accepted), "finish": answer.finish}
+            yield {**line(attempt, outcome.reasons, answer.text), "finish": answer.finish}
     if entry.failed:
-        yield line(len(entry.answers), (entry.failed,), None)
+        yield line(len(entry.answers), (entry.failed,))
 
 
 def write_rejections(ledger: Ledger, path: Path) -> None:
     """Write the lines of all rows."""
-    with written_whole(path) as place, open(place, "w", encoding="utf-8") as f:
-        for entry in ledger.entries:
-            for line in rejections(entry):
-                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines = (json.dumps(line, ensure_ascii=False) + "\n" for entry in ledger.entries for line in rejections(entry))
+    write_whole(path, "".join(lines))
 
 
 def _quoted(text: str) -> str:
@@ -82,33 +80,30 @@ def _by_task(ledger: Ledger) -> dict[str, list[LedgerEntry]]:
 
 def _task_summary(ledger: Ledger, entries: list[LedgerEntry]) -> dict[str, Any]:
     """Counts of the rows of one task. `reasons`: number of rejections per code, the most frequent first."""
-    outcomes = [outcome for entry in entries for _, outcome in entry.answers]
+    verdicts = [outcome.verdict for entry in entries for _, outcome in entry.answers]
     accepted = sum(entry.accepted for entry in entries)
     failed = sum(entry.failed is not None for entry in entries)
     settled = sum(ledger.is_settled(entry) for entry in entries)
-    refused = sum(outcome.verdict != "accept" for outcome in outcomes)
+    refused = len(verdicts) - verdicts.count("accept")
     return {
         "rows": len(entries),
         "accepted": accepted,
         "rejected": settled - accepted,
         "failed": failed,
         "not_asked": len(entries) - settled - failed,
-        "answers": len(outcomes),
+        "answers": len(verdicts),
         "rejected_answers": refused,
-        "rejection_rate": refused / len(outcomes) if outcomes else None,
+        "rejection_rate": refused / len(verdicts) if verdicts else None,
         "reasons": {code: len(items) for code, items in _reasons(entries).items()},
     }
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:
     """Counts by task and reason, tokens and cost; part of what --json prints."""
+    tasks = {task: _task_summary(ledger, entries) for task, entries in _by_task(ledger).items()}
     return {
-        "rows": len(ledger.entries),
-        "accepted": ledger.accepted,
-        "rejected": ledger.rejected,
-        "failed": ledger.failed,
-        "not_asked": ledger.open,
-        "tasks": {task: _task_summary(ledger, entries) for task, entries in _by_task(ledger).items()},
+        **{count: sum(task[count] for task in tasks.values()) for count in COUNTS[:5]},
+        "tasks": tasks,
         "prompt_tokens": ledger.prompt_tokens,
         "completion_tokens": ledger.completion_tokens,
         "lost_tokens": ledger.lost_tokens,

@@ -1,7 +1,7 @@
 """Read a manifest for questions, and prepare its images for an endpoint.
 
 Rows are streamed in order without their images; whole rows are read one at a time, from one thread, because a Parquet
-file must not be shared between threads. `picture` encodes an image as a data URL of at most `max_pixels` pixels.
+file must not be shared between threads.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class RationaleRows:
         self.path, self.splits, self.limit, self.written = path, tuple(splits), limit, written
         pools = [pool for pool in self.manifest.pools if not splits or pool.split in splits]
         if not pools:
-            there = sorted({str(pool.split) for pool in self.manifest.pools})
-            asked = f"of split {' or '.join(splits)}, only of {', '.join(there)}: see rationale.splits" if there else ""
-            raise UserError(f"{path}: holds no rows {asked}".strip())
+            present = ", ".join(sorted({str(pool.split) for pool in self.manifest.pools})) or "none"
+            wanted = " or ".join(splits)
+            raise UserError(f"{path}: holds no rows of split {wanted}, only of {present}: see rationale.splits")
         # of all rows, whatever the limit: a journal is continued under a larger one
         self.tasks: set[Task] = {cast(Task, pool.task) for pool in pools}
         self.count = sum(1 for _ in self) if written else min(sum(p.rows for p in pools), limit or len(self.manifest))
@@ -135,10 +135,9 @@ class Asker(ABC):
         first = [reason.code for entry in self.ledger.entries[:IMAGES_TRIED] for reason in entry.before]
         if first == ["image-unreadable"] * IMAGES_TRIED:
             manifest = self.rows.manifest
-            where = "lie in the rows" if manifest.embedded else f"have paths that start at {manifest.image_root}"
             raise UserError(
-                f"{manifest.path}: none of the first {IMAGES_TRIED} images can be read (the last: {problem}); they "
-                f"{where}: check the manifest, or set data.image_root to the directory that image paths start from"
+                f"{manifest.path}: none of the first {IMAGES_TRIED} images can be read (the last: {problem}); check "
+                f"the manifest, or set data.image_root, from which image paths start (now {manifest.image_root})"
             )
 
 

@@ -52,15 +52,15 @@ def dry_run(name: str, source: Path, config: Config) -> dict[str, Any]:
         if "prompt" in task:
             continue
         request = question.request(row, 0)
-        endpoint = request.kind.endpoint
+        kind, endpoint = request.kind, request.kind.endpoint
         task |= {
             "endpoint": "our own engines" if endpoint.local else endpoint.url or None,
             "model": endpoint.model or None,
             "key": f"from ${endpoint.api_key_env}" if endpoint.api_key_env else "none",
-            "image": request.kind.image,
-            "temperature": request.kind.sampling.temperature,
-            "top_p": request.kind.sampling.top_p,
-            "max_tokens": request.kind.max_tokens,
+            "image": kind.image,
+            "temperature": kind.sampling.temperature,
+            "top_p": kind.sampling.top_p,
+            "max_tokens": kind.max_tokens,
             "sample_id": row.sample_id,
             "prompt": {"system": request.system, "user": request.user},
         }
@@ -87,12 +87,13 @@ def run(name: str, source: Path, config: Config) -> dict[str, Any]:
         raise UserError(f"--output {output}: is the input itself")
     question, rows = _prepare(name, source, config)
     question.require_endpoint(rows.tasks)
-    beside = [report.beside(output, ending) for ending in ("journal.jsonl", "rejected.jsonl", "report.md")]
-    for path in (output, *beside):
+    journal_file = report.beside(output, "journal.jsonl")
+    files = (journal_file, output, report.beside(output, "rejected.jsonl"), report.beside(output, "report.md"))
+    for path in files:
         if path.is_dir():
             raise UserError(f"{path}: is a directory, a file will be written there; choose another --output")
-    with Journal(beside[0], question.settings(rows.tasks)) as journal, StopSignals() as stop:
-        for path in (output, *beside):
+    with Journal(journal_file, question.settings(rows.tasks)) as journal, StopSignals() as stop:
+        for path in files:
             for left in output.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                 left.unlink()  # of a killed run: the lock is ours, so nobody is writing it
         ledger = Ledger(question)

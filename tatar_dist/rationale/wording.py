@@ -7,7 +7,7 @@ The source is configs/rationale_prompts.yaml, checked key by key. Word lists are
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import unicodedata
 from pathlib import Path
 from string import Template
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator
 from pydantic.dataclasses import dataclass
 
-from tatar_dist.assets import locate, looked_in
+from tatar_dist.assets import locate
 from tatar_dist.config.validate import STRICT_KEYS, Text, near, read_yaml, validated
 from tatar_dist.errors import UserError
 from tatar_dist.types import EIGHT
@@ -30,8 +30,8 @@ OPTIONAL = {"judge.iaa": ("attributes",)}
 
 
 def plain(text: str) -> str:
-    """Normalise a text for phrase search: lower case, straight apostrophes, single blanks."""
-    return " ".join(text.casefold().replace("\u2019", "'").split())
+    """Normalise a text for phrase search: NFKC, lower case, straight apostrophes, single blanks."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'").split())
 
 
 def phrase_pattern(phrases: Any) -> re.Pattern[str]:
@@ -105,11 +105,6 @@ class Wording:
         """System and user text by name of the question."""
         return dict(zip(QUESTIONS, (self.fast, self.slow, self.judge.iqa, self.judge.iaa), strict=True))
 
-    def ask(self, question: str, blanks: Mapping[str, str]) -> tuple[str, str]:
-        """(system text, user text) with the blanks filled in. Blanks that the text does not use are ignored."""
-        texts = self.texts[question]
-        return texts.system, Template(texts.user).substitute(blanks)
-
 
 def _check_blanks(text: str, question: str, where: str) -> None:
     template, allowed = Template(text), QUESTIONS[question]
@@ -124,10 +119,7 @@ def _check_blanks(text: str, question: str, where: str) -> None:
 
 def load_wording(path: str | Path) -> Wording:
     """Read the YAML file. Raises UserError for a missing file, broken YAML, and a missing, unknown or wrong key."""
-    file = locate(path)
-    if not file.is_file():
-        raise UserError(f"rationale.prompts={path}: no such file{looked_in(path)}")
-    wording: Wording = validated(Wording, read_yaml(file, "wording file"), f"{path}")
+    wording: Wording = validated(Wording, read_yaml(locate(path), "wording file"), f"{path}")
     for question, texts in wording.texts.items():
         _check_blanks(texts.user, question, f"{path}: {question}.user")
     return wording
