@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow.parquet as pq
 from PIL import Image
 
 from tatar_dist.data.images import decode_image
@@ -59,7 +58,7 @@ class RationaleRows:
         pools = [pool for pool in self.manifest.pools if not splits or pool.split in splits]
         if not pools:
             present = ", ".join(sorted({str(pool.split) for pool in self.manifest.pools})) or "none"
-            wanted = " or ".join(splits)
+            wanted = " or ".join(splits) or "any"
             raise UserError(f"{path}: holds no rows of split {wanted}, only of {present}: see rationale.splits")
         # of all rows, whatever the limit: a journal is continued under a larger one
         self.tasks: set[Task] = {cast(Task, pool.task) for pool in pools}
@@ -75,19 +74,15 @@ class RationaleRows:
         return islice(self._all(), self.limit)
 
     def _all(self) -> Iterator[QuestionRow]:
-        with pq.ParquetFile(self.path) as file:
-            present = [name for name in _COLUMNS if name in file.schema_arrow.names]
-            batches = file.iter_batches(batch_size=4096, columns=present)
-            for number, values in enumerate(row for batch in batches for row in batch.to_pylist()):
-                if self.splits and values.get("split") not in self.splits:
-                    continue
-                if self.written and not values.get("rationale"):
+        for start, table in self.manifest.tables(_COLUMNS):
+            for number, values in enumerate(table.to_pylist(), start):
+                if (self.splits and values["split"] not in self.splits) or (self.written and not values["rationale"]):
                     continue
                 try:
-                    attributes = json_object(values.get("attributes") or "{}")
+                    attributes = json_object(values["attributes"] or "{}")
                 except ValueError as e:
                     raise UserError(f"{self.path}: row {number}, column attributes: {e}") from None
-                yield self.row_of({"rationale": None, **values, "attributes": attributes}, number)
+                yield self.row_of({**values, "attributes": attributes}, number)
 
     @staticmethod
     def row_of(values: dict[str, Any], number: int) -> QuestionRow:

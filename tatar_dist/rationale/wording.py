@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from tatar_dist.assets import locate
-from tatar_dist.config.validate import STRICT_KEYS, Text, near, read_yaml, validated
+from tatar_dist.config.validate import STRICT_KEYS, Text, read_yaml, validated
 from tatar_dist.errors import UserError
 from tatar_dist.types import EIGHT
 
@@ -55,12 +55,9 @@ def phrase_pattern(phrases: Any) -> re.Pattern[str]:
 
 def _all_eight(attributes: dict[str, re.Pattern[str]]) -> dict[str, re.Pattern[str]]:
     """Return the patterns in the method's order."""
-    for name in attributes:
-        if name not in EIGHT:
-            raise ValueError(f"unknown key {name!r}{near(name, EIGHT)}")
-    for name in EIGHT:
-        if name not in attributes:
-            raise ValueError(f"missing key {name!r}")
+    unknown, missing = sorted(set(attributes).difference(EIGHT)), sorted(set(EIGHT).difference(attributes))
+    if unknown or missing:
+        raise ValueError(f"must hold the eight attributes: unknown are {unknown}, missing are {missing}")
     return {name: attributes[name] for name in EIGHT}
 
 
@@ -107,14 +104,15 @@ class Wording:
 
 
 def _check_blanks(text: str, question: str, where: str) -> None:
+    """Raise UserError for a user text that cannot be filled in, or lacks something that must be asked about."""
     template, allowed = Template(text), QUESTIONS[question]
-    if not template.is_valid():
-        raise UserError(f"{where}: a $ that starts no name; write $$ for the sign itself")
     names = set(template.get_identifiers())
-    if unknown := sorted(names.difference(allowed)):
-        raise UserError(f"{where}: unknown ${unknown[0]}; this text may use ${', $'.join(allowed)}")
-    if missing := sorted(set(allowed).difference(names, OPTIONAL.get(question, ()))):
-        raise UserError(f"{where}: ${missing[0]} is missing, the text cannot be asked without it")
+    unknown, missing = names.difference(allowed), set(allowed).difference(names, OPTIONAL.get(question, ()))
+    if unknown or missing or not template.is_valid():
+        raise UserError(
+            f"{where}: its blanks must be ${', $'.join(allowed)}, and $$ is the sign itself: unknown are "
+            f"{sorted(unknown)}, missing are {sorted(missing)}"
+        )
 
 
 def load_wording(path: str | Path) -> Wording:

@@ -255,11 +255,11 @@ def test_attribute_texts_come_in_the_methods_order_whatever_the_spelling_of_thei
         (
             "$score on a scale on which 0",
             "high on a scale on which 0",
-            r"fast\.user: \$score is",
+            r"fast\.user: its blanks must be \$score, .*missing are \['score'\]",
         ),
-        ("      $rationale", "      $rational", r"judge\.iqa\.user: unknown \$rational"),
+        ("      $rationale", "      $rational", r"judge\.iqa\.user: .*unknown are \['rational'\]"),
         ("refusals:", "refusal:", "unknown key 'checks.refusal'; did you mean 'refusals'"),
-        ("overall gestalt:", "gestalt:", "unknown key 'gestalt'"),
+        ("overall gestalt:", "gestalt:", r"unknown are \['gestalt'\], missing are \['overall gestalt'\]"),
         ("fast:", "fast: [", "not valid YAML"),
     ],
 )
