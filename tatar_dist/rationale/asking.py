@@ -32,6 +32,7 @@ class Asking(Asker):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.limits = self.question.c.limits
+        self.budget = math.inf if self.limits.budget_tokens is None else self.limits.budget_tokens
         self._reserved = 0  # tokens of requests in flight
         self._bound_factor = 1.0  # of prompt tokens: the most that an endpoint counted over our bound
 
@@ -127,10 +128,10 @@ class Asking(Asker):
             await endpoint.ask(request, image, attempt)
         except RequestFailed as e:
             await self.journal.append({**key, "lost": 0, "failed": str(e)})
-            code, problem = (
-                ("endpoint-refused", "refused") if e.refused else ("no-answer", "all tries failed, the last")
-            )
-            self.ledger.fail(entry, Reason(code, f"{problem}: {e}"))
+            reason = Reason("no-answer", f"all tries failed, the last: {e}")
+            if e.refused:
+                reason = Reason("endpoint-refused", f"the endpoint refused it: {e}")
+            self.ledger.fail(entry, reason)
         except (UserError, RunError) as e:
             await self.journal.append({**key, "lost": 0, "failed": str(e)})
             raise
@@ -143,9 +144,8 @@ class Asking(Asker):
 
         Raises Stopped if they do not fit into the budget and nothing is in flight, and at every call after that.
         """
-        budget = math.inf if self.limits.budget_tokens is None else self.limits.budget_tokens
         async with self._released:
-            while not self.budget_spent and self.ledger.tokens + self._reserved + tokens > budget:
+            while not self.budget_spent and self.ledger.tokens + self._reserved + tokens > self.budget:
                 if self._reserved:
                     await self._released.wait()
                 else:

@@ -93,10 +93,8 @@ class LocalAsking(Asker):
             {"role": "user", "content": [*content, {"type": "text", "text": request.user}]},
         ]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        most, limit = (
-            len(tokenizer(text)["input_ids"]) + image_tokens + kind.max_tokens,
-            self.config.rollout.max_model_len,
-        )
+        most = len(tokenizer(text)["input_ids"]) + image_tokens + kind.max_tokens
+        limit = self.config.rollout.max_model_len
         if most > limit:
             problem = f"prompt and answer need {most} tokens, over rollout.max_model_len={limit}"
             self.ledger.reject(entry, Reason("prompt-too-long", problem))
@@ -109,8 +107,9 @@ class LocalAsking(Asker):
         while rendered and not self.budget_spent:
             left = math.inf if budget is None else budget - self.ledger.tokens
             n = sum(total <= left for total in accumulate(r.most for r in rendered))
+            if n:
+                yield rendered[:n]
             self.budget_spent = n == 0
-            yield rendered[:n]
             rendered = rendered[n:]
 
     def _round(self, pool: RolloutPool, rendered: list[_Rendered]) -> None:

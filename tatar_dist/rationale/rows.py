@@ -1,4 +1,4 @@
-"""Read a manifest for questions, and prepare its images for an endpoint.
+"""Read a manifest for questions, and prepare its images for an endpoint. `Asker` is the base of asking.py and local.py.
 
 Rows are streamed in order without their images; whole rows are read one at a time, from one thread, because a Parquet
 file must not be shared between threads.
