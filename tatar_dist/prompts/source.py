@@ -11,9 +11,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tatar_dist.config.schema import Config, DataConfig
 from tatar_dist.data.images import UnreadableImage, decode_image, image_size
@@ -58,14 +58,6 @@ def _windows(rows: Iterable[int]) -> Iterator[tuple[int, ...]]:
         yield window
 
 
-def _read(get: Callable[..., Sample], place: Ref | int) -> Sample | str:
-    """Return the sample at a place, or why its image cannot be read."""
-    try:
-        return get(place)
-    except UnreadableImage as e:
-        return str(e)
-
-
 class PromptSource:
     """Render prompts for the model of `config`; quarantined samples are recorded in `run`.
 
@@ -79,13 +71,8 @@ class PromptSource:
         self.backbone = self.texts.backbone
         (run.path / PROMPTS).write_text(self.texts.wording.to_yaml())  # an exported model takes its wording from here
 
-    def problem(self, sample: Sample | str, supervised: bool = False) -> str | None:
-        """Return why a sample cannot be used, as a prompt or as a supervised row, or None if it can.
-
-        `sample` may be the reason why it could not be read.
-        """
-        if isinstance(sample, str):
-            return sample
+    def problem(self, sample: Sample, supervised: bool = False) -> str | None:
+        """Return why a sample cannot be used, as a prompt or as a supervised row, or None if it can."""
         try:
             tokens = self.texts.tokens_with(decode_image(sample.image, sample.sample_id).size, sample.task)
             if isinstance(tokens, str):
@@ -103,18 +90,16 @@ class PromptSource:
     def samples(self, sampler: PromptSampler, n: int) -> list[Sample]:
         """Return the sampler's next n samples, all usable; the others are quarantined and replaced."""
         refs = sampler.next_batch(n)
-        read = [_read(sampler.get, ref) for ref in refs]  # one thread: a Parquet file is not safe to share
-        check = partial(self.problem, supervised=sampler.supervised)
-        with ThreadPoolExecutor(CHECK_THREADS) as threads:
-            problems = list(threads.map(check, read))
+        samples = self._checked(sampler.get, refs, sampler.supervised)
         for i in range(n):
-            while problems[i] is not None:
-                where = sampler.manifests[refs[i][0]].path
-                self.run.quarantine(sampler.sample_id(refs[i]), str(where), str(problems[i]))
+            while isinstance(problem := samples[i], str):
+                self._quarantine(sampler, refs[i], problem)
                 refs[i] = sampler.replace(refs[i], refs)
-                read[i] = _read(sampler.get, refs[i])
-                problems[i] = check(read[i])
-        return [s for s in read if isinstance(s, Sample)]
+                (samples[i],) = self._checked(sampler.get, [refs[i]], sampler.supervised)
+        return [sample for sample in samples if isinstance(sample, Sample)]
+
+    def _quarantine(self, sampler: PromptSampler, ref: Ref, problem: str) -> None:
+        self.run.quarantine(sampler.sample_id(ref), str(sampler.manifests[ref[0]].path), problem)
 
     def held_out(
         self,
@@ -132,7 +117,7 @@ class PromptSource:
             for rows in _windows(pool):
                 if taken[pool.dataset] == per_dataset:
                     break
-                for row, sample in zip(rows, self._checked(manifest, rows, supervised, known), strict=True):
+                for row, sample in zip(rows, self._checked(manifest.get, rows, supervised, known), strict=True):
                     if taken[pool.dataset] == per_dataset:
                         break
                     if isinstance(sample, str):
@@ -143,16 +128,26 @@ class PromptSource:
                     yield sample
 
     def _checked(
-        self, manifest: Manifest, rows: Sequence[int], supervised: bool, known: Callable[[Sample], bool]
+        self,
+        get: Callable[[Any], Sample],
+        places: Sequence[Ref] | Sequence[int],
+        supervised: bool,
+        known: Callable[[Sample], bool] = lambda sample: False,
     ) -> list[Sample | str]:
-        """Return the samples of these rows, or for each that cannot be used the reason."""
+        """Return the samples that `get` reads at these places, or for each that cannot be used the reason."""
+
+        def read(place: Ref | int) -> Sample | str:
+            try:
+                return get(place)
+            except UnreadableImage as e:
+                return str(e)
 
         def check(sample: Sample | str) -> Sample | str:
-            if isinstance(sample, Sample) and known(sample):
+            if isinstance(sample, str) or known(sample):
                 return sample
             return self.problem(sample, supervised) or sample
 
-        samples = [_read(manifest.get, row) for row in rows]  # one thread: a Parquet file is not safe to share
+        samples = [read(place) for place in places]  # one thread: a Parquet file is not safe to share
         with ThreadPoolExecutor(CHECK_THREADS) as threads:
             return list(threads.map(check, samples))
 
@@ -180,12 +175,11 @@ class PromptSource:
             ref = sampler.another(prompt.sample.dataset, avoid)
             while ref is not None:
                 avoid.add((prompt.sample.dataset, sampler.sample_id(ref)))
-                sample = _read(sampler.get, ref)
-                problem = self.problem(sample)
-                if problem is None and isinstance(sample, Sample):
+                (sample,) = self._checked(sampler.get, [ref], supervised=False)
+                if isinstance(sample, Sample):
                     prompts.append(self.prompt(sample, f"{step:06d}/{sample.dataset}/{sample.sample_id}"))
                     break
-                self.run.quarantine(sampler.sample_id(ref), str(sampler.manifests[ref[0]].path), str(problem))
+                self._quarantine(sampler, ref, sample)
                 sampler.exclude(ref)
                 ref = sampler.another(prompt.sample.dataset, avoid)
         return prompts
