@@ -72,10 +72,6 @@ class Request:
     user: str
     seed: int
 
-    @property
-    def prompt_hash(self) -> str:
-        return _hash(f"{self.system}\0{self.user}")
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -166,6 +162,13 @@ class Question(ABC):
         """Reasons of the hard checks to reject a text of the row."""
         return tuple(check_text(text, finish, row.task, row.score, row.attributes, self.c, self.wording))
 
+    def origin(self, row: QuestionRow, attempt: int) -> dict[str, Any]:
+        """Who answered what, for the meta of an accepted row."""
+        request = self.request(row, attempt)
+        role = request.kind.section.rpartition(".")[2]
+        prompt = _hash(f"{request.system}\0{request.user}")
+        return {role: request.kind.endpoint.model, "attempt": attempt, "prompt": prompt}
+
     @abstractmethod
     def before(self, row: QuestionRow) -> tuple[Reason, ...]:
         """Reasons to reject the row without asking."""
@@ -203,13 +206,7 @@ class Build(Question):
         return Outcome("again" if reasons else "accept", reasons)
 
     def finished(self, values: dict[str, Any], row: QuestionRow, attempt: int, answer: Answer) -> dict[str, Any]:
-        request = self.request(row, attempt)
-        note = {
-            "teacher": request.kind.endpoint.model,
-            "attempt": attempt,
-            "prompt": request.prompt_hash,
-            "tokens": answer.completion_tokens,
-        }
+        note = {**self.origin(row, attempt), "tokens": answer.completion_tokens}
         text = without_reasoning(answer.text)
         return {**values, "rationale": text, "meta": {**values["meta"], "rationale": note}}
 
@@ -290,11 +287,5 @@ class Judge(Question):
         return Outcome("reject" if low else "accept", tuple(low))
 
     def finished(self, values: dict[str, Any], row: QuestionRow, attempt: int, answer: Answer) -> dict[str, Any]:
-        request = self.request(row, attempt)
-        note = {
-            "judge": request.kind.endpoint.model,
-            "marks": self.marks(row, answer),
-            "attempt": attempt,
-            "prompt": request.prompt_hash,
-        }
+        note = {**self.origin(row, attempt), "marks": self.marks(row, answer)}
         return {**values, "meta": {**values["meta"], "judge": note}}
