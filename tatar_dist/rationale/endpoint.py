@@ -1,10 +1,8 @@
 """Client for an OpenAI-compatible endpoint: one `openai.AsyncOpenAI`, with rate limits, retries and redaction.
 
-`Endpoint.ask` sends a `Request` with its picture and returns an `Answer`. The library sends one try; retries are made
-here, because a lost try is booked against the token budget before the next, and a 429 pauses all slots together for its
-Retry-After. Requests and tokens per minute stay within the settings. Errors such as missing access end the run. The key
-comes from the environment variable that the settings name and is sent in one header; `OPENAI_*` variables have no
-effect.
+The library sends one try; retries are made here, because a lost try is booked against the token budget before the next,
+and a 429 pauses all slots together for its Retry-After. Errors such as missing access end the run. The key comes from
+the environment variable that the settings name and is sent in one header; `OPENAI_*` variables have no effect.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ KEY_CHARS = 16  # a shorter key may stand in a text by chance
 SANE = 16  # usage beyond so many times our own bound is no count of tokens
 
 
-@dataclass
+@dataclass(eq=False)
 class RequestFailed(Exception):
     """A try that got no answer."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -138,16 +139,10 @@ class Asker(ABC):
 
 @dataclass(frozen=True)
 class Picture:
-    """Data URL that is sent, and the image's size in pixels."""
+    """An image as it is sent."""
 
-    url: str
-    width: int
-    height: int
-
-    @property
-    def tokens(self) -> int:
-        """Upper estimate of the picture's tokens, for budgets and rate limits."""
-        return -(-self.width // PATCH) * -(-self.height // PATCH) + 4
+    url: str  # a data URL
+    tokens: int  # upper estimate, for budgets and rate limits
 
 
 def picture(data: bytes, max_pixels: int, where: str) -> Picture:
@@ -158,12 +153,13 @@ def picture(data: bytes, max_pixels: int, where: str) -> Picture:
         upright = image.getexif().get(0x0112, 1) in (0, 1)
         plain = image.mode in ("RGB", "L") and not getattr(image, "is_animated", False)
     width, height = decoded.size
-    if mime and upright and plain and width * height <= max_pixels and len(data) <= MAX_BYTES:
-        return Picture(f"data:{mime};base64,{base64.b64encode(data).decode()}", width, height)
     if width * height > max_pixels:
         scale = (max_pixels / (width * height)) ** 0.5
-        size = max(1, int(width * scale)), max(1, int(height * scale))  # rounded down: never over the bound
-        decoded = decoded.resize(size, Image.Resampling.BICUBIC)
-    out = io.BytesIO()
-    decoded.save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return Picture(f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", *decoded.size)
+        width, height = max(1, int(width * scale)), max(1, int(height * scale))  # rounded down: never over the bound
+        decoded, mime = decoded.resize((width, height), Image.Resampling.BICUBIC), None
+    if not (mime and upright and plain and len(data) <= MAX_BYTES):
+        out = io.BytesIO()
+        decoded.save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        data, mime = out.getvalue(), "image/jpeg"
+    tokens = math.ceil(width / PATCH) * math.ceil(height / PATCH) + 4
+    return Picture(f"data:{mime};base64,{base64.b64encode(data).decode()}", tokens)
