@@ -22,7 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tatar_dist.assets import locate, looked_in
+import pydantic.dataclasses
+
+from tatar_dist.assets import locate
 from tatar_dist.config.validate import STRICT_KEYS, Text, read_yaml, validated
 from tatar_dist.errors import UserError
 from tatar_dist.types import Task
@@ -127,10 +129,9 @@ def answer_start(text: str) -> tuple[int, str] | None:
     if parse(text).value is None:
         return None
     tag = next(t for t in _ANSWER_TAG.finditer(text) if not t.group(1))  # strict: the only one
-    start = tag.end() + len(text[tag.end() :]) - len(text[tag.end() :].lstrip(_BLANKS))
-    number = _STRICT.match(text, start)
+    number = _STRICT.search(text, tag.end())  # only blanks stand before it
     assert number is not None  # it has parsed
-    return start, number.group()
+    return number.start(), number.group()
 
 
 def think_text(text: str) -> str:
@@ -176,18 +177,14 @@ def answer_text(rationale: str | None, score: float) -> str:
     return f"<think>{rationale.strip()}</think>{answer}"
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT_KEYS)
 class _TaskTexts:
-    __pydantic_config__ = STRICT_KEYS
-
     iqa: Text
     iaa: Text
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT_KEYS)
 class _PromptFile:
-    __pydantic_config__ = STRICT_KEYS
-
     system: Text
     user: _TaskTexts
 
@@ -202,10 +199,7 @@ class Prompts:
     @staticmethod
     def load(path: str | Path) -> Prompts:
         """Read `configs/prompts.yaml`. Raises UserError for a missing file, a missing or an unknown key."""
-        file = locate(path)
-        if not file.is_file():
-            raise UserError(f"{path}: no such prompt file{looked_in(path)}")
-        texts: _PromptFile = validated(_PromptFile, read_yaml(file, "prompt file"), f"{path}")
+        texts: _PromptFile = validated(_PromptFile, read_yaml(locate(path), "prompt file"), f"{path}")
         return Prompts(texts.system, asdict(texts.user))
 
     def to_yaml(self) -> str:
@@ -216,17 +210,11 @@ class Prompts:
 
     def messages(self, task: Task) -> list[dict[str, Any]]:
         """Return the chat messages of one prompt; the image stands before the user text, as `{"type": "image"}`."""
-        if task not in self.user:
-            raise UserError(f"task {task!r}: must be one of {', '.join(self.user)}")
         return [
             {"role": "system", "content": [{"type": "text", "text": self.system}]},
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.user[task]}]},
         ]
 
     def render(self, task: Task, chat_template_fn: Callable[[list[dict[str, Any]]], str]) -> str:
-        """Return the prompt text, ending where the assistant's turn begins.
-
-        `chat_template_fn` turns messages into text, for example
-        `lambda m: processor.apply_chat_template(m, tokenize=False, add_generation_prompt=True)`.
-        """
+        """Return the prompt text that `chat_template_fn` makes of the messages (a processor's chat template)."""
         return chat_template_fn(self.messages(task))

@@ -35,32 +35,29 @@ def expected_scores(texts: Sequence[str], ask: Ask) -> list[Expected | None]:
         ask: called at most three times, each time with all questions of a digit.
     """
     starts = [answer_start(text) for text in texts]
-    asked = [(i, text[: start[0]]) for i, (text, start) in enumerate(zip(texts, starts, strict=True)) if start]
-    found: dict[int, list[tuple[int, float]]] = {i: [] for i, _ in asked}
-
-    first = ask([(i, prefix, DIGITS) for i, prefix in asked])
-    heads = [
-        (i, prefix, digit, p)
-        for (i, prefix), each in zip(asked, first, strict=True)
-        for digit, p in each.items()
-        if p >= FLOOR
-    ]
-    second = ask([(i, prefix + digit, _after(digit)) for i, prefix, digit, _ in heads])
-    tens = []
-    for (i, prefix, digit, p), each in zip(heads, second, strict=True):
-        for symbol, q in each.items():
-            if digit + symbol == "10":
-                tens.append((i, prefix + "10", p * q))
-            else:
-                found[i].append((int(digit + symbol) if symbol in DIGITS else int(digit), p * q))
-    third = ask([(i, text, ("0", POINT, END)) for i, text, _ in tens]) if tens else []
-    for (i, _, p), each in zip(tens, third, strict=True):
-        found[i] += [(100 if symbol == "0" else 10, p * q) for symbol, q in each.items()]
-    return [_moments(found[i], start[1]) if start else None for i, start in enumerate(starts)]
+    points: list[list[tuple[int, float]]] = [[] for _ in texts]  # (number in whole points, probability)
+    begun = [(i, text[: start[0]], "", 1.0) for i, (text, start) in enumerate(zip(texts, starts, strict=True)) if start]
+    while begun:  # numbers that may go on: completion, its text before the number, digits so far, probability
+        longer = []
+        answers = ask([(i, prefix + digits, _after(digits)) for i, prefix, digits, _ in begun])
+        for (i, prefix, digits, p), answer in zip(begun, answers, strict=True):
+            for symbol, q in answer.items():
+                number = digits + symbol if symbol in DIGITS else digits
+                if not digits and q < FLOOR:
+                    continue
+                if number != digits and _after(number):
+                    longer.append((i, prefix, number, p * q))
+                else:
+                    points[i].append((int(number), p * q))
+        begun = longer
+    return [_moments(values, start[1]) if start else None for values, start in zip(points, starts, strict=True)]
 
 
-def _after(digit: str) -> tuple[str, ...]:
-    return (POINT, END) if digit == "0" else (*DIGITS, POINT, END)
+def _after(digits: str) -> tuple[str, ...]:
+    """Return the symbols that may follow the digits of a number; none after a whole one."""
+    if len(digits) <= 1:
+        return {"": DIGITS, "0": (POINT, END)}.get(digits, (*DIGITS, POINT, END))
+    return ("0", POINT, END) if digits == "10" else ()
 
 
 def _moments(values: list[tuple[int, float]], number: str) -> Expected:

@@ -1,7 +1,6 @@
 """Render each task's prompt as the model reads it, and count its tokens.
 
-Takes the model's family and directory and the wording; also gives the reason if an image cannot be used. Training,
-evaluation and scoring all render here, so that a model gets the prompts that it was trained on.
+Training, evaluation and scoring all render here, so that a model gets the prompts that it was trained on.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from io import StringIO
 from typing import Any
 
 from tatar_dist.config.schema import Config
-from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.models import family
 from tatar_dist.prompts.answer import Prompts
 from tatar_dist.types import Task
@@ -38,13 +36,6 @@ class PromptTexts:
         p = self.backbone.processor.image_processor
         image = self.backbone.config.max_pixels // (p.patch_size * p.merge_size) ** 2
         return max(self.tokens.values()) + image + answer
-
-    def measure(self, image: bytes, task: Task, where: str) -> int | str:
-        """Return the tokens of the prompt with this image, or why it cannot be used. `where` names the image."""
-        try:
-            return self.tokens_with(decode_image(image, where).size, task)
-        except UnreadableImage as e:
-            return str(e)
 
     def tokens_with(self, size: tuple[int, int], task: Task) -> int | str:
         """Return the tokens of the prompt with an upright image of (width, height), or why it cannot be used."""

@@ -11,12 +11,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tatar_dist.config.schema import Config, DataConfig
-from tatar_dist.data.images import UnreadableImage, image_size
+from tatar_dist.data.images import UnreadableImage, decode_image, image_size
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.data.pool_cursor import Ref
 from tatar_dist.data.sampler import PromptSampler
@@ -71,49 +71,35 @@ class PromptSource:
         self.backbone = self.texts.backbone
         (run.path / PROMPTS).write_text(self.texts.wording.to_yaml())  # an exported model takes its wording from here
 
-    def problem(self, sample: Sample | str, supervised: bool = False) -> str | None:
+    def problem(self, sample: Sample, supervised: bool = False) -> str | None:
         """Return why a sample cannot be used, as a prompt or as a supervised row, or None if it can."""
-        if isinstance(sample, str):
-            return sample
-        tokens = self.texts.measure(sample.image, sample.task, sample.sample_id)
-        if isinstance(tokens, str):
-            return tokens
-        return self._target_problem(sample, tokens) if supervised else None
-
-    def _target_problem(self, sample: Sample, prompt_tokens: int) -> str | None:
-        """Return why the sample's answer cannot be a training target, or None."""
-        if not sample.rationale or not sample.rationale.strip():
-            return "no rationale"
         try:
-            tokens = prompt_tokens + len(self.sft_row(sample).completion_ids)
-        except UserError as e:  # a tag of the answer format in the rationale
+            tokens = self.texts.tokens_with(decode_image(sample.image, sample.sample_id).size, sample.task)
+            if isinstance(tokens, str):
+                return tokens
+            if not supervised:
+                return None
+            if not (sample.rationale or "").strip():
+                return "no rationale"
+            tokens += len(self.sft_row(sample).completion_ids)
+        except (UnreadableImage, UserError) as e:  # UserError: a tag of the answer format in the rationale
             return str(e)
         limit = self.config.sft.max_tokens
         return f"prompt and answer of {tokens} tokens are over sft.max_tokens={limit}" if tokens > limit else None
 
-    @staticmethod
-    def _read(sampler: PromptSampler, ref: Ref) -> Sample | str:
-        """Return the sample, or why its image cannot be read."""
-        try:
-            return sampler.get(ref)
-        except UnreadableImage as e:
-            return str(e)
-
     def samples(self, sampler: PromptSampler, n: int) -> list[Sample]:
         """Return the sampler's next n samples, all usable; the others are quarantined and replaced."""
         refs = sampler.next_batch(n)
-        read = [self._read(sampler, ref) for ref in refs]  # one thread: a Parquet file is not safe to share
-        check = partial(self.problem, supervised=sampler.supervised)
-        with ThreadPoolExecutor(CHECK_THREADS) as threads:
-            problems = list(threads.map(check, read))
+        samples = self._checked(sampler.get, refs, sampler.supervised)
         for i in range(n):
-            while problems[i] is not None:
-                where = sampler.manifests[refs[i][0]].path
-                self.run.quarantine(sampler.sample_id(refs[i]), str(where), str(problems[i]))
+            while isinstance(problem := samples[i], str):
+                self._quarantine(sampler, refs[i], problem)
                 refs[i] = sampler.replace(refs[i], refs)
-                read[i] = self._read(sampler, refs[i])
-                problems[i] = check(read[i])
-        return [s for s in read if isinstance(s, Sample)]
+                (samples[i],) = self._checked(sampler.get, [refs[i]], sampler.supervised)
+        return [sample for sample in samples if isinstance(sample, Sample)]
+
+    def _quarantine(self, sampler: PromptSampler, ref: Ref, problem: str) -> None:
+        self.run.quarantine(sampler.sample_id(ref), str(sampler.manifests[ref[0]].path), problem)
 
     def held_out(
         self,
@@ -131,35 +117,39 @@ class PromptSource:
             for rows in _windows(pool):
                 if taken[pool.dataset] == per_dataset:
                     break
-                for row, found in zip(rows, self._checked(manifest, rows, supervised, known), strict=True):
+                for row, sample in zip(rows, self._checked(manifest.get, rows, supervised, known), strict=True):
                     if taken[pool.dataset] == per_dataset:
                         break
-                    if isinstance(found, str):
-                        self.run.quarantine(manifest.sample_id(row), str(manifest.path), found)
+                    if isinstance(sample, str):
+                        self.run.quarantine(manifest.sample_id(row), str(manifest.path), sample)
                         self.missing[pool.dataset, pool.task] += 1
                         continue
                     taken[pool.dataset] += 1
-                    yield found
+                    yield sample
 
     def _checked(
-        self, manifest: Manifest, rows: Sequence[int], supervised: bool, known: Callable[[Sample], bool]
+        self,
+        get: Callable[[Any], Sample],
+        places: Sequence[Ref] | Sequence[int],
+        supervised: bool,
+        known: Callable[[Sample], bool] = lambda sample: False,
     ) -> list[Sample | str]:
-        """Return the samples of these rows, or for each that cannot be used the reason."""
+        """Return the samples that `get` reads at these places, or for each that cannot be used the reason."""
 
-        def read(row: int) -> Sample | str:
+        def read(place: Ref | int) -> Sample | str:
             try:
-                return manifest.get(row)
+                return get(place)
             except UnreadableImage as e:
                 return str(e)
 
         def check(sample: Sample | str) -> Sample | str:
-            if isinstance(sample, Sample) and known(sample):
+            if isinstance(sample, str) or known(sample):
                 return sample
             return self.problem(sample, supervised) or sample
 
-        texts = [read(row) for row in rows]  # one thread: a Parquet file is not safe to share
+        samples = [read(place) for place in places]  # one thread: a Parquet file is not safe to share
         with ThreadPoolExecutor(CHECK_THREADS) as threads:
-            return list(threads.map(check, texts))
+            return list(threads.map(check, samples))
 
     def held_out_prompts(self) -> list[Prompt]:
         """Return prompts of `data.eval_limit` validation samples of each data set; none without a manifest."""
@@ -180,20 +170,19 @@ class PromptSource:
     def more(self, like: Sequence[Prompt], asked: Sequence[Prompt], sampler: PromptSampler, step: int) -> list[Prompt]:
         """Draw a prompt from the data set of each of `like`, none asked before in this step; fewer if none is left."""
         avoid = {(p.sample.dataset, p.sample.sample_id) for p in asked}
-        found: list[Prompt] = []
+        prompts: list[Prompt] = []
         for prompt in like:
             ref = sampler.another(prompt.sample.dataset, avoid)
             while ref is not None:
                 avoid.add((prompt.sample.dataset, sampler.sample_id(ref)))
-                sample = self._read(sampler, ref)
-                problem = self.problem(sample)
-                if problem is None and isinstance(sample, Sample):
-                    found.append(self.prompt(sample, f"{step:06d}/{sample.dataset}/{sample.sample_id}"))
+                (sample,) = self._checked(sampler.get, [ref], supervised=False)
+                if isinstance(sample, Sample):
+                    prompts.append(self.prompt(sample, f"{step:06d}/{sample.dataset}/{sample.sample_id}"))
                     break
-                self.run.quarantine(sampler.sample_id(ref), str(sampler.manifests[ref[0]].path), str(problem))
+                self._quarantine(sampler, ref, sample)
                 sampler.exclude(ref)
                 ref = sampler.another(prompt.sample.dataset, avoid)
-        return found
+        return prompts
 
     def sft_row(self, sample: Sample) -> LearnerRow:
         """Return the supervised row of a sample: its rationale, its score with two decimals, the end-of-turn token."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from tatar_dist.config.rationale import RationaleConfig, TextConfig
+from tatar_dist.config.rationale import RationaleConfig
 from tatar_dist.errors import UserError
-from tatar_dist.prompts.answer import answer_text, parse
+from tatar_dist.prompts.answer import answer_text
 from tatar_dist.rationale.wording import Wording, plain
 from tatar_dist.types import EIGHT, Task
 
@@ -63,7 +63,7 @@ def number_leak(text: str, score: float, wording: Wording) -> str | None:
         if unicodedata.numeric(character, None) is not None:
             return character
     words = plain(folded.translate(_DASHES))
-    for pattern in (wording.number_phrases, *_NUMBER_WORDS):
+    for pattern in (wording.checks.number_phrases, *_NUMBER_WORDS):
         if match := pattern.search(words):
             return match.group()
     whole = (math.floor(score), math.ceil(score))
@@ -72,9 +72,9 @@ def number_leak(text: str, score: float, wording: Wording) -> str | None:
     return next((name for name in sorted(near) if re.search(rf"(?<!\w){name}(?!\w)", words)), None)
 
 
-def attributes_in_order(text: str, patterns: Sequence[re.Pattern[str]]) -> tuple[int, int]:
+def attributes_in_order(text: str, patterns: Iterable[re.Pattern[str]]) -> tuple[int, int]:
     """Return (number of attributes mentioned, longest chain of mentions in the order of `patterns`)."""
-    words = plain(unicodedata.normalize("NFKC", text))
+    words = plain(text)
     mentions = sorted((m.start(), m.end(), a) for a, pattern in enumerate(patterns) for m in pattern.finditer(words))
     chains: list[int] = []  # longest chain that ends with each mention
     for i, (start, _, attribute) in enumerate(mentions):
@@ -83,40 +83,37 @@ def attributes_in_order(text: str, patterns: Sequence[re.Pattern[str]]) -> tuple
     return len({attribute for *_, attribute in mentions}), max(chains, default=0)
 
 
-def copied(text: str, sources: Sequence[str], n: int) -> str | None:
+def copied(text: str, sources: Iterable[str], n: int) -> str | None:
     """Return the first n-gram of words that the text shares with one of the sources, or None."""
 
     def grams(words: list[str]) -> list[tuple[str, ...]]:
         return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
     def bare(t: str) -> list[str]:
-        return re.findall(r"\w+", plain(unicodedata.normalize("NFKC", t)).replace("'", ""))
+        return re.findall(r"\w+", plain(t).replace("'", ""))
 
     known = {gram for source in sources for gram in grams(bare(source))}
     return next((" ".join(gram) for gram in grams(bare(text)) if gram in known), None)
 
 
-# Abbreviations whose full stop ends no sentence; some end one before a capital, names and initials before a starter.
-_NEVER_END = frozenset("e.g i.e eg ie vs cf approx fig mr mrs ms dr prof st mt viz resp".split())
-_MAY_END = frozenset(("etc", "al"))
-_NAMES = frozenset("jr sr inc ltd co corp".split())
-_INITIALS = re.compile(r"(?:[a-z]\.)*[a-z]")
-_STARTERS = frozenset(
-    "a an and at but he her his i if in it its no on she so that the their there these they this those we you".split()
+# What stands before a full stop, and what must follow for it to end a sentence; after any other word it does.
+_STARTER = "A An And At But He Her His I If In It Its No On She So That The Their There These They This Those We You"
+_BEFORE_STOP = (
+    (re.compile(r"e\.g|i\.e|eg|ie|vs|cf|approx|fig|mr|mrs|ms|dr|prof|st|mt|viz|resp"), re.compile(r"(?!)")),
+    (re.compile(r"no"), re.compile(r"(?!\d)")),  # "No. 2"
+    (re.compile(r"etc|al"), re.compile(r"(?![a-z])")),
+    (
+        re.compile(r"jr|sr|inc|ltd|co|corp|(?![ai]$)(?:[a-z]\.)*[a-z]"),
+        re.compile(rf"(?:{_STARTER.replace(' ', '|')})\b"),
+    ),
 )
-_STOP = re.compile(r"[.!?]+[\"'\u201d\u2019)\]]*(?=\s|$)")
+_STOP = re.compile(r"([.!?]+)[\"'\u201d\u2019)\]]*(?=\s|$)")
 
 
 def _ends(word: str, after: str) -> bool:
     """Whether a full stop after `word` ends a sentence that `after` follows."""
-    if word in _NEVER_END or (word == "no" and after[:1].isdigit()):
-        return False
-    if word in _MAY_END:
-        return not after[:1].islower()
-    if word in _NAMES or (_INITIALS.fullmatch(word) and word not in ("a", "i")):
-        following = re.match(r"[^\W\d_]+", after)
-        return after[:1].isupper() and following is not None and following.group().casefold() in _STARTERS
-    return True
+    must_follow = (follow for before, follow in _BEFORE_STOP if before.fullmatch(word))
+    return all(follow.match(after) for follow in must_follow)
 
 
 def sentences(text: str) -> list[str]:
@@ -124,78 +121,31 @@ def sentences(text: str) -> list[str]:
     parts, start = [], 0
     for stop in _STOP.finditer(text):
         after = text[stop.end() :].lstrip()
-        words = text[start : stop.start()].split()
-        word = words[-1].casefold().lstrip("(\"'\u201c\u2018[") if words else ""
-        mark = stop.group().rstrip("\"'\u201d\u2019)]")
-        if mark == "." and after and not _ends(word, after):
+        words = text[start : stop.start()].split() or [""]
+        word = words[-1].casefold().lstrip("(\"'\u201c\u2018[")
+        if after and stop.group(1) == "." and not _ends(word, after):
             continue
-        if mark.startswith("..") and after[:1].islower():
+        if stop.group(1).startswith("..") and after[:1].islower():
             continue
         parts.append(text[start : stop.end()].strip())
         start = stop.end()
     return [part for part in (*parts, text[start:].strip()) if part]
 
 
-def _ending(finish: str) -> list[Reason]:
-    if finish == "stop":
-        return []
-    if finish == "length":
-        return [Reason("cut-off", "the token limit cut it off")]
-    return [Reason("not-finished", f"the endpoint ended it with {finish!r}")]
-
-
-def _length(text: str, wanted: TextConfig) -> list[Reason]:
-    """Check words, sentences and the last sign of a text that is not empty."""
-    reasons = []
-    n_words, n_sentences = len(text.split()), len(sentences(text))
-    if n_words < wanted.min_words:
-        reasons.append(Reason("too-short", f"{n_words} words, at least {wanted.min_words} are wanted"))
-    if n_words > wanted.max_words:
-        reasons.append(Reason("too-long", f"{n_words} words, at most {wanted.max_words} are wanted"))
-    if wanted.sentences and n_sentences != wanted.sentences:
-        reasons.append(Reason("sentences", f"{n_sentences} sentence(s), exactly {wanted.sentences} are wanted"))
-    if not re.search(r"[.!?\u2026][\"'\u201d\u2019)]*$", text):
-        reasons.append(Reason("unfinished", "it does not end like a sentence"))
-    return reasons
-
-
-def _content(text: str, task: Task, config: RationaleConfig, wording: Wording, sources: Sequence[str]) -> list[Reason]:
-    """Check that the text mentions what it must and does not copy the sources."""
-    if task == "iqa":
-        if not wording.quality_factors.search(plain(unicodedata.normalize("NFKC", text))):
-            return [Reason("no-quality-factor", "it names no quality factor")]
-        return []
-    reasons = []
-    least = config.min_attributes
-    touched, chain = attributes_in_order(text, wording.attributes)
-    if touched < least:
-        reasons.append(Reason("attributes", f"it touches {touched} of {len(EIGHT)} attributes, {least} are wanted"))
-    elif chain < least:
-        reasons.append(Reason("attribute-order", f"only {chain} attributes come in order, {least} are wanted"))
-    if gram := copied(text, sources, config.copied_words):
-        reasons.append(Reason("copied", f"it copies the attribute texts: {gram!r}"))
-    return reasons
-
-
 _CHAT_TEMPLATE = re.compile(r"<\||\|>|\[/?INST\]|```|\{\{|\}\}|^\s*(?:assistant|user|system)\s*:", re.I | re.M)
 _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")  # could hide a number from `number_leak`, or be debris
 
 
-def training_text_problem(text: str, score: float) -> Reason | None:
-    """Return why the training text is not one think and one answer pair with the row's score, or None."""
+def training_text_fault(text: str, score: float) -> str | None:
+    """Return why the text cannot stand in a training target with the row's score, or None."""
     if token := _CHAT_TEMPLATE.search(text):
-        return Reason("training-text", f"{token.group()!r} belongs to a chat template or to markup")
+        return f"{token.group()!r} belongs to a chat template or to markup"
     if hidden := next((c for c in text if unicodedata.category(c) in _INVISIBLE and c not in "\n\r\t"), None):
-        return Reason("training-text", f"holds the invisible character U+{ord(hidden):04X}")
+        return f"holds the invisible character U+{ord(hidden):04X}"
     try:
-        assembled = answer_text(text, score)
-    except UserError as e:
-        return Reason("training-text", str(e))
-    lowered = assembled.lower()
-    pairs = [lowered.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")]
-    value = parse(assembled).value
-    if pairs != [1, 1, 1, 1] or value is None or abs(value - score) > 0.005 + 1e-9:
-        return Reason("training-text", "with its answer it is not one think and one answer pair")
+        answer_text(text, score)
+    except UserError as e:  # it holds a tag of the answer format
+        return str(e)
     return None
 
 
@@ -215,21 +165,47 @@ def check_text(
         score: the row's score on 0-100, which the text must not reveal.
         attributes: attribute name -> text that an IAA text must not copy.
     """
-    text = text.strip()
+    text, reasons = text.strip(), []
+    if finish == "length":
+        reasons.append(Reason("cut-off", "the token limit cut it off"))
+    elif finish != "stop":
+        reasons.append(Reason("not-finished", f"the endpoint ended it with {finish!r}"))
     if len(text) > MAX_CHARS:
-        return [*_ending(finish), Reason("too-long", f"{len(text)} characters, which no rationale has")]
+        return [*reasons, Reason("too-long", f"{len(text)} characters, which no rationale has")]
     if not text:
-        return [*_ending(finish), Reason("empty", "there is no text")]
-    reasons = _ending(finish) + _length(text, config.fast if task == "iqa" else config.slow)
+        return [*reasons, Reason("empty", "there is no text")]
+    wanted = config.fast if task == "iqa" else config.slow
+    n_words, n_sentences = len(text.split()), len(sentences(text))
+    if n_words < wanted.min_words:
+        reasons.append(Reason("too-short", f"{n_words} words, at least {wanted.min_words} are wanted"))
+    if n_words > wanted.max_words:
+        reasons.append(Reason("too-long", f"{n_words} words, at most {wanted.max_words} are wanted"))
+    if wanted.sentences and n_sentences != wanted.sentences:
+        reasons.append(Reason("sentences", f"{n_sentences} sentence(s), exactly {wanted.sentences} are wanted"))
+    if not re.search(r"[.!?\u2026][\"'\u201d\u2019)]*$", text):
+        reasons.append(Reason("unfinished", "it does not end like a sentence"))
     if leak := number_leak(text, score, wording):
         reasons.append(Reason("number", f"{leak!r} gives a number away"))
+    words, checks = plain(text), wording.checks
     for code, pattern, problem in (
-        ("rating", wording.ratings, "speaks of a rating, which a reader has not seen"),
-        ("chat", wording.chat, "speaks to whoever asked"),
-        ("refusal", wording.refusals, "is a refusal"),
+        ("rating", checks.ratings, "speaks of a rating, which a reader has not seen"),
+        ("chat", checks.chat, "speaks to whoever asked"),
+        ("refusal", checks.refusals, "is a refusal"),
     ):
-        if match := pattern.search(plain(text)):
+        if match := pattern.search(words):
             reasons.append(Reason(code, f"{match.group()!r} {problem}"))
-    reasons += _content(text, task, config, wording, list(attributes.values()))
-    broken = training_text_problem(text, score)
-    return [*reasons, broken] if broken else reasons
+    if task == "iqa":
+        if not checks.quality_factors.search(words):
+            reasons.append(Reason("no-quality-factor", "it names no quality factor"))
+    else:
+        touched, chain = attributes_in_order(text, checks.attributes.values())
+        least = config.min_attributes
+        if touched < least:
+            reasons.append(Reason("attributes", f"it touches {touched} of {len(EIGHT)} attributes, {least} are wanted"))
+        elif chain < least:
+            reasons.append(Reason("attribute-order", f"only {chain} attributes come in order, {least} are wanted"))
+        if gram := copied(text, attributes.values(), config.copied_words):
+            reasons.append(Reason("copied", f"it copies the attribute texts: {gram!r}"))
+    if fault := training_text_fault(text, score):
+        reasons.append(Reason("training-text", fault))
+    return reasons

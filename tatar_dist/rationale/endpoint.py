@@ -1,21 +1,19 @@
 """Client for an OpenAI-compatible endpoint: one `openai.AsyncOpenAI`, with rate limits, retries and redaction.
 
-`Endpoint.ask` sends a `Request` with its picture and returns an `Answer`. The library sends one try; retries are made
-here, because a lost try is booked against the token budget before the next, and a 429 pauses all slots together for its
-Retry-After. Requests and tokens per minute stay within the settings. Errors such as missing access end the run. The key
-comes from the environment variable that the settings name and is sent in one header; `OPENAI_*` variables have no
-effect.
+The library sends one try; retries are made here, because a lost try is booked against the token budget before the next,
+and a 429 pauses all slots together for its Retry-After. Errors such as missing access end the run. The key comes from
+the environment variable that the settings name and is sent in one header; `OPENAI_*` variables have no effect.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -24,8 +22,8 @@ from aiolimiter import AsyncLimiter
 from tatar_dist import __version__
 from tatar_dist.config.rationale import LimitsConfig
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.rationale.questions import Answer, Request, Target
-from tatar_dist.rationale.replies import NoAccess, NoSchema, ReplyRefused, TryAgain, raise_for, read_answer
+from tatar_dist.rationale.questions import Answer, Kind, Request
+from tatar_dist.rationale.replies import NoAccess, RequestFailed, raise_for, read_answer
 from tatar_dist.rationale.rows import Picture
 
 MAX_REPLY = 4 << 20  # bytes; a longer reply is garbage
@@ -36,13 +34,13 @@ SAY_EVERY_S = 15.0  # an endpoint that asks for pauses is quoted no more often
 RETRY_AFTER_MAX = 900.0  # a Retry-After beyond this is taken as this
 READ_BACK = "x-stainless-raw-response"  # the only header of the library that stays: it reads it from the request
 
-
-class NoAnswer(Exception):
-    """All tries of one sample's request failed. The message describes the last failure."""
+# sends a request once, and returns what it was answered
+Send = Callable[[], Awaitable[Answer]]
+Attempt = Callable[[Send], Awaitable[None]]
 
 
 class Stopped(Exception):
-    """The run is being stopped; no further request is sent."""
+    """The run is being stopped, or its budget is spent; no further request is sent."""
 
 
 def tokens_bound(request: Request, picture: Picture | None) -> int:
@@ -56,29 +54,28 @@ def body_of(request: Request, picture: Picture | None) -> dict[str, Any]:
     if picture is not None:
         content = [{"type": "image_url", "image_url": {"url": picture.url}}, {"type": "text", "text": request.user}]
     body: dict[str, Any] = {
-        "model": request.target.model,
+        "model": request.kind.endpoint.model,
         "messages": [{"role": "system", "content": request.system}, {"role": "user", "content": content}],
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "max_tokens": request.max_tokens,
+        "temperature": request.kind.sampling.temperature,
+        "top_p": request.kind.sampling.top_p,
+        "max_tokens": request.kind.max_tokens,
         "seed": request.seed,
     }
-    if request.schema is not None:
-        schema = {"name": "marks", "strict": True, "schema": request.schema}
+    if request.kind.schema is not None and request.kind.endpoint.structured:
+        schema = {"name": "marks", "strict": True, "schema": request.kind.schema}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     return body
 
 
-def key_of(target: Target) -> str | None:
+def key_of(kind: Kind) -> str | None:
     """The API key from the environment. Raises UserError if the variable is unset or not a valid header value."""
-    if not target.api_key_env:
+    name = kind.endpoint.api_key_env
+    if not name:
         return None
-    key = os.environ.get(target.api_key_env, "").strip()
-    section = target.key.removesuffix(".url")
-    if not key:
-        raise UserError(f"{section}.api_key_env={target.api_key_env}: this environment variable is not set")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(f"{section}.api_key_env={target.api_key_env}: the variable holds characters that no key has")
+    key = os.environ.get(name, "").strip()
+    if not (key and key.isascii() and key.isprintable() and " " not in key):
+        problem = "holds characters that no key has" if key else "is not set"
+        raise UserError(f"{kind.section}.api_key_env={name}: this environment variable {problem}")
     return key
 
 
@@ -90,25 +87,21 @@ def limiter(per_minute: float) -> AsyncLimiter | None:
     return AsyncLimiter(per_window, WINDOW_S) if per_window >= 1 else AsyncLimiter(1, 60 / per_minute)
 
 
-async def acquire(limit: AsyncLimiter | None, amount: float) -> None:
-    """Acquire `amount` from the limiter, in parts if it exceeds one burst."""
-    while limit is not None and amount > 0:
-        part = min(amount, limit.max_rate)
-        await limit.acquire(part)
-        amount -= part
-
-
 class Endpoint:
-    """Client for one address and key. `say` receives messages for the user. Call `close` when done."""
+    """Client for the address and key of `kind`. Call `close` when done.
 
-    def __init__(self, target: Target, limits: LimitsConfig, say: Callable[[str], None]) -> None:
-        self.limits, self.say = limits, say
-        self._key = key_of(target)
-        self.retries = self.sending = 0  # `sending`: requests that are out right now
-        self.stopped = False
-        self._client = self._open(target)
-        self._structured = target.structured
-        self._schema_known = False  # an answer by schema has come
+    Args:
+        say: receives messages for the user.
+        stop: once set, whoever waits or would send a request raises Stopped.
+    """
+
+    def __init__(self, kind: Kind, limits: LimitsConfig, say: Callable[[str], None], stop: asyncio.Event) -> None:
+        self.limits, self.say, self._stop = limits, say, stop
+        self._url = kind.endpoint.url
+        self._name = f"{kind.section}.url={self._url}"
+        self._timeout_s = kind.endpoint.timeout_s
+        self._key = key_of(kind)
+        self._client = self._open()
         self._answered = False
         self._asking = self._undecided = 0  # calls of `ask`; those of them that wait for what a 403 or 404 means
         self._failures = 0  # given up since the last answer
@@ -117,8 +110,8 @@ class Endpoint:
         self._said_at = -math.inf
         self._requests, self._tokens = limiter(limits.requests_per_minute), limiter(limits.tokens_per_minute)
 
-    def _open(self, target: Target) -> Any:
-        """Return an `openai.AsyncOpenAI` that sends to the target's address with our key alone."""
+    def _open(self) -> Any:
+        """Return an `openai.AsyncOpenAI` that sends to our address with our key alone."""
         from openai import DEFAULT_CONNECTION_LIMITS, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
         json_type = "application/json"
@@ -134,7 +127,7 @@ class Endpoint:
             body = {"host": address.netloc, "content-length": str(len(request.content))}
             request.headers.update(headers | body | kept)
 
-        address = urlsplit(target.url)
+        address = urlsplit(self._url)
         host = address.hostname or ""
         # a connection for every slot, kept open; the library's own limits are 1,000 and 100 kept
         slots = self.limits.concurrency
@@ -149,7 +142,7 @@ class Endpoint:
             api_key=self._key or "none",
             base_url=f"{address.scheme}://{address.netloc}{address.path}",
             default_query=dict(parse_qsl(address.query, keep_blank_values=True)),
-            timeout=Timeout(target.timeout_s, connect=min(CONNECT_S, target.timeout_s), pool=None),
+            timeout=Timeout(self._timeout_s, connect=min(CONNECT_S, self._timeout_s), pool=None),
             max_retries=0,
             http_client=http_client,
         )
@@ -157,162 +150,122 @@ class Endpoint:
     async def close(self) -> None:
         await self._client.close()
 
-    async def ask(self, request: Request, picture: Picture | None, on_lost: Callable[[], Awaitable[None]]) -> Answer:
-        """Send a request and return its answer. `on_lost` is awaited after a failed try that may have cost tokens.
+    async def ask(self, request: Request, picture: Picture | None, attempt: Attempt) -> None:
+        """Have a request answered. `attempt` is called with what sends it, once for every try.
 
         Raises:
-            NoAnswer: all tries failed. ReplyRefused: the endpoint refuses this request.
+            RequestFailed: all tries failed, or the endpoint refuses this request. Stopped: see the class.
             UserError: no access, no such model, a wrong address. RunError: too many failures in a row.
         """
         self._asking += 1
         try:
-            answer = await self._with_retries(request, picture, on_lost)
+            await self._with_retries(request, picture, attempt)
         except NoAccess as e:
             if not await self._others_answered():
                 raise
-            raise ReplyRefused(str(e)) from None
-        except ReplyRefused as e:
-            if not self._answered:  # else it is about this sample, and others are answered
-                self._failed(request, e)
+            raise RequestFailed(str(e), refused=True) from None
+        except RequestFailed as e:
+            if not (e.refused and self._answered):  # else it is about this sample, and others are answered
+                self._failures += 1
+            if self._failures >= self.limits.failures_in_a_row:
+                raise RunError(
+                    f"{self._name}: {self.limits.failures_in_a_row} requests in a row got no answer, the last: {e}; "
+                    "what was answered is kept, the same command goes on from there"
+                ) from None
             raise
-        except TryAgain as e:
-            self._failed(request, e)
-            raise NoAnswer(str(e)) from None
         finally:
             self._asking -= 1
         self._answered = True
         self._failures = self._pauses = 0
-        return answer
-
-    def _failed(self, request: Request, error: Exception) -> None:
-        """Count a request without an answer. Raises RunError after `failures_in_a_row` of them."""
-        self._failures += 1
-        if self._failures >= self.limits.failures_in_a_row:
-            raise RunError(
-                f"{request.target.key}={request.target.url}: {self.limits.failures_in_a_row} requests in a row got no "
-                f"answer, the last: {error}; what was answered is kept, the same command goes on from there"
-            ) from None
 
     async def _others_answered(self) -> bool:
         """Whether this endpoint has answered any request; waits while other requests may still be answered."""
         self._undecided += 1
         try:
-            while not self._answered and self._undecided < self._asking and not self.stopped:
-                await asyncio.sleep(POLL_S)
+            while not self._answered and self._undecided < self._asking:
+                await self._sleep(POLL_S)
         finally:
             self._undecided -= 1
         return self._answered
 
-    async def _with_retries(
-        self, request: Request, picture: Picture | None, on_lost: Callable[[], Awaitable[None]]
-    ) -> Answer:
-        """Try until an answer, an error that no retry cures, or the end of the retries (raises the last TryAgain)."""
-        began, failures = time.monotonic(), 0
+    async def _with_retries(self, request: Request, picture: Picture | None, attempt: Attempt) -> None:
+        """Try until an answer, an error that no retry cures, or the end of the retries (raises the last failure)."""
+        began, failures, limits = time.monotonic(), 0, self.limits
         while True:
             try:
-                return await self._once(request, picture)
-            except TryAgain as e:
-                if e.limited:
-                    self._pause(request, e)
+                return await attempt(lambda: self._once(request, picture))
+            except RequestFailed as e:
+                if e.limited:  # all slots pause together; spread them a little afterwards
+                    self._pause(e)
+                    delay = random.uniform(0, limits.backoff_s)
                 else:
                     failures += 1
-                if e.lost:
-                    await on_lost()
-                if failures > self.limits.retries or time.monotonic() - began > self.limits.give_up_s:
+                    longest = min(limits.backoff_max_s, limits.backoff_s * 2 ** (failures - 1))
+                    delay = max(random.uniform(longest / 2, longest), min(e.retry_after or 0.0, RETRY_AFTER_MAX))
+                if e.refused or failures > limits.retries or time.monotonic() - began > limits.give_up_s:
                     raise
-                delay = self._delay(e, failures)
-            self.retries += 1
-            await asyncio.sleep(delay)
+            await self._sleep(delay)
 
-    def _delay(self, error: TryAgain, failures: int) -> float:
-        """Seconds before the next try: exponential backoff with jitter, at least the error's Retry-After."""
-        limits = self.limits
-        if error.limited:  # all slots pause together (_pause); spread them a little afterwards
-            return random.uniform(0, limits.backoff_s)
-        longest = min(limits.backoff_max_s, limits.backoff_s * 2 ** (failures - 1))
-        return max(random.uniform(longest / 2, longest), min(error.retry_after or 0.0, RETRY_AFTER_MAX))
-
-    def _pause(self, request: Request, error: TryAgain) -> None:
+    def _pause(self, error: RequestFailed) -> None:
         """Pause all requests for the error's Retry-After, or without one for a time that doubles at each pause."""
         now, seconds = time.monotonic(), error.retry_after
-        if now < self._resume_at and seconds is None:
-            return  # asked before the pause that another slot began: the same event
         if seconds is None:
+            if now < self._resume_at:
+                return  # asked before the pause that another slot began: the same event
             seconds = min(self.limits.backoff_max_s, self.limits.backoff_s * 2**self._pauses)
             self._pauses = min(self._pauses + 1, 20)
         self._resume_at = max(self._resume_at, now + min(seconds, RETRY_AFTER_MAX))
         if now - self._said_at >= SAY_EVERY_S:
             self._said_at = now
             left = self._resume_at - now
-            self.say(f"{request.target.url} asks us to slow down: nothing is asked for {left:.0f} s ({error})")
+            self.say(f"{self._url} asks us to slow down: nothing is asked for {left:.0f} s ({error})")
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, for no time if `seconds` is negative. Raises Stopped as soon as the run is being stopped."""
+        with contextlib.suppress(TimeoutError):
+            if seconds > 0:
+                await asyncio.wait_for(self._stop.wait(), seconds)
+        if self._stop.is_set():
+            raise Stopped
 
     async def _turn(self, bound: int) -> None:
-        """Wait for the shared pause, then for the rate limits. A turn taken before a pause would add to the burst.
+        """Wait for the shared pause, then for the rate limits. A turn taken before a pause would add to the burst."""
+        while True:
+            await self._sleep(self._resume_at - time.monotonic())
+            await self._acquire(self._tokens, bound)
+            await self._acquire(self._requests, 1)
+            if time.monotonic() >= self._resume_at:
+                return
 
-        Raises Stopped when the run is being stopped, also if cancelled while waiting. Nothing was sent or spent then.
-        """
-        try:
-            while True:
-                while (left := self._resume_at - time.monotonic()) > 0:
-                    await asyncio.sleep(left)
-                await acquire(self._tokens, bound)
-                await acquire(self._requests, 1)
-                if self.stopped:
-                    raise Stopped
-                if time.monotonic() >= self._resume_at:
-                    return
-        except asyncio.CancelledError:
-            if self.stopped:
-                raise Stopped from None
-            raise
+    async def _acquire(self, limit: AsyncLimiter | None, amount: float) -> None:
+        """Acquire `amount` from the limiter, in parts if it exceeds one burst."""
+        while limit is not None and amount > 0:
+            part = min(amount, limit.max_rate)
+            while not limit.has_capacity(part):
+                await self._sleep(POLL_S)
+            await limit.acquire(part)
+            amount -= part
 
     async def _once(self, request: Request, picture: Picture | None) -> Answer:
-        """Send the request; after `NoSchema` send it without the schema, which later requests then leave out."""
-        plain = replace(request, schema=None)
-        if request.schema is None or not self._structured:
-            return await self._send(plain, picture)
-        try:
-            answer = await self._send(request, picture)
-        except NoSchema as e:
-            if self._schema_known:
-                raise e.otherwise from None
-            answer = await self._send(plain, picture)
-            if self._structured:
-                self._structured = False
-                self.say(f"{request.target.url} takes no JSON schema ({e}): asking for plain JSON from here on")
-            return answer
-        self._schema_known = True
-        return answer
-
-    async def _send(self, request: Request, picture: Picture | None) -> Answer:
-        bound = tokens_bound(request, picture)
-        await self._turn(bound + request.max_tokens)
-        reply = await self._post(request, body_of(request, picture))
-        return read_answer(reply, bound, request.max_tokens, self._key)
-
-    async def _post(self, request: Request, body: dict[str, Any]) -> bytes:
-        """Make one request within `timeout_s`. Returns the body of a 200 reply; of others, see `raise_for`."""
+        """Make one HTTP request within the endpoint's `timeout_s`, when its turn has come."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
-        seconds = request.target.timeout_s
-        self.sending += 1
+        bound = tokens_bound(request, picture)
+        await self._turn(bound + request.kind.max_tokens)
+        body = body_of(request, picture)
         try:
-            async with asyncio.timeout(seconds):  # the library's own timeouts start anew with every byte
+            async with asyncio.timeout(self._timeout_s):  # the library's own timeouts start anew with every byte
                 reply = await self._client.chat.completions.with_raw_response.create(**body)
         except APIStatusError as e:
             raise_for(e.status_code, e.response.headers, e.response.content, request, self._key)
-        except APIConnectionError as e:
+        except (APIConnectionError, TimeoutError) as e:
             cause = type(e.__cause__).__name__  # by name: the HTTP library below openai depends on its version
-            problem = str(e.__cause__) or cause
             if cause in ("ConnectError", "ConnectTimeout"):
-                raise TryAgain(f"cannot connect: {problem}") from None
-            if isinstance(e, APITimeoutError):
-                raise TryAgain(f"no whole answer within {seconds:g} s", lost=True) from None
-            raise TryAgain(f"the connection broke: {problem}", lost=True) from None
-        except TimeoutError:
-            raise TryAgain(f"no whole answer within {seconds:g} s", lost=True) from None
-        finally:
-            self.sending -= 1
+                raise RequestFailed(f"cannot connect: {e.__cause__ or cause}") from None
+            problem = f"the connection broke: {e.__cause__ or cause}"
+            if isinstance(e, APITimeoutError | TimeoutError):
+                problem = f"no whole answer within {self._timeout_s:g} s"
+            raise RequestFailed(problem, lost=True) from None
         if len(reply.content) > MAX_REPLY:  # read whole by then: this bounds what is parsed and kept, not the memory
-            raise TryAgain(f"the reply is longer than {MAX_REPLY >> 20} MiB", lost=True)
-        return bytes(reply.content)
+            raise RequestFailed(f"the reply is longer than {MAX_REPLY >> 20} MiB", lost=True)
+        return read_answer(reply.content, bound, request.kind.max_tokens, self._key)

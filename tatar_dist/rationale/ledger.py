@@ -18,20 +18,16 @@ from tatar_dist.types import Task
 
 @dataclass
 class LedgerEntry:
-    """State of one row. `failed` is why it got no answer; the next run asks again about such a row.
-
-    `digest`: hash of what is asked about the row. `failed_before`: an earlier run got no answer, so others go first.
-    """
+    """State of one row."""
 
     number: int
     sample_id: str
     dataset: str
     task: Task
-    digest: str
-    failed_before: bool = False
+    digest: str  # hash of what is asked about the row
+    before: tuple[Reason, ...]  # reasons to reject it without asking
     answers: list[tuple[Answer, Outcome]] = field(default_factory=list)
-    before: tuple[Reason, ...] = ()
-    failed: Reason | None = None
+    failed: Reason | None = None  # why it got no answer; the next run asks again
 
     @property
     def verdict(self) -> str | None:
@@ -57,9 +53,7 @@ class Ledger:
         self.attempts = question.c.attempts
         self.entries: list[LedgerEntry] = []
         self.prompt_tokens = self.completion_tokens = self.lost_tokens = 0
-        self.retries = 0  # of this process
         self.accepted = self.rejected = self.failed = 0
-        self.images_read = self.images_unreadable = 0  # of this process
         self._durable: dict[tuple[str, str], dict[int, Answer]] = {}  # by sample id and digest of the row
         self._failed_before: set[str] = set()
         self._reserved: dict[tuple[str, int], int] = {}  # asked by a killed run, never answered
@@ -100,19 +94,16 @@ class Ledger:
         self.prompt_tokens += answer.prompt_tokens
         self.completion_tokens += answer.completion_tokens
 
-    def enter(self, row: QuestionRow) -> LedgerEntry:
+    def enter(self, row: QuestionRow) -> None:
         """Add the next row of the manifest, with its answers from the journal."""
         digest = self.question.digest(row)
-        failed_before = row.sample_id in self._failed_before
-        entry = LedgerEntry(row.number, row.sample_id, row.dataset, row.task, digest, failed_before)
-        entry.before = self.question.before(row)
+        entry = LedgerEntry(row.number, row.sample_id, row.dataset, row.task, digest, self.question.before(row))
         known = self._durable.pop((row.sample_id, digest), {})
         while not self.is_settled(entry) and len(entry.answers) in known:
             answer = known[len(entry.answers)]
             entry.answers.append((answer, self.question.read(row, answer)))
         self.entries.append(entry)
         self._settle(entry)
-        return entry
 
     def is_settled(self, entry: LedgerEntry) -> bool:
         """Whether the row needs no further answer: accepted, rejected, or out of attempts."""
@@ -125,16 +116,15 @@ class Ledger:
 
     def todo(self) -> Iterator[LedgerEntry]:
         """Yield unsettled rows in order; those that got no answer in an earlier run come last, not to delay others."""
-        for entry in sorted(self.entries, key=lambda e: e.failed_before):
+        for entry in sorted(self.entries, key=lambda e: e.sample_id in self._failed_before):
             if not self.is_settled(entry):
                 yield entry
 
-    def take(self, entry: LedgerEntry, answer: Answer, outcome: Outcome) -> bool:
-        """Record a durable answer of this run. Returns whether it settles the row."""
+    def take(self, entry: LedgerEntry, answer: Answer, outcome: Outcome) -> None:
+        """Record a durable answer of this run."""
         entry.answers.append((answer, outcome))
         self._count(answer)
         self._settle(entry)
-        return self.is_settled(entry)
 
     def fail(self, entry: LedgerEntry, reason: Reason) -> None:
         """Record that a row got no answer. It is left out of this run's output; the next run asks about it again."""

@@ -1,8 +1,7 @@
 """Use our own vLLM engines on Ray as teacher or judge: `rationale.teacher.local=true model.path=...`.
 
-As for an endpoint (asking.py), `LocalAsking` takes a ledger with rows to ask, a journal and a stop flag, and updates
-the ledger. Rows go to the engines in rounds of one attempt. The answers of an engine call are on disk before that
-engine gets the next call. With `rollout.deterministic` an answer depends only on its row and attempt, so that a killed
+Rows go to the engines in rounds of one attempt. The answers of an engine call are on disk before that engine gets the
+next call. With `rollout.deterministic` an answer depends only on its row and attempt, so that a killed
 and resumed run writes the same file as an uninterrupted one.
 """
 
@@ -11,65 +10,49 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import StringIO
-from itertools import accumulate, islice
+from itertools import accumulate, islice, product
 
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.models import family
 from tatar_dist.plan.plan import resolve
 from tatar_dist.rationale.checks import Reason
-from tatar_dist.rationale.ledger import Ledger, LedgerEntry, journal_line
-from tatar_dist.rationale.questions import Answer, QuestionRow, Request
-from tatar_dist.rationale.rows import RationaleRows, reject_unreadable
+from tatar_dist.rationale.ledger import LedgerEntry, journal_line
+from tatar_dist.rationale.questions import Answer, QuestionRow
+from tatar_dist.rationale.rows import Asker
 from tatar_dist.rollout.engine import Sampling
 from tatar_dist.rollout.pool import RolloutPool
-from tatar_dist.run.journal import Journal
-from tatar_dist.types import Group, Prompt, Sample
+from tatar_dist.types import TASKS, Prompt
 
 CALLS_AHEAD = 4  # rows held in memory with their images: this many full calls of every engine
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A row being asked in a round. `most`: tokens of its prompt plus those of the longest allowed answer."""
+class _Rendered:
+    """A row with its prompt. `most`: tokens of the prompt plus those of the longest allowed answer."""
 
     entry: LedgerEntry
     row: QuestionRow
-    request: Request
     prompt: Prompt
     most: int
 
 
-class LocalAsking:
+class LocalAsking(Asker):
     """One run on our own engines. `progress` is called after every engine call, `stopping` before one."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        rows: RationaleRows,
-        journal: Journal,
-        progress: Callable[[Ledger], None],
-        stopping: Callable[[], bool],
-    ) -> None:
-        self.ledger, self.rows, self.journal = ledger, rows, journal
-        self.progress, self.stopping = progress, stopping
-        self.question = ledger.question
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.config = self.question.config
-        self.budget = self.question.c.limits.budget_tokens
-        self.budget_spent = False
         backbone = family(self.config.model.family)
         backbone.check_directory(self.config.model.path)
         with contextlib.redirect_stderr(StringIO()):
             self.backbone = backbone(self.config.model)
 
     def run(self) -> bool:
-        """Ask until every row is settled or the user requests a stop. Returns whether the budget ended it before.
-
-        Raises UserError for a model or cluster that cannot be used, RunError when an engine dies or is late.
-        """
+        """Raises UserError for a model or cluster that cannot be used, RunError when an engine dies or is late."""
         plan = resolve(self.config, "evaluate")
         with Cluster(self.config) as cluster:
             pool = cluster.engines(plan.engines)
@@ -85,92 +68,76 @@ class LocalAsking:
 
     def _settle(self, pool: RolloutPool, window: list[LedgerEntry]) -> None:
         """Ask about these rows, one attempt at a time, until each is settled."""
-        samples = {}
-        for entry in window:
-            try:
-                samples[entry.number] = self.rows.get(entry.number)
-                if self.question.kinds[entry.task].image:
-                    decode_image(samples[entry.number][1].image, entry.sample_id)
-                self.ledger.images_read += 1
-            except UnreadableImage as e:
-                reject_unreadable(self.ledger, self.rows, entry, str(e))
-        for attempt in range(self.ledger.attempts):
-            for task in sorted({entry.task for entry in window}):
-                entries = [e for e in window if e.task == task and not self.ledger.is_settled(e)]
-                asked = [
-                    rendered
-                    for e in entries
-                    if len(e.answers) == attempt and (rendered := self._asked(e, *samples[e.number])) is not None
-                ]
-                if asked:
-                    self._round(pool, asked)
-                if self.budget_spent or self.stopping():
-                    return
+        for attempt, task in product(range(self.ledger.attempts), TASKS):
+            entries = [e for e in window if e.task == task and not self.ledger.is_settled(e)]
+            rendered = [r for e in entries if len(e.answers) == attempt and (r := self._rendered(e)) is not None]
+            if rendered:
+                self._round(pool, rendered)
+            if self.budget_spent or self.stopping():
+                return
 
-    def _asked(self, entry: LedgerEntry, row: QuestionRow, sample: Sample) -> _Asked | None:
-        """Render a row's prompt. Rejects the row and returns None if prompt or image do not fit the engine."""
+    def _rendered(self, entry: LedgerEntry) -> _Rendered | None:
+        """Read a row and render its prompt. Rejects the row and returns None if it does not fit the engine."""
+        kind, tokenizer, image_tokens = self.question.kinds[entry.task], self.backbone.tokenizer, 0
+        try:
+            row, sample = self.rows.get(entry.number)
+            if kind.image:
+                image_tokens = self.backbone.image_tokens(*decode_image(sample.image, entry.sample_id).size)
+        except (UnreadableImage, ValueError) as e:  # ValueError: an image more than 200 times as wide as high
+            self.reject_unreadable(entry, str(e))
+            return None
         request = self.question.request(row, len(entry.answers))
-        content: list[dict[str, str]] = [{"type": "image"}] if request.image else []
+        content: list[dict[str, str]] = [{"type": "image"}] if kind.image else []
         messages = [
             {"role": "system", "content": [{"type": "text", "text": request.system}]},
             {"role": "user", "content": [*content, {"type": "text", "text": request.user}]},
         ]
-        tokenizer = self.backbone.tokenizer
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        try:
-            tokens = len(tokenizer(text)["input_ids"])
-            if request.image:
-                tokens += self.backbone.image_tokens(*decode_image(sample.image, entry.sample_id).size)
-        except ValueError as e:  # an image more than 200 times as wide as high
-            self.ledger.reject(entry, Reason("image-unreadable", str(e)))
-            return None
-        most, limit = tokens + request.max_tokens, self.config.rollout.max_model_len
+        most = len(tokenizer(text)["input_ids"]) + image_tokens + kind.max_tokens
+        limit = self.config.rollout.max_model_len
         if most > limit:
-            says = f"prompt and answer need {most} tokens, over rollout.max_model_len={limit}"
-            self.ledger.reject(entry, Reason("prompt-too-long", says))
+            problem = f"prompt and answer need {most} tokens, over rollout.max_model_len={limit}"
+            self.ledger.reject(entry, Reason("prompt-too-long", problem))
             return None
-        return _Asked(entry, row, request, Prompt(sample, text, f"{entry.number:09d}", request.image), most)
+        return _Rendered(entry, row, Prompt(sample, text, f"{entry.number:09d}", kind.image), most)
 
-    def _affordable(self, asked: list[_Asked]) -> Iterator[list[_Asked]]:
+    def _affordable(self, rendered: list[_Rendered]) -> Iterator[list[_Rendered]]:
         """Split the rows into parts whose maximal cost fits the budget left when the part is taken."""
-        while asked:
-            left = math.inf if self.budget is None else self.budget - self.ledger.tokens
-            n = sum(total <= left for total in accumulate(a.most for a in asked))
-            if not n:
-                self.budget_spent = True
-                return
-            yield asked[:n]
-            asked = asked[n:]
+        budget = self.question.c.limits.budget_tokens
+        while rendered and not self.budget_spent:
+            left = math.inf if budget is None else budget - self.ledger.tokens
+            n = sum(total <= left for total in accumulate(r.most for r in rendered))
+            if n:
+                yield rendered[:n]
+            self.budget_spent = n == 0
+            rendered = rendered[n:]
 
-    def _round(self, pool: RolloutPool, asked: list[_Asked]) -> None:
+    def _round(self, pool: RolloutPool, rendered: list[_Rendered]) -> None:
         """Get one answer for each of these rows of one task, made durable as engine calls return."""
-        request = asked[0].request  # all differ in row and text only
-        structured = request.schema is not None and request.target.structured
+        attempt, kind = len(rendered[0].entry.answers), self.question.kinds[rendered[0].entry.task]
+        structured = kind.schema is not None and kind.endpoint.structured
         sampling = Sampling(
             n=1,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            max_tokens=request.max_tokens,
+            temperature=kind.sampling.temperature,
+            top_p=kind.sampling.top_p,
+            max_tokens=kind.max_tokens,
             seed=self.config.seed,
-            step=request.attempt,
-            schema=json.dumps(request.schema) if structured else None,
+            step=attempt,
+            schema=json.dumps(kind.schema) if structured else None,
         )
-        by_group = {a.prompt.group_id: a for a in asked}
-        for part in self._affordable(asked):
-            calls = pool.chunks([a.prompt for a in part], sampling.n)
+        by_group = {r.prompt.group_id: r for r in rendered}
+        for part in self._affordable(rendered):
+            calls = pool.chunks([r.prompt for r in part], sampling.n)
             for groups in pool.stream(calls, sampling, more=lambda: not self.stopping()):
-                self._take([(by_group[g.prompt.group_id], g) for g in groups])
-                self.progress(self.ledger)
+                answers = []
+                for group in groups:
+                    (completion,) = group.completions
+                    tokens = len(group.prompt_token_ids), len(completion.token_ids)
+                    answer = Answer(completion.text, completion.finish_reason, *tokens)
+                    answers.append((by_group[group.prompt.group_id], answer))
+                self.journal.write(*(journal_line(r.entry, attempt, answer) for r, answer in answers))
+                for r, answer in answers:
+                    self.ledger.take(r.entry, answer, self.question.read(r.row, answer))
+                self.progress()
             if self.stopping():
                 return
-
-    def _take(self, answered: Iterable[tuple[_Asked, Group]]) -> None:
-        """Write the answers of one engine call to the journal in one commit, then count them."""
-        answers = []
-        for asked, group in answered:
-            (completion,) = group.completions
-            tokens = len(group.prompt_token_ids), len(completion.token_ids)
-            answers.append((asked, Answer(completion.text, completion.finish_reason, *tokens)))
-        self.journal.write(*(journal_line(a.entry, a.request.attempt, answer) for a, answer in answers))
-        for asked, answer in answers:
-            self.ledger.take(asked.entry, answer, self.question.read(asked.row, answer))

@@ -1,8 +1,9 @@
 """Requests for teachers (`Build`) and judges (`Judge`), and the evaluation of their answers.
 
 Both classes are pure: they make requests, outcomes and finished rows from rows, settings and wording. Requests go to an
-endpoint (asking.py) or to our own engines (local.py). The seed of a request is a hash of (run seed, attempt, sample
-id), so that another attempt samples another text and a resumed run repeats the requests of the first.
+endpoint (asking.py) or to our own engines (local.py). A judge answers with marks in JSON. The seed of a request is a
+hash of (run seed, attempt, sample id), so that another attempt samples another text and a resumed run repeats the
+requests of the first.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from string import Template
 from typing import Any, Literal
 
 from tatar_dist.config.rationale import EndpointConfig, TextConfig, VerdictConfig
@@ -19,10 +21,15 @@ from tatar_dist.config.schema import Config
 from tatar_dist.data.imports.attributes import place
 from tatar_dist.errors import UserError
 from tatar_dist.rationale.checks import Reason, check_text, without_reasoning
-from tatar_dist.rationale.marks import low_marks, read_marks, schema
 from tatar_dist.rationale.wording import Wording
 from tatar_dist.rollout.engine import group_seed
 from tatar_dist.types import TASKS, Task
+
+MARKS: dict[Task, tuple[str, str]] = {
+    "iqa": ("visual_fidelity", "score_consistency"),
+    "iaa": ("groundedness", "cohesion"),
+}
+LOWEST, HIGHEST = 1, 5
 
 
 @dataclass(frozen=True)
@@ -39,48 +46,31 @@ class QuestionRow:
 
 
 @dataclass(frozen=True)
-class Target:
-    """Destination of a request. `url` is "" for our own engines; `key` is the setting that holds the address."""
-
-    key: str
-    url: str
-    model: str
-    api_key_env: str
-    max_pixels: int
-    timeout_s: float
-    structured: bool
-
-
-@dataclass(frozen=True)
 class Kind:
-    """How rows of one task are asked about. `texts`: name of the system and user texts in the wording."""
+    """How rows of one task are asked about."""
 
-    texts: str
+    texts: str  # name of the system and user texts in the wording
+    section: str  # of the config ("rationale.teacher"), for messages
+    endpoint: EndpointConfig  # with the address, key variable and model of this kind; the path of a local model
     sampling: TextConfig | VerdictConfig
-    target: Target
     image: bool
-    schema: dict[str, Any] | None = None
+    schema: dict[str, Any] | None = None  # JSON schema that an answer must follow
+
+    @property
+    def max_tokens(self) -> int:
+        return self.sampling.max_tokens + self.sampling.reasoning_tokens
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request without its image. `schema` is the JSON schema that the answer must follow, if any."""
+    """One request without its image."""
 
+    kind: Kind
     sample_id: str
     attempt: int
-    target: Target
     system: str
     user: str
-    image: bool
-    temperature: float
-    top_p: float
-    max_tokens: int
     seed: int
-    schema: dict[str, Any] | None
-
-    @property
-    def prompt_hash(self) -> str:
-        return _hash(f"{self.system}\0{self.user}")
 
 
 @dataclass(frozen=True)
@@ -107,14 +97,13 @@ def ordered_attributes(attributes: Mapping[str, str]) -> list[tuple[str, str]]:
     return sorted(texts, key=lambda pair: place(pair[0]))
 
 
-def _target(key: str, endpoint: EndpointConfig, text: TextConfig | None, model_path: str) -> Target:
-    url, env = endpoint.url, endpoint.api_key_env
-    model = (text.model if text else "") or endpoint.model
+def _destination(endpoint: EndpointConfig, text: TextConfig, model_path: str) -> EndpointConfig:
+    """Where one kind of text is asked for: our own engines, the address of this kind alone, or the teacher's."""
     if endpoint.local:
-        url, env, model = "", "", model_path
-    elif text and text.url:
-        url, env = text.url, text.api_key_env
-    return Target(f"{key}.url", url, model, env, endpoint.max_pixels, endpoint.timeout_s, endpoint.structured)
+        return replace(endpoint, url="", api_key_env="", model=model_path)
+    if text.url:
+        endpoint = replace(endpoint, url=text.url, api_key_env=text.api_key_env)
+    return replace(endpoint, model=text.model or endpoint.model)
 
 
 def _hash(text: str) -> str:
@@ -125,6 +114,7 @@ class Question(ABC):
     """Base class of both: requests, and the settings that a journal must agree with."""
 
     name: str
+    about: tuple[str, ...] = ("task", "score", "attributes")  # values of a row that are asked about, but for the image
 
     def __init__(self, config: Config, wording: Wording, endpoint: EndpointConfig, kinds: dict[Task, Kind]) -> None:
         self.config, self.c, self.wording = config, config.rationale, wording
@@ -135,51 +125,49 @@ class Question(ABC):
         attributes = "\n".join(f"{name}: {text}" for name, text in ordered_attributes(row.attributes))
         rationale = (row.rationale or "").strip()
         blanks = {"score": f"{row.score:.1f}", "attributes": attributes, "rationale": rationale}
-        system, user = self.wording.ask(kind.texts, blanks)
-        s = kind.sampling
-        return Request(
-            sample_id=row.sample_id,
-            attempt=attempt,
-            target=kind.target,
-            system=system,
-            user=user,
-            image=kind.image,
-            temperature=s.temperature,
-            top_p=s.top_p,
-            max_tokens=s.max_tokens + s.reasoning_tokens,
-            seed=group_seed(self.config.seed, attempt, row.sample_id),
-            schema=kind.schema,
-        )
+        texts, seed = self.wording.texts[kind.texts], group_seed(self.config.seed, attempt, row.sample_id)
+        return Request(kind, row.sample_id, attempt, texts.system, Template(texts.user).substitute(blanks), seed)
 
     def settings(self, tasks: set[Task]) -> dict[str, Any]:
         """Flat dict of all settings that change the requests. A journal with other values is not continued."""
         settings: dict[str, Any] = {"command": f"rationale {self.name}", "seed": self.config.seed}
-        for task in tasks:
-            kind = self.kinds[task]
+        for kind in (self.kinds[task] for task in tasks):
             values = {k: getattr(kind.sampling, k) for k in ("temperature", "top_p", "max_tokens", "reasoning_tokens")}
-            values |= {
-                "model": kind.target.model,
-                "image": kind.image,
-                "system": _hash(self.wording.system[kind.texts]),
-                "user": _hash(self.wording.user[kind.texts].template),
-            }
+            texts = self.wording.texts[kind.texts]
+            values |= {"model": kind.endpoint.model, "image": kind.image}
+            values |= {"system": _hash(texts.system), "user": _hash(texts.user)}
             settings |= {f"{kind.texts}.{key}": value for key, value in values.items()}
             if kind.image:
-                model = self.config.model
-                settings["max_pixels"] = model.max_pixels if self.endpoint.local else self.endpoint.max_pixels
+                settings["max_pixels"] = (self.config.model if self.endpoint.local else self.endpoint).max_pixels
         return settings
-
-    def about(self, row: QuestionRow) -> list[Any]:
-        """Values of a row that are asked about, without the image."""
-        return [row.task, row.score, row.attributes]
 
     def digest(self, row: QuestionRow) -> str:
         """Hash of what is asked about the row; answers are not reused for a row that has changed since."""
-        return _hash(json.dumps(self.about(row)))
+        return _hash(json.dumps([getattr(row, name) for name in self.about]))
+
+    def require_endpoint(self, tasks: set[Task]) -> None:
+        """Raise UserError if the settings name no address, no model name, or no path of a local model."""
+        for kind in (self.kinds[task] for task in sorted(tasks)):
+            endpoint = kind.endpoint
+            if endpoint.local and not endpoint.model:
+                raise UserError(f"{kind.section}.local=true: name the model directory as model.path=…")
+            if not (endpoint.local or endpoint.url and endpoint.model):
+                raise UserError(
+                    f"{kind.section}.{'model' if endpoint.url else 'url'} is empty: give the address of an "
+                    f"OpenAI-compatible endpoint (http://host:port/v1) and the name of its model, or "
+                    f"{kind.section}.local=true for our own engines"
+                )
 
     def checked(self, row: QuestionRow, text: str, finish: str = "stop") -> tuple[Reason, ...]:
         """Reasons of the hard checks to reject a text of the row."""
         return tuple(check_text(text, finish, row.task, row.score, row.attributes, self.c, self.wording))
+
+    def origin(self, row: QuestionRow, attempt: int) -> dict[str, Any]:
+        """Who answered what, for the meta of an accepted row."""
+        request = self.request(row, attempt)
+        role = request.kind.section.rpartition(".")[2]
+        prompt = _hash(f"{request.system}\0{request.user}")
+        return {role: request.kind.endpoint.model, "attempt": attempt, "prompt": prompt}
 
     @abstractmethod
     def before(self, row: QuestionRow) -> tuple[Reason, ...]:
@@ -199,12 +187,11 @@ class Build(Question):
     name = "build"
 
     def __init__(self, config: Config, wording: Wording) -> None:
-        c = config.rationale
+        c, kinds = config.rationale, {}
         texts: tuple[tuple[Task, str, TextConfig], ...] = (("iqa", "fast", c.fast), ("iaa", "slow", c.slow))
-        kinds = {
-            task: Kind(name, text, _target("rationale.teacher", c.teacher, text, config.model.path), text.image)
-            for task, name, text in texts
-        }
+        for task, name, text in texts:
+            endpoint = _destination(c.teacher, text, config.model.path)
+            kinds[task] = Kind(name, "rationale.teacher", endpoint, text, text.image)
         super().__init__(config, wording, c.teacher, kinds)
 
     def before(self, row: QuestionRow) -> tuple[Reason, ...]:
@@ -219,33 +206,68 @@ class Build(Question):
         return Outcome("again" if reasons else "accept", reasons)
 
     def finished(self, values: dict[str, Any], row: QuestionRow, attempt: int, answer: Answer) -> dict[str, Any]:
-        request = self.request(row, attempt)
-        note = {
-            "teacher": request.target.model,
-            "attempt": attempt,
-            "prompt": request.prompt_hash,
-            "tokens": answer.completion_tokens,
-        }
+        note = {**self.origin(row, attempt), "tokens": answer.completion_tokens}
         text = without_reasoning(answer.text)
         return {**values, "rationale": text, "meta": {**values["meta"], "rationale": note}}
+
+
+def marks_schema(task: Task) -> dict[str, Any]:
+    """JSON schema of an answer, in the strict form that OpenAI's and vLLM's structured outputs accept."""
+    mark = {"type": "integer", "enum": list(range(LOWEST, HIGHEST + 1))}
+    return {
+        "type": "object",
+        "properties": {name: dict(mark) for name in MARKS[task]},
+        "required": list(MARKS[task]),
+        "additionalProperties": False,
+    }
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def read_marks(text: str, task: Task) -> dict[str, int] | Reason:
+    """Marks by name in the schema's order, or a Reason with code "judge-json". Does not raise on any string.
+
+    Accepts one JSON object that follows the schema, without prose or a code fence around it, and guesses nothing.
+    """
+    try:
+        answer = json.loads(text, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as e:  # ValueError: not JSON, or an integer of thousands of digits
+        return Reason("judge-json", f"not one JSON object: {str(e)[:100]}")
+    if not isinstance(answer, dict) or set(answer) != set(MARKS[task]):
+        return Reason("judge-json", f"not an object with the keys {' and '.join(MARKS[task])}")
+    for name in MARKS[task]:
+        if type(answer[name]) is not int or not LOWEST <= answer[name] <= HIGHEST:  # isinstance takes a boolean, too
+            return Reason("judge-json", f"{name} is no whole number from {LOWEST} to {HIGHEST}")
+    return {name: answer[name] for name in MARKS[task]}
+
+
+def low_marks(marks: dict[str, int], reject_at: int) -> list[Reason]:
+    """One reason for each mark that is `reject_at` or less."""
+    return [
+        Reason(f"low-{name}", f"the judge gave {name} {value} of {HIGHEST}, {reject_at} or less rejects")
+        for name, value in marks.items()
+        if value <= reject_at
+    ]
 
 
 class Judge(Question):
     """Questions to a judge, which marks the row's rationale. The hard checks come first and cost nothing."""
 
     name = "judge"
+    about = (*Question.about, "rationale")
 
     def __init__(self, config: Config, wording: Wording) -> None:
         c = config.rationale
-        target = _target("rationale.judge", c.judge, None, config.model.path)
-        kinds = {task: Kind(f"judge.{task}", c.verdict, target, True, schema(task)) for task in TASKS}
+        endpoint = _destination(c.judge, TextConfig(), config.model.path)
+        kinds = {t: Kind(f"judge.{t}", "rationale.judge", endpoint, c.verdict, True, marks_schema(t)) for t in TASKS}
         super().__init__(config, wording, c.judge, kinds)
 
     def settings(self, tasks: set[Task]) -> dict[str, Any]:
         return super().settings(set(TASKS))  # a build that is still growing may come to the other task later
-
-    def about(self, row: QuestionRow) -> list[Any]:
-        return [*super().about(row), row.rationale]
 
     def before(self, row: QuestionRow) -> tuple[Reason, ...]:
         return self.checked(row, row.rationale or "")
@@ -265,28 +287,5 @@ class Judge(Question):
         return Outcome("reject" if low else "accept", tuple(low))
 
     def finished(self, values: dict[str, Any], row: QuestionRow, attempt: int, answer: Answer) -> dict[str, Any]:
-        request = self.request(row, attempt)
-        note = {
-            "judge": request.target.model,
-            "marks": self.marks(row, answer),
-            "attempt": attempt,
-            "prompt": request.prompt_hash,
-        }
+        note = {**self.origin(row, attempt), "marks": self.marks(row, answer)}
         return {**values, "meta": {**values["meta"], "judge": note}}
-
-
-def require_target(question: Question, tasks: set[Task]) -> None:
-    """Raises UserError if the settings name no address, no model name, or no path of a local model."""
-    for task in sorted(tasks):
-        target = question.kinds[task].target
-        section = target.key.removesuffix(".url")
-        if question.endpoint.local:
-            if not target.model:
-                raise UserError(f"{section}.local=true: name the model directory as model.path=…")
-        elif not target.url:
-            raise UserError(
-                f"{target.key} is empty: give the address of an OpenAI-compatible endpoint (http://host:port/v1), or "
-                f"{section}.local=true for our own engines"
-            )
-        elif not target.model:
-            raise UserError(f"{section}.model is empty: give the name under which {target.url} serves the model")

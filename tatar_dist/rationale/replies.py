@@ -1,8 +1,7 @@
-"""Interpret an endpoint's HTTP reply: answer, retry, refusal of one request, or end of the run.
+"""Interpret an endpoint's HTTP reply: answer, retry, refusal of one request, or end of the run. Does no I/O.
 
-`read_answer` and `raise_for` take status, headers and body, and return an `Answer` or raise the exception for the case.
-They do no I/O; endpoint.py sends and waits. Some servers echo the API key. It is removed from the excerpt of a body in
-an error message, and an answer that holds a key of `KEY_CHARS` characters or more is requested again.
+Some servers echo the API key. It is removed from the excerpt of a body in an error message, and an answer that holds a
+key of `KEY_CHARS` characters or more is requested again.
 """
 
 from __future__ import annotations
@@ -15,8 +14,12 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Annotated, Any, NoReturn
 from urllib.parse import quote, quote_plus
+
+from annotated_types import MinLen
+from pydantic import TypeAdapter, ValidationError
 
 from tatar_dist.errors import UserError
 from tatar_dist.rationale.questions import Answer, Request
@@ -24,47 +27,52 @@ from tatar_dist.rationale.questions import Answer, Request
 EXCERPT_CHARS = 200  # of an endpoint's message in an error
 KEY_CHARS = 16  # a shorter key may stand in a text by chance
 SANE = 16  # usage beyond so many times our own bound is no count of tokens
-SCHEMA_WORDS = ("response_format", "response format", "json_schema", "guided", "structured", "grammar")
 
 
-class TryAgain(Exception):
-    """This try gave no answer, but another may. `limited`: the endpoint asked to slow down (429).
+@dataclass(eq=False)
+class RequestFailed(Exception):
+    """A try that got no answer."""
 
-    `lost`: the endpoint may have generated tokens for it nevertheless.
-    """
+    message: str
+    refused: bool = False  # by the endpoint: another try would not help
+    limited: bool = False  # the endpoint asks to slow down (429)
+    lost: bool = False  # it may have generated tokens nevertheless
+    retry_after: float | None = None  # seconds that the endpoint asks to wait
 
-    def __init__(self, says: str, retry_after: float | None = None, limited: bool = False, lost: bool = False) -> None:
-        super().__init__(says)
-        self.retry_after, self.limited, self.lost = retry_after, limited, lost
-
-
-class ReplyRefused(Exception):
-    """The endpoint refuses this one request; a retry would not help."""
+    def __str__(self) -> str:
+        return self.message
 
 
 class NoAccess(UserError):
     """403 or 404: the endpoint refuses all requests, or only this one if it answers others."""
 
 
-class NoSchema(Exception):
-    """The endpoint may not support JSON schemas in response_format. `otherwise`: the error to raise if it does."""
+@dataclass(frozen=True)
+class _Message:
+    content: str | None = None  # None: a teacher that spent all its tokens on reasoning_content
 
-    def __init__(self, says: str, otherwise: Exception) -> None:
-        super().__init__(says)
-        self.otherwise = otherwise
+
+@dataclass(frozen=True)
+class _Choice:
+    message: _Message
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class _Completion:
+    choices: Annotated[list[_Choice], MinLen(1)]
+    usage: Any = None
 
 
 def redact(text: str, key: str | None) -> str:
     """Replace the key in a text, in plain, JSON, HTML or URL quoting."""
     if not key:
         return text
-    forms = {key, json.dumps(key)[1:-1], key.replace("/", "\\/"), html.escape(key), quote(key), quote(key, safe="")}
-    forms |= {quote_plus(key), html.escape(key, quote=False)}
-    # the hexadecimal digits of %2F come in either case
-    parts = (
-        re.sub("%[0-9A-F]{2}", lambda m: f"(?i:{m[0]})", re.escape(f)) for f in sorted(forms, key=len, reverse=True)
-    )
-    return re.sub("|".join(parts), "[key]", text)
+    forms = {key, json.dumps(key)[1:-1], key.replace("/", "\\/"), html.escape(key), html.escape(key, quote=False)}
+    forms |= {quote(key), quote(key, safe=""), quote_plus(key)}
+    longest_first = [re.escape(form) for form in sorted(forms, key=len, reverse=True)]
+    pattern = re.sub("%[0-9A-F]{2}", lambda m: f"(?i:{m[0]})", "|".join(longest_first))  # %2F in either case
+    return re.sub(pattern, "[key]", text)
 
 
 def excerpt(body: bytes, key: str | None) -> str:
@@ -91,41 +99,26 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
-def _count(value: Any, bound: int) -> int:
-    """The endpoint's token count, or our own bound if that is missing or implausible."""
-    return value if type(value) is int and 0 <= value <= SANE * bound else bound
-
-
 def read_answer(body: bytes, prompt_bound: int, max_tokens: int, key: str | None) -> Answer:
-    """Parse the body of a 200 reply. Missing token counts are replaced by upper bounds.
+    """Parse the body of a 200 reply. Token counts that are missing or implausible are replaced by upper bounds.
 
-    Raises TryAgain if the body is not a complete chat completion, or the text repeats the key.
+    Raises RequestFailed if the body is not a whole chat completion, or the text repeats the key.
     """
     try:
-        reply = json.loads(body)
-        choice = reply["choices"][0]
-        content, finish = choice["message"].get("content"), choice.get("finish_reason")
-    except (ValueError, RecursionError):
-        raise TryAgain("the reply is not JSON, or cut off", lost=True) from None
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise TryAgain("the reply holds no choices[0].message", lost=True) from None
-    if content is None:
-        content = ""  # a teacher that spent all its tokens on reasoning_content
-    if not isinstance(content, str):
-        raise TryAgain("the message's content is not text", lost=True)
-    if not isinstance(finish, str):
-        raise TryAgain("the reply holds no finish_reason", lost=True)
-    usage = reply.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    text, finish = (t.encode("utf-8", "replace").decode() for t in (content, finish))  # lone surrogates are unwritable
+        reply = TypeAdapter(_Completion).validate_json(body)
+    except ValidationError as e:
+        raise RequestFailed(f"the reply is no whole chat completion ({e.errors()[0]['msg']})", lost=True) from None
+    choice, usage = reply.choices[0], reply.usage if isinstance(reply.usage, dict) else {}
+    text, finish = choice.message.content or "", choice.finish_reason
     if key and len(key) >= KEY_CHARS and any(redact(t, key) != t for t in (text, finish)):
-        raise TryAgain("the answer repeats the key", lost=True)
-    return Answer(
-        text=text,
-        finish=finish[:40],
-        prompt_tokens=_count(usage.get("prompt_tokens"), prompt_bound),
-        completion_tokens=_count(usage.get("completion_tokens"), max(max_tokens, len(text.encode()))),
-    )
+        raise RequestFailed("the answer repeats the key", lost=True)
+
+    def count(name: str, bound: int) -> int:
+        value = usage.get(name)
+        return value if type(value) is int and 0 <= value <= SANE * bound else bound
+
+    completion_tokens = count("completion_tokens", max(max_tokens, len(text.encode())))
+    return Answer(text, finish[:40], count("prompt_tokens", prompt_bound), completion_tokens)
 
 
 def raise_for(status: int, headers: Mapping[str, str], body: bytes, request: Request, key: str | None) -> NoReturn:
@@ -134,34 +127,25 @@ def raise_for(status: int, headers: Mapping[str, str], body: bytes, request: Req
     Raises:
         UserError: later requests would fail too: no access, wrong address or model, no quota, a redirect. The subclass
             NoAccess (403, 404) is raised if this may concern one sample only.
-        TryAgain: 429, 408, 409, 425, 5xx. ReplyRefused: any other status.
-        NoSchema: a request with a schema may have been refused, or have failed, because of the schema.
+        RequestFailed: to be tried again after 429, 408, 409, 425, 5xx; refused with any other status.
     """
-    message, target = excerpt(body, key), request.target
-    where = f"{target.key}={target.url}"
-    if status in (401, 403):
-        todo = f"check the key in the environment variable {target.api_key_env}"
-        if not target.api_key_env:
-            section = target.key.removesuffix(".url")
-            todo = f"no key was sent, name the environment variable that holds it as {section}.api_key_env"
-        error_type = UserError if status == 401 else NoAccess
-        raise error_type(f"{where}: the endpoint refuses access ({status}): {todo} ({message})")
-    if status == 404:
-        raise NoAccess(
-            f"{where}: nothing there, or no model {target.model!r} (404): check the address (it ends like /v1) and the "
-            f"model's name ({message})"
-        )
-    if 300 <= status < 400:
-        raise UserError(f"{where}: redirects elsewhere ({status}): give the final address")
-    if status == 402:
-        raise UserError(f"{where}: the endpoint wants payment (402): {message}")
-    if status == 429:
-        if b"insufficient_quota" in body:
-            raise UserError(f"{where}: the quota is used up (429): {message}")
-        raise TryAgain(f"429: {message}", retry_after(headers), limited=True)
-    again = status in (408, 409, 425) or status >= 500
-    error = TryAgain(f"{status}: {message}", retry_after(headers)) if again else ReplyRefused(f"{status}: {message}")
-    by_schema = status in (400, 422, 501) or (status == 500 and any(word in message.lower() for word in SCHEMA_WORDS))
-    if request.schema is not None and by_schema:
-        raise NoSchema(message, error)
-    raise error
+    message, section, endpoint = excerpt(body, key), request.kind.section, request.kind.endpoint
+    key_problem = f"check the key in the environment variable {endpoint.api_key_env}"
+    if not endpoint.api_key_env:
+        key_problem = f"no key was sent, name the environment variable that holds it as {section}.api_key_env"
+    problem = {
+        401: f"the endpoint refuses access: {key_problem}",
+        402: "the endpoint wants payment",
+        403: f"the endpoint refuses access: {key_problem}",
+        404: f"nothing there, or no model {endpoint.model!r}: check address (it ends like /v1) and model name",
+        429: "the quota is used up" if b"insufficient_quota" in body else None,
+    }.get(status, "redirects elsewhere: give the final address" if 300 <= status < 400 else None)
+    if problem:
+        error_type = NoAccess if status in (403, 404) else UserError
+        raise error_type(f"{section}.url={endpoint.url}: {problem} ({status}: {message})")
+    raise RequestFailed(
+        f"{status}: {message}",
+        refused=not (status in (408, 409, 425, 429) or status >= 500),
+        limited=status == 429,
+        retry_after=retry_after(headers),
+    )

@@ -7,16 +7,15 @@ and a table for the terminal. They hold no times and no state of one process, so
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.ledger import Ledger, LedgerEntry
-from tatar_dist.run.files import write_whole, written_whole
+from tatar_dist.run.files import write_whole
 from tatar_dist.types import TASKS
 
 COUNTS = ("rows", "accepted", "rejected", "failed", "not_asked", "answers", "rejected_answers")  # of a task
@@ -33,68 +32,78 @@ def beside(output: Path, ending: str) -> Path:
 def rejections(entry: LedgerEntry) -> Iterator[dict[str, Any]]:
     """Lines of one row: its rejected answers, and the reasons if it was not asked or not answered."""
 
-    def line(attempt: int | None, reasons: tuple[Reason, ...], text: str | None, later: bool = False) -> dict[str, Any]:
+    def line(attempt: int | None, reasons: tuple[Reason, ...], text: str | None = None) -> dict[str, Any]:
         return {
             "sample_id": entry.sample_id,
             "dataset": entry.dataset,
             "task": entry.task,
             "attempt": attempt,
-            "accepted_later": later,
+            "accepted_later": entry.accepted,
             "reasons": [asdict(reason) for reason in reasons],
             "text": text,
         }
 
     if entry.before:
-        yield line(None, entry.before, None)
+        yield line(None, entry.before)
     for attempt, (answer, outcome) in enumerate(entry.answers):
         if outcome.verdict != "accept":
-            yield {**line(attempt, outcome.reasons, answer.text, entry.accepted), "finish": answer.finish}
+            yield {**line(attempt, outcome.reasons, answer.text), "finish": answer.finish}
     if entry.failed:
-        yield line(len(entry.answers), (entry.failed,), None)
+        yield line(len(entry.answers), (entry.failed,))
 
 
 def write_rejections(ledger: Ledger, path: Path) -> None:
     """Write the lines of all rows."""
-    with written_whole(path) as place, open(place, "w", encoding="utf-8") as f:
-        for entry in ledger.entries:
-            for line in rejections(entry):
-                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines = (json.dumps(line, ensure_ascii=False) + "\n" for entry in ledger.entries for line in rejections(entry))
+    write_whole(path, "".join(lines))
+
+
+def _quoted(text: str) -> str:
+    return " ".join(text.replace("`", "'").split())
+
+
+def _reasons(entries: list[LedgerEntry]) -> dict[str, list[str]]:
+    """List items of the rejections by code, the most frequent code first: sample id, reason, beginning of the text."""
+    items: defaultdict[str, list[str]] = defaultdict(list)
+    for entry in entries:
+        for line in rejections(entry):
+            text = f": `{_quoted(line['text'][:EXAMPLE_CHARS])}`" if line["text"] else ""
+            for reason in line["reasons"]:
+                items[reason["code"]].append(f"- `{_quoted(entry.sample_id)}` {_quoted(reason['says'])}{text}")
+    return dict(sorted(items.items(), key=lambda pair: (-len(pair[1]), pair[0])))
+
+
+def _by_task(ledger: Ledger) -> dict[str, list[LedgerEntry]]:
+    entries = {task: [entry for entry in ledger.entries if entry.task == task] for task in TASKS}
+    return {task: rows for task, rows in entries.items() if rows}
 
 
 def _task_summary(ledger: Ledger, entries: list[LedgerEntry]) -> dict[str, Any]:
     """Counts of the rows of one task. `reasons`: number of rejections per code, the most frequent first."""
-    outcomes = [outcome for entry in entries for _, outcome in entry.answers]
+    verdicts = [outcome.verdict for entry in entries for _, outcome in entry.answers]
     accepted = sum(entry.accepted for entry in entries)
     failed = sum(entry.failed is not None for entry in entries)
     settled = sum(ledger.is_settled(entry) for entry in entries)
-    refused = sum(outcome.verdict != "accept" for outcome in outcomes)
-    codes: Counter[str] = Counter()
-    for entry in entries:
-        for line in rejections(entry):
-            codes.update({reason["code"] for reason in line["reasons"]})
+    refused = len(verdicts) - verdicts.count("accept")
     return {
         "rows": len(entries),
         "accepted": accepted,
         "rejected": settled - accepted,
         "failed": failed,
         "not_asked": len(entries) - settled - failed,
-        "answers": len(outcomes),
+        "answers": len(verdicts),
         "rejected_answers": refused,
-        "rejection_rate": refused / len(outcomes) if outcomes else None,
-        "reasons": dict(sorted(codes.items(), key=lambda pair: (-pair[1], pair[0]))),
+        "rejection_rate": refused / len(verdicts) if verdicts else None,
+        "reasons": {code: len(items) for code, items in _reasons(entries).items()},
     }
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:
     """Counts by task and reason, tokens and cost; part of what --json prints."""
-    by_task = {task: [entry for entry in ledger.entries if entry.task == task] for task in TASKS}
+    tasks = {task: _task_summary(ledger, entries) for task, entries in _by_task(ledger).items()}
     return {
-        "rows": len(ledger.entries),
-        "accepted": ledger.accepted,
-        "rejected": ledger.rejected,
-        "failed": ledger.failed,
-        "not_asked": ledger.open,
-        "tasks": {task: _task_summary(ledger, entries) for task, entries in by_task.items() if entries},
+        **{count: sum(task[count] for task in tasks.values()) for count in COUNTS[:5]},
+        "tasks": tasks,
         "prompt_tokens": ledger.prompt_tokens,
         "completion_tokens": ledger.completion_tokens,
         "lost_tokens": ledger.lost_tokens,
@@ -109,22 +118,6 @@ def _cells(name: str, task: dict[str, Any]) -> list[str]:
     return [name, *counts, refused + rate]
 
 
-def _examples(ledger: Ledger, task: str, code: str) -> Iterator[str]:
-    """List items of all rejections with a code: sample id, sentence of the reason, beginning of the text."""
-    for entry in ledger.entries:
-        for line in rejections(entry) if entry.task == task else ():
-            for reason in line["reasons"]:
-                if reason["code"] == code:
-                    text = (line["text"] or "")[:EXAMPLE_CHARS]
-                    excerpt = f": `{_quoted(text)}`" if text else ""
-                    yield f"- `{_quoted(entry.sample_id)}` {_quoted(reason['says'])}{excerpt}"
-                    break
-
-
-def _quoted(text: str) -> str:
-    return " ".join(text.replace("`", "'").split())
-
-
 def write_report(ledger: Ledger, path: Path) -> None:
     """Write the report of rejection rates as Markdown: by task, by reason, with examples."""
     totals = summary(ledger)
@@ -132,13 +125,12 @@ def write_report(ledger: Ledger, path: Path) -> None:
     lines += [f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
     lines += [f"| {' | '.join(_cells(task, t))} |" for task, t in totals["tasks"].items()]
     lines += ["", f"Tokens: {totals['prompt_tokens']:,} prompt, {totals['completion_tokens']:,} completion."]
-    for task, t in totals["tasks"].items():
-        if not t["reasons"]:
-            continue
-        lines += ["", f"## {task}: why answers were rejected", "", "| reason | answers |", "|---|---|"]
-        lines += [f"| {code} | {n} |" for code, n in t["reasons"].items()]
-        for code in t["reasons"]:
-            lines += ["", f"**{code}**", "", *islice(_examples(ledger, task, code), EXAMPLES)]
+    for task, entries in _by_task(ledger).items():
+        if reasons := _reasons(entries):
+            lines += ["", f"## {task}: why answers were rejected", "", "| reason | answers |", "|---|---|"]
+            lines += [f"| {code} | {len(items)} |" for code, items in reasons.items()]
+        for code, items in reasons.items():
+            lines += ["", f"**{code}**", "", *items[:EXAMPLES]]
     write_whole(path, "\n".join(lines) + "\n")
 
 

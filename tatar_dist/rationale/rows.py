@@ -1,21 +1,21 @@
-"""Read a manifest for questions, and prepare its images for an endpoint.
+"""Read a manifest for questions, and prepare its images for an endpoint. `Asker` is the base of asking.py and local.py.
 
-Rows are streamed in order, images and whole rows are read one at a time. `picture` encodes an image as a data URL of at
-most `max_pixels` pixels. Streamed rows are `QuestionRow`s without images, in bounded memory. Read from one thread at a
-time, because a Parquet file must not be shared between threads.
+Rows are streamed in order without their images; whole rows are read one at a time, from one thread, because a Parquet
+file must not be shared between threads.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow.parquet as pq
 from PIL import Image
 
 from tatar_dist.data.images import decode_image
@@ -25,6 +25,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.ledger import Ledger, LedgerEntry
 from tatar_dist.rationale.questions import QuestionRow
+from tatar_dist.run.journal import Journal
 from tatar_dist.types import Sample, Task
 
 _COLUMNS = ("sample_id", "dataset", "task", "score", "split", "rationale", "attributes")
@@ -33,20 +34,6 @@ SENT_AS_IS = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
 MAX_BYTES = 8 << 20  # larger files are encoded anew: endpoints refuse bodies of tens of MB
 JPEG_QUALITY = 92  # higher than what any teacher can tell apart, and no visible blocks of our own
 PATCH = 28  # Qwen-VL's image token covers 28 x 28 pixels; other models count fewer tokens for the same image
-
-
-def reject_unreadable(ledger: Ledger, rows: RationaleRows, entry: LedgerEntry, says: str) -> None:
-    """Reject a row whose image cannot be read. Raises UserError if the first `IMAGES_TRIED` are all unreadable."""
-    ledger.reject(entry, Reason("image-unreadable", says))
-    ledger.images_unreadable += 1
-    if ledger.images_unreadable >= IMAGES_TRIED and not ledger.images_read and not ledger.tokens:
-        where = (
-            "images lie in the rows" if rows.manifest.embedded else f"image paths start at {rows.manifest.image_root}"
-        )
-        raise UserError(
-            f"{rows.path}: none of the first {IMAGES_TRIED} images can be read (the last: {says}); {where}: "
-            "check the manifest, or set data.image_root to the directory that image paths start from"
-        )
 
 
 class RationaleRows:
@@ -71,9 +58,9 @@ class RationaleRows:
         self.path, self.splits, self.limit, self.written = path, tuple(splits), limit, written
         pools = [pool for pool in self.manifest.pools if not splits or pool.split in splits]
         if not pools:
-            there = sorted({str(pool.split) for pool in self.manifest.pools})
-            asked = f"of split {' or '.join(splits)}, only of {', '.join(there)}: see rationale.splits" if there else ""
-            raise UserError(f"{path}: holds no rows {asked}".strip())
+            present = ", ".join(sorted({str(pool.split) for pool in self.manifest.pools})) or "none"
+            wanted = " or ".join(splits) or "any"
+            raise UserError(f"{path}: holds no rows of split {wanted}, only of {present}: see rationale.splits")
         # of all rows, whatever the limit: a journal is continued under a larger one
         self.tasks: set[Task] = {cast(Task, pool.task) for pool in pools}
         self.count = sum(1 for _ in self) if written else min(sum(p.rows for p in pools), limit or len(self.manifest))
@@ -88,19 +75,15 @@ class RationaleRows:
         return islice(self._all(), self.limit)
 
     def _all(self) -> Iterator[QuestionRow]:
-        with pq.ParquetFile(self.path) as file:
-            present = [name for name in _COLUMNS if name in file.schema_arrow.names]
-            batches = file.iter_batches(batch_size=4096, columns=present)
-            for number, values in enumerate(row for batch in batches for row in batch.to_pylist()):
-                if self.splits and values.get("split") not in self.splits:
-                    continue
-                if self.written and not values.get("rationale"):
+        for start, table in self.manifest.tables(_COLUMNS):
+            for number, values in enumerate(table.to_pylist(), start):
+                if (self.splits and values["split"] not in self.splits) or (self.written and not values["rationale"]):
                     continue
                 try:
-                    attributes = json_object(values.get("attributes") or "{}")
+                    attributes = json_object(values["attributes"] or "{}")
                 except ValueError as e:
                     raise UserError(f"{self.path}: row {number}, column attributes: {e}") from None
-                yield self.row_of({"rationale": None, **values, "attributes": attributes}, number)
+                yield self.row_of({**values, "attributes": attributes}, number)
 
     @staticmethod
     def row_of(values: dict[str, Any], number: int) -> QuestionRow:
@@ -117,18 +100,49 @@ class RationaleRows:
         return row, Sample(row.sample_id, row.dataset, row.task, image, row.score, row.rationale, values["split"])
 
 
+@dataclass
+class Asker(ABC):
+    """Base class of what asks about the open rows of a ledger: at endpoints, or on our own engines.
+
+    Args:
+        say: receives messages for the user.
+        progress: called as answers come.
+        stopping: whether the user has requested a stop.
+    """
+
+    ledger: Ledger
+    rows: RationaleRows
+    journal: Journal
+    say: Callable[[str], None]
+    progress: Callable[[], None]
+    stopping: Callable[[], bool]
+    budget_spent = False
+
+    def __post_init__(self) -> None:
+        self.question = self.ledger.question
+
+    @abstractmethod
+    def run(self) -> bool:
+        """Ask until every row is settled or the user requests a stop. Returns whether the budget ended it before."""
+
+    def reject_unreadable(self, entry: LedgerEntry, problem: str) -> None:
+        """Reject a row whose image cannot be read. Raises UserError if all of the first `IMAGES_TRIED` are."""
+        self.ledger.reject(entry, Reason("image-unreadable", problem))
+        first = [reason.code for entry in self.ledger.entries[:IMAGES_TRIED] for reason in entry.before]
+        if first == ["image-unreadable"] * IMAGES_TRIED:
+            manifest = self.rows.manifest
+            raise UserError(
+                f"{manifest.path}: none of the first {IMAGES_TRIED} images can be read (the last: {problem}); check "
+                f"the manifest, or set data.image_root, from which image paths start (now {manifest.image_root})"
+            )
+
+
 @dataclass(frozen=True)
 class Picture:
-    """Data URL that is sent, and the image's size in pixels."""
+    """An image as it is sent."""
 
-    url: str
-    width: int
-    height: int
-
-    @property
-    def tokens(self) -> int:
-        """Upper estimate of the picture's tokens, for budgets and rate limits."""
-        return -(-self.width // PATCH) * -(-self.height // PATCH) + 4
+    url: str  # a data URL
+    tokens: int  # upper estimate, for budgets and rate limits
 
 
 def picture(data: bytes, max_pixels: int, where: str) -> Picture:
@@ -139,12 +153,13 @@ def picture(data: bytes, max_pixels: int, where: str) -> Picture:
         upright = image.getexif().get(0x0112, 1) in (0, 1)
         plain = image.mode in ("RGB", "L") and not getattr(image, "is_animated", False)
     width, height = decoded.size
-    if mime and upright and plain and width * height <= max_pixels and len(data) <= MAX_BYTES:
-        return Picture(f"data:{mime};base64,{base64.b64encode(data).decode()}", width, height)
     if width * height > max_pixels:
         scale = (max_pixels / (width * height)) ** 0.5
-        size = max(1, int(width * scale)), max(1, int(height * scale))  # rounded down: never over the bound
-        decoded = decoded.resize(size, Image.Resampling.BICUBIC)
-    out = io.BytesIO()
-    decoded.save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return Picture(f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", *decoded.size)
+        width, height = max(1, int(width * scale)), max(1, int(height * scale))  # rounded down: never over the bound
+        decoded, mime = decoded.resize((width, height), Image.Resampling.BICUBIC), None
+    if not (mime and upright and plain and len(data) <= MAX_BYTES):
+        out = io.BytesIO()
+        decoded.save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        data, mime = out.getvalue(), "image/jpeg"
+    tokens = math.ceil(width / PATCH) * math.ceil(height / PATCH) + 4
+    return Picture(f"data:{mime};base64,{base64.b64encode(data).decode()}", tokens)

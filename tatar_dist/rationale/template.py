@@ -25,20 +25,8 @@ from tatar_dist.demo.data.photos import PHOTOS
 from tatar_dist.demo.data.texts import FAMILY_NAMES, iaa_rationale, iqa_rationale
 from tatar_dist.errors import UserError
 
-ATTRIBUTES = (  # attributes that the IAA sentences describe
-    "colour",
-    "contrast",
-    "placement",
-    "simplicity",
-    "exposure",
-    "sharpness",
-    "separation",
-    "harmony",
-    "warmth",
-    "brightness",
-)
-
-
+# attributes that the IAA sentences describe
+ATTRIBUTES = "colour contrast placement simplicity exposure sharpness separation harmony warmth brightness".split()
 SCENES = {photo.name: photo.category for photo in PHOTOS}  # a word that fits before "photo"
 Share = Annotated[float, Strict(), Ge(0), Le(1)]
 

@@ -1,115 +1,84 @@
 """Load the prompts of teachers and judges and the word lists of the hard checks.
 
-The source is configs/rationale_prompts.yaml, checked key by key. `Wording` holds system and user text of each question,
-whose blanks `ask` fills in, and the word lists as compiled patterns of whole words: "line" is not found in "outline".
+The source is configs/rationale_prompts.yaml, checked key by key. Word lists are compiled to patterns of whole words:
+"line" is not found in "outline".
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import unicodedata
 from pathlib import Path
 from string import Template
 from typing import Annotated, Any
 
-from annotated_types import MinLen
-from pydantic import AfterValidator, Strict
+from pydantic import AfterValidator, BeforeValidator
+from pydantic.dataclasses import dataclass
 
-from tatar_dist.assets import locate, looked_in
-from tatar_dist.config.validate import STRICT_KEYS, Text, near, read_yaml, validated
+from tatar_dist.assets import locate
+from tatar_dist.config.validate import STRICT_KEYS, Text, read_yaml, validated
 from tatar_dist.errors import UserError
 from tatar_dist.types import EIGHT
 
-QUESTIONS = {  # name -> blanks that its user text may hold, all but those in _OPTIONAL must stand there
+QUESTIONS = {  # name -> blanks that its user text may hold; all but those in OPTIONAL must stand there
     "fast": ("score",),
     "slow": ("score", "attributes"),
     "judge.iqa": ("score", "rationale"),
     "judge.iaa": ("score", "rationale", "attributes"),
 }
-_OPTIONAL = {"judge.iaa": ("attributes",)}
-
-
-@dataclass(frozen=True)
-class Wording:
-    """`system` and `user` texts by question ("fast", "slow", "judge.iqa", "judge.iaa"), and patterns of the checks."""
-
-    system: dict[str, str]
-    user: dict[str, Template]
-    quality_factors: re.Pattern[str]
-    attributes: tuple[re.Pattern[str], ...]
-    refusals: re.Pattern[str]
-    chat: re.Pattern[str]
-    number_phrases: re.Pattern[str]
-    ratings: re.Pattern[str]
-
-    def ask(self, question: str, blanks: Mapping[str, str]) -> tuple[str, str]:
-        """(system text, user text) with the blanks filled in. Blanks that the text does not use are ignored."""
-        return self.system[question], self.user[question].substitute(blanks)
+OPTIONAL = {"judge.iaa": ("attributes",)}
 
 
 def plain(text: str) -> str:
-    """Normalise a text for phrase search: lower case, straight apostrophes, single blanks."""
-    return " ".join(text.casefold().replace("\u2019", "'").split())
+    """Normalise a text for phrase search: NFKC, lower case, straight apostrophes, single blanks."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'").split())
 
 
-def phrase_pattern(phrases: list[str]) -> re.Pattern[str]:
-    """Compile phrases into one whole-word pattern for `plain` text.
+def phrase_pattern(phrases: Any) -> re.Pattern[str]:
+    """Compile a list of phrases into one whole-word pattern for `plain` text. Raises ValueError if it is none.
 
-    A trailing * matches any ending, (a|b) either, (a )? is optional. Raises re.error for brackets that do not match.
+    A trailing * matches any ending, (a|b) either, (a )? is optional.
     """
+    if not (isinstance(phrases, list) and phrases and all(isinstance(p, str) and p.strip(" *") for p in phrases)):
+        raise ValueError("must be a list of words and phrases")
     parts = []
     for phrase in sorted(phrases, key=len, reverse=True):
         escaped = re.escape(plain(phrase.removesuffix("*")))
         either = escaped.replace(r"\(", "(?:").replace(r"\|", "|").replace(r"\)\?", ")?").replace(r"\)", ")")
         parts.append(f"(?:{either})" + (r"\w*" if phrase.endswith("*") else ""))
+        try:
+            re.compile(parts[-1])
+        except re.error as e:
+            raise ValueError(f"{phrase!r}: write alternatives as (this|that): {e}") from None
     return re.compile(r"(?<!\w)(?:" + "|".join(parts) + r")(?!\w)")
 
 
-def _compiled(phrases: list[str]) -> re.Pattern[str]:
-    for phrase in phrases:
-        if not phrase.strip(" *"):
-            raise ValueError(f"{phrase!r} is no word or phrase")
-        try:
-            phrase_pattern([phrase])
-        except re.error as e:
-            raise ValueError(f"{phrase!r}: write alternatives as (this|that): {e}") from None
-    return phrase_pattern(phrases)
-
-
 def _all_eight(attributes: dict[str, re.Pattern[str]]) -> dict[str, re.Pattern[str]]:
-    for name in attributes:
-        if name not in EIGHT:
-            raise ValueError(f"unknown key {name!r}{near(name, EIGHT)}")
-    for name in EIGHT:
-        if name not in attributes:
-            raise ValueError(f"missing key {name!r}")
-    return attributes
+    """Return the patterns in the method's order."""
+    unknown, missing = sorted(set(attributes).difference(EIGHT)), sorted(set(EIGHT).difference(attributes))
+    if unknown or missing:
+        raise ValueError(f"must hold the eight attributes: unknown are {unknown}, missing are {missing}")
+    return {name: attributes[name] for name in EIGHT}
 
 
-# read as a list of phrases, kept as their pattern
-Phrases = Annotated[list[Annotated[str, Strict()]], MinLen(1), AfterValidator(_compiled)]
+Phrases = Annotated[re.Pattern[str], BeforeValidator(phrase_pattern)]
 
 
-@dataclass(frozen=True)
-class _Texts:
-    __pydantic_config__ = STRICT_KEYS
-
+@dataclass(frozen=True, config=STRICT_KEYS)
+class Texts:
     system: Text
     user: Text
 
 
-@dataclass(frozen=True)
-class _Judge:
-    __pydantic_config__ = STRICT_KEYS
-
-    iqa: _Texts
-    iaa: _Texts
+@dataclass(frozen=True, config=STRICT_KEYS)
+class _JudgeTexts:
+    iqa: Texts
+    iaa: Texts
 
 
-@dataclass(frozen=True)
-class _Checks:
-    __pydantic_config__ = STRICT_KEYS
+@dataclass(frozen=True, config=STRICT_KEYS)
+class Checks:
+    """Patterns of the hard checks; those of the attributes by name, in the method's order."""
 
     quality_factors: Phrases
     attributes: Annotated[dict[str, Phrases], AfterValidator(_all_eight)]
@@ -119,39 +88,36 @@ class _Checks:
     ratings: Phrases
 
 
-@dataclass(frozen=True)
-class _WordingFile:
-    __pydantic_config__ = STRICT_KEYS
+@dataclass(frozen=True, config=STRICT_KEYS)
+class Wording:
+    """The content of the file."""
 
-    fast: _Texts
-    slow: _Texts
-    judge: _Judge
-    checks: _Checks
+    fast: Texts
+    slow: Texts
+    judge: _JudgeTexts
+    checks: Checks
+
+    @property
+    def texts(self) -> dict[str, Texts]:
+        """System and user text by name of the question."""
+        return dict(zip(QUESTIONS, (self.fast, self.slow, self.judge.iqa, self.judge.iaa), strict=True))
 
 
-def _user_text(text: str, question: str, where: str) -> Template:
-    template = Template(text)
-    if not template.is_valid():
-        raise UserError(f"{where}: a $ that starts no name; write $$ for the sign itself")
-    allowed, names = QUESTIONS[question], template.get_identifiers()
-    if unknown := [name for name in names if name not in allowed]:
-        raise UserError(f"{where}: unknown ${unknown[0]}; this text may use ${', $'.join(allowed)}")
-    needed = [name for name in allowed if name not in _OPTIONAL.get(question, ())]
-    if missing := [name for name in needed if name not in names]:
-        raise UserError(f"{where}: ${missing[0]} is missing, the text cannot be asked without it")
-    return template
+def _check_blanks(text: str, question: str, where: str) -> None:
+    """Raise UserError for a user text that cannot be filled in, or lacks something that must be asked about."""
+    template, allowed = Template(text), QUESTIONS[question]
+    names = set(template.get_identifiers())
+    unknown, missing = names.difference(allowed), set(allowed).difference(names, OPTIONAL.get(question, ()))
+    if unknown or missing or not template.is_valid():
+        raise UserError(
+            f"{where}: its blanks must be ${', $'.join(allowed)}, and $$ is the sign itself: unknown are "
+            f"{sorted(unknown)}, missing are {sorted(missing)}"
+        )
 
 
 def load_wording(path: str | Path) -> Wording:
     """Read the YAML file. Raises UserError for a missing file, broken YAML, and a missing, unknown or wrong key."""
-    file = locate(path)
-    if not file.is_file():
-        raise UserError(f"rationale.prompts={path}: no such file{looked_in(path)}")
-    content: _WordingFile = validated(_WordingFile, read_yaml(file, "wording file"), f"{path}")
-    judge = content.judge
-    texts = {"fast": content.fast, "slow": content.slow, "judge.iqa": judge.iqa, "judge.iaa": judge.iaa}
-    system = {name: text.system for name, text in texts.items()}
-    user = {name: _user_text(text.user, name, f"{path}: {name}.user") for name, text in texts.items()}
-    checks: Any = vars(content.checks)
-    attributes = tuple(checks["attributes"][name] for name in EIGHT)
-    return Wording(system, user, **{**checks, "attributes": attributes})
+    wording: Wording = validated(Wording, read_yaml(locate(path), "wording file"), f"{path}")
+    for question, texts in wording.texts.items():
+        _check_blanks(texts.user, question, f"{path}: {question}.user")
+    return wording

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import Self
 
 from rich import progress
 from rich.console import Console
@@ -31,13 +30,19 @@ def clock(seconds: float) -> str:
     return str(timedelta(seconds=max(0, round(seconds))))
 
 
-class ProgressLine:
-    """Name, count and a text: beside a bar on a terminal, else as plain lines. A context manager."""
+class Progress:
+    """Progress of a stage: a bar on a terminal, else about 25 plain lines of a long run. A context manager.
 
-    def __init__(self, name: str, total: int, start: int = 0, console: Console | None = None) -> None:
-        self.name, self.total = name, total
+    Call `ready` when the actors are up, and `update` or `show` after every unit of work.
+    """
+
+    def __init__(
+        self, stage: str, total: int, start: int = 0, unit: str = "step", console: Console | None = None
+    ) -> None:
+        self.stage, self.total, self.first, self.unit = stage, total, start, unit
         self.console = console or Console(stderr=True)
-        self.began = time.monotonic()
+        self.began = self.since = time.monotonic()
+        self._printed = -math.inf  # units at the last plain line
         self._bar = progress.Progress(
             progress.SpinnerColumn(),
             progress.TextColumn("[bold]{task.description}"),
@@ -47,32 +52,14 @@ class ProgressLine:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._task = self._bar.add_task(name, total=total, completed=start, text="starting")
+        self._task = self._bar.add_task(stage, total=total, completed=start, text="starting")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Progress:
         self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-
-    def show(self, done: int, text: str, due: bool) -> None:
-        """Show `done` of `total` and a text; off a terminal only if a line is `due`."""
-        self._bar.update(self._task, completed=done, text=text)
-        if due and not self.console.is_terminal:
-            line = f"{self.name}  {done}/{self.total}  {text}"
-            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-class Progress(ProgressLine):
-    """Progress of a stage. Call `ready` when the actors are up and `update` after every unit of work."""
-
-    def __init__(
-        self, stage: str, total: int, start: int = 0, unit: str = "step", console: Console | None = None
-    ) -> None:
-        super().__init__(stage, total, start, console)
-        self.first, self.unit, self.since = start, unit, self.began
-        self._printed = -math.inf  # units at the last line
 
     def ready(self, first: int | None = None) -> None:
         """Start timing steps: everything is up, at step `first` if it is not the initial one."""
@@ -80,9 +67,7 @@ class Progress(ProgressLine):
         self.first = self.first if first is None else first
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Show that `done` units of `total` are finished. A long run prints about 25 lines."""
-        now = time.monotonic()
-        seconds = (now - self.since) / max(1, done - self.first)
+        """Show that `done` units of `total` are finished, with their main metrics."""
         # of a policy step the loss says nothing; a task without held-out rows has NaN, any other is worth seeing
         names = SHOWN if any(key.startswith("reward/") for key in metrics) else {"loss/total": "loss"} | SHOWN
         parts = [
@@ -90,10 +75,18 @@ class Progress(ProgressLine):
             for key, name in names.items()
             if key in metrics and not (key.startswith("eval/") and math.isnan(metrics[key]))
         ]
-        slow = seconds >= 0.1
-        parts.append(f"{seconds:.1f} s/{self.unit}" if slow else f"{1 / max(seconds, 1e-9):.0f} {self.unit}s/s")
-        parts += [f"{clock(now - self.began)} gone", f"{clock(seconds * (self.total - done))} left"]
+        self.show(done, parts)
+
+    def show(self, done: int, parts: Iterable[str]) -> None:
+        """Show `done` with these texts, the pace, and the time gone and left."""
+        now = time.monotonic()
+        seconds = (now - self.since) / max(1, done - self.first)
+        pace = f"{seconds:.1f} s/{self.unit}" if seconds >= 0.1 else f"{1 / max(seconds, 1e-9):.0f} {self.unit}s/s"
+        left = clock(seconds * (self.total - done))
+        text = "  ".join([*parts, pace, f"{clock(now - self.began)} gone", f"{left} left"])
+        self._bar.update(self._task, completed=done, text=text)
         due = done == self.total or done - self._printed >= max(1, self.total // 25)
-        if due:
+        if due and done != self._printed and not self.console.is_terminal:
             self._printed = done
-        self.show(done, "  ".join(parts), due)
+            line = f"{self.stage}  {done}/{self.total}  {text}"
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)

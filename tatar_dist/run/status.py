@@ -1,7 +1,8 @@
 """Fold the event log of a run (run/events.py) into its history, and read what the run does now.
 
-`RunHistory` defines what an event changes; report/reading.py and plan/simulate/measured.py use parts of it. `RunWatcher`
-completes it, from the run's other files, to the `Status` that run/status_view.py draws and `--json` prints.
+`RunHistory` defines what an event changes; report/reading.py and plan/simulate/measured.py use parts of it.
+`RunWatcher` completes it, from the run's other files, to the `Status` that run/status_view.py draws and `--json`
+prints.
 """
 
 from __future__ import annotations

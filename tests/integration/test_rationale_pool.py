@@ -11,7 +11,7 @@ from rationale_process import answers, build_and_kill, results
 from tatar_dist.config.load import load_config
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.rationale import run as running
-from tatar_dist.rationale.marks import read_marks
+from tatar_dist.rationale.questions import read_marks
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 ROWS = 12  # a task

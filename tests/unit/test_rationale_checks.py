@@ -179,9 +179,9 @@ def test_keywords_are_whole_words():
 
 
 def test_five_attributes_in_order_are_wanted_of_a_slow_text():
-    assert attributes_in_order(SLOW, WORDING.attributes) == (8, 8)
-    assert attributes_in_order("nothing of the kind", WORDING.attributes) == (0, 0)
-    touched, chain = attributes_in_order(" ".join(sentences(SLOW)[::-1]), WORDING.attributes)
+    assert attributes_in_order(SLOW, WORDING.checks.attributes.values()) == (8, 8)
+    assert attributes_in_order("nothing of the kind", WORDING.checks.attributes.values()) == (0, 0)
+    touched, chain = attributes_in_order(" ".join(sentences(SLOW)[::-1]), WORDING.checks.attributes.values())
     assert touched == 8 and chain < 8
     bare = "The evening came and many people walked along the river to their homes beyond the old bridge. " * 9
     assert "attributes" in codes(bare.strip(), "iaa")
@@ -255,11 +255,11 @@ def test_attribute_texts_come_in_the_methods_order_whatever_the_spelling_of_thei
         (
             "$score on a scale on which 0",
             "high on a scale on which 0",
-            r"fast\.user: \$score is",
+            r"fast\.user: its blanks must be \$score, .*missing are \['score'\]",
         ),
-        ("      $rationale", "      $rational", r"judge\.iqa\.user: unknown \$rational"),
+        ("      $rationale", "      $rational", r"judge\.iqa\.user: .*unknown are \['rational'\]"),
         ("refusals:", "refusal:", "unknown key 'checks.refusal'; did you mean 'refusals'"),
-        ("overall gestalt:", "gestalt:", "unknown key 'gestalt'"),
+        ("overall gestalt:", "gestalt:", r"unknown are \['gestalt'\], missing are \['overall gestalt'\]"),
         ("fast:", "fast: [", "not valid YAML"),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tatar_dist.rationale.checks import Reason
-from tatar_dist.rationale.marks import MARKS, low_marks, read_marks, schema
+from tatar_dist.rationale.questions import MARKS, low_marks, marks_schema, read_marks
 
 FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1000"))
 GOOD = {"visual_fidelity": 4, "score_consistency": 5}
@@ -27,7 +27,7 @@ def oracle(text, task):
 
     try:
         found = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-        jsonschema.validate(found, schema(task))
+        jsonschema.validate(found, marks_schema(task))
         assert all(type(v) is int for v in found.values())
     except (ValueError, AssertionError, RecursionError, jsonschema.ValidationError):
         return None

@@ -98,7 +98,7 @@ def test_initials_and_names_end_a_sentence_only_before_one_that_begins(text, n):
 )  # fmt: skip
 def test_what_only_sounds_like_a_number_or_a_rating_is_none(text):
     assert number_leak(text, 31.0, WORDING) is None
-    assert WORDING.ratings.search(plain(text)) is None
+    assert WORDING.checks.ratings.search(plain(text)) is None
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,14 @@ def test_a_decade_leaks_beside_the_score_only():
      "exposition", "blockade", "grainfield"],
 )  # fmt: skip
 def test_a_quality_factor_is_a_word_of_its_own(word):
-    assert WORDING.quality_factors.search(plain(f"a {word} there")) is None
+    assert WORDING.checks.quality_factors.search(plain(f"a {word} there")) is None
 
 
 @pytest.mark.parametrize(
     "word", ["compost", "harmonica", "subjective", "ideal", "responsible", "composite", "craftsman"]
 )
 def test_an_attribute_is_a_word_of_its_own(word):
-    assert not [p.pattern for p in WORDING.attributes if p.search(plain(f"a {word} there"))]
+    assert not [p.pattern for p in WORDING.checks.attributes.values() if p.search(plain(f"a {word} there"))]
 
 
 def test_phrases_take_alternatives_endings_and_what_may_be_missing():
