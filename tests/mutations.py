@@ -78,7 +78,7 @@ MUTATIONS = {
     "weights: token mean over sequences": ("algo/aggregation.py", "1.0 / tokens)", "1.0 / sequences)", LOSSES),
     "import: lower is not flipped": ("data/imports/scores.py", "scale.high - raw if lower_is_better", "raw - scale.low if lower_is_better", IMPORTS),
     "import: range starts at 0": ("data/imports/scores.py", "else raw - scale.low", "else raw", IMPORTS),
-    "import: out of range accepted": ("data/imports/scores.py", "outside = ~((raw >= fmt.range.low) & (raw <= fmt.range.high)) & ~np.isnan(raw)", "outside = np.zeros(len(raw), bool)", IMPORTS),
+    "import: out of range accepted": ("data/imports/scores.py", "outside = (raw < fmt.range.low) | (raw > fmt.range.high)", "outside = np.zeros(len(raw), bool)", IMPORTS),
     "manifest: NaN accepted": ("data/schema.py", "bad = ~((scores >= 0) & (scores <= 100))", "bad = (scores < 0) | (scores > 100)", ("test_manifest.py",)),
     "manifest: stamp of another file believed": ("data/manifest.py", "(stamp.rows, stamp.groups) == (sum(sizes), groups_checksum(sizes))", "True", SAMPLER),
     "manifest: paths may leave the root": ("data/manifest.py", "if not os.path.isabs(name) and Path(target).is_relative_to(root) else None", "if not os.path.isabs(name) else None", ("test_manifest.py",)),

@@ -40,7 +40,7 @@ class Sources:
     """Files to import, as bytes with the names that messages use."""
 
     files: tuple[tuple[str, bytes], ...]
-    split_lists: tuple[tuple[str, str, bytes], ...] = ()  # ("test=F", "F", bytes)
+    split_lists: tuple[tuple[str, str, bytes], ...] = ()  # ("test", "F", bytes)
     attributes: tuple[str, bytes] | None = None
 
 
@@ -91,7 +91,7 @@ def assemble(sources: Sources, dataset: Dataset, choices: Choices, folder: Image
         notes.append(_join_attributes(columns, sources.attributes, choices.encoding))
     table = _table(columns, dataset)
     dropped = [
-        {"at": rows.where(i), "image": rows.image[i] or None, "reason": b.reason, "text": b.text}
+        {"at": rows.at[i], "image": rows.image[i] or None, "reason": b.reason, "text": b.text}
         for i, b in sorted(rows.bad.items())
     ]
     report = {
@@ -128,8 +128,7 @@ def _split(rows: ImportRows, dataset: Dataset, sources: Sources, choices: Choice
     columns_rule = "; ".join(sorted({f"column {f.format.split} of the file" for f in with_column}))
     if len(with_column) == len(rows.files):
         return Splits([], columns_rule, True)
-    lacks_split = np.concatenate([np.full(f.rows, f.format.split is None) for f in rows.files])
-    pending = np.flatnonzero(lacks_split & rows.alive()).tolist()
+    pending = [i for i in np.flatnonzero(rows.alive()).tolist() if not rows.split[i]]
     images = [rows.image[i] for i in pending]
     groups = images if dataset.split.by == "image" else [rows.group[i] for i in pending]
     if choices.split:
@@ -216,7 +215,7 @@ def _table(columns: dict[str, Any], dataset: Dataset) -> pa.Table:
 def _file_reports(rows: ImportRows) -> list[dict[str, Any]]:
     reports, start, alive = [], 0, rows.alive()
     for file in rows.files:
-        part = slice(start, start := start + file.rows)
+        part = slice(start, start := start + len(file))
         reports.append(
             {
                 "file": file.file,
@@ -226,7 +225,7 @@ def _file_reports(rows: ImportRows) -> list[dict[str, Any]]:
                 "source": file.format.source,
                 "range": [file.format.range.low, file.format.range.high],
                 "lower_is_better": file.format.lower_is_better,
-                "rows": file.rows,
+                "rows": len(file),
                 "raw": _quantiles(rows.raw[part][alive[part]]),
             }
         )

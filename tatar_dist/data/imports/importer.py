@@ -22,7 +22,8 @@ from tatar_dist.data.imports.folder import ImageFolder
 from tatar_dist.data.registry import Dataset
 from tatar_dist.data.writing import write_manifest, write_table
 from tatar_dist.errors import UserError
-from tatar_dist.run.files import write_whole
+from tatar_dist.run.files import probe, write_whole, writing
+from tatar_dist.types import SPLITS
 
 EMBED_ROWS = 64  # rows whose image bytes are in memory at once, on the way to the writer
 
@@ -45,17 +46,24 @@ def run_import(
     """
     if embed and not check_images:
         raise UserError("--embed reads the images: leave --no-check-images out")
-    dropped_file = _dropped_file(output)
+    probe(output)
+    dropped_file = output.with_suffix(".dropped.jsonl")
+    probe(dropped_file)
+    lists = []
     for spec in split_lists:
-        if "=" not in spec:
-            raise UserError(f"--split-list {spec}: must be SPLIT=FILE, such as test=names.txt")
-    lists = [(spec, spec.partition("=")[2]) for spec in split_lists]
-    for path in filter(None, (*annotations, attributes, *(Path(name) for _, name in lists))):
-        if os.path.realpath(path) in (os.path.realpath(output), os.path.realpath(dropped_file)):
+        split, equals, name = spec.partition("=")
+        if split not in SPLITS or not equals:
+            raise UserError(f"--split-list {spec}: must be SPLIT=FILE with SPLIT one of {', '.join(SPLITS)}")
+        lists.append((split, Path(name)))
+    inputs = {os.path.realpath(p) for p in (*annotations, *(p for _, p in lists), *filter(None, [attributes]))}
+    for path in (output, dropped_file):
+        if os.path.realpath(path) in inputs:
             raise UserError(f"--output {output}: would overwrite {path}, which is read; name another file")
+        if path.exists() and not path.is_file():  # a device would be replaced by the file
+            raise UserError(f"--output {output}: {path} is there and no file; name another")
     sources = Sources(
-        files=tuple((str(p), _read(p, "--annotations")) for p in annotations),
-        split_lists=tuple((spec, name, _read(Path(name), "--split-list")) for spec, name in lists),
+        files=tuple((str(path), _read(path, "--annotations")) for path in annotations),
+        split_lists=tuple((split, str(path), _read(path, "--split-list")) for split, path in lists),
         attributes=(str(attributes), _read(attributes, "--attributes")) if attributes else None,
     )
     folder = ImageFolder(images) if check_images else None
@@ -65,34 +73,17 @@ def run_import(
     finally:
         gc.enable()
     root = Path(os.path.abspath(images))
-    try:
+    with writing(output):
         if embed:
             write_manifest(output, _with_bytes(imported.table, root), image_root=root)
         else:
             write_table(output, imported.table, image_root=root)
         if imported.dropped:
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in imported.dropped)
-            write_whole(dropped_file, "".join(lines))
+            write_whole(dropped_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in imported.dropped))
         else:  # the list of an earlier import would mislead
             dropped_file.unlink(missing_ok=True)
-    except OSError as e:
-        raise UserError(f"--output {output}: cannot write: {e.strerror or e}") from None
     paths = {"manifest": str(output), "dropped_file": str(dropped_file) if imported.dropped else None}
     return paths | {"embedded": embed} | imported.report
-
-
-def _dropped_file(output: Path) -> Path:
-    """Return the path of the dropped rows beside `output`. Raises UserError early if either cannot be a file."""
-    if not output.name or output.is_dir():
-        raise UserError(f"--output {output}: is a directory; name the manifest, a Parquet file")
-    dropped_file = output.with_suffix(".dropped.jsonl")
-    for path in (output, dropped_file):
-        if path.exists() and not path.is_file():  # a device would be replaced by the file
-            raise UserError(f"--output {output}: {path} is there and no file; name another")
-    existing = next(parent for parent in output.absolute().parents if os.path.lexists(parent))
-    if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output {output}: cannot write into {existing}")
-    return dropped_file
 
 
 def _read(path: Path, option: str) -> bytes:

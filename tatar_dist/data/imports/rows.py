@@ -7,10 +7,8 @@ as bad, each with its first fault.
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, fields
-from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any
 
@@ -26,6 +24,7 @@ class ImportRows:
     """Rows of one or more files: a list or array per column, and the bad rows. Each rating is a row."""
 
     files: list[RawFile]
+    at: list[str]  # FILE:LINE
     image: list[str]  # as the file names it
     path: list[str]  # of the image file, relative to --images
     raw: np.ndarray  # NaN where the row is bad
@@ -52,16 +51,6 @@ class ImportRows:
         """Mark a row as bad, unless it is already."""
         self.bad.setdefault(row, Bad(reason, text))
 
-    def where(self, row: int) -> str:
-        """Return FILE:LINE of a row."""
-        k = bisect_right(self._starts, row) - 1
-        return self.files[k].where(row - self._starts[k])
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        """The first row of each file; a set may consist of hundreds of files (PIPAL's labels do)."""
-        return list(accumulate((f.rows for f in self.files), initial=0))[:-1]
-
 
 def concatenate(parts: list[ImportRows]) -> ImportRows:
     """Concatenate the rows of all files."""
@@ -77,18 +66,13 @@ def concatenate(parts: list[ImportRows]) -> ImportRows:
 
 def check_paths(rows: ImportRows, folder: ImageFolder | None) -> None:
     """Mark names that cannot be paths and, with `folder`, images that do not exist as bad; fills rows.path."""
-    faults = {name: fault for name in set(rows.image) if (fault := path_fault(name))}
-    if faults:
-        for i, name in enumerate(rows.image):
-            if name in faults:
-                rows.reject(i, "bad path", f"image {name!r} {faults[name]}")
+    for i, name in enumerate(rows.image):
+        if fault := path_fault(name):
+            rows.reject(i, "bad path", f"image {name!r} {fault}")
     if folder is not None:
         rows.path, missing = folder.find_all(rows.image)
         for i, reason in missing.items():
             rows.bad.setdefault(i, reason)
-
-
-_LEVEL = re.compile(r"\d{1,9}", re.ASCII)
 
 
 def read_names(rows: ImportRows, dataset: Dataset) -> None:
@@ -106,7 +90,7 @@ def read_names(rows: ImportRows, dataset: Dataset) -> None:
         meta: dict[str, Any] = {"reference": match["reference"]}
         if names.distortions:
             family = names.distortions.get(match["type"] or "")
-            level = int(match["level"]) if _LEVEL.fullmatch(match["level"] or "") else 0
+            level = int(match["level"]) if re.fullmatch("[0-9]{1,9}", match["level"] or "") else 0
             if family is None or not 1 <= level <= names.levels:
                 unknown = f"distortion type {match['type']}" if family is None else f"level {match['level']}"
                 rows.reject(i, "name pattern", f"image {name!r}: {dataset.name} has no {unknown}")
@@ -123,33 +107,30 @@ def check_duplicates(rows: ImportRows) -> None:
     groups: dict[tuple[str, str], list[int]] = {}
     for i in np.flatnonzero(rows.alive()).tolist():
         groups.setdefault((rows.worker[i], rows.path[i]), []).append(i)
-    for (worker, path), (first, *others) in groups.items():
-        if not others:
+    for (worker, path), same in groups.items():
+        if len(same) == 1:
             continue
         image = f"image {path!r}" + (f" by worker {worker!r}" if worker else "")
-        values = {
-            (float(rows.score[i]), rows.split[i], rows.rationale[i], str(rows.attributes[i])) for i in (first, *others)
-        }
+        values = {(float(rows.score[i]), rows.split[i], rows.rationale[i], str(rows.attributes[i])) for i in same}
         if len(values) == 1:
-            for i in others:
-                rows.reject(i, "exact duplicate", f"{image} is already in {rows.where(first)}")
+            for i in same[1:]:
+                rows.reject(i, "exact duplicate", f"{image} is already in {rows.at[same[0]]}")
             continue
-        for i in (first, *others):
-            other = others[0] if i == first else first
+        for i in same:
+            other = same[1] if i == same[0] else same[0]
             here, there = f"{rows.raw[i]:.10g}", f"{rows.raw[other]:.10g}"
             differ = f"has score {here} here and {there} in" if here != there else "has other values here than in"
-            rows.reject(i, "conflicting duplicate", f"{image} {differ} {rows.where(other)}")
+            rows.reject(i, "conflicting duplicate", f"{image} {differ} {rows.at[other]}")
 
 
 def first_bad(rows: ImportRows, folder: ImageFolder | None, hint: bool = True) -> str:
     """Format the first bad row as a line, with the number of bad rows by kind."""
     first = min(rows.bad)
-    line = f"{rows.where(first)}: {rows.bad[first].text}"
+    line = f"{rows.at[first]}: {rows.bad[first].text}"
     reasons = Counter(b.reason for b in rows.bad.values())
     if len(rows.bad) > 1:
         kinds = ", ".join(f"{n:,} × {reason}" for reason, n in reasons.most_common())
         line += f" ({len(rows.bad):,} of {len(rows):,} rows are bad: {kinds})"
-    strange = not any("; there is" in b.text for b in rows.bad.values())
-    if folder is not None and strange and reasons["missing image"] == len(rows):
+    if folder is not None and reasons["missing image"] == len(rows) and "; there is" not in line:
         return f"{line}; no image was found: does --images name the right directory?"
     return f"{line}; correct it, or leave such rows out with --drop-bad" if hint else line

@@ -21,8 +21,9 @@ from tatar_dist.data.imports.rows import ImportRows
 from tatar_dist.data.registry import Range
 from tatar_dist.errors import UserError
 
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?((\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
 _NUMBER_CHARACTERS = frozenset("0123456789+-.eE \t")
+_INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 MOST_VOTES = 1e9  # per value; larger counts are rejected, so that sums stay exact
 
 
@@ -34,25 +35,30 @@ def to_score(raw: np.ndarray, scale: Range, lower_is_better: bool = False) -> np
 
 def judge(file: RawFile) -> ImportRows:
     """Check every used column and convert it; rows that fail are in `bad`, each with its first fault."""
-    fmt = file.format
+    fmt, n = file.format, len(file)
     image = _texts(file, fmt.image)
     for column, kind in zip(fmt.columns, fmt.types or (), strict=False):
         if kind == "integer" and column in file.columns:
             _check_integers(file, column)
-    if fmt.image_pattern != "{}":
-        image = [fmt.image_pattern.replace("{}", name) for name in image]
-    votes = _votes(file) if fmt.votes else None
-    vote_values = [value for _, value in fmt.votes]
+    image = [fmt.image_pattern.replace("{}", name) for name in image]
+    meta: list[dict[str, Any]] = [{} for _ in image]
+    std = np.full(n, np.nan)
+    if fmt.votes:
+        values = np.array([value for _, value in fmt.votes])
+        votes = _votes(file)
+        meta = [{"counts": counts} for counts in counts_by_value(values, votes)]
     if fmt.score is not None:
         raw = _numbers(file, fmt.score)
         label = f"{file.label(fmt.score)}: "
-    else:
-        assert votes is not None  # the registry requires score or votes
-        raw = _mean(votes, np.array(vote_values))
+    else:  # the registry requires score or votes
+        with np.errstate(invalid="ignore", divide="ignore"):
+            raw = (votes @ values) / votes.sum(axis=1)
+            variance = (votes * (values - raw[:, None]) ** 2).sum(axis=1) / votes.sum(axis=1)
+        std = np.sqrt(variance) * fmt.range.points
         label = "the mean of the votes, "
         for i in np.flatnonzero(np.isnan(raw)):
             file.reject(i, "no votes", "all vote counts are 0")
-    outside = ~((raw >= fmt.range.low) & (raw <= fmt.range.high)) & ~np.isnan(raw)
+    outside = (raw < fmt.range.low) | (raw > fmt.range.high)  # not for NaN, whose row is bad already
     for i in np.flatnonzero(outside):
         file.reject(i, "out of range", f"{label}{raw[i]:.10g} is outside {fmt.range}, the range of format {fmt.name}")
     raw = np.where(outside, np.nan, raw)
@@ -61,17 +67,18 @@ def judge(file: RawFile) -> ImportRows:
             file.reject(i, "wrong type", f"{label}{raw[i]:g} is no whole rating")
     rows = ImportRows(
         files=[file],
+        at=file.at,
         image=image,
         path=image,
         raw=raw,
         score=to_score(raw, fmt.range, fmt.lower_is_better),
-        std=_spread(file, votes),
-        worker=_texts(file, fmt.worker) if fmt.worker else [""] * file.rows,
+        std=_deviations(file) if fmt.std else std,
+        worker=_texts(file, fmt.worker) if fmt.worker else [""] * n,
         group=list(image),
-        split=_splits(file) if fmt.split else [""] * file.rows,
-        rationale=list(_texts(file, fmt.rationale)) if fmt.rationale else [None] * file.rows,
-        attributes=list(_attributes(file)) if fmt.attributes else [None] * file.rows,
-        meta=[{} for _ in image] if votes is None else [{"counts": c} for c in counts_by_value(vote_values, votes)],
+        split=_splits(file) if fmt.split else [""] * n,
+        rationale=list(_texts(file, fmt.rationale)) if fmt.rationale else [None] * n,
+        attributes=list(_attributes(file, fmt.attributes)) if fmt.attributes else [None] * n,
+        meta=meta,
         bad=file.bad,
     )
     file.columns.clear()  # the text of a large file would stay in memory until the manifest is written
@@ -94,12 +101,9 @@ def _texts(file: RawFile, column: str) -> list[str]:
         elif not text:
             file.reject(i, "empty value", f"{file.label(column)} is empty")
         elif not is_text(text):
-            file.reject(i, "wrong type", f"{file.label(column)}: {short(text)} holds half a character")
+            file.reject(i, "wrong type", f"{file.label(column)}: {_short(text)} holds half a character")
         texts.append(text)
     return texts
-
-
-_INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 
 
 def _check_integers(file: RawFile, column: str) -> None:
@@ -109,7 +113,7 @@ def _check_integers(file: RawFile, column: str) -> None:
         return
     for i, value in enumerate(values):
         if not _INTEGER.fullmatch(value.strip()):
-            file.reject(i, "wrong type", f"{file.label(column)}: {short(value)} is no whole number")
+            file.reject(i, "wrong type", f"{file.label(column)}: {_short(value)} is no whole number")
 
 
 def _wrong(label: str, value: Any, wanted: str) -> Bad:
@@ -117,24 +121,21 @@ def _wrong(label: str, value: Any, wanted: str) -> Bad:
         return Bad("missing key", f"{label} is missing")
     if value is None:
         return Bad("empty value", f"{label} is empty")
-    if isinstance(value, bool | int | float | str | list | dict):
-        shown = f" ({short(value)})" if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
-        return Bad("wrong type", f"{label} is {json_type(value)}{shown}, must be {wanted}")
-    return Bad("wrong type", f"{label} is a {type(value).__name__} ({value}), must be {wanted}")
+    if isinstance(value, Bad):  # an object with a repeated key
+        return value
+    shown = "" if isinstance(value, bool | list | dict) else f" ({_short(value)})"
+    return Bad("wrong type", f"{label} is {json_type(value)}{shown}, must be {wanted}")
 
 
-def short(value: Any) -> str:
+def _short(value: Any) -> str:
     """Format a value for messages: one line, at most 60 characters, quoted if it is text."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of more digits than Python prints
-        text = "an integer of thousands of digits"
+    text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
 def _numbers(file: RawFile, column: str) -> np.ndarray:
     """Return (n,) float64, NaN where the row is bad."""
-    values = file.columns[column]
+    values, label = file.columns[column], file.label(column)
     written = file.kind in ("csv", "text")
     if written and _NUMBER_CHARACTERS.issuperset("".join(values)):  # a column without a fault is read at once
         with suppress(ValueError):
@@ -143,35 +144,24 @@ def _numbers(file: RawFile, column: str) -> np.ndarray:
                 return numbers
     numbers = np.full(len(values), np.nan)
     for i, value in enumerate(values):
-        number = _number(file.label(column), value, written)
-        if isinstance(number, Bad):
-            file.reject(i, *number)
+        text = value.strip() if written else value
+        if text == "":
+            file.reject(i, "empty value", f"{label} is empty")
+        elif written and not _NUMBER.fullmatch(text):
+            file.reject(i, "wrong type", f"{label}: {_short(text)} is no number")
+        elif not written and type(value) not in (int, float):
+            file.reject(i, *_wrong(label, value, "a number"))
         else:
-            numbers[i] = number
+            with suppress(OverflowError):  # an integer of hundreds of digits
+                numbers[i] = float(text)
+            if not math.isfinite(numbers[i]):
+                file.reject(i, "not finite", f"{label}: {_short(value)} is no finite number")
+                numbers[i] = np.nan
     return numbers
 
 
-def _number(label: str, value: Any, written: bool) -> float | Bad:
-    if written:
-        text = value.strip()
-        if not text:
-            return Bad("empty value", f"{label} is empty")
-        if not _NUMBER.fullmatch(text):
-            special = text.lstrip("+-").casefold() in ("nan", "inf", "infinity", "na", "n/a", "null", "none")
-            return Bad("not finite" if special else "wrong type", f"{label}: {short(text)} is no number")
-        value = float(text)
-    elif type(value) not in (int, float):
-        return _wrong(label, value, "a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        return Bad("not finite", f"{label}: {short(value)} is no finite number")
-    return number
-
-
 def _votes(file: RawFile) -> np.ndarray:
+    """Return (n, k) int64 votes for each of k values; 0 where the row is bad."""
     fmt = file.format
     names = [name for name, _ in fmt.votes]
     counts = np.stack([_numbers(file, name) for name in names], axis=1)
@@ -188,56 +178,34 @@ def _votes(file: RawFile) -> np.ndarray:
     return np.where(usable[:, None], rounded, 0.0).astype(np.int64)
 
 
-def _mean(votes: np.ndarray, values: np.ndarray) -> np.ndarray:
-    total = votes.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (votes @ values) / total
-
-
-def _spread(file: RawFile, votes: np.ndarray | None) -> np.ndarray:
-    """Return (n,) standard deviations in points: from their own column, else from the votes.
-
-    They are NaN without either, and for votes beside a score column, whose scale may differ from theirs.
-    """
-    fmt = file.format
-    if fmt.std is not None:
-        assert fmt.std_range is not None
-        std = _numbers(file, fmt.std)
-        most = fmt.std_range.high - fmt.std_range.low
-        for i in np.flatnonzero(~((std >= 0) & (std <= most)) & ~np.isnan(std)):
-            text = f"column {fmt.std}: {std[i]:.10g} is no standard deviation on {fmt.std_range}"
-            file.reject(i, "out of range", text)
-        return std * fmt.std_range.points
-    if votes is None or fmt.score is not None:
-        return np.full(file.rows, np.nan)
-    values = np.array([value for _, value in fmt.votes])
-    mean = _mean(votes, values)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        variance = (votes * (values[None, :] - mean[:, None]) ** 2).sum(axis=1) / votes.sum(axis=1)
-    return np.sqrt(variance) * fmt.range.points
+def _deviations(file: RawFile) -> np.ndarray:
+    """Return (n,) standard deviations in points, from their own column."""
+    column, scale = file.format.std, file.format.std_range
+    assert column is not None and scale is not None
+    std = _numbers(file, column)
+    for i in np.flatnonzero((std < 0) | (std > scale.high - scale.low)):
+        file.reject(i, "out of range", f"column {column}: {std[i]:.10g} is no standard deviation on {scale}")
+    return std * scale.points
 
 
 def _splits(file: RawFile) -> list[str]:
-    fmt = file.format
-    assert fmt.split is not None and fmt.split_values is not None
-    names = _texts(file, fmt.split)
+    column, known = file.format.split, file.format.split_values
+    assert column is not None and known is not None
+    names = _texts(file, column)
     for i, name in enumerate(names):
-        if name and name not in fmt.split_values:
-            known = ", ".join(fmt.split_values)
-            file.reject(i, "unknown split", f"column {fmt.split}: {short(name)} is none of {known}")
-    return [fmt.split_values.get(name, "") for name in names]
+        if name and name not in known:
+            file.reject(i, "unknown split", f"column {column}: {_short(name)} is none of {', '.join(known)}")
+    return [known.get(name, "") for name in names]
 
 
-def _attributes(file: RawFile) -> list[dict[str, str]]:
-    column = file.format.attributes
-    assert column is not None
-    attributes: list[dict[str, str]] = [{} for _ in range(file.rows)]
+def _attributes(file: RawFile, column: str) -> list[dict[str, str]]:
+    attributes: list[dict[str, str]] = [{} for _ in range(len(file))]
     for i, value in enumerate(file.columns[column]):
         if not isinstance(value, dict):
             file.reject(i, *_wrong(file.label(column), value, "an object"))
             continue
         try:
-            attributes[i] = in_order(value)
+            attributes[i] = in_order(value.items())
         except UserError as e:
             file.reject(i, "attributes", f"{file.label(column)}: {e}")
     return attributes
