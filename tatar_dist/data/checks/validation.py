@@ -71,6 +71,11 @@ class Problem:
     def level(self) -> str:
         return "error" if self.code in ERRORS else "warning"
 
+    @property
+    def text(self) -> str:
+        """The message with its row, for people."""
+        return self.message if self.row is None else f"row {self.row}, {self.sample_id}: {self.message}"
+
 
 @dataclass
 class ProblemLog:
@@ -122,7 +127,6 @@ class Checked:
     pools: dict[int, PoolFacts] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) of pictures that decode
     files: int = 0  # rows whose picture is a file
     absent: int = 0  # of those, the files that cannot be read
 
