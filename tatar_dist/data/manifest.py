@@ -268,7 +268,5 @@ def _check_rows(path: Path, file: pq.ParquetFile) -> None:
     for g in range(file.metadata.num_row_groups):
         check_table(path, first, file.read_row_group(g, columns=list(REQUIRED)), ids)
         first += file.metadata.row_group(g).num_rows
-    repeat = ids.first_repeat(lambda: stored_ids(file))
-    if repeat is not None:
-        name, row, before = repeat
+    for name, row, before in ids.repeats(stored_ids(file)):
         raise UserError(f"{path}: row {row}, column sample_id: {name!r} was used in row {before}")

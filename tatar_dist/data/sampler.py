@@ -245,12 +245,9 @@ def _check_ids(dataset: str, parts: Sequence[tuple[int, Manifest, Pool]]) -> Non
     for _, manifest, pool in parts:
         for names in of(manifest, pool):
             ids.add(names)
-    repeat = ids.first_repeat(lambda: (names for _, m, p in parts for names in of(m, p)))
-    if repeat is None:
-        return
-    holders = [m.path for _, m, p in parts if any(repeat[0] in names for names in of(m, p))]
-    first, last = holders[0], holders[-1]
-    raise UserError(f"{last}: column sample_id: {repeat[0]!r} of data set {dataset!r} was given already by {first}")
+    for name, _, _ in ids.repeats(names for _, m, p in parts for names in of(m, p)):
+        first, *_, last = (m.path for _, m, p in parts if any(name in names for names in of(m, p)))
+        raise UserError(f"{last}: column sample_id: {name!r} of data set {dataset!r} was given already by {first}")
 
 
 def check_rationales(manifests: Iterable[Manifest]) -> None:

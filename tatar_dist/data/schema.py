@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -163,25 +164,22 @@ def check_table(path: Path, first: int, table: pa.Table, ids: IdCheck) -> None:
 
 
 class IdCheck:
-    """Find a repeated id among millions. Stores an 8-byte hash per id; ids are compared only where hashes are equal."""
+    """Find repeated ids among millions. Stores an 8-byte hash per id; ids are compared only where hashes are equal."""
 
     def __init__(self) -> None:
         self._hashes: list[np.ndarray] = []
 
-    def add(self, ids: Sequence[str]) -> None:
+    def add(self, ids: Sequence[str | None]) -> None:
         self._hashes.append(np.fromiter(map(hash, ids), np.int64, len(ids)))
 
-    def first_repeat(self, again: Callable[[], Iterable[Sequence[str]]]) -> tuple[str, int, int] | None:
-        """Return (id, its row, the earlier row) of the first repeated id, or None; `again()` yields what was added."""
+    def repeats(self, again: Iterable[Sequence[str | None]]) -> Iterator[tuple[str, int, int]]:
+        """Yield (id, its row, the first row) of repeated ids; `again` yields once more what was added."""
         hashes = np.sort(np.concatenate(self._hashes or [np.zeros(0, np.int64)]))
         suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-        if not suspects:
-            return None
-        seen: dict[str, int] = {}
-        for row, name in enumerate(name for names in again() for name in names):
-            if hash(name) in suspects and seen.setdefault(name, row) != row:
-                return name, row, seen[name]
-        return None
+        first: dict[str, int] = {}
+        for row, name in enumerate(chain.from_iterable(again) if suspects else ()):
+            if name is not None and hash(name) in suspects and first.setdefault(name, row) != row:
+                yield name, row, first[name]
 
 
 def stored_ids(file: pq.ParquetFile) -> Iterator[list[str]]:

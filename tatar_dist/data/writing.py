@@ -119,9 +119,8 @@ class ManifestWriter:
 
     def _check_ids(self) -> None:
         with pq.ParquetFile(self._beside) as file:
-            repeat = self._ids.first_repeat(lambda: stored_ids(file))
-        if repeat is not None:
-            raise UserError(f"{self.path}: column sample_id: {repeat[0]!r} comes twice; nothing was written")
+            for name, *_ in self._ids.repeats(stored_ids(file)):
+                raise UserError(f"{self.path}: column sample_id: {name!r} comes twice; nothing was written")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tatar_dist.data.manifest import image_path
-from tatar_dist.data.schema import json_object
+from tatar_dist.data.schema import REQUIRED, json_object
 from tatar_dist.types import SPLITS, TASKS
 
 Columns = dict[str, list[Any]]  # column name -> Python values of a batch
@@ -30,39 +30,35 @@ NARROW = 10.0  # points; a tenth of the scale
 
 def row_faults(columns: Columns, root: Path) -> Iterator[tuple[int, str, str]]:
     """Yield what `read_manifest` and `Manifest.get` reject in the rows of a batch. `root`: normalised, absolute."""
-    for name in ("sample_id", "dataset", "task", "score", "split"):
+    for name in (*REQUIRED, "attributes", "meta"):
         for i, value in enumerate(columns[name]):
-            if value is None:
-                yield i, "no-value", f"column {name}: no value"
-    for name in ("sample_id", "dataset"):
-        for i, value in enumerate(columns[name]):
-            if value == "":
-                yield i, "empty-key", f"column {name}: is empty"
-    for i, task in enumerate(columns["task"]):
-        if task is not None and task not in TASKS:
-            yield i, "bad-task", f"column task: {task!r} is neither {' nor '.join(TASKS)}"
-    for i, split in enumerate(columns["split"]):
-        if split is not None and split not in SPLITS:
-            yield i, "bad-split", f"column split: {split!r} must be one of {', '.join(SPLITS)}"
-    for i, score in enumerate(columns["score"]):
-        if score is not None and not 0 <= score <= 100:  # true for NaN as well
-            yield i, "bad-score", f"column score: {score} is not a number from 0 to 100"
+            if fault := _fault(name, value):
+                code, text = fault
+                yield i, code, f"column {name}: {text}"
     for i, (name, embedded) in enumerate(zip(columns["image"], columns["image_bytes"], strict=True)):
         if not embedded and not name:
             yield i, "no-image", "column image: neither a path nor image_bytes"
         elif not embedded and image_path(root, name) is None:
             yield i, "outside", f"column image: {name!r} leads outside the image root"
-    for name in ("attributes", "meta"):
-        for i, text in enumerate(columns[name]):
-            if text and (fault := _not_an_object(text)):
-                yield i, "bad-json", f"column {name}: {fault}"
 
 
-def _not_an_object(text: str) -> str | None:
-    try:
-        json_object(text)
-    except ValueError as e:
-        return str(e)
+def _fault(name: str, value: Any) -> tuple[str, str] | None:
+    """Return (code, text) of what is wrong with a value of a column other than image and image_bytes, or None."""
+    if value is None:
+        return ("no-value", "no value") if name in REQUIRED else None
+    if name in ("sample_id", "dataset") and value == "":
+        return "empty-key", "is empty"
+    if name == "task" and value not in TASKS:
+        return "bad-task", f"{value!r} is neither {' nor '.join(TASKS)}"
+    if name == "split" and value not in SPLITS:
+        return "bad-split", f"{value!r} must be one of {', '.join(SPLITS)}"
+    if name == "score" and not 0 <= value <= 100:  # true for NaN as well
+        return "bad-score", f"{value} is not a number from 0 to 100"
+    if name in ("attributes", "meta") and value:
+        try:
+            json_object(value)
+        except ValueError as e:
+            return "bad-json", str(e)
     return None
 
 

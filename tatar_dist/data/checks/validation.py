@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from tatar_dist.data.checks.rows import Key, PoolFacts
 from tatar_dist.data.manifest import existing, stamped_root
-from tatar_dist.data.schema import SCHEMA, check_columns, read_stamp
+from tatar_dist.data.schema import SCHEMA, IdCheck, check_columns, read_stamp
 from tatar_dist.errors import UserError
 from tatar_dist.run.files import probe, writing, written_whole
 
@@ -124,6 +124,7 @@ class Checked:
     rows: int
     first: int
     log: ProblemLog
+    ids: IdCheck = field(default_factory=IdCheck)
     pools: dict[int, PoolFacts] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
@@ -137,10 +138,9 @@ class Checked:
 
 @dataclass
 class ValidationRows:
-    """Arrays over the rows of all manifests: hashes of pictures, ids and references (0: none), pool, usability."""
+    """Arrays over the rows of all manifests: hashes of pictures and references (0: none), pool, usability."""
 
     picture: np.ndarray  # (n, 2) uint64
-    ident: np.ndarray  # (n,) int64
     reference: np.ndarray  # (n,) int64
     pool: np.ndarray  # (n,) int32, a place in `pools`
     unusable: np.ndarray  # (n,) bool
@@ -148,8 +148,7 @@ class ValidationRows:
 
     @classmethod
     def of(cls, n: int) -> ValidationRows:
-        ident, reference = np.zeros(n, np.int64), np.zeros(n, np.int64)
-        return cls(np.zeros((n, 2), np.uint64), ident, reference, np.zeros(n, np.int32), np.zeros(n, bool))
+        return cls(np.zeros((n, 2), np.uint64), np.zeros(n, np.int64), np.zeros(n, np.int32), np.zeros(n, bool))
 
 
 @dataclass
