@@ -83,7 +83,7 @@ MUTATIONS = {
     "manifest: stamp of another file believed": ("data/manifest.py", "(stamp.rows, stamp.groups) == (sum(sizes), groups_checksum(sizes))", "True", SAMPLER),
     "manifest: paths may leave the root": ("data/manifest.py", "if not os.path.isabs(name) and Path(target).is_relative_to(root) else None", "if not os.path.isabs(name) else None", ("test_manifest.py",)),
     "writer: pools mixed in a group": ("data/writing.py", "for key, part in _by_pool(table):", "for key, part in [(('', '', ''), table)]:", SAMPLER),
-    "writer: repeated ids accepted": ("data/writing.py", "        self._check_ids()\n", "", SAMPLER),
+    "writer: repeated ids accepted": ("data/writing.py", "        writer.check_ids(place)\n", "", SAMPLER),
     "splits: every row is trained on": ("data/manifest.py", "if p.split == split)", "if True)", SAMPLER),
     "walk: excluded rows come back": ("data/pool_cursor.py", "            if ref in self.excluded:\n                continue\n", "", SAMPLER),
     "walk: rows put off are lost": ("data/pool_cursor.py", "                self.put_off.append(ref)\n", "", SAMPLER),

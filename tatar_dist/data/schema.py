@@ -116,19 +116,23 @@ def _fits(stored: pa.DataType, wanted: pa.DataType) -> bool:
 
 def check_pool(path: Path, pool: Pool) -> None:
     """Raise UserError for what the statistics of a pool show to be invalid: its keys, or scores outside 0-100."""
-    _check_keys(path, int(pool.runs[0, 0]), pool.dataset, pool.task, pool.split)
+    for name in ("dataset", "task", "split"):
+        if rule := _rule(name, getattr(pool, name)):
+            raise UserError(f"{path}: row {int(pool.runs[0, 0])}, column {name}: {rule}")
     if not 0 <= pool.score_min <= pool.score_max <= 100:
         bad = pool.score_max if pool.score_max > 100 else pool.score_min
         raise UserError(f"{path}: data set {pool.dataset!r}, column score: {bad} is not a number from 0 to 100")
 
 
-def _check_keys(path: Path, row: int, dataset: str, task: str, split: str) -> None:
-    if not dataset:
-        raise UserError(f"{path}: row {row}, column dataset: is empty")
-    if task not in TASKS:
-        raise UserError(f"{path}: row {row}, column task: {task!r} is neither {TASKS[0]} nor {TASKS[1]}")
-    if split not in SPLITS:
-        raise UserError(f"{path}: row {row}, column split: {split!r} is none of {', '.join(SPLITS)}")
+def _rule(column: str, text: str) -> str | None:
+    """Return what is wrong with a text of a required column, or None."""
+    if not text:
+        return "is empty"
+    if column == "task" and text not in TASKS:
+        return f"{text!r} is neither {TASKS[0]} nor {TASKS[1]}"
+    if column == "split" and text not in SPLITS:
+        return f"{text!r} is none of {', '.join(SPLITS)}"
+    return None
 
 
 def check_table(path: Path, first: int, table: pa.Table, ids: IdCheck) -> None:
@@ -143,18 +147,12 @@ def check_table(path: Path, first: int, table: pa.Table, ids: IdCheck) -> None:
         if column.null_count:
             row = first + pc.index(column.is_null(), True).as_py()
             raise UserError(f"{path}: row {row}, column {name}: no value")
-    keys = [table.column(name).cast(pa.string()) for name in ("dataset", "task", "split")]
-    wrong = pc.or_(
-        pc.equal(keys[0], ""),
-        pc.invert(pc.and_(pc.is_in(keys[1], value_set=pa.array(TASKS)), pc.is_in(keys[2], value_set=pa.array(SPLITS)))),
-    )
-    if pc.any(wrong).as_py():
-        i = pc.index(wrong, True).as_py()
-        dataset, task, split = (column[i].as_py() for column in keys)
-        _check_keys(path, first + i, dataset, task, split)
-    empty = pc.equal(table.column("sample_id").cast(pa.string()), "")
-    if pc.any(empty).as_py():
-        raise UserError(f"{path}: row {first + pc.index(empty, True).as_py()}, column sample_id: is empty")
+    for name in ("sample_id", "dataset", "task", "split"):
+        column = table.column(name).cast(pa.string())
+        for value in [""] if name == "sample_id" else column.unique().to_pylist():
+            row = pc.index(column, value).as_py()
+            if row >= 0 and (rule := _rule(name, value)):
+                raise UserError(f"{path}: row {first + row}, column {name}: {rule}")
     scores = table.column("score").cast(pa.float64(), safe=False).to_numpy()
     bad = ~((scores >= 0) & (scores <= 100))  # true for NaN as well
     if bad.any():

@@ -28,7 +28,7 @@ from tatar_dist.data.checks.validation import (
     open_source,
 )
 from tatar_dist.data.schema import SCHEMA
-from tatar_dist.data.writing import ManifestWriter
+from tatar_dist.data.writing import manifest_writer
 from tatar_dist.errors import UserError
 from tatar_dist.run.files import probe, writing
 from tatar_dist.types import SPLITS
@@ -181,7 +181,7 @@ def clean(validation: Validation, out: Path) -> dict[str, dict[str, int]]:
         keep = fate == KEEP
         file, _ = open_source(manifest.path)
         start = 0
-        with file, writing(target), ManifestWriter(target, image_root=manifest.root) as writer:
+        with file, writing(target), manifest_writer(target, image_root=manifest.root) as writer:
             for table in batches(file, SCHEMA.names):
                 writer.write(table.filter(pa.array(keep[start : start + len(table)])))
                 start += len(table)
