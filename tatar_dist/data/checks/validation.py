@@ -68,10 +68,6 @@ class Problem:
     message: str
 
     @property
-    def level(self) -> str:
-        return "error" if self.code in ERRORS else "warning"
-
-    @property
     def text(self) -> str:
         """The message with its row, for people."""
         return self.message if self.row is None else f"row {self.row}, {self.sample_id}: {self.message}"
@@ -90,9 +86,9 @@ class ProblemLog:
         self.counts[problem.code] += 1
         if len(kept := self.examples.setdefault(problem.code, [])) < EXAMPLES:
             kept.append(problem)
-        line = asdict(problem) | {"level": problem.level}
+        level = "error" if problem.code in ERRORS else "warning"
         with writing(self.path):
-            self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self.file.write(json.dumps(asdict(problem) | {"level": level}, ensure_ascii=False) + "\n")
 
     def in_order(self) -> Iterator[tuple[str, int, list[Problem]]]:
         """Return (code, count, first problems) of each code that occurred, errors first."""

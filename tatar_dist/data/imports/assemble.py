@@ -86,13 +86,12 @@ def assemble(sources: Sources, dataset: Dataset, choices: Choices, folder: Image
     keep = np.flatnonzero(rows.alive())
     ratings = bool(files[0].format.worker)
     columns = _averaged(rows, keep) if ratings else _columns(rows, keep)
-    notes = list(splits.notes)
+    notes = splits.notes
     if sources.attributes:
         notes.append(_join_attributes(columns, sources.attributes, choices.encoding))
     table = _table(columns, dataset)
     dropped = [
-        {"at": rows.at[i], "image": rows.image[i] or None, "reason": b.reason, "text": b.text}
-        for i, b in sorted(rows.bad.items())
+        {"at": rows.at[i], "image": rows.image[i] or None} | bad._asdict() for i, bad in sorted(rows.bad.items())
     ]
     report = {
         "dataset": dataset.name,
@@ -121,14 +120,14 @@ def _split(rows: ImportRows, dataset: Dataset, sources: Sources, choices: Choice
         raise UserError("--split and --split-list exclude each other")
     if choices.split and choices.split not in SPLITS:
         raise UserError(f"--split {choices.split}: must be one of {', '.join(SPLITS)}")
-    with_column = [f for f in rows.files if f.format.split]
-    for file in with_column:
-        if choices.split or sources.split_lists:
-            raise UserError(f"{file.file}: its column {file.format.split} says the split; leave --split and lists out")
-    columns_rule = "; ".join(sorted({f"column {f.format.split} of the file" for f in with_column}))
-    if len(with_column) == len(rows.files):
-        return Splits([], columns_rule, True)
-    pending = [i for i in np.flatnonzero(rows.alive()).tolist() if not rows.split[i]]
+    column = rows.files[0].format.split
+    if any(f.format.split != column for f in rows.files):
+        raise UserError("files whose column says the split and other files cannot be one manifest: import each alone")
+    if column and (choices.split or sources.split_lists):
+        raise UserError(f"{rows.files[0].file}: its column {column} says the split; leave --split and lists out")
+    if column:
+        return Splits([], f"column {column} of the file", True)
+    pending = np.flatnonzero(rows.alive()).tolist()
     images = [rows.image[i] for i in pending]
     groups = images if dataset.split.by == "image" else [rows.group[i] for i in pending]
     if choices.split:
@@ -144,8 +143,6 @@ def _split(rows: ImportRows, dataset: Dataset, sources: Sources, choices: Choice
         rows.split[i] = split
         if not split:
             rows.reject(i, "in no split list", f"image {rows.image[i]!r} is in none of the split lists")
-    if with_column:
-        splits.rule, splits.official = f"{columns_rule}; of the other files: {splits.rule}", splits.official and None
     return splits
 
 
@@ -192,7 +189,6 @@ def _join_attributes(columns: dict[str, Any], source: tuple[str, bytes], encodin
 
 def _table(columns: dict[str, Any], dataset: Dataset) -> pa.Table:
     n = len(columns["image"])
-    std = columns["score_std"]
     encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
     objects = {name: [encode(value) if value else None for value in columns[name]] for name in ("attributes", "meta")}
     return pa.table(
@@ -203,11 +199,10 @@ def _table(columns: dict[str, Any], dataset: Dataset) -> pa.Table:
             "image": columns["path"],
             "score": columns["score"],
             "score_raw": columns["score_raw"],
-            "score_std": pa.array(std, mask=np.isnan(std)),
+            "score_std": pa.array(columns["score_std"], from_pandas=True),  # NaN is null
             "split": columns["split"],
-            "rationale": pa.array(columns["rationale"], pa.string()),
-            "attributes": pa.array(objects["attributes"], pa.string()),
-            "meta": pa.array(objects["meta"], pa.string()),
+            "rationale": columns["rationale"],
+            **objects,
         }
     )
 
