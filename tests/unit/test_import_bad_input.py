@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tatar_dist.cli import main
-from tatar_dist.data.imports.assemble import Choices, Sources, assemble
 from tatar_dist.data.imports.folder import ImageFolder
+from tatar_dist.data.imports.importer import Choices, Sources, assemble
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.registry import read_registry
 from tatar_dist.errors import UserError

@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from tatar_dist.cli import main
-from tatar_dist.data.imports.assemble import Choices, Sources, assemble
+from tatar_dist.data.imports.importer import Choices, Sources, assemble
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.registry import read_registry
 from tatar_dist.errors import UserError

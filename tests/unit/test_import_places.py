@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tatar_dist.data.imports.annotations import parse
-from tatar_dist.data.imports.assemble import Choices, Sources, assemble
+from tatar_dist.data.imports.importer import Choices, Sources, assemble
 from tatar_dist.data.registry import read_registry
 
 TAD = read_registry().find("tad66k")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tatar_dist.cli import main
-from tatar_dist.data.imports.assemble import Choices, Sources, assemble
+from tatar_dist.data.imports.importer import Choices, Sources, assemble
 from tatar_dist.data.registry import Range, read_registry
 from tatar_dist.errors import UserError
 from tatar_dist.types import SPLITS

@@ -25,8 +25,8 @@ from tatar_dist.data.checks.validation import (
     ValidationRows,
     batches,
     columns_of,
-    open_source,
 )
+from tatar_dist.data.manifest import open_parquet
 from tatar_dist.data.schema import SCHEMA
 from tatar_dist.data.writing import manifest_writer
 from tatar_dist.errors import UserError
@@ -179,7 +179,7 @@ def clean(validation: Validation, out: Path) -> dict[str, dict[str, int]]:
     for manifest, target in zip(validation.manifests, targets, strict=True):
         fate = validation.fate_of(manifest)
         keep = fate == KEEP
-        file, _ = open_source(manifest.path)
+        file, *_ = open_parquet(manifest.path)
         start = 0
         with file, writing(target), manifest_writer(target, image_root=manifest.root) as writer:
             for table in batches(file, SCHEMA.names):

@@ -34,12 +34,11 @@ from tatar_dist.data.checks.validation import (
     Validation,
     ValidationRows,
     batches,
-    open_source,
     problem_log,
     values_of,
 )
 from tatar_dist.data.images import MAX_PIXELS, ImageFacts, inspect_image
-from tatar_dist.data.manifest import file_bytes, image_path
+from tatar_dist.data.manifest import file_bytes, image_path, open_parquet
 from tatar_dist.data.schema import SCHEMA
 from tatar_dist.errors import UserError
 from tatar_dist.run.files import probe
@@ -64,16 +63,16 @@ def validate(
     images: base of image paths, instead of those stored in the manifests.
     Raises UserError for files that are not manifests, two of one name, or reports that cannot be written.
     """
-    opened = [(Path(p), *open_source(Path(p), images)) for p in paths]
-    names = Counter((output or p.parent, p.stem) for p, _, _ in opened)
+    opened = [(p, *open_parquet(p, images)) for p in map(Path, paths)]
+    names = Counter((output or p.parent, p.stem) for p, *_ in opened)
     if clash := [stem for (_, stem), n in names.items() if n > 1]:
         raise UserError(f"{clash[0]}: given twice, or two manifests of this name would write the same report")
     workers = workers or len(os.sched_getaffinity(0))
-    total = sum(file.metadata.num_rows for _, file, _ in opened)
+    total = sum(file.metadata.num_rows for _, file, *_ in opened)
     rows, checked = ValidationRows.of(total), []
     with ExitStack() as stack:
         first = 0
-        for path, file, root in opened:
+        for path, file, _, root in opened:
             for suffix in ("validate.md", "validate.png"):  # fail before hours of decoding
                 probe((output or path.parent) / f"{path.stem}.{suffix}")
             log = stack.enter_context(problem_log((output or path.parent) / f"{path.stem}.problems.jsonl"))
@@ -83,7 +82,7 @@ def validate(
         room = _Room(max(MAX_PIXELS, workers * WORKER_PIXELS))
         pool = ThreadPoolExecutor(workers, "decode")
         stack.callback(pool.shutdown, cancel_futures=True)  # after an error or Ctrl-C, only what is being decoded ends
-        for manifest, (path, file, _) in zip(checked, opened, strict=True):
+        for manifest, (path, file, *_) in zip(checked, opened, strict=True):
             submitted = _submitted(manifest, file, rows, lambda item: pool.submit(look_at, item, room.taken))
             try:
                 with file:

@@ -6,7 +6,6 @@ Unlike `read_manifest`, which rejects a manifest at its first invalid row, this 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,9 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tatar_dist.data.checks.rows import Key, PoolFacts
-from tatar_dist.data.manifest import existing, stamped_root
-from tatar_dist.data.schema import SCHEMA, IdCheck, check_columns, read_stamp
-from tatar_dist.errors import UserError
+from tatar_dist.data.manifest import open_parquet
+from tatar_dist.data.schema import SCHEMA, IdCheck
 from tatar_dist.run.files import probe, writing, written_whole
 
 BATCH_BYTES, BATCH_ROWS = 8 << 20, 128
@@ -182,23 +180,6 @@ class Validation:
         return self.fate[manifest.first : manifest.first + manifest.rows]
 
 
-def open_source(path: Path, images: Path | None = None) -> tuple[pq.ParquetFile, Path]:
-    """Open a manifest. Returns the file and its image root, which is `images` if given, else the stored one.
-
-    Raises UserError for a file that is not a manifest; no row is read.
-    """
-    try:
-        existing(path)
-        # Read in pieces: a row group of another program's file may be larger than memory.
-        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-        schema = file.schema_arrow
-    except (pa.ArrowException, OSError) as e:
-        raise UserError(f"{path}: not a whole Parquet file: {str(e).splitlines()[0]}") from None
-    check_columns(path, schema)
-    root = stamped_root(path, read_stamp(path, file))
-    return file, Path(os.path.abspath(images)) if images else root
-
-
 def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:
     """Yield tables of SCHEMA's types in file order; columns that the file lacks are null.
 
@@ -224,7 +205,7 @@ def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:
 def columns_of(checked: Sequence[Checked], names: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
     """Yield (first row among all manifests, columns as lists) of every batch, reading the files again."""
     for manifest in checked:
-        file, _ = open_source(manifest.path)
+        file, *_ = open_parquet(manifest.path)
         start = manifest.first
         with file:
             for table in batches(file, names):

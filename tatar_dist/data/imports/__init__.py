@@ -6,6 +6,5 @@ attributes.py    attribute texts of images
 folder.py        resolves image names to files
 rows.py          all rows of an import, and checks between them
 splits.py        train, validation and test
-assemble.py      one table out of several files
-importer.py      the command: reads, assembles, writes
+importer.py      the command: reads the files, makes one table of them, writes the manifest
 """
