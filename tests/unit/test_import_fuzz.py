@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_import_formats import FORMATS
 
 from tatar_dist.data.imports.importer import Choices, Sources, assemble
-from tatar_dist.data.imports.scores import to_score
+from tatar_dist.data.imports.rows import to_score
 from tatar_dist.data.registry import read_registry
 from tatar_dist.data.writing import write_table
 from tatar_dist.errors import UserError

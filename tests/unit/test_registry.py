@@ -218,7 +218,7 @@ def test_the_map_is_linear_and_exact_at_both_ends():
     from hypothesis import given
     from hypothesis import strategies as st
 
-    from tatar_dist.data.imports.scores import to_score
+    from tatar_dist.data.imports.rows import to_score
 
     ends = st.floats(-1e6, 1e6)
 

@@ -2,7 +2,7 @@
 
 `read_annotations` takes a file's bytes and a set's formats and returns a `RawFile`: the recognised format, the columns
 it uses as Python values, the place of each row, and rows that are malformed in themselves (ragged, not JSON, a repeated
-key). `scores.py` checks the values. Nothing is guessed: the format is recognised by its columns, a header's names must
+key). `rows.py` checks the values. Nothing is guessed: the format is recognised by its columns, a header's names must
 match exactly after blanks and a byte order mark are stripped, and a file without one best format is a `UserError`.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import difflib
 import io
 import json
 import re
@@ -269,18 +268,11 @@ def _lacking(parsed: AnnotationRows, wanted: list[Format], possible: list[Format
     """Name the columns that the file lacks for the nearest possible format."""
     there = parsed.header
     nearest = min(possible, key=lambda f: len(set(f.columns) - set(there)))
-    by_folded = {name.casefold(): name for name in reversed(there)}
-    lacking = []
-    for name in (c for c in nearest.columns if c not in there):
-        similar = difflib.get_close_matches(name.casefold(), list(by_folded), n=1, cutoff=0.75)
-        lacking.append(f"{name!r}" + (f" (there is {by_folded[similar[0]]!r})" if similar else ""))
+    lacking = ", ".join(repr(name) for name in nearest.columns if name not in there)
     shown = ", ".join(map(repr, there[:12])) + (", …" if len(there) > 12 else "")
-    hint = ""
-    if parsed.kind == "csv":
-        hint = "; columns must be separated by commas" if len(there) == 1 else ""
-        hint += "".join(f"; nor lines of {len(f.columns)} fields, as in {f.name}" for f in wanted if f.types)
-    what = "missing column" if parsed.kind in ("csv", "xlsx") else "missing key"
-    return f"{what} {', '.join(lacking)} of format {nearest.name}; found {shown}{hint}"
+    text = "".join(f"; nor lines of {len(f.columns)} fields, as in {f.name}" for f in wanted if f.types)
+    what = "columns" if parsed.kind in ("csv", "xlsx") else "keys"
+    return f"format {nearest.name} needs {what} {lacking}, the file has {shown}{text if parsed.kind == 'csv' else ''}"
 
 
 def json_type(value: Any) -> str:

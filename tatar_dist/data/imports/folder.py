@@ -32,12 +32,8 @@ def path_fault(name: str) -> str | None:
         return "is an absolute path; it must be relative to --images"
     if not name.isprintable() and any(unicodedata.category(c) in _UNSEEN for c in name):
         return "has a character that does not print"
-    if ".." in name or "/" in name or name == ".":
-        parts = name.split("/")
-        if ".." in parts:
-            return "leads out of --images by '..'"
-        if "" in parts or "." in parts:
-            return "has an empty part or '.' in its path"
+    if not {"", ".", ".."}.isdisjoint(name.split("/")):
+        return "has an empty part, '.' or '..' in its path; it must lead into --images"
     return None
 
 
@@ -107,9 +103,3 @@ class ImageFolder:
             return Bad("missing image", text)
         there = f"; there is {near[0]!r}" if near else ""
         return Bad("missing image", f"image {name!r} is not in {self.root}{there}")
-
-    def find_all(self, names: list[str]) -> tuple[list[str], dict[int, Bad]]:
-        """Return the paths of all names ("" where there is none) and the reasons by position."""
-        paths = [self.find(name) for name in names]
-        bad = {i: path for i, path in enumerate(paths) if isinstance(path, Bad)}
-        return ["" if isinstance(path, Bad) else path for path in paths], bad
