@@ -79,11 +79,11 @@ class Manifest:
         """Return the row group of row i."""
         return int(np.searchsorted(self.starts, i, side="right")) - 1
 
-    def tables(self, columns: Sequence[str], groups: Sequence[int] | None = None) -> Iterator[tuple[int, pa.Table]]:
-        """Yield (first row, columns of one row group) for every group, or for `groups`; absent columns are null."""
+    def tables(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+        """Yield (first row, columns of one row group) for every group; absent columns are null."""
         there = [c for c in columns if c in self.columns]
         with pq.ParquetFile(self.path) as file:
-            for g in range(file.metadata.num_row_groups) if groups is None else groups:
+            for g in range(file.metadata.num_row_groups):
                 table = file.read_row_group(g, columns=there)
                 for name in columns:
                     if name not in there:
@@ -123,11 +123,6 @@ class Manifest:
     def sample_id(self, i: int) -> str:
         g = self.group_of(i)
         return str(self._group(g).column("sample_id")[i - int(self.starts[g])].as_py())
-
-    def has_rationales(self) -> bool:
-        """Whether any row has a rationale. Reads only that column, and only until it finds one."""
-        texts = (t for _, table in self.tables(["rationale"]) for t in table.column(0).to_pylist())
-        return any(t and t.strip() for t in texts)
 
     def get(self, i: int) -> Sample:
         """Return row i with its encoded image.

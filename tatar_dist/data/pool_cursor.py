@@ -8,7 +8,7 @@ reading its group.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,22 +62,10 @@ class PoolCursor:
             return self.rows <= OLD_EXACT
         return len(self._blocks) <= OLD_EXACT and WINDOW * int(self._blocks.max()) <= OLD_EXACT
 
+    @property
     def scores_differ(self) -> bool:
-        """Whether two rows that are not excluded have different scores."""
-        low, high = min(p.score_min for *_, p in self._parts), max(p.score_max for *_, p in self._parts)
-        if low == high or not self.excluded:
-            return low != high
-        scores = (s for m, manifest, pool in self._parts for s in self._live_scores(m, manifest, pool))
-        first = next(scores, None)
-        return any(s != first for s in scores)
-
-    def _live_scores(self, m: int, manifest: Manifest, pool: Pool) -> Iterator[float]:
-        for first, count in pool.runs.tolist():
-            groups = range(manifest.group_of(first), manifest.group_of(first + count - 1) + 1)
-            for start, table in manifest.tables(["score"], groups):
-                for row, score in enumerate(table.column(0).to_pylist(), start):
-                    if first <= row < first + count and (m, row) not in self.excluded:
-                        yield score
+        """Whether two rows have different scores."""
+        return min(p.score_min for *_, p in self._parts) != max(p.score_max for *_, p in self._parts)
 
     def _ref(self, index: int) -> Ref:
         """Return the `index`-th row of all parts together."""

@@ -33,11 +33,10 @@ BATCH, BATCH_BYTES = 1024, 16 << 20  # dict rows that become one table
 class ManifestWriter:
     """Writes tables of SCHEMA's columns, pools in any order; made by `manifest_writer`."""
 
-    def __init__(self, path: Path, file: pq.ParquetWriter, group_rows: int | None) -> None:
+    def __init__(self, path: Path, file: pq.ParquetWriter) -> None:
         self.path = path
         self.rows = 0
         self._file = file
-        self._limit = group_rows
         self._ids = IdCheck()
         self._sizes: list[int] = []
         self._waiting: dict[Key, pa.Table] = {}
@@ -63,7 +62,7 @@ class ManifestWriter:
     def _full_group(self, table: pa.Table) -> int:
         """Return the number of rows in the first group that `table` fills, or 0 if it fills none yet."""
         embedded = table.column("image_bytes").null_count < len(table)
-        limit = self._limit or (EMBEDDED_ROWS if embedded else GROUP_ROWS)
+        limit = EMBEDDED_ROWS if embedded else GROUP_ROWS
         if table.nbytes >= GROUP_BYTES:
             sizes = pc.fill_null(pc.binary_length(table.column("image_bytes")), 0)
             for name in ("rationale", "attributes", "meta"):
@@ -93,15 +92,12 @@ class ManifestWriter:
 
 
 @contextmanager
-def manifest_writer(
-    path: str | Path, image_root: str | Path | None = None, group_rows: int | None = None
-) -> Iterator[ManifestWriter]:
+def manifest_writer(path: str | Path, image_root: str | Path | None = None) -> Iterator[ManifestWriter]:
     """Yield a writer; the file appears, complete, when the block ends without an error.
 
     Args:
         path: manifest to write.
         image_root: directory that `image` paths are relative to; None: the manifest's own.
-        group_rows: most rows of a row group, instead of those above.
 
     Raises:
         UserError: a row that `read_manifest` would reject.
@@ -113,7 +109,7 @@ def manifest_writer(
     compression = {n: "none" if n == "image_bytes" else "zstd" for n in SCHEMA.names}
     with written_whole(path) as place:
         with pq.ParquetWriter(place, SCHEMA, compression=compression) as file:
-            writer = ManifestWriter(path, file, group_rows)
+            writer = ManifestWriter(path, file)
             yield writer
             writer.finish(_relative_root(path, image_root))
         writer.check_ids(place)
@@ -149,17 +145,12 @@ def write_table(path: str | Path, table: pa.Table, image_root: str | Path | None
     return writer.rows
 
 
-def write_manifest(
-    path: str | Path,
-    rows: Iterable[Mapping[str, Any]],
-    image_root: str | Path | None = None,
-    group_rows: int | None = None,
-) -> int:
+def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]], image_root: str | Path | None = None) -> int:
     """Write a manifest from dicts of SCHEMA's columns. Absent ones are null; `attributes` and `meta` may be dicts.
 
     Returns the number of rows; raises like `manifest_writer`.
     """
-    with manifest_writer(path, image_root, group_rows) as writer:
+    with manifest_writer(path, image_root) as writer:
         pending: list[Mapping[str, Any]] = []
         size = 0
         for row in rows:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tatar_dist.data.checks.rows import BINS, PoolFacts
-from tatar_dist.data.checks.validation import MEANING, WARNINGS, Checked, Validation
+from tatar_dist.data.checks.validation import BINS, MEANING, WARNINGS, Checked, PoolFacts, Validation
 from tatar_dist.run.files import write_whole, writing
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tatar_dist.data.checks.rows import Key, PoolFacts, rows_by_pool
+from tatar_dist.data.checks.validation import Key, PoolFacts, rows_by_pool
 from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.errors import UserError

@@ -27,14 +27,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tatar_dist.data.checks.compare import compare
-from tatar_dist.data.checks.rows import Columns, PoolFacts, reference_of, row_faults, rows_by_pool
 from tatar_dist.data.checks.validation import (
     Checked,
+    Columns,
+    PoolFacts,
     Problem,
     Validation,
     ValidationRows,
     batches,
     problem_log,
+    reference_of,
+    row_faults,
+    rows_by_pool,
     values_of,
 )
 from tatar_dist.data.images import MAX_PIXELS, ImageFacts, inspect_image

@@ -166,10 +166,8 @@ def assemble(sources: Sources, dataset: Dataset, choices: Choices, folder: Image
     splits = _split(rows, files, dataset, sources, choices)
     check_duplicates(rows)
     kept = [row for row in rows if not row.bad]
-    if len(kept) < len(rows) and not choices.drop_bad:
+    if not kept or (len(kept) < len(rows) and not choices.drop_bad):
         raise UserError(first_bad(rows, folder))
-    if not kept:
-        raise UserError(f"{first_bad(rows, folder, hint=False)}; none of the {len(rows):,} rows is left")
     images = _averaged(kept, files[0].format) if files[0].format.worker else kept
     if sources.attributes:
         splits.notes.append(_join_attributes(images, sources.attributes, choices.encoding))

@@ -296,7 +296,7 @@ def check_duplicates(rows: Sequence[Row]) -> None:
             row.reject("conflicting duplicate", f"{image} {differ} {other.at}")
 
 
-def first_bad(rows: Sequence[Row], folder: ImageFolder | None, hint: bool = True) -> str:
+def first_bad(rows: Sequence[Row], folder: ImageFolder | None) -> str:
     """Format the first bad row as a line, with the number of bad rows by kind."""
     bad = [(row.at, row.bad) for row in rows if row.bad]
     line = f"{bad[0][0]}: {bad[0][1].text}"
@@ -306,4 +306,6 @@ def first_bad(rows: Sequence[Row], folder: ImageFolder | None, hint: bool = True
         line += f" ({len(bad):,} of {len(rows):,} rows are bad: {kinds})"
     if folder is not None and reasons["missing image"] == len(rows) and "; there is" not in line:
         return f"{line}; no image was found: does --images name the right directory?"
-    return f"{line}; correct it, or leave such rows out with --drop-bad" if hint else line
+    if len(bad) == len(rows):
+        return f"{line}; none of the {len(rows):,} rows can be used"
+    return f"{line}; correct it, or leave such rows out with --drop-bad"
