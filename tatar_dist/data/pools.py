@@ -8,6 +8,7 @@ read. So the index of ten million rows from `write_manifest` (a pool per row gro
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -56,6 +57,9 @@ class Pool:
         assert isinstance(row, int)
         k = int(np.searchsorted(self.runs[:, 0], row, side="right")) - 1
         return k >= 0 and row < int(self.runs[k].sum())
+
+    def __iter__(self) -> Iterator[int]:
+        return (row for first, count in self.runs.tolist() for row in range(first, first + count))
 
 
 _Part = tuple[Key, np.ndarray, float, float]  # key, runs (k, 2), lowest and highest score

@@ -38,10 +38,6 @@ def rows(n: int, dataset=lambda i: "a", split=lambda i: "train", task=lambda i: 
     )
 
 
-def rows_of(pool) -> list[int]:
-    return [row for first, count in pool.runs.tolist() for row in range(first, first + count)]
-
-
 def keys(manifest) -> dict:
     return {(p.dataset, p.task, p.split): p.rows for p in manifest.pools}
 
@@ -60,8 +56,8 @@ def test_the_writer_gives_every_pool_row_groups_of_its_own(tmp_path):
     )
     assert keys(found) == expected
     for pool in found.pools:
-        assert all(found.row(i)["dataset"] == pool.dataset for i in rows_of(pool)[::500])
-        assert pool.row(pool.rows - 1) == rows_of(pool)[-1] and pool.row(0) in pool
+        assert all(found.row(i)["dataset"] == pool.dataset for i in list(pool)[::500])
+        assert pool.row(pool.rows - 1) == list(pool)[-1] and pool.row(0) in pool
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,13 +71,11 @@ def test_a_file_of_another_program_that_mixes_pools_is_indexed_by_its_rows(tmp_p
     found = read_manifest(path)
     assert keys(found) == {(d, "iaa", s): n for (d, s), n in Counter(drawn).items()}
     for pool in found.pools:
-        assert [drawn[i] for i in rows_of(pool)] == [(pool.dataset, pool.split)] * pool.rows
-        assert [pool.row(k) for k in range(pool.rows)] == rows_of(pool)
-        scores = [float(i % 101) for i in rows_of(pool)]
+        assert [drawn[i] for i in pool] == [(pool.dataset, pool.split)] * pool.rows
+        assert [pool.row(k) for k in range(pool.rows)] == list(pool)
+        scores = [float(i % 101) for i in pool]
         assert (pool.score_min, pool.score_max) == (min(scores), max(scores))
-        assert [i in pool for i in range(-1, len(drawn) + 1)] == [
-            i in set(rows_of(pool)) for i in range(-1, len(drawn) + 1)
-        ]
+        assert [i in pool for i in range(-1, len(drawn) + 1)] == [i in set(pool) for i in range(-1, len(drawn) + 1)]
 
 
 def test_a_group_with_pictures_holds_at_most_256_rows_and_64_mib(tmp_path):

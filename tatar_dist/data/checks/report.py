@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INK, QUIET, BLUE, AMBER, RED = "#22303c", "#8a97a3", "#3b7ea1", "#d9902f", "#b8433b"
-PANELS = 12  # score histograms in the picture; the summary has every pool
 TEMPLATE = Path(__file__).with_name("validate.md.j2")
 POOL_COLUMNS = ["data set", "task", "split", "rows", "scores", "mean", "std", "rationale", "attributes", "score_std"]
 
@@ -168,7 +167,7 @@ def picture(validation: Validation, manifest: Checked) -> bytes:
 
     pools = sorted(manifest.pools.values(), key=lambda p: (p.dataset, p.task, p.split))
     across = min(3, len(pools))
-    down = -(-min(len(pools), PANELS) // across)
+    down = -(-len(pools) // across)
     figure = Figure(figsize=(9.6, 2.25 * down + 0.9), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     alone = Validation([manifest], validation.fate_of(manifest))
@@ -181,8 +180,6 @@ def picture(validation: Validation, manifest: Checked) -> bytes:
         axes.axis("off")
     for axes, pool in zip(panels, pools, strict=False):
         _draw_scores(axes, pool)
-    if len(pools) > PANELS:
-        figure.supxlabel(f"and {len(pools) - PANELS} more pools, in the summary", fontsize=8, color=QUIET)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter the font lacks is drawn as a box

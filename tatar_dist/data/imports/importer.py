@@ -29,7 +29,6 @@ from tatar_dist.data.imports.rows import (
     Row,
     check_duplicates,
     check_paths,
-    counts_by_value,
     first_bad,
     judge,
     read_names,
@@ -235,14 +234,14 @@ def _averaged(ratings: list[Row], fmt: Format) -> list[Row]:
     for same in ratings_of.values():
         raw = np.array([row.raw for row in same])
         mean = raw.mean()
-        counts = np.array([[np.sum(raw == value) for value in values]])
+        counts = {f"{value:g}": int(np.sum(raw == value)) for value in values}
         images.append(
             replace(
                 same[0],
                 raw=float(mean),
                 score=float(to_score(mean, fmt.range, fmt.lower_is_better)),
                 std=float(raw.std() * fmt.range.points),
-                meta=same[0].meta | {"counts": counts_by_value(values, counts)[0]},
+                meta=same[0].meta | {"counts": counts},
             )
         )
     return images

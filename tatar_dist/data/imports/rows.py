@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +71,8 @@ def judge(file: RawFile) -> list[Row]:
     if fmt.votes:
         values = np.array([value for _, value in fmt.votes])
         votes = _votes(file)
-        meta = [{"counts": counts} for counts in counts_by_value(values, votes)]
+        names = [f"{value:g}" for value in values]
+        meta = [{"counts": dict(zip(names, counts, strict=True))} for counts in votes.tolist()]
     if fmt.score is not None:
         raw = _numbers(file, fmt.score)
         label = f"{file.label(fmt.score)}: "
@@ -107,12 +108,6 @@ def judge(file: RawFile) -> list[Row]:
     columns["bad"] = [file.bad.get(i) for i in range(n)]
     file.columns.clear()  # the text of a large file would stay in memory until the manifest is written
     return [Row(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
-
-
-def counts_by_value(values: Iterable[float], counts: np.ndarray) -> list[dict[str, int]]:
-    """Return the member `counts` of each row's meta object. counts: (n, k) int64, of k values."""
-    names = [f"{value:g}" for value in values]
-    return [dict(zip(names, row, strict=True)) for row in counts.tolist()]
 
 
 def _texts(file: RawFile, column: str) -> list[str]:
