@@ -67,25 +67,19 @@ class PoolCursor:
         """Whether two rows have different scores."""
         return min(p.score_min for *_, p in self._parts) != max(p.score_max for *_, p in self._parts)
 
-    def _ref(self, index: int) -> Ref:
-        """Return the `index`-th row of all parts together."""
-        k = int(np.searchsorted(self._ends, index, side="right"))
-        m, _, pool = self._parts[k]
-        return m, pool.row(index - int(self._ends[k] - pool.rows))
-
-    def _at(self, position: int) -> Ref:
+    def _advance(self) -> Ref:
+        """Return the row at the position and move on; the order of an epoch is drawn when it begins."""
         if self._order is None or self._order[0] != self.epoch:
             key = (self._seed, self.dataset, self.epoch)
             order = permutation(self.rows, key) if self._blocks is None else block_permutation(self._blocks, key)
             self._order = self.epoch, order
-        return self._ref(int(self._order[1][position]))
-
-    def _advance(self) -> Ref:
-        ref = self._at(self.position)
+        index = int(self._order[1][self.position])  # of all parts together
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        m, _, pool = self._parts[part]
         self.position += 1
         if self.position == self.rows:
             self.position, self.epoch = 0, self.epoch + 1
-        return ref
+        return m, pool.row(index - int(self._ends[part] - pool.rows))
 
     def next(self, taken: Collection[Ref]) -> Ref:
         """Draw the next row that is neither excluded nor in `taken`.

@@ -90,28 +90,27 @@ def check_columns(path: Path, schema: pa.Schema) -> None:
     """Raise UserError for a column that is missing, repeated, or of another type than in SCHEMA."""
     types = {field.name: field.type for field in schema}
     for name in SCHEMA.names:
-        if schema.names.count(name) > 1:
-            raise UserError(f"{path}: column {name} is there {schema.names.count(name)} times")
-    for name in REQUIRED:
-        if name not in types:
+        count = schema.names.count(name)
+        if count > 1:
+            raise UserError(f"{path}: column {name} is there {count} times")
+        if name in REQUIRED and not count:
             raise UserError(f"{path}: column {name} is missing")
+        if count and not _fits(types[name], SCHEMA.field(name).type):
+            raise UserError(f"{path}: column {name} is {types[name]}, must be {SCHEMA.field(name).type}")
     if "image" not in types and "image_bytes" not in types:
         raise UserError(f"{path}: neither column image nor column image_bytes is there")
-    for name in SCHEMA.names:
-        if name in types and not _fits(types[name], SCHEMA.field(name).type):
-            raise UserError(f"{path}: column {name} is {types[name]}, must be {SCHEMA.field(name).type}")
 
 
 def _fits(stored: pa.DataType, wanted: pa.DataType) -> bool:
     if pa.types.is_dictionary(stored):
         stored = stored.value_type
-    if pa.types.is_null(stored):
-        return True
-    if pa.types.is_string(wanted):
-        return pa.types.is_string(stored) or pa.types.is_large_string(stored) or pa.types.is_string_view(stored)
-    if pa.types.is_binary(wanted):
-        return pa.types.is_binary(stored) or pa.types.is_large_binary(stored) or pa.types.is_binary_view(stored)
-    return pa.types.is_floating(stored) or pa.types.is_integer(stored)
+    types = {
+        pa.string(): (pa.string(), pa.large_string(), pa.string_view()),
+        pa.binary(): (pa.binary(), pa.large_binary(), pa.binary_view()),
+    }
+    if wanted in types:
+        return stored in (pa.null(), *types[wanted])
+    return pa.types.is_null(stored) or pa.types.is_floating(stored) or pa.types.is_integer(stored)
 
 
 def check_pool(path: Path, pool: Pool) -> None:

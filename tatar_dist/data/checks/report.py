@@ -154,8 +154,6 @@ def print_summary(validation: Validation, console: Console) -> None:
         console.print(problems)
     console.print(pools)
     for m in validation.manifests:
-        if advice := hint(m):
-            console.print(Text(printable(advice[0].upper() + advice[1:]), style="bold"))
         console.print(Text(f"summary {m.place('validate.md')}", style="dim"), soft_wrap=True)
 
 
