@@ -75,10 +75,6 @@ class Manifest:
         """Return a view of the same file with the pools of one split only."""
         return replace(self, pools=tuple(p for p in self.pools if p.split == split))
 
-    def group_of(self, i: int) -> int:
-        """Return the row group of row i."""
-        return int(np.searchsorted(self.starts, i, side="right")) - 1
-
     def tables(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
         """Yield (first row, columns of one row group) for every group; absent columns are null."""
         there = [c for c in columns if c in self.columns]
@@ -90,26 +86,26 @@ class Manifest:
                         table = table.append_column(name, pa.nulls(table.num_rows, SCHEMA.field(name).type))
                 yield int(self.starts[g]), table.select(list(columns))
 
-    def _group(self, g: int) -> pa.Table:
+    def _row(self, i: int) -> pa.Table:
+        """Return a table of row i alone, from its row group, which is cached."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.path}: row {i} of {len(self)}")
+        g = int(np.searchsorted(self.starts, i, side="right")) - 1
         if g in self._cache:
             self._cache.move_to_end(g)
-            return self._cache[g]
-        if self._file is None:
-            self._file = pq.ParquetFile(self.path)
-        table = self._file.read_row_group(g, columns=list(self.columns))
-        self._cache[g] = table
-        most = (WINDOW + 1) * GROUP_BYTES * len(self.pools) if self.embedded else CACHE_BYTES
-        while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > most:
-            self._cache.popitem(last=False)
-        return table
+        else:
+            if self._file is None:
+                self._file = pq.ParquetFile(self.path)
+            self._cache[g] = self._file.read_row_group(g, columns=list(self.columns))
+            most = (WINDOW + 1) * GROUP_BYTES * len(self.pools) if self.embedded else CACHE_BYTES
+            while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > most:
+                self._cache.popitem(last=False)
+        return self._cache[g].slice(i - int(self.starts[g]), 1)
 
     def row(self, i: int) -> dict[str, Any]:
         """Return all columns of row i as Python values: absent ones None, `attributes` and `meta` parsed to dicts."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"{self.path}: row {i} of {len(self)}")
-        g = self.group_of(i)
         try:
-            values = self._group(g).slice(i - int(self.starts[g]), 1).to_pylist()[0]
+            values = self._row(i).to_pylist()[0]
         except UnicodeDecodeError:
             raise UserError(f"{self.path}: row {i}: a text column is not UTF-8") from None
         row = {name: values.get(name) for name in SCHEMA.names}
@@ -121,8 +117,7 @@ class Manifest:
         return row
 
     def sample_id(self, i: int) -> str:
-        g = self.group_of(i)
-        return str(self._group(g).column("sample_id")[i - int(self.starts[g])].as_py())
+        return str(self._row(i).column("sample_id")[0].as_py())
 
     def get(self, i: int) -> Sample:
         """Return row i with its encoded image.

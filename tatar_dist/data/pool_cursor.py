@@ -27,9 +27,7 @@ class PoolCursor:
     """Cursor over a data set of one task, across its manifests; `parts` are (manifest index, manifest, pool).
 
     Attributes: `rows`; `served`, rows drawn so far, which decides the next data set; `excluded`, never drawn again.
-
-    Raises:
-        UserError: more than `MAX_ROWS` rows.
+    Raises UserError for more than `MAX_ROWS` rows.
     """
 
     def __init__(self, dataset: str, task: Task, parts: Sequence[tuple[int, Manifest, Pool]], seed: int, key: int):
@@ -150,12 +148,8 @@ def permutation(n: int, key: Sequence[object]) -> np.ndarray:
 def block_permutation(sizes: np.ndarray, key: Sequence[object]) -> np.ndarray:
     """Draw a permutation of the rows of consecutive blocks that finishes one window of blocks before the next.
 
-    Args:
-        sizes: (blocks,) rows of each block.
-        key: as for `permutation`.
-
-    Returns:
-        (sizes.sum(),) uint32. Blocks are shuffled, and the rows within each `WINDOW` consecutive shuffled blocks.
+    sizes: (blocks,) rows of each block. Returns (sizes.sum(),) uint32: blocks are shuffled, and the rows within each
+    `WINDOW` consecutive shuffled blocks.
     """
     ends, order = np.cumsum(sizes), permutation(len(sizes), (*key, "blocks"))
     shuffled, at = np.empty(ends[-1], np.uint32), 0

@@ -45,16 +45,12 @@ REQUIRED = ("sample_id", "dataset", "task", "score", "split")
 
 @dataclass(frozen=True)
 class Stamp:
-    """The writer's entry in the footer.
-    `groups` is a checksum of the row-group sizes: a file cut or merged elsewhere must not pass as checked."""
+    """The writer's entry in the footer."""
 
     version: int
     rows: int
-    groups: int
+    groups: int  # checksum of the row-group sizes: a file cut or merged elsewhere must not pass as checked
     image_root: str | None
-
-    def to_json(self) -> bytes:
-        return json.dumps(self.__dict__, sort_keys=True).encode()
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ class ManifestWriter:
             if len(table):
                 self._flush(table)
         stamp = Stamp(VERSION, self.rows, groups_checksum(self._sizes), image_root)
-        self._file.add_key_value_metadata({STAMP.decode(): stamp.to_json().decode()})
+        self._file.add_key_value_metadata({STAMP.decode(): json.dumps(asdict(stamp), sort_keys=True)})
 
     def check_ids(self, written: Path) -> None:
         """Raise UserError for a sample id that is twice in the finished file."""
@@ -95,13 +96,8 @@ class ManifestWriter:
 def manifest_writer(path: str | Path, image_root: str | Path | None = None) -> Iterator[ManifestWriter]:
     """Yield a writer; the file appears, complete, when the block ends without an error.
 
-    Args:
-        path: manifest to write.
-        image_root: directory that `image` paths are relative to; None: the manifest's own.
-
-    Raises:
-        UserError: a row that `read_manifest` would reject.
-        KeyError: a column that is not in SCHEMA.
+    image_root: directory that `image` paths are relative to; None: the manifest's own.
+    Raises UserError for a row that `read_manifest` would reject, KeyError for a column that is not in SCHEMA.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from tatar_dist.errors import UserError
 from tatar_dist.run.files import probe, writing
 from tatar_dist.types import SPLITS
 
-WHY = {"unusable": UNUSABLE, "leaked": LEAKED, "duplicate": DUPLICATE}
+FATES = {"kept": KEEP, "unusable": UNUSABLE, "leaked": LEAKED, "duplicate": DUPLICATE}
 NAMED = 3  # rows that a message names; the rest are counted
 
 
@@ -147,8 +147,7 @@ class _RowLog:
 def clean_paths(paths: Sequence[Path], out: Path) -> list[Path]:
     """Return the target of each manifest: `out` itself for one, a file of the same name in directory `out` for several.
 
-    Raises UserError for an unsuitable target, one that cannot be written, or one that would overwrite a manifest being
-    read.
+    Raises UserError for a target that cannot be written, or would overwrite a manifest that is read.
     """
     with writing(out):
         is_directory = out.is_dir()
@@ -171,19 +170,18 @@ def clean(validation: Validation, out: Path) -> dict[str, dict[str, int]]:
 
     Raises UserError if a manifest has no row left, before any is written, or if one cannot be written.
     """
-    counts = {}
     targets = clean_paths([m.path for m in validation.manifests], out)
-    for manifest, target in zip(validation.manifests, targets, strict=True):
-        if not (validation.fate_of(manifest) == KEEP).any():
+    fates = [validation.fate_of(m) for m in validation.manifests]
+    for manifest, fate, target in zip(validation.manifests, fates, targets, strict=True):
+        if not (fate == KEEP).any():
             raise UserError(f"{manifest.path}: no row is left to write to {target}")
-    for manifest, target in zip(validation.manifests, targets, strict=True):
-        fate = validation.fate_of(manifest)
-        keep = fate == KEEP
+    counts = {}
+    for manifest, fate, target in zip(validation.manifests, fates, targets, strict=True):
         file, *_ = open_parquet(manifest.path)
         start = 0
         with file, writing(target), manifest_writer(target, image_root=manifest.root) as writer:
             for table in batches(file, SCHEMA.names):
-                writer.write(table.filter(pa.array(keep[start : start + len(table)])))
+                writer.write(table.filter(pa.array(fate[start : start + len(table)] == KEEP)))
                 start += len(table)
-        counts[str(target)] = {"kept": int(keep.sum())} | {k: int(np.sum(fate == v)) for k, v in WHY.items()}
+        counts[str(target)] = {name: int(np.sum(fate == value)) for name, value in FATES.items()}
     return counts

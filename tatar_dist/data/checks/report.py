@@ -1,7 +1,4 @@
-"""Report on `data validate`: terminal table, `M.validate.md`, `M.validate.png`, JSON.
-
-All four only present a `Validation`; texts and figure start with the verdict.
-"""
+"""Present a `Validation`: terminal table, `M.validate.md`, `M.validate.png`, JSON."""
 
 from __future__ import annotations
 
@@ -66,10 +63,7 @@ def hint(manifest: Checked) -> str | None:
 
 
 def written_reports(validation: Validation) -> list[Path]:
-    """Write the summary of every manifest, and the figure of those with rows. Returns the summaries' paths.
-
-    Raises UserError if they cannot be written.
-    """
+    """Write the summary of every manifest, and the figure of those with rows. Returns the summaries' paths."""
     for manifest in validation.manifests:
         with writing(summary := manifest.place("validate.md")):
             write_whole(summary, markdown(validation, manifest))
@@ -159,15 +153,12 @@ def print_summary(validation: Validation, console: Console) -> None:
 
 def picture(validation: Validation, manifest: Checked) -> bytes:
     """Return a PNG with the histogram of the scores of each pool."""
-    # The object interface, without pyplot: no global state, no window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot: no global state, no window system
 
     pools = sorted(manifest.pools.values(), key=lambda p: (p.dataset, p.task, p.split))
     across = min(3, len(pools))
     down = -(-len(pools) // across)
     figure = Figure(figsize=(9.6, 2.25 * down + 0.9), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     alone = Validation([manifest], validation.fate_of(manifest))
     title = printable(f"{manifest.path.name}: {verdict(alone)}")
     color = INK if alone.ok else RED

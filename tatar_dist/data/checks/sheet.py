@@ -1,8 +1,7 @@
 """Show a manifest's pools and a contact sheet of its images: `tatar-dist data show`.
 
-`show` takes a manifest; it returns a `Shown` and writes a PNG with each image above its sample id, score, task and the
-first words of its rationale. An image that does not decode is marked. Texts and scores are streamed; images are read
-only for the rows shown.
+The sheet is a PNG with each image above its sample id, score, task and the first words of its rationale. An image that
+does not decode is marked. Texts and scores are streamed; images are read only for the rows shown.
 """
 
 from __future__ import annotations
@@ -33,18 +32,15 @@ TASK_INK = {"iqa": "#2f6f94", "iaa": "#a9701f"}
 
 @dataclass(frozen=True)
 class Shown:
-    """Result of `show`. `images`: in words, where the images lie. `chosen`: the rows on the sheet.
-
-    absent: how many of those name an image file that cannot be read.
-    """
+    """Result of `show`."""
 
     path: Path
     rows: int
     pools: list[PoolFacts]
-    images: str
-    chosen: list[int]
-    broken: int
-    absent: int
+    images: str  # where the images lie, in words
+    chosen: list[int]  # rows on the sheet
+    broken: int  # images on it that cannot be shown
+    absent: int  # of these, files that cannot be read
     sheet: Path
 
     def as_json(self) -> dict[str, Any]:
@@ -84,15 +80,16 @@ def _survey(manifest: Manifest, dataset: str | None) -> tuple[list[PoolFacts], n
     """Return statistics of all pools, and row numbers and scores of the selected data set."""
     columns = ("dataset", "task", "split", "score", "score_std", "rationale", "attributes")
     facts: dict[Key, PoolFacts] = {}
-    rows, scores = [np.zeros(0, np.int64)], [np.zeros(0)]
+    rows: list[int] = []
+    scores: list[float] = []
     for first, table in manifest.tables(columns):
         values = {name: table.column(name).to_pylist() for name in columns}
         for key, positions in rows_by_pool(values).items():
             facts.setdefault(key, PoolFacts(*key)).add(values, positions)
             if dataset in (None, key[0]):
-                rows.append(first + np.array(positions))
-                scores.append(np.array([values["score"][i] for i in positions], np.float64))
-    return list(facts.values()), np.concatenate(rows), np.concatenate(scores)
+                rows += [first + i for i in positions]
+                scores += [values["score"][i] for i in positions]
+    return list(facts.values()), np.array(rows), np.array(scores)
 
 
 def chosen_rows(rows: np.ndarray, scores: np.ndarray, n: int, sort: str) -> list[int]:

@@ -1,9 +1,8 @@
 """Check every row and decode every image of one or more manifests: `tatar-dist data validate`.
 
 `validate` returns a `Validation`: problems by row (streamed to `M.problems.jsonl`), statistics of the pools, and which
-rows a clean manifest would keep. Memory: 37 bytes a row and what is in flight: two batches with about 8 MiB
-each of embedded images, and decoded images of as many pixels as `_Room` allows (images.MAX_PIXELS gives the cost of a
-pixel).
+rows a clean manifest would keep. Memory: 37 bytes a row and what is in flight: two batches with about 8 MiB each of
+embedded images, and decoded images of as many pixels as `_Room` allows (images.MAX_PIXELS gives the cost of a pixel).
 
 Threads, not processes: Pillow releases the GIL while it decodes, threads start at once and need no pickling. The
 main thread reads the next batch while the workers decode this one.

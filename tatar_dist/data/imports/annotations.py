@@ -73,11 +73,9 @@ class RawFile:
 def read_annotations(
     data: bytes, file: str, dataset: Dataset, format_name: str | None = None, encoding: str | None = None
 ) -> RawFile:
-    """Read one file's bytes into columns. `file` is its name in messages.
+    """Read one file's bytes into columns. `file` is its name in messages, `encoding` UTF-8 if not given.
 
-    Raises:
-        UserError: empty, not text in `encoding` (default UTF-8), malformed JSON, CSV or Excel, columns that fit no
-            format of the set or more than one.
+    Raises UserError for a file that is empty or malformed, or whose columns do not fit exactly one format of the set.
     """
     wanted = [dataset.format(format_name)] if format_name else list(dataset.formats.values())
     parsed = parse(data, file, encoding, wanted)

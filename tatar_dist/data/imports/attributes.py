@@ -32,11 +32,7 @@ def place(name: str) -> int:
 
 
 def in_order(texts: Iterable[tuple[str, Any]]) -> dict[str, str]:
-    """Return (name, text) pairs under the method's names, in its order.
-
-    Raises:
-        UserError: no pair, an unknown name, a name that is there twice, or a text that is none.
-    """
+    """Return (name, text) pairs under the method's names, in its order. Raises UserError for a pair it cannot use."""
     attributes: dict[str, str] = {}
     for key, text in texts:
         name = _NAMES.get(_letters(key))
@@ -66,9 +62,7 @@ def is_text(value: str) -> bool:
 def read_attributes(data: bytes, file: str, encoding: str | None = None) -> dict[str, dict[str, str]]:
     """Read attribute texts; return {image name: {attribute: text}}.
 
-    Raises:
-        UserError: an unreadable file or one without rows; with FILE:LINE, an invalid row, or an attribute of an image
-            given twice with different texts.
+    Raises UserError naming FILE:LINE of an invalid row, or of an attribute given twice with different texts.
     """
     parsed = parse(data, file, encoding, [])
     if parsed.kind not in ("json", "jsonl"):

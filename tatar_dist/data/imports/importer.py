@@ -86,8 +86,7 @@ def run_import(
 ) -> dict[str, Any]:
     """Read, assemble, write `output` and, beside it, the list of dropped rows. Returns the report.
 
-    Raises:
-        UserError: as `assemble`, and for files that cannot be read or written.
+    Raises UserError as `assemble`, and for files that cannot be read or written.
     """
     if embed and not check_images:
         raise UserError("--embed reads the images: leave --no-check-images out")
@@ -151,9 +150,7 @@ def _with_bytes(table: pa.Table, root: Path) -> Iterator[dict[str, Any]]:
 def assemble(sources: Sources, dataset: Dataset, choices: Choices, folder: ImageFolder | None = None) -> Imported:
     """Build the manifest's table from bytes, without file access. `folder` None: images are not looked up.
 
-    Raises:
-        UserError: a file that cannot be read or recognised; without `drop_bad` the first bad row, with the number of
-            others; no row left.
+    Raises UserError: a file is not recognised, a row is bad and `drop_bad` is False, or no row is left.
     """
     files = [read_annotations(data, name, dataset, choices.format, choices.encoding) for name, data in sources.files]
     if len({bool(f.format.worker) for f in files}) > 1:

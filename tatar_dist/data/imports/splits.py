@@ -42,9 +42,7 @@ def read_split_list(split: str, file: str, data: bytes, pattern: str, columns: S
 
     The file has one name per line, or is a CSV or JSON list with the image name in one of `columns`. A name without an
     extension replaces the `{}` in `pattern`, so that AVA's lists of numbers work.
-
-    Raises:
-        UserError: an unreadable file, a row without a name, or a list without names.
+    Raises UserError for an unreadable file, a row without a name, or a list without names.
     """
     names = decode(data, file, None).split("\n")
     header = [name.strip() for name in next(filter(str.strip, names), "").split(",")]
