@@ -1,12 +1,11 @@
 """Decode images: encoded bytes to upright 8-bit RGB, or `UnreadableImage` with sample and reason.
 
 `decode_image` serves every stage; `inspect_image` describes an encoded image for `data validate`. Both use one opener
-with one size limit, so that training can read what validation accepts.
+with one size limit, checked before a pixel is decoded, so that training can read what validation accepts.
 
 Only raster formats are opened: Pillow would pass an EPS file to Ghostscript, and a foreign file must not start a
 program. Pillow's own limit, the global `Image.MAX_IMAGE_PIXELS`, applies to the whole process and only warns between
-one and two times its value, so it is neither changed nor used. The size in the header is checked before a pixel is
-decoded. No state is shared, so threads need no lock.
+one and two times its value, so it is neither changed nor used. No state is shared, so threads need no lock.
 """
 
 from __future__ import annotations
@@ -61,7 +60,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TRANSPOSED = {5, 6, 7, 8}  # width and height are swapped
 
 
 class UnreadableImage(Exception):
@@ -137,7 +135,7 @@ def inspect_image(
                 _range(image)  # raises for pixels that are not finite
             if image.mode != "RGB":  # one pixel shows whether the mode can be converted
                 _upright_rgb(image.crop((0, 0, 1, 1)), 1)
-            width, height = image.size[::-1] if orientation in _TRANSPOSED else image.size
+            width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
             notes = _notes(image, deep, orientation, _frames(image, data))
             return replace(known, width=width, height=height, notes=notes)
     except _Refused as e:

@@ -179,12 +179,9 @@ def existing(path: str | Path) -> Path:
 def read_manifest(path: str | Path, image_root: str | Path | None = None) -> Manifest:
     """Open a manifest and check its rows; a large one with its writer's stamp is checked by the footer alone.
 
-    Args:
-        image_root: base of image paths, instead of the one in the file (its own directory, if it has none).
-
-    Raises:
-        UserError: no such file, not Parquet, a column missing or of another type, no image column, and by row: null
-            values, a task other than iqa/iaa, a score that is not a number in [0, 100], a repeated sample_id.
+    image_root: base of image paths, instead of the one in the file (its own directory, if it has none).
+    Raises UserError: no such file, not Parquet, a column missing or of another type, no image column, and by row: null
+    values, a task other than iqa/iaa, a score that is not a number in [0, 100], a repeated sample_id.
     """
     path = Path(path)
     file, stamp, root = open_parquet(path, image_root)

@@ -1,11 +1,10 @@
 """Sample training batches: task-balanced, rankable, without repeats, resumable to the sample.
 
 A batch is a list of (manifest index, row). Each data set is visited in an order drawn from (seed, data set, epoch),
-so that an epoch shows each sample once (pool_cursor.py). State: the seed; per data set the epoch, the position, and the
-rows put off or excluded.
-In a GRPO batch the images of a ranked task (IAA by default) come from one data set, since ranking across data sets is
-meaningless. The data set furthest behind its share is next, so that over time each gives images in proportion to its
-size. A batch that cannot be ranked raises `UserError` (at construction, if possible) instead of a silent zero reward.
+so that an epoch shows each sample once (pool_cursor.py). In a GRPO batch the images of a ranked task (IAA by default)
+come from one data set, since ranking across data sets is meaningless. The data set furthest behind its share is next,
+so that over time each gives images in proportion to its size. A batch that cannot be ranked raises `UserError` (at
+construction, if possible) instead of a silent zero reward.
 """
 
 from __future__ import annotations

@@ -124,13 +124,9 @@ def _relative_root(path: Path, image_root: str | Path | None) -> str | None:
 
 def _by_pool(table: pa.Table) -> Iterator[tuple[Key, pa.Table]]:
     """Split the table into (pool, its rows), keeping the order of rows."""
-    groups = table.select(KEYS).group_by(list(KEYS), use_threads=False).aggregate([]).to_pylist()
-    for values in groups:
-        key = (values["dataset"], values["task"], values["split"])
-        if len(groups) == 1:
-            yield key, table
-        else:
-            yield key, table.filter(reduce(pc.and_, (pc.equal(table[name], values[name]) for name in KEYS)))
+    for values in table.select(KEYS).group_by(list(KEYS), use_threads=False).aggregate([]).to_pylist():
+        of_pool = reduce(pc.and_, (pc.equal(table[name], values[name]) for name in KEYS))
+        yield (values["dataset"], values["task"], values["split"]), table.filter(of_pool)
 
 
 def write_table(path: str | Path, table: pa.Table, image_root: str | Path | None = None) -> int:

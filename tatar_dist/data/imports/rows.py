@@ -280,11 +280,11 @@ def check_duplicates(rows: Sequence[Row]) -> None:
         if len(same) == 1:
             continue
         image = f"image {path!r}" + (f" by worker {worker!r}" if worker else "")
-        equal = len({(row.score, row.split, row.rationale, str(row.attributes)) for row in same}) == 1
-        for row in same[1:] if equal else same:
-            if equal:
+        if len({(row.score, row.split, row.rationale, str(row.attributes)) for row in same}) == 1:
+            for row in same[1:]:
                 row.reject("exact duplicate", f"{image} is already in {same[0].at}")
-                continue
+            continue
+        for row in same:
             other = same[1] if row is same[0] else same[0]
             here, there = f"{row.raw:.10g}", f"{other.raw:.10g}"
             differ = f"has score {here} here and {there} in" if here != there else "has other values here than in"
