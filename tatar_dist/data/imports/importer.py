@@ -25,15 +25,7 @@ from tatar_dist.assets import looked_in
 from tatar_dist.data.imports.annotations import RawFile, read_annotations
 from tatar_dist.data.imports.attributes import join, read_attributes
 from tatar_dist.data.imports.folder import ImageFolder
-from tatar_dist.data.imports.rows import (
-    Row,
-    check_duplicates,
-    check_paths,
-    first_bad,
-    judge,
-    read_names,
-    to_score,
-)
+from tatar_dist.data.imports.rows import Row, check_duplicates, check_paths, first_bad, judge, read_names, to_score
 from tatar_dist.data.imports.splits import Splits, by_lists, by_rule, read_split_list
 from tatar_dist.data.registry import Dataset, Format
 from tatar_dist.data.writing import write_manifest, write_table
