@@ -120,10 +120,7 @@ class Manifest:
         return str(self._row(i).column("sample_id")[0].as_py())
 
     def get(self, i: int) -> Sample:
-        """Return row i with its encoded image.
-
-        Raises UserError for an invalid row (row, column), UnreadableImage if the image file cannot be read.
-        """
+        """Return row i with its encoded image. Raises UserError, or UnreadableImage if the file cannot be read."""
         row = self.row(i)
         return Sample(
             sample_id=row["sample_id"],

@@ -1,8 +1,8 @@
 """Compare rows over all manifests of `data validate`; log duplicates, conflicts and leaks; write clean manifests.
 
-Arrays run over the rows of all manifests (`validation.ValidationRows`). Ids and scores are read once more from the
-files, and kept only for rows that have something in common. `clean` writes new manifests without the rows that cannot
-be used, leak (on the side not held out), or repeat an image of their pool; image files are not moved.
+Arrays run over the rows of all manifests. Ids and scores are read once more from the files, and kept only for rows that
+have something in common. `clean` writes new manifests without the rows that cannot be used, leak (on the side not held
+out), or repeat an image of their pool; image files are not moved.
 """
 
 from __future__ import annotations

@@ -57,9 +57,8 @@ def verdict(validation: Validation) -> str:
 
 def hint(manifest: Checked) -> str | None:
     """Suggest --images if none of many image files is there, which is one mistake and not many; else None."""
-    if manifest.absent < manifest.files or 2 * manifest.files <= manifest.rows:
-        return None
-    return f"no image was found under {manifest.root}: name their directory with --images"
+    wrong_root = manifest.absent == manifest.files and 2 * manifest.files > manifest.rows
+    return f"no image was found under {manifest.root}: name their directory with --images" if wrong_root else None
 
 
 def written_reports(validation: Validation) -> list[Path]:

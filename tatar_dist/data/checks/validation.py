@@ -340,13 +340,11 @@ def _fault(name: str, value: Any) -> tuple[str, str] | None:
 
 def reference_of(meta: str | None) -> str | None:
     """Return `meta.reference`, the pristine image that a distorted one was made from, or None."""
-    if not meta or '"reference"' not in meta:
-        return None
     try:
-        value = json_object(meta).get("reference")
+        value = json_object(meta or "{}").get("reference")
     except ValueError:  # reported by row_faults
         return None
-    return str(value) if value not in (None, "") else None
+    return None if value in (None, "") else str(value)
 
 
 def rows_by_pool(columns: Columns) -> dict[Key, list[int]]:

@@ -89,10 +89,8 @@ class ImageFolder:
 
     def find(self, name: str) -> str | Bad:
         """Return the path of `name`, or the reason why there is none, with a near match if one exists."""
-        if name in self.files:
-            return name
-        if name in self.unusable:
-            return self.unusable[name]
+        if name in self.files or name in self.unusable:
+            return self.unusable.get(name, name)
         base = posixpath.basename(name)
         near = self._by_stem.get(posixpath.splitext(base)[0].casefold(), [])
         same = [path for path in near if posixpath.basename(path) == name]
