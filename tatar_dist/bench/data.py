@@ -4,8 +4,10 @@ The ratio is Pillow's seconds over those of `validate` for 400 JPEGs of a megapi
 in its rows and from one with paths, of which the slower counts. Pillow decodes the same bytes, in memory, in as many
 threads, in turns. Validation also hashes (4-9 % of decoding such a JPEG) and reads the file.
 
-Imports and the sampler are whole processes, start of Python included. The limit of an import is parsing the file's text
-with csv or json; that of the sampler is importing pyarrow and reading the footer.
+Imports and the sampler are whole processes, start of Python included, with a target for seconds (5 s an import; 2 s and
+300 MiB a sampler). The limit of an import is parsing the file's text with csv or json; that of the sampler is importing
+pyarrow and reading the footer. The manifest of ten million rows is written by `manifest_writer` in eight sets, as an
+import writes it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from PIL import Image
 
 from tatar_dist.bench.harness import in_turns, ratio, result, seconds_of, timed
 from tatar_dist.data.checks.validate import validate
-from tatar_dist.data.writing import ManifestWriter, write_manifest
+from tatar_dist.data.writing import manifest_writer, write_manifest
 from tatar_dist.demo.data.photos import PHOTOS, load_photo
 
 PICTURES, PIXELS, TARGET = 400, 1_000_000, 0.8
@@ -115,7 +117,7 @@ def write_annotations(directory: Path) -> tuple[Path, Path, Path]:
 def write_large(file: Path, n: int = LARGE) -> None:
     """Write a manifest of n rows: eight sets, four of a task, paths instead of pictures."""
     rng, block = np.random.default_rng(0), 65_536
-    with ManifestWriter(file) as writer:
+    with manifest_writer(file) as writer:
         for start in range(0, n, block):
             ids = pa.array(np.arange(start, min(start + block, n))).cast(pa.string())
             pool = start // block % 8

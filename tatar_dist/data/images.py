@@ -1,12 +1,11 @@
 """Decode images: encoded bytes to upright 8-bit RGB, or `UnreadableImage` with sample and reason.
 
 `decode_image` serves every stage; `inspect_image` describes an encoded image for `data validate`. Both use one opener
-with one size limit, so that training can read what validation accepts.
+with one size limit, checked before a pixel is decoded, so that training can read what validation accepts.
 
 Only raster formats are opened: Pillow would pass an EPS file to Ghostscript, and a foreign file must not start a
 program. Pillow's own limit, the global `Image.MAX_IMAGE_PIXELS`, applies to the whole process and only warns between
-one and two times its value, so it is neither changed nor used. The size in the header is checked before a pixel is
-decoded. No state is shared, so threads need no lock.
+one and two times its value, so it is neither changed nor used. No state is shared, so threads need no lock.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +60,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TRANSPOSED = {5, 6, 7, 8}  # width and height are swapped
 
 
 class UnreadableImage(Exception):
@@ -77,10 +76,8 @@ class ImageFacts:
     """
 
     format: str = ""
-    mode: str = ""
     width: int = 0
     height: int = 0
-    frames: int = 0
     notes: tuple[str, ...] = ()
     problem: str | None = None
     message: str = ""
@@ -89,9 +86,9 @@ class ImageFacts:
 class _Refused(Exception):
     """Raised for an image that is not opened; `facts` holds the content of its header."""
 
-    def __init__(self, facts: ImageFacts):
-        super().__init__(facts.message)
-        self.facts = facts
+    def __init__(self, problem: str, message: str, **header: Any):
+        super().__init__(message)
+        self.facts = ImageFacts(problem=problem, message=message, **header)
 
 
 def decode_image(data: bytes | memoryview, where: str) -> Image.Image:
@@ -130,7 +127,7 @@ def inspect_image(
     known = ImageFacts()
     try:
         with _opened(data) as image, room(image.width * image.height):
-            known = ImageFacts(image.format or "", image.mode, image.width, image.height)
+            known = ImageFacts(image.format or "", image.width, image.height)
             deep = any(";16" in str(tile[3]) for tile in image.tile)  # 16 bits a channel, of which Pillow keeps 8
             image.load()
             orientation = _orientation(image)
@@ -138,16 +135,16 @@ def inspect_image(
                 _range(image)  # raises for pixels that are not finite
             if image.mode != "RGB":  # one pixel shows whether the mode can be converted
                 _upright_rgb(image.crop((0, 0, 1, 1)), 1)
-            size = image.size[::-1] if orientation in _TRANSPOSED else image.size
-            frames = _frames(image, data)
-            notes = _notes(image, deep, orientation, frames)
-            return ImageFacts(known.format, image.mode, *size, frames, notes)
+            width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+            notes = _notes(image, deep, orientation, _frames(image, data))
+            return replace(known, width=width, height=height, notes=notes)
     except _Refused as e:
         return e.facts
+    except Image.DecompressionBombError as e:
+        return replace(known, problem="bomb", message=f"cannot decode image: {_reason(e)}")
     except Exception as e:  # as in decode_image
         reason = _reason(e)
         code = "truncated" if "truncat" in reason.lower() or isinstance(e, EOFError) else "corrupt"
-        code = "bomb" if isinstance(e, Image.DecompressionBombError) else code
         return replace(known, problem=code, message=f"cannot decode image: {reason}")
 
 
@@ -168,29 +165,26 @@ def _register_heif() -> None:
 def _opened(data: bytes | memoryview) -> ImageFile.ImageFile:
     """Open an image: its header is read and its size allowed, but no pixel is decoded yet."""
     if not data:
-        raise _Refused(ImageFacts(problem="missing", message="the file is empty"))
+        raise _Refused("missing", "the file is empty")
     _register_heif()
     prefix = bytes(data[:16])
     for name in FORMATS:
         factory, accept = Image.OPEN.get(name, (None, None))
         fits = accept(prefix) if accept else False
         if isinstance(fits, str):  # the format is known, its codec is not built into this Pillow
-            raise _Refused(ImageFacts(name, problem="corrupt", message=f"cannot decode image: {fits}"))
+            raise _Refused("corrupt", f"cannot decode image: {fits}", format=name)
         if not fits or factory is None:
             continue
         if name == "JPEG" and _ends_in_zeros(data):
             reason = "truncated: zeros where its end should be, as an unfinished download leaves"
-            raise _Refused(ImageFacts(name, problem="truncated", message=f"cannot decode image: {reason}"))
+            raise _Refused("truncated", f"cannot decode image: {reason}", format=name)
         image = factory(io.BytesIO(data), "")
+        width, height = image.size
         if image.width * image.height > MAX_PIXELS:
-            reason = f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are decoded"
-            size = (image.width, image.height)
-            raise _Refused(
-                ImageFacts(name, image.mode, *size, problem="bomb", message=f"{reason} (decompression bomb?)")
-            )
+            reason = f"{width} x {height} pixels, more than the {MAX_PIXELS:,} that are decoded (decompression bomb?)"
+            raise _Refused("bomb", reason, format=name, width=width, height=height)
         return image
-    message = f"cannot decode image: none of the formats {', '.join(FORMATS)}"
-    raise _Refused(ImageFacts(problem="corrupt", message=message))
+    raise _Refused("corrupt", f"cannot decode image: none of the formats {', '.join(FORMATS)}")
 
 
 def _ends_in_zeros(data: bytes | memoryview) -> bool:

@@ -13,6 +13,7 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,30 +48,22 @@ GROUP_BYTES = 16 << 20  # of a group, as the writer makes them
 CACHE_BYTES = 32 << 20  # of groups without pictures
 
 
+@dataclass(eq=False)
 class Manifest:
     """A checked manifest: `len`, `pools`, `get(i)` for a whole sample, `tables(columns)` for a stream.
 
-    Attributes: `path`; `pools` (rows by data set, task and split); `image_root` (base of image paths); `embedded`
-    (whether images are in the rows); `fingerprint` (of the footer; equal for equal files). Pickles without its open
-    file and cache, so that Ray can send it.
+    Pickles without its open file and cache, so that Ray can send it.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        pools: tuple[Pool, ...],
-        group_sizes: Sequence[int],
-        columns: tuple[str, ...],
-        image_root: Path,
-        embedded: bool,
-        fingerprint: str,
-    ) -> None:
-        self.path, self.pools, self.image_root, self.embedded = path, pools, image_root, embedded
-        self.fingerprint = fingerprint
-        self.starts = np.concatenate([[0], np.cumsum(group_sizes)]).astype(np.int64)  # first row of each row group
-        self._columns = columns
-        self._file: pq.ParquetFile | None = None
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+    path: Path
+    pools: tuple[Pool, ...]  # rows by data set, task and split
+    starts: np.ndarray  # (groups + 1,) int64: first row of each row group, and the number of rows
+    columns: tuple[str, ...]  # of SCHEMA, in the file
+    image_root: Path  # base of image paths
+    embedded: bool  # whether images are in the rows
+    fingerprint: str  # of the footer; equal for equal files
+    _file: pq.ParquetFile | None = field(default=None, init=False)
+    _cache: OrderedDict[int, pa.Table] = field(default_factory=OrderedDict, init=False)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -80,46 +73,39 @@ class Manifest:
 
     def of_split(self, split: str) -> Manifest:
         """Return a view of the same file with the pools of one split only."""
-        view: Manifest = object.__new__(Manifest)
-        view.__dict__.update(self.__getstate__())
-        view.pools = tuple(p for p in self.pools if p.split == split)
-        return view
+        return replace(self, pools=tuple(p for p in self.pools if p.split == split))
 
-    def group_of(self, i: int) -> int:
-        """Return the row group of row i."""
-        return int(np.searchsorted(self.starts, i, side="right")) - 1
-
-    def tables(self, columns: Sequence[str], groups: Sequence[int] | None = None) -> Iterator[tuple[int, pa.Table]]:
-        """Yield (first row, columns of one row group) for every group, or for `groups`; absent columns are null."""
-        there = [c for c in columns if c in self._columns]
+    def tables(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+        """Yield (first row, columns of one row group) for every group; absent columns are null."""
+        there = [c for c in columns if c in self.columns]
         with pq.ParquetFile(self.path) as file:
-            for g in range(file.metadata.num_row_groups) if groups is None else groups:
+            for g in range(file.metadata.num_row_groups):
                 table = file.read_row_group(g, columns=there)
                 for name in columns:
                     if name not in there:
                         table = table.append_column(name, pa.nulls(table.num_rows, SCHEMA.field(name).type))
                 yield int(self.starts[g]), table.select(list(columns))
 
-    def _group(self, g: int) -> pa.Table:
+    def _row(self, i: int) -> pa.Table:
+        """Return a table of row i alone, from its row group, which is cached."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.path}: row {i} of {len(self)}")
+        g = int(np.searchsorted(self.starts, i, side="right")) - 1
         if g in self._cache:
             self._cache.move_to_end(g)
-            return self._cache[g]
-        if self._file is None:
-            self._file = pq.ParquetFile(self.path)
-        table = self._file.read_row_group(g, columns=list(self._columns))
-        self._cache[g] = table
-        most = (WINDOW + 1) * GROUP_BYTES * len(self.pools) if self.embedded else CACHE_BYTES
-        while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > most:
-            self._cache.popitem(last=False)
-        return table
+        else:
+            if self._file is None:
+                self._file = pq.ParquetFile(self.path)
+            self._cache[g] = self._file.read_row_group(g, columns=list(self.columns))
+            most = (WINDOW + 1) * GROUP_BYTES * len(self.pools) if self.embedded else CACHE_BYTES
+            while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > most:
+                self._cache.popitem(last=False)
+        return self._cache[g].slice(i - int(self.starts[g]), 1)
 
     def row(self, i: int) -> dict[str, Any]:
         """Return all columns of row i as Python values: absent ones None, `attributes` and `meta` parsed to dicts."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"{self.path}: row {i} of {len(self)}")
-        g = self.group_of(i)
         try:
-            values = self._group(g).slice(i - int(self.starts[g]), 1).to_pylist()[0]
+            values = self._row(i).to_pylist()[0]
         except UnicodeDecodeError:
             raise UserError(f"{self.path}: row {i}: a text column is not UTF-8") from None
         row = {name: values.get(name) for name in SCHEMA.names}
@@ -131,19 +117,10 @@ class Manifest:
         return row
 
     def sample_id(self, i: int) -> str:
-        g = self.group_of(i)
-        return str(self._group(g).column("sample_id")[i - int(self.starts[g])].as_py())
-
-    def has_rationales(self) -> bool:
-        """Whether any row has a rationale. Reads only that column, and only until it finds one."""
-        texts = (t for _, table in self.tables(["rationale"]) for t in table.column(0).to_pylist())
-        return any(t and t.strip() for t in texts)
+        return str(self._row(i).column("sample_id")[0].as_py())
 
     def get(self, i: int) -> Sample:
-        """Return row i with its encoded image.
-
-        Raises UserError for an invalid row (row, column), UnreadableImage if the image file cannot be read.
-        """
+        """Return row i with its encoded image. Raises UserError, or UnreadableImage if the file cannot be read."""
         row = self.row(i)
         return Sample(
             sample_id=row["sample_id"],
@@ -199,23 +176,14 @@ def existing(path: str | Path) -> Path:
 def read_manifest(path: str | Path, image_root: str | Path | None = None) -> Manifest:
     """Open a manifest and check its rows; a large one with its writer's stamp is checked by the footer alone.
 
-    Args:
-        image_root: base of image paths, instead of the one in the file (its own directory, if it has none).
-
-    Raises:
-        UserError: no such file, not Parquet, a column missing or of another type, no image column, and by row: null
-            values, a task other than iqa/iaa, a score that is not a number in [0, 100], a repeated sample_id.
+    image_root: base of image paths, instead of the one in the file (its own directory, if it has none).
+    Raises UserError: no such file, not Parquet, a column missing or of another type, no image column, and by row: null
+    values, a task other than iqa/iaa, a score that is not a number in [0, 100], a repeated sample_id.
     """
-    path = existing(path)
-    try:
-        file = pq.ParquetFile(path)
-        schema = file.schema_arrow
-    except (pa.ArrowException, OSError) as e:
-        raise UserError(f"{path}: not a Parquet file, or half of one: {str(e).splitlines()[0]}") from None
+    path = Path(path)
+    file, stamp, root = open_parquet(path, image_root)
     with file:
-        check_columns(path, schema)
         sizes = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
-        stamp = read_stamp(path, file)
         trusted = stamp is not None and (stamp.rows, stamp.groups) == (sum(sizes), groups_checksum(sizes))
         try:
             if not trusted or sum(sizes) <= TRUSTED_ROWS:
@@ -226,16 +194,29 @@ def read_manifest(path: str | Path, image_root: str | Path | None = None) -> Man
             raise UserError(f"{path}: damaged Parquet file: {str(e).splitlines()[0]}") from None
     for pool in pools:
         check_pool(path, pool)
-    columns = tuple(n for n in SCHEMA.names if n in schema.names)
-    root = Path(os.path.abspath(image_root)) if image_root else stamped_root(path, stamp)
-    return Manifest(path, pools, sizes, columns, root, embedded, _fingerprint(file))
+    starts = np.cumsum([0, *sizes])
+    columns = tuple(n for n in SCHEMA.names if n in file.schema_arrow.names)
+    return Manifest(path, pools, starts, columns, root, embedded, _fingerprint(file))
 
 
-def stamped_root(path: Path, stamp: Stamp | None) -> Path:
-    """Return the base of image paths: the stamp's, from the resolved file, else the manifest's directory."""
-    if stamp is None or stamp.image_root is None:
-        return Path(os.path.abspath(path.parent))
-    return Path(os.path.normpath(Path(os.path.realpath(path)).parent / stamp.image_root))
+def open_parquet(path: Path, image_root: str | Path | None = None) -> tuple[pq.ParquetFile, Stamp | None, Path]:
+    """Open a manifest without reading a row. Returns the file, the writer's stamp and the base of image paths.
+
+    The base is `image_root`, else the stamp's, from the resolved file, else the manifest's directory.
+    Raises UserError for a file that is not a manifest.
+    """
+    existing(path)
+    try:
+        # not a whole row group at once: that of another program's file may be larger than memory
+        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        schema = file.schema_arrow
+    except (pa.ArrowException, OSError) as e:
+        raise UserError(f"{path}: not a Parquet file, or half of one: {str(e).splitlines()[0]}") from None
+    check_columns(path, schema)
+    stamp = read_stamp(path, file)
+    if image_root is None and stamp is not None and stamp.image_root is not None:
+        return file, stamp, Path(os.path.normpath(Path(os.path.realpath(path)).parent / stamp.image_root))
+    return file, stamp, Path(os.path.abspath(image_root or path.parent))
 
 
 def _fingerprint(file: pq.ParquetFile) -> str:
@@ -263,12 +244,10 @@ def _is_embedded(file: pq.ParquetFile) -> bool:
 
 def _check_rows(path: Path, file: pq.ParquetFile) -> None:
     """Check the required columns of every row, a row group at a time, then that no sample_id is repeated."""
-    ids = IdCheck()
-    first = 0
+    ids, first = IdCheck(), 0
     for g in range(file.metadata.num_row_groups):
-        check_table(path, first, file.read_row_group(g, columns=list(REQUIRED)), ids)
-        first += file.metadata.row_group(g).num_rows
-    repeat = ids.first_repeat(lambda: stored_ids(file))
-    if repeat is not None:
-        name, row, before = repeat
+        table = file.read_row_group(g, columns=list(REQUIRED))
+        check_table(path, first, table, ids)
+        first += len(table)
+    for name, row, before in ids.repeats(stored_ids(file)):
         raise UserError(f"{path}: row {row}, column sample_id: {name!r} was used in row {before}")

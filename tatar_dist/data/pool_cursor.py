@@ -8,7 +8,7 @@ reading its group.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,7 @@ class PoolCursor:
     """Cursor over a data set of one task, across its manifests; `parts` are (manifest index, manifest, pool).
 
     Attributes: `rows`; `served`, rows drawn so far, which decides the next data set; `excluded`, never drawn again.
-
-    Raises:
-        UserError: more than `MAX_ROWS` rows.
+    Raises UserError for more than `MAX_ROWS` rows.
     """
 
     def __init__(self, dataset: str, task: Task, parts: Sequence[tuple[int, Manifest, Pool]], seed: int, key: int):
@@ -62,42 +60,24 @@ class PoolCursor:
             return self.rows <= OLD_EXACT
         return len(self._blocks) <= OLD_EXACT and WINDOW * int(self._blocks.max()) <= OLD_EXACT
 
+    @property
     def scores_differ(self) -> bool:
-        """Whether two rows that are not excluded have different scores."""
-        low, high = min(p.score_min for *_, p in self._parts), max(p.score_max for *_, p in self._parts)
-        if low == high or not self.excluded:
-            return low != high
-        scores = (s for m, manifest, pool in self._parts for s in self._live_scores(m, manifest, pool))
-        first = next(scores, None)
-        return any(s != first for s in scores)
+        """Whether two rows have different scores."""
+        return min(p.score_min for *_, p in self._parts) != max(p.score_max for *_, p in self._parts)
 
-    def _live_scores(self, m: int, manifest: Manifest, pool: Pool) -> Iterator[float]:
-        for first, count in pool.runs.tolist():
-            groups = range(manifest.group_of(first), manifest.group_of(first + count - 1) + 1)
-            for start, table in manifest.tables(["score"], groups):
-                for row, score in enumerate(table.column(0).to_pylist(), start):
-                    if first <= row < first + count and (m, row) not in self.excluded:
-                        yield score
-
-    def _ref(self, index: int) -> Ref:
-        """Return the `index`-th row of all parts together."""
-        k = int(np.searchsorted(self._ends, index, side="right"))
-        m, _, pool = self._parts[k]
-        return m, pool.row(index - int(self._ends[k] - pool.rows))
-
-    def _at(self, position: int) -> Ref:
+    def _advance(self) -> Ref:
+        """Return the row at the position and move on; the order of an epoch is drawn when it begins."""
         if self._order is None or self._order[0] != self.epoch:
             key = (self._seed, self.dataset, self.epoch)
             order = permutation(self.rows, key) if self._blocks is None else block_permutation(self._blocks, key)
             self._order = self.epoch, order
-        return self._ref(int(self._order[1][position]))
-
-    def _advance(self) -> Ref:
-        ref = self._at(self.position)
+        index = int(self._order[1][self.position])  # of all parts together
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        m, _, pool = self._parts[part]
         self.position += 1
         if self.position == self.rows:
             self.position, self.epoch = 0, self.epoch + 1
-        return ref
+        return m, pool.row(index - int(self._ends[part] - pool.rows))
 
     def next(self, taken: Collection[Ref]) -> Ref:
         """Draw the next row that is neither excluded nor in `taken`.
@@ -168,12 +148,8 @@ def permutation(n: int, key: Sequence[object]) -> np.ndarray:
 def block_permutation(sizes: np.ndarray, key: Sequence[object]) -> np.ndarray:
     """Draw a permutation of the rows of consecutive blocks that finishes one window of blocks before the next.
 
-    Args:
-        sizes: (blocks,) rows of each block.
-        key: as for `permutation`.
-
-    Returns:
-        (sizes.sum(),) uint32. Blocks are shuffled, and the rows within each `WINDOW` consecutive shuffled blocks.
+    sizes: (blocks,) rows of each block. Returns (sizes.sum(),) uint32: blocks are shuffled, and the rows within each
+    `WINDOW` consecutive shuffled blocks.
     """
     ends, order = np.cumsum(sizes), permutation(len(sizes), (*key, "blocks"))
     shuffled, at = np.empty(ends[-1], np.uint32), 0

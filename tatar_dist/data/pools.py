@@ -7,6 +7,7 @@ read. So the index of ten million rows from `write_manifest` (a pool per row gro
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,23 +109,14 @@ def _by_statistics(group: Any, column: dict[str, int]) -> list[_Part] | None:
 def _by_reading(file: pq.ParquetFile, g: int) -> list[_Part]:
     """Read the parts of a row group that holds several pools or has no statistics."""
     table = file.read_row_group(g, columns=[*KEYS, "score"])
-    if not table.num_rows:
-        return []
-    code = np.zeros(table.num_rows, np.int64)
-    words = []
-    for name in KEYS:
-        values = pc.fill_null(table.column(name).combine_chunks().cast(pa.string()), "")
-        encoded = values.dictionary_encode()
-        words.append(encoded.dictionary.to_pylist())
-        code = code * len(words[-1]) + encoded.indices.to_numpy()
-    score = table.column("score").cast(pa.float64(), safe=False).to_numpy()
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(code)) + 1])
-    runs = np.stack([starts, np.diff(np.append(starts, table.num_rows))], axis=1)
+    columns = (pc.fill_null(table.column(name).cast(pa.string()), "").to_pylist() for name in KEYS)
+    rows_of: dict[Key, list[int]] = defaultdict(list)
+    for row, key in enumerate(zip(*columns, strict=True)):
+        rows_of[key].append(row)
+    scores = table.column("score").cast(pa.float64(), safe=False).to_numpy()
     parts: list[_Part] = []
-    for c in np.unique(code).tolist():
-        rest, split = divmod(c, len(words[2]))
-        dataset, task = divmod(rest, len(words[1]))
-        scores = score[code == c]
-        low, high = float(np.fmin.reduce(scores)), float(np.fmax.reduce(scores))
-        parts.append(((words[0][dataset], words[1][task], words[2][split]), runs[code[starts] == c], low, high))
+    for key, rows in rows_of.items():
+        starts = np.flatnonzero(np.diff(rows, prepend=-2) > 1)
+        runs = np.stack([np.take(rows, starts), np.diff(starts, append=len(rows))], axis=1)
+        parts.append((key, runs, float(np.fmin.reduce(scores[rows])), float(np.fmax.reduce(scores[rows]))))
     return parts

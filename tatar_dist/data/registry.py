@@ -49,7 +49,7 @@ Name = Annotated[str, Strict(), MinLen(1), AfterValidator(_name)]
 
 @dataclass(frozen=True)
 class Range:
-    """A declared raw scale. `imports.scores.to_score` maps it linearly to 0-100."""
+    """A declared raw scale. `imports.rows.to_score` maps it linearly to 0-100."""
 
     low: Finite
     high: Finite

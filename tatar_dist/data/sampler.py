@@ -1,11 +1,10 @@
 """Sample training batches: task-balanced, rankable, without repeats, resumable to the sample.
 
 A batch is a list of (manifest index, row). Each data set is visited in an order drawn from (seed, data set, epoch),
-so that an epoch shows each sample once (pool_cursor.py). State: the seed; per data set the epoch, the position, and the
-rows put off or excluded.
-In a GRPO batch the images of a ranked task (IAA by default) come from one data set, since ranking across data sets is
-meaningless. The data set furthest behind its share is next, so that over time each gives images in proportion to its
-size. A batch that cannot be ranked raises `UserError` (at construction, if possible) instead of a silent zero reward.
+so that an epoch shows each sample once (pool_cursor.py). In a GRPO batch the images of a ranked task (IAA by default)
+come from one data set, since ranking across data sets is meaningless. The data set furthest behind its share is next,
+so that over time each gives images in proportion to its size. A batch that cannot be ranked raises `UserError` (at
+construction, if possible) instead of a silent zero reward.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ class PromptSampler:
                 f"{cursor.task.upper()} data set {cursor.dataset!r} has {cursor.usable} usable image(s), "
                 f"ranking needs data.min_rank_pool={self.min_rank_pool}"
             )
-        if not cursor.scores_differ():
+        if not cursor.scores_differ:
             raise UserError(
                 f"{cursor.task.upper()} data set {cursor.dataset!r}: all scores are equal, nothing can be ranked"
             )
@@ -144,7 +143,7 @@ class PromptSampler:
     def _rankable(self, task: Task, n: int) -> PoolCursor:
         """Choose the data set for n ranked rows: of those with n usable rows, the one furthest behind its share."""
         cursors = self._of(task)
-        able = [c for c in cursors if c.usable >= n and c.scores_differ()]
+        able = [c for c in cursors if c.usable >= n and c.scores_differ]
         if not able:
             lost = sum(len(c.excluded) for c in cursors)
             raise UserError(
@@ -199,19 +198,14 @@ class PromptSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken.
 
-        Raises UserError if seed, manifests (by content, not path), data sets or the order of an epoch already begun
-        differ.
+        Raises UserError if seed, manifests (by content, not path) or the order of an epoch already begun differ.
         """
         try:
-            seed, manifests = state["seed"], state["manifests"]
-            sizes = {name: p["size"] for name, p in state["pools"].items()}
+            seed, manifests, pools = state["seed"], state["manifests"], state["pools"]
         except KeyError as e:
             raise UserError(f"the checkpoint's sampler state has no {e}: it is of another version") from None
         if seed != self.seed:
             raise UserError(f"checkpoint's sampler has seed {seed}, this run has {self.seed}")
-        run_sizes = {c.dataset: c.rows for c in self._cursors}
-        if sizes != run_sizes:
-            raise UserError(f"checkpoint's sampler walked data sets {sizes}, this run has {run_sizes}")
         if len(manifests) != len(self.manifests):
             raise UserError(
                 f"the checkpoint was made with {len(manifests)} manifests, data.train names {len(self.manifests)}"
@@ -223,14 +217,14 @@ class PromptSampler:
                     "the same files in the same order, or train into another directory"
                 )
         for cursor in self._cursors if state.get("order") != ORDER else ():
-            before = state["pools"][cursor.dataset]
+            before = pools[cursor.dataset]
             if not cursor.keeps_old_order() and (before["epoch"] or before["position"]):
                 raise UserError(
                     f"the checkpoint's sampler walked data set {cursor.dataset!r} in the order of another version: "
                     "train into another directory, from the start or from this checkpoint's weights (model.path)"
                 )
         for cursor in self._cursors:
-            cursor.load_state_dict(state["pools"][cursor.dataset])
+            cursor.load_state_dict(pools[cursor.dataset])
 
 
 def _check_ids(dataset: str, parts: Sequence[tuple[int, Manifest, Pool]]) -> None:
@@ -245,18 +239,16 @@ def _check_ids(dataset: str, parts: Sequence[tuple[int, Manifest, Pool]]) -> Non
     for _, manifest, pool in parts:
         for names in of(manifest, pool):
             ids.add(names)
-    repeat = ids.first_repeat(lambda: (names for _, m, p in parts for names in of(m, p)))
-    if repeat is None:
-        return
-    holders = [m.path for _, m, p in parts if any(repeat[0] in names for names in of(m, p))]
-    first, last = holders[0], holders[-1]
-    raise UserError(f"{last}: column sample_id: {repeat[0]!r} of data set {dataset!r} was given already by {first}")
+    for name, _, _ in ids.repeats(names for _, m, p in parts for names in of(m, p)):
+        first, *_, last = (m.path for _, m, p in parts if any(name in names for names in of(m, p)))
+        raise UserError(f"{last}: column sample_id: {name!r} of data set {dataset!r} was given already by {first}")
 
 
 def check_rationales(manifests: Iterable[Manifest]) -> None:
     """Raise UserError for a manifest in which no row has a rationale, the target of supervised training."""
     for manifest in manifests:
-        if not manifest.has_rationales():
+        texts = (text for _, table in manifest.tables(["rationale"]) for text in table.column(0).to_pylist())
+        if not any(text and text.strip() for text in texts):
             raise UserError(
                 f"{manifest.path}: column rationale: no row has one, and SFT learns from them: tatar-dist rationale "
                 "build asks a teacher, rationale template needs none; or import texts of your own (rationale: COLUMN)"

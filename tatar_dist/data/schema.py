@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,12 @@ REQUIRED = ("sample_id", "dataset", "task", "score", "split")
 
 @dataclass(frozen=True)
 class Stamp:
-    """The writer's entry in the footer.
-    `groups` is a checksum of the row-group sizes: a file cut or merged elsewhere must not pass as checked."""
+    """The writer's entry in the footer."""
 
     version: int
     rows: int
-    groups: int
+    groups: int  # checksum of the row-group sizes: a file cut or merged elsewhere must not pass as checked
     image_root: str | None
-
-    def to_json(self) -> bytes:
-        return json.dumps(self.__dict__, sort_keys=True).encode()
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -89,45 +86,48 @@ def check_columns(path: Path, schema: pa.Schema) -> None:
     """Raise UserError for a column that is missing, repeated, or of another type than in SCHEMA."""
     types = {field.name: field.type for field in schema}
     for name in SCHEMA.names:
-        if schema.names.count(name) > 1:
-            raise UserError(f"{path}: column {name} is there {schema.names.count(name)} times")
-    for name in REQUIRED:
-        if name not in types:
+        count = schema.names.count(name)
+        if count > 1:
+            raise UserError(f"{path}: column {name} is there {count} times")
+        if name in REQUIRED and not count:
             raise UserError(f"{path}: column {name} is missing")
+        if count and not _fits(types[name], SCHEMA.field(name).type):
+            raise UserError(f"{path}: column {name} is {types[name]}, must be {SCHEMA.field(name).type}")
     if "image" not in types and "image_bytes" not in types:
         raise UserError(f"{path}: neither column image nor column image_bytes is there")
-    for name in SCHEMA.names:
-        if name in types and not _fits(types[name], SCHEMA.field(name).type):
-            raise UserError(f"{path}: column {name} is {types[name]}, must be {SCHEMA.field(name).type}")
 
 
 def _fits(stored: pa.DataType, wanted: pa.DataType) -> bool:
     if pa.types.is_dictionary(stored):
         stored = stored.value_type
-    if pa.types.is_null(stored):
-        return True
-    if pa.types.is_string(wanted):
-        return pa.types.is_string(stored) or pa.types.is_large_string(stored) or pa.types.is_string_view(stored)
-    if pa.types.is_binary(wanted):
-        return pa.types.is_binary(stored) or pa.types.is_large_binary(stored) or pa.types.is_binary_view(stored)
-    return pa.types.is_floating(stored) or pa.types.is_integer(stored)
+    types = {
+        pa.string(): (pa.string(), pa.large_string(), pa.string_view()),
+        pa.binary(): (pa.binary(), pa.large_binary(), pa.binary_view()),
+    }
+    if wanted in types:
+        return stored in (pa.null(), *types[wanted])
+    return pa.types.is_null(stored) or pa.types.is_floating(stored) or pa.types.is_integer(stored)
 
 
 def check_pool(path: Path, pool: Pool) -> None:
     """Raise UserError for what the statistics of a pool show to be invalid: its keys, or scores outside 0-100."""
-    _check_keys(path, int(pool.runs[0, 0]), pool.dataset, pool.task, pool.split)
+    for name in ("dataset", "task", "split"):
+        if rule := _rule(name, getattr(pool, name)):
+            raise UserError(f"{path}: row {int(pool.runs[0, 0])}, column {name}: {rule}")
     if not 0 <= pool.score_min <= pool.score_max <= 100:
         bad = pool.score_max if pool.score_max > 100 else pool.score_min
         raise UserError(f"{path}: data set {pool.dataset!r}, column score: {bad} is not a number from 0 to 100")
 
 
-def _check_keys(path: Path, row: int, dataset: str, task: str, split: str) -> None:
-    if not dataset:
-        raise UserError(f"{path}: row {row}, column dataset: is empty")
-    if task not in TASKS:
-        raise UserError(f"{path}: row {row}, column task: {task!r} is neither {TASKS[0]} nor {TASKS[1]}")
-    if split not in SPLITS:
-        raise UserError(f"{path}: row {row}, column split: {split!r} is none of {', '.join(SPLITS)}")
+def _rule(column: str, text: str) -> str | None:
+    """Return what is wrong with a text of a required column, or None."""
+    if not text:
+        return "is empty"
+    if column == "task" and text not in TASKS:
+        return f"{text!r} is neither {TASKS[0]} nor {TASKS[1]}"
+    if column == "split" and text not in SPLITS:
+        return f"{text!r} is none of {', '.join(SPLITS)}"
+    return None
 
 
 def check_table(path: Path, first: int, table: pa.Table, ids: IdCheck) -> None:
@@ -142,18 +142,12 @@ def check_table(path: Path, first: int, table: pa.Table, ids: IdCheck) -> None:
         if column.null_count:
             row = first + pc.index(column.is_null(), True).as_py()
             raise UserError(f"{path}: row {row}, column {name}: no value")
-    keys = [table.column(name).cast(pa.string()) for name in ("dataset", "task", "split")]
-    wrong = pc.or_(
-        pc.equal(keys[0], ""),
-        pc.invert(pc.and_(pc.is_in(keys[1], value_set=pa.array(TASKS)), pc.is_in(keys[2], value_set=pa.array(SPLITS)))),
-    )
-    if pc.any(wrong).as_py():
-        i = pc.index(wrong, True).as_py()
-        dataset, task, split = (column[i].as_py() for column in keys)
-        _check_keys(path, first + i, dataset, task, split)
-    empty = pc.equal(table.column("sample_id").cast(pa.string()), "")
-    if pc.any(empty).as_py():
-        raise UserError(f"{path}: row {first + pc.index(empty, True).as_py()}, column sample_id: is empty")
+    for name in ("sample_id", "dataset", "task", "split"):
+        column = table.column(name).cast(pa.string())
+        for value in [""] if name == "sample_id" else column.unique().to_pylist():
+            row = pc.index(column, value).as_py()
+            if row >= 0 and (rule := _rule(name, value)):
+                raise UserError(f"{path}: row {first + row}, column {name}: {rule}")
     scores = table.column("score").cast(pa.float64(), safe=False).to_numpy()
     bad = ~((scores >= 0) & (scores <= 100))  # true for NaN as well
     if bad.any():
@@ -163,25 +157,22 @@ def check_table(path: Path, first: int, table: pa.Table, ids: IdCheck) -> None:
 
 
 class IdCheck:
-    """Find a repeated id among millions. Stores an 8-byte hash per id; ids are compared only where hashes are equal."""
+    """Find repeated ids among millions. Stores an 8-byte hash per id; ids are compared only where hashes are equal."""
 
     def __init__(self) -> None:
         self._hashes: list[np.ndarray] = []
 
-    def add(self, ids: Sequence[str]) -> None:
+    def add(self, ids: Sequence[str | None]) -> None:
         self._hashes.append(np.fromiter(map(hash, ids), np.int64, len(ids)))
 
-    def first_repeat(self, again: Callable[[], Iterable[Sequence[str]]]) -> tuple[str, int, int] | None:
-        """Return (id, its row, the earlier row) of the first repeated id, or None; `again()` yields what was added."""
+    def repeats(self, again: Iterable[Sequence[str | None]]) -> Iterator[tuple[str, int, int]]:
+        """Yield (id, its row, the first row) of repeated ids; `again` yields once more what was added."""
         hashes = np.sort(np.concatenate(self._hashes or [np.zeros(0, np.int64)]))
         suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-        if not suspects:
-            return None
-        seen: dict[str, int] = {}
-        for row, name in enumerate(name for names in again() for name in names):
-            if hash(name) in suspects and seen.setdefault(name, row) != row:
-                return name, row, seen[name]
-        return None
+        first: dict[str, int] = {}
+        for row, name in enumerate(chain.from_iterable(again) if suspects else ()):
+            if name is not None and hash(name) in suspects and first.setdefault(name, row) != row:
+                yield name, row, first[name]
 
 
 def stored_ids(file: pq.ParquetFile) -> Iterator[list[str]]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +24,7 @@ from tatar_dist.data.manifest import GROUP_BYTES
 from tatar_dist.data.pools import KEYS, Key
 from tatar_dist.data.schema import SCHEMA, STAMP, VERSION, IdCheck, Stamp, check_table, groups_checksum, stored_ids
 from tatar_dist.errors import UserError
-from tatar_dist.run.files import beside
+from tatar_dist.run.files import sync, written_whole
 
 GROUP_ROWS = 2048  # 10 million rows: a footer of 6 MB, read in 0.1 s; a row costs a millisecond or two
 EMBEDDED_ROWS = 256
@@ -30,33 +32,15 @@ BATCH, BATCH_BYTES = 1024, 16 << 20  # dict rows that become one table
 
 
 class ManifestWriter:
-    """Context manager that writes tables of SCHEMA's columns, pools in any order. The file appears once complete.
+    """Writes tables of SCHEMA's columns, pools in any order; made by `manifest_writer`."""
 
-    Args:
-        path: manifest to write.
-        image_root: directory that `image` paths are relative to; None: the manifest's own.
-
-    Raises:
-        UserError: a row that `read_manifest` would reject.
-        KeyError: a column that is not in SCHEMA.
-    """
-
-    def __init__(self, path: str | Path, image_root: str | Path | None = None, group_rows: int | None = None) -> None:
-        self.path = Path(path)
-        self._root = image_root
-        self._limit = group_rows
+    def __init__(self, path: Path, file: pq.ParquetWriter) -> None:
+        self.path = path
+        self.rows = 0
+        self._file = file
         self._ids = IdCheck()
         self._sizes: list[int] = []
-        self._waiting: dict[Key, list[pa.Table]] = {}
-        self.rows = 0
-
-    def __enter__(self) -> ManifestWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._beside = beside(self.path)
-        # Pictures are compressed already: only the text columns profit from zstd.
-        compression = {n: "none" if n == "image_bytes" else "zstd" for n in SCHEMA.names}
-        self._writer = pq.ParquetWriter(self._beside, SCHEMA, compression=compression)
-        return self
+        self._waiting: dict[Key, pa.Table] = {}
 
     def write(self, table: pa.Table) -> None:
         """Add rows. Absent columns are null."""
@@ -70,18 +54,16 @@ class ManifestWriter:
         check_table(self.path, self.rows, table, self._ids)
         self.rows += len(table)
         for key, part in _by_pool(table):
-            waiting = self._waiting.setdefault(key, [])
-            waiting.append(part)
-            held = pa.concat_tables(waiting)
-            while size := self._full_group(held):
-                self._flush(held.slice(0, size))
-                held = held.slice(size)
-            self._waiting[key] = [held]
+            waiting = pa.concat_tables([self._waiting[key], part]) if key in self._waiting else part
+            while size := self._full_group(waiting):
+                self._flush(waiting.slice(0, size))
+                waiting = waiting.slice(size)
+            self._waiting[key] = waiting
 
     def _full_group(self, table: pa.Table) -> int:
         """Return the number of rows in the first group that `table` fills, or 0 if it fills none yet."""
         embedded = table.column("image_bytes").null_count < len(table)
-        limit = self._limit or (EMBEDDED_ROWS if embedded else GROUP_ROWS)
+        limit = EMBEDDED_ROWS if embedded else GROUP_ROWS
         if table.nbytes >= GROUP_BYTES:
             sizes = pc.fill_null(pc.binary_length(table.column("image_bytes")), 0)
             for name in ("rationale", "attributes", "meta"):
@@ -92,95 +74,85 @@ class ManifestWriter:
         return limit if len(table) >= limit else 0
 
     def _flush(self, table: pa.Table) -> None:
-        self._writer.write_table(table, row_group_size=len(table))
+        self._file.write_table(table, row_group_size=len(table))
         self._sizes.append(len(table))
 
-    def _finish(self) -> None:
-        for tables in self._waiting.values():
-            rest = pa.concat_tables(tables)
-            if len(rest):
-                self._flush(rest)
-        stamp = Stamp(VERSION, self.rows, groups_checksum(self._sizes), self._relative_root())
-        self._writer.add_key_value_metadata({STAMP.decode(): stamp.to_json().decode()})
-        self._writer.close()
-        self._check_ids()
-        with self._beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self._beside, self.path)
+    def finish(self, image_root: str | None) -> None:
+        """Write the groups that are not full, and the stamp."""
+        for table in self._waiting.values():
+            if len(table):
+                self._flush(table)
+        stamp = Stamp(VERSION, self.rows, groups_checksum(self._sizes), image_root)
+        self._file.add_key_value_metadata({STAMP.decode(): json.dumps(asdict(stamp), sort_keys=True)})
 
-    def _relative_root(self) -> str | None:
-        """Return the image root for the stamp: relative to the manifest if below it, else between resolved paths."""
-        if self._root is None:
-            return None
-        root, home = os.path.abspath(self._root), os.path.abspath(self.path.parent)
-        if Path(root).is_relative_to(home):
-            return os.path.relpath(root, home)
-        return os.path.relpath(os.path.realpath(root), os.path.realpath(home))
+    def check_ids(self, written: Path) -> None:
+        """Raise UserError for a sample id that is twice in the finished file."""
+        with pq.ParquetFile(written) as file:
+            for name, *_ in self._ids.repeats(stored_ids(file)):
+                raise UserError(f"{self.path}: column sample_id: {name!r} comes twice; nothing was written")
 
-    def _check_ids(self) -> None:
-        with pq.ParquetFile(self._beside) as file:
-            repeat = self._ids.first_repeat(lambda: stored_ids(file))
-        if repeat is not None:
-            raise UserError(f"{self.path}: column sample_id: {repeat[0]!r} comes twice; nothing was written")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._writer.close()
-            self._beside.unlink(missing_ok=True)
+@contextmanager
+def manifest_writer(path: str | Path, image_root: str | Path | None = None) -> Iterator[ManifestWriter]:
+    """Yield a writer; the file appears, complete, when the block ends without an error.
+
+    image_root: directory that `image` paths are relative to; None: the manifest's own.
+    Raises UserError for a row that `read_manifest` would reject, KeyError for a column that is not in SCHEMA.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Pictures are compressed already: only the text columns profit from zstd.
+    compression = {n: "none" if n == "image_bytes" else "zstd" for n in SCHEMA.names}
+    with written_whole(path) as place:
+        with pq.ParquetWriter(place, SCHEMA, compression=compression) as file:
+            writer = ManifestWriter(path, file)
+            yield writer
+            writer.finish(_relative_root(path, image_root))
+        writer.check_ids(place)
+        sync(place)
+
+
+def _relative_root(path: Path, image_root: str | Path | None) -> str | None:
+    """Return the image root for the stamp: relative to the manifest if below it, else between resolved paths."""
+    if image_root is None:
+        return None
+    root, home = os.path.abspath(image_root), os.path.abspath(path.parent)
+    if Path(root).is_relative_to(home):
+        return os.path.relpath(root, home)
+    return os.path.relpath(os.path.realpath(root), os.path.realpath(home))
 
 
 def _by_pool(table: pa.Table) -> Iterator[tuple[Key, pa.Table]]:
     """Split the table into (pool, its rows), keeping the order of rows."""
-    groups = table.select(KEYS).group_by(list(KEYS), use_threads=False).aggregate([]).to_pylist()
-    if len(groups) == 1:
-        yield (groups[0]["dataset"], groups[0]["task"], groups[0]["split"]), table
-        return
-    for g in groups:
-        mask = pc.and_(
-            pc.and_(pc.equal(table["dataset"], g["dataset"]), pc.equal(table["task"], g["task"])),
-            pc.equal(table["split"], g["split"]),
-        )
-        yield (g["dataset"], g["task"], g["split"]), table.filter(mask)
+    for values in table.select(KEYS).group_by(list(KEYS), use_threads=False).aggregate([]).to_pylist():
+        of_pool = reduce(pc.and_, (pc.equal(table[name], values[name]) for name in KEYS))
+        yield (values["dataset"], values["task"], values["split"]), table.filter(of_pool)
 
 
 def write_table(path: str | Path, table: pa.Table, image_root: str | Path | None = None) -> int:
-    """Write a manifest from one table. Returns the number of rows; raises like `ManifestWriter`."""
-    with ManifestWriter(path, image_root) as writer:
+    """Write a manifest from one table. Returns the number of rows; raises like `manifest_writer`."""
+    with manifest_writer(path, image_root) as writer:
         for start in range(0, len(table), 64 * BATCH):
             writer.write(table.slice(start, 64 * BATCH))
     return writer.rows
 
 
-def write_manifest(
-    path: str | Path,
-    rows: Iterable[Mapping[str, Any]],
-    image_root: str | Path | None = None,
-    group_rows: int | None = None,
-) -> int:
+def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]], image_root: str | Path | None = None) -> int:
     """Write a manifest from dicts of SCHEMA's columns. Absent ones are null; `attributes` and `meta` may be dicts.
 
-    Returns the number of rows; raises like `ManifestWriter`.
+    Returns the number of rows; raises like `manifest_writer`.
     """
-    names = set(SCHEMA.names)
-    with ManifestWriter(path, image_root, group_rows) as writer:
+    with manifest_writer(path, image_root) as writer:
         pending: list[Mapping[str, Any]] = []
         size = 0
         for row in rows:
-            if unknown := sorted(set(row) - names):
+            if unknown := sorted(set(row) - set(SCHEMA.names)):
                 raise KeyError(f"{path}: no manifest column {unknown}")
-            objects = {k: v for k, v in row.items() if isinstance(v, dict)}
-            pending.append({**row, **{k: json.dumps(v, ensure_ascii=False) for k, v in objects.items()}})
+            objects = {k: json.dumps(v, ensure_ascii=False) for k, v in row.items() if isinstance(v, dict)}
+            pending.append({**row, **objects})
             size += len(row.get("image_bytes") or b"")
             if len(pending) == BATCH or size >= BATCH_BYTES:
-                writer.write(_table(pending))
+                writer.write(pa.Table.from_pylist(pending, SCHEMA))
                 pending, size = [], 0
-        if pending:
-            writer.write(_table(pending))
+        writer.write(pa.Table.from_pylist(pending, SCHEMA))
     return writer.rows
-
-
-def _table(rows: list[Mapping[str, Any]]) -> pa.Table:
-    return pa.table({n: [r.get(n) for r in rows] for n in SCHEMA.names}, schema=SCHEMA)

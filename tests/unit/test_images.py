@@ -176,8 +176,7 @@ def test_of_several_frames_the_first_is_read(kind):
         frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
     )
     assert pixels(data)[5, 5].tolist() == [255, 0, 0]
-    facts = inspect_image(data)
-    assert facts.frames == 3 and ("several-pictures" if kind == "TIFF" else "animated") in facts.notes
+    assert ("several-pictures" if kind == "TIFF" else "animated") in inspect_image(data).notes
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")

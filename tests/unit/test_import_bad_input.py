@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tatar_dist.cli import main
-from tatar_dist.data.imports.assemble import Choices, Sources, assemble
 from tatar_dist.data.imports.folder import ImageFolder
+from tatar_dist.data.imports.importer import Choices, Sources, assemble
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.registry import read_registry
 from tatar_dist.errors import UserError
@@ -39,12 +39,12 @@ BAD = [
     ("tad66k", b"\xef\xbb\xbf \n", "F: the file is empty"),
     ("tad66k", HEAD, "F: there are no rows under the header"),
     ("tad66k", b"[]", "F: the list is empty"),
-    ("tad66k", b"Image,score\na.jpg,3\n", "F: missing column 'image' (there is 'Image') of format image-score"),
-    ("tad66k", b"image;score\na.jpg;3\n", "columns must be separated by commas"),
+    ("tad66k", b"Image,score\na.jpg,3\n", "F: format image-score needs columns 'image', the file has 'Image', 'score'"),
+    ("tad66k", b"image;score\na.jpg;3\n", "needs columns 'image', 'score', the file has 'image;score'"),
     ("tad66k", HEAD + b"a.jpg,3\nb.jpg,three\n", "F:3: column score: 'three' is no number"),
-    ("tad66k", HEAD + b"a.jpg,nan\n", "F:2: column score: 'nan' is no number"),
-    ("tad66k", HEAD + b"a.jpg,-inf\n", "F:2: column score: '-inf' is no number"),
-    ("tad66k", HEAD + b"a.jpg,1e999\n", "F:2: column score: inf is no finite number"),
+    ("tad66k", HEAD + b"a.jpg,nan\n", "F:2: column score: 'nan' is no finite number"),
+    ("tad66k", HEAD + b"a.jpg,-inf\n", "F:2: column score: '-inf' is no finite number"),
+    ("tad66k", HEAD + b"a.jpg,1e999\n", "F:2: column score: '1e999' is no finite number"),
     ("tad66k", HEAD + b"a.jpg,1_0\n", "F:2: column score: '1_0' is no number"),
     ("tad66k", HEAD + "a.jpg,٣\n".encode(), "F:2: column score: '٣' is no number"),
     ("tad66k", HEAD + b"a.jpg, \n", "F:2: column score is empty"),
@@ -60,7 +60,7 @@ BAD = [
     ("tad66k", HEAD + b"a.jpg,3\nb.jpg,3\na.jpg,4\n", "F:2: image 'a.jpg' has score 3 here and 4 in F:4 (2 of 3 rows"),
     ("tad66k", HEAD + b"a.jpg,3\ncaf\xe9.jpg,3\n", "F:3: byte 24 of the file (0xe9) is not UTF-8"),
     ("tad66k", "image,score\na,3\n".encode("utf-16"), "--encoding utf-16"),
-    ("tad66k", HEAD + b"../a.jpg,3\n", "F:2: image '../a.jpg' leads out of --images"),
+    ("tad66k", HEAD + b"../a.jpg,3\n", "F:2: image '../a.jpg' has an empty part, '.' or '..' in its path"),
     ("tad66k", HEAD + b"/a.jpg,3\n", "F:2: image '/a.jpg' is an absolute path"),
     ("tad66k", HEAD + b"C:a.jpg,3\n", "F:2: image 'C:a.jpg' is an absolute path"),
     ("tad66k", HEAD + b"x\\a.jpg,3\n", "has a backslash"),
@@ -81,7 +81,11 @@ BAD = [
         "'image' is given twice",
     ),
     ("tad66k", b'{"image": "a", "gt_score": 3}\n\n{"image": "b", "gt_score": }\n', "F:3: broken JSON"),
-    ("tad66k", b'{\n"rows": [{"image": "a", "gt_score": 3}]}', "F: one JSON object"),
+    (
+        "tad66k",
+        b'{\n"rows": [{"image": "a", "gt_score": 3}]}',
+        "no row can be read: write a JSON list of objects, or one object a line",
+    ),
     ("tad66k", b"[" * 50_000, "F: broken JSON"),
     ("tad66k", b"[1, 2]", "F:1: the row is a number, must be an object"),
     ("tad66k", b"PK\x03\x04 no workbook", "F: not a readable Excel workbook"),
@@ -191,9 +195,9 @@ def test_images_are_found_by_exact_name_and_near_misses_are_named(tmp_path):
     folder = ImageFolder(tmp_path)
     assert read(HEAD + b"a.jpg,3\nd.jpg,4\n", folder=folder).table["image"].to_pylist() == ["a.jpg", "one/d.jpg"]
     for name, told in {
-        "b.png": "there is 'b.PNG' (another case)",
-        "c.jpg": "there is 'c.bmp' (another extension)",
-        "two/d.jpg": "there is 'one/d.jpg' (another directory)",
+        "b.png": "there is 'b.PNG'",
+        "c.jpg": "there is 'c.bmp'",
+        "two/d.jpg": "there is 'one/d.jpg'",
         "e.jpg": "lies in several directories (one/e.jpg, two/e.jpg)",
         "f.jpg": "no image was found: does --images name the right directory?",
     }.items():
@@ -286,7 +290,8 @@ def test_paths_are_relative_to_the_images_directory_wherever_the_manifest_lies(t
     [
         (["--split", "dev"], "--split dev: must be one of train, validation, test"),
         (["--split-list", "names.txt"], "--split-list names.txt: must be SPLIT=FILE"),
-        (["--split-list", "dev=F.csv"], "cannot read it"),
+        (["--split-list", "dev=F.csv"], "must be SPLIT=FILE with SPLIT one of train, validation, test"),
+        (["--split-list", "test=absent"], "--split-list absent: cannot read it"),
         (["--attributes", "absent.jsonl"], "--attributes absent.jsonl: cannot read it"),
         (["--format", "imagescore"], "did you mean 'image-score'?"),
         (["--registry", "absent.yaml"], "absent.yaml: cannot read the registry"),
@@ -315,7 +320,7 @@ def test_an_output_that_cannot_be_a_file_is_refused_before_the_work(output, tmp_
     command = ["data", "import", "tad66k", "--annotations", "not read yet", "--images", ".", "--no-check-images"]
     assert main([*command, "--output", output]) == 2
     line = capsys.readouterr().err
-    assert line.startswith("tatar-dist: --output ") and len(line.splitlines()) == 1
+    assert line.startswith("tatar-dist: ") and "--annotations" not in line and len(line.splitlines()) == 1
 
 
 def test_a_name_longer_than_a_file_may_have_is_one_line(tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from tatar_dist.cli import main
-from tatar_dist.data.imports.assemble import Choices, Sources, assemble
+from tatar_dist.data.imports.importer import Choices, Sources, assemble
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.registry import read_registry
 from tatar_dist.errors import UserError
@@ -262,7 +262,7 @@ def test_the_hash_rule_is_the_same_in_every_file_and_near_its_fractions():
 
 def test_split_lists_take_bare_ids_csv_and_json_and_say_what_is_not_there():
     ava = (("AVA.txt", (FILES / "AVA.txt").read_bytes()),)
-    lists = (("test=g.jpgl", "g.jpgl", (FILES / "generic_test.jpgl").read_bytes()),)
+    lists = (("test", "g.jpgl", (FILES / "generic_test.jpgl").read_bytes()),)
     made = assemble(Sources(ava, lists), REGISTRY.find("ava"), Choices())
     assert made.report["splits"] == {"train": 8, "test": 4} and made.report["split_official"] is None
     assert made.report["notes"][-1] == "1 of the 5 names in g.jpgl are not in the annotations"
@@ -271,14 +271,14 @@ def test_split_lists_take_bare_ids_csv_and_json_and_say_what_is_not_there():
     as_csv = "\n".join(rows[:6]).encode()
     as_json = (FILES / "TAD66K.json").read_bytes()
     for data, n in ((as_csv, 5), (as_json, 12), (rows[1].split(",")[0].encode(), 1)):
-        made = assemble(Sources(tad, (("validation=l", "l", data),)), REGISTRY.find("tad66k"), Choices())
+        made = assemble(Sources(tad, (("validation", "l", data),)), REGISTRY.find("tad66k"), Choices())
         assert made.report["splits"]["validation"] == n
     with pytest.raises(UserError, match="in none of the split lists"):
-        assemble(Sources(tad, (("train=l", "l", as_csv),)), REGISTRY.find("tad66k"), Choices())
+        assemble(Sources(tad, (("train", "l", as_csv),)), REGISTRY.find("tad66k"), Choices())
 
 
 def listed(name, rows, *lists):
-    sources = tuple((f"{split}=L{k}", f"L{k}", "\n".join(names).encode()) for k, (split, names) in enumerate(lists))
+    sources = tuple((split, f"L{k}", "\n".join(names).encode()) for k, (split, names) in enumerate(lists))
     made = assemble(Sources((("F", rows.encode()),), sources), REGISTRY.find(name), Choices())
     splits = dict(zip(made.table["image"].to_pylist(), made.table["split"].to_pylist(), strict=True))
     return splits, made.report

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tatar_dist.data.imports.annotations import parse
-from tatar_dist.data.imports.assemble import Choices, Sources, assemble
+from tatar_dist.data.imports.importer import Choices, Sources, assemble
 from tatar_dist.data.registry import read_registry
 
 TAD = read_registry().find("tad66k")
@@ -29,7 +29,7 @@ def test_a_row_of_a_json_list_is_placed_where_its_bracket_opens(gaps):
         text += json.dumps({"image": f"{k}]{inside}[", "inner": [1, {"a": []}]}).replace(": [1", ":" + before + "[1")
         text += after + ("," if k + 1 < len(gaps) else "") + before
     rows = parse((text + "]").encode(), "F", None, [])
-    assert [rows.where(i) for i in range(len(gaps))] == [f"F:{line}" for line in wanted]
+    assert [rows.at[i] for i in range(len(gaps))] == [f"F:{line}" for line in wanted]
 
 
 @given(
@@ -42,7 +42,7 @@ def test_a_row_of_a_csv_file_is_placed_where_it_begins(rows):
         wanted.append(line_of(text, len(text)))
         text += '"' + name.replace('"', '""') + '",3\n' + "\n" * blank_lines
     found = parse(text.encode(), "F", None, list(TAD.formats.values()))
-    assert [found.where(i) for i in range(len(rows))] == [f"F:{line}" for line in wanted]
+    assert [found.at[i] for i in range(len(rows))] == [f"F:{line}" for line in wanted]
 
 
 def test_rows_of_several_files_are_placed_in_their_own():

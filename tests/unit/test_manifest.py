@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tatar_dist.data import writing
 from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.schema import SCHEMA
@@ -35,8 +36,9 @@ def written(path, rows, **kwargs):
     return path
 
 
-def test_what_is_written_is_read_back_from_any_row_group(tmp_path):
-    path = written(tmp_path / "m.parquet", (row(i) for i in range(25)), group_rows=4)
+def test_what_is_written_is_read_back_from_any_row_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "EMBEDDED_ROWS", 4)
+    path = written(tmp_path / "m.parquet", (row(i) for i in range(25)))
     assert pq.ParquetFile(path).metadata.num_row_groups == 7
     manifest = read_manifest(path)
     assert len(manifest) == 25 and [(p.dataset, p.task, p.split, p.rows) for p in manifest.pools] == [

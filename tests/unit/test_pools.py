@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tatar_dist.data import manifest as manifests
+from tatar_dist.data import writing
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.data.schema import STAMP
-from tatar_dist.data.writing import ManifestWriter, write_manifest, write_table
+from tatar_dist.data.writing import manifest_writer, write_manifest, write_table
 from tatar_dist.errors import UserError
 
 
@@ -141,7 +142,8 @@ def test_batches_from_pictures_in_rows_open_each_row_group_about_once(tmp_path, 
     keys = ("sample_id", "dataset", "task", "split")
     table = [dict(zip(keys, (str(i), *name), strict=True)) | same for i, name in enumerate(names)]
     if writer == "ours":
-        write_manifest(tmp_path / "m.parquet", table, group_rows=16)
+        monkeypatch.setattr(writing, "EMBEDDED_ROWS", 16)
+        write_manifest(tmp_path / "m.parquet", table)
     else:
         pq.write_table(pa.Table.from_pylist(table), tmp_path / "m.parquet", row_group_size=64)
     opened: list[int] = []
@@ -179,9 +181,9 @@ def test_a_half_written_parquet_file_is_one_clear_error(tmp_path, kept):
 def test_a_writer_that_is_killed_leaves_the_old_manifest(tmp_path):
     write_table(tmp_path / "m.parquet", rows(5))
     code = (
-        "import os, sys; from tatar_dist.data.writing import ManifestWriter; import pyarrow.parquet as pq\n"
+        "import os, sys; from tatar_dist.data.writing import manifest_writer; import pyarrow.parquet as pq\n"
         "table = pq.read_table(sys.argv[1])\n"
-        "with ManifestWriter(sys.argv[1]) as w:\n    w.write(table); os.kill(os.getpid(), 9)"
+        "with manifest_writer(sys.argv[1]) as w:\n    w.write(table); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.parquet")])
     assert killed.returncode == -9 and len(read_manifest(tmp_path / "m.parquet")) == 5
@@ -189,7 +191,7 @@ def test_a_writer_that_is_killed_leaves_the_old_manifest(tmp_path):
 
 def test_an_id_that_comes_twice_far_apart_is_found_when_written(tmp_path):
     with pytest.raises(UserError, match="'0000003' comes twice; nothing was written"):
-        with ManifestWriter(tmp_path / "m.parquet") as writer:
+        with manifest_writer(tmp_path / "m.parquet") as writer:
             writer.write(rows(5000))
             writer.write(rows(5000).slice(3, 1))
     assert list(tmp_path.iterdir()) == []
@@ -221,7 +223,7 @@ def test_images_are_found_below_the_root_that_the_manifest_names_even_after_both
 
 def test_a_sampler_on_a_million_rows_holds_only_the_order_of_an_epoch(tmp_path):
     table = rows(2048)
-    with ManifestWriter(tmp_path / "m.parquet") as writer:
+    with manifest_writer(tmp_path / "m.parquet") as writer:
         for k in range(500):
             ids = pa.array(np.char.add(f"{k}-", np.arange(2048).astype(str)))
             writer.write(table.set_column(0, "sample_id", ids))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tatar_dist.cli import main
-from tatar_dist.data.imports.assemble import Choices, Sources, assemble
+from tatar_dist.data.imports.importer import Choices, Sources, assemble
 from tatar_dist.data.registry import Range, read_registry
 from tatar_dist.errors import UserError
 from tatar_dist.types import SPLITS
@@ -226,7 +226,7 @@ def test_the_map_is_linear_and_exact_at_both_ends():
     from hypothesis import given
     from hypothesis import strategies as st
 
-    from tatar_dist.data.imports.scores import to_score
+    from tatar_dist.data.imports.rows import to_score
 
     ends = st.floats(-1e6, 1e6)
 

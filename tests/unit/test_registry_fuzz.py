@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tatar_dist.data import registry
-from tatar_dist.data.imports.assemble import Choices, Sources, assemble
+from tatar_dist.data.imports.importer import Choices, Sources, assemble
 from tatar_dist.data.registry import read_registry
 from tatar_dist.errors import UserError
 from tatar_dist.types import SPLITS

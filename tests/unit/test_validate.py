@@ -164,7 +164,7 @@ def test_suspicious_scores_of_a_pool_are_warned_of(tmp_path, code, score):
 
 def test_files_that_are_no_manifest_are_one_line(tmp_path, capsys):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
-    for name, said in (("x", "not a whole Parquet file"), ("y", "no such manifest")):
+    for name, said in (("x", "not a Parquet file"), ("y", "no such manifest")):
         assert main(["data", "validate", str(tmp_path / f"{name}.parquet")]) == 2
         err = capsys.readouterr().err
         assert said in err and len(err.splitlines()) == 1

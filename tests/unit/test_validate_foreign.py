@@ -111,7 +111,7 @@ def test_outputs_that_cannot_be_written_are_known_before_a_picture_is_decoded(tm
     path = written(tmp_path / "m.parquet", [row(0)])
     (tmp_path / "file").write_text("")
     (tmp_path / "d" / "m.validate.png").mkdir(parents=True)
-    monkeypatch.setattr(validating, "_check_manifest", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(validating, "_submitted", lambda *_: pytest.fail("decoded"))
     for words in (
         ["validate", path, "--output", tmp_path / "file"],
         ["validate", path, "--output", tmp_path / "file" / "below"],
@@ -245,7 +245,6 @@ def test_memory_of_decoding_does_not_grow_with_the_threads(tmp_path):
     path = written(tmp_path / "m.parquet", [row(i, image_bytes=data + bytes([i])) for i in range(4)])
     code = (
         "import resource, sys; from pathlib import Path; from tatar_dist.data.checks import validate\n"
-        "validate.CHUNK = 1  # a picture for every thread\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "assert validate.validate([Path(sys.argv[1])], workers=4).ok\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)"

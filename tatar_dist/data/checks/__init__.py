@@ -1,9 +1,8 @@
 """Check (`tatar-dist data validate`) or show (`data show`) the rows and images of a manifest:
 
 validate.py      streams the manifests, decodes images on threads
-validation.py    the records and problems that it fills; how a manifest is read in pieces
-rows.py          rules of single rows; statistics of pools
+validation.py    the records and problems that it fills, rules of rows, statistics of pools, reading in pieces
 compare.py       identical images, conflicting scores, leaks between splits over several manifests; clean manifests
-report.py        table, Markdown, figure, JSON
+report.py        table, Markdown (validate.md.j2), figure, JSON
 sheet.py         contact sheet of `data show`
 """

@@ -1,8 +1,8 @@
 """Compare rows over all manifests of `data validate`; log duplicates, conflicts and leaks; write clean manifests.
 
-Arrays run over the rows of all manifests (`validation.ValidationRows`). Ids and scores are read once more from the
-files, and kept only for rows that have something in common. `clean` writes new manifests without the rows that cannot
-be used, leak (on the side not held out), or repeat an image of their pool; image files are not moved.
+Arrays run over the rows of all manifests. Ids and scores are read once more from the files, and kept only for rows that
+have something in common. `clean` writes new manifests without the rows that cannot be used, leak (on the side not held
+out), or repeat an image of their pool; image files are not moved.
 """
 
 from __future__ import annotations
@@ -25,18 +25,16 @@ from tatar_dist.data.checks.validation import (
     ValidationRows,
     batches,
     columns_of,
-    open_source,
 )
+from tatar_dist.data.manifest import open_parquet
 from tatar_dist.data.schema import SCHEMA
-from tatar_dist.data.writing import ManifestWriter
+from tatar_dist.data.writing import manifest_writer
 from tatar_dist.errors import UserError
 from tatar_dist.run.files import probe, writing
 from tatar_dist.types import SPLITS
 
-WHY = {"unusable": UNUSABLE, "leaked": LEAKED, "duplicate": DUPLICATE}
+FATES = {"kept": KEEP, "unusable": UNUSABLE, "leaked": LEAKED, "duplicate": DUPLICATE}
 NAMED = 3  # rows that a message names; the rest are counted
-
-_Known = dict[int, tuple[str, float]]  # row among all -> its sample_id and score
 
 
 def compare(checked: Sequence[Checked], rows: ValidationRows) -> np.ndarray:
@@ -59,7 +57,7 @@ def compare(checked: Sequence[Checked], rows: ValidationRows) -> np.ndarray:
         for group in groups
         if split[group].min() < split[group].max()
     ]
-    log = _RowLog(checked, _look_up(checked, [*pictures, *(group for *_, group in leaks)]))
+    log = _RowLog(checked, [*pictures, *(group for *_, group in leaks)])
     for code, what, group in leaks:
         protected = split[group].max()
         inside = group[split[group] == protected]
@@ -73,7 +71,15 @@ def compare(checked: Sequence[Checked], rows: ValidationRows) -> np.ndarray:
             for row in same[1:]:
                 log.add(row, "duplicate-image", f"the same bytes as {log.names(same[:1], row)}")
             fate[same[fate[same] == KEEP][1:]] = DUPLICATE
-        _log_conflicts(group, rows, log)
+        by_subject = defaultdict(list)
+        for row in group.tolist():
+            by_subject[rows.pools[rows.pool[row]][:2]].append(row)
+        for same in by_subject.values():
+            lowest, *_, highest = sorted(same, key=log.score) * 2
+            if log.score(highest) - log.score(lowest) > 1e-9:
+                scores = f"scores {log.score(lowest):g} to {log.score(highest):g}"
+                names = log.names([lowest, highest], same[0])
+                log.add(same[0], "conflicting-scores", f"{len(same)} identical pictures, {scores}: {names}")
     return fate
 
 
@@ -83,85 +89,57 @@ def _groups(keys: np.ndarray, present: np.ndarray) -> list[np.ndarray]:
     keys: (n,) or (n, 2) uint64/int64. present: (n,) bool, the rows to consider.
     """
     rows = np.flatnonzero(present)
-    if not len(rows):
-        return []
-    keys = keys[rows].reshape(len(rows), -1)
-    order = np.lexsort(keys.T)  # stable, so rows stay ascending within equal keys
-    rows, keys = rows[order], keys[order]
-    starts = np.flatnonzero(np.r_[True, (keys[1:] != keys[:-1]).any(axis=1)])
+    keys = np.atleast_2d(keys[rows].T)
+    order = np.lexsort(keys)  # stable, so rows stay ascending within equal keys
+    rows, keys = rows[order], keys[:, order]
+    starts = np.flatnonzero(np.r_[True, (keys[:, 1:] != keys[:, :-1]).any(axis=0)])
     ends = np.r_[starts[1:], len(rows)]
     several = ends - starts > 1
     groups = [rows[start:end] for start, end in zip(starts[several], ends[several], strict=True)]
     return sorted(groups, key=lambda group: int(group[0]))
 
 
-def _look_up(checked: Sequence[Checked], groups: Sequence[np.ndarray]) -> _Known:
-    """Read sample_id and score of the rows in `groups`."""
-    if not groups:
-        return {}
-    wanted = np.unique(np.concatenate(groups))
-    known: _Known = {}
-    for start, columns in columns_of(checked, ("sample_id", "score")):
-        names, scores = columns["sample_id"], columns["score"]
-        low, high = np.searchsorted(wanted, [start, start + len(names)])
-        known.update({r: (names[r - start], scores[r - start]) for r in wanted[low:high].tolist()})
-    return known
-
-
 def _mark_duplicate_ids(checked: Sequence[Checked], rows: ValidationRows) -> None:
     """Mark later rows of a repeated id as unusable; ids need only be unique within their file."""
     for manifest in checked:
-        span = slice(manifest.first, manifest.first + manifest.rows)
-        groups = [group + manifest.first for group in _groups(rows.ident[span], rows.ident[span] != 0)]
-        known = _look_up([manifest], groups)
-        seen: dict[str, int] = {}
-        for row in (int(r) for group in groups for r in group):  # hashes are equal: compare the ids
-            name = known[row][0]
-            first = seen.setdefault(name, row)
-            if first != row:
-                message = f"column sample_id: {name!r} was used in row {first - manifest.first}"
-                manifest.log.add(Problem(row - manifest.first, name, "duplicate-id", message))
-                rows.unusable[row] = True
-
-
-def _log_conflicts(group: np.ndarray, rows: ValidationRows, log: _RowLog) -> None:
-    """Log identical images of one data set and task whose scores differ."""
-    by_subject = defaultdict(list)
-    for row in group.tolist():
-        dataset, task, _ = rows.pools[rows.pool[row]]
-        by_subject[dataset, task].append(row)
-    for same in by_subject.values():
-        first = min(same)
-        same.sort(key=lambda row: log.known[row][1])
-        low, high = (log.known[row][1] for row in (same[0], same[-1]))
-        if high - low > 1e-9:
-            named = [same[0], same[-1]] if len(same) > NAMED else same
-            message = f"{len(same)} identical pictures, scores {low:g} to {high:g}: "
-            log.add(first, "conflicting-scores", message + log.names(named, first, scores=True))
+        ids = (columns["sample_id"] for _, columns in columns_of([manifest], ["sample_id"]))
+        for name, row, first in manifest.ids.repeats(ids):
+            message = f"column sample_id: {name!r} was used in row {first}"
+            manifest.log.add(Problem(row, name, "duplicate-id", message))
+            rows.unusable[manifest.first + row] = True
 
 
 class _RowLog:
-    """Log problems of rows in the manifest that holds the row."""
+    """Log problems of the rows in `groups`, whose ids and scores are read, in the manifests that hold them."""
 
-    def __init__(self, checked: Sequence[Checked], known: _Known) -> None:
-        self.checked, self.known = checked, known
-        self._firsts = [m.first for m in checked]
+    def __init__(self, checked: Sequence[Checked], groups: Sequence[np.ndarray]) -> None:
+        self._checked = checked
+        self._known: dict[int, tuple[str, float]] = {}
+        if not groups:
+            return
+        wanted = np.unique(np.concatenate(groups))
+        for start, columns in columns_of(checked, ("sample_id", "score")):
+            names, scores = columns["sample_id"], columns["score"]
+            low, high = np.searchsorted(wanted, [start, start + len(names)])
+            self._known |= {int(r): (names[r - start], scores[r - start]) for r in wanted[low:high]}
 
     def _home(self, row: int) -> Checked:
-        # a manifest without rows starts where the next one does: the last of equal starts is the one with rows
-        return self.checked[int(np.searchsorted(self._firsts, row, side="right")) - 1]
+        return next(m for m in self._checked if m.first <= row < m.first + m.rows)
+
+    def score(self, row: int) -> float:
+        return self._known[row][1]
 
     def add(self, row: int, code: str, message: str) -> None:
         home = self._home(row)
-        home.log.add(Problem(int(row) - home.first, self.known[row][0], code, message))
+        home.log.add(Problem(int(row) - home.first, self._known[row][0], code, message))
 
-    def names(self, some: Sequence[int] | np.ndarray, seen_from: int, scores: bool = False) -> str:
+    def names(self, some: Sequence[int] | np.ndarray, seen_from: int) -> str:
         """Name up to NAMED rows by id, row and, if it is another one than that of `seen_from`, file."""
         names = []
         for row in some[:NAMED]:
-            home, (sample_id, score) = self._home(row), self.known[row]
+            home = self._home(row)
             file = "" if home is self._home(seen_from) else f" of {home.path.name}"
-            names.append(f"{sample_id!r} (row {row - home.first}{file})" + (f" {score:g}" if scores else ""))
+            names.append(f"{self._known[row][0]!r} (row {row - home.first}{file})")
         rest = len(some) - NAMED
         return ", ".join(names) + (f" and {rest:,} more" if rest > 0 else "")
 
@@ -169,8 +147,7 @@ class _RowLog:
 def clean_paths(paths: Sequence[Path], out: Path) -> list[Path]:
     """Return the target of each manifest: `out` itself for one, a file of the same name in directory `out` for several.
 
-    Raises UserError for an unsuitable target, one that cannot be written, or one that would overwrite a manifest being
-    read.
+    Raises UserError for a target that cannot be written, or would overwrite a manifest that is read.
     """
     with writing(out):
         is_directory = out.is_dir()
@@ -193,19 +170,18 @@ def clean(validation: Validation, out: Path) -> dict[str, dict[str, int]]:
 
     Raises UserError if a manifest has no row left, before any is written, or if one cannot be written.
     """
-    counts = {}
     targets = clean_paths([m.path for m in validation.manifests], out)
-    for manifest, target in zip(validation.manifests, targets, strict=True):
-        if not (validation.fate_of(manifest) == KEEP).any():
+    fates = [validation.fate_of(m) for m in validation.manifests]
+    for manifest, fate, target in zip(validation.manifests, fates, targets, strict=True):
+        if not (fate == KEEP).any():
             raise UserError(f"{manifest.path}: no row is left to write to {target}")
-    for manifest, target in zip(validation.manifests, targets, strict=True):
-        fate = validation.fate_of(manifest)
-        keep = fate == KEEP
-        file, _ = open_source(manifest.path)
+    counts = {}
+    for manifest, fate, target in zip(validation.manifests, fates, targets, strict=True):
+        file, *_ = open_parquet(manifest.path)
         start = 0
-        with file, writing(target), ManifestWriter(target, image_root=manifest.root) as writer:
+        with file, writing(target), manifest_writer(target, image_root=manifest.root) as writer:
             for table in batches(file, SCHEMA.names):
-                writer.write(table.filter(pa.array(keep[start : start + len(table)])))
+                writer.write(table.filter(pa.array(fate[start : start + len(table)] == KEEP)))
                 start += len(table)
-        counts[str(target)] = {"kept": int(keep.sum())} | {k: int(np.sum(fate == v)) for k, v in WHY.items()}
+        counts[str(target)] = {name: int(np.sum(fate == value)) for name, value in FATES.items()}
     return counts

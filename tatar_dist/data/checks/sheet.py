@@ -1,8 +1,7 @@
 """Show a manifest's pools and a contact sheet of its images: `tatar-dist data show`.
 
-`show` takes a manifest; it returns a `Shown` and writes a PNG with each image above its sample id, score, task and the
-first words of its rationale. An image that does not decode is marked. Texts and scores are streamed; images are read
-only for the rows shown.
+The sheet is a PNG with each image above its sample id, score, task and the first words of its rationale. An image that
+does not decode is marked. Texts and scores are streamed; images are read only for the rows shown.
 """
 
 from __future__ import annotations
@@ -17,35 +16,31 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tatar_dist.data.checks.rows import Key, PoolFacts, rows_by_pool
+from tatar_dist.data.checks.validation import Key, PoolFacts, rows_by_pool
 from tatar_dist.data.images import UnreadableImage, decode_image
-from tatar_dist.data.manifest import Manifest, image_path, read_manifest
+from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.errors import UserError
 from tatar_dist.run.files import probe, writing, written_whole
 
 SORTS = {"score": "from the lowest score to the highest", "random": "at random", "row": "in the order of the file"}
 SCALE = 2  # pixels a point, so that small type is crisp
-TILE, CAPTION, GAP, MARGIN = 190, 74, 18, 28  # points
+TILE, CAPTION, GAP, MARGIN, HEAD = 190, 74, 18, 28, 58  # points
 ACROSS = 6
-LARGER = 4  # largest factor by which a small image is enlarged
 PAPER, TILE_PAPER, INK, QUIET, RED = "#ffffff", "#f3f5f7", "#22303c", "#71808c", "#b8433b"
 TASK_INK = {"iqa": "#2f6f94", "iaa": "#a9701f"}
 
 
 @dataclass(frozen=True)
 class Shown:
-    """Result of `show`. `images`: in words, where the images lie. `chosen`: the rows on the sheet.
-
-    absent: how many of those name an image file that does not exist.
-    """
+    """Result of `show`."""
 
     path: Path
     rows: int
     pools: list[PoolFacts]
-    images: str
-    chosen: list[int]
-    broken: int
-    absent: int
+    images: str  # where the images lie, in words
+    chosen: list[int]  # rows on the sheet
+    broken: int  # images on it that cannot be shown
+    absent: int  # of these, files that cannot be read
     sheet: Path
 
     def as_json(self) -> dict[str, Any]:
@@ -72,37 +67,29 @@ def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path, image_
         there = ", ".join(sorted({p.dataset for p in manifest.pools}))
         raise UserError(f"{path}: " + (f"no row of data set {dataset!r}; it has {there}" if there else "has no rows"))
     chosen = chosen_rows(rows, scores, n, sort)
-    page, broken = drawn_sheet(manifest, chosen, f"{len(chosen)} of {len(rows):,} rows, {SORTS[sort]}")
+    page, broken, absent = drawn_sheet(manifest, chosen, f"{len(chosen)} of {len(rows):,} rows, {SORTS[sort]}")
     with writing(sheet):
         sheet.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(sheet) as place:
             page.save(place, "PNG")
     where = "pictures in the rows" if manifest.embedded else f"pictures in {manifest.image_root}"
-    absent = sum(_is_absent(manifest, manifest.row(i)) for i in chosen) if broken else 0
     return Shown(path, len(manifest), pools, where, chosen, broken, absent, sheet)
-
-
-def _is_absent(manifest: Manifest, row: dict[str, Any]) -> bool:
-    """Whether a row names a file inside the image root that does not exist."""
-    if row["image_bytes"] is not None or not row["image"]:
-        return False
-    place = image_path(manifest.image_root, row["image"])
-    return place is not None and not place.is_file()
 
 
 def _survey(manifest: Manifest, dataset: str | None) -> tuple[list[PoolFacts], np.ndarray, np.ndarray]:
     """Return statistics of all pools, and row numbers and scores of the selected data set."""
     columns = ("dataset", "task", "split", "score", "score_std", "rationale", "attributes")
     facts: dict[Key, PoolFacts] = {}
-    rows, scores = [np.zeros(0, np.int64)], [np.zeros(0)]
+    rows: list[int] = []
+    scores: list[float] = []
     for first, table in manifest.tables(columns):
         values = {name: table.column(name).to_pylist() for name in columns}
         for key, positions in rows_by_pool(values).items():
             facts.setdefault(key, PoolFacts(*key)).add(values, positions)
             if dataset in (None, key[0]):
-                rows.append(first + np.array(positions))
-                scores.append(np.array([values["score"][i] for i in positions], np.float64))
-    return list(facts.values()), np.concatenate(rows), np.concatenate(scores)
+                rows += [first + i for i in positions]
+                scores += [values["score"][i] for i in positions]
+    return list(facts.values()), np.array(rows), np.array(scores)
 
 
 def chosen_rows(rows: np.ndarray, scores: np.ndarray, n: int, sort: str) -> list[int]:
@@ -146,41 +133,40 @@ def _end(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     return "…"
 
 
-def drawn_sheet(manifest: Manifest, chosen: Sequence[int], subtitle: str) -> tuple[Image.Image, int]:
-    """Draw the contact sheet. Returns it as RGB, and how many of its images are broken."""
+def drawn_sheet(manifest: Manifest, chosen: Sequence[int], subtitle: str) -> tuple[Image.Image, int, int]:
+    """Draw the contact sheet. Returns it as RGB, the number of broken images, and how many of those are absent."""
     across = min(ACROSS, len(chosen))
     down = -(-len(chosen) // across)
-    head = 58
     width = 2 * MARGIN + max(across, 3) * (TILE + GAP) - GAP
-    height = head + MARGIN + down * (TILE + CAPTION + GAP)
+    height = HEAD + MARGIN + down * (TILE + CAPTION + GAP)
     page = Image.new("RGB", (width * SCALE, height * SCALE), PAPER)
     pen = ImageDraw.Draw(page)
     pen.text((MARGIN * SCALE, 16 * SCALE), " ".join(manifest.path.name.split()), INK, _font(16, True))
     pen.text((MARGIN * SCALE, 37 * SCALE), subtitle, QUIET, _font(10))
-    broken = 0
+    broken = absent = 0
     for k, row in enumerate(chosen):
         x = (MARGIN + k % across * (TILE + GAP)) * SCALE
-        y = (head + k // across * (TILE + CAPTION + GAP)) * SCALE
-        values = manifest.row(row)
+        y = (HEAD + k // across * (TILE + CAPTION + GAP)) * SCALE
+        values, data = manifest.row(row), None
         try:
-            picture = decode_image(manifest.image(values, row), values["sample_id"])
+            data = manifest.image(values, row)
+            _paste(page, decode_image(data, values["sample_id"]), x, y)
         except (UnreadableImage, UserError) as e:
             broken += 1
+            absent += data is None and isinstance(e, UnreadableImage)
             _draw_broken(pen, x, y, str(e).removeprefix(f"{manifest.path}: ").removeprefix(f"{values['sample_id']}: "))
-        else:
-            _paste(page, picture, x, y)
         _draw_caption(pen, x, y + (TILE + 6) * SCALE, values)
-    return page, broken
+    return page, broken, absent
 
 
 def _paste(page: Image.Image, picture: Image.Image, x: int, y: int) -> None:
-    """Paste the image into the middle of its tile, as large as fits, but enlarged at most `LARGER` times."""
+    """Paste the image into the middle of its tile, as large as fits."""
     side = TILE * SCALE
-    factor = min(side / picture.width, side / picture.height, LARGER)
-    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-    picture = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0 if factor < 1 else None)
-    ImageDraw.Draw(page).rectangle((x, y, x + side - 1, y + side - 1), TILE_PAPER)
-    page.paste(picture, (x + (side - size[0]) // 2, y + (side - size[1]) // 2))
+    factor = side / max(picture.size)
+    width, height = (max(1, round(edge * factor)) for edge in picture.size)
+    page.paste(TILE_PAPER, (x, y, x + side, y + side))
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    page.paste(picture, (x + (side - width) // 2, y + (side - height) // 2))
 
 
 def _draw_broken(pen: ImageDraw.ImageDraw, x: int, y: int, why: str) -> None:

@@ -1,9 +1,8 @@
 """Check every row and decode every image of one or more manifests: `tatar-dist data validate`.
 
 `validate` returns a `Validation`: problems by row (streamed to `M.problems.jsonl`), statistics of the pools, and which
-rows a clean manifest would keep. Memory: 37 bytes a row, a count for each size of pictures, and what is in flight: two
-batches with about 8 MiB each of embedded images, and decoded images of as many pixels as `_Room` allows
-(images.MAX_PIXELS gives the cost of a pixel).
+rows a clean manifest would keep. Memory: 37 bytes a row and what is in flight: two batches with about 8 MiB each of
+embedded images, and decoded images of as many pixels as `_Room` allows (images.MAX_PIXELS gives the cost of a pixel).
 
 Threads, not processes: Pillow releases the GIL while it decodes, threads start at once and need no pickling. The
 main thread reads the next batch while the workers decode this one.
@@ -18,7 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,28 +26,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tatar_dist.data.checks.compare import compare
-from tatar_dist.data.checks.rows import Columns, PoolFacts, reference_of, row_faults, rows_by_pool
 from tatar_dist.data.checks.validation import (
     Checked,
+    Columns,
+    PoolFacts,
     Problem,
     Validation,
     ValidationRows,
     batches,
-    open_source,
     problem_log,
+    reference_of,
+    row_faults,
+    rows_by_pool,
     values_of,
 )
 from tatar_dist.data.images import MAX_PIXELS, ImageFacts, inspect_image
-from tatar_dist.data.manifest import file_bytes, image_path
+from tatar_dist.data.manifest import file_bytes, image_path, open_parquet
 from tatar_dist.data.schema import SCHEMA
 from tatar_dist.errors import UserError
 from tatar_dist.run.files import probe
 
-CHUNK = 4  # images a worker takes at a time
 WORKER_PIXELS = 25_000_000  # decoded at once per worker: the image of a usual camera
 
 Item = memoryview | Path | None  # embedded bytes, a file, or a row that names neither
 Looked = tuple[ImageFacts, bytes]  # and the 16-byte hash of the encoded bytes
+_Batch = tuple[int, Columns, list["Future[Looked]"]]  # first row among all, light columns, image of each row
 
 
 def validate(
@@ -63,52 +66,39 @@ def validate(
     images: base of image paths, instead of those stored in the manifests.
     Raises UserError for files that are not manifests, two of one name, or reports that cannot be written.
     """
-    opened = [(Path(p), *open_source(Path(p), images)) for p in paths]
-    names = Counter((output or p.parent, p.stem) for p, _, _ in opened)
+    opened = [(p, *open_parquet(p, images)) for p in map(Path, paths)]
+    names = Counter((output or p.parent, p.stem) for p, *_ in opened)
     if clash := [stem for (_, stem), n in names.items() if n > 1]:
         raise UserError(f"{clash[0]}: given twice, or two manifests of this name would write the same report")
     workers = workers or len(os.sched_getaffinity(0))
-    total = sum(file.metadata.num_rows for _, file, _ in opened)
+    total = sum(file.metadata.num_rows for _, file, *_ in opened)
     rows, checked = ValidationRows.of(total), []
     with ExitStack() as stack:
         first = 0
-        for path, file, root in opened:
+        for path, file, _, root in opened:
             for suffix in ("validate.md", "validate.png"):  # fail before hours of decoding
                 probe((output or path.parent) / f"{path.stem}.{suffix}")
             log = stack.enter_context(problem_log((output or path.parent) / f"{path.stem}.problems.jsonl"))
             checked.append(Checked(path, root, file.metadata.num_rows, first, log))
             first += file.metadata.num_rows
         watch(0, total)
-        with _Workers(workers) as pool:
-            for manifest, (_, file, _) in zip(checked, opened, strict=True):
+        room = _Room(max(MAX_PIXELS, workers * WORKER_PIXELS))
+        pool = ThreadPoolExecutor(workers, "decode")
+        stack.callback(pool.shutdown, cancel_futures=True)  # after an error or Ctrl-C, only what is being decoded ends
+        for manifest, (path, file, *_) in zip(checked, opened, strict=True):
+            submitted = _submitted(manifest, file, rows, lambda item: pool.submit(look_at, item, room.taken))
+            try:
                 with file:
-                    _check_manifest(manifest, file, rows, pool, lambda done: watch(done, total))
+                    for batch, _ in pairwise(chain(submitted, [None])):  # the workers have the next batch already
+                        assert batch is not None
+                        _record(manifest, rows, batch, lambda done: watch(done, total))
+            except (pa.ArrowException, OSError) as e:
+                raise UserError(f"{path}: damaged Parquet file: {str(e).splitlines()[0]}") from None
         for manifest in checked:
             for facts in manifest.pools.values():
                 for code, message in facts.suspicions():
                     manifest.log.add(Problem(None, None, code, f"{facts.name}: {message}"))
         return Validation(checked, compare(checked, rows))
-
-
-class _Workers:
-    """Thread pool that stops at the next image when the block is left early, for example by Ctrl-C."""
-
-    def __init__(self, workers: int) -> None:
-        self._pool, self._stop = ThreadPoolExecutor(workers, "decode"), threading.Event()
-        self._room = _Room(max(MAX_PIXELS, workers * WORKER_PIXELS))
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
-
-    def look_at(self, items: list[Item]) -> list[Future[list[Looked]]]:
-        return [self._pool.submit(self._look, items[k : k + CHUNK]) for k in range(0, len(items), CHUNK)]
-
-    def _look(self, items: list[Item]) -> list[Looked]:
-        return [look_at(item, self._room.taken) for item in items if not self._stop.is_set()]
 
 
 class _Room:
@@ -139,28 +129,16 @@ def look_at(item: Item, room: Callable[[int], AbstractContextManager[None]] = la
         data = file_bytes(item) if isinstance(item, Path) else item
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         return ImageFacts(problem="missing", message=f"{item}: {getattr(e, 'strerror', None) or e}"), b""
-    return inspect_image(data, room), hashlib.blake2b(data, digest_size=16).digest()
+    facts = inspect_image(data, room)
+    if not facts.problem and "extreme-aspect" in facts.notes:
+        message = f"{facts.width} x {facts.height} pixels: longer than 200 times its shorter side"
+        facts = replace(facts, problem="extreme-aspect", message=message)
+    return facts, hashlib.blake2b(data, digest_size=16).digest()
 
 
-_Batch = tuple[int, Columns, set[int], list["Future[list[Looked]]"]]
-
-
-def _check_manifest(
-    manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, pool: _Workers, watch: Callable[[int], None]
-) -> None:
-    waiting: _Batch | None = None
-    try:
-        for batch in _submitted(manifest, file, rows, pool):  # the workers never wait for the next batch to be read
-            if waiting:
-                _record(manifest, rows, waiting, watch)
-            waiting = batch
-    except (pa.ArrowException, OSError) as e:
-        raise UserError(f"{manifest.path}: damaged Parquet file: {str(e).splitlines()[0]}") from None
-    if waiting:
-        _record(manifest, rows, waiting, watch)
-
-
-def _submitted(manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, pool: _Workers) -> Iterator[_Batch]:
+def _submitted(
+    manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, submit: Callable[[Item], Future[Looked]]
+) -> Iterator[_Batch]:
     """Check the light columns of each batch and submit its images to the workers."""
     start = manifest.first
     for table in batches(file, SCHEMA.names):
@@ -174,25 +152,24 @@ def _submitted(manifest: Checked, file: pq.ParquetFile, rows: ValidationRows, po
             memoryview(embedded[i].as_buffer()) if there else image_path(manifest.root, name) if name else None
             for i, (there, name) in enumerate(zip(columns["image_bytes"], columns["image"], strict=True))
         ]
-        futures = pool.look_at(items)
+        futures = [submit(item) for item in items]
         manifest.files += sum(isinstance(item, Path) for item in items)
-        wrong = set()
         not_text = (
             (i, "bad-text", f"column {n}: {texts[i]!r} is not UTF-8") for n, (texts, bad) in values.items() for i in bad
         )
         for i, code, message in chain(not_text, row_faults(columns, manifest.root)):
             manifest.log.add(Problem(start - manifest.first + i, columns["sample_id"][i], code, message))
-            wrong.add(i)
+            rows.unusable[start + i] = True
         _note_rows(manifest, rows, start, columns)
-        yield start, columns, wrong, futures
+        yield start, columns, futures
         start += len(table)
 
 
 def _note_rows(manifest: Checked, rows: ValidationRows, start: int, columns: Columns) -> None:
     """Store hashes of ids and references, and update the statistics of the pools in a batch."""
-    for i, name in enumerate(columns["sample_id"]):
-        rows.ident[start + i] = 0 if name is None else hash(name) or 1
-        if reference := reference_of(columns["meta"][i]):
+    manifest.ids.add(columns["sample_id"])
+    for i, meta in enumerate(columns["meta"]):
+        if reference := reference_of(meta):
             rows.reference[start + i] = hash((columns["dataset"][i], reference)) or 1
     for key, positions in rows_by_pool(columns).items():
         if key not in rows.pools:
@@ -205,26 +182,16 @@ def _note_rows(manifest: Checked, rows: ValidationRows, start: int, columns: Col
 
 def _record(manifest: Checked, rows: ValidationRows, batch: _Batch, watch: Callable[[int], None]) -> None:
     """Wait for the images of a batch and record the results."""
-    start, columns, wrong, futures = batch
-    rows.unusable[[start + i for i in wrong]] = True
-    at = start
-    for future in futures:
-        for facts, digest in future.result():
-            sample = columns["sample_id"][at - start]
-            if facts.problem not in (None, "no-image"):
-                manifest.log.add(Problem(at - manifest.first, sample, facts.problem or "", facts.message))
-            elif "extreme-aspect" in facts.notes:
-                message = f"{facts.width} x {facts.height} pixels: longer than 200 times its shorter side"
-                manifest.log.add(Problem(at - manifest.first, sample, "extreme-aspect", message))
-            if facts.problem or "extreme-aspect" in facts.notes:
-                rows.unusable[at] = True
-            else:
-                rows.picture[at] = np.frombuffer(digest, np.uint64)
-            manifest.absent += facts.problem == "missing" and not digest
-            manifest.notes.update(facts.notes)
-            if facts.format:
-                manifest.formats[facts.format] += 1
-            if not facts.problem:
-                manifest.sizes[facts.width, facts.height] += 1
-            at += 1
-        watch(at)
+    start, columns, futures = batch
+    for row, (future, sample) in enumerate(zip(futures, columns["sample_id"], strict=True), start):
+        facts, digest = future.result()
+        if facts.problem is None:
+            rows.picture[row] = np.frombuffer(digest, np.uint64)
+        else:
+            rows.unusable[row] = True
+            if facts.problem != "no-image":
+                manifest.log.add(Problem(row - manifest.first, sample, facts.problem, facts.message))
+        manifest.absent += facts.problem == "missing" and not digest
+        manifest.notes.update(facts.notes)
+        manifest.formats.update([facts.format] if facts.format else [])
+        watch(row + 1)

@@ -1,4 +1,4 @@
-"""State and result of `data validate`, and the reading of a manifest as a stream.
+"""State and result of `data validate`: problems, statistics of pools, rules of rows, reading a manifest as a stream.
 
 Unlike `read_manifest`, which rejects a manifest at its first invalid row, this reads on, to report all faults at once.
 """
@@ -6,8 +6,8 @@ Unlike `read_manifest`, which rejects a manifest at its first invalid row, this 
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,11 +18,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tatar_dist.data.checks.rows import Key, PoolFacts
-from tatar_dist.data.manifest import existing, stamped_root
-from tatar_dist.data.schema import SCHEMA, check_columns, read_stamp
-from tatar_dist.errors import UserError
+from tatar_dist.data.manifest import image_path, open_parquet
+from tatar_dist.data.schema import REQUIRED, SCHEMA, IdCheck, json_object
 from tatar_dist.run.files import probe, writing, written_whole
+from tatar_dist.types import SPLITS, TASKS
+
+Columns = dict[str, list[Any]]  # column name -> Python values of a batch
+Key = tuple[str, str, str]  # dataset, task, split
+
+BINS = 50  # of a score histogram, 2 points each
+FEW = 7  # at most this many distinct scores are suspicious ...
+FEW_ROWS = 30  # ... in a pool of at least this many rows
+NARROW = 10.0  # points; a tenth of the scale
 
 BATCH_BYTES, BATCH_ROWS = 8 << 20, 128
 KEEP, UNUSABLE, LEAKED, DUPLICATE = range(4)  # a row's fate in a clean manifest
@@ -68,8 +75,9 @@ class Problem:
     message: str
 
     @property
-    def level(self) -> str:
-        return "error" if self.code in ERRORS else "warning"
+    def text(self) -> str:
+        """The message with its row, for people."""
+        return self.message if self.row is None else f"row {self.row}, {self.sample_id}: {self.message}"
 
 
 @dataclass
@@ -85,9 +93,9 @@ class ProblemLog:
         self.counts[problem.code] += 1
         if len(kept := self.examples.setdefault(problem.code, [])) < EXAMPLES:
             kept.append(problem)
-        line = asdict(problem) | {"level": problem.level}
+        level = "error" if problem.code in ERRORS else "warning"
         with writing(self.path):
-            self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self.file.write(json.dumps(asdict(problem) | {"level": level}, ensure_ascii=False) + "\n")
 
     def in_order(self) -> Iterator[tuple[str, int, list[Problem]]]:
         """Return (code, count, first problems) of each code that occurred, errors first."""
@@ -111,6 +119,74 @@ def problem_log(path: Path) -> Iterator[ProblemLog]:
 
 
 @dataclass
+class PoolFacts:
+    """Running statistics of a pool. `histogram` (BINS,) int64 over 0-100; `distinct` is complete up to FEW scores."""
+
+    dataset: str
+    task: str
+    split: str
+    rows: int = 0
+    scored: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+    total: float = 0.0
+    squares: float = 0.0
+    rationales: int = 0
+    attributes: int = 0
+    stds: int = 0
+    distinct: set[float] = field(default_factory=set)
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+
+    def add(self, columns: Columns, rows: Sequence[int]) -> None:
+        """Add the `rows` of a batch, all of this pool."""
+        scores = [columns["score"][i] for i in rows]
+        self.rows += len(rows)
+        self.rationales += sum(bool((columns["rationale"][i] or "").strip()) for i in rows)
+        self.attributes += sum(columns["attributes"][i] not in (None, "", "{}") for i in rows)
+        self.stds += sum(columns["score_std"][i] is not None for i in rows)
+        valid = np.array([s for s in scores if s is not None and 0 <= s <= 100], np.float64)
+        if not len(valid):
+            return
+        self.scored += len(valid)
+        self.low, self.high = min(self.low, float(valid.min())), max(self.high, float(valid.max()))
+        self.total, self.squares = self.total + float(valid.sum()), self.squares + float((valid**2).sum())
+        self.histogram += np.histogram(valid, BINS, (0, 100))[0]
+        if len(self.distinct) <= FEW:
+            self.distinct.update(np.unique(valid)[: FEW + 1].tolist())
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset} {self.task} {self.split}"
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.scored if self.scored else math.nan
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation of the scores, in points."""
+        return math.sqrt(max(0.0, self.squares / self.scored - self.mean**2)) if self.scored else math.nan
+
+    def suspicions(self) -> Iterator[tuple[str, str]]:
+        """Yield (code, message) for scores that suggest a wrong scale or a constant column."""
+        if self.scored < 2:
+            return
+        if self.high == self.low:
+            yield "scores-constant", f"all {self.scored:,} scores are {self.low:g}"
+        elif self.scored >= FEW_ROWS and self.high - self.low <= NARROW:
+            yield "scores-narrow", f"all scores lie in {self.low:g}-{self.high:g}: was the right raw range declared?"
+        if self.scored >= FEW_ROWS and 1 < len(self.distinct) <= FEW:
+            shown = ", ".join(f"{s:g}" for s in sorted(self.distinct))
+            yield "scores-few", f"only {len(self.distinct)} distinct scores in {self.scored:,} rows: {shown}"
+
+    def as_json(self) -> dict[str, Any]:
+        keys = ("dataset", "task", "split", "rows", "rationales", "attributes")
+        scores = {"score_min": self.low, "score_max": self.high, "score_mean": self.mean, "score_std": self.std}
+        shown = {k: round(v, 4) if math.isfinite(v) else None for k, v in scores.items()}
+        return {k: getattr(self, k) for k in keys} | {"with_score_std": self.stds} | shown
+
+
+@dataclass
 class Checked:
     """Findings in one manifest. `first`: index of its first row among the rows of all manifests."""
 
@@ -119,10 +195,10 @@ class Checked:
     rows: int
     first: int
     log: ProblemLog
+    ids: IdCheck = field(default_factory=IdCheck)
     pools: dict[int, PoolFacts] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) of pictures that decode
     files: int = 0  # rows whose picture is a file
     absent: int = 0  # of those, the files that cannot be read
 
@@ -133,10 +209,9 @@ class Checked:
 
 @dataclass
 class ValidationRows:
-    """Arrays over the rows of all manifests: hashes of pictures, ids and references (0: none), pool, usability."""
+    """Arrays over the rows of all manifests: hashes of pictures and references (0: none), pool, usability."""
 
     picture: np.ndarray  # (n, 2) uint64
-    ident: np.ndarray  # (n,) int64
     reference: np.ndarray  # (n,) int64
     pool: np.ndarray  # (n,) int32, a place in `pools`
     unusable: np.ndarray  # (n,) bool
@@ -144,8 +219,7 @@ class ValidationRows:
 
     @classmethod
     def of(cls, n: int) -> ValidationRows:
-        ident, reference = np.zeros(n, np.int64), np.zeros(n, np.int64)
-        return cls(np.zeros((n, 2), np.uint64), ident, reference, np.zeros(n, np.int32), np.zeros(n, bool))
+        return cls(np.zeros((n, 2), np.uint64), np.zeros(n, np.int64), np.zeros(n, np.int32), np.zeros(n, bool))
 
 
 @dataclass
@@ -183,23 +257,6 @@ class Validation:
         return self.fate[manifest.first : manifest.first + manifest.rows]
 
 
-def open_source(path: Path, images: Path | None = None) -> tuple[pq.ParquetFile, Path]:
-    """Open a manifest. Returns the file and its image root, which is `images` if given, else the stored one.
-
-    Raises UserError for a file that is not a manifest; no row is read.
-    """
-    try:
-        existing(path)
-        # Read in pieces: a row group of another program's file may be larger than memory.
-        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-        schema = file.schema_arrow
-    except (pa.ArrowException, OSError) as e:
-        raise UserError(f"{path}: not a whole Parquet file: {str(e).splitlines()[0]}") from None
-    check_columns(path, schema)
-    root = stamped_root(path, read_stamp(path, file))
-    return file, Path(os.path.abspath(images)) if images else root
-
-
 def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:
     """Yield tables of SCHEMA's types in file order; columns that the file lacks are null.
 
@@ -225,7 +282,7 @@ def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:
 def columns_of(checked: Sequence[Checked], names: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
     """Yield (first row among all manifests, columns as lists) of every batch, reading the files again."""
     for manifest in checked:
-        file, _ = open_source(manifest.path)
+        file, *_ = open_parquet(manifest.path)
         start = manifest.first
         with file:
             for table in batches(file, names):
@@ -245,3 +302,54 @@ def values_of(column: pa.ChunkedArray) -> tuple[list[Any], list[int]]:
             if values[i].encode() != raw:
                 wrong.append(i)
     return values, wrong
+
+
+def row_faults(columns: Columns, root: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield what `read_manifest` and `Manifest.get` reject in the rows of a batch. `root`: normalised, absolute."""
+    for name in (*REQUIRED, "attributes", "meta"):
+        for i, value in enumerate(columns[name]):
+            if fault := _fault(name, value):
+                code, text = fault
+                yield i, code, f"column {name}: {text}"
+    for i, (name, embedded) in enumerate(zip(columns["image"], columns["image_bytes"], strict=True)):
+        if not embedded and not name:
+            yield i, "no-image", "column image: neither a path nor image_bytes"
+        elif not embedded and image_path(root, name) is None:
+            yield i, "outside", f"column image: {name!r} leads outside the image root"
+
+
+def _fault(name: str, value: Any) -> tuple[str, str] | None:
+    """Return (code, text) of what is wrong with a value of a column other than image and image_bytes, or None."""
+    if value is None:
+        return ("no-value", "no value") if name in REQUIRED else None
+    if name in ("sample_id", "dataset") and value == "":
+        return "empty-key", "is empty"
+    if name == "task" and value not in TASKS:
+        return "bad-task", f"{value!r} is neither {' nor '.join(TASKS)}"
+    if name == "split" and value not in SPLITS:
+        return "bad-split", f"{value!r} must be one of {', '.join(SPLITS)}"
+    if name == "score" and not 0 <= value <= 100:  # true for NaN as well
+        return "bad-score", f"{value} is not a number from 0 to 100"
+    if name in ("attributes", "meta") and value:
+        try:
+            json_object(value)
+        except ValueError as e:
+            return "bad-json", str(e)
+    return None
+
+
+def reference_of(meta: str | None) -> str | None:
+    """Return `meta.reference`, the pristine image that a distorted one was made from, or None."""
+    try:
+        value = json_object(meta or "{}").get("reference")
+    except ValueError:  # reported by row_faults
+        return None
+    return None if value in (None, "") else str(value)
+
+
+def rows_by_pool(columns: Columns) -> dict[Key, list[int]]:
+    """Return the positions of a batch's rows by data set, task and split."""
+    positions: dict[Key, list[int]] = defaultdict(list)
+    for i, key in enumerate(zip(columns["dataset"], columns["task"], columns["split"], strict=True)):
+        positions[key].append(i)
+    return positions

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tatar_dist.data.imports.annotations import json_type, parse
 from tatar_dist.errors import UserError
+from tatar_dist.types import EIGHT
 
 
 def _letters(name: str) -> str:
@@ -23,27 +23,21 @@ def _letters(name: str) -> str:
     return "".join(w for w in re.findall(r"[a-z]+", name.casefold()) if w != "and")
 
 
-@cache
-def _names() -> dict[str, str]:
-    """Return the eight names by their letters, in the method's order."""
-    from tatar_dist.types import EIGHT
-
-    return {_letters(name): name for name in EIGHT}
+_NAMES = {_letters(name): name for name in EIGHT}
 
 
 def place(name: str) -> int:
     """Return an attribute's index among the eight; 8 for any other name."""
-    known = list(_names())
-    return known.index(_letters(name)) if _letters(name) in known else len(known)
+    return [*_NAMES, _letters(name)].index(_letters(name))
 
 
-def in_order(texts: Mapping[str, Any]) -> dict[str, str]:
-    """Return texts under the method's names, in its order. Raises UserError for an unknown name, no text, none."""
+def in_order(texts: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """Return (name, text) pairs under the method's names, in its order. Raises UserError for a pair it cannot use."""
     attributes: dict[str, str] = {}
-    for key, text in texts.items():
-        name = _names().get(_letters(key))
+    for key, text in texts:
+        name = _NAMES.get(_letters(key))
         if name is None:
-            raise UserError(f"{key!r} is none of the eight attributes ({', '.join(_names().values())})")
+            raise UserError(f"{key!r} is none of the eight attributes ({', '.join(EIGHT)})")
         if not isinstance(text, str):
             raise UserError(f"{name!r} is {json_type(text)}, must be text")
         if not text.strip() or not is_text(text):
@@ -53,7 +47,7 @@ def in_order(texts: Mapping[str, Any]) -> dict[str, str]:
         attributes[name] = text.strip()
     if not attributes:
         raise UserError("no attribute is given")
-    return {name: attributes[name] for name in _names().values() if name in attributes}
+    return {name: attributes[name] for name in EIGHT if name in attributes}
 
 
 def is_text(value: str) -> bool:
@@ -68,69 +62,55 @@ def is_text(value: str) -> bool:
 def read_attributes(data: bytes, file: str, encoding: str | None = None) -> dict[str, dict[str, str]]:
     """Read attribute texts; return {image name: {attribute: text}}.
 
-    Raises:
-        UserError: an unreadable file or one without rows; with FILE:LINE, an invalid row, or an attribute of an image
-            given twice with different texts.
+    Raises UserError naming FILE:LINE of an invalid row, or of an attribute given twice with different texts.
     """
-    rows = parse(data, file, encoding, [])
-    if rows.kind not in ("json", "jsonl"):
-        raise UserError(f"{file}: attributes must be JSON lines or a JSON list, this looks like {rows.kind}")
-    if rows.bad:
-        i = min(rows.bad)
-        raise UserError(f"{rows.where(i)}: {rows.bad[i].text}")
+    parsed = parse(data, file, encoding, [])
+    if parsed.kind not in ("json", "jsonl"):
+        raise UserError(f"{file}: attributes must be JSON lines or a JSON list, this looks like {parsed.kind}")
+    parsed.check()
     attributes: dict[str, dict[str, str]] = {}
-    for i, row in enumerate(rows.rows):
+    for row, at in zip(parsed.rows, parsed.at, strict=True):
         try:
-            image, texts = _row(row)
+            image, texts = _image_and_texts(row)
             earlier = attributes.get(image, {})
-            for name in texts.keys() & earlier.keys():
-                if texts[name] != earlier[name]:
+            for name, text in texts.items():
+                if earlier.get(name, text) != text:
                     raise UserError(f"image {image!r}: {name!r} is given twice, with different texts")
-            attributes[image] = in_order(earlier | texts)
         except UserError as e:
-            raise UserError(f"{rows.where(i)}: {e}") from None
-    if not attributes:
-        raise UserError(f"{file}: there are no rows")
+            raise UserError(f"{at}: {e}") from None
+        attributes[image] = in_order((earlier | texts).items())
     return attributes
 
 
 def join(attributes: Mapping[str, dict[str, str]], images: list[str]) -> list[dict[str, str] | None]:
     """Return the texts of each image: by its name, else by its file name if that is unique in `attributes`."""
-    by_file: dict[str, str | None] = {}
-    for image in attributes:
+    by_file: dict[str, dict[str, str] | None] = {}
+    for image, texts in attributes.items():
         name = posixpath.basename(image)
-        by_file[name] = None if name in by_file else image
-    exact = (attributes.get(image) for image in images)
-    return [
-        texts if texts is not None else attributes.get(by_file.get(posixpath.basename(image)) or "")
-        for texts, image in zip(exact, images, strict=True)
-    ]
+        by_file[name] = None if name in by_file else texts
+    return [attributes.get(image) or by_file.get(posixpath.basename(image)) for image in images]
 
 
-def _row(row: dict[str, Any]) -> tuple[str, dict[str, str]]:
+def _image_and_texts(row: dict[str, Any]) -> tuple[str, dict[str, str]]:
     image = row.get("image")
     if not isinstance(image, str) or not image.strip():
         raise UserError("key 'image' must be a file name")
     if "conversations" in row:
-        return image.strip(), _conversation(row["conversations"])
+        return image.strip(), in_order(_conversation(row["conversations"]))
     if isinstance(row.get("aesthetic_attributes"), dict):
-        return image.strip(), in_order(row["aesthetic_attributes"])
+        return image.strip(), in_order(row["aesthetic_attributes"].items())
     raise UserError("neither 'conversations' (a list) nor 'aesthetic_attributes' (an object) is there")
 
 
-def _conversation(turns: Any) -> dict[str, str]:
+def _conversation(turns: Any) -> Iterable[tuple[str, str]]:
+    """Yield (attribute, answer) for each question and answer."""
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         raise UserError("'conversations' must be a list of questions, each followed by its answer")
     values = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
-    attributes: dict[str, str] = {}
     for question, answer in zip(values[::2], values[1::2], strict=True):
         if not isinstance(question, str) or not isinstance(answer, str):
             raise UserError("every turn of 'conversations' needs a text 'value'")
-        letters = _letters(question)
-        named = [name for key, name in _names().items() if key in letters]
+        named = [name for letters, name in _NAMES.items() if letters in _letters(question)]
         if len(named) != 1:
             raise UserError(f"a question must name one of the eight attributes, names {len(named)}")
-        if named[0] in attributes:
-            raise UserError(f"{named[0]!r} is there twice")
-        attributes[named[0]] = answer
-    return in_order(attributes)
+        yield named[0], answer

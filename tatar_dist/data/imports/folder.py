@@ -32,12 +32,8 @@ def path_fault(name: str) -> str | None:
         return "is an absolute path; it must be relative to --images"
     if not name.isprintable() and any(unicodedata.category(c) in _UNSEEN for c in name):
         return "has a character that does not print"
-    if ".." in name or "/" in name or name == ".":
-        parts = name.split("/")
-        if ".." in parts:
-            return "leads out of --images by '..'"
-        if "" in parts or "." in parts:
-            return "has an empty part or '.' in its path"
+    if not {"", ".", ".."}.isdisjoint(name.split("/")):
+        return "has an empty part, '.' or '..' in its path; it must lead into --images"
     return None
 
 
@@ -84,45 +80,24 @@ class ImageFolder:
                 raise UserError(f"--images {directory}: cannot list it: {e.strerror or e}") from None
 
     @cached_property
-    def _by_name(self) -> dict[str, list[str]]:
-        paths: dict[str, list[str]] = defaultdict(list)
-        for path in (*self.files, *self.unusable):
-            paths[posixpath.basename(path)].append(path)
-        return paths
-
-    @cached_property
     def _by_stem(self) -> dict[str, list[str]]:
+        """All paths by file name, without extension and case."""
         paths: dict[str, list[str]] = defaultdict(list)
-        for path in self.files:
+        for path in sorted((*self.files, *self.unusable)):
             paths[posixpath.splitext(posixpath.basename(path))[0].casefold()].append(path)
         return paths
 
     def find(self, name: str) -> str | Bad:
         """Return the path of `name`, or the reason why there is none, with a near match if one exists."""
-        if name in self.files:
-            return name
-        if name in self.unusable:
-            return self.unusable[name]
+        if name in self.files or name in self.unusable:
+            return self.unusable.get(name, name)
         base = posixpath.basename(name)
-        if base == name:
-            there = self._by_name.get(name, [])
-            if len(there) == 1:
-                return self.unusable.get(there[0], there[0])
-            if there:
-                text = f"image {name!r} lies in several directories ({', '.join(sorted(there)[:2])}); name its path"
-                return Bad("missing image", text)
-        text = f"image {name!r} is not in {self.root}"
-        near = sorted(self._by_stem.get(posixpath.splitext(base)[0].casefold(), []))
-        if near:
-            same = [n for n in near if posixpath.basename(n).casefold() == base.casefold()]
-            other = "directory" if same and posixpath.basename(same[0]) == base else "case" if same else "extension"
-            text += f"; there is {(same or near)[0]!r} (another {other})"
-        return Bad("missing image", text)
-
-    def find_all(self, names: list[str]) -> tuple[list[str], dict[int, Bad]]:
-        """Return the paths of all names ("" where there is none) and the reasons by position."""
-        if self.files.issuperset(names):
-            return names, {}
-        paths = [name if name in self.files else self.find(name) for name in names]
-        bad = {i: path for i, path in enumerate(paths) if isinstance(path, Bad)}
-        return ["" if isinstance(path, Bad) else path for path in paths], bad
+        near = self._by_stem.get(posixpath.splitext(base)[0].casefold(), [])
+        same = [path for path in near if posixpath.basename(path) == name]
+        if len(same) == 1:
+            return self.unusable.get(same[0], same[0])
+        if same:
+            text = f"image {name!r} lies in several directories ({', '.join(same[:2])}); name its path"
+            return Bad("missing image", text)
+        there = f"; there is {near[0]!r}" if near else ""
+        return Bad("missing image", f"image {name!r} is not in {self.root}{there}")

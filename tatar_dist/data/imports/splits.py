@@ -17,7 +17,6 @@ from typing import NamedTuple
 from tatar_dist.data.imports.annotations import decode, parse
 from tatar_dist.data.registry import Dataset
 from tatar_dist.errors import UserError
-from tatar_dist.types import SPLITS
 
 
 class SplitList(NamedTuple):
@@ -38,37 +37,24 @@ class Splits:
     notes: list[str] = field(default_factory=list)
 
 
-def read_split_list(spec: str, file: str, data: bytes, pattern: str, columns: Sequence[str]) -> SplitList:
+def read_split_list(split: str, file: str, data: bytes, pattern: str, columns: Sequence[str]) -> SplitList:
     """Read the image names of one `SPLIT=FILE`.
 
     The file has one name per line, or is a CSV or JSON list with the image name in one of `columns`. A name without an
     extension replaces the `{}` in `pattern`, so that AVA's lists of numbers work.
-
-    Raises:
-        UserError: an unknown split, an unreadable file, a row without a name, or a list without names.
+    Raises UserError for an unreadable file, a row without a name, or a list without names.
     """
-    split = spec.partition("=")[0]
-    if split not in SPLITS:
-        raise UserError(f"--split-list {spec}: must be SPLIT=FILE with SPLIT one of {', '.join(SPLITS)}")
     names = decode(data, file, None).split("\n")
     header = [name.strip() for name in next(filter(str.strip, names), "").split(",")]
-    column = next((c for c in columns if c in header), None)
-    if column is not None:
-        rows = parse(data, file, None, [])
-        place = header.index(column)
-        if any(len(row) <= place for row in rows.rows):
-            raise UserError(f"{file}: a row has no column {column}, or the CSV is broken")
-        names = [row[place] for row in rows.rows]
-    elif header[0][:1] in ("[", "{"):
-        rows = parse(data, file, None, [])
-        if rows.bad:
-            i = min(rows.bad)
-            raise UserError(f"{rows.where(i)}: {rows.bad[i].text}")
+    if header[0][:1] in ("[", "{") or not set(columns).isdisjoint(header):
+        parsed = parse(data, file, None, [])
+        parsed.check()
         names = []
-        for i, row in enumerate(rows.rows):
-            name = next((row[c] for c in columns if isinstance(row.get(c), str)), None)
+        for row, at in zip(parsed.rows, parsed.at, strict=True):
+            values = row if isinstance(row, dict) else dict(zip(parsed.header, row, strict=False))
+            name = next((values[c] for c in columns if isinstance(values.get(c), str)), None)
             if name is None:
-                raise UserError(f"{rows.where(i)}: no image name; looked for the keys {', '.join(columns)}")
+                raise UserError(f"{at}: no image name; looked for {', '.join(columns)}")
             names.append(name)
     names = [name.strip() for name in names if name.strip()]
     if not names:
@@ -84,12 +70,19 @@ def by_lists(images: Sequence[str], groups: Sequence[str], lists: Sequence[Split
     With lists for test alone, the set's rule divides them into train and validation, by its shares of these two.
     """
     list_of: dict[str, SplitList] = {}
+    annotated = set(images)
+    notes = []
     for split_list in lists:
         for name in split_list.names:
             other = list_of.setdefault(name, split_list)
             if other.split != split_list.split:
                 here, there = (f"{x.split}={x.file}" for x in (split_list, other))
                 raise UserError(f"image {name!r} is in {there} and in {here}")
+        absent, total = len(split_list.names - annotated), len(split_list.names)
+        if absent == total:
+            raise UserError(f"{split_list.file}: none of its {absent:,} names is an image in the annotations")
+        if absent:
+            notes.append(f"{absent:,} of the {total:,} names in {split_list.file} are not in the annotations")
     shares = _shares_of_others({x.split for x in lists}, dataset)
     splits = []
     for image, group in zip(images, groups, strict=True):
@@ -97,22 +90,16 @@ def by_lists(images: Sequence[str], groups: Sequence[str], lists: Sequence[Split
             splits.append(list_of[image].split)
         else:
             splits.append(_hashed(group, dataset.name, shares) if shares else "")
-    rule, notes = ", ".join(f"{x.split} = {x.file}" for x in lists), []
+    rule = ", ".join(f"{x.split} = {x.file}" for x in lists)
     if len(shares) > 1:
         rule += f"; the others {_by_hash(dataset, shares)}"
-        notes.append(
+        notes.insert(
+            0,
             "validation is drawn by hash from the images outside the lists, which is not the official split; "
-            "--split-list validation=FILE names your own"
+            "--split-list validation=FILE names your own",
         )
     elif shares:
         rule += "; all others train"
-    annotated = set(images)
-    for split_list in lists:
-        absent, total = len(split_list.names - annotated), len(split_list.names)
-        if absent == total:
-            raise UserError(f"{split_list.file}: none of its {absent:,} names is an image in the annotations")
-        if absent:
-            notes.append(f"{absent:,} of the {total:,} names in {split_list.file} are not in the annotations")
     return Splits(splits, rule, None, notes)
 
 
