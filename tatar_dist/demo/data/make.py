@@ -12,13 +12,11 @@ other task's style for the controlled probes: slow for IQA, fast for IAA.
 
 from __future__ import annotations
 
-import ctypes
 import io
 import json
 import multiprocessing
 import os
-import signal
-from collections.abc import Iterator
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -55,7 +53,18 @@ class DemoCrop:
     meta: dict[str, Any]
 
 
-def _iqa_crop(scene: Scene, rng: np.random.Generator, spread: float) -> DemoCrop:
+def crop_of(task: Task, scene: Scene, rng: np.random.Generator, spread: float = 1.0) -> DemoCrop:
+    """Distort or grade a scene and score the result. `spread` scales the mild grading of IQA crops."""
+    category = scene.photo.category
+    meta: dict[str, Any] = {"photo": scene.photo.name, "pasted": scene.pasted}
+    if task == "iaa":
+        pixels = distortions.to_uint8(aesthetics.vary(scene, rng))
+        attributes = aesthetics.measure(pixels, scene.box)
+        raw = sum(weight * attributes[name] for name, weight in aesthetics.WEIGHTS.items())
+        score = round(aesthetics.aesthetic_score(raw), 2)
+        text = texts.iaa_rationale(attributes, category, score, rng)
+        meta["attributes"] = {k: round(v, 4) for k, v in attributes.items()}
+        return DemoCrop(pixels, score, raw, text, texts.attribute_texts(attributes, score), meta)
     # Mild grading only, so that the distortion dominates what there is to see.
     clean = grade(
         scene.pixels,
@@ -67,31 +76,11 @@ def _iqa_crop(scene: Scene, rng: np.random.Generator, spread: float) -> DemoCrop
     )
     drawn = distortions.draw_distortions(rng)
     pixels = distortions.distort(clean, drawn, rng)
-    q = distortions.full_reference(distortions.to_uint8(clean), pixels)
-    score = round(distortions.quality_score(q), 2)
-    text = texts.iqa_rationale(drawn, scene.photo.category, score, rng)
-    measures = [{"family": d.family, "strength": round(d.strength, 4)} for d in drawn]
-    meta = {"photo": scene.photo.name, "pasted": scene.pasted, "distortions": measures}
-    return DemoCrop(pixels, score, q, text, {}, meta)
-
-
-def _iaa_crop(scene: Scene, rng: np.random.Generator) -> DemoCrop:
-    pixels = distortions.to_uint8(aesthetics.vary(scene, rng))
-    attributes = aesthetics.measure(pixels, scene.box)
-    raw = aesthetics.raw_score(attributes)
-    score = round(aesthetics.aesthetic_score(raw), 2)
-    text = texts.iaa_rationale(attributes, scene.photo.category, score, rng)
-    meta = {
-        "photo": scene.photo.name,
-        "pasted": scene.pasted,
-        "attributes": {k: round(v, 4) for k, v in attributes.items()},
-    }
-    return DemoCrop(pixels, score, raw, text, texts.attribute_texts(attributes, score), meta)
-
-
-def crop_of(task: Task, scene: Scene, rng: np.random.Generator, spread: float = 1.0) -> DemoCrop:
-    """Distort or grade a scene and score the result. `spread` scales the mild grading of IQA crops."""
-    return _iqa_crop(scene, rng, spread) if task == "iqa" else _iaa_crop(scene, rng)
+    quality = distortions.full_reference(distortions.to_uint8(clean), pixels)
+    score = round(distortions.quality_score(quality), 2)
+    text = texts.iqa_rationale(drawn, category, score, rng)
+    meta["distortions"] = [{"family": d.family, "strength": round(d.strength, 4)} for d in drawn]
+    return DemoCrop(pixels, score, quality, text, {}, meta)
 
 
 def make_crop(task: Task, split: str, index: int, seed: int) -> DemoCrop:
@@ -129,17 +118,16 @@ def _rows(span: tuple[Task, str, int, int], seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def signal_on_death_of_parent(number: int) -> None:
-    """Make Linux send this process a signal when its parent is killed."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+def _end_with_parent() -> None:
+    """End this worker when its parent is killed; otherwise it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
-
-def _end_with(parent: int) -> None:
-    """End this worker with its parent; otherwise it would wait for work for ever."""
-    signal_on_death_of_parent(signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call above
+    def wait() -> None:
+        parent.join()
         os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def crop_workers(number: int | None = None) -> ProcessPoolExecutor:
@@ -147,9 +135,8 @@ def crop_workers(number: int | None = None) -> ProcessPoolExecutor:
 
     They are spawned: the caller may hold threads (torch, Ray) that a forked child would inherit dead.
     """
-    spawn = multiprocessing.get_context("spawn")
     number = number or len(os.sched_getaffinity(0))
-    return ProcessPoolExecutor(number, spawn, initializer=_end_with, initargs=(os.getpid(),))
+    return ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
 
 
 def make_demo(
@@ -173,9 +160,9 @@ def make_demo(
     counts = {f"{task}_{split}": n for task in TASKS for split, n in sizes.items()}
     recipe = {"version": VERSION, "seed": seed, "rows": counts}
     stamp = output / "demo.json"
-    if stamp.is_file() and all((output / f"{name}.parquet").is_file() for name in counts):
-        if stamp.read_bytes() == json.dumps(recipe).encode():
-            return counts
+    complete = stamp.is_file() and all((output / f"{name}.parquet").is_file() for name in counts)
+    if complete and json.loads(stamp.read_text()) == recipe:
+        return counts
     for photo in PHOTOS:  # fail before the work, not in the middle of it
         locate(photo)
     output.mkdir(parents=True, exist_ok=True)
@@ -195,20 +182,18 @@ def restyle(data: Path) -> None:
 
     `iqa_train_slow.parquet` and `iaa_train_fast.parquet`, beside the training manifests.
     """
+    category = {p.name: p.category for p in PHOTOS}
     for task, style in OTHER_STYLE.items():
         target = data / f"{task}_train_{style}.parquet"
-        if not target.exists():
-            write_manifest(target, _restyled(data / f"{task}_train.parquet"))
-
-
-def _restyled(file: Path) -> Iterator[dict[str, Any]]:
-    category = {p.name: p.category for p in PHOTOS}
-    for number, row in enumerate(pq.read_table(file).to_pylist()):
-        meta, rng = json.loads(row["meta"]), np.random.default_rng(number)
-        scene, score = category[meta["photo"]], row["score"]
-        if row["task"] == "iqa":
-            drawn = tuple(Distortion(d["family"], d["strength"]) for d in meta["distortions"])
-            rationale = texts.iqa_slow_rationale(drawn, scene, score, rng)
-        else:
-            rationale = texts.iaa_fast_rationale(meta["attributes"], scene, score, rng)
-        yield {**row, "rationale": rationale}
+        if target.exists():
+            continue
+        rows = pq.read_table(data / f"{task}_train.parquet").to_pylist()
+        for number, row in enumerate(rows):
+            meta = json.loads(row["meta"])
+            facts = (category[meta["photo"]], row["score"], np.random.default_rng(number))
+            if task == "iqa":
+                drawn = tuple(Distortion(**d) for d in meta["distortions"])
+                row["rationale"] = texts.iqa_slow_rationale(drawn, *facts)
+            else:
+                row["rationale"] = texts.iaa_fast_rationale(meta["attributes"], *facts)
+        write_manifest(target, rows)

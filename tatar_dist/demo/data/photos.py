@@ -43,12 +43,8 @@ class Photo:
     provenance: str
 
 
-def _listed() -> tuple[Photo, ...]:
-    entries = yaml.safe_load(Path(__file__).with_name("photos.yaml").read_text(encoding="utf-8"))
-    return tuple(Photo(**{**entry, "box": tuple(entry["box"])}) for entry in entries)
-
-
-PHOTOS = _listed()
+_ENTRIES = yaml.safe_load(Path(__file__).with_name("photos.yaml").read_text(encoding="utf-8"))
+PHOTOS = tuple(Photo(**entry | {"box": tuple(entry["box"])}) for entry in _ENTRIES)
 
 
 def photos_of(split: str) -> tuple[Photo, ...]:
@@ -63,8 +59,7 @@ def locate(photo: Photo) -> Path:
         path = Path(root) / photo.path
         if path.is_file():
             return path
-    problem = "is not installed" if spec is None else f"holds no {photo.path}"
-    raise UserError(f"demo photograph {photo.name!r}: package {photo.package} {problem}; run `make setup`")
+    raise UserError(f"demo photograph {photo.name!r}: no {photo.path} in package {photo.package}; run `make setup`")
 
 
 @cache
