@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,11 @@ class RankFiles:
 
     def __init__(self) -> None:
         self.snapshot: list[Job] = []
-        self._private: str | None = None
 
-    @property
+    @cached_property
     def received(self) -> Path:
-        """The private directory; something must have been written or received."""
-        assert self._private is not None
-        return Path(self._private)
-
-    def _make(self) -> Path:
-        self._private = self._private or tempfile.mkdtemp(prefix="tatar_checkpoint_")
-        return Path(self._private)
+        """The private directory, made at first use."""
+        return Path(tempfile.mkdtemp(prefix="tatar_checkpoint_"))
 
     def write(self, directory: str | None) -> Files:
         """Write the last snapshot into `directory`, None: the private one, anew. Returns what was written.
@@ -52,7 +47,7 @@ class RankFiles:
         jobs, self.snapshot = self.snapshot, []
         if directory is None:
             self.discard()
-        return write_files(Path(directory) if directory else self._make(), jobs)
+        return write_files(Path(directory) if directory else self.received, jobs)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """A part of a file that `write` put on this node."""
@@ -62,7 +57,7 @@ class RankFiles:
 
     def receive(self, name: str, offset: int, data: bytes) -> None:
         """A part of a checkpoint's file that is to be loaded, in order."""
-        path = self._make() / name
+        path = self.received / name
         path.parent.mkdir(exist_ok=True)
         with open(path, "r+b" if offset else "wb") as f:
             f.seek(offset)
@@ -70,9 +65,9 @@ class RankFiles:
 
     def discard(self) -> None:
         """Delete the private directory."""
-        if self._private is not None:
-            shutil.rmtree(self._private, ignore_errors=True)
-            self._private = None
+        if "received" in vars(self):
+            shutil.rmtree(self.received, ignore_errors=True)
+            del self.received
 
 
 class Writing(Future[Files]):
@@ -126,15 +121,11 @@ def send(actors: Sequence[Any], directory: Path, saved_ranks: int, timeout: floa
         name, same = path.relative_to(directory).as_posix(), saved_ranks == len(actors)
         takers = [r for r in range(len(actors)) if not same or f"zero_pp_rank_{r}_" in name]
         with open(path, "rb") as f:
-            while True:
-                chunk = f.read(CHUNK)
-                held = ray.put(chunk)
-                for rank, ref in [
-                    (r, actors[r].files.remote("receive", name, f.tell() - len(chunk), held)) for r in takers
-                ]:
+            for offset in range(0, path.stat().st_size, CHUNK):
+                chunk = ray.put(f.read(CHUNK))
+                refs = {r: actors[r].files.remote("receive", name, offset, chunk) for r in takers}
+                for rank, ref in refs.items():
                     _get(ref, rank, timeout)
-                if len(chunk) < CHUNK:
-                    break
 
 
 def _fetch(
@@ -156,9 +147,8 @@ def _in_io(actor: Any, part: str, *arguments: Any) -> Any:
 def _get(ref: Any, rank: int, timeout: float) -> Any:
     try:
         return ray.get(ref, timeout=timeout)
-    except ray.exceptions.RayTaskError as e:
-        if isinstance(e.cause, OSError | UserError | RunError):
-            raise e.cause from e
-        raise LearnersFailed(f"checkpoint files of learner rank {rank}: {first_line(e)}") from e
     except ray.exceptions.RayError as e:
-        raise LearnersFailed(f"checkpoint files of learner rank {rank}: {str(e).splitlines()[0]}") from e
+        cause = getattr(e, "cause", None)
+        if isinstance(cause, OSError | UserError | RunError):
+            raise cause from e
+        raise LearnersFailed(f"checkpoint files of learner rank {rank}: {first_line(e)}") from e
