@@ -71,13 +71,27 @@ def _gated(hidden: int, wide: int) -> Linear:
     return {"gate_proj": (hidden, wide), "up_proj": (hidden, wide), "down_proj": (wide, hidden)}
 
 
-@dataclass(frozen=True)
+@dataclass
 class ModelSizes:
-    """The `text_config` and `vision_config` of a config.json. tied: the head is the embedding."""
+    """The `text_config` and `vision_config` of a config.json. tied: the head is the embedding.
+
+    Attributes:
+        kv: width of the keys of a token in one layer.
+        head: weights of the head.
+        merge: patches of an image token.
+        full_blocks: vision blocks whose attention sees all of the image; the others see windows.
+    """
 
     text: Mapping[str, Any]
     vision: Mapping[str, Any]
     tied: bool = False
+
+    def __post_init__(self) -> None:
+        t, v = self.text, self.vision
+        self.kv: int = t["hidden_size"] // t["num_attention_heads"] * t["num_key_value_heads"]
+        self.head: int = t["vocab_size"] * t["hidden_size"]
+        self.merge: int = v.get("spatial_merge_size", 2) ** 2
+        self.full_blocks = len(v.get("fullatt_block_indexes", range(v["depth"])))
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> ModelSizes:
@@ -85,14 +99,8 @@ class ModelSizes:
         text = settings.get("text_config", settings)
         return cls(text, settings["vision_config"], bool(settings.get("tie_word_embeddings")))
 
-    @property
-    def kv(self) -> int:
-        """Width of the keys of a token in one layer."""
-        t = self.text
-        return int(t["hidden_size"] // t["num_attention_heads"] * t["num_key_value_heads"])
-
     def kv_bytes(self, wide: int) -> int:
-        """Keys and values of a token in all layers, elements of `wide` bytes."""
+        """Return bytes of keys and values of a token in all layers, elements of `wide` bytes."""
         return 2 * wide * self.kv * int(self.text["num_hidden_layers"])
 
     @property
@@ -104,24 +112,10 @@ class ModelSizes:
         return layer, {"qkv": (w, 3 * w), "proj": (w, w)} | _gated(w, n), {"0": (merged, merged), "2": (merged, out)}
 
     @property
-    def merge(self) -> int:
-        """Patches of an image token."""
-        return int(self.vision.get("spatial_merge_size", 2) ** 2)
-
-    @property
-    def full_blocks(self) -> int:
-        """Vision blocks whose attention sees all of the image; the others see windows."""
-        return len(self.vision.get("fullatt_block_indexes", range(self.vision["depth"])))
-
-    @property
     def patch(self) -> int:
         """Weights of the patch embedding."""
         v = self.vision
         return int(v["in_channels"] * v["temporal_patch_size"] * v["patch_size"] ** 2 * v["hidden_size"])
-
-    @property
-    def head(self) -> int:
-        return int(self.text["vocab_size"] * self.text["hidden_size"])
 
     @property
     def vision_parameters(self) -> int:
