@@ -1,9 +1,8 @@
 """`tatar-dist probes`: the paper's controlled comparisons on the demo set, one change at a time, over several seeds.
 
 The method itself (fast IQA, slow IAA; Gaussian IQA, Thurstone IAA) is one side of every comparison; configs/probes
-holds the changes. Rationales are compared after SFT, rewards after GRPO from the method's own SFT model. Writes run
-directories DIR/seed_K/RUN/ and DIR/seed_K/RUN-eval/, and the results as DIR/probes.json, probes.md and probes.svg. A
-repeated call resumes: runs with a result are skipped.
+holds the changes. Writes run directories DIR/seed_K/RUN/ and DIR/seed_K/RUN-eval/, and the results as DIR/probes.json,
+probes.md and probes.svg. A repeated call resumes: runs with a result are skipped.
 
 Differences are paired on the same test crops and averaged over seeds, with 95 % intervals resampled by source
 photograph. Steadiness is the standard deviation of a step's mean IAA reward around its linear trend, absolute and

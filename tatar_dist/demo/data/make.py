@@ -1,13 +1,9 @@
 """Make the demo data set: crops of real photographs with computed targets and grounded rationales, as six manifests.
 
-A seed and sizes give `{iqa,iaa}_{train,validation,test}.parquet`. Pixels are real, distortions and grading are applied
-to them, and targets follow published measures and documented formulas, so that the whole pipeline can be seen to learn
-on a laptop, on photographs unseen in training. There are no human opinions: figures on this set do not transfer to
-KonIQ-10k or AVA.
-
-Each sample depends on (seed, split, task, index) alone, so any number of processes gives the same bytes. The base
-model's pretraining draws its crops from here too, with other seeds. `restyle` rewrites the training rationales in the
-other task's style for the controlled probes: slow for IQA, fast for IAA.
+A seed and sizes give `{iqa,iaa}_{train,validation,test}.parquet`. Distortions and grading are applied to real pixels,
+and targets follow published measures and documented formulas. There are no human opinions: figures on this set do not
+transfer to KonIQ-10k or AVA. Each sample depends on (seed, split, task, index) alone, so any number of processes gives
+the same bytes. The base model's pretraining draws its crops from here too, with other seeds.
 """
 
 from __future__ import annotations
@@ -20,7 +16,6 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +31,6 @@ from tatar_dist.run.files import write_whole
 from tatar_dist.types import SPLITS, TASKS, Task
 
 VERSION = 2  # raise it when the same seed gives other bytes
-DATASETS: dict[Task, str] = {"iqa": "demo-iqa", "iaa": "demo-iaa"}
 PASTE_SHARE: dict[Task, float] = {"iqa": 0.15, "iaa": 0.2}  # crops with the subject of another photograph
 OTHER_STYLE: dict[Task, str] = {"iqa": "slow", "iaa": "fast"}
 
@@ -89,33 +83,21 @@ def make_crop(task: Task, split: str, index: int, seed: int) -> DemoCrop:
     return crop_of(task, make_scene(split, rng, PASTE_SHARE[task]), rng)
 
 
-def encode_png(pixels: np.ndarray) -> bytes:
-    """Encode (H, W, 3) uint8 as PNG, at a low compression level for speed."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def _rows(span: tuple[Task, str, int, int], seed: int) -> list[dict[str, Any]]:
-    task, split, start, stop = span
-    rows = []
-    for i in range(start, stop):
-        crop = make_crop(task, split, i, seed)
-        rows.append(
-            {
-                "sample_id": f"{DATASETS[task]}-{split}-{seed}-{i:06d}",
-                "dataset": DATASETS[task],
-                "task": task,
-                "image_bytes": encode_png(crop.pixels),
-                "score": crop.score,
-                "score_raw": crop.raw,
-                "split": split,
-                "rationale": crop.rationale,
-                "attributes": crop.attributes or None,
-                "meta": crop.meta,
-            }
-        )
-    return rows
+def _row(index: int, task: Task, split: str, seed: int) -> dict[str, Any]:
+    crop, png = make_crop(task, split, index, seed), io.BytesIO()
+    Image.fromarray(crop.pixels).save(png, "PNG", compress_level=1)  # low, for speed
+    return {
+        "sample_id": f"demo-{task}-{split}-{seed}-{index:06d}",
+        "dataset": f"demo-{task}",
+        "task": task,
+        "image_bytes": png.getvalue(),
+        "score": crop.score,
+        "score_raw": crop.raw,
+        "split": split,
+        "rationale": crop.rationale,
+        "attributes": crop.attributes or None,
+        "meta": crop.meta,
+    }
 
 
 def _end_with_parent() -> None:
@@ -140,12 +122,7 @@ def crop_workers(number: int | None = None) -> ProcessPoolExecutor:
 
 
 def make_demo(
-    output: Path,
-    seed: int = 0,
-    train: int = 2000,
-    validation: int = 300,
-    test: int = 1000,
-    workers: int | None = None,
+    output: Path, seed: int = 0, train: int = 2000, validation: int = 300, test: int = 1000, workers: int | None = None
 ) -> dict[str, int]:
     """Write the six manifests to `output` and return their row counts, keyed like "iqa_train".
 
@@ -170,9 +147,8 @@ def make_demo(
     with crop_workers(workers) as pool:
         for task in TASKS:
             for split, n in sizes.items():
-                spans = [(task, split, a, min(a + 64, n)) for a in range(0, n, 64)]
-                parts = pool.map(partial(_rows, seed=seed), spans)
-                write_manifest(output / f"{task}_{split}.parquet", chain.from_iterable(parts))
+                rows = pool.map(partial(_row, task=task, split=split, seed=seed), range(n), chunksize=64)
+                write_manifest(output / f"{task}_{split}.parquet", rows)
     write_whole(stamp, json.dumps(recipe))
     return counts
 
