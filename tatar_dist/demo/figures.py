@@ -149,11 +149,8 @@ def print_tables(console: Console, summary: dict[str, Any]) -> None:
     """Print scores, changes by GRPO, and times on the terminal."""
     scores = []
     for r in sorted(summary["table"], key=lambda r: TASKS.index(r["task"])):
-        parsed, figures = (
-            f"{r['n_parsed'] / r['n']:.1%}",
-            [number(r["srcc"]), number(r["plcc"]), number(r["mae"], ".1f")],
-        )
-        scores.append([r["task"], r["model"], str(r["n"]), parsed, *figures])
+        cells = [number(r["srcc"]), number(r["plcc"]), number(r["mae"], ".1f")]
+        scores.append([r["task"], r["model"], str(r["n"]), f"{r['n_parsed'] / r['n']:.1%}", *cells])
     columns = ("task", "model", "images", "parsed", "SRCC", "PLCC", "MAE")
     print_table(console, "Held-out photographs", columns, scores)
     changes = []
