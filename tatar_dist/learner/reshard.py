@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def load(directory: Path, saved_ranks: int, engine: Any, rank: int, ranks: int) 
             flats = [[b["state"][g][key] for g in range(len(old))] for b in base]
             values = recut(flats, old, new, rank, ranks)
         else:
-            values = [value] * len(new)  # the number of steps, the same in all sub-groups
+            values = [deepcopy(value) for _ in new]  # the number of steps: the same in all, counted by each
         for entry, v in zip(entries, values, strict=True):
             entry[key] = v
     groups = [
