@@ -28,7 +28,7 @@ IO = "io"  # the concurrency group of learner calls that run beside training
 
 
 class RankFiles:
-    """A rank's side. `snapshot`: what the next `write` writes. Files may wait in a private directory on its node."""
+    """A rank's checkpoint files, in a private directory on its node if need be. `snapshot`: of the next `write`."""
 
     def __init__(self) -> None:
         self.snapshot: list[Job] = []
@@ -50,13 +50,13 @@ class RankFiles:
         return write_files(Path(directory) if directory else self.received, jobs)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """A part of a file that `write` put on this node."""
+        """Return a part of a file that `write` put on this node."""
         with open(self.received / name, "rb") as f:
             f.seek(offset)
             return f.read(size)
 
     def receive(self, name: str, offset: int, data: bytes) -> None:
-        """A part of a checkpoint's file that is to be loaded, in order."""
+        """Write a part of a checkpoint's file that is to be loaded; parts come in order."""
         path = self.received / name
         path.parent.mkdir(exist_ok=True)
         with open(path, "r+b" if offset else "wb") as f:
@@ -92,7 +92,7 @@ class Writing(Future[Files]):
 
 
 def write(actors: Sequence[Any], directory: Path, local: bool, timeout: float, given_up: threading.Event) -> Files:
-    """All ranks write their files of the last snapshot below `directory`; waits for all of them.
+    """Let all ranks write their files of the last snapshot below `directory`, and wait for them.
 
     Raises:
         OSError: a file could not be written. LearnersFailed: a rank died, or needs longer than `timeout`.
@@ -106,12 +106,11 @@ def write(actors: Sequence[Any], directory: Path, local: bool, timeout: float, g
     files: Files = {}
     for rank, (actor, ref) in enumerate(zip(actors, refs, strict=True)):
         written: Files = _get(ref, rank, timeout)
-        for name, facts in written.items() if local else ():
-            _fetch(actor, rank, name, facts, directory, timeout, given_up)
-        files |= written
-    if local:
-        for rank, actor in enumerate(actors):
+        if local:
+            for name, facts in written.items():
+                _fetch(actor, rank, name, facts, directory, timeout, given_up)
             _get(_in_io(actor, "discard"), rank, timeout)
+        files |= written
     return files
 
 
