@@ -7,8 +7,6 @@ resampled by source photograph, because crops of one photograph are not independ
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from tatar_dist.evaluate import tables
 from tatar_dist.evaluate.bootstrap import paired_mean_difference, paired_srcc_difference
 from tatar_dist.evaluate.metrics import srcc
 from tatar_dist.types import TASKS
@@ -53,22 +52,27 @@ def gains(directories: Sequence[Path], task: str) -> dict[str, list[float]]:
     return {name: [i.estimate, i.lo, i.hi] for name, i in intervals.items()}
 
 
-def _paired(out: Path, task: str) -> pa.Table:
-    """Return a row per image that both models were asked about, ordered by sample_id.
+def answers(directory: Path, task: str) -> pa.Table:
+    """Read sample_id, source, target and prediction (greedy; null if unparsed) of an evaluation, by sample_id."""
+    columns = ["sample_id", "source", "target", "prediction"]
+    table = pq.read_table(directory / "predictions.parquet", columns=columns, filters=[("task", "=", task)])
+    return table.sort_by("sample_id")
 
-    Columns: sample_id, source, target, and per model (suffix _sft, _grpo) prediction, the greedy answer or null, and
-    TERM_mean, the mean of each reward term over the sampled answers.
+
+def _paired(out: Path, task: str) -> pa.Table:
+    """Return the `answers` to images that both models were asked about, with suffix _sft or _grpo.
+
+    TERM_mean is the mean of a reward term over the sampled answers to an image.
     """
-    tables = []
+    both = []
     for model in ("sft", "grpo"):
-        directory, rows = out / MODELS[model], [("task", "=", task)]
-        columns = ["sample_id", "prediction", *(("source", "target") if model == "sft" else ())]
-        predictions = pq.read_table(directory / "predictions.parquet", columns=columns, filters=rows)
-        sampled = pq.read_table(directory / "sampled.parquet", columns=["sample_id", *TERMS[task]], filters=rows)
+        file, columns = out / MODELS[model] / "sampled.parquet", ["sample_id", *TERMS[task]]
+        sampled = pq.read_table(file, columns=columns, filters=[("task", "=", task)])
         terms = sampled.group_by("sample_id").aggregate([(t, "mean") for t in TERMS[task]])
-        tables.append(predictions.join(terms, "sample_id", join_type="inner"))
-    both = tables[0].join(tables[1], "sample_id", join_type="inner", left_suffix="_sft", right_suffix="_grpo")
-    return both.sort_by("sample_id")
+        both.append(answers(out / MODELS[model], task).join(terms, "sample_id", join_type="inner"))
+    sft, grpo = both[0], both[1].drop_columns(["source", "target"])
+    joined = sft.join(grpo, "sample_id", join_type="inner", left_suffix="_sft", right_suffix="_grpo")
+    return joined.sort_by("sample_id")
 
 
 def of_parsed(directories: Sequence[Path], model: str, task: str) -> tuple[float, float]:
@@ -92,25 +96,19 @@ def by_photograph(out: Path, task: str) -> dict[str, tuple[int, float, float]]:
     return result
 
 
-def regression_head(model: str, data: Path) -> dict[str, dict[str, float]]:
-    """SRCC of a regression head on the base model's frozen tower (demo/tiny/probe.py), by task."""
-    command = [sys.executable, "-m", "tatar_dist.demo.tiny.probe", "--model", model, "--data", str(data), "--json"]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+def markdown(directories: Sequence[Path], head: dict[str, float]) -> str:
+    """Format the tables of the README and of demo/README.md: per seed, pooled, and per photograph.
 
-
-def markdown(directories: Sequence[Path], head: dict[str, dict[str, float]]) -> str:
-    """Format the tables of the README and of demo/README.md: per seed, pooled, and per photograph."""
+    `head`: test SRCC of the regression head (demo/tiny/probe.py), by task.
+    """
     summaries = [results(d) for d in directories]
     seeds = [f"seed {k}" for k in range(len(directories))]
-    scores: list[list[str]] = []
-    changes: list[list[str]] = []
-    parsed: list[list[str]] = []
-    photographs: list[list[str]] = []
+    scores, changes, parsed, photographs = [], [], [], []
     for task in TASKS:
         for model in ("sft", "grpo"):
             rows = [r for s in summaries for r in s["table"] if (r["task"], r["model"]) == (task, model)]
             cells = [f"{r['srcc']:.3f} ({r['n_parsed']}/{r['n']})" for r in rows]
-            scores.append([task, f"{head[task]['test']:.3f}", model, *cells])
+            scores.append([task, f"{head[task]:.3f}", model, *cells])
         for name, (value, lo, hi) in gains(directories, task).items():
             by_seed = ", ".join(f"{s['gains'][task][name][0]:+.3f}" for s in summaries)
             changes.append([task, name.replace("_", " "), f"{value:+.3f}", f"{lo:+.3f} to {hi:+.3f}", by_seed])
@@ -121,52 +119,51 @@ def markdown(directories: Sequence[Path], head: dict[str, dict[str, float]]) -> 
         for source, (n, *_) in crops[0].items():
             cells = [f"{seed[source][1]:.2f} → {seed[source][2]:.2f}" for seed in crops]
             photographs.append([task, source.replace("_", " "), str(n), *cells])
-    tables = (
-        (["task", "regression head", "", *seeds], scores),
-        (["task", "SFT to GRPO", "pooled change", "95 % interval", "per seed"], changes),
-        (["task", "sampled answers", "SFT", "GRPO"], parsed),
-        (["task", "photograph", "crops", *seeds], photographs),
+    columns = ("task", "SFT to GRPO", "pooled change", "95 % interval", "per seed")
+    return "\n".join(
+        [
+            tables.markdown(scores, ("task", "regression head", "", *seeds)),
+            tables.markdown(changes, columns),
+            tables.markdown(parsed, ("task", "sampled answers", "SFT", "GRPO")),
+            tables.markdown(photographs, ("task", "photograph", "crops", *seeds)),
+        ]
     )
-    return "\n".join(markdown_table(columns, rows) for columns, rows in tables)
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a table of text cells as Markdown."""
-    lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:], ""])
+def number(value: float | None, form: str = ".3f") -> str:
+    """Format a figure; a dash where it is None or NaN."""
+    return "—" if value is None or value != value else f"{value:{form}}"
 
 
-def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Format a table of text cells for the terminal, numbers from the third column on."""
+def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of text cells, numbers from the third column on."""
     table = Table(title=title, title_justify="left")
     for k, column in enumerate(columns):
         table.add_column(column, justify="left" if k < 2 else "right")
     for row in rows:
         table.add_row(*row)
-    return table
+    console.print(table)
 
 
 def print_tables(console: Console, summary: dict[str, Any]) -> None:
     """Print scores, changes by GRPO, and times on the terminal."""
     scores = []
-    for row in sorted(summary["table"], key=lambda r: TASKS.index(r["task"])):
-        srcc, plcc = ("—" if row[k] is None else f"{row[k]:.3f}" for k in ("srcc", "plcc"))
-        mae = "—" if row["mae"] is None else f"{row['mae']:.1f}"
-        parsed = f"{row['n_parsed'] / row['n']:.1%}"
-        scores.append([row["task"], row["model"], str(row["n"]), parsed, srcc, plcc, mae])
+    for r in sorted(summary["table"], key=lambda r: TASKS.index(r["task"])):
+        cells = [number(r["srcc"]), number(r["plcc"]), number(r["mae"], ".1f")]
+        scores.append([r["task"], r["model"], str(r["n"]), f"{r['n_parsed'] / r['n']:.1%}", *cells])
     columns = ("task", "model", "images", "parsed", "SRCC", "PLCC", "MAE")
-    console.print(terminal_table("Held-out photographs", columns, scores))
+    print_table(console, "Held-out photographs", columns, scores)
     changes = []
     for task, measures in summary["gains"].items():
         for name, values in measures.items():
-            value, lo, hi = ("—" if v != v else f"{v:+.3f}" for v in values)
+            value, lo, hi = (number(v, "+.3f") for v in values)
             changes.append([task, name.replace("_", " "), value, f"{lo} to {hi}"])
     title = "What GRPO changed, with 95 % intervals over photographs"
-    console.print(terminal_table(title, ("task", "measure", "change", "interval"), changes))
+    print_table(console, title, ("task", "measure", "change", "interval"), changes)
     times = []
     for s in summary["stages"]:
         took = "reused" if s["reused"] else f"{s['seconds']:.0f} s"
         times.append([s["name"].replace("_", " "), took, f"{s['budget_seconds']:.0f} s"])
     total, budget = (sum(s[k] for s in summary["stages"]) for k in ("seconds", "budget_seconds"))
     times.append(["all", f"{total:.0f} s", f"{budget:.0f} s"])
-    console.print(terminal_table("Time", ("stage", "took", "budget"), times))
+    print_table(console, "Time", ("stage", "took", "budget"), times)

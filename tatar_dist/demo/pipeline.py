@@ -9,7 +9,6 @@ result are skipped.
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from tatar_dist.assets import CONFIGS, TINY_MODEL
 from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
 from tatar_dist.demo import figures
-from tatar_dist.demo.data.make import make_demo, signal_on_death_of_parent
+from tatar_dist.demo.data.make import make_demo
 from tatar_dist.errors import UserError
+from tatar_dist.run.files import writing
 from tatar_dist.scoring.export import model_of
 from tatar_dist.types import SPLITS, TASKS
 
@@ -57,13 +57,13 @@ SMOKE = DemoSize(
     budget={"data": 10, "baseline": 40, "sft": 75, "sft_eval": 30, "grpo": 50, "grpo_eval": 30},
 )
 
-# name, description, the stage whose model it starts from (None: the base model)
+# name, description, what is run, the stage whose model it starts from (None: the base model)
 STAGES = (
-    ("baseline", "the base model, before any training", None),
-    ("sft", "supervised fine-tuning on rationales and scores", None),
-    ("sft_eval", "held-out photographs after SFT", "sft"),
-    ("grpo", "reinforcement learning with Gaussian and Thurstone rewards", "sft"),
-    ("grpo_eval", "held-out photographs after GRPO", "grpo"),
+    ("baseline", "the base model, before any training", "evaluate", None),
+    ("sft", "supervised fine-tuning on rationales and scores", "sft", None),
+    ("sft_eval", "held-out photographs after SFT", "evaluate", "sft"),
+    ("grpo", "reinforcement learning with Gaussian and Thurstone rewards", "grpo", "sft"),
+    ("grpo_eval", "held-out photographs after GRPO", "evaluate", "grpo"),
 )
 
 
@@ -73,14 +73,16 @@ def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = N
     With `seeds` over 1: run everything once per seed on the same data, in seed_K/, evaluate every model on all test
     crops, and write figures.md.
     """
-    signal_on_death_of_parent(signal.SIGTERM)  # killed make or shell: do not run on unnoticed
+    from tatar_dist.demo.tiny.probe import regression_head
+
     out, size, words = Path(output), SMOKE if smoke else FULL, list(overrides or [])
     console = Console()
     same_settings(out, {"smoke": smoke, "seeds": seeds, "overrides": words})
+    words = [*size.overrides, *words]
     if seeds == 1:
         _run_one(out, size, words, console)
         return
-    _data(out, size, console)
+    make_demo(out / "data", **size.data)
     directories = [out / f"seed_{k}" for k in range(seeds)]
     for k, directory in enumerate(directories):
         console.rule(f"seed {k}")
@@ -88,7 +90,7 @@ def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = N
         if not (directory / "data").exists():
             (directory / "data").symlink_to("../data")
         _run_one(directory, size, [f"seed={k}", f"evaluate.seed={k}", "data.eval_limit=null", *words], console)
-    head = figures.regression_head(_config(out / "base", words).model.path, out / "data")
+    head = regression_head(demo_config(out / "base", out / "data", words).model.path, out / "data")
     (out / "figures.md").write_text(figures.markdown(directories, head))
     console.print(f"All seeds together: {out / 'figures.md'}")
 
@@ -100,61 +102,40 @@ def same_settings(out: Path, settings: dict[str, Any]) -> None:
         UserError: they differ, or the directory cannot be written.
     """
     file = out / "settings.json"
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             file.write_text(json.dumps(settings))
-        saved = json.loads(file.read_text())
-    except OSError as e:
-        raise UserError(f"{out}: cannot write there: {e.strerror}") from e
+    saved = json.loads(file.read_text())
     if saved != settings:
         differing = ", ".join(f"{k}={saved.get(k)}" for k in settings if saved.get(k) != settings[k])
         raise UserError(f"{out}: holds a demo with other settings ({differing}): give another --output or remove it")
 
 
-def _data(out: Path, size: DemoSize, console: Console) -> float:
-    """Make the data set unless it exists; returns the seconds taken, 0 if it existed."""
-    start, fresh = time.perf_counter(), not (out / "data" / "demo.json").exists()
-    if fresh:
-        console.print("[bold]data[/bold]  crops of real photographs, with measured targets and rationales")
-    make_demo(out / "data", **size.data)
-    return time.perf_counter() - start if fresh else 0.0
-
-
 def _run_one(out: Path, size: DemoSize, words: list[str], console: Console) -> None:
     """Run all stages of one seed."""
-    from tatar_dist import grpo, sft
     from tatar_dist.cluster.ray_cluster import Cluster
-    from tatar_dist.evaluate import runner
     from tatar_dist.report import html
 
-    words = [*size.overrides, *words]
-    base = _config(out / "base", words).model.path
-    stages: list[dict[str, Any]] = []
-
-    def note(name: str, seconds: float) -> None:
-        stages.append({"name": name, "seconds": seconds, "budget_seconds": size.budget[name], "reused": seconds == 0.0})
-
-    note("data", _data(out, size, console))
-    with Cluster(_config(out / "base", words)):  # one Ray for all stages
-        for name, text, model in STAGES:
-            done = out / name / ("metrics.json" if name in figures.MODELS.values() else "finished")
-            if done.exists():
-                note(name, 0.0)
-                continue
-            start = time.perf_counter()
+    console.print("[bold]data[/bold]  crops of real photographs, with measured targets and rationales")
+    start, reused = time.perf_counter(), (out / "data" / "demo.json").exists()
+    make_demo(out / "data", **size.data)
+    seconds = {"data": 0.0 if reused else time.perf_counter() - start}
+    with Cluster(demo_config(out / "base", out / "data", words)):  # one Ray for all stages
+        for name, text, stage, before in STAGES:
             console.print(f"[bold]{name}[/bold]  {text}")
-            settings = [f"model.path={model_of(out / model) if model else base}"]
-            if name in figures.MODELS.values():
-                first = name == "baseline"
-                settings.append(f"data.eval_limit={size.baseline_images if first else size.eval_images}")
-                settings.append(f"evaluate.samples={0 if first else size.samples}")
-                kept = [w for w in words if not (first and w.startswith("data.eval_limit="))]
-                runner.run(_config(out / name, [*settings, *kept]))
-            else:
-                (sft if name == "sft" else grpo).run(_config(out / name, [*settings, *words]))
-                done.touch()
-            note(name, time.perf_counter() - start)
+            settings = list(words)
+            if stage == "evaluate":
+                settings = [f"data.eval_limit={size.eval_images}", f"evaluate.samples={size.samples}", *words]
+            if name == "baseline":
+                settings += [f"data.eval_limit={size.baseline_images}", "evaluate.samples=0"]
+            if before:
+                settings.append(f"model.path={model_of(out / before)}")
+            seconds[name] = run_stage(stage, demo_config(out / name, out / "data", settings))
+    stages = [
+        {"name": name, "seconds": s, "budget_seconds": size.budget[name], "reused": s == 0.0}
+        for name, s in seconds.items()
+    ]
     summary = {"stages": stages, **figures.results(out)}
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     page = html.write(out)
@@ -162,15 +143,28 @@ def _run_one(out: Path, size: DemoSize, words: list[str], console: Console) -> N
     console.print(f"The page with curves and a gallery: {page}")
 
 
+def run_stage(stage: str, config: Config) -> float:
+    """Run sft, grpo or evaluate unless `config.output` holds its result. Return the seconds taken, 0 if it does."""
+    from tatar_dist import grpo, sft
+    from tatar_dist.evaluate import runner
+
+    result = Path(config.output) / ("metrics.json" if stage == "evaluate" else "finished")
+    if result.exists():
+        return 0.0
+    start = time.perf_counter()
+    {"sft": sft.run, "grpo": grpo.run, "evaluate": runner.run}[stage](config)
+    result.touch()
+    return time.perf_counter() - start
+
+
 def demo_config(directory: Path, data: Path, words: list[str], files: Sequence[Path] = ()) -> Config:
-    """Load the recipes with demo.yaml, overridden by `files`, then by `words`.
-    `data` is the directory of the manifests; files and words give their names."""
+    """Load the recipes with demo.yaml for the manifests in `data`, overridden by `files`, then by `words`.
+
+    The files name the manifests where there are any.
+    """
     recipes = [CONFIGS / name for name in ("sft.yaml", "grpo.yaml", "demo.yaml")]
     # the paths of demo.yaml are relative to the checkout; the demo may be started anywhere
     paths = [f"model.path={TINY_MODEL}", f"data.prompts={CONFIGS / 'prompts.yaml'}", f"data.root={data}"]
+    if not files:
+        paths += [f"data.{s}=[{','.join(f'{task}_{s}.parquet' for task in TASKS)}]" for s in SPLITS]
     return load_config([str(f) for f in (*recipes, *files)], [f"output={directory}", *paths, *words])
-
-
-def _config(directory: Path, words: list[str]) -> Config:
-    manifests = [f"data.{s}=[{','.join(f'{task}_{s}.parquet' for task in TASKS)}]" for s in SPLITS]
-    return demo_config(directory, directory.parent / "data", [*manifests, *words])

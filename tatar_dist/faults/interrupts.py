@@ -23,9 +23,7 @@ class StopSignals:
     """Context manager; `requested` turns true at the first signal, `status` is then what to exit with."""
 
     def __init__(self, grace_seconds: float | None = None) -> None:
-        self.requested = False
-        self.name = ""
-        self.status = EXIT_INTERRUPTED
+        self.requested, self.name, self.status = False, "", EXIT_INTERRUPTED
         self.grace_seconds = grace_seconds
         self._before: dict[int, object] = {}
 
@@ -54,9 +52,9 @@ class StopSignals:
             message = b"\nstopping at the next safe point; Ctrl-C again stops at once\n"
         else:
             message = b"\nasked to stop: writing a checkpoint\n"
-            first, self.status = self.status != EXIT_PREEMPTED, EXIT_PREEMPTED
-            if self.grace_seconds is not None and first:
+            if self.grace_seconds is not None and self.status != EXIT_PREEMPTED:
                 signal.setitimer(signal.ITIMER_REAL, max(1.0, self.grace_seconds - MARGIN_S))
+            self.status = EXIT_PREEMPTED
         self.requested, self.name = True, signal.Signals(number).name
         with suppress(OSError):
             os.write(2, message)  # print may not be re-entered

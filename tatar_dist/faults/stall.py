@@ -4,28 +4,42 @@ Progress is a call of `progress()` (a group returned, a bucket was pushed) or `s
 max(watch.stall_min_s, watch.stall_factor × median step) the event `stall` is logged, RUN/stacks/TIME/NAME.txt is
 written for every process on every node, and with watch.stall_action `restart` or `stop` the controller's next
 `raise_if_asked()` raises `Stalled`. There is one dump per stall; progress arms it again.
+
+Python stacks are read with py-spy, which comes with Ray. It reads a process's memory from outside, so it also sees one
+that is stopped or whose interpreter lock is held by C code. No signal is sent to a process: its handler would walk the
+frames of running threads, which now and then crashes a healthy process. `run.process.open_log` permits every process
+of the same user to trace this one (README.md); some containers need CAP_SYS_PTRACE.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from tatar_dist.config.schema import WatchConfig
 from tatar_dist.errors import RunError
-from tatar_dist.faults.stacks import Stacks, stacks_of
 from tatar_dist.run.events import Events
 from tatar_dist.run.process import process_facts
 from tatar_dist.run.status import RunWatcher
 
+CHECK_S = 0.5  # between two looks at the clock
+SPY_S = 10.0  # for py-spy to read a process
 NODE_S = 30.0  # for the stacks of another node: a task starts, asks, reads
 STEPS = 100  # the median is of so many last steps
 
@@ -71,10 +85,8 @@ class StallDetector:
         self.run, self.config, self.first_s = Path(run), config, first_s
         self.events, self.processes, self.clock = events, processes, clock
         self._steps: deque[float] = deque(maxlen=STEPS)
-        self._last = clock()
-        self._dumped = False  # this stall was dealt with
-        self._asked: Stalled | None = None
-        self._lock = threading.Lock()
+        self._last = clock()  # the time of the last progress, which identifies a stall
+        self._asked: tuple[float, Stalled] | None = None  # of the stall since that time
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stall-detector", daemon=True)
 
@@ -91,8 +103,7 @@ class StallDetector:
 
     def progress(self) -> None:
         """Note that something moved."""
-        with self._lock:
-            self._last, self._dumped, self._asked = self.clock(), False, None
+        self._last = self.clock()
 
     def step(self, seconds: float) -> None:
         """Note that a step is finished and how long it took."""
@@ -106,10 +117,10 @@ class StallDetector:
 
     def raise_if_asked(self) -> None:
         """Raise Stalled, once a stall, when watch.stall_action is restart or stop."""
-        with self._lock:
-            asked, self._asked = self._asked, None
-        if asked is not None:
-            raise asked
+        if self._asked is not None:
+            (since, stalled), self._asked = self._asked, None
+            if since == self._last:
+                raise stalled
 
     def limit(self) -> float:
         """Return how many seconds without progress are a stall now."""
@@ -118,26 +129,23 @@ class StallDetector:
         return max(self.config.stall_min_s, self.config.stall_factor * statistics.median(self._steps))
 
     def _watch(self) -> None:
-        wait = 0.0
-        while not self._end.wait(wait):
-            left = self._last + self.limit() - self.clock()
-            if left <= 0 and not self._dumped:
+        dumped = None
+        while not self._end.wait(CHECK_S):
+            since = self._last
+            if since != dumped and self.clock() - since >= self.limit():
+                dumped = since
                 try:
-                    self._stall()
+                    self._stall(since)
                 except Exception:  # the watch goes on; a full disk or a lost node must not end it
                     log.exception("the stall could not be written down")
-            wait = min(max(left, 0.05), 1.0)
 
-    def _stall(self) -> None:
-        with self._lock:
-            since, self._dumped = self._last, True
+    def _stall(self, since: float) -> None:
         seconds, limit, action = self.clock() - since, self.limit(), self.config.stall_action
         stacks = stacks_of_run(self.processes())
         directory = self.run / "stacks" / time.strftime("%Y%m%d-%H%M%S")
         directory.mkdir(parents=True, exist_ok=True)
         for name, process in stacks.items():
             (directory / f"{name}.txt").write_text(f"{name}, {process.text}")
-        silent = {name: process.state for name, process in stacks.items() if not process.answered}
         self.events.log(
             "stall",
             seconds=round(seconds, 1),
@@ -145,65 +153,90 @@ class StallDetector:
             action=action,
             stacks=str(directory.relative_to(self.run)),
             processes=list(stacks),
-            silent=silent,
+            silent={name: process.state for name, process in stacks.items() if not process.answered},
         )
         message = (
             f"no progress for {seconds:.0f} s (limit {limit:.0f} s) in phase {self.events.phase} of step "
-            f"{self.events.step}; stacks of {', '.join(stacks)} are in {directory}"
+            f"{self.events.step}; stacks are in {directory}: "
+            + ", ".join(f"{name} ({process.state})" for name, process in stacks.items())
         )
-        if silent:
-            message += "; stopped, gone or unreadable: " + ", ".join(
-                f"{name} ({state})" for name, state in silent.items()
-            )
         log.error(message)
-        with self._lock:
-            if action != "report" and self._last == since:
-                self._asked = Stalled(message, action)
+        if action != "report":
+            self._asked = since, Stalled(message, action)
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """State and stacks of one process.
+
+    `state`: as in /proc/PID/status, for example "S (sleeping)", or "gone". `answered`: it is neither stopped nor gone,
+    and its stacks could be read. `text`: what to write down, with py-spy's error where it cannot read the process.
+    """
+
+    state: str
+    answered: bool
+    text: str
+
+
+def stacks_of(pids: Sequence[int]) -> list[Stacks]:
+    """Read the stacks of all `pids` on this machine at the same time, in their order."""
+    with ThreadPoolExecutor(max(1, len(pids))) as pool:
+        return list(pool.map(_stacks, pids))
+
+
+def _stacks(pid: int) -> Stacks:
+    head = f"pid {pid} on {socket.gethostname()}: "
+    try:
+        state = re.search(r"^State:\s*(.*)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[1]  # type: ignore[index]
+    except OSError:
+        return Stacks("gone", False, f"{head}gone\n")
+    # nonblocking: to pause a stopped process fails
+    command = [str(Path(sys.executable).with_name("py-spy")), "dump", "--nonblocking", "--pid", str(pid)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SPY_S)
+        stacks, error = done.stdout, done.stderr if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as e:
+        stacks, error = "", str(e)
+    if error:
+        stacks += f"py-spy cannot read it; it may need the permission to trace (CAP_SYS_PTRACE): {error.strip()}\n"
+    return Stacks(state, not error and state[0] not in "TtZX", f"{head}{state}\n\n{stacks}")
 
 
 def stacks_of_run(processes: Sequence[WatchedProcess]) -> dict[str, Stacks]:
     """Return the stacks of every process by name; all nodes are asked at once, one that does not answer is named."""
-    here, deadline = process_facts()["node"], time.monotonic() + NODE_S
-    nodes: dict[str | None, list[WatchedProcess]] = {}
+    here, by_node = process_facts()["node"], defaultdict(list)
     for p in processes:
-        nodes.setdefault(None if p.node == here else p.node, []).append(p)
-    asked = {node: _ask_node(node, [p.pid for p in group]) for node, group in nodes.items() if node is not None}
-    stacks: dict[str, Stacks] = {}
-    for node, group in nodes.items():
-        pids = [p.pid for p in group]
-        answer = stacks_of(pids) if node is None else _answer(asked[node], node, pids, deadline - time.monotonic())
-        stacks |= zip((p.name for p in group), answer, strict=True)
-    return {p.name: stacks[p.name] for p in processes}
+        by_node[here if p.node is None else p.node].append(p)
+    local, calls, task = by_node.pop(here, []), {}, ray.remote(num_cpus=0, max_retries=0)(stacks_of)
+    for node, group in by_node.items():
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        calls[node] = task.options(scheduling_strategy=there).remote([p.pid for p in group])
+    stacks = {p.name: s for p, s in zip(local, stacks_of([p.pid for p in local]), strict=True)}
+    if calls:
+        ray.wait(list(calls.values()), num_returns=len(calls), timeout=NODE_S)
+    for node, call in calls.items():
+        stacks |= zip((p.name for p in by_node[node]), _answer(call, by_node[node]), strict=True)
+    return stacks
 
 
-def _ask_node(node: str, pids: list[int]) -> Any:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    task: Any = ray.remote(stacks_of)
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return task.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(pids)
-
-
-def _answer(ref: Any, node: str, pids: list[int], timeout: float) -> list[Stacks]:
-    import ray
-
+def _answer(call: Any, processes: Sequence[WatchedProcess]) -> list[Stacks]:
+    """Return the stacks of processes on another node; those of one that is lost, cut off or late say so."""
     try:
-        return ray.get(ref, timeout=max(0.0, timeout))
-    except ray.exceptions.RayError as e:  # the node is lost, cut off or out of memory
-        ray.cancel(ref, force=True)
+        return ray.get(call, timeout=0)
+    except ray.exceptions.RayError as e:
+        ray.cancel(call, force=True)
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        return [Stacks("unknown", False, f"pid {pid}: node {node} did not answer: {reason}\n") for pid in pids]
+        return [Stacks("unknown", False, f"pid {p.pid}: node {p.node} did not answer: {reason}\n") for p in processes]
 
 
 def processes_of(run: Path) -> list[WatchedProcess]:
     """Return the living processes of this controller's run, as the event log names them."""
-    s = RunWatcher(run).read()
-    processes: list[tuple[str, int | None, str | None]] = [("controller", os.getpid(), None)]
-    if s.learners:
-        places = zip(s.learners.pids, s.learners.nodes, strict=True)
-        processes += [(f"learner-{rank}", *place) for rank, place in enumerate(places)]
-    processes += [(f"engine-{e.engine}", e.pid, e.node) for e in s.engines]
-    if s.reward:
-        processes.append(("reward", s.reward.pid, s.reward.node))
-    return [WatchedProcess(name, pid, node) for name, pid, node in processes if pid is not None]
+    status = RunWatcher(run).read()
+    places: list[tuple[str, int | None, str | None]] = [("controller", os.getpid(), None)]
+    if status.learners:
+        by_rank = zip(status.learners.pids, status.learners.nodes, strict=True)
+        places += [(f"learner-{rank}", *place) for rank, place in enumerate(by_rank)]
+    places += [(f"engine-{e.engine}", e.pid, e.node) for e in status.engines]
+    if status.reward:
+        places.append(("reward", status.reward.pid, status.reward.node))
+    return [WatchedProcess(name, pid, node) for name, pid, node in places if pid is not None]

@@ -49,8 +49,8 @@ class Learner:
 
             from tatar_dist.algo.schedule import needs_reference
             from tatar_dist.learner.batch import Collator
-            from tatar_dist.learner.listeners import listening, silence
             from tatar_dist.learner.process_group import init_process_group
+            from tatar_dist.learner.rendezvous import listening, silence
             from tatar_dist.learner.zero3 import Zero3
 
         torch.set_num_threads(threads)

@@ -1,14 +1,11 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): trained where gradients of all weights are too much for a machine.
 
-`install` freezes a model; its linear layers then compute x W^T + b + (alpha / rank) x A^T B^T, where B starts at 0.
-Adapters never leave the learners: engines and checkpoints get W + (alpha / rank) B A under W's own name (`merged`), so
-that nothing behind them knows of adapters. Without them (`without`) the model is the one it started from: the reference
-of GRPO needs no second copy.
+A linear layer computes x W^T + b + (alpha / rank) x A^T B^T, where B starts at 0; all else is frozen. Adapters never
+leave the learners: engines and checkpoints get W + (alpha / rank) B A under W's own name (`merged`). Without them
+(`without`) the model is the one it started from, so the reference of GRPO needs no second copy.
 
 In bfloat16 merged weights are rounded: what an adapter adds to a weight of 0.02 is lost below 4e-5. Engines so sample
-from a policy a little behind the learners', which GRPO corrects for (schedule.importance), and a checkpoint's model
-is rounded. With a single micro-batch a rank, DeepSpeed takes the forward without adapters for a whole step and
-fetches no layer of a backward ahead. Needs torch alone.
+from a policy a little behind the learners', which GRPO corrects for (schedule.importance). Needs torch alone.
 """
 
 from __future__ import annotations
@@ -35,12 +32,11 @@ class LoraLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, rank: int, scale: float, random: torch.Generator) -> None:
         super().__init__()
-        device, dtype = layer.weight.device, layer.weight.dtype
         bound = 1 / math.sqrt(layer.in_features)
         start = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=random)
         self.weight, self.bias = layer.weight, layer.bias
-        self.lora_a = nn.Parameter(start.to(device, dtype))
-        self.lora_b = nn.Parameter(torch.zeros(layer.out_features, rank, device=device, dtype=dtype))
+        self.lora_a = nn.Parameter(start.to(layer.weight))
+        self.lora_b = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
         self.scale, self.active = scale, True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,18 +53,19 @@ def scale(config: ModelConfig) -> float:
 
 
 def install(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Freeze `model`; adapters for its linear layers that were trained, all but the head, or those of
-    `config.lora_targets`. The same on every rank.
+    """Freeze `model` and put adapters, the same on every rank, into its linear layers that were trained.
+
+    All but the head, or those named in `config.lora_targets`.
 
     Raises:
         UserError: a target that is the name of no such layer, a rank above a layer's width.
     """
-    targets = {
+    layers = {
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and layer.weight.requires_grad and not name.endswith("lm_head")
     }
-    known = {name.rpartition(".")[2] for name in targets}
+    known = {name.rpartition(".")[2] for name in layers}
     for target in config.lora_targets:
         if target not in known:
             raise UserError(
@@ -76,12 +73,12 @@ def install(model: nn.Module, config: ModelConfig, seed: int) -> None:
             )
     model.requires_grad_(False)
     random = torch.Generator().manual_seed(seed)
-    for name, layer in targets.items():
-        parent, _, last = name.rpartition(".")
-        if not config.lora_targets or last in config.lora_targets:
-            if config.lora_rank > (width := min(layer.in_features, layer.out_features)):
-                raise UserError(f"model.lora_rank={config.lora_rank}: {name} is only {width} wide: take a smaller rank")
-            setattr(model.get_submodule(parent), last, LoraLinear(layer, config.lora_rank, scale(config), random))
+    for name, layer in layers.items():
+        if config.lora_targets and name.rpartition(".")[2] not in config.lora_targets:
+            continue
+        if config.lora_rank > (width := min(layer.in_features, layer.out_features)):
+            raise UserError(f"model.lora_rank={config.lora_rank}: {name} is only {width} wide: take a smaller rank")
+        model.set_submodule(name, LoraLinear(layer, config.lora_rank, scale(config), random))
 
 
 @contextlib.contextmanager
@@ -103,17 +100,17 @@ def is_adapter(name: str) -> bool:
 
 
 def merged(named: Iterable[tuple[str, Tensor]], scale: float) -> Iterator[tuple[str, Tensor]]:
-    """(name, copy) of every weight, what its adapter adds included (summed in float32); adapters themselves not.
+    """Yield (name, copy) of every weight, what its adapter adds included (summed in float32), but no adapters.
 
     `named` holds a layer's adapter wherever it holds its weight.
     """
     by_name = dict(named)
     for name, weight in by_name.items():
-        stem = name.removesuffix("weight")
         if is_adapter(name):
             continue
-        if name != stem and stem + DOWN in by_name:
-            added = by_name[stem + UP].detach().float() @ by_name[stem + DOWN].detach().float()
-            yield name, (weight.detach().float() + scale * added).to(weight.dtype)
-        else:
+        down, up = (by_name.get(f"{name.removesuffix('weight')}{part}") for part in (DOWN, UP))
+        if down is None or up is None:
             yield name, weight.detach().clone()
+        else:
+            added = up.detach().float() @ down.detach().float()
+            yield name, (weight.detach().float() + scale * added).to(weight.dtype)

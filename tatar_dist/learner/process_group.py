@@ -22,14 +22,15 @@ from tatar_dist.run.process import interface_of
 
 
 def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torch.device, c: ClusterConfig) -> Any:
-    """gloo on CPU, NCCL on GPUs; every collective of the run fails after `cluster.collective_timeout_s`.
+    """Start torch.distributed and DeepSpeed with gloo on CPU or NCCL on GPUs; returns the group's store.
 
-    On a single node gloo stays on loopback, else it takes the interface of the node's address in the cluster (a host's
-    name may resolve to loopback). NCCL is only told of `cluster.network_interface`. Returns the group's
-    store, which must be kept: torch calls into it, but does not keep its Python part alive.
+    Keep the store: torch calls into it, but does not keep its Python part alive. Every collective of the run fails
+    after `cluster.collective_timeout_s`. gloo stays on loopback on a single node, else it takes the interface of the
+    node's address in the cluster (a host's name may resolve to loopback). NCCL is only told of
+    `cluster.network_interface`.
 
     Raises:
-        RunError: naming ranks that did not come within half of `cluster.start_timeout_s`.
+        LearnersFailed: naming ranks that did not come within half of `cluster.start_timeout_s`.
     """
     import deepspeed
 
@@ -67,10 +68,10 @@ class RayStore(dist.Store):
 
     def _get(self, keys: Sequence[str], timeout_s: float) -> list[bytes]:
         call = self._rendezvous.get.remote(list(keys), timeout_s)
-        found: list[bytes] | None = ray.get(call, timeout=timeout_s + self._timeout_s)
-        if found is None:
+        values: list[bytes] | None = ray.get(call, timeout=timeout_s + self._timeout_s)
+        if values is None:
             raise dist.DistStoreError(f"{', '.join(self._ask('missing', list(keys)))}: not set within {timeout_s:g} s")
-        return found
+        return values
 
     def set(self, key: str, value: bytes | str) -> None:
         self._ask("set", key, value.encode() if isinstance(value, str) else value)
@@ -79,12 +80,7 @@ class RayStore(dist.Store):
         return self._get([key], self._timeout_s)[0]
 
     def add(self, key: str, value: int) -> int:
-        total: int = self._ask("add", key, value)
-        return total
-
-    def compare_set(self, key: str, expected_value: bytes, desired_value: bytes) -> bytes:
-        held: bytes = self._ask("compare_set", key, expected_value, desired_value)
-        return held
+        return self._ask("add", key, value)
 
     def check(self, keys: list[str]) -> bool:
         return not self._ask("missing", keys)
@@ -93,22 +89,12 @@ class RayStore(dist.Store):
         self._get(keys, self._timeout_s if timeout is None else timeout.total_seconds())
 
     def delete_key(self, key: str) -> bool:
-        gone: bool = self._ask("delete", key)
-        return gone
+        return self._ask("delete", key)
 
-    def num_keys(self) -> int:
-        n: int = self._ask("size")
-        return n
-
-    # what torch's C++ side calls the two
-    deleteKey, getNumKeys = delete_key, num_keys
+    deleteKey = delete_key  # what torch's C++ side calls it
 
     def join(self, rank: int, world_size: int, host: str) -> list[str]:
-        """Wait until every rank has come here; what each gave as `host`.
-
-        Raises:
-            LearnersFailed: naming the ranks that did not come in time.
-        """
+        """Return what each rank gave as `host`, once all are here. Raises LearnersFailed naming those that are late."""
         self.set(f"host/{rank}", host)
         keys = [f"host/{r}" for r in range(world_size)]
         try:

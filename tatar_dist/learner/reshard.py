@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,6 @@ import torch
 from torch import Tensor
 
 Shapes = Sequence[dict[str, Any]]  # a sub-group: parameter name -> shape
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Where every rank's piece of a parameter lies: `size` elements from `offset` on in the flat tensor `group`."""
-
-    group: int
-    offset: int
-    size: int
-    numel: int
-
-
-def pieces(shapes: Shapes, ranks: int) -> dict[str, Piece]:
-    parts = {}
-    for group, parameters in enumerate(shapes):
-        offset = 0
-        for name, shape in parameters.items():
-            numel = math.prod(shape)
-            size = -(-numel // ranks)
-            parts[name] = Piece(group, offset, size, numel)
-            offset += size
-    return parts
 
 
 def recut(flats: Sequence[Sequence[Tensor]], old: Shapes, new: Shapes, rank: int, ranks: int) -> list[Tensor]:
@@ -51,21 +29,27 @@ def recut(flats: Sequence[Sequence[Tensor]], old: Shapes, new: Shapes, rank: int
     Raises:
         RuntimeError: a parameter's number of elements differs between `old` and `new`.
     """
-    before, after = pieces(old, len(flats)), pieces(new, ranks)
+    saved: dict[str, tuple[int, list[Tensor]]] = {}  # name -> elements, each saved rank's piece
+    for group, parameters in enumerate(old):
+        offset = 0
+        for name, shape in parameters.items():
+            size = math.ceil(math.prod(shape) / len(flats))
+            saved[name] = math.prod(shape), [flat[group][offset : offset + size] for flat in flats]
+            offset += size
     cut = []
     for parameters in new:
         parts = []
-        for name in parameters:
-            b, a = before[name], after[name]
-            if b.numel != a.numel:
-                raise RuntimeError(f"{name} has {a.numel} elements here, {b.numel} in the checkpoint")
-            part = torch.zeros(a.size, dtype=flats[0][b.group].dtype)
-            first, last = rank * a.size, min((rank + 1) * a.size, b.numel)
-            for r, flat in enumerate(flats):
-                start, end = max(first, r * b.size), min(last, (r + 1) * b.size)
+        for name, shape in parameters.items():
+            numel, pieces = saved[name]
+            if numel != math.prod(shape):
+                raise RuntimeError(f"{name} has {math.prod(shape)} elements here, {numel} in the checkpoint")
+            size = math.ceil(numel / ranks)
+            part = torch.zeros(size, dtype=pieces[0].dtype)
+            first, last = rank * size, min((rank + 1) * size, numel)
+            for r, piece in enumerate(pieces):
+                start, end = max(first, r * len(piece)), min(last, (r + 1) * len(piece))
                 if start < end:
-                    at = b.offset + start - r * b.size
-                    part[start - first : end - first] = flat[b.group][at : at + end - start]
+                    part[start - first : end - first] = piece[start - r * len(piece) : end - r * len(piece)]
             parts.append(part)
         cut.append(torch.cat(parts))
     return cut
@@ -90,20 +74,20 @@ def load(directory: Path, saved_ranks: int, engine: Any, rank: int, ranks: int) 
     flat = "fp32_flat_groups"
     state[flat] = recut([z[flat] for z in zero], old, new, rank, ranks)
     base = [z["optimizer_state_dict"] for z in zero]
-    whole = pieces(old, len(saved))
-    entries: dict[int, dict[str, Any]] = {
-        g: dict(base[0]["state"].get(whole[next(iter(names))].group, {})) for g, names in enumerate(new)
-    }
-    for key in entries[0]:
-        flats = [[b["state"][g][key] for g in range(len(old))] for b in base]
-        if isinstance(flats[0][0], Tensor) and flats[0][0].numel() == zero[0][flat][0].numel():
-            for g, tensor in enumerate(recut(flats, old, new, rank, ranks)):
-                entries[g][key] = tensor
+    entries: list[dict[str, Any]] = [{} for _ in new]
+    for key, value in base[0]["state"].get(0, {}).items():
+        if isinstance(value, Tensor) and value.numel() == zero[0][flat][0].numel():
+            flats = [[b["state"][g][key] for g in range(len(old))] for b in base]
+            values = recut(flats, old, new, rank, ranks)
+        else:
+            values = [deepcopy(value) for _ in new]  # the number of steps: the same in all, counted by each
+        for entry, v in zip(entries, values, strict=True):
+            entry[key] = v
     groups = [
         {**before, "params": fresh["params"]}
         for before, fresh in zip(base[0]["param_groups"], state["optimizer_state_dict"]["param_groups"], strict=True)
     ]
-    state["optimizer_state_dict"] = {"state": entries, "param_groups": groups}
+    state["optimizer_state_dict"] = {"state": dict(enumerate(entries)), "param_groups": groups}
     optimizer.load_state_dict({rank: state})
     optimizer.checkpoint_event_epilogue()
     for counter in ("global_steps", "global_samples", "skipped_steps"):
@@ -116,8 +100,8 @@ def _load_frozen(fragments: Sequence[dict[str, Tensor] | None], engine: Any, ran
         if parameter.requires_grad:
             continue
         here = parameter.ds_tensor.data
-        whole = torch.cat([f[name].flatten() for f in fragments if f])[: parameter.ds_numel]
-        part = whole[rank * here.numel() : (rank + 1) * here.numel()]
+        full = torch.cat([f[name].flatten() for f in fragments if f])[: parameter.ds_numel]
+        part = full[rank * here.numel() : (rank + 1) * here.numel()]
         here[: part.numel()].copy_(part)
 
 

@@ -7,7 +7,6 @@ any thread may run while training goes on. The files are what DeepSpeed itself w
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +30,23 @@ class SnapshotEngine(TorchCheckpointEngine):
         self._jobs, self.bytes = [], 0
 
     def take(self) -> list[Job]:
-        """The jobs of the snapshot; the copies live as long as they do."""
+        """Return the jobs of the snapshot; the copies live as long as they do."""
         jobs, self._jobs = self._jobs, []
         return jobs
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        pass  # by who writes
+        pass  # run/checkpoint_files.py makes them
 
     def save(self, state_dict: Any, path: str) -> None:
         copy = clone_tensors_for_torch_save(state_dict)
-        self.add(Path(path).as_posix(), copy, partial(_write, copy))
+
+        def write(file: Path) -> None:
+            with open(file, "wb") as f:  # Python's own file: a full disk is then reported as an OSError
+                torch.save(copy, f)
+
+        self.add(Path(path).as_posix(), copy, write)
 
     def add(self, path: str, copied: Any, write: Callable[[Path], None]) -> None:
-        """A file or directory to be written from `copied`, tensors of any nesting."""
+        """Add a file or directory that `write` makes from `copied`, tensors of any nesting."""
         self.bytes += sum(t.nbytes for t in tree_leaves(copied) if isinstance(t, torch.Tensor))
         self._jobs.append((path, write))
-
-
-def _write(state: Any, path: Path) -> None:
-    with open(path, "wb") as f:  # Python's own file: a full disk is then reported as an OSError
-        torch.save(state, f)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,15 @@ IO = "io"  # the concurrency group of learner calls that run beside training
 
 
 class RankFiles:
-    """A rank's side. `snapshot`: what the next `write` writes. Files may wait in a private directory on its node."""
+    """A rank's checkpoint files, in a private directory on its node if need be. `snapshot`: of the next `write`."""
 
     def __init__(self) -> None:
         self.snapshot: list[Job] = []
-        self._private: str | None = None
 
-    @property
+    @cached_property
     def received(self) -> Path:
-        """The private directory; something must have been written or received."""
-        assert self._private is not None
-        return Path(self._private)
-
-    def _make(self) -> Path:
-        self._private = self._private or tempfile.mkdtemp(prefix="tatar_checkpoint_")
-        return Path(self._private)
+        """The private directory, made at first use."""
+        return Path(tempfile.mkdtemp(prefix="tatar_checkpoint_"))
 
     def write(self, directory: str | None) -> Files:
         """Write the last snapshot into `directory`, None: the private one, anew. Returns what was written.
@@ -51,17 +46,17 @@ class RankFiles:
         jobs, self.snapshot = self.snapshot, []
         if directory is None:
             self.discard()
-        return write_files(Path(directory) if directory else self._make(), jobs)
+        return write_files(Path(directory) if directory else self.received, jobs)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """A part of a file that `write` put on this node."""
+        """Return a part of a file that `write` put on this node."""
         with open(self.received / name, "rb") as f:
             f.seek(offset)
             return f.read(size)
 
     def receive(self, name: str, offset: int, data: bytes) -> None:
-        """A part of a checkpoint's file that is to be loaded, in order."""
-        path = self._make() / name
+        """Write a part of a checkpoint's file that is to be loaded; parts come in order."""
+        path = self.received / name
         path.parent.mkdir(exist_ok=True)
         with open(path, "r+b" if offset else "wb") as f:
             f.seek(offset)
@@ -69,9 +64,9 @@ class RankFiles:
 
     def discard(self) -> None:
         """Delete the private directory."""
-        if self._private is not None:
-            shutil.rmtree(self._private, ignore_errors=True)
-            self._private = None
+        if "received" in vars(self):
+            shutil.rmtree(self.received, ignore_errors=True)
+            del self.received
 
 
 class Writing(Future[Files]):
@@ -96,7 +91,7 @@ class Writing(Future[Files]):
 
 
 def write(actors: Sequence[Any], directory: Path, local: bool, timeout: float, given_up: threading.Event) -> Files:
-    """All ranks write their files of the last snapshot below `directory`; waits for all of them.
+    """Let all ranks write their files of the last snapshot below `directory`, and wait for them.
 
     Raises:
         OSError: a file could not be written. LearnersFailed: a rank died, or needs longer than `timeout`.
@@ -110,12 +105,11 @@ def write(actors: Sequence[Any], directory: Path, local: bool, timeout: float, g
     files: Files = {}
     for rank, (actor, ref) in enumerate(zip(actors, refs, strict=True)):
         written: Files = _get(ref, rank, timeout)
-        for name, facts in written.items() if local else ():
-            _fetch(actor, rank, name, facts, directory, timeout, given_up)
-        files |= written
-    if local:
-        for rank, actor in enumerate(actors):
+        if local:
+            for name, facts in written.items():
+                _fetch(actor, rank, name, facts, directory, timeout, given_up)
             _get(_in_io(actor, "discard"), rank, timeout)
+        files |= written
     return files
 
 
@@ -125,15 +119,11 @@ def send(actors: Sequence[Any], directory: Path, saved_ranks: int, timeout: floa
         name, same = path.relative_to(directory).as_posix(), saved_ranks == len(actors)
         takers = [r for r in range(len(actors)) if not same or f"zero_pp_rank_{r}_" in name]
         with open(path, "rb") as f:
-            while True:
-                chunk = f.read(CHUNK)
-                held = ray.put(chunk)
-                for rank, ref in [
-                    (r, actors[r].files.remote("receive", name, f.tell() - len(chunk), held)) for r in takers
-                ]:
+            for offset in range(0, path.stat().st_size, CHUNK):
+                chunk = ray.put(f.read(CHUNK))
+                refs = {r: actors[r].files.remote("receive", name, offset, chunk) for r in takers}
+                for rank, ref in refs.items():
                     _get(ref, rank, timeout)
-                if len(chunk) < CHUNK:
-                    break
 
 
 def _fetch(
@@ -155,9 +145,8 @@ def _in_io(actor: Any, part: str, *arguments: Any) -> Any:
 def _get(ref: Any, rank: int, timeout: float) -> Any:
     try:
         return ray.get(ref, timeout=timeout)
-    except ray.exceptions.RayTaskError as e:
-        if isinstance(e.cause, OSError | UserError | RunError):
-            raise e.cause from e
-        raise LearnersFailed(f"checkpoint files of learner rank {rank}: {first_line(e)}") from e
     except ray.exceptions.RayError as e:
-        raise LearnersFailed(f"checkpoint files of learner rank {rank}: {str(e).splitlines()[0]}") from e
+        cause = getattr(e, "cause", None)
+        if isinstance(cause, OSError | UserError | RunError):
+            raise cause from e
+        raise LearnersFailed(f"checkpoint files of learner rank {rank}: {first_line(e)}") from e

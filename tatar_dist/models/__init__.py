@@ -11,7 +11,6 @@ and name it in the config.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from typing import TYPE_CHECKING
@@ -28,10 +27,7 @@ def names() -> list[str]:
 
 
 def family(name: str) -> type[QwenVL]:
-    """The `Backbone` class of family `name`. Raises UserError with the nearest name."""
-    known = names()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"model.family={name!r}: known families are {', '.join(known)}{hint}")
+    """Return the `Backbone` class of a family. Raises UserError for an unknown name."""
+    if name not in names():
+        raise UserError(f"model.family={name!r}: known families are {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name}").Backbone

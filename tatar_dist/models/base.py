@@ -6,6 +6,7 @@ Turns rendered prompts and images into input ids, image features and hidden stat
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,6 @@ from tatar_dist.assets import looked_in
 from tatar_dist.config.schema import ModelConfig
 from tatar_dist.errors import UserError
 from tatar_dist.models.costs import ModelSizes, RowCosts
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -50,44 +49,39 @@ class QwenVL:
 
         self.config = config
         try:
-            self.processor = AutoProcessor.from_pretrained(
-                config.path, min_pixels=config.min_pixels, max_pixels=config.max_pixels
-            )
+            limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+            self.processor = AutoProcessor.from_pretrained(config.path, **limits)
         except OSError as e:  # transformers explains at length
-            where = looked_in(config.path)
-            raise UserError(
-                f"model.path={config.path}: neither a model directory{where} nor a model the hub can give"
-            ) from e
+            problem = f"neither a model directory{looked_in(config.path)} nor a model the hub can give"
+            raise UserError(f"model.path={config.path}: {problem}") from e
         self.tokenizer = self.processor.tokenizer
 
     @classmethod
     def check_directory(cls, path: str) -> dict[str, Any]:
-        """The model's config.json as a dict. Raises UserError when `path` is a directory without this family's model.
+        """Return the model's config.json. Raises UserError when `path` is a directory without this family's model.
 
-        A name that is no local path is left to the hub.
+        A name that is no local path is left to the hub: {}.
         """
-        import json
-
         directory = Path(path)
-        if not directory.exists():
-            if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
-                return {}
-            raise UserError(f"model.path={path}: no such directory{looked_in(path)}")
+        if not directory.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+            return {}
         file = directory / "config.json"
-        if not file.is_file():
-            raise UserError(f"model.path={path}: no config.json in it, so it is not a Hugging Face model directory")
         try:
             settings: dict[str, Any] = json.loads(file.read_text())
+        except OSError:
+            absent = "no config.json in it, so it is not a Hugging Face model directory"
+            problem = absent if directory.exists() else f"no such directory{looked_in(path)}"
+            raise UserError(f"model.path={path}: {problem}") from None
         except ValueError as e:
             raise UserError(f"{file}: not valid JSON: {e}") from None
-        if (found := settings.get("model_type")) != cls.model_type:
-            raise UserError(f"model.path={path}: model_type is {found!r}, model.family needs {cls.model_type!r}")
+        if (kind := settings.get("model_type")) != cls.model_type:
+            raise UserError(f"model.path={path}: model_type is {kind!r}, model.family needs {cls.model_type!r}")
         if not any(directory.glob("*.safetensors")):
             raise UserError(f"model.path={path}: holds no *.safetensors weights")
         return settings
 
     def costs(self) -> RowCosts:
-        """What a prompt and attention cost beside a token of the language model, by FLOPs; of a 7B where unknown."""
+        """Return what a prompt and attention cost beside a token of the language model; those of a 7B where unknown."""
         settings = self.check_directory(self.config.path)
         try:
             return ModelSizes.of(settings).costs()
@@ -95,12 +89,12 @@ class QwenVL:
             return RowCosts()
 
     def load_model(self) -> torch.nn.Module:
-        """The transformers model in `config.dtype`, vision tower frozen if the config says so."""
+        """Load the transformers model in `config.dtype`, its vision tower frozen if the config says so."""
         import transformers
 
         model: torch.nn.Module = getattr(transformers, self.model_class).from_pretrained(
             self.config.path,
-            dtype=DTYPES[self.config.dtype],
+            dtype=getattr(torch, self.config.dtype),
             attn_implementation="sdpa",  # the learner exchanges it (learner/shared_prefix.py)
             use_safetensors=True,
         )
@@ -109,16 +103,16 @@ class QwenVL:
         return model
 
     def end_of_turn(self) -> int:
-        """Token id that ends the assistant's turn (`<|im_end|>`)."""
+        """Return the token id that ends the assistant's turn (`<|im_end|>`)."""
         return int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
 
     def forbidden_ids(self) -> list[int]:
-        """Vision placeholder ids: never sampled, because a completion that holds one has no image to go with it."""
+        """Return vision placeholder ids: never sampled, because a completion with one has no image to go with it."""
         names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
         return sorted({int(self.tokenizer.convert_tokens_to_ids(n)) for n in names})
 
     def image_tokens(self, width: int, height: int) -> int:
-        """Tokens an image of this size in pixels takes beyond its one placeholder in the text."""
+        """Return how many tokens an image of this size in pixels takes beyond its one placeholder in the text."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         p = self.processor.image_processor
@@ -132,31 +126,22 @@ class QwenVL:
         return EncodedPrompt(b["input_ids"][0], b["mm_token_type_ids"][0], b["pixel_values"], b["image_grid_thw"])
 
     def positions(self, prompt: EncodedPrompt) -> torch.Tensor:
-        """(3, P) positions in time, height and width: text counts on in all three, an image's tokens are a grid whose
-        longer side is what the text behind it goes on from (arXiv 2409.12191, section 2.1)."""
-        grids = iter(prompt.grid // torch.tensor([1, self._merge, self._merge]))
-        parts, start, at, types = [], 0, 0, prompt.type_ids.tolist()
-        while at < len(types):
-            if types[at]:
-                t, h, w = next(grids).tolist()
-                grid = torch.stack(torch.meshgrid(*map(torch.arange, (t, h, w)), indexing="ij"))
-                parts.append(start + grid.reshape(3, -1))
-                start, at = start + max(h, w), at + t * h * w
-            else:
-                parts.append(torch.full((3, 1), start))
-                start, at = start + 1, at + 1
-        return torch.cat(parts, dim=1)
+        """Return (3, P) positions in time, height and width (arXiv 2409.12191, section 2.1).
 
-    @property
-    def _merge(self) -> int:
-        return int(self.processor.image_processor.merge_size)
+        Text counts on in all three; an image's tokens are a grid, behind whose longer side the text goes on.
+        """
+        merge = self.processor.image_processor.merge_size
+        sides = (prompt.grid[0] // torch.tensor([1, merge, merge])).tolist()
+        start = int(prompt.type_ids.argmax())
+        grid = torch.stack(torch.meshgrid(*map(torch.arange, sides), indexing="ij")).reshape(3, -1)
+        after = torch.arange(len(prompt.ids) - start - grid.shape[1])
+        return torch.cat(
+            [torch.arange(start).expand(3, -1), start + grid, (start + max(sides) + after).expand(3, -1)], dim=1
+        )
 
     @staticmethod
     def vision(model: Any, pixel_values: torch.Tensor, grids: torch.Tensor) -> Any:
-        """One pass of the vision tower over all images: their features, as `hidden_states` takes them.
-
-        Its patches before the merger are let go: nobody reads them.
-        """
+        """Run the vision tower over all images; returns their features, without the patches before the merger."""
         features: Any = model.model.get_image_features(pixel_values, grids, return_dict=True)
         return replace(features, last_hidden_state=None)
 
@@ -164,9 +149,10 @@ class QwenVL:
     def hidden_states(
         model: Any, ids: torch.Tensor, positions: torch.Tensor, layout: Any, features: Any
     ) -> torch.Tensor:
-        """Last hidden states (T, H) of a packed row (learner/shared_prefix.py); `features` in the order of the images.
+        """Return the last hidden states (T, H) of a packed row (learner/shared_prefix.py).
 
-        Positions are passed, because the model otherwise keeps `rope_deltas` between calls.
+        `features` are in the order of the images. Positions are passed, because the model otherwise keeps `rope_deltas`
+        between calls.
         """
         out = model.model(
             input_ids=ids[None],

@@ -26,16 +26,16 @@ class Unit:
 
     @property
     def tokens(self) -> int:
-        """In the packed row."""
+        """Tokens of the packed row."""
         return self.prompt + sum(self.lengths)
 
     @property
     def pairs(self) -> float:
-        """Pairs of a query and a key that it sees; a causal square counts half."""
+        """Pairs of a query and a key that it sees, in a layer; a causal square counts half."""
         return self.prompt**2 / 2 + sum(n * (self.prompt + n / 2) for n in self.lengths)
 
     def parted(self, n: int) -> tuple[Unit, Unit]:
-        """The first n rows, and the others."""
+        """Return the first n rows, and the others."""
         return Unit(self.rows[:n], self.prompt, self.lengths[:n]), Unit(self.rows[n:], self.prompt, self.lengths[n:])
 
 
@@ -52,18 +52,18 @@ class RowCosts:
     vision_pair: float = 3e-5
 
     def of(self, unit: Unit) -> float:
-        """Cost of a packed unit, in tokens."""
+        """Return the cost of a packed unit, in tokens."""
         image = self.vision * unit.prompt + self.vision_pair * unit.prompt**2
         return unit.tokens + self.pair * unit.pairs + image
 
 
 def passes(recomputed: bool, trained: bool = True) -> int:
-    """Forward and backward, counted in forwards: backward is one for inputs and, where `trained`, one for weights."""
+    """Count forward and backward in forwards: backward is one for inputs and, if `trained`, one for weights."""
     return 2 + trained + recomputed
 
 
 def weights(layers: Linear) -> int:
-    """Elements of the matrices, which are also the multiply-adds of a token."""
+    """Count the elements of the matrices, which are also the multiply-adds of a token."""
     return sum(i * o for i, o in layers.values())
 
 
@@ -71,28 +71,36 @@ def _gated(hidden: int, wide: int) -> Linear:
     return {"gate_proj": (hidden, wide), "up_proj": (hidden, wide), "down_proj": (wide, hidden)}
 
 
-@dataclass(frozen=True)
+@dataclass
 class ModelSizes:
-    """The `text_config` and `vision_config` of a config.json. tied: the head is the embedding."""
+    """The `text_config` and `vision_config` of a config.json. tied: the head is the embedding.
+
+    Attributes:
+        kv: width of the keys of a token in one layer.
+        head: weights of the head.
+        merge: patches of an image token.
+        full_blocks: vision blocks whose attention sees all of the image; the others see windows.
+    """
 
     text: Mapping[str, Any]
     vision: Mapping[str, Any]
     tied: bool = False
 
+    def __post_init__(self) -> None:
+        t, v = self.text, self.vision
+        self.kv: int = t["hidden_size"] // t["num_attention_heads"] * t["num_key_value_heads"]
+        self.head: int = t["vocab_size"] * t["hidden_size"]
+        self.merge: int = v.get("spatial_merge_size", 2) ** 2
+        self.full_blocks = len(v.get("fullatt_block_indexes", range(v["depth"])))
+
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> ModelSizes:
-        """From a config.json as a dict. Raises KeyError without a vision_config."""
+        """Take the sizes from a config.json as a dict. Raises KeyError without a vision_config."""
         text = settings.get("text_config", settings)
         return cls(text, settings["vision_config"], bool(settings.get("tie_word_embeddings")))
 
-    @property
-    def kv(self) -> int:
-        """Width of the keys of a token in one layer."""
-        t = self.text
-        return int(t["hidden_size"] // t["num_attention_heads"] * t["num_key_value_heads"])
-
     def kv_bytes(self, wide: int) -> int:
-        """Keys and values of a token in all layers, elements of `wide` bytes."""
+        """Return bytes of keys and values of a token in all layers, elements of `wide` bytes."""
         return 2 * wide * self.kv * int(self.text["num_hidden_layers"])
 
     @property
@@ -104,28 +112,14 @@ class ModelSizes:
         return layer, {"qkv": (w, 3 * w), "proj": (w, w)} | _gated(w, n), {"0": (merged, merged), "2": (merged, out)}
 
     @property
-    def merge(self) -> int:
-        """Patches of an image token."""
-        return int(self.vision.get("spatial_merge_size", 2) ** 2)
-
-    @property
-    def full_blocks(self) -> int:
-        """Vision blocks whose attention sees all of the image; the others see windows."""
-        return len(self.vision.get("fullatt_block_indexes", range(self.vision["depth"])))
-
-    @property
     def patch(self) -> int:
         """Weights of the patch embedding."""
         v = self.vision
         return int(v["in_channels"] * v["temporal_patch_size"] * v["patch_size"] ** 2 * v["hidden_size"])
 
     @property
-    def head(self) -> int:
-        return int(self.text["vocab_size"] * self.text["hidden_size"])
-
-    @property
     def vision_parameters(self) -> int:
-        """Of the tower: linear layers with biases, two norms a block and one before the merger."""
+        """Parameters of the tower: linear layers with biases, two norms a block and one before the merger."""
         _, *parts = self.linear
         block, merger = (weights(part) + sum(out for _, out in part.values()) for part in parts)
         h = self.vision["hidden_size"]
@@ -133,19 +127,19 @@ class ModelSizes:
 
     @property
     def parameters(self) -> int:
-        """Of all; a decoder layer has biases of queries, keys and values, and two norms."""
+        """Parameters of all; a decoder layer has biases of queries, keys and values, and two norms."""
         h, kv = self.text["hidden_size"], self.kv
         layers = self.text["num_hidden_layers"] * (weights(self.linear[0]) + h + 2 * kv + 2 * h)
         return int(self.vision_parameters + layers + h + self.head * (1 if self.tied else 2))
 
     def adapters(self, rank: int, targets: Sequence[str], vision: bool) -> int:
-        """Parameters of LoRA adapters (learner/lora.py): rank x (in + out) of every layer that gets one."""
+        """Count parameters of LoRA adapters (learner/lora.py): rank x (in + out) of every layer that gets one."""
         times = (self.text["num_hidden_layers"], vision and self.vision["depth"], vision)
         layers = ((n, name, sum(s)) for n, part in zip(times, self.linear, strict=True) for name, s in part.items())
         return rank * sum(n * size for n, name, size in layers if not targets or name in targets)
 
     def attention_flops(self, images: int, patches: int, pairs: float) -> float:
-        """FLOPs of scores and weighted sums in a forward, 4 x width a pair of a query and a key that it sees.
+        """Count FLOPs of scores and weighted sums in a forward: 4 x width a pair of a query and a key it sees.
 
         patches: of an image; pairs: in each layer of the language model.
         """
@@ -156,14 +150,14 @@ class ModelSizes:
         return tower + t["num_hidden_layers"] * pairs * 4 * t["hidden_size"]
 
     def forward_flops(self, images: int, patches: int, tokens: int, pairs: float) -> float:
-        """FLOPs of a forward, as `attention_flops`, with all products but the patch embedding's and the head's."""
+        """Count FLOPs of a forward: `attention_flops` and all products but the patch embedding's and the head's."""
         layer, block, merger = map(weights, self.linear)
         image = patches * self.vision["depth"] * 2 * block + patches / self.merge * 2 * merger
         text = self.text["num_hidden_layers"] * tokens * 2 * layer
         return images * image + text + self.attention_flops(images, patches, pairs)
 
     def costs(self) -> RowCosts:
-        """By multiply-adds. Leaves out the head, and of the tower the merger and windowed attention."""
+        """Return row costs by multiply-adds, without the head, the tower's merger and its windowed attention."""
         layer, block, _ = map(weights, self.linear)
         text, image = self.text["num_hidden_layers"] * layer, self.merge * self.vision["depth"] * block
         pairs = self.full_blocks * 2 * self.vision["hidden_size"] * self.merge**2
@@ -171,7 +165,7 @@ class ModelSizes:
 
 
 def kept_elements(sizes: ModelSizes, patches: float, tokens: float, checkpointing: bool) -> float:
-    """Numbers that autograd keeps of `patches` through the vision tower and `tokens` through the language model.
+    """Count what autograd keeps of `patches` through the vision tower and `tokens` through the language model.
 
     A vision block of width h and intermediate width m keeps of each patch: twice its input and two results of a norm
     (6 h), queries, keys and the fused projection that values are a part of (5 h), attention's output (h), and four
@@ -187,8 +181,11 @@ def kept_elements(sizes: ModelSizes, patches: float, tokens: float, checkpointin
 
 
 def head_bytes(sizes: ModelSizes, tokens: float, wide: int, trained: bool = True) -> float:
-    """Of the head's backward: its weight's gradient, where it is trained, summed in float32, then in the weight's type,
-    and two chunks of logits; or of its forward, three chunks, or four where a chunk before it is still held."""
+    """Return the bytes of the head at its peak.
+
+    In the backward: its weight's gradient, if trained, summed in float32, then in the weight's type, and two chunks of
+    logits. In the forward: three chunks, or four where a chunk before it is still held.
+    """
     logits = 4.0 * tokens * sizes.text["vocab_size"]
     chunk, live = (logits, 3) if logits <= CHUNK else (CHUNK, 4)
     gradient = trained * sizes.head * (4 if wide == 4 else 4 + wide)

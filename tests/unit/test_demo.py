@@ -58,10 +58,10 @@ def test_a_gain_is_found_with_an_interval_that_holds_it(seeds):
 
 
 def test_seeds_are_pooled_as_the_mean_of_their_changes(seeds):
-    each = [demo_figures.gains([s], "iaa") for s in seeds]
+    by_seed = [demo_figures.gains([s], "iaa") for s in seeds]
     pooled = demo_figures.gains(seeds, "iaa")
     for name, (value, *_) in pooled.items():
-        assert value == pytest.approx(np.mean([e[name][0] for e in each]))
+        assert value == pytest.approx(np.mean([s[name][0] for s in by_seed]))
 
 
 def test_by_photograph_ranks_among_its_own_crops_and_keeps_unparsed_ones(seeds):
@@ -71,7 +71,7 @@ def test_by_photograph_ranks_among_its_own_crops_and_keeps_unparsed_ones(seeds):
 
 
 def test_the_tables_of_the_readme_name_every_seed_and_photograph(seeds):
-    head = {t: {"test": 0.77} for t in ("iqa", "iaa")}
+    head = {"iqa": 0.77, "iaa": 0.77}
     text = demo_figures.markdown(seeds, head)
     assert "0.770" in text and "seed 1" in text and "(59/60)" in text
     assert all(text.count(f"| {photo} | 15 |") == 2 for photo in PHOTOS)
@@ -82,7 +82,7 @@ def test_the_tables_of_the_readme_name_every_seed_and_photograph(seeds):
 def test_sampled_answers_are_counted_and_their_term_averaged_among_those_that_parse(seeds):
     share, term = demo_figures.of_parsed(seeds, "grpo", "iaa")
     assert share == pytest.approx(118 / 120) and term == pytest.approx(0.5, abs=0.01)
-    text = demo_figures.markdown(seeds, {t: {"test": 0.77} for t in ("iqa", "iaa")})
+    text = demo_figures.markdown(seeds, {"iqa": 0.77, "iaa": 0.77})
     assert "| iaa | that parse | 100.0% | 98.3% |" in text and "| iqa | gaussian among these | 0.4" in text
 
 

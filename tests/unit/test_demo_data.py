@@ -22,7 +22,7 @@ from tatar_dist.data.manifest import read_manifest
 from tatar_dist.demo.data import aesthetics, distortions
 from tatar_dist.demo.data import texts as templates
 from tatar_dist.demo.data.distortions import FAMILIES, Distortion
-from tatar_dist.demo.data.make import DemoCrop, encode_png, make_crop, make_demo
+from tatar_dist.demo.data.make import DemoCrop, make_crop, make_demo
 from tatar_dist.demo.data.photos import PHOTOS, Photo, grade, load_photo, locate, make_scene, photos_of, soften
 from tatar_dist.errors import UserError
 
@@ -239,8 +239,3 @@ def test_rationales_hold_no_number_vary_in_wording_and_use_a_small_vocabulary():
 
 def test_attribute_texts_are_never_copied_at_length_into_the_narrative():
     assert all(len(t.split()) <= 15 for c in crops("iaa") for t in c.attributes.values())
-
-
-def test_png_bytes_are_lossless():
-    pixels = crops("iqa")[0].pixels
-    assert np.array_equal(np.asarray(decode_image(encode_png(pixels), "x")), pixels)

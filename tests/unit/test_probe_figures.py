@@ -14,7 +14,7 @@ from tatar_dist.assets import CONFIGS
 from tatar_dist.demo import probes
 from tatar_dist.demo.data.make import make_demo, restyle
 from tatar_dist.demo.pipeline import demo_config
-from tatar_dist.demo.probes import RUNS
+from tatar_dist.demo.probes import METHOD, RUNS
 
 N = 120
 
@@ -24,18 +24,18 @@ def fill(out, noise, reward_sd, constant=False):
     rng = np.random.default_rng(0)
     target = rng.uniform(0, 100, N)
     for seed in range(2):
-        for run in RUNS:
-            directory = out / f"seed_{seed}"
-            sd = noise.get(run.name, 5.0)
+        for stage, change in RUNS:
+            directory, name = out / f"seed_{seed}", f"{stage}-{change}"
+            sd = noise.get(name, 5.0)
             answers = np.full(N, 50.0) if constant else np.clip(target + rng.normal(0, sd, N), 0, 100)
             rows = [
                 {"sample_id": f"{task}-{i}", "task": task, "source": f"photo-{i % 6}", "target": t, "prediction": a}
                 for task in ("iqa", "iaa")
                 for i, (t, a) in enumerate(zip(target.tolist(), answers.tolist(), strict=True))
             ]
-            (directory / f"{run.name}-eval").mkdir(parents=True)
-            pq.write_table(pa.Table.from_pylist(rows), directory / f"{run.name}-eval" / "predictions.parquet")
-            (directory / run.name).mkdir()
+            (directory / f"{name}-eval").mkdir(parents=True)
+            pq.write_table(pa.Table.from_pylist(rows), directory / f"{name}-eval" / "predictions.parquet")
+            (directory / name).mkdir()
             lines = [
                 {
                     f"reward/{term}/iaa": (0.0 if constant else 0.5 + 0.01 * step + rng.normal(0, reward_sd[term]))
@@ -43,7 +43,7 @@ def fill(out, noise, reward_sd, constant=False):
                 }
                 for step in range(30)
             ]
-            (directory / run.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            (directory / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_a_better_choice_is_said_to_be_better_and_a_worse_one_worse(tmp_path):
@@ -101,7 +101,7 @@ def test_rationales_in_the_other_style_keep_everything_else_and_say_no_number(tm
 def test_every_change_is_a_config_that_loads_over_the_demos(tmp_path):
     files = [CONFIGS / "probes" / "probe.yaml"]
     base = demo_config(tmp_path / "run", tmp_path, [], files)
-    changes = {each.change for each in RUNS} - {None}
+    changes = {change for _, change in RUNS} - {METHOD}
     assert changes | {"probe"} == {f.stem for f in (CONFIGS / "probes").glob("*.yaml")}
     for change in changes:
         config = demo_config(tmp_path / "run", tmp_path, [], [*files, CONFIGS / "probes" / f"{change}.yaml"])

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tatar_dist.config.schema import WatchConfig
-from tatar_dist.faults.stacks import stacks_of
-from tatar_dist.faults.stall import StallDetector, Stalled, WatchedProcess, processes_of
+from tatar_dist.faults.stall import StallDetector, Stalled, WatchedProcess, processes_of, stacks_of
 from tatar_dist.run.events import Events, read_events
 
 PERMIT = "from tatar_dist.run.process import _permit_tracing; _permit_tracing()\n"  # as `open_log` does
@@ -98,7 +97,7 @@ def test_a_process_in_an_endless_loop_is_read_without_harm(start):
 
 
 def test_a_busy_process_can_be_read_as_often_as_one_likes(start, monkeypatch):
-    monkeypatch.setattr("tatar_dist.faults.stacks.SPY_S", 60.0)  # of a busy machine
+    monkeypatch.setattr("tatar_dist.faults.stall.SPY_S", 60.0)  # of a busy machine
     process = start(BUSY)
     for _ in range(40):
         (stacks,) = stacks_of([process.pid])

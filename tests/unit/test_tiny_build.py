@@ -82,9 +82,9 @@ def test_the_aligned_forward_equals_the_models_own(loaded) -> None:
     assert inputs["input_ids"].tolist() == ids.tolist()
     with torch.no_grad():
         tokens = tower.features(model.model.visual, pixels)
-        mine = model.lm_head(align.hidden_states(model, ids, tokens, writer.prefix))
+        ours = model.lm_head(align.hidden_states(model, ids, tokens))
         theirs = model(**inputs).logits
-    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_align_labels_cover_exactly_the_replies_and_their_ends(loaded) -> None:

@@ -64,7 +64,7 @@ def test_a_stall_ends_a_wait_unless_its_own_deadline_is_longer(tmp_path):
     waits = Waits(watch=watch)
     waits.check()
     now[0] = 11
-    watch._stall()
+    watch._stall(watch._last)
     with waits.interruptible(stalls=False):
         waits.check()
     with pytest.raises(Stalled):

@@ -109,11 +109,6 @@ def vary(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return grade(pixels, float(stops), contrast, saturation, tint, float(vignette))
 
 
-def raw_score(attributes: dict[str, float]) -> float:
-    """Weighted sum of the attributes, in [0, 1]."""
-    return sum(w * attributes[name] for name, w in WEIGHTS.items())
-
-
 # Quantiles 0, .02, .1, .2 ... .9, .98, 1 of the weighted sum over 1,500 train-split crops (ends rounded outward).
 KNOTS_RAW = (0.10, 0.248, 0.352, 0.413, 0.463, 0.508, 0.548, 0.588, 0.634, 0.685, 0.762, 0.849, 0.95)
 KNOTS_SCORE = (0.0, 5.0, 12.5, 22.0, 31.5, 41.0, 50.0, 59.0, 68.5, 78.0, 87.5, 95.0, 100.0)

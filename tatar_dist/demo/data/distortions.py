@@ -24,10 +24,6 @@ class Distortion:
     strength: float  # [0, 1]
 
 
-def _gaussian_blur(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
-    return soften(x, 0.25 + 2.5 * s**1.3)
-
-
 def _motion_blur(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
     """Apply a line kernel of continuous length along one of four directions."""
     dy, dx = ((0, 1), (1, 0), (1, 1), (1, -1))[int(rng.integers(4))]
@@ -44,31 +40,10 @@ def _motion_blur(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarra
     return out / np.float32(total)
 
 
-def _noise(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
-    return x + np.float32(1.0 + 75.0 * s**1.3) * rng.standard_normal(x.shape, dtype=np.float32)
-
-
 def _jpeg(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
     buffer = io.BytesIO()
     Image.fromarray(to_uint8(x)).save(buffer, "JPEG", quality=max(2, round(2 + 88 * (1 - s) ** 2.2)))
     return np.asarray(Image.open(buffer), dtype=np.float32)
-
-
-def _banding(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
-    step = np.float32(4 + 140 * s)
-    return np.round(x / step) * step
-
-
-def _over_exposure(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
-    return x * np.float32(1 + 1.1 * s) + np.float32(95 * s)
-
-
-def _under_exposure(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
-    return x * np.float32(1 - 0.9 * s)
-
-
-def _low_contrast(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
-    return np.float32(128) + np.float32(1 - 0.93 * s) * (x - np.float32(128))
 
 
 def _pixelation(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
@@ -77,28 +52,26 @@ def _pixelation(x: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray
     return np.asarray(small.resize((SIZE, SIZE), Image.Resampling.NEAREST), dtype=np.float32)
 
 
+Apply = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]  # float32 pixels on 0-255, strength in [0, 1]
 # In the order a camera and its software would apply them; two distortions are applied in this order.
-FAMILIES: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
-    "over_exposure": _over_exposure,
-    "under_exposure": _under_exposure,
-    "low_contrast": _low_contrast,
-    "gaussian_blur": _gaussian_blur,
+FAMILIES: dict[str, Apply] = {
+    "over_exposure": lambda x, s, rng: x * np.float32(1 + 1.1 * s) + np.float32(95 * s),
+    "under_exposure": lambda x, s, rng: x * np.float32(1 - 0.9 * s),
+    "low_contrast": lambda x, s, rng: np.float32(128) + np.float32(1 - 0.93 * s) * (x - np.float32(128)),
+    "gaussian_blur": lambda x, s, rng: soften(x, 0.25 + 2.5 * s**1.3),
     "motion_blur": _motion_blur,
-    "noise": _noise,
+    "noise": lambda x, s, rng: x + np.float32(1.0 + 75.0 * s**1.3) * rng.standard_normal(x.shape, dtype=np.float32),
     "pixelation": _pixelation,
-    "banding": _banding,
+    "banding": lambda x, s, rng: np.round(x / np.float32(4 + 140 * s)) * np.float32(4 + 140 * s),
     "jpeg": _jpeg,
 }
 _ORDER = list(FAMILIES)
-_KIND = {
-    "over_exposure": "light",
-    "under_exposure": "light",
-    "low_contrast": "light",
-    "gaussian_blur": "blur",
-    "motion_blur": "blur",
-    "pixelation": "blocks",
-    "jpeg": "blocks",
-}
+# Families of one kind, which are not drawn together.
+_KINDS = (
+    {"over_exposure", "under_exposure", "low_contrast"},
+    {"gaussian_blur", "motion_blur"},
+    {"pixelation", "jpeg"},
+)
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
@@ -112,7 +85,7 @@ def draw_distortions(rng: np.random.Generator) -> tuple[Distortion, ...]:
     strength = rng.uniform(0, 0.08) if kind < 0.1 else rng.random()
     drawn = [Distortion(first, float(strength))]
     if kind > 0.8:
-        others = [f for f in _ORDER if _KIND.get(f, f) != _KIND.get(first, first)]
+        others = [f for f in _ORDER if f != first and not any({f, first} <= kind for kind in _KINDS)]
         drawn.append(Distortion(others[int(rng.integers(len(others)))], float(rng.uniform(0.15, 0.8))))
     return tuple(sorted(drawn, key=lambda d: _ORDER.index(d.family)))
 

@@ -1,28 +1,21 @@
 """Make the demo data set: crops of real photographs with computed targets and grounded rationales, as six manifests.
 
-A seed and sizes give `{iqa,iaa}_{train,validation,test}.parquet`. Pixels are real, distortions and grading are applied
-to them, and targets follow published measures and documented formulas, so that the whole pipeline can be seen to learn
-on a laptop, on photographs unseen in training. There are no human opinions: figures on this set do not transfer to
-KonIQ-10k or AVA.
-
-Each sample depends on (seed, split, task, index) alone, so any number of processes gives the same bytes. The base
-model's pretraining draws its crops from here too, with other seeds. `restyle` rewrites the training rationales in the
-other task's style for the controlled probes: slow for IQA, fast for IAA.
+A seed and sizes give `{iqa,iaa}_{train,validation,test}.parquet`. Distortions and grading are applied to real pixels,
+and targets follow published measures and documented formulas. There are no human opinions: figures on this set do not
+transfer to KonIQ-10k or AVA. Each sample depends on (seed, split, task, index) alone, so any number of processes gives
+the same bytes. The base model's pretraining draws its crops from here too, with other seeds.
 """
 
 from __future__ import annotations
 
-import ctypes
 import io
 import json
 import multiprocessing
 import os
-import signal
-from collections.abc import Iterator
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +31,6 @@ from tatar_dist.run.files import write_whole
 from tatar_dist.types import SPLITS, TASKS, Task
 
 VERSION = 2  # raise it when the same seed gives other bytes
-DATASETS: dict[Task, str] = {"iqa": "demo-iqa", "iaa": "demo-iaa"}
 PASTE_SHARE: dict[Task, float] = {"iqa": 0.15, "iaa": 0.2}  # crops with the subject of another photograph
 OTHER_STYLE: dict[Task, str] = {"iqa": "slow", "iaa": "fast"}
 
@@ -55,7 +47,18 @@ class DemoCrop:
     meta: dict[str, Any]
 
 
-def _iqa_crop(scene: Scene, rng: np.random.Generator, spread: float) -> DemoCrop:
+def crop_of(task: Task, scene: Scene, rng: np.random.Generator, spread: float = 1.0) -> DemoCrop:
+    """Distort or grade a scene and score the result. `spread` scales the mild grading of IQA crops."""
+    category = scene.photo.category
+    meta: dict[str, Any] = {"photo": scene.photo.name, "pasted": scene.pasted}
+    if task == "iaa":
+        pixels = distortions.to_uint8(aesthetics.vary(scene, rng))
+        attributes = aesthetics.measure(pixels, scene.box)
+        raw = sum(weight * attributes[name] for name, weight in aesthetics.WEIGHTS.items())
+        score = round(aesthetics.aesthetic_score(raw), 2)
+        text = texts.iaa_rationale(attributes, category, score, rng)
+        meta["attributes"] = {k: round(v, 4) for k, v in attributes.items()}
+        return DemoCrop(pixels, score, raw, text, texts.attribute_texts(attributes, score), meta)
     # Mild grading only, so that the distortion dominates what there is to see.
     clean = grade(
         scene.pixels,
@@ -67,31 +70,11 @@ def _iqa_crop(scene: Scene, rng: np.random.Generator, spread: float) -> DemoCrop
     )
     drawn = distortions.draw_distortions(rng)
     pixels = distortions.distort(clean, drawn, rng)
-    q = distortions.full_reference(distortions.to_uint8(clean), pixels)
-    score = round(distortions.quality_score(q), 2)
-    text = texts.iqa_rationale(drawn, scene.photo.category, score, rng)
-    measures = [{"family": d.family, "strength": round(d.strength, 4)} for d in drawn]
-    meta = {"photo": scene.photo.name, "pasted": scene.pasted, "distortions": measures}
-    return DemoCrop(pixels, score, q, text, {}, meta)
-
-
-def _iaa_crop(scene: Scene, rng: np.random.Generator) -> DemoCrop:
-    pixels = distortions.to_uint8(aesthetics.vary(scene, rng))
-    attributes = aesthetics.measure(pixels, scene.box)
-    raw = aesthetics.raw_score(attributes)
-    score = round(aesthetics.aesthetic_score(raw), 2)
-    text = texts.iaa_rationale(attributes, scene.photo.category, score, rng)
-    meta = {
-        "photo": scene.photo.name,
-        "pasted": scene.pasted,
-        "attributes": {k: round(v, 4) for k, v in attributes.items()},
-    }
-    return DemoCrop(pixels, score, raw, text, texts.attribute_texts(attributes, score), meta)
-
-
-def crop_of(task: Task, scene: Scene, rng: np.random.Generator, spread: float = 1.0) -> DemoCrop:
-    """Distort or grade a scene and score the result. `spread` scales the mild grading of IQA crops."""
-    return _iqa_crop(scene, rng, spread) if task == "iqa" else _iaa_crop(scene, rng)
+    quality = distortions.full_reference(distortions.to_uint8(clean), pixels)
+    score = round(distortions.quality_score(quality), 2)
+    text = texts.iqa_rationale(drawn, category, score, rng)
+    meta["distortions"] = [{"family": d.family, "strength": round(d.strength, 4)} for d in drawn]
+    return DemoCrop(pixels, score, quality, text, {}, meta)
 
 
 def make_crop(task: Task, split: str, index: int, seed: int) -> DemoCrop:
@@ -100,46 +83,33 @@ def make_crop(task: Task, split: str, index: int, seed: int) -> DemoCrop:
     return crop_of(task, make_scene(split, rng, PASTE_SHARE[task]), rng)
 
 
-def encode_png(pixels: np.ndarray) -> bytes:
-    """Encode (H, W, 3) uint8 as PNG, at a low compression level for speed."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+def _row(index: int, task: Task, split: str, seed: int) -> dict[str, Any]:
+    crop, png = make_crop(task, split, index, seed), io.BytesIO()
+    Image.fromarray(crop.pixels).save(png, "PNG", compress_level=1)  # low, for speed
+    return {
+        "sample_id": f"demo-{task}-{split}-{seed}-{index:06d}",
+        "dataset": f"demo-{task}",
+        "task": task,
+        "image_bytes": png.getvalue(),
+        "score": crop.score,
+        "score_raw": crop.raw,
+        "split": split,
+        "rationale": crop.rationale,
+        "attributes": crop.attributes or None,
+        "meta": crop.meta,
+    }
 
 
-def _rows(span: tuple[Task, str, int, int], seed: int) -> list[dict[str, Any]]:
-    task, split, start, stop = span
-    rows = []
-    for i in range(start, stop):
-        crop = make_crop(task, split, i, seed)
-        rows.append(
-            {
-                "sample_id": f"{DATASETS[task]}-{split}-{seed}-{i:06d}",
-                "dataset": DATASETS[task],
-                "task": task,
-                "image_bytes": encode_png(crop.pixels),
-                "score": crop.score,
-                "score_raw": crop.raw,
-                "split": split,
-                "rationale": crop.rationale,
-                "attributes": crop.attributes or None,
-                "meta": crop.meta,
-            }
-        )
-    return rows
+def _end_with_parent() -> None:
+    """End this worker when its parent is killed; otherwise it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
-
-def signal_on_death_of_parent(number: int) -> None:
-    """Make Linux send this process a signal when its parent is killed."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
-
-
-def _end_with(parent: int) -> None:
-    """End this worker with its parent; otherwise it would wait for work for ever."""
-    signal_on_death_of_parent(signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call above
+    def wait() -> None:
+        parent.join()
         os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def crop_workers(number: int | None = None) -> ProcessPoolExecutor:
@@ -147,18 +117,12 @@ def crop_workers(number: int | None = None) -> ProcessPoolExecutor:
 
     They are spawned: the caller may hold threads (torch, Ray) that a forked child would inherit dead.
     """
-    spawn = multiprocessing.get_context("spawn")
     number = number or len(os.sched_getaffinity(0))
-    return ProcessPoolExecutor(number, spawn, initializer=_end_with, initargs=(os.getpid(),))
+    return ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
 
 
 def make_demo(
-    output: Path,
-    seed: int = 0,
-    train: int = 2000,
-    validation: int = 300,
-    test: int = 1000,
-    workers: int | None = None,
+    output: Path, seed: int = 0, train: int = 2000, validation: int = 300, test: int = 1000, workers: int | None = None
 ) -> dict[str, int]:
     """Write the six manifests to `output` and return their row counts, keyed like "iqa_train".
 
@@ -173,9 +137,9 @@ def make_demo(
     counts = {f"{task}_{split}": n for task in TASKS for split, n in sizes.items()}
     recipe = {"version": VERSION, "seed": seed, "rows": counts}
     stamp = output / "demo.json"
-    if stamp.is_file() and all((output / f"{name}.parquet").is_file() for name in counts):
-        if stamp.read_bytes() == json.dumps(recipe).encode():
-            return counts
+    complete = stamp.is_file() and all((output / f"{name}.parquet").is_file() for name in counts)
+    if complete and json.loads(stamp.read_text()) == recipe:
+        return counts
     for photo in PHOTOS:  # fail before the work, not in the middle of it
         locate(photo)
     output.mkdir(parents=True, exist_ok=True)
@@ -183,9 +147,8 @@ def make_demo(
     with crop_workers(workers) as pool:
         for task in TASKS:
             for split, n in sizes.items():
-                spans = [(task, split, a, min(a + 64, n)) for a in range(0, n, 64)]
-                parts = pool.map(partial(_rows, seed=seed), spans)
-                write_manifest(output / f"{task}_{split}.parquet", chain.from_iterable(parts))
+                rows = pool.map(partial(_row, task=task, split=split, seed=seed), range(n), chunksize=64)
+                write_manifest(output / f"{task}_{split}.parquet", rows)
     write_whole(stamp, json.dumps(recipe))
     return counts
 
@@ -195,20 +158,18 @@ def restyle(data: Path) -> None:
 
     `iqa_train_slow.parquet` and `iaa_train_fast.parquet`, beside the training manifests.
     """
+    category = {p.name: p.category for p in PHOTOS}
     for task, style in OTHER_STYLE.items():
         target = data / f"{task}_train_{style}.parquet"
-        if not target.exists():
-            write_manifest(target, _restyled(data / f"{task}_train.parquet"))
-
-
-def _restyled(file: Path) -> Iterator[dict[str, Any]]:
-    category = {p.name: p.category for p in PHOTOS}
-    for number, row in enumerate(pq.read_table(file).to_pylist()):
-        meta, rng = json.loads(row["meta"]), np.random.default_rng(number)
-        scene, score = category[meta["photo"]], row["score"]
-        if row["task"] == "iqa":
-            drawn = tuple(Distortion(d["family"], d["strength"]) for d in meta["distortions"])
-            rationale = texts.iqa_slow_rationale(drawn, scene, score, rng)
-        else:
-            rationale = texts.iaa_fast_rationale(meta["attributes"], scene, score, rng)
-        yield {**row, "rationale": rationale}
+        if target.exists():
+            continue
+        rows = pq.read_table(data / f"{task}_train.parquet").to_pylist()
+        for number, row in enumerate(rows):
+            meta = json.loads(row["meta"])
+            facts = (category[meta["photo"]], row["score"], np.random.default_rng(number))
+            if task == "iqa":
+                drawn = tuple(Distortion(**d) for d in meta["distortions"])
+                row["rationale"] = texts.iqa_slow_rationale(drawn, *facts)
+            else:
+                row["rationale"] = texts.iaa_fast_rationale(meta["attributes"], *facts)
+        write_manifest(target, rows)

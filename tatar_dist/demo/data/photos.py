@@ -43,12 +43,8 @@ class Photo:
     provenance: str
 
 
-def _listed() -> tuple[Photo, ...]:
-    entries = yaml.safe_load(Path(__file__).with_name("photos.yaml").read_text(encoding="utf-8"))
-    return tuple(Photo(**{**entry, "box": tuple(entry["box"])}) for entry in entries)
-
-
-PHOTOS = _listed()
+_ENTRIES = yaml.safe_load(Path(__file__).with_name("photos.yaml").read_text(encoding="utf-8"))
+PHOTOS = tuple(Photo(**entry | {"box": tuple(entry["box"])}) for entry in _ENTRIES)
 
 
 def photos_of(split: str) -> tuple[Photo, ...]:
@@ -63,8 +59,7 @@ def locate(photo: Photo) -> Path:
         path = Path(root) / photo.path
         if path.is_file():
             return path
-    problem = "is not installed" if spec is None else f"holds no {photo.path}"
-    raise UserError(f"demo photograph {photo.name!r}: package {photo.package} {problem}; run `make setup`")
+    raise UserError(f"demo photograph {photo.name!r}: no {photo.path} in package {photo.package}; run `make setup`")
 
 
 @cache
@@ -95,21 +90,16 @@ def _visible(box: Box) -> Box | None:
 
 def cut(photo: Photo, rng: np.random.Generator) -> Scene:
     """Cut a random square of the photograph, from tight to full, mostly near the subject, randomly mirrored."""
-    image = load_photo(photo)
-    w, h = image.size
-    full = min(w, h)
-    low = max(MIN_SIDE, 0.38 * full)
-    side = low + (full - low) * rng.random()
-    bx = (photo.box[0] + photo.box[2]) / 2 * w
-    by = (photo.box[1] + photo.box[3]) / 2 * h
+    image, subject = load_photo(photo), np.array(photo.box).reshape(2, 2)  # corners as fractions of (width, height)
+    size = np.array(image.size)
+    low = max(MIN_SIDE, 0.38 * size.min())
+    side = low + (size.min() - low) * rng.random()
     near = rng.random() < 0.75
-    jx, jy, ux, uy = rng.normal(0, 0.28), rng.normal(0, 0.28), rng.random(), rng.random()
-    left = bx + jx * side - side / 2 if near else ux * (w - side)
-    top = by + jy * side - side / 2 if near else uy * (h - side)
-    left, top = float(np.clip(left, 0, w - side)), float(np.clip(top, 0, h - side))
-    tile = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    x0, x1 = (photo.box[0] * w - left) / side, (photo.box[2] * w - left) / side
-    y0, y1 = (photo.box[1] * h - top) / side, (photo.box[3] * h - top) / side
+    jitter, anywhere = rng.normal(0, 0.28, 2), rng.random(2)
+    corner = subject.sum(0) / 2 * size + jitter * side - side / 2 if near else anywhere * (size - side)
+    corner = np.clip(corner, 0, size - side)
+    tile = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(*corner, *(corner + side)))
+    (x0, y0), (x1, y1) = ((subject * size - corner) / side).tolist()
     pixels = np.asarray(tile, dtype=np.float32)
     if rng.random() < 0.5:
         pixels, x0, x1 = pixels[:, ::-1], 1 - x1, 1 - x0
@@ -119,8 +109,7 @@ def cut(photo: Photo, rng: np.random.Generator) -> Scene:
 def paste(scene: Scene, subject: Photo, rng: np.random.Generator) -> Scene:
     """Paste the subject of another photograph, feathered, at a random place and size, as the new subject."""
     image = load_photo(subject)
-    w, h = image.size
-    x0, y0, x1, y1 = subject.box[0] * w, subject.box[1] * h, subject.box[2] * w, subject.box[3] * h
+    (x0, y0), (x1, y1) = (np.array(subject.box).reshape(2, 2) * image.size).tolist()
     scale = SIZE * rng.uniform(0.35, 0.7) / max(x1 - x0, y1 - y0)
     tw, th = max(16, round((x1 - x0) * scale)), max(16, round((y1 - y0) * scale))
     patch = np.asarray(image.resize((tw, th), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1)), dtype=np.float32)

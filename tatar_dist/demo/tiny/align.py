@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tatar_dist.demo.tiny.crops import MEASURES, CropSet
 from tatar_dist.demo.tiny.tower import StageResult, features, timed_steps, update
@@ -33,8 +34,9 @@ SCORE_NAME: dict[Task, str] = {"iqa": "quality", "iaa": "beauty"}
 DESCRIBE_SHARE: dict[Task, float] = {"iqa": 0.6, "iaa": 0.3}
 DESCRIBE = "Describe the image."
 MEASURE_ALL = "List the measurements."
-IMAGE_TOKENS, IMAGE_SIDE = 16, 4
-_HEAD = "<|im_start|>user\n<|vision_start|>"
+BATCH = 32
+IMAGE_TOKENS = 16
+GRID = torch.tensor([[1, 8, 8]])  # patches of an image in time, height and width
 _REPLY = "<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -61,11 +63,10 @@ def conversation(crops: CropSet, i: int, rng: np.random.Generator) -> list[tuple
 
 
 class Writer:
-    """Tokenise conversations about one image. `prefix`: number of tokens before it; `digits` (10,): token ids."""
+    """Tokenise conversations about one image. `digits` (10,): token ids."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self.prefix = len(self.encode(_HEAD))
         self.digits = torch.tensor([self.encode(str(d))[0] for d in range(10)])
 
     def encode(self, text: str) -> list[int]:
@@ -73,7 +74,8 @@ class Writer:
 
     def prompt(self, request: str) -> list[int]:
         """Return the token ids of a conversation up to the reply to its first request."""
-        return self.encode(f"{_HEAD}{'<|image_pad|>' * IMAGE_TOKENS}<|vision_end|>{request}{_REPLY}")
+        image = f"<|vision_start|>{'<|image_pad|>' * IMAGE_TOKENS}<|vision_end|>"
+        return self.encode(f"<|im_start|>user\n{image}{request}{_REPLY}")
 
     def rows(self, conversations: list[list[tuple[str, str]]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return padded (ids, labels), both (B, L) int64; labels are -100 where no loss applies."""
@@ -91,25 +93,19 @@ class Writer:
         return pad_sequence(ids, True), pad_sequence(labels, True, padding_value=-100)
 
 
-def row_positions(prefix: int, length: int) -> torch.Tensor:
-    """Return (3, length) rotary positions of a row with its image after `prefix` tokens, as the model numbers them."""
-    cell = torch.arange(IMAGE_TOKENS)
-    image = prefix + torch.stack([torch.zeros_like(cell), cell // IMAGE_SIDE, cell % IMAGE_SIDE])
-    before = torch.arange(prefix).expand(3, -1)
-    after = prefix + IMAGE_SIDE + torch.arange(length - prefix - IMAGE_TOKENS).expand(3, -1)
-    return torch.cat([before, image, after], 1)
-
-
-def hidden_states(model: Any, ids: torch.Tensor, image_tokens: torch.Tensor, prefix: int) -> torch.Tensor:
-    """Return (B, L, H) hidden states of rows (B, L) with the image tokens (B, 16, H) after `prefix` tokens.
+def hidden_states(model: Any, ids: torch.Tensor, image_tokens: torch.Tensor) -> torch.Tensor:
+    """Return (B, L, H) hidden states of rows (B, L) that have an image, its tokens (B, 16, H), at the same place.
 
     Rows are right-padded and attention is causal, so no mask is needed.
     """
-    text = model.model.language_model
-    embeds = text.embed_tokens(ids)
-    embeds = torch.cat([embeds[:, :prefix], image_tokens.to(embeds.dtype), embeds[:, prefix + IMAGE_TOKENS :]], 1)
-    positions = row_positions(prefix, ids.shape[1])[:, None].expand(-1, len(ids), -1)
-    return text(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+    types = (ids[:1] == model.config.image_token_id).int()
+    positions, _ = model.model.get_rope_index(ids[:1], types, image_grid_thw=GRID)
+    return model.model(
+        input_ids=ids,
+        position_ids=positions.expand(-1, len(ids), -1),
+        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=tuple(image_tokens))},
+        use_cache=False,
+    ).last_hidden_state
 
 
 @torch.no_grad()
@@ -121,7 +117,7 @@ def written_srcc(model: Any, writer: Writer, crops: CropSet) -> float:
     for tokens in features(model.model.visual, crops.pixels).split(128):
         ids, value = start.expand(len(tokens), -1), torch.zeros(len(tokens))
         for _ in range(2):
-            logits = model.lm_head(hidden_states(model, ids, tokens, writer.prefix)[:, -1])
+            logits = model.lm_head(hidden_states(model, ids, tokens)[:, -1])
             digit = logits[:, writer.digits].argmax(-1)
             ids, value = torch.cat([ids, writer.digits[digit][:, None]], 1), 10 * value + digit
         values.append(value)
@@ -129,14 +125,7 @@ def written_srcc(model: Any, writer: Writer, crops: CropSet) -> float:
 
 
 def train_align(
-    model: Any,
-    tokenizer: Any,
-    train: dict[Task, CropSet],
-    validation: dict[Task, CropSet],
-    *,
-    minutes: float,
-    seed: int,
-    batch: int = 32,
+    model: Any, tokenizer: Any, train: dict[Task, CropSet], validation: dict[Task, CropSet], minutes: float, seed: int
 ) -> StageResult:
     """Train embeddings, language model and lm_head in place; the tower is frozen and its features are computed once.
 
@@ -154,11 +143,11 @@ def train_align(
     begun, step = time.monotonic(), 0
     for step in timed_steps(optimiser, 3e-3, minutes):
         task = TASKS[step % 2]
-        index = rng.integers(len(train[task]), size=batch)
+        index = rng.integers(len(train[task]), size=BATCH)
         ids, labels = writer.rows([conversation(train[task], int(i), rng) for i in index])
         target = labels[:, 1:]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = hidden_states(model, ids, tokens[task][index].float(), writer.prefix)
+            hidden = hidden_states(model, ids, tokens[task][index].float())
             logits = model.lm_head(hidden[:, :-1][target >= 0]).float()
         losses = F.cross_entropy(logits, target[target >= 0], reduction="none")
         # Digits weigh fourfold, since only the image determines them.

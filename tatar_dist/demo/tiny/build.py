@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from tatar_dist.assets import CONFIGS
+from tatar_dist.assets import CONFIGS, TINY_MODEL
 
 SPECIAL_TOKENS = tuple(
     f"<|{name}|>"
@@ -32,19 +32,7 @@ FORMAT_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 IMAGE_SIZE = 112
 MAX_POSITIONS = 2048
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
-    "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+CHAT_TEMPLATE = (TINY_MODEL / "chat_template.jinja").read_text()
 
 
 @dataclass(frozen=True)

@@ -80,16 +80,13 @@ def _measures(crop: DemoCrop, task: Task) -> list[float]:
 
 
 def crop_set(task: Task, split: Literal["train", "validation"], n: int, seed: int) -> CropSet:
-    """Generate `n` crops on all cores of this machine; about 38 kB of memory each."""
-    pixels = np.empty((n, SIZE, SIZE, 3), np.uint8)
-    score, measures, rationales = [], [], []
+    """Generate `n` crops on all cores of this machine; about 80 kB of memory each while it runs."""
     with crop_workers() as pool:
-        crops = pool.map(partial(_crop, task=task, split=split, seed=seed), range(n), chunksize=256)
-        for i, crop in enumerate(crops):
-            pixels[i] = crop.pixels
-            score.append(crop.score / 100)
-            measures.append(_measures(crop, task))
-            rationales.append(crop.rationale)
-            if (i + 1) % 5_000 == 0:
-                print(f"{task} {split}: {i + 1} of {n} crops", flush=True)
-    return CropSet(task, pixels, np.array(score, np.float32), np.array(measures, np.float32), tuple(rationales))
+        crops = list(pool.map(partial(_crop, task=task, split=split, seed=seed), range(n), chunksize=256))
+    return CropSet(
+        task,
+        np.stack([crop.pixels for crop in crops]),
+        np.array([crop.score / 100 for crop in crops], np.float32),
+        np.array([_measures(crop, task) for crop in crops], np.float32),
+        tuple(crop.rationale for crop in crops),
+    )

@@ -10,12 +10,13 @@ speed, since stages are limited by time.
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import typer
+from jinja2 import StrictUndefined, Template
 
 from tatar_dist.demo.tiny.align import train_align
 from tatar_dist.demo.tiny.build import default_corpus, make_model, make_processor, train_tokenizer
@@ -26,8 +27,15 @@ from tatar_dist.types import TASKS
 VALIDATION_CROPS = 1_000
 
 
-def pretrain(output: Path, *, minutes_tower: float, minutes_align: float, crops: int, seed: int) -> None:
-    """Run both stages on `crops` train crops per task and write the model directory."""
+def pretrain(
+    output: Annotated[Path, typer.Option(help="Model directory to write.")],
+    minutes_tower: float = 24.0,
+    minutes_align: float = 8.0,
+    crops: Annotated[int, typer.Option(help="Train crops per task.")] = 30_000,
+    seed: int = 0,
+) -> None:
+    """Build the base model, train its tower, align its language model, and write the model directory."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     # Seeds apart from the demo's default 0, so that the base has not seen the very crops it is fine-tuned on.
     train = {t: crop_set(t, "train", crops, seed + 11) for t in TASKS}
     validation = {t: crop_set(t, "validation", VALIDATION_CROPS, seed + 7) for t in TASKS}
@@ -42,8 +50,8 @@ def pretrain(output: Path, *, minutes_tower: float, minutes_align: float, crops:
     make_processor(tokenizer).save_pretrained(output)
     (output / "model.safetensors").chmod(0o644)
     options = f"--minutes-tower {minutes_tower:g} --minutes-align {minutes_align:g} --crops {crops}"
-    environment = Environment(loader=PackageLoader(__package__, "."), undefined=StrictUndefined, autoescape=False)
-    card = environment.get_template("model_card.md.j2").render(
+    template = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
+    card = Template(template, undefined=StrictUndefined).render(
         command=f"python -m tatar_dist.demo.tiny.pretrain --output DIR {options}",
         seed=seed,
         crops=crops,
@@ -53,19 +61,11 @@ def pretrain(output: Path, *, minutes_tower: float, minutes_align: float, crops:
         align=align,
     )
     (output / "README.md").write_text(card + "\n", encoding="utf-8")
+    print(f"wrote {output}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, type=Path, help="model directory to write")
-    parser.add_argument("--minutes-tower", type=float, default=24.0)
-    parser.add_argument("--minutes-align", type=float, default=8.0)
-    parser.add_argument("--crops", type=int, default=30_000, help="train crops per task")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    pretrain(**vars(args))
-    print(f"wrote {args.output}")
+    typer.run(pretrain)
 
 
 if __name__ == "__main__":

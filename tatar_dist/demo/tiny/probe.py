@@ -1,17 +1,11 @@
 """Regression head on a frozen vision tower: the SRCC that the tower gives without a language model.
 
-    python -m tatar_dist.demo.tiny.probe --model DIR --data data/demo [--json]
-
-Takes a model directory (112x112 images) and the demo's manifests. Per task, the features are mean and standard
-deviation of the 16 image tokens. An ensemble of small MLPs is trained on the train manifest, with weight decay selected
-on validation; SRCC is reported on validation and test. It is the baseline for SFT's held-out SRCC.
+Per task, the features are mean and standard deviation of the 16 image tokens. An ensemble of small MLPs is trained on
+the train manifest, with weight decay selected on validation. It is the baseline for SFT's held-out SRCC.
 """
 
 from __future__ import annotations
 
-import argparse
-import io
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,38 +13,35 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from tatar_dist.data.images import decode_image
 from tatar_dist.demo.tiny.tower import features
 from tatar_dist.evaluate.metrics import srcc
 from tatar_dist.types import SPLITS, TASKS
 
 DECAYS = (1e-3, 1e-2, 1e-1, 1.0)
+EPOCHS = 40
 
 
-def load_split(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Load (n, 112, 112, 3) uint8 pixels and (n,) float32 scores 0-100 of a demo manifest."""
-    table = pq.read_table(path, columns=["image_bytes", "score"])
-    pixels = [np.asarray(Image.open(io.BytesIO(data))) for data in table["image_bytes"].to_pylist()]
-    return np.stack(pixels), table["score"].to_numpy().astype(np.float32)
+@torch.no_grad()
+def load_split(visual: Any, path: Path) -> tuple[torch.Tensor, np.ndarray]:
+    """Return (n, 2 * hidden) float32 features of a demo manifest's crops and their scores, (n,) float32 0-100."""
+    table = pq.read_table(path, columns=["sample_id", "image_bytes", "score"])
+    pixels = [np.asarray(decode_image(r["image_bytes"], r["sample_id"])) for r in table.to_pylist()]
+    tokens = features(visual, np.stack(pixels))
+    return torch.cat([tokens.mean(1), tokens.std(1)], 1), table["score"].to_numpy().astype(np.float32)
 
 
-def pooled(visual: Any, pixels: np.ndarray) -> torch.Tensor:
-    """Return (n, 2 * hidden) float32: mean and standard deviation over the image tokens."""
-    tokens = features(visual, pixels)
-    return torch.cat([tokens.mean(1), tokens.std(1)], 1)
-
-
-def fit_head(x: torch.Tensor, y: torch.Tensor, decay: float, seed: int, epochs: int = 40) -> nn.Module:
+def fit_head(x: torch.Tensor, y: torch.Tensor, decay: float, seed: int) -> nn.Module:
     """Fit a two-layer head (hidden size 64) from standardised features to a score in [0, 1]."""
     torch.manual_seed(seed)
     head = nn.Sequential(nn.Linear(x.shape[1], 64), nn.GELU(), nn.Linear(64, 1))
     optimiser = torch.optim.AdamW(head.parameters(), lr=2e-3, weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
-    for _ in range(epochs):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, EPOCHS)
+    for _ in range(EPOCHS):
         for index in torch.randperm(len(x)).split(64):
             loss = F.mse_loss(head(x[index])[:, 0], y[index])
             optimiser.zero_grad()
@@ -60,46 +51,27 @@ def fit_head(x: torch.Tensor, y: torch.Tensor, decay: float, seed: int, epochs: 
     return head.eval()
 
 
-def probe(model: Any, data: Path) -> dict[str, dict[str, float]]:
-    """Return {task: {"validation": SRCC, "test": SRCC, "decay": selected, "n_test"}} of a loaded model."""
-    figures: dict[str, dict[str, float]] = {}
+def regression_head(model: str, data: Path) -> dict[str, float]:
+    """Return the test SRCC of a regression head by task.
+
+    Args:
+        model: model directory.
+        data: directory of the demo's manifests, {iqa,iaa}_{train,validation,test}.parquet.
+    """
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    visual = Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval().model.visual
+    test_srcc: dict[str, float] = {}
     for task in TASKS:
-        x, y = {}, {}
-        for split in SPLITS:
-            pixels, scores = load_split(data / f"{task}_{split}.parquet")
-            x[split], y[split] = pooled(model.model.visual, pixels), scores
-        mean, spread = x["train"].mean(0), x["train"].std(0) + 1e-6
-        x = {s: (v - mean) / spread for s, v in x.items()}
-        target = torch.from_numpy(y["train"]) / 100
-        best: dict[str, float] = {}
+        splits = {s: load_split(visual, data / f"{task}_{s}.parquet") for s in SPLITS}
+        mean, spread = splits["train"][0].mean(0), splits["train"][0].std(0) + 1e-6
+        x = {s: (v - mean) / spread for s, (v, _) in splits.items()}
+        target = torch.from_numpy(splits["train"][1]) / 100
+        best = -np.inf
         for decay in DECAYS:
             heads = [fit_head(x["train"], target, decay, seed=k) for k in range(3)]
             with torch.no_grad():
                 predicted = {s: torch.stack([h(x[s])[:, 0] for h in heads]).mean(0).numpy() for s in SPLITS[1:]}
-            result = {s: srcc(y[s], p) for s, p in predicted.items()}
-            if not best or result["validation"] > best["validation"]:
-                best = {**result, "decay": decay, "n_test": len(y["test"])}
-        figures[task] = best
-    return figures
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="SRCC of a regression head on the frozen tower, per task.")
-    parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument(
-        "--data", type=Path, default="data/demo", help="directory with {iqa,iaa}_{train,validation,test}.parquet"
-    )
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
-    figures = probe(model, args.data)
-    if args.json:
-        print(json.dumps(figures))
-        return
-    for task, f in figures.items():
-        print(f"{task}: SRCC validation {f['validation']:.3f}, test {f['test']:.3f} (n {f['n_test']})")
-
-
-if __name__ == "__main__":
-    main()
+            validation, test = (srcc(splits[s][1], predicted[s]) for s in SPLITS[1:])
+            if validation > best:
+                best, test_srcc[task] = validation, test
+    return test_srcc

@@ -27,6 +27,7 @@ from tatar_dist.evaluate.metrics import srcc
 from tatar_dist.types import TASKS, Task
 
 PATCH = 14
+BATCH = 32  # crops per task in a step
 PROCESSOR = image_processor()
 
 
@@ -158,13 +159,7 @@ def _moving_average(average: torch.Tensor, value: torch.Tensor, n: torch.Tensor 
 
 
 def train_tower(
-    model: Any,
-    train: dict[Task, CropSet],
-    validation: dict[Task, CropSet],
-    *,
-    minutes: float,
-    seed: int,
-    batch: int = 64,
+    model: Any, train: dict[Task, CropSet], validation: dict[Task, CropSet], minutes: float, seed: int
 ) -> StageResult:
     """Train `model.model.visual` in place; it ends with the exponential moving average of its weights."""
     torch.manual_seed(seed)
@@ -180,19 +175,16 @@ def train_tower(
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), foreach=True)
     begun, step = time.monotonic(), 0
     for step in timed_steps(optimiser, 2e-3, minutes):
-        index = {t: rng.integers(len(crops), size=batch // 2) for t, crops in train.items()}
+        index = {t: rng.integers(len(crops), size=BATCH) for t, crops in train.items()}
         pixels = torch.from_numpy(np.concatenate([train[t].pixels[i] for t, i in index.items()]))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             tokens = image_tokens(visual, dihedral(pixels, int(rng.integers(8))))
-        pooled = dict(zip(index, heads(tokens.float()).split(batch // 2), strict=True))
-        losses = {t: heads.loss(pooled[t], train[t], i) for t, i in index.items()}
-        update(optimiser, sum(losses.values(), torch.zeros(())))
+        pooled = heads(tokens.float()).split(BATCH)
+        losses = [heads.loss(p, train[t], i) for p, (t, i) in zip(pooled, index.items(), strict=True)]
+        update(optimiser, torch.stack(losses).sum())
         average.update_parameters(trained)
         if step % 100 == 0:
-            print(
-                f"tower step {step}: " + ", ".join(f"loss {t} {loss.item():.3f}" for t, loss in losses.items()),
-                flush=True,
-            )
+            print(f"tower step {step}: loss {sum(losses).item():.3f}", flush=True)
     trained.load_state_dict(average.module.state_dict())
     with torch.no_grad():
         scores = {t: heads.score[t](heads(features(visual, s.pixels)))[:, 0].numpy() for t, s in validation.items()}
