@@ -104,7 +104,7 @@ def _machine() -> dict[str, Any]:
 
 
 def timed(words: Sequence[str]) -> tuple[dict[str, float], str]:
-    """Run `python WORDS` on the cores of this process with one thread a library; start of Python included.
+    """Time `python WORDS`, start-up included, on this process's cores, one thread per library.
 
     Returns {"seconds", "peak_mib"} and the output. Raises RuntimeError when the command fails.
     """
@@ -114,7 +114,7 @@ def timed(words: Sequence[str]) -> tuple[dict[str, float], str]:
     measured = json.loads(subprocess.run(parent, env=env, stdout=subprocess.PIPE, check=True).stdout)
     output, status = measured.pop("output"), measured.pop("status")
     if status:
-        raise RuntimeError(f"{' '.join(words)} ended with {status}: {output}")
+        raise RuntimeError(f"python {' '.join(words)} exited with status {status}: {output}")
     return measured, output
 
 

@@ -69,9 +69,9 @@ def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], Non
 
 
 def alone(works: Sequence[Work], packed: bool, directory: Path, exact: bool) -> list[dict[str, float]]:
-    """Run an update of each in another process: seconds, MiB above the loaded model, counts.
+    """Measure an update of each work in a child process: seconds, MiB above the model, counts.
 
-    exact: freed memory is returned at once, so that MiB are what was needed, and seconds are too many.
+    exact: return freed memory to the system at once, so that the MiB are those needed but the seconds are too high.
     """
     os.environ |= EXACT if exact else {}
     try:
@@ -106,7 +106,7 @@ def compare(work: Work, directory: Path) -> dict[str, Any]:
 
 
 def growth(directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """Measure packed updates along one size at a time, beside what is counted."""
+    """Measure packed updates, varying one size at a time, and count what each should need."""
     works = list(dict.fromkeys(work for axis in GROWTH.values() for work in axis))
     timed, needed = (alone(works, True, directory, exact) for exact in (False, True))
     rows = {w: asdict(w) | t | {"mib": n["mib"]} for w, t, n in zip(works, timed, needed, strict=True)}
@@ -114,7 +114,7 @@ def growth(directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def run(grow: bool = False) -> dict[str, Any]:
-    """Measure everything; with `grow` also how an update grows, some three minutes."""
+    """Measure everything; `grow` adds how updates grow with each size (about three minutes)."""
     with tempfile.TemporaryDirectory() as name:
         sides = {mode: compare(Work(checkpointing=mode == "on"), Path(name)) for mode in ("off", "on")}
         grown = {"growth": growth(Path(name))} if grow else {}

@@ -39,7 +39,7 @@ def prepared(directory: Path, work: Work = WORK) -> Any:
 
 
 def images(directory: Path, round_: int, work: Work = WORK) -> list[Path]:
-    """Return the images of a round: every round has others."""
+    """Return the image paths of round `round_`; no two rounds share an image."""
     return [directory / f"{round_ * work.groups + i}.png" for i in range(work.groups)]
 
 

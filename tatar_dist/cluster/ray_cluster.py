@@ -92,7 +92,7 @@ class Cluster:
 
     @staticmethod
     def _living() -> dict[str, str]:
-        """Node id -> address of the nodes that are alive to Ray."""
+        """Return node id -> address of the nodes that Ray reports as alive."""
         return {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
 
     def log_node_changes(self) -> None:
@@ -132,7 +132,7 @@ class Cluster:
         return actor
 
     def _reserve(self, what: str, count: int, cpus: float, gpus: int) -> None:
-        """Raises UserError if the cluster is too small for the actors: Ray would leave them pending silently."""
+        """Raise UserError if the cluster lacks room for the actors: Ray would leave them pending."""
         has = ray.cluster_resources()
         for resource, amount, key in (("GPU", gpus, "cluster.gpus_per_node"), ("CPU", cpus, "cluster.*_cpus")):
             self._asked[resource] += amount * count

@@ -1,4 +1,4 @@
-"""`tatar-dist data …`: make, check and show manifests. Command-line layer without heavy imports."""
+"""Make, check and show manifests: `tatar-dist data …`. Heavy imports are inside functions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def import_set(
     registry: Registries = None,
     as_json: Json = False,
 ) -> None:
-    """Annotation files of a data set -> a manifest with scores on 0-100, mapped by the format's declared range.
+    """Import annotation files as a manifest; map scores from their declared range to 0-100.
 
     Example: [bold]tatar-dist data import KADID-10k --annotations dmos.csv --images images --output kadid.parquet[/bold]
     """
@@ -85,7 +85,7 @@ def import_set(
 
 @app.command("sets")
 def sets(registry: Registries = None, as_json: Json = False) -> None:
-    """The data sets that can be imported: formats, columns, ranges, counts, where to get them.
+    """List the data sets that can be imported: formats, columns, ranges, counts, sources.
 
     Example: [bold]tatar-dist data sets[/bold]
     """
@@ -117,7 +117,7 @@ def validate(
     images: ImageRoot = None,
     as_json: Json = False,
 ) -> None:
-    """Decode every picture, check every row; duplicates, leaks between splits, score histograms. Exit 2 if unusable.
+    """Check every row and picture; list duplicates and leaks between splits. Exit 2 if unusable.
 
     Example: [bold]tatar-dist data validate data/koniq.parquet --clean data/koniq-clean.parquet[/bold]
     """
@@ -142,7 +142,7 @@ def validate(
         def watch(done: int, total: int) -> None:
             nonlocal progress
             if stop.requested:
-                raise Interrupted("interrupted", stop.status)
+                raise Interrupted("interrupted: no report or clean manifest was written", stop.status)
             if progress is None:
                 progress = stack.enter_context(Progress("validate", total, unit="picture"))
             if done:
@@ -175,7 +175,7 @@ def show(
     images: ImageRoot = None,
     as_json: Json = False,
 ) -> None:
-    """What is in a manifest: a table of its pools, and a contact sheet of some pictures.
+    """Show a manifest: a table of its pools, and a contact sheet of some pictures.
 
     Example: [bold]tatar-dist data show data/koniq.parquet --rows 40 --sort score[/bold]
     """

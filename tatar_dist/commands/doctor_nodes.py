@@ -40,7 +40,7 @@ class Node:
 
 
 def _facts(file: str | None) -> tuple[float, dict[str, str], bool | None]:
-    """Runs on a node: return its time, its versions and whether it sees `file` (None: there is none)."""
+    """Return this node's time, its versions and whether it sees `file` (None: there is none)."""
     return time.time(), versions(), None if file is None else Path(file).exists()
 
 
@@ -93,7 +93,7 @@ def _line(error: Exception) -> str:
 
 
 def _ask(ray: Any, file: str | None) -> tuple[list[Node], dict[str, str]]:
-    """(nodes that answered, address -> error of a node that did not)."""
+    """Return (nodes that answered, address -> error of each that did not)."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a node may have no tatar_dist, or another

@@ -1,4 +1,4 @@
-"""`tatar-dist status`, `report`, `export`, `serve`: show a run, write its report, export and serve its model."""
+"""Show, report on, export and serve a run: `tatar-dist status`, `report`, `export`, `serve`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def status(
     as_json: Json = False,
     watch: Annotated[bool, typer.Option("--watch", help="Draw again every second, until Ctrl-C.")] = False,
 ) -> None:
-    """What a run is doing: step, phase, engines' health, speed, time left, checkpoint, faults. Reads its files only.
+    """Show what a run is doing, from its files alone: step, engines, speed, time left, faults.
 
     Example: [bold]tatar-dist status runs/grpo --watch[/bold]
     """
@@ -78,7 +78,7 @@ def export(
         Path | None, typer.Option(metavar="DIR", help="What evaluate wrote about this checkpoint; else looked for.")
     ] = None,
 ) -> None:
-    """The trained model as a Hugging Face directory for transformers and vLLM, with prompts and a model card.
+    """Export the model as a Hugging Face directory (transformers, vLLM), with prompts and a card.
 
     Example: [bold]tatar-dist export runs/grpo --output models/scorer[/bold]
     """

@@ -181,7 +181,7 @@ def _opened(data: bytes | memoryview) -> ImageFile.ImageFile:
         image = factory(io.BytesIO(data), "")
         width, height = image.size
         if image.width * image.height > MAX_PIXELS:
-            reason = f"{width} x {height} pixels, more than the {MAX_PIXELS:,} that are decoded (decompression bomb?)"
+            reason = f"{width} x {height} pixels, above the limit of {MAX_PIXELS:,} (decompression bomb?)"
             raise _Refused("bomb", reason, format=name, width=width, height=height)
         return image
     raise _Refused("corrupt", f"cannot decode image: none of the formats {', '.join(FORMATS)}")

@@ -138,7 +138,7 @@ def _block_sizes(manifest: Manifest, pool: Pool) -> np.ndarray:
 
 
 def permutation(n: int, key: Sequence[object]) -> np.ndarray:
-    """Draw a permutation of range(n), (n,) uint32: the same on every machine for keys with equal string forms."""
+    """Draw a permutation of range(n), (n,) uint32, seeded by the strings of the parts of `key`."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=64).digest()
     order = np.arange(n, dtype=np.uint32)
     np.random.default_rng(np.frombuffer(digest, "<u8")).shuffle(order)

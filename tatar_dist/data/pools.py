@@ -80,7 +80,7 @@ def index_pools(file: pq.ParquetFile) -> tuple[Pool, ...]:
 
 
 def _pool(parts: list[_Part]) -> Pool:
-    """Join the parts of a pool, ascending; runs that touch become one."""
+    """Join the parts of a pool, given in ascending row order; adjacent runs are merged."""
     dataset, task, split = parts[0][0]
     rows = np.concatenate([runs for _, runs, _, _ in parts])
     first, last = rows[:, 0], rows.sum(axis=1)

@@ -40,7 +40,7 @@ SplitName = Literal["train", "validation", "test"]
 
 def _name(text: str) -> str:
     if text != text.strip() or not text.isprintable():
-        raise ValueError(f"{shown(text)} is no name: it has blanks at an end or does not print")
+        raise ValueError(f"{shown(text)} is not a name: remove leading and trailing blanks and unprintable characters")
     return text
 
 
@@ -56,7 +56,7 @@ class Range:
 
     def __post_init__(self) -> None:
         if not 1e-12 <= self.high - self.low <= 1e12:  # far beyond any opinion scale; `points` must not overflow
-            raise ValueError(f"[{self.low:g}, {self.high:g}] is no scale; write [lowest, highest]")
+            raise ValueError(f"[{self.low:g}, {self.high:g}] is not a scale; write [lowest, highest]")
 
     @property
     def points(self) -> float:
@@ -205,7 +205,7 @@ class Names:
         try:
             groups = re.compile(self.pattern, re.ASCII).groupindex
         except (re.error, ValueError, OverflowError, RecursionError) as e:
-            raise ValueError(f"pattern is no regular expression: {' '.join(str(e).split())}") from None
+            raise ValueError(f"pattern is not a regular expression: {' '.join(str(e).split())}") from None
         if "reference" not in groups:
             raise ValueError("pattern needs a group (?P<reference>…)")
         if self.distortions and not ({"type", "level"} <= set(groups) and self.levels):

@@ -107,7 +107,7 @@ class PromptSampler:
         return self.manifests[ref[0]].sample_id(ref[1])
 
     def get(self, ref: Ref) -> Sample:
-        """Return the whole sample, image included."""
+        """Return the whole sample, encoded image included. Raises like `Manifest.get`."""
         return self.manifests[ref[0]].get(ref[1])
 
     def _owed(self, cursors: list[PoolCursor], upcoming: int) -> PoolCursor:
@@ -203,9 +203,9 @@ class PromptSampler:
         try:
             seed, manifests, pools = state["seed"], state["manifests"], state["pools"]
         except KeyError as e:
-            raise UserError(f"the checkpoint's sampler state has no {e}: it is of another version") from None
+            raise UserError(f"the checkpoint's sampler state has no {e}: it is from another version") from None
         if seed != self.seed:
-            raise UserError(f"checkpoint's sampler has seed {seed}, this run has {self.seed}")
+            raise UserError(f"the checkpoint's sampler has seed {seed}, this run has {self.seed}")
         if len(manifests) != len(self.manifests):
             raise UserError(
                 f"the checkpoint was made with {len(manifests)} manifests, data.train names {len(self.manifests)}"

@@ -60,9 +60,9 @@ def answers(directory: Path, task: str) -> pa.Table:
 
 
 def _paired(out: Path, task: str) -> pa.Table:
-    """Return the `answers` to images that both models were asked about, with suffix _sft or _grpo.
+    """Join the `answers` of SFT and GRPO by image; their columns end in _sft and _grpo.
 
-    TERM_mean is the mean of a reward term over the sampled answers to an image.
+    TERM_mean is the mean of a reward term over the sampled answers to an image. Images that only one has are left out.
     """
     both = []
     for model in ("sft", "grpo"):

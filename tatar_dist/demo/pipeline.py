@@ -1,9 +1,9 @@
-"""`make demo`: data, baseline, SFT, GRPO, evaluation, one table and one page, on a laptop's CPU.
+"""Run `make demo` on a laptop's CPU: data, baseline, SFT, GRPO, evaluation, report.
 
-Runs the same stages as on a cluster in sequence, with configs/demo.yaml over the recipes. Writes DIR/{data, baseline,
-sft, sft_eval, grpo, grpo_eval}/, DIR/summary.json and DIR/report.html. With several seeds, the same is written to
-DIR/seed_K with one DIR/data, and the figures of all seeds to DIR/figures.md. A repeated call resumes: stages with a
-result are skipped.
+Runs the stages of a cluster run one after another, with configs/demo.yaml overriding the recipes. Writes DIR/{data,
+baseline, sft, sft_eval, grpo, grpo_eval}/, DIR/summary.json and DIR/report.html. With several seeds, each seed has its
+own DIR/seed_K, all share DIR/data, and DIR/figures.md tabulates the results of all seeds. A repeated call resumes:
+stages with a result are skipped.
 """
 
 from __future__ import annotations

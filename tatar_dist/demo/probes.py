@@ -155,7 +155,7 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def residuals(series: np.ndarray) -> np.ndarray:
-    """Residuals from the least-squares line, or from the mean of fewer than three points."""
+    """Return residuals (n,) from the least-squares line, or from the mean if n < 3."""
     return detrend(series, type="linear" if len(series) >= 3 else "constant")
 
 

@@ -137,7 +137,7 @@ paired_srcc_difference = partial(paired_difference, srcc)
 
 
 def _paired(before: np.ndarray, after: np.ndarray, cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return both as (S, n) float64 after validation."""
+    """Return both as (S, n) float64. Raises ValueError for shapes that do not match, or NaN."""
     before, after = np.atleast_2d(np.asarray(before, np.float64)), np.atleast_2d(np.asarray(after, np.float64))
     if before.shape != after.shape or before.shape[1] != len(cluster):
         raise ValueError(f"before {before.shape}, after {after.shape} and {len(cluster)} cluster labels do not match")

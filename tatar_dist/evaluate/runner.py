@@ -201,7 +201,7 @@ class Evaluation:
         return row
 
     def _rewards(self, file: Path) -> dict[str, float | None]:
-        """Score sampled completions as one global batch; return its metrics and write completions to `file`."""
+        """Score all sampled completions as one batch, write them to `file`, and return its metrics."""
         groups = [
             Group(Prompt(s, "", f"eval/{key_of(s)}"), (), self.answers.get("sampled", s), 0)
             for s in sorted(self.samples, key=key_of)
@@ -280,7 +280,7 @@ def by_dataset(
 
 
 def held_out_metrics(pool: RolloutPool, prompts: Sequence[Prompt], max_tokens: int) -> dict[str, float]:
-    """Return eval/{dataset}/{srcc,plcc} of the weights that the engines hold in training; NaN where undefined."""
+    """Return eval/{dataset}/{srcc,plcc} of greedy answers by the engines; NaN if undefined."""
     groups = pool.generate(prompts, Sampling(1, 0.0, max_tokens))
     rows = [prediction_row(g.prompt.sample, g.completions[0]) for g in groups]
     return {

@@ -64,13 +64,13 @@ class Health:
         self.log(f"engine/{state}", engine=self.index, **fields)
 
     def ready(self, **facts: Any) -> None:
-        """The process answers; its weights are not known to be current."""
+        """Become STALE: the process answers, but its weights are not known to be current."""
         self.facts = facts
         self.log("engine/ready", engine=self.index, **facts)
         self._to(State.STALE)
 
     def current(self) -> None:
-        """It holds the current weights: after a push, or because it loaded them from their files."""
+        """Turn STALE into HEALTHY: the engine got the current weights by a push or from files."""
         if self.state is State.STALE:
             self._to(State.HEALTHY)
 
@@ -82,13 +82,13 @@ class Health:
         self._to(State.STALE)
 
     def answered(self, current: bool) -> None:
-        """A call returned. `current`: the engine holds the pool's weight version."""
+        """Record that a call returned. `current`: the engine holds the pool's weight version."""
         self.restarts = 0
         if self.state is State.SUSPECT:
             self._to(State.HEALTHY if current else State.STALE)
 
     def died(self, reason: str, now: float) -> None:
-        """The process died or is ended: DEAD until its restart is due, or GONE without restarts left."""
+        """Become DEAD until a restart is due, or GONE if none is left: the process died or is ended."""
         self.reason = reason
         self._to(State.DEAD, reason=reason, **self.facts)
         self.facts = {}

@@ -1,10 +1,10 @@
-"""Signals that ask a run to stop at its next safe point, and its exit status then.
+"""Stop a run at its next safe point on SIGINT, SIGTERM or SIGUSR1, and set its exit status.
 
     Ctrl-C (SIGINT)      exit 130; a second Ctrl-C stops at once
-    SIGTERM, SIGUSR1     preemption: exit 75 (EX_TEMPFAIL: the same command continues), within `grace_seconds`
+    SIGTERM, SIGUSR1     preemption: exit 75 (EX_TEMPFAIL: the same command resumes), within `grace_seconds`
 
 A safe point is the end of a step, or a wait inside `Waits.interruptible` (waiting.py): nothing has been learned since
-the last step. A run that does not reach one within the grace ends all the same: the last checkpoint counts.
+the last step. A preempted run that does not reach one in time is ended anyway and resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MARGIN_S = 5.0  # of the grace, for closing down
 
 
 class StopSignals:
-    """Context manager; `requested` turns true at the first signal, `status` is then what to exit with."""
+    """Context manager; `requested` is true after the first signal, `status` is the exit status."""
 
     def __init__(self, grace_seconds: float | None = None) -> None:
         self.requested, self.name, self.status = False, "", EXIT_INTERRUPTED

@@ -102,7 +102,7 @@ class StallDetector:
             self._thread.join(NODE_S)
 
     def progress(self) -> None:
-        """Note that something moved."""
+        """Note that the run made progress."""
         self._last = self.clock()
 
     def step(self, seconds: float) -> None:
@@ -111,7 +111,7 @@ class StallDetector:
         self.progress()
 
     def starting(self) -> None:
-        """Use the limit of a start until the next step is finished: processes start, perhaps again."""
+        """Apply the start-up limit `first_s` until the next step ends: processes are starting."""
         self._steps.clear()
         self.progress()
 

@@ -58,7 +58,7 @@ def install(model: nn.Module, config: ModelConfig, seed: int) -> None:
     All but the head, or those named in `config.lora_targets`.
 
     Raises:
-        UserError: a target that is the name of no such layer, a rank above a layer's width.
+        UserError: a target that names no such layer, or a rank above a layer's width.
     """
     layers = {
         name: layer
@@ -69,7 +69,7 @@ def install(model: nn.Module, config: ModelConfig, seed: int) -> None:
     for target in config.lora_targets:
         if target not in known:
             raise UserError(
-                f"model.lora_targets: no trained linear layer is called {target!r}: {', '.join(sorted(known))}"
+                f"model.lora_targets: no trained linear layer is called {target!r}; use {', '.join(sorted(known))}"
             )
     model.requires_grad_(False)
     random = torch.Generator().manual_seed(seed)
@@ -77,13 +77,13 @@ def install(model: nn.Module, config: ModelConfig, seed: int) -> None:
         if config.lora_targets and name.rpartition(".")[2] not in config.lora_targets:
             continue
         if config.lora_rank > (width := min(layer.in_features, layer.out_features)):
-            raise UserError(f"model.lora_rank={config.lora_rank}: {name} is only {width} wide: take a smaller rank")
+            raise UserError(f"model.lora_rank={config.lora_rank}: {name} is only {width} wide; lower the rank")
         model.set_submodule(name, LoraLinear(layer, config.lora_rank, scale(config), random))
 
 
 @contextlib.contextmanager
 def without(model: nn.Module) -> Iterator[None]:
-    """The model as it was before `install`."""
+    """Disable the adapters of `model` within the block."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
     for layer in layers:
         layer.active = False

@@ -60,7 +60,7 @@ class QwenVL:
     def check_directory(cls, path: str) -> dict[str, Any]:
         """Return the model's config.json. Raises UserError when `path` is a directory without this family's model.
 
-        A name that is no local path is left to the hub: {}.
+        Returns {} for a name that is not a local path: it is left to the hub.
         """
         directory = Path(path)
         if not directory.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
@@ -81,7 +81,7 @@ class QwenVL:
         return settings
 
     def costs(self) -> RowCosts:
-        """Return what a prompt and attention cost beside a token of the language model; those of a 7B where unknown."""
+        """Return the costs of a prompt and of attention relative to a token; a 7B's where unknown."""
         settings = self.check_directory(self.config.path)
         try:
             return ModelSizes.of(settings).costs()
@@ -107,7 +107,7 @@ class QwenVL:
         return int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
 
     def forbidden_ids(self) -> list[int]:
-        """Return vision placeholder ids: never sampled, because a completion with one has no image to go with it."""
+        """Return the vision placeholder ids, which a completion must not contain: it has no image."""
         names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
         return sorted({int(self.tokenizer.convert_tokens_to_ids(n)) for n in names})
 
@@ -128,7 +128,7 @@ class QwenVL:
     def positions(self, prompt: EncodedPrompt) -> torch.Tensor:
         """Return (3, P) positions in time, height and width (arXiv 2409.12191, section 2.1).
 
-        Text counts on in all three; an image's tokens are a grid, behind whose longer side the text goes on.
+        Text advances all three by one a token. An image's tokens form a grid; text continues after its longer side.
         """
         merge = self.processor.image_processor.merge_size
         sides = (prompt.grid[0] // torch.tensor([1, merge, merge])).tolist()
@@ -141,7 +141,7 @@ class QwenVL:
 
     @staticmethod
     def vision(model: Any, pixel_values: torch.Tensor, grids: torch.Tensor) -> Any:
-        """Run the vision tower over all images; returns their features, without the patches before the merger."""
+        """Run the vision tower over all images; drop `last_hidden_state`, the unmerged patches."""
         features: Any = model.model.get_image_features(pixel_values, grids, return_dict=True)
         return replace(features, last_hidden_state=None)
 

@@ -41,7 +41,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class RowCosts:
-    """What work costs beside a token through the language model's matrices, which costs 1.
+    """Costs relative to a token through the language model's matrices, which costs 1.
 
     pair: of a query and a key that it sees, in attention; vision, vision_pair: the same in the vision tower, a token
     of the prompt and a pair of them, as if all of a prompt were its image.
@@ -127,7 +127,7 @@ class ModelSizes:
 
     @property
     def parameters(self) -> int:
-        """Parameters of all; a decoder layer has biases of queries, keys and values, and two norms."""
+        """Parameters of the whole model; a decoder layer has biases of queries, keys and values, and two norms."""
         h, kv = self.text["hidden_size"], self.kv
         layers = self.text["num_hidden_layers"] * (weights(self.linear[0]) + h + 2 * kv + 2 * h)
         return int(self.vision_parameters + layers + h + self.head * (1 if self.tied else 2))
@@ -181,10 +181,10 @@ def kept_elements(sizes: ModelSizes, patches: float, tokens: float, checkpointin
 
 
 def head_bytes(sizes: ModelSizes, tokens: float, wide: int, trained: bool = True) -> float:
-    """Return the bytes of the head at its peak.
+    """Return the peak bytes of the language-model head for the logits of `tokens` tokens.
 
-    In the backward: its weight's gradient, if trained, summed in float32, then in the weight's type, and two chunks of
-    logits. In the forward: three chunks, or four where a chunk before it is still held.
+    Backward: two chunks of logits and, if `trained`, the weight's gradient, summed in float32 and then converted to the
+    weight's dtype (`wide` bytes). Forward: three chunks, or four if there are several: the previous one is still held.
     """
     logits = 4.0 * tokens * sizes.text["vocab_size"]
     chunk, live = (logits, 3) if logits <= CHUNK else (CHUNK, 4)

@@ -95,7 +95,7 @@ def resolve(config: Config, stage: Stage) -> Plan:
     """Return the plan of one stage.
 
     Raises:
-        UserError: more learners than rows, too few GPUs, or an engine larger than a node.
+        UserError: more learners than rows, too few GPUs, engines that do not fit a node or, colocated, the learners.
     """
     c, g, tp = config.cluster, config.grpo, config.rollout.tensor_parallel
     gpus = c.nodes * c.gpus_per_node

@@ -37,7 +37,7 @@ class Asking(Asker):
         self._bound_factor = 1.0  # of prompt tokens: the most that an endpoint counted over our bound
 
     def run(self) -> bool:
-        """Raises UserError or RunError when an endpoint cannot be used, after the answers in flight have been kept."""
+        """Ask the open rows; return whether the budget is spent. Raises UserError, RunError: unusable endpoint."""
         asyncio.run(self._run())
         return self.budget_spent
 

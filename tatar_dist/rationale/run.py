@@ -151,7 +151,7 @@ def _write(ledger: Ledger, rows: RationaleRows, output: Path) -> None:
 def _raise_if_incomplete(ledger: Ledger, summary: dict[str, Any], stop: StopSignals, spent: bool) -> None:
     """Raise the error of an incomplete run. The files have been written before."""
     kept = f"{ledger.accepted} accepted rows are in {summary['output']}"
-    again = "the same command goes on from here"
+    again = "the same command continues from here"
     if spent:
         budget = ledger.question.c.limits.budget_tokens
         raise RunError(

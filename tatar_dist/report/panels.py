@@ -164,13 +164,13 @@ def drawn(training: Training, table: Table) -> list[Panel]:
 
 
 def line(training: Training, metric: str, label: str, color: str, dashed: bool = False) -> Line:
-    """Return the curve of a metric; those that are no noisy means of a step are not smoothed."""
+    """Return a metric's curve, smoothed unless it is from an evaluation or the learning rate."""
     smooth = not metric.startswith(("eval/", "optim/lr"))
     return Line(label, *training.series(metric), color, smooth=smooth, dashed=dashed)
 
 
 def _rewards(training: Training) -> Table:
-    """Return the panel of each task's reward terms: solid those that score, dashed those that guard."""
+    """Return a panel of reward terms per task: MAIN_TERMS as solid lines, the others dashed."""
     table = []
     for task, name in TASK_NAMES.items():
         total = training.values(f"reward/total/{task}")

@@ -141,7 +141,7 @@ def read_run(path: Path) -> RunFiles:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no directory" if path.exists() else f"{path}: no such directory{looked_in(path)}")
+        raise UserError(f"{path}: not a directory" if path.exists() else f"{path}: no such directory{looked_in(path)}")
     notes: list[str] = []
     summary: dict[str, Any] = {}
     image_root: str | None = None
@@ -212,7 +212,7 @@ def _json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 @contextmanager
 def noted(file: Path, notes: list[str]) -> Iterator[None]:
-    """End the block at an error of reading `file`, and append a note with the first line of the error."""
+    """Suppress an error while reading `file`; append the first line of its message to `notes`."""
     try:
         yield
     except (UserError, UnreadableImage) as e:  # names the place

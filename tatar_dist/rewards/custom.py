@@ -35,7 +35,7 @@ class CustomTerm(Term):
     constants: dict[str, Any]
 
     def values(self, batch: Batch, answers: Answers) -> np.ndarray:
-        """(N,) float64, 0 where unparsed. Raises UserError when the function fails or returns anything else."""
+        """Return (N,) float64, 0 where unparsed. Raises UserError when the function fails or returns anything else."""
         try:
             values = np.asarray(self.function(batch, answers, **self.constants), np.float64)
         except Exception as e:  # whatever a user's code raises is theirs to read, in one line

@@ -1,4 +1,4 @@
-"""Thurstone ranking at completion level: each completion is compared with the other images of its pool.
+"""Rank each completion against the other images of its pool by Thurstone's model.
 
 For completion k of group i and every other group j of the same pool that has a parsed completion (all in points):
 
@@ -9,9 +9,9 @@ For completion k of group i and every other group j of the same pool that has a 
     r_ik   = clamp(1 - mean_w BCE(P, Q) / (-ln eps), 0, 1)  measure bce, Q clamped to [eps, 1 - eps]
     r_ik   = mean_w (sqrt(PQ) + sqrt((1-P)(1-Q)))           measure fidelity
 
-With floor >= tau exact answers beat a tie and a tie beats the reversed order, for every link and measure; a smaller
-floor pays training to collapse the spread and is refused. `floor: null` (only in `released`) means s = sqrt(v_i + v_j
-+ 0.01).
+With floor >= tau, exact answers score above a tie and a tie above the reversed order, for every link and measure. A
+smaller floor is refused: once the spread has collapsed, the right order would score below a tie. `floor: null` (only in
+`released`) means s = sqrt(v_i + v_j + 0.01).
 
 Pairs are completion x group, one group's rows at a time and at most BLOCK pairs, so memory is bounded whatever the
 batch. For C completions and J groups in a pool: C * J pairs, about 10 float64 passes over a block that stays in cache
@@ -39,7 +39,7 @@ Epsilon = Annotated[Finite, Ge(1e-300), Lt(0.5)]
 
 @dataclass(frozen=True)
 class RankingParams(Term):
-    """What the two ranking terms share."""
+    """Parameters of both ranking terms."""
 
     tau: Positive = 8.0  # points
     m: Positive = 12.0  # points
@@ -75,14 +75,14 @@ class Groups:
 
     @property
     def unrankable(self) -> np.ndarray:
-        """(J,) bool, groups whose pool holds no other group with a parsed row."""
+        """Mask, (J,) bool, of groups whose pool holds no other group with a parsed row."""
         ranked = self.n_parsed > 0
         _, pool = np.unique(self.pool, return_inverse=True)
         return np.bincount(pool, ranked)[pool] - ranked < 1
 
 
 def group_statistics(q: np.ndarray, g: np.ndarray, group: np.ndarray, pool: np.ndarray) -> Groups:
-    """Statistics by explicit group id, never by adjacency.
+    """Return the statistics of each group; its rows need not be adjacent.
 
     Args:
         q: (N,) clamped scores, NaN where unparsed.
@@ -102,14 +102,14 @@ def group_statistics(q: np.ndarray, g: np.ndarray, group: np.ndarray, pool: np.n
 
 
 def pair_scale(v_i: np.ndarray, v_j: np.ndarray, params: ThurstoneParams) -> np.ndarray:
-    """s_ij in points, broadcast over v_i and v_j."""
+    """Return s_ij in points, broadcast over v_i and v_j."""
     if params.floor is None:
         return np.sqrt(v_i + v_j + RELEASED_VARIANCE_EPS)
     return np.sqrt(np.maximum(v_i + v_j, params.floor**2))
 
 
 def pair_terms(p: np.ndarray, not_p: np.ndarray, z: np.ndarray, params: ThurstoneParams) -> np.ndarray:
-    """BCE in nats, or fidelity, of each pair. p, not_p broadcast against z."""
+    """Return BCE in nats, or fidelity, of each pair. p, not_p broadcast against z."""
     if params.measure == "fidelity":
         return links.fidelity(p, not_p, z, params.link)
     limit = links.clamp_limit(params.eps, params.link)
@@ -124,7 +124,7 @@ def reward_of_mean(mean: np.ndarray, params: ThurstoneParams) -> np.ndarray:
 
 
 def gap_weights(gap: np.ndarray, opponent: np.ndarray, m: float) -> np.ndarray:
-    """Weights exp(-|gap| / m) normalised to sum 1 over opponents; rows without an opponent are all 0.
+    """Return exp(-|gap| / m), normalised over opponents; rows without an opponent are all 0.
 
     The smallest gap is subtracted first, so that a small m cannot underflow all weights to 0 / 0.
     """
@@ -135,7 +135,7 @@ def gap_weights(gap: np.ndarray, opponent: np.ndarray, m: float) -> np.ndarray:
 
 
 def thurstone(q: np.ndarray, groups: Groups, params: ThurstoneParams) -> np.ndarray:
-    """(N,) float64, 0 where unparsed or without an opponent; the file's docstring has the formula and its cost.
+    """Return rewards in [0, 1], (N,) float64; 0 where unparsed or without an opponent.
 
     Args:
         q: (N,) clamped scores in points, NaN where unparsed.
@@ -169,7 +169,7 @@ class Comparison:
     inverse_scale: np.ndarray
 
     def rewards(self, q: np.ndarray, params: ThurstoneParams) -> np.ndarray:
-        """(R,) rewards of R parsed rows of the group."""
+        """Return (R,) rewards of R parsed rows of the group."""
         z = (q[:, None] - self.mu) * self.inverse_scale
         return reward_of_mean(pair_terms(self.p, self.not_p, z, params) @ self.w, params)
 

@@ -137,16 +137,16 @@ class Checkpoints:
             self._pending = None
 
     def _failed(self, final: Path, error: OSError, strict: bool) -> None:
-        """Report that `final` could not be written, and the checkpoint that stays."""
+        """Report that `final` could not be written and which one remains. Raises if `strict`."""
         last, reason = next(iter(_newest_first(self.root)), None), error.strerror or str(error)
         message = f"{final}: cannot write the checkpoint: {reason}; " + (
-            f"{last.name} is kept" if last else "there is none before it"
+            f"{last.name} is kept" if last else "there is no earlier checkpoint"
         )
         with contextlib.suppress(OSError):  # the event log may lie on the same full disk
             self.events.log("checkpoint/failed", path=str(final), reason=reason)
         if strict:
             raise UserError(message) from error
-        print(f"{message}. Training goes on, the next try is at the next interval", file=sys.stderr)
+        print(f"{message}. Training continues; the next attempt is at the next interval", file=sys.stderr)
 
     def _seal(self, beside: Path, state: dict[str, Any]) -> None:
         """Write state.json, at once and last: from here on `beside` is a complete checkpoint."""
@@ -165,7 +165,7 @@ class Checkpoints:
         self._point(final)
 
     def _point(self, final: Path) -> None:
-        """Let `latest` name this checkpoint."""
+        """Point `latest` to this checkpoint."""
         link = self.root / ".latest"
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)
@@ -173,7 +173,7 @@ class Checkpoints:
         sync(self.root)
 
     def _hide(self, directory: Path) -> None:
-        """Rename it out of sight, so that what is half deleted never counts; `_sweep` deletes it."""
+        """Rename to a hidden name for `_sweep` to delete, so that a half-deleted one never counts."""
         if directory.exists():
             directory.rename(self.root / f"{REMOVING}{directory.name}.{secrets.token_hex(4)}")
 
@@ -220,8 +220,8 @@ class Checkpoints:
             print(f"{directory}: damaged, skipped: {damage}", file=sys.stderr)
         if skipped:
             raise UserError(
-                f"{self.root}: no checkpoint is whole ({'; '.join(skipped)}): put back a copy of one, or start over "
-                "with checkpoint.resume=false"
+                f"{self.root}: all checkpoints are damaged ({'; '.join(skipped)}): restore one from a copy, or start "
+                "over with checkpoint.resume=false"
             )
         return None
 
@@ -240,7 +240,7 @@ def latest(run: Path) -> CheckpointRef | None:
 
 
 def kept(finished: Sequence[CheckpointRef], config: CheckpointConfig) -> set[Path]:
-    """Return the directories that stay, of checkpoints newest first. Of equally good ones the newest is the best."""
+    """Return the directories to keep; `finished` is newest first. The newest wins ties for best."""
     stay = {directory for directory, _ in finished[: config.keep]}
     if config.keep_every:
         stay |= {directory for directory, state in finished if state["step"] % config.keep_every == 0}
@@ -253,7 +253,7 @@ def kept(finished: Sequence[CheckpointRef], config: CheckpointConfig) -> set[Pat
 
 
 def _newest_first(root: Path) -> list[Path]:
-    """The last written first: a step's number says nothing when a run was started afresh."""
+    """Sort by time of writing, as a run that started over repeats its step numbers."""
 
     def written(directory: Path) -> tuple[int, str]:
         state = directory / STATE

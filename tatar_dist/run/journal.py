@@ -1,7 +1,7 @@
-"""The journal of a run that asks models (rationales, evaluation): answers are durable before the next question.
+"""Journal the answers of a run that asks models (rationales, evaluation), to resume it.
 
-A file of JSON lines beside the output, append-only, with a checksum on each line; a run reads back what a killed one
-left. Concurrent slots share one fsync (group commit). A lock on the file keeps two runs from writing one output.
+An append-only file of JSON lines beside the output, each with a checksum. An answer is on disk before its slot asks
+again. Concurrent slots share one fsync (group commit). A lock on the file keeps two runs from writing one output.
 
     {"sum": "89abcdef", "line": {"journal": 2, "settings": {...}}}      the first line: what the run asks
     {"sum": "01234567", "line": {"sample_id": "a", "attempt": 0, "text": "...", ...}}
@@ -107,12 +107,12 @@ class Journal:
             sync(self.path.parent)
 
     def _cut_end(self, good: int) -> None:
-        """Cut what follows the last intact line. A kill tears one commit; more than a part of a line is kept beside."""
+        """Cut what follows the last intact line; if that is more than a partial line, save it first."""
         with open(self.path, "rb") as f:
             f.seek(good)
             rest = f.read()
         if not good and (b"\n" in rest or not rest.startswith(_BEGINNING[: len(rest)])):
-            raise UserError(f"{self.path}: is no journal; choose another --output, or move the file away")
+            raise UserError(f"{self.path}: not a journal; choose another --output, or move the file away")
         self.cut = f"{self.path}: its last line was torn by a kill and is cut"
         if b"\n" in rest:
             kept = self.path.with_name(f"{self.path.name}.damaged")
@@ -157,7 +157,7 @@ class Journal:
             await self._flush()
 
     async def _flush(self) -> None:
-        """Commit all pending lines. In turn: when the lock is free, an earlier call may have committed them."""
+        """Commit all pending lines, one call at a time; an earlier call may have taken them all."""
         async with self._committing:
             lines, self._pending = self._pending, []
             if lines or self._broken:

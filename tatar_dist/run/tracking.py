@@ -36,7 +36,7 @@ _ids_lock = threading.Lock()
 
 
 class Tracker(Protocol):
-    """Where metrics go. Its constructor takes (config, run directory, first step); its calls may block and fail."""
+    """A tracker. Its constructor takes (config, run directory, first step); its calls may block and fail."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a step, all finite."""
@@ -222,7 +222,7 @@ class Trackers:
         self._open.clear()
 
     def _leave_out(self, name: str, error: Exception) -> None:
-        """Warn, and do without this tracker from now on; if it comes back to life, it closes at once."""
+        """Warn and stop using this tracker; should its blocked thread continue, it closes at once."""
         del self._wanted[name]
         thread = self._open.pop(name)
         thread.left_out = True

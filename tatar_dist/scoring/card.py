@@ -31,7 +31,7 @@ DEMO_BASE, DEMO_SETS = "tiny-qwen2_5-vl", "demo-"  # the demo's base model; how 
 def facts(
     run: Path, checkpoint: Path, state: Mapping[str, Any], config: Config, evaluation: str | Path | None
 ) -> dict[str, Any]:
-    """Values for `render`, except prompts, dtype and limits, which scoring/export.py adds.
+    """Return values for `render`; scoring/export.py adds prompts, dtype and limits.
 
     Raises UserError if `evaluation` holds no metrics, or those of another model.
     """
@@ -63,7 +63,7 @@ def render(known: Mapping[str, Any]) -> str:
 
 
 def _evaluation_of(run: Path, checkpoint: Path, given: str | Path | None) -> tuple[Path, dict[str, Any]] | None:
-    """(directory, metrics) of an evaluation of `checkpoint`: `given`, else the newest beside `run`, else None."""
+    """Return (directory, metrics) of `given` or of the newest evaluation beside `run`, or None."""
     beside = [file.parent for file in run.absolute().parent.glob("*/metrics.json")]
     for directory in [Path(given)] if given else sorted(beside, key=_written, reverse=True):
         metrics = _read(directory / "metrics.json")
@@ -72,7 +72,7 @@ def _evaluation_of(run: Path, checkpoint: Path, given: str | Path | None) -> tup
         if "datasets" in metrics and same and _written(directory) >= (checkpoint / STATE).stat().st_mtime:
             return directory, metrics
     if given:
-        raise UserError(f"--evaluation {given}: no metrics.json in it of an evaluation of {checkpoint / 'model'}")
+        raise UserError(f"--evaluation {given}: metrics.json is absent or not of {checkpoint / 'model'}; evaluate that")
     return None
 
 
@@ -90,7 +90,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Stage, optimiser steps, reward preset and config of the run and of those that it started from, first to last."""
+    """Return the stages up to this run, oldest first: each with its steps, preset and config."""
     stages: list[dict[str, Any]] = []
     steps = state["step"]
     while True:
@@ -107,8 +107,8 @@ def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[dict[st
 
 
 def _data(configs: Iterable[Config]) -> tuple[list[tuple[str, str, str, int]], list[str]]:
-    """([(data set, task, split, rows)], [names of unreadable manifests]) of the manifests of all stages.
-    Each manifest that a stage or the evaluation read is counted once."""
+    """Count the rows of the manifests that stages and evaluation read, each manifest once.
+    Returns ([(data set, task, split, rows)], [file names of unreadable manifests])."""
     rows: Counter[tuple[str, str, str]] = Counter()
     missing = set()
     manifests = {

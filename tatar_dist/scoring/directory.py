@@ -24,7 +24,7 @@ UNTOUCHED = 12_845_056  # max_pixels of Qwen's own processors: more tokens than 
 
 
 def model_config(model: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Configuration for a model: settings from the directory, then `overrides` (`key=value`).
+    """Return the configuration for a model: settings from its directory, then `overrides`.
 
     Raises:
         UserError: no such directory, no model of a known family in it, or an unreadable file.
@@ -67,7 +67,7 @@ def _family(directory: Path, settings: dict[str, Any]) -> str:
 
 
 def _pixels(directory: Path) -> tuple[int, int]:
-    """(minimum, maximum) pixels of a picture. Raises UserError if the directory does not hold them."""
+    """Return (minimum, maximum) pixels of a picture. Raises UserError if the directory does not hold them."""
     newest, older = (_json(directory / name) or {} for name in ("processor_config.json", "preprocessor_config.json"))
     settings = newest.get("image_processor") or older
     size = settings.get("size") or {}

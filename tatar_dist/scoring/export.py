@@ -48,8 +48,8 @@ def checkpoint_of(run: str | Path, step: int | None = None) -> CheckpointRef:
         steps.append(str(state["step"]))
     if not steps:
         there = "" if Path(run).is_dir() else f": no such directory{looked_in(run)}"
-        raise UserError(f"{run}: no finished checkpoint in it{there}")
-    raise UserError(f"--step {step}: {run} has no finished checkpoint of it, but of {', '.join(reversed(steps))}")
+        raise UserError(f"{run}: no finished checkpoint{there}")
+    raise UserError(f"--step {step}: {run} has no such finished checkpoint; it has {', '.join(reversed(steps))}")
 
 
 def run(
@@ -115,7 +115,7 @@ def run(
 
 
 def _tensors(model: Path, dtype: str | None) -> dict[str, torch.Tensor]:
-    """Name -> tensor in the dtype to be written, mapped from the file unless it is converted.
+    """Return name -> tensor in the dtype to write, mapped from the file unless converted.
 
     Raises UserError for a bad dtype or no weights.
     """
@@ -134,7 +134,7 @@ def _tensors(model: Path, dtype: str | None) -> dict[str, torch.Tensor]:
 
 
 def _require_room(target: Path, needed: int) -> None:
-    """Raises UserError if the disk of `target` has fewer than `needed` bytes free."""
+    """Raise UserError if the disk of `target` has fewer than `needed` bytes free."""
     existing = next(p for p in (target, *target.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

@@ -1,4 +1,4 @@
-"""The weight push by CUDA IPC to engines on the learners' GPUs: written from vLLM 0.32's source, never run on a GPU."""
+"""Push weights by CUDA IPC to engines on the learners' GPUs (vLLM 0.32; never run on one)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class IpcSender:
-    """A learner rank's side."""
+    """The sender in a learner rank."""
 
     def __init__(self, zero3: Any, rank: int, failpoints: Failpoints) -> None:
         self._zero3 = zero3
         self._chunks: Iterator[dict[str, Any]] | None = None
 
     def next_chunk(self, bucket_bytes: int) -> dict[str, Any] | None:
-        """The next chunk of weights in this GPU's memory, None after the last. Collective; frees the one before."""
+        """Free the previous chunk of weights, return IPC handles to the next or None. Collective."""
         if self._chunks is None:
             self._chunks = self._gathered(bucket_bytes)
         chunk = next(self._chunks, None)
@@ -31,7 +31,7 @@ class IpcSender:
         return chunk
 
     def _gathered(self, bucket_bytes: int) -> Iterator[dict[str, Any]]:
-        """Yield chunks of full tensors, as vLLM's receiver on the same GPU needs them to copy them."""
+        """Yield chunks of full tensors, as metadata and handles for vLLM's receiver on the same GPU."""
         import torch
         from torch.multiprocessing.reductions import reduce_tensor
         from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
@@ -52,7 +52,7 @@ class IpcSender:
 
 
 class IpcReceiver:
-    """An engine worker's side, around vLLM's own IPC engine. `arguments`: what vLLM makes such engines with."""
+    """The receiver in an engine worker. `arguments`: for the constructor of vLLM's IPC engine."""
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
         self._arguments = arguments
@@ -68,13 +68,13 @@ class IpcReceiver:
         self._engine.receive_weights(self._engine.update_info_cls(**update_info))
 
     def finish(self) -> None:
-        """Let the learner have its buffer back."""
+        """Release the learner's buffer."""
         if self._engine is not None:
             self._engine.shutdown()
 
 
 class IpcPush:
-    """Engines copy out of the memory of the learners whose GPUs they share; all chunks pass one after the other."""
+    """Push chunk by chunk: each engine copies from the memory of the learner on its GPU."""
 
     def __init__(self, config: Config, waits: Waits, log: Callable[..., None]) -> None:
         self.limit, self.bucket = config.rollout.push_timeout_s, config.rollout.bucket_mib << 20

@@ -189,7 +189,7 @@ def test_a_disk_known_to_be_full_before_a_byte_is_written_is_judged_like_one_tha
     save(store, 1)
     store.save(2, {"same": SAME}, Refusing(), {})
     store.poll()
-    assert capsys.readouterr().err.count("Training goes on") == 1 and names(tmp_path) == ["latest", "step_000001"]
+    assert capsys.readouterr().err.count("Training continues") == 1 and names(tmp_path) == ["latest", "step_000001"]
     with pytest.raises(UserError, match="step_000003: cannot write the checkpoint: No space left"):
         save(store, 3, learners=Refusing())
     assert names(tmp_path) == ["latest", "step_000001"]
@@ -284,7 +284,7 @@ def test_a_checkpoint_that_replaces_a_damaged_one_of_its_step_stays(tmp_path):
     store = checkpoints(tmp_path, keep=1)
     damage(save(store, 2, learners=Learners("old")) / "model" / "model.safetensors", 5)
     store = checkpoints(tmp_path, keep=1)
-    with pytest.raises(UserError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match="all checkpoints are damaged"):
         store.resume(SAME)
     assert tag_of(save(store, 2, learners=Learners("new"))) == "new"
     assert latest(tmp_path)[1]["step"] == 2

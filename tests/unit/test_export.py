@@ -113,7 +113,7 @@ def test_step_chooses_a_checkpoint_and_the_newest_is_the_default(tmp_path):
     assert "| optimiser steps | 9 |" in card(export.run(run, tmp_path / "newest"))
     assert "| optimiser steps | 3 |" in card(export.run(run, tmp_path / "third", step=3))
     assert export.model_of(run) == run / "checkpoints" / "step_000009" / "model"
-    with pytest.raises(UserError, match=r"--step 4: .*no finished checkpoint of it, but of 3, 6, 9$"):
+    with pytest.raises(UserError, match=r"--step 4: .*no such finished checkpoint; it has 3, 6, 9$"):
         export.run(run, tmp_path / "fourth", step=4)
 
 
@@ -251,9 +251,7 @@ def test_results_are_those_of_this_checkpoint_with_what_was_asked_and_parsed(tmp
     assert row in card(export.run(run, tmp_path / "b"))
     assert row in card(export.run(run, tmp_path / "c", evaluation=tmp_path / "of_second"))
     assert "| koniq | 10 | 4 | 1 |" in card(export.run(run, tmp_path / "d", step=1))
-    with pytest.raises(
-        UserError, match="--evaluation .*of_first: no metrics.json in it of an evaluation of .*step_000002"
-    ):
+    with pytest.raises(UserError, match="--evaluation .*of_first: metrics.json is absent or not of .*step_000002"):
         export.run(run, tmp_path / "e", evaluation=tmp_path / "of_first")
     assert second.is_dir()
 

@@ -97,7 +97,7 @@ def test_a_frozen_tower_and_layers_that_are_no_target_get_none():
 
 
 def test_a_target_that_is_no_layer_is_named():
-    with pytest.raises(UserError, match="no trained linear layer is called 'k_proj': o_proj, q_proj, visual"):
+    with pytest.raises(UserError, match="no trained linear layer is called 'k_proj'; use o_proj, q_proj, visual"):
         installed(lora_targets=["k_proj"])
 
 

@@ -77,7 +77,7 @@ def test_a_journal_torn_in_its_first_line_begins_anew(tmp_path):
 def test_a_file_that_holds_no_line_of_a_journal_is_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "j"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="is no journal"):
+    with pytest.raises(UserError, match="not a journal;"):
         lines(path)
     assert path.read_bytes() == content and os.listdir(tmp_path) == ["j"]
 

@@ -140,7 +140,7 @@ def test_state_of_other_files_of_the_same_sizes_or_in_another_order_is_refused(t
     with pytest.raises(UserError, match="manifest 2 of data.train is not what"):
         PromptSampler([two[0], renamed], seed=4).load_state_dict(state)
     del state["manifests"]
-    with pytest.raises(UserError, match="has no 'manifests': it is of another version"):
+    with pytest.raises(UserError, match="has no 'manifests': it is from another version"):
         PromptSampler(two, seed=4).load_state_dict(state)
 
 

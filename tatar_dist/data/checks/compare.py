@@ -84,7 +84,7 @@ def compare(checked: Sequence[Checked], rows: ValidationRows) -> np.ndarray:
 
 
 def _groups(keys: np.ndarray, present: np.ndarray) -> list[np.ndarray]:
-    """Group rows by equal keys that occur twice or more; rows ascend within a group, groups are sorted by first row.
+    """Group rows by keys that occur at least twice; rows ascend, groups are sorted by first row.
 
     keys: (n,) or (n, 2) uint64/int64. present: (n,) bool, the rows to consider.
     """
@@ -134,7 +134,7 @@ class _RowLog:
         home.log.add(Problem(int(row) - home.first, self._known[row][0], code, message))
 
     def names(self, some: Sequence[int] | np.ndarray, seen_from: int) -> str:
-        """Name up to NAMED rows by id, row and, if it is another one than that of `seen_from`, file."""
+        """Name up to NAMED rows by id, row and, unless it is the file of `seen_from`, file."""
         names = []
         for row in some[:NAMED]:
             home = self._home(row)
@@ -152,12 +152,12 @@ def clean_paths(paths: Sequence[Path], out: Path) -> list[Path]:
     with writing(out):
         is_directory = out.is_dir()
     if len(paths) > 1 and not is_directory and out.suffix == ".parquet":
-        raise UserError(f"--clean {out}: several manifests are given, name a directory for their clean copies")
+        raise UserError(f"--clean {out}: several manifests are given; name a directory for their clean copies")
     targets = [out / path.name for path in paths] if is_directory or len(paths) > 1 else [out]
     sources = {path.resolve() for path in paths}
     for path, target in zip(paths, targets, strict=True):
         if target.resolve() in sources:
-            raise UserError(f"--clean {target}: would overwrite {path}, which it is made from; name another place")
+            raise UserError(f"--clean {target}: would overwrite the input {path}; name another place")
     if len(set(targets)) < len(targets):
         raise UserError(f"--clean {out}: two manifests have the same file name; clean them one at a time")
     for target in targets:

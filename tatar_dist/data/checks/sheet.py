@@ -62,7 +62,7 @@ def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path, image_
     try:
         pools, rows, scores = _survey(manifest, dataset)
     except UnicodeDecodeError:  # in a column that read_manifest does not check
-        raise UserError(f"{path}: text that is not UTF-8: tatar-dist data validate {path} names the rows") from None
+        raise UserError(f"{path}: some text is not UTF-8; tatar-dist data validate {path} lists the rows") from None
     if not len(rows):
         there = ", ".join(sorted({p.dataset for p in manifest.pools}))
         raise UserError(f"{path}: " + (f"no row of data set {dataset!r}; it has {there}" if there else "has no rows"))

@@ -19,7 +19,7 @@ from tatar_dist.types import EIGHT
 
 
 def _letters(name: str) -> str:
-    """Normalise a name: `composition_structure` equals `Composition & Structure` and `composition and structure`."""
+    """Reduce a name to its letters without "and": `A & B`, `a_b` and `A and B` become equal."""
     return "".join(w for w in re.findall(r"[a-z]+", name.casefold()) if w != "and")
 
 

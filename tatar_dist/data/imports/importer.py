@@ -94,9 +94,9 @@ def run_import(
     inputs = {os.path.realpath(p) for p in (*annotations, *(p for _, p in lists), *filter(None, [attributes]))}
     for path in (output, dropped_file):
         if os.path.realpath(path) in inputs:
-            raise UserError(f"--output {output}: would overwrite {path}, which is read; name another file")
+            raise UserError(f"--output {output}: would overwrite the input {path}; name another file")
         if path.exists() and not path.is_file():  # a device would be replaced by the file
-            raise UserError(f"--output {output}: {path} is there and no file; name another")
+            raise UserError(f"--output {output}: {path} exists and is not a file; name another")
     sources = Sources(
         files=tuple((str(path), _read(path, "--annotations")) for path in annotations),
         split_lists=tuple((split, str(path), _read(path, "--split-list")) for split, path in lists),

@@ -130,7 +130,7 @@ def _by_hash(dataset: Dataset, shares: Mapping[str, float]) -> str:
 
 
 def _hashed(group: str, dataset: str, shares: Mapping[str, float]) -> str:
-    """Return the split whose stretch of [0, 1) holds the hash of the group; `shares` add up to 1."""
+    """Return the split whose part of [0, 1) contains the hash of the group; `shares` sum to 1."""
     digest = hashlib.blake2b(f"{dataset}\0{group}".encode(), digest_size=8).digest()
     at = int.from_bytes(digest, "big") / 2.0**64
     for name, share in shares.items():

@@ -48,7 +48,7 @@ class DemoCrop:
 
 
 def crop_of(task: Task, scene: Scene, rng: np.random.Generator, spread: float = 1.0) -> DemoCrop:
-    """Distort or grade a scene and score the result. `spread` scales the mild grading of IQA crops."""
+    """Distort (IQA) or grade (IAA) a scene and score it. `spread` scales the grading for IQA."""
     category = scene.photo.category
     meta: dict[str, Any] = {"photo": scene.photo.name, "pasted": scene.pasted}
     if task == "iaa":

@@ -66,7 +66,7 @@ def iaa_rationale(attributes: dict[str, float], scene: str, score: float, rng: n
 
 
 def iqa_slow_rationale(distortions: tuple[Distortion, ...], scene: str, score: float, rng: np.random.Generator) -> str:
-    """Write the slow style: a narrative of 125-150 words that inspects every kind of distortion in turn."""
+    """Write the slow style: 125-150 words that inspect every kind of distortion in turn."""
     sentences = []
     for kind in _TEXTS["iqa_slow"]:
         strengths = [d.strength for d in distortions if d.family in kind["families"]]

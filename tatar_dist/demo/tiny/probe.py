@@ -28,7 +28,7 @@ EPOCHS = 40
 
 @torch.no_grad()
 def load_split(visual: Any, path: Path) -> tuple[torch.Tensor, np.ndarray]:
-    """Return (n, 2 * hidden) float32 features of a demo manifest's crops and their scores, (n,) float32 0-100."""
+    """Return float32 features (n, 2 * hidden) and scores 0-100 (n,) of a demo manifest's crops."""
     table = pq.read_table(path, columns=["sample_id", "image_bytes", "score"])
     pixels = [np.asarray(decode_image(r["image_bytes"], r["sample_id"])) for r in table.to_pylist()]
     tokens = features(visual, np.stack(pixels))

@@ -1,8 +1,8 @@
-"""Discrete-event simulation of one GRPO step: engine calls, reward, learners and weight push.
+"""Simulate one GRPO step by discrete events: engine calls, reward, learners, weight push.
 
-Takes `StepCosts`, a `Setup` (configuration and split) and completion lengths in tokens (P prompts, G a group); returns
-the seconds of its parts. With staleness 0 they run in sequence, as in grpo.py; otherwise generation and scoring overlap
-with learning. Within a part, the calls of rollout/pool.py and the micro-batches of learner/packing.py are simulated.
+Takes `StepCosts`, a `Setup` (configuration and split) and (P, G) completion lengths in tokens; returns the seconds of
+each part. With staleness 0 they run in sequence, as in grpo.py; otherwise generation and scoring overlap with learning.
+Within a part, the calls of rollout/pool.py and the micro-batches of learner/packing.py are simulated.
 
 The time of a part is linear in its costs. The functions here return the *work*, the vector that multiplies the costs,
 so that measured.py fits costs with the same model.
