@@ -1,4 +1,4 @@
-"""Decode images: encoded bytes to upright 8-bit RGB, or `UnreadableImage` with sample and reason.
+"""Decode image bytes to upright 8-bit RGB, or raise `UnreadableImage` (sample and reason).
 
 `decode_image` serves every stage; `inspect_image` describes an encoded image for `data validate`. Both use one opener
 with one size limit, checked before a pixel is decoded, so that training can read what validation accepts.
@@ -63,12 +63,12 @@ _UPRIGHT = {
 
 
 class UnreadableImage(Exception):
-    """Raised for bytes that cannot be decoded as an image; the message names the sample and the reason."""
+    """Error for bytes that cannot be decoded as an image; the message names sample and reason."""
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """Result of `inspect_image`. Sizes in pixels: upright, or by the header if not decoded; 0 if unknown.
+    """Result of `inspect_image`. Sizes: pixels, upright (if not decoded: header's); 0: unknown.
 
     notes: of `cmyk`, `16-bit`, `float`, `greyscale`, `palette`, `alpha`, `exif-rotated` (not for TIFF, which Pillow
         rotates on loading), `broken-exif`, `animated`, `several-pictures`, `tiny`, `extreme-aspect`.
@@ -92,7 +92,7 @@ class _Refused(Exception):
 
 
 def decode_image(data: bytes | memoryview, where: str) -> Image.Image:
-    """Decode bytes to an RGB image, upright by its EXIF orientation. `where` names the sample in the error.
+    """Decode bytes to an RGB image, upright by EXIF; `where` names the sample in the error.
 
     Only the first frame is used. Transparency is composited on white. 16-bit and float greyscale is scaled to 8 bits,
     never clipped (`_to_8_bits`). CMYK is read in Adobe's polarity, as Pillow does; colour profiles are not applied.
@@ -111,7 +111,7 @@ def decode_image(data: bytes | memoryview, where: str) -> Image.Image:
 
 
 def image_size(data: bytes | memoryview) -> tuple[int, int]:
-    """Return (width, height) by the header, before EXIF rotation, of an image that `decode_image` has read."""
+    """Return the header's (width, height), before EXIF rotation; `data` must be decodable."""
     with _opened(data) as image:
         return image.size
 
@@ -188,13 +188,13 @@ def _opened(data: bytes | memoryview) -> ImageFile.ImageFile:
 
 
 def _ends_in_zeros(data: bytes | memoryview) -> bool:
-    """Whether a JPEG ends in zeros before its end marker; the decoder would show grey there without an error."""
+    """Return whether zeros replace a JPEG's end marker, which decodes to grey without an error."""
     tail = bytes(data[-4096:])
     return tail.endswith(bytes(16)) and not tail.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """Return EXIF orientation 1-8 of a loaded image; None if its EXIF block is broken, which viewers ignore, too."""
+    """Return a loaded image's EXIF orientation 1-8; None if broken, which viewers ignore too."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # as in decode_image; `broken-exif` notes it
@@ -213,7 +213,7 @@ def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _boxes(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (left, upper, right, lower) of pieces of at most STRIP pixels that together cover the image."""
+    """Yield (left, upper, right, lower) of pieces of at most STRIP pixels that cover the image."""
     across = min(image.width, STRIP)
     down = max(1, STRIP // max(1, across))
     for y in range(0, image.height, down):
@@ -232,7 +232,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether pixels are single numbers of more than 8 bits."""
+    """Return whether pixels are single numbers of more than 8 bits."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
@@ -242,7 +242,7 @@ def _numbers(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def _range(image: Image.Image) -> tuple[float, float]:
-    """Return the least and the greatest value of a deep image. Raises ValueError unless all are finite."""
+    """Return the minimum and maximum of a deep image. Raises ValueError unless all are finite."""
     ends = [(values.min(), values.max()) for values in (_numbers(image, box) for box in _boxes(image))]
     least, greatest = float(np.min(ends)), float(np.max(ends))  # NaN, if one is anywhere
     if not np.isfinite([least, greatest]).all():
@@ -251,7 +251,7 @@ def _range(image: Image.Image) -> tuple[float, float]:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Convert greyscale of modes I;16, I and F to L. The range follows from the mode, since no image declares one.
+    """Convert greyscale (I;16, I, F) to L. The mode sets the range, since no image declares one.
 
     I;16, and I if its values fit: 0-65535, divided by 257. F within 0-1: times 255; within 0-255: unchanged; within
     0-65535: divided by 257. Anything else is stretched from its least to its greatest value.
@@ -274,7 +274,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _frames(image: ImageFile.ImageFile, data: bytes | memoryview) -> int:
-    """Count the frames of a file. GIF and TIFF are scanned to the end on a second handle: the first is loaded."""
+    """Count the frames; GIF and TIFF are scanned on a second handle, as the first is loaded."""
     if image.format not in ("GIF", "TIFF"):
         return int(getattr(image, "n_frames", 1))
     try:

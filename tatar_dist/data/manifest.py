@@ -1,4 +1,4 @@
-"""Read manifests, the Parquet files that hold the data of all stages; writing.py writes them.
+"""Read manifests, the Parquet files with the data of all stages; writing.py writes them.
 
 `read_manifest` takes a path and returns a `Manifest`. It lists pools (pools.py), returns one `Sample` at a time with
 its encoded image, or streams columns by row group, without a list entry per row. The image is in the row
@@ -50,7 +50,7 @@ CACHE_BYTES = 32 << 20  # of groups without pictures
 
 @dataclass(eq=False)
 class Manifest:
-    """A checked manifest: `len`, `pools`, `get(i)` for a whole sample, `tables(columns)` for a stream.
+    """A checked manifest: `len`, `pools`, `get(i)` for a sample, `tables(columns)` for a stream.
 
     Pickles without its open file and cache, so that Ray can send it.
     """
@@ -103,7 +103,7 @@ class Manifest:
         return self._cache[g].slice(i - int(self.starts[g]), 1)
 
     def row(self, i: int) -> dict[str, Any]:
-        """Return all columns of row i as Python values: absent ones None, `attributes` and `meta` parsed to dicts."""
+        """Return all columns of row i: absent ones None, `attributes` and `meta` parsed to dicts."""
         try:
             values = self._row(i).to_pylist()[0]
         except UnicodeDecodeError:
@@ -120,7 +120,7 @@ class Manifest:
         return str(self._row(i).column("sample_id")[0].as_py())
 
     def get(self, i: int) -> Sample:
-        """Return row i with its encoded image. Raises UserError, or UnreadableImage if the file cannot be read."""
+        """Return row i with encoded image. Raises UserError; UnreadableImage for an unreadable file."""
         row = self.row(i)
         return Sample(
             sample_id=row["sample_id"],
@@ -134,7 +134,7 @@ class Manifest:
         )
 
     def image(self, row: dict[str, Any], i: int) -> bytes:
-        """Return the encoded image of row i, whose `image` and `image_bytes` are in `row`. Raises like `get`."""
+        """Return row i's encoded image from `image` or `image_bytes` of `row`. Raises like `get`."""
         if row["image_bytes"] is not None:
             return row["image_bytes"]
         name = row["image"]
@@ -151,7 +151,7 @@ class Manifest:
 
 
 def image_path(root: Path, name: str) -> Path | None:
-    """Return the file of an `image` column; None if the name leads outside `root`, by `..` or as an absolute path.
+    """Return the file of an `image` column; None if the name leaves `root` (`..` or absolute).
 
     Links inside may lead elsewhere: the user made those, whereas the name comes with the file.
     """
@@ -167,14 +167,14 @@ def file_bytes(path: Path) -> bytes:
 
 
 def existing(path: str | Path) -> Path:
-    """Return `path` if a file is there. Raises UserError naming the directory it was looked up in."""
+    """Return `path` if a file is there. Raises UserError naming the directory that was searched."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such manifest{looked_in(path)}")
     return Path(path)
 
 
 def read_manifest(path: str | Path, image_root: str | Path | None = None) -> Manifest:
-    """Open a manifest and check its rows; a large one with its writer's stamp is checked by the footer alone.
+    """Open and check a manifest: its rows, or the footer alone if large and writer-stamped.
 
     image_root: base of image paths, instead of the one in the file (its own directory, if it has none).
     Raises UserError: no such file, not Parquet, a column missing or of another type, no image column, and by row: null
@@ -200,7 +200,7 @@ def read_manifest(path: str | Path, image_root: str | Path | None = None) -> Man
 
 
 def open_parquet(path: Path, image_root: str | Path | None = None) -> tuple[pq.ParquetFile, Stamp | None, Path]:
-    """Open a manifest without reading a row. Returns the file, the writer's stamp and the base of image paths.
+    """Open a manifest, reading no row. Returns (file, writer's stamp or None, image base).
 
     The base is `image_root`, else the stamp's, from the resolved file, else the manifest's directory.
     Raises UserError for a file that is not a manifest.
@@ -232,7 +232,7 @@ def _fingerprint(file: pq.ParquetFile) -> str:
 
 
 def _is_embedded(file: pq.ParquetFile) -> bool:
-    """Whether the first row group has image bytes; without statistics, whether the first row has."""
+    """Return whether the first row group has image bytes; without statistics, the first row."""
     if "image_bytes" not in file.schema_arrow.names or not file.metadata.num_rows:
         return False
     column = file.schema_arrow.names.index("image_bytes")
@@ -243,7 +243,7 @@ def _is_embedded(file: pq.ParquetFile) -> bool:
 
 
 def _check_rows(path: Path, file: pq.ParquetFile) -> None:
-    """Check the required columns of every row, a row group at a time, then that no sample_id is repeated."""
+    """Check the required columns of every row, by row group; then that no sample_id is repeated."""
     ids, first = IdCheck(), 0
     for g in range(file.metadata.num_row_groups):
         table = file.read_row_group(g, columns=list(REQUIRED))

@@ -24,10 +24,10 @@ OLD_EXACT = 65_536  # largest shuffle for which older versions drew the same ord
 
 
 class PoolCursor:
-    """Cursor over a data set of one task, across its manifests; `parts` are (manifest index, manifest, pool).
+    """Cursor over a data set of one task, across its manifests.
 
     Attributes: `rows`; `served`, rows drawn so far, which decides the next data set; `excluded`, never drawn again.
-    Raises UserError for more than `MAX_ROWS` rows.
+    `parts`: (manifest index, manifest, pool) of each. Raises UserError for more than `MAX_ROWS` rows.
     """
 
     def __init__(self, dataset: str, task: Task, parts: Sequence[tuple[int, Manifest, Pool]], seed: int, key: int):
@@ -55,14 +55,14 @@ class PoolCursor:
         return self.rows - len(self.excluded)
 
     def keeps_old_order(self) -> bool:
-        """Whether a state of a version before `sampler.ORDER` means the same order: only large shuffles differed."""
+        """Return whether a state older than `sampler.ORDER` has this order: large shuffles differed."""
         if self._blocks is None:
             return self.rows <= OLD_EXACT
         return len(self._blocks) <= OLD_EXACT and WINDOW * int(self._blocks.max()) <= OLD_EXACT
 
     @property
     def scores_differ(self) -> bool:
-        """Whether two rows have different scores."""
+        """Return whether any two rows have different scores."""
         return min(p.score_min for *_, p in self._parts) != max(p.score_max for *_, p in self._parts)
 
     def _advance(self) -> Ref:
@@ -146,7 +146,7 @@ def permutation(n: int, key: Sequence[object]) -> np.ndarray:
 
 
 def block_permutation(sizes: np.ndarray, key: Sequence[object]) -> np.ndarray:
-    """Draw a permutation of the rows of consecutive blocks that finishes one window of blocks before the next.
+    """Permute the rows of consecutive blocks, finishing one window of blocks before the next.
 
     sizes: (blocks,) rows of each block. Returns (sizes.sum(),) uint32: blocks are shuffled, and the rows within each
     `WINDOW` consecutive shuffled blocks.

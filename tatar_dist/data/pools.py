@@ -24,7 +24,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Pool:
-    """All rows of one data set, task and split. `runs` (k, 2) int64: first row, row count; ascending, not adjacent."""
+    """Rows of one data set, task, split. `runs` (k, 2) int64: first row, count; sorted, apart."""
 
     dataset: str
     task: str
@@ -48,7 +48,7 @@ class Pool:
         return int(first + position - (self._ends[k] - count))
 
     def rows_before(self, rows: np.ndarray) -> np.ndarray:
-        """Return (n,) counts of the pool's rows that precede each of `rows` (n,) int64 of the manifest."""
+        """Return (n,) counts of the pool's rows before each of `rows` (n,) int64 of the manifest."""
         k = np.searchsorted(self.runs[:, 0], rows, side="right") - 1
         within = np.minimum(rows - self.runs[k, 0], self.runs[k, 1])
         return np.where(k < 0, 0, self._ends[k] - self.runs[k, 1] + within)
@@ -66,7 +66,7 @@ _Part = tuple[Key, np.ndarray, float, float]  # key, runs (k, 2), lowest and hig
 
 
 def index_pools(file: pq.ParquetFile) -> tuple[Pool, ...]:
-    """Return the pools of a manifest, ordered by first row. A null key becomes "", which read_manifest rejects."""
+    """Return a manifest's pools by first row. A null key becomes "", rejected by read_manifest."""
     names = file.schema_arrow.names
     column = {name: names.index(name) for name in (*KEYS, "score")}
     parts_of: dict[Key, list[_Part]] = {}
@@ -92,7 +92,7 @@ def _pool(parts: list[_Part]) -> Pool:
 
 
 def _by_statistics(group: Any, column: dict[str, int]) -> list[_Part] | None:
-    """Return the one part of a row group that a single pool fills, or None if its statistics do not show that."""
+    """Return the part of a row group that its statistics show to be of a single pool, else None."""
     values = []
     for name in KEYS:
         keys = group.column(column[name]).statistics

@@ -60,7 +60,7 @@ class Range:
 
     @property
     def points(self) -> float:
-        """Score points per raw unit."""
+        """Return the score points per raw unit."""
         return 100.0 / (self.high - self.low)
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ def _ends(value: Any) -> dict[str, Any]:
 
 
 def _columns(value: Any) -> Any:
-    """Turn a list of names into a mapping to None; header-less text has a mapping of names to types."""
+    """Map a list of names to None; header-less text already has a mapping of names to types."""
     if not isinstance(value, list):
         return value
     for column in value:
@@ -108,7 +108,7 @@ class SplitColumn:
 
 @dataclass(kw_only=True, config=STRICT_KEYS)
 class FileLayout:
-    """Columns of an annotation file. `columns` is its signature; `image`, `score` and so on name columns among them."""
+    """Columns of an annotation file: `columns` is its signature, `image` etc. name some of them."""
 
     name: str = field(init=False, default="")  # its key in the registry
     kind: Kinds
@@ -195,7 +195,7 @@ class ListFormat(FileLayout):
 
 @dataclass(frozen=True, config=STRICT_KEYS)
 class Names:
-    """Parts of an image's name: `pattern` has groups `reference`, `type`, `level`; level / `levels` is the strength."""
+    """Parts of an image name: groups `reference`, `type`, `level`; strength: level / `levels`."""
 
     pattern: Text
     distortions: dict[Name, Name] = field(default_factory=dict)
@@ -214,7 +214,7 @@ class Names:
 
 @dataclass(frozen=True, config=STRICT_KEYS)
 class SplitRule:
-    """Rule for rows without a split from file or user: `test` groups first, the rest by hash of the group."""
+    """Rule for rows without a given split: `test` groups first, the rest by hash of the group."""
 
     by: Literal["image", "reference"]
     fractions: dict[SplitName, NotNegative]
@@ -272,7 +272,7 @@ class Registry:
     datasets: Mapping[str, Dataset]
 
     def find(self, name: str) -> Dataset:
-        """Find a data set by name, ignoring case, blanks, `-` and `_`. Raises UserError with the nearest name."""
+        """Find a data set, ignoring case, blanks, `-`, `_`. Raises UserError with the nearest name."""
         for known, dataset in self.datasets.items():
             if _plain(known) == _plain(name):
                 return dataset
@@ -280,7 +280,7 @@ class Registry:
 
 
 def read_registry(files: Sequence[Path] = ()) -> Registry:
-    """Read `configs/datasets.yaml`, then `files`, whose data sets are added or replace those of the same name.
+    """Read `configs/datasets.yaml`, then `files`, which add data sets or replace namesakes.
 
     Raises:
         UserError: a file that is missing or not YAML, or an entry that is wrong, with file and key path.

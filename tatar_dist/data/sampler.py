@@ -1,4 +1,4 @@
-"""Sample training batches: task-balanced, rankable, without repeats, resumable to the sample.
+"""Sample task-balanced, rankable training batches without repeats, resumable to the sample.
 
 A batch is a list of (manifest index, row). Each data set is visited in an order drawn from (seed, data set, epoch),
 so that an epoch shows each sample once (pool_cursor.py). In a GRPO batch the images of a ranked task (IAA by default)
@@ -111,7 +111,7 @@ class PromptSampler:
         return self.manifests[ref[0]].get(ref[1])
 
     def _owed(self, cursors: list[PoolCursor], upcoming: int) -> PoolCursor:
-        """Return the data set furthest behind its share (by size) once `upcoming` more rows are drawn."""
+        """Return the data set furthest behind its share (by size) after `upcoming` more draws."""
         total = sum(c.rows for c in cursors)
         served = sum(c.served for c in cursors) + upcoming
         return max(cursors, key=lambda c: (served * c.rows / total - c.served, -c.key))
@@ -122,7 +122,7 @@ class PromptSampler:
         return n_iqa, n - n_iqa
 
     def next_batch(self, n: int) -> list[Ref]:
-        """Draw the next n rows: no row twice, IQA first, a ranked part from one data set with `min_rank_pool` or more.
+        """Draw n distinct rows, IQA first; ranked parts: `min_rank_pool` or more of one data set.
 
         Raises UserError when n leaves too few rows of a ranked task, or exclusions leave too few samples.
         """
@@ -141,7 +141,7 @@ class PromptSampler:
         return batch
 
     def _rankable(self, task: Task, n: int) -> PoolCursor:
-        """Choose the data set for n ranked rows: of those with n usable rows, the one furthest behind its share."""
+        """Choose the data set of n ranked rows: with n usable rows, and furthest behind its share."""
         cursors = self._of(task)
         able = [c for c in cursors if c.usable >= n and c.scores_differ]
         if not able:
@@ -173,7 +173,7 @@ class PromptSampler:
         return cursor.next(set(batch))
 
     def another(self, dataset: str, avoid: Collection[tuple[str, str]]) -> Ref | None:
-        """Draw the next row of a data set whose (data set, sample id) is not in `avoid`; None if there is none."""
+        """Draw a data set's next row whose (data set, sample id) is not in `avoid`, or return None."""
         cursor = next(c for c in self._cursors if c.dataset == dataset)
         avoided: list[Ref] = []
         drawn = None
@@ -228,7 +228,7 @@ class PromptSampler:
 
 
 def _check_ids(dataset: str, parts: Sequence[tuple[int, Manifest, Pool]]) -> None:
-    """Raise UserError for a sample of a data set that two manifests hold (or one manifest that is given twice)."""
+    """Raise UserError for a sample of a data set in two manifests (or a manifest given twice)."""
     ids = IdCheck()
 
     def of(manifest: Manifest, pool: Pool) -> Iterator[list[str]]:
@@ -245,7 +245,7 @@ def _check_ids(dataset: str, parts: Sequence[tuple[int, Manifest, Pool]]) -> Non
 
 
 def check_rationales(manifests: Iterable[Manifest]) -> None:
-    """Raise UserError for a manifest in which no row has a rationale, the target of supervised training."""
+    """Raise UserError for a manifest without a rationale, the target of supervised training."""
     for manifest in manifests:
         texts = (text for _, table in manifest.tables(["rationale"]) for text in table.column(0).to_pylist())
         if not any(text and text.strip() for text in texts):

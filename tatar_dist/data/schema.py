@@ -1,4 +1,4 @@
-"""Columns of a manifest, the stamp in its Parquet footer, and the rules that reader and writer share.
+"""Columns of a manifest, the stamp in its Parquet footer, and rules of reader and writer.
 
 The rules take a schema, a pool or consecutive rows; `UserError` names file, row and column.
 """
@@ -54,7 +54,7 @@ class Stamp:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Parse the JSON object of column `attributes` or `meta`. Raises ValueError with the reason if it is none."""
+    """Parse the JSON object of `attributes` or `meta`. Raises ValueError with the reason."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -110,7 +110,7 @@ def _fits(stored: pa.DataType, wanted: pa.DataType) -> bool:
 
 
 def check_pool(path: Path, pool: Pool) -> None:
-    """Raise UserError for what the statistics of a pool show to be invalid: its keys, or scores outside 0-100."""
+    """Raise UserError if a pool's statistics show invalid keys or scores outside 0-100."""
     for name in ("dataset", "task", "split"):
         if rule := _rule(name, getattr(pool, name)):
             raise UserError(f"{path}: row {int(pool.runs[0, 0])}, column {name}: {rule}")
@@ -131,7 +131,7 @@ def _rule(column: str, text: str) -> str | None:
 
 
 def check_table(path: Path, first: int, table: pa.Table, ids: IdCheck) -> None:
-    """Check rows from `first` on and add their sample ids to `ids`. Raises UserError naming row and column."""
+    """Check rows from `first` on, add ids to `ids`. Raises UserError naming row and column."""
     try:
         table.validate(full=True)
     except pa.ArrowInvalid as e:
@@ -157,7 +157,7 @@ def check_table(path: Path, first: int, table: pa.Table, ids: IdCheck) -> None:
 
 
 class IdCheck:
-    """Find repeated ids among millions. Stores an 8-byte hash per id; ids are compared only where hashes are equal."""
+    """Find repeats among millions of ids by 8-byte hashes; compare ids only if hashes are equal."""
 
     def __init__(self) -> None:
         self._hashes: list[np.ndarray] = []
@@ -166,7 +166,7 @@ class IdCheck:
         self._hashes.append(np.fromiter(map(hash, ids), np.int64, len(ids)))
 
     def repeats(self, again: Iterable[Sequence[str | None]]) -> Iterator[tuple[str, int, int]]:
-        """Yield (id, its row, the first row) of repeated ids; `again` yields once more what was added."""
+        """Yield (id, its row, first row) of repeated ids; `again` yields once more what was added."""
         hashes = np.sort(np.concatenate(self._hashes or [np.zeros(0, np.int64)]))
         suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
         first: dict[str, int] = {}

@@ -61,7 +61,7 @@ class ManifestWriter:
             self._waiting[key] = waiting
 
     def _full_group(self, table: pa.Table) -> int:
-        """Return the number of rows in the first group that `table` fills, or 0 if it fills none yet."""
+        """Return the row count of the first group that `table` fills, or 0 if it fills none yet."""
         embedded = table.column("image_bytes").null_count < len(table)
         limit = EMBEDDED_ROWS if embedded else GROUP_ROWS
         if table.nbytes >= GROUP_BYTES:
@@ -113,7 +113,7 @@ def manifest_writer(path: str | Path, image_root: str | Path | None = None) -> I
 
 
 def _relative_root(path: Path, image_root: str | Path | None) -> str | None:
-    """Return the image root for the stamp: relative to the manifest if below it, else between resolved paths."""
+    """Return the stamp's image root, relative to the manifest, by resolved paths if not below."""
     if image_root is None:
         return None
     root, home = os.path.abspath(image_root), os.path.abspath(path.parent)
@@ -130,7 +130,7 @@ def _by_pool(table: pa.Table) -> Iterator[tuple[Key, pa.Table]]:
 
 
 def write_table(path: str | Path, table: pa.Table, image_root: str | Path | None = None) -> int:
-    """Write a manifest from one table. Returns the number of rows; raises like `manifest_writer`."""
+    """Write a manifest from a table. Returns the number of rows; raises like `manifest_writer`."""
     with manifest_writer(path, image_root) as writer:
         for start in range(0, len(table), 64 * BATCH):
             writer.write(table.slice(start, 64 * BATCH))
@@ -138,9 +138,9 @@ def write_table(path: str | Path, table: pa.Table, image_root: str | Path | None
 
 
 def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]], image_root: str | Path | None = None) -> int:
-    """Write a manifest from dicts of SCHEMA's columns. Absent ones are null; `attributes` and `meta` may be dicts.
+    """Write a manifest from dicts of SCHEMA's columns.
 
-    Returns the number of rows; raises like `manifest_writer`.
+    Absent columns are null; `attributes` and `meta` may be dicts. Returns the row count; raises as `manifest_writer`.
     """
     with manifest_writer(path, image_root) as writer:
         pending: list[Mapping[str, Any]] = []

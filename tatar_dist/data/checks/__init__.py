@@ -1,4 +1,4 @@
-"""Check (`tatar-dist data validate`) or show (`data show`) the rows and images of a manifest:
+"""Check (`tatar-dist data validate`) or show (`data show`) rows and images of a manifest:
 
 validate.py      streams the manifests, decodes images on threads
 validation.py    the records and problems that it fills, rules of rows, statistics of pools, reading in pieces

@@ -1,4 +1,4 @@
-"""Compare rows over all manifests of `data validate`; log duplicates, conflicts and leaks; write clean manifests.
+"""Log duplicates, conflicts, leaks over all manifests of `data validate`; write clean ones.
 
 Arrays run over the rows of all manifests. Ids and scores are read once more from the files, and kept only for rows that
 have something in common. `clean` writes new manifests without the rows that cannot be used, leak (on the side not held
@@ -38,7 +38,7 @@ NAMED = 3  # rows that a message names; the rest are counted
 
 
 def compare(checked: Sequence[Checked], rows: ValidationRows) -> np.ndarray:
-    """Log duplicate ids, identical images, conflicting scores and leaks between splits. Returns (rows,) uint8 fates.
+    """Log duplicate ids and images, conflicting scores and leaks; return (rows,) uint8 fates.
 
     Rows that share a picture or a reference leak if they lie in several splits: those outside the last one of SPLITS
     are LEAKED. The later ones of identical images in a pool are DUPLICATE.
@@ -110,7 +110,7 @@ def _mark_duplicate_ids(checked: Sequence[Checked], rows: ValidationRows) -> Non
 
 
 class _RowLog:
-    """Log problems of the rows in `groups`, whose ids and scores are read, in the manifests that hold them."""
+    """Log problems of the rows in `groups`, reading their ids and scores from the manifests."""
 
     def __init__(self, checked: Sequence[Checked], groups: Sequence[np.ndarray]) -> None:
         self._checked = checked
@@ -145,7 +145,7 @@ class _RowLog:
 
 
 def clean_paths(paths: Sequence[Path], out: Path) -> list[Path]:
-    """Return the target of each manifest: `out` itself for one, a file of the same name in directory `out` for several.
+    """Return the targets: `out` for one manifest, files of the same names in it for several.
 
     Raises UserError for a target that cannot be written, or would overwrite a manifest that is read.
     """

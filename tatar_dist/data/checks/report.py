@@ -28,7 +28,7 @@ def counted(n: int, word: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text on one line, with escapes for control, format, surrogate and separator characters."""
+    """Return text on one line: control, format, surrogate and separator characters escaped."""
     unseen = {"Cc", "Cf", "Cs", "Zl", "Zp"}
     shown = (c if unicodedata.category(c) not in unseen else c.encode("unicode_escape").decode() for c in text)
     return "".join(shown)
@@ -56,13 +56,13 @@ def verdict(validation: Validation) -> str:
 
 
 def hint(manifest: Checked) -> str | None:
-    """Suggest --images if none of many image files is there, which is one mistake and not many; else None."""
+    """Suggest --images if none of many image files exists, a single mistake; else return None."""
     wrong_root = manifest.absent == manifest.files and 2 * manifest.files > manifest.rows
     return f"no image was found under {manifest.root}: name their directory with --images" if wrong_root else None
 
 
 def written_reports(validation: Validation) -> list[Path]:
-    """Write the summary of every manifest, and the figure of those with rows. Returns the summaries' paths."""
+    """Write every manifest's summary, and a figure if it has rows. Returns the summaries' paths."""
     for manifest in validation.manifests:
         with writing(summary := manifest.place("validate.md")):
             write_whole(summary, markdown(validation, manifest))

@@ -50,10 +50,10 @@ class Shown:
 
 
 def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path, image_root: Path | None = None) -> Shown:
-    """Summarise a manifest and draw `n` of its rows. image_root: base of image paths, instead of the stored one.
+    """Summarise a manifest and draw `n` of its rows.
 
-    Raises UserError for an unknown `sort` or `dataset`, a manifest that is invalid or has no rows, and a sheet that
-    cannot be written.
+    `image_root` replaces the stored base of image paths. Raises UserError for an unknown `sort` or `dataset`, a
+    manifest that is invalid or has no rows, and a sheet that cannot be written.
     """
     if sort not in SORTS:
         raise UserError(f"--sort {sort}: must be one of {', '.join(SORTS)}")
@@ -93,7 +93,7 @@ def _survey(manifest: Manifest, dataset: str | None) -> tuple[list[PoolFacts], n
 
 
 def chosen_rows(rows: np.ndarray, scores: np.ndarray, n: int, sort: str) -> list[int]:
-    """Choose at most `n` rows. score: evenly spaced in rank, lowest first; random: fixed seed; row: the first."""
+    """Choose at most `n` rows by `sort`: evenly spaced score ranks, seeded random or first rows."""
     if sort == "random":
         order = np.random.default_rng(0).permutation(len(rows))[:n]
     elif sort == "row":
@@ -114,7 +114,7 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
-    """Wrap the first words of a text to at most `lines` lines of `width` pixels, with an ellipsis where it is cut."""
+    """Wrap a text's start to at most `lines` lines of `width` pixels; an ellipsis marks a cut."""
     text = " ".join(text[:600].split())
     for letters in range(int(width / font.getlength("i")), 1, -1):
         wrapped = textwrap.wrap(text, letters, max_lines=lines, placeholder="…")
@@ -134,7 +134,7 @@ def _end(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def drawn_sheet(manifest: Manifest, chosen: Sequence[int], subtitle: str) -> tuple[Image.Image, int, int]:
-    """Draw the contact sheet. Returns it as RGB, the number of broken images, and how many of those are absent."""
+    """Draw the contact sheet; return (RGB image, broken images, how many of these are absent)."""
     across = min(ACROSS, len(chosen))
     down = -(-len(chosen) // across)
     width = 2 * MARGIN + max(across, 3) * (TILE + GAP) - GAP

@@ -1,4 +1,4 @@
-"""Check every row and decode every image of one or more manifests: `tatar-dist data validate`.
+"""Check all rows and decode all images of one or more manifests: `tatar-dist data validate`.
 
 `validate` returns a `Validation`: problems by row (streamed to `M.problems.jsonl`), statistics of the pools, and which
 rows a clean manifest would keep. Memory: 37 bytes a row and what is in flight: two batches with about 8 MiB each of
@@ -102,7 +102,7 @@ def validate(
 
 
 class _Room:
-    """Limit of the pixels decoded at once. Large images wait for each other; usual ones wait only behind large ones."""
+    """Limit of pixels decoded at once: large images wait for each other, others only for these."""
 
     def __init__(self, pixels: int) -> None:
         self._free, self._changed = pixels, threading.Condition()
@@ -122,7 +122,7 @@ class _Room:
 
 
 def look_at(item: Item, room: Callable[[int], AbstractContextManager[None]] = lambda pixels: nullcontext()) -> Looked:
-    """Read, hash and decode one image. The hash is empty if there are no bytes. `room`: see inspect_image."""
+    """Read, hash, decode an image; the hash is empty without bytes. `room`: see inspect_image."""
     if item is None:
         return ImageFacts(problem="no-image"), b""  # reported by row_faults
     try:

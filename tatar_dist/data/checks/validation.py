@@ -1,4 +1,4 @@
-"""State and result of `data validate`: problems, statistics of pools, rules of rows, reading a manifest as a stream.
+"""State and result of `data validate`: problems, pool statistics, row rules, streaming.
 
 Unlike `read_manifest`, which rejects a manifest at its first invalid row, this reads on, to report all faults at once.
 """
@@ -76,7 +76,7 @@ class Problem:
 
     @property
     def text(self) -> str:
-        """The message with its row, for people."""
+        """Return the message with its row, for people."""
         return self.message if self.row is None else f"row {self.row}, {self.sample_id}: {self.message}"
 
 
@@ -104,9 +104,9 @@ class ProblemLog:
 
 @contextmanager
 def problem_log(path: Path) -> Iterator[ProblemLog]:
-    """Open a log that is written beside `path` and renamed at the end; an interrupted run leaves the earlier file.
+    """Open a log that is written beside `path` and renamed when complete.
 
-    Raises UserError if it cannot be written, at once where that can be detected.
+    An interrupted run leaves the earlier file. Raises UserError, early if possible, if the log cannot be written.
     """
     probe(path)
     with ExitStack() as stack:
@@ -120,7 +120,7 @@ def problem_log(path: Path) -> Iterator[ProblemLog]:
 
 @dataclass
 class PoolFacts:
-    """Running statistics of a pool. `histogram` (BINS,) int64 over 0-100; `distinct` is complete up to FEW scores."""
+    """Running pool statistics: `histogram` (BINS,) int64 on 0-100, `distinct` up to FEW scores."""
 
     dataset: str
     task: str
@@ -164,7 +164,7 @@ class PoolFacts:
 
     @property
     def std(self) -> float:
-        """Population standard deviation of the scores, in points."""
+        """Return the population standard deviation of the scores, in points."""
         return math.sqrt(max(0.0, self.squares / self.scored - self.mean**2)) if self.scored else math.nan
 
     def suspicions(self) -> Iterator[tuple[str, str]]:
@@ -209,7 +209,7 @@ class Checked:
 
 @dataclass
 class ValidationRows:
-    """Arrays over the rows of all manifests: hashes of pictures and references (0: none), pool, usability."""
+    """Arrays over all manifests' rows: picture and reference hashes (0: none), pool, usability."""
 
     picture: np.ndarray  # (n, 2) uint64
     reference: np.ndarray  # (n,) int64
@@ -280,7 +280,7 @@ def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def columns_of(checked: Sequence[Checked], names: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """Yield (first row among all manifests, columns as lists) of every batch, reading the files again."""
+    """Read the files again; yield (first row over all manifests, columns as lists) per batch."""
     for manifest in checked:
         file, *_ = open_parquet(manifest.path)
         start = manifest.first
@@ -291,7 +291,7 @@ def columns_of(checked: Sequence[Checked], names: Sequence[str]) -> Iterator[tup
 
 
 def values_of(column: pa.ChunkedArray) -> tuple[list[Any], list[int]]:
-    """Return a column's values and the positions of texts that are not UTF-8, whose wrong bytes become escapes."""
+    """Return a column's values, bytes that are not UTF-8 as escapes, and positions of such text."""
     try:
         return column.to_pylist(), []
     except UnicodeDecodeError:
@@ -305,7 +305,7 @@ def values_of(column: pa.ChunkedArray) -> tuple[list[Any], list[int]]:
 
 
 def row_faults(columns: Columns, root: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield what `read_manifest` and `Manifest.get` reject in the rows of a batch. `root`: normalised, absolute."""
+    """Yield faults that `read_manifest` or `Manifest.get` rejects; `root`: normalised, absolute."""
     for name in (*REQUIRED, "attributes", "meta"):
         for i, value in enumerate(columns[name]):
             if fault := _fault(name, value):
@@ -319,7 +319,7 @@ def row_faults(columns: Columns, root: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _fault(name: str, value: Any) -> tuple[str, str] | None:
-    """Return (code, text) of what is wrong with a value of a column other than image and image_bytes, or None."""
+    """Return (code, text) of a value's fault, or None; not for image and image_bytes."""
     if value is None:
         return ("no-value", "no value") if name in REQUIRED else None
     if name in ("sample_id", "dataset") and value == "":

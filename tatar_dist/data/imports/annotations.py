@@ -49,7 +49,7 @@ class AnnotationRows:
 
 @dataclass
 class RawFile:
-    """One annotation file: columns of n values each (text for CSV and text files, as stored for JSON and Excel)."""
+    """One annotation file: columns of n values (text for CSV and text files, else as stored)."""
 
     file: str
     kind: str
@@ -73,7 +73,7 @@ class RawFile:
 def read_annotations(
     data: bytes, file: str, dataset: Dataset, format_name: str | None = None, encoding: str | None = None
 ) -> RawFile:
-    """Read one file's bytes into columns. `file` is its name in messages, `encoding` UTF-8 if not given.
+    """Read a file's bytes into columns. `file`: name in messages; `encoding`: UTF-8 by default.
 
     Raises UserError for a file that is empty or malformed, or whose columns do not fit exactly one format of the set.
     """
@@ -101,7 +101,7 @@ def read_annotations(
 
 
 def parse(data: bytes, file: str, encoding: str | None, formats: Sequence[Format]) -> AnnotationRows:
-    """Parse bytes into rows by their content; the formats' signatures decide between CSV and header-less text."""
+    """Parse bytes into rows by content; the formats' signatures tell CSV from header-less text."""
     if data[:4] == b"PK\x03\x04":
         return _xlsx(data, file)
     text = decode(data, file, encoding)
@@ -122,7 +122,7 @@ def parse(data: bytes, file: str, encoding: str | None, formats: Sequence[Format
 
 
 def decode(data: bytes, file: str, encoding: str | None) -> str:
-    """Decode the bytes, without a byte order mark. Raises UserError with byte and line, suggesting --encoding."""
+    """Decode bytes, dropping a byte order mark. Raises UserError with byte, line and --encoding."""
     name = encoding or "utf-8"
     try:
         return data.decode(name).removeprefix("\ufeff")
@@ -244,7 +244,7 @@ def _xlsx(data: bytes, file: str) -> AnnotationRows:
 
 
 def _recognise(parsed: AnnotationRows, file: str, dataset: Dataset, wanted: list[Format]) -> Format:
-    """Return the format whose columns the file has; of several, the one whose columns include those of the others."""
+    """Return the format whose columns the file has; of several, the one including the others."""
     possible = [f for f in wanted if parsed.kind in f.kind]
     if parsed.kind == "text":
         fits = [f for f in possible if len(f.columns) == len(parsed.rows[0])]

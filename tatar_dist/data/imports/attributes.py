@@ -32,7 +32,7 @@ def place(name: str) -> int:
 
 
 def in_order(texts: Iterable[tuple[str, Any]]) -> dict[str, str]:
-    """Return (name, text) pairs under the method's names, in its order. Raises UserError for a pair it cannot use."""
+    """Return texts by the method's names, in its order. Raises UserError for an unusable pair."""
     attributes: dict[str, str] = {}
     for key, text in texts:
         name = _NAMES.get(_letters(key))
@@ -51,7 +51,7 @@ def in_order(texts: Iterable[tuple[str, Any]]) -> dict[str, str]:
 
 
 def is_text(value: str) -> bool:
-    """Whether text can be encoded: False for a lone surrogate, which JSON can express but no file can hold."""
+    """Return whether text can be encoded, unlike a lone surrogate, which JSON can express."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -83,7 +83,7 @@ def read_attributes(data: bytes, file: str, encoding: str | None = None) -> dict
 
 
 def join(attributes: Mapping[str, dict[str, str]], images: list[str]) -> list[dict[str, str] | None]:
-    """Return the texts of each image: by its name, else by its file name if that is unique in `attributes`."""
+    """Return each image's texts, by its name, else by its file name if unique in `attributes`."""
     by_file: dict[str, dict[str, str] | None] = {}
     for image, texts in attributes.items():
         name = posixpath.basename(image)

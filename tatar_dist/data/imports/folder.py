@@ -38,7 +38,7 @@ def path_fault(name: str) -> str | None:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Classify a directory entry, following links; a link costs a stat call, a file or directory none."""
+    """Classify a directory entry. Links are followed, for a stat call each; others cost none."""
     try:
         if entry.is_dir():
             return "directory"
@@ -50,7 +50,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 class ImageFolder:
-    """The files under `root`, listed once. Raises UserError if it is not a directory or cannot be listed."""
+    """Files under `root`, listed once. Raises UserError if it is no directory or not readable."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -81,14 +81,14 @@ class ImageFolder:
 
     @cached_property
     def _by_stem(self) -> dict[str, list[str]]:
-        """All paths by file name, without extension and case."""
+        """Group all paths by file name, without extension and case."""
         paths: dict[str, list[str]] = defaultdict(list)
         for path in sorted((*self.files, *self.unusable)):
             paths[posixpath.splitext(posixpath.basename(path))[0].casefold()].append(path)
         return paths
 
     def find(self, name: str) -> str | Bad:
-        """Return the path of `name`, or the reason why there is none, with a near match if one exists."""
+        """Return the path of `name`, or why there is none, with a near match if one exists."""
         if name in self.files or name in self.unusable:
             return self.unusable.get(name, name)
         base = posixpath.basename(name)

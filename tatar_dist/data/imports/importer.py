@@ -76,7 +76,7 @@ def run_import(
     check_images: bool = True,
     embed: bool = False,
 ) -> dict[str, Any]:
-    """Read, assemble, write `output` and, beside it, the list of dropped rows. Returns the report.
+    """Read, assemble, write `output` and, beside it, the dropped rows. Returns the report.
 
     Raises UserError as `assemble`, and for files that cannot be read or written.
     """
@@ -140,7 +140,7 @@ def _with_bytes(table: pa.Table, root: Path) -> Iterator[dict[str, Any]]:
 
 
 def assemble(sources: Sources, dataset: Dataset, choices: Choices, folder: ImageFolder | None = None) -> Imported:
-    """Build the manifest's table from bytes, without file access. `folder` None: images are not looked up.
+    """Build a table from bytes, without file access. `folder` None: images are not looked up.
 
     Raises UserError: a file is not recognised, a row is bad and `drop_bad` is False, or no row is left.
     """
@@ -182,7 +182,7 @@ def assemble(sources: Sources, dataset: Dataset, choices: Choices, folder: Image
 
 
 def _split(rows: list[Row], files: list[RawFile], dataset: Dataset, sources: Sources, choices: Choices) -> Splits:
-    """Fill the rows' splits from the files' own column, else --split, else --split-list, else the set's rule."""
+    """Fill the rows' splits from the files' column, --split, --split-list or the set's rule."""
     if choices.split and sources.split_lists:
         raise UserError("--split and --split-list exclude each other")
     if choices.split and choices.split not in SPLITS:
@@ -215,7 +215,7 @@ def _split(rows: list[Row], files: list[RawFile], dataset: Dataset, sources: Sou
 
 
 def _averaged(ratings: list[Row], fmt: Format) -> list[Row]:
-    """Average ratings per image, in order of first appearance; the deviation is the population's."""
+    """Average ratings per image, in order of first appearance, with population deviation."""
     ratings_of: dict[str, list[Row]] = defaultdict(list)
     for row in ratings:
         ratings_of[row.path].append(row)

@@ -1,4 +1,4 @@
-"""Rows of an import: columns of annotation files converted and checked, and the checks between rows.
+"""Rows of an import: converted and checked columns of annotation files; checks between rows.
 
 `judge` converts the columns of one file to rows and notes for every row that cannot be used the reason; `check_paths`,
 `read_names` and `check_duplicates` mark further rows as bad, each with its first fault. A number is a decimal number:
@@ -53,13 +53,13 @@ class Row:
 
 
 def to_score(raw: np.ndarray, scale: Range, lower_is_better: bool = False) -> np.ndarray:
-    """Map (n,) raw values inside the declared range to (n,) scores on 0-100, linearly, flipped if lower is better."""
+    """Map (n,) raw values in range linearly to (n,) scores 0-100, flipped if lower is better."""
     above = scale.high - raw if lower_is_better else raw - scale.low
     return np.clip(above * scale.points, 0.0, 100.0)  # clip: the product may miss 100 by a rounding
 
 
 def judge(file: RawFile) -> list[Row]:
-    """Check and convert every column that is used; each row that fails has its first fault in `bad`."""
+    """Check and convert all used columns; each row that fails has its first fault in `bad`."""
     fmt, n = file.format, len(file)
     image = _texts(file, fmt.image)
     for column, kind in fmt.columns.items():
@@ -231,7 +231,7 @@ def _attributes(file: RawFile, column: str) -> list[dict[str, str]]:
 
 
 def check_paths(rows: Sequence[Row], folder: ImageFolder | None) -> None:
-    """Mark names that cannot be paths and, with `folder`, images that do not exist as bad; fills `path`."""
+    """Mark impossible paths and, with `folder`, images that do not exist as bad; fill `path`."""
     for row in rows:
         if fault := path_fault(row.image):
             row.reject("bad path", f"image {row.image!r} {fault}")
@@ -268,7 +268,7 @@ def read_names(rows: Sequence[Row], dataset: Dataset) -> None:
 
 
 def check_duplicates(rows: Sequence[Row]) -> None:
-    """Mark repeated images (repeated per worker, for ratings) as bad: exact repeats, or rows that contradict.
+    """Mark repeated images (for ratings: per worker) as bad: exact repeats and contradictions.
 
     Of equal rows the first stays good; of contradicting ones none does, because nothing shows which is right.
     """

@@ -29,7 +29,7 @@ class SplitList(NamedTuple):
 
 @dataclass
 class Splits:
-    """One split per row ("" where bad), the rule in words; `official` is None where only the user can know."""
+    """One split per row ("" if bad), the rule in words; `official` None: only the user knows."""
 
     split: list[str]
     rule: str
@@ -104,7 +104,7 @@ def by_lists(images: Sequence[str], groups: Sequence[str], lists: Sequence[Split
 
 
 def _shares_of_others(listed: set[str], dataset: Dataset) -> dict[str, float]:
-    """Return the shares by which the images outside the lists are split; empty if those images are bad rows."""
+    """Return the split shares of images outside the lists; empty if those images are bad rows."""
     if "train" in listed:
         return {}
     drawn = {name: dataset.split.fractions.get(name, 0.0) for name in ("train", "validation")}
@@ -114,7 +114,7 @@ def _shares_of_others(listed: set[str], dataset: Dataset) -> dict[str, float]:
 
 
 def by_rule(groups: Sequence[str], dataset: Dataset) -> Splits:
-    """Split rows by the set's rule. `groups`: what must not cross splits, a row's image or reference image."""
+    """Split rows by the set's rule; `groups` (image or reference per row) do not cross splits."""
     rule = dataset.split
     shares: dict[str, float] = dict(rule.fractions.items())
     chosen = {g: _hashed(g, dataset.name, shares) for g in set(groups)} | {g: "test" for g in rule.test}
