@@ -28,7 +28,7 @@ TERMS = {"iqa": ("gaussian", "format", "length"), "iaa": ("thurstone", "format",
 
 
 def results(out: Path) -> dict[str, Any]:
-    """Return {"table": one row per model and task, "gains": {task: {measure: [change, lo, hi]}}} of a demo."""
+    """Return {"table": row per model and task, "gains": {task: {measure: [change, lo, hi]}}}."""
     table = []
     for model, directory in MODELS.items():
         metrics = json.loads((out / directory / "metrics.json").read_text())
@@ -38,7 +38,7 @@ def results(out: Path) -> dict[str, Any]:
 
 
 def gains(directories: Sequence[Path], task: str) -> dict[str, list[float]]:
-    """Return {reward_TERM…, srcc: [change, lo, hi]} from SFT to GRPO, pooled over demo directories (seeds)."""
+    """Return {reward_TERM…, srcc: [change, lo, hi]} from SFT to GRPO, pooled over seeds."""
     seeds = [_paired(d, task) for d in directories]
     for other in seeds:  # images that every seed was asked about
         seeds = [s.filter(pc.is_in(s["sample_id"], other["sample_id"])) for s in seeds]
@@ -53,7 +53,7 @@ def gains(directories: Sequence[Path], task: str) -> dict[str, list[float]]:
 
 
 def answers(directory: Path, task: str) -> pa.Table:
-    """Read sample_id, source, target and prediction (greedy; null if unparsed) of an evaluation, by sample_id."""
+    """Read sample_id, source, target, greedy prediction (null: unparsed), sorted by sample_id."""
     columns = ["sample_id", "source", "target", "prediction"]
     table = pq.read_table(directory / "predictions.parquet", columns=columns, filters=[("task", "=", task)])
     return table.sort_by("sample_id")
@@ -76,7 +76,7 @@ def _paired(out: Path, task: str) -> pa.Table:
 
 
 def of_parsed(directories: Sequence[Path], model: str, task: str) -> tuple[float, float]:
-    """Return (share of sampled answers of all seeds that parsed, mean of the task's main reward term among those)."""
+    """Return (share of all sampled answers that parsed, mean main reward term among those)."""
     files = [d / MODELS[model] / "sampled.parquet" for d in directories]
     term, rows = TERMS[task][0], [("task", "=", task)]
     sampled = pa.concat_tables(pq.read_table(f, columns=["parsed", term], filters=rows) for f in files)
@@ -97,7 +97,7 @@ def by_photograph(out: Path, task: str) -> dict[str, tuple[int, float, float]]:
 
 
 def markdown(directories: Sequence[Path], head: dict[str, float]) -> str:
-    """Format the tables of the README and of demo/README.md: per seed, pooled, and per photograph.
+    """Format the tables of the README and demo/README.md: per seed, pooled, per photograph.
 
     `head`: test SRCC of the regression head (demo/tiny/probe.py), by task.
     """

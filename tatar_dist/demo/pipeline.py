@@ -30,7 +30,7 @@ from tatar_dist.types import SPLITS, TASKS
 
 @dataclass(frozen=True)
 class DemoSize:
-    """Sizes of the demo. `budget`: seconds per stage on two cores, printed beside the measured time."""
+    """Sizes of the demo. `budget`: seconds per stage on two cores, printed beside measured ones."""
 
     data: dict[str, int]
     baseline_images: int  # per task; the base model rarely stops by itself, so its answers are long
@@ -68,7 +68,7 @@ STAGES = (
 
 
 def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = None, seeds: int = 1) -> None:
-    """Run every stage that has no result yet, print the tables, and write summary.json and report.html.
+    """Run all stages without a result, print tables, and write summary.json and report.html.
 
     With `seeds` over 1: run everything once per seed on the same data, in seed_K/, evaluate every model on all test
     crops, and write figures.md.
@@ -96,7 +96,7 @@ def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = N
 
 
 def same_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Save the settings on the first call and require the same later, so that results are not mixed.
+    """Save the settings on the first call and require them later, so that results do not mix.
 
     Raises:
         UserError: they differ, or the directory cannot be written.
@@ -144,7 +144,7 @@ def _run_one(out: Path, size: DemoSize, words: list[str], console: Console) -> N
 
 
 def run_stage(stage: str, config: Config) -> float:
-    """Run sft, grpo or evaluate unless `config.output` holds its result. Return the seconds taken, 0 if it does."""
+    """Run a stage unless `config.output` holds its result. Returns the seconds taken, else 0."""
     from tatar_dist import grpo, sft
     from tatar_dist.evaluate import runner
 
@@ -158,7 +158,7 @@ def run_stage(stage: str, config: Config) -> float:
 
 
 def demo_config(directory: Path, data: Path, words: list[str], files: Sequence[Path] = ()) -> Config:
-    """Load the recipes with demo.yaml for the manifests in `data`, overridden by `files`, then by `words`.
+    """Load recipes and demo.yaml for manifests in `data`; `files`, then `words` override them.
 
     The files name the manifests where there are any.
     """

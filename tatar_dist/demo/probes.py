@@ -1,4 +1,4 @@
-"""`tatar-dist probes`: the paper's controlled comparisons on the demo set, one change at a time, over several seeds.
+"""Run the paper's controlled comparisons (single changes) on the demo: `tatar-dist probes`.
 
 The method itself (fast IQA, slow IAA; Gaussian IQA, Thurstone IAA) is one side of every comparison; configs/probes
 holds the changes. Writes run directories DIR/seed_K/RUN/ and DIR/seed_K/RUN-eval/, and the results as DIR/probes.json,
@@ -35,7 +35,7 @@ from tatar_dist.scoring.export import model_of
 
 @dataclass(frozen=True)
 class Probe:
-    """A comparison on one task. change: the file of configs/probes that makes the method's choice the other one."""
+    """Comparison on one task; `change` (a file of configs/probes) turns `choice` into `other`."""
 
     task: str
     stage: str
@@ -63,7 +63,7 @@ Rewards = dict[str, dict[str, list[np.ndarray]]]  # IAA reward -> {"term", "tota
 
 
 def run(output: str | Path, seeds: int, smoke: bool = False, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Make the data, run all trainings and evaluations without a result, write the figures and return them.
+    """Make the data, run trainings and evaluations without a result, write and return figures.
 
     Raises:
         UserError: the directory holds probes with other settings or is not writable, or an override is invalid.
@@ -125,7 +125,7 @@ def _rewards(runs: Sequence[Path], term: str) -> dict[str, list[np.ndarray]]:
 
 
 def compare(probe: Probe, directories: Sequence[Path]) -> dict[str, Any]:
-    """Return one table row: SRCC and PLCC of both sides by seed, and the paired SRCC difference with its interval."""
+    """Return a row: SRCC, PLCC of both sides by seed; paired SRCC difference with its interval."""
     names = [f"{probe.stage}-{change}-eval" for change in (METHOD, probe.change)]
     sides = [[answers(d / name, probe.task) for d in directories] for name in names]
     target, source = (sides[0][0][column].to_numpy() for column in ("target", "source"))
@@ -147,7 +147,7 @@ def compare(probe: Probe, directories: Sequence[Path]) -> dict[str, Any]:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """Whether the method's choice was better: yes, no, no difference seen, or undefined."""
+    """Return whether the method's choice was better: yes, no, no difference seen, or undefined."""
     _, lo, hi = row["difference"]
     if lo is None:
         return "undefined"
@@ -160,10 +160,10 @@ def residuals(series: np.ndarray) -> np.ndarray:
 
 
 def steadiness(rewards: Rewards) -> dict[str, Any]:
-    """Return {reward: {term, total: {mean, sd, cv: [by seed]}}} and the ratio of the mean cv of both rewards' terms.
+    """Return {reward: {term, total: {mean, sd, cv: [by seed]}}} and the ratio of both terms' cv.
 
-    cv is SD / mean, NaN for a mean of 0. The ratio's interval resamples steps; steps draw different images, so they are
-    nearly independent.
+    cv is SD / mean, NaN for a mean of 0. The ratio is of means over seeds; its interval resamples steps, which draw
+    different images and so are nearly independent.
     """
     result: dict[str, Any] = {label: {} for label in rewards}
     rng = np.random.default_rng(0)
@@ -192,7 +192,7 @@ def _mean(values: Sequence[float | None], with_range: bool = False) -> str:
 
 
 def _differences(row: dict[str, Any]) -> np.ndarray:
-    """SRCC of the choice minus that of the other, by seed; NaN where one is undefined."""
+    """Return SRCC of the choice minus that of the other, by seed; NaN where one is undefined."""
     return np.array(row["srcc_choice"], np.float64) - np.array(row["srcc_other"], np.float64)
 
 
@@ -218,7 +218,7 @@ def steadiness_rows(steady: dict[str, Any]) -> list[list[str]]:
 
 
 def plot(comparisons: Sequence[dict[str, Any]], rewards: Rewards, file: Path) -> None:
-    """Plot two SVG panels: SRCC differences with intervals, and the IAA term over steps, one line per seed."""
+    """Plot an SVG: SRCC differences with intervals, and the IAA term over steps by seed."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The aesthetic (IAA) half of the demo: attributes measured on a crop, and the score as their weighted sum.
+"""Aesthetic (IAA) half of the demo: attributes of a crop, and the score, their weighted sum.
 
 Takes the final uint8 pixels and the subject's box; returns attributes in [0, 1] and a score on 0-100. There are no
 human ratings: attributes formalise a photographer's rules of thumb, and the score stands in for a mean opinion score,
@@ -28,13 +28,13 @@ POWER_POINTS = tuple((x, y) for x in (1 / 3, 2 / 3) for y in (1 / 3, 2 / 3))  # 
 
 
 def _ramp(value: float, low: float, high: float) -> float:
-    """Smoothstep from 0 at `low` to 1 at `high`."""
+    """Compute a smoothstep from 0 at `low` to 1 at `high`."""
     t = min(max((value - low) / (high - low), 0.0), 1.0)
     return t * t * (3 - 2 * t)
 
 
 def measure(pixels: np.ndarray, box: Box | None) -> dict[str, float]:
-    """Measure attributes in [0, 1] of a (112, 112, 3) uint8 crop. `box`: subject as fractions, or None.
+    """Measure attributes in [0, 1] of a (112, 112, 3) uint8 crop; `box`: subject in fractions.
 
     exposure: exp(-((m - 0.46) / 0.17)²) of mean luma m in [0, 1], times 1 - share of pixels clipped at either end.
     contrast: luma's 5-95 % range, ramp 0.15..0.8.

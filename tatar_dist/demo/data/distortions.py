@@ -79,7 +79,7 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
 
 
 def draw_distortions(rng: np.random.Generator) -> tuple[Distortion, ...]:
-    """Draw one distortion, in 10 % of cases almost invisible; 20 % add a second one of another kind."""
+    """Draw one distortion (10 % almost invisible); in 20 % of cases add one of another kind."""
     first = _ORDER[int(rng.integers(len(_ORDER)))]
     kind = rng.random()
     strength = rng.uniform(0, 0.08) if kind < 0.1 else rng.random()
@@ -103,7 +103,7 @@ def _window(v: np.ndarray, size: int) -> np.ndarray:
 
 
 def _detail(r: np.ndarray, d: np.ndarray) -> tuple[float, float]:
-    """Return (share of the reference's local detail energy that is kept, RMS of detail that it does not explain)."""
+    """Return (kept share of the reference's local detail energy, RMS of unexplained detail)."""
     rh, dh = r - _window(r, 7), d - _window(d, 7)
     energy = rh * rh
     gain = np.clip((_window(rh * dh, 7) + 2.0) / (np.maximum(_window(energy, 7), 0) + 2.0), 0.0, 1.0)
@@ -113,7 +113,7 @@ def _detail(r: np.ndarray, d: np.ndarray) -> tuple[float, float]:
 
 
 def full_reference(clean: np.ndarray, distorted: np.ndarray) -> float:
-    """Quality index in [0, 1], 1 = identical, of two (112, 112, 3) images on 0-255, computed on luma.
+    """Return the luma quality index in [0, 1], 1 = identical, of (112, 112, 3) images on 0-255.
 
     q = detail * addition * luminance, each in [0, 1]. Detail and addition separate lost from added detail, as Li,
     Zhang, Ma, Ngan ("Image quality assessment by separately evaluating detail losses and additive impairments", TMM

@@ -1,4 +1,4 @@
-"""Make the demo data set: crops of real photographs with computed targets and grounded rationales, as six manifests.
+"""Make the demo set, six manifests: photograph crops, computed targets, grounded rationales.
 
 A seed and sizes give `{iqa,iaa}_{train,validation,test}.parquet`. Distortions and grading are applied to real pixels,
 and targets follow published measures and documented formulas. There are no human opinions: figures on this set do not
@@ -37,7 +37,7 @@ OTHER_STYLE: dict[Task, str] = {"iqa": "slow", "iaa": "fast"}
 
 @dataclass(frozen=True)
 class DemoCrop:
-    """One demo sample. `pixels` (112, 112, 3) uint8; `score` 0-100; `raw`: the underlying index in [0, 1]."""
+    """Demo sample: `pixels` (112, 112, 3) uint8; `score` 0-100, from the index `raw` in [0, 1]."""
 
     pixels: np.ndarray
     score: float

@@ -1,4 +1,4 @@
-"""Source photographs of the demo set, and scenes cut from them: 112x112 crops, pasted subjects, grading.
+"""Photographs of the demo and scenes from them: 112x112 crops, pasted subjects, grading.
 
 photos.yaml lists the photographs: location, split, subject box and provenance. All are image files installed by
 ordinary Python packages. A package is located by its import spec and never imported (imgaug, thumbor, mahotas and
@@ -48,12 +48,12 @@ PHOTOS = tuple(Photo(**entry | {"box": tuple(entry["box"])}) for entry in _ENTRI
 
 
 def photos_of(split: str) -> tuple[Photo, ...]:
-    """Return the photographs of a split in listed order, on which the reproducibility of a seed depends."""
+    """Return a split's photographs in listed order, on which the result of a seed depends."""
     return tuple(p for p in PHOTOS if p.split == split)
 
 
 def locate(photo: Photo) -> Path:
-    """Return the path of the picture file. Raises UserError naming package and remedy if it is missing."""
+    """Return the picture file's path. Raises UserError naming package and remedy if missing."""
     spec = importlib.util.find_spec(photo.package)
     for root in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(root) / photo.path
@@ -71,7 +71,7 @@ def load_photo(photo: Photo) -> Image.Image:
 
 @dataclass(frozen=True)
 class Scene:
-    """`pixels` (112, 112, 3) float32 on 0-255; `box`: subject (x0, y0, x1, y1) as fractions, None if not in view."""
+    """`pixels` (112, 112, 3) float32 0-255; `box`: subject (x0, y0, x1, y1) in [0, 1], or None."""
 
     pixels: np.ndarray
     photo: Photo
@@ -89,7 +89,7 @@ def _visible(box: Box) -> Box | None:
 
 
 def cut(photo: Photo, rng: np.random.Generator) -> Scene:
-    """Cut a random square of the photograph, from tight to full, mostly near the subject, randomly mirrored."""
+    """Cut a random square, from tight to full, mostly near the subject, randomly mirrored."""
     image, subject = load_photo(photo), np.array(photo.box).reshape(2, 2)  # corners as fractions of (width, height)
     size = np.array(image.size)
     low = max(MIN_SIDE, 0.38 * size.min())
@@ -107,7 +107,7 @@ def cut(photo: Photo, rng: np.random.Generator) -> Scene:
 
 
 def paste(scene: Scene, subject: Photo, rng: np.random.Generator) -> Scene:
-    """Paste the subject of another photograph, feathered, at a random place and size, as the new subject."""
+    """Paste another photograph's subject, feathered, at a random place and size, as the new one."""
     image = load_photo(subject)
     (x0, y0), (x1, y1) = (np.array(subject.box).reshape(2, 2) * image.size).tolist()
     scale = SIZE * rng.uniform(0.35, 0.7) / max(x1 - x0, y1 - y0)
@@ -134,7 +134,7 @@ _RADIUS2 = (_AXIS[:, None] ** 2 + _AXIS[None] ** 2) / 2
 def grade(
     pixels: np.ndarray, stops: float, contrast: float, saturation: float, tint: tuple[float, float], vignette: float
 ) -> np.ndarray:
-    """Photographic grading of (112, 112, 3) float32 on 0-255, clipped to that range.
+    """Apply photographic grading to (112, 112, 3) float32 on 0-255, clipped to that range.
 
     `stops` scales light (doubling per stop, applied in the gamma domain with exponent 1/2.2); `contrast` stretches
     about mid grey; `saturation` stretches about luma; `tint` = (warm, green) channel gains; `vignette` in [0, 1].
@@ -151,7 +151,7 @@ def grade(
 
 
 def make_scene(split: str, rng: np.random.Generator, paste_share: float) -> Scene:
-    """Cut a crop of a random photograph; with probability `paste_share` paste the subject of another one of `split`."""
+    """Crop a random photograph; with probability `paste_share` paste another's subject into it."""
     pool = photos_of(split)
     photo = pool[int(rng.integers(len(pool)))]
     scene = cut(photo, rng)
@@ -162,5 +162,5 @@ def make_scene(split: str, rng: np.random.Generator, paste_share: float) -> Scen
 
 
 def soften(pixels: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur over the two image axes."""
+    """Apply a Gaussian blur over the two image axes."""
     return ndimage.gaussian_filter(pixels, sigma=(sigma, sigma, 0), mode="nearest", truncate=3.0)

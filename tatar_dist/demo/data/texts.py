@@ -1,4 +1,4 @@
-"""Rationales and attribute texts of the demo, from the distortions applied or the attributes measured.
+"""Demo rationales and attribute texts, from applied distortions or measured attributes.
 
 IQA: exactly two sentences, 30-50 words, naming the one or two distortions and their strength. IAA: one narrative of
 128-150 words through the eight attributes in the method's order, each with a graded word. For the controlled probes,
@@ -33,7 +33,7 @@ def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
 
 
 def iqa_rationale(distortions: tuple[Distortion, ...], scene: str, score: float, rng: np.random.Generator) -> str:
-    """Write two sentences, 30-50 words, the stronger distortion first; `scene` is the photograph's category."""
+    """Write two sentences (30-50 words), stronger distortion first; `scene`: photo category."""
     ordered = sorted(distortions, key=lambda d: -d.strength)
     words = {"scene": scene, "grade": grade_word(score / 100)}
     for k, d in enumerate(ordered, 1):

@@ -1,4 +1,4 @@
-"""Stage 2 of pretraining: train the language model to read the (frozen) image tokens, in the base model's own words.
+"""Stage 2 of pretraining: train the language model to read the (frozen) image tokens.
 
 Takes a model with a trained tower and crops, and trains it in place to describe an image in the demo's sentences and to
 write single measurements as two digits. The TASK prompts, the <think>/<answer> tags and scores inside a description
@@ -45,12 +45,12 @@ def measure_request(name: str) -> str:
 
 
 def written(name: str, value: float) -> str:
-    """Format a value in [0, 1] as two digits, `noise=07`, without a blank so that a digit follows the sign."""
+    """Format a value in [0, 1] as two digits that follow the sign without a blank: `noise=07`."""
     return f"{name.replace('_', ' ')}={min(99, max(0, round(100 * float(value)))):02d}"
 
 
 def conversation(crops: CropSet, i: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Return the (request, reply) turns of one training row in random order; the score is always among them."""
+    """Return a training row's (request, reply) turns in random order, always with the score."""
     score = (SCORE_NAME[crops.task], crops.score[i])
     measured = list(zip(MEASURES[crops.task], crops.measures[i], strict=True))
     some = [measured[k] for k in rng.permutation(len(measured))[:2]]
@@ -94,9 +94,9 @@ class Writer:
 
 
 def hidden_states(model: Any, ids: torch.Tensor, image_tokens: torch.Tensor) -> torch.Tensor:
-    """Return (B, L, H) hidden states of rows (B, L) that have an image, its tokens (B, 16, H), at the same place.
+    """Return (B, L, H) hidden states of token rows (B, L) with image tokens (B, 16, H).
 
-    Rows are right-padded and attention is causal, so no mask is needed.
+    The image is at the same place in all rows. Rows are right-padded and attention is causal: no mask is needed.
     """
     types = (ids[:1] == model.config.image_token_id).int()
     positions, _ = model.model.get_rope_index(ids[:1], types, image_grid_thw=GRID)
@@ -127,7 +127,7 @@ def written_srcc(model: Any, writer: Writer, crops: CropSet) -> float:
 def train_align(
     model: Any, tokenizer: Any, train: dict[Task, CropSet], validation: dict[Task, CropSet], minutes: float, seed: int
 ) -> StageResult:
-    """Train embeddings, language model and lm_head in place; the tower is frozen and its features are computed once.
+    """Train embeddings, language model and lm_head in place; the frozen tower runs once a crop.
 
     Each crop is seen under one fixed symmetry of the square. A batch has a single task, so rows are of similar length.
     """

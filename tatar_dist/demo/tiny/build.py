@@ -1,4 +1,4 @@
-"""Build a Qwen2.5-VL of about two million parameters: architecture, tokenizer and processor, random weights.
+"""Build a random Qwen2.5-VL of about two million parameters, with tokenizer and processor.
 
 Takes sizes and a corpus to train the tokenizer on (default: the demo's rationales and prompts). Writes a directory that
 transformers and vLLM load like any Qwen2.5-VL. `pretrain.py` starts from the same parts; tests build small tied and
@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (TINY_MODEL / "chat_template.jinja").read_text()
 
 @dataclass(frozen=True)
 class TinySizes:
-    """Widths and depths. `head_dim` is text_hidden / text_heads and must be 32 for the rotary sections below."""
+    """Widths and depths; text_hidden / text_heads (`head_dim`) must be 32 for rotary sections."""
 
     vocab: int = 1024
     text_hidden: int = 128
@@ -55,9 +55,9 @@ DEFAULT_SIZES = TinySizes()
 
 
 def default_corpus(n: int = 1500, seed: int = 0) -> list[str]:
-    """Return texts to train the tokenizer on: rationales for random measurements, prompts and measurement replies.
+    """Return tokenizer training texts: random rationales, prompts and measurement replies.
 
-    No photograph is needed, since rationales are a function of the measurements.
+    Rationales are a function of the (random) measurements, so no photograph is needed.
     """
     import numpy as np
 
@@ -88,7 +88,7 @@ def default_corpus(n: int = 1500, seed: int = 0) -> list[str]:
 
 
 def train_tokenizer(corpus: Iterable[str], vocab: int) -> Any:
-    """Train a byte-level BPE tokenizer of at most `vocab` tokens; returns a fast tokenizer with chat template."""
+    """Train a fast byte-level BPE tokenizer with chat template, of at most `vocab` tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2TokenizerFast
 
@@ -172,7 +172,7 @@ def make_config(tokenizer: Any, sizes: TinySizes, tie: bool) -> Any:
 
 
 def image_processor() -> Any:
-    """Return the image processor: every image is resized to about 112x112 pixels, 16 tokens for a square one."""
+    """Return a processor that resizes images to about 112x112 pixels (square: 16 tokens)."""
     from transformers import Qwen2VLImageProcessor
 
     return Qwen2VLImageProcessor(min_pixels=IMAGE_SIZE**2, max_pixels=IMAGE_SIZE**2)
@@ -191,7 +191,7 @@ def make_processor(tokenizer: Any) -> Any:
 
 
 def make_model(tokenizer: Any, *, tie: bool = False, seed: int = 0, sizes: TinySizes = DEFAULT_SIZES) -> Any:
-    """Create a random Qwen2_5_VLForConditionalGeneration, float32; the same seed gives the same weights."""
+    """Create a random float32 Qwen2_5_VLForConditionalGeneration; a seed fixes the weights."""
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -219,7 +219,7 @@ def build(
     corpus: Iterable[str] | None = None,
     sizes: TinySizes = DEFAULT_SIZES,
 ) -> Path:
-    """Write model (float32), tokenizer, processor and generation config to `directory` and return it."""
+    """Write model (float32), tokenizer, processor, generation config to `directory`; return it."""
     directory = Path(directory)
     tokenizer = train_tokenizer(default_corpus() if corpus is None else corpus, sizes.vocab)
     make_model(tokenizer, tie=tie, seed=seed, sizes=sizes).save_pretrained(directory)

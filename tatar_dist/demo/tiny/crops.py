@@ -44,7 +44,7 @@ class CropSet:
 
 
 def remixed(scene: Scene, split: str, rng: np.random.Generator) -> Scene:
-    """Randomly permute channels, blend in another photograph of the split, rotate pixels and box by 90° steps."""
+    """Randomly permute channels, blend in another photo of `split`, rotate by multiples of 90°."""
     pixels, box = scene.pixels, scene.box
     if rng.random() < 0.6:
         pixels = pixels[..., rng.permutation(3)]

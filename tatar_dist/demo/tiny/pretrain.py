@@ -1,4 +1,4 @@
-"""Make the demo's base model: build, train the tower, align the language model, save as bf16 with a model card.
+"""Make the demo's base model: build, train the tower, align, save as bf16 with a model card.
 
     python -m tatar_dist.demo.tiny.pretrain --output DIR
     python -m tatar_dist.demo.tiny.pretrain --output DIR --minutes-tower 1 --minutes-align 1
@@ -34,7 +34,7 @@ def pretrain(
     crops: Annotated[int, typer.Option(help="Train crops per task.")] = 30_000,
     seed: int = 0,
 ) -> None:
-    """Build the base model, train its tower, align its language model, and write the model directory."""
+    """Build the base model, train its tower, align its language model and write its directory."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     # Seeds apart from the demo's default 0, so that the base has not seen the very crops it is fine-tuned on.
     train = {t: crop_set(t, "train", crops, seed + 11) for t in TASKS}

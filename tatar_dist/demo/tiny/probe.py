@@ -1,4 +1,4 @@
-"""Regression head on a frozen vision tower: the SRCC that the tower gives without a language model.
+"""Regression head on a frozen vision tower: the SRCC it gives without a language model.
 
 Per task, the features are mean and standard deviation of the 16 image tokens. An ensemble of small MLPs is trained on
 the train manifest, with weight decay selected on validation. It is the baseline for SFT's held-out SRCC.

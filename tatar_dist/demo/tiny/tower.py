@@ -1,4 +1,4 @@
-"""Stage 1 of pretraining: train the vision tower and its merger to measure, by pooled linear heads.
+"""Stage 1 of pretraining: train the vision tower and its merger to measure, by linear heads.
 
 Trains the tower of a randomly initialised Qwen2.5-VL on crops (crops.py) and reports SRCC on the validation
 photographs. The heads are discarded: as they are linear on the mean image token, measurements stay readable for the
@@ -39,7 +39,7 @@ def image_tokens(visual: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def dct_filters(width: int) -> torch.Tensor:
-    """Return (width, 3, 14, 14) orthonormal 2-D DCT-II filters: three quarters on luma, the rest on two colour axes.
+    """Return (width, 3, 14, 14) orthonormal DCT-II filters: 3/4 on luma, 1/4 on two colour axes.
 
     Luma has all of the lowest frequencies and a sample of higher ones, which show noise and blur, up to the top.
     """
@@ -57,7 +57,7 @@ def dct_filters(width: int) -> torch.Tensor:
 
 @torch.no_grad()
 def dct_init(visual: Any, pixels: torch.Tensor) -> None:
-    """Initialise the patch embedding with DCT filters, scaled to equal typical responses on `pixels`, and the branches.
+    """Initialise branches; embed patches by DCT filters of equal typical response on `pixels`.
 
     Without the scaling, a patch's mean masks the fine detail that blur, noise and compression affect. Every other
     matrix has standard deviation 1/sqrt(inputs): the large models' 0.02 leaves a narrow tower's branches close to zero.
@@ -86,7 +86,7 @@ def dct_init(visual: Any, pixels: torch.Tensor) -> None:
 
 
 class Heads(nn.Module):
-    """Linear heads on the mean image token: per task a score and its measures; for IQA also which families occur."""
+    """Linear heads on the mean image token: score, measures per task; families present in IQA."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -99,7 +99,7 @@ class Heads(nn.Module):
         return self.norm(tokens.mean(1))
 
     def loss(self, pooled: torch.Tensor, crops: CropSet, index: np.ndarray) -> torch.Tensor:
-        """Loss of a task's scores and measures, errors relative to their typical spread."""
+        """Return the loss of a task's scores and measures, errors relative to their typical spread."""
         score, measures = torch.from_numpy(crops.score[index]), torch.from_numpy(crops.measures[index])
         spread = torch.from_numpy(crops.measures.std(0) + 1e-3)
         predicted = self.score[crops.task](pooled)[:, 0]
@@ -125,7 +125,7 @@ def features(visual: Any, pixels: np.ndarray, symmetry: int = 0) -> torch.Tensor
 
 @dataclass(frozen=True)
 class StageResult:
-    """Result of a stage of pretraining: steps, seconds, and SRCC of the scores on the validation crops."""
+    """Result of a pretraining stage: steps, seconds, SRCC of the scores on validation crops."""
 
     steps: int
     seconds: float
@@ -133,7 +133,7 @@ class StageResult:
 
 
 def timed_steps(optimiser: torch.optim.Optimizer, lr: float, minutes: float) -> Iterator[int]:
-    """Yield step numbers until `minutes` are over, with the learning rate set: 100 steps of warm-up, then a cosine."""
+    """Yield steps for `minutes`, setting the learning rate: 100 steps of warm-up, then cosine."""
     begun = time.monotonic()
     for step in itertools.count():
         done = (time.monotonic() - begun) / (60 * minutes)
@@ -154,14 +154,14 @@ def update(optimiser: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 
 
 def _moving_average(average: torch.Tensor, value: torch.Tensor, n: torch.Tensor | int) -> torch.Tensor:
-    """Exponential moving average of decay 0.998, which forgets faster in the first steps."""
+    """Compute an exponential moving average of decay 0.998 that forgets faster in first steps."""
     return average.lerp(value, 1 - min(0.998, (1 + int(n)) / (10 + int(n))))
 
 
 def train_tower(
     model: Any, train: dict[Task, CropSet], validation: dict[Task, CropSet], minutes: float, seed: int
 ) -> StageResult:
-    """Train `model.model.visual` in place; it ends with the exponential moving average of its weights."""
+    """Train `model.model.visual` in place; its final weights are an exponential moving average."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
     visual = model.model.visual
