@@ -71,7 +71,7 @@ def load_photo(photo: Photo) -> Image.Image:
 
 @dataclass(frozen=True)
 class Scene:
-    """`pixels` (112, 112, 3) float32 0-255; `box`: subject (x0, y0, x1, y1) in [0, 1], or None."""
+    """`pixels` (112, 112, 3) float32 0-255; `box` x0, y0, x1, y1 in [0, 1], None if not visible."""
 
     pixels: np.ndarray
     photo: Photo
