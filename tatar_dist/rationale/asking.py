@@ -99,7 +99,7 @@ class Asking(Asker):
         return row, await loop.run_in_executor(self._encoders, picture, sample.image, pixels, row.sample_id)
 
     async def _ask(self, entry: LedgerEntry, row: QuestionRow, image: Picture | None) -> None:
-        """Ask once about a row; record the answer or failure. Raises Stopped, or what ends the run."""
+        """Ask once about a row; record the answer or failure. Raises Stopped or a run-ending error."""
         request = self.question.request(row, len(entry.answers))
         key = {"sample_id": row.sample_id, "attempt": request.attempt}
         endpoint = self._endpoints[request.kind.endpoint.url, request.kind.endpoint.api_key_env]

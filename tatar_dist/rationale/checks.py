@@ -158,7 +158,7 @@ def check_text(
     config: RationaleConfig,
     wording: Wording,
 ) -> list[Reason]:
-    """Return reasons to reject a text from `without_reasoning`; stop if it is empty or too long.
+    """Return reasons to reject a `without_reasoning` text; stop early if empty or too long.
 
     Args:
         finish: "stop" when the teacher ended by itself, "length" when the token limit cut the text off.

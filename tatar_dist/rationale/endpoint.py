@@ -44,7 +44,7 @@ class Stopped(Exception):
 
 
 def tokens_bound(request: Request, picture: Picture | None) -> int:
-    """Bound the prompt's tokens: at most one a byte, 64 for the chat template, the picture's."""
+    """Bound the prompt's tokens: at most one per byte, 64 for the chat template, the picture's."""
     return len(request.system.encode()) + len(request.user.encode()) + 64 + (picture.tokens if picture else 0)
 
 
@@ -80,7 +80,7 @@ def key_of(kind: Kind) -> str | None:
 
 
 def limiter(per_minute: float) -> AsyncLimiter | None:
-    """Return a limiter, None for 0. Burst plus steady rate is within `per_minute` in any minute."""
+    """Return a limiter, None for 0. Burst and steady rate stay in `per_minute` for any minute."""
     if not per_minute:
         return None
     per_window = per_minute * WINDOW_S / (60 + WINDOW_S)
@@ -229,7 +229,7 @@ class Endpoint:
             raise Stopped
 
     async def _turn(self, bound: int) -> None:
-        """Wait for the shared pause, then the rate limits; a turn before a pause adds to the burst."""
+        """Wait for the shared pause, then the rate limits: an earlier turn would add to the burst."""
         while True:
             await self._sleep(self._resume_at - time.monotonic())
             await self._acquire(self._tokens, bound)

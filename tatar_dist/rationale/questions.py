@@ -34,7 +34,7 @@ LOWEST, HIGHEST = 1, 5
 
 @dataclass(frozen=True)
 class QuestionRow:
-    """Columns of a manifest row that a question needs, without the image. `number`: row from 0."""
+    """Columns of a manifest row that a question needs, without image. `number`: index from 0."""
 
     number: int
     sample_id: str
@@ -85,7 +85,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome: accept the sample, again (reject the answer, allow another), reject the sample."""
+    """Verdict: accept or reject the sample, or again (reject the answer, allow another attempt)."""
 
     verdict: Literal["accept", "again", "reject"]
     reasons: tuple[Reason, ...] = ()
@@ -129,7 +129,7 @@ class Question(ABC):
         return Request(kind, row.sample_id, attempt, texts.system, Template(texts.user).substitute(blanks), seed)
 
     def settings(self, tasks: set[Task]) -> dict[str, Any]:
-        """Return all settings that change requests, flat; a journal with others is not continued."""
+        """Return the settings that change requests as a flat dict; a journal of others is refused."""
         settings: dict[str, Any] = {"command": f"rationale {self.name}", "seed": self.config.seed}
         for kind in (self.kinds[task] for task in tasks):
             values = {k: getattr(kind.sampling, k) for k in ("temperature", "top_p", "max_tokens", "reasoning_tokens")}
@@ -212,7 +212,7 @@ class Build(Question):
 
 
 def marks_schema(task: Task) -> dict[str, Any]:
-    """Return the answer's JSON schema, strict as OpenAI's and vLLM's structured outputs want it."""
+    """Return the answer's JSON schema, strict as OpenAI's and vLLM's structured outputs require."""
     mark = {"type": "integer", "enum": list(range(LOWEST, HIGHEST + 1))}
     return {
         "type": "object",

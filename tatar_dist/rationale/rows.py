@@ -126,7 +126,7 @@ class Asker(ABC):
         """Ask until every row is settled or the user stops. Returns whether the budget ended it."""
 
     def reject_unreadable(self, entry: LedgerEntry, problem: str) -> None:
-        """Reject a row whose image is unreadable. Raises UserError if the first `IMAGES_TRIED` are."""
+        """Reject a row with unreadable image. Raises UserError if the first `IMAGES_TRIED` all are."""
         self.ledger.reject(entry, Reason("image-unreadable", problem))
         first = [reason.code for entry in self.ledger.entries[:IMAGES_TRIED] for reason in entry.before]
         if first == ["image-unreadable"] * IMAGES_TRIED:
@@ -146,7 +146,7 @@ class Picture:
 
 
 def picture(data: bytes, max_pixels: int, where: str) -> Picture:
-    """Encode an image for a request. Raises UnreadableImage, naming `where`, if it is damaged."""
+    """Encode an image for a request. Raises UnreadableImage, naming `where`, if undecodable."""
     decoded = decode_image(data, where)  # always: a teacher must not be asked about an image that training cannot read
     mime = next((m for magic, m in SENT_AS_IS.items() if data.startswith(magic)), None)
     with Image.open(io.BytesIO(data)) as image:

@@ -116,7 +116,7 @@ def _check_blanks(text: str, question: str, where: str) -> None:
 
 
 def load_wording(path: str | Path) -> Wording:
-    """Read the file. Raises UserError: no file, broken YAML, a missing, unknown or wrong key."""
+    """Read the YAML. Raises UserError: no file, broken YAML, a missing, unknown or wrong key."""
     wording: Wording = validated(Wording, read_yaml(locate(path), "wording file"), f"{path}")
     for question, texts in wording.texts.items():
         _check_blanks(texts.user, question, f"{path}: {question}.user")
