@@ -1,4 +1,4 @@
-"""Inline SVG charts, pure functions: curves and bars over steps, squares of predicted scores
+"""Inline SVG charts, pure functions: curves, bars over steps, squares of predicted scores.
 
 Colours are CSS variables of the page (`--iqa`, `--iaa`, `--ink`, `--muted`, ...), so one chart serves light and dark
 themes. All text is escaped here. A drawing over steps is 360 units wide, about its width on a phone and in the page's

@@ -155,7 +155,7 @@ def panels(entrants: Sequence[Entrant], table: Curves) -> list[Panel]:
 
 
 def datasets(entrants: Sequence[Entrant]) -> dict[str, str]:
-    """Return the task of every data set with held-out scores, quality before aesthetics."""
+    """Return the task by data set with held-out scores of any run, quality before aesthetics."""
     tasks: dict[str, str] = {}
     for e in entrants:
         tasks |= {d: e.run.task(d) for d in e.run.datasets}
