@@ -129,7 +129,7 @@ def batches_by_pixels(
 def batches(
     samples: Iterable[Sample], size: int, prompt: Callable[[Sample], Prompt], done: Callable[[Sample], bool]
 ) -> Iterator[list[Prompt]]:
-    """Yield prompts by engine call: `size` samples, fewer if large; skip calls answered in full."""
+    """Yield prompts by call: `size` samples, fewer if images are large; skip answered calls."""
     for call in batches_by_pixels(samples, size, _pixels):
         if not all(map(done, call)):
             yield [prompt(s) for s in call]

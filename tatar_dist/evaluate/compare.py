@@ -35,7 +35,7 @@ Row = dict[str, Any]  # of predictions.parquet
 def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> dict[str, Any]:
     """Return {"before", "after", "rounds", "datasets": {NAME: {n, only_*, srcc, plcc, ...}}}.
 
-    only_*: only_before, only_after. Each statistic: before, after, difference, ci95, p, reason (why a value is missing).
+    only_*: only_before, only_after. Each statistic has before, after, difference, ci95, p and reason (of a None).
 
     Raises:
         UserError: no predictions in a directory, none in common, different targets for a sample, or `rounds` below 1.
