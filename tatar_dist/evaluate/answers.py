@@ -1,4 +1,4 @@
-"""Journal of an evaluation's answers, written as engine calls return, so that no sample is asked twice.
+"""Journal of an evaluation's answers, written as engine calls return; no sample asked twice.
 
 Takes a lazy stream of samples and an engine pool; keeps completions per sample and kind (`greedy`, `sampled`). Samples
 are assigned to calls by their position among all samples, answered or not, and a call is run as a whole or not at all.
@@ -68,12 +68,12 @@ class AnswerJournal(Journal):
         return sum(k == kind for k, _ in self._lines)
 
     def has(self, kind: str, sample: Sample) -> bool:
-        """Whether this sample was answered with the same image bytes; the file may have been replaced since."""
+        """Return whether the sample was answered with these image bytes; its file may have changed."""
         line = self._lines.get((kind, key_of(sample)))
         return line is not None and line["image"] == _digest(sample)
 
     def get(self, kind: str, sample: Sample) -> tuple[Completion, ...]:
-        """Return the completions of an answered sample. Raises KeyError for a sample without an answer.
+        """Return the completions of an answered sample. Raises KeyError for an unanswered one.
         Only the number of tokens and the sum of log-probabilities are kept: all token ids are 0."""
         return tuple(
             Completion(
@@ -109,7 +109,7 @@ class AnswerJournal(Journal):
 def batches_by_pixels(
     items: Iterable[T], size: int, pixels: Callable[[T], int], most: int = MOST_PIXELS
 ) -> Iterator[list[T]]:
-    """Yield lists of at most `size` items and `most` pixels in total; a larger item is yielded alone.
+    """Yield lists of at most `size` items and `most` pixels in total, a larger item by itself.
 
     An engine decodes all images of a call before it starts, at 4 bytes per pixel, and vLLM keeps the processed inputs.
     """
@@ -129,7 +129,7 @@ def batches_by_pixels(
 def batches(
     samples: Iterable[Sample], size: int, prompt: Callable[[Sample], Prompt], done: Callable[[Sample], bool]
 ) -> Iterator[list[Prompt]]:
-    """Yield prompts by engine call: `size` samples, fewer if images are large; skips calls answered in full."""
+    """Yield prompts by call: `size` samples, fewer if images are large; skip answered calls."""
     for call in batches_by_pixels(samples, size, _pixels):
         if not all(map(done, call)):
             yield [prompt(s) for s in call]
@@ -141,7 +141,7 @@ def _pixels(sample: Sample) -> int:
 
 
 def distinct(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """Yield the samples. Raises UserError for a duplicate key, since one answer would count for both."""
+    """Yield the samples. Raises UserError for a repeated key: one answer would count for both."""
     seen: set[str] = set()
     for sample in samples:
         if (key := key_of(sample)) in seen:

@@ -1,4 +1,4 @@
-"""`tatar-dist metrics FILE [--json] [--bootstrap N]`: agreement with opinion scores by data set, from a file.
+"""`tatar-dist metrics FILE [--json] [--bootstrap N]`: agreement with opinions by data set.
 
 The file holds JSON lines `{dataset, task, target, prediction}` or `{dataset, task, target, completion}`, or Parquet
 with these columns. A prediction of null or NaN is an unparsed output; `finish_reason: length` or `truncated: true`

@@ -35,7 +35,7 @@ class Interval:
 
 
 def resamples(cluster: np.ndarray, rounds: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield the row indices of each resample. cluster: (n,) labels; rows of one label are drawn together."""
+    """Yield row indices of each resample. cluster: (n,) labels; rows of a label drawn together."""
     rng = np.random.default_rng(seed)
     _, label, sizes = np.unique(cluster, return_inverse=True, return_counts=True)
     by_cluster = np.argsort(label, kind="stable")
@@ -56,7 +56,7 @@ def intervals(
     rounds: int = 1000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float] | None]:
-    """Return the percentile interval of each statistic; None where undefined or with fewer than two clusters.
+    """Return each statistic's percentile interval; None if undefined or fewer than two clusters.
 
     target, prediction: (n,) float64 without NaN. cluster: (n,) labels to resample as a whole; None: by row.
     """
@@ -90,7 +90,7 @@ def _bootstrap(value: Callable[[np.ndarray], float], cluster: np.ndarray, rounds
 def paired_mean_difference(
     before: np.ndarray, after: np.ndarray, cluster: np.ndarray, *, rounds: int = 2000, seed: int = 0
 ) -> Interval:
-    """Bootstrap the 95 % interval of mean(after - before), drawing whole clusters; seeds are averaged first.
+    """Bootstrap the 95 % interval of mean(after - before) by cluster; seeds are averaged first.
 
     Args:
         before, after: (n,) or (S, n), S seeds: finite values of a reward term for the same rows (and seeds).
@@ -114,7 +114,7 @@ def paired_difference(
     rounds: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Interval of the statistic with `after` minus that with `before`, resampled by cluster.
+    """Bootstrap the statistic with `after` minus that with `before`, resampling by cluster.
 
     With seeds as first axis, the difference is averaged over seeds. All seeds share each resample, so that effects
     common to the photographs are not averaged away. Unparsed predictions (NaN) count as the midpoint 50, so that before

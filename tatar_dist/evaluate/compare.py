@@ -33,9 +33,9 @@ Row = dict[str, Any]  # of predictions.parquet
 
 
 def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> dict[str, Any]:
-    """Return {"before", "after", "rounds", "datasets": {NAME: {n, only_before, only_after, srcc, plcc, ...}}}.
+    """Return {"before", "after", "rounds", "datasets": {NAME: {n, only_*, srcc, plcc, ...}}}.
 
-    Each statistic has before, after, difference, ci95, p and reason (why a value is missing).
+    only_*: only_before, only_after. Each statistic has before, after, difference, ci95, p and reason (of a None).
 
     Raises:
         UserError: no predictions in a directory, none in common, different targets for a sample, or `rounds` below 1.
@@ -86,7 +86,7 @@ def _read(directory: Path) -> dict[tuple[str, str, str], Row]:
 def compare_rows(
     statistic: Statistic, pairs: Sequence[tuple[Row, Row]], rounds: int = ROUNDS, seed: int = 0
 ) -> dict[str, Any]:
-    """Compare prediction rows of two models for the same samples, resampled by source photograph where it is known.
+    """Compare two models' predictions of the same samples, resampled by photograph if known.
 
     Returns before, after, difference, ci95 and p, None where undefined, and reason: why.
     """

@@ -1,4 +1,4 @@
-"""Agreement of predicted scores with mean opinion scores: SRCC, PLCC, KRCC, fitted PLCC, RMSE, MAE.
+"""Agreement with mean opinion scores: SRCC, PLCC, KRCC, fitted PLCC, RMSE and MAE.
 
 Pure functions on float64 arrays. Ties get average ranks. Predictions are clamped to 0-100 and never rescaled. Unparsed
 outputs are always reported: n and n_parsed accompany every value, and the result names the policy for them. An
@@ -59,7 +59,7 @@ def set_names(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
 
 
 def usable(target: ArrayLike, prediction: ArrayLike, unparsed: str = "drop") -> tuple[np.ndarray, np.ndarray]:
-    """Return (target, prediction), predictions clamped to 0-100 and unparsed (NaN) dropped or set to the midpoint 50.
+    """Return (target, prediction clamped to 0-100); unparsed rows (NaN) dropped or set to 50.
 
     Raises UserError for an unknown policy.
     """
@@ -143,7 +143,7 @@ def _undefined(target: np.ndarray, prediction: np.ndarray) -> str | None:
 
 
 def plcc(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Pearson's r; NaN if either is constant."""
+    """Return Pearson's r; NaN if either is constant."""
     if np.ptp(target) == 0 or np.ptp(prediction) == 0:
         return math.nan
     t, p = target - target.mean(), prediction - prediction.mean()
@@ -151,21 +151,21 @@ def plcc(target: np.ndarray, prediction: np.ndarray) -> float:
 
 
 def srcc(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Spearman's rho: Pearson's r of scipy's average ranks; NaN if either is constant."""
+    """Return Spearman's rho, Pearson's r of scipy's average ranks; NaN if either is constant."""
     from scipy.stats import rankdata
 
     return plcc(rankdata(target), rankdata(prediction))
 
 
 def krcc(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Kendall's tau-b; NaN if either is constant."""
+    """Return Kendall's tau-b; NaN if either is constant."""
     from scipy.stats import kendalltau
 
     return float(kendalltau(prediction, target).statistic)
 
 
 def spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation (n - 1) in points of the parsed sampled scores; None with too few."""
+    """Return mean and standard deviation (n - 1) in points of parsed scores; None with too few."""
     parsed = np.array([v for v in values if v is not None], np.float64)
     return (
         float(parsed.mean()) if len(parsed) else None,
@@ -174,16 +174,16 @@ def spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
 
 
 def plcc_fitted(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Pearson's r after `logistic_map` of the predictions; NaN where there is none."""
+    """Return Pearson's r after `logistic_map` of the predictions; NaN where there is none."""
     curve = logistic_map(target, prediction)
     return math.nan if curve is None else plcc(target, curve(prediction))
 
 
 def logistic_map(target: np.ndarray, prediction: np.ndarray) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Fit the monotone logistic map from predictions to targets, (n,) float64 in points, by least squares (VQEG).
+    """Fit the monotone logistic map (VQEG) from predictions to targets by least squares.
 
-    The map is low + (high - low) / (1 + exp(-(x - c) / s)) with high >= low and s > 0: a free sign would reward a
-    predictor of reversed order. None for fewer than MIN_FIT points, for a constant side and where the best map is flat.
+    Both are (n,) float64 in points. The map is low + (high - low) / (1 + exp(-(x - c) / s)) with high >= low and s > 0:
+    a free sign would reward reversed order. None for fewer than MIN_FIT points, a constant side or a flat best map.
     """
     if len(target) < MIN_FIT or np.ptp(target) == 0 or np.ptp(prediction) == 0:
         return None

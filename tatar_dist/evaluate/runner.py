@@ -1,4 +1,4 @@
-"""Evaluate a model on the engine pool: greedy answers for SRCC and PLCC, optional samples and expected scores.
+"""Evaluate a model on the engine pool: greedy answers, optional samples and expected scores.
 
 Reads `model.path` and `data.test`. Writes `answers.jsonl` (the journal; after a kill the same command resumes),
 `predictions.parquet`, `metrics.json` and `table.{md,tex,csv}`. Metrics always come with n, n_parsed and n_truncated.
@@ -52,7 +52,7 @@ REWARD_STEP = 1 << 20  # the step that enters the seeds of sampled evaluation; n
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Evaluate `model.path` on `data.test` and return the content of metrics.json. Resumes from `output`."""
+    """Evaluate `model.path` on `data.test`, resuming `output`; return metrics.json's content."""
     texts = PromptTexts(config)
     with (  # the journal first: other settings are refused before anything of the run is touched
         AnswerJournal(Path(config.output) / "answers.jsonl", _settings(config, texts)) as answers,
@@ -71,7 +71,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _settings(config: Config, texts: PromptTexts) -> dict[str, Any]:
-    """Return the settings that determine an answer: the journal refuses answers made under others."""
+    """Return the settings that determine an answer; the journal refuses answers under others."""
     m, e = config.model, config.evaluate
     sampled = {"samples": e.samples, "temperature": config.rollout.temperature, "seed": e.seed} if e.samples else None
     return {
@@ -122,7 +122,7 @@ class Evaluation:
     # -- asking ------------------------------------------------------------------------------------------------------
 
     def _ask_all(self, progress: Progress) -> tuple[int, float]:
-        """Generate all kinds of answers; return the number of generated tokens and the seconds taken."""
+        """Generate all kinds of answers; return the number of generated tokens and seconds taken."""
         tokens, done, began = 0, 0, time.perf_counter()
         with ExitStack() as stack:
             pool: RolloutPool | None = None
@@ -257,7 +257,7 @@ def by_dataset(
     unparsed: str = "drop",
     bootstrap: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Return data set -> metrics of `column` of the prediction rows. missing: unusable samples by (data set, task).
+    """Return data set -> metrics of `column`. missing: unusable samples by (data set, task).
 
     Intervals are resampled by source photograph if all rows of a set name one.
     """

@@ -1,4 +1,4 @@
-"""Results of an evaluation: averages over data sets, slices, and the table as Markdown, LaTeX, CSV and text.
+"""Results of an evaluation: averages, slices, and its table as Markdown, LaTeX, CSV, text.
 
 An average is the plain mean over data sets, as papers of this field report it; a data set without a value is excluded
 and listed. The counts n and parsed accompany the correlations, because a correlation over half of the answers is not
@@ -36,7 +36,7 @@ VARIANTS = {"expected": "expected score", "sample_mean": "mean of samples"}
 
 
 def averages(metrics: Mapping[str, Mapping[str, Any]], in_domain: Sequence[str] | None) -> dict[str, dict[str, Any]]:
-    """Return task -> {"in_domain", "cross_domain", "all"} -> {srcc, plcc, datasets, without}; empty groups are absent.
+    """Return task -> non-empty in_domain, cross_domain, all -> {srcc, plcc, datasets, without}.
 
     Args:
         metrics: by data set, each with its `task`.
@@ -70,7 +70,7 @@ def _mean(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def slices(
     rows: Sequence[Mapping[str, Any]], keys: Sequence[str], unparsed: str = "drop"
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return data set -> "KEY=VALUE" -> metrics, by members of `meta` (distortion, style) and by target range.
+    """Return data set -> "KEY=VALUE" -> metrics, by `meta` (distortion, style) and target range.
 
     Slices of fewer than `LEAST` rows are omitted. A row whose value is a list counts in the slice of each member.
     """
@@ -111,7 +111,7 @@ def _name(member: Any) -> str | None:
 
 
 def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
-    """Return rows of cells under COLUMNS: "" where a column does not apply, "—" for an undefined value."""
+    """Return cells under COLUMNS: "" where a column does not apply, "—" for an undefined value."""
     rows = []
     averages = result.get("averages", {})
     for task in (*averages, None):
@@ -138,7 +138,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def published_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Return [METHOD, "PLCC / SRCC" per evaluated set] from configs/published.yaml; the first row is the header."""
+    """Return header, then [METHOD, "PLCC / SRCC" per evaluated set] from configs/published.yaml."""
     published: dict[str, Any] = yaml.safe_load((CONFIGS / "published.yaml").read_text())
     names = [n for n in result["datasets"] if any(n in sets for sets in published.values())]
     if not names:
@@ -229,7 +229,7 @@ def show(result: Mapping[str, Any], published: bool = False) -> None:
 def print_table(
     title: str, head: Sequence[str], rows: Iterable[tuple[bool, Sequence[str]]], notes: Iterable[str] = ()
 ) -> None:
-    """Print rows of (whether bold, cells) with a rich table, its first column left-aligned, and notes below."""
+    """Print rows of (whether bold, cells) as a rich table, first column left-aligned, and notes."""
     table = Table(title=escape(title), title_justify="left")
     for i, name in enumerate(head):
         table.add_column(name, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")

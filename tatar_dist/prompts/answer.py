@@ -45,7 +45,7 @@ _END_OF_TURN = "<|im_end|>"
 
 @dataclass(frozen=True)
 class Parsed:
-    """Score of a completion. `value` is the raw number, None if the text does not parse (`reason` states why)."""
+    """Score of a completion. value: raw number, None if it does not parse (`reason` states why)."""
 
     value: float | None
     out_of_range: bool = False
@@ -125,7 +125,7 @@ def clamped(value: float | None) -> float | None:
 
 
 def answer_start(text: str) -> tuple[int, str] | None:
-    """Return (offset of the answer's number in `text`, the number as written), None for a text that does not parse."""
+    """Return (offset of the answer's number in `text`, number as written), None if unparsed."""
     if parse(text).value is None:
         return None
     tag = next(t for t in _ANSWER_TAG.finditer(text) if not t.group(1))  # strict: the only one
@@ -161,7 +161,7 @@ def think_words(text: str) -> int:
 
 
 def answer_text(rationale: str | None, score: float) -> str:
-    """Return the target `<think>…</think><answer>57.30</answer>`, two decimals; no think block without a rationale.
+    """Return the target `<think>…</think><answer>57.30</answer>`; think only with a rationale.
 
     Raises:
         UserError: a score that is not in 0-100, or a rationale that holds a tag of the format.
@@ -198,23 +198,23 @@ class Prompts:
 
     @staticmethod
     def load(path: str | Path) -> Prompts:
-        """Read `configs/prompts.yaml`. Raises UserError for a missing file, a missing or an unknown key."""
+        """Read `configs/prompts.yaml`. Raises UserError for no file, a missing or an unknown key."""
         texts: _PromptFile = validated(_PromptFile, read_yaml(locate(path), "prompt file"), f"{path}")
         return Prompts(texts.system, asdict(texts.user))
 
     def to_yaml(self) -> str:
-        """Return the texts as a file that `load` reads, without comments; any YAML library can read it."""
+        """Return the texts as YAML that `load` and any YAML library can read, without comments."""
         import yaml
 
         return yaml.safe_dump({"system": self.system, "user": self.user}, allow_unicode=True, sort_keys=False)
 
     def messages(self, task: Task) -> list[dict[str, Any]]:
-        """Return the chat messages of one prompt; the image stands before the user text, as `{"type": "image"}`."""
+        """Return a prompt's chat messages; the image, `{"type": "image"}`, precedes the user text."""
         return [
             {"role": "system", "content": [{"type": "text", "text": self.system}]},
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.user[task]}]},
         ]
 
     def render(self, task: Task, chat_template_fn: Callable[[list[dict[str, Any]]], str]) -> str:
-        """Return the prompt text that `chat_template_fn` makes of the messages (a processor's chat template)."""
+        """Return the prompt that `chat_template_fn` (a processor's template) makes of the messages."""
         return chat_template_fn(self.messages(task))

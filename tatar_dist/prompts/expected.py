@@ -1,4 +1,4 @@
-"""Compute the expected score over the numbers that the model might have written in its answer.
+"""Compute the expected score over the numbers that a model might have written as its answer.
 
 `expected_scores` takes completions and a function that returns the model's probabilities of the next symbol after a
 text, among those that the grammar allows there (constrained decoding). It returns mean and standard deviation over

@@ -16,7 +16,7 @@ from tatar_dist.types import Task
 
 
 class PromptTexts:
-    """Prompts for the model of `config`: `text[task]`, `tokens[task]` (without the image); `backbone`, `wording`."""
+    """Prompts for `config`'s model. text, tokens (without image): by task; backbone, wording."""
 
     def __init__(self, config: Config) -> None:
         backbone_class = family(config.model.family)
@@ -32,13 +32,13 @@ class PromptTexts:
         return self.backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def longest(self, answer: int) -> int:
-        """Return the tokens of the longest prompt, with an image of the largest size, plus `answer` tokens."""
+        """Return the tokens of the longest prompt with the largest image, plus `answer` tokens."""
         p = self.backbone.processor.image_processor
         image = self.backbone.config.max_pixels // (p.patch_size * p.merge_size) ** 2
         return max(self.tokens.values()) + image + answer
 
     def tokens_with(self, size: tuple[int, int], task: Task) -> int | str:
-        """Return the tokens of the prompt with an upright image of (width, height), or why it cannot be used."""
+        """Return the prompt's tokens with an upright (width, height) image, or why it is unusable."""
         try:
             tokens = self.tokens[task] + self.backbone.image_tokens(*size)
         except ValueError as e:  # more than 200 times as wide as high, or the reverse

@@ -1,4 +1,4 @@
-"""Turn samples into rendered prompts and training rows; quarantine samples that cannot be used.
+"""Turn samples into prompts and training rows; quarantine samples that cannot be used.
 
 A sample whose image cannot be read, whose prompt is too long, or that has no supervised target where one is needed, is
 quarantined once, replaced by the next of its data set, and never drawn again. Nothing is truncated. Runs in the
@@ -31,7 +31,7 @@ WINDOW = 64  # held-out rows that are read and checked at a time
 
 
 def read_manifests(data: DataConfig, split: str) -> list[Manifest]:
-    """Read the manifests of data.SPLIT, relative paths below data.root, each with its rows of that split.
+    """Read the manifests of data.SPLIT, paths below data.root, each with its rows of that split.
 
     A manifest that holds only one other split is accepted for validation and test, with a note on stderr: metrics of
     training data may be wanted. Raises UserError without a manifest, or for any other with no row of the split.
@@ -108,9 +108,9 @@ class PromptSource:
         supervised: bool = False,
         known: Callable[[Sample], bool] = lambda sample: False,
     ) -> Iterator[Sample]:
-        """Yield the first usable `per_dataset` samples of each data set (None: all), pool by pool in manifest order.
+        """Yield each data set's first `per_dataset` usable samples (None: all), in manifest order.
 
-        Rows are read lazily; a sample for which `known` is true counts as usable without a check of its image.
+        Rows are read lazily, pool by pool; a sample with `known` true counts as usable without a check of its image.
         """
         taken: Counter[str] = Counter()
         for manifest, pool in ((m, p) for m in manifests for p in m.pools):
@@ -134,7 +134,7 @@ class PromptSource:
         supervised: bool,
         known: Callable[[Sample], bool] = lambda sample: False,
     ) -> list[Sample | str]:
-        """Return the samples that `get` reads at these places, or for each that cannot be used the reason."""
+        """Return the samples that `get` reads at these places, or the reason why one cannot be used."""
 
         def read(place: Ref | int) -> Sample | str:
             try:
@@ -152,7 +152,7 @@ class PromptSource:
             return list(threads.map(check, samples))
 
     def held_out_prompts(self) -> list[Prompt]:
-        """Return prompts of `data.eval_limit` validation samples of each data set; none without a manifest."""
+        """Return prompts of `data.eval_limit` validation samples per data set; [] if no manifest."""
         if not self.config.data.validation:
             return []
         manifests = read_manifests(self.config.data, "validation")
@@ -168,7 +168,7 @@ class PromptSource:
         return [self.prompt(s, f"{step:06d}/{s.dataset}/{s.sample_id}") for s in samples]
 
     def more(self, like: Sequence[Prompt], asked: Sequence[Prompt], sampler: PromptSampler, step: int) -> list[Prompt]:
-        """Draw a prompt from the data set of each of `like`, none asked before in this step; fewer if none is left."""
+        """Draw a prompt of the data set of each of `like`, none in `asked`; fewer if none is left."""
         avoid = {(p.sample.dataset, p.sample.sample_id) for p in asked}
         prompts: list[Prompt] = []
         for prompt in like:
@@ -185,7 +185,7 @@ class PromptSource:
         return prompts
 
     def sft_row(self, sample: Sample) -> LearnerRow:
-        """Return the supervised row of a sample: its rationale, its score with two decimals, the end-of-turn token."""
+        """Return a sample's supervised row: rationale, score with two decimals, end-of-turn token."""
         answer = answer_text(sample.rationale, sample.score)
         ids = self.backbone.tokenizer(answer, add_special_tokens=False)["input_ids"]
         return LearnerRow(

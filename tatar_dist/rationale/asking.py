@@ -27,7 +27,7 @@ POLL_S = 0.1  # how soon a signal is seen
 
 
 class Asking(Asker):
-    """One run against endpoints. `progress` is called and `stopping` polled about every `POLL_S` seconds."""
+    """One run against endpoints. Calls `progress` and `stopping` about every `POLL_S` seconds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,7 +37,7 @@ class Asking(Asker):
         self._bound_factor = 1.0  # of prompt tokens: the most that an endpoint counted over our bound
 
     def run(self) -> bool:
-        """Ask the open rows; return whether the budget is spent. Raises UserError, RunError: unusable endpoint."""
+        """Ask about open rows; return `budget_spent`. Raises UserError, RunError: unusable endpoint."""
         asyncio.run(self._run())
         return self.budget_spent
 
@@ -62,7 +62,7 @@ class Asking(Asker):
                     await endpoint.close()
 
     async def _until_done(self, pending: set[asyncio.Task[None]]) -> None:
-        """Wait for the slots; after an error or stop, wait up to `stop_wait_s` for answers in flight: they are paid."""
+        """Wait for the slots; after an error or stop, up to `stop_wait_s` for answers already paid."""
         deadline = math.inf
         error: BaseException | None = None
         while pending and time.monotonic() < deadline:
@@ -88,7 +88,7 @@ class Asking(Asker):
                     await self._ask(entry, row, image)
 
     async def _prepare(self, entry: LedgerEntry) -> tuple[QuestionRow, Picture | None]:
-        """Read a row and encode its image. Raises UnreadableImage, and Stopped when the run is being stopped."""
+        """Read a row and encode its image. Raises UnreadableImage, or Stopped once the run stops."""
         if self._stop.is_set():
             raise Stopped
         loop, kind = asyncio.get_running_loop(), self.question.kinds[entry.task]
@@ -99,7 +99,7 @@ class Asking(Asker):
         return row, await loop.run_in_executor(self._encoders, picture, sample.image, pixels, row.sample_id)
 
     async def _ask(self, entry: LedgerEntry, row: QuestionRow, image: Picture | None) -> None:
-        """Ask once about a row; record its answer, or why there is none. Raises Stopped and errors that end the run."""
+        """Ask once about a row; record the answer or failure. Raises Stopped or a run-ending error."""
         request = self.question.request(row, len(entry.answers))
         key = {"sample_id": row.sample_id, "attempt": request.attempt}
         endpoint = self._endpoints[request.kind.endpoint.url, request.kind.endpoint.api_key_env]

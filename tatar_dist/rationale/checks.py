@@ -57,7 +57,7 @@ _DASHES = str.maketrans({c: "-" for c in "\u2010\u2011\u2012\u2013\u2014\u2212\u
 
 
 def number_leak(text: str, score: float, wording: Wording) -> str | None:
-    """Return the first numeral of any script, number phrase or number word that reveals the score, or None."""
+    """Return the first numeral (any script), number phrase or word that tells the score, if any."""
     folded = unicodedata.normalize("NFKC", text)
     for character in folded:
         if unicodedata.numeric(character, None) is not None:
@@ -73,7 +73,7 @@ def number_leak(text: str, score: float, wording: Wording) -> str | None:
 
 
 def attributes_in_order(text: str, patterns: Iterable[re.Pattern[str]]) -> tuple[int, int]:
-    """Return (number of attributes mentioned, longest chain of mentions in the order of `patterns`)."""
+    """Return the counts (attributes mentioned, longest chain of mentions in `patterns` order)."""
     words = plain(text)
     mentions = sorted((m.start(), m.end(), a) for a, pattern in enumerate(patterns) for m in pattern.finditer(words))
     chains: list[int] = []  # longest chain that ends with each mention
@@ -111,13 +111,13 @@ _STOP = re.compile(r"([.!?]+)[\"'\u201d\u2019)\]]*(?=\s|$)")
 
 
 def _ends(word: str, after: str) -> bool:
-    """Whether a full stop after `word` ends a sentence that `after` follows."""
+    """Return whether a full stop after `word` ends a sentence that `after` follows."""
     must_follow = (follow for before, follow in _BEFORE_STOP if before.fullmatch(word))
     return all(follow.match(after) for follow in must_follow)
 
 
 def sentences(text: str) -> list[str]:
-    """Split an English text into sentences. "e.g.", "the U.S. dome" and "..." in mid-sentence do not end one."""
+    """Split English text into sentences. "e.g.", "U.S." and mid-sentence "..." do not end one."""
     parts, start = [], 0
     for stop in _STOP.finditer(text):
         after = text[stop.end() :].lstrip()
@@ -158,7 +158,7 @@ def check_text(
     config: RationaleConfig,
     wording: Wording,
 ) -> list[Reason]:
-    """Reasons to reject a text from which reasoning was removed; empty if accepted. Stops early if empty or too long.
+    """Return reasons to reject a `without_reasoning` text; stop early if empty or too long.
 
     Args:
         finish: "stop" when the teacher ended by itself, "length" when the token limit cut the text off.

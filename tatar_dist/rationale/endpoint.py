@@ -1,8 +1,8 @@
-"""Client for an OpenAI-compatible endpoint: one `openai.AsyncOpenAI`, with rate limits, retries and redaction.
+"""Client for an OpenAI-compatible endpoint, with rate limits, retries and redaction.
 
-The library sends one try; retries are made here, because a lost try is booked against the token budget before the next,
-and a 429 pauses all slots together for its Retry-After. Errors such as missing access end the run. The key comes from
-the environment variable that the settings name and is sent in one header; `OPENAI_*` variables have no effect.
+The library, one `openai.AsyncOpenAI`, sends one try. Retries are made here, because a lost try is booked on the token
+budget before the next, and a 429 pauses all slots for its Retry-After. Errors such as missing access end the run. The
+key comes from the environment variable in the settings and is sent in one header; `OPENAI_*` variables have no effect.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Stopped(Exception):
 
 
 def tokens_bound(request: Request, picture: Picture | None) -> int:
-    """Upper bound of the prompt's tokens: a byte is at most a token; 64 for the chat template; the picture's."""
+    """Bound the prompt's tokens: at most one per byte, 64 for the chat template, the picture's."""
     return len(request.system.encode()) + len(request.user.encode()) + 64 + (picture.tokens if picture else 0)
 
 
@@ -68,7 +68,7 @@ def body_of(request: Request, picture: Picture | None) -> dict[str, Any]:
 
 
 def key_of(kind: Kind) -> str | None:
-    """The API key from the environment. Raises UserError if the variable is unset or not a valid header value."""
+    """Return the API key in the environment. Raises UserError if unset or no valid header value."""
     name = kind.endpoint.api_key_env
     if not name:
         return None
@@ -80,7 +80,7 @@ def key_of(kind: Kind) -> str | None:
 
 
 def limiter(per_minute: float) -> AsyncLimiter | None:
-    """Rate limiter, or None for 0. A burst plus the steady rate after it stay within `per_minute` in any minute."""
+    """Return a limiter, None for 0. Burst and steady rate stay in `per_minute` for any minute."""
     if not per_minute:
         return None
     per_window = per_minute * WINDOW_S / (60 + WINDOW_S)
@@ -120,7 +120,7 @@ class Endpoint:
             headers["authorization"] = f"Bearer {self._key}"
 
         async def set_headers(request: Any) -> None:
-            """Replace the headers, which the library makes of OPENAI_* variables and of this machine, by ours."""
+            """Replace the library's headers (of OPENAI_* variables and of this machine) with ours."""
             kept = {READ_BACK: request.headers[READ_BACK]} if READ_BACK in request.headers else {}
             for name in set(request.headers):
                 del request.headers[name]
@@ -179,7 +179,7 @@ class Endpoint:
         self._failures = self._pauses = 0
 
     async def _others_answered(self) -> bool:
-        """Whether this endpoint has answered any request; waits while other requests may still be answered."""
+        """Return whether this endpoint has answered any request; wait while others may be answered."""
         self._undecided += 1
         try:
             while not self._answered and self._undecided < self._asking:
@@ -189,7 +189,7 @@ class Endpoint:
         return self._answered
 
     async def _with_retries(self, request: Request, picture: Picture | None, attempt: Attempt) -> None:
-        """Try until an answer, an error that no retry cures, or the end of the retries (raises the last failure)."""
+        """Try until an answer, an error that no retry cures, or the last retry (raises its failure)."""
         began, failures, limits = time.monotonic(), 0, self.limits
         while True:
             try:
@@ -207,7 +207,7 @@ class Endpoint:
             await self._sleep(delay)
 
     def _pause(self, error: RequestFailed) -> None:
-        """Pause all requests for the error's Retry-After, or without one for a time that doubles at each pause."""
+        """Pause all requests for the error's Retry-After, else for a time that doubles each pause."""
         now, seconds = time.monotonic(), error.retry_after
         if seconds is None:
             if now < self._resume_at:
@@ -221,7 +221,7 @@ class Endpoint:
             self.say(f"{self._url} asks us to slow down: nothing is asked for {left:.0f} s ({error})")
 
     async def _sleep(self, seconds: float) -> None:
-        """Sleep, for no time if `seconds` is negative. Raises Stopped as soon as the run is being stopped."""
+        """Sleep, not at all if `seconds` is negative. Raises Stopped as soon as the run is stopped."""
         with contextlib.suppress(TimeoutError):
             if seconds > 0:
                 await asyncio.wait_for(self._stop.wait(), seconds)
@@ -229,7 +229,7 @@ class Endpoint:
             raise Stopped
 
     async def _turn(self, bound: int) -> None:
-        """Wait for the shared pause, then for the rate limits. A turn taken before a pause would add to the burst."""
+        """Wait for the shared pause, then the rate limits: an earlier turn would add to the burst."""
         while True:
             await self._sleep(self._resume_at - time.monotonic())
             await self._acquire(self._tokens, bound)

@@ -31,7 +31,7 @@ class LedgerEntry:
 
     @property
     def verdict(self) -> str | None:
-        """Verdict of the last answer (accept, again or reject); reject for a row that failed before it was asked."""
+        """Return the last verdict (accept, again or reject); reject if the row failed before asking."""
         if self.before:
             return "reject"
         return self.answers[-1][1].verdict if self.answers else None
@@ -46,7 +46,7 @@ def journal_line(entry: LedgerEntry, attempt: int, answer: Answer) -> dict[str, 
 
 
 class Ledger:
-    """Ledger of a run. First `remember` every journal line, then `enter` every row in order, then `take` answers."""
+    """Ledger of a run. `remember` every journal line, `enter` every row in order, then `take`."""
 
     def __init__(self, question: Question) -> None:
         self.question = question
@@ -59,7 +59,7 @@ class Ledger:
         self._reserved: dict[tuple[str, int], int] = {}  # asked by a killed run, never answered
 
     def remember(self, line: dict[str, Any]) -> None:
-        """Read a journal line: an answer, tokens reserved for a request ("asking"), or tokens of a lost one ("lost").
+        """Read a journal line: an answer, or a request's tokens, reserved ("asking") or "lost".
 
         "failed" beside "lost" holds the error of a request that got no answer after all retries.
         """
@@ -79,7 +79,7 @@ class Ledger:
         self._failed_before.discard(line["sample_id"])
 
     def unanswered(self) -> list[dict[str, Any]]:
-        """Count reservations that a killed run left open as spent; return journal lines. Call after all `remember`."""
+        """Count reservations of a killed run as spent, after all `remember`; return journal lines."""
         lines = [{"sample_id": key[0], "attempt": key[1], "lost": n} for key, n in self._reserved.items()]
         for line in lines:
             self.remember(line)
@@ -87,7 +87,7 @@ class Ledger:
 
     @property
     def tokens(self) -> int:
-        """Prompt and completion tokens of all runs of this output; a lost request counts as its reservation."""
+        """Return the tokens of all runs of this output; a lost request counts as its reservation."""
         return self.prompt_tokens + self.completion_tokens + self.lost_tokens
 
     def _count(self, answer: Answer) -> None:
@@ -106,7 +106,7 @@ class Ledger:
         self._settle(entry)
 
     def is_settled(self, entry: LedgerEntry) -> bool:
-        """Whether the row needs no further answer: accepted, rejected, or out of attempts."""
+        """Return whether the row needs no further answer: accepted, rejected, or out of attempts."""
         return entry.verdict in ("accept", "reject") or len(entry.answers) >= self.attempts
 
     def _settle(self, entry: LedgerEntry) -> None:
@@ -115,7 +115,7 @@ class Ledger:
             self.rejected += not entry.accepted
 
     def todo(self) -> Iterator[LedgerEntry]:
-        """Yield unsettled rows in order; those that got no answer in an earlier run come last, not to delay others."""
+        """Yield unsettled rows in order, those unanswered in earlier runs last, not to delay others."""
         for entry in sorted(self.entries, key=lambda e: e.sample_id in self._failed_before):
             if not self.is_settled(entry):
                 yield entry
@@ -127,7 +127,7 @@ class Ledger:
         self._settle(entry)
 
     def fail(self, entry: LedgerEntry, reason: Reason) -> None:
-        """Record that a row got no answer. It is left out of this run's output; the next run asks about it again."""
+        """Record that a row got no answer: this run's output omits it, the next run asks it again."""
         entry.failed = reason
         self.failed += 1
 
@@ -145,7 +145,7 @@ class Ledger:
         return len(self.entries) - self.settled - self.failed
 
     def cost(self) -> float:
-        """Cost in the currency of the prices. Lost requests are priced as completion tokens, the dearer kind."""
+        """Return the cost in the currency of the prices; lost tokens at the dearer completion price."""
         c = self.question.endpoint
         prompt, completion = self.prompt_tokens, self.completion_tokens + self.lost_tokens
         return (prompt * c.prompt_price + completion * c.completion_price) / 1e6

@@ -1,4 +1,4 @@
-"""Use our own vLLM engines on Ray as teacher or judge: `rationale.teacher.local=true model.path=...`.
+"""Our vLLM engines on Ray as teacher or judge: `rationale.teacher.local=true model.path=…`.
 
 Rows go to the engines in rounds of one attempt. The answers of an engine call are on disk before that engine gets the
 next call. With `rollout.deterministic` an answer depends only on its row and attempt, so that a killed
@@ -32,7 +32,7 @@ CALLS_AHEAD = 4  # rows held in memory with their images: this many full calls o
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A row with its prompt. `most`: tokens of the prompt plus those of the longest allowed answer."""
+    """A row with its prompt. `most`: tokens of the prompt and of the longest allowed answer."""
 
     entry: LedgerEntry
     row: QuestionRow
@@ -41,7 +41,7 @@ class _Rendered:
 
 
 class LocalAsking(Asker):
-    """One run on our own engines. `progress` is called after every engine call, `stopping` before one."""
+    """One run on our own engines. Calls `progress` after every engine call, `stopping` before."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,7 +52,7 @@ class LocalAsking(Asker):
             self.backbone = backbone(self.config.model)
 
     def run(self) -> bool:
-        """Raises UserError for a model or cluster that cannot be used, RunError when an engine dies or is late."""
+        """Ask the rows. Raises UserError: unusable model or cluster; RunError: dead or late engine."""
         plan = resolve(self.config, "evaluate")
         with Cluster(self.config) as cluster:
             pool = cluster.engines(plan.engines)
@@ -77,7 +77,7 @@ class LocalAsking(Asker):
                 return
 
     def _rendered(self, entry: LedgerEntry) -> _Rendered | None:
-        """Read a row and render its prompt. Rejects the row and returns None if it does not fit the engine."""
+        """Read a row and render its prompt; reject it and return None if it does not fit the engine."""
         kind, tokenizer, image_tokens = self.question.kinds[entry.task], self.backbone.tokenizer, 0
         try:
             row, sample = self.rows.get(entry.number)

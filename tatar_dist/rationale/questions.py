@@ -34,7 +34,7 @@ LOWEST, HIGHEST = 1, 5
 
 @dataclass(frozen=True)
 class QuestionRow:
-    """The columns of a manifest row that a question needs, without the image. `number` is the row index from 0."""
+    """Columns of a manifest row that a question needs, without image. `number`: index from 0."""
 
     number: int
     sample_id: str
@@ -75,7 +75,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer. `finish`: "stop", "length" or the endpoint's own value. Token counts: its own, or upper bounds."""
+    """An answer. `finish`: "stop", "length" or other. Tokens: the endpoint's, or upper bounds."""
 
     text: str
     finish: str
@@ -85,20 +85,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """accept: keep the sample; again: reject the answer, allow another attempt; reject: reject the sample."""
+    """Verdict: accept or reject the sample, or again (reject the answer, allow another attempt)."""
 
     verdict: Literal["accept", "again", "reject"]
     reasons: tuple[Reason, ...] = ()
 
 
 def ordered_attributes(attributes: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(name, text) of the attribute texts that are not blank: the eight in the method's order, then any others."""
+    """Return (name, text) of non-blank attributes: the eight in the method's order, then others."""
     texts = [(name, text.strip()) for name, text in attributes.items() if text.strip()]
     return sorted(texts, key=lambda pair: place(pair[0]))
 
 
 def _destination(endpoint: EndpointConfig, text: TextConfig, model_path: str) -> EndpointConfig:
-    """Where one kind of text is asked for: our own engines, the address of this kind alone, or the teacher's."""
+    """Return where to ask for a kind of text: our engines, its own address, or the teacher's."""
     if endpoint.local:
         return replace(endpoint, url="", api_key_env="", model=model_path)
     if text.url:
@@ -129,7 +129,7 @@ class Question(ABC):
         return Request(kind, row.sample_id, attempt, texts.system, Template(texts.user).substitute(blanks), seed)
 
     def settings(self, tasks: set[Task]) -> dict[str, Any]:
-        """Flat dict of all settings that change the requests. A journal with other values is not continued."""
+        """Return the settings that change requests as a flat dict; a journal of others is refused."""
         settings: dict[str, Any] = {"command": f"rationale {self.name}", "seed": self.config.seed}
         for kind in (self.kinds[task] for task in tasks):
             values = {k: getattr(kind.sampling, k) for k in ("temperature", "top_p", "max_tokens", "reasoning_tokens")}
@@ -142,11 +142,11 @@ class Question(ABC):
         return settings
 
     def digest(self, row: QuestionRow) -> str:
-        """Hash of what is asked about the row; answers are not reused for a row that has changed since."""
+        """Hash what is asked about the row; answers are not reused for a row that changed since."""
         return _hash(json.dumps([getattr(row, name) for name in self.about]))
 
     def require_endpoint(self, tasks: set[Task]) -> None:
-        """Raise UserError if the settings name no address, no model name, or no path of a local model."""
+        """Raise UserError if the settings lack an address, a model name, or a local model's path."""
         for kind in (self.kinds[task] for task in sorted(tasks)):
             endpoint = kind.endpoint
             if endpoint.local and not endpoint.model:
@@ -159,11 +159,11 @@ class Question(ABC):
                 )
 
     def checked(self, row: QuestionRow, text: str, finish: str = "stop") -> tuple[Reason, ...]:
-        """Reasons of the hard checks to reject a text of the row."""
+        """Return the reasons of the hard checks to reject a text of the row."""
         return tuple(check_text(text, finish, row.task, row.score, row.attributes, self.c, self.wording))
 
     def origin(self, row: QuestionRow, attempt: int) -> dict[str, Any]:
-        """Who answered what, for the meta of an accepted row."""
+        """Return who answered what, for the meta of an accepted row."""
         request = self.request(row, attempt)
         role = request.kind.section.rpartition(".")[2]
         prompt = _hash(f"{request.system}\0{request.user}")
@@ -171,14 +171,14 @@ class Question(ABC):
 
     @abstractmethod
     def before(self, row: QuestionRow) -> tuple[Reason, ...]:
-        """Reasons to reject the row without asking."""
+        """Return reasons to reject the row without asking."""
 
     @abstractmethod
     def read(self, row: QuestionRow, answer: Answer) -> Outcome: ...
 
     @abstractmethod
     def finished(self, values: dict[str, Any], row: QuestionRow, attempt: int, answer: Answer) -> dict[str, Any]:
-        """Accepted row of the output. `values`: the manifest's own columns."""
+        """Return the accepted row of the output. `values`: the manifest's own columns."""
 
 
 class Build(Question):
@@ -212,7 +212,7 @@ class Build(Question):
 
 
 def marks_schema(task: Task) -> dict[str, Any]:
-    """JSON schema of an answer, in the strict form that OpenAI's and vLLM's structured outputs accept."""
+    """Return the answer's JSON schema, strict as OpenAI's and vLLM's structured outputs require."""
     mark = {"type": "integer", "enum": list(range(LOWEST, HIGHEST + 1))}
     return {
         "type": "object",
@@ -229,9 +229,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_marks(text: str, task: Task) -> dict[str, int] | Reason:
-    """Marks by name in the schema's order, or a Reason with code "judge-json". Does not raise on any string.
+    """Return marks by name in the schema's order, or a Reason with code "judge-json".
 
-    Accepts one JSON object that follows the schema, without prose or a code fence around it, and guesses nothing.
+    Never raises and never guesses: accepts one JSON object of the schema, without prose or a code fence around it.
     """
     try:
         answer = json.loads(text, object_pairs_hook=_without_repeats)
@@ -246,7 +246,7 @@ def read_marks(text: str, task: Task) -> dict[str, int] | Reason:
 
 
 def low_marks(marks: dict[str, int], reject_at: int) -> list[Reason]:
-    """One reason for each mark that is `reject_at` or less."""
+    """Return one reason for each mark that is `reject_at` or less."""
     return [
         Reason(f"low-{name}", f"the judge gave {name} {value} of {HIGHEST}, {reject_at} or less rejects")
         for name, value in marks.items()
@@ -255,7 +255,7 @@ def low_marks(marks: dict[str, int], reject_at: int) -> list[Reason]:
 
 
 class Judge(Question):
-    """Questions to a judge, which marks the row's rationale. The hard checks come first and cost nothing."""
+    """Questions to a judge, which marks the row's rationale after the hard checks (no cost)."""
 
     name = "judge"
     about = (*Question.about, "rationale")
@@ -276,7 +276,7 @@ class Judge(Question):
         return read_marks(without_reasoning(answer.text), row.task)
 
     def read(self, row: QuestionRow, answer: Answer) -> Outcome:
-        """Outcome of a verdict. One that cannot be parsed is retried, except at temperature 0: it would be the same."""
+        """Return a verdict's outcome; retry an unparsed one unless temperature 0 would repeat it."""
         unread: Literal["again", "reject"] = "again" if self.c.verdict.temperature > 0 else "reject"
         if answer.finish != "stop":
             return Outcome(unread, (Reason("judge-cut-off", f"the judge's answer ended with {answer.finish!r}"),))

@@ -1,4 +1,4 @@
-"""Interpret an endpoint's HTTP reply: answer, retry, refusal of one request, or end of the run. Does no I/O.
+"""Interpret HTTP replies (no I/O): answer, retry, refusal of one request, or end of the run.
 
 Some servers echo the API key. It is removed from the excerpt of a body in an error message, and an answer that holds a
 key of `KEY_CHARS` characters or more is requested again.
@@ -76,7 +76,7 @@ def redact(text: str, key: str | None) -> str:
 
 
 def excerpt(body: bytes, key: str | None) -> str:
-    """Error text of a reply in one line: the message of an error object, or the beginning of the body."""
+    """Return a reply's error in one line: an error object's message, or the start of the body."""
     text = body.decode("utf-8", "replace")
     with contextlib.suppress(ValueError, RecursionError, AttributeError):  # no JSON, or no object
         content = json.loads(text)
@@ -87,7 +87,7 @@ def excerpt(body: bytes, key: str | None) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait from the Retry-After header, a number or an HTTP date; None if missing or unusable."""
+    """Return the seconds of Retry-After, a number or an HTTP date; None if missing or unusable."""
     value = headers.get("retry-after", "").strip()
     try:
         seconds = float(value)
@@ -100,7 +100,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def read_answer(body: bytes, prompt_bound: int, max_tokens: int, key: str | None) -> Answer:
-    """Parse the body of a 200 reply. Token counts that are missing or implausible are replaced by upper bounds.
+    """Parse the body of a 200 reply; upper bounds replace missing or implausible token counts.
 
     Raises RequestFailed if the body is not a whole chat completion, or the text repeats the key.
     """

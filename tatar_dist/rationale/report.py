@@ -25,12 +25,12 @@ EXAMPLE_CHARS = 300
 
 
 def beside(output: Path, ending: str) -> Path:
-    """Path of a file beside the output: R.parquet -> R.<ending>."""
+    """Return the path of a file beside the output: R.parquet -> R.<ending>."""
     return output.with_name(f"{output.stem}.{ending}")
 
 
 def rejections(entry: LedgerEntry) -> Iterator[dict[str, Any]]:
-    """Lines of one row: its rejected answers, and the reasons if it was not asked or not answered."""
+    """Yield lines of one row: rejected answers, and the reasons if it was not asked or answered."""
 
     def line(attempt: int | None, reasons: tuple[Reason, ...], text: str | None = None) -> dict[str, Any]:
         return {
@@ -63,7 +63,7 @@ def _quoted(text: str) -> str:
 
 
 def _reasons(entries: list[LedgerEntry]) -> dict[str, list[str]]:
-    """List items of the rejections by code, the most frequent code first: sample id, reason, beginning of the text."""
+    """List rejections by code, most frequent first: sample id, reason, beginning of the text."""
     items: defaultdict[str, list[str]] = defaultdict(list)
     for entry in entries:
         for line in rejections(entry):
@@ -79,7 +79,7 @@ def _by_task(ledger: Ledger) -> dict[str, list[LedgerEntry]]:
 
 
 def _task_summary(ledger: Ledger, entries: list[LedgerEntry]) -> dict[str, Any]:
-    """Counts of the rows of one task. `reasons`: number of rejections per code, the most frequent first."""
+    """Count the rows of one task. `reasons`: rejections per code, the most frequent first."""
     verdicts = [outcome.verdict for entry in entries for _, outcome in entry.answers]
     accepted = sum(entry.accepted for entry in entries)
     failed = sum(entry.failed is not None for entry in entries)
@@ -99,7 +99,7 @@ def _task_summary(ledger: Ledger, entries: list[LedgerEntry]) -> dict[str, Any]:
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:
-    """Counts by task and reason, tokens and cost; part of what --json prints."""
+    """Return counts by task and reason, tokens and cost; part of what --json prints."""
     tasks = {task: _task_summary(ledger, entries) for task, entries in _by_task(ledger).items()}
     return {
         **{count: sum(task[count] for task in tasks.values()) for count in COUNTS[:5]},
@@ -112,7 +112,7 @@ def summary(ledger: Ledger) -> dict[str, Any]:
 
 
 def _cells(name: str, task: dict[str, Any]) -> list[str]:
-    """Table row of one task of a summary: its name and `COUNTS`."""
+    """Return the table row of one task of a summary: its name and `COUNTS`."""
     rate = "" if task["rejection_rate"] is None else f" ({100 * task['rejection_rate']:.1f} %)"
     *counts, refused = (str(task[count]) for count in COUNTS)
     return [name, *counts, refused + rate]
@@ -135,7 +135,7 @@ def write_report(ledger: Ledger, path: Path) -> None:
 
 
 def as_table(totals: dict[str, Any], title: str) -> Any:
-    """The same figures as a rich table, without the reasons (see `reason_lines`)."""
+    """Return the same figures as a rich table, without the reasons (see `reason_lines`)."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -147,7 +147,7 @@ def as_table(totals: dict[str, Any], title: str) -> Any:
 
 
 def reason_lines(totals: dict[str, Any]) -> list[str]:
-    """One line per task: count of each reason, the most frequent first."""
+    """Return one line per task: count of each reason, the most frequent first."""
     return [
         f"{task}: " + ", ".join(f"{code} {n}" for code, n in t["reasons"].items())
         for task, t in totals["tasks"].items()

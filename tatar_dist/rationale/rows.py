@@ -1,7 +1,7 @@
-"""Read a manifest for questions, and prepare its images for an endpoint. `Asker` is the base of asking.py and local.py.
+"""Read a manifest for questions, and prepare its images for an endpoint.
 
 Rows are streamed in order without their images; whole rows are read one at a time, from one thread, because a Parquet
-file must not be shared between threads.
+file must not be shared between threads. `Asker` is the base of asking.py and local.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PATCH = 28  # Qwen-VL's image token covers 28 x 28 pixels; other models count fe
 
 
 class RationaleRows:
-    """Rows of a manifest that a run uses: the first `limit` (None: all) of the given `splits` (empty: all splits).
+    """Rows of a manifest for a run: the first `limit` (None: all) of the `splits` (empty: all).
 
     Args:
         image_root: base directory of image paths, overriding the manifest's.
@@ -87,13 +87,13 @@ class RationaleRows:
 
     @staticmethod
     def row_of(values: dict[str, Any], number: int) -> QuestionRow:
-        """Make a `QuestionRow` from the columns of a manifest row; attributes that are no text are left out."""
+        """Make a `QuestionRow` from a manifest row's columns, omitting attributes that are no text."""
         texts = {name: value for name, value in values["attributes"].items() if isinstance(value, str)}
         ids = (values["sample_id"], values["dataset"], values["task"])
         return QuestionRow(number, *ids, float(values["score"]), values["rationale"], texts)
 
     def get(self, number: int) -> tuple[QuestionRow, Sample]:
-        """Read one row with its encoded image. Raises UnreadableImage if the image file cannot be read."""
+        """Read one row with its encoded image. Raises UnreadableImage if the file cannot be read."""
         values = self.manifest.row(number)  # once: reading a row costs more than the rest
         row = self.row_of(values, number)
         image = self.manifest.image(values, number)
@@ -102,7 +102,7 @@ class RationaleRows:
 
 @dataclass
 class Asker(ABC):
-    """Base class of what asks about the open rows of a ledger: at endpoints, or on our own engines.
+    """Base class of what asks about a ledger's open rows: at endpoints, or on our own engines.
 
     Args:
         say: receives messages for the user.
@@ -123,10 +123,10 @@ class Asker(ABC):
 
     @abstractmethod
     def run(self) -> bool:
-        """Ask until every row is settled or the user requests a stop. Returns whether the budget ended it before."""
+        """Ask until every row is settled or the user stops. Returns whether the budget ended it."""
 
     def reject_unreadable(self, entry: LedgerEntry, problem: str) -> None:
-        """Reject a row whose image cannot be read. Raises UserError if all of the first `IMAGES_TRIED` are."""
+        """Reject a row with unreadable image. Raises UserError if the first `IMAGES_TRIED` all are."""
         self.ledger.reject(entry, Reason("image-unreadable", problem))
         first = [reason.code for entry in self.ledger.entries[:IMAGES_TRIED] for reason in entry.before]
         if first == ["image-unreadable"] * IMAGES_TRIED:
@@ -146,7 +146,7 @@ class Picture:
 
 
 def picture(data: bytes, max_pixels: int, where: str) -> Picture:
-    """Encode an image for a request. Raises UnreadableImage if it does not decode; `where` names it there."""
+    """Encode an image for a request. Raises UnreadableImage, naming `where`, if undecodable."""
     decoded = decode_image(data, where)  # always: a teacher must not be asked about an image that training cannot read
     mime = next((m for magic, m in SENT_AS_IS.items() if data.startswith(magic)), None)
     with Image.open(io.BytesIO(data)) as image:

@@ -1,4 +1,4 @@
-"""`tatar-dist rationale build` and `judge`: ask about the open rows, write the accepted ones.
+"""`tatar-dist rationale build` and `judge`: ask about open rows, write the accepted ones.
 
 From a manifest and a config, `run` writes the output manifest (accepted rows in manifest order), and beside it the
 journal, the rejected answers and a report. The same command resumes a stopped run; a finished run asks nothing.
@@ -39,7 +39,7 @@ def _prepare(name: str, source: Path, config: Config) -> tuple[Question, Rationa
 
 
 def dry_run(name: str, source: Path, config: Config) -> dict[str, Any]:
-    """Plan of a run: rows by task, addresses, one rendered prompt per task. Nothing is sent or written."""
+    """Plan a run: rows by task, addresses, one rendered prompt per task; send and write nothing."""
     question, rows = _prepare(name, source, config)
     tasks: dict[str, dict[str, Any]] = {}
     for row in rows:

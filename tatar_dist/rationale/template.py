@@ -1,4 +1,4 @@
-"""`tatar-dist rationale template`: write rationales without a teacher, from each row's `meta`.
+"""`tatar-dist rationale template`: rationales without a teacher, from each row's `meta`.
 
 The manifest's `meta` holds `distortions` ([{family, strength 0-1}]: the demo set, KADID-10k) for IQA rows or numeric
 `attributes` (0-1, by name: the demo set) for IAA rows. Each row gets a text grounded in them, which passes the hard
@@ -60,7 +60,7 @@ def _known(row: dict[str, Any], key: str, schema: Any, where: str) -> Any:
 
 
 def rationale_of(row: dict[str, Any], seed: int, where: str) -> str:
-    """Text of one row: its two strongest distortions (IQA) or its attributes (IAA). Raises UserError without them."""
+    """Describe a row's two strongest distortions (IQA) or attributes (IAA), or raise UserError."""
     digest = hashlib.blake2b(f"{seed}/{row['sample_id']}".encode(), digest_size=16).digest()
     rng = np.random.default_rng(int.from_bytes(digest, "big"))
     scene = SCENES.get(str(row["meta"].get("photo")), "given")

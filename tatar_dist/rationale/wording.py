@@ -35,7 +35,7 @@ def plain(text: str) -> str:
 
 
 def phrase_pattern(phrases: Any) -> re.Pattern[str]:
-    """Compile a list of phrases into one whole-word pattern for `plain` text. Raises ValueError if it is none.
+    """Compile a list of phrases into a whole-word pattern for `plain` text, or raise ValueError.
 
     A trailing * matches any ending, (a|b) either, (a )? is optional.
     """
@@ -99,12 +99,12 @@ class Wording:
 
     @property
     def texts(self) -> dict[str, Texts]:
-        """System and user text by name of the question."""
+        """Return system and user text by name of the question."""
         return dict(zip(QUESTIONS, (self.fast, self.slow, self.judge.iqa, self.judge.iaa), strict=True))
 
 
 def _check_blanks(text: str, question: str, where: str) -> None:
-    """Raise UserError for a user text that cannot be filled in, or lacks something that must be asked about."""
+    """Raise UserError if a user text cannot be filled in or lacks what must be asked about."""
     template, allowed = Template(text), QUESTIONS[question]
     names = set(template.get_identifiers())
     unknown, missing = names.difference(allowed), set(allowed).difference(names, OPTIONAL.get(question, ()))
@@ -116,7 +116,7 @@ def _check_blanks(text: str, question: str, where: str) -> None:
 
 
 def load_wording(path: str | Path) -> Wording:
-    """Read the YAML file. Raises UserError for a missing file, broken YAML, and a missing, unknown or wrong key."""
+    """Read the YAML. Raises UserError: no file, broken YAML, a missing, unknown or wrong key."""
     wording: Wording = validated(Wording, read_yaml(locate(path), "wording file"), f"{path}")
     for question, texts in wording.texts.items():
         _check_blanks(texts.user, question, f"{path}: {question}.user")

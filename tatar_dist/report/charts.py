@@ -1,4 +1,4 @@
-"""Inline SVG charts as pure functions that return Markup: curves and bars over steps, squares of predicted scores.
+"""Inline SVG charts, pure functions: curves, bars over steps, squares of predicted scores.
 
 Colours are CSS variables of the page (`--iqa`, `--iaa`, `--ink`, `--muted`, ...), so one chart serves light and dark
 themes. All text is escaped here. A drawing over steps is 360 units wide, about its width on a phone and in the page's
@@ -29,7 +29,7 @@ MOST_DOTS = 1500  # of a scatter
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. x, y: (n,); color: CSS variable without dashes; `smooth`: draw the raw curve faintly behind."""
+    """One curve. x, y: (n,); color: CSS variable without --; smooth: raw curve faintly behind."""
 
     label: str
     x: np.ndarray
@@ -41,7 +41,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Area:
-    """Part of a drawing that shows data, in drawing units, with the ranges (low, high) of x and y."""
+    """Part of a drawing that shows data, in drawing units. x, y: their ranges (low, high)."""
 
     left: float
     top: float
@@ -59,12 +59,12 @@ class Area:
         )
 
     def path(self, points: Iterable[Sequence[float]]) -> str:
-        """Return the SVG path through (x, y) points; a lone one is a dot, drawn by the round line cap."""
+        """Return the SVG path through (x, y) points; a lone one is a dot by the round line cap."""
         places = ["{:.1f} {:.1f}".format(*self.at(*point)) for point in points]
         return "M" + "L".join(places) + ("h0" if len(places) == 1 else "")
 
     def grid(self, x_ticks: Sequence[float], y_ticks: Sequence[float], vertical: bool = False) -> Markup:
-        """Draw a line and a label at each tick of y, a label at each of x, and with `vertical` a line too."""
+        """Draw a line and label at each y tick, a label at each x tick, with `vertical` a line too."""
         right, bottom = self.left + self.width, self.top + self.height
         step = y_ticks[1] - y_ticks[0] if len(y_ticks) > 1 else abs(y_ticks[0]) or 1.0
         parts = []
@@ -97,7 +97,7 @@ def _svg(width: float, height: float, label: str, parts: Iterable[Markup]) -> Ma
 
 
 def smoothed(y: np.ndarray) -> np.ndarray:
-    """Exponential moving average of (n,) values without start-up bias, with a span of max(3, n / 10) steps."""
+    """Average (n,) values exponentially, span max(3, n / 10) steps, without start-up bias."""
     from scipy.signal import lfilter
 
     alpha = 2.0 / (max(3.0, len(y) / 10) + 1.0)
@@ -106,7 +106,7 @@ def smoothed(y: np.ndarray) -> np.ndarray:
 
 
 def nice_ticks(lo: float, hi: float, count: int = 4) -> list[float]:
-    """Return about `count` round values from lo to hi, in steps of 1, 2, 2.5 or 5 times a power of ten."""
+    """Return about `count` round values from lo to hi; steps are 1, 2, 2.5 or 5 times 10^k."""
     if not hi > lo:
         return [lo]
     raw = (hi - lo) / count
@@ -141,7 +141,7 @@ def _tick(value: float, step: float) -> str:
 
 
 def binned(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce a curve to at most `most` points, the means of consecutive steps. x: (n,); y: (n,) or (k, n)."""
+    """Average consecutive steps of a curve to at most `most` points. x: (n,); y: (n,) or (k, n)."""
     if len(x) <= most:
         return x, y
     edges = np.linspace(0, len(x), most + 1).astype(int)[:-1]
@@ -150,7 +150,7 @@ def binned(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[np.nda
 
 
 def _spread(wanted: list[float], lo: float, hi: float) -> list[float]:
-    """Place labels in order at least LABEL_GAP apart, near the wanted positions and in [lo, hi] if they fit."""
+    """Place labels in order LABEL_GAP or more apart, near `wanted`, and in [lo, hi] if they fit."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     at = [0.0] * len(wanted)
     for rank, i in enumerate(order):
@@ -207,7 +207,7 @@ def line_chart(
 
 
 def stacked_bars(x: np.ndarray, heights: Sequence[tuple[np.ndarray, str]], title: str, height: int = 210) -> Markup:
-    """Draw one stacked bar per step, from below. x: (n,); heights: ((n,) values >= 0, CSS variable)."""
+    """Draw a stacked bar per step, from below. x: (n,); heights: ((n,) >= 0, CSS variable)."""
     if not len(x) or not heights:
         return Markup("")
     x, values = binned(x, np.stack([v for v, _ in heights]), 90)
@@ -228,7 +228,7 @@ def stacked_bars(x: np.ndarray, heights: Sequence[tuple[np.ndarray, str]], title
 
 @dataclass(frozen=True)
 class Bin:
-    """Calibration bin of answers between `low` and `high` points: count, mean prediction and mean target."""
+    """Calibration bin of answers of `low` to `high` points: count, mean prediction and target."""
 
     low: float
     high: float
@@ -248,7 +248,7 @@ def bins(target: np.ndarray, prediction: np.ndarray) -> list[Bin]:
 
 
 def miscalibration(of: Sequence[Bin]) -> float:
-    """Mean absolute difference of prediction and target over bins in points, weighted by n."""
+    """Average |prediction - target| of the bins, in points, weighted by n."""
     return sum(b.n * abs(b.predicted - b.target) for b in of) / sum(b.n for b in of)
 
 
@@ -273,7 +273,7 @@ def scatter(target: np.ndarray, prediction: np.ndarray, color: str, title: str) 
 
 
 def calibration(bars: Sequence[Bin], color: str, title: str) -> Markup:
-    """Plot mean target (y) over mean prediction (x) per bin; dot area follows n, and the tooltip shows n."""
+    """Plot mean target (y) over mean prediction (x) per bin; dot area and tooltip show n."""
     most = max(b.n for b in bars)
     line = SQUARE.path(np.clip([(b.predicted, b.target) for b in bars], 0.0, 100.0))
     parts = [_path("line", line, f"stroke:var(--{color});stroke-opacity:.5")]

@@ -1,4 +1,4 @@
-"""Write one HTML page that compares runs: `write([run, run, …], file)`, also `tatar-dist report RUN RUN …`.
+"""HTML page that compares runs: `write([run, run, …], file)`, `tatar-dist report RUN RUN …`.
 
 The runs are run or demo directories of any kind. The page shows which run learned more, the final figures, the
 configuration keys that differ, overlaid curves and the health checks of each run. Held-out SRCC is compared if two runs
@@ -68,7 +68,7 @@ MORE: Curves = (
 
 @dataclass(frozen=True)
 class Entrant:
-    """One run of the comparison. letter: its label in charts and tables; color: its CSS variable."""
+    """One run of the comparison. letter: its label in charts, tables; color: its CSS variable."""
 
     letter: str
     name: str
@@ -110,7 +110,7 @@ def write(runs: Sequence[Path], file: Path) -> Path:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest unique path suffixes of equal depth: runs/a/grpo, runs/b/grpo -> a/grpo, b/grpo."""
+    """Return the shortest unique path suffixes of equal depth: r/a/sft, r/b/sft -> a/sft, b/sft."""
     depth = 1
     while len({p.parts[-depth:] for p in paths}) < len(paths):
         depth += 1
@@ -118,7 +118,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _configurations(entrants: Sequence[Entrant]) -> list[tuple[str, list[Entrant], list[tuple[str, list[str]]]]]:
-    """Return (stage, its runs, [(key, value of each run)]) of differing keys, for stages of at least two runs."""
+    """Return (stage, runs, [(key, value of each run)]) of differing keys, for stages of 2+ runs."""
     configs = {
         "sft": [(e, t.config) for e in entrants if (t := e.run.training("sft"))],
         "grpo": [(e, t.config) for e in entrants if (t := e.run.training("grpo"))],
@@ -155,7 +155,7 @@ def panels(entrants: Sequence[Entrant], table: Curves) -> list[Panel]:
 
 
 def datasets(entrants: Sequence[Entrant]) -> dict[str, str]:
-    """Return the task of every data set with held-out scores of any run, quality before aesthetics."""
+    """Return the task by data set with held-out scores of any run, quality before aesthetics."""
     tasks: dict[str, str] = {}
     for e in entrants:
         tasks |= {d: e.run.task(d) for d in e.run.datasets}
@@ -165,7 +165,7 @@ def datasets(entrants: Sequence[Entrant]) -> dict[str, str]:
 
 
 def held_out(entrant: Entrant, dataset: str) -> dict[str, float]:
-    """Return scores of the last evaluation with the data set, else of the last training that logged it.
+    """Return scores of the last evaluation of the data set, else of the last training with it.
 
     The keys are SCORES, `parsed`, the share of the answers with a score, and `start`, the SRCC before training; those
     that are not known are absent.
@@ -187,7 +187,7 @@ def held_out(entrant: Entrant, dataset: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Finding:
-    """Result on one data set or task. statement: part of the title, {} for the subject; line: it with figures."""
+    """Result on one data set or task. statement: for the title, {}: the subject; line: figures."""
 
     subject: str
     statement: str
@@ -215,7 +215,7 @@ def headline(entrants: Sequence[Entrant]) -> tuple[str, list[str]]:
 
 
 def _statement(entrants: Sequence[Entrant], letters: Sequence[str], clear: bool | None, best: str) -> str:
-    """Return what the title says. letters: best first; clear: whether the first two differ by more than chance."""
+    """Word the title. letters: best first; clear: whether the first two differ beyond chance."""
     if clear is None:
         return f"{letters[0]} is ahead on {{}}, not tested for chance"
     among = f" between {listed(sorted(letters[:2]))}" if len(entrants) > 2 else ""
@@ -243,7 +243,7 @@ def _held_out_finding(entrants: Sequence[Entrant], dataset: str, tasks: Mapping[
 def _difference(
     best: tuple[Entrant, dict[str, float]], second: tuple[Entrant, dict[str, float]], dataset: str
 ) -> tuple[bool | None, str]:
-    """Return (whether the difference exceeds chance, None if untested; the sentence that reports it)."""
+    """Return (whether the difference exceeds chance, None if untested; sentence reporting it)."""
     names = f"{best[0].letter} {MINUS} {second[0].letter}"
     pairs = _pairs(second[0].run, best[0].run, dataset)
     if pairs:
@@ -265,7 +265,7 @@ def _difference(
 
 
 def _pairs(a: RunFiles, b: RunFiles, dataset: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return the answers of the last evaluations of both runs by shared image; empty if they share too few."""
+    """Pair the answers of both runs' last evaluations by image; empty if they share too few."""
     rows = [[of for e in run.evaluations if (of := e.of(dataset))] for run in (a, b)]
     of_a, of_b = ({key_of(r): r for of in evaluations[-1:] for r in of} for evaluations in rows)
     pairs = [(of_a[k], of_b[k]) for k in of_a if k in of_b and of_a[k]["target"] == of_b[k]["target"]]
@@ -341,7 +341,7 @@ def tables(entrants: Sequence[Entrant]) -> list[tuple[str, str, list[Row]]]:
 
 
 def _late(trainings: Sequence[Training | None], metric: str) -> list[float | None]:
-    """Return the mean of a metric over the last fifth of the steps of each run, None where it was not logged."""
+    """Average a metric over the last fifth of each run's steps; None where it was not logged."""
     curves = [t.values(metric) if t else np.empty(0) for t in trainings]
     return [edges(values)[1] if len(values) else None for values in curves]
 

@@ -1,4 +1,4 @@
-"""Explain the rewards of sampled groups term by term, with the comparisons behind a Thurstone term.
+"""Explain rewards of sampled groups by term, with the comparisons behind a Thurstone term.
 
 Reads the last file of RUN/rollouts and the run's reward configuration. For each task, the groups with the largest
 reward spread (the strongest training signal), the highest and the lowest mean reward are returned as `Explained`. Terms
@@ -38,7 +38,7 @@ APART = 1e-6  # more than rounding between a logged term and the same one comput
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Opponents behind the Thurstone term of one completion, by falling weight; others: how many are not listed."""
+    """Opponents in a completion's Thurstone term, by falling weight; others: number not listed."""
 
     row: dict[str, Any]
     answer: float | None
@@ -50,8 +50,8 @@ class Comparisons:
 
 @dataclass(frozen=True)
 class Explained:
-    """One group. terms: names; completions: (row of the file, answer, rationale) by falling reward;
-    comparisons: of its best and worst answers."""
+    """One group. completions: (row of the file, answer, rationale) by falling reward;
+    terms: names; comparisons: of its best and worst answers."""
 
     why: str
     task: str
@@ -62,7 +62,7 @@ class Explained:
 
 
 def explanations(training: Training, rollouts: Rollouts, notes: list[str]) -> list[Explained]:
-    """Return up to three groups per task from the newest file of `rollouts`; [] if it holds no valid rows."""
+    """Return up to three groups per task of the newest `rollouts` file; [] without valid rows."""
     file, rows = rollouts.files[-1], []
     with noted(file, notes):
         rows = pq.ParquetFile(file).read().to_pylist()
@@ -79,7 +79,7 @@ def explanations(training: Training, rollouts: Rollouts, notes: list[str]) -> li
 
 
 def _chosen(rows: Sequence[Mapping[str, Any]], groups: Sequence[list[int]]) -> list[tuple[str, list[int]]]:
-    """Return (why, members) of the selected groups, without duplicates. groups: positions of each group's rows."""
+    """Return (why, members) of the selected groups, each once. groups: positions of their rows."""
     rewards = [np.array([rows[i]["reward"] for i in members], np.float64) for members in groups]
     picks: dict[int, str] = {}
     for why, measure in REASONS if groups else ():
@@ -90,7 +90,7 @@ def _chosen(rows: Sequence[Mapping[str, Any]], groups: Sequence[list[int]]) -> l
 def _audit(
     file: Path, rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], notes: list[str]
 ) -> audit.Audit | None:
-    """Score the step's batch again as the reward actor did; None without a Thurstone term or a usable preset."""
+    """Score the batch as the reward actor did; None without Thurstone term or usable preset."""
     if not any(is_number(r.get("thurstone")) for r in rows):
         return None
     reward = config.get("reward") or {}

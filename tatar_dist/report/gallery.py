@@ -46,18 +46,18 @@ class Card:
 
 
 def key_of(row: dict[str, Any]) -> Key:
-    """Return the key of an image, (data set, sample id): sample ids are unique only within a data set."""
+    """Return the key of an image, (data set, sample id): ids are unique only within a data set."""
     return str(row["dataset"]), str(row["sample_id"])
 
 
 def error(row: dict[str, Any]) -> float | None:
-    """Absolute error in points of the prediction, clamped to 0-100; None without a score."""
+    """Return |prediction - target| in points, prediction clamped to 0-100; None without a score."""
     prediction = clamped(row["prediction"])
     return None if prediction is None else abs(prediction - row["target"])
 
 
 def choose(last: Sequence[dict[str, Any]], before: dict[Key, dict[str, Any]]) -> list[tuple[str, Key]]:
-    """Select up to 3 x EACH images as (why, key). last: final model's rows; before: the previous model's, by key."""
+    """Select up to 3 x EACH (why, key). last: final model's rows; before: the previous by key."""
     chosen: dict[str, list[Key]] = {"improved": [], "best": [], "worst": []}
 
     def take(why: str, rows: Iterable[dict[str, Any]], most: int) -> None:
@@ -88,7 +88,7 @@ def rationale(completion: str | None) -> tuple[str, bool]:
 
 
 class Pictures:
-    """Look up samples by id in manifests and encode their pictures as data URIs; errors go to `notes`."""
+    """Find samples by id in manifests, encode their pictures as data URIs; errors go to `notes`."""
 
     def __init__(self, manifests: Sequence[Path], image_root: str | None, notes: list[str]) -> None:
         self._notes = notes
@@ -123,7 +123,7 @@ def _data_uri(data: bytes, name: str) -> str:
 
 
 def walls(run: RunFiles, rollouts: Rollouts | None, pictures: Pictures) -> list[tuple[str, str, list[Card]]]:
-    """Return (heading, task, cards) of held-out answers or, without any, of the last sampled completions.
+    """Return (heading, task, cards) of held-out answers, else of the last sampled completions.
 
     `rollouts` are those of the last GRPO training. For these, an image is represented by its first completion, and
     "improved" compares its first visit with its last one.
@@ -155,7 +155,7 @@ def walls(run: RunFiles, rollouts: Rollouts | None, pictures: Pictures) -> list[
 
 
 def visits(rollouts: Rollouts) -> tuple[dict[Key, dict[str, Any]], dict[Key, dict[str, Any]]]:
-    """Return the (first, last) visits of each image by key, each represented by its first completion.
+    """Return the (first, last) visits of images by key, each visit as its first completion.
     The last visits are those in the late steps; a first visit is included only if it is in an earlier step."""
     last: dict[Key, dict[str, Any]] = {}
     for row in rollouts.part(late=True):

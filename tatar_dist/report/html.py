@@ -1,4 +1,4 @@
-"""Write the one-file HTML report of a run: `write(run) -> run/report.html`, also `tatar-dist report RUN`.
+"""Write the one-file HTML report of a run: `write(run)`, also `tatar-dist report RUN`.
 
 Takes a run directory (SFT, GRPO, evaluation) or a demo directory. The page has no scripts and fetches nothing; its
 content-security policy forbids both. All texts of the run are escaped, since model output is untrusted. The verdict
@@ -91,7 +91,7 @@ def write(directory: Path, file: Path | None = None) -> Path:
 
 
 def write_page(file: Path, template: str, **content: Any) -> Path:
-    """Render a template of this directory, with autoescaping, write the page atomically and return its path.
+    """Render a template of this directory, autoescaped; write it atomically and return its path.
 
     Raises:
         UserError: the page cannot be written.
@@ -140,7 +140,7 @@ def _scores(run: RunFiles) -> Scores:
 
 
 def _strips(scores: Scores) -> dict[str, Any] | None:
-    """One row per data set on an SRCC scale up to 1: (name, task, [(model, SRCC, position in percent)])."""
+    """Place data sets on an SRCC scale up to 1: (name, task, [(model, SRCC, place in percent)])."""
     known = [(name, task, [(m, v["srcc"]) for m, v in of if is_number(v.get("srcc"))]) for name, task, of in scores]
     known = [row for row in known if row[2]]
     if not known:
@@ -156,7 +156,7 @@ def _strips(scores: Scores) -> dict[str, Any] | None:
 
 
 def _facts(run: RunFiles) -> list[tuple[str, str]]:
-    """Selected configuration values for the foot of the page."""
+    """Select configuration values for the foot of the page."""
     facts = []
     for training in run.trainings:
         kind = training.kind.upper()
@@ -183,7 +183,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Details:
-    """Details of one training. `recipe`: the configuration file that the settings are compared with."""
+    """Details of one training. recipe: the configuration file that settings are compared with."""
 
     kind: str
     panels: list[Panel]
@@ -207,7 +207,7 @@ def settings(config: Mapping[str, Any], stage: str) -> list[Setting]:
 
 
 def differing(configs: Sequence[Mapping[str, Any]], stage: str) -> list[tuple[str, list[str]]]:
-    """Return (key, value of each run) of the keys that the stage reads and that differ between runs."""
+    """Return (key, value of each run) of keys that the stage reads and that differ between runs."""
     flattened = [flat(config, NOT_READ[stage]) for config in configs]
     rows = [(key, [f.get(key, ABSENT) for f in flattened]) for key in dict.fromkeys(k for f in flattened for k in f)]
     return [(key, values) for key, values in rows if len(set(values)) > 1]

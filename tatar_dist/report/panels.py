@@ -50,8 +50,8 @@ class Panel:
 
 @dataclass(frozen=True)
 class Curves:
-    """One chart of a panel. lines: (metric, label, CSS variable), with True if dashed; top: least upper end of the
-    axis from 0, None for the range of the data."""
+    """One chart of a panel. lines: (metric, label, CSS variable), with True if dashed;
+    top: least upper end of the axis from 0, None for the range of the data."""
 
     name: str
     lines: tuple[tuple[str, str, str] | tuple[str, str, str, bool], ...]
@@ -277,7 +277,7 @@ def _clouds(name: str, task: str, models: Sequence[Scores]) -> Clouds:
 
 
 def correlation(target: np.ndarray, prediction: np.ndarray) -> float | None:
-    """SRCC of (n,) parsed scores; None with too few rows or a constant side."""
+    """Return the SRCC of (n,) parsed scores; None with too few rows or a constant side."""
     t, p = usable(target, prediction)
     return srcc(t, p) if len(t) >= MIN_PER_SOURCE and np.ptp(t) and np.ptp(p) else None
 
@@ -296,7 +296,7 @@ class Photographs:
 
 
 def photographs(run: RunFiles) -> Photographs | None:
-    """Return the table of source photographs, lowest SRCC first; None with fewer than two known sources."""
+    """Tabulate source photographs, lowest SRCC first; None with fewer than two known sources."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}  # predictions by (photograph, data set, model)
     for e in run.evaluations[-2:]:
         for p in e.predictions:

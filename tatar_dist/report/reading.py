@@ -1,4 +1,4 @@
-"""Read a run or demo directory into `RunFiles`, its events into `History`, what GRPO sampled into `Rollouts`.
+"""Read a directory into `RunFiles`, its events into `History`, GRPO samples into `Rollouts`.
 
 A run directory is one of SFT, GRPO or evaluation; a demo directory holds several. Missing parts are absent from the
 record. Damaged parts are absent too, and named in notes, which the page prints.
@@ -42,7 +42,7 @@ PREDICTION_COLUMNS = ("sample_id", "dataset", "task", "source", "target", "predi
 
 @dataclass(frozen=True)
 class Training:
-    """One SFT or GRPO run. `rows`: one dict per step; `quarantine`: unusable samples; `events`: its log."""
+    """One SFT or GRPO run. rows: dict per step; quarantine: unusable samples; events: its log."""
 
     kind: str  # sft | grpo
     config: Mapping[str, Any]
@@ -56,7 +56,7 @@ class Training:
         return history(self.events, len(self.rows))
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return (steps, values) of a metric, (n,) float64 each, at steps where it was logged and is finite."""
+        """Return (steps, values) of a metric, (n,) float64 each, where it was logged and is finite."""
         pairs = [(r.get("step", i), r[name]) for i, r in enumerate(self.rows) if is_number(r.get(name))]
         steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
         return steps, values
@@ -67,7 +67,7 @@ class Training:
 
     @property
     def held_out(self) -> list[str]:
-        """Data sets whose held-out SRCC was logged during training."""
+        """Return the data sets whose held-out SRCC was logged during training."""
         names = {k for r in self.rows for k in r if k.startswith("eval/") and k.endswith("/srcc")}
         return sorted(k.removeprefix("eval/").removesuffix("/srcc") for k in names)
 
@@ -79,7 +79,7 @@ class Training:
 
 @dataclass(frozen=True)
 class EvaluationFiles:
-    """Held-out answers of one model. `metrics`: data set -> its metrics; `predictions`: one dict per image."""
+    """Held-out answers of one model. metrics: by data set; predictions: one dict per image."""
 
     model: str
     metrics: Mapping[str, Mapping[str, Any]]
@@ -93,7 +93,7 @@ class EvaluationFiles:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Contents of a run. `evaluations`: in order of training; `manifests`: where to look up pictures.
+    """Contents of a run. evaluations: in training order; manifests: where to look up pictures.
 
     config: of the directory itself; summary: summary.json of a demo, its times and what GRPO changed.
     """
@@ -114,7 +114,7 @@ class RunFiles:
 
     @property
     def datasets(self) -> list[str]:
-        """Evaluated data sets, quality before aesthetics, then by name."""
+        """Return the evaluated data sets, quality before aesthetics, then by name."""
         names = {d: e.task_of.get(d, "") for e in self.evaluations for d in e.metrics}
         return sorted(names, key=lambda d: (names[d] != "iqa", d))
 
@@ -123,7 +123,7 @@ class RunFiles:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; bounded, since a JSON integer may exceed what a float holds."""
+    """Return whether a value is a finite number; bounded, as JSON integers may exceed a float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
@@ -197,7 +197,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 
 def _read(file: Path, empty: T, notes: list[str]) -> T:
-    """Return the content of a file, or `empty` if it is absent, of another type or damaged, which is noted."""
+    """Return a file's content, or `empty` if it is absent, of another type or damaged (noted)."""
     content: Any = empty
     with noted(file, notes):
         if file.is_file():
@@ -257,7 +257,7 @@ LEFT_OUT = {
 
 @dataclass(frozen=True)
 class FaultEntry:
-    """One log line. seconds: since the first event of the run; `bad`: a fault, not a recovery or a start."""
+    """One log line. seconds: since the run's first event; bad: a fault, no recovery or start."""
 
     seconds: float
     step: int | None
@@ -268,7 +268,7 @@ class FaultEntry:
 
 @dataclass(frozen=True)
 class History:
-    """Faults of a run. entries: at most MOST_ROWS, oldest first; hidden: number of entries not shown.
+    """Faults of a run. entries: at most MOST_ROWS, oldest first; hidden: number not shown.
 
     engines: (index, last state, counts of its events). summary: `4 engine failures, 1 stall`, or "".
     progress: `It stopped after 13 of 60 steps.`, "" once finished.
@@ -282,7 +282,7 @@ class History:
 
 
 def history(events: Sequence[Mapping[str, Any]], steps: int) -> History | None:
-    """Build the history of a run; None without events. steps: finished steps, as counted in metrics.jsonl."""
+    """Build a run's history; None without events. steps: finished, as counted in metrics.jsonl."""
     known = [e for e in events if is_number(e.get("time")) and isinstance(e.get("event"), str)]
     if not known:
         return None
@@ -354,7 +354,7 @@ def read_rollouts(training: Training, notes: list[str]) -> Rollouts | None:
 
 
 def _completions(file: Path) -> list[dict[str, Any]]:
-    """Read the columns ROLLOUT_COLUMNS of a file. Raises ValueError naming a missing or invalid column."""
+    """Read ROLLOUT_COLUMNS of a file. Raises ValueError naming a missing or invalid column."""
     table = pq.ParquetFile(file).read(columns=ROLLOUT_COLUMNS)
     for name in ROLLOUT_COLUMNS:
         if name not in table.column_names:

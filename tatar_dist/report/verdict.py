@@ -46,7 +46,7 @@ def edges(values: np.ndarray) -> tuple[float, float]:
 
 
 def headline(run: RunFiles) -> tuple[str, list[str]]:
-    """Return a title (what the run learned if there are two evaluations, else its scores or length), and sentences."""
+    """Return (title: what two evaluations show was learned, else scores or length; sentences)."""
     progress = [t.history.progress for t in run.trainings[-1:] if t.history and t.history.progress]
     if len(run.evaluations) >= 2:
         title, lines = _before_after(run)
@@ -66,7 +66,7 @@ def count(n: int, noun: str) -> str:
 
 
 def name_of(run: RunFiles, dataset: str) -> str:
-    """Return the display name of a data set: its task if no other set has that task, else its name."""
+    """Return a data set's display name: its task if no other set has that task, else its name."""
     task = run.task(dataset)
     alone = sum(run.task(d) == task for d in run.datasets) == 1
     return TASK_NAMES.get(task, dataset) if alone else dataset
