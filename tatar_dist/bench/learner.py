@@ -37,7 +37,7 @@ GROWTH = {
 
 
 def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], None], Any, int]:
-    """Return (the function that computes one update's gradients, model, first prompt's tokens)."""
+    """Return (function that computes an update's gradients, its model, first prompt's tokens)."""
     import torch
     from transformers.utils import logging
 

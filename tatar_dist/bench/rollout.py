@@ -99,7 +99,7 @@ def _loaded(name: str, directory: Path) -> Callable[[int], int]:
 
 
 def _round(name: str, directory: Path, seed: int) -> tuple[int, float]:
-    """Make a round in the process of a side (first: load its model). Returns (tokens, seconds)."""
+    """Make a round in a side's process, and load its model at first. Returns (tokens, seconds)."""
     make_round = _loaded(name, directory)
     start = time.perf_counter()
     return make_round(seed), time.perf_counter() - start

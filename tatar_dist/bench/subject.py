@@ -93,7 +93,7 @@ def rows(backbone: Any, groups: int, size: int, tokens: int, pixels: int = PIXEL
 
 @dataclass(frozen=True)
 class Work:
-    """Sizes of one update. `size`: completions of a group; `pixels`: side of the square images."""
+    """Sizes of an update: groups of `size` completions of `tokens` tokens, images `pixels` wide."""
 
     groups: int = 1
     size: int = GROUP
@@ -137,6 +137,6 @@ def kept_bytes(config: Any, work: Work, prompt: int) -> float:
 
 
 def peak_bytes(config: Any, work: Work, prompt: int, parameters: int) -> float:
-    """Return the peak of three moments: the head's logits; its gradient; gradients alone left."""
+    """Return the peak of three moments: logits made; the head's gradient; only gradients left."""
     head = head_bytes(ModelSizes.of(config.to_dict()), work.completion_tokens, FLOAT)
     return max(kept_bytes(config, work, prompt) + head, FLOAT * parameters)

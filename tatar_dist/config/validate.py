@@ -44,7 +44,7 @@ Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_
 
 @dataclass(frozen=True)
 class Why:
-    """Note on an annotated type: why it has limits, or what to do. Ends messages on its values."""
+    """Note on an annotated type, ending messages on its values: why it has limits, or a remedy."""
 
     text: str
 
@@ -62,7 +62,7 @@ def shown(value: Any) -> str:
 
 
 def near(name: Any, known: Iterable[str]) -> str:
-    """Return the end of a message on an unknown name: the nearest known name, or known names."""
+    """Return the end of a message on an unknown name: the nearest known name or the known ones."""
     names = [str(k) if len(str(k)) <= 40 else f"{str(k)[:39]}…" for k in known]
     close = difflib.get_close_matches(str(name)[:60], names, n=1, cutoff=0.5) if isinstance(name, str | int) else []
     if close:
@@ -94,7 +94,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """Read the mapping of a file, a `what`. Raises UserError: unreadable, not UTF-8, not YAML."""
+    """Read a file's mapping; `what` names it. Raises UserError: unreadable, not UTF-8, not YAML."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as e:

@@ -40,7 +40,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 class Split:
     """Rows of one optimiser step (completions in GRPO) and the ranks that share them.
 
-    micro_tokens: the most tokens in one forward; by the rows' tokens learner/packing.py sets the number of forwards.
+    micro_tokens: most tokens in one forward. How many forwards a step has depends on its tokens (learner/packing.py).
     """
 
     rows: int
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def processes(self) -> dict[str, int]:
-        """Processes by role. A tensor-parallel engine is one process per GPU."""
+        """Return processes by role. A tensor-parallel engine is one process per GPU."""
         counts = {
             "controller": 1,
             "learners": self.learners,
@@ -176,7 +176,7 @@ def _notes(config: Config, stage: Stage, idle: int, engines: int, samples: dict[
 
 
 def count_samples(data: DataConfig) -> dict[str, int] | None:
-    """Count training rows of the manifests by task; None without any or if one is unreadable."""
+    """Count the training rows of manifests by task; None: no manifests, or an unreadable one."""
     counts: dict[str, int] = dict.fromkeys(TASKS, 0)
     try:
         for name in data.train:
@@ -274,7 +274,7 @@ def check_inputs(config: Config, stage: str) -> None:
 
 
 def _columns(manifest: Path) -> list[str]:
-    """Return a manifest's columns; ["image_bytes"] if unreadable: its reader gives the reason."""
+    """Return a manifest's columns; ["image_bytes"] if unreadable (its reader will report why)."""
     try:
         return pq.read_schema(manifest).names
     except (pa.ArrowException, OSError):

@@ -203,7 +203,7 @@ def _rank(scores: Iterable[Score]) -> float:
 
 
 def _thumbnail(name: str, data: bytes | None) -> str | None:
-    """Return a small JPEG data URI of encoded `data`, else of the file `name`; None: unreadable."""
+    """Return a small JPEG data URI of `data`, else of file `name`; None if it cannot be read."""
     encoded = data or read_picture(name)[1]
     if isinstance(encoded, str):
         return None

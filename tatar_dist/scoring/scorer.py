@@ -1,4 +1,4 @@
-"""`Scorer`: score pictures in this process with one engine, without Ray (`tatar-dist score`).
+"""Score pictures with one engine in this process, without Ray: also by `tatar-dist score`.
 
 Each picture and task gives a `Score`, in order, as batches finish; a picture that cannot be read gives its `error`.
 """

@@ -145,7 +145,7 @@ class Simulator:
         return splits
 
     def fits(self, learners: int, placement: str) -> bool:
-        """Return whether a learner and an engine fit (colocated: on one GPU); True if unknown."""
+        """Return whether a learner's shard and an engine fit (colocated: one GPU); True if unknown."""
         c, gpu = self.costs, self.costs.gpu_gib * 2**30
         if not c.parameters or c.cores:
             return True
@@ -222,7 +222,7 @@ def _notes(costs: StepCosts, simulator: Simulator) -> list[str]:
 
 
 def costs_from(config: Config, measured: Sequence[Path], times: Path | None) -> StepCosts:
-    """Return costs of runs, else of a file, else estimated. Raises UserError: both, bad input."""
+    """Return costs of runs, a file, or else estimated. Raises UserError: both given, bad input."""
     if measured and times:
         raise UserError("--measured and --times both say what a step costs: give one of them")
     if measured:

@@ -60,7 +60,7 @@ class MeasuredRun:
 
 
 def read_run(path: Path) -> MeasuredRun:
-    """Read a run. Raises UserError: not GRPO, stale, unknown keys, no timed step, bad rollouts."""
+    """Read a run. Raises UserError: not GRPO, staleness set, bad keys, no times, bad rollouts."""
     file = path / "config.yaml"
     if not file.is_file():
         where = "" if path.is_dir() else looked_in(path)

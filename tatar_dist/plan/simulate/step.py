@@ -58,7 +58,7 @@ class Setup:
         return self.side_cores if self.dedicated else max(1, self.side_cores // processes)
 
     def slow_down(self, serial: float, processes: int, busy: int) -> float:
-        """Return a process's time while `busy` of `processes` work, over that alone with one thread.
+        """Return a process's time while `busy` of `processes` work, relative to one thread alone.
 
         Threads share all but the `serial` part of the work (Amdahl 1967); more threads than cores take turns.
         """
@@ -176,7 +176,7 @@ def push_work(setup: Setup, gb: float) -> np.ndarray:
 
 
 def step_parts(costs: StepCosts, setup: Setup, generate: Any, learn: Any) -> dict[str, Any]:
-    """Return a step's seconds by part, from those of engines and learners: floats or (draws,)."""
+    """Return a step's seconds by part from those of engines and learners, floats or (draws,)."""
     parts = {
         "generate": generate,
         "reward": costs.reward.per_batch + costs.reward.per_completion * setup.rows,
