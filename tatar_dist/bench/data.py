@@ -102,7 +102,7 @@ def validation(directory: Path) -> dict[str, Any]:
 
 
 def write_annotations(directory: Path) -> tuple[Path, Path, Path]:
-    """Write ROWS annotations as AVA.txt (ten vote counts), as TAD66K's CSV and as a JSON list of image and gt_score."""
+    """Write ROWS annotations: AVA.txt (ten vote counts), TAD66K's CSV, a JSON list of gt_score."""
     rng = np.random.default_rng(0)
     ava, table, listed = (directory / name for name in ("AVA.txt", "train.csv", "list.json"))
     votes = rng.multinomial(210, np.ones(10) / 10, ROWS).tolist()

@@ -1,4 +1,4 @@
-"""Time calls in turns and commands as whole processes; build the result object that all benches share.
+"""Time calls in turns and commands as whole processes; build the result of every bench.
 
 A command is timed by a small parent process, `python harness.py WORD...`: the kernel counts what a forked child
 shares with its parent into the child's peak memory, so a bench full of data must not be the parent.

@@ -37,7 +37,7 @@ GROWTH = {
 
 
 def _update(work: Work, directory: Path, packed: bool) -> tuple[Callable[[], None], Any, int]:
-    """Return (a function that computes the gradients of one update, its model, the tokens of the first prompt)."""
+    """Return (function that computes an update's gradients, its model, first prompt's tokens)."""
     import torch
     from transformers.utils import logging
 
@@ -133,7 +133,7 @@ def run(grow: bool = False) -> dict[str, Any]:
 
 
 def _mib(field: str) -> float:
-    """Read a field of /proc/self/status; getrusage's peak would be the parent's, which a forked process inherits."""
+    """Read a field of /proc/self/status; a forked process inherits its parent's getrusage peak."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return next(int(words[1]) / 1024 for words in lines if words[0] == f"{field}:")
 

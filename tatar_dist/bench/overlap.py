@@ -20,7 +20,7 @@ PARTS = ("seconds", "time/generate", "time/learn", "time/sync", "time/reward")
 
 
 def run() -> dict[str, Any]:
-    """Measure steps with staleness 0 and 1; return the result. Raises UserError with fewer than 2 CPU cores."""
+    """Measure steps with staleness 0 and 1. Raises UserError with fewer than 2 CPU cores."""
     two_cores("overlap")
     parts: dict[str, dict[str, list[float]]] = {lag: {part: [] for part in PARTS} for lag in ("0", "1")}
     with tempfile.TemporaryDirectory() as name:

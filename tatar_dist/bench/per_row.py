@@ -40,7 +40,7 @@ def token_logprobs(
     temperature: float = 1.0,
     padded: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Return (B, C) float32 log-probabilities of completion tokens, 0 at padding. `padded`: `pad(rows)`."""
+    """Return (B, C) float32 logprobs of completion tokens, 0 at padding. `padded`: `pad(rows)`."""
     device = next(model.parameters()).device
     inputs = {k: v.to(device) for k, v in (padded or pad(collate, rows)).items()}
     module: Any = model

@@ -44,9 +44,9 @@ def images(directory: Path, round_: int, work: Work = WORK) -> list[Path]:
 
 
 def generate(directory: Path, work: Work = WORK, repeat: bool = False) -> Callable[[int], int]:
-    """Load transformers' model; return a function that makes a round and returns its completion tokens.
+    """Load transformers' model; return a function that makes a round and counts its tokens.
 
-    repeat: Put the image of a prompt into every row.
+    Only completion tokens count. repeat: Put the image of a prompt into every row.
     """
     import torch
     from PIL import Image
@@ -99,16 +99,16 @@ def _loaded(name: str, directory: Path) -> Callable[[int], int]:
 
 
 def _round(name: str, directory: Path, seed: int) -> tuple[int, float]:
-    """Run in the process of a side: make a round, and load the model before the first. Returns (tokens, seconds)."""
+    """Make a round in a side's process, and load its model at first. Returns (tokens, seconds)."""
     make_round = _loaded(name, directory)
     start = time.perf_counter()
     return make_round(seed), time.perf_counter() - start
 
 
 def round_flops(config: Any, prompt: int, work: Work = WORK) -> dict[str, float]:
-    """Count the FLOPs of a round by side, and of the vision tower in the engine's. Arguments as in `subject.counts`.
+    """Count the FLOPs of a round by side, and of the vision tower in the engine's.
 
-    All tokens of a completion come from logits; all but the last go through the layers.
+    Arguments as in `subject.counts`. All tokens of a completion come from logits; all but the last use the layers.
     """
     sizes, _, patches, *shared = subject.counts(config, work, prompt, packed=True)
     _, rows, _, *repeated = subject.counts(config, replace(work, tokens=work.tokens - 1), prompt, packed=False)

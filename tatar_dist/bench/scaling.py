@@ -34,7 +34,7 @@ def _config(directory: Path, processes: int) -> Any:
 
 
 class Rig:
-    """`processes` learners and as many engines, each on a core of its own; learners and engines take turns."""
+    """`processes` pairs of a learner and an engine, each on its own core; the two take turns."""
 
     def __init__(self, directory: Path, processes: int, cores: list[int], stack: contextlib.ExitStack) -> None:
         import ray

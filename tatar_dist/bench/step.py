@@ -60,7 +60,7 @@ def read_steps(output: str, steps: int) -> Side:
 
 
 def warm(side: Side) -> Side:
-    """Leave out the first step."""
+    """Return all steps but the first."""
     return {key: values[1:] for key, values in side.items()}
 
 

@@ -1,4 +1,4 @@
-"""Make what benches work on, a random Qwen2.5-VL of 14M parameters and its inputs, and count its FLOPs and bytes.
+"""Make the benches' random Qwen2.5-VL of 14M parameters and its inputs; count FLOPs, bytes.
 
 896 x 896 pixels are 1,024 image tokens; with the text around them a prompt has about 1,050. Completions are random
 tokens: how long a forward takes does not depend on which. FLOPs are those of models/costs.py, for updates that are
@@ -54,7 +54,7 @@ def write_images(directory: Path, n: int, pixels: int = PIXELS) -> None:
 
 
 def make(directory: Path, pixels: int = PIXELS, sizes: TinySizes = SIZES, words: Sequence[str] = ()) -> Config:
-    """Write the model unless it exists; return WORDS and `words` as a configuration of `pixels` x `pixels` images."""
+    """Write the model unless it exists; return the config of WORDS, `words` and the image size."""
     from transformers import AutoProcessor
 
     path, area = directory / "model", pixels * pixels
@@ -93,7 +93,7 @@ def rows(backbone: Any, groups: int, size: int, tokens: int, pixels: int = PIXEL
 
 @dataclass(frozen=True)
 class Work:
-    """Sizes of one update: groups of `size` completions of `tokens` tokens, images of `pixels` x `pixels`."""
+    """Sizes of an update: groups of `size` completions of `tokens` tokens, images `pixels` wide."""
 
     groups: int = 1
     size: int = GROUP
@@ -108,7 +108,7 @@ class Work:
 
 
 def counts(config: Any, work: Work, prompt: int, packed: bool) -> tuple[ModelSizes, int, int, int, float]:
-    """Return ModelSizes, and images, patches of each, tokens and pairs in a layer as its `forward_flops` takes them.
+    """Return (ModelSizes, images, patches each, tokens, pairs in a layer) for `forward_flops`.
 
     `config`: a Qwen2_5_VLConfig; `prompt`: tokens of a prompt.
     """
@@ -137,6 +137,6 @@ def kept_bytes(config: Any, work: Work, prompt: int) -> float:
 
 
 def peak_bytes(config: Any, work: Work, prompt: int, parameters: int) -> float:
-    """Return the largest of three moments: the head makes logits; its gradient; only the gradients are left."""
+    """Return the peak of three moments: logits made; the head's gradient; only gradients left."""
     head = head_bytes(ModelSizes.of(config.to_dict()), work.completion_tokens, FLOAT)
     return max(kept_bytes(config, work, prompt) + head, FLOAT * parameters)

@@ -105,7 +105,7 @@ def _label(key: str) -> str:
 
 
 def _text(key: str, value: Any) -> str:
-    """Return a value with the unit that its key names; several numbers as their median and range."""
+    """Return a value with the unit that its key names; for several numbers the median and range."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value in (None, [], ()):

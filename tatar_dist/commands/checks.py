@@ -111,10 +111,10 @@ def bench(
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check this machine, and with RAY_ADDRESS a cluster's nodes. Exit 1 if something needed is missing.
+    """Check this machine, and with RAY_ADDRESS a cluster's nodes.
 
     Compilers, packages, GPUs, NCCL, memory, networks, ports, clock, file system; of nodes their versions and clocks,
-    and whether they see this directory.
+    and whether they see this directory. Exit 1 if something needed is missing.
 
     Example: [bold]tatar-dist doctor --json[/bold]
     """

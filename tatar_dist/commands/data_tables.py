@@ -1,4 +1,4 @@
-"""Print the import report, the registry and the pools of a manifest as tables, for `data import`, `sets`, `show`."""
+"""Print tables for `data import`, `sets`, `show`: import report, registry, manifest pools."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _QUANTILES = ("min", "5 %", "25 %", "median", "75 %", "95 %", "max")
 
 
 def print_import(report: dict[str, Any]) -> None:
-    """Print a report of `run_import`: recognised formats, score mapping, rows kept and dropped, next command."""
+    """Print `run_import`'s report: formats, score mapping, rows kept and dropped, next command."""
     title = f"{report['dataset']} ({report['task'].upper()}) → {report['manifest']}"
     numbers = ("rows", "published", *_QUANTILES)
     files = _table(
@@ -82,7 +82,7 @@ def _shortened(columns: Iterable[str]) -> str:
 
 
 def print_sets(registry: Registry) -> None:
-    """Print all data sets with counts, the formats of their releases, the shared lists, and where to get the sets."""
+    """Print all data sets with counts, release formats, shared lists, and where to get them."""
     numbers = ("images", "test")
     sets = _table("Data sets", "set", "task", "domain", *numbers, "gt_score in lists", numbers=numbers)
     lists = _table("Lists, of every set", "format", "file", "columns", unbroken=("format",))
@@ -111,7 +111,7 @@ def print_sets(registry: Registry) -> None:
 
 
 def sets_as_json(registry: Registry) -> list[dict[str, Any]]:
-    """Records of the registry for `data sets --json`."""
+    """Return the registry's records for `data sets --json`."""
 
     def layout(fmt: Format) -> dict[str, Any]:
         keys = ("name", "columns", "image", "score", "lower_is_better", "source")

@@ -146,7 +146,7 @@ def _cluster() -> Iterator[DoctorCheck]:
 
 
 def _clock() -> Iterator[DoctorCheck]:
-    """Check whether the kernel's clock is synchronised: adjtimex(2) returns TIME_ERROR if it is not."""
+    """Check whether the kernel's clock is synchronised: if not, adjtimex(2) returns TIME_ERROR."""
     state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # modes 0: only reads
     known = {-1: "this system does not say whether it is synchronised", TIME_ERROR: "not synchronised"}
     hint = "start chrony or ntpd: times of several nodes are compared in logs and events"
@@ -154,7 +154,7 @@ def _clock() -> Iterator[DoctorCheck]:
 
 
 def _nodes() -> Iterator[DoctorCheck]:
-    """Checks of all nodes of the cluster in RAY_ADDRESS."""
+    """Return the checks of all nodes of the cluster in RAY_ADDRESS."""
     if (address := os.environ.get("RAY_ADDRESS")) and _version("ray"):
         from tatar_dist.commands.doctor_nodes import examine
 
@@ -194,13 +194,13 @@ def _photographs() -> Iterator[DoctorCheck]:
 
 
 def as_json(checks: list[DoctorCheck]) -> dict[str, Any]:
-    """Result object of `--json`."""
+    """Return the result object of `--json`."""
     ok = all(c.ok for c in checks if c.required)
     return {"ok": ok, "checks": [asdict(c) | {"hint": "" if c.ok else c.hint} for c in checks]}
 
 
 def verdict(checks: list[DoctorCheck]) -> str:
-    """Summary sentence."""
+    """Return the summary sentence."""
     missing, noted = ([c.name for c in checks if c.required is needed and not c.ok] for needed in (True, False))
     if missing:
         return f"[red]Missing:[/] {', '.join(missing)}. Nothing will run before that is put right."
@@ -208,7 +208,7 @@ def verdict(checks: list[DoctorCheck]) -> str:
 
 
 def as_table(checks: list[DoctorCheck]) -> Any:
-    """Rich table of the checks, with a hint for each that is not ok."""
+    """Return a rich table of the checks, with a hint for each that is not ok."""
     from rich.table import Table
 
     from tatar_dist.plan.proven import LEGEND

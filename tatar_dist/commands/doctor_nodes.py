@@ -28,8 +28,8 @@ PROBES = 3
 
 @dataclass(frozen=True)
 class Node:
-    """Answer of a node. ahead: lead of its clock over ours, s; doubt: half of the fastest round trip, s.
-    sees_file: whether it sees a file in our directory, None if none could be created."""
+    """Answer of a node. ahead, doubt: lead of its clock over ours and its uncertainty, in s.
+    doubt: half of the fastest round trip. sees_file: whether it sees a file in our directory; None: none created."""
 
     address: str
     gpus: int
@@ -45,7 +45,7 @@ def _facts(file: str | None) -> tuple[float, dict[str, str], bool | None]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages among PACKAGES."""
+    """Return the versions of Python and of the installed packages among PACKAGES."""
     installed = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -54,7 +54,7 @@ def versions() -> dict[str, str]:
 
 
 def examine(address: str) -> Iterator[DoctorCheck]:
-    """Connect to the cluster, query its nodes, disconnect. An unreachable cluster is one failed check."""
+    """Query the nodes of the cluster, then disconnect. An unreachable cluster is a failed check."""
     import ray
 
     if address.startswith("http"):
@@ -82,7 +82,7 @@ def examine(address: str) -> Iterator[DoctorCheck]:
 
 
 def _knock(address: str) -> None:
-    """Raise OSError if nothing listens; Ray itself would wait for minutes. `auto` and the like are left to Ray."""
+    """Raise OSError if nothing listens, where Ray waits for minutes; skip `auto` and the like."""
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
@@ -124,7 +124,7 @@ def _round_trip(ray: Any, node: Mapping[str, Any], task: Any, file: str | None) 
 
 
 def checks(nodes: Sequence[Node], silent: Mapping[str, str], here: Mapping[str, str]) -> Iterator[DoctorCheck]:
-    """Check the answers. `silent`: address -> error; `here`: versions of this process, which all nodes must have."""
+    """Check the answers. `silent`: address -> error; `here`: the versions all nodes must have."""
     size = f"{len(nodes)} nodes, {sum(n.gpus for n in nodes)} GPUs"
     lost = "".join(f"; no answer from {address}: {why}" for address, why in silent.items())
     yield DoctorCheck("Ray cluster", not silent, False, size + lost, "look at these nodes' raylet logs")

@@ -1,4 +1,4 @@
-"""`tatar-dist score`, `metrics`, `compare`: score pictures, measure agreement with opinion scores."""
+"""Score pictures, measure agreement with opinion scores: `score`, `metrics`, `compare`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def metrics(
     unparsed: Annotated[str, typer.Option(help="drop, or midpoint: count an unparsed answer as 50.")] = "drop",
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
 ) -> None:
-    """Agreement with opinion scores by data set: SRCC, PLCC, KRCC, RMSE, MAE, with n and n_parsed.
+    """Measure agreement with opinion scores by set: SRCC, PLCC, KRCC, RMSE, MAE, n and n_parsed.
 
     Example: [bold]tatar-dist metrics predictions.jsonl --bootstrap 1000 --json[/bold]
     """
@@ -88,7 +88,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Is model B better than A? Paired differences of SRCC and PLCC by data set, with intervals and p-values.
+    """Compare model B with A by data set: paired SRCC and PLCC differences, intervals, p-values.
 
     Example: [bold]tatar-dist compare runs/demo/sft_eval runs/demo/grpo_eval[/bold]
     """

@@ -1,4 +1,4 @@
-"""`tatar-dist rationale …`: have rationales written and judged, or write them from templates."""
+"""Have rationales written and judged, or made from templates: `tatar-dist rationale …`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Have a teacher write a rationale for every row: fast for IQA, slow for IAA. Resumes by the same command.
+    """Have a teacher write each row's rationale (fast for IQA, slow for IAA). Rerun to resume.
 
     Example: [bold]tatar-dist rationale build koniq.parquet --output koniq_r.parquet
     rationale.teacher.url=http://127.0.0.1:8000/v1 rationale.teacher.model=teacher[/bold]
@@ -55,7 +55,7 @@ def judge(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Check every rationale, then have a judge mark it; rows with a low mark are left out. Resumes like build.
+    """Check rationales, have a judge mark them, drop rows with low marks. Resumes like build.
 
     Example: [bold]tatar-dist rationale judge koniq_r.parquet --output koniq_kept.parquet
     rationale.judge.url=http://127.0.0.1:8000/v1 rationale.judge.model=judge[/bold]
@@ -70,7 +70,7 @@ def template(
     seed: Annotated[int, typer.Option(help="Same seed, same texts.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Write rationales without a teacher, from the distortions or measured attributes that each row's meta holds.
+    """Write rationales without a teacher, from distortions or measured attributes in rows' meta.
 
     Example: [bold]tatar-dist rationale template kadid.parquet --output kadid_r.parquet[/bold]
     """

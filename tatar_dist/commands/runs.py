@@ -52,7 +52,7 @@ def report(
         typer.Option(metavar="FILE.html", help="The page; else RUN/report.html, or ./compare.html of several runs."),
     ] = None,
 ) -> None:
-    """Write one HTML page about a run, or one that compares several: what was learned, health, curves, answers.
+    """Write an HTML page about a run, or comparing several: results, health, curves, answers.
 
     A run's page goes to RUN/report.html, a comparison to compare.html in the current directory, or either to --output.
 
@@ -78,7 +78,7 @@ def export(
         Path | None, typer.Option(metavar="DIR", help="What evaluate wrote about this checkpoint; else looked for.")
     ] = None,
 ) -> None:
-    """Export the model as a Hugging Face directory (transformers, vLLM), with prompts and a card.
+    """Export the model as a Hugging Face directory (transformers, vLLM) with prompts and a card.
 
     Example: [bold]tatar-dist export runs/grpo --output models/scorer[/bold]
     """
@@ -100,7 +100,7 @@ def serve(
     ] = None,
     open_to_all: Annotated[bool, typer.Option("--open", help="No key though others can reach --host.")] = False,
 ) -> None:
-    """Serve a model: a page to drop images on, /score, and vLLM's OpenAI API with the models iqa and iaa.
+    """Serve a model: a page to drop images on, /score, vLLM's OpenAI API with models iqa, iaa.
 
     Example: [bold]tatar-dist serve --model runs/demo/grpo/checkpoints/latest/model --port 8000[/bold]
     """

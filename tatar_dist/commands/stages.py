@@ -1,4 +1,4 @@
-"""`tatar-dist demo`, `probes`, `sft`, `grpo`, `evaluate`, `plan`: run the stages, or plan them."""
+"""Run or plan the stages: `tatar-dist demo`, `probes`, `sft`, `grpo`, `evaluate`, `plan`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def demo(
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, in minutes.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Whole runs on the same data, compared in figures.md.")] = 1,
 ) -> None:
-    """The whole pipeline on this machine's CPU with a tiny model: data, SFT, GRPO, evaluation, report.
+    """Run the whole pipeline on the CPU with a tiny model: data, SFT, GRPO, evaluation, report.
 
     Example: [bold]tatar-dist demo --output runs/demo rollout.engines=2[/bold]
     """
@@ -45,7 +45,7 @@ def probes(
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything: shows that it runs.")] = False,
     as_json: Json = False,
 ) -> None:
-    """The paper's controlled comparisons on the demo set: fast or slow rationales, Gaussian or Thurstone rewards.
+    """Probe the paper's claims on the demo set: fast/slow rationales, Gaussian/Thurstone reward.
 
     Example: [bold]tatar-dist probes --seeds 3 --output runs/probes[/bold]
     """
@@ -83,7 +83,7 @@ def _run_stage(stage: Stage, files: list[Path], words: list[str] | None, dry_run
 def _print_plans(
     config: Any, stages: list[Stage], as_json: bool, command: str | None = None, gpu_memory: float | None = None
 ) -> None:
-    """Print plans as tables, with start commands if `command` is given, or as one JSON object (by stage if several)."""
+    """Print plans as tables (with start commands if `command`) or as JSON (by stage if several)."""
     from tatar_dist.plan import memory
     from tatar_dist.plan import plan as planning
 
@@ -108,7 +108,7 @@ def _print_plans(
 
 
 def sft(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
-    """Supervised fine-tuning: teaches the answer format and the two ways of reasoning.
+    """Run supervised fine-tuning: teach the answer format and the two ways of reasoning.
 
     Example: [bold]tatar-dist sft --config configs/sft.yaml cluster.nodes=4 --dry-run[/bold]
     """
@@ -116,7 +116,7 @@ def sft(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, a
 
 
 def grpo(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
-    """GRPO: refines the scores by rewards over each global batch of completions.
+    """Run GRPO: refine the scores by rewards over each global batch of completions.
 
     Example: [bold]tatar-dist grpo --config configs/grpo.yaml model.path=runs/sft/checkpoints/latest/model[/bold]
     """
@@ -124,10 +124,10 @@ def grpo(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, 
 
 
 def evaluate(config: Configs, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
-    """Agreement with opinion scores on test manifests, by data set, with n and parse failures. Killed, it goes on.
+    """Measure agreement with opinion scores by test data set, with n and parse failures.
 
     evaluate.samples=5 adds the spread of sampled answers, evaluate.expected=true expected scores,
-    evaluate.bootstrap=1000 intervals, evaluate.published=true the figures of papers.
+    evaluate.bootstrap=1000 intervals, evaluate.published=true the figures of papers. Run it again to resume.
 
     Example: [bold]tatar-dist evaluate --config configs/eval.yaml model.path=runs/model data.eval_limit=200[/bold]
     """
@@ -151,7 +151,7 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What a run would start: processes, GPUs, how a batch is divided, memory per GPU. Loads no model.
+    """Show what a run would start: processes, GPUs, batch split, memory per GPU. Loads no model.
 
     Without --measured or --times, --simulate estimates an H100's times from FLOPs and bytes.
 

@@ -1,4 +1,4 @@
-"""Read a configuration: YAML files, then `key=value` words, later wins; unknown keys fail with the nearest name."""
+"""Read YAML files, then `key=value` words; later wins. Unknown keys fail, with a suggestion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tatar_dist.errors import UserError
 
 
 def known_keys(schema: Any = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, leaves and sections."""
+    """Return every dotted key of the schema, leaves and sections."""
     keys = []
     for name, hint in get_type_hints(schema).items():
         keys.append(prefix + name)

@@ -22,7 +22,7 @@ FIELD = re.compile(r"^    (\w+): .+?  # (.+)$", re.MULTILINE)
 
 
 def keys_table(title: str = "", section: Any = None) -> str:
-    """Every key of the schema, or of one section, as Markdown: a table per section, in the order of the schema."""
+    """Return the schema's or a section's keys as Markdown, a table per section, in its order."""
     section = section or Config()
     comments, hints = dict(FIELD.findall(inspect.getsource(type(section)))), get_type_hints(type(section))
     rows, subsections = [], []

@@ -23,7 +23,7 @@ ALLOWED_QUERY = {"api-version"}  # what some endpoints want in the address; anyt
 
 
 def check_url(url: str) -> str:
-    """Refuse an address that is none, or that carries a secret; a message never repeats such an address."""
+    """Refuse an address that is none or carries a secret; messages never repeat such an address."""
     if not url:
         return url
     try:
@@ -131,7 +131,7 @@ class RationaleConfig:
 
 
 def check(c: RationaleConfig) -> None:
-    """Check rules that join several keys. Raises UserError naming the key, never a value that may be a secret."""
+    """Check rules that join keys. UserError names the key, never a value that may be a secret."""
     for key, text in (("rationale.fast", c.fast), ("rationale.slow", c.slow)):
         if text.url and c.teacher.local:
             raise UserError(f"{key}.url: with rationale.teacher.local=true our engines write all texts; leave it out")

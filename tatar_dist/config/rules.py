@@ -42,7 +42,7 @@ def check(c: Config) -> None:
 
 
 def _check_reward(c: Config) -> None:
-    """Rules that follow from the reward: batches that can rank, and room for the words it asks for."""
+    """Check what follows from the reward: batches that can rank, room for the words it asks for."""
     from tatar_dist.rewards.presets import load_preset
     from tatar_dist.rewards.terms import check_token_budget
 

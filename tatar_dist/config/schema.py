@@ -222,5 +222,5 @@ class Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, as written to a run directory."""
+    """Return the resolved configuration as YAML, as written to a run directory."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))

@@ -26,7 +26,7 @@ STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # of every
 
 
 def _no_bool(value: Any) -> Any:
-    """Refuse `true` as a number; pydantic would read 1. Numbers in quotes, and 8e9, which YAML reads as text, pass."""
+    """Refuse `true`, which pydantic reads as 1; quoted numbers and 8e9, text in YAML, pass."""
     if isinstance(value, bool):
         raise ValueError(f"must be a number, is {value}")
     return value
@@ -44,7 +44,7 @@ Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_
 
 @dataclass(frozen=True)
 class Why:
-    """A note on an annotated type: the reason of its limits, or what to do. Messages about its values end with it."""
+    """Note on an annotated type, ending messages on its values: why it has limits, or a remedy."""
 
     text: str
 
@@ -62,7 +62,7 @@ def shown(value: Any) -> str:
 
 
 def near(name: Any, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown name: the nearest known name, or the known names."""
+    """Return the end of a message on an unknown name: the nearest known name or the known ones."""
     names = [str(k) if len(str(k)) <= 40 else f"{str(k)[:39]}…" for k in known]
     close = difflib.get_close_matches(str(name)[:60], names, n=1, cutoff=0.5) if isinstance(name, str | int) else []
     if close:
@@ -71,7 +71,7 @@ def near(name: Any, known: Iterable[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML loader that rejects repeated keys (the second would win silently) and integers beyond 64 bits."""
+    """Safe YAML loader; rejects repeated keys (else the last wins) and integers beyond 64 bits."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -94,7 +94,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """Read the file's mapping; `what` names it in messages. Raises UserError: cannot be read, not UTF-8, not YAML."""
+    """Read a file's mapping; `what` names it. Raises UserError: unreadable, not UTF-8, not YAML."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as e:
@@ -110,7 +110,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def validated(schema: Any, tree: Any, where: str) -> Any:
-    """Return `tree` as a `schema`. Raises UserError for the first fault: `where`, key path, problem, value."""
+    """Return `tree` as a `schema`. Raises UserError: `where` and the `fault` of the first error."""
     try:
         return TypeAdapter(schema).validate_python(tree)
     except ValidationError as e:
@@ -123,7 +123,7 @@ def first(errors: ValidationError) -> Mapping[str, Any]:
 
 
 def fault(error: Mapping[str, Any], schema: Any) -> str:
-    """Say in one line what pydantic's `error` means: the key path below `schema`, the value, the problem, its `Why`."""
+    """Return one line on pydantic's `error`: key path below `schema`, value, problem, its `Why`."""
     kind, ctx, loc = error["type"], error.get("ctx", {}), error["loc"]
     path = _PATHS.repr(".".join(str(part) for part in loc if part != "[key]"))[1:-1]
     if kind == "unexpected_keyword_argument":
@@ -170,7 +170,7 @@ _PROBLEMS = {  # pydantic's type of an error -> our words
 
 
 def at(schema: Any, loc: Sequence[int | str], why: str = "") -> tuple[Any, str]:
-    """Return the type at `loc` below `schema`, None where there is none, and the innermost `Why` on the way or ""."""
+    """Return the type at `loc` below `schema` or None, and the innermost `Why` on the way or ""."""
     while typing.get_origin(schema) in (Annotated, Union, types.UnionType):
         why = next((note.text for note in getattr(schema, "__metadata__", ()) if isinstance(note, Why)), why)
         schema = next(part for part in typing.get_args(schema) if part is not type(None))

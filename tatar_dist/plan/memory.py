@@ -1,4 +1,4 @@
-"""Estimate the GPU memory of a stage by part, from the configuration and the model's config.json: `tatar-dist plan`.
+"""Estimate a stage's GPU memory from its configuration and config.json: `tatar-dist plan`.
 
 No weights are loaded, and torch is not imported. Parts on a learner (P parameters, N ranks, 2 bytes each in bfloat16):
 
@@ -62,7 +62,7 @@ MODEL_TYPE = "qwen2_5_vl"  # other families have other layers
 
 
 def sizes_of(path: str) -> ModelSizes:
-    """Read a model's sizes from `path`/config.json, or look up a released Qwen2.5-VL named in `path`.
+    """Read sizes from `path`/config.json, or look up the released Qwen2.5-VL that `path` names.
 
     Raises:
         UserError: config.json is not a valid one of a Qwen2.5-VL, or there is none and the name is unknown.
@@ -88,7 +88,7 @@ def sizes_of(path: str) -> ModelSizes:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of one GPU of a role. `parts`: name -> bytes at the role's peak; `room`: bytes available.
+    """Memory of one GPU of a role. `parts`: bytes by name at its peak; `room`: bytes available.
 
     sequences: for an engine, full-length completions (max_model_len) whose keys and values fit at a time.
     """
@@ -178,9 +178,9 @@ def learner(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memor
 
 
 def _micro_batch(config: Config, plan: Plan) -> tuple[float, float, float]:
-    """Return (tokens, patches, completion tokens) of the largest forward: max_pixels images, full-length completions.
+    """Return (tokens, patches, completion tokens) of the largest forward.
 
-    A forward has at least one prompt with one completion, whatever micro_tokens is.
+    Images have max_pixels, completions full length. A forward has at least one of each, whatever micro_tokens is.
     """
     assert plan.split is not None
     image = config.model.max_pixels / TOKEN_PIXELS
@@ -216,7 +216,7 @@ def engine(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory
 
 
 def _for_learners(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> str:
-    """Return the first change that makes a rank fit: checkpointing, then smaller forwards, then more ranks."""
+    """Return the first change that lets a rank fit: checkpointing, smaller forwards, more ranks."""
     split = plan.split
     assert split is not None
     checkpointed = replace(config, model=replace(config.model, gradient_checkpointing=True))

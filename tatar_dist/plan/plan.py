@@ -1,4 +1,4 @@
-"""Plan processes and batch split of a stage from the configuration alone: `--dry-run` and `tatar-dist plan`.
+"""Plan a stage's processes and batch from the configuration alone: `--dry-run`, `plan`.
 
 A checked `Config` and a stage give a `Plan`: learners (ZeRO-3 ranks, one GPU each), engines (x tensor parallel),
 processes and the batch split. Nothing is loaded, and torch is not imported. Runs use the same `resolve`, so a dry run
@@ -38,9 +38,9 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one optimiser step (completions in GRPO) and the ranks that share them, as in learner/packing.py.
+    """Rows of one optimiser step (completions in GRPO) and the ranks that share them.
 
-    micro_tokens: the most tokens in one forward. The number of forwards per step depends on its tokens.
+    micro_tokens: most tokens in one forward. How many forwards a step has depends on its tokens (learner/packing.py).
     """
 
     rows: int
@@ -50,7 +50,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a stage starts. GPU counts are 0 on a CPU-only cluster; `split` is None without learners."""
+    """Everything a stage starts. GPU counts: 0 on a CPU cluster. `split`: None without learners."""
 
     stage: Stage
     nodes: int
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def processes(self) -> dict[str, int]:
-        """Processes by role. A tensor-parallel engine is one process per GPU."""
+        """Return processes by role. A tensor-parallel engine is one process per GPU."""
         counts = {
             "controller": 1,
             "learners": self.learners,
@@ -139,7 +139,7 @@ def resolve(config: Config, stage: Stage) -> Plan:
 
 
 def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
-    """Return (learners, engines) with 0 = auto resolved; 0 for a role that the stage does not have."""
+    """Return (learners, engines), resolving 0 = auto; 0 for a role that the stage does not have."""
     c, r = config.cluster, config.rollout
     gpus, tp = c.nodes * c.gpus_per_node, r.tensor_parallel
     learners, engines, shared = c.learners, r.engines, c.placement == "colocated"
@@ -176,7 +176,7 @@ def _notes(config: Config, stage: Stage, idle: int, engines: int, samples: dict[
 
 
 def count_samples(data: DataConfig) -> dict[str, int] | None:
-    """Count training rows by task in the manifests' pools; None without manifests or if one is unreadable."""
+    """Count the training rows of manifests by task; None: no manifests, or an unreadable one."""
     counts: dict[str, int] = dict.fromkeys(TASKS, 0)
     try:
         for name in data.train:
@@ -188,7 +188,7 @@ def count_samples(data: DataConfig) -> dict[str, int] | None:
 
 
 def _steps(config: Config, stage: Stage, samples: dict[str, int] | None) -> int | None:
-    """Number of steps as the runs count: an epoch ends once the larger task, at its share of a batch, has been seen."""
+    """Count steps as runs do: an epoch ends once the larger task, at its batch share, is seen."""
     if stage == "evaluate":
         return None
     s = config.sft if stage == "sft" else config.grpo
@@ -202,9 +202,9 @@ def _steps(config: Config, stage: Stage, samples: dict[str, int] | None) -> int 
 
 
 def ray_commands(plan: Plan, stage_command: str) -> list[str]:
-    """Return the shell lines that start Ray on `plan.nodes` machines and the stage; for one node only the stage.
+    """Return the shell lines that start Ray on `plan.nodes` machines, and then the stage.
 
-    Under Slurm, `make STAGE NODES=n` does all of it.
+    For one node only the stage. Under Slurm, `make STAGE NODES=n` does all of it.
     """
     if plan.nodes == 1:
         return [stage_command]
@@ -274,7 +274,7 @@ def check_inputs(config: Config, stage: str) -> None:
 
 
 def _columns(manifest: Path) -> list[str]:
-    """Return a manifest's column names; ["image_bytes"] if unreadable, as its reader reports the reason later."""
+    """Return a manifest's columns; ["image_bytes"] if unreadable (its reader will report why)."""
     try:
         return pq.read_schema(manifest).names
     except (pa.ArrowException, OSError):

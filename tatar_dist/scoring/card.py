@@ -1,4 +1,4 @@
-"""Model card of an exported model: `facts` collects what `render` writes by `model_card.md.j2`.
+"""Model card of an exported model: `render` writes the `facts` by `model_card.md.j2`.
 
 Earlier stages are found by following `model.path` from run to run. A card contains no paths of the writing machine.
 """

@@ -1,4 +1,4 @@
-"""Make the configuration for scoring and serving from a model directory: of a checkpoint, an export, or any model.
+"""Configure scoring and serving from the directory of a checkpoint, an export or any model.
 
 Family, dtype and context length come from config.json, image sizes from the processor; prompts from `prompts.yaml`
 there or in a checkpoint's run, else configs/prompts.yaml; the answer length from the run or generation_config.json,
@@ -67,7 +67,7 @@ def _family(directory: Path, settings: dict[str, Any]) -> str:
 
 
 def _pixels(directory: Path) -> tuple[int, int]:
-    """Return (minimum, maximum) pixels of a picture. Raises UserError if the directory does not hold them."""
+    """Return (minimum, maximum) pixels of a picture. Raises UserError if `directory` has none."""
     newest, older = (_json(directory / name) or {} for name in ("processor_config.json", "preprocessor_config.json"))
     settings = newest.get("image_processor") or older
     size = settings.get("size") or {}
@@ -79,7 +79,7 @@ def _pixels(directory: Path) -> tuple[int, int]:
 
 
 def run_of(directory: Path) -> Path | None:
-    """Run directory of a checkpoint's model: RUN of RUN/checkpoints/step_000100/model. None for other directories."""
+    """Return RUN of a model at RUN/checkpoints/step_000100/model; None for other directories."""
     parents = directory.resolve().parents
     return parents[2] if len(parents) > 2 and parents[1].name == "checkpoints" else None
 
@@ -91,7 +91,7 @@ def _prompts(directory: Path) -> Path:
 
 
 def _answer_tokens(directory: Path) -> int:
-    """max_new_tokens of the run, else of generation_config.json, else of the schema."""
+    """Return max_new_tokens of the run, else of generation_config.json, else of the schema."""
     run = run_of(directory)
     if run is not None and (run / "config.yaml").is_file():
         return read_yaml(run / "config.yaml", "config")["rollout"]["max_new_tokens"]

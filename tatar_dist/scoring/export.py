@@ -35,12 +35,12 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 def model_of(run: str | Path) -> Path:
-    """Model directory of a run's newest finished checkpoint. Raises UserError if there is none."""
+    """Return the newest finished checkpoint's model path. Raises UserError if there is none."""
     return checkpoint_of(run)[0] / "model"
 
 
 def checkpoint_of(run: str | Path, step: int | None = None) -> CheckpointRef:
-    """Return a run's finished checkpoint: the newest, or that of `step`. Raises UserError if there is none."""
+    """Return a finished checkpoint: `step`'s or the newest. Raises UserError if there is none."""
     steps = []
     for directory, state in finished(Path(run)):
         if step is None or state["step"] == step:
@@ -61,7 +61,7 @@ def run(
     dtype: str | None = None,
     evaluation: str | Path | None = None,
 ) -> Path:
-    """Export to `output`, which must be absent or an empty directory other than the current one. Returns its path.
+    """Export to `output`, absent or an empty directory other than the current; return its path.
 
     Args:
         step: training step of the checkpoint; None = the newest.
@@ -175,6 +175,6 @@ def _write_weights(directory: Path, tensors: dict[str, torch.Tensor], shard_size
 
 
 def _with_dtype(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Copy of config.json with the dtype of the weights, also in the sections of the model's parts."""
+    """Return a copy of config.json with the weights' dtype, also in the sections of model parts."""
     copy = {k: _with_dtype(v, dtype) if isinstance(v, dict) else v for k, v in settings.items()}
     return copy | dict.fromkeys(copy.keys() & {"dtype", "torch_dtype"}, dtype)

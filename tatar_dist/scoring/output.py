@@ -1,4 +1,4 @@
-"""Find the pictures of `tatar-dist score`, print their scores as a table or JSON lines, write a page.
+"""Find pictures for `tatar-dist score`; print scores as a table or JSON lines; write a page.
 
 Progress and the pictures that could not be scored go to standard error.
 """
@@ -91,7 +91,7 @@ def run(
     html: Path | None,
     given: Sequence[str | tuple[str, bytes]] = (),
 ) -> int:
-    """Print scores as they arrive, also partial results after Ctrl-C. Returns the number of pictures with errors.
+    """Print scores as they arrive, partial ones after Ctrl-C; return how many pictures failed.
 
     `load` loads the model and returns an iterator that scores. `given`: the pictures, for thumbnails of non-files.
     """
@@ -131,12 +131,12 @@ def _show(scores: Sequence[Score], as_json: bool) -> None:
 
 
 def _bad(scores: Iterable[Score]) -> list[tuple[str, str]]:
-    """(picture, error) of the pictures that could not be scored."""
+    """Return (picture, error) of the pictures that could not be scored."""
     return list(dict.fromkeys((s.image, s.error) for s in scores if s.error))
 
 
 def as_table(scores: Sequence[Score]) -> Table:
-    """Rich table with a row per scored picture: scores, and the first words of the rationale, one line per task."""
+    """Return a rich table: a row per scored picture, a line per task with the rationale's start."""
     tasks = [task for task in NAMES if any(s.task == task for s in scores)]
     expected = any(s.expected is not None for s in scores)
     named = by_picture(scores)
@@ -165,7 +165,7 @@ def _cell(s: Score | None) -> str:
 
 
 def by_picture(scores: Iterable[Score]) -> dict[str, dict[str, Score]]:
-    """Picture -> task -> score, without pictures that could not be scored."""
+    """Return picture -> task -> score, without pictures that could not be scored."""
     pictures: dict[str, dict[str, Score]] = {}
     for s in scores:
         if not s.error:
@@ -174,7 +174,7 @@ def by_picture(scores: Iterable[Score]) -> dict[str, dict[str, Score]]:
 
 
 def write_page(file: Path, scores: Sequence[Score], kept: Mapping[str, bytes] = MappingProxyType({})) -> None:
-    """Write one self-contained HTML page, best pictures first; beyond `MOST_SHOWN` only the best and the worst.
+    """Write a self-contained HTML page, best first; above `MOST_SHOWN` only the best and worst.
 
     `kept`: encoded pictures that are not files, by name. Raises UserError if the page cannot be written.
     """
@@ -197,13 +197,13 @@ def write_page(file: Path, scores: Sequence[Score], kept: Mapping[str, bytes] = 
 
 
 def _rank(scores: Iterable[Score]) -> float:
-    """Sort key: the highest mean score first, pictures without a score last."""
+    """Return a sort key: the highest mean score first, pictures without a score last."""
     values = [s.score for s in scores if s.score is not None]
     return -sum(values) / len(values) if values else 1.0
 
 
 def _thumbnail(name: str, data: bytes | None) -> str | None:
-    """Small JPEG data URI of encoded `data`, else of the file `name`; None if it cannot be read."""
+    """Return a small JPEG data URI of `data`, else of file `name`; None if it cannot be read."""
     encoded = data or read_picture(name)[1]
     if isinstance(encoded, str):
         return None

@@ -1,4 +1,4 @@
-"""`Scorer`: score pictures with one engine in this process, without Ray; `tatar-dist score` uses it, too.
+"""Score pictures with one engine in this process, without Ray: also by `tatar-dist score`.
 
 Each picture and task gives a `Score`, in order, as batches finish; a picture that cannot be read gives its `error`.
 """
@@ -55,7 +55,7 @@ class Score:
 
 
 class Scorer:
-    """A loaded model. Use one per process, because an engine keeps its memory until the process ends.
+    """A loaded model. Use one per process: an engine keeps its memory until the process ends.
 
     Args:
         model: model directory.
@@ -125,7 +125,7 @@ class Scorer:
                 yield score_of(prompt, answer, next(draws).completions if draws else ())
 
     def _look(self, number: int, picture: Any, tasks: Sequence[Task]) -> tuple[list[Score | Prompt], int]:
-        """Read and decode one picture; returns a prompt (or a score with an error) per task, and its pixels."""
+        """Read and decode a picture; return a prompt (or score with error) per task, and its pixels."""
         name, data = read_picture(picture, number)
         error = data if isinstance(data, str) else ""
         size = (0, 0)

@@ -21,7 +21,7 @@ from tatar_dist.types import Task
 
 @dataclass(frozen=True)
 class Scoring:
-    """Settings shared by all requests of a server. `model`: served model name. `forbidden`: token ids."""
+    """Settings shared by all requests. `model`: served model name. `forbidden`: token ids."""
 
     model: str
     prompts: Prompts
@@ -34,7 +34,7 @@ class Scoring:
 
 
 def picture_url(data: bytes) -> str:
-    """Decode a picture of any format and encode it without loss, upright, as a data URL (PNG) for vLLM.
+    """Decode a picture of any format; encode it, upright and lossless, as vLLM's PNG data URL.
 
     Raises RequestRefused for data that cannot be decoded, and for a picture that is too long for its width.
     """
@@ -51,14 +51,14 @@ def picture_url(data: bytes) -> str:
 
 
 def messages(scoring: Scoring, task: Task, url: str) -> list[dict[str, Any]]:
-    """Chat messages of a task's prompt with this picture."""
+    """Return the chat messages of a task's prompt with this picture."""
     system, user = scoring.prompts.messages(task)
     picture = {"type": "image_url", "image_url": {"url": url}}
     return [system, {**user, "content": [picture, *(p for p in user["content"] if p["type"] != "image")]}]
 
 
 def request_body(scoring: Scoring, task: Task, url: str, n: int, temperature: float) -> dict[str, Any]:
-    """Body of a chat request for `n` answers. Temperature 0 is greedy."""
+    """Return the body of a chat request for `n` answers. Temperature 0 is greedy."""
     return {
         "model": scoring.model,
         "messages": messages(scoring, task, url),
@@ -70,7 +70,7 @@ def request_body(scoring: Scoring, task: Task, url: str, n: int, temperature: fl
 
 
 def preset(scoring: Scoring, task: Task, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace the text of a user's chat request to the model `task` with our prompt around its picture.
+    """Replace a user's text in a chat request to model `task` by our prompt around its picture.
 
     The request's own options are kept. The default is greedy, or temperature 1 if several answers are requested.
 
@@ -96,7 +96,7 @@ def preset(scoring: Scoring, task: Task, body: Mapping[str, Any]) -> dict[str, A
 
 
 def _pictures(given: Any) -> list[str]:
-    """Data URLs of the pictures in chat messages, in order. vLLM refuses messages of an unknown structure."""
+    """Return the pictures' data URLs in order; vLLM refuses messages of an unknown structure."""
     contents = [m.get("content") for m in given if isinstance(m, dict)] if isinstance(given, list) else []
     parts = [p for c in contents if isinstance(c, list) for p in c if isinstance(p, dict) and "image_url" in p]
     urls = [p["image_url"].get("url") if isinstance(p["image_url"], dict) else p["image_url"] for p in parts]
@@ -107,7 +107,7 @@ def _pictures(given: Any) -> list[str]:
 
 
 def answer(choice: Mapping[str, Any]) -> dict[str, Any]:
-    """Parse a choice of a chat completion: score (0-100, None if it did not parse), rationale, reason, truncated."""
+    """Parse a choice: score (0-100, None if it did not parse), rationale, reason, truncated."""
     text, cut = choice["message"]["content"] or "", choice["finish_reason"] == "length"
     parsed = parse(text)
     reason = f"cut off at the longest answer allowed, {parsed.reason}" if parsed.reason and cut else parsed.reason
@@ -115,7 +115,7 @@ def answer(choice: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(greedy: Mapping[str, Any], sampled: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One task's part of the `/score` reply.
+    """Return one task's part of the `/score` reply.
 
     `score`, `rationale` and `reason` (why there is no score) are of the greedy answer. `n`, `parsed` and `truncated`
     count the sampled ones. `mean` and `sd` (divisor n - 1) are over those that parsed, None if there are too few.

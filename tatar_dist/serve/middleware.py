@@ -75,7 +75,7 @@ class Front:
             await self.app(scope, receive, send)
 
     async def _ask(self, scope: Scope, waiting: Receive, body: dict[str, Any]) -> httpx.Response:
-        """Send a chat request to vLLM's app for the caller of `scope`; `waiting` tells it that the caller has left."""
+        """Send a chat request to vLLM's app for `scope`'s caller; `waiting` tells it if they leave."""
 
         async def app(inner: Scope, receive: Receive, send: Send) -> None:
             receive = requests.replayed(await requests.body_of(receive), waiting)
@@ -87,7 +87,7 @@ class Front:
             return await client.post(CHAT, json=body, headers={"authorization": key} if key else {})
 
     async def _task(self, scope: Scope, receive: Receive, task: Task, url: str, options: Options) -> dict[str, Any]:
-        """Get the greedy answer, then the sampled ones, which reuse picture and prompt from vLLM's caches."""
+        """Get the greedy answer, then the sampled ones, which reuse picture and prompt from caches."""
 
         async def answers(n: int, temperature: float) -> list[dict[str, Any]]:
             body = chat.request_body(_args(scope).scoring, task, url, n, temperature)
@@ -120,12 +120,12 @@ class Front:
 
 
 def _args(scope: Scope) -> Any:
-    """vLLM's server arguments, including ours: `scoring`, `shown`, `address`, `serving` and `died`."""
+    """Return vLLM's server arguments and ours: `scoring`, `shown`, `address`, `serving`, `died`."""
     return scope["app"].state.args
 
 
 def _check_key(scope: Scope) -> None:
-    """Raises RequestRefused (401) unless the request has one of the server's keys, as vLLM expects it."""
+    """Raise RequestRefused (401) unless the request has a key of the server, in vLLM's format."""
     scheme, _, key = Request(scope).headers.get("authorization", "").partition(" ")
     known = [secrets.compare_digest(key.encode(), right.encode()) for right in _args(scope).api_key]
     if scheme.lower() != "bearer" or not any(known):
@@ -133,7 +133,7 @@ def _check_key(scope: Scope) -> None:
 
 
 def _error(refused: RequestRefused) -> JSONResponse:
-    """Error response in OpenAI's format, which clients can parse."""
+    """Return an error response in OpenAI's format, which clients can parse."""
     kinds = {401: "authentication_error", 413: "request_too_large"}
     kind = kinds.get(refused.status, "invalid_request_error" if refused.status < 500 else "server_error")
     return JSONResponse({"error": {"message": str(refused), "type": kind, "code": refused.status}}, refused.status)
@@ -147,7 +147,7 @@ def _message(response: httpx.Response) -> str:
 
 
 def _announcing(scope: Scope, send: Send) -> Send:
-    """Wrap `send` of the lifespan: print the address once the app is up, and notice how the engine ends.
+    """Wrap the lifespan's `send`: print the address once the app is up, note the engine's end.
 
     vLLM stops the engine at a signal, or at the end of a server whose engine has died: only the latter sets `died`.
     """

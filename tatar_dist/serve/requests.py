@@ -54,7 +54,7 @@ class Options:
 
 
 async def body_of(receive: Receive) -> bytes:
-    """Read a whole body. Raises RequestRefused (413) beyond `MAX_BYTES`, ClientDisconnect if the client has left."""
+    """Read a body. Raises RequestRefused (413) above `MAX_BYTES`, ClientDisconnect if cut short."""
     parts: list[bytes] = []
     size, more = 0, True
     while more:
@@ -108,7 +108,7 @@ async def _form(request: Request, body: bytes) -> tuple[bytes, dict[str, Any]]:
 
 
 def parsed(body: bytes) -> Any:
-    """Parse JSON. Raises ValueError if it is invalid and RequestRefused if it is nested too deeply."""
+    """Parse JSON. Raises ValueError if it is invalid, RequestRefused if it is nested too deeply."""
     try:
         return json.loads(body)
     except RecursionError:

@@ -43,7 +43,7 @@ CPU_SEQS = 16  # answers at once on a CPU, where each may take the room of a who
 
 
 def run(model: Path, host: str, port: int, key_env: str | None, open_to_all: bool, words: list[str]) -> None:
-    """Serve until stopped, then end the process: status 0, 1 if the engine died, 130 if stopped while loading.
+    """Serve, then end the process: status 0, 1 if the engine died, 130 if stopped while loading.
 
     Args:
         key_env: environment variable that holds the API key.
@@ -70,7 +70,7 @@ def run(model: Path, host: str, port: int, key_env: str | None, open_to_all: boo
 
 
 def _key(host: str, key_env: str | None, open_to_all: bool) -> str | None:
-    """Return the API key, None without one. Raises UserError for a bad key, or if others could use the server."""
+    """Return the API key or None. Raises UserError: a bad key, or others could use the server."""
     if key_env is not None:
         key = os.environ.get(key_env, "")
         if not key:
@@ -89,7 +89,7 @@ def _key(host: str, key_env: str | None, open_to_all: bool) -> str | None:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """Bind a socket and listen at once, before the model loads, to reserve the port. Raises UserError."""
+    """Bind a socket and listen before the model loads, to reserve the port. Raises UserError."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM: a restart need not wait for old connections
     try:
@@ -103,18 +103,18 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def shown_name(model: Path) -> str:
-    """Served model name: that of the run or directory, not its path, because it is shown on the page, without a key."""
+    """Return the served name, of run or directory; not the path: anyone can read it on the page."""
     name = (run_of(model) or model.resolve()).name or "model"
     return f"{name}-model" if name in TASKS else name
 
 
 def environment(config: Config, gpu: bool) -> dict[str, str]:
-    """Return the variables that vLLM and transformers read on import, here and in the engine's process."""
+    """Return the variables that vLLM and transformers read on import, here and in the engine."""
     return COMMON_ENV | engine_environment(config, gpu, len(os.sched_getaffinity(0))) | SERVER_ENV
 
 
 def _set_environment(wanted: Mapping[str, str]) -> None:
-    """Set variables that the user has not set; override those that would open the server or lock only a part of it."""
+    """Set what the user has not; override what would open the server or lock only a part of it."""
     set_environment(wanted)
     os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"
     os.environ.pop("VLLM_API_KEY", None)  # vLLM's key guards /v1 only; --api-key-env guards all
@@ -131,7 +131,7 @@ def _line(e: Exception) -> str:
 
 
 def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
-    """vLLM's server arguments, with its defaults for what we do not set, plus our attributes."""
+    """Return vLLM's server arguments: its defaults for what we do not set, and our attributes."""
     from tatar_dist.models import family
     from tatar_dist.prompts.answer import Prompts
 
@@ -191,7 +191,7 @@ def _serve(args: Namespace, sock: socket.socket) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Signal handler while the model loads: end the engine's processes and this one.
+    """Handle a signal while the model loads: end the engine's processes and this one.
 
     An exception would be lost, because vLLM waits for its engine in ZeroMQ's poll, which drops it. SIGTERM does not
     help either, because an engine handles it only after loading. A loading engine starts other processes: they become
@@ -212,7 +212,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:
-    """Whether it is Python's tracker, which removes shared memory and ends by itself."""
+    """Return whether it is Python's tracker, which removes shared memory and ends by itself."""
     try:  # other processes have its name in an option (-W)
         return any("import" in word and "resource_tracker" in word for word in process.cmdline())
     except psutil.Error:
@@ -220,6 +220,6 @@ def _is_resource_tracker(process: psutil.Process) -> bool:
 
 
 def _leave(message: str, status: int) -> None:
-    """End this process without interpreter shutdown, in which triton would print 40 lines about leaks."""
+    """End this process without interpreter shutdown, where triton would print 40 lines of leaks."""
     os.write(2, f"{message}\n".encode())  # print is not reentrant in a signal handler
     os._exit(status)

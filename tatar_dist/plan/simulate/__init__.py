@@ -1,4 +1,4 @@
-"""Predict the cost of a GRPO step on other hardware: `tatar-dist plan --simulate`. No torch, no Ray.
+"""Predict a GRPO step's cost on other hardware: `plan --simulate`. Without torch or Ray.
 
 measured.py   run directories -> StepCosts, by non-negative least squares
 costs.py      StepCosts: seconds per unit of work of each part of a step; from YAML, or estimated from FLOPs and bytes

@@ -100,7 +100,7 @@ class OtherCosts:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Costs of all parts of a step. `lengths`: completion lengths in tokens by task, one tuple per group."""
+    """Costs of all parts of a step. `lengths`: completion tokens by task, one tuple per group."""
 
     __pydantic_config__ = STRICT_KEYS  # of the parts, too
 
@@ -129,7 +129,7 @@ def read_costs(path: Path) -> StepCosts:
 
 
 def prompt_tokens(config: Config) -> int:
-    """Tokens of a prompt with an image of KonIQ-10k's size, within the configured limits."""
+    """Return the tokens of a prompt with an image of KonIQ-10k's size, within configured limits."""
     m = config.model
     return TEXT_TOKENS + min(m.max_pixels, max(m.min_pixels, PIXELS)) // TOKEN_PIXELS
 

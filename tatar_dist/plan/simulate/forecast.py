@@ -1,4 +1,4 @@
-"""`tatar-dist plan --simulate`: predict a step, and search the best split of learners and engines by number of GPUs.
+"""Predict a GRPO step and the best split by number of GPUs: `tatar-dist plan --simulate`.
 
 All candidate splits are simulated with the same draws of completion lengths (fixed seed), so that they differ only by
 the split:
@@ -42,7 +42,7 @@ PLACEMENTS = ("disaggregated", "colocated")
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted step of a split. Idle shares as in metrics.jsonl (perf/*_idle); `gpu_idle`: of GPU-seconds."""
+    """Predicted step. Idle shares as in metrics.jsonl (perf/*_idle); `gpu_idle`: of GPU-seconds."""
 
     placement: str
     learners: int
@@ -145,7 +145,7 @@ class Simulator:
         return splits
 
     def fits(self, learners: int, placement: str) -> bool:
-        """Whether GPUs hold a learner's shard and an engine's weights, together if colocated; True if unknown."""
+        """Return whether a learner's shard and an engine fit (colocated: one GPU); True if unknown."""
         c, gpu = self.costs, self.costs.gpu_gib * 2**30
         if not c.parameters or c.cores:
             return True
@@ -155,13 +155,13 @@ class Simulator:
         return state <= MEMORY * gpu and weights + beside <= (1 - KV_SHARE) * gpu
 
     def best(self, gpus: int, placement: str) -> Prediction | None:
-        """Return the split with the shortest step, on ties with the fewest GPUs; None if nothing fits."""
+        """Return the split with the shortest step, on ties the fewest GPUs; None if nothing fits."""
         predictions = [self.predict(*split, placement) for split in self.splits(gpus, placement)]
         return min(predictions, key=lambda p: (round(p.step_seconds, 9), p.gpus), default=None)
 
 
 def forecast(config: Config, costs: StepCosts, gpus: Sequence[int] = GPUS) -> dict[str, Any]:
-    """Simulate the configured split and the best splits for each number of `gpus`; return the `--json` object.
+    """Return the `--json` object: the configured split, and the best splits for each of `gpus`.
 
     "table" has the best split of each placement (None: nothing fits). "efficiency": GPU-seconds of a step on the fewest
     GPUs that work, over those on n. "run_seconds" leaves out the start and evaluations; None: steps are unknown.
@@ -222,7 +222,7 @@ def _notes(costs: StepCosts, simulator: Simulator) -> list[str]:
 
 
 def costs_from(config: Config, measured: Sequence[Path], times: Path | None) -> StepCosts:
-    """Return costs of measured runs, else of a file, else estimated. Raises UserError for both or for bad input."""
+    """Return costs of runs, a file, or else estimated. Raises UserError: both given, bad input."""
     if measured and times:
         raise UserError("--measured and --times both say what a step costs: give one of them")
     if measured:

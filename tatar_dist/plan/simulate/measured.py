@@ -60,7 +60,7 @@ class MeasuredRun:
 
 
 def read_run(path: Path) -> MeasuredRun:
-    """Read a run. Raises UserError: no GRPO run, staleness above 0, unknown keys, no timed step, bad rollouts."""
+    """Read a run. Raises UserError: not GRPO, staleness set, bad keys, no times, bad rollouts."""
     file = path / "config.yaml"
     if not file.is_file():
         where = "" if path.is_dir() else looked_in(path)
@@ -109,7 +109,7 @@ def _observed(path: Path, setup: Setup, metrics: dict[str, Any]) -> Observed:
 
 
 def fit(work: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Fit non-negative costs c to work @ c = seconds in relative error, with the method of the module docstring.
+    """Fit costs c >= 0 to work @ c = seconds in relative error, as in the module's docstring.
 
     work: (n, k), seconds: (n,). Returns (k,); work that never occurs costs 0.
     """
@@ -137,7 +137,7 @@ def _error(predicted: np.ndarray, seconds: np.ndarray) -> float:
 
 
 def _fit_engine(steps: Sequence[Observed], serial: float) -> tuple[EngineCosts, float]:
-    """Fit an engine's costs to the measured generation times; return (costs, median relative error).
+    """Fit an engine's costs to generation times; return (costs, median relative error).
 
     Iterates, because the costs determine which engine finishes last.
     """
@@ -158,13 +158,13 @@ def _fit_learner(steps: Sequence[Observed], serial: float) -> tuple[LearnerCosts
 
 
 def _best_serial(try_: Callable[[float], tuple[Any, float]], threads: set[int]) -> tuple[Any, float]:
-    """Fit with the best serial share if runs differ in threads, else with 0.5; return (costs, error)."""
+    """Fit with the best serial share if runs differ in threads, else 0.5; return (costs, error)."""
     candidates = np.linspace(0, 1, 11) if len(threads) > 1 else [0.5]
     return min((try_(float(s)) for s in candidates), key=lambda fitted: fitted[1])
 
 
 def costs_of_runs(paths: Sequence[Path]) -> StepCosts:
-    """Fit costs to all runs together. Raises UserError as `read_run` does, and for runs on different hardware."""
+    """Fit costs to all runs. Raises UserError as `read_run`, and for runs on different hardware."""
     runs = [read_run(p) for p in paths]
     steps = [s for run in runs for s in run.steps]
     setups = [run.setup for run in runs]

@@ -54,11 +54,11 @@ class Setup:
         return max(1, (self.cores or 1) // (2 if halved and not self.dedicated else 1))
 
     def threads(self, processes: int) -> int:
-        """Threads of each of `processes` engines or learners, as in Cluster.threads."""
+        """Return the threads of each of `processes` engines or learners, as in Cluster.threads."""
         return self.side_cores if self.dedicated else max(1, self.side_cores // processes)
 
     def slow_down(self, serial: float, processes: int, busy: int) -> float:
-        """Return the time of one of `processes` while `busy` of them work, over its time alone with one thread.
+        """Return a process's time while `busy` of `processes` work, relative to one thread alone.
 
         Threads share all but the `serial` part of the work (Amdahl 1967); more threads than cores take turns.
         """
@@ -71,7 +71,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Service:
-    """Schedule of a queue of calls: seconds, busy engine-seconds, and the calls of each engine in order."""
+    """Schedule of a queue of calls: seconds, busy engine-seconds, each engine's calls in order."""
 
     seconds: float
     busy: float
@@ -120,7 +120,7 @@ def call_work(lengths: np.ndarray, slots: int) -> np.ndarray:
 
 
 def generate(costs: EngineCosts, setup: Setup, lengths: np.ndarray) -> tuple[Service, np.ndarray]:
-    """Return the schedule of a step's calls, and the (4,) work of the last engine, scaled by its slow-down."""
+    """Return the calls' schedule, and the (4,) work of the last engine, scaled by its slow-down."""
     *per_unit, serial = astuple(costs)
     work = np.array([call_work(lengths[r.start : r.stop], setup.config.rollout.max_num_seqs) for r in calls(setup)])
     alone = setup.slow_down(serial, setup.engines, busy=1)
@@ -132,10 +132,9 @@ def generate(costs: EngineCosts, setup: Setup, lengths: np.ndarray) -> tuple[Ser
 
 
 def learn_work(setup: Setup, lengths: np.ndarray) -> np.ndarray:
-    """Return the (6,) work of each micro-batch's slowest rank, as collectives wait for it, in order of `LearnerCosts`.
+    """Return the (6,) work of each micro-batch's slowest rank, in the order of `LearnerCosts`.
 
-    Raises:
-        UserError: fewer rows than learners.
+    Collectives wait for the slowest rank. Raises UserError: fewer rows than learners.
     """
     ranks, g = setup.learners, setup.config.grpo.group_size
     if setup.rows < ranks:
@@ -165,10 +164,10 @@ def learn_seconds(costs: LearnerCosts, setup: Setup, lengths: np.ndarray) -> flo
 
 
 def push_work(setup: Setup, gb: float) -> np.ndarray:
-    """Return the (3,) work of a push, in the order of `PushCosts`. Each further node of engines is sent a copy.
+    """Return the (3,) work of a push, in the order of `PushCosts`.
 
     Buckets are pipelined: gathering overlaps loading, so n buckets take n + 1 times the slower of these two stages,
-    `per_gb`.
+    `per_gb`. Each further node of engines is sent a copy.
     """
     r, per_node = setup.config.rollout, setup.config.cluster.gpus_per_node
     buckets = max(1.0, np.ceil(gb * 1e9 / (r.bucket_mib << 20)))
@@ -177,7 +176,7 @@ def push_work(setup: Setup, gb: float) -> np.ndarray:
 
 
 def step_parts(costs: StepCosts, setup: Setup, generate: Any, learn: Any) -> dict[str, Any]:
-    """Return the seconds of each part of a step, given those of the engines and learners: floats or (draws,) arrays."""
+    """Return a step's seconds by part from those of engines and learners, floats or (draws,)."""
     parts = {
         "generate": generate,
         "reward": costs.reward.per_batch + costs.reward.per_completion * setup.rows,
@@ -189,6 +188,6 @@ def step_parts(costs: StepCosts, setup: Setup, generate: Any, learn: Any) -> dic
 
 
 def step_seconds(parts: dict[str, Any], staleness: int) -> Any:
-    """Return the seconds of a step; with staleness the learners work beside the sampling of a later batch."""
+    """Return a step's seconds; with staleness the learners work during a later batch's sampling."""
     sample, learn = parts["generate"] + parts["reward"], parts["learn"]
     return sum(parts.values()) - (np.minimum(sample, learn) if staleness else 0.0)
