@@ -47,7 +47,7 @@ def reward_metrics(batch: Batch, scored: BatchScores) -> dict[str, float]:
 
 
 def group_kendall(x: np.ndarray, y: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """tau-b (Kendall 1945) of x and y within each group that occurs, in the order of its id; NaN where undefined.
+    """Return tau-b (Kendall 1945) of x and y per occurring group, by id; NaN where undefined.
 
     tau_b = (concordant - discordant) / sqrt((pairs - ties in x)(pairs - ties in y)); undefined when either is constant.
     Groups of G rows are computed together from their G (G - 1) / 2 pairs; those over LARGE rows by scipy.
