@@ -27,7 +27,7 @@ IO = "io"  # the concurrency group of learner calls that run beside training
 
 
 class RankFiles:
-    """A rank's checkpoint files, private on its node if need be. `snapshot`: for the next `write`."""
+    """A rank's checkpoint files, private on its node if need be. `snapshot`: of next `write`."""
 
     def __init__(self) -> None:
         self.snapshot: list[Job] = []
