@@ -86,7 +86,7 @@ class Cluster:
         return max(1, self.cores // self._sides // processes)
 
     def _pin(self, actor: Any, side: int, index: int, count: int) -> None:
-        """If `cluster.pin_cores`: pin actor `index` to its share of half of the cores (0: engines')."""
+        """Pin actor `index` to its share of half of the cores (0: engines') by `cluster.pin_cores`."""
         if self.config.cluster.pin_cores:
             actor.__ray_call__.remote(pin, side, index, count)
 
