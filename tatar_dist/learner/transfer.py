@@ -34,7 +34,7 @@ class RankFiles:
 
     @cached_property
     def received(self) -> Path:
-        """The private directory, made at first use."""
+        """Return the private directory, made at first use."""
         return Path(tempfile.mkdtemp(prefix="tatar_checkpoint_"))
 
     def write(self, directory: str | None) -> Files:
