@@ -15,7 +15,7 @@ LARGE = 64  # rows; all pairs of a larger group would take too much memory
 
 
 def reward_metrics(batch: Batch, scored: BatchScores) -> dict[str, float]:
-    """Metrics of one batch by their contract names, for the tasks and terms that occur.
+    """Return the metrics of one batch by contract names, for the tasks and terms that occur.
 
     reward/{total,TERM}/{task}: mean over completions. reward/frac_zero_std/{total,TERM}/{task}: share of groups whose
     completions all got the same, which teaches nothing. reward/agreement/{task}: mean over groups of Kendall's tau-b

@@ -75,7 +75,7 @@ class Groups:
 
     @property
     def unrankable(self) -> np.ndarray:
-        """Mask, (J,) bool, of groups whose pool holds no other group with a parsed row."""
+        """Return a mask, (J,) bool, of groups whose pool holds no other group with a parsed row."""
         ranked = self.n_parsed > 0
         _, pool = np.unique(self.pool, return_inverse=True)
         return np.bincount(pool, ranked)[pool] - ranked < 1
