@@ -210,7 +210,7 @@ class RolloutPool:
             e.chunk, e.since = chunk, time.monotonic()
 
     def _hedged(self) -> Chunk | None:
-        """With `rollout.hedge`: return an unfinished chunk that only a suspect engine works on."""
+        """Return, with `rollout.hedge`, an unfinished chunk that only a suspect engine works on."""
         if not self.config.rollout.hedge:
             return None
         for slow in (e for e in self._working() if e.health.state is State.SUSPECT):
