@@ -137,7 +137,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _locked(file: Any) -> bool:
-    """Take the lock, in several tries, as `tatar-dist status` holds it to see whether a run does.
+    """Take the lock, in several tries, as `tatar-dist status` holds it to see if a run does.
     For a node that died a network file system holds it until its lease ends, when Slurm has started the job again."""
     deadline = time.monotonic() + (LEASE_S if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.5)
     while not lock(file):

@@ -91,7 +91,7 @@ def _redirect(path: Path) -> None:
 
 
 def _permit_tracing() -> None:
-    """Let processes of this user trace this one where Yama allows only ancestors (faults/README.md)."""
+    """Let any process of the user trace this one: lifts Yama's limit (faults/README.md)."""
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(PR_SET_PTRACER_ANY))  # fails, unneeded, without Yama
 
 
