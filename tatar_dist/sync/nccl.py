@@ -44,7 +44,7 @@ class NcclSender:
         return base64.b64encode(bytes(NCCLLibrary().ncclGetUniqueId().internal)).decode()
 
     def join(self, unique: str, world_size: int, timeout_s: float) -> str | None:
-        """Rank 0: form a new NCCL group with the engines' workers. Returns what went wrong, or None.
+        """Form a new NCCL group of rank 0 and engines' workers. Returns what went wrong, or None.
 
         A thread waits for the workers, because NCCL cannot be told to stop waiting.
         """
