@@ -38,7 +38,7 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class LossParts:
-    """`loss`: scalar with gradient; `sums`: detached floats, additive over batches and ranks.
+    """`loss`: scalar with gradient. `sums`: floats that add up over micro-batches and ranks.
 
     policy, kl: weighted like the loss (kl without beta), so their global sums are the reported values. tokens, entropy:
     sums over all tokens. trained, clipped, importance_*: sums over the tokens of rows with a weight; importance_cut

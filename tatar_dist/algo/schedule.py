@@ -40,8 +40,8 @@ def needs_reference(grpo: GRPOConfig) -> bool:
 def importance(config: Config) -> Literal["none", "token", "sequence"]:
     """Resolve `grpo.importance`: auto is token where engines sample from other probabilities.
 
-    The learners' differ with a lag, and when adapters are merged into bfloat16 weights, whose rounding can absorb a
-    small adapter (learner/lora.py).
+    They differ from the learners' with a lag, and when adapters are merged into bfloat16 weights, whose rounding can
+    absorb a small adapter (learner/lora.py).
     """
     g, m = config.grpo, config.model
     if g.importance != "auto":
