@@ -1,4 +1,4 @@
-"""Post-training of vision-language models as image quality and aesthetics scorers, on Ray, vLLM and DeepSpeed."""
+"""Post-train vision-language scorers of image quality and aesthetics: Ray, vLLM, DeepSpeed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`Scorer`, imported when it is asked for: the command line need not wait for it."""
+    """Import `Scorer` when it is asked for, so that the command line need not wait for it."""
     if name == "Scorer":
         from tatar_dist.scoring.scorer import Scorer
 

@@ -1,4 +1,4 @@
-"""`python -m tatar_dist` is `tatar-dist`."""
+"""Run `python -m tatar_dist` as `tatar-dist`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command line: one command, one sub-command per thing a user does (`commands/` has them: parse, call, print).
+"""The command line: one sub-command per thing a user does (`commands/`: parse, call, print).
 
 Nothing heavy is imported here: a sub-command imports what it runs, so that `--help` answers at once. Bad input
 (`UserError`, wrong options) is one line on stderr and exit status 2; Ctrl-C is 130; other errors keep their traceback.
@@ -45,7 +45,7 @@ for name, group in (("data", data.app), ("rationale", rationale.app)):
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     try:
         status = app(args=args, prog_name="tatar-dist", standalone_mode=False)
         if status == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this status, silently
@@ -84,5 +84,5 @@ def _complain(message: object) -> None:
 
 
 def entry() -> None:
-    """The console script."""
+    """Run the command line as the console script."""
     sys.exit(main())

@@ -15,11 +15,11 @@ class UserError(Exception):
 
 
 class RunError(RuntimeError):
-    """The run cannot go on: a process died or is late, engines and learners disagree. Exit status 1."""
+    """The run cannot go on: a process died or is late, or engines and learners differ. Exit 1."""
 
 
 class LearnersFailed(RunError):
-    """A learner died, failed or did not answer in time; all learners restart from the last checkpoint."""
+    """A learner died, failed or was late; all learners restart from the last checkpoint."""
 
 
 class Interrupted(Exception):
@@ -31,7 +31,7 @@ class Interrupted(Exception):
 
 
 class StopRequested(BaseException):
-    """Leaves a wait whose result can be had again: nothing has been learned from it yet.
+    """End a wait whose result can be had again: nothing has been learned from it yet.
 
     Not an Exception: nothing on the way may take it for an error.
     """

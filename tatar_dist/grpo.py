@@ -19,7 +19,7 @@ from tatar_dist.types import ScoredGroup, StepReport
 
 
 def run(config: Config) -> None:
-    """Train until `grpo.max_steps` or `grpo.epochs`. Raises Interrupted after a clean stop, UserError for bad input."""
+    """Train to `grpo.max_steps` or `grpo.epochs`. Raises Interrupted after a stop, or UserError."""
     with Run(config, "grpo") as run:
         batches = ScoredBatches(config, run)
         while (step := run.next_step(batches)) is not None:
@@ -39,7 +39,7 @@ def run(config: Config) -> None:
 
 
 def _evaluated(run: Run, batches: ScoredBatches, step: int) -> dict[str, float]:
-    """Evaluate greedy answers on held-out prompts when due; a stop signal cuts this short, the step still counts."""
+    """Evaluate greedy answers to held-out prompts when due; a stop signal ends only this."""
     every, last = run.config.grpo.eval_every, step + 1 == batches.total
     if batches.held_out and ((step + 1) % every == 0 or last):
         run.directory.begin("evaluate", step)
@@ -65,7 +65,7 @@ def _metrics(
 
 
 def _times(seconds: dict[str, float], scored: list[ScoredGroup]) -> dict[str, float]:
-    """Seconds by part of a step. With staleness the parts overlap, and what is generated is for a later step."""
+    """Return seconds per part; with staleness parts overlap and generation is for a later step."""
     tokens, total = sum(len(c.token_ids) for s in scored for c in s.group.completions), seconds["step"]
     return {f"time/{part}": spent for part, spent in seconds.items()} | {
         "perf/tokens_per_second": tokens / total,

@@ -48,7 +48,7 @@ class Collected:
 
 @dataclass
 class PromptBatch:
-    """The prompts of one step. `before`: the sampler's state before they were drawn; `collected` None: not sampled."""
+    """Prompts of a step. `before`: sampler state before the draw; `collected` None: not sampled."""
 
     step: int
     before: dict[str, Any]
@@ -58,7 +58,7 @@ class PromptBatch:
 
 @dataclass
 class Batches:
-    """Queue of batches. `total`: steps of the run; `lag`: batches sampled ahead (`grpo.staleness`)."""
+    """Queue of batches. `total`: steps of the run; `lag` (grpo.staleness): batches drawn ahead."""
 
     sampler: PromptSampler
     draw: Callable[[int], list[Prompt]]  # the prompts of a step, taken from the sampler
@@ -69,7 +69,7 @@ class Batches:
     _queue: deque[PromptBatch] = field(default_factory=deque)
 
     def take(self, step: int) -> Collected:
-        """Return the batch of `step`. At the start of a run the first `lag` batches are sampled here."""
+        """Return the batch of `step`; at the start of a run, first sample `lag` batches."""
         for n in range(step, min(step + max(1, self.lag), self.total)):
             if n - step == len(self._queue):
                 self._queue.append(self._drawn(n))
@@ -82,7 +82,7 @@ class Batches:
         return batch.collected
 
     def work_ahead(self, step: int) -> None:
-        """Draw the next batch during the update of `step` and, with a lag, sample it. An exception undoes the draw."""
+        """Draw and, with a lag, sample the next batch in the update of `step`. Errors undo the draw."""
         n = step + 1 + len(self._queue)
         if n >= self.total or len(self._queue) >= max(1, self.lag):
             return
@@ -100,7 +100,7 @@ class Batches:
         return PromptBatch(step, self.sampler.state_dict(), self.draw(step))
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs to continue at the first batch that was not taken, as JSON."""
+        """Return, as JSON, what a resumed run needs to continue at the first batch not taken."""
         sampler = self._queue[0].before if self._queue else self.sampler.state_dict()
         done = [b.collected for b in self._queue if b.collected]
         groups = [s.group for c in done for s in (*c.scored, *c.replaced)]
@@ -113,7 +113,7 @@ class Batches:
         self.remembered = dict(state.get("ahead", {}))
 
     def recall(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[Prompt]]:
-        """Return the groups of `prompts` that were sampled before a resume, and the prompts that have none."""
+        """Return groups of `prompts` sampled before a resume, and the prompts that have none."""
         new = [p for p in prompts if p.group_id not in self.remembered]
         known = [p for p in prompts if p.group_id in self.remembered]
         return [_unpacked(p, self.remembered.pop(p.group_id)) for p in known], new
@@ -131,7 +131,7 @@ def _unpacked(prompt: Prompt, packed: list[Any]) -> Group:
 
 
 def make_sampler(config: Config) -> PromptSampler:
-    """Make the sampler of `data.train`. Tasks whose preset has a ranking term need `data.min_rank_pool` images."""
+    """Make the sampler of `data.train`. Ranking terms need `data.min_rank_pool` images a task."""
     manifests, d, r = read_manifests(config.data, "train"), config.data, config.reward
     ranked = load_preset(r.preset, r.weights, r.params).ranked_tasks
     return PromptSampler(manifests, config.seed, d.iqa_fraction, d.min_rank_pool, ranked=ranked)
@@ -234,7 +234,7 @@ class ScoredBatches:
 
     @contextmanager
     def _phase(self, phase: str, step: int) -> Iterator[None]:
-        """Measure a phase; it is shown as the run's, except while sampling ahead, when the learners' is."""
+        """Measure a phase; show it as the run's, unless sampling ahead during an update."""
         if not self.run.engines.refresh_blocked:
             self.run.directory.begin(phase, step)
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the first stage, on the same learners, forward and run directory as GRPO.
+"""Supervised fine-tuning: the first stage, on GRPO's learners, forward and run directory.
 
 Manifests must have rationales. The trained model is `checkpoints/latest/model` of the run directory. The loss is the
 mean negative log-likelihood of the assistant's tokens over the global batch, the end-of-turn token included.
@@ -23,7 +23,7 @@ EVAL_ROWS_PER_DATASET = 64  # held-out rows for eval/loss: enough for a curve
 
 
 def run(config: Config) -> None:
-    """Train until `sft.max_steps` or `sft.epochs`. Raises Interrupted after a clean stop, UserError for bad input."""
+    """Train to `sft.max_steps` or `sft.epochs`. Raises Interrupted after a stop, or UserError."""
     with Run(config, "sft") as run:
         rows = SftRows(config, run)
         while (step := run.next_step(rows)) is not None:
@@ -39,7 +39,7 @@ def run(config: Config) -> None:
 
 
 class SftRows:
-    """Source of the training rows. `total`: steps of the run; `held_out`: rows of `data.validation`."""
+    """Source of training rows. `total`: steps of the run; `held_out`: rows of `data.validation`."""
 
     def __init__(self, config: Config, run: Run) -> None:
         s = config.sft
@@ -77,7 +77,7 @@ def _evaluated(run: Run, rows: SftRows, step: int) -> dict[str, float]:
 
 
 def _held_out(config: Config, source: PromptSource) -> list[LearnerRow]:
-    """Read at most `EVAL_ROWS_PER_DATASET` validation rows of each data set; none without a manifest.
+    """Read at most `EVAL_ROWS_PER_DATASET` rows per validation set; none without a manifest.
 
     Raises:
         UserError: no usable row, or a manifest without any rationale.

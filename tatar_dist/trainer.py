@@ -1,4 +1,4 @@
-"""A training run: start, resume, checkpoints, faults, preemption. The loops over its steps are grpo.py and sft.py.
+"""A training run: start, resume, checkpoints, faults, preemption; loops in grpo.py, sft.py.
 
 Learners are a unit: when one dies, all restart from the last checkpoint, in a smaller number if their node does not
 come back. Engines and the reward actor, which only GRPO has, survive that, unless they live on the learners' GPUs.
@@ -51,7 +51,7 @@ class Data(Protocol):
 
 
 class Run:
-    """One run of a stage, from its start or its newest checkpoint to the last step. A context manager.
+    """A run of a stage, from its start or newest checkpoint to the last step. A context manager.
 
     Attributes:
         directory: the run directory; open from the start.
@@ -145,7 +145,7 @@ class Run:
             self._stop(step + 1, self._data.state())
 
     def push_weights(self, version: int) -> dict[str, float]:
-        """Push the learners' weights to the engines as `version`. Returns sync/seconds and sync/bytes."""
+        """Push the learners' weights as `version`. Returns sync/seconds and sync/bytes."""
         return self.engines.push(partial(self._push.push, self.learners), version)
 
     # -- start and restart -------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ class Run:
         return True
 
     def _bring_up(self) -> None:
-        """Start the learners (at first also all else) with the weights of the checkpoint to start from."""
+        """Start the learners (at first also all else) with the weights of the last checkpoint."""
         checkpoint, restart = self._checkpoint, self._was_up
         self._step = first = checkpoint[1]["step"] if checkpoint else 0
         self.directory.events.step = first
@@ -224,7 +224,7 @@ class Run:
             self.engines.sleep()
 
     def _update_engines(self, step: int, changed: bool) -> None:
-        """Push the learners' weights to the engines if `changed`: they differ from the files of model.path."""
+        """Push the learners' weights if `changed`: they differ from the files of model.path."""
         self.engines.started()
         # with a lag the comparison in a step also contains the policy's change since sampling: compare before it
         check = unproven(self.config) or self.config.grpo.staleness
@@ -236,7 +236,7 @@ class Run:
     # -- faults and stops --------------------------------------------------------------------------------------------
 
     def _recover(self, e: LearnersFailed | Stalled) -> None:
-        """End the learners, to restart from the last checkpoint. Raises `e` when no retry is allowed."""
+        """End the learners, to restart from the last checkpoint. Raises `e` if no retry is allowed."""
         if not self._was_up:  # they never came up: an error in the setup rather than a fault
             raise e
         if isinstance(e, Stalled):
@@ -259,7 +259,7 @@ class Run:
         self._up = False
 
     def _newest(self) -> CheckpointRef | None:
-        """Find the checkpoint to restart from; with `checkpoint.resume=false` only one of this process."""
+        """Find the checkpoint to restart from; with `checkpoint.resume=false` only this process's."""
         checkpoint = self._checkpoints.resume(self._identity())
         ours = checkpoint and (self.config.checkpoint.resume or checkpoint[1].get("by") == self._id)
         return checkpoint if ours else None
@@ -284,7 +284,7 @@ class Run:
         self._watch.progress()
 
     def _stop(self, step: int, state: dict[str, Any]) -> NoReturn:
-        """Write a checkpoint of `step` and raise Interrupted. Raises UserError when it cannot be written."""
+        """Write a checkpoint of `step` and raise Interrupted, or UserError if it cannot be written."""
         self.directory.events.log("signal", name=self._stop_signals.name)
         with suppress(UserError):
             self._checkpoints.finish()

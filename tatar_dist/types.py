@@ -44,7 +44,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The input of an engine: a sample and its rendered chat text. `group_id` is unique within the run.
+    """An engine's input: a sample and its rendered chat text. `group_id` is unique in the run.
 
     `with_image` False: the text alone, as for a teacher that reads notes (rationale construction).
     """
@@ -57,8 +57,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Expected:
-    """Distribution over the scores that an answer could have had (prompts/expected.py). mean, sd: points; mass: the
-    probability that the scores considered have together."""
+    """Distribution over the scores that an answer could have had (prompts/expected.py).
+    mean, sd: in points; mass: the probability that the scores considered have together."""
 
     mean: float
     sd: float
@@ -67,7 +67,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer. `logprobs` are natural-log probabilities of `token_ids`, both of length n_tokens.
+    """One sampled answer. `logprobs`: natural-log probabilities of the n_tokens `token_ids`.
 
     `expected`: the expectation over possible scores, where it was requested and the answer parses.
     """
@@ -91,7 +91,7 @@ class Group:
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """A group with its reward terms and advantages, each a (G,) float64 array; NaN where a term does not apply.
+    """A group with its terms and advantages, (G,) float64; NaN where a term does not apply.
 
     `zero_std`: all completions have the same reward, so no advantage. `trained`: whether it enters the loss.
     """

@@ -21,13 +21,13 @@ ZERO_STD = 1e-6  # spread of a group's rewards below which there is no advantage
 
 
 def group_mean(x: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """(J,) means of the (N,) values by (N,) int64 group ids 0..J-1; 0 for an id that no row uses."""
+    """Return (J,) means of (N,) values by (N,) int64 group ids 0..J-1; 0 for an unused id."""
     n = np.bincount(group)
     return np.bincount(group, weights=x) / np.maximum(n, 1)
 
 
 def group_std(x: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """(J,) unbiased standard deviations; 0 for groups of one row and for groups of equal values, exactly."""
+    """Return (J,) unbiased standard deviations; exactly 0 for groups of one row or equal values."""
     n = np.bincount(group)
     deviation = x - group_mean(x, group)[group]
     std = np.sqrt(np.bincount(group, weights=deviation**2) / np.maximum(n - 1, 1))
@@ -38,7 +38,7 @@ def group_std(x: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def group_advantage(reward: np.ndarray, group: np.ndarray, mode: str = "std", eps: float = 1e-4) -> np.ndarray:
-    """(N,) advantages of (N,) rewards by (N,) int64 group ids; mode std or mean (see the file's docstring)."""
+    """Return (N,) advantages of (N,) rewards by (N,) int64 group ids; mode: std or mean."""
     if len(reward) == 0:
         return np.zeros(0)
     std = group_std(reward, group)
@@ -53,7 +53,7 @@ def advantages(
     mode: str = "std",
     eps: float = 1e-4,
 ) -> np.ndarray:
-    """(N,) advantages from reward terms ((N,) each, NaN where a term does not apply) and their weights.
+    """Return (N,) advantages from (N,) reward terms, NaN where one does not apply, and weights.
 
     Raises:
         UserError: an unknown mode.
@@ -67,7 +67,7 @@ def advantages(
 
 
 def total_reward(terms: Mapping[str, np.ndarray], weights: Mapping[str, float], n: int) -> np.ndarray:
-    """(N,) weighted sum of the terms; a term that does not apply to a row (NaN) adds nothing."""
+    """Return the (N,) weighted sum of the terms; a NaN (does not apply to the row) adds nothing."""
     total = np.zeros(n)
     for name, weight in weights.items():
         total += weight * np.nan_to_num(terms[name], nan=0.0)

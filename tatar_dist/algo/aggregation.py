@@ -1,4 +1,4 @@
-"""How token losses become one number: the weight of every completion's tokens in the global loss.
+"""Weight of each completion's tokens in the global loss: how token losses become one number.
 
     sequence-mean   1 / (S * n_b)      mean over sequences of their token means       GRPO (arXiv 2402.03300)
     token-mean      1 / N              mean over all tokens                           DAPO (arXiv 2503.14476)
@@ -19,7 +19,7 @@ Aggregation = Literal["sequence-mean", "token-mean", "constant"]
 
 
 def token_weights(lengths: np.ndarray, trained: np.ndarray, aggregation: Aggregation, limit: int) -> np.ndarray:
-    """(N,) float64, what each token of a sequence counts; 0 for sequences that are not trained, or have no token.
+    """Return what each token of a sequence counts, (N,) float64; 0 if not trained or empty.
 
     Args:
         lengths: (N,) completion tokens of every sequence of the global batch.

@@ -1,4 +1,4 @@
-"""The losses of SFT and GRPO: pure torch on right-padded (B, C) tensors, additive over micro-batches and ranks.
+"""SFT and GRPO losses: pure torch on right-padded (B, C) tensors, additive over any split.
 
 GRPO (arXiv 2402.03300), per completion token t of row b, with r = exp(logp - old_logp):
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """The form of the loss. Keys of `grpo` (config/schema.py) have the same names; algo/README.md explains them."""
+    """Form of the loss: keys of `grpo` (config/schema.py), explained in algo/README.md."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -38,7 +38,7 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class LossParts:
-    """`loss`: scalar tensor with gradient. `sums`: detached floats that add up over micro-batches and ranks.
+    """`loss`: scalar with gradient. `sums`: floats that add up over micro-batches and ranks.
 
     policy, kl: weighted like the loss (kl without beta), so their global sums are the reported values. tokens, entropy:
     sums over all tokens. trained, clipped, importance_*: sums over the tokens of rows with a weight; importance_cut
@@ -51,7 +51,7 @@ class LossParts:
 
 
 def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """k3 estimate of KL(policy || reference) per token, >= 0, in nats: exp(r) - r - 1, r = ref_logp - logp."""
+    """Return the k3 estimate of KL(policy || reference) per token: >= 0, in nats."""
     r = ref_logp - logp
     return torch.expm1(r) - r  # expm1: no cancellation near r = 0, where training spends its time
 
@@ -69,7 +69,7 @@ def policy_loss(
     engine_logp: Tensor | None = None,
     entropy: Tensor | None = None,
 ) -> LossParts:
-    """The clipped policy loss with k3 KL; formulas in the file's docstring.
+    """Return the clipped policy loss with k3 KL; formulas in the file's docstring.
 
     Args:
         logp: (B, C) natural-log probabilities of the sampled tokens under the policy, with gradient. Values at masked
@@ -129,7 +129,7 @@ def policy_loss(
 
 
 def _importance(form: PolicyLoss, old: Tensor, engine: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, C) corrections c, and where they are not the plain ratio. old, engine: 0 at masked positions."""
+    """Return (B, C) corrections c and where they cut the ratio; old, engine are 0 where masked."""
     off = old - engine
     if form.importance == "sequence":
         off = off.sum(dim=1, keepdim=True).expand_as(off)
@@ -141,9 +141,9 @@ def _importance(form: PolicyLoss, old: Tensor, engine: Tensor) -> tuple[Tensor, 
 
 
 def sft_loss(logp: Tensor, mask: Tensor, global_tokens: int) -> Tensor:
-    """-sum(logp at mask) / global_tokens: mean cross-entropy over the global batch's assistant tokens, in nats.
+    """Return -sum(logp at mask) / global_tokens: mean cross-entropy of assistant tokens, nats.
 
-    logp, mask: (B, C). Additive over micro-batches and ranks, like `policy_loss`. Raises ValueError without tokens.
+    logp, mask: (B, C). Mean over the global batch; additive like `policy_loss`. Raises ValueError without tokens.
     """
     if global_tokens < 1:
         raise ValueError("global_tokens must be at least 1: a batch without a trained token has no loss")
@@ -151,6 +151,6 @@ def sft_loss(logp: Tensor, mask: Tensor, global_tokens: int) -> Tensor:
 
 
 def _at_tokens(x: Tensor, mask: Tensor) -> Tensor:
-    """x in at least float32, 0 at masked positions: a NaN of the padding would poison the sum, and its gradient too."""
+    """Return x as float32 or wider, 0 where masked: padding NaNs would poison sum and gradient."""
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))

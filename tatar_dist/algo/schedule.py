@@ -1,6 +1,5 @@
-"""Schedules of a run: the learning rate (linear warm-up from 0, then constant, or linear or cosine decay to 0
-after the last step) and the weight of the KL; and what of the loss follows from the rest of the configuration.
-"""
+"""Schedules of a run: learning rate, KL weight; and what of the loss the config implies.
+The learning rate warms up linearly from 0, then stays, or decays linearly or by cosine to 0 after the last step."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from tatar_dist.config.schema import Config, GRPOConfig, OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
-    """Learning rate of update `step` (0-based) of `total_steps`, by Hugging Face's linear and cosine schedules."""
+    """Return the rate of update `step` (0-based) by Hugging Face's linear and cosine schedules."""
     if step < optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
     if optim.schedule == "constant":
@@ -24,7 +23,7 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def kl_beta(grpo: GRPOConfig, step: int, total_steps: int) -> float:
-    """Weight of the KL at update `step` (0-based): grpo.kl_beta at the first, kl_beta_end at the last."""
+    """Return the weight of the KL at update `step` (0-based): kl_beta first, kl_beta_end last."""
     if grpo.kl_schedule == "constant" or total_steps < 2:
         return grpo.kl_beta
     progress = min(step / (total_steps - 1), 1.0)
@@ -39,10 +38,10 @@ def needs_reference(grpo: GRPOConfig) -> bool:
 
 
 def importance(config: Config) -> Literal["none", "token", "sequence"]:
-    """Resolve `grpo.importance`: auto is token where engines sample from other probabilities than the learners'.
+    """Resolve `grpo.importance`: auto is token where engines sample from other probabilities.
 
-    They do with a lag, and when adapters are merged into bfloat16 weights, whose rounding can absorb a small adapter
-    (learner/lora.py).
+    They differ from the learners' with a lag, and when adapters are merged into bfloat16 weights, whose rounding can
+    absorb a small adapter (learner/lora.py).
     """
     g, m = config.grpo, config.model
     if g.importance != "auto":

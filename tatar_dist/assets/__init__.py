@@ -1,4 +1,4 @@
-"""Files that come with the package: the recipes and tables of `configs/`, and the demo's base model.
+"""Bundled files: the recipes and tables of `configs/`, and the demo's base model.
 
 `configs/` stands at the top of the repository; the link in this directory makes a wheel carry it.
 """
@@ -17,7 +17,7 @@ TINY_MODEL = ASSETS / "tiny-qwen2_5-vl"
 
 
 def locate(name: str | Path) -> Path:
-    """Return the path `name` where it exists, else the bundled file of that name, else `name` as it is.
+    """Return path `name` if it exists, else the bundled file of that name, else `name` as it is.
 
     A bundled file has its name below `configs/`, and the model its own: `grpo.yaml`, `configs/grpo.yaml`,
     `probes/probe.yaml`, `tiny-qwen2_5-vl`, `tatar_dist/assets/tiny-qwen2_5-vl`. What begins with `./`, `../` or `/` is
@@ -34,5 +34,5 @@ def locate(name: str | Path) -> Path:
 
 
 def looked_in(path: str | Path) -> str:
-    """Say for an error message where a path that does not exist was looked up: " in DIRECTORY" if it is relative."""
+    """Say in an error message where a missing path was looked up: " in DIRECTORY" if relative."""
     return "" if Path(path).is_absolute() else f" in {Path.cwd()}"

@@ -33,7 +33,7 @@ class Exporter:
         self._engines = Gauge("tatar_engine_state", "1 = the state the engine is in", ("run", "engine", "state"))
 
     def step(self, metrics: Mapping[str, float]) -> None:
-        """One step is finished; these are its metrics by their contract names."""
+        """Export the metrics of a finished step, by their contract names."""
         self._steps.inc(tags={"run": self.run})
         for key, value in metrics.items():
             name, tags = prometheus_name(key)
@@ -42,13 +42,13 @@ class Exporter:
             self._gauges[name].set(value, {"run": self.run, **tags})
 
     def engine(self, index: int, state: str) -> None:
-        """Engine `index` is in `state`."""
+        """Export that engine `index` is in `state`."""
         for s in State:
             self._engines.set(float(s == state), {"run": self.run, "engine": str(index), "state": str(s)})
 
 
 def prometheus_name(key: str) -> tuple[str, dict[str, str]]:
-    """A metric's contract name as Prometheus' name and tags; the same parts always give the same tags.
+    """Convert a metric's contract name to Prometheus' name and tags; same parts give same tags.
 
     `reward/total/iqa` -> ("tatar_reward_total", {"task": "iqa"})
     """

@@ -1,4 +1,4 @@
-"""Ray on this machine or a cluster it joins, and the actors of a run: learners, engines, the reward actor.
+"""Ray here or on a cluster, and the actors of a run: learners, engines, the reward actor.
 
 The only file that makes Ray actors. On a CPU machine the actors share the cores: learners and engines take turns with
 staleness 0, so each side has threads for all of them (`Cluster.threads`), and idle ones sleep; with staleness they work
@@ -39,7 +39,7 @@ FEWER_WAIT_S = 10.0  # for fewer learners: the nodes are there
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """Make output, model and preset absolute: actors of a joined cluster have another working directory."""
+    """Make output, model and preset absolute, as joined actors have another working directory."""
     model, preset = Path(config.model.path), Path(config.reward.preset)
     return replace(
         config,
@@ -50,7 +50,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 class Cluster:
-    """A connection to Ray and the actors made through it; closing it ends them and, if started here, Ray.
+    """A connection to Ray and its actors; closing it ends them and, if started here, Ray.
 
     Args:
         log: takes events of the actors and nodes.
@@ -82,11 +82,11 @@ class Cluster:
         self._nodes = self._living()
 
     def threads(self, processes: int) -> int:
-        """Return the number of CPU threads for each process when `processes` learners or engines share the cores."""
+        """Return the CPU threads of each of `processes` learners or engines that share the cores."""
         return max(1, self.cores // self._sides // processes)
 
     def _pin(self, actor: Any, side: int, index: int, count: int) -> None:
-        """With `cluster.pin_cores`: pin actor `index` of `count` to its share of half of the cores (0: engines')."""
+        """Pin actor `index` to its share of half of the cores (0: engines') by `cluster.pin_cores`."""
         if self.config.cluster.pin_cores:
             actor.__ray_call__.remote(pin, side, index, count)
 
@@ -152,7 +152,7 @@ class Cluster:
             )
 
     def learners(self, count: int, again: bool = False) -> LearnerGroup:
-        """Start `count` ranks, each in a bundle of one placement group, packed by node or spread over nodes.
+        """Start `count` ranks in bundles of a placement group, packed by node or spread over nodes.
 
         Args:
             count: how many.
@@ -228,13 +228,13 @@ class Cluster:
         return {"CPU": self.config.cluster.engine_cpus, **({"GPU": float(gpus)} if gpus else {})}
 
     def _bundle(self) -> dict[str, float]:
-        """Resources of one learner and, colocated, of the engine beside it."""
+        """Return the resources of one learner and, colocated, of the engine beside it."""
         c = self.config.cluster
         cpus = c.learner_cpus + (c.engine_cpus if self.colocated else 0)
         return {"CPU": cpus, **({"GPU": 1.0} if self.gpu else {})}
 
     def _room(self, most: int) -> int:
-        """Count the learners, at least 1 and up to `most`, that the free resources of the nodes can hold."""
+        """Count the learners, 1 to `most`, that the free resources of the nodes can hold."""
         need = self._bundle()
         rooms = [min(_fit(n, r, a) for r, a in need.items()) for n in available_resources_per_node().values()]
         return max(1, min(most, sum(rooms)))

@@ -17,7 +17,7 @@ from tatar_dist.errors import UserError
 
 
 def start_ray(config: Config, address: str | None, cores: int) -> None:
-    """Join the cluster at `address`, or start Ray here for the actors of `config`. Raises UserError."""
+    """Join the cluster at `address`, or start Ray here for `config`'s actors. Raises UserError."""
     c = config.cluster
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     handler = signal.getsignal(signal.SIGTERM)
@@ -44,7 +44,7 @@ def start_ray(config: Config, address: str | None, cores: int) -> None:
 
 
 def _require_token() -> None:
-    """Token authentication for the Ray we start: nobody else on this machine may submit work to it."""
+    """Authenticate by token on the Ray we start: nobody else on this machine may submit work."""
     if "RAY_AUTH_MODE" in os.environ:
         return
     fd, path = tempfile.mkstemp(prefix="tatar-ray-token-")  # mode 600

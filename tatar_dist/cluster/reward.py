@@ -26,7 +26,7 @@ ATTEMPTS = 3
 
 
 class RewardScorer:
-    """A thin shell around `rewards.score`. `tatar_dist.cluster.ray_cluster` makes the Ray actor of it."""
+    """A thin shell around `rewards.score`; `cluster.ray_cluster` makes the Ray actor of it."""
 
     def __init__(self, config: RewardConfig, grpo: GRPOConfig, failpoints: Failpoints) -> None:
         open_log(failpoints.run, "reward")
@@ -37,7 +37,7 @@ class RewardScorer:
         return process_facts()
 
     def score(self, groups: Sequence[Group], step: int) -> tuple[list[ScoredGroup], dict[str, float]]:
-        """Score the global batch of `step`; returns the groups in order and the reward/* and completion/* metrics."""
+        """Score the batch of `step`; return groups in order, and reward/* and completion/* metrics."""
         self.failpoints.reach("reward.score", step=step)
         batch = batch_of_groups(groups)
         scored = score_batch(batch, self.preset, advantage=self.grpo.advantage, eps=self.grpo.advantage_eps)
@@ -49,7 +49,7 @@ class ScorerFailed(RunError):
 
 
 class RemoteScorer:
-    """Calls a `RewardScorer` actor, the Ray handle that `make()` returns, and makes a new one when it fails."""
+    """Client of a `RewardScorer` actor: the Ray handle that `make()` returns, remade on failure."""
 
     def __init__(
         self,

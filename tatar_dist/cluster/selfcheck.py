@@ -1,4 +1,4 @@
-"""Compare the log-probabilities of engines and learners before training, after the first push.
+"""Compare log-probabilities of engines and learners after the first push, before training.
 
 For ways of pushing and running engines that were never run on the current hardware (plan/proven.py). The pool and the
 learners must hold the same version; a gap that is too large raises WeightsOutOfSync.
@@ -19,7 +19,7 @@ TOKENS = 32  # of a completion: enough to see a wrong layer, a cache or a versio
 
 
 def verify(pool: Any, learners: Any, prompts: Sequence[Prompt], config: Config) -> dict[str, float]:
-    """sync/logprob_gap and sync/logprob_gap_max, in nats, over completions of at most 8 of the prompts.
+    """Return sync/logprob_gap and its _max, in nats, over completions of at most 8 prompts.
 
     Raises:
         WeightsOutOfSync: the mean gap is over `grpo.logprob_gap_limit`.

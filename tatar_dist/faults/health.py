@@ -1,4 +1,4 @@
-"""The state of one rollout engine. Pure: no Ray, no clock of its own; every change is logged as an event.
+"""State of one rollout engine. Pure: no Ray, no own clock. Changes are logged as events.
 
     RESTARTING ──ready──▶ STALE ──weight push──▶ HEALTHY ──late──▶ SUSPECT ──answers──▶ HEALTHY or STALE
         ▲                   │                       │                 │
@@ -40,7 +40,7 @@ ALLOWED = {
 
 @dataclass
 class Health:
-    """Health of engine `index`. The initial state is RESTARTING: the first start is handled like any other.
+    """Health of engine `index`, at first RESTARTING: the first start is handled like any other.
 
     Attributes:
         restarts: consecutive restarts without an answer between them.

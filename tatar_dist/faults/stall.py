@@ -1,4 +1,4 @@
-"""Detect that a run makes no progress, record what all its processes are doing, and act as configured.
+"""Detect that a run makes no progress, record what its processes do, and act as configured.
 
 Progress is a call of `progress()` (a group returned, a bucket was pushed) or `step(seconds)`. Without one for
 max(watch.stall_min_s, watch.stall_factor × median step) the event `stall` is logged, RUN/stacks/TIME/NAME.txt is
@@ -203,7 +203,7 @@ def _stacks(pid: int) -> Stacks:
 
 
 def stacks_of_run(processes: Sequence[WatchedProcess]) -> dict[str, Stacks]:
-    """Return the stacks of every process by name; all nodes are asked at once, one that does not answer is named."""
+    """Return every process's stacks by name; nodes are asked at once, silent ones are named."""
     here, by_node = process_facts()["node"], defaultdict(list)
     for p in processes:
         by_node[here if p.node is None else p.node].append(p)
@@ -220,7 +220,7 @@ def stacks_of_run(processes: Sequence[WatchedProcess]) -> dict[str, Stacks]:
 
 
 def _answer(call: Any, processes: Sequence[WatchedProcess]) -> list[Stacks]:
-    """Return the stacks of processes on another node; those of one that is lost, cut off or late say so."""
+    """Return the stacks of another node's processes, or say that it is lost, cut off or late."""
     try:
         return ray.get(call, timeout=0)
     except ray.exceptions.RayError as e:

@@ -1,4 +1,4 @@
-"""Waiting for calls on actors. Every wait has a deadline, looks up twice a second, and names who is late or died."""
+"""Waits for actors' calls: each has a deadline, looks twice a second, names late and dead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TICK_S = 0.5  # between two checks of a wait
 
 
 class Waits:
-    """Ends waits before their deadline: on a stall and, inside `interruptible`, on a signal.
+    """End waits before their deadline: on a stall and, inside `interruptible`, on a signal.
 
     The cluster, the engine pool, the learner group, the weight pushes and the client of the reward actor share one
     `Waits`. Only the thread that writes checkpoints waits without it.
@@ -55,7 +55,7 @@ class Waits:
 
     @contextmanager
     def interruptible(self, when: Callable[[], bool] = lambda: True, stalls: bool = True) -> Iterator[None]:
-        """Inside, a signal ends every wait at once if `when()` is true; outside, it does not.
+        """Let a signal end every wait inside at once if `when()` is true; outside it ends none.
 
         Args:
             when: called at every check; an exception ends the wait, too.
@@ -97,7 +97,7 @@ class Waits:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's message in one line; for an error of a remote call its cause without Ray's traceback."""
+    """Return an error's message in one line; for a remote call its cause, not Ray's traceback."""
     cause = getattr(error, "cause", None) or error
     return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
 

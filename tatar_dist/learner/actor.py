@@ -24,7 +24,7 @@ from tatar_dist.types import StepReport
 
 
 class WeightsOutOfSync(RunError):
-    """The engine's log-probabilities are not the learner's: the engine samples from other weights."""
+    """Engine and learner log-probabilities differ: the engine samples from other weights."""
 
 
 class Learner:
@@ -38,7 +38,7 @@ class Learner:
         self._files = RankFiles()
 
     def setup(self, rendezvous: Any, stage: str, total_steps: int, threads: int) -> dict[str, Any]:
-        """Join the process group at `rendezvous` (process_group.py), load the model, shard it. Collective.
+        """Join the group at `rendezvous` (process_group.py); load and shard the model. Collective.
 
         Returns its rank, the model's parameters and where the process runs, for the log.
         """
@@ -90,7 +90,7 @@ class Learner:
                 yield batch.result().to(self.device)
 
     def sft_step(self, shard: Shard, step: int, global_tokens: int) -> StepReport:
-        """Make one optimiser step on this rank's micro-batches. `global_tokens`: trained tokens of the global batch."""
+        """Make an optimiser step on this rank's rows. `global_tokens`: the batch's trained tokens."""
         from tatar_dist.algo.loss import sft_loss
         from tatar_dist.algo.schedule import learning_rate
 
@@ -111,7 +111,7 @@ class Learner:
         return StepReport(metrics, time.perf_counter() - start)
 
     def sft_loss(self, shard: Shard) -> dict[str, float]:
-        """Reduce negative log-likelihood and tokens by task over the held-out micro-batches of all ranks."""
+        """Reduce negative log-likelihood and tokens by task over all ranks' held-out micro-batches."""
         import torch
 
         self.zero3.engine.eval()
@@ -126,7 +126,7 @@ class Learner:
         return self.zero3.all_reduce(sums)
 
     def grpo_step(self, shard: Shard, step: int) -> StepReport:
-        """Make `inner_iterations` optimiser steps with clipped policy loss and k3 KL on this rank's micro-batches.
+        """Make `inner_iterations` steps of clipped policy loss and k3 KL on this rank's rows.
 
         Before the (first) update the engine's log-probabilities are compared with the learner's on all tokens of the
         step; a mean gap over `grpo.logprob_gap_limit` raises on every rank and nothing is updated.
@@ -213,7 +213,7 @@ class Learner:
         return StepReport(metrics, time.perf_counter() - start)
 
     def _checked_gap(self, gap_sum: float, gap_max: float, tokens: float) -> dict[str, float]:
-        """Reduce the gap over all ranks to metrics. Raises WeightsOutOfSync when its mean is over the limit."""
+        """Reduce the gap over all ranks. Raises WeightsOutOfSync if its mean is over the limit."""
         import torch.distributed as dist
 
         s = self.zero3.all_reduce({"gap": gap_sum, "tokens": tokens})
@@ -238,11 +238,11 @@ class Learner:
         return getattr(self._senders[way], part)(*arguments)
 
     def push_stream(self, way: str, part: str, *arguments: Any) -> Iterator[Any]:
-        """As `push`, for a method that yields: Ray streams generator functions only."""
+        """Call like `push` a method that yields: Ray streams generator functions only."""
         yield from self.push(way, part, *arguments)
 
     def logprob_gap(self, shard: Shard) -> dict[str, float]:
-        """Compute the mean and largest |engine - learner| log-probability over all ranks' tokens, without an update.
+        """Return mean and largest |engine - learner| log-probability over ranks, without an update.
 
         Raises:
             WeightsOutOfSync: the mean is over `grpo.logprob_gap_limit`.
@@ -260,17 +260,17 @@ class Learner:
         return self._checked_gap(total, worst, tokens)
 
     def save(self) -> int:
-        """Take a snapshot for a checkpoint into CPU memory, to be written later. Collective. Returns its bytes."""
+        """Snapshot a checkpoint into CPU memory, to be written later. Collective. Returns its bytes."""
         self._files.snapshot = []  # free a snapshot that was never written
         self._files.snapshot = self.zero3.snapshot()
         size: int = self.zero3.engine.checkpoint_engine.bytes
         return size
 
     def files(self, part: str, *arguments: Any) -> Any:
-        """Call the method `part` of this rank's checkpoint files (transfer.py); some run beside training."""
+        """Call the method `part` of this rank's files (transfer.py); some run beside training."""
         return getattr(self._files, part)(*arguments)
 
     def load(self, directory: str | None, saved_ranks: int) -> None:
-        """Restore a checkpoint of `saved_ranks` ranks; `directory` None: from received files. Collective."""
+        """Restore a checkpoint of `saved_ranks` ranks; `directory` None: received files. Collective."""
         self.zero3.load(Path(directory) if directory else self._files.received, saved_ranks)
         self._files.discard()

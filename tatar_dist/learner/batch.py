@@ -1,4 +1,4 @@
-"""Pack learner rows into one row without padding; each image is decoded and preprocessed once per step.
+"""Pack learner rows without padding; decode and preprocess each image once per step.
 
 `LearnerRow`s of one micro-batch become a `MicroBatch` of CPU tensors: every prompt once, then its completions
 (shared_prefix.py). The last token of a completion is left out, because nothing is predicted from it. The loss covers
@@ -22,7 +22,7 @@ from tatar_dist.types import LearnerRow
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B rows over n distinct images, packed into T tokens; N completion tokens in all, at most C in a row.
+    """B rows of n distinct images packed into T tokens; N completion tokens, at most C in a row.
 
     ids: (T,) int64; positions: (3, T) int64, of rotary embeddings; layout: segments of the packed row;
     pixel_values: (patches, dim) float32 of the distinct images; grids: (n, 3) int64;
@@ -51,7 +51,7 @@ class MicroBatch:
 
 
 class PromptMismatch(RunError):
-    """Engine and learner tokenised a prompt differently: their log-probabilities cannot be compared."""
+    """Engine and learner tokenised a prompt differently; log-probabilities cannot be compared."""
 
 
 class Collator:

@@ -1,4 +1,4 @@
-"""All ZeRO-3 ranks, addressed as one: every call goes to all of them, the first error of any is the call's error."""
+"""All ZeRO-3 ranks, addressed as one: a call goes to all and fails with its first error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PendingUpdate:
         self._group, self._refs = group, refs
 
     def over(self) -> bool:
-        """Return, without waiting, whether all ranks have answered. Raises like `result` if one has failed."""
+        """Return whether all ranks have answered, without waiting. Raises as `result` if one failed."""
         done, waiting = ray.wait(self._refs, num_returns=len(self._refs), timeout=0)
         if any(error_of(ref) for ref in done):
             self.result()
@@ -43,7 +43,7 @@ class PendingUpdate:
 
 
 class LearnerGroup:
-    """All ZeRO-3 ranks, addressed as one. Learners are a unit: an error of one is the error of the step."""
+    """All ZeRO-3 ranks, addressed as one. Learners are a unit: an error of one is the step's."""
 
     def __init__(self, config: Config, actors: list[Any], threads: int, waits: Waits) -> None:
         self.config, self.actors, self.threads, self.waits = config, actors, threads, waits
@@ -52,7 +52,7 @@ class LearnerGroup:
         return self.wait([getattr(a, method).remote(*args) for a in self.actors])
 
     def wait(self, refs: list[Any], timeout: float | None = None) -> list[Any]:
-        """Return all results; the first error of any rank is raised at once, because its peers would wait for it.
+        """Return all results; raise any rank's first error at once: its peers would wait for it.
 
         Raises:
             LearnersFailed: a rank died, is late, or raised anything but a UserError, RunError or OSError.
@@ -68,7 +68,7 @@ class LearnerGroup:
             raise LearnersFailed(_culprit(refs, e)) from e
 
     def setup(self, stage: str, total_steps: int) -> list[dict[str, Any]]:
-        """Load the model on all ranks within `cluster.start_timeout_s`. Returns where each rank runs."""
+        """Load the model on all ranks within `cluster.start_timeout_s`. Returns where each runs."""
         limit = self.config.cluster.start_timeout_s
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         meeting: Any = ray.remote(Rendezvous)
@@ -101,7 +101,7 @@ class LearnerGroup:
         return transfer.Writing(lambda given_up: transfer.write(self.actors, directory, local, limit, given_up))
 
     def load(self, directory: Path, saved_ranks: int) -> None:
-        """Restore the checkpoint in `directory`, which `saved_ranks` ranks wrote: any number. After `setup`."""
+        """Restore the checkpoint that any number `saved_ranks` of ranks wrote. Call after `setup`."""
         source: str | None = str(directory)
         if self.config.checkpoint.storage == "local":
             transfer.send(self.actors, directory, saved_ranks, self.config.rollout.call_timeout_s)
@@ -110,7 +110,7 @@ class LearnerGroup:
 
 
 def _culprit(refs: list[Any], error: Exception) -> str:
-    """Name the rank at fault: peers of a dead rank see a broken connection before Ray reports the death."""
+    """Name the rank at fault: a dead rank's peers lose connections before Ray reports the death."""
     deadline = time.monotonic() + DEATH_IS_KNOWN_S
     waiting = list(refs)
     while waiting and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): trained where gradients of all weights are too much for a machine.
+"""Low-rank adapters (LoRA, arXiv 2106.09685), for machines too small to train all weights.
 
 A linear layer computes x W^T + b + (alpha / rank) x A^T B^T, where B starts at 0; all else is frozen. Adapters never
 leave the learners: engines and checkpoints get W + (alpha / rank) B A under W's own name (`merged`). Without them
@@ -48,14 +48,14 @@ class LoraLinear(nn.Module):
 
 
 def scale(config: ModelConfig) -> float:
-    """alpha / rank, what adapters' outputs are multiplied by (arXiv 2106.09685, section 4.1); 0 without adapters."""
+    """Return alpha / rank, adapters' factor (arXiv 2106.09685, section 4.1); 0 without adapters."""
     return config.lora_alpha / config.lora_rank if config.lora_rank else 0.0
 
 
 def install(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Freeze `model` and put adapters, the same on every rank, into its linear layers that were trained.
+    """Freeze `model` and put adapters into its linear layers that were trained.
 
-    All but the head, or those named in `config.lora_targets`.
+    They are in all but the head, or in those named in `config.lora_targets`, and the same on every rank.
 
     Raises:
         UserError: a target that names no such layer, or a rank above a layer's width.
@@ -95,12 +95,12 @@ def without(model: nn.Module) -> Iterator[None]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of that name belongs to an adapter."""
+    """Return whether a parameter of that name belongs to an adapter."""
     return name.rpartition(".")[2] in (DOWN, UP)
 
 
 def merged(named: Iterable[tuple[str, Tensor]], scale: float) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, copy) of every weight, what its adapter adds included (summed in float32), but no adapters.
+    """Yield (name, copy) of each weight with what its adapter adds (in float32); no adapters.
 
     `named` holds a layer's adapter wherever it holds its weight.
     """

@@ -1,4 +1,4 @@
-"""Assign rows to ranks and micro-batches: ranks balanced by cost, micro-batches within a token budget.
+"""Assign rows to ranks, balanced by cost, and to micro-batches, within a token budget.
 
 A unit is the completions that share a prompt. Every rank gets a list of micro-batches, each a list of units, and all
 ranks get equally many, because they must make the same collective calls. Pure and deterministic; the simulator
@@ -21,7 +21,7 @@ MicroBatches = list[list["Unit"]]  # of one rank
 
 
 def pack(units: Sequence[Unit], ranks: int, budget: int, costs: RowCosts = RowCosts()) -> list[MicroBatches]:  # noqa: B008
-    """Pack units into micro-batches of at most `budget` tokens for each rank; a longer row goes alone."""
+    """Pack units into micro-batches of at most `budget` tokens a rank; a longer row goes alone."""
     packed = [_cut(dealt, budget) for dealt in _deal(units, ranks, costs)]
     most = max(map(len, packed))
     for batches in packed:
@@ -49,7 +49,7 @@ def _deal(units: Sequence[Unit], ranks: int, costs: RowCosts) -> list[list[Unit]
 
 
 def _relieve(own: list[list[Unit]], loads: list[float], costs: RowCosts) -> bool:
-    """Move rows of the rank with the most cost to the one with the least, if that lowers the larger of the two."""
+    """Move rows from the rank with most cost to that with least, if that lowers the larger cost."""
     heavy, light = max(range(len(own)), key=loads.__getitem__), min(range(len(own)), key=loads.__getitem__)
     best = loads[heavy] * (1 - 1e-3)  # a smaller gain does not pay for computing the prompt twice
     move = None

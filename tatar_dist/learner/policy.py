@@ -31,10 +31,10 @@ class TokenLogprobs:
 
 
 class PolicyModel(nn.Module):
-    """`backbone` is the transformers model (PREFIX stands before the checkpoint's names of its parameters); its
-    attention and its head's forward are replaced.
+    """The transformers model `backbone`, with its attention and its head's forward replaced.
 
-    The distribution is the one the engine samples from: logits / temperature, forbidden ids removed.
+    PREFIX stands before the checkpoint's names of its parameters. The distribution is the one the engine samples from:
+    logits / temperature, forbidden ids removed.
     """
 
     PREFIX = "backbone."
@@ -66,7 +66,7 @@ def _chunks(tokens: int, vocabulary: int) -> list[slice]:
 
 
 class TokenLogprob(torch.autograd.Function):
-    """states (N, H), weight (V, H), targets (N,), forbidden ids, temperature -> logp (N,), entropy (N,), float32.
+    """Map states (N, H), weight (V, H), targets (N,) to logp (N,) and entropy (N,), float32.
 
     The distribution is softmax(states weight^T / temperature) without the forbidden ids. Entropy has no gradient.
     """
@@ -109,7 +109,7 @@ class TokenLogprob(torch.autograd.Function):
 
 
 def _logits(states: Tensor, weight: Tensor, forbidden: Tensor, temperature: float) -> Tensor:
-    """(n, V) float32, -inf where an id is forbidden."""
+    """Return (n, V) float32 logits, -inf where an id is forbidden."""
     logits = (states @ weight.T).float()
     if temperature != 1.0:
         logits /= temperature
@@ -117,7 +117,7 @@ def _logits(states: Tensor, weight: Tensor, forbidden: Tensor, temperature: floa
 
 
 def install_head(head: nn.Linear, temperature: float) -> None:
-    """Make `TokenLogprob` the forward of `head`, so that ZeRO-3 gathers its weight as of any other layer."""
+    """Make `TokenLogprob` the forward of `head`, so that ZeRO-3 gathers its weight like others'."""
 
     def forward(self: Any, states: Tensor, targets: Tensor, forbidden: Tensor) -> Any:
         return TokenLogprob.apply(states, self.weight, targets, forbidden, temperature)

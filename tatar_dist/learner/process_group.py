@@ -1,4 +1,4 @@
-"""The process group of the learners: `init_process_group`, and the store through which torch.distributed meets.
+"""The learners' process group: `init_process_group`, and the store torch.distributed uses.
 
 The store calls a `Rendezvous` actor: no port listens, and every call carries the cluster's token.
 """
@@ -22,7 +22,7 @@ from tatar_dist.run.process import interface_of
 
 
 def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torch.device, c: ClusterConfig) -> Any:
-    """Start torch.distributed and DeepSpeed with gloo on CPU or NCCL on GPUs; returns the group's store.
+    """Start torch.distributed and DeepSpeed: gloo on CPU, NCCL on GPUs. Returns the store.
 
     Keep the store: torch calls into it, but does not keep its Python part alive. Every collective of the run fails
     after `cluster.collective_timeout_s`. gloo stays on loopback on a single node, else it takes the interface of the
@@ -57,7 +57,7 @@ def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torc
 
 
 class RayStore(dist.Store):
-    """A rank's view of a `Rendezvous`. Every wait ends after `timeout_s` at the latest, with DistStoreError."""
+    """A rank's view of a `Rendezvous`. Every wait ends within `timeout_s`, with DistStoreError."""
 
     def __init__(self, rendezvous: Any, timeout_s: float) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class RayStore(dist.Store):
     deleteKey = delete_key  # what torch's C++ side calls it
 
     def join(self, rank: int, world_size: int, host: str) -> list[str]:
-        """Return what each rank gave as `host`, once all are here. Raises LearnersFailed naming those that are late."""
+        """Return each rank's `host` once all are here. Raises LearnersFailed that names late ones."""
         self.set(f"host/{rank}", host)
         keys = [f"host/{r}" for r in range(world_size)]
         try:

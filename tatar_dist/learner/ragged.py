@@ -1,4 +1,4 @@
-"""Attention over a ragged batch, forward and backward, with the log-sum-exp that lets two of them be merged.
+"""Attention over a ragged batch, forward and backward; its log-sum-exp lets two be merged.
 
 Segment i's queries see segment i's keys and nothing else; segments tile the token dimension, nothing is padded.
 Kernels: flash attention of torch's CPU build (segments of equal lengths go in one call, causal ones also with others
@@ -33,7 +33,7 @@ class Ragged:
 
     @cached_property
     def _calls(self) -> list[tuple[Any, Any, Tensor | None]]:
-        """(where the queries are, where the keys are, valid) of every kernel call on the CPU.
+        """Return (places of queries, places of keys, valid) of every kernel call on the CPU.
 
         One segment alone is a slice; n segments are (n, L) indices; `valid` (n, L) marks what is no padding.
         """
@@ -56,7 +56,7 @@ class Ragged:
         return calls
 
     def varlen(self, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-        """Arguments of flash attention's varlen form: cu_seq_q, cu_seq_k (segments + 1,) int32, longest segments.
+        """Return flash's varlen arguments: cu_seq_q, cu_seq_k (segments + 1,) int32, longest q, k.
 
         The longest query segment is given as at least 2: for 1 the kernel uses its decoding path, which expects a
         query in every segment.
@@ -75,19 +75,19 @@ class Ragged:
 
 @lru_cache(maxsize=256)
 def ragged(queries: tuple[int, ...], keys: tuple[int, ...], causal: bool) -> Ragged:
-    """Return one `Ragged` for equal lengths, so that all layers of a forward share its index tensors."""
+    """Return one `Ragged` for equal lengths: all layers of a forward share its index tensors."""
     return Ragged(queries, keys, causal)
 
 
 def _indices(starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return (n, L) positions, the last one repeated after a shorter segment, and a (n, L) mask of the others."""
+    """Return (n, L) positions, the last one repeated to L, and a (n, L) mask of the others."""
     steps = torch.arange(max(lengths))
     end = torch.tensor(lengths)[:, None]
     return torch.tensor(starts)[:, None] + torch.minimum(steps, end - 1), steps < end
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, segments: Ragged, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T scale) v within each segment.
+    """Compute softmax(q k^T scale) v within each segment.
 
     q: (T, H, D); k, v: (S, Hkv, D), H a multiple of Hkv. Returns out (T, H, D) and lse (T, H) in at least float32; a
     segment without keys gives 0 and -inf.
@@ -110,7 +110,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, segments: Ragged, scale: float) -> 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Ragged, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; `out` and `lse` may belong to a merged attention of which these segments are a part."""
+    """Return gradients of q, k, v; `out`, `lse` may be of a merged attention these are part of."""
     if _has_varlen(q):
         cu_q, cu_k, max_q, max_k = segments.varlen(q.device)
         state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the dropout that there is none of
@@ -138,12 +138,12 @@ def _has_varlen(q: Tensor) -> bool:
 
 
 def _take(x: Tensor, at: Any) -> Tensor:
-    """(T, H, D) -> (n, H, L, D)."""
+    """Gather (T, H, D) as (n, H, L, D)."""
     return (x[at][None] if isinstance(at, slice) else x[at.to(x.device)]).transpose(1, 2)
 
 
 def _put(total: Tensor, at: Any, part: Tensor, valid: Tensor | None) -> None:
-    """(n, H, L, D) into (T, H, D); segments do not overlap, so nothing is added up."""
+    """Scatter (n, H, L, D) into (T, H, D); segments do not overlap, so nothing is added up."""
     part = part.transpose(1, 2)
     if isinstance(at, slice):
         total[at] = part[0]
@@ -155,7 +155,7 @@ def _put(total: Tensor, at: Any, part: Tensor, valid: Tensor | None) -> None:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """(n, H, L, D) -> the same and lse (n, H, L)."""
+    """Attend over (n, H, L, D); return the same and lse (n, H, L)."""
     if q.is_cuda:
         return explicit(q, k, v, causal, scale)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
@@ -172,7 +172,7 @@ def _attend_backward(
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """As `_attend`, with a matrix of probabilities: for float32 on CUDA, which flash attention does not support."""
+    """Attend as `_attend` by an explicit matrix: flash attention lacks float32 on CUDA."""
     scores = _scores(q, k, causal, scale)
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp() @ _heads(v, q), lse

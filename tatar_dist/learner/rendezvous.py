@@ -1,4 +1,4 @@
-"""How learners meet without an open port: a Ray actor keeps their torch.distributed store, gloo's sockets are silenced.
+"""Meeting of learners without an open port: a Ray actor as store, gloo's sockets silenced.
 
 torch's own TCPStore listens without authentication, and whoever writes into it decides whom a rank connects to. Here
 keys travel as calls of a Ray actor, which only holders of the cluster's token can make; process_group.py makes them.

@@ -1,4 +1,4 @@
-"""A ZeRO-3 checkpoint of M ranks for one rank of N: the same master weights and optimizer state, cut anew.
+"""Cut a ZeRO-3 checkpoint of M ranks anew for N: same master weights and optimizer state.
 
 ZeRO-3 cuts every parameter on its own: rank r of M holds elements [r k, (r + 1) k) with k = ceil(numel / M), padded
 with zeros, and concatenates its pieces, in the order of `param_shapes`, into one flat tensor a sub-group; optimizer
@@ -56,7 +56,7 @@ def recut(flats: Sequence[Sequence[Tensor]], old: Shapes, new: Shapes, rank: int
 
 
 def load(directory: Path, saved_ranks: int, engine: Any, rank: int, ranks: int) -> None:
-    """Load the DeepSpeed checkpoint in `directory`, of `saved_ranks` ranks, into a fresh ZeRO-3 engine. Collective.
+    """Load the DeepSpeed checkpoint of `saved_ranks` ranks into a new ZeRO-3 engine. Collective.
 
     Weights that are not trained are restored, too: the model's own directory may hold others by now.
     """
@@ -95,7 +95,7 @@ def load(directory: Path, saved_ranks: int, engine: Any, rank: int, ranks: int) 
 
 
 def _load_frozen(fragments: Sequence[dict[str, Tensor] | None], engine: Any, rank: int) -> None:
-    """`fragments[r]`: saved rank r's flat pieces of what is not trained, by name; the last one is padded."""
+    """Load what is not trained; `fragments[r]`: rank r's flat pieces by name, the last padded."""
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             continue
@@ -106,6 +106,6 @@ def _load_frozen(fragments: Sequence[dict[str, Tensor] | None], engine: Any, ran
 
 
 def _read(directory: Path, pattern: str) -> Any:
-    """Mapped, not read: a rank touches only the bytes it needs."""
+    """Map the file, so that a rank touches only the bytes it needs."""
     (path,) = directory.glob(pattern)
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)

@@ -1,4 +1,4 @@
-"""The batcher: turns scored groups or SFT rows into one shard per rank, a list of micro-batches of rows.
+"""Turn scored groups or SFT rows into one shard per rank, a list of micro-batches of rows.
 
 Before the groups are distributed, every row gets its weight in the global loss; a row of weight 0 (in a dropped group,
 or a masked truncated completion) is distributed like the others. packing.py decides which rank gets which rows. Every

@@ -1,4 +1,4 @@
-"""Attention of completions that share a prompt without repeating it, and the layout of a packed row.
+"""Attention of completions that share one copy of a prompt; the layout of a packed row.
 
 A packed row is [prompt 1 … prompt n | completions of 1 … completions of n], every token once. A prompt's token sees its
 prompt up to itself; a completion's token sees its whole prompt and its own completion up to itself. That is two ragged
@@ -26,7 +26,7 @@ NAME = "tatar_flash_shared_prefix"
 
 @dataclass(frozen=True)
 class Layout:
-    """Tokens of each of n groups' prompt, and of each of its completions; a completion may have 0."""
+    """Tokens of n groups' prompts, and of each group's completions; a completion may have 0."""
 
     prompts: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
@@ -41,18 +41,18 @@ class Layout:
 
     @cached_property
     def own(self) -> Ragged:
-        """Every prompt and every completion with itself."""
+        """Return the segments of every prompt and every completion with itself."""
         lengths = (*self.prompts, *(c for group in self.completions for c in group if c))
         return ragged.ragged(lengths, lengths, True)
 
     @cached_property
     def cross(self) -> Ragged:
-        """All completions of a group with its prompt."""
+        """Return the segments of all completions of a group with its prompt."""
         return ragged.ragged(tuple(map(sum, self.completions)), self.prompts, False)
 
 
 class _SharedPrefix(torch.autograd.Function):
-    """q: (T, H, D), k, v: (T, Hkv, D) of a packed row -> (T, H, D)."""
+    """Attention of a packed row: q (T, H, D), k, v (T, Hkv, D) -> (T, H, D)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -110,7 +110,7 @@ def _windows_of(bounds: Tensor) -> Ragged:
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention function for transformers; returns (output (1, T, H, D), None).
+    """Compute attention for transformers; returns (output (1, T, H, D), None).
 
     query: (1, H, T, D); key and value: (1, Hkv, T, D). If the keyword argument `layout` is given, the row is packed;
     else `cu_seq_lens_q` gives the bounds of the vision tower's windows. `attention_mask` is ignored.
@@ -122,7 +122,7 @@ def attention(
 
 
 def install(model: Any) -> None:
-    """Make a transformers model's language model use packed rows, and its vision tower ragged windows."""
+    """Let a transformers language model use packed rows, and its vision tower ragged windows."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention)

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoint files as a snapshot: tensors are copied to the CPU at once, the files written when asked.
+"""DeepSpeed's checkpoint files as a snapshot: copied to the CPU at once, written when asked.
 
 `engine.checkpoint_engine = SnapshotEngine()`; then `engine.save_checkpoint(...)` touches no disk and leaves jobs, which
 any thread may run while training goes on. The files are what DeepSpeed itself would have written.
@@ -19,7 +19,7 @@ from tatar_dist.run.files import Job
 
 
 class SnapshotEngine(TorchCheckpointEngine):
-    """Loads like DeepSpeed's own engine; `save` keeps a copy. Paths are relative to the checkpoint's directory."""
+    """Load like DeepSpeed's engine; `save` keeps a copy. Paths are relative to the checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()

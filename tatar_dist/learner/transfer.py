@@ -1,4 +1,4 @@
-"""A checkpoint's files: written by every learner and, with node-local storage, fetched from there and brought back.
+"""A checkpoint's files: written by learners; with node-local storage fetched and sent back.
 
 Learners write in their concurrency group `io`, beside training; so a thread of the controller waits for them. Files
 travel in chunks through Ray's object store.
@@ -27,18 +27,18 @@ IO = "io"  # the concurrency group of learner calls that run beside training
 
 
 class RankFiles:
-    """A rank's checkpoint files, in a private directory on its node if need be. `snapshot`: of the next `write`."""
+    """A rank's checkpoint files, private on its node if need be. `snapshot`: of next `write`."""
 
     def __init__(self) -> None:
         self.snapshot: list[Job] = []
 
     @cached_property
     def received(self) -> Path:
-        """The private directory, made at first use."""
+        """Return the private directory, made at first use."""
         return Path(tempfile.mkdtemp(prefix="tatar_checkpoint_"))
 
     def write(self, directory: str | None) -> Files:
-        """Write the last snapshot into `directory`, None: the private one, anew. Returns what was written.
+        """Write the last snapshot to `directory` (None: the private one, anew); return the files.
 
         Raises:
             OSError: ENOSPC when the disk is full, FileNotFoundError when there is no such directory here.
@@ -114,7 +114,7 @@ def write(actors: Sequence[Any], directory: Path, local: bool, timeout: float, g
 
 
 def send(actors: Sequence[Any], directory: Path, saved_ranks: int, timeout: float) -> None:
-    """Bring each rank what it loads of the checkpoint in `directory`: its own shards, or all to cut them anew."""
+    """Bring each rank what it loads of a checkpoint: its own shards, or all to cut them anew."""
     for path in sorted((directory / "deepspeed").iterdir()):
         name, same = path.relative_to(directory).as_posix(), saved_ranks == len(actors)
         takers = [r for r in range(len(actors)) if not same or f"zero_pp_rank_{r}_" in name]

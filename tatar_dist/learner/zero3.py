@@ -1,4 +1,4 @@
-"""One rank of DeepSpeed ZeRO-3: sharded policy and optimizer, a sharded frozen reference, gathers, checkpoints.
+"""One rank of DeepSpeed ZeRO-3: sharded policy, optimizer, reference; gathers, checkpoints.
 
 Everything here is collective: all ranks must make the same calls in the same order, after `init_process_group`.
 RANK, WORLD_SIZE and LOCAL_RANK are in the environment.
@@ -27,7 +27,7 @@ DEEPSPEED_TAG = "deepspeed"
 
 
 def deepspeed_config(config: Config, optim: OptimConfig) -> dict[str, Any]:
-    """Configuration of ZeRO-3. Gradients are clipped by their global norm after averaging over ranks.
+    """Return ZeRO-3's configuration. Gradients are clipped by global norm after averaging.
 
     The batch size is nominal: `Zero3.begin` marks the last micro-batch of a step, whose number differs by step.
     """
@@ -113,7 +113,7 @@ class Zero3:
         return torch.optim.AdamW(parameters, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
 
     def reference_logp(self, batch: Any) -> Tensor:
-        """(B, C) log-probabilities of the frozen reference: an engine of its own, or the policy without adapters."""
+        """Return (B, C) log-probabilities of the reference: its engine, or policy without adapters."""
         if self._reference is not None:
             return self._reference(batch).logp  # type: ignore[no-any-return]
         assert self.has_reference
@@ -137,7 +137,7 @@ class Zero3:
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def optimizer_step(self) -> float:
-        """Call after every backward; updates after the last one of a step. Returns the gradient norm then, else 0."""
+        """Call after every backward; updates after a step's last. Returns its gradient norm, else 0."""
         boundary = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
         return float(self.engine.get_global_grad_norm() or 0.0) if boundary else 0.0
@@ -153,12 +153,12 @@ class Zero3:
         return [(n.removeprefix(PolicyModel.PREFIX), p) for n, p in self.engine.module.named_parameters()]
 
     def metadata(self) -> list[tuple[str, torch.dtype, list[int]]]:
-        """(name, dtype, full shape) of what `full_parameters` yields, in its order. Not collective."""
+        """Return (name, dtype, full shape) of `full_parameters` in its order. Not collective."""
         named = ((n, p) for n, p in self._named() if not lora.is_adapter(n))
         return [(n, p.dtype, list(getattr(p, "ds_shape", p.shape))) for n, p in named]
 
     def full_parameters(self, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, full tensor) of every parameter, gathered one layer group at a time.
+        """Yield (checkpoint name, full tensor) of every parameter, one layer group at a time.
 
         Collective. The tensor is a clone made on the default stream, on rank 0 or `everywhere`; other ranks get an
         empty one. Tied parameters come once; adapters are in their layers' weights.
@@ -177,7 +177,7 @@ class Zero3:
             yield from full
 
     def snapshot(self) -> list[Job]:
-        """Copy this rank's part of a checkpoint to CPU memory; the returned jobs write it. Collective.
+        """Copy this rank's part of a checkpoint to the CPU; the returned jobs write it. Collective.
 
         deepspeed/ gets this rank's shards of weights, master weights and optimizer, model/ from rank 0 a Hugging Face
         model directory (safetensors, processor, generation config).
@@ -207,7 +207,7 @@ class Zero3:
 def parameter_groups(
     named: list[tuple[str, Any]], lr_scale: dict[str, float], frozen: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Optimiser groups {"params": […], "scale": factor} by the first part of `lr_scale` found in a name; others 1.
+    """Return optimiser groups {"params", "scale"} by `lr_scale`'s first part in a name, else 1.
 
     `frozen`: names of untrained parameters that a part may match, as in a recipe used with adapters.
 
@@ -224,7 +224,7 @@ def parameter_groups(
 
 
 def layer_groups(named: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
-    """Consecutive parameters that share the prefix up to their first number (one decoder layer, one vision block)."""
+    """Group consecutive parameters by the prefix up to their first number: a layer or a block."""
 
     def layer(item: tuple[str, Any]) -> str:
         parts = item[0].split(".")

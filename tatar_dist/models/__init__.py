@@ -1,4 +1,4 @@
-"""Model families. Everything that is specific to one family lives in one module here, chosen by `model.family`.
+"""Model families: all that is specific to one is in a module here, named by `model.family`.
 
 A family module provides the class `Backbone` with the interface of `base.QwenVL`; to add a family, write that one file
 and name it in the config.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def names() -> list[str]:
-    """Return the names of all families; each is the `model_type` in the config.json of the family's models."""
+    """Return the names of all families: `model_type` in the config.json of a family's models."""
     return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "costs")]
 
 

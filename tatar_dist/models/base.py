@@ -1,4 +1,4 @@
-"""What the Qwen-VL families share: the processor call, the vision call and the 3-D positions of an image.
+"""What the Qwen-VL families share: processor call, vision call, 3-D positions of an image.
 
 Not a family itself: a family's module names its model type and its transformers class, and overrides what differs.
 Turns rendered prompts and images into input ids, image features and hidden states. Needs torch and transformers only.
@@ -36,7 +36,7 @@ class EncodedPrompt:
 
 
 class QwenVL:
-    """One loaded family: `processor` for texts and images, `model` the transformers module (on the learners only).
+    """One loaded family: `processor` of texts and images, `model` (transformers, learners only).
 
     A family sets `model_type` as config.json has it, and `model_class`, a name in transformers.
     """
@@ -58,7 +58,7 @@ class QwenVL:
 
     @classmethod
     def check_directory(cls, path: str) -> dict[str, Any]:
-        """Return the model's config.json. Raises UserError when `path` is a directory without this family's model.
+        """Return the model's config.json. Raises UserError if directory `path` lacks this family.
 
         Returns {} for a name that is not a local path: it is left to the hub.
         """
@@ -89,7 +89,7 @@ class QwenVL:
             return RowCosts()
 
     def load_model(self) -> torch.nn.Module:
-        """Load the transformers model in `config.dtype`, its vision tower frozen if the config says so."""
+        """Load the transformers model in `config.dtype`, its vision tower frozen if so configured."""
         import transformers
 
         model: torch.nn.Module = getattr(transformers, self.model_class).from_pretrained(
@@ -112,7 +112,7 @@ class QwenVL:
         return sorted({int(self.tokenizer.convert_tokens_to_ids(n)) for n in names})
 
     def image_tokens(self, width: int, height: int) -> int:
-        """Return how many tokens an image of this size in pixels takes beyond its one placeholder in the text."""
+        """Return an image's tokens, by its size in pixels, beyond its one placeholder in the text."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         p = self.processor.image_processor
@@ -121,7 +121,7 @@ class QwenVL:
         return (high // factor) * (wide // factor) - 1
 
     def encode_prompt(self, text: str, image: Image.Image) -> EncodedPrompt:
-        """Tokenise `text` (chat template already rendered, one image placeholder) and patchify `image`."""
+        """Tokenise `text` (chat template rendered, one image placeholder) and patchify `image`."""
         b = self.processor(text=[text], images=[image], return_tensors="pt")
         return EncodedPrompt(b["input_ids"][0], b["mm_token_type_ids"][0], b["pixel_values"], b["image_grid_thw"])
 

@@ -1,4 +1,4 @@
-"""Size and cost of a Qwen-VL: parameters, FLOPs and bytes from its config.json, and the cost of a prompt's rows.
+"""Size and cost of a Qwen-VL by its config.json: parameters, FLOPs, bytes, a prompt's rows.
 
 A product of (m, k) and (k, n) is m k n multiply-adds and 2 m k n FLOPs. The layers are those of Qwen2.5-VL (arXiv
 2502.13923). `ModelSizes.costs` is also used for Qwen3-VL, whose vision MLP (two matrices) and head width it does not
@@ -18,7 +18,7 @@ Linear = dict[str, tuple[int, int]]  # linear layers: name -> (in, out)
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows of one prompt. rows: their numbers in the batch; prompt: tokens; lengths: tokens of each completion."""
+    """Rows of a prompt. rows: numbers in the batch; prompt: tokens; lengths: of each completion."""
 
     rows: tuple[int, ...]
     prompt: int
@@ -26,12 +26,12 @@ class Unit:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the packed row."""
+        """Return the tokens of the packed row."""
         return self.prompt + sum(self.lengths)
 
     @property
     def pairs(self) -> float:
-        """Pairs of a query and a key that it sees, in a layer; a causal square counts half."""
+        """Return the pairs of a query and a key it sees, in a layer; a causal square counts half."""
         return self.prompt**2 / 2 + sum(n * (self.prompt + n / 2) for n in self.lengths)
 
     def parted(self, n: int) -> tuple[Unit, Unit]:
@@ -58,7 +58,7 @@ class RowCosts:
 
 
 def passes(recomputed: bool, trained: bool = True) -> int:
-    """Count forward and backward in forwards: backward is one for inputs and, if `trained`, one for weights."""
+    """Count passes in forwards: a backward is one for inputs and, if `trained`, one for weights."""
     return 2 + trained + recomputed
 
 
@@ -105,7 +105,7 @@ class ModelSizes:
 
     @property
     def linear(self) -> tuple[Linear, Linear, Linear]:
-        """Linear layers of a decoder layer, of a block of the vision tower and of its merger."""
+        """Return the linear layers of a decoder layer, of a vision block and of the vision merger."""
         (h, m), (w, n) = ((s["hidden_size"], s["intermediate_size"]) for s in (self.text, self.vision))
         layer = {"q_proj": (h, h), "k_proj": (h, self.kv), "v_proj": (h, self.kv), "o_proj": (h, h)} | _gated(h, m)
         merged, out = w * self.merge, self.vision.get("out_hidden_size", h)
@@ -113,13 +113,13 @@ class ModelSizes:
 
     @property
     def patch(self) -> int:
-        """Weights of the patch embedding."""
+        """Return the number of weights of the patch embedding."""
         v = self.vision
         return int(v["in_channels"] * v["temporal_patch_size"] * v["patch_size"] ** 2 * v["hidden_size"])
 
     @property
     def vision_parameters(self) -> int:
-        """Parameters of the tower: linear layers with biases, two norms a block and one before the merger."""
+        """Count tower parameters: linear layers with biases, two norms a block, one at the merger."""
         _, *parts = self.linear
         block, merger = (weights(part) + sum(out for _, out in part.values()) for part in parts)
         h = self.vision["hidden_size"]
@@ -127,19 +127,19 @@ class ModelSizes:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model; a decoder layer has biases of queries, keys and values, and two norms."""
+        """Count all parameters; a decoder layer has q, k and v biases, and two norms."""
         h, kv = self.text["hidden_size"], self.kv
         layers = self.text["num_hidden_layers"] * (weights(self.linear[0]) + h + 2 * kv + 2 * h)
         return int(self.vision_parameters + layers + h + self.head * (1 if self.tied else 2))
 
     def adapters(self, rank: int, targets: Sequence[str], vision: bool) -> int:
-        """Count parameters of LoRA adapters (learner/lora.py): rank x (in + out) of every layer that gets one."""
+        """Count LoRA parameters (learner/lora.py): rank x (in + out) of every layer with adapters."""
         times = (self.text["num_hidden_layers"], vision and self.vision["depth"], vision)
         layers = ((n, name, sum(s)) for n, part in zip(times, self.linear, strict=True) for name, s in part.items())
         return rank * sum(n * size for n, name, size in layers if not targets or name in targets)
 
     def attention_flops(self, images: int, patches: int, pairs: float) -> float:
-        """Count FLOPs of scores and weighted sums in a forward: 4 x width a pair of a query and a key it sees.
+        """Count FLOPs of scores and weighted sums in a forward: 4 x width a pair of query and key.
 
         patches: of an image; pairs: in each layer of the language model.
         """
@@ -150,14 +150,14 @@ class ModelSizes:
         return tower + t["num_hidden_layers"] * pairs * 4 * t["hidden_size"]
 
     def forward_flops(self, images: int, patches: int, tokens: int, pairs: float) -> float:
-        """Count FLOPs of a forward: `attention_flops` and all products but the patch embedding's and the head's."""
+        """Count a forward's FLOPs: `attention_flops`, all products but patch embedding and head."""
         layer, block, merger = map(weights, self.linear)
         image = patches * self.vision["depth"] * 2 * block + patches / self.merge * 2 * merger
         text = self.text["num_hidden_layers"] * tokens * 2 * layer
         return images * image + text + self.attention_flops(images, patches, pairs)
 
     def costs(self) -> RowCosts:
-        """Return row costs by multiply-adds, without the head, the tower's merger and its windowed attention."""
+        """Return row costs by multiply-adds, without head, vision merger and windowed attention."""
         layer, block, _ = map(weights, self.linear)
         text, image = self.text["num_hidden_layers"] * layer, self.merge * self.vision["depth"] * block
         pairs = self.full_blocks * 2 * self.vision["hidden_size"] * self.merge**2
@@ -165,7 +165,7 @@ class ModelSizes:
 
 
 def kept_elements(sizes: ModelSizes, patches: float, tokens: float, checkpointing: bool) -> float:
-    """Count what autograd keeps of `patches` through the vision tower and `tokens` through the language model.
+    """Count what autograd keeps of `patches` (vision tower) and `tokens` (language model).
 
     A vision block of width h and intermediate width m keeps of each patch: twice its input and two results of a norm
     (6 h), queries, keys and the fused projection that values are a part of (5 h), attention's output (h), and four

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: windowed attention in the vision tower, patches of 14 pixels, mean and deviation of CLIP.
+"""Qwen2.5-VL: windowed attention in the vision tower, 14-pixel patches, CLIP's mean and std.
 
 Its positions and its processor are the ones all Qwen-VL share (base.py).
 """

@@ -1,4 +1,4 @@
-"""Qwen3-VL, dense: patches of 16 pixels, and features of three inner layers of the vision tower beside its last.
+"""Qwen3-VL, dense: 16-pixel patches; features of three inner vision layers beside the last.
 
 These deepstack features (arXiv 2406.04334) travel with the image's features: the model adds them to the outputs of its
 first decoder layers, at the image's places, which in a packed row are each prompt's own. Positions are those of
@@ -19,8 +19,8 @@ class Backbone(QwenVL):
 
     @classmethod
     def check_directory(cls, path: str) -> dict[str, Any]:
-        """As for every family; and the flag of interleaved frequencies, which vLLM reads and transformers takes for
-        granted: without it engine and learner would be two models."""
+        """Check as for every family, and for the flag of interleaved frequencies, which vLLM reads.
+        Transformers takes it for granted: without it engine and learner would be two models."""
         settings = super().check_directory(path)
         text = settings.get("text_config", {})
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}

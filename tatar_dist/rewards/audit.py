@@ -1,9 +1,9 @@
-"""Compute every reward term of the completions in a file: `tatar-dist rewards FILE --preset P`. Needs no GPU.
+"""Compute every reward term of completions in a file: `tatar-dist rewards FILE --preset P`.
 
 The file (JSON lines, or a run's rollouts Parquet) has group_id, task, dataset, target and completion, and is one global
 batch. The output adds parsed, gaussian, pairwise, thurstone, format, length, reward and advantage to every line, null
 where a term does not apply, and any other term that the preset weighs. All terms are computed up to ALL_TERMS_LIMIT
-rows or on request; above it only the preset's, because the pairwise term is quadratic in the completions.
+rows or on request; above it only the preset's, as pairwise is quadratic in the completions. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def run(
 
 
 def write(audits: Sequence[Audit], output: str | Path | None, stdout: IO[str]) -> None:
-    """Write the lines to `output`, or to `stdout` when it is None. The file appears whole or not at all."""
+    """Write the lines to `output`, None: `stdout`. The file appears whole or not at all."""
     lines = (line + "\n" for audit in audits for line in audit.lines())
     if output is None:
         stdout.writelines(lines)
@@ -137,7 +137,7 @@ def write(audits: Sequence[Audit], output: str | Path | None, stdout: IO[str]) -
 
 
 def summary(audits: Sequence[Audit]) -> dict[str, Any]:
-    """Count rows and parsed rows; average every column, and the metrics over the files that have them."""
+    """Count rows and parsed rows; average columns, and metrics over the files that have them."""
     columns = [audit.columns() for audit in audits]
     joined = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
     metrics = [reward_metrics(a.batch, a.scored) for a in audits]
@@ -162,7 +162,7 @@ def _mean(values: np.ndarray) -> float | None:
 
 @dataclass(frozen=True)
 class Opponent:
-    """One comparison behind a Thurstone reward. Scores in points; `weight` is its share of the mean."""
+    """A comparison behind a Thurstone reward. Scores in points; `weight`: its share of the mean."""
 
     group_id: str
     target: float
@@ -175,9 +175,10 @@ class Opponent:
 
 
 def explain(batch: Batch, answers: Answers, preset: Preset, row: int) -> list[Opponent]:
-    """Return the opponents of row `row` (from 0), heaviest first; their weighted mean is the reward before its clamp.
+    """Return the opponents of row `row` (from 0) with their weights, heaviest first.
 
-    Empty where the term does not apply, the row is unparsed or its pool cannot rank.
+    Their weighted mean is the reward before its clamp. Empty where the term does not apply, the row is unparsed or its
+    pool cannot rank.
     """
     params, index = preset.thurstone, rows_of_term(batch, preset, "thurstone")
     if row not in index or not answers.parsed[row]:
@@ -199,7 +200,7 @@ def explain(batch: Batch, answers: Answers, preset: Preset, row: int) -> list[Op
 
 
 def explain_table(audit: Audit, row: int) -> str:
-    """Format the comparisons behind the Thurstone reward of row `row` (from 1) as a table. Raises UserError."""
+    """Tabulate what is behind the Thurstone reward of row `row` (from 1). Raises UserError."""
     if not 1 <= row <= len(audit.rows):
         raise UserError(f"--explain {row}: the file has rows 1 to {len(audit.rows)}")
     value = audit.scored.answers.value[row - 1]
@@ -219,7 +220,7 @@ def explain_table(audit: Audit, row: int) -> str:
 
 
 def read_rows(file: str | Path, lenient: bool = False) -> tuple[list[dict[str, Any]], int]:
-    """Return the checked rows and how many were dropped (with `lenient`). Raises UserError naming FILE:LINE."""
+    """Return the checked rows and the number dropped (`lenient`). UserError names FILE:LINE."""
     rows: list[dict[str, Any]] = []
     first_rows: dict[Any, Mapping] = {}
     dropped = 0
@@ -235,11 +236,10 @@ def read_rows(file: str | Path, lenient: bool = False) -> tuple[list[dict[str, A
 
 
 def numbered_rows(file: str | Path, nan: bool = False) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield (line number from 1, row), or (line number, what is wrong with the line). Blank lines are skipped.
+    """Yield (line number from 1, row or what is wrong with the line). Skips blank lines.
 
-    `nan`: NaN and Infinity, which are no JSON but which Python writes, are read as such; else the line is wrong.
-
-    Raises UserError for a file that is missing or cannot be read as JSON lines or Parquet.
+    `nan`: read NaN and Infinity, which are no JSON but which Python writes; else such a line is wrong. Raises UserError
+    for a file that is missing or cannot be read as JSON lines or Parquet.
     """
     path = Path(file)
     if not path.is_file():

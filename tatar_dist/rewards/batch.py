@@ -19,8 +19,8 @@ from tatar_dist.types import Group
 
 @dataclass(frozen=True)
 class Batch:
-    """N completions. group (N,) int64 in 0..J-1; iaa (N,) bool; dataset (N,) int64 index into `datasets`;
-    target (N,) float64 in points; completions: N texts; group_ids: J external ids."""
+    """N completions, J groups. group (N,) int64 in 0..J-1; iaa (N,) bool; completions: N texts;
+    dataset (N,) int64 index into `datasets`; target (N,) float64 in points; group_ids: J external ids."""
 
     group: np.ndarray
     iaa: np.ndarray
@@ -36,8 +36,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Answers:
-    """The N parsed answers. value: raw score or NaN; score: clamped to [0, 100] or NaN; parsed, out_of_range:
-    bool; think_words: words inside <think>; words: words of the whole text, tags included (the released gates)."""
+    """The N parsed answers. value: raw score; score: clamped to [0, 100]; both NaN if unparsed.
+    parsed, out_of_range: bool; think_words: words in <think>; words: of the whole text with tags (released gates)."""
 
     value: np.ndarray
     score: np.ndarray
@@ -62,7 +62,7 @@ def read_answers(completions: Sequence[str], strict: bool = True) -> Answers:
 
 
 def batch_of_rows(rows: Iterable[Mapping]) -> Batch:
-    """Make a batch from dicts with group_id, task, dataset, target, completion, of checked types and ranges.
+    """Make a batch of checked dicts with group_id, task, dataset, target, completion.
 
     Raises:
         UserError: rows of one group that disagree; the message names the row (from 1).
@@ -86,7 +86,7 @@ def batch_of_rows(rows: Iterable[Mapping]) -> Batch:
 
 
 def disagreement(row: Mapping, first_rows: dict[Any, Mapping]) -> str | None:
-    """Say how a row contradicts the first of its group, or None; `first_rows`, by group id, takes in new groups."""
+    """Say how a row contradicts its group's first, or None; adds new groups to `first_rows`."""
     first = first_rows.setdefault(row["group_id"], row)
     keys = [key for key in ("task", "dataset", "target") if row[key] != first[key]]
     differences = ", ".join(f"{key} {first[key]!r} and {row[key]!r}" for key in keys)

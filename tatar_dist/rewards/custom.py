@@ -35,7 +35,7 @@ class CustomTerm(Term):
     constants: dict[str, Any]
 
     def values(self, batch: Batch, answers: Answers) -> np.ndarray:
-        """Return (N,) float64, 0 where unparsed. Raises UserError when the function fails or returns anything else."""
+        """Return (N,) float64, 0 where unparsed. UserError: it fails or returns anything else."""
         try:
             values = np.asarray(self.function(batch, answers, **self.constants), np.float64)
         except Exception as e:  # whatever a user's code raises is theirs to read, in one line
@@ -50,7 +50,7 @@ class CustomTerm(Term):
 
 
 def custom_term(body: dict[str, Any], where: str) -> CustomTerm:
-    """Import a term's function and check that it takes the constants. Raises UserError, beginning with `where`."""
+    """Import a term's function, check its constants. Raises UserError, beginning with `where`."""
     shared = {key: body[key] for key in ("weight", "tasks") if key in body}
     constants = {key: value for key, value in body.items() if key not in ("weight", "tasks", "function")}
     path = str(body["function"])

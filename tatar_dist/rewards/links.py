@@ -1,4 +1,4 @@
-"""What the two ranking terms share: the link between a gap and a probability, and the binary cross-entropy of a pair.
+"""Links between a gap and a probability, and binary cross-entropy, for both ranking terms.
 
     logistic  L(z) = 1 / (1 + exp(-z))          probit  L(z) = Phi(z), the standard normal distribution function
 
@@ -16,7 +16,7 @@ Link = Literal["logistic", "probit"]
 
 
 def tails(z: np.ndarray, link: str) -> np.ndarray:
-    """L(-|z|), the smaller of Q and 1 - Q, with full relative precision. Same shape as z, float64."""
+    """Return L(-|z|), the smaller of Q, 1 - Q, at full relative precision: z's shape, float64."""
     if link == "logistic":
         e = np.exp(-np.abs(z))
         return e / (1.0 + e)
@@ -26,14 +26,14 @@ def tails(z: np.ndarray, link: str) -> np.ndarray:
 
 
 def probabilities(z: np.ndarray, link: str) -> tuple[np.ndarray, np.ndarray]:
-    """(L(z), 1 - L(z)), each precise in its own small tail."""
+    """Return (L(z), 1 - L(z)), each precise in its own small tail."""
     small = tails(z, link)
     large = 1.0 - small
     return np.where(z >= 0, large, small), np.where(z >= 0, small, large)
 
 
 def clamp_limit(eps: float, link: str) -> float:
-    """The |z| at which L(z) = 1 - eps: clamping z there clamps Q to [eps, 1 - eps]."""
+    """Return the |z| at which L(z) = 1 - eps: clamping z there clamps Q to [eps, 1 - eps]."""
     if link == "logistic":
         return math.log1p(-eps) - math.log(eps)
     from scipy.special import ndtri
@@ -42,9 +42,9 @@ def clamp_limit(eps: float, link: str) -> float:
 
 
 def cross_entropy(p: np.ndarray, z: np.ndarray, link: str) -> np.ndarray:
-    """BCE(P, L(z)) = -P log L(z) - (1 - P) log L(-z) in nats; p broadcasts against z. z is already clamped.
+    """Return BCE(P, L(z)) = -P log L(z) - (1 - P) log L(-z) in nats; z is already clamped.
 
-    Logistic: softplus(z) - P z with softplus(z) = max(z, 0) + log(1 + exp(-|z|)): one exp and one log a pair.
+    p broadcasts against z. Logistic: softplus(z) - P z, softplus(z) = max(z, 0) + log(1 + exp(-|z|)); one exp, one log.
     """
     if link == "logistic":
         a = np.abs(z)  # in place from here on: this is the inner loop of ranking
@@ -61,6 +61,6 @@ def cross_entropy(p: np.ndarray, z: np.ndarray, link: str) -> np.ndarray:
 
 
 def fidelity(p: np.ndarray, not_p: np.ndarray, z: np.ndarray, link: str) -> np.ndarray:
-    """sqrt(P Q) + sqrt((1 - P)(1 - Q)) with Q = L(z) (VisualQuality-R1's measure). 1 iff Q = P."""
+    """Return sqrt(P Q) + sqrt((1 - P)(1 - Q)), Q = L(z) (as VisualQuality-R1); 1 iff Q = P."""
     q, not_q = probabilities(z, link)
     return np.sqrt(p * q) + np.sqrt(not_p * not_q)

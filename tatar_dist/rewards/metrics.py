@@ -15,7 +15,7 @@ LARGE = 64  # rows; all pairs of a larger group would take too much memory
 
 
 def reward_metrics(batch: Batch, scored: BatchScores) -> dict[str, float]:
-    """Metrics of one batch by their contract names, for the tasks and terms that occur.
+    """Return the metrics of one batch by contract names, for the tasks and terms that occur.
 
     reward/{total,TERM}/{task}: mean over completions. reward/frac_zero_std/{total,TERM}/{task}: share of groups whose
     completions all got the same, which teaches nothing. reward/agreement/{task}: mean over groups of Kendall's tau-b
@@ -47,7 +47,7 @@ def reward_metrics(batch: Batch, scored: BatchScores) -> dict[str, float]:
 
 
 def group_kendall(x: np.ndarray, y: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """tau-b (Kendall 1945) of x and y within each group that occurs, in the order of its id; NaN where undefined.
+    """Return tau-b (Kendall 1945) of x and y per occurring group, by id; NaN where undefined.
 
     tau_b = (concordant - discordant) / sqrt((pairs - ties in x)(pairs - ties in y)); undefined when either is constant.
     Groups of G rows are computed together from their G (G - 1) / 2 pairs; those over LARGE rows by scipy.

@@ -29,7 +29,7 @@ class PairwiseParams(RankingParams):
 
 
 def pairwise(q: np.ndarray, g: np.ndarray, group: np.ndarray, pool: np.ndarray, params: PairwiseParams) -> np.ndarray:
-    """(N,) float64 in [0, 1]; 0 where unparsed or without any opponent.
+    """Return (N,) float64 rewards in [0, 1]; 0 where unparsed or without any opponent.
 
     Args:
         q: (N,) clamped scores in points, NaN where unparsed.

@@ -1,4 +1,4 @@
-"""Reward presets: which terms run on which task, with which weight and constants, as YAML files one can read and copy.
+"""Reward presets: YAML files of terms, and for each its weight, its tasks and its constants.
 
 `load_preset("tatar")` reads tatar_dist/rewards/presets/tatar.yaml; a path to a YAML file of the same form works too.
 A term of your own is a function named by its dotted path (rewards/custom.py):
@@ -45,7 +45,7 @@ PRESET_DIR = Path(__file__).parent / "presets"
 
 @dataclass(frozen=True)
 class Preset:
-    """A reward: for each term its weight, the tasks it applies to, and its constants. `custom`: the user's terms."""
+    """A reward: each term's weight, tasks and constants. `custom`: the user's terms."""
 
     __pydantic_config__ = STRICT_KEYS
 
@@ -60,17 +60,17 @@ class Preset:
 
     @property
     def terms(self) -> dict[str, Term]:
-        """All terms by name: the built-in ones, then the user's."""
+        """Return all terms by name: the built-in ones, then the user's."""
         return {term: getattr(self, term) for term in TERMS} | self.custom
 
     @property
     def weights(self) -> dict[str, float]:
-        """The terms that the reward weighs, with their weights."""
+        """Return the terms that the reward weighs, with their weights."""
         return {name: term.weight for name, term in self.terms.items() if term.weight != 0}
 
     @property
     def ranked_tasks(self) -> tuple[Task, ...]:
-        """The tasks whose reward compares images, so that a batch must hold several of one data set."""
+        """Return the tasks whose reward compares images: a batch must hold several of one data set."""
         ranking = [self.terms[name] for name in RANKING if name in self.weights]
         return tuple(task for task in TASKS if any(task in term.tasks for term in ranking))
 
@@ -84,7 +84,7 @@ class _PresetFile:
 
 
 def preset_names() -> list[str]:
-    """The presets that come with the package."""
+    """Return the names of the presets that come with the package."""
     return sorted(p.stem for p in PRESET_DIR.glob("*.yaml"))
 
 

@@ -1,4 +1,4 @@
-"""From a global batch of completions to reward terms, rewards, advantages and their metrics.
+"""Turn a global batch of completions into reward terms, rewards, advantages and metrics.
 
 The reward actor runs `score_batch(batch, preset)`, then `metrics.reward_metrics(batch, scored)`. Pure numpy, float64.
 The whole global batch goes in at once, because ranking needs other images. An unparsed completion gets
@@ -23,7 +23,7 @@ from tatar_dist.types import Group, ScoredGroup
 
 @dataclass(frozen=True)
 class BatchScores:
-    """The N scored completions. terms: term -> (N,) float64, NaN where the term does not apply to the row's task.
+    """The N scored completions. terms: term -> (N,) float64, NaN where the term does not apply.
 
     reward, advantage: (N,) float64. unrankable: (J,) bool, groups whose Thurstone term is 0 because their pool holds no
     other image that parsed. zero_std: (J,) bool of the groups whose completions all have the same reward (advantage
@@ -87,7 +87,7 @@ def score_batch(
 
 
 def _term(term: str, batch: Batch, answers: Answers, preset: Preset, index: np.ndarray) -> np.ndarray:
-    """(len(index),) values of one term at the rows it applies to."""
+    """Return the (len(index),) values of one term at the rows it applies to."""
     q, g, iaa, parsed = answers.score[index], batch.target[index], batch.iaa[index], answers.parsed[index]
     if term == "gaussian":
         return gaussian(q, g, iaa, answers.words[index], preset.gaussian)
@@ -103,7 +103,7 @@ def _term(term: str, batch: Batch, answers: Answers, preset: Preset, index: np.n
 
 
 def _pools(batch: Batch, index: np.ndarray, pool: str) -> np.ndarray:
-    """Pool ids: images are compared within one task and, unless the preset says `list`, within one data set."""
+    """Return pool ids: images compare within a task and, unless `pool` is `list`, a data set."""
     iaa = batch.iaa[index].astype(np.int64)
     return iaa if pool == "list" else 2 * batch.dataset[index] + iaa
 
@@ -111,7 +111,7 @@ def _pools(batch: Batch, index: np.ndarray, pool: str) -> np.ndarray:
 def ranked_groups(
     batch: Batch, answers: Answers, preset: Preset, index: np.ndarray
 ) -> tuple[np.ndarray, ranking.Groups, np.ndarray]:
-    """(scores, group statistics, batch group of each of these groups) of the rows that are ranked."""
+    """Return scores of the ranked rows, statistics of their groups, and each one's batch group."""
     groups, local = np.unique(batch.group[index], return_inverse=True)
     q = answers.score[index]
     stats = ranking.group_statistics(q, batch.target[index], local, _pools(batch, index, preset.thurstone.pool))
@@ -119,7 +119,7 @@ def ranked_groups(
 
 
 def rows_of_term(batch: Batch, preset: Preset, term: str) -> np.ndarray:
-    """Indices of the rows whose task the term applies to."""
+    """Return the indices of the rows whose task the term applies to."""
     tasks = preset.terms[term].tasks
     return np.flatnonzero(np.where(batch.iaa, "iaa" in tasks, "iqa" in tasks))
 

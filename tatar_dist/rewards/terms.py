@@ -1,4 +1,4 @@
-"""The terms that need no other image: gaussian, length and binary. Each is 0 where a completion does not parse.
+"""Terms that need no other image: gaussian, length, binary. Each is 0 for what is unparsed.
 
     gaussian  min(cap, scale * exp(-d^2 / 2 sigma^2)), d = |q - g|, sigma = T / sqrt(2 ln 2) * (1 + alpha * d / 100)
     length    clip(1 - excess / margin, 0, 1), excess = words over `iqa_max` (IQA) or missing to `iaa_min` (IAA)
@@ -32,7 +32,7 @@ Factor = Annotated[Finite, Ge(0)]
 
 @dataclass(frozen=True)
 class Term:
-    """What a preset says of every term: its weight in the reward, and the tasks that it applies to."""
+    """What a preset says of every term: its weight in the reward, and the tasks it applies to."""
 
     __pydantic_config__ = STRICT_KEYS
 
@@ -65,7 +65,7 @@ class BinaryParams(Term):
 
 
 def gaussian(q: np.ndarray, g: np.ndarray, iaa: np.ndarray, words: np.ndarray, params: GaussianParams) -> np.ndarray:
-    """(N,) float64 in [0, cap]; 0 where unparsed.
+    """Return (N,) float64 in [0, cap]; 0 where unparsed.
 
     Args:
         q: (N,) predicted scores in points, clamped to [0, 100]; NaN where unparsed.
@@ -85,18 +85,18 @@ def gaussian(q: np.ndarray, g: np.ndarray, iaa: np.ndarray, words: np.ndarray, p
 
 
 def length(words: np.ndarray, iaa: np.ndarray, parsed: np.ndarray, params: LengthParams) -> np.ndarray:
-    """(N,) float64 in [0, 1] from the (N,) think words and the (N,) bool `iaa` and `parsed`."""
+    """Return (N,) float64 in [0, 1] from (N,) think words and (N,) bool `iaa` and `parsed`."""
     excess = np.where(iaa, params.iaa_min - words, words - params.iqa_max)
     return np.where(parsed, np.clip(1.0 - excess / params.margin, 0.0, 1.0), 0.0)
 
 
 def binary(q: np.ndarray, g: np.ndarray, params: BinaryParams) -> np.ndarray:
-    """(N,) float64: 1 where |q - g| < T, else 0. Scores q (NaN: unparsed), targets g and T are in points."""
+    """Return (N,) float64: 1 where |q - g| < T, else 0; q (NaN: unparsed), g and T in points."""
     return (np.abs(q - g) < params.threshold).astype(np.float64)
 
 
 def check_token_budget(iaa_min: float, max_new_tokens: int) -> None:
-    """Refuse a generation limit under which no IAA completion can reach `iaa_min` words. Raises UserError."""
+    """Raise UserError if no IAA completion of `max_new_tokens` can reach `iaa_min` words."""
     needed = math.ceil(iaa_min * TOKENS_PER_WORD) + ANSWER_TOKENS
     if max_new_tokens < needed:
         raise UserError(

@@ -63,8 +63,8 @@ class ThurstoneParams(RankingParams):
 
 @dataclass(frozen=True)
 class Groups:
-    """Per-group statistics, J groups: target g, mean mu and population variance v of the parsed scores (points),
-    number of parsed rows, pool index, and the (N,) index of each row's group."""
+    """Statistics of J groups: target g, mean mu and population variance v of parsed scores,
+    in points; number of parsed rows; pool index; and the (N,) index of each row's group."""
 
     g: np.ndarray
     mu: np.ndarray
@@ -75,7 +75,7 @@ class Groups:
 
     @property
     def unrankable(self) -> np.ndarray:
-        """Mask, (J,) bool, of groups whose pool holds no other group with a parsed row."""
+        """Return a mask, (J,) bool, of groups whose pool holds no other group with a parsed row."""
         ranked = self.n_parsed > 0
         _, pool = np.unique(self.pool, return_inverse=True)
         return np.bincount(pool, ranked)[pool] - ranked < 1
@@ -117,7 +117,7 @@ def pair_terms(p: np.ndarray, not_p: np.ndarray, z: np.ndarray, params: Thurston
 
 
 def reward_of_mean(mean: np.ndarray, params: ThurstoneParams) -> np.ndarray:
-    """Turn the weighted mean of `pair_terms` into a reward in [0, 1]; a mean BCE of -ln eps or more gives 0."""
+    """Turn `pair_terms`' weighted mean into a reward in [0, 1]; a mean BCE >= -ln eps gives 0."""
     if params.measure == "bce":
         mean = 1.0 + mean / math.log(params.eps)
     return np.clip(mean, 0.0, 1.0)
@@ -160,7 +160,7 @@ def thurstone(q: np.ndarray, groups: Groups, params: ThurstoneParams) -> np.ndar
 
 @dataclass(frozen=True)
 class Comparison:
-    """One group against the J groups of its pool: (J,) weights (0 for itself), P, 1 - P, means, 1 / s."""
+    """One group against the J of its pool: (J,) weights (0 for itself), P, 1 - P, means, 1 / s."""
 
     w: np.ndarray
     p: np.ndarray

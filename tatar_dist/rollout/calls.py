@@ -1,4 +1,4 @@
-"""Calls of engines: the chunk of prompts that goes into one, and the check of the groups that come back."""
+"""Calls of engines: the chunk of prompts in one, and the check of the groups that come back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROUNDING = 1e-3  # a log-probability is at most 0, up to the arithmetic of a sof
 
 @dataclass(eq=False)
 class Chunk:
-    """Prompts of one engine call. `failures`: engines that failed on it; `done`: an answer was taken."""
+    """Prompts of one engine call. `failures`: engines that failed on it; `done`: it is answered."""
 
     prompts: list[Prompt]
     failures: int = 0
@@ -23,7 +23,7 @@ class Chunk:
 
 
 class Queue:
-    """Queue of chunks: first those that a failed engine left undone, then new ones, made when needed."""
+    """Queue of chunks: first those a failed engine left undone, then new ones, made when needed."""
 
     def __init__(self, parts: Iterable[list[Prompt]]) -> None:
         self._again: deque[Chunk] = deque()

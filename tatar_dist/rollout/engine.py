@@ -1,4 +1,4 @@
-"""One vLLM engine: grouped completions with their log-probabilities, at a known weight version.
+"""One vLLM engine: grouped completions with log-probabilities, at a known weight version.
 
 A plain class, which `tatar_dist.cluster.ray_cluster` wraps in a Ray actor. Every sampling parameter is explicit and
 none is read from the checkpoint's generation config. Completions are sampled from the distribution that the loss
@@ -34,7 +34,7 @@ class WrongWeightVersion(RunError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters of one call. `temperature` 0 is greedy. `seed` and `step` enter every group's seed; G = n.
+    """Sampling parameters of a call. `temperature` 0: greedy; `seed`, `step` seed groups; G = n.
 
     `schema`: JSON schema, as text, that every completion must follow; None: any text. `expected`: also compute
     `Completion.expected`.
@@ -51,7 +51,7 @@ class Sampling:
 
 
 def group_seed(seed: int, step: int, sample_id: str) -> int:
-    """Seed of a group: a hash of (run seed, step, sample id). vLLM adds a completion's index to it."""
+    """Hash (run seed, step, sample id) to a group's seed; vLLM adds a completion's index to it."""
     digest = hashlib.blake2b(f"{seed}/{step}/{sample_id}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -211,6 +211,6 @@ class RolloutEngine:
         return bool(self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode)
 
     def _reset_caches(self) -> None:
-        """Reset the prefix cache and the vision tower's cached outputs, which a prefix-cache reset keeps."""
+        """Reset the prefix cache and the cached vision outputs, which a prefix-cache reset keeps."""
         self.llm.reset_prefix_cache()
         self.llm.llm_engine.reset_encoder_cache()

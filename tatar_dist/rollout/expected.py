@@ -1,4 +1,4 @@
-"""Ask an engine for the expected score of each completion (prompts/expected.py), in scoring; GRPO does not use it."""
+"""Ask an engine for each completion's expected score (prompts/expected.py); for scoring."""
 
 from __future__ import annotations
 

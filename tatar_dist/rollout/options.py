@@ -1,4 +1,4 @@
-"""vLLM's options and the environment of the processes that use it: for rollouts, scoring and the server.
+"""vLLM's options and its processes' environment: for rollouts, scoring and the server.
 
 Imports little, because the environment must be set before torch and vLLM are imported.
 """
@@ -27,7 +27,7 @@ CPU_ENGINE_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "
 
 
 def engine_environment(config: Config, gpu: bool, threads: int) -> dict[str, str]:
-    """Environment variables of an engine's process. `threads`: OpenMP threads."""
+    """Return the environment variables of an engine's process. `threads`: OpenMP threads."""
     network = config.cluster.network_interface
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -54,7 +54,7 @@ def gpu_available() -> bool:
 
 
 def vllm_options(config: Config, gpu: bool) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for every use of an engine; the server sets them as its arguments."""
+    """Return the arguments of `vllm.LLM` for every use of an engine; the server sets them, too."""
     m, r = config.model, config.rollout
     options: dict[str, Any] = {
         "model": m.path,

@@ -1,4 +1,4 @@
-"""The pool of engines: distributes prompts to free engines, survives their deaths, pushes weights.
+"""The pool of engines: gives prompts to free engines, survives their deaths, pushes weights.
 
 Every prompt's group is returned exactly once, whichever engine made it. An engine that dies, hangs, fails or returns
 nonsense is killed and restarted with back-off, and its prompts go to others; it serves again once it has the current
@@ -35,7 +35,7 @@ class EngineFailed(RunError):
 
 @dataclass(eq=False)
 class Engine:
-    """One engine: its health, its actor, and its current call. `chunk` None: the answer will be discarded."""
+    """One engine: its health, actor and current call; `chunk` None: an answer will be discarded."""
 
     health: Health
     actor: Any = None
@@ -87,7 +87,7 @@ class RolloutPool:
             self._launch(e, self.version)
 
     def started(self) -> None:
-        """Wait until every engine is ready. A failure at the start of a run is an error, not a fault."""
+        """Wait until all engines are ready. A failure at a run's start is an error, not a fault."""
         starting = [e for e in self.engines if e.health.state is State.RESTARTING and e.health.restarts == 0]
         limit = self.config.cluster.start_timeout_s
         facts = self.waits.gather([e.call for e in starting], limit, "starting: engine", EngineFailed)
@@ -102,7 +102,7 @@ class RolloutPool:
         e.call, e.chunk = e.actor.setup.remote(self._threads, version), None
 
     def release(self, *states: State) -> None:
-        """End the engines in these states, because learners need their resources; they start again later."""
+        """End the engines in `states`, as learners need their resources; they start again later."""
         for e in (e for e in self.engines if e.health.state in states):
             e.health.restarts = max(0, e.health.restarts - 1)  # the engine did not fail
             self._lose(e, "its resources are needed")
@@ -115,7 +115,7 @@ class RolloutPool:
 
     @contextmanager
     def without_refresh(self) -> Iterator[None]:
-        """Inside, stale engines cannot get the current weights, because an update runs."""
+        """Keep stale engines from getting current weights inside, because an update runs."""
         self.refresh_blocked = True
         try:
             yield
@@ -148,7 +148,7 @@ class RolloutPool:
     # -- generation --------------------------------------------------------------------------------------------------
 
     def chunks(self, prompts: Sequence[Prompt], n: int) -> list[list[Prompt]]:
-        """Split prompts into calls: one each in deterministic mode, else up to an engine's capacity or share."""
+        """Split prompts into calls: single if deterministic, else by an engine's capacity or share."""
         if self.config.rollout.deterministic:
             size = 1
         else:
@@ -210,7 +210,7 @@ class RolloutPool:
             e.chunk, e.since = chunk, time.monotonic()
 
     def _hedged(self) -> Chunk | None:
-        """With `rollout.hedge`: return an unfinished chunk that only a suspect engine works on."""
+        """Return, with `rollout.hedge`, an unfinished chunk that only a suspect engine works on."""
         if not self.config.rollout.hedge:
             return None
         for slow in (e for e in self._working() if e.health.state is State.SUSPECT):
@@ -255,7 +255,7 @@ class RolloutPool:
             yield answer
 
     def _again(self, chunk: Chunk | None, queue: Queue, reason: str) -> None:
-        """Requeue a chunk that an engine left undone, in single prompts after two failures: one may be the cause."""
+        """Requeue a chunk left undone; in single prompts after two failures: one may be the cause."""
         if chunk is None or any(e.chunk is chunk for e in self.engines):
             return
         chunk.failures += 1
@@ -267,7 +267,7 @@ class RolloutPool:
             queue.put_back([chunk])
 
     def _judge(self, queue: Queue) -> None:
-        """Apply the deadlines: a late engine is suspect, then dead; a loading one has a deadline of its own."""
+        """Apply the deadlines: a late engine is suspect, then dead; loading has its own deadline."""
         r, now = self.config.rollout, time.monotonic()
         for e in (e for e in self.engines if e.call is not None):
             starting = e.health.state is State.RESTARTING
@@ -301,11 +301,11 @@ class RolloutPool:
         return {"sync/seconds": time.perf_counter() - start, "sync/bytes": float(sent)}
 
     def prepare_update(self) -> None:
-        """Before an update: put colocated engines to sleep, or restart engines, which then load during the update."""
+        """Put colocated engines to sleep before an update, or restart engines, which load meanwhile."""
         self.sleep() if self.config.cluster.placement == "colocated" else self.restart_due()
 
     def sleep(self) -> None:
-        """Colocated engines give their memory to the learners; the next push wakes them."""
+        """Give colocated engines' memory to the learners; the next push wakes them."""
         self.release(State.RESTARTING)
         handles = {e.health.index: e.actor for e in self._at_hand()}
         asleep = Round(handles, self.version, self.config.rollout.push_timeout_s, self.waits, self.log)
@@ -317,7 +317,7 @@ class RolloutPool:
         return [e for e in self.engines if e.health.state in (State.HEALTHY, State.STALE) and e.call is None]
 
     def _load(self, takers: list[Engine], push: Load) -> int:
-        """Load the weights of the pool's version into `takers`; failed engines are lost. Returns bytes sent."""
+        """Load the pool's weight version into `takers`; lose failed engines. Returns bytes sent."""
         try:
             result = push({e.health.index: e.actor for e in takers}, self.version)
         except BaseException:  # the learners died during the push: engines with partial weights must restart
@@ -333,7 +333,7 @@ class RolloutPool:
         return result.sent * (len(takers) - len(result.failed))
 
     def missing(self, nodes: Collection[str]) -> int:
-        """Count the engines that must start until `rollout.min_engines` are alive on `nodes`, Ray's node ids.
+        """Count the engines to start until `rollout.min_engines` live on `nodes` (Ray's node ids).
 
         Idle engines are pinged, because Ray reports a lost node later than the death of its learners.
         """

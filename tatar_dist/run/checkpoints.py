@@ -1,4 +1,4 @@
-"""`Checkpoints`: save, retain and resume, on the controller's side. File work only: no torch, no Ray.
+"""`Checkpoints`: save, retain and resume, by the controller. Files only: no torch, no Ray.
 
     checkpoints/step_000030/deepspeed/   ZeRO-3 shards: weights, master weights, optimizer (one writer a rank)
                             model/       the Hugging Face model directory at this step
@@ -40,7 +40,7 @@ CheckpointRef = tuple[Path, dict[str, Any]]  # directory, content of state.json
 
 
 class Savers(Protocol):
-    """The learners: one actor a rank. `save` takes a snapshot and returns; the future is done when it is written."""
+    """The learners, an actor a rank. `save` takes a snapshot; the future is done once written."""
 
     actors: Any
 
@@ -49,7 +49,7 @@ class Savers(Protocol):
 
 @dataclass
 class PendingSave:
-    """A save that has begun: final and temporary directory, the state of that moment, what the learners write."""
+    """A save under way: final and temporary directory, state at its start, learners' writing."""
 
     final: Path
     beside: Path
@@ -95,7 +95,7 @@ class Checkpoints:
             self.finish()
 
     def poll(self) -> None:
-        """Complete the save under way if all its files are written. Raises what the learners raised but OSError."""
+        """Complete the save under way if all files are written. Raises learners' errors but OSError."""
         if self._pending and self._pending.files.done():
             self.finish(strict=False)
 
@@ -195,7 +195,7 @@ class Checkpoints:
     # Resuming -------------------------------------------------------------------------------------------------------
 
     def resume(self, identity: dict[str, Any]) -> CheckpointRef | None:
-        """Return the newest undamaged checkpoint and let `latest` name it; None if there is no checkpoint.
+        """Return the newest undamaged checkpoint and point `latest` to it; None if there is none.
 
         Damaged ones are skipped with a line on stderr.
 
@@ -227,7 +227,7 @@ class Checkpoints:
 
 
 def finished(run: Path) -> Iterator[CheckpointRef]:
-    """Yield a run's checkpoints whose files are all there in their sizes, the last written first."""
+    """Yield a run's checkpoints with all their files in their sizes, the last written first."""
     for directory in _newest_first(run / "checkpoints"):
         state, damage = _inspect(directory, hashes=False)
         if damage is None:
@@ -263,7 +263,7 @@ def _newest_first(root: Path) -> list[Path]:
 
 
 def _inspect(directory: Path, hashes: bool) -> tuple[dict[str, Any], str | None]:
-    """Return state.json and the first damage found, or None; `hashes`: read all files and compare their hashes."""
+    """Return state.json and the first damage or None; `hashes`: read files and compare hashes."""
     try:
         state = json.loads((directory / STATE).read_text())
     except (OSError, ValueError):

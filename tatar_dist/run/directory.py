@@ -1,4 +1,4 @@
-"""The directory of a run: what it leaves behind (README.md), and the lock that keeps a second run out."""
+"""The directory of a run: its files (README.md), and the lock that keeps a second run out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_output(config: Config) -> None:
 
 
 class RunDirectory:
-    """Open (and lock) the run directory `config.output`. Close it, or use it as a context manager.
+    """Open and lock the run directory `config.output`. Close it or use it as a context manager.
 
     Raises:
         UserError: it cannot be made or written, another process has it open, or a tracker's package is missing.
@@ -99,7 +99,7 @@ class RunDirectory:
         self._failpoints.reach(f"controller.{phase}", step=step)
 
     def rewind(self, step: int) -> None:
-        """Forget metrics and rollouts of steps >= `step`: the run resumes there and will write them again."""
+        """Forget metrics and rollouts of steps >= `step`: the resumed run will write them again."""
         self._trackers.rewind(step)
         kept = [line for line in read_metrics(self.path) if line["step"] < step]
         write_whole(self.path / "metrics.jsonl", "".join(map(_line, kept)))
@@ -114,14 +114,14 @@ class RunDirectory:
         self._trackers.log(step, metrics)
 
     def quarantine(self, sample_id: str, where: str, reason: str) -> None:
-        """Note a sample that cannot be used, once, however often the run is resumed; the run goes on without it."""
+        """Note a sample that cannot be used, once even if resumed; the run goes on without it."""
         if (sample_id, where) not in self._quarantined:
             self._quarantined.add((sample_id, where))
             with open(self._quarantine_file, "a") as f:
                 f.write(_line({"sample_id": sample_id, "manifest": where, "reason": reason}))
 
     def rollouts(self, step: int, scored: Sequence[ScoredGroup], replaced: Sequence[ScoredGroup] = ()) -> None:
-        """Write every completion of a step's global batch with its reward terms, as one Parquet file.
+        """Write all completions of a step's global batch with reward terms, as one Parquet file.
 
         The groups that others replaced (sampling.py) go to rollouts/replaced/, as they were scored before that.
         """
@@ -132,13 +132,13 @@ class RunDirectory:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read the rows of metrics.jsonl: None for non-finite values; lines that are not JSON objects are skipped."""
+    """Read metrics.jsonl: None for non-finite values; lines other than JSON objects are skipped."""
     return json_lines(run / "metrics.jsonl")
 
 
 def _locked(file: Any) -> bool:
-    """Take the lock, in several tries: `tatar-dist status` holds it for moments, to see whether a run does; and for a
-    node that died a network file system holds it until the lease is over, when Slurm has started the job again."""
+    """Take the lock, in several tries, as `tatar-dist status` holds it to see if a run does.
+    For a node that died a network file system holds it until its lease ends, when Slurm has started the job again."""
     deadline = time.monotonic() + (LEASE_S if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.5)
     while not lock(file):
         if time.monotonic() > deadline:
@@ -148,13 +148,13 @@ def _locked(file: Any) -> bool:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    """One line of JSON, which has no NaN or infinity: such a value becomes null."""
+    """Return a line of JSON, which has no NaN or infinity: such a value becomes null."""
     values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(values, allow_nan=False) + "\n"
 
 
 def write_rollouts(path: Path, step: int, scored: Sequence[ScoredGroup]) -> None:
-    """Write one row per completion: its prompt, its text, its reward terms, reward and advantage."""
+    """Write a row per completion: its prompt, text, reward terms, reward and advantage."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""The event log of a run: what happened to its processes, when, and in which phase of which step.
+"""The event log of a run: what happened to its processes, when, and in which phase and step.
 
 `RUN/events.jsonl`, one object a line: `time` (Unix seconds), `event` (`subject/what`), `step`, `phase`, then what the
 event adds. Appended with one write a line, so that several processes can share the file; never rewound, unlike
@@ -34,7 +34,7 @@ FILE = "events.jsonl"
 
 
 class Events:
-    """Appends to one run's event log. `step` and `phase` are set by the loop and stamped on every event."""
+    """Append to a run's event log; events carry `step` and `phase`, which the loop sets."""
 
     def __init__(self, run: Path) -> None:
         self.path = run / FILE

@@ -1,4 +1,4 @@
-"""Failpoints: named places in the code where a test or a chaos run makes a process die or hang, once.
+"""Failpoints: named places in the code where a test or chaos run kills or hangs a process.
 
 `failpoints: ["learner.backward:kill:step=2:rank=1"]` in the config: the learner of rank 1 sends itself SIGKILL in the
 backward of step 2. Each entry fires once in a run's life, also over restarts: the process that fires it first leaves a

@@ -1,4 +1,4 @@
-"""Write files whole or not at all, sync, hash and lock them; read JSON lines that a crash may have cut off.
+"""Write files whole or not at all, sync, hash, lock; read JSON lines that a crash may cut.
 
 `written_whole` yields a path beside the target and renames it at the end, `write_whole` does so with data in memory;
 both let an OSError pass. `writing` around them turns it into a `UserError`, `probe` raises one before the work.
@@ -40,7 +40,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def probe(path: Path) -> None:
-    """Raise UserError if a file at `path` could not be written: for outputs of hours of work. Leaves nothing behind."""
+    """Raise UserError if no file can be written at `path`, before hours of work. Leaves none."""
     with writing(path):
         if path.is_dir():
             raise UserError(f"{path}: cannot be written: is a directory")
@@ -72,7 +72,7 @@ def write_whole(path: Path, data: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync a file or directory, so that a rename never names data that a power cut can still lose."""
+    """fsync a file or directory, so that a rename never names data a power cut can still lose."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -81,7 +81,7 @@ def sync(path: Path) -> None:
 
 
 def lock(file: IO[str] | int, shared: bool = False) -> bool:
-    """Lock an open file until it is closed, without waiting; return False if another process holds the lock."""
+    """Lock an open file until it is closed; return False at once if another process holds it."""
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         return True
@@ -120,7 +120,7 @@ def json_lines(
 
 
 def write_files(directory: Path, jobs: Iterable[Job]) -> Files:
-    """Run the jobs below an existing `directory`, sync and hash what each wrote; return size and hash by path.
+    """Run the jobs below an existing `directory`, sync and hash; return size and hash by path.
 
     Raises:
         OSError: ENOSPC or EDQUOT for a full disk, whatever a library raised; FileNotFoundError if `directory` is gone
@@ -153,7 +153,7 @@ def sha256(path: Path) -> str:
 
 
 def first_damage(directory: Path, files: Files, hashes: bool) -> str | None:
-    """Describe the first file that is not as it was written, or return None; `hashes`: read and compare all."""
+    """Describe the first file that is not as written, or return None; `hashes`: compare all."""
     for name, written in files.items():
         path = directory / name
         if not path.is_file():

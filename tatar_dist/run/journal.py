@@ -29,7 +29,7 @@ _LINE = re.compile(rb'\{"sum":"([0-9a-f]{8})","line":(\{.*\})\}\n')
 
 
 def encode(line: Mapping[str, Any]) -> bytes:
-    """Return one line of the file. Its checksum is the CRC-32 of the inner object as it stands in the file."""
+    """Return one line of the file, with the CRC-32 of the inner object as it stands there."""
     body = json.dumps(line, allow_nan=False, separators=(",", ":")).encode()
     return b'{"sum":"%08x","line":%s}\n' % (zlib.crc32(body), body)
 
@@ -44,7 +44,7 @@ def decode(raw: bytes) -> dict[str, Any] | None:
 
 
 class Journal:
-    """Open and lock the journal; `read` hands back the lines of earlier runs. Use as a context manager.
+    """Open and lock the journal; `read` hands back lines of earlier runs. A context manager.
 
     Attributes:
         cut: after `read`, a message about damaged lines that were cut from the end, or None.
@@ -81,7 +81,7 @@ class Journal:
         os.close(self._file)
 
     def read(self, take: Callable[[dict[str, Any]], None]) -> None:
-        """Hand every line of earlier runs to `take`, cut a torn end, write the first line if there is none."""
+        """Hand every line of earlier runs to `take`, cut a torn end, write a missing first line."""
         good = 0  # bytes up to the end of the last intact line
         bad: int | None = None
         with open(self.path, "rb") as f:
@@ -141,11 +141,11 @@ class Journal:
         self._commit([encode(line) for line in lines])
 
     async def append(self, line: Mapping[str, Any]) -> None:
-        """Append one line; returns when it is on disk. Raises what writing raises, ENOSPC for example."""
+        """Append one line; returns when it is on disk. Raises what writing raises, such as ENOSPC."""
         await asyncio.shield(self.hand_in(line))
 
     def hand_in(self, line: Mapping[str, Any]) -> asyncio.Task[None]:
-        """Append one line with the next commit. The task raises what writing raises; nobody need await it."""
+        """Append one line with the next commit. The task raises what writing raises, awaited or not."""
         self._pending.append(encode(line))
         task = asyncio.get_running_loop().create_task(self._flush())
         task.add_done_callback(lambda t: t.cancelled() or t.exception())

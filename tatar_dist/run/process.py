@@ -51,7 +51,7 @@ class JsonLines(logging.Formatter):
 
 
 def open_log(run: str | Path, name: str, printed: bool = True) -> Path:
-    """Send this process's log records to RUN/logs/NAME.jsonl, instead of where they went. Returns the directory.
+    """Send this process's log records to RUN/logs/NAME.jsonl alone. Returns the directory.
 
     Records of tatar_dist count from INFO, of other packages from WARNING.
 
@@ -80,7 +80,7 @@ def open_log(run: str | Path, name: str, printed: bool = True) -> Path:
 
 
 def _redirect(path: Path) -> None:
-    """Send both output streams of the process to a file, below Python: C and C++ libraries write there too."""
+    """Send both output streams to a file, below Python: C and C++ libraries write there, too."""
     sys.stdout.flush()
     sys.stderr.flush()
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -91,7 +91,7 @@ def _redirect(path: Path) -> None:
 
 
 def _permit_tracing() -> None:
-    """Let any process of the same user trace this one where Yama limits that to ancestors (faults/README.md)."""
+    """Let any process of the user trace this one: lifts Yama's limit (faults/README.md)."""
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(PR_SET_PTRACER_ANY))  # fails, unneeded, without Yama
 
 
@@ -107,7 +107,7 @@ def interface_of(ip: str) -> str | None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Exempt what imports of large libraries create from garbage collection: a third of the start of a small engine."""
+    """Exempt what big imports create from garbage collection: a third of a small engine's start."""
     gc.disable()
     try:
         yield
@@ -125,7 +125,7 @@ def process_facts() -> dict[str, Any]:
 
 
 def pin(_: Any, side: int, index: int, count: int) -> None:
-    """Pin process `index` of `count` to its share of the first or second half (`side`) of this machine's cores.
+    """Pin process `index` of `count` to its share of the first or second half (`side`) of cores.
 
     Called on an actor, the first argument. Where there are fewer cores than processes, some share one.
     """

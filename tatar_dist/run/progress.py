@@ -1,4 +1,4 @@
-"""Progress on the terminal: stage, step, its main metrics, seconds per step, time gone and left.
+"""Progress on the terminal: stage, step, main metrics, seconds per step, time gone and left.
 
 Time left is estimated from the steps alone: starting the engines does not count.
 """
@@ -26,12 +26,12 @@ SHOWN = {
 
 
 def clock(seconds: float) -> str:
-    """Return hours, minutes and seconds; 0:00:00 for a negative time, as clocks of two hosts may differ a little."""
+    """Return h:mm:ss; 0:00:00 for a negative time, as clocks of two hosts may differ a little."""
     return str(timedelta(seconds=max(0, round(seconds))))
 
 
 class Progress:
-    """Progress of a stage: a bar on a terminal, else about 25 plain lines of a long run. A context manager.
+    """Progress of a stage: a terminal bar, else about 25 lines of a long run. A context manager.
 
     Call `ready` when the actors are up, and `update` or `show` after every unit of work.
     """

@@ -1,4 +1,4 @@
-"""Fold the event log of a run (run/events.py) into its history, and read what the run does now.
+"""Fold a run's event log (run/events.py) into its history, and read what the run does now.
 
 `RunHistory` defines what an event changes; report/reading.py and plan/simulate/measured.py use parts of it.
 `RunWatcher` completes it, from the run's other files, to the `Status` that run/status_view.py draws and `--json`
@@ -36,7 +36,7 @@ TROUBLE = {
 
 @dataclass
 class ProcessStatus:
-    """State of a process. `since`: start of that state; `restarts`: by this controller; `reason`: last trouble."""
+    """State of a process. `since`: its start; `restarts`: of this controller; `reason`: trouble."""
 
     state: str = "starting"
     since: float | None = None
@@ -116,7 +116,7 @@ class Status:
 
 
 class RunHistory:
-    """Fold events, oldest first; `add` continues. Events with unusable fields are counted and left out."""
+    """Fold events, oldest first; `add` continues. Unusable events are counted and left out."""
 
     def __init__(self, events: Iterable[Mapping[str, Any]] = ()) -> None:
         self.now = Status("")  # as far as events tell, without engines and pace
@@ -239,7 +239,7 @@ class RunWatcher:
         self._history = RunHistory()
 
     def read(self) -> Status:
-        """Return the run as it is now. It shares records with the history: read again for later changes."""
+        """Return the run as it is now. It shares records with the history: read again for changes."""
         past, done = self._history, self._history.done
         for line in self._new_lines():
             try:
@@ -283,7 +283,7 @@ class RunWatcher:
             return None
 
     def _is_open(self) -> bool:
-        """Whether a process has the run open (run/directory.py)."""
+        """Return whether a process has the run open (run/directory.py)."""
         file = self.path / ".lock"
         if not file.exists():
             return False

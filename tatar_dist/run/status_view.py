@@ -1,4 +1,4 @@
-"""A run's `Status` on the terminal: one panel for the run, one table for its processes, one for what went wrong."""
+"""A run's `Status` on the terminal: a panel for the run, tables of processes and troubles."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _facts(s: Status, now: float) -> list[tuple[str, str | None]]:
 
 
 def _processes(s: Status, now: float) -> Table:
-    """A row for each; the healthy engines of a large run share one."""
+    """Tabulate the processes, a row each; the healthy engines of a large run share one."""
     table = Table("process", "state", "for", "restarts", "host", "pid", **PLAIN)
 
     def row(name: str, p: ProcessStatus, hosts: Iterable[str | None], pids: Iterable[int | None]) -> None:
@@ -125,7 +125,7 @@ def _processes(s: Status, now: float) -> Table:
 
 
 def _some(values: Iterable[Any], n: int) -> str:
-    """The first `n` different ones and how many more there are."""
+    """Return the first `n` different ones and how many more there are."""
     different = sorted({v for v in values if v is not None})
     return ", ".join(map(str, different[:n])) + (f" +{len(different) - n}" if len(different) > n else "")
 
@@ -145,7 +145,7 @@ def _troubles(s: Status, now: float) -> Table:
 
 
 def _what(event: dict[str, Any]) -> str:
-    """Which engine or node, the reason, and further facts of an event by name."""
+    """Say which engine or node, the reason, and further facts of an event by name."""
     subject = str(event["event"]).partition("/")[0]
     who = f"{subject} {event[subject]}" if subject in event else ""
     facts = [f"{k} {event[k]}" for k in ("seconds", "action", "stacks", "point", "name", "path") if event.get(k)]

@@ -1,4 +1,4 @@
-"""Experiment trackers: a run's metrics in TensorBoard, Weights & Biases and MLflow, by the config section `track`.
+"""Trackers of a run's metrics by section `track`: TensorBoard, Weights & Biases, MLflow.
 
 `trackers.json` keeps ids, so that a resumed run continues the same W&B and MLflow run; from step 0 it is a new one.
 Each tracker has a thread: MLflow's client blocks, and W&B and TensorBoard, which queue by themselves, block when they
@@ -36,7 +36,7 @@ _ids_lock = threading.Lock()
 
 
 class Tracker(Protocol):
-    """A tracker. Its constructor takes (config, run directory, first step); its calls may block and fail."""
+    """A tracker, made from (config, run directory, first step); its calls may block and fail."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a step, all finite."""
@@ -45,7 +45,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Write to RUN/tensorboard; steps that are run again replace what an earlier process wrote of them."""
+    """Write to RUN/tensorboard; repeated steps replace what an earlier process wrote of them."""
 
     def __init__(self, config: Config, run: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -90,7 +90,7 @@ class WandB:
 
 
 class MLflow:
-    """Write to an MLflow run; `mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db` shows an offline one."""
+    """Write to an MLflow run; offline: `mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db`."""
 
     def __init__(self, config: Config, run: Path, step: int) -> None:
         if config.track.mode == "offline":
@@ -151,7 +151,7 @@ def check_trackers(config: Config) -> list[str]:
 
 
 def has_wandb_key() -> bool:
-    """Whether W&B finds a key in its environment variables or in the netrc file that `wandb login` writes."""
+    """Return whether W&B finds a key in its environment or the netrc file of `wandb login`."""
     from requests.utils import get_netrc_auth  # a dependency of wandb
 
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
@@ -160,7 +160,7 @@ def has_wandb_key() -> bool:
 
 
 class _TrackerThread(threading.Thread):
-    """Open a tracker, write the `steps` put to it, close it at None. A daemon: a hung one ends with the process."""
+    """Open a tracker, write `steps` put to it, close it at None. Daemon: ends with the process."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         super().__init__(name=f"tracker {name}", daemon=True)
@@ -181,7 +181,7 @@ class _TrackerThread(threading.Thread):
 
 
 class Trackers:
-    """The trackers that the config asks for, opened at the first `log`. Raises UserError as `check_trackers` does."""
+    """The configured trackers, opened at the first `log`. Raises UserError as `check_trackers`."""
 
     def __init__(self, config: Config, run: Path, events: Events) -> None:
         self.config, self.run, self.events = config, run, events
@@ -202,7 +202,7 @@ class Trackers:
                 self._leave_out(name, TimeoutError(f"more than {BEHIND} steps behind"))
 
     def rewind(self, step: int) -> None:
-        """Close the trackers, so that logging continues at `step`. Step 0 starts a new run, with new ids."""
+        """Close the trackers: logging continues at `step`. Step 0 starts a new run, with new ids."""
         self.close()
         if step == 0:
             (self.run / IDS).unlink(missing_ok=True)
@@ -238,7 +238,7 @@ class Trackers:
 
 
 def kept_id(run: Path, name: str, make: Callable[[], str]) -> str:
-    """Return the id of `name` in trackers.json of `run`, after creating one with `make` if there is none."""
+    """Return the id of `name` in trackers.json of `run`; if there is none, create it by `make`."""
     file = run / IDS
     ids = _ids(file)
     if name not in ids:

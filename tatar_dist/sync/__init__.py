@@ -1,4 +1,4 @@
-"""Weight pushes from the learners to the engines: the ways by their name in `rollout.push`. See README.md."""
+"""Weight pushes from learners to engines: the ways by name in `rollout.push` (README.md)."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ WAYS = {
 def weight_push(
     config: Config, waits: Waits | None = None, log: Callable[..., None] = lambda event, **fields: None
 ) -> WeightPush:
-    """The controller's side of the way that `rollout.push` names."""
+    """Return the controller's side of the way that `rollout.push` names."""
     return WAYS[config.rollout.push][1](config, waits or Waits(), log)

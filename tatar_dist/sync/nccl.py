@@ -38,13 +38,13 @@ class NcclSender:
         return {"names": list(names), "dtype_names": [str(d)[6:] for d in dtypes], "shapes": list(shapes)}
 
     def unique_id(self) -> str:
-        """Make a new group's identity, which is also its secret: it travels through Ray alone, and no store listens."""
+        """Make a group's identity and secret: it travels through Ray alone, and no store listens."""
         from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
         return base64.b64encode(bytes(NCCLLibrary().ncclGetUniqueId().internal)).decode()
 
     def join(self, unique: str, world_size: int, timeout_s: float) -> str | None:
-        """Rank 0: form a new NCCL group with the engines' workers. Returns what went wrong, or None.
+        """Form a new NCCL group of rank 0 and engines' workers. Returns what went wrong, or None.
 
         A thread waits for the workers, because NCCL cannot be told to stop waiting.
         """
@@ -107,7 +107,7 @@ class NcclSender:
 
 
 class NcclReceiver:
-    """An engine worker's side, around vLLM's own NCCL engine. `arguments`: what vLLM makes such engines with."""
+    """An engine worker's side, around vLLM's NCCL engine. `arguments`: what vLLM makes it with."""
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
         self._arguments, self._engine = arguments, None
@@ -121,7 +121,7 @@ class NcclReceiver:
         self._engine.init_transfer_engine(NCCLWeightTransferInitInfo(**membership))
 
     def receive(self, timeout_s: float, **update_info: Any) -> None:
-        """Raises RunError after `timeout_s`: NCCL itself would wait for a dead sender for ever."""
+        """Receive weights. Raises RunError after `timeout_s`: NCCL waits for a dead sender for ever."""
         import torch
 
         assert self._engine is not None, "an NCCL update before a group was joined"
@@ -149,7 +149,7 @@ class NcclReceiver:
 
 
 class NcclPush:
-    """One NCCL group of learner rank 0 and every worker of every engine; made anew when the engines change.
+    """One NCCL group of learner rank 0 and all engine workers; made anew when engines change.
 
     NCCL knows no partial failure: when a receiver dies during the broadcast, both sides abort at their deadlines and
     every engine of the group has failed, the dead one first among the reasons.

@@ -1,4 +1,4 @@
-"""The weight push through Ray's object store: on CPUs and GPUs, across nodes, to engines that come late.
+"""Weight push by Ray's object store: CPUs and GPUs, across nodes, engines that come late.
 
 Full tensors are cut into buckets, which is what travels at once: `{name: Wire}`. bfloat16 has no numpy type, so tensors
 travel as raw bytes with their dtype and shape.
@@ -29,7 +29,7 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 
 @dataclass(frozen=True)
 class Wire:
-    """One tensor on the wire: `data` (nbytes,) uint8, `dtype` a torch dtype's name, `shape` its full shape."""
+    """A tensor on the wire: `data` (nbytes,) uint8, torch `dtype` by name, its full `shape`."""
 
     data: np.ndarray
     dtype: str
@@ -44,14 +44,14 @@ def to_wire(tensor: Any) -> Wire:
 
 
 def from_wire(wire: Wire) -> Any:
-    """View the tensor without a copy. Read-only: a process that writes into Ray's object store is killed."""
+    """View a tensor without a copy. Read-only: writers into Ray's object store are killed."""
     import torch
 
     return torch.from_numpy(wire.data).view(getattr(torch, wire.dtype)).reshape(wire.shape)
 
 
 def buckets(parameters: Iterable[tuple[str, Any]], bucket_bytes: int, sender: bool) -> Iterator[dict[str, Wire]]:
-    """Group (name, full tensor) pairs into buckets of at most `bucket_bytes` (a larger tensor travels alone).
+    """Bucket (name, full tensor) pairs to at most `bucket_bytes`; a larger tensor travels alone.
 
     Every rank must exhaust it, because making the tensors is collective; only the sender yields.
     """
@@ -77,15 +77,15 @@ class ObjectStoreSender:
         self._zero3, self._rank, self._failpoints = zero3, rank, failpoints
 
     def buckets(self, bucket_bytes: int) -> Iterator[dict[str, Any]]:
-        """Stream the full weights in buckets of at least one tensor and about `bucket_bytes`. Collective generator:
-        rank 0 yields {"bucket": {name: Wire}}, the other ranks gather along and yield nothing."""
+        """Stream the weights in buckets of at least one tensor and about `bucket_bytes`. Collective.
+        Rank 0 yields {"bucket": {name: Wire}}; the other ranks gather along and yield nothing."""
         self._failpoints.reach("learner.gather")
         for bucket in buckets(self._zero3.full_parameters(), bucket_bytes, self._rank == 0):
             yield {"bucket": bucket}
 
 
 def load(model: Any, bucket: Mapping[str, Wire]) -> None:
-    """An engine worker's side: load one bucket into vLLM's model."""
+    """Load one bucket into vLLM's model, on an engine worker."""
     model.load_weights((name, from_wire(wire)) for name, wire in bucket.items())
 
 
@@ -97,7 +97,7 @@ class ObjectStorePush:
         self._waits, self._log = waits, log
 
     def push(self, learners: LearnerGroup, engines: Mapping[int, Any], version: int) -> PushResult:
-        """See `WeightPush.push`. All buckets are consumed even if engines fail: gathering is collective."""
+        """Push (`WeightPush`). All buckets are consumed even if engines fail: it is collective."""
         push, sent = Round(engines, version, self._limit, self._waits, self._log), 0
         push.call("weight push", lambda _, e: e.start_update.remote(version))
         for bucket in stream(learners, self._bucket):

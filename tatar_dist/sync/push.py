@@ -40,7 +40,7 @@ class WeightPush(Protocol):
 
 
 class Round:
-    """Calls on the engines of one push. `left`: engines still in it; `failed`: reasons of the others.
+    """Calls on engines of one push. `left`: engines still in it; `failed`: reasons of others.
 
     Args:
         limit: seconds for each call; an engine that takes longer leaves the push, and an event is logged.
@@ -58,7 +58,7 @@ class Round:
         return self.wait(what, {i: call(i, engine) for i, engine in self.left.items()}, given)
 
     def wait(self, what: str, calls: Mapping[int, Any], given: Any = None) -> list[Any]:
-        """Wait for all answers up to the limit; engines that died, failed or are late leave the push.
+        """Wait for answers up to the limit; engines that died, failed or are late leave the push.
 
         Raises:
             LearnersFailed: the reference `given` holds an error of the learner instead of a part of the weights.
@@ -90,7 +90,7 @@ class Round:
 
 
 def ask_learners(learners: LearnerGroup, calls: list[Any], limit: float, what: str) -> list[Any]:
-    """Return the answers of ranks. Raises LearnersFailed naming a rank that died, failed or is late."""
+    """Return the answers of ranks. LearnersFailed names a rank that died, failed or is late."""
     try:
         return learners.wait(calls, limit)
     except LearnersFailed as e:

@@ -26,12 +26,12 @@ EXTENSION = "tatar_dist.sync.vllm_backend.Extension"  # LLM(worker_extension_cls
 
 
 class Extension:
-    """Adds nothing to a worker; importing it registers the backend there."""
+    """Add nothing to a worker; importing it registers the backend there."""
 
 
 @dataclass
 class PushInit(WeightTransferInitInfo):
-    """`nccl`: fields of vLLM's NCCLWeightTransferInitInfo, to join a group; empty for the other ways."""
+    """`nccl`: fields of vLLM's NCCLWeightTransferInitInfo for joining a group; else empty."""
 
     nccl: dict[str, Any] = field(default_factory=dict)
 

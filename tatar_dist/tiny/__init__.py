@@ -1,1 +1,1 @@
-"""Former names of the commands in tatar_dist/demo/tiny, kept for one release: build.py, pretrain.py."""
+"""Former names of commands in tatar_dist/demo/tiny, for one release: build.py, pretrain.py."""
