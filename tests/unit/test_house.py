@@ -67,6 +67,15 @@ def test_tests_that_share_what_they_start_stay_in_one_process(request):
     assert "PYTEST_XDIST_WORKER" not in os.environ or request.node.nodeid.endswith("@house")
 
 
+def test_docstrings_begin_with_a_short_line():
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [
+        (path, node) for path in sources() for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)
+    ]
+    first = [(path, (ast.get_docstring(node) or " ").splitlines()[0]) for path, node in nodes]
+    assert [f"{path}: {line}" for path, line in first if len(line) > 90] == []
+
+
 def test_the_reading_core_stays_small():
     core = [PACKAGE / f"{name}.py" for name in CORE]
     assert len(core) <= CORE_FILES
