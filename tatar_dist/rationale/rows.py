@@ -120,16 +120,17 @@ class Asker(ABC):
 
     def __post_init__(self) -> None:
         self.question = self.ledger.question
+        self._first = list(islice(self.ledger.todo(), IMAGES_TRIED))
 
     @abstractmethod
     def run(self) -> bool:
         """Ask until every row is settled or the user requests a stop. Returns whether the budget ended it before."""
 
     def reject_unreadable(self, entry: LedgerEntry, problem: str) -> None:
-        """Reject a row whose image cannot be read. Raises UserError if all of the first `IMAGES_TRIED` are."""
+        """Reject a row whose image cannot be read. Raises UserError if all of the first `IMAGES_TRIED` asked are."""
         self.ledger.reject(entry, Reason("image-unreadable", problem))
-        first = [reason.code for entry in self.ledger.entries[:IMAGES_TRIED] for reason in entry.before]
-        if first == ["image-unreadable"] * IMAGES_TRIED:
+        first = [reason.code for entry in self._first for reason in entry.before]
+        if first == ["image-unreadable"] * IMAGES_TRIED and not self.ledger.tokens:
             manifest = self.rows.manifest
             raise UserError(
                 f"{manifest.path}: none of the first {IMAGES_TRIED} images can be read (the last: {problem}); check "

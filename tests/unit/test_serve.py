@@ -146,6 +146,13 @@ def test_a_request_that_is_too_large_is_refused(monkeypatch):
     assert "larger than 1 MiB" in said(ask("POST", "/score", content=chunks()), 413)
     assert "larger than 1 MiB" in said(ask("POST", "/v1/chat/completions", content=big), 413)
 
+    async def receive():
+        raise AssertionError("a body that is declared too large was read")
+
+    headers = [(b"content-length", b"%d" % len(big))]
+    with pytest.raises(requests.RequestRefused, match="larger than 1 MiB"):
+        asyncio.run(requests.read(Request({"type": "http", "headers": headers, "query_string": b""}, receive)))
+
 
 def test_a_key_guards_all_but_the_page_and_health():
     for path in ("/score", "/invocations", "/tokenize", "/v1/models"):
