@@ -62,7 +62,7 @@ def rewards(
     audit.write(audits, output, sys.stdout)
     if output is not None:
         summary = {**audit.summary(audits), "output": str(output)}
-        print(json.dumps(summary) if as_json else yaml.safe_dump(summary, sort_keys=False), end="")
+        print(json.dumps(summary) if as_json else yaml.safe_dump(summary, sort_keys=False, allow_unicode=True).rstrip())
 
 
 def bench(

@@ -114,9 +114,9 @@ def sets_as_json(registry: Registry) -> list[dict[str, Any]]:
     """Return the registry's records for `data sets --json`."""
 
     def layout(fmt: Format) -> dict[str, Any]:
-        keys = ("name", "columns", "image", "score", "lower_is_better", "source")
-        values = {key: getattr(fmt, key) for key in keys}
-        return values | {"kinds": list(fmt.kind), "range": [fmt.range.low, fmt.range.high]}
+        values = {key: getattr(fmt, key) for key in ("name", "image", "score", "lower_is_better", "source")}
+        lists = {"kinds": list(fmt.kind), "columns": list(fmt.columns), "range": [fmt.range.low, fmt.range.high]}
+        return values | lists
 
     return [
         {key: getattr(dataset, key) for key in ("name", "task", "in_domain", "url", "terms", "counts")}

@@ -117,13 +117,16 @@ def _torch() -> Iterator[DoctorCheck]:
 def _machine() -> Iterator[DoctorCheck]:
     import psutil
 
+    shared = Path("/dev/shm")
+    in_memory = shutil.disk_usage(shared).free if shared.is_dir() else 0
     shm = "Ray keeps its objects there (docker: --shm-size=2g); else they go to disk, slowly"
     for name, size, least, hint in (
         ("memory", psutil.virtual_memory().total, 7.6, "the demo peaks below 8 GiB"),
         ("disk here", shutil.disk_usage(".").free, 10, "10 GiB are advised for the environment and runs"),
-        ("/dev/shm", shutil.disk_usage("/dev/shm").free, 1, shm),
+        ("/dev/shm", in_memory, 1, shm),
     ):
-        yield DoctorCheck(name, size >= least * GIB, False, f"{size / GIB:.1f} GiB", hint)
+        text = f"{size / GIB:.1f} GiB{'' if name == 'memory' else ' free'}"
+        yield DoctorCheck(name, size >= least * GIB, False, text, hint)
 
 
 def _cluster() -> Iterator[DoctorCheck]:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from tatar_dist.assets import RECIPES, TINY_MODEL, locate, looked_in
 from tatar_dist.config.rules import check
 from tatar_dist.config.schema import Config
-from tatar_dist.config.validate import fault, first, near, read_yaml
+from tatar_dist.config.validate import fault, first, near
 from tatar_dist.errors import UserError
 
 
@@ -70,7 +70,10 @@ def _file(name: str) -> Any:
         raise UserError(f"{name}: no such config file{looked_in(name)} (bundled: {', '.join(RECIPES)})")
     if path != Path(name):
         print(f"tatar-dist: {name}: not{looked_in(name)}, the bundled file is used", file=sys.stderr)
-    return OmegaConf.create(read_yaml(path, "config"))
+    try:
+        return OmegaConf.load(path)  # an empty file holds no keys; dates are text, as in key=value
+    except Exception as e:  # YAML errors come in several classes; each says its line
+        raise UserError(f"{name}: not valid YAML: {' '.join(str(e).split())}") from None
 
 
 def _validated(merged: Any, layers: list[tuple[str, Any]], files: list[str]) -> Config:

@@ -73,9 +73,8 @@ def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> di
 def _read(directory: Path) -> dict[tuple[str, str, str], Row]:
     file = Path(directory) / "predictions.parquet"
     if not file.is_file():
-        raise UserError(
-            f"{directory}: no predictions.parquet in it{looked_in(directory)}: give the output of `tatar-dist evaluate`"
-        )
+        where = "" if Path(directory).is_dir() else f", no such directory{looked_in(directory)}"
+        raise UserError(f"{directory}: no predictions.parquet in it{where}: give the output of `tatar-dist evaluate`")
     try:
         rows = pq.read_table(file, columns=COLUMNS).to_pylist()
     except (pa.ArrowInvalid, OSError) as e:

@@ -28,7 +28,6 @@ from tatar_dist.types import TASKS
 COLUMNS = ("data set", "n", "parsed", "truncated", "missing", "PLCC", "SRCC", "KRCC", "PLCC, fitted", "RMSE", "MAE")
 KEYS = ("plcc", "srcc", "krcc", "plcc_fitted", "rmse", "mae")
 GROUPS = {"in_domain": "average, in domain", "cross_domain": "average, cross domain", "all": "average"}
-WIDE = 110  # columns of a terminal that all of the table fits
 AVERAGED = ("srcc", "plcc")
 WIDTH = 20  # points of a slice of targets
 LEAST = 10  # rows of a slice that are worth a correlation
@@ -216,10 +215,12 @@ def write(directory: Path, result: Mapping[str, Any], published: bool) -> None:
 
 
 def show(result: Mapping[str, Any], published: bool = False) -> None:
-    """Print the table and its notes on the terminal, without columns that are all 0."""
+    """Print the table and its notes on the terminal, without columns that are all 0, and some that do not fit."""
     rows = rows_of(result)
-    narrow = ("KRCC", "PLCC, fitted", "RMSE") if Console().width < WIDE else ()  # what papers do not print
-    kept = [i for i, name in enumerate(COLUMNS) if name not in narrow and any(r[i] not in ("", "0") for r in rows)]
+    kept = [i for i in range(len(COLUMNS)) if any(r[i] not in ("", "0") for r in rows)]
+    width = 1 + sum(3 + max(len(row[i]) for row in (COLUMNS, *rows)) for i in kept)
+    if width > Console().width:
+        kept = [i for i in kept if COLUMNS[i] not in ("KRCC", "PLCC, fitted", "RMSE")]  # what papers do not print
     cells = [("average" in row[0], [row[i] for i in kept]) for row in rows]
     print_table(str(result["model"]), [COLUMNS[i] for i in kept], cells, notes_of(result))
     if published and (others := published_rows(result)):

@@ -143,6 +143,8 @@ def raise_for(status: int, headers: Mapping[str, str], body: bytes, request: Req
     if problem:
         error_type = NoAccess if status in (403, 404) else UserError
         raise error_type(f"{section}.url={endpoint.url}: {problem} ({status}: {message})")
+    if request.kind.schema and endpoint.structured and status in (400, 422, 500, 501):
+        message += f" (if it knows no JSON schema, set {section}.structured=false)"
     raise RequestFailed(
         f"{status}: {message}",
         refused=not (status in (408, 409, 425, 429) or status >= 500),

@@ -120,6 +120,7 @@ class Asker(ABC):
 
     def __post_init__(self) -> None:
         self.question = self.ledger.question
+        self._first = list(islice(self.ledger.todo(), IMAGES_TRIED))
 
     @abstractmethod
     def run(self) -> bool:
@@ -128,8 +129,8 @@ class Asker(ABC):
     def reject_unreadable(self, entry: LedgerEntry, problem: str) -> None:
         """Reject a row with unreadable image. Raises UserError if the first `IMAGES_TRIED` all are."""
         self.ledger.reject(entry, Reason("image-unreadable", problem))
-        first = [reason.code for entry in self.ledger.entries[:IMAGES_TRIED] for reason in entry.before]
-        if first == ["image-unreadable"] * IMAGES_TRIED:
+        first = [reason.code for entry in self._first for reason in entry.before]
+        if first == ["image-unreadable"] * IMAGES_TRIED and not self.ledger.tokens:
             manifest = self.rows.manifest
             raise UserError(
                 f"{manifest.path}: none of the first {IMAGES_TRIED} images can be read (the last: {problem}); check "

@@ -161,10 +161,11 @@ def _raise_if_incomplete(ledger: Ledger, summary: dict[str, Any], stop: StopSign
     if stop.requested and ledger.open:
         raise Interrupted(f"stopped: {ledger.open} rows are left; {kept}; {again}", stop.status)
     if ledger.failed:
-        codes = Counter(entry.failed.code for entry in ledger.entries if entry.failed)
+        reasons = [entry.failed for entry in ledger.entries if entry.failed]
+        codes = Counter(reason.code for reason in reasons)
         failures = " and ".join(f"{codes[code]} {text}" for code, text in FAILURES.items() if codes[code])
-        raise RunError(f"{failures}; {kept}; the same command asks about them again")
+        raise RunError(f"{failures} (the last: {reasons[-1].says}); {kept}; the same command asks about them again")
     if not ledger.accepted:
-        reasons = "; ".join(report.reason_lines(summary))
+        rejections = "; ".join(report.reason_lines(summary))
         where = report.beside(Path(summary["output"]), "report.md")
-        raise RunError(f"none of {len(ledger.entries)} rows was accepted ({reasons}): see {where}")
+        raise RunError(f"none of {len(ledger.entries)} rows was accepted ({rejections}): see {where}")

@@ -94,7 +94,10 @@ def _answer_tokens(directory: Path) -> int:
     """Return max_new_tokens of the run, else of generation_config.json, else of the schema."""
     run = run_of(directory)
     if run is not None and (run / "config.yaml").is_file():
-        return read_yaml(run / "config.yaml", "config")["rollout"]["max_new_tokens"]
+        try:
+            return read_yaml(run / "config.yaml", "config")["rollout"]["max_new_tokens"]
+        except (KeyError, TypeError):
+            raise UserError(f"{run / 'config.yaml'}: does not say rollout.max_new_tokens") from None
     generation = _json(directory / "generation_config.json") or {}
     return int(generation.get("max_new_tokens") or RolloutConfig.max_new_tokens)
 

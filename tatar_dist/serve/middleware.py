@@ -149,20 +149,21 @@ def _message(response: httpx.Response) -> str:
 def _announcing(scope: Scope, send: Send) -> Send:
     """Wrap the lifespan's `send`: print the address once the app is up, note the engine's end.
 
-    vLLM stops the engine at a signal, or at the end of a server whose engine has died: only the latter sets `died`.
+    vLLM stops the engine before the lifespan ends at a signal, after it where the engine has died, which sets `died`.
     """
     state = scope["app"].state  # vLLM deletes the attribute at the end
 
     async def sent(message: Message) -> None:
+        args, engine = state.args, state.engine_client
+        if message["type"] == "lifespan.shutdown.complete" and args.died is None:
+            args.died = True
         await send(message)
         if message["type"] != "lifespan.startup.complete":
             return
-        args, engine = state.args, state.engine_client
         stop = engine.shutdown
 
         def shutdown(*words: Any, **options: Any) -> None:
-            if args.died is None:  # the first call
-                args.died = engine.errored
+            args.died = bool(args.died)  # Ctrl-C may end the engine's process first: that is no death
             stop(*words, **options)
 
         engine.shutdown = shutdown

@@ -80,6 +80,9 @@ def replayed(body: bytes, receive: Receive) -> Receive:
 
 async def read(request: Request) -> tuple[bytes, Options]:
     """Read an encoded picture and its options. Raises RequestRefused."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > MAX_BYTES:  # before it is read
+        raise RequestRefused(f"the request is larger than {MAX_BYTES >> 20} MiB", 413)
     body = await body_of(request.receive)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     fields: dict[str, Any] = {}

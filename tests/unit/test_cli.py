@@ -135,8 +135,10 @@ def test_rewards_prints_lines_or_writes_them_and_sums_up(tmp_path, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["gaussian"] for line in lines] == [1.0, 1.0]
     assert main(["rewards", str(batch), "--preset", "tatar", "--output", str(out), "--json"]) == 0
-    summary = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    summary = json.loads(printed)
     assert (summary["rows"], summary["parsed"], summary["mean"]["gaussian"]) == (2, 2, 1.0)
+    assert printed.endswith("}\n"), "a whole line, for `while read`"
     assert [json.loads(line) for line in out.read_text().splitlines()] == lines
 
 

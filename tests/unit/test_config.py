@@ -115,6 +115,10 @@ def test_missing_value_missing_file_and_broken_yaml_are_named(tmp_path):
         load_config([], ["output=x"])
     with pytest.raises(UserError, match="nowhere.yaml: no such config file"):
         load_config(["nowhere.yaml"], MINIMAL)
+    (tmp_path / "empty.yaml").write_text("# seed: 1\n")
+    (tmp_path / "date.yaml").write_text("track: {name: 2026-01-31}\n")
+    named = load_config([str(tmp_path / "empty.yaml"), str(tmp_path / "date.yaml")], MINIMAL).track.name
+    assert named == "2026-01-31", "the same text as with track.name=2026-01-31"
     (tmp_path / "bad.yaml").write_text("a: [1\nb: 2\n")
     with pytest.raises(UserError, match="bad.yaml: not valid YAML"):
         load_config([str(tmp_path / "bad.yaml")], MINIMAL)

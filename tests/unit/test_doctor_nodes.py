@@ -58,6 +58,12 @@ def test_a_clock_is_wrong_only_where_the_kernel_says_so(state, ok, monkeypatch):
     assert check.ok is ok
 
 
+def test_a_machine_without_shared_memory_is_a_note(monkeypatch):
+    monkeypatch.setattr(doctor.Path, "is_dir", lambda _: False)
+    memory, disk, shared = doctor._machine()
+    assert disk.found.endswith("GiB free") and (shared.ok, shared.required) == (False, False)
+
+
 def test_the_address_of_a_job_server_is_said():
     (check,) = examine("http://127.0.0.1:8265")
     assert check.ok and "submit the doctor" in check.found

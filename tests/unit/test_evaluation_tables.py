@@ -153,8 +153,10 @@ def test_comparing_needs_common_samples_with_one_target(tmp_path):
     other = evaluation(tmp_path / "other", dict(targets), {i: t + 1 for i, t in targets.items()})
     with pytest.raises(UserError, match="has the target 1.0, in .* it has 0.0"):
         compare.run(a, other)
-    with pytest.raises(UserError, match="no predictions.parquet"):
+    with pytest.raises(UserError, match="no predictions.parquet in it: give"):
         compare.run(a, tmp_path)
+    with pytest.raises(UserError, match="gone: no predictions.parquet in it, no such directory"):
+        compare.run(a, tmp_path / "gone")
     assert found["parsed_after"] == 6 and found["unparsed"] == "midpoint"
     few = evaluation(tmp_path / "few", {i: 100 - targets[i] for i in "0123"}, targets)
     tiny = compare.run(a, few, rounds=50)["datasets"]["d"]["srcc"]

@@ -188,7 +188,8 @@ def write(path, rows):
     return path
 
 
-def test_the_file_audit_reads_predictions_and_completions(tmp_path, capsys):
+def test_the_file_audit_reads_predictions_and_completions(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     rows = [{"dataset": "a", "task": "iqa", "target": t, "prediction": t + 1} for t in (10, 20, 30, 40, 50)]
     rows += [{"dataset": "a", "task": "iqa", "target": 60, "prediction": None}]
     rows += [
@@ -205,6 +206,9 @@ def test_the_file_audit_reads_predictions_and_completions(tmp_path, capsys):
     tables.show({"model": "p.jsonl"} | audit.as_json(result))
     table = capsys.readouterr().out
     assert "a: 1 answers without a score, left out" in table
+    assert all(name in table for name in ("SRCC", "PLCC", "MAE")) and "KRCC" not in table, "90 wide"
+    tables.show({"model": "p.jsonl", "datasets": {"a": audit.as_json(result)["datasets"]["a"]}})
+    assert all(name in capsys.readouterr().out for name in ("KRCC", "PLCC, fitted", "RMSE"))
     rows = [line.split()[1:8:2] for line in table.splitlines() if line.startswith("│")]
     assert rows == [["a", "6", "5", "0"], ["b", "6", "5", "1"]]
 

@@ -228,6 +228,14 @@ def test_a_wrong_image_root_is_noticed_after_a_few_images(tmp_path):
         assert str(tmp_path) in str(e.value) and not server.log
 
 
+def test_a_wrong_image_root_is_noticed_behind_rows_that_are_not_asked_about(tmp_path):
+    bare = [{**r, "attributes": None} for r in rows(5, "iaa")]
+    listed = [{**r, "image_bytes": None, "image": f"{r['sample_id']}.png"} for r in [*bare, *rows(200)]]
+    write_manifest(tmp_path / "m.parquet", listed)
+    with OpenAIServer() as server, pytest.raises(UserError, match=r"none of the first 16 images"):
+        build(tmp_path, server, source=tmp_path / "m.parquet")
+
+
 def test_broken_images_among_good_ones_are_rejected_again_by_the_next_run_without_an_error(tmp_path):
     listed = [{**r, "image_bytes": b"broken" if i else r["image_bytes"]} for i, r in enumerate(rows(40))]
     write_manifest(tmp_path / "m.parquet", listed)

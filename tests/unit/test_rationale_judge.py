@@ -11,7 +11,7 @@ from tatar_dist.cli import main
 from tatar_dist.config.load import load_config
 from tatar_dist.data.manifest import read_manifest
 from tatar_dist.data.writing import write_manifest
-from tatar_dist.errors import UserError
+from tatar_dist.errors import RunError, UserError
 
 JUDGED = {"visual_fidelity": 4, "score_consistency": 4}
 
@@ -61,11 +61,15 @@ def test_the_judge_is_held_to_a_schema_and_low_marks_reject(tmp_path):
     assert written(tmp_path)[0]["meta"]["judge"]["marks"] == {"visual_fidelity": 4, "score_consistency": 5}
 
 
-def test_an_endpoint_without_json_schema_is_asked_in_words_where_the_config_says_so(tmp_path):
-    source = manifest(tmp_path / "m.parquet", rationale=True)
-    with OpenAIServer(lambda call: Reply(400) if "response_format" in call.body else good_answer(call)) as server:
+@pytest.mark.parametrize("n", [2, 40])
+@pytest.mark.parametrize("status", [400, 422, 500, 501])
+def test_an_endpoint_without_json_schema_is_asked_in_words_where_the_config_says_so(tmp_path, n, status):
+    source = manifest(tmp_path / "m.parquet", n, rationale=True)
+    with OpenAIServer(lambda call: Reply(status) if "response_format" in call.body else good_answer(call)) as server:
         words = "rationale.judge.structured=false"
-        assert build(tmp_path, server, words, name="judge", source=source)["accepted"] == 6
+        with pytest.raises(RunError, match=words):  # says what to do, also where too few rows end the run early
+            build(tmp_path, server, name="judge", source=source)
+        assert build(tmp_path, server, words, name="judge", source=source)["accepted"] == n
 
 
 def test_a_judge_looks_at_the_rows_that_have_a_rationale(tmp_path):

@@ -251,4 +251,5 @@ def test_sets_prints_every_set_and_where_to_get_it(capsys):
         assert name in out and all(f in out for f in dataset.formats)
     assert main(["data", "sets", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
+    assert listed[0]["formats"][0]["columns"] == ["image", "gt_score"]
     assert [s["name"] for s in listed] == list(PUBLISHED) and set(SPLITS) >= set(listed[0]["counts"]) - {"total"}

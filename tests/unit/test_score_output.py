@@ -197,6 +197,10 @@ def test_a_checkpoint_is_asked_as_its_run_was(tmp_path):
     assert config.model.path == str(run / "checkpoints/latest/model") and config.rollout.max_new_tokens == 777
     assert Path(config.data.prompts).resolve() == (run / "prompts.yaml").resolve()
     assert config.model.max_pixels == 1572864  # 12.8 megapixels are Qwen's own, nobody's training here
+    for damaged in ("seed: 0", "rollout:"):
+        (run / "config.yaml").write_text(damaged)
+        with pytest.raises(UserError, match=r"config.yaml: does not say rollout.max_new_tokens"):
+            model_config(model)
     (run / "config.yaml").unlink()
     (model / "generation_config.json").write_text('{"max_new_tokens": 555}')
     assert model_config(model).rollout.max_new_tokens == 555

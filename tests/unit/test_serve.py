@@ -10,6 +10,7 @@ import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import httpx
@@ -25,7 +26,7 @@ from tatar_dist.data.images import decode_image
 from tatar_dist.prompts.answer import Prompts
 from tatar_dist.rollout.options import CPU_ENGINE_ENV
 from tatar_dist.scoring.directory import model_config
-from tatar_dist.serve import chat, requests, server
+from tatar_dist.serve import chat, middleware, requests, server
 from tatar_dist.serve.chat import Scoring
 from tatar_dist.serve.middleware import Front
 
@@ -145,6 +146,32 @@ def test_a_request_that_is_too_large_is_refused(monkeypatch):
 
     assert "larger than 1 MiB" in said(ask("POST", "/score", content=chunks()), 413)
     assert "larger than 1 MiB" in said(ask("POST", "/v1/chat/completions", content=big), 413)
+
+    async def receive():
+        raise AssertionError("a body that is declared too large was read")
+
+    headers = [(b"content-length", b"%d" % len(big))]
+    with pytest.raises(requests.RequestRefused, match="larger than 1 MiB"):
+        asyncio.run(requests.read(Request({"type": "http", "headers": headers, "query_string": b""}, receive)))
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_only_an_engine_that_nobody_stopped_has_died(signalled):
+    args = Namespace(died=None, shown="x", address="http://127.0.0.1:1", serving=False)
+    engine = SimpleNamespace(errored=True, shutdown=lambda: None)  # Ctrl-C may reach its process before ours
+    models = SimpleNamespace(base_model_paths=[])
+    app = SimpleNamespace(state=SimpleNamespace(args=args, engine_client=engine, openai_serving_models=models))
+
+    async def send(message):
+        pass
+
+    sent = middleware._announcing({"type": "lifespan", "app": app}, send)
+    asyncio.run(sent({"type": "lifespan.startup.complete"}))
+    if signalled:
+        engine.shutdown()
+    asyncio.run(sent({"type": "lifespan.shutdown.complete"}))
+    engine.shutdown()
+    assert (args.serving, args.died) == (True, not signalled)
 
 
 def test_a_key_guards_all_but_the_page_and_health():
