@@ -35,7 +35,7 @@ class SnapshotEngine(TorchCheckpointEngine):
         return jobs
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        pass  # run/checkpoint_files.py makes them
+        pass  # run/files.py makes them
 
     def save(self, state_dict: Any, path: str) -> None:
         copy = clone_tensors_for_torch_save(state_dict)
