@@ -240,8 +240,9 @@ def _check_ids(dataset: str, parts: Sequence[tuple[int, Manifest, Pool]]) -> Non
         for names in of(manifest, pool):
             ids.add(names)
     for name, _, _ in ids.repeats(names for _, m, p in parts for names in of(m, p)):
-        first, *_, last = (m.path for _, m, p in parts if any(name in names for names in of(m, p)))
-        raise UserError(f"{last}: column sample_id: {name!r} of data set {dataset!r} was given already by {first}")
+        holders = [m.path for _, m, p in parts if any(name in names for names in of(m, p))]
+        given = f"{name!r} of data set {dataset!r} was given already by {holders[0]}"
+        raise UserError(f"{holders[-1]}: column sample_id: {given}")
 
 
 def check_rationales(manifests: Iterable[Manifest]) -> None:

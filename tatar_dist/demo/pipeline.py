@@ -8,7 +8,9 @@ stages with a result are skipped.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from tatar_dist.errors import UserError
 from tatar_dist.run.files import writing
 from tatar_dist.scoring.export import model_of
 from tatar_dist.types import SPLITS, TASKS
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,7 @@ def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = N
     With `seeds` over 1: run everything once per seed on the same data, in seed_K/, evaluate every model on all test
     crops, and write figures.md.
     """
-    from tatar_dist.demo.tiny.probe import regression_head
-
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # killed make or shell: do not run on unnoticed
     out, size, words = Path(output), SMOKE if smoke else FULL, list(overrides or [])
     console = Console()
     same_settings(out, {"smoke": smoke, "seeds": seeds, "overrides": words})
@@ -90,6 +93,8 @@ def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = N
         if not (directory / "data").exists():
             (directory / "data").symlink_to("../data")
         _run_one(directory, size, [f"seed={k}", f"evaluate.seed={k}", "data.eval_limit=null", *words], console)
+    from tatar_dist.demo.tiny.probe import regression_head
+
     head = regression_head(demo_config(out / "base", out / "data", words).model.path, out / "data")
     (out / "figures.md").write_text(figures.markdown(directories, head))
     console.print(f"All seeds together: {out / 'figures.md'}")

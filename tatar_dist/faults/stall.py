@@ -117,10 +117,10 @@ class StallDetector:
 
     def raise_if_asked(self) -> None:
         """Raise Stalled, once a stall, when watch.stall_action is restart or stop."""
-        if self._asked is not None:
-            (since, stalled), self._asked = self._asked, None
-            if since == self._last:
-                raise stalled
+        asked = self._asked
+        if asked is not None and asked[0] == self._last:  # else something moved since
+            self._asked = None
+            raise asked[1]
 
     def limit(self) -> float:
         """Return how many seconds without progress are a stall now."""

@@ -18,7 +18,8 @@ from typing import IO, Annotated, Any
 
 import numpy as np
 from annotated_types import Ge, Le
-from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic_core import PydanticKnownError
 
 from tatar_dist.assets import looked_in
 from tatar_dist.config.validate import fault, first, shown
@@ -35,8 +36,16 @@ from tatar_dist.types import Task
 ALL_TERMS_LIMIT = 20_000  # rows
 COLUMNS = ("gaussian", "pairwise", "thurstone", "format", "length")
 
+
+def _number(value: Any) -> Any:
+    """Refuse a Decimal of a Parquet file, which pydantic takes for a number and JSON cannot write."""
+    if not isinstance(value, int | float):
+        raise PydanticKnownError("float_type")
+    return value
+
+
 StrictText = Annotated[str, Strict()]
-Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(_number), Strict(), Field(allow_inf_nan=False)]
 
 
 def _id(value: Any) -> Any:
@@ -74,7 +83,8 @@ class Audit:
         """Yield the output, one JSON object per row, without line ends."""
         columns = {k: [None if math.isnan(v) else v for v in column.tolist()] for k, column in self.columns().items()}
         for n, row in enumerate(self.rows):
-            yield json.dumps({**row, **{key: values[n] for key, values in columns.items()}})
+            line = {**row, **{key: values[n] for key, values in columns.items()}}
+            yield json.dumps(line, default=str)  # str: of a Parquet file's own columns, dates for example
 
     def columns(self) -> dict[str, np.ndarray]:
         """Return the added columns by name, (N,) float64, NaN where a term does not apply."""
@@ -212,9 +222,8 @@ def explain_table(audit: Audit, row: int) -> str:
     lines = [head, f"{'opponent':24} {'target':>7} {'mean':>7} {'sd':>6} {'P':>7} {'Q':>7} {'weight':>7} {'reward':>7}"]
     for o in table:
         points = f"{o.target:7.2f} {o.mean:7.2f} {math.sqrt(o.variance):6.2f}"
-        name = (
-            o.group_id if len(o.group_id) <= 24 else "…" + o.group_id[-23:]
-        )  # what tells ids apart stands at their end
+        # what tells ids apart stands at their end
+        name = o.group_id if len(o.group_id) <= 24 else "…" + o.group_id[-23:]
         lines.append(f"{name:24} {points} {o.p:7.4f} {o.q:7.4f} {o.weight:7.4f} {o.reward:7.4f}")
     return "\n".join([*lines, f"weighted mean {sum(o.weight * o.reward for o in table):.6f}"])
 

@@ -59,8 +59,10 @@ class PlacedStatus(ProcessStatus):
 
     def enter(self, state: str, when: float, event: Mapping[str, Any]) -> None:
         super().enter(state, when, event)
-        if state in ("ready", "dead", "gone", "failed"):
-            self.place(event if state == "ready" else {})
+        if state == "ready":
+            self.place(event)
+        elif state in ("dead", "gone", "failed"):
+            self.pid = None  # host and node stay: somebody will ask where it died
 
 
 @dataclass
@@ -173,7 +175,7 @@ class RunHistory:
         """Begin with a new controller: all processes are new, the numbers of faults stay."""
         s = self.now
         first, engines, learners = (int(event.get(k) or 0) for k in ("from_step", "engines", "learners"))
-        s.state, s.reason, s.started, s.phase = "running", None, when, None
+        s.state, s.reason, s.started, s.phase, s.phase_since = "running", None, when, None, None
         s.stage, s.host, s.pid, s.total = (event.get(k) for k in ("stage", "host", "pid", "total"))
         s.step = s.version = first
         s.learners = LearnersStatus(since=when, world_size=learners) if learners else None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -91,3 +94,19 @@ def test_a_demo_directory_keeps_its_settings(tmp_path):
     demo.same_settings(tmp_path / "d", {"smoke": True, "seeds": 1, "overrides": []})
     with pytest.raises(UserError, match="smoke=True"):
         demo.same_settings(tmp_path / "d", {"smoke": False, "seeds": 1, "overrides": []})
+
+
+def test_a_demo_ends_with_the_shell_that_started_it(tmp_path):
+    code = (
+        "import sys, time; from tatar_dist.demo import pipeline\n"
+        "pipeline.same_settings = lambda *_: (print('up', flush=True), time.sleep(300))\n"
+        "pipeline.run(sys.argv[1])"
+    )
+    shell = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+    command = [sys.executable, "-c", shell, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "up\n"
+        killed = time.monotonic()
+        parent.kill()
+        parent.stdout.read()  # to the end of all that could write
+        assert time.monotonic() - killed < 60

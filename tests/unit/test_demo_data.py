@@ -127,6 +127,9 @@ def test_a_set_already_made_is_kept_and_another_recipe_replaces_it(tmp_path):
     assert (tmp_path / "iqa_train.parquet").stat().st_mtime_ns == first
     make_demo(tmp_path, seed=2, **sizes, workers=1)
     assert read_manifest(tmp_path / "iqa_train.parquet").sample_id(0).startswith("demo-iqa-train-2-")
+    (tmp_path / "demo.json").write_bytes(b"\xff{")  # damaged: made again
+    make_demo(tmp_path, seed=1, **sizes, workers=1)
+    assert read_manifest(tmp_path / "iqa_train.parquet").sample_id(0).startswith("demo-iqa-train-1-")
     assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.tmp"))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tatar_dist.cli import main
+from tatar_dist.data.imports import annotations
 from tatar_dist.data.imports.folder import ImageFolder
 from tatar_dist.data.imports.importer import Choices, Sources, assemble
 from tatar_dist.data.manifest import read_manifest
@@ -72,7 +73,7 @@ BAD = [
     ("tad66k", b'[{"image": "a", "gt_score": null}]', "F:1: key gt_score is empty"),
     ("tad66k", b'[{"image": "a", "gt_score": NaN}]', "F:1: key gt_score: nan is no finite number"),
     ("tad66k", b'[{"image": "a", "gt_score": 1' + b"0" * 400 + b"}]", "is no finite number"),
-    ("tad66k", b'[{"image": "a", "gt_score": ' + b"1" * 5000 + b"}]", "broken JSON"),
+    ("tad66k", b'[{"image": "a", "gt_score": ' + b"1" * 5000 + b"}]", "value has 5000 digits"),
     ("tad66k", b'[{"image": "\\ud800", "gt_score": 3}]', "holds half a character"),
     ("tad66k", b'[{"image": 7, "gt_score": 3}]', "F:1: key image is a number (7), must be text"),
     (
@@ -138,6 +139,12 @@ def test_byte_order_mark_blanks_and_carriage_returns_are_no_fault():
     assert made.table["image"].to_pylist() == ["a.jpg", "b.jpg"] and made.table["score_raw"].to_pylist() == [3, 4]
 
 
+def test_lines_and_cells_without_text_before_the_header_are_no_fault():
+    made = read(b"\n,,\n" + HEAD + b"a.jpg,3\n")
+    assert made.table["image"].to_pylist() == ["a.jpg"]
+    assert "F:5: column score: 'x' is no number" in refused(b"\n,,\n" + HEAD + b"a.jpg,3\nb.jpg,x\n")
+
+
 def test_another_encoding_is_read_when_it_is_named():
     data = "image,score\ncafé.jpg,3\n".encode("latin-1")
     assert read(data, encoding="latin-1").table["image"].to_pylist() == ["café.jpg"]
@@ -170,6 +177,17 @@ def workbook(*rows):
 )
 def test_an_excel_cell_that_holds_no_number_is_named_by_its_row(value, told):
     assert told in refused(workbook(["a.jpg", 50.0], ["b.jpg", value, 1, 2, 3, 4, 5]), "spaq")
+
+
+def test_an_excel_value_beyond_the_header_is_a_ragged_row_and_empty_cells_there_are_none():
+    assert "F: row 2: 8 values where 7 are due" in refused(workbook(["a.jpg", 50.0, 1, 2, 3, 4, 5, "x"]), "spaq")
+    assert len(read(workbook(["a.jpg", 50.0, 1, 2, 3, 4, 5, None, None], ["b.jpg", 40]), "spaq").table) == 2
+
+
+def test_a_workbook_that_unpacks_to_more_than_memory_may_hold_is_not_opened(monkeypatch):
+    monkeypatch.setattr(annotations, "XLSX_LIMIT", 1000)
+    monkeypatch.setattr("openpyxl.load_workbook", lambda *_, **__: pytest.fail("opened"))
+    assert "the workbook unpacks to more than" in refused(workbook(["a.jpg", 50.0]), "spaq")
 
 
 def test_a_formula_in_a_column_that_is_not_read_is_no_fault():

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import warnings
+from datetime import date
 
 import numpy as np
 import pytest
@@ -324,3 +325,16 @@ def test_a_rollouts_parquet_is_read_like_lines(tmp_path):
     from_parquet = audit.run(tmp_path / "step.parquet")
     from_lines = audit.run(write_rows(tmp_path / "in.jsonl", small_batch()))
     np.testing.assert_array_equal(from_parquet.scored.reward, from_lines.scored.reward)
+
+
+def test_values_of_a_parquet_file_that_json_does_not_know_are_written_as_text_or_refused(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    table, file = pa.Table.from_pylist([{**r, "day": date(2024, 5, 1)} for r in small_batch()]), tmp_path / "s.parquet"
+    pq.write_table(table, file)
+    assert {json.loads(line)["day"] for line in audit.run(file).lines()} == {"2024-05-01"}
+    targets = table["target"].cast(pa.decimal128(5, 2))
+    pq.write_table(table.set_column(table.column_names.index("target"), "target", targets), file)
+    with pytest.raises(UserError, match=r"s\.parquet:1: target=Decimal\('70.00'\): must be a number"):
+        audit.run(file)

@@ -103,7 +103,8 @@ def test_time_left_counts_what_happens_between_the_steps(run, monkeypatch):
 def test_an_engine_that_died_and_came_back(run):
     run.start()
     run.log("engine/dead", 0, engine=1, reason="died: out of memory", pid=21)
-    assert (run.read().engines[1].state, run.read().engines[1].pid) == ("dead", None)
+    e = run.read().engines[1]
+    assert (e.state, e.pid, e.host, e.node) == ("dead", None, "b", "n1"), "where it died"
     run.log("engine/restarting", 0, engine=1, attempt=1)
     assert run.read().engines[1].state == "restarting"
     run.log("engine/ready", 0, engine=1, pid=99, host="c", node="n2")
@@ -145,7 +146,7 @@ def test_a_resumed_run_has_new_processes(run):
     run.log("engine/dead", 3, engine=0, reason="died")
     run.start(from_step=2, pid=2, engines=1)
     s = run.read()
-    assert (s.step, s.version, s.pid) == (2, 2, 2)
+    assert (s.step, s.version, s.pid, s.phase, s.phase_since) == (2, 2, 2, None, None)
     assert [e.state for e in s.engines] == ["healthy", "healthy"] and s.engines[0].restarts == 0
     assert s.troubles[-1]["event"] == "engine/dead"  # what happened stays known
 

@@ -162,6 +162,13 @@ def test_suspicious_scores_of_a_pool_are_warned_of(tmp_path, code, score):
     assert validate([path]).ok and codes(path) == ({code} if code else set())
 
 
+def test_of_many_pools_the_picture_shows_the_first_and_the_summary_all(tmp_path, capsys):
+    path = written(tmp_path / "m.parquet", [row(i, dataset=f"set-{i:03d}") for i in range(100)])
+    assert main(["data", "validate", str(path)]) == 0
+    assert Image.open(tmp_path / "m.validate.png").size[1] < 1500  # a dozen
+    assert (tmp_path / "m.validate.md").read_text().count("| set-") == 100
+
+
 def test_files_that_are_no_manifest_are_one_line(tmp_path, capsys):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
     for name, said in (("x", "not a Parquet file"), ("y", "no such manifest")):

@@ -75,7 +75,7 @@ def compare(checked: Sequence[Checked], rows: ValidationRows) -> np.ndarray:
         for row in group.tolist():
             by_subject[rows.pools[rows.pool[row]][:2]].append(row)
         for same in by_subject.values():
-            lowest, *_, highest = sorted(same, key=log.score) * 2
+            lowest, highest = min(same, key=log.score), max(same, key=log.score)
             if log.score(highest) - log.score(lowest) > 1e-9:
                 scores = f"scores {log.score(lowest):g} to {log.score(highest):g}"
                 names = log.names([lowest, highest], same[0])

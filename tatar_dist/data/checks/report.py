@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INK, QUIET, BLUE, AMBER, RED = "#22303c", "#8a97a3", "#3b7ea1", "#d9902f", "#b8433b"
+PANELS = 12  # histograms in the picture, which takes long to lay out; the summary has every pool
 TEMPLATE = Path(__file__).with_name("validate.md.j2")
 POOL_COLUMNS = ["data set", "task", "split", "rows", "scores", "mean", "std", "rationale", "attributes", "score_std"]
 
@@ -151,12 +152,13 @@ def print_summary(validation: Validation, console: Console) -> None:
 
 
 def picture(validation: Validation, manifest: Checked) -> bytes:
-    """Return a PNG with the histogram of the scores of each pool."""
+    """Return a PNG with the histogram of the scores of each pool, of PANELS at most."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no window system
 
     pools = sorted(manifest.pools.values(), key=lambda p: (p.dataset, p.task, p.split))
-    across = min(3, len(pools))
-    down = -(-len(pools) // across)
+    shown = pools[:PANELS]
+    across = min(3, len(shown))
+    down = -(-len(shown) // across)
     figure = Figure(figsize=(9.6, 2.25 * down + 0.9), dpi=130, layout="constrained")
     alone = Validation([manifest], validation.fate_of(manifest))
     title = printable(f"{manifest.path.name}: {verdict(alone)}")
@@ -164,10 +166,12 @@ def picture(validation: Validation, manifest: Checked) -> bytes:
     # parse_math: `$` in a name is literal
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=color, weight="bold", parse_math=False)
     panels = figure.subplots(down, across, squeeze=False, sharex=True).ravel()
-    for axes in panels[len(pools) :]:
+    for axes in panels[len(shown) :]:
         axes.axis("off")
-    for axes, pool in zip(panels, pools, strict=False):
+    for axes, pool in zip(panels, shown, strict=False):
         _draw_scores(axes, pool)
+    if len(pools) > PANELS:
+        figure.supxlabel(f"and {len(pools) - PANELS} more pools, in the summary", fontsize=8, color=QUIET)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter the font lacks is drawn as a box

@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -140,10 +141,11 @@ def decode(data: bytes, file: str, encoding: str | None) -> str:
 
 def _csv(text: str, file: str) -> AnnotationRows:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows, at, start = [], [], 1  # a quoted value may span lines: `start` is the line where a row begins
+    rows: list[list[str]] = []
+    at, start = [], 1  # a quoted value may span lines: `start` is the line where a row begins
     try:
         for row in reader:
-            if len(row) > 1 or any(value.strip() for value in row):
+            if (rows and len(row) > 1) or any(value.strip() for value in row):  # the header is the first row with names
                 rows.append(row)
                 at.append(f"{file}:{start}")
             start = reader.line_num + 1
@@ -174,12 +176,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Bad:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 _BETWEEN = re.compile(r"[ \t\r\n,]*")  # the rows of a list
+XLSX_LIMIT = 512 << 20  # bytes unpacked; SPAQ's workbook is about 2 MiB
 _BROKEN = (ValueError, RecursionError)  # ValueError also for integers of thousands of digits
 
 
 def _broken(error: Exception) -> str:
     column = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-    return f"broken JSON: {getattr(error, 'msg', error)}{column}"
+    return f"broken JSON: {str(getattr(error, 'msg', error)).split(';')[0]}{column}"
 
 
 def _json_list(text: str, file: str) -> AnnotationRows:
@@ -230,16 +233,24 @@ def _xlsx(data: bytes, file: str) -> AnnotationRows:
     from openpyxl import load_workbook
 
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as parts:
+            size = sum(part.file_size for part in parts.infolist())
+        if size > XLSX_LIMIT:
+            raise UserError(f"{file}: the workbook unpacks to more than {XLSX_LIMIT >> 20} MiB; save it as CSV")
         sheet = load_workbook(io.BytesIO(data), read_only=True, data_only=True).worksheets[0]
         cells = [list(row) for row in sheet.iter_rows(values_only=True)]
+    except UserError:
+        raise
     except Exception as e:  # a damaged workbook raises whatever its part of zip, XML or openpyxl meets first
         raise UserError(f"{file}: not a readable Excel workbook: {type(e).__name__}: {e}") from None
     rows = [(n, row) for n, row in enumerate(cells, 1) if any(value is not None for value in row)]
     if not rows:
         raise UserError(f"{file}: the first sheet is empty")
+    for _, row in rows:  # empty cells at the end come from the sheet's dimensions; they are not values
+        while row[-1] is None:
+            row.pop()
     header = ["" if name is None else str(name).strip() for name in rows[0][1]]
-    width = len(header)
-    values = [[*row, *[None] * width][:width] for _, row in rows[1:]]
+    values = [row + [None] * (len(header) - len(row)) for _, row in rows[1:]]
     return AnnotationRows("xlsx", header, values, [f"{file}: row {n}" for n, _ in rows[1:]], {})
 
 

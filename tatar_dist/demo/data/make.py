@@ -138,7 +138,7 @@ def make_demo(
     recipe = {"version": VERSION, "seed": seed, "rows": counts}
     stamp = output / "demo.json"
     complete = stamp.is_file() and all((output / f"{name}.parquet").is_file() for name in counts)
-    if complete and json.loads(stamp.read_text()) == recipe:
+    if complete and stamp.read_bytes() == json.dumps(recipe).encode():
         return counts
     for photo in PHOTOS:  # fail before the work, not in the middle of it
         locate(photo)
