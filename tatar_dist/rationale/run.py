@@ -164,7 +164,7 @@ def _raise_if_incomplete(ledger: Ledger, summary: dict[str, Any], stop: StopSign
         reasons = [entry.failed for entry in ledger.entries if entry.failed]
         codes = Counter(reason.code for reason in reasons)
         failures = " and ".join(f"{codes[code]} {text}" for code, text in FAILURES.items() if codes[code])
-        raise RunError(f"{failures} (the last: {reasons[-1].says}); {kept}; the same command asks about them again")
+        raise RunError(f"{failures}; {kept}; the same command asks about them again; the last: {reasons[-1].says}")
     if not ledger.accepted:
         rejections = "; ".join(report.reason_lines(summary))
         where = report.beside(Path(summary["output"]), "report.md")

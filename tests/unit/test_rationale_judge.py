@@ -61,8 +61,7 @@ def test_the_judge_is_held_to_a_schema_and_low_marks_reject(tmp_path):
     assert written(tmp_path)[0]["meta"]["judge"]["marks"] == {"visual_fidelity": 4, "score_consistency": 5}
 
 
-@pytest.mark.parametrize("n", [2, 40])
-@pytest.mark.parametrize("status", [400, 422, 500, 501])
+@pytest.mark.parametrize(("n", "status"), [(2, 400), (40, 422), (2, 501)])
 def test_an_endpoint_without_json_schema_is_asked_in_words_where_the_config_says_so(tmp_path, n, status):
     source = manifest(tmp_path / "m.parquet", n, rationale=True)
     with OpenAIServer(lambda call: Reply(status) if "response_format" in call.body else good_answer(call)) as server:
