@@ -55,10 +55,10 @@ class NcclSender:
         device = torch.cuda.current_device()
 
         def form() -> None:
-            from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-
-            secret = base64.b64decode(unique)
             try:
+                from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+
+                secret = base64.b64decode(unique)
                 formed.set_result(PyNcclCommunicator.from_unique_id_bytes(secret, 0, world_size, device=device))
             except Exception as e:  # handed to the thread that waits
                 formed.set_exception(e)
