@@ -215,7 +215,7 @@ def write(directory: Path, result: Mapping[str, Any], published: bool) -> None:
 
 
 def show(result: Mapping[str, Any], published: bool = False) -> None:
-    """Print the table and its notes on the terminal, without columns that are all 0, and some that do not fit."""
+    """Print the table and notes, without columns that are all 0 and, if narrow, some others."""
     rows = rows_of(result)
     kept = [i for i in range(len(COLUMNS)) if any(r[i] not in ("", "0") for r in rows)]
     width = 1 + sum(3 + max(len(row[i]) for row in (COLUMNS, *rows)) for i in kept)

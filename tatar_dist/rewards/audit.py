@@ -38,7 +38,7 @@ COLUMNS = ("gaussian", "pairwise", "thurstone", "format", "length")
 
 
 def _number(value: Any) -> Any:
-    """Refuse a Decimal of a Parquet file, which pydantic takes for a number and JSON cannot write."""
+    """Refuse a Decimal of a Parquet file: pydantic takes it for a number, JSON cannot write it."""
     if not isinstance(value, int | float):
         raise PydanticKnownError("float_type")
     return value
