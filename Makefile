@@ -53,6 +53,7 @@ demo: setup
 test: setup
 	@bad=0; \
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadgroup $(TESTED) tests/unit $(ARGS) $(REMEMBER); \
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 2 tests/device $(ARGS) $(REMEMBER); \
 	.venv/bin/python -m pytest -n logical --maxprocesses 2 --dist loadgroup --no-loadscope-reorder $(TESTED) tests/integration $(ARGS) $(REMEMBER); \
 	exit $$bad
 

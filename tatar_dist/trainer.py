@@ -205,6 +205,9 @@ class Run:
         learners = self._cluster.learners(self.plan.learners, again=restart)
         if self.stage == "grpo" and not restart:
             self._start_engines()
+        elif self.stage == "grpo" and self.colocated:
+            self.engines.relaunch()
+            self.engines.sleep()
         facts = learners.setup(self.stage, self._total)
         each = {k + "s": [f[k] for f in facts] for k in ("pid", "host", "node")}
         self._log("learners/ready", world_size=len(learners.actors), **each)

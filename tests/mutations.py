@@ -32,6 +32,7 @@ EXPECTED, ANSWERS = ("test_expected_score.py",), ("test_evaluate_answers.py",)
 ADVANTAGES, LOSSES = ("test_advantages.py", "test_rewards.py"), ("test_losses.py",)
 
 # name: (file below tatar_dist, text, what it becomes, tests)
+DEVICE = ("../device/test_learner.py",)
 MUTATIONS = {
     "gaussian: sign": ("rewards/terms.py", "np.exp(-0.5 * (d", "np.exp(0.5 * (d", REWARDS),
     "gaussian: width does not adapt": ("rewards/terms.py", "* d / 100.0", "* 0.0", REWARDS),
@@ -133,6 +134,12 @@ MUTATIONS = {
     "batches: what is ahead is not kept": ("sampling.py", "_packed(g) for g in groups}", "_packed(g) for g in groups[:0]}", BATCHES),
     "batches: sampler not rewound": ("sampling.py", "            self.sampler.load_state_dict(before)\n", "", BATCHES),
     "batch: empty completions accepted": ("learner/batch.py", "if not row.completion_ids:", "if False:", BATCH),
+    "device: buffers stay on the CPU": ("learner/zero3.py", "module._buffers[name] = buffer.to(self.device)", "pass", DEVICE),
+    "device: rotary frequencies are rounded": ("learner/zero3.py", '"keep_in_fp32_modules": ["inv_freq"],', '"keep_in_fp32_modules": [],', DEVICE),
+    "device: gradients summed in bfloat16": ("learner/zero3.py", '"grad_accum_dtype": "fp32",', "", DEVICE),
+    "device: logits are rounded": ("learner/policy.py", "torch.mm(states, weight.T, out_dtype=torch.float32)", "(states @ weight.T).float()", DEVICE),
+    "device: an update of many kernels": ("learner/zero3.py", 'fused = self.device.type != "cpu"', "fused = False", DEVICE),
+    "device: norms are sharded": ("learner/zero3.py", 'if device.type == "cpu" else {}', "if True else {}", DEVICE),
 }  # fmt: skip
 
 
@@ -157,7 +164,7 @@ def survives(name: str) -> str | None:
         )
     if done.returncode == 0:
         return "no test noticed"
-    if done.returncode in (-signal.SIGFPE, -signal.SIGSEGV):  # a native kernel, given nonsense
+    if done.returncode in (-signal.SIGFPE, -signal.SIGSEGV, -signal.SIGABRT):  # a native kernel, given nonsense
         print(f"noticed   {name}: {signal.Signals(-done.returncode).name} while tests ran", flush=True)
         return None
     if done.returncode != 1:  # 1: tests ran and failed

@@ -7,7 +7,6 @@ The controller sends every rank its rows of one global batch; all ranks make the
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from tatar_dist.config.schema import Config
-from tatar_dist.errors import RunError, UserError
+from tatar_dist.errors import RunError
 from tatar_dist.learner.sharding import Shard
 from tatar_dist.learner.transfer import RankFiles
 from tatar_dist.run.failpoints import Failpoints
-from tatar_dist.run.process import importing, open_log, process_facts
+from tatar_dist.run.process import importing, open_log, process_facts, use_node_caches
 from tatar_dist.types import StepReport
 
 
@@ -43,26 +42,23 @@ class Learner:
         Returns its rank, the model's parameters and where the process runs, for the log.
         """
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK="0")
+        use_node_caches()
         with importing():
             import deepspeed  # noqa: F401
             import torch
 
             from tatar_dist.algo.schedule import needs_reference
+            from tatar_dist.learner import process_group
             from tatar_dist.learner.batch import Collator
-            from tatar_dist.learner.process_group import init_process_group
             from tatar_dist.learner.rendezvous import listening, silence
             from tatar_dist.learner.zero3 import Zero3
 
         torch.set_num_threads(threads)
         torch.manual_seed(self.config.seed)
-        if self.config.cluster.gpus_per_node and not torch.cuda.is_available():
-            raise UserError(
-                f"cluster.gpus_per_node={self.config.cluster.gpus_per_node}, but torch sees no GPU on "
-                f"{socket.gethostname()}: install with DEVICE=cuda, or set 0 for the CPU"
-            )
-        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = process_group.local_device(self.config.cluster)
         others = listening()
-        self.store = init_process_group(rendezvous, self.rank, self.world_size, self.device, self.config.cluster)
+        group = (rendezvous, self.rank, self.world_size, self.device, self.config.cluster)
+        self.store = process_group.init_process_group(*group)
         self.stage_config: Any = getattr(self.config, stage)
         with_reference = stage == "grpo" and needs_reference(self.config.grpo)
         self.zero3 = Zero3(
@@ -233,6 +229,7 @@ class Learner:
         """Call the method `part` of this rank's sender of the push `way` (sync/)."""
         from tatar_dist.sync import WAYS
 
+        self.zero3.release_memory()  # engines wake up during the push
         if way not in self._senders:
             self._senders[way] = WAYS[way][0](self.zero3, self.rank, self.failpoints)
         return getattr(self._senders[way], part)(*arguments)

@@ -39,10 +39,17 @@ class PolicyModel(nn.Module):
 
     PREFIX = "backbone."
 
-    def __init__(self, model: nn.Module, family: Any, forbidden_ids: list[int], temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Any,
+        forbidden_ids: list[int],
+        temperature: float = 1.0,
+        float32_head: bool = True,
+    ) -> None:
         super().__init__()
         shared_prefix.install(model)
-        install_head(model.lm_head, temperature)
+        install_head(model.lm_head, temperature, float32_head)
         self.backbone = model
         self.family = family
         self.register_buffer("forbidden", torch.tensor(forbidden_ids, dtype=torch.long), persistent=False)
@@ -69,22 +76,29 @@ class TokenLogprob(torch.autograd.Function):
     """Map states (N, H), weight (V, H), targets (N,) to logp (N,) and entropy (N,), float32.
 
     The distribution is softmax(states weight^T / temperature) without the forbidden ids. Entropy has no gradient.
+    exact: see `_logits`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, forbidden: Tensor, temperature: float
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        forbidden: Tensor,
+        temperature: float,
+        exact: bool = True,
     ) -> tuple[Tensor, Tensor]:
         n = len(targets)
         logp, entropy, norm = (torch.empty(n, dtype=torch.float32, device=states.device) for _ in range(3))
         for c in _chunks(n, len(weight)):
-            logits = _logits(states[c], weight, forbidden, temperature)
+            logits = _logits(states[c], weight, forbidden, temperature, exact)
             norm[c] = logits.logsumexp(-1)
             logp[c] = logits.gather(-1, targets[c, None])[:, 0] - norm[c]
             p = (logits - norm[c, None]).exp()
             entropy[c] = norm[c] - (p * logits.index_fill_(-1, forbidden, 0.0)).sum(-1)  # 0 x -inf is NaN
         ctx.save_for_backward(states, weight, targets, forbidden, norm)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.exact = temperature, exact
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
@@ -97,7 +111,7 @@ class TokenLogprob(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for c in _chunks(len(targets), len(weight)):
-            d = _logits(states[c], weight, forbidden, t).sub_(norm[c, None]).exp_().neg_()
+            d = _logits(states[c], weight, forbidden, t, ctx.exact).sub_(norm[c, None]).exp_().neg_()
             d[torch.arange(len(d), device=d.device), targets[c]] += 1
             d = d.mul_(grad[c, None] / t).to(states.dtype)
             d_states[c] = d @ weight
@@ -105,21 +119,29 @@ class TokenLogprob(torch.autograd.Function):
                 total.addmm_(d.T, states[c])
             elif total is not None:
                 total += d.T @ states[c]
-        return d_states, None if total is None else total.to(weight.dtype), None, None, None
+        return d_states, None if total is None else total.to(weight.dtype), None, None, None, None
 
 
-def _logits(states: Tensor, weight: Tensor, forbidden: Tensor, temperature: float) -> Tensor:
-    """Return (n, V) float32 logits, -inf where an id is forbidden."""
-    logits = (states @ weight.T).float()
+def _logits(states: Tensor, weight: Tensor, forbidden: Tensor, temperature: float, exact: bool) -> Tensor:
+    """Return (n, V) float32 logits, -inf where an id is forbidden.
+
+    `exact`: sums are not rounded to the weight's dtype.
+    """
+    if not exact or weight.dtype == torch.float32:
+        logits = (states @ weight.T).float()
+    elif weight.device.type == "cpu":
+        logits = states.float() @ weight.T.float()
+    else:
+        logits = torch.mm(states, weight.T, out_dtype=torch.float32)
     if temperature != 1.0:
         logits /= temperature
     return logits.index_fill_(-1, forbidden, float("-inf"))
 
 
-def install_head(head: nn.Linear, temperature: float) -> None:
+def install_head(head: nn.Linear, temperature: float, exact: bool = True) -> None:
     """Make `TokenLogprob` the forward of `head`, so that ZeRO-3 gathers its weight like others'."""
 
     def forward(self: Any, states: Tensor, targets: Tensor, forbidden: Tensor) -> Any:
-        return TokenLogprob.apply(states, self.weight, targets, forbidden, temperature)
+        return TokenLogprob.apply(states, self.weight, targets, forbidden, temperature, exact)
 
     head.forward = types.MethodType(forward, head)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -17,8 +18,20 @@ import torch
 import torch.distributed as dist
 
 from tatar_dist.config.schema import ClusterConfig
-from tatar_dist.errors import LearnersFailed
+from tatar_dist.errors import LearnersFailed, UserError
 from tatar_dist.run.process import interface_of
+
+
+def local_device(c: ClusterConfig) -> torch.device:
+    """Return the first visible GPU, else the CPU. Raises UserError when the configuration expects a GPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if c.gpus_per_node:
+        raise UserError(
+            f"cluster.gpus_per_node={c.gpus_per_node}, but torch sees no GPU on {socket.gethostname()}: install with "
+            "DEVICE=cuda, or set 0 for the CPU"
+        )
+    return torch.device("cpu")
 
 
 def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torch.device, c: ClusterConfig) -> Any:
@@ -90,6 +103,10 @@ class RayStore(dist.Store):
 
     def delete_key(self, key: str) -> bool:
         return self._ask("delete", key)
+
+    def clone(self) -> RayStore:
+        """Return itself: calls of a Ray actor need no connection of their own, and torch would not keep a new one."""
+        return self
 
     deleteKey = delete_key  # what torch's C++ side calls it
 

@@ -134,7 +134,7 @@ def backward(
 
 
 def _has_varlen(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    return q.device.type != "cpu" and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def _take(x: Tensor, at: Any) -> Tensor:
@@ -156,7 +156,7 @@ def _put(total: Tensor, at: Any, part: Tensor, valid: Tensor | None) -> None:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Attend over (n, H, L, D); return the same and lse (n, H, L)."""
-    if q.is_cuda:
+    if q.device.type != "cpu":
         return explicit(q, k, v, causal, scale)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
@@ -164,7 +164,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
 def _attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.is_cuda:
+    if q.device.type != "cpu":
         return explicit_backward(grad, q, k, v, out, lse, causal, scale)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, causal, scale=scale

@@ -2,7 +2,8 @@
 
 No weights are loaded, and torch is not imported. Parts on a learner (P parameters, N ranks, 2 bytes each in bfloat16):
 
-    weights, gradients     2 P / N each          DeepSpeed ZeRO-3 (arXiv 1910.02054)
+    weights                2 P / N               DeepSpeed ZeRO-3 (arXiv 1910.02054)
+    gradients              4 P / N               summed in float32
     optimizer              12 P / N              float32 master weights and two moments (SGD: master weights)
     reference              2 P / N               GRPO with kl_beta > 0; adapters (learner/lora.py) need none
     gathered layers        2 x at most 1e9       DeepSpeed's stage3_max_live_parameters
@@ -159,7 +160,7 @@ def learner(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memor
     tokens, patches, answers = _micro_batch(config, plan)
     held = {
         "weights": wide * (everything + adapters) / ranks,
-        "gradients": wide * trained / ranks,
+        "gradients": 4 * trained / ranks,
         "optimizer": (12 if optim.name == "adamw" else 4) * trained / ranks,
         "reference": wide * everything / ranks if grpo and config.grpo.kl_beta and not m.lora_rank else 0.0,
         "reduce bucket": wide * BUCKET,

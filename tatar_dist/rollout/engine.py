@@ -22,7 +22,7 @@ from tatar_dist.errors import RunError
 from tatar_dist.rollout.expected import with_expected
 from tatar_dist.rollout.options import gpu_available, vllm_options
 from tatar_dist.run.failpoints import Failpoints
-from tatar_dist.run.process import importing, open_log, process_facts
+from tatar_dist.run.process import importing, open_log, process_facts, use_node_caches
 from tatar_dist.types import Completion, Group, Prompt
 
 FORBIDDEN_BIAS = -100.0  # vLLM's smallest logit bias; exp(-100) is 0 beside any sampled token in float32
@@ -88,6 +88,7 @@ class RolloutEngine:
         start = time.perf_counter()
         r = self.config.rollout
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        use_node_caches()
         with importing():
             import torch
             from vllm import LLM
@@ -211,6 +212,11 @@ class RolloutEngine:
         return bool(self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode)
 
     def _reset_caches(self) -> None:
-        """Reset the prefix cache and the cached vision outputs, which a prefix-cache reset keeps."""
-        self.llm.reset_prefix_cache()
+        """Reset the prefix cache and the cached vision outputs, which a prefix-cache reset keeps.
+
+        Raises:
+            RunError: the prefix cache is in use, so that states of the old weights would stay in it.
+        """
+        if not self.llm.reset_prefix_cache():
+            raise RunError(f"engine {self.index}: the prefix cache is in use and keeps states of the old weights")
         self.llm.llm_engine.reset_encoder_cache()

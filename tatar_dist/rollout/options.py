@@ -33,6 +33,8 @@ def engine_environment(config: Config, gpu: bool, threads: int) -> dict[str, str
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
+        # CPUs and older GPUs have only the first model runner; newer GPUs would sample with another, never tested here
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.cpu_kv_cache_gib),
         "OMP_NUM_THREADS": str(threads),
         **({"NCCL_SOCKET_IFNAME": network} if network else {}),

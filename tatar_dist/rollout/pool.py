@@ -107,6 +107,19 @@ class RolloutPool:
             e.health.restarts = max(0, e.health.restarts - 1)  # the engine did not fail
             self._lose(e, "its resources are needed")
 
+    def relaunch(self) -> None:
+        """Start dead engines at once and wait for them: colocated ones need their memory before learners take it."""
+        for e in self.engines[: self.max_engines()]:
+            if e.health.state is State.DEAD:
+                e.health.restarting()
+                self._launch(e, -1)
+        queue = Queue([])
+        while any(e.health.state is State.RESTARTING for e in self.engines):
+            for e in self._answers():
+                list(self._take(e, queue, Sampling(1, 1.0, 1)))
+            self._judge(queue)
+            self.waits.check()
+
     def end_busy(self) -> None:
         """End the engines that are in a call: they may be the cause of a stall."""
         for e in self.engines:

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
@@ -28,6 +29,12 @@ from typing import Any
 
 from tatar_dist.run.events import Events
 
+CACHES = {
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TORCH_EXTENSIONS_DIR": "extensions",
+    "VLLM_CACHE_ROOT": "vllm",
+}
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, 2**64 - 1  # prctl(2)
 
 log = logging.getLogger(__name__)
@@ -115,6 +122,21 @@ def importing() -> Iterator[None]:
         gc.freeze()
         atexit.register(gc.unfreeze)  # or triton would list what is left when the interpreter is taken down
         gc.enable()
+
+
+def use_node_caches() -> None:
+    """Keep compiled kernels on this node's disk, unless the environment says where: a shared home would mix nodes'.
+
+    The directory is this user's alone, because kernels in it are executed.
+    """
+    directory = Path(tempfile.gettempdir()) / f"tatar-dist-{os.getuid()}"
+    with suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    facts = directory.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
+        directory = Path(tempfile.mkdtemp(prefix=f"{directory.name}-"))
+    for name, part in CACHES.items():
+        os.environ.setdefault(name, str(directory / part))
 
 
 def process_facts() -> dict[str, Any]:

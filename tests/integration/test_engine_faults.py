@@ -112,3 +112,13 @@ def test_a_stalled_run_writes_all_stacks_and_restarts_what_hangs(model_untied, m
     assert dead["time"] > stall["time"] and dead["reason"] == "did not answer when the run stalled"
     failed = next(e for e in events if e["event"] == "learners/failed")
     assert "no progress for" in failed["reason"]
+
+
+def test_engines_beside_learners_are_up_before_these_take_memory_again(model_untied, make_config):
+    words = ["cluster.placement=colocated", "grpo.max_steps=2", "checkpoint.every=1"]
+    config = make_config(model_untied, *words, "failpoints=['learner.backward:kill:step=1:rank=0']")
+    controller.run(config)
+    names = [e["event"] for e in read_events(Path(config.output))]
+    again = names[names.index("learners/restarting") :]
+    assert again[: again.index("learners/ready")].count("engine/ready") == 2
+    assert names[-1] == "run/end" and names.count("engine/ready") == 4

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import pytest
 import ray
+import torch.distributed
 
 from tatar_dist.errors import RunError
 from tatar_dist.learner.process_group import RayStore
@@ -102,3 +103,6 @@ def test_store_does_what_a_store_does(rendezvous):
         store.get("late")
     threading.Timer(1, lambda: store.set("late", b"1")).start()
     store.wait(["late", "n"], timedelta(seconds=300))
+    copy = torch.distributed.PrefixStore("group", store).clone()  # NCCL's watchdog works on one
+    copy.set("a", b"y")
+    assert copy.get("a") == store.get("group/a") == b"y"

@@ -20,6 +20,7 @@ from conftest import tiny_words
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.cluster.selfcheck import verify
 from tatar_dist.config.load import load_config
+from tatar_dist.errors import RunError
 from tatar_dist.learner.actor import WeightsOutOfSync
 from tatar_dist.prompts.source import PromptSource
 from tatar_dist.rollout.engine import Sampling, WrongWeightVersion
@@ -31,6 +32,22 @@ from tatar_dist.types import Completion, LearnerRow
 
 PARTS = {"vision": "visual.", "language": "language_model.layers.", "embedding": "embed_tokens", "head": "lm_head"}
 MOVING = ("grpo.optim.lr=0.003", "grpo.optim.schedule=constant")
+
+
+def refuses_to_reset(engine):
+    """On an engine: what it says about its caches while a request holds blocks of the prefix cache."""
+    from vllm import SamplingParams
+
+    vllm = engine.llm.llm_engine
+    vllm.add_request("running", "a plain view of it", SamplingParams(max_tokens=8, temperature=0.0))
+    vllm.step()
+    try:
+        engine._reset_caches()
+    except RunError as error:
+        return str(error)
+    finally:
+        vllm.abort_request(["running"])
+    return None
 
 
 class Rig:
@@ -95,6 +112,12 @@ def rig(started: Rig) -> Rig:
     started.learners.load(started.start, len(started.learners.actors))
     started.push()
     return started
+
+
+def test_an_engine_whose_prefix_cache_is_in_use_does_not_keep_it_in_silence(rig):
+    said = ray.get(rig.pool.engines[0].actor.__ray_call__.remote(refuses_to_reset))
+    assert said == "engine 0: the prefix cache is in use and keeps states of the old weights"
+    assert rig.generate() and rig.push()  # it goes on
 
 
 def test_engines_follow_the_learners_through_three_steps_and_notice_when_they_do_not(rig):

@@ -71,7 +71,7 @@ def test_states_are_sharded_and_the_reference_goes_with_the_kl_term():
     parts = role(found("grpo"), "learner").parts
     p = memory.sizes_of("Qwen2.5-VL-7B").parameters
     states = [parts[k] for k in ("weights", "gradients", "optimizer", "reference")]
-    assert states == [2 * p / 4, 2 * p / 4, 12 * p / 4, 2 * p / 4]
+    assert states == [2 * p / 4, 4 * p / 4, 12 * p / 4, 2 * p / 4]
     assert "reference" not in role(found("grpo", "grpo.kl_beta=0"), "learner").parts
     assert "reference" not in role(found("sft"), "learner").parts
     assert role(found("sft", "sft.optim.name=sgd"), "learner").parts["optimizer"] == 4 * p / 8

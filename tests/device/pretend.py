@@ -1,0 +1,158 @@
+"""A pretended accelerator in torch's CPU build: fake tensors on a device of their own, and DeepSpeed on it.
+
+`FakeAccelerator` runs real module code on tensors without memory: devices, dtypes and shapes are checked as on a GPU,
+allocations are counted, no kernel runs. The values of integers are kept, because vision towers compute shapes from
+them. torch lets a process register one such device, and its autograd engine then takes it for the machine's
+accelerator, so these tests have a process of their own.
+"""
+
+from __future__ import annotations
+
+import traceback
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "pretend"
+RANKS = 8
+aten = torch.ops.aten
+MADE_UP = {torch.bool: False, torch.uint8: 0}  # what a check reads: nothing is wrong. Any other unknown number is 1
+
+
+def register() -> torch.device:
+    """Register the device with torch and DeepSpeed, once in a process."""
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class Accelerator(CPU_Accelerator):
+        def device_name(self, device_index: int | None = None) -> str:
+            return NAME if device_index is None else f"{NAME}:{device_index}"
+
+        def device(self, device_index: int | None = None) -> torch.device:
+            return torch.device(NAME, device_index or 0)
+
+        def current_device(self) -> int:
+            return 0
+
+        def current_device_name(self) -> str:
+            return f"{NAME}:0"
+
+        def communication_backend_name(self) -> str:
+            return "fake"
+
+    if torch._C._get_privateuse1_backend_name() != NAME:
+        _setup_privateuseone_for_python_backend(NAME)
+        getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+        set_accelerator(Accelerator())
+    return torch.device(NAME, 0)
+
+
+def join_process_group() -> None:
+    """Be rank 0 of RANKS, whose collectives return at once. Once in a process, because DeepSpeed keeps the groups."""
+    import deepspeed
+
+    if not dist.is_initialized():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+        deepspeed.init_distributed("fake", auto_mpi_discovery=False, verbose=False)
+
+
+class FakeAccelerator(FakeTensorMode):
+    """Attributes:
+    bytes, peak: bytes on the device now, and their largest number since `reset_peak`.
+    dtypes: {operator: (dtypes of its tensors, result last)} of the calls on the device, counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.bytes = self.peak = 0
+        self.dtypes: dict[str, Counter[tuple[torch.dtype, ...]]] = {}
+        self._values: dict[int, dict[Any, torch.Tensor]] = {}  # by storage, then by view: autograd makes aliases
+        self._storages: dict[int, Any] = {}
+
+    @property
+    def avoid_device_init(self) -> bool:
+        return True  # torch.tensor(…, device=…) must make its tensor on the CPU first
+
+    def __enter__(self) -> FakeAccelerator:
+        self._threads = torch.autograd.set_multithreading_enabled(False)  # the mode is of this thread
+        self._threads.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._threads.__exit__(*error)
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        known = all(self._known(x) for x in inputs)
+        if func is aten._local_scalar_dense.default:
+            return self._value(inputs[0]).item() if known else MADE_UP.get(inputs[0].dtype, 1)
+        values = None
+        if known:
+            with _disable_current_modes():
+                values = func(*tree_map(self._value, args), **tree_map(self._value, kwargs))
+        elif func._schema.is_mutable:
+            for argument, x in zip(func._schema.arguments, args, strict=False):
+                if argument.is_write and isinstance(x, torch.Tensor):
+                    self._values.pop(x.untyped_storage()._cdata, None)
+        try:
+            out = super().dispatch(func, types, args, kwargs)
+        except DynamicOutputShapeException:
+            if values is None:
+                traceback.print_exc()
+                raise
+            device = inputs[0].device
+            with self:
+                out = tree_map(lambda v: torch.empty(v.shape, dtype=v.dtype, device=device), values)
+        except Exception:
+            traceback.print_exc()  # inside a backward the engine ends the process and says nothing
+            raise
+        outputs = [x for x in tree_leaves(out) if isinstance(x, FakeTensor)]
+        for x in outputs:
+            self._count(x)
+        if values is not None:
+            for x, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
+                if isinstance(x, FakeTensor) and (value.numel() == 1 or not value.is_floating_point()):
+                    self._values.setdefault(x.untyped_storage()._cdata, {})[_view(x)] = value
+        if any(x.device.type == NAME for x in (*inputs, *outputs)):
+            dtypes = tuple(x.dtype for x in (*inputs, *outputs[:1]))
+            self.dtypes.setdefault(func.name(), Counter())[dtypes] += 1
+        return out
+
+    def _known(self, x: torch.Tensor) -> bool:
+        if not isinstance(x, FakeTensor):
+            return x.numel() == 1 or not x.is_floating_point()
+        return _view(x) in self._values.get(x.untyped_storage()._cdata, ())
+
+    def _value(self, x: Any) -> Any:
+        if isinstance(x, FakeTensor):
+            return self._values[x.untyped_storage()._cdata][_view(x)]
+        return torch.device("cpu") if isinstance(x, torch.device) else x
+
+    def _count(self, x: torch.Tensor) -> None:
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key not in self._storages:
+            size = storage.nbytes() if x.device.type == NAME else 0
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            self._storages[key] = weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._storages.pop(key, None)
+        self._values.pop(key, None)
+        self.bytes -= size
+
+
+def _view(x: torch.Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.storage_offset(), x.shape, x.stride()

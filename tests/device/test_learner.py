@@ -1,0 +1,94 @@
+"""Steps of a learner at the widths of the real models, every tensor where transformers and DeepSpeed leave it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pretend import NAME
+
+from tatar_dist.learner.zero3 import deepspeed_config
+
+from models import MODELS  # isort: skip
+
+LARGE = "Qwen2.5-VL-7B"
+GRPO = ["grpo.logprob_gap_limit=1e9"]  # values are made up, so is the gap
+FORMS = [
+    ["grpo.kl_beta=0.1"],  # a reference
+    ["grpo.inner_iterations=2"],
+    ["grpo.ratio=sequence", "grpo.importance=sequence", "grpo.importance_mode=mask"],
+    ["model.lora_rank=16", "grpo.kl_beta=0.1"],
+    ["model.train_vision=false"],
+    ["model.gradient_checkpointing=false"],
+    ["model.float32_head=false", "grpo.optim.name=sgd"],
+    ["model.dtype=float32"],
+]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_policy_step_of_every_model(rig, model):
+    metrics = rig(model, "grpo", *GRPO).grpo().metrics
+    assert {"loss/total", "policy/entropy", "optim/grad_norm", "sync/logprob_gap"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("words", FORMS, ids=lambda words: words[0])
+def test_a_policy_step_in_every_form(rig, words):
+    assert "optim/grad_norm" in rig(LARGE, "grpo", *GRPO, *words).grpo().metrics
+
+
+def test_a_supervised_step_and_the_held_out_loss(rig):
+    one = rig(LARGE, "sft")
+    assert "loss/total" in one.sft().metrics
+    assert one.learner.sft_loss([one.rows])["tokens/iqa"] >= 0
+
+
+def test_buffers_lie_on_the_accelerator(rig):
+    module = rig(LARGE, "grpo", *GRPO).learner.zero3.engine.module
+    assert {n: b.device.type for n, b in module.named_buffers() if b.device.type != NAME} == {}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rotary_frequencies_are_float32_in_policy_and_reference(rig, model):
+    zero3 = rig(model, "grpo", *GRPO, "grpo.kl_beta=0.1").learner.zero3
+    for module in (zero3.engine.module, zero3._reference.module):
+        frequencies = {n: b.dtype for n, b in module.named_buffers() if "inv_freq" in n}
+        assert frequencies and set(frequencies.values()) == {torch.float32}, frequencies
+
+
+def test_gradients_are_summed_in_float32_and_the_update_is_one_kernel(rig):
+    one = rig(LARGE, "grpo", *GRPO)
+    assert one.learner.zero3.engine.optimizer.gradient_accumulation_dtype == torch.float32
+    one.grpo()
+    updates = one.mode.dtypes["aten::_fused_adamw_"]
+    assert {d for dtypes in updates for d in dtypes} == {torch.float32}
+
+
+def test_logits_of_a_bfloat16_model_are_float32(rig):
+    one = rig(LARGE, "grpo", *GRPO)
+    one.grpo()
+    assert set(one.mode.dtypes["aten::mm.dtype"]) == {(torch.bfloat16, torch.bfloat16, torch.float32)}
+    rounded = rig(LARGE, "grpo", *GRPO, "model.float32_head=false")
+    rounded.grpo()
+    assert "aten::mm.dtype" not in rounded.mode.dtypes
+
+
+def test_small_parameters_stay_whole_on_an_accelerator_alone(rig):
+    one = rig(LARGE, "grpo", *GRPO)
+    whole = [n for n, p in one.learner.zero3.engine.module.named_parameters() if p.ds_persist]
+    assert any(n.endswith("norm.weight") for n in whole) and not any("mlp" in n and "weight" in n for n in whole)
+    on_cpu = deepspeed_config(one.learner.config, one.learner.config.grpo.optim, torch.device("cpu"))
+    assert on_cpu["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+
+
+@pytest.mark.parametrize("words", [[], ["model.lora_rank=16"]], ids=["full", "lora"])
+def test_what_is_pushed_lies_on_the_accelerator_and_is_what_was_announced(rig, words):
+    from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
+
+    zero3 = rig("Qwen2.5-VL-3B", "grpo", *GRPO, *words).learner.zero3
+    parameters = list(zero3.full_parameters())
+    assert [(n, t.dtype, list(t.shape)) for n, t in parameters] == zero3.metadata()
+    assert {t.device.type for _, t in parameters} == {NAME}
+    assert "lm_head.weight" not in dict(parameters)  # tied: it comes once
+    sent, pairs = 0, iter(parameters)
+    while (chunk := pack_tensors(pairs, lambda pair: pair[1], 256 << 20)) is not None:
+        sent += chunk.packed_tensor.numel()
+    assert sent == sum(t.nbytes for _, t in parameters)
