@@ -79,6 +79,14 @@ def test_small_parameters_stay_whole_on_an_accelerator_alone(rig):
     assert on_cpu["zero_optimization"]["stage3_param_persistence_threshold"] == 0
 
 
+def test_cached_memory_is_given_back_before_engines_wake_for_a_push(rig, monkeypatch):
+    learner, calls = rig("Qwen2.5-VL-3B", "grpo", *GRPO).learner, []
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: calls.append("empty_cache"))
+    monkeypatch.setattr(learner.zero3, "metadata", lambda: calls.append("push") or [("name", torch.bfloat16, [1])])
+    learner.push("nccl", "metadata")
+    assert calls == ["empty_cache", "push"]
+
+
 @pytest.mark.parametrize("words", [[], ["model.lora_rank=16"]], ids=["full", "lora"])
 def test_what_is_pushed_lies_on_the_accelerator_and_is_what_was_announced(rig, words):
     from vllm.distributed.weight_transfer.packed_tensor import pack_tensors

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
+from tatar_dist.config.load import load_config
+from tatar_dist.rollout.options import engine_environment
+from tatar_dist.run import process
 from tatar_dist.run.process import pin
 
 
@@ -27,3 +31,24 @@ def test_each_process_has_its_share_of_its_half(monkeypatch, cores, side, count,
     for index in range(count):
         pin(None, side, index, count)
     assert found == expected
+
+
+def test_compiled_kernels_are_kept_on_the_node_in_a_directory_of_this_user_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(process.tempfile, "tempdir", str(tmp_path))
+    ours = tmp_path / f"tatar-dist-{os.getuid()}"
+    for name in process.CACHES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/chosen")
+    process.use_node_caches()
+    assert os.environ["TRITON_CACHE_DIR"] == "/chosen" and os.environ["VLLM_CACHE_ROOT"] == str(ours / "vllm")
+    assert ours.stat().st_mode & 0o777 == 0o700
+    monkeypatch.delenv("VLLM_CACHE_ROOT")
+    ours.chmod(0o777)  # somebody else could put a kernel into it
+    process.use_node_caches()
+    other = Path(os.environ["VLLM_CACHE_ROOT"]).parent
+    assert other != ours and other.parent == tmp_path and other.stat().st_mode & 0o777 == 0o700
+
+
+def test_engines_run_the_model_runner_that_is_tested():
+    config = load_config([], ["output=unused", "model.path=unused"])
+    assert engine_environment(config, True, 1)["VLLM_USE_V2_MODEL_RUNNER"] == "0"
