@@ -23,7 +23,7 @@ from tatar_dist.run.process import interface_of
 
 
 def local_device(c: ClusterConfig) -> torch.device:
-    """Return the first visible GPU, else the CPU. Raises UserError when the configuration expects a GPU."""
+    """Return the first visible GPU, else the CPU. Raises UserError if a GPU is configured."""
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
     if c.gpus_per_node:
@@ -105,7 +105,7 @@ class RayStore(dist.Store):
         return self._ask("delete", key)
 
     def clone(self) -> RayStore:
-        """Return itself: calls of a Ray actor need no connection of their own, and torch would not keep a new one."""
+        """Return itself: an actor's calls share a connection, and torch would not keep a copy."""
         return self
 
     deleteKey = delete_key  # what torch's C++ side calls it

@@ -131,7 +131,7 @@ class Zero3:
             return self.engine(batch).logp  # type: ignore[no-any-return]
 
     def release_memory(self) -> None:
-        """Return cached memory to the device, for an engine that shares it: the allocator keeps some 40 GB of a 7B."""
+        """Return cached memory to the device for an engine on it; a 7B leaves some 40 GB cached."""
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
 

@@ -108,7 +108,7 @@ class RolloutPool:
             self._lose(e, "its resources are needed")
 
     def relaunch(self) -> None:
-        """Start dead engines at once and wait for them: colocated ones need their memory before learners take it."""
+        """Start dead engines and wait for them: colocated ones need memory before learners do."""
         for e in self.engines[: self.max_engines()]:
             if e.health.state is State.DEAD:
                 e.health.restarting()

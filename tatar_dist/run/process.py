@@ -125,9 +125,9 @@ def importing() -> Iterator[None]:
 
 
 def use_node_caches() -> None:
-    """Keep compiled kernels on this node's disk, unless the environment says where: a shared home would mix nodes'.
+    """Keep compiled kernels on this node's disk, because nodes may not share a cache.
 
-    The directory is this user's alone, because kernels in it are executed.
+    Variables that are set stay. The directory is this user's alone, because kernels in it are executed.
     """
     directory = Path(tempfile.gettempdir()) / f"tatar-dist-{os.getuid()}"
     with suppress(FileExistsError):
