@@ -206,7 +206,13 @@ class Learner:
             "optim/grad_norm": norm,
             **gap,
         }
+        self._hand_over()
         return StepReport(metrics, time.perf_counter() - start)
+
+    def _hand_over(self) -> None:
+        """Return cached memory before a push: an engine that shares the GPU wakes up in it."""
+        if self.config.cluster.placement == "colocated":
+            self.zero3.release_memory()
 
     def _checked_gap(self, gap_sum: float, gap_max: float, tokens: float) -> dict[str, float]:
         """Reduce the gap over all ranks. Raises WeightsOutOfSync if its mean is over the limit."""
@@ -229,7 +235,6 @@ class Learner:
         """Call the method `part` of this rank's sender of the push `way` (sync/)."""
         from tatar_dist.sync import WAYS
 
-        self.zero3.release_memory()  # engines wake up during the push
         if way not in self._senders:
             self._senders[way] = WAYS[way][0](self.zero3, self.rank, self.failpoints)
         return getattr(self._senders[way], part)(*arguments)
@@ -271,3 +276,4 @@ class Learner:
         """Restore a checkpoint of `saved_ranks` ranks; `directory` None: received files. Collective."""
         self.zero3.load(Path(directory) if directory else self._files.received, saved_ranks)
         self._files.discard()
+        self._hand_over()

@@ -79,12 +79,12 @@ def test_small_parameters_stay_whole_on_an_accelerator_alone(rig):
     assert on_cpu["zero_optimization"]["stage3_param_persistence_threshold"] == 0
 
 
-def test_cached_memory_is_given_back_before_engines_wake_for_a_push(rig, monkeypatch):
-    learner, calls = rig("Qwen2.5-VL-3B", "grpo", *GRPO).learner, []
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: calls.append("empty_cache"))
-    monkeypatch.setattr(learner.zero3, "metadata", lambda: calls.append("push") or [("name", torch.bfloat16, [1])])
-    learner.push("nccl", "metadata")
-    assert calls == ["empty_cache", "push"]
+@pytest.mark.parametrize(("placement", "times"), [("colocated", 1), ("disaggregated", 0)])
+def test_cached_memory_is_returned_before_an_engine_on_the_same_gpu_wakes(rig, monkeypatch, placement, times):
+    one, calls = rig("Qwen2.5-VL-3B", "grpo", *GRPO, f"cluster.placement={placement}"), []
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: calls.append(one.mode.bytes))
+    one.grpo()
+    assert len(calls) == times
 
 
 @pytest.mark.parametrize("words", [[], ["model.lora_rank=16"]], ids=["full", "lora"])
