@@ -169,7 +169,7 @@ def test_export_of_a_run_without_a_checkpoint_says_so_and_makes_nothing(tmp_path
     [
         ({"shard_size": "much"}, "--shard-size much: expected a size such as 5GB"),
         ({"dtype": "int8"}, "--dtype int8: must be bfloat16 or float32"),
-        ({"evaluation": "nowhere"}, "--evaluation nowhere: no metrics.json"),
+        ({"evaluation": "nowhere"}, "--evaluation nowhere: metrics.json is absent"),
     ],
 )
 def test_a_bad_option_is_said_and_nothing_is_left(tmp_path, options, message):
