@@ -11,11 +11,9 @@ is then the global loss, however its rows are dealt over ranks and accumulation 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
-Aggregation = Literal["sequence-mean", "token-mean", "constant"]
+from tatar_dist.config.schema import Aggregation
 
 
 def token_weights(lengths: np.ndarray, trained: np.ndarray, aggregation: Aggregation, limit: int) -> np.ndarray:

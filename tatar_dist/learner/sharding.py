@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from tatar_dist.algo.aggregation import Aggregation, token_weights
+from tatar_dist.algo.aggregation import token_weights
+from tatar_dist.config.schema import Aggregation
 from tatar_dist.learner.packing import pack
 from tatar_dist.models.costs import RowCosts, Unit
 from tatar_dist.types import LearnerRow, ScoredGroup

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from tatar_dist.assets import looked_in
+from tatar_dist.config.schema import Config
 from tatar_dist.data.images import UnreadableImage
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import parse
@@ -154,13 +155,13 @@ def read_run(path: Path) -> RunFiles:
         trainings = [t for n in DEMO_TRAININGS if (t := _training(path / n, notes))]
         evaluations = [e for n, model in DEMO_MODELS.items() if (e := _evaluation(path / n, model, notes))]
         manifests = [m for split in ("test", "train") for m in sorted((path / "data").glob(f"*_{split}.parquet"))]
-        config: dict[str, Any] = {}
+        config: Mapping[str, Any] = {}
         summary = _read(path / "summary.json", summary, notes)
     else:
         trainings = [t for t in [_training(path, notes)] if t]
         evaluations = [e for e in [_evaluation(path, "this model", notes)] if e]
-        config = _read(path / "config.yaml", {}, notes)
-        data = config.get("data") or {}
+        config = trainings[0].config if trainings else _config(path, notes)
+        data = config.get("data", {})
         manifests = [Path(data.get("root", ".")) / m for m in data.get("test" if evaluations else "train") or []]
         image_root = data.get("image_root")
     if not trainings and not evaluations:
@@ -175,13 +176,24 @@ def _training(path: Path, notes: list[str]) -> Training | None:
     if not rows:
         return None
     kind = "grpo" if any(k.startswith("reward/") for r in rows for k in r) else "sft"
-    config, quarantine = _read(path / "config.yaml", {}, notes), _json_lines(path / "quarantine.jsonl", notes)
-    return Training(kind, config, rows, quarantine, path, read_events(path))
+    quarantine = _json_lines(path / "quarantine.jsonl", notes)
+    return Training(kind, _config(path, notes), rows, quarantine, path, read_events(path))
+
+
+def _config(path: Path, notes: list[str]) -> dict[str, Any]:
+    """Read config.yaml; a section of another type than the schema's is left out, with a note."""
+    config = _read(path / "config.yaml", {}, notes)
+    sections = [f.name for f in fields(Config) if is_dataclass(f.default_factory)]
+    wrong = [key for key in sections if key in config and not isinstance(config[key], dict)]
+    notes.extend(f"{path.name}/config.yaml: {key} is not a mapping and was left out" for key in wrong)
+    return {key: value for key, value in config.items() if key not in wrong}
 
 
 def _evaluation(path: Path, model: str, notes: list[str]) -> EvaluationFiles | None:
     datasets = _read(path / "metrics.json", {}, notes).get("datasets")
-    if not datasets:
+    if isinstance(datasets, dict):
+        datasets = {name: metrics for name, metrics in datasets.items() if isinstance(metrics, dict)}
+    if not isinstance(datasets, dict) or not datasets:
         return None
     rows = _read(path / "predictions.parquet", [], notes)
     predictions = [{c: r.get(c) for c in PREDICTION_COLUMNS} for r in rows]

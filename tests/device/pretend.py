@@ -65,14 +65,16 @@ def join_process_group() -> None:
 
 
 class FakeAccelerator(FakeTensorMode):
-    """Attributes:
-    bytes, peak: bytes on the device now, and their largest number since `reset_peak`.
-    dtypes: {operator: (dtypes of its tensors, result last)} of the calls on the device, counted.
+    """The mode in which tensors of the device are made.
+
+    Attributes:
+        bytes: of all tensors on the device now.
+        dtypes: {operator: (dtypes of its tensors, result last)} of the calls on the device, counted.
     """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.bytes = self.peak = 0
+        self.bytes = 0
         self.dtypes: dict[str, Counter[tuple[torch.dtype, ...]]] = {}
         self._values: dict[int, dict[Any, torch.Tensor]] = {}  # by storage, then by view: autograd makes aliases
         self._storages: dict[int, Any] = {}
@@ -145,7 +147,6 @@ class FakeAccelerator(FakeTensorMode):
         if key not in self._storages:
             size = storage.nbytes() if x.device.type == NAME else 0
             self.bytes += size
-            self.peak = max(self.peak, self.bytes)
             self._storages[key] = weakref.finalize(storage, self._freed, key, size)
 
     def _freed(self, key: int, size: int) -> None:

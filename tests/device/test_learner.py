@@ -7,6 +7,9 @@ import torch
 from pretend import NAME
 
 from tatar_dist.learner.zero3 import deepspeed_config
+from tatar_dist.models.costs import ModelSizes
+from tatar_dist.plan import memory
+from tatar_dist.plan.plan import resolve
 
 from models import MODELS  # isort: skip
 
@@ -38,7 +41,7 @@ def test_a_policy_step_in_every_form(rig, words):
 def test_a_supervised_step_and_the_held_out_loss(rig):
     one = rig(LARGE, "sft")
     assert "loss/total" in one.sft().metrics
-    assert one.learner.sft_loss([one.rows])["tokens/iqa"] >= 0
+    assert one.learner.sft_loss([one.rows]).keys() == {f"{k}/{t}" for k in ("nll", "tokens") for t in ("iqa", "iaa")}
 
 
 def test_buffers_lie_on_the_accelerator(rig):
@@ -82,9 +85,19 @@ def test_small_parameters_stay_whole_on_an_accelerator_alone(rig):
 @pytest.mark.parametrize(("placement", "times"), [("colocated", 1), ("disaggregated", 0)])
 def test_cached_memory_is_returned_before_an_engine_on_the_same_gpu_wakes(rig, monkeypatch, placement, times):
     one, calls = rig("Qwen2.5-VL-3B", "grpo", *GRPO, f"cluster.placement={placement}"), []
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: calls.append(one.mode.bytes))
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: calls.append("empty_cache"))
     one.grpo()
     assert len(calls) == times
+
+
+@pytest.mark.parametrize("words", [[], ["model.lora_rank=16"]], ids=["full", "lora"])
+def test_what_a_learner_keeps_after_a_step_is_what_plan_counts(rig, words):
+    one = rig(LARGE, "grpo", *GRPO, *words, "cluster.learners=8", "cluster.nodes=2")
+    one.grpo()
+    config, sizes = one.learner.config, ModelSizes.of(one.shape.to_dict())
+    parts = memory.learner(config, resolve(config, "grpo"), sizes, 80 * memory.GIB).parts
+    states = ("weights", "gradients", "optimizer", "reference", "reduce bucket")
+    assert one.mode.bytes == pytest.approx(sum(parts.get(name, 0.0) for name in states), rel=0.02)
 
 
 @pytest.mark.parametrize("words", [[], ["model.lora_rank=16"]], ids=["full", "lora"])

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tatar_dist.algo.aggregation import Aggregation, token_weights
+from tatar_dist.algo.aggregation import token_weights
 from tatar_dist.algo.loss import PolicyLoss, k3_kl, policy_loss, sft_loss
+from tatar_dist.config.schema import Aggregation
 
 LIMIT = 9  # tokens, the constant normaliser's length
 SPLITS = [[7], [1, 6], [3, 1, 2, 1], [1] * 7]  # rows of each (rank, accumulation step): uneven on purpose

@@ -58,6 +58,25 @@ def test_a_damaged_file_is_named_and_the_rest_of_the_page_stands(tmp_path, name)
     assert "How it went" in page.sections
 
 
+@pytest.mark.parametrize("section", ["data", "grpo", "reward"])
+def test_a_section_of_another_type_is_named_and_the_rest_of_the_page_stands(tmp_path, section):
+    run = lines(tmp_path / "run", grpo_rows())
+    rollouts(
+        run, [{"sample_id": name, "completion": "<think>a</think><answer>50.00</answer>"} for name in ("s1", "s2")]
+    )
+    (run / "config.yaml").write_text(json.dumps({section: "foo", "seed": 0}))
+    page = report(run)
+    assert page.notes == [f"run/config.yaml: {section} is not a mapping and was left out"]
+    assert "How it went" in page.sections
+
+
+def test_metrics_that_are_no_mapping_are_left_out(tmp_path):
+    run = evaluation(lines(tmp_path / "mine", sft_rows()), {"set-iqa": scores()}, predictions())
+    for datasets in (3, {"set-iqa": 3}):
+        (run / "metrics.json").write_text(json.dumps({"datasets": datasets}))
+        assert "How it went" in report(run).sections
+
+
 def test_a_damaged_manifest_and_an_undecodable_picture_cost_only_the_pictures(tmp_path):
     good, bad = tmp_path / "good.parquet", tmp_path / "bad.parquet"
     row = {

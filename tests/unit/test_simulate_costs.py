@@ -114,9 +114,8 @@ def test_seven_billion_parameters_need_four_gpus_and_one_gpu_is_not_enough():
     assert simulator.best(1, "colocated") is None
     assert simulator.best(2, "disaggregated") is None
     assert min(learners for learners, _ in simulator.splits(8, "disaggregated")) == 4
-    assert Simulator(grpo("model.path=Qwen/Qwen2.5-VL-3B-Instruct"), estimate(grpo("model.path=Qwen2.5-VL-3B"))).fits(
-        1, "disaggregated"
-    )
+    small = Simulator(grpo("model.path=Qwen/Qwen2.5-VL-3B-Instruct"), estimate(grpo("model.path=Qwen2.5-VL-3B")))
+    assert small.fits(2, "disaggregated") and not small.fits(1, "disaggregated")  # gradients are float32
 
 
 def test_the_estimate_reads_the_weights_once_a_decode_step():

@@ -33,7 +33,7 @@ from tatar_dist.types import TASKS
 GPUS = tuple(1 << k for k in range(11))
 DRAWS = 48
 MEMORY = 0.85  # of a GPU for weights, gradients, optimiser; the rest for activations
-STATE_BYTES = 16  # a parameter: bf16 weight and gradient, fp32 master copy, two moments (ZeRO, arXiv 1910.02054, 3.1)
+STATE_BYTES = 18  # a parameter: bf16 weight; float32 gradient, master copy and two moments (as plan/memory.py)
 REFERENCE_BYTES = 2  # a parameter of the frozen start model that the KL is against
 ENGINE_BYTES = 2
 KV_SHARE = 0.1  # of a GPU, the least an engine needs beside its weights
