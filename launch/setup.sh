@@ -49,11 +49,18 @@ find_python() {
     return 1
 }
 
-# Would pip fetch a CUDA build? Asks for torch's metadata only; nothing is installed.
-torch_is_cuda_build() {
-    "$python" -m pip install --quiet --dry-run --no-deps --ignore-installed --report "$1" \
-        ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0 >>"$log" 2>&1 || return 2
-    "$python" - "$1" <<'PYTHON'
+# Build of the installed torch 2.13.0: cpu or cuda; nothing if there is none.
+installed_torch() {
+    "$python" -c 'import torch; print(torch.__version__.startswith("2.13.0") * ("cuda" if torch.version.cuda else "cpu"))' 2>/dev/null || true
+}
+
+# Build of the torch that pip would fetch for a requirement: cpu or cuda; nothing if it finds none. Asks for its metadata
+# only; nothing is installed.
+offered_torch() {
+    local report=.venv/torch.json
+    "$python" -m pip install --quiet --dry-run --no-deps --ignore-installed --report "$report" \
+        ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$1" >>"$log" 2>&1 || return 0
+    "$python" - "$report" <<'PYTHON'
 import json
 import sys
 
@@ -62,34 +69,39 @@ from pip._vendor.packaging.requirements import Requirement
 (torch,) = json.load(open(sys.argv[1]))["install"]
 needs = [Requirement(line) for line in torch["metadata"].get("requires_dist", [])]
 names = [r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
-sys.exit(0 if any(name.startswith(("nvidia-", "cuda-")) for name in names) else 1)
+print("cuda" if any(name.startswith(("nvidia-", "cuda-")) for name in names) else "cpu")
 PYTHON
 }
 
 base_python=$(find_python)
 mkdir -p .venv
-echo "$device" >.venv/.device
 : >"$log"
 rm -f .venv/.ready-*
 phase "virtual environment" "$base_python" -m venv .venv
 
-if [[ $device == cpu ]] && ! "$python" -c 'import torch, sys; sys.exit(torch.__version__.split("+")[0] != "2.13.0")' 2>/dev/null; then
-    report=$(mktemp)
-    found=0
-    torch_is_cuda_build "$report" || found=$?
-    rm -f "$report"
-    if [[ $found == 0 ]]; then
-        echo "setup: pip would download a CUDA build of torch (several GB); set TORCH_INDEX to the index of the CPU build: PyTorch's get-started page names it" >&2
-        exit 2
-    elif [[ $found == 2 ]]; then
+torch=torch==2.13.0
+[[ $device == cpu ]] || torch+=,!=2.13.0+cpu # a CPU wheel that lies nearer must not win where CUDA is asked for
+build=$(installed_torch)
+if [[ -n $build && $build != "$device" ]]; then
+    echo "setup: DEVICE=$device, but the torch in .venv is a $build build: remove .venv, or set DEVICE=$build" >&2
+    exit 2
+elif [[ -z $build ]]; then
+    build=$(offered_torch "$torch")
+    [[ -n $build ]] || build=$(offered_torch torch==2.13.0)
+    if [[ -z $build ]]; then
         tail -n 5 "$log" >&2
         echo "setup: pip finds no torch==2.13.0 for this Python and platform" >&2
         exit 1
+    elif [[ $build != "$device" ]]; then
+        [[ $build == cpu ]] && size= || size=" (several GB)"
+        echo "setup: DEVICE=$device, but pip would install a $build build of torch$size: set TORCH_INDEX to the index of the $device build, which PyTorch's get-started page names" >&2
+        exit 2
     fi
 fi
+echo "$device" >.venv/.device
 
 # --no-deps: an index for torch alone need not hold the pinned versions of torch's dependencies; they come next.
-phase "torch 2.13.0" "$python" -m pip install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
+phase "torch 2.13.0" "$python" -m pip install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"
 phase "Ray, vLLM, DeepSpeed, transformers, tools" \
     "$python" -m pip install -c "$constraints" -r <("$python" - "$device" <<'PYTHON'
 import sys
