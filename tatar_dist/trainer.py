@@ -24,6 +24,7 @@ from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.faults.stall import StallDetector, Stalled, processes_of
 from tatar_dist.faults.waiting import Waits, first_line
 from tatar_dist.learner.group import LearnerGroup
+from tatar_dist.plan.memory import check_fit
 from tatar_dist.plan.plan import Stage, resolve
 from tatar_dist.plan.proven import unproven
 from tatar_dist.rollout.pool import RolloutPool
@@ -169,6 +170,7 @@ class Run:
         enter = self._stack.enter_context
         enter(self.directory.running(self.stage, self._total, self._step, self.plan.learners, self.plan.engines))
         self._cluster = enter(Cluster(c, self._log, overlap, self.waits))
+        check_fit(c, self.plan, self._cluster.smallest_gpu())
         self._progress = enter(Progress(self.stage, self._total, self._step))
         enter(self._watch)
         self._stack.callback(self._checkpoints.abandon)  # its thread must not use Ray after the shutdown

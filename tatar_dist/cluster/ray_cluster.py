@@ -21,6 +21,7 @@ from ray._private.state import available_resources_per_node, total_resources_per
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from tatar_dist.cluster.nodes import read_nodes
 from tatar_dist.cluster.ray_start import start_ray
 from tatar_dist.cluster.reward import RemoteScorer, RewardScorer
 from tatar_dist.config.schema import Config
@@ -33,6 +34,7 @@ from tatar_dist.rollout.engine import RolloutEngine
 from tatar_dist.rollout.options import COMMON_ENV, engine_environment
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.failpoints import Failpoints
+from tatar_dist.run.gpus import check
 from tatar_dist.run.process import pin
 
 FEWER_WAIT_S = 10.0  # for fewer learners: the nodes are there
@@ -80,6 +82,10 @@ class Cluster:
         if self._own:
             start_ray(self.config, self.address, self.cores)
         self._nodes = self._living()
+
+    def smallest_gpu(self) -> float | None:
+        """Check the GPUs of all nodes. Returns the GiB of the smallest; None on CPUs."""
+        return check(read_nodes()) if self.gpu else None
 
     def threads(self, processes: int) -> int:
         """Return the CPU threads of each of `processes` learners or engines that share the cores."""

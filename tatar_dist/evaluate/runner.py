@@ -33,6 +33,7 @@ from tatar_dist.evaluate.answers import AnswerJournal, batch_size, batches, dist
 from tatar_dist.evaluate.metrics import score_metrics, set_names, spread
 from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.faults.waiting import Waits
+from tatar_dist.plan.memory import check_fit
 from tatar_dist.plan.plan import resolve
 from tatar_dist.prompts.answer import clamped, parse, think_words
 from tatar_dist.prompts.render import PromptTexts
@@ -166,6 +167,7 @@ class Evaluation:
 
     def _engines(self, stack: ExitStack) -> RolloutPool:
         cluster = stack.enter_context(Cluster(self.config, self.directory.events.log, waits=self.waits))
+        check_fit(self.config, self.plan, cluster.smallest_gpu())
         pool = cluster.engines(self.plan.engines)
         pool.start(cluster.threads(self.plan.engines))
         pool.started()

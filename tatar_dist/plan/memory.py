@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ CONTEXT, ENGINE_OTHER = 1.5 * GIB, 3.0 * GIB
 MOMENTARY = 1.3  # alive for a moment beside what is kept, and an allocator's gaps
 KEPT = {"float32": 4.16, "bfloat16": 2.28}  # bytes an element kept; norms keep float32 also in bfloat16 (measured)
 HEADROOM = 0.05  # of a GPU that must be left: an allocator cannot use the last of it
+STATES = ("weights", "gradients", "optimizer", "reference")  # parts whose sizes are certain
 NOTE = (
     "Estimated from sizes; nothing was compared with a GPU. On a CPU an update of a 14M model took 312 MiB where 395 "
     "are estimated, with gradient checkpointing 89 where 127 are (362 and 194 with freed memory that the allocator "
@@ -147,6 +149,26 @@ def estimate(config: Config, plan: Plan, gpu_gib: float | None = None) -> Estima
             if not roles[-1].fits:
                 advice.append(advise(config, plan, sizes, gib * GIB))
     return Estimate(plan.stage, gib, tuple(roles), tuple(advice))
+
+
+def check_fit(config: Config, plan: Plan, gpu_gib: float | None) -> None:
+    """Refuse GPUs that weights and states exceed; print a warning if only the estimate does.
+
+    gpu_gib: of the smallest GPU; None on CPUs, where nothing is checked, nor is a model of unknown sizes.
+    """
+    try:
+        estimated = estimate(config, plan, gpu_gib) if gpu_gib else None
+    except UserError:
+        return
+    if not isinstance(estimated, Estimate):
+        return
+    for m, advice in zip((m for m in estimated.roles if not m.fits), estimated.advice, strict=True):
+        states = {part: size / GIB for part, size in m.parts.items() if part in STATES}
+        has = f"the smallest GPU has {gpu_gib:.1f} GiB, and "
+        if sum(states.values()) > estimated.gpu_gib:
+            parts = f"{', '.join(states)} of each {m.role} take {sum(states.values()):.1f}"
+            raise UserError(f"{has}{parts}: {advice}")
+        print(f"tatar-dist: {has}by the estimate {advice} (tatar-dist plan)", file=sys.stderr)
 
 
 def learner(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory:

@@ -18,6 +18,7 @@ from itertools import accumulate, islice, product
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.models import family
+from tatar_dist.plan.memory import check_fit
 from tatar_dist.plan.plan import resolve
 from tatar_dist.rationale.checks import Reason
 from tatar_dist.rationale.ledger import LedgerEntry, journal_line
@@ -55,6 +56,7 @@ class LocalAsking(Asker):
         """Ask the rows. Raises UserError: unusable model or cluster; RunError: dead or late engine."""
         plan = resolve(self.config, "evaluate")
         with Cluster(self.config) as cluster:
+            check_fit(self.config, plan, cluster.smallest_gpu())
             pool = cluster.engines(plan.engines)
             pool.start(cluster.threads(plan.engines))
             pool.started()

@@ -16,8 +16,11 @@ from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.errors import UserError
 from tatar_dist.evaluate.answers import batches_by_pixels
 from tatar_dist.evaluate.metrics import spread
+from tatar_dist.plan.memory import check_fit
+from tatar_dist.plan.plan import resolve
 from tatar_dist.prompts.answer import clamped, parse, think_text
 from tatar_dist.rollout.options import COMMON_ENV, engine_environment, gpu_available, set_environment
+from tatar_dist.run.gpus import check_here
 from tatar_dist.scoring.directory import model_config
 from tatar_dist.types import TASKS, Completion, Prompt, Sample, Task
 
@@ -74,6 +77,7 @@ class Scorer:
         rollout = self.config.rollout
         longest = min(rollout.max_model_len, self.texts.longest(rollout.max_new_tokens))
         self.config = replace(self.config, rollout=replace(rollout, max_model_len=longest))
+        check_fit(self.config, resolve(self.config, "evaluate"), check_here(rollout.tensor_parallel))
         set_environment(engine_environment(self.config, gpu_available(), len(os.sched_getaffinity(0))))
         from tatar_dist.rollout.engine import RolloutEngine
 

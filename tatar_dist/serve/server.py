@@ -26,7 +26,10 @@ import psutil
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import EXIT_INTERRUPTED, RunError, UserError
+from tatar_dist.plan.memory import check_fit
+from tatar_dist.plan.plan import resolve
 from tatar_dist.rollout.options import COMMON_ENV, engine_environment, gpu_available, set_environment, vllm_options
+from tatar_dist.run.gpus import check_here
 from tatar_dist.scoring.directory import model_config, run_of
 from tatar_dist.types import TASKS
 
@@ -57,8 +60,9 @@ def run(model: Path, host: str, port: int, key_env: str | None, open_to_all: boo
     """
     key = _key(host, key_env, open_to_all)
     with _bound(host, port) as sock:
-        model_config(model, words)  # fail before torch is imported, which takes seconds
+        config = model_config(model, words)  # fail before torch is imported, which takes seconds
         _set_environment(COMMON_ENV)
+        check_fit(config, resolve(config, "evaluate"), check_here(config.rollout.tensor_parallel))
         gpu = gpu_available()
         config = model_config(model, words if gpu else [f"rollout.max_num_seqs={CPU_SEQS}", *words])
         _set_environment(environment(config, gpu))

@@ -26,7 +26,7 @@ def pretended_driver(
     gib: float = 80,
     capability: tuple[int, int] = (9, 0),
     driver: str = "580.65.06",
-    cuda: int = 13000,
+    cuda: int | None = None,
     mig: bool = False,
     nvlink: bool = True,
     error: int = 0,
@@ -35,6 +35,7 @@ def pretended_driver(
     """Return the environment in which a process is told of these GPUs.
 
     Args:
+        cuda: the newest CUDA that the driver offers; by default 13.0 from 580 on, else 12.2.
         directory: takes the library; each pretended machine has its own.
         error: what nvmlInit returns: 9, no driver is loaded; 18, the driver and its library have different versions.
         others: name, gib, capability or mig of single GPUs, by index.
@@ -43,6 +44,8 @@ def pretended_driver(
     if not library.exists():
         command = ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", f"-Wl,-soname,{NAME}", "-o", str(library)]
         subprocess.run([*command, str(SOURCE), "-ldl"], check=True)
+    if cuda is None:
+        cuda = 13000 if int(driver.split(".")[0]) >= 580 else 12020
     lines = [f"{error} {driver} {cuda} {nvlink:d}"]
     for i in range(gpus):
         gpu = {"name": name, "gib": gib, "capability": capability, "mig": mig, **(others or {}).get(i, {})}

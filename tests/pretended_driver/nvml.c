@@ -10,7 +10,7 @@
 #include <string.h>
 
 enum { SUCCESS, UNINITIALIZED, INVALID_ARGUMENT, NOT_SUPPORTED, NOT_FOUND = 6, TOO_SMALL = 7, UNKNOWN = 999 };
-enum { MOST = 64, P2P_NOT_SUPPORTED = 5, TOPOLOGY_HOST = 30, NVLINKS = 18 };
+enum { MOST = 64, P2P_NVLINK = 2, P2P_NOT_SUPPORTED = 5, TOPOLOGY_HOST = 30, NVLINKS = 18 };
 
 typedef struct {
     unsigned long long mib;
@@ -124,7 +124,7 @@ int nvmlDeviceGetNvLinkState(Device d, unsigned link, unsigned *active) {
 
 int nvmlDeviceGetP2PStatus(Device a, Device b, int what, int *status) {
     if (!is_gpu(a) || !is_gpu(b)) return INVALID_ARGUMENT;
-    *status = what == 4 && !nvlink ? P2P_NOT_SUPPORTED : 0; /* 4: NVLink */
+    *status = what == P2P_NVLINK && !nvlink ? P2P_NOT_SUPPORTED : 0;
     return SUCCESS;
 }
 

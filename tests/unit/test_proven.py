@@ -52,4 +52,4 @@ def test_doctor_asks_to_look_at_what_was_never_run_and_is_content_all_the_same()
     checks = list(doctor._paths())
     assert {c.name for c in checks if not c.ok} == {p.name for p in COVERAGE if p.status == NEVER} != set()
     assert all("tests/gpu" in c.hint for c in checks) and doctor.as_json(checks)["ok"]
-    assert doctor.as_table(checks).caption == LEGEND
+    assert doctor.as_table(checks, everything=True).caption == LEGEND

@@ -1,0 +1,36 @@
+"""Ask the nodes of the cluster, each in a Ray task that needs no free CPU or GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tatar_dist.run.gpus import Machine, read
+
+ANSWER_S = 60
+
+
+def tasks_on_nodes(function: Callable[..., Any]) -> list[tuple[dict[str, Any], Any]]:
+    """Return (entry of `ray.nodes()`, remote `function` that runs there) of living nodes."""
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    living = [n for n in ray.nodes() if n["Alive"]]
+    return [(n, task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], False))) for n in living]
+
+
+def read_node() -> Machine:
+    """Read the GPUs of this task's node: Ray hides them from a task that asks for none."""
+    return read(ray._private.worker.global_worker.original_visible_accelerator_ids.get("GPU"))
+
+
+def read_nodes() -> list[Machine]:
+    """Read the GPUs of every node where Ray has some, except of one that is lost meanwhile."""
+    asked = [task.remote() for n, task in tasks_on_nodes(read_node) if n["Resources"].get("GPU")]
+    machines = []
+    for answer in ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)[0] if asked else ():
+        with suppress(ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError):
+            machines.append(ray.get(answer))
+    return machines

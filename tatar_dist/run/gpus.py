@@ -1,0 +1,154 @@
+"""Ask a machine's driver about its GPUs, and find those that no run can use.
+
+Runs and `tatar-dist doctor` share the rules. The driver answers through NVML, by the binding that Ray contains and
+counts GPUs with; no CUDA context is made. GPUs that CUDA_VISIBLE_DEVICES leaves out are left out here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import NamedTuple
+
+from tatar_dist.errors import UserError
+
+GIB = 1 << 30
+CUDA, DRIVER = (13, 0), 580  # of torch's build, and the first driver that offers it
+CAPABILITY = (8, 0)  # A100: kernels for bfloat16 and the packed attention
+ANSWERS = "nvidia-smi must work there; after an update of the driver, reboot"
+RULES = ("GPU driver", "compute capability", "MIG", "kinds of GPU")
+OTHERS = "set CUDA_VISIBLE_DEVICES to other GPUs (before `ray start`), or take another node"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. free: GiB that no process holds; mig: it is in MIG mode, divided into slices."""
+
+    index: int
+    name: str
+    gib: float
+    free: float
+    capability: tuple[int, int]
+    mig: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs that a run may use on a host.
+
+    cuda: the newest that the driver offers; nvlink: between each two GPUs; error: why the driver does not answer.
+    """
+
+    host: str
+    gpus: tuple[Gpu, ...] = ()
+    driver: str = ""
+    cuda: tuple[int, int] = (0, 0)
+    nvlink: bool = False
+    error: str = ""
+
+
+class Unusable(NamedTuple):
+    """What no run can use. `rule`: one of RULES; `hint`: what to do."""
+
+    rule: str
+    found: str
+    hint: str
+
+
+def read(visible: Sequence[str] | None = None) -> Machine:
+    """Ask this machine's driver. `visible`: the entries of CUDA_VISIBLE_DEVICES; None: all GPUs."""
+    import ray._private.thirdparty.pynvml as nvml
+
+    host = socket.gethostname()
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as e:
+        return Machine(host, error=str(e))
+    try:
+        handles = {}
+        for i in range(nvml.nvmlDeviceGetCount()):
+            handle, mig = nvml.nvmlDeviceGetHandleByIndex(i), False
+            with suppress(nvml.NVMLError):  # a GPU without MIG
+                mig = nvml.nvmlDeviceGetMigMode(handle)[0] == 1
+            name, memory = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetMemoryInfo(handle)
+            capability = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+            gpu = Gpu(i, name, memory.total / GIB, memory.free / GIB, capability, mig)
+            if visible is None or any(_names(v, gpu, nvml.nvmlDeviceGetUUID(handle)) for v in visible):
+                handles[gpu] = handle
+        pairs, linked = combinations(handles.values(), 2), False
+        with suppress(nvml.NVMLError):  # GPUs that never have NVLink
+            states = (nvml.nvmlDeviceGetP2PStatus(a, b, nvml.NVML_P2P_CAPS_INDEX_NVLINK) for a, b in pairs)
+            linked = all(state == nvml.NVML_P2P_STATUS_OK for state in states)
+        driver, cuda = nvml.nvmlSystemGetDriverVersion(), nvml.nvmlSystemGetCudaDriverVersion()  # 12020: 12.2
+        return Machine(host, tuple(handles), driver, (cuda // 1000, cuda % 1000 // 10), linked)
+    except nvml.NVMLError as e:
+        return Machine(host, error=str(e))
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _names(entry: str, gpu: Gpu, uuid: str) -> bool:
+    """Return whether an entry of CUDA_VISIBLE_DEVICES means this GPU, or a slice of it."""
+    return entry == str(gpu.index) or uuid.startswith(entry) or (entry.startswith("MIG-") and gpu.mig)
+
+
+def read_here() -> Machine:
+    """Ask about the GPUs that this process may use."""
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return read(None if variable is None else [entry.strip() for entry in variable.split(",") if entry.strip()])
+
+
+def problems(machines: Sequence[Machine]) -> Iterator[Unusable]:
+    """Yield what no run can use on machines that share a job."""
+    needed = "{}.{}".format(*CUDA)
+    for m in machines:
+        if m.error:
+            yield Unusable("GPU driver", f"{m.host}: the NVIDIA driver does not answer ({m.error})", ANSWERS)
+        elif m.gpus and m.cuda < CUDA and int(m.driver.split(".")[0]) < DRIVER:
+            offer = f"{m.host}: NVIDIA driver {m.driver} offers CUDA {m.cuda[0]}.{m.cuda[1]}, needed is {needed}"
+            yield Unusable("GPU driver", offer, f"install driver {DRIVER} or newer")
+    for where, gpu, _ in _grouped(machines, lambda gpu: gpu.capability < CAPABILITY):
+        has = "{}.{}, needed is {}.{}".format(*gpu.capability, *CAPABILITY)
+        yield Unusable("compute capability", f"{where} has compute capability {has}", OTHERS)
+    for where, _, numbers in _grouped(machines, lambda gpu: gpu.mig):
+        off = f"run nvidia-smi -i {numbers} -mig 0 there, or {OTHERS}"
+        yield Unusable("MIG", f"{where} is divided by MIG, needed are whole GPUs", off)
+    kinds = Counter(gpu.name for m in machines for gpu in m.gpus)
+    most = max(kinds, key=lambda name: kinds[name], default="")
+    for where, *_ in _grouped(machines, lambda gpu: gpu.name != most):
+        yield Unusable("kinds of GPU", f"{where} is of another kind than the job's others ({most})", OTHERS)
+
+
+def _grouped(machines: Sequence[Machine], bad: Callable[[Gpu], bool]) -> Iterator[tuple[str, Gpu, str]]:
+    """Yield (host, numbers and name; one of them; numbers) of bad GPUs, by host and kind."""
+    for m in machines:
+        for name in dict.fromkeys(gpu.name for gpu in m.gpus if bad(gpu)):
+            alike = [gpu for gpu in m.gpus if bad(gpu) and gpu.name == name]
+            numbers = ",".join(str(gpu.index) for gpu in alike)
+            yield f"{m.host}: GPU {numbers} ({name})", alike[0], numbers
+
+
+def check(machines: Sequence[Machine]) -> float | None:
+    """Return the GiB of the smallest GPU; None if there is none. Raises UserError."""
+    if found := list(problems(machines)):
+        more = f" (and {len(found) - 1} more: tatar-dist doctor)" if len(found) > 1 else ""
+        raise UserError(f"{found[0].found}: {found[0].hint}{more}")
+    return min((gpu.gib for m in machines for gpu in m.gpus), default=None)
+
+
+def check_here(count: int) -> float | None:
+    """Check the first `count` GPUs here, unless torch is a CPU build. Returns as `check` does."""
+    import torch
+
+    if torch.version.cuda is None:
+        return None
+    here = read_here()
+    if not here.error and len(here.gpus) < count:
+        hint = "set CUDA_VISIBLE_DEVICES and rollout.tensor_parallel, or install with DEVICE=cpu"
+        raise UserError(f"{here.host}: needed are {count} GPUs, visible are {len(here.gpus)}: {hint}")
+    return check([replace(here, gpus=here.gpus[:count])])
