@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Create .venv and install everything under exact pins; instant when nothing changed. Called by `make setup`.
+# Create .venv (or the directory that is the argument) and install everything under exact pins; instant when nothing
+# changed. Called by `make setup`.
 #
 # Environment: DEVICE (cpu|cuda), TORCH_INDEX (index for torch alone, may be empty), PYTHON (interpreter, may be empty).
 # Packages come from wherever pip is configured to look. The order matters: torch first and by exact version, otherwise
@@ -9,19 +10,20 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 device=${DEVICE:?cpu or cuda}
 case $device in cpu | cuda) ;; *) echo "setup: DEVICE=$device: must be cpu or cuda" >&2; exit 2 ;; esac
-made_for=$(cat .venv/.device 2>/dev/null || true)
+venv=${1:-.venv}
+made_for=$(cat $venv/.device 2>/dev/null || true)
 if [[ -n $made_for && $made_for != "$device" ]]; then
-    echo "setup: .venv was made with DEVICE=$made_for: remove it to have DEVICE=$device here, or use another checkout" >&2
+    echo "setup: $venv was made with DEVICE=$made_for: remove it to have DEVICE=$device here, or use another checkout" >&2
     exit 2
 fi
 constraints=launch/constraints-$device.txt
 inputs=(pyproject.toml "$constraints" launch/photos.txt launch/fix_torchvision.py launch/setup.sh)
-stamp=.venv/.ready-$device-$(cat "${inputs[@]}" | cksum | cut -d' ' -f1)
+stamp=$venv/.ready-$device-$(cat "${inputs[@]}" | cksum | cut -d' ' -f1)
 [[ -e $stamp ]] && exit 0
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-log=.venv/setup.log
-python=.venv/bin/python
+log=$venv/setup.log
+python=$venv/bin/python
 
 # phase NAME COMMAND...: one line of progress; the command's own words only when it fails
 phase() {
@@ -57,7 +59,7 @@ installed_torch() {
 # Build of the torch that pip would fetch for a requirement: cpu or cuda; nothing if it finds none. Asks for its metadata
 # only; nothing is installed.
 offered_torch() {
-    local report=.venv/torch.json
+    local report=$venv/torch.json
     "$python" -m pip install --quiet --dry-run --no-deps --ignore-installed --report "$report" \
         ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$1" >>"$log" 2>&1 || return 0
     "$python" - "$report" <<'PYTHON'
@@ -74,16 +76,16 @@ PYTHON
 }
 
 base_python=$(find_python)
-mkdir -p .venv
+mkdir -p $venv
 : >"$log"
-rm -f .venv/.ready-*
-phase "virtual environment" "$base_python" -m venv .venv
+rm -f $venv/.ready-*
+phase "virtual environment" "$base_python" -m venv $venv
 
 torch=torch==2.13.0
 [[ $device == cpu ]] || torch+=,!=2.13.0+cpu # a CPU wheel that lies nearer must not win where CUDA is asked for
 build=$(installed_torch)
 if [[ -n $build && $build != "$device" ]]; then
-    echo "setup: DEVICE=$device, but the torch in .venv is a $build build: remove .venv, or set DEVICE=$build" >&2
+    echo "setup: DEVICE=$device, but the torch in $venv is a $build build: remove $venv, or set DEVICE=$build" >&2
     exit 2
 elif [[ -z $build ]]; then
     build=$(offered_torch "$torch")
@@ -98,7 +100,7 @@ elif [[ -z $build ]]; then
         exit 2
     fi
 fi
-echo "$device" >.venv/.device
+echo "$device" >$venv/.device
 
 # --no-deps: an index for torch alone need not hold the pinned versions of torch's dependencies; they come next.
 phase "torch 2.13.0" "$python" -m pip install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"

@@ -1,5 +1,7 @@
-"""A pretended accelerator in torch's CPU build: fake tensors on a device of their own, and DeepSpeed on it.
+"""A pretended accelerator: fake tensors on a device of their own, and DeepSpeed on it.
 
+In torch's CUDA build the device is "cuda" (pretended_gpu.py), with DeepSpeed's own accelerator, real streams and events
+around kernels that do not run. The CPU build has no such device, so one is registered.
 `FakeAccelerator` runs real module code on tensors without memory: devices, dtypes and shapes are checked as on a GPU,
 allocations are counted, no kernel runs. The values of integers are kept, because vision towers compute shapes from
 them. torch lets a process register one such device, and its autograd engine then takes it for the machine's
@@ -13,6 +15,8 @@ import weakref
 from collections import Counter
 from typing import Any
 
+from pretended_gpu import CUDA  # isort: skip # before torch
+
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
@@ -21,14 +25,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-NAME = "pretend"
+NAME = "cuda" if CUDA else "pretend"
 RANKS = 8
 aten = torch.ops.aten
 MADE_UP = {torch.bool: False, torch.uint8: 0}  # what a check reads: nothing is wrong. Any other unknown number is 1
 
 
 def register() -> torch.device:
-    """Register the device with torch and DeepSpeed, once in a process."""
+    """Register the device with torch and DeepSpeed, once in a process. "cuda" needs nothing."""
+    if CUDA:
+        return torch.device(NAME, 0)
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
@@ -97,6 +103,8 @@ class FakeAccelerator(FakeTensorMode):
         kwargs = dict(kwargs or {})
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         known = all(self._known(x) for x in inputs)
+        if func is aten.record_stream.default:  # it has no form for fake tensors
+            return None
         if func is aten._local_scalar_dense.default:
             return self._value(inputs[0]).item() if known else MADE_UP.get(inputs[0].dtype, 1)
         values = None
