@@ -164,8 +164,8 @@ class ModelSizes:
         return RowCosts(image / text, 2 * self.text["hidden_size"] / layer, pairs / text)
 
 
-def kept_elements(sizes: ModelSizes, patches: float, tokens: float, checkpointing: bool) -> float:
-    """Count what autograd keeps of `patches` (vision tower) and `tokens` (language model).
+def layer_elements(sizes: ModelSizes, patches: float, tokens: float) -> tuple[float, float]:
+    """Count what autograd keeps of a vision block for `patches` and of a decoder layer for `tokens`.
 
     A vision block of width h and intermediate width m keeps of each patch: twice its input and two results of a norm
     (6 h), queries, keys and the fused projection that values are a part of (5 h), attention's output (h), and four
@@ -173,20 +173,31 @@ def kept_elements(sizes: ModelSizes, patches: float, tokens: float, checkpointin
     """
     t, v = sizes.text, sizes.vision
     block = patches * (12 * v["hidden_size"] + 4 * v["intermediate_size"])
-    layer = tokens * (8 * t["hidden_size"] + 2 * sizes.kv + 4 * t["intermediate_size"])
-    if not checkpointing:
-        return v["depth"] * block + t["num_hidden_layers"] * layer
-    inputs = patches * v["depth"] * v["hidden_size"] + tokens * t["num_hidden_layers"] * t["hidden_size"]
-    return inputs + 2 * max(block, layer)  # what the layer keeps again, and gradients of about as much
+    return block, tokens * (8 * t["hidden_size"] + 2 * sizes.kv + 4 * t["intermediate_size"])
+
+
+def kept_elements(sizes: ModelSizes, patches: float, tokens: float, checkpointing: bool) -> float:
+    """Count what autograd keeps of a forward: all of every layer, or with checkpointing its input.
+
+    Beside the layers: pixels in float32 and once more, the merger's norm and MLP (5 h of a patch), and the last norm
+    (4 h of a token).
+    """
+    t, v = sizes.text, sizes.vision
+    ends = patches * (3 * sizes.patch / v["hidden_size"] + 5 * v["hidden_size"]) + tokens * 4 * t["hidden_size"]
+    block, layer = layer_elements(sizes, patches, tokens)
+    if checkpointing:
+        block, layer = patches * v["hidden_size"], tokens * t["hidden_size"]
+    return ends + v["depth"] * block + t["num_hidden_layers"] * layer
 
 
 def head_bytes(sizes: ModelSizes, tokens: float, wide: int, trained: bool = True) -> float:
     """Return the peak bytes of the language-model head for the logits of `tokens` tokens.
 
-    Backward: two chunks of logits and, if `trained`, the weight's gradient, summed in float32 and then converted to the
-    weight's dtype (`wide` bytes). Forward: three chunks, or four if there are several: the previous one is still held.
+    Forward: three chunks of float32 logits, or four if there are several: the previous one is still held. Backward: the
+    weight's gradient in float32 if `trained`, a chunk of gradients in the weight's dtype (`wide` bytes), and beside
+    them either a chunk of logits or, below float32, the chunk's product in the weight's dtype.
     """
     logits = 4.0 * tokens * sizes.text["vocab_size"]
     chunk, live = (logits, 3) if logits <= CHUNK else (CHUNK, 4)
-    gradient = trained * sizes.head * (4 if wide == 4 else 4 + wide)
-    return max(live * chunk, gradient + 2 * chunk)
+    product = wide * sizes.head if trained and wide < 4 else 0
+    return max(live * chunk, 4 * trained * sizes.head + chunk * wide / 4 + max(chunk, product))

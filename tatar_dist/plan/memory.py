@@ -6,18 +6,20 @@ No weights are loaded, and torch is not imported. Parts on a learner (P paramete
     gradients              4 P / N               summed in float32
     optimizer              12 P / N              float32 master weights and two moments (SGD: master weights)
     reference              2 P / N               GRPO with kl_beta > 0; adapters (learner/lora.py) need none
-    gathered layers        2 x at most 1e9       DeepSpeed's stage3_max_live_parameters
+    gathered layers        2 x at most 1e9       DeepSpeed's stage3_max_live_parameters, and the head if it is not tied
     reduce bucket          2 x 5e8               DeepSpeed's reduce_bucket_size, allocated at once
-    activations            what autograd keeps of a packed forward of micro_tokens (terms: models/costs.py), or with
-                           checkpointing every layer's input and twice one layer; times 1.3, more than a CPU needs
-    head                   float32 gradient of its weight and chunks of logits (learner/policy.py)
+    activations            what autograd keeps of a packed forward of micro_tokens (models/costs.py), or with
+                           checkpointing every layer's input
+    head and logits        float32 gradient of its weight and chunks of logits (learner/policy.py)
+    temporaries            in a layer's backward: what checkpointing keeps again, gradients, a copy of the reduce bucket
     step                   float32 gradients of one sub-group of at most 1e9, after activations are freed
 
-On an engine: weights, `ENGINE_OTHER` for activations and CUDA graphs, and the rest of gpu_memory_utilization for keys
-and values. CONTEXT (CUDA, NCCL) and ENGINE_OTHER are assumptions; nothing here was compared with a GPU.
+Head, temporaries and step are of different moments; the largest counts. On an engine: weights, `ENGINE_OTHER` for
+activations and CUDA graphs, and the rest of gpu_memory_utilization for keys and values. ALLOCATOR, CONTEXT (CUDA, NCCL,
+kernels' workspaces) and ENGINE_OTHER are assumptions; nothing here was compared with a GPU.
 
-NOTE gives measured updates of the benches' 14M model on a CPU that returns freed memory at once
-(MALLOC_MMAP_THRESHOLD_=65536); torch's profiler reports 305 and 78 MiB alive. HEADROOM covers gaps of a GPU allocator.
+tests/device/test_memory.py counts the parts of a step on tensors without memory. tests/unit/test_memory.py measures
+updates of a 14M model on a CPU that returns freed memory at once (MALLOC_MMAP_THRESHOLD_=65536).
 """
 
 from __future__ import annotations
@@ -32,20 +34,21 @@ from typing import Any
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.models.costs import TOKEN_PIXELS, ModelSizes, head_bytes, kept_elements
+from tatar_dist.models.costs import TOKEN_PIXELS, ModelSizes, head_bytes, kept_elements, layer_elements
 from tatar_dist.plan.plan import Plan
 
 GIB = 2**30
 LIVE, BUCKET, SUB_GROUP = 1e9, 5e8, 1e9  # parameters; defaults of DeepSpeed
 CONTEXT, ENGINE_OTHER = 1.5 * GIB, 3.0 * GIB
-MOMENTARY = 1.3  # alive for a moment beside what is kept, and an allocator's gaps
-KEPT = {"float32": 4.16, "bfloat16": 2.28}  # bytes an element kept; norms keep float32 also in bfloat16 (measured)
+ALLOCATOR = 0.2  # assumed: gaps that it leaves between what comes and goes
+KEPT = {"float32": 4.16, "bfloat16": 2.15}  # bytes an element kept; norms keep float32 also in bfloat16 (counted)
+GRADIENTS = 0.58  # gradients inside a layer's backward, as a share of what the layer keeps (counted)
 HEADROOM = 0.05  # of a GPU that must be left: an allocator cannot use the last of it
 STATES = ("weights", "gradients", "optimizer", "reference")  # parts whose sizes are certain
 NOTE = (
-    "Estimated from sizes; nothing was compared with a GPU. On a CPU an update of a 14M model took 312 MiB where 395 "
-    "are estimated, with gradient checkpointing 89 where 127 are (362 and 194 with freed memory that the allocator "
-    "kept). What fits leaves 5 % of a GPU free."
+    "Estimated from sizes; nothing was compared with a GPU. The parts of a 3B's and a 7B's step are within 10 % of bytes "
+    "counted on tensors without memory; the allocator's gaps (20 % of what comes and goes), CUDA and NCCL are assumed. "
+    "What fits leaves 5 % of a GPU free."
 )
 PROMPT_TEXT = 100  # tokens around an image in configs/prompts.yaml
 VISION = {
@@ -172,7 +175,20 @@ def check_fit(config: Config, plan: Plan, gpu_gib: float | None) -> None:
 
 
 def learner(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory:
-    """Estimate one ZeRO-3 rank at the larger of its two peaks: backward, or optimizer step."""
+    """Estimate one ZeRO-3 rank at the largest of its `moments`."""
+    held, peaks = moments(config, plan, sizes)
+    peak = max(peaks.values(), key=lambda parts: sum(parts.values()))
+    more = {"CUDA and NCCL": CONTEXT, "allocator": ALLOCATOR * sum(peak.values())}
+    if plan.colocated:
+        more["engine asleep"] = CONTEXT
+    return Memory("learner", {k: v for k, v in (held | peak | more).items() if v}, room)
+
+
+def moments(config: Config, plan: Plan, sizes: ModelSizes) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return the bytes that a rank always holds by part, and by moment what it holds beside them.
+
+    The moments are the backward of the head, that of a layer, and the optimizer step.
+    """
     m, grpo = config.model, plan.stage == "grpo"
     wide, ranks = (2 if m.dtype == "bfloat16" else 4), plan.learners
     everything = sizes.parameters
@@ -186,18 +202,20 @@ def learner(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memor
         "optimizer": (12 if optim.name == "adamw" else 4) * trained / ranks,
         "reference": wide * everything / ranks if grpo and config.grpo.kl_beta and not m.lora_rank else 0.0,
         "reduce bucket": wide * BUCKET,
-        "CUDA and NCCL": CONTEXT,
     }
     kept = kept_elements(sizes, patches, tokens, m.gradient_checkpointing)
-    backward = {
-        "gathered layers": wide * min(everything, LIVE),
-        "activations": MOMENTARY * KEPT[m.dtype] * kept,
-        "head and logits": head_bytes(sizes, answers, wide, trained=not adapters),
+    layer = (m.gradient_checkpointing + GRADIENTS) * max(layer_elements(sizes, patches, tokens))
+    reduced = min(trained, BUCKET)
+    both = {
+        "gathered layers": wide * min(everything, LIVE + (0 if sizes.tied else sizes.head)),
+        "activations": KEPT[m.dtype] * kept,
     }
-    step = {"step": 4 * min(trained / ranks, SUB_GROUP)}
-    asleep = {"engine asleep": CONTEXT} if plan.colocated else {}
-    peak = max(backward, step, key=lambda parts: sum(parts.values()))
-    return Memory("learner", {k: v for k, v in (held | peak | asleep).items() if v}, room)
+    head = {"head and logits": head_bytes(sizes, answers, wide, trained=not adapters)}
+    layers = {
+        "head's gradient": float(wide * sizes.head) if sizes.tied and not adapters else 0.0,
+        "temporaries": KEPT[m.dtype] * layer + wide * reduced + 4 * reduced / ranks,
+    }
+    return held, {"head": both | head, "layer": both | layers, "step": {"step": 4 * min(trained / ranks, SUB_GROUP)}}
 
 
 def _micro_batch(config: Config, plan: Plan) -> tuple[float, float, float]:
@@ -229,9 +247,7 @@ def engine(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory
     fixed = {"weights": wide * sizes.parameters / tp, "activations and graphs": ENGINE_OTHER}
     outside = {"CUDA": CONTEXT, "bucket of a push": float(r.bucket_mib * 2**20) if plan.stage == "grpo" else 0.0}
     if plan.colocated:
-        outside["learner meanwhile"] = sum(
-            v for k, v in learner(config, plan, sizes, room).parts.items() if k in ("weights", "optimizer", "reference")
-        )
+        outside["learner meanwhile"] = sum(moments(config, plan, sizes)[0].values())
     cache = r.gpu_memory_utilization * room - sum(fixed.values())
     sequences = max(0, int(cache // (token * r.max_model_len)))
     parts = {**fixed, "keys and values": max(0.0, cache), **{k: v for k, v in outside.items() if v}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tatar_dist.types import LearnerRow
 
 from models import MODELS  # isort: skip
 
-IMAGES = {"a": (448, 448), "b": (308, 224)}
+IMAGES = ((448, 448), (308, 224))
 LENGTHS = (40, 1, 17, 33)
 
 
@@ -60,11 +60,18 @@ class Rig:
 
 @pytest.fixture
 def rig(directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Rig]]:
-    """Make a rig: `rig(model, stage, *words, layers=…)`."""
+    """Make a rig: `rig(model, stage, *words, layers=…, images=…, lengths=…)`."""
     device = register()
     with ExitStack() as stack:
 
-        def make(model: str, stage: str, *words: str, layers: int | None = 2) -> Rig:
+        def make(
+            model: str,
+            stage: str,
+            *words: str,
+            layers: int | None = 2,
+            images: Sequence[tuple[int, int]] = IMAGES,
+            lengths: Sequence[int] = LENGTHS,
+        ) -> Rig:
             shape = MODELS[model]
             path = directories[shape.family]
             settings = [f"output={tmp_path}", f"model.path={path}", f"model.family={shape.family}"]
@@ -77,7 +84,7 @@ def rig(directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path:
             monkeypatch.setattr(family(shape.family), "load_model", without_weights(model_config))
             monkeypatch.setattr(actor, "open_log", lambda *_: None)  # it takes this process's output
             learner = Learner(config, 0, RANKS)
-            rows = [_row(backbone, image, n, i) for i, (image, n) in enumerate(zip("abab", LENGTHS, strict=True))]
+            rows = [_row(backbone, images[i % len(images)], n, i) for i, n in enumerate(lengths)]
             stack.enter_context(mode)
             learner.setup(None, stage, 10, 1)
             return Rig(mode, learner, rows, model_config)
@@ -103,11 +110,11 @@ def without_weights(shape: Any) -> Callable[[Any], Any]:
     return load_model
 
 
-def _row(backbone: Any, image: str, tokens: int, number: int) -> LearnerRow:
+def _row(backbone: Any, size: tuple[int, int], tokens: int, number: int) -> LearnerRow:
     png = io.BytesIO()
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).resize(IMAGES[image]).save(png, "PNG")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).resize(size).save(png, "PNG")
     content = [{"type": "image"}, {"type": "text", "text": "a plain view"}]
     message = [{"role": "user", "content": content}]
     prompt = backbone.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     more = {"advantage": 1.0 - number, "weight": 0.01, "sampled_logprobs": (-1.0,) * tokens}
-    return LearnerRow(image, png.getvalue(), prompt, tuple(range(40, 40 + tokens)), "iqa", **more)
+    return LearnerRow(str(number % 2), png.getvalue(), prompt, tuple(range(40, 40 + tokens)), "iqa", **more)

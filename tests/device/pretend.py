@@ -10,9 +10,11 @@ accelerator, so these tests have a process of their own.
 
 from __future__ import annotations
 
+import sys
 import traceback
 import weakref
 from collections import Counter
+from types import FrameType
 from typing import Any
 
 from pretended_gpu import CUDA  # isort: skip # before torch
@@ -28,6 +30,16 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 NAME = "cuda" if CUDA else "pretend"
 RANKS = 8
 aten = torch.ops.aten
+SMALL = 1 << 20  # the maker of a smaller tensor is not looked up
+ALLOCATED_BY = (  # file, function, part
+    ("tatar_dist/learner/policy", "TokenLogprob", "head"),
+    ("tatar_dist/learner/policy", "_logits", "head"),
+    ("deepspeed/runtime/zero/stage3", "__avg_scatter_grads", "reduction"),
+    ("deepspeed/runtime/zero/stage3", "_prepare_fp32_grad_for_sub_group", "step"),
+    ("deepspeed/runtime/zero/stage3", "", "states"),
+    ("deepspeed/runtime/zero/partition", "wrapped_fn", "states"),  # zero.Init
+    ("deepspeed/runtime/zero/partition", "", "gathered"),
+)
 MADE_UP = {torch.bool: False, torch.uint8: 0}  # what a check reads: nothing is wrong. Any other unknown number is 1
 
 
@@ -75,12 +87,18 @@ class FakeAccelerator(FakeTensorMode):
 
     Attributes:
         bytes: of all tensors on the device now.
+        parts: those bytes by the part of ALLOCATED_BY.
+        moment: what runs now, as the test that counts peaks calls it.
+        peaks: {moment: largest `bytes` so far}, and {(moment, part): the same of a part of ALLOCATED_BY}.
         dtypes: {operator: (dtypes of its tensors, result last)} of the calls on the device, counted.
     """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.bytes = 0
+        self.moment = "setup"
+        self.peaks: Counter[Any] = Counter()
+        self.parts: Counter[str] = Counter()
         self.dtypes: dict[str, Counter[tuple[torch.dtype, ...]]] = {}
         self._values: dict[int, dict[Any, torch.Tensor]] = {}  # by storage, then by view: autograd makes aliases
         self._storages: dict[int, Any] = {}
@@ -154,13 +172,30 @@ class FakeAccelerator(FakeTensorMode):
         key = storage._cdata
         if key not in self._storages:
             size = storage.nbytes() if x.device.type == NAME else 0
+            part = allocated_by(sys._getframe()) if size > SMALL else "activations"
             self.bytes += size
-            self._storages[key] = weakref.finalize(storage, self._freed, key, size)
+            self.parts[part] += size
+            self._storages[key] = weakref.finalize(storage, self._freed, key, size, part)
+            if size:
+                self.peaks[self.moment] = max(self.peaks[self.moment], self.bytes)
+                of_part = self.moment, part
+                self.peaks[of_part] = max(self.peaks[of_part], self.parts[part])
 
-    def _freed(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int, part: str) -> None:
         self._storages.pop(key, None)
         self._values.pop(key, None)
         self.bytes -= size
+        self.parts[part] -= size
+
+
+def allocated_by(frame: FrameType | None) -> str:
+    """Return the part of ALLOCATED_BY whose code made a tensor; what no code of it made are activations."""
+    while frame is not None:
+        for file, function, part in ALLOCATED_BY:
+            if file in frame.f_code.co_filename and function in frame.f_code.co_qualname:
+                return part
+        frame = frame.f_back
+    return "activations"
 
 
 def _view(x: torch.Tensor) -> tuple[Any, ...]:

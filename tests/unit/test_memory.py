@@ -106,12 +106,11 @@ def test_the_peak_of_an_update_is_above_the_one_measured_and_near(checkpointing,
     sizes, (work, measured) = measured[0], measured[1][checkpointing]
     image, answers = (work.pixels // 28) ** 2, work.groups * work.size * work.tokens
     tokens = work.groups * (image + 30) + answers
-    kept = memory.kept_elements(sizes, 4 * image * work.groups, tokens, checkpointing)
-    activations = memory.MOMENTARY * memory.KEPT["float32"] * kept
-    gradients = 4 * sizes.parameters  # whole here, without ZeRO; all that is kept is gone when they are all there ...
-    counted = max(activations + memory.head_bytes(sizes, answers, 4), gradients)
-    if checkpointing:  # ... but one layer
-        counted = max(counted, activations + gradients)
+    amounts = sizes, 4 * image * work.groups, tokens
+    kept = memory.KEPT["float32"] * memory.kept_elements(*amounts, checkpointing)
+    layer = memory.KEPT["float32"] * (checkpointing + memory.GRADIENTS) * max(memory.layer_elements(*amounts))
+    last = layer * checkpointing + 4 * sizes.parameters  # gradients are whole here, without ZeRO
+    counted = (1 + memory.ALLOCATOR) * max(kept + memory.head_bytes(sizes, answers, 4), kept + layer, last)
     print(f"checkpointing={checkpointing}: estimated {counted / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
     assert measured < counted < 1.7 * measured
 
@@ -152,7 +151,7 @@ def test_the_command_prints_it_for_gpus_and_on_request_for_others(capsys):
     recipe = ["plan", "--config", str(CONFIGS / "grpo.yaml"), "--stage", "grpo", "--json"]
     assert main([*recipe, "--gpu-memory", "24"]) == 0
     said = json.loads(capsys.readouterr().out)["memory"]
-    assert "nothing was compared with a GPU" in said["note"] and "89 where 127" in said["note"]
+    assert "nothing was compared with a GPU" in said["note"] and "within 10 %" in said["note"]
     assert main(recipe[:-1]) == 0 and "nothing was compared with a GPU" in " ".join(capsys.readouterr().out.split())
     assert said["gpu_gib"] == 24 and said["advice"] and not said["roles"][0]["fits"]
     cpu = ["output=x", "cluster.gpus_per_node=0"]
