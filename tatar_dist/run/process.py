@@ -30,6 +30,8 @@ from typing import Any
 from tatar_dist.run.events import Events
 
 CACHES = {
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",  # made at the import; a home may be read-only
+    "CUDA_CACHE_PATH": "cuda",
     "TRITON_CACHE_DIR": "triton",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TORCH_EXTENSIONS_DIR": "extensions",
