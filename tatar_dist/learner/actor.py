@@ -72,6 +72,7 @@ class Learner:
             silence(listening() - others)
         self.total_steps = total_steps
         self.collate = Collator(self.zero3.backbone)
+        self._hand_over()
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.zero3.engine.module.parameters())
         return {"rank": self.rank, "parameters": parameters, **process_facts()}
 
@@ -259,6 +260,7 @@ class Learner:
                 total, worst = total + float(gap.sum()), max(worst, float(gap.max()))
                 tokens += float(batch.mask.sum())
         self.zero3.engine.train()
+        self._hand_over()
         return self._checked_gap(total, worst, tokens)
 
     def save(self) -> int:

@@ -84,10 +84,14 @@ def test_small_parameters_stay_whole_on_an_accelerator_alone(rig):
 
 @pytest.mark.parametrize(("placement", "times"), [("colocated", 1), ("disaggregated", 0)])
 def test_cached_memory_is_returned_before_an_engine_on_the_same_gpu_wakes(rig, monkeypatch, placement, times):
-    one, calls = rig("Qwen2.5-VL-3B", "grpo", *GRPO, f"cluster.placement={placement}"), []
+    calls: list[str] = []
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: calls.append("empty_cache"))
-    one.grpo()
+    one = rig("Qwen2.5-VL-3B", "grpo", *GRPO, f"cluster.placement={placement}")  # a first push follows
     assert len(calls) == times
+    one.grpo()
+    assert len(calls) == 2 * times
+    one.learner.logprob_gap([one.rows])  # the check before training
+    assert len(calls) == 3 * times
 
 
 @pytest.mark.parametrize("words", [[], ["model.lora_rank=16"]], ids=["full", "lora"])
