@@ -18,7 +18,7 @@ from tatar_dist.errors import RunError
 from tatar_dist.learner.sharding import Shard
 from tatar_dist.learner.transfer import RankFiles
 from tatar_dist.run.failpoints import Failpoints
-from tatar_dist.run.process import importing, open_log, process_facts, use_node_caches
+from tatar_dist.run.process import check_visible_gpus, importing, open_log, process_facts, use_node_caches
 from tatar_dist.types import StepReport
 
 
@@ -42,6 +42,7 @@ class Learner:
         Returns its rank, the model's parameters and where the process runs, for the log.
         """
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK="0")
+        check_visible_gpus()
         use_node_caches()
         with importing():
             import deepspeed  # noqa: F401
