@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pretend import NAME
+from pretend import NAME, FakeAccelerator
+from torch.utils._pytree import tree_leaves
 
 from tatar_dist.learner.zero3 import deepspeed_config
 from tatar_dist.models.costs import ModelSizes
@@ -117,3 +118,22 @@ def test_what_is_pushed_lies_on_the_accelerator_and_is_what_was_announced(rig, w
     while (chunk := pack_tensors(pairs, lambda pair: pair[1], 256 << 20)) is not None:
         sent += chunk.packed_tensor.numel()
     assert sent == sum(t.nbytes for _, t in parameters)
+
+
+def test_collectives_have_tensors_of_the_accelerator_alone(rig, monkeypatch):
+    """NCCL has none for CPU tensors; the pretended group would take any."""
+    dispatch, seen = FakeAccelerator.dispatch, set()
+
+    def recorded(mode, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and func.name() != "c10d::barrier":  # torch makes its tensor
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            seen.update((func.name(), x.device.type) for x in tensors)
+        return dispatch(mode, func, types, args, kwargs)
+
+    monkeypatch.setattr(FakeAccelerator, "dispatch", recorded)
+    one = rig("Qwen2.5-VL-3B", "grpo", *GRPO, "grpo.kl_beta=0.1")
+    one.grpo()
+    one.learner.logprob_gap([one.rows])
+    assert one.learner.save() > 0
+    assert {"c10d::allreduce_", "c10d::_allgather_base_"} <= {name for name, _ in seen}
+    assert {(name, device) for name, device in seen if device != NAME} == set()
