@@ -237,6 +237,8 @@ class Run:
             self.push_weights(step)
         if check:
             verify(self.engines, self.learners, self._data.peek(step), self.config)
+            if self.colocated:
+                self.push_weights(step)  # wakes the engines
 
     # -- faults and stops --------------------------------------------------------------------------------------------
 

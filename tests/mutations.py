@@ -140,6 +140,9 @@ MUTATIONS = {
     "device: logits are rounded": ("learner/policy.py", "torch.mm(states, weight.T, out_dtype=torch.float32)", "(states @ weight.T).float()", DEVICE),
     "device: an update of many kernels": ("learner/zero3.py", 'fused = self.device.type != "cpu"', "fused = False", DEVICE),
     "device: norms are sharded": ("learner/zero3.py", 'if device.type == "cpu" else {}', "if True else {}", DEVICE),
+    "device: a sum on the CPU": ("learner/zero3.py", "dtype=torch.float64, device=self.device)", "dtype=torch.float64)", DEVICE),
+    "device: workers are forked": ("rollout/options.py", '"VLLM_WORKER_MULTIPROC_METHOD": "spawn",', "", ("test_process.py",)),
+    "device: the learner's stream is left": ("sync/nccl.py", ", stream=torch.cuda.current_stream())", ")", ("test_nccl_sender.py",)),
 }  # fmt: skip
 
 

@@ -21,6 +21,8 @@ TOKENS = 32  # of a completion: enough to see a wrong layer, a cache or a versio
 def verify(pool: Any, learners: Any, prompts: Sequence[Prompt], config: Config) -> dict[str, float]:
     """Return sync/logprob_gap and its _max, in nats, over completions of at most 8 prompts.
 
+    Engines on the learners' GPUs sleep afterwards: with their keys and values a forward has no memory. Push again.
+
     Raises:
         WeightsOutOfSync: the mean gap is over `grpo.logprob_gap_limit`.
     """
@@ -45,6 +47,7 @@ def verify(pool: Any, learners: Any, prompts: Sequence[Prompt], config: Config) 
         for c in g.completions
     ]
     shards = shard_rows(rows, ranks, config.grpo.micro_tokens)
+    pool.prepare_update()
     refs = [a.logprob_gap.remote(shard) for a, shard in zip(learners.actors, shards, strict=True)]
     gap: dict[str, float] = learners.wait(refs)[0]
     return gap

@@ -18,7 +18,7 @@ from tatar_dist.errors import RunError
 from tatar_dist.learner.sharding import Shard
 from tatar_dist.learner.transfer import RankFiles
 from tatar_dist.run.failpoints import Failpoints
-from tatar_dist.run.process import importing, open_log, process_facts, use_node_caches
+from tatar_dist.run.process import check_visible_gpus, importing, open_log, process_facts, use_node_caches
 from tatar_dist.types import StepReport
 
 
@@ -42,6 +42,7 @@ class Learner:
         Returns its rank, the model's parameters and where the process runs, for the log.
         """
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK="0")
+        check_visible_gpus()
         use_node_caches()
         with importing():
             import deepspeed  # noqa: F401
@@ -72,18 +73,19 @@ class Learner:
             silence(listening() - others)
         self.total_steps = total_steps
         self.collate = Collator(self.zero3.backbone)
+        self._hand_over()
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.zero3.engine.module.parameters())
         return {"rank": self.rank, "parameters": parameters, **process_facts()}
 
     def _batches(self, shard: Shard) -> Iterator[Any]:
-        """Yield the micro-batches of a shard; a thread prepares the next ones while one is computed.
+        """Yield the micro-batches of a shard, on the CPU; a thread prepares the next ones meanwhile.
 
-        Images are decoded and preprocessed once per step.
+        Images are decoded and preprocessed once per step. Only the batch in use is moved to the device.
         """
         self.collate.new_step()
         with ThreadPoolExecutor(1) as thread:
             for batch in [thread.submit(self.collate, rows) for rows in shard]:
-                yield batch.result().to(self.device)
+                yield batch.result()
 
     def sft_step(self, shard: Shard, step: int, global_tokens: int) -> StepReport:
         """Make an optimiser step on this rank's rows. `global_tokens`: the batch's trained tokens."""
@@ -94,7 +96,8 @@ class Learner:
         lr = learning_rate(self.stage_config.optim, step, self.total_steps)
         self.zero3.set_learning_rate(lr)
         total, norm = 0.0, 0.0
-        for i, batch in enumerate(self._batches(shard)):
+        for i, prepared in enumerate(self._batches(shard)):
+            batch = prepared.to(self.device)
             self.zero3.begin(last=i == len(shard) - 1)
             out = self.zero3.engine(batch)
             out.logp.register_hook(lambda _: self.failpoints.reach("learner.backward", step=step))
@@ -113,7 +116,8 @@ class Learner:
         self.zero3.engine.eval()
         sums = {f"{k}/{t}": 0.0 for k in ("nll", "tokens") for t in ("iqa", "iaa")}
         with torch.no_grad():
-            for rows, batch in zip(shard, self._batches(shard), strict=True):
+            for rows, prepared in zip(shard, self._batches(shard), strict=True):
+                batch = prepared.to(self.device)
                 logp = self.zero3.engine(batch).logp * batch.mask
                 for r, row in enumerate(rows):
                     sums[f"nll/{row.task}"] -= float(logp[r].sum())
@@ -153,8 +157,9 @@ class Learner:
         if self.zero3.has_reference or g.inner_iterations > 1:
             kept = []
             with torch.no_grad():
-                for i, batch in enumerate(batches):
-                    kept.append(batch)
+                for i, prepared in enumerate(batches):
+                    kept.append(prepared)
+                    batch = prepared.to(self.device)
                     reference[i] = self.zero3.reference_logp(batch) if self.zero3.has_reference else None
                     old[i] = self.zero3.engine(batch).logp if g.inner_iterations > 1 else None
             batches = kept
@@ -162,7 +167,8 @@ class Learner:
         gap_sum, gap_max, ratio_max, norm = 0.0, 0.0, 0.0, 0.0
         gap: dict[str, float] = {}
         for iteration in range(g.inner_iterations):
-            for i, batch in enumerate(batches):
+            for i, prepared in enumerate(batches):
+                batch = prepared.to(self.device)
                 self.zero3.begin(last=i == n - 1)
                 out = self.zero3.engine(batch)
                 out.logp.register_hook(lambda _: self.failpoints.reach("learner.backward", step=step))
@@ -254,11 +260,13 @@ class Learner:
         total, worst, tokens = 0.0, 0.0, 0.0
         self.zero3.engine.eval()
         with torch.no_grad():
-            for batch in self._batches(shard):
+            for prepared in self._batches(shard):
+                batch = prepared.to(self.device)
                 gap = ((self.zero3.engine(batch).logp - batch.sampled_logprobs) * batch.mask).abs()
                 total, worst = total + float(gap.sum()), max(worst, float(gap.max()))
                 tokens += float(batch.mask.sum())
         self.zero3.engine.train()
+        self._hand_over()
         return self._checked_gap(total, worst, tokens)
 
     def save(self) -> int:

@@ -21,6 +21,10 @@ from tatar_dist.learner.sharding import Shard
 from tatar_dist.types import StepReport
 
 DEATH_IS_KNOWN_S = 5.0
+GPU_FULL = (
+    ". The learners' GPUs are full: lower sft.micro_tokens or grpo.micro_tokens, set "
+    "model.gradient_checkpointing=true, or add learners; `tatar-dist plan` estimates what fits"
+)
 
 
 class PendingUpdate:
@@ -110,7 +114,10 @@ class LearnerGroup:
 
 
 def _culprit(refs: list[Any], error: Exception) -> str:
-    """Name the rank at fault: a dead rank's peers lose connections before Ray reports the death."""
+    """Name the rank at fault: a dead rank's peers lose connections before Ray reports the death.
+
+    For a GPU without memory, add which keys to set.
+    """
     deadline = time.monotonic() + DEATH_IS_KNOWN_S
     waiting = list(refs)
     while waiting and time.monotonic() < deadline:
@@ -118,4 +125,5 @@ def _culprit(refs: list[Any], error: Exception) -> str:
         for ref in done:
             if isinstance(cause := error_of(ref), ray.exceptions.RayActorError):
                 return f"learner rank {refs.index(ref)} died: {first_line(cause)}"
-    return first_line(error)
+    full = type(getattr(error, "cause", None)).__name__ == "OutOfMemoryError"  # of torch
+    return first_line(error) + (GPU_FULL if full else "")

@@ -46,9 +46,9 @@ GRADIENTS = 0.58  # gradients inside a layer's backward, as a share of what the 
 HEADROOM = 0.05  # of a GPU that must be left: an allocator cannot use the last of it
 STATES = ("weights", "gradients", "optimizer", "reference")  # parts whose sizes are certain
 NOTE = (
-    "Estimated from sizes; nothing was compared with a GPU. The parts of a step of a 3B and a 7B are within 10 % of bytes "
-    "counted on tensors without memory; the allocator's gaps (20 % of what comes and goes), CUDA and NCCL are assumed. "
-    "What fits leaves 5 % of a GPU free."
+    "Estimated from sizes; nothing was compared with a GPU. The parts of a step of a 3B and a 7B are within 10 % of "
+    "bytes counted on tensors without memory; the allocator's gaps (20 % of what comes and goes), CUDA and NCCL are "
+    "assumed. What fits leaves 5 % of a GPU free."
 )
 PROMPT_TEXT = 100  # tokens around an image in configs/prompts.yaml
 VISION = {

@@ -22,7 +22,7 @@ from tatar_dist.errors import RunError
 from tatar_dist.rollout.expected import with_expected
 from tatar_dist.rollout.options import gpu_available, vllm_options
 from tatar_dist.run.failpoints import Failpoints
-from tatar_dist.run.process import importing, open_log, process_facts, use_node_caches
+from tatar_dist.run.process import check_visible_gpus, importing, open_log, process_facts, use_node_caches
 from tatar_dist.types import Completion, Group, Prompt
 
 FORBIDDEN_BIAS = -100.0  # vLLM's smallest logit bias; exp(-100) is 0 beside any sampled token in float32
@@ -88,6 +88,7 @@ class RolloutEngine:
         start = time.perf_counter()
         r = self.config.rollout
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        check_visible_gpus()
         use_node_caches()
         with importing():
             import torch

@@ -13,6 +13,8 @@ from tatar_dist.config.schema import Config
 
 # every process
 COMMON_ENV = {
+    # the order of NVML, by which Ray numbers GPUs; CUDA's own puts the fastest first
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     "TOKENIZERS_PARALLELISM": "false",
     # an idle OpenMP pool must not spin on cores that another process uses
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -35,6 +37,10 @@ def engine_environment(config: Config, gpu: bool, threads: int) -> dict[str, str
         "VLLM_NO_USAGE_STATS": "1",
         # CPUs and older GPUs have only the first model runner; newer GPUs would sample with another, never tested here
         "VLLM_USE_V2_MODEL_RUNNER": "0",
+        # the sampler that is tested; the other one is compiled by nvcc at its first use
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        # a process that has counted its GPUs must not fork one that uses them
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.cpu_kv_cache_gib),
         "OMP_NUM_THREADS": str(threads),
         **({"NCCL_SOCKET_IFNAME": network} if network else {}),

@@ -27,9 +27,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tatar_dist.errors import UserError
 from tatar_dist.run.events import Events
 
 CACHES = {
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",  # made at the import; a home may be read-only
+    "CUDA_CACHE_PATH": "cuda",
     "TRITON_CACHE_DIR": "triton",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TORCH_EXTENSIONS_DIR": "extensions",
@@ -162,3 +165,15 @@ def keep_on(cores: Collection[int]) -> None:
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it ended meanwhile
             os.sched_setaffinity(int(thread), cores)
+
+
+def check_visible_gpus() -> None:
+    """Raise UserError if this actor sees more GPUs than Ray gave to it: it would use the first."""
+    ray = sys.modules.get("ray")
+    own = ray.get_gpu_ids() if ray and ray.is_initialized() else []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if own and (visible is None or visible.count(",") >= len(own)):
+        raise UserError(
+            f"{socket.gethostname()}: Ray gave GPU {','.join(map(str, own))} to this process, which sees "
+            f"{visible or 'all'}: unset RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES where Ray is started"
+        )

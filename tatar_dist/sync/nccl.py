@@ -87,7 +87,8 @@ class NcclSender:
 
         sent = 0
         while (chunk := pack_tensors(parameters, lambda pair: pair[1], bucket_bytes)) is not None:
-            self._communicator.broadcast(chunk.packed_tensor, src=0)
+            # without it vLLM would make another stream the current one of this thread, for all later training
+            self._communicator.broadcast(chunk.packed_tensor, src=0, stream=torch.cuda.current_stream())
             done = torch.cuda.Event()
             done.record()
             end = time.monotonic() + timeout_s

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pretend import NAME
+from pretend import NAME, FakeAccelerator
+from torch.utils._pytree import tree_leaves
 
 from tatar_dist.learner.zero3 import deepspeed_config
 from tatar_dist.models.costs import ModelSizes
@@ -84,10 +85,14 @@ def test_small_parameters_stay_whole_on_an_accelerator_alone(rig):
 
 @pytest.mark.parametrize(("placement", "times"), [("colocated", 1), ("disaggregated", 0)])
 def test_cached_memory_is_returned_before_an_engine_on_the_same_gpu_wakes(rig, monkeypatch, placement, times):
-    one, calls = rig("Qwen2.5-VL-3B", "grpo", *GRPO, f"cluster.placement={placement}"), []
+    calls: list[str] = []
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: calls.append("empty_cache"))
-    one.grpo()
+    one = rig("Qwen2.5-VL-3B", "grpo", *GRPO, f"cluster.placement={placement}")  # a first push follows
     assert len(calls) == times
+    one.grpo()
+    assert len(calls) == 2 * times
+    one.learner.logprob_gap([one.rows])  # the check before training
+    assert len(calls) == 3 * times
 
 
 @pytest.mark.parametrize("words", [[], ["model.lora_rank=16"]], ids=["full", "lora"])
@@ -98,6 +103,16 @@ def test_what_a_learner_keeps_after_a_step_is_what_plan_counts(rig, words):
     parts = memory.learner(config, resolve(config, "grpo"), sizes, 80 * memory.GIB).parts
     states = ("weights", "gradients", "optimizer", "reference", "reduce bucket")
     assert one.mode.bytes == pytest.approx(sum(parts.get(name, 0.0) for name in states), rel=0.02)
+
+
+def test_only_the_micro_batch_in_use_lies_on_the_accelerator(rig):
+    one, peaks = rig("Qwen2.5-VL-3B", "grpo", *GRPO, "grpo.kl_beta=0.1", images=[(896, 896)]), []
+    for batches in (2, 2, 8):  # the optimizer's moments come with the first step
+        one.mode.peaks.clear()
+        one.learner.grpo_step([one.rows] * batches, 0)
+        peaks.append(max(one.mode.peaks.values()))
+    pixels = 4096 * 1176 * 4  # of a micro-batch with one image, float32
+    assert peaks[2] - peaks[1] < pixels
 
 
 @pytest.mark.parametrize("words", [[], ["model.lora_rank=16"]], ids=["full", "lora"])
@@ -113,3 +128,22 @@ def test_what_is_pushed_lies_on_the_accelerator_and_is_what_was_announced(rig, w
     while (chunk := pack_tensors(pairs, lambda pair: pair[1], 256 << 20)) is not None:
         sent += chunk.packed_tensor.numel()
     assert sent == sum(t.nbytes for _, t in parameters)
+
+
+def test_collectives_have_tensors_of_the_accelerator_alone(rig, monkeypatch):
+    """NCCL has none for CPU tensors; the pretended group would take any."""
+    dispatch, seen = FakeAccelerator.dispatch, set()
+
+    def recorded(mode, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and func.name() != "c10d::barrier":  # torch makes its tensor
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            seen.update((func.name(), x.device.type) for x in tensors)
+        return dispatch(mode, func, types, args, kwargs)
+
+    monkeypatch.setattr(FakeAccelerator, "dispatch", recorded)
+    one = rig("Qwen2.5-VL-3B", "grpo", *GRPO, "grpo.kl_beta=0.1")
+    one.grpo()
+    one.learner.logprob_gap([one.rows])
+    assert one.learner.save() > 0
+    assert {"c10d::allreduce_", "c10d::_allgather_base_"} <= {name for name, _ in seen}
+    assert {(name, device) for name, device in seen if device != NAME} == set()

@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from tatar_dist import grpo as controller
+from tatar_dist import trainer
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.prompts.source import PromptSource
 from tatar_dist.rollout.engine import RolloutEngine, Sampling
@@ -114,7 +115,8 @@ def test_a_stalled_run_writes_all_stacks_and_restarts_what_hangs(model_untied, m
     assert "no progress for" in failed["reason"]
 
 
-def test_engines_beside_learners_are_up_before_these_take_memory_again(model_untied, make_config):
+def test_engines_beside_learners_are_up_before_these_take_memory_again(model_untied, make_config, monkeypatch):
+    monkeypatch.setattr(trainer, "unproven", lambda _: True)  # as on GPUs: the run checks itself before it trains
     words = ["cluster.placement=colocated", "grpo.max_steps=2", "checkpoint.every=1"]
     config = make_config(model_untied, *words, "failpoints=['learner.backward:kill:step=1:rank=0']")
     controller.run(config)
@@ -122,3 +124,5 @@ def test_engines_beside_learners_are_up_before_these_take_memory_again(model_unt
     again = names[names.index("learners/restarting") :]
     assert again[: again.index("learners/ready")].count("engine/ready") == 2
     assert names[-1] == "run/end" and names.count("engine/ready") == 4
+    # the check's own push, another after it because the engines slept, and one a step
+    assert names[: names.index("step/done")].count("push/done") == 3

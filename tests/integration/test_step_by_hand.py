@@ -20,7 +20,7 @@ from conftest import tiny_words
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.cluster.selfcheck import verify
 from tatar_dist.config.load import load_config
-from tatar_dist.errors import RunError
+from tatar_dist.errors import LearnersFailed, RunError
 from tatar_dist.learner.actor import WeightsOutOfSync
 from tatar_dist.prompts.source import PromptSource
 from tatar_dist.rollout.engine import Sampling, WrongWeightVersion
@@ -147,6 +147,23 @@ def remember(engine) -> None:
     del engine._reset_caches
 
 
+def asleep(engine) -> bool:
+    return engine._asleep
+
+
+def test_engines_on_the_learners_gpus_sleep_while_the_check_before_training_computes(rig):
+    engines = [e.actor for e in rig.pool.engines]
+    assert not any(ray.get([e.__ray_call__.remote(asleep) for e in engines]))
+    alone, cluster = rig.pool.config, dataclasses.replace(rig.config.cluster, placement="colocated")
+    rig.pool.config = dataclasses.replace(alone, cluster=cluster)
+    try:
+        verify(rig.pool, rig.learners, rig.prompts, rig.config)
+        assert all(ray.get([e.__ray_call__.remote(asleep) for e in engines]))
+    finally:
+        rig.pool.config = alone
+        rig.push()
+
+
 def test_a_push_without_an_encoder_cache_reset_is_noticed(rig):
     rig.generate()  # outputs of the tower are cached now
     engines = [e.actor for e in rig.pool.engines]
@@ -169,6 +186,34 @@ def test_the_check_before_training_passes_after_a_push_and_stops_a_run_whose_pus
     gap = verify(rig.pool, rig.learners, rig.prompts[:3], rig.config)  # an odd number, over two learners
     assert 0 < gap["sync/logprob_gap"] <= gap["sync/logprob_gap_max"] < 1e-4
     assert {n: w.sum() for n, w in rig.weights().items()} == before  # it only looks
+
+
+def fill_memory(learner) -> None:
+    """From now on the learner finds no memory for a micro-batch."""
+
+    import torch
+
+    def allocate(rows):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.11 GiB in all")
+
+    learner.kept, allocate.new_step = learner.collate, lambda: None
+    learner.collate = allocate
+
+
+def free_memory(learner) -> None:
+    learner.collate = learner.kept
+
+
+def test_a_learner_without_memory_says_which_keys_to_set(rig):
+    groups = rig.generate()
+    ray.get([a.__ray_call__.remote(fill_memory) for a in rig.learners.actors])
+    try:
+        with pytest.raises(
+            LearnersFailed, match=r"Tried to allocate 2.00 GiB.*\. The learners' GPUs are full: lower sft"
+        ):
+            rig.learn(groups)
+    finally:
+        ray.get([a.__ray_call__.remote(free_memory) for a in rig.learners.actors])
 
 
 def test_an_engine_refuses_to_sample_from_another_weight_version(rig):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tatar_dist.config.load import load_config
-from tatar_dist.rollout.options import engine_environment
+from tatar_dist.rollout.options import COMMON_ENV, engine_environment
 from tatar_dist.run import process
 from tatar_dist.run.process import pin
 
@@ -41,6 +41,7 @@ def test_compiled_kernels_are_kept_on_the_node_in_a_directory_of_this_user_alone
     monkeypatch.setenv("TRITON_CACHE_DIR", "/chosen")
     process.use_node_caches()
     assert os.environ["TRITON_CACHE_DIR"] == "/chosen" and os.environ["VLLM_CACHE_ROOT"] == str(ours / "vllm")
+    assert os.environ["FLASHINFER_WORKSPACE_BASE"] == str(ours / "flashinfer")
     assert ours.stat().st_mode & 0o777 == 0o700
     monkeypatch.delenv("VLLM_CACHE_ROOT")
     ours.chmod(0o777)  # somebody else could put a kernel into it
@@ -49,6 +50,25 @@ def test_compiled_kernels_are_kept_on_the_node_in_a_directory_of_this_user_alone
     assert other != ours and other.parent == tmp_path and other.stat().st_mode & 0o777 == 0o700
 
 
-def test_engines_run_the_model_runner_that_is_tested():
+@pytest.fixture
+def of_an_engine(monkeypatch) -> None:
+    """Give this process the environment of an engine on GPUs."""
     config = load_config([], ["output=unused", "model.path=unused"])
-    assert engine_environment(config, True, 1)["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    for name, value in (COMMON_ENV | engine_environment(config, True, 1)).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_engines_run_the_model_runner_and_the_sampler_that_are_tested(of_an_engine):
+    from vllm import envs
+
+    assert envs.VLLM_USE_V2_MODEL_RUNNER is False and envs.VLLM_USE_FLASHINFER_SAMPLER is False
+
+
+def test_workers_of_an_engine_are_spawned_because_cuda_does_not_survive_a_fork(of_an_engine):
+    from vllm.utils.system_utils import get_mp_context
+
+    assert get_mp_context().get_start_method() == "spawn"
+
+
+def test_gpus_are_numbered_as_ray_numbers_them(of_an_engine):
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
