@@ -207,7 +207,7 @@ class RolloutEngine:
         """
         if self._can_sleep() and not self._asleep:
             self.llm.sleep(level=2)
-        self._asleep = True
+        self._asleep, self.version = True, -1
 
     def _can_sleep(self) -> bool:
         return bool(self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode)

@@ -20,6 +20,8 @@ def moved_and_pushed(rig, transport, version):
     assert pushed.failed == {} and pushed.sent > 0
     rig.pushed(version)
     assert verify(rig.pool, rig.learners, rig.prompts, rig.config)["sync/logprob_gap"] < 1e-3
+    transport.push(rig.learners, {0: rig.engine}, version)  # an engine on the learner's GPU slept during the check
+    rig.pushed(version)
 
 
 @pytest.mark.gpus(2)

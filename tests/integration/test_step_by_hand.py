@@ -159,6 +159,8 @@ def test_engines_on_the_learners_gpus_sleep_while_the_check_before_training_comp
     try:
         verify(rig.pool, rig.learners, rig.prompts, rig.config)
         assert all(ray.get([e.__ray_call__.remote(asleep) for e in engines]))
+        with pytest.raises(WrongWeightVersion, match="holds weight version -1"):  # it has none until it is pushed to
+            ray.get(engines[0].generate.remote(rig.prompts, Sampling(1, 1.0, 8), rig.pool.version))
     finally:
         rig.pool.config = alone
         rig.push()
