@@ -88,8 +88,12 @@ class Cluster:
         return check(read_nodes()) if self.gpu else None
 
     def threads(self, processes: int) -> int:
-        """Return the CPU threads of each of `processes` learners or engines that share the cores."""
-        return max(1, self.cores // self._sides // processes)
+        """Return the CPU threads of each of `processes` learners or engines that share the cores.
+
+        On GPUs the processes are spread over the nodes; on CPUs several nodes may be hosts of one machine.
+        """
+        here = -(-processes // self.config.cluster.nodes) if self.gpu else processes
+        return max(1, self.cores // self._sides // here)
 
     def _pin(self, actor: Any, side: int, index: int, count: int) -> None:
         """Pin actor `index` to its share of half of the cores (0: engines') by `cluster.pin_cores`."""

@@ -6,7 +6,7 @@ No weights are loaded, and torch is not imported. Parts on a learner (P paramete
     gradients              4 P / N               summed in float32
     optimizer              12 P / N              float32 master weights and two moments (SGD: master weights)
     reference              2 P / N               GRPO with kl_beta > 0; adapters (learner/lora.py) need none
-    gathered layers        2 x at most 1e9       DeepSpeed's stage3_max_live_parameters, and the head if it is not tied
+    gathered layers        2 x at most 1e9       DeepSpeed's stage3_max_live_parameters, and the head
     reduce bucket          2 x 5e8               DeepSpeed's reduce_bucket_size, allocated at once
     activations            what autograd keeps of a packed forward of micro_tokens (models/costs.py), or with
                            checkpointing every layer's input
@@ -207,7 +207,7 @@ def moments(config: Config, plan: Plan, sizes: ModelSizes) -> tuple[dict[str, fl
     layer = (m.gradient_checkpointing + GRADIENTS) * max(layer_elements(sizes, patches, tokens))
     reduced = min(trained, BUCKET)
     both = {
-        "gathered layers": wide * min(everything, LIVE + (0 if sizes.tied else sizes.head)),
+        "gathered layers": wide * min(everything, LIVE + sizes.head),
         "activations": KEPT[m.dtype] * kept,
     }
     head = {"head and logits": head_bytes(sizes, answers, wide, trained=not adapters)}

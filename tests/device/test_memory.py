@@ -71,4 +71,7 @@ def test_every_part_of_a_step_is_within_ten_percent_of_plan(rig, monkeypatch, ca
         del counted["gathered layers"], counted["peak"]
     row = [f"{counted[name] / memory.GIB:.2f} / {expected[name] / memory.GIB:.2f}" for name in counted]
     print(f"\n| {' '.join(case)} | {' | '.join(row)} |")
+    peak = counted.pop("peak", None)
     assert {n: c for n, c in counted.items() if c != pytest.approx(expected[n], rel=0.1)} == {}
+    if peak:  # its parts are not all at their largest in the same moment
+        assert 0.95 * peak < expected["peak"] < 1.15 * peak
