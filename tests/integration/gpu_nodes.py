@@ -26,29 +26,29 @@ START_S = 120
 
 # Reads a command a line; answers with its status and what it printed.
 COMMANDS = """
-import contextlib, io, json, sys, time
+import contextlib, io, json, os, sys
+from dataclasses import asdict
 import torch
 from tatar_dist.cli import main
 
 for line in sys.stdin:
-    words, build = json.loads(line)
-    torch.version.cuda = build
+    words = json.loads(line)
+    torch.version.cuda = "13.0"  # as a CUDA build says, for score and serve
     out, err = io.StringIO(), io.StringIO()
-    began = time.perf_counter()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        if words[0] == "read":
+        if words[0] == "doctor":
+            from tatar_dist.commands.doctor_nodes import examine
+            status = [asdict(check) for check in examine(os.environ["RAY_ADDRESS"])]
+        elif words[0] == "read":
             import ray
             from tatar_dist.cluster.nodes import read_nodes
             ray.init(logging_level="ERROR", log_to_driver=False)
-            began = time.perf_counter()
             status = [(m.driver, [[g.name, round(g.gib), g.capability] for g in m.gpus]) for m in read_nodes()]
-            seconds = time.perf_counter() - began
             out.write(json.dumps({k: v for k, v in ray.cluster_resources().items() if "GPU" in k or "type" in k}))
             ray.shutdown()
         else:
             status = main(words)
-            seconds = time.perf_counter() - began
-    print(json.dumps([status, out.getvalue(), err.getvalue().strip().splitlines(), seconds]), flush=True)
+    print(json.dumps([status, out.getvalue(), err.getvalue().strip().splitlines()]), flush=True)
 """
 
 
@@ -63,10 +63,13 @@ class Nodes:
         """Give a node other GPUs; their number must stay what Ray counted: 4 and 2."""
         pretended_driver(self.drivers[node], (4, 2)[node], **gpus)
 
-    def ask(self, *words: str, build: str | None = "13.0") -> tuple[Any, str, list[str], float]:
-        """Run a command. Returns status, output, lines of standard error, seconds. `build`: torch.version.cuda."""
+    def ask(self, *words: str) -> tuple[Any, str, list[str]]:
+        """Run a command. Returns status, output, lines of standard error.
+
+        `read` and `doctor` are what a run reads of the nodes and the doctor's checks of them, as status.
+        """
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps([words, build]) + "\n")
+        self.process.stdin.write(json.dumps(words) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         assert answer, "the process ended"
