@@ -23,6 +23,11 @@ from pretended_driver import pretended_driver
 
 ROOT = Path(__file__).parents[2]
 START_S = 120
+# the second node has an old GPU for its display, which CUDA_VISIBLE_DEVICES hides
+GPUS: tuple[dict[str, Any], ...] = (
+    {"gpus": 4},
+    {"gpus": 3, "others": {2: {"name": "NVIDIA T400", "capability": (7, 5), "gib": 4}}},
+)
 
 # Reads a command a line; answers with its status and what it printed.
 COMMANDS = """
@@ -60,8 +65,8 @@ class Nodes:
     process: subprocess.Popen[str]
 
     def give(self, node: int, **gpus: Any) -> None:
-        """Give a node other GPUs; their number must stay what Ray counted: 4 and 2."""
-        pretended_driver(self.drivers[node], (4, 2)[node], **gpus)
+        """Give a node other GPUs, as many as Ray counted."""
+        pretended_driver(self.drivers[node], **{**GPUS[node], **gpus})
 
     def ask(self, *words: str) -> tuple[Any, str, list[str]]:
         """Run a command. Returns status, output, lines of standard error.
@@ -78,7 +83,7 @@ class Nodes:
 
 @contextmanager
 def gpu_nodes(directory: Path) -> Iterator[Nodes]:
-    """Start the nodes with four and two H100."""
+    """Start the nodes, with four and two H100."""
     token = directory / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(24))
@@ -90,9 +95,10 @@ def gpu_nodes(directory: Path) -> Iterator[Nodes]:
         log = stack.enter_context(open(directory / "log", "w+"))
         drivers = [directory / "driver0", directory / "driver1"]
         environments = []
-        for driver, gpus in zip(drivers, (4, 2), strict=True):
+        for driver, gpus, visible in zip(drivers, GPUS, ("0,1,2,3", "0,1"), strict=True):
             driver.mkdir()
-            environments.append({**os.environ, **common, **pretended_driver(driver, gpus)})
+            told = {**pretended_driver(driver, **gpus), "CUDA_VISIBLE_DEVICES": visible}
+            environments.append({**os.environ, **common, **told})
         with socket.socket() as s, socket.socket() as t:
             s.bind(("127.0.0.1", 0))
             t.bind(("127.0.0.1", 0))
