@@ -30,6 +30,7 @@ PACKED, CUDA, HEAD, BATCH = ("test_shared_prefix.py",), ("test_ragged_cuda.py",)
 PACKING, BATCHES = ("test_packing.py",), ("test_batches.py",)
 EXPECTED, ANSWERS = ("test_expected_score.py",), ("test_evaluate_answers.py",)
 ADVANTAGES, LOSSES = ("test_advantages.py", "test_rewards.py"), ("test_losses.py",)
+GPUS = ("test_gpus.py",)
 
 # name: (file below tatar_dist, text, what it becomes, tests)
 DEVICE = ("../device/test_learner.py",)
@@ -139,6 +140,13 @@ MUTATIONS = {
     "device: gradients summed in bfloat16": ("learner/zero3.py", '"grad_accum_dtype": "fp32",', "", DEVICE),
     "device: logits are rounded": ("learner/policy.py", "torch.mm(states, weight.T, out_dtype=torch.float32)", "(states @ weight.T).float()", DEVICE),
     "device: an update of many kernels": ("learner/zero3.py", 'fused = self.device.type != "cpu"', "fused = False", DEVICE),
+    "gpus: an old driver passes": ("run/gpus.py", "m.cuda < CUDA and int", "m.cuda > CUDA and int", GPUS),
+    "gpus: a compatibility package is ignored": ("run/gpus.py", "m.gpus and m.cuda < CUDA and", "m.gpus and", GPUS),
+    "gpus: an old GPU passes": ("run/gpus.py", "gpu.capability < CAPABILITY", "gpu.capability < (7, 0)", GPUS),
+    "gpus: MIG passes": ("run/gpus.py", "lambda gpu: gpu.mig)", "lambda gpu: False)", GPUS),
+    "gpus: two kinds pass": ("run/gpus.py", "gpu.name != most)", "gpu.name != gpu.name)", GPUS),
+    "gpus: hidden GPUs count": ("run/gpus.py", "if visible is None or any(", "if True or any(", GPUS),
+    "gpus: too small passes": ("plan/memory.py", "if sum(states.values()) > estimated.gpu_gib:", "if False:", GPUS),
     "device: norms are sharded": ("learner/zero3.py", 'if device.type == "cpu" else {}', "if True else {}", DEVICE),
     "device: a sum on the CPU": ("learner/zero3.py", "dtype=torch.float64, device=self.device)", "dtype=torch.float64)", DEVICE),
     "device: workers are forked": ("rollout/options.py", '"VLLM_WORKER_MULTIPROC_METHOD": "spawn",', "", ("test_process.py",)),

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tatar_dist.run.gpus import Machine, read
+from tatar_dist.run.gpus import Machine, read_here
 
 ANSWER_S = 60
 
@@ -21,14 +21,9 @@ def tasks_on_nodes(function: Callable[..., Any]) -> list[tuple[dict[str, Any], A
     return [(n, task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], False))) for n in living]
 
 
-def read_node() -> Machine:
-    """Read the GPUs of this task's node: Ray hides them from a task that asks for none."""
-    return read(ray._private.worker.global_worker.original_visible_accelerator_ids.get("GPU"))
-
-
 def read_nodes() -> list[Machine]:
     """Read the GPUs of every node where Ray has some, except of one that is lost meanwhile."""
-    asked = [task.remote() for n, task in tasks_on_nodes(read_node) if n["Resources"].get("GPU")]
+    asked = [task.remote() for n, task in tasks_on_nodes(read_here) if n["Resources"].get("GPU")]
     machines = []
     for answer in ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)[0] if asked else ():
         with suppress(ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError):

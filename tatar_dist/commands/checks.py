@@ -119,7 +119,7 @@ def doctor(
     Compilers, packages, GPUs and their driver, NVLink, NCCL, memory, networks, ports, clock, file systems; of nodes
     their versions, clocks and GPUs, and whether they see this directory. Exit 1 if something needed is missing.
 
-    Example: [bold]tatar-dist doctor --json[/bold]
+    Example: [bold]tatar-dist doctor --all[/bold]
     """
     from tatar_dist.commands import doctor as checks
 

@@ -98,11 +98,11 @@ def _line(error: Exception) -> str:
 
 def _ask(ray: Any, file: str | None) -> tuple[list[Node], dict[str, str]]:
     """Return (nodes that answered, address -> error of each that did not)."""
-    from tatar_dist.cluster import nodes as on_nodes
+    from tatar_dist.cluster.nodes import tasks_on_nodes
 
-    for module in (sys.modules[__name__], gpu_rules, on_nodes):  # a node may have no tatar_dist, or another
+    for module in (sys.modules[__name__], gpu_rules):  # a node may have no tatar_dist, or another
         ray.cloudpickle.register_pickle_by_value(module)
-    tasks, readers = on_nodes.tasks_on_nodes(_facts), on_nodes.tasks_on_nodes(on_nodes.read_node)
+    tasks, readers = tasks_on_nodes(_facts), tasks_on_nodes(gpu_rules.read_here)
     first = [task.remote(file) for _, task in tasks]  # starts a worker on every node
     ready = set(ray.wait(first, num_returns=len(first), timeout=ANSWER_S)[0])
     nodes, silent = [], {}

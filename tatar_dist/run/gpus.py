@@ -151,4 +151,8 @@ def check_here(count: int) -> float | None:
     if not here.error and len(here.gpus) < count:
         hint = "set CUDA_VISIBLE_DEVICES and rollout.tensor_parallel, or install with DEVICE=cpu"
         raise UserError(f"{here.host}: needed are {count} GPUs, visible are {len(here.gpus)}: {hint}")
-    return check([replace(here, gpus=here.gpus[:count])])
+    smallest = check([replace(here, gpus=here.gpus[:count])])
+    if not torch.cuda.is_available():
+        hint = "python -c 'import torch; torch.cuda.init()' says why (no libcuda.so, no nvidia-fabricmanager)"
+        raise UserError(f"{here.host}: the driver has {len(here.gpus)} GPUs, but torch can use none: {hint}")
+    return smallest

@@ -23,32 +23,37 @@ from pretended_driver import pretended_driver
 
 ROOT = Path(__file__).parents[2]
 START_S = 120
+# the second node has an old GPU for its display, which CUDA_VISIBLE_DEVICES hides
+GPUS: tuple[dict[str, Any], ...] = (
+    {"gpus": 4},
+    {"gpus": 3, "others": {2: {"name": "NVIDIA T400", "capability": (7, 5), "gib": 4}}},
+)
 
 # Reads a command a line; answers with its status and what it printed.
 COMMANDS = """
-import contextlib, io, json, sys, time
+import contextlib, io, json, os, sys
+from dataclasses import asdict
 import torch
 from tatar_dist.cli import main
 
 for line in sys.stdin:
-    words, build = json.loads(line)
-    torch.version.cuda = build
+    words = json.loads(line)
+    torch.version.cuda = "13.0"  # as a CUDA build says, for score and serve
     out, err = io.StringIO(), io.StringIO()
-    began = time.perf_counter()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        if words[0] == "read":
+        if words[0] == "doctor":
+            from tatar_dist.commands.doctor_nodes import examine
+            status = [asdict(check) for check in examine(os.environ["RAY_ADDRESS"])]
+        elif words[0] == "read":
             import ray
             from tatar_dist.cluster.nodes import read_nodes
             ray.init(logging_level="ERROR", log_to_driver=False)
-            began = time.perf_counter()
             status = [(m.driver, [[g.name, round(g.gib), g.capability] for g in m.gpus]) for m in read_nodes()]
-            seconds = time.perf_counter() - began
             out.write(json.dumps({k: v for k, v in ray.cluster_resources().items() if "GPU" in k or "type" in k}))
             ray.shutdown()
         else:
             status = main(words)
-            seconds = time.perf_counter() - began
-    print(json.dumps([status, out.getvalue(), err.getvalue().strip().splitlines(), seconds]), flush=True)
+    print(json.dumps([status, out.getvalue(), err.getvalue().strip().splitlines()]), flush=True)
 """
 
 
@@ -60,13 +65,16 @@ class Nodes:
     process: subprocess.Popen[str]
 
     def give(self, node: int, **gpus: Any) -> None:
-        """Give a node other GPUs; their number must stay what Ray counted: 4 and 2."""
-        pretended_driver(self.drivers[node], (4, 2)[node], **gpus)
+        """Give a node other GPUs, as many as Ray counted."""
+        pretended_driver(self.drivers[node], **{**GPUS[node], **gpus})
 
-    def ask(self, *words: str, build: str | None = "13.0") -> tuple[Any, str, list[str], float]:
-        """Run a command. Returns status, output, lines of standard error, seconds. `build`: torch.version.cuda."""
+    def ask(self, *words: str) -> tuple[Any, str, list[str]]:
+        """Run a command. Returns status, output, lines of standard error.
+
+        `read` and `doctor` are what a run reads of the nodes and the doctor's checks of them, as status.
+        """
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps([words, build]) + "\n")
+        self.process.stdin.write(json.dumps(words) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         assert answer, "the process ended"
@@ -75,7 +83,7 @@ class Nodes:
 
 @contextmanager
 def gpu_nodes(directory: Path) -> Iterator[Nodes]:
-    """Start the nodes with four and two H100."""
+    """Start the nodes, with four and two H100."""
     token = directory / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(24))
@@ -87,9 +95,10 @@ def gpu_nodes(directory: Path) -> Iterator[Nodes]:
         log = stack.enter_context(open(directory / "log", "w+"))
         drivers = [directory / "driver0", directory / "driver1"]
         environments = []
-        for driver, gpus in zip(drivers, (4, 2), strict=True):
+        for driver, gpus, visible in zip(drivers, GPUS, ("0,1,2,3", "0,1"), strict=True):
             driver.mkdir()
-            environments.append({**os.environ, **common, **pretended_driver(driver, gpus)})
+            told = {**pretended_driver(driver, **gpus), "CUDA_VISIBLE_DEVICES": visible}
+            environments.append({**os.environ, **common, **told})
         with socket.socket() as s, socket.socket() as t:
             s.bind(("127.0.0.1", 0))
             t.bind(("127.0.0.1", 0))

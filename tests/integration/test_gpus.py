@@ -50,7 +50,7 @@ def words(tmp_path: Path, model_untied: str, manifests: list[str]) -> dict[str, 
 def test_ray_counts_the_pretended_gpus_and_every_node_tells_of_its_own(nodes: Nodes):
     nodes.give(0)
     nodes.give(1, **A100)
-    drivers, resources, *_ = nodes.ask("read")
+    drivers, resources, _ = nodes.ask("read")
     h100, a100 = ["NVIDIA H100 80GB HBM3", 80, [9, 0]], ["NVIDIA A100-SXM4-80GB", 80, [8, 0]]
     assert sorted(drivers) == [["580.65.06", [a100] * 2], ["580.65.06", [h100] * 4]]
     assert json.loads(resources) == {"GPU": 6.0, "accelerator_type:H100": 2.0}
@@ -71,8 +71,18 @@ def test_ray_counts_the_pretended_gpus_and_every_node_tells_of_its_own(nodes: No
 def test_gpus_that_cannot_be_used_are_one_line_with_host_and_gpu(nodes: Nodes, words, command, node, gpus, line):
     nodes.give(1 - node)
     nodes.give(node, **gpus)
-    status, _, errors, _ = nodes.ask(*words[command])
+    status, _, errors = nodes.ask(*words[command])
     told = [error for error in errors if "never run" not in error]  # warnings of paths
     assert (status, len(told)) == (2, 1), errors
     assert told[0].startswith("tatar-dist: ") and line in told[0]
     assert f"{HOST}: " in told[0] or "smallest" in told[0]
+
+
+def test_the_doctor_names_the_node_whose_gpus_differ(nodes: Nodes):
+    nodes.give(0)
+    nodes.give(1, **A100, driver="550.54.15")
+    found = {check["name"]: check for check in nodes.ask("doctor")[0]}
+    assert found["Ray cluster"]["found"] == "2 nodes, 6 GPUs"
+    wrong = {name for name, check in found.items() if check["required"] and not check["ok"]}
+    assert wrong == {"GPU driver of the nodes", "kinds of GPU of the nodes"}
+    assert found["kinds of GPU of the nodes"]["found"].startswith(f"{HOST}: GPU 0,1 (NVIDIA A100-SXM4-80GB) is of")
