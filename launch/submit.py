@@ -76,6 +76,9 @@ def sbatch_command(stage: str, options: list[str], words: list[str], wait: bool)
 def submit_to_slurm(stage: str, command: list[str], wait: bool) -> int:
     """sbatch prints the job's number; then how to follow and to stop it."""
     status = subprocess.run(command).returncode
+    if status and not wait:
+        asked = shlex.join(command[: command.index(f"slurm/{stage}.sh") + 1])
+        print(f"tatar-dist: Slurm refused {asked} (from NODES and cluster.gpus_per_node)", file=sys.stderr)
     if status == 0 and not wait:
         print(
             f"follow it:                              tail -F tatar-{stage}-JOB.log\n"

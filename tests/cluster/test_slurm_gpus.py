@@ -95,11 +95,12 @@ def test_a_node_with_too_few_gpus_ends_the_job_before_ray_starts(submit, slurm: 
 
 
 def test_make_asks_slurm_for_the_gpus_of_the_configuration(slurm: Slurm, words: list[str], tmp_path: Path):
-    def shown(gpus: int, **env: str) -> str:
-        arguments = " ".join([*words, f"output={tmp_path}/run", f"cluster.gpus_per_node={gpus}", "--dry-run"])
-        make = ["make", "--no-print-directory", "sft", "NODES=2", f"ARGS={arguments}"]
-        return slurm.run(make, cwd=ROOT, env=env, check=True).stdout
+    def make(gpus: int, *more: str, **env: str) -> str:
+        arguments = " ".join([*words, f"output={tmp_path}/run", f"cluster.gpus_per_node={gpus}", *more])
+        done = slurm.run(["make", "--no-print-directory", "sft", "NODES=2", f"ARGS={arguments}"], cwd=ROOT, env=env)
+        return done.stdout + done.stderr
 
-    assert "sbatch --nodes=2 --gpus-per-node=2 slurm/sft.sh" in shown(2)
-    assert "sbatch --nodes=2 slurm/sft.sh" in shown(0)
-    assert "sbatch --nodes=2 slurm/sft.sh" in shown(2, SBATCH_GRES="gpu:a100:2")
+    assert "sbatch --nodes=2 --gpus-per-node=2 slurm/sft.sh" in make(2, "--dry-run")
+    assert "sbatch --nodes=2 slurm/sft.sh" in make(0, "--dry-run")
+    assert "sbatch --nodes=2 slurm/sft.sh" in make(2, "--dry-run", SBATCH_GRES="gpu:a100:2")
+    assert "tatar-dist: Slurm refused sbatch --nodes=2 --gpus-per-node=4 slurm/sft.sh (from NODES" in make(4)
