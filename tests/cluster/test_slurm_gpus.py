@@ -1,4 +1,4 @@
-"""GPUs that Slurm counts, and nothing else sees: what a job asks for, what its Ray gets, what is refused."""
+"""GPUs that only Slurm and a pretended driver know: what a job asks for, what its Ray gets, what is refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from pretended_driver import pretended_driver
 from slurm import Slurm
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,7 @@ def test_each_nodes_ray_has_its_gpus_and_the_stage_places_its_learners_on_them(s
         *("cluster.gpus_per_node=2", "cluster.learner_placement=spread", "sft.global_batch=4"),
         sbatch=("--nodes=2", "--nodelist=node[1-2]", "--gpus-per-node=2", *SHARED),
         TATAR_CONTAINER=before_each_command(tmp_path, look),
+        **pretended_driver(tmp_path, gpus=3),
     )
     ended = slurm.wait(job)
     slurm.run(["scancel", other], check=True)
