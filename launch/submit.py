@@ -2,7 +2,8 @@
 
     python launch/submit.py grpo NODES [--wait] [--dry-run] [--config FILE] [key=value ...]
 
-Where Slurm answers: `sbatch --nodes=NODES slurm/STAGE.sh ...` (--wait stays until it ends, with its exit status).
+Where Slurm answers: `sbatch --nodes=NODES --gpus-per-node=N slurm/STAGE.sh ...`, N as in cluster.gpus_per_node
+(--wait stays until it ends, with its exit status).
 Else with RAY_ADDRESS=http://...: `ray job submit` there; with RAY_ADDRESS=host:port: the stage joins that cluster.
 Else NODES Ray nodes on this machine, for development, ended with the stage. Their ports are open on all interfaces of
 the machine, as Ray's always are, and ask for a token of their own. One node needs none of that: the stage runs here.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -44,26 +46,39 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 Command = tuple[list[str], dict[str, str]]  # argv, and what it has in its environment beside ours
 
 
-def slurm_answers() -> bool:
+def slurm_config() -> str:
+    """Return what `scontrol show config` prints, "" where no Slurm answers."""
     if shutil.which("sbatch") is None:
-        return False
+        return ""
     try:
-        return subprocess.run(["scontrol", "ping"], capture_output=True, timeout=20).returncode == 0
+        done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=20)
     except subprocess.TimeoutExpired:
-        return False
+        return ""
+    return "" if done.returncode else done.stdout
+
+
+def sbatch_gpus(config: Config, slurm: str) -> list[str]:
+    """Return the option that asks for the nodes' GPUs: none where Slurm counts none, or SBATCH_* variables ask."""
+    asked = any(k.startswith("SBATCH_GPUS") for k in os.environ) or "gpu" in os.environ.get("SBATCH_GRES", "")
+    counted = re.search(r"^GresTypes .*gpu", slurm, re.MULTILINE)
+    gpus = config.cluster.gpus_per_node
+    return [f"--gpus-per-node={gpus}"] if gpus and counted and not asked else []
 
 
 def stage_command(python: str, stage: str, words: list[str]) -> list[str]:
     return [python, f"launch/{COMMANDS[stage]}.py", *words]
 
 
-def sbatch_command(stage: str, nodes: int, words: list[str], wait: bool) -> list[str]:
-    return ["sbatch", *(["--wait"] if wait else []), f"--nodes={nodes}", f"slurm/{stage}.sh", *words]
+def sbatch_command(stage: str, options: list[str], words: list[str], wait: bool) -> list[str]:
+    return ["sbatch", *(["--wait"] if wait else []), *options, f"slurm/{stage}.sh", *words]
 
 
 def submit_to_slurm(stage: str, command: list[str], wait: bool) -> int:
     """sbatch prints the job's number; then how to follow and to stop it."""
     status = subprocess.run(command).returncode
+    if status and not wait:
+        asked = shlex.join(command[: command.index(f"slurm/{stage}.sh") + 1])
+        print(f"tatar-dist: Slurm refused {asked} (from NODES and cluster.gpus_per_node)", file=sys.stderr)
     if status == 0 and not wait:
         print(
             f"follow it:                              tail -F tatar-{stage}-JOB.log\n"
@@ -227,8 +242,8 @@ def run(stage: str, nodes: int, words: list[str], wait: bool, dry: bool) -> int:
     plan = resolve(config, COMMANDS[stage])  # what cannot run is refused before anything starts
     address = os.environ.get("RAY_ADDRESS", "")
     here = stage_command(sys.executable, stage, words)
-    if slurm_answers():
-        command = sbatch_command(stage, nodes, words, wait)
+    if slurm := slurm_config():
+        command = sbatch_command(stage, [f"--nodes={nodes}", *sbatch_gpus(config, slurm)], words, wait)
         return show(plan, [(command, {})]) if dry else submit_to_slurm(stage, command, wait)
     if address.startswith(("http://", "https://")):
         if not Path(config.output).is_absolute():

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # GRPO as a Slurm job. Submit it from the checkout:
 #
-#   sbatch --nodes=4 slurm/grpo.sh [--config configs/grpo.yaml] [key=value ...]
+#   sbatch --nodes=4 --gpus-per-node=8 slurm/grpo.sh [--config configs/grpo.yaml] [key=value ...]
 #
 # Whole nodes unless you say otherwise (sbatch --oversubscribe --cpus-per-task=16 --gpus-per-node=2 --mem=200G ...).
+# A node with fewer GPUs than cluster.gpus_per_node ends the job with status 2.
 # What can be set in the environment stands in ray_cluster.sh. --dry-run prints what would run.
 #SBATCH --job-name=tatar-grpo
 #SBATCH --output=%x-%j.log

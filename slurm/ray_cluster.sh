@@ -55,7 +55,8 @@ node() {
     activate
     while :; do
         # shellcheck disable=SC2086
-        "${container[@]}" "$@" --num-cpus="${SLURM_CPUS_ON_NODE:-1}" ${TATAR_RAY_ARGS:-} &
+        "${container[@]}" "$@" --num-cpus="${SLURM_CPUS_ON_NODE:-1}" \
+            ${SLURM_GPUS_ON_NODE:+--num-gpus=$SLURM_GPUS_ON_NODE} ${TATAR_RAY_ARGS:-} &
         child=$!
         status=0
         wait "$child" || status=$?
@@ -118,23 +119,43 @@ worker_command() {
         --temp-dir="$(temp_dir)/r" --disable-usage-stats --block)
 }
 
+# ask_for_gpus COUNT: each node's Ray gets so many, the other steps none. Ends the job where a node has fewer.
+ask_for_gpus() {
+    local few
+    few=$(scontrol show job -d "$SLURM_JOB_ID" | awk -v count="$1" '$1 ~ /^Nodes=/ && / GRES=/ {
+        nodes = substr($1, 7)
+        sub(/.* GRES=/, "")
+        for (has = 0; match($0, /gpu:([^(),:]+:)?[0-9]+/); $0 = substr($0, RSTART + RLENGTH)) {
+            n = split(substr($0, RSTART, RLENGTH), words, ":")
+            has += words[n]
+        }
+        if (has < count) print has " on " nodes
+    }' | sort -n)
+    [[ -z $few ]] || die 2 "too few GPUs in this job for cluster.gpus_per_node=$1 (${few//$'\n'/, }): submit it with \
+sbatch --gpus-per-node=$1, or set cluster.gpus_per_node=${few%% *}"
+    # a step gets what sbatch was asked for: none for --exclusive alone, too many for the --gpus of the whole job
+    unset "${!SLURM_GPUS@}" SLURM_TRES_PER_TASK
+    step+=(--gres=none)
+    ray_gpus=(--gres="gpu:$1")
+}
+
 # on_node NODE LOG ROLE COMMAND...: a background step; its srun's number is in $!
 on_node() {
     local name=$1 log=$2
     shift 2
-    "${step[@]}" --nodelist="$name" --output="$log" --error="$log" --open-mode=append \
+    "${step[@]}" "${ray_gpus[@]}" --nodelist="$name" --output="$log" --error="$log" --open-mode=append \
         bash slurm/ray_cluster.sh "$@" &
 }
 
 dry_run() { # SCRIPT ARGUMENTS...
     # shellcheck disable=SC2016
-    local port cpus='--num-cpus=$SLURM_CPUS_ON_NODE'
+    local port all='--num-cpus=$SLURM_CPUS_ON_NODE ${SLURM_GPUS_ON_NODE:+--num-gpus=$SLURM_GPUS_ON_NODE}'
     port=$(first_port "${SLURM_JOB_ID:-0}")
     echo "# ${SLURM_JOB_NUM_NODES:-N} node(s), a token of the job's own, logs in ${TATAR_LOGS:-runs/slurm}/job-${SLURM_JOB_ID:-JOB}"
     head_command FIRST_NODE "$port"
-    echo "${container[*]}${container:+ }${command[*]} $cpus ${TATAR_RAY_ARGS:-}    # on the first node"
+    echo "${container[*]}${container:+ }${command[*]} $all ${TATAR_RAY_ARGS:-}    # on the first node"
     worker_command NODE FIRST_NODE "$port"
-    echo "${container[*]}${container:+ }${command[*]} $cpus ${TATAR_RAY_ARGS:-}    # on each other node"
+    echo "${container[*]}${container:+ }${command[*]} $all ${TATAR_RAY_ARGS:-}    # on each other node"
     printf 'RAY_ADDRESS=FIRST_NODE:%s ' "$port"
     printf '%q ' "${container[@]}" python "$@"
     printf '   # on the first node\n'
@@ -207,7 +228,7 @@ run_stage() { # STAGE ARGUMENTS...
     shift
     local script=launch/$stage.py config=configs/$stage.yaml word nodes_given='' interface_given='' dry=''
     [[ $stage != eval ]] || script=launch/evaluate.py
-    local arguments=() given_config=''
+    local arguments=() given_config='' plan slurm_config ray_gpus=()
     for word; do
         case $word in
             --dry-run) dry=1 && continue ;;
@@ -228,10 +249,15 @@ run_stage() { # STAGE ARGUMENTS...
     fi
     [[ -n ${SLURM_JOB_ID:-} ]] || die 2 "runs inside a Slurm job: sbatch --nodes=N slurm/$stage.sh ..."
     # what is wrong with the configuration is said before a cluster is started for it
-    "${container[@]}" python "$script" "${arguments[@]}" --dry-run >/dev/null || exit $?
+    plan=$("${container[@]}" python "$script" "${arguments[@]}" --dry-run --json) || exit $?
 
     step=(srun --quiet --overlap --no-kill --kill-on-bad-exit=0 --nodes=1 --ntasks=1)
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || step+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+    slurm_config=$(scontrol show config)
+    # a Slurm that counts no GPUs leaves them to Ray's own detection
+    if [[ $plan =~ '"gpus_per_node": '([1-9][0-9]*) ]] && grep -q '^GresTypes .*gpu' <<<"$slurm_config"; then
+        ask_for_gpus "${BASH_REMATCH[1]}"
+    fi
     local i port addresses=() pairs=()
     steps=() awaited=''
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -245,7 +271,7 @@ run_stage() { # STAGE ARGUMENTS...
 
     export TATAR_JOB=${TATAR_LOGS:-runs/slurm}/job-$SLURM_JOB_ID TATAR_STAGE=$stage PYTHONUNBUFFERED=1
     # a step of one task would be bound to one core, and all of Ray with it
-    if ! scontrol show config | grep -q '^TaskPlugin .*task/none'; then export SLURM_CPU_BIND=none; fi
+    if ! grep -q '^TaskPlugin .*task/none' <<<"$slurm_config"; then export SLURM_CPU_BIND=none; fi
     mkdir -p "$TATAR_JOB"
     TATAR_JOB=$(cd "$TATAR_JOB" && pwd)
     rm -f "$TATAR_JOB/up"

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Supervised fine-tuning as a Slurm job. Submit it from the checkout:
 #
-#   sbatch --nodes=4 slurm/sft.sh [--config configs/sft.yaml] [key=value ...]
+#   sbatch --nodes=4 --gpus-per-node=8 slurm/sft.sh [--config configs/sft.yaml] [key=value ...]
 #
 # Whole nodes unless you say otherwise (sbatch --oversubscribe --cpus-per-task=16 --gpus-per-node=2 --mem=200G ...).
+# A node with fewer GPUs than cluster.gpus_per_node ends the job with status 2.
 # What can be set in the environment stands in ray_cluster.sh. --dry-run prints what would run.
 #SBATCH --job-name=tatar-sft
 #SBATCH --output=%x-%j.log

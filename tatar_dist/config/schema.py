@@ -58,7 +58,7 @@ class DataConfig:
 class ClusterConfig:
     address: str | None = None  # Ray address to join; null starts Ray on this machine
     nodes: AtLeastOne = 1  # nodes to plan for; the launchers in slurm/ set it
-    gpus_per_node: AtLeastZero = 8  # 0 = CPU only
+    gpus_per_node: AtLeastZero = 8  # GPUs of each node, asked of Slurm; 0 = CPU only
     learners: AtLeastZero = 8  # ZeRO-3 ranks, one GPU each; 0 = as many as fit (plan/plan.py)
     learner_cpus: AboveZero = 1.0  # logical CPUs Ray reserves for a learner
     engine_cpus: AboveZero = 1.0  # logical CPUs Ray reserves for an engine

@@ -1,6 +1,7 @@
 """Fixtures of the cluster tests: hosts, Slurm and Ray on them, and the tiny model of the integration tests.
 
-A module says how many hosts it wants with `HOSTS = n` (2 when it does not); it has them, and Slurm, to itself.
+A module says how many hosts it wants with `HOSTS = n` (2 when it does not), and which GPUs Slurm pretends on them with
+`GPUS = ("2", …)` (none); it has the hosts, and Slurm, to itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import pytest
 from hosts import Hosts
 from ray_hosts import RayCluster
 from slurm import Slurm
+
+ROOT = Path(__file__).parents[2]
 
 
 def _integration() -> object:
@@ -42,9 +45,25 @@ def hosts(request: pytest.FixtureRequest) -> Iterator[Hosts]:
 
 
 @pytest.fixture(scope="module")
-def slurm(hosts: Hosts) -> Iterator[Slurm]:
-    with Slurm(hosts) as found:
+def slurm(request: pytest.FixtureRequest, hosts: Hosts) -> Iterator[Slurm]:
+    with Slurm(hosts, getattr(request.module, "GPUS", ())) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def submit(slurm: Slurm, words: list[str], tmp_path_factory: pytest.TempPathFactory):
+    """submit(stage, 'key=value', ..., sbatch=[...]) -> (job, its directory with run/, logs/) of slurm/STAGE.sh."""
+
+    def go(stage: str, *extra: str, sbatch: tuple[str, ...] = ("--nodes=2",), **env: str) -> tuple[str, Path]:
+        directory = tmp_path_factory.mktemp("job")
+        job = slurm.submit(
+            [f"--output={directory}/job.log", *sbatch, f"slurm/{stage}.sh", *words, f"output={directory}/run", *extra],
+            cwd=ROOT,
+            env={"TATAR_LOGS": str(directory / "logs"), "TATAR_TMPDIR": "/tmp/ray", **env},
+        )
+        return job, directory
+
+    return go
 
 
 @pytest.fixture

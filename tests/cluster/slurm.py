@@ -3,18 +3,22 @@
 Everything it writes is in one directory; nothing of the machine's own Slurm is used. Partitions: `main` (default), and
 `low`, whose jobs are preempted and requeued for those of `high`, after a user signal and `GRACE_SECONDS`.
 
-    with Hosts(2) as hosts, Slurm(hosts) as slurm:
+With `gpus` the nodes have pretended GPUs, by number or type:number; nothing else on them sees one.
+
+    with Hosts(2) as hosts, Slurm(hosts, gpus=("2", "a100:4")) as slurm:
         job = slurm.submit(["--wrap", "srun hostname"])
         state = slurm.wait(job)                         # {"JobState": "COMPLETED", "ExitCode": "0:0", ...}
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,26 +69,36 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE St
 class Slurm:
     """A running Slurm whose nodes are `hosts`. `run` is a user at the controller; `env` lets any process be one."""
 
-    def __init__(self, hosts: Hosts) -> None:
+    def __init__(self, hosts: Hosts, gpus: Sequence[str] = ()) -> None:
         self.hosts = hosts
         self.directory = Path(tempfile.mkdtemp(prefix="tatar-slurm-"))
         self.env = {"SLURM_CONF": str(self.directory / "slurm.conf")}
         self._munged: subprocess.Popen[bytes] | None = None
         try:
             self.control = hosts.add("control")
-            self._write_config()
+            self._write_config(gpus)
             self._start()
         except BaseException:
             self.close()
             raise
 
-    def _write_config(self) -> None:
-        nodes = "\n".join(
-            f"NodeName={h.name} NodeHostname={h.name} NodeAddr={h.ip} CPUs={CPUS} Sockets=1 CoresPerSocket={CPUS} "
-            "ThreadsPerCore=1 RealMemory=12000"
-            for h in self.hosts
-        )
+    def _write_config(self, gpus: Sequence[str]) -> None:
+        nodes, devices = "", ""
+        for host, gres in itertools.zip_longest(self.hosts, gpus):
+            nodes += (
+                f"NodeName={host.name} NodeHostname={host.name} NodeAddr={host.ip} CPUs={CPUS} Sockets=1 "
+                f"CoresPerSocket={CPUS} ThreadsPerCore=1 RealMemory=12000{f' Gres=gpu:{gres}' if gres else ''}\n"
+            )
+            if gres:
+                *kind, count = gres.split(":")
+                for i in range(int(count)):
+                    file = self.directory / f"{host.name}-gpu{i}"
+                    file.symlink_to("/dev/null")  # Slurm sets CUDA_VISIBLE_DEVICES for devices, not for plain files
+                    devices += f"NodeName={host.name} Name=gpu {f'Type={kind[0]} ' if kind else ''}File={file}\n"
         text = CONFIG.format(control=self.control.ip, directory=self.directory, nodes=nodes, grace=GRACE_SECONDS)
+        if gpus:
+            text += "GresTypes=gpu\n"
+            (self.directory / "gres.conf").write_text(devices)
         (self.directory / "slurm.conf").write_text(text)
 
     def _start(self) -> None:

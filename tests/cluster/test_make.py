@@ -71,7 +71,8 @@ def test_dry_run_prints_the_commands_and_starts_nothing(make, slurm: Slurm, host
     assert "sbatch --nodes=4 slurm/sft.sh --config configs/sft.yaml" in there.stdout
     ray = make(hosts[0], "--dry-run", env={"RAY_ADDRESS": "http://node1:8265"})
     assert ray.returncode == 0 and "ray job submit --working-dir ." in ray.stdout
-    one = make(slurm.control, "--dry-run", env=slurm.env, settings=("NODES=1",))
+    one = make(slurm.control, "cluster.gpus_per_node=8", "--dry-run", env=slurm.env, settings=("NODES=1",))
+    # this Slurm counts no GPUs
     assert "sbatch --nodes=1 slurm/sft.sh" in one.stdout
     assert not (tmp_path / "run").exists() and slurm.run(["squeue", "-h"]).stdout == ""
 

@@ -21,22 +21,6 @@ SMALL_SFT = ["sft.global_batch=4", "sft.max_steps=2", "sft.eval_every=0", "clust
 
 
 @pytest.fixture(scope="module")
-def submit(slurm: Slurm, words: list[str], tmp_path_factory: pytest.TempPathFactory):
-    """submit(stage, 'key=value', ..., sbatch=[...]) -> (job, its directory with run/, logs/) of slurm/STAGE.sh."""
-
-    def go(stage: str, *extra: str, sbatch: tuple[str, ...] = ("--nodes=2",), **env: str) -> tuple[str, Path]:
-        directory = tmp_path_factory.mktemp("job")
-        job = slurm.submit(
-            [f"--output={directory}/job.log", *sbatch, f"slurm/{stage}.sh", *words, f"output={directory}/run", *extra],
-            cwd=ROOT,
-            env={"TATAR_LOGS": str(directory / "logs"), "TATAR_TMPDIR": "/tmp/ray", **env},
-        )
-        return job, directory
-
-    return go
-
-
-@pytest.fixture(scope="module")
 def reference(submit, slurm: Slurm) -> Path:
     """A job on two nodes that nothing disturbs."""
     job, directory = submit("grpo", *DETERMINISTIC)
