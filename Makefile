@@ -3,12 +3,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster nightly bench bench-trl lint format sft grpo eval
+.PHONY: help setup demo test test-cluster test-cuda-build nightly bench bench-trl lint format sft grpo eval
 
 # What .venv was made for; for a new one cuda where nvidia-smi works, else cpu. Demo and tests are for the CPU.
 DEVICE := $(or $(DEVICE),$(shell cat .venv/.device 2>/dev/null),$(if $(filter demo test test-cluster nightly,$(MAKECMDGOALS)),cpu),$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu))
 # Index that torch alone is installed from; empty: wherever your pip is configured to look
 TORCH_INDEX ?=
+# the same for the CUDA build of `make test-cuda-build`
+CUDA_INDEX ?=
 PYTHON ?=
 NODES ?=
 WAIT ?=
@@ -38,6 +40,7 @@ help:
 	@echo "make test [CHROMIUM=1]                         unit and integration tests on real Ray, vLLM and DeepSpeed"
 	@echo "make lint | format                            ruff, mypy, import contracts | rewrite the formatting"
 	@echo "make test-cluster                             hosts as namespaces, Slurm, faults; as root, after .ci/packages"
+	@echo "make test-cuda-build                          torch, vLLM and DeepSpeed for CUDA without a GPU, in a .venv-cuda (10 GB)"
 	@echo "make sft|grpo|eval [NODES=n] [ARGS=\"k=v …\"]   the recipe of configs/*.yaml; ARGS=--dry-run prints what would run"
 	@echo "                                              with n: by sbatch (WAIT=1 stays with it), to RAY_ADDRESS, or on n Ray nodes here"
 	@echo "make nightly                                  demo and probes with three seeds, mutations, benches: the figures of the pages"
@@ -60,6 +63,13 @@ test: setup
 test-cluster: setup
 	@.venv/bin/python -m pytest tests/cluster $(ARGS)
 
+test-cuda-build:
+	@DEVICE=cuda TORCH_INDEX=$(CUDA_INDEX) bash launch/setup.sh .venv-cuda
+	@bad=0; \
+	OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest -n logical --maxprocesses 2 tests/device $(ARGS) $(REMEMBER); \
+	OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest -n logical --maxprocesses 2 --dist loadfile tests/cuda_build $(ARGS) $(REMEMBER); \
+	exit $$bad
+
 nightly: setup
 	@$(RUN) demo --output runs/nightly --seeds 3 $(ARGS)
 	@$(RUN) probes --output runs/probes --seeds 3 $(ARGS)
@@ -67,7 +77,8 @@ nightly: setup
 	@FUZZ_EXAMPLES=100000 .venv/bin/python -m pytest --timeout 3600 $$(grep -l FUZZ_EXAMPLES tests/unit/test_*.py)
 	@EXPORT_IMAGES=25 .venv/bin/python -m pytest --timeout 3600 tests/integration/test_export.py
 	@.venv/bin/python tests/cluster/chaos.py --minutes 30 --seed 30 --output runs/chaos
-	@bad=0; $(MAKE) bench PLOT=1 BENCHES="$(BENCHES) overlap staleness simulate" || bad=1; $(MAKE) bench-trl || bad=1; exit $$bad
+	@bad=0; $(MAKE) test-cuda-build ARGS= || bad=1; \
+	$(MAKE) bench PLOT=1 BENCHES="$(BENCHES) overlap staleness simulate" || bad=1; $(MAKE) bench-trl || bad=1; exit $$bad
 
 # each into build/bench/NAME.json, then a table of all that are there; status 1, after the table, if one failed or missed a target
 bench: setup

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pretended_driver.cuda import cuda_build, load_cuda
+from pretended_driver.cuda import cuda_build, give_gpus
 
 CUDA = cuda_build() is not None
 if CUDA:
-    with TemporaryDirectory() as directory:
-        load_cuda(directory, "81920 9 0 0 NVIDIA H100 80GB HBM3")
+    _directory = TemporaryDirectory()
+    give_gpus(Path(_directory.name), memory=False, gpus=1)

@@ -1,18 +1,22 @@
-/* A pretended CUDA runtime and driver: libcuda.so.1 that knows devices, streams and events, and computes nothing.
+/* A pretended CUDA driver, runtime and cuBLAS: libcuda.so.1 that knows devices, streams and events, computes nothing.
  *
- * The devices are those of the file `gpus` in its own directory (nvml.c). The library holds the functions of the real
- * libcudart, too: loaded before torch, with its symbols global, it is asked in the runtime's stead. Memory on a device
- * is never given and no kernel starts: whatever needs one fails and says so. Streams and events are always done.
+ * The devices are those of the file `gpus` in its own directory (nvml.c). The functions of libcudart and libcublas are
+ * those that torch and vLLM import: loaded before them, with its symbols global, this library is asked instead. Streams
+ * and events are always done. Without PRETENDED_MEMORY in the environment a device gives no memory and runs no kernel:
+ * both are errors. With it memory is the host's, mapped when written; copies are made, kernels return at once, so that results are zeros.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <driver_types.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 enum { OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, NO_KERNEL = 209, NOT_SUPPORTED = 801 };
-enum { MOST = 64, VERSION = 13000 };
+enum { MOST = 64, VERSION = 13000, PAGE = 4096 };
+static const size_t SPACE = 1ul << 46;
 
 static struct {
     unsigned long long mib;
@@ -22,6 +26,7 @@ static struct {
 static int count = -1;
 static _Thread_local int current, last;
 static long handles = 0x1000;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static int counted(void) {
     Dl_info here;
@@ -119,8 +124,20 @@ int cudaStreamGetPriority(void *stream, int *priority) { *priority = 0; return 0
 int cudaStreamQuery(void *stream) { return 0; }
 int cudaStreamSynchronize(void *stream) { return 0; }
 int cudaStreamWaitEvent(void *stream, void *event, unsigned flags) { return 0; }
-int cudaStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
-int cudaStreamGetCaptureInfo(void *stream, int *status) { *status = 0; return 0; }
+static int capturing; /* one graph at a time */
+int cudaStreamIsCapturing(void *stream, int *status) { *status = capturing; return 0; }
+int cudaStreamGetCaptureInfo(void *stream, int *status, unsigned long long *id) {
+    *status = capturing;
+    if (id) *id = 1;
+    return 0;
+}
+int cudaStreamBeginCapture(void *stream, int mode) { return capturing++; }
+int cudaStreamEndCapture(void *stream, void **graph) { *graph = (void *)++handles; return --capturing; }
+int cudaGraphInstantiateWithFlags(void **exec) { *exec = (void *)++handles; return 0; }
+int cudaGraphGetNodes(void *graph, void *nodes, size_t *n) { *n = 1; return 0; }
+int cudaGraphLaunch(void *exec, void *stream) { return 0; }
+int cudaGraphDestroy(void *graph) { return 0; }
+int cudaGraphExecDestroy(void *exec) { return 0; }
 int cudaThreadExchangeStreamCaptureMode(int *mode) { return 0; }
 int cudaEventCreate(void **event) { *event = (void *)++handles; return 0; }
 int cudaEventCreateWithFlags(void **event, unsigned flags) { *event = (void *)++handles; return 0; }
@@ -131,22 +148,103 @@ int cudaEventQuery(void *event) { return 0; }
 int cudaEventSynchronize(void *event) { return 0; }
 int cudaEventElapsedTime(float *ms, void *a, void *b) { *ms = 0; return 0; }
 
-/* Memory of the host, and none of a device */
+/* Memory */
+static int works(void) {
+    static int answer = -1;
+    return answer < 0 ? answer = getenv("PRETENDED_MEMORY") != NULL : answer;
+}
+static int launch(void) { return works() ? 0 : failed(NO_KERNEL); }
+static int copy(void *to, const void *from, size_t n) {
+    if (!works()) return failed(NOT_SUPPORTED);
+    memmove(to, from, n);
+    return 0;
+}
+static int fill(void *at, int value, size_t n) {
+    if (!works()) return failed(NOT_SUPPORTED);
+    memset(at, value, n);
+    return 0;
+}
+static char *memory, *unused; /* of all devices; no address is given twice */
+static int on_device(const void *at) { return memory && (char *)at >= memory && (char *)at < unused; }
+int cudaMalloc(void **at, size_t size) {
+    *at = NULL;
+    if (!works()) return failed(OUT_OF_MEMORY);
+    pthread_mutex_lock(&lock);
+    if (!memory)
+        memory = unused = mmap(NULL, SPACE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) abort();
+    *(size_t *)unused = size = (size + 2 * PAGE - 1) / PAGE * PAGE; /* in a page of its own */
+    *at = unused + PAGE;
+    unused += size;
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+int cudaFree(void *at) {
+    char *start = (char *)at - PAGE;
+    return at ? madvise(start, *(size_t *)start, MADV_DONTNEED) : 0;
+}
+int cudaMallocAsync(void **at, size_t size, void *stream) { return cudaMalloc(at, size); }
 int cudaHostAlloc(void **at, size_t size, unsigned flags) { return (*at = malloc(size)) ? 0 : failed(OUT_OF_MEMORY); }
 int cudaFreeHost(void *at) { free(at); return 0; }
 int cudaHostRegister(void *at, size_t size, unsigned flags) { return 0; }
 int cudaHostUnregister(void *at) { return 0; }
-int cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *at) { memset(a, 0, sizeof *a); return 0; }
-int cudaMalloc(void **at, size_t size) { *at = NULL; return failed(OUT_OF_MEMORY); }
-int cudaMallocAsync(void **at, size_t size, void *stream) { *at = NULL; return failed(OUT_OF_MEMORY); }
-int cudaFree(void *at) { return 0; }
-int cudaMemcpy(void *to, const void *from, size_t n, int kind) { return failed(NOT_SUPPORTED); }
-int cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, void *stream) { return failed(NOT_SUPPORTED); }
-int cudaIpcGetMemHandle(void *handle, void *at) { return failed(NOT_SUPPORTED); }
-int cudaLaunchKernel() { return failed(NO_KERNEL); }
-int cudaLaunchKernelExC() { return failed(NO_KERNEL); }
+int cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *at) {
+    memset(a, 0, sizeof *a);
+    if (on_device(at)) {
+        a->type = cudaMemoryTypeDevice;
+        a->device = current;
+        a->devicePointer = (void *)at;
+    }
+    return 0;
+}
+int cudaMemcpy(void *to, const void *from, size_t n, int kind) { return copy(to, from, n); }
+int cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, void *stream) { return copy(to, from, n); }
+int cudaMemset(void *at, int value, size_t n) { return fill(at, value, n); }
+int cudaMemsetAsync(void *at, int value, size_t n, void *stream) { return fill(at, value, n); }
+/* what one process shares with itself */
+int cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *at) { memcpy(handle, &at, sizeof at); return 0; }
+int cudaIpcOpenMemHandle(void **at, cudaIpcMemHandle_t handle, unsigned flags) { memcpy(at, &handle, sizeof *at); return 0; }
+int cudaIpcCloseMemHandle(void *at) { return 0; }
+int cudaIpcGetEventHandle(cudaIpcEventHandle_t *handle, void *event) { memcpy(handle, &event, sizeof event); return 0; }
+int cudaIpcOpenEventHandle(void **event, cudaIpcEventHandle_t handle) { memcpy(event, &handle, sizeof *event); return 0; }
+int cudaGetSymbolAddress(void **at, const void *symbol) { return (*at = calloc(1, 4096)) ? 0 : failed(OUT_OF_MEMORY); }
+int cudaMemcpyToSymbol() { return launch(); }
 
-/* The driver, for whoever asks it directly */
+/* Kernels */
+int cudaLaunchKernel() { return launch(); }
+int __cudaLaunchKernel() { return launch(); }
+int cudaLaunchKernelExC() { return launch(); }
+int cudaLaunchCooperativeKernel() { return launch(); }
+int cudaFuncSetAttribute() { return 0; }
+int cudaFuncGetAttributes(struct cudaFuncAttributes *a) {
+    memset(a, 0, sizeof *a);
+    a->maxThreadsPerBlock = 1024;
+    a->ptxVersion = a->binaryVersion = 90;
+    return 0;
+}
+int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n) { *n = 8; return 0; }
+int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *n) { *n = 8; return 0; }
+
+/* cuBLAS */
+#define LAUNCHES(name) int name() { return launch() ? 13 : 0; }
+#define SUCCEEDS(name) int name() { return 0; }
+#define GIVES_A_HANDLE(name) int name(void **handle) { *handle = (void *)++handles; return 0; }
+LAUNCHES(cublasGemmEx) LAUNCHES(cublasGemmStridedBatchedEx) LAUNCHES(cublasSgemm_v2) LAUNCHES(cublasSgemmStridedBatched)
+LAUNCHES(cublasLtMatmul)
+GIVES_A_HANDLE(cublasCreate_v2) GIVES_A_HANDLE(cublasLtMatmulDescCreate)
+GIVES_A_HANDLE(cublasLtMatmulPreferenceCreate) GIVES_A_HANDLE(cublasLtMatrixLayoutCreate)
+SUCCEEDS(cublasDestroy_v2) SUCCEEDS(cublasSetStream_v2) SUCCEEDS(cublasSetWorkspace_v2) SUCCEEDS(cublasSetMathMode)
+SUCCEEDS(cublasSetPointerMode_v2) SUCCEEDS(cublasLtMatmulDescDestroy) SUCCEEDS(cublasLtMatmulDescSetAttribute)
+SUCCEEDS(cublasLtMatmulPreferenceDestroy) SUCCEEDS(cublasLtMatmulPreferenceSetAttribute)
+SUCCEEDS(cublasLtMatrixLayoutDestroy) SUCCEEDS(cublasLtMatrixLayoutSetAttribute)
+int cublasGetMathMode(void *handle, int *mode) { *mode = 0; return 0; }
+int cublasLtMatmulAlgoGetHeuristic(
+    void *a, void *b, void *c, void *d, void *e, void *f, void *g, int n, void *results, int *found) {
+    *found = 1;
+    return 0;
+}
+
+/* The driver, for Triton and vLLM's allocator of sleep mode */
 int cuInit(unsigned flags) { return counted() ? 0 : NO_DEVICE; }
 int cuDriverGetVersion(int *version) { return cudaDriverGetVersion(version); }
 int cuDeviceGetCount(int *n) { *n = counted(); return 0; }
@@ -154,13 +252,29 @@ int cuDeviceGet(int *device, int i) { *device = i; return i < counted() ? 0 : IN
 int cuDeviceGetAttribute(int *value, int what, int device) { return cudaDeviceGetAttribute(value, what, device); }
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
 int cuGetErrorString(int error, const char **text) { *text = cudaGetErrorString(error); return 0; }
-static int absent() { return NOT_SUPPORTED; }
-#define ABSENT(name) int name() { return NOT_SUPPORTED; }
-ABSENT(cuCtxGetCurrent) ABSENT(cuCtxSetCurrent) ABSENT(cuDevicePrimaryCtxRetain) ABSENT(cuMemAddressFree)
-ABSENT(cuMemAddressReserve) ABSENT(cuMemCreate) ABSENT(cuMemGetAllocationGranularity) ABSENT(cuMemMap)
-ABSENT(cuMemRelease) ABSENT(cuMemSetAccess) ABSENT(cuMemUnmap) ABSENT(cuPointerGetAttribute)
-ABSENT(cuTensorMapEncodeTiled)
+int cuCtxGetLimit(size_t *limit) { *limit = 0; return 0; }
+int cuCtxGetDevice(int *device) { return cudaGetDevice(device); }
+int cuFuncGetAttribute(int *value, int what) { *value = what ? 0 : 1024; return 0; } /* 0: threads of a block */
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n) { *n = 8; return 0; }
+int cuPointerGetAttribute(void **value, int what, void *at) {
+    if (!on_device(at)) return 1;
+    if (what == 3) *value = at; /* as the device sees it */
+    else *(unsigned *)value = what == 2 ? 2 : 0; /* type: of a device */
+    return 0;
+}
+GIVES_A_HANDLE(cuCtxGetCurrent) GIVES_A_HANDLE(cuDevicePrimaryCtxRetain) GIVES_A_HANDLE(cuModuleLoad)
+GIVES_A_HANDLE(cuModuleLoadData) GIVES_A_HANDLE(cuModuleGetFunction) GIVES_A_HANDLE(cuMemCreate)
+SUCCEEDS(cuCtxSetCurrent) SUCCEEDS(cuCtxSetLimit) SUCCEEDS(cuFuncSetAttribute) SUCCEEDS(cuFuncSetCacheConfig)
+SUCCEEDS(cuModuleUnload) SUCCEEDS(cuMemMap) SUCCEEDS(cuMemRelease) SUCCEEDS(cuMemSetAccess)
+SUCCEEDS(cuTensorMapEncodeTiled)
+int cuLaunchKernel() { return launch(); }
+int cuLaunchKernelEx() { return launch(); }
+int cuMemGetAllocationGranularity(size_t *n) { *n = 2 << 20; return 0; }
+int cuMemAddressReserve(void **at, size_t n) { return cudaMalloc(at, n); }
+int cuMemAddressFree(void *at, size_t n) { return cudaFree(at); }
+int cuMemUnmap(void *at, size_t n) { return madvise(at, n, MADV_DONTNEED); } /* what was there is lost */
 
+static int absent() { return NOT_SUPPORTED; }
 static void *entry(const char *name) {
     void *found = dlsym(RTLD_DEFAULT, name);
     return found ? found : (void *)absent;

@@ -1,0 +1,98 @@
+"""What we hand to vLLM, taken by its CUDA wheel: from our classes to the finished configuration of a 7B on an H100."""
+
+from __future__ import annotations
+
+import pytest
+
+PLACEMENTS = [
+    ["rollout.push=nccl"],
+    ["rollout.push=cuda_ipc", "cluster.placement=colocated"],
+    ["rollout.push=object_store", "rollout.tensor_parallel=2"],
+    ["model.dtype=float32", "rollout.deterministic=true"],
+]
+
+
+class Finished(Exception):
+    """Carries the configuration out of a constructor."""
+
+
+@pytest.fixture
+def finished(monkeypatch):
+    """Ask a callable that makes an engine for the engine's configuration."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def stop(engine_args, usage_context, **_):
+        raise Finished(engine_args.create_engine_config(usage_context))
+
+    monkeypatch.setattr(LLMEngine, "from_engine_args", stop)
+
+    def of(start):
+        with pytest.raises(Finished) as e:
+            start()
+        return e.value.args[0]
+
+    return of
+
+
+def checked(c, config):
+    """What every engine of ours has, and how it would run."""
+    from vllm.v1.executor import Executor
+
+    assert c.parallel_config.worker_cls == "vllm.v1.worker.gpu_worker.Worker"
+    assert c.use_v2_model_runner is False
+    assert str(c.model_config.dtype) == f"torch.{config.model.dtype}"
+    assert c.model_config.max_model_len == config.rollout.max_model_len
+    assert c.scheduler_config.max_num_seqs == config.rollout.max_num_seqs
+    assert c.cache_config.gpu_memory_utilization == config.rollout.gpu_memory_utilization
+    assert c.model_config.enforce_eager is False and c.compilation_config.cudagraph_mode.name == "FULL_AND_PIECEWISE"
+    return Executor.get_class(c).__name__
+
+
+@pytest.mark.parametrize("words", PLACEMENTS, ids=lambda words: "-".join(words))
+def test_an_engine_of_a_run(make_config, finished, words):
+    from tatar_dist.rollout.engine import RolloutEngine
+    from tatar_dist.sync import vllm_backend
+
+    config = make_config(*words)
+    c = finished(lambda: RolloutEngine(config, 0).setup(1, 0))
+    one = config.rollout.tensor_parallel == 1
+    assert checked(c, config) == ("UniProcExecutor" if one else "MultiprocExecutor")
+    assert c.weight_transfer_config.backend == vllm_backend.BACKEND
+    assert c.parallel_config.worker_extension_cls == vllm_backend.EXTENSION
+    assert c.model_config.logprobs_mode == "processed_logprobs"
+    assert c.structured_outputs_config.backend == "xgrammar"
+    colocated = config.cluster.placement == "colocated"
+    assert c.model_config.enable_sleep_mode == c.model_config.enable_cumem_allocator == colocated
+
+
+def test_the_scorers_engine(large, finished):
+    from tatar_dist.scoring.scorer import Scorer
+
+    c = finished(lambda: Scorer(large, ["model.dtype=bfloat16"]))
+    assert c.model_config.logprobs_mode == "processed_logprobs" and c.use_v2_model_runner is False
+
+
+def test_the_servers_engine(make_config):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from tatar_dist.serve.server import _arguments
+
+    config = make_config()
+    args = _arguments(config, "shown", True)
+    c = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    checked(c, config)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)])
+def test_flash_attention_is_chosen(capability):
+    import torch
+    from vllm.platforms import current_platform
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    chosen = AttentionSelectorConfig(
+        head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=None, use_mla=False
+    )
+    backends, _ = current_platform.get_valid_backends(DeviceCapability(*capability), chosen, num_heads=28)
+    assert backends[0].backend.name == "FLASH_ATTN"
