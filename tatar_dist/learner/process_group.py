@@ -27,9 +27,10 @@ def local_device(c: ClusterConfig) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
     if c.gpus_per_node:
+        hint = "run `tatar-dist doctor` there" if torch.version.cuda else "install with DEVICE=cuda"
+        host = socket.gethostname()
         raise UserError(
-            f"cluster.gpus_per_node={c.gpus_per_node}, but torch sees no GPU on {socket.gethostname()}: install with "
-            "DEVICE=cuda, or set 0 for the CPU"
+            f"cluster.gpus_per_node={c.gpus_per_node}, but torch sees no GPU on {host}: {hint}, or set 0 for the CPU"
         )
     return torch.device("cpu")
 

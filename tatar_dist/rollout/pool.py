@@ -90,7 +90,7 @@ class RolloutPool:
         """Wait until all engines are ready. A failure at a run's start is an error, not a fault."""
         starting = [e for e in self.engines if e.health.state is State.RESTARTING and e.health.restarts == 0]
         limit = self.config.cluster.start_timeout_s
-        facts = self.waits.gather([e.call for e in starting], limit, "starting: engine", EngineFailed)
+        facts = self.waits.gather([e.call for e in starting], limit, "starting (cluster.start_timeout_s): engine", EngineFailed)
         for e, process in zip(starting, facts, strict=True):
             e.call = None
             e.health.ready(**process)
@@ -286,7 +286,8 @@ class RolloutPool:
             starting = e.health.state is State.RESTARTING
             limit = self.config.cluster.start_timeout_s if starting else r.call_timeout_s
             if now - e.since > limit:
-                reason = f"{'not ready' if starting else 'no answer'} after {limit:g} s"
+                key = "cluster.start_timeout_s" if starting else "rollout.call_timeout_s"
+                reason = f"{'not ready' if starting else 'no answer'} after {limit:g} s ({key})"
                 self._again(self._lose(e, reason), queue, reason)
             elif starting:
                 self.waits.progress()
