@@ -165,7 +165,7 @@ class ModelSizes:
 
 
 def layer_elements(sizes: ModelSizes, patches: float, tokens: float) -> tuple[float, float]:
-    """Count what autograd keeps of a vision block for `patches` and of a decoder layer for `tokens`.
+    """Count what autograd keeps of a vision block (of `patches`) and a decoder layer (`tokens`).
 
     A vision block of width h and intermediate width m keeps of each patch: twice its input and two results of a norm
     (6 h), queries, keys and the fused projection that values are a part of (5 h), attention's output (h), and four
@@ -177,7 +177,7 @@ def layer_elements(sizes: ModelSizes, patches: float, tokens: float) -> tuple[fl
 
 
 def kept_elements(sizes: ModelSizes, patches: float, tokens: float, checkpointing: bool) -> float:
-    """Count what autograd keeps of a forward: all of every layer, or with checkpointing its input.
+    """Count what autograd keeps of a forward: every layer, or with checkpointing its input.
 
     Beside the layers: pixels in float32 and once more, the merger's norm and MLP (5 h of a patch), and the last norm
     (4 h of a token).
