@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -18,20 +17,15 @@ import torch
 import torch.distributed as dist
 
 from tatar_dist.config.schema import ClusterConfig
-from tatar_dist.errors import LearnersFailed, UserError
-from tatar_dist.run.process import interface_of
+from tatar_dist.errors import LearnersFailed
+from tatar_dist.run.process import check_gpu, interface_of
 
 
 def local_device(c: ClusterConfig) -> torch.device:
     """Return the first visible GPU, else the CPU. Raises UserError if a GPU is configured."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", 0)
-    if c.gpus_per_node:
-        raise UserError(
-            f"cluster.gpus_per_node={c.gpus_per_node}, but torch sees no GPU on {socket.gethostname()}: install with "
-            "DEVICE=cuda, or set 0 for the CPU"
-        )
-    return torch.device("cpu")
+    found = torch.cuda.is_available()
+    check_gpu(c.gpus_per_node, found)
+    return torch.device("cuda", 0) if found else torch.device("cpu")
 
 
 def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torch.device, c: ClusterConfig) -> Any:
