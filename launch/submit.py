@@ -120,8 +120,9 @@ def local_nodes(config: Config, nodes: int, port: int, directory: Path) -> list[
     Raises:
         UserError: fewer GPUs than they need.
     """
-    plan_cpus = (1 + config.cluster.learners) * config.cluster.learner_cpus
-    plan_cpus += (1 + config.rollout.engines) * config.cluster.engine_cpus
+    most = nodes * config.cluster.gpus_per_node  # of a number that is left to the plan
+    plan_cpus = (1 + (config.cluster.learners or most)) * config.cluster.learner_cpus
+    plan_cpus += (1 + (config.rollout.engines or most)) * config.cluster.engine_cpus
     common = [
         f"--num-cpus={max(os.cpu_count() or 1, math.ceil(plan_cpus / nodes) + 2)}",
         f"--object-store-memory={config.cluster.object_store_mib << 20}",

@@ -211,7 +211,7 @@ class Run:
             self.engines.relaunch()
             self.engines.sleep()
         facts = learners.setup(self.stage, self._total)
-        each = {k + "s": [f[k] for f in facts] for k in ("pid", "host", "node")}
+        each = {k + "s": [f[k] for f in facts] for k in ("pid", "host", "node", "gpu")}
         self._log("learners/ready", world_size=len(learners.actors), **each)
         if checkpoint:
             learners.load(checkpoint[0], checkpoint[1]["learners"])

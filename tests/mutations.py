@@ -147,6 +147,7 @@ MUTATIONS = {
     "gpus: two kinds pass": ("run/gpus.py", "gpu.name != most)", "gpu.name != gpu.name)", GPUS),
     "gpus: hidden GPUs count": ("run/gpus.py", "if visible is None or any(", "if True or any(", GPUS),
     "gpus: too small passes": ("plan/memory.py", "if sum(states.values()) > estimated.gpu_gib:", "if False:", GPUS),
+    "plan: an engine on two nodes": ("plan/plan.py", "return sum((g - k) // tp for k in taken)", "return (n * g - sum(taken)) // tp", ("test_plan.py",)),
     "device: norms are sharded": ("learner/zero3.py", 'if device.type == "cpu" else {}', "if True else {}", DEVICE),
     "device: a sum on the CPU": ("learner/zero3.py", "dtype=torch.float64, device=self.device)", "dtype=torch.float64)", DEVICE),
     "device: workers are forked": ("rollout/options.py", '"VLLM_WORKER_MULTIPROC_METHOD": "spawn",', "", ("test_process.py",)),

@@ -35,7 +35,7 @@ from tatar_dist.rollout.options import COMMON_ENV, engine_environment
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.gpus import check
-from tatar_dist.run.process import pin
+from tatar_dist.run.process import VISIBLE, pin
 
 FEWER_WAIT_S = 10.0  # for fewer learners: the nodes are there
 
@@ -125,7 +125,8 @@ class Cluster:
         # no restarts, no retries: a restarted actor would hold initial weights and answer as if nothing had happened
         # a second thread for what runs beside an actor's work: learners write checkpoints in it
         remote: Any = ray.remote(concurrency_groups={IO: 1})(cls) if issubclass(cls, Learner) else ray.remote(cls)
-        variables = {**COMMON_ENV, **(env or {})}
+        # Ray sets it for actors with GPUs only; an actor without would see, and might use, those of all others
+        variables = {**COMMON_ENV, **({} if gpus else {VISIBLE: ""}), **(env or {})}
         if Path(self.config.model.path).is_dir():
             variables["HF_HUB_OFFLINE"] = "1"  # the hub is not needed
         if not self.address:  # nodes of another cluster have their own paths
@@ -187,8 +188,7 @@ class Cluster:
                 f"need {count * self._bundle()['CPU']:g} CPUs and {count * self.gpu} GPUs{beside}; free are {_free()}"
             )
         threads = self.threads(placed)
-        env = {} if self.gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        env |= {"OMP_NUM_THREADS": str(threads)}
+        env = {"OMP_NUM_THREADS": str(threads), **({} if self.gpu else {"DS_ACCELERATOR": "cpu"})}
         self._learners = [
             self._actor(
                 Learner,

@@ -27,8 +27,8 @@ def start_ray(config: Config, address: str | None, cores: int) -> None:
             return
         _require_token()
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # every port on loopback
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        need = 2 + max(1, c.learners) * c.learner_cpus + max(1, config.rollout.engines) * c.engine_cpus
+        most = max(1, c.gpus_per_node)  # of a number that is left to the plan
+        need = 2 + (c.learners or most) * c.learner_cpus + (config.rollout.engines or most) * c.engine_cpus
         ray.init(
             address="local",  # without it Ray joins whatever another run has started on this machine
             num_cpus=max(cores, int(need + 1)),  # logical: processes on a laptop take turns on its cores

@@ -45,18 +45,20 @@ class Learner:
         check_visible_gpus()
         use_node_caches()
         with importing():
-            import deepspeed  # noqa: F401
             import torch
 
-            from tatar_dist.algo.schedule import needs_reference
             from tatar_dist.learner import process_group
+
+            self.device = process_group.local_device(self.config.cluster)  # before what takes long
+            import deepspeed  # noqa: F401
+
+            from tatar_dist.algo.schedule import needs_reference
             from tatar_dist.learner.batch import Collator
             from tatar_dist.learner.rendezvous import listening, silence
             from tatar_dist.learner.zero3 import Zero3
 
         torch.set_num_threads(threads)
         torch.manual_seed(self.config.seed)
-        self.device = process_group.local_device(self.config.cluster)
         others = listening()
         group = (rendezvous, self.rank, self.world_size, self.device, self.config.cluster)
         self.store = process_group.init_process_group(*group)

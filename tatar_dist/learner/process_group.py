@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -18,21 +17,15 @@ import torch
 import torch.distributed as dist
 
 from tatar_dist.config.schema import ClusterConfig
-from tatar_dist.errors import LearnersFailed, UserError
-from tatar_dist.run.process import interface_of
+from tatar_dist.errors import LearnersFailed
+from tatar_dist.run.process import check_gpu, interface_of
 
 
 def local_device(c: ClusterConfig) -> torch.device:
     """Return the first visible GPU, else the CPU. Raises UserError if a GPU is configured."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", 0)
-    if c.gpus_per_node:
-        hint = "run `tatar-dist doctor` there" if torch.version.cuda else "install with DEVICE=cuda"
-        host = socket.gethostname()
-        raise UserError(
-            f"cluster.gpus_per_node={c.gpus_per_node}, but torch sees no GPU on {host}: {hint}, or set 0 for the CPU"
-        )
-    return torch.device("cpu")
+    found = torch.cuda.is_available()
+    check_gpu(c.gpus_per_node, found)
+    return torch.device("cuda", 0) if found else torch.device("cpu")
 
 
 def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torch.device, c: ClusterConfig) -> Any:

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tatar_dist.assets import looked_in
-from tatar_dist.config.schema import Config, DataConfig
+from tatar_dist.config.schema import ClusterConfig, Config, DataConfig
 from tatar_dist.data.manifest import existing, read_manifest
 from tatar_dist.errors import UserError
 from tatar_dist.models import family
@@ -119,6 +119,12 @@ def resolve(config: Config, stage: Stage) -> Plan:
             f"{stage} needs {used} GPUs ({parts}), there are {gpus} "
             f"(cluster.nodes={c.nodes} x cluster.gpus_per_node={c.gpus_per_node})"
         )
+    if gpus and engines > (room := _engine_room(c, 0 if colocated else learners, tp)):
+        beside = f" beside {learners} learners (cluster.learner_placement={c.learner_placement})" if learners else ""
+        raise UserError(
+            f"rollout.tensor_parallel={tp}: an engine must fit a node, and {room} of {engines} engines do{beside}: "
+            "lower rollout.engines, or change one of the others"
+        )
     if learners > rows:
         raise UserError(f"{key}={rows} rows are too few for {learners} learners: use cluster.learners={rows} or fewer")
     samples = None if stage == "evaluate" else count_samples(config.data)
@@ -146,17 +152,25 @@ def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
     if stage == "sft":
         return learners or min(rows, gpus or c.nodes), 0
     if stage == "evaluate":
-        return 0, engines or max(1, gpus // tp if gpus else c.nodes)
+        return 0, engines or max(1, _engine_room(c, 0, tp) if gpus else c.nodes)
     if not learners:
         # On GPUs half of them; with few prompts the engines cannot use their half, but learners stay a power of two.
         left = gpus - engines * tp if engines else min(gpus // 2, gpus - tp)  # room for one engine at least
         room = max(1, (gpus if shared else left) if gpus else c.nodes)
         learners = 1 << (min(rows, room).bit_length() - 1)
     if not engines:
-        room = learners if shared else max(1, (gpus - learners) // tp) if gpus else c.nodes
+        room = learners if shared else max(1, _engine_room(c, learners, tp)) if gpus else c.nodes
         # A group is sampled by one engine whole: engines beyond the prompts of a step would never have work.
         engines = min(room, config.grpo.prompts_per_step)
     return learners, engines
+
+
+def _engine_room(c: ClusterConfig, learners: int, tp: int) -> int:
+    """Count the engines that fit beside learners, as each needs the GPUs of one node."""
+    n, g = c.nodes, c.gpus_per_node
+    packed = c.learner_placement == "pack"
+    taken = [min(g, max(0, learners - i * g)) if packed else len(range(i, learners, n)) for i in range(n)]
+    return sum((g - k) // tp for k in taken)
 
 
 def _notes(config: Config, stage: Stage, idle: int, engines: int, samples: dict[str, int] | None) -> Iterable[str]:

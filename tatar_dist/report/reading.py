@@ -264,6 +264,7 @@ LEFT_OUT = {
     "silent",
     "hosts",
     "pids",
+    "gpu",
 }
 
 

@@ -92,13 +92,14 @@ class RolloutEngine:
         use_node_caches()
         with importing():
             import torch
+
+            gpu = gpu_available(self.config)  # before what takes long
             from vllm import LLM
             from vllm.config.weight_transfer import WeightTransferConfig
 
             from tatar_dist.models import family
             from tatar_dist.sync import vllm_backend
 
-        gpu = gpu_available()
         options = vllm_options(self.config, gpu)
         if gpu:
             options["enable_sleep_mode"] = self.config.cluster.placement == "colocated"
@@ -106,14 +107,19 @@ class RolloutEngine:
                 options["distributed_executor_backend"] = "mp"  # in a placement group vLLM would choose Ray
         else:
             torch.set_num_threads(threads)
-        self.llm = LLM(
-            **options,
-            logprobs_mode="processed_logprobs",
-            weight_transfer_config=WeightTransferConfig(backend=vllm_backend.BACKEND),
-            worker_extension_cls=vllm_backend.EXTENSION,
-            # A model may otherwise write blanks, which JSON allows in any number, until it is cut off.
-            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
-        )
+        try:
+            self.llm = LLM(
+                **options,
+                logprobs_mode="processed_logprobs",
+                weight_transfer_config=WeightTransferConfig(backend=vllm_backend.BACKEND),
+                worker_extension_cls=vllm_backend.EXTENSION,
+                # A model may otherwise write blanks, which JSON allows in any number, until it is cut off.
+                structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+            )
+        except Exception as e:  # too little memory, a damaged model, an option that vLLM refuses
+            here, reason = process_facts(), f"{type(e).__name__}: {' '.join(str(e).split())[:500]}"
+            where = f"{here['host']}, GPU {here['gpu']}" if gpu else here["host"]
+            raise RunError(f"engine {self.index} on {where} did not start: {reason}") from e
         self.llm.init_weight_transfer_engine({"init_info": {}})
         self.forbidden = family(self.config.model.family)(self.config.model).forbidden_ids()
         self.version = version

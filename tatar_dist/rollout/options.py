@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tatar_dist.config.schema import Config
+from tatar_dist.run.process import check_gpu
 
 # every process
 COMMON_ENV = {
@@ -55,10 +56,13 @@ def set_environment(variables: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
-def gpu_available() -> bool:
+def gpu_available(config: Config) -> bool:
+    """Return whether torch sees a GPU. Raises UserError if not and the configuration names GPUs."""
     import torch
 
-    return torch.cuda.is_available()
+    found = torch.cuda.is_available()
+    check_gpu(config.cluster.gpus_per_node, found)
+    return found
 
 
 def vllm_options(config: Config, gpu: bool) -> dict[str, Any]:

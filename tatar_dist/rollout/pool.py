@@ -248,8 +248,10 @@ class RolloutPool:
         try:
             answer = ray.get(e.call)
             wrong = None if starting or chunk is None else problem(answer, chunk.prompts, sampling, self.version)
-        except UserError:
-            raise
+        except UserError as error:
+            if not starting:
+                raise
+            wrong = first_line(error)  # its GPU is gone, say: others go on
         except ray.exceptions.RayError as error:  # died, or raised: out of memory, a lost node, a broken engine
             wrong = first_line(error)
         if wrong is not None:

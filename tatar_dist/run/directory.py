@@ -86,8 +86,9 @@ class RunDirectory:
             yield
         except BaseException as e:
             stopped = isinstance(e, Interrupted | KeyboardInterrupt)
-            cause = " ".join(str(getattr(e, "cause", None) or e).split())
-            self.events.log("run/interrupted" if stopped else "run/failed", reason=f"{type(e).__name__}: {cause[:500]}")
+            cause = getattr(e, "cause", None) or e  # Ray wraps what an actor raised
+            reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+            self.events.log("run/interrupted" if stopped else "run/failed", reason=reason)
             if not stopped:
                 logging.getLogger(__name__).exception("the run failed")
             raise

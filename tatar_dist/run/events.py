@@ -8,15 +8,15 @@ stall detector, the tests of faults.
     run/start run/end run/interrupted run/failed    pid, host, stage, total, from_step, learners, engines; reason
     phase                                   phase = generate | reward | learn | sync | checkpoint | evaluate begins
     step/done                               seconds
-    engine/ready suspect dead restarting stale healthy gone hedged         engine, pid, host, node, reason
-    learners/ready failed restarting restored                              world_size, pids, hosts, reason, from_step
+    engine/ready suspect dead restarting stale healthy gone hedged     engine, pid, host, node, gpu, reason
+    learners/ready failed restarting restored          world_size, pids, hosts, nodes, gpus, reason, from_step
     reward/ready failed                     pid, host, reason
     push/done push/late                     version, engines, reason
     checkpoint/saved skipped failed         path, seconds, reason
     node/lost node/joined                   node
     tracker/failed                          tracker, reason: left out from then on (run/tracking.py)
     signal                                  name
-    process/started                         name, pid, host, node
+    process/started                         name, pid, host, node, gpu: its CUDA_VISIBLE_DEVICES
     stall                                   seconds, limit, action, stacks, processes, silent
     fault                                   point, action: a failpoint fired (run/failpoints.py)
 """

@@ -38,6 +38,7 @@ CACHES = {
     "TORCH_EXTENSIONS_DIR": "extensions",
     "VLLM_CACHE_ROOT": "vllm",
 }
+VISIBLE = "CUDA_VISIBLE_DEVICES"  # Ray sets it for each actor that asked for GPUs
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, 2**64 - 1  # prctl(2)
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def open_log(run: str | Path, name: str, printed: bool = True) -> Path:
         _redirect(directory / f"{name}.out")
     _permit_tracing()
     facts = process_facts()
-    log.info("%s starts on node %s", name, facts["node"])
+    log.info("%s starts on node %s, %s: %s", name, facts["node"], VISIBLE, facts["gpu"])
     if visible:
         Events(Path(run)).log("process/started", name=name, **facts)
     else:
@@ -143,10 +144,20 @@ def use_node_caches() -> None:
 
 
 def process_facts() -> dict[str, Any]:
-    """Return pid, host name, and Ray's node id (None outside Ray)."""
+    """Return pid, host name, Ray's node id (None outside Ray), CUDA_VISIBLE_DEVICES or None."""
     ray = sys.modules.get("ray")  # a process that has not imported it belongs to no node
     node = ray.get_runtime_context().get_node_id() if ray and ray.is_initialized() else None
-    return {"pid": os.getpid(), "host": socket.gethostname(), "node": node}
+    return {"pid": os.getpid(), "host": socket.gethostname(), "node": node, "gpu": os.environ.get(VISIBLE)}
+
+
+def check_gpu(configured: int, seen: bool) -> None:
+    """Raise UserError if torch sees no GPU, though `configured` GPUs a node are to be used."""
+    if configured and not seen:
+        raise UserError(
+            f"cluster.gpus_per_node={configured}, but torch sees no GPU on {socket.gethostname()} ({VISIBLE}: "
+            f"{os.environ.get(VISIBLE) or 'not set'}): install with DEVICE=cuda, or set 0 for the CPU; `tatar-dist "
+            "doctor` there looks for what else is wrong"
+        )
 
 
 def pin(_: Any, side: int, index: int, count: int) -> None:
@@ -171,7 +182,7 @@ def check_visible_gpus() -> None:
     """Raise UserError if this actor sees more GPUs than Ray gave to it: it would use the first."""
     ray = sys.modules.get("ray")
     own = ray.get_gpu_ids() if ray and ray.is_initialized() else []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get(VISIBLE)
     if own and (visible is None or visible.count(",") >= len(own)):
         raise UserError(
             f"{socket.gethostname()}: Ray gave GPU {','.join(map(str, own))} to this process, which sees "

@@ -52,10 +52,11 @@ class PlacedStatus(ProcessStatus):
     host: str | None = None
     node: str | None = None
     pid: int | None = None
+    gpu: str | None = None
 
     def place(self, event: Mapping[str, Any]) -> None:
         """Note where the process runs."""
-        self.host, self.node, self.pid = (event.get(k) for k in ("host", "node", "pid"))
+        self.host, self.node, self.pid, self.gpu = (event.get(k) for k in ("host", "node", "pid", "gpu"))
 
     def enter(self, state: str, when: float, event: Mapping[str, Any]) -> None:
         super().enter(state, when, event)
@@ -72,12 +73,13 @@ class EngineStatus(PlacedStatus):
 
 @dataclass
 class LearnersStatus(ProcessStatus):
-    """State of all learners together. hosts, nodes, pids: by rank, as far as known."""
+    """State of all learners together. hosts, nodes, pids, gpus: by rank, as far as known."""
 
     world_size: int | None = None
     hosts: list[str | None] = field(default_factory=list)
     nodes: list[str | None] = field(default_factory=list)
     pids: list[int | None] = field(default_factory=list)
+    gpus: list[str | None] = field(default_factory=list)
 
 
 @dataclass
@@ -187,7 +189,7 @@ class RunHistory:
         """Note where a process runs that may not be ready yet."""
         s, (kind, _, index) = self.now, name.partition("-")
         if kind == "learner" and s.learners:
-            for key in ("host", "node", "pid"):
+            for key in ("host", "node", "pid", "gpu"):
                 values = getattr(s.learners, f"{key}s")
                 values.extend([None] * (int(index) + 1 - len(values)))
                 values[int(index)] = event.get(key)
@@ -214,7 +216,8 @@ class RunHistory:
         group.enter("ready" if what == "restored" else what, when, event)
         group.restarts += what == "restarting"
         if what in ("ready", "failed"):
-            group.hosts, group.nodes, group.pids = (list(event.get(k) or []) for k in ("hosts", "nodes", "pids"))
+            for key in ("hosts", "nodes", "pids", "gpus"):
+                setattr(group, key, list(event.get(key) or []))
         if what == "ready":
             group.world_size = int(event["world_size"])
         elif what == "restored":

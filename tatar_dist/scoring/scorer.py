@@ -78,7 +78,7 @@ class Scorer:
         longest = min(rollout.max_model_len, self.texts.longest(rollout.max_new_tokens))
         self.config = replace(self.config, rollout=replace(rollout, max_model_len=longest))
         check_fit(self.config, resolve(self.config, "evaluate"), check_here(rollout.tensor_parallel))
-        set_environment(engine_environment(self.config, gpu_available(), len(os.sched_getaffinity(0))))
+        set_environment(engine_environment(self.config, gpu_available(self.config), len(os.sched_getaffinity(0))))
         from tatar_dist.rollout.engine import RolloutEngine
 
         self._engine = RolloutEngine(self.config, 0)

@@ -63,7 +63,7 @@ def run(model: Path, host: str, port: int, key_env: str | None, open_to_all: boo
         config = model_config(model, words)  # fail before torch is imported, which takes seconds
         _set_environment(COMMON_ENV)
         check_fit(config, resolve(config, "evaluate"), check_here(config.rollout.tensor_parallel))
-        gpu = gpu_available()
+        gpu = gpu_available(config)
         config = model_config(model, words if gpu else [f"rollout.max_num_seqs={CPU_SEQS}", *words])
         _set_environment(environment(config, gpu))
         args = _arguments(config, shown_name(model), gpu)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,14 @@ def words(model_parsing, tmp_path_factory) -> list[str]:
 def evaluate(output: Path, words: list[str], *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tatar_dist", "evaluate", "--config", "configs/eval.yaml", "--json"]
     return subprocess.run([*command, f"output={output}", *words, *more], capture_output=True, text=True, timeout=900)
+
+
+def test_an_engine_that_vllm_refuses_to_start_is_one_line(words, tmp_path, capfd):
+    run = ["evaluate", "--config", "configs/eval.yaml", f"output={tmp_path / 'run'}", *words]
+    assert cli.main([*run, "rollout.max_model_len=900000"]) == 1
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith(f"tatar-dist: engine 0 on {os.uname().nodename} did not start: ValidationError: ")
+    assert "max_model_len (900000) is greater than the derived max_model_len" in line
 
 
 def figures(output: Path) -> dict:

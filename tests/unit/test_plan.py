@@ -80,6 +80,22 @@ def test_engine_larger_than_a_node_is_refused():
         plan("grpo", "cluster.nodes=4", "rollout.tensor_parallel=16")
 
 
+def test_engines_are_counted_by_node_beside_the_learners():
+    words = ["cluster.nodes=2", "cluster.gpus_per_node=8", "rollout.tensor_parallel=3"]
+    assert plan("evaluate", *words).engines == 4  # two on each node, though 16 GPUs are five times three
+    with pytest.raises(UserError, match=r"tensor_parallel=3: an engine must fit a node, and 4 of 5 engines do: lower"):
+        plan("evaluate", *words, "rollout.engines=5")
+    six = ["cluster.nodes=2", "cluster.gpus_per_node=4", "cluster.learners=6", "rollout.tensor_parallel=2"]
+    assert plan("grpo", *six).engines == 1
+    with pytest.raises(UserError, match=r"0 of 1 engines do beside 6 learners \(cluster.learner_placement=spread\)"):
+        plan("grpo", *six, "cluster.learner_placement=spread")
+
+
+def test_local_engines_of_a_rationale_run_are_as_many_as_the_gpus_hold():
+    words = ["output=unused", "model.path=unused", "rollout.tensor_parallel=2"]
+    assert resolve(load_config([str(CONFIGS / "rationale.yaml")], words), "evaluate").engines == 4
+
+
 def test_steps_come_from_the_manifests_where_they_exist(tmp_path):
     """The larger task, at its half of a batch, seen `epochs` times: ceil(90 / 8) = 12 steps an epoch."""
     manifest = tmp_path / "train.parquet"

@@ -92,8 +92,10 @@ for run in sys.argv[1:]:
 
 
 def test_the_event_log_says_where_a_process_started(tmp_path):
-    done = run_process("open_log(sys.argv[1], 'reward', printed=False); print(os.getpid())", tmp_path)
+    code = "os.environ['CUDA_VISIBLE_DEVICES'] = '2,3'; open_log(sys.argv[1], 'reward', printed=False)"
+    done = run_process(f"{code}; print(os.getpid())", tmp_path)
     (event,) = read_events(tmp_path)
     assert (event["event"], event["name"], event["pid"]) == ("process/started", "reward", int(done.stdout))
-    assert event["host"] == os.uname().nodename
-    assert rows(tmp_path / "logs" / "reward.jsonl")[0]["message"].startswith("reward starts")
+    assert event["host"] == os.uname().nodename and event["gpu"] == "2,3"
+    message = rows(tmp_path / "logs" / "reward.jsonl")[0]["message"]
+    assert message.startswith("reward starts") and message.endswith("CUDA_VISIBLE_DEVICES: 2,3")

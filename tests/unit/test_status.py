@@ -44,9 +44,9 @@ class Run:
     def start(self, **fields: object) -> None:
         self.log("run/start", **{**START, **fields})
         n = ["n0", "n1"]
-        self.log("learners/ready", world_size=2, pids=[10, 11], hosts=["a", "b"], nodes=n)
+        self.log("learners/ready", world_size=2, pids=[10, 11], hosts=["a", "b"], nodes=n, gpus=["0", "0"])
         for i in range(2):
-            self.log("engine/ready", engine=i, pid=20 + i, host="ab"[i], node=n[i])
+            self.log("engine/ready", engine=i, pid=20 + i, host="ab"[i], node=n[i], gpu=f"{i + 1}")
             self.log("engine/healthy", engine=i)
         self.log("reward/ready", pid=30, host="a", node="n0")
 
@@ -87,6 +87,7 @@ def test_a_running_run(run, monkeypatch):
         (1, "healthy", "b", 21, "n1"),
     ]
     assert (s.learners.state, s.learners.world_size, s.learners.pids) == ("ready", 2, [10, 11])
+    assert s.learners.gpus == ["0", "0"] and [e.gpu for e in s.engines] == ["1", "2"]
     assert (s.reward.state, s.reward.pid) == ("ready", 30)
     assert s.troubles == [] and s.unreadable_lines == 0
 
@@ -130,7 +131,7 @@ def test_learners_that_restart_from_a_checkpoint_go_back_in_steps(run):
 def test_processes_are_known_while_they_start(run):
     run.log("run/start", **START)
     run.log("process/started", name="controller", pid=1, host="a", node="n0")
-    run.log("process/started", name="learner-1", pid=11, host="b", node="n1")
+    run.log("process/started", name="learner-1", pid=11, host="b", node="n1", gpu="3")
     run.log("process/started", name="engine-0", pid=20, host="a", node="n0")
     s = run.read()
     assert (s.learners.state, s.learners.pids, s.learners.nodes) == ("starting", [None, 11], [None, "n1"])
