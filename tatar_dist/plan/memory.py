@@ -185,7 +185,7 @@ def learner(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memor
 
 
 def moments(config: Config, plan: Plan, sizes: ModelSizes) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return the bytes that a rank always holds by part, and by moment what it holds beside them.
+    """Return the bytes of a rank by part: held always, and beside them by moment.
 
     The moments are the backward of the head, that of a layer, and the optimizer step.
     """

@@ -90,7 +90,9 @@ class RolloutPool:
         """Wait until all engines are ready. A failure at a run's start is an error, not a fault."""
         starting = [e for e in self.engines if e.health.state is State.RESTARTING and e.health.restarts == 0]
         limit = self.config.cluster.start_timeout_s
-        facts = self.waits.gather([e.call for e in starting], limit, "starting (cluster.start_timeout_s): engine", EngineFailed)
+        facts = self.waits.gather(
+            [e.call for e in starting], limit, "starting (cluster.start_timeout_s): engine", EngineFailed
+        )
         for e, process in zip(starting, facts, strict=True):
             e.call = None
             e.health.ready(**process)
