@@ -45,10 +45,13 @@ MADE_UP = {torch.bool: False, torch.uint8: 0}  # what a check reads: nothing is 
 
 def register() -> torch.device:
     """Register the device with torch and DeepSpeed, once in a process. "cuda" needs nothing."""
-    if CUDA:
-        return torch.device(NAME, 0)
-    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator import get_accelerator, set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    if CUDA:
+        assert type(get_accelerator()) is CUDA_Accelerator, "DeepSpeed would take another device's branches"
+        return torch.device(NAME, 0)
 
     class Accelerator(CPU_Accelerator):
         def device_name(self, device_index: int | None = None) -> str:
