@@ -29,6 +29,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "cuda" if CUDA else "pretend"
 RANKS = 8
+LIBRARY = torch.library.Library("aten", "IMPL")
 aten = torch.ops.aten
 SMALL = 1 << 20  # the maker of a smaller tensor is not looked up
 ALLOCATED_BY = (  # file, function, part
@@ -45,10 +46,13 @@ MADE_UP = {torch.bool: False, torch.uint8: 0}  # what a check reads: nothing is 
 
 def register() -> torch.device:
     """Register the device with torch and DeepSpeed, once in a process. "cuda" needs nothing."""
-    if CUDA:
-        return torch.device(NAME, 0)
-    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator import get_accelerator, set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    if CUDA:
+        assert type(get_accelerator()) is CUDA_Accelerator, "DeepSpeed would take another device's branches"
+        return torch.device(NAME, 0)
 
     class Accelerator(CPU_Accelerator):
         def device_name(self, device_index: int | None = None) -> str:
@@ -70,6 +74,8 @@ def register() -> torch.device:
         _setup_privateuseone_for_python_backend(NAME)
         getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
         set_accelerator(Accelerator())
+        # without a kernel of the device torch takes it apart, into five temporaries that a GPU does not have
+        LIBRARY.impl("silu_backward", lambda grad, x: torch.empty_like(x), "PrivateUse1")
     return torch.device(NAME, 0)
 
 

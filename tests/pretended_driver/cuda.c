@@ -265,14 +265,16 @@ int cuPointerGetAttribute(void **value, int what, void *at) {
 GIVES_A_HANDLE(cuCtxGetCurrent) GIVES_A_HANDLE(cuDevicePrimaryCtxRetain) GIVES_A_HANDLE(cuModuleLoad)
 GIVES_A_HANDLE(cuModuleLoadData) GIVES_A_HANDLE(cuModuleGetFunction) GIVES_A_HANDLE(cuMemCreate)
 SUCCEEDS(cuCtxSetCurrent) SUCCEEDS(cuCtxSetLimit) SUCCEEDS(cuFuncSetAttribute) SUCCEEDS(cuFuncSetCacheConfig)
-SUCCEEDS(cuModuleUnload) SUCCEEDS(cuMemMap) SUCCEEDS(cuMemRelease) SUCCEEDS(cuMemSetAccess)
+SUCCEEDS(cuModuleUnload) SUCCEEDS(cuMemRelease) SUCCEEDS(cuMemSetAccess)
 SUCCEEDS(cuTensorMapEncodeTiled)
 int cuLaunchKernel() { return launch(); }
 int cuLaunchKernelEx() { return launch(); }
 int cuMemGetAllocationGranularity(size_t *n) { *n = 2 << 20; return 0; }
 int cuMemAddressReserve(void **at, size_t n) { return cudaMalloc(at, n); }
 int cuMemAddressFree(void *at, size_t n) { return cudaFree(at); }
-int cuMemUnmap(void *at, size_t n) { return madvise(at, n, MADV_DONTNEED); } /* what was there is lost */
+/* what is unmapped is lost, and whoever touches it ends the process */
+int cuMemMap(void *at, size_t n) { return mprotect(at, n, PROT_READ | PROT_WRITE); }
+int cuMemUnmap(void *at, size_t n) { return madvise(at, n, MADV_DONTNEED) || mprotect(at, n, PROT_NONE); }
 
 static int absent() { return NOT_SUPPORTED; }
 static void *entry(const char *name) {
