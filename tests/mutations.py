@@ -151,7 +151,7 @@ MUTATIONS = {
     "device: norms are sharded": ("learner/zero3.py", 'if device.type == "cpu" else {}', "if True else {}", DEVICE),
     "device: a sum on the CPU": ("learner/zero3.py", "dtype=torch.float64, device=self.device)", "dtype=torch.float64)", DEVICE),
     "device: all pixels of a step": ("learner/actor.py", "yield batch.result()", "yield batch.result().to(self.device)", DEVICE),
-    "plan: gradients of a layer": ("plan/memory.py", "GRADIENTS = 0.58", "GRADIENTS = 0.2", ("../device/test_memory.py",)),
+    "plan: gradients of a layer": ("plan/memory.py", "GRADIENTS = 0.26", "GRADIENTS = 0.6", ("../device/test_memory.py",)),
     "plan: gradients beside an engine": ("plan/memory.py", "sum(moments(config, plan, sizes)[0].values())", "moments(config, plan, sizes)[0]['weights']", ("test_memory.py",)),
     "device: workers are forked": ("rollout/options.py", '"VLLM_WORKER_MULTIPROC_METHOD": "spawn",', "", ("test_process.py",)),
     "device: the learner's stream is left": ("sync/nccl.py", ", stream=torch.cuda.current_stream())", ")", ("test_nccl_sender.py",)),
