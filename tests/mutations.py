@@ -153,6 +153,10 @@ MUTATIONS = {
     "device: all pixels of a step": ("learner/actor.py", "yield batch.result()", "yield batch.result().to(self.device)", DEVICE),
     "plan: gradients of a layer": ("plan/memory.py", "GRADIENTS = 0.26", "GRADIENTS = 0.6", ("../device/test_memory.py",)),
     "plan: gradients beside an engine": ("plan/memory.py", "sum(moments(config, plan, sizes)[0].values())", "moments(config, plan, sizes)[0]['weights']", ("test_memory.py",)),
+    "device: cached memory is kept": ("learner/zero3.py", "torch.accelerator.empty_cache()", "pass", DEVICE),
+    "device: kernels are compiled into the home": ("run/process.py", "os.environ.setdefault(name, str(directory / part))", "pass", ("test_process.py",)),
+    "device: another model runner": ("rollout/options.py", '"VLLM_USE_V2_MODEL_RUNNER": "0",', "", ("test_process.py",)),
+    "device: a sampler that nvcc compiles": ("rollout/options.py", '"VLLM_USE_FLASHINFER_SAMPLER": "0",', "", ("test_process.py",)),
     "device: workers are forked": ("rollout/options.py", '"VLLM_WORKER_MULTIPROC_METHOD": "spawn",', "", ("test_process.py",)),
     "device: the learner's stream is left": ("sync/nccl.py", ", stream=torch.cuda.current_stream())", ")", ("test_nccl_sender.py",)),
 }  # fmt: skip

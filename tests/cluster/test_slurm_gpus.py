@@ -40,15 +40,17 @@ def test_each_nodes_ray_has_its_gpus_and_the_stage_places_its_learners_on_them(s
     (tmp_path / "found.py").write_text(FOUND)
     look = f"[[ -z ${{RAY_ADDRESS:-}} ]] || {sys.executable} {tmp_path}/found.py >{tmp_path}/found.json"
     other = slurm.submit(["--nodelist=node1", "--gpus-per-node=1", f"--output={tmp_path}/other", "--wrap", "sleep 600"])
-    job, _ = submit(
-        "sft",
-        *("cluster.gpus_per_node=2", "cluster.learner_placement=spread", "sft.global_batch=4"),
-        sbatch=("--nodes=2", "--nodelist=node[1-2]", "--gpus-per-node=2", *SHARED),
-        TATAR_CONTAINER=before_each_command(tmp_path, look),
-        **pretended_driver(tmp_path, gpus=3),
-    )
-    ended = slurm.wait(job)
-    slurm.run(["scancel", other], check=True)
+    try:
+        job, _ = submit(
+            "sft",
+            *("cluster.gpus_per_node=2", "cluster.learner_placement=spread", "sft.global_batch=4"),
+            sbatch=("--nodes=2", "--nodelist=node[1-2]", "--gpus-per-node=2", *SHARED),
+            TATAR_CONTAINER=before_each_command(tmp_path, look),
+            **pretended_driver(tmp_path, gpus=3),
+        )
+        ended = slurm.wait(job)
+    finally:  # the next tests want its GPU
+        slurm.run(["scancel", other], check=True)
     log = slurm.output(job)
     found = json.loads((tmp_path / "found.json").read_text())
     assert {host: [count, sorted(seen.split(","))] for host, (count, seen) in found.items()} == {

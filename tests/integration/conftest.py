@@ -26,9 +26,11 @@ from tatar_dist.run.process import importing
 
 # Files that start the most, first: both processes are then busy to the end.
 LONGEST = (
-    *("test_evaluate", "test_serve", "test_engine_faults", "test_processes", "test_rationale_pool", "test_resume"),
+    *("test_evaluate", "test_serve", "test_engine_faults", "test_processes", "test_pretended_gpus"),
+    *("test_rationale_pool", "test_resume"),
     *("test_dynamic_sampling", "test_lora", "test_run", "test_step_by_hand", "test_staleness", "test_recipe"),
-    *("test_gradients", "test_rationale_server", "test_shared_prefix_updates", "test_export", "test_observability"),
+    *("test_gpus", "test_gradients", "test_rationale_server", "test_shared_prefix_updates", "test_export"),
+    *("test_observability",),
 )
 # Files whose tests share nothing that they start; the tests of any other stay in one process.
 APART = ("test_dynamic_sampling", "test_engine_faults", "test_lora", "test_resume", "test_shared_prefix_updates")

@@ -110,9 +110,10 @@ def gpu_nodes(directory: Path) -> Iterator[Nodes]:
                 stdout=subprocess.PIPE, stderr=log, text=True,
             )
         )  # fmt: skip
+        stack.callback(process.kill)  # it may hang in a command
         head = ["--head", f"--port={port}", f"--ray-client-server-port={client}", "--include-dashboard=false"]
         started: list[subprocess.Popen[bytes]] = []
-        stack.callback(lambda: [node.wait(60) for node in started])
+        stack.callback(lambda: [node.wait(START_S) for node in started])
         stack.callback(lambda: [node.terminate() for node in reversed(started)])
         for i, where in enumerate((head, [f"--address=127.0.0.1:{port}"])):
             command = [sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--num-cpus=8", "--block"]

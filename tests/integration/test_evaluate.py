@@ -43,8 +43,8 @@ def test_an_engine_that_vllm_refuses_to_start_is_one_line(words, tmp_path, capfd
     run = ["evaluate", "--config", "configs/eval.yaml", f"output={tmp_path / 'run'}", *words]
     assert cli.main([*run, "rollout.max_model_len=900000"]) == 1
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert line.startswith(f"tatar-dist: engine 0 on {os.uname().nodename} did not start: ValidationError: ")
-    assert "max_model_len (900000) is greater than the derived max_model_len" in line
+    assert line.startswith(f"tatar-dist: engine 0 on {os.uname().nodename} did not start: ")
+    assert "max_model_len (900000)" in line, "vLLM's reason"
 
 
 def figures(output: Path) -> dict:

@@ -95,16 +95,19 @@ def nodes(driver: dict[str, str]) -> Iterator[Callable[[str], None]]:
         ray.shutdown()
         if running[1]:
             running[1].shutdown()
+        running[:] = "", None
 
     def start(name: str) -> None:
         if running[0] != name:
             end()
-            cluster = RayCluster()
+            running[:] = "", RayCluster()  # without a name until all nodes are up
+            cluster = running[1]
             with patch.dict(os.environ, driver):  # raylets and all that they start inherit it
+                os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray takes no more GPUs than it shows
                 for gpus in NODES[name]:
                     cluster.add_node(num_cpus=4, num_gpus=gpus, object_store_memory=80 << 20)
             ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-            running[:] = name, cluster
+            running[0] = name
 
     yield start
     end()
@@ -274,8 +277,8 @@ def test_a_ray_of_our_own_has_cpus_for_as_many_processes_as_gpus_where_the_cores
     """Learners of 12 CPUs on two GPUs: more than Ray would count of this machine's cores."""
     command = [sys.executable, "-m", "tatar_dist", "sft", "--config", "configs/sft.yaml", f"output={tmp_path / 'run'}"]
     own = ["cluster.gpus_per_node=2", "cluster.learner_cpus=12", "cluster.object_store_mib=128"]
-    env = {**os.environ, **pretended_driver(tmp_path, 2)}
-    done = subprocess.run([*command, *words, *own], env=env, capture_output=True, text=True)
+    env = {**os.environ, **pretended_driver(tmp_path, 2), "CUDA_VISIBLE_DEVICES": "0,1"}
+    done = subprocess.run([*command, *words, *own], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and one_line(done.stderr).startswith(no_gpu(2))
     assert {e["gpu"] for name, e in started(tmp_path / "run").items() if name != "controller"} <= {"0", "1"}
 
@@ -300,8 +303,13 @@ def test_scoring_and_the_server_name_the_missing_gpu(tmp_path):
         subprocess.Popen([sys.executable, "-m", "tatar_dist", *words], stderr=subprocess.PIPE, text=True)
         for words in commands
     ]
-    for process in both:
-        assert one_line(process.communicate()[1]).startswith(no_gpu(1)) and process.returncode == 2
+    try:
+        for process in both:
+            assert one_line(process.communicate(timeout=300)[1]).startswith(no_gpu(1)) and process.returncode == 2
+    finally:
+        for process in both:
+            process.kill()  # a server that starts would stay
+            process.wait()
 
 
 @pytest.mark.parametrize("case", CASES + (LARGER if ALL else []), ids=Case.name)
@@ -313,7 +321,7 @@ def test_a_command_places_its_processes_and_names_the_missing_gpu(case, nodes, w
     gather = Waits.gather
 
     def when_all_are_there(self, *arguments):  # else the first that finds no GPU ends the run
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not names <= started(tmp_path / "run").keys():
             assert time.monotonic() < deadline, f"{names - started(tmp_path / 'run').keys()} did not start"
             time.sleep(0.1)

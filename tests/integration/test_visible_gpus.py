@@ -14,8 +14,10 @@ from tatar_dist.run.process import check_visible_gpus
 @pytest.fixture(scope="module")
 def two_gpus() -> Iterator[None]:
     ray.shutdown()
-    ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, log_to_driver=False)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # Ray takes no more GPUs than it shows
+        ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, log_to_driver=False)
+        yield
     ray.shutdown()
 
 

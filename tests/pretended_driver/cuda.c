@@ -3,7 +3,8 @@
  * The devices are those of the file `gpus` in its own directory (nvml.c). The functions of libcudart and libcublas are
  * those that torch and vLLM import: loaded before them, with its symbols global, this library is asked instead. Streams
  * and events are always done. Without PRETENDED_MEMORY in the environment a device gives no memory and runs no kernel:
- * both are errors. With it memory is the host's, mapped when written; copies are made, kernels return at once, so that results are zeros.
+ * both are errors. With it memory is the host's, mapped when written; copies are made, kernels return at once, so that
+ * results are zeros.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

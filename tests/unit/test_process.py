@@ -68,7 +68,3 @@ def test_workers_of_an_engine_are_spawned_because_cuda_does_not_survive_a_fork(o
     from vllm.utils.system_utils import get_mp_context
 
     assert get_mp_context().get_start_method() == "spawn"
-
-
-def test_gpus_are_numbered_as_ray_numbers_them(of_an_engine):
-    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
