@@ -28,7 +28,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [m for m in MODELS if m != LARGE])  # FORMS are of the other
 def test_a_policy_step_of_every_model(rig, model):
     metrics = rig(model, "grpo", *GRPO).grpo().metrics
     assert {"loss/total", "policy/entropy", "optim/grad_norm", "sync/logprob_gap"} <= metrics.keys()
@@ -70,7 +70,7 @@ def test_logits_of_a_bfloat16_model_are_float32(rig):
     one = rig(LARGE, "grpo", *GRPO)
     one.grpo()
     assert set(one.mode.dtypes["aten::mm.dtype"]) == {(torch.bfloat16, torch.bfloat16, torch.float32)}
-    rounded = rig(LARGE, "grpo", *GRPO, "model.float32_head=false")
+    rounded = rig(LARGE, "grpo", *GRPO, "model.float32_head=false", layers=1)
     rounded.grpo()
     assert "aten::mm.dtype" not in rounded.mode.dtypes
 
