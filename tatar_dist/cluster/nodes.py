@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tatar_dist.run.gpus import Machine, read_here
 
 ANSWER_S = 60
+LOST = (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.TaskUnschedulableError)
 
 
 def tasks_on_nodes(function: Callable[..., Any]) -> list[tuple[dict[str, Any], Any]]:
@@ -22,10 +23,11 @@ def tasks_on_nodes(function: Callable[..., Any]) -> list[tuple[dict[str, Any], A
 
 
 def read_nodes() -> list[Machine]:
-    """Read the GPUs of every node where Ray has some, except of one that is lost meanwhile."""
-    asked = [task.remote() for n, task in tasks_on_nodes(read_here) if n["Resources"].get("GPU")]
+    """Read the GPUs that Ray has on every node, except of one that is lost or late (ANSWER_S)."""
+    has = [(int(n["Resources"].get("GPU", 0)), task) for n, task in tasks_on_nodes(read_here)]
+    asked = [task.remote(count) for count, task in has if count]
     machines = []
     for answer in ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)[0] if asked else ():
-        with suppress(ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError):
+        with suppress(*LOST):
             machines.append(ray.get(answer))
     return machines

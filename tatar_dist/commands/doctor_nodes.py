@@ -112,7 +112,7 @@ def _ask(ray: Any, file: str | None) -> tuple[list[Node], dict[str, str]]:
                 raise TimeoutError(f"not within {ANSWER_S} s")
             answers = [_round_trip(ray, n, task, file) for _ in range(PROBES)]
             node = min(answers, key=lambda node: node.doubt)
-            machine = ray.get(reader.remote(), timeout=ANSWER_S) if node.gpus else None
+            machine = ray.get(reader.remote(node.gpus), timeout=ANSWER_S) if node.gpus else None
             nodes.append(replace(node, machine=machine))
         except (TimeoutError, ray.exceptions.RayError) as e:
             silent[n["NodeManagerAddress"]] = _line(e)

@@ -1,7 +1,8 @@
 """Ask a machine's driver about its GPUs, and find those that no run can use.
 
 Runs and `tatar-dist doctor` share the rules. The driver answers through NVML, by the binding that Ray contains and
-counts GPUs with; no CUDA context is made. GPUs that CUDA_VISIBLE_DEVICES leaves out are left out here.
+counts GPUs with; no CUDA context is made. GPUs that CUDA_VISIBLE_DEVICES leaves out are left out here, and so are those
+that only other jobs may open: CUDA does not number them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tatar_dist.errors import UserError
 
@@ -27,7 +28,10 @@ OTHERS = "set CUDA_VISIBLE_DEVICES to other GPUs (before `ray start`), or take a
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. free: GiB that no process holds; mig: it is in MIG mode, divided into slices."""
+    """One GPU. gib: 0 where it has no memory of its own.
+
+    free: GiB that no process holds; mig: it is in MIG mode, divided into slices.
+    """
 
     index: int
     name: str
@@ -70,16 +74,24 @@ def read(visible: Sequence[str] | None = None) -> Machine:
     except nvml.NVMLError as e:
         return Machine(host, error=str(e))
     try:
-        handles = {}
+        handles: dict[Gpu, Any] = {}
         for i in range(nvml.nvmlDeviceGetCount()):
-            handle, mig = nvml.nvmlDeviceGetHandleByIndex(i), False
+            try:
+                handle = nvml.nvmlDeviceGetHandleByIndex(i)
+            except nvml.NVMLError_NoPermission:  # another job's
+                continue
+            mig, total, free = False, 0, 0
             with suppress(nvml.NVMLError):  # a GPU without MIG
                 mig = nvml.nvmlDeviceGetMigMode(handle)[0] == 1
-            name, memory = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetMemoryInfo(handle)
+            with suppress(nvml.NVMLError_NotSupported):  # a GPU without memory of its own
+                memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+                total, free = memory.total, memory.free
             capability = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-            gpu = Gpu(i, name, memory.total / GIB, memory.free / GIB, capability, mig)
-            if visible is None or any(_names(v, gpu, nvml.nvmlDeviceGetUUID(handle)) for v in visible):
-                handles[gpu] = handle
+            name = nvml.nvmlDeviceGetName(handle)
+            handles[Gpu(len(handles), name, total / GIB, free / GIB, capability, mig)] = handle
+        if visible is not None:  # in its order, which is CUDA's and Ray's
+            uuids = {gpu: nvml.nvmlDeviceGetUUID(handle) for gpu, handle in handles.items()}
+            handles = {gpu: handles[gpu] for v in visible for gpu in handles if _names(v, gpu, uuids[gpu])}
         pairs, linked = combinations(handles.values(), 2), False
         with suppress(nvml.NVMLError):  # GPUs that never have NVLink
             states = (nvml.nvmlDeviceGetP2PStatus(a, b, nvml.NVML_P2P_CAPS_INDEX_NVLINK) for a, b in pairs)
@@ -97,10 +109,11 @@ def _names(entry: str, gpu: Gpu, uuid: str) -> bool:
     return entry == str(gpu.index) or uuid.startswith(entry) or (entry.startswith("MIG-") and gpu.mig)
 
 
-def read_here() -> Machine:
-    """Ask about the GPUs that this process may use."""
+def read_here(count: int | None = None) -> Machine:
+    """Ask about the GPUs that this process may use. `count`: the first only."""
     variable = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return read(None if variable is None else [entry.strip() for entry in variable.split(",") if entry.strip()])
+    here = read(None if variable is None else [entry.strip() for entry in variable.split(",") if entry.strip()])
+    return replace(here, gpus=here.gpus[:count])
 
 
 def problems(machines: Sequence[Machine]) -> Iterator[Unusable]:

@@ -155,8 +155,8 @@ def check_gpu(configured: int, seen: bool) -> None:
     if configured and not seen:
         raise UserError(
             f"cluster.gpus_per_node={configured}, but torch sees no GPU on {socket.gethostname()} ({VISIBLE}: "
-            f"{os.environ.get(VISIBLE) or 'not set'}): install with DEVICE=cuda, or set 0 for the CPU; `tatar-dist "
-            "doctor` there looks for what else is wrong"
+            f"{os.environ.get(VISIBLE, 'not set') or 'empty'}): install with DEVICE=cuda, or set 0 for the CPU; "
+            "`tatar-dist doctor` there looks for what else is wrong"
         )
 
 

@@ -38,7 +38,7 @@ def pretended_driver(
         cuda: the newest CUDA that the driver offers; by default 13.0 from 580 on, else 12.2.
         directory: takes the library; each pretended machine has its own.
         error: what nvmlInit returns: 9, no driver is loaded; 18, the driver and its library have different versions.
-        others: name, gib, capability or mig of single GPUs, by index.
+        others: name, gib, capability or mig of single GPUs, by index. gib=0: another job's; 1 / 1024: the CPU's memory.
     """
     library = directory / NAME
     if not library.exists():

@@ -1,7 +1,8 @@
 /* A pretended NVIDIA driver: libnvidia-ml.so.1 that answers from the file `gpus` in its own directory.
  *
  * First line: what nvmlInit returns, driver version, CUDA version (13000 is 13.0), whether GPUs have NVLink.
- * Each further line is a GPU: MiB, compute capability (two numbers), whether MIG is on, name.
+ * Each further line is a GPU: MiB, compute capability (two numbers), whether MIG is on, name. Of 0 MiB: one that only
+ * another job may open; of 1 MiB: one that shares the memory of the CPU.
  * The file is read again whenever a process opens NVML. A function that is not here is absent, as in an old driver.
  */
 #define _GNU_SOURCE
@@ -9,7 +10,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { SUCCESS, UNINITIALIZED, INVALID_ARGUMENT, NOT_SUPPORTED, NOT_FOUND = 6, TOO_SMALL = 7, UNKNOWN = 999 };
+enum { SUCCESS, UNINITIALIZED, INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND = 6, TOO_SMALL = 7, UNKNOWN = 999 };
 enum { MOST = 64, P2P_NVLINK = 2, P2P_NOT_SUPPORTED = 5, TOPOLOGY_HOST = 30, NVLINKS = 18 };
 
 typedef struct {
@@ -66,6 +67,7 @@ int nvmlDeviceGetCount(unsigned *n) { *n = count; return SUCCESS; }
 
 int nvmlDeviceGetHandleByIndex_v2(unsigned i, Device *d) {
     if (i >= count) return INVALID_ARGUMENT;
+    if (!gpus[i].mib) return NO_PERMISSION;
     *d = gpus + i;
     return SUCCESS;
 }
@@ -96,6 +98,7 @@ int nvmlDeviceGetCudaComputeCapability(Device d, int *major, int *minor) {
 
 int nvmlDeviceGetMemoryInfo(Device d, Memory *m) {
     if (!is_gpu(d)) return INVALID_ARGUMENT;
+    if (d->mib == 1) return NOT_SUPPORTED;
     m->total = m->free = d->mib << 20;
     m->used = 0;
     return SUCCESS;

@@ -103,7 +103,8 @@ import json, os, sys
 from dataclasses import asdict
 from tatar_dist.commands.doctor_gpus import examine
 from tatar_dist.run.gpus import read_here
-print(json.dumps([asdict(read_here()), [asdict(c) for c in examine(cuda=True)]]))
+first = int(os.environ["FIRST"]) if "FIRST" in os.environ else None
+print(json.dumps([asdict(read_here(first)), [asdict(c) for c in examine(cuda=True)]]))
 """
 
 
@@ -134,6 +135,23 @@ def test_gpus_that_cuda_visible_devices_leaves_out_are_no_problem(tmp_path, visi
     machine, found = examined(tmp_path, visible, gpus=3, others={1: {"name": "NVIDIA T400", "capability": (7, 5)}})
     assert [g["index"] for g in machine["gpus"]] == [0, 2]
     assert all(found[name]["ok"] for name in ("compute capability", "kinds of GPU", "NVLink", "GPU memory"))
+
+
+def test_gpus_of_other_jobs_are_left_out_and_not_numbered(tmp_path):
+    others = {0: {"gib": 0}, 2: {"name": "NVIDIA GB10", "gib": 1 / 1024}}
+    machine, found = examined(tmp_path, "1,0", gpus=3, others=others)
+    assert [(g["index"], g["name"], g["gib"]) for g in machine["gpus"]] == [
+        (1, "NVIDIA GB10", 0.0),
+        (0, "NVIDIA H100 80GB HBM3", 80.0),
+    ]
+    assert machine["error"] == "" and found["GPU driver"]["ok"]
+
+
+def test_only_gpus_that_ray_has_are_read(tmp_path, monkeypatch):
+    """Ray numbers those of CUDA_VISIBLE_DEVICES in its order; a machine may have another GPU for its display."""
+    monkeypatch.setenv("FIRST", "2")
+    machine, _ = examined(tmp_path, "3,1,0", gpus=4, others={0: {"name": "NVIDIA T400", "capability": (7, 5)}})
+    assert [g["index"] for g in machine["gpus"]] == [3, 1]
 
 
 def test_a_driver_that_does_not_answer_is_a_note_because_the_machine_may_only_plan(tmp_path):
