@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 device=${DEVICE:?cpu or cuda}
 case $device in cpu | cuda) ;; *) echo "setup: DEVICE=$device: must be cpu or cuda" >&2; exit 2 ;; esac
 venv=${1:-.venv}
-made_for=$(cat $venv/.device 2>/dev/null || true)
+made_for=$(cat "$venv/.device" 2>/dev/null || true)
 if [[ -n $made_for && $made_for != "$device" ]]; then
     echo "setup: $venv was made with DEVICE=$made_for: remove it to have DEVICE=$device here, or use another checkout" >&2
     exit 2
@@ -51,13 +51,19 @@ find_python() {
     return 1
 }
 
-# Build of the installed torch 2.13.0: cpu or cuda; nothing if there is none.
+# Build of the installed torch 2.13.0: cpu, cuda (vLLM's 13), another "CUDA N"; nothing if there is none.
 installed_torch() {
-    "$python" -c 'import torch; print(torch.__version__.startswith("2.13.0") * ("cuda" if torch.version.cuda else "cpu"))' 2>/dev/null || true
+    "$python" 2>/dev/null - <<'PYTHON' || true
+import torch
+
+cuda = torch.version.cuda
+if torch.__version__.startswith("2.13.0"):
+    print("cpu" if cuda is None else "cuda" if cuda.startswith("13.") else f"CUDA {cuda}")
+PYTHON
 }
 
-# Build of the torch that pip would fetch for a requirement: cpu or cuda; nothing if it finds none. Asks for its metadata
-# only; nothing is installed.
+# The same of the torch that pip would fetch for a requirement; nothing if it finds none. Asks for its metadata only;
+# nothing is installed.
 offered_torch() {
     local report=$venv/torch.json
     "$python" -m pip install --quiet --dry-run --no-deps --ignore-installed --report "$report" \
@@ -71,21 +77,25 @@ from pip._vendor.packaging.requirements import Requirement
 (torch,) = json.load(open(sys.argv[1]))["install"]
 needs = [Requirement(line) for line in torch["metadata"].get("requires_dist", [])]
 names = [r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
-print("cuda" if any(name.startswith(("nvidia-", "cuda-")) for name in names) else "cpu")
+if any(name.endswith("-cu12") for name in names):
+    print("CUDA 12")
+else:
+    print("cuda" if any(name.startswith(("nvidia-", "cuda-")) for name in names) else "cpu")
 PYTHON
 }
 
 base_python=$(find_python)
-mkdir -p $venv
+mkdir -p "$venv"
 : >"$log"
-rm -f $venv/.ready-*
-phase "virtual environment" "$base_python" -m venv $venv
+rm -f "$venv"/.ready-*
+phase "virtual environment" "$base_python" -m venv "$venv"
 
 torch=torch==2.13.0
 [[ $device == cpu ]] || torch+=,!=2.13.0+cpu # a CPU wheel that lies nearer must not win where CUDA is asked for
 build=$(installed_torch)
 if [[ -n $build && $build != "$device" ]]; then
-    echo "setup: DEVICE=$device, but the torch in $venv is a $build build: remove $venv, or set DEVICE=$build" >&2
+    [[ $build == CUDA* ]] && other= || other=", or set DEVICE=$build"
+    echo "setup: DEVICE=$device, but the torch in $venv is a $build build: remove $venv$other" >&2
     exit 2
 elif [[ -z $build ]]; then
     build=$(offered_torch "$torch")
@@ -96,11 +106,12 @@ elif [[ -z $build ]]; then
         exit 1
     elif [[ $build != "$device" ]]; then
         [[ $build == cpu ]] && size= || size=" (several GB)"
-        echo "setup: DEVICE=$device, but pip would install a $build build of torch$size: set TORCH_INDEX to the index of the $device build, which PyTorch's get-started page names" >&2
+        [[ $device == cpu ]] && wanted=CPU || wanted="CUDA 13.0"
+        echo "setup: DEVICE=$device, but pip would install a $build build of torch$size: set TORCH_INDEX to the index of the $wanted build, which PyTorch's get-started page names" >&2
         exit 2
     fi
 fi
-echo "$device" >$venv/.device
+echo "$device" >"$venv/.device"
 
 # --no-deps: an index for torch alone need not hold the pinned versions of torch's dependencies; they come next.
 phase "torch 2.13.0" "$python" -m pip install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"

@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CUDA_NEEDS = "Requires-Dist: nvidia-nccl-cu13==2.29.7; platform_system == 'Linux'\n"
+CUDA_NEEDS = "Requires-Dist: nvidia-nccl-cu{}==2.29.7; platform_system == 'Linux'\n"
 
 
 def wheel(directory: Path, version: str, cuda: str | None) -> None:
     """Make a wheel of torch with the metadata that tells its builds apart, and a module that knows its own."""
     info = f"torch-{version}.dist-info"
+    needs = CUDA_NEEDS.format(cuda.split(".")[0]) if cuda else ""
     files = {
         "torch/__init__.py": f"from torch import version\n__version__ = {version!r}\n",
         "torch/version.py": f"cuda = {cuda!r}\n",
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n{CUDA_NEEDS if cuda else ''}",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n{needs}",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     record = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
@@ -55,6 +56,12 @@ def setup(checkout: Path, device: str) -> tuple[int, list[str], str]:
     [
         ("cuda", "2.13.0+cpu", None, "DEVICE=cuda, but pip would install a cpu build of torch: set TORCH_INDEX"),
         ("cuda", "2.13.0", None, "DEVICE=cuda, but pip would install a cpu build of torch: set TORCH_INDEX"),
+        (
+            "cuda",
+            "2.13.0+cu126",
+            "12.6",
+            "a CUDA 12 build of torch (several GB): set TORCH_INDEX to the index of the CUDA",
+        ),
         ("cpu", "2.13.0", "13.0", "DEVICE=cpu, but pip would install a cuda build of torch (several GB): set TORCH"),
     ],
 )
