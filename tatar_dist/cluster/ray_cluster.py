@@ -90,9 +90,9 @@ class Cluster:
     def threads(self, processes: int) -> int:
         """Return the CPU threads of each of `processes` learners or engines that share the cores.
 
-        On GPUs the processes are spread over the nodes; on CPUs several nodes may be hosts of one machine.
+        A node has no more of them than GPUs, and may have so many; on CPUs several nodes may be hosts of one machine.
         """
-        here = -(-processes // self.config.cluster.nodes) if self.gpu else processes
+        here = min(processes, self.config.cluster.gpus_per_node) if self.gpu else processes
         return max(1, self.cores // self._sides // here)
 
     def _pin(self, actor: Any, side: int, index: int, count: int) -> None:

@@ -82,7 +82,8 @@ def open_log(run: str | Path, name: str, printed: bool = True) -> Path:
         _redirect(directory / f"{name}.out")
     _permit_tracing()
     facts = process_facts()
-    log.info("%s starts on node %s, %s: %s", name, facts["node"], VISIBLE, facts["gpu"])
+    gpus = f", {VISIBLE}: {facts['gpu']}" if facts["gpu"] else ""
+    log.info("%s starts on node %s%s", name, facts["node"], gpus)
     if visible:
         Events(Path(run)).log("process/started", name=name, **facts)
     else:

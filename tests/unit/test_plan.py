@@ -157,3 +157,11 @@ def test_a_machine_without_a_gpu_is_told_of_the_config_for_cpus(monkeypatch):
     asked = SimpleNamespace(_asked={"CPU": 0.0, "GPU": 0.0})
     with pytest.raises(UserError, match="4 learner.*need 4 GPUs, Ray has 0.*gpus_per_node=0.*configs/demo.yaml"):
         cluster.Cluster._reserve(asked, "learner(s)", 4, 1.0, 1)
+
+
+def test_learners_packed_onto_one_node_share_its_cores():
+    from tatar_dist.cluster.ray_cluster import Cluster
+
+    config = SimpleNamespace(cluster=SimpleNamespace(gpus_per_node=8, nodes=4))
+    for gpu, processes, threads in ((True, 8, 12), (True, 32, 12), (True, 2, 48), (False, 32, 3)):
+        assert Cluster.threads(SimpleNamespace(gpu=gpu, cores=96, _sides=1, config=config), processes) == threads

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tatar_dist.config.load import load_config
+from tatar_dist.errors import UserError
 from tatar_dist.rollout.options import COMMON_ENV, engine_environment
 from tatar_dist.run import process
 from tatar_dist.run.process import pin
@@ -68,3 +69,10 @@ def test_workers_of_an_engine_are_spawned_because_cuda_does_not_survive_a_fork(o
     from vllm.utils.system_utils import get_mp_context
 
     assert get_mp_context().get_start_method() == "spawn"
+
+
+def test_gpus_that_are_hidden_by_an_empty_variable_are_named_so(monkeypatch):
+    for value, said in (("", "empty"), ("0", "0")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        with pytest.raises(UserError, match=rf"torch sees no GPU on .* \(CUDA_VISIBLE_DEVICES: {said}\): install"):
+            process.check_gpu(8, False)
