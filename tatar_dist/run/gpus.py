@@ -123,14 +123,14 @@ def problems(machines: Sequence[Machine]) -> Iterator[Unusable]:
         if m.error:
             yield Unusable("GPU driver", f"{m.host}: the NVIDIA driver does not answer ({m.error})", ANSWERS)
         elif m.gpus and m.cuda < CUDA and int(m.driver.split(".")[0]) < DRIVER:
-            offer = f"{m.host}: NVIDIA driver {m.driver} offers CUDA {m.cuda[0]}.{m.cuda[1]}, needed is {needed}"
+            offer = f"{m.host}: NVIDIA driver {m.driver} offers CUDA {m.cuda[0]}.{m.cuda[1]}, but {needed} is needed"
             yield Unusable("GPU driver", offer, f"install driver {DRIVER} or newer")
     for where, gpu, _ in _grouped(machines, lambda gpu: gpu.capability < CAPABILITY):
-        has = "{}.{}, needed is {}.{}".format(*gpu.capability, *CAPABILITY)
+        has = "{}.{}, but {}.{} is needed".format(*gpu.capability, *CAPABILITY)
         yield Unusable("compute capability", f"{where} has compute capability {has}", OTHERS)
     for where, _, numbers in _grouped(machines, lambda gpu: gpu.mig):
         off = f"run nvidia-smi -i {numbers} -mig 0 there, or {OTHERS}"
-        yield Unusable("MIG", f"{where} is divided by MIG, needed are whole GPUs", off)
+        yield Unusable("MIG", f"{where} is divided by MIG, but a process needs whole GPUs", off)
     kinds = Counter(gpu.name for m in machines for gpu in m.gpus)
     most = max(kinds, key=lambda name: kinds[name], default="")
     for where, *_ in _grouped(machines, lambda gpu: gpu.name != most):
@@ -163,7 +163,7 @@ def check_here(count: int) -> float | None:
     here = read_here()
     if not here.error and len(here.gpus) < count:
         hint = "set CUDA_VISIBLE_DEVICES and rollout.tensor_parallel, or install with DEVICE=cpu"
-        raise UserError(f"{here.host}: needed are {count} GPUs, visible are {len(here.gpus)}: {hint}")
+        raise UserError(f"{here.host}: an engine needs {count} GPUs, but sees {len(here.gpus)}: {hint}")
     smallest = check([replace(here, gpus=here.gpus[:count])])
     if not torch.cuda.is_available():
         hint = "python -c 'import torch; torch.cuda.init()' says why (no libcuda.so, no nvidia-fabricmanager)"

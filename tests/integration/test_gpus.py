@@ -59,10 +59,10 @@ def test_ray_counts_the_pretended_gpus_and_every_node_tells_of_its_own(nodes: No
 @pytest.mark.parametrize(
     ("command", "node", "gpus", "line"),
     [
-        ("sft", 1, V100, "GPU 0,1 (Tesla V100-SXM2-32GB) has compute capability 7.0, needed is 8.0: set CUDA_VISIBLE"),
+        ("sft", 1, V100, "GPU 0,1 (Tesla V100-SXM2-32GB) has compute capability 7.0, but 8.0 is needed: set CUDA"),
         ("grpo", 1, A100, "GPU 0,1 (NVIDIA A100-SXM4-80GB) is of another kind than the job's others (NVIDIA H100"),
-        ("evaluate", 0, {"driver": "535.104.05"}, "driver 535.104.05 offers CUDA 12.2, needed is 13.0: install driver"),
-        ("rationale", 0, {"others": {2: {"mig": True}}}, "GPU 2 (NVIDIA H100 80GB HBM3) is divided by MIG, needed are"),
+        ("evaluate", 0, {"driver": "535.104.05"}, "driver 535.104.05 offers CUDA 12.2, but 13.0 is needed: install"),
+        ("rationale", 0, {"others": {2: {"mig": True}}}, "GPU 2 (NVIDIA H100 80GB HBM3) is divided by MIG, but a"),
         ("score", 0, {"error": 18}, "the NVIDIA driver does not answer ("),
         ("serve", 0, V100, "GPU 0 (Tesla V100-SXM2-32GB) has compute capability 7.0"),
         ("sft", 1, {"gib": 1 / 64}, "the smallest GPU has 0.0 GiB, and weights, gradients, optimizer of each learner"),

@@ -39,16 +39,16 @@ def test_good_nodes_have_no_problem_and_the_smallest_gpu_counts():
     [
         (
             replace(GOOD, driver="535.104.05", cuda=(12, 2)),
-            "node1: NVIDIA driver 535.104.05 offers CUDA 12.2, needed is 13.0: install driver 580 or newer",
+            "node1: NVIDIA driver 535.104.05 offers CUDA 12.2, but 13.0 is needed: install driver 580 or newer",
         ),
         (
             with_gpu(5, name="Tesla V100-SXM2-32GB", capability=(7, 0)),
-            "node2: GPU 5 (Tesla V100-SXM2-32GB) has compute capability 7.0, needed is 8.0: "
+            "node2: GPU 5 (Tesla V100-SXM2-32GB) has compute capability 7.0, but 8.0 is needed: "
             f"{OTHERS} (and 1 more: tatar-dist doctor)",
         ),
         (
             with_gpu(0, mig=True),
-            "node2: GPU 0 (NVIDIA H100 80GB HBM3) is divided by MIG, needed are whole GPUs: "
+            "node2: GPU 0 (NVIDIA H100 80GB HBM3) is divided by MIG, but a process needs whole GPUs: "
             f"run nvidia-smi -i 0 -mig 0 there, or {OTHERS}",
         ),
         (
