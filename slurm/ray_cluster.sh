@@ -122,7 +122,10 @@ worker_command() {
 # ask_for_gpus COUNT: each node's Ray gets so many, the other steps none. Ends the job where a node has fewer.
 ask_for_gpus() {
     local few
-    few=$(scontrol show job -d "$SLURM_JOB_ID" | awk -v count="$1" '$1 ~ /^Nodes=/ && / GRES=/ {
+    # it shows all tasks of an array and all components of a heterogeneous job, too
+    few=$(scontrol show job -d "$SLURM_JOB_ID" | awk -v count="$1" -v job="JobId=$SLURM_JOB_ID" '
+    /^JobId=/ { ours = $1 == job }
+    ours && $1 ~ /^Nodes=/ && / GRES=/ {
         nodes = substr($1, 7)
         sub(/.* GRES=/, "")
         for (has = 0; match($0, /gpu:([^(),:]+:)?[0-9]+/); $0 = substr($0, RSTART + RLENGTH)) {

@@ -63,20 +63,22 @@ def test_each_nodes_ray_has_its_gpus_and_the_stage_places_its_learners_on_them(s
 
 
 def test_ray_gets_the_configured_gpus_however_sbatch_was_asked(submit, slurm: Slurm, tmp_path: Path):
-    """Three jobs at once; each ends where its first node would start Ray."""
+    """Four jobs; each ends where its first node would start Ray."""
     look = 'if [[ "$1 $2" == "ray start" ]]; then echo "${*: -1} of $CUDA_VISIBLE_DEVICES"; exit 1; fi'
     container = before_each_command(tmp_path, look)
-    asked = {
-        "node1": ([], 2, "0,1"),  # --exclusive of the script alone: 3 GPUs, none of them for steps
-        "node2": (["--gpus=2", *SHARED], 1, "0"),
-        "node3": (["--gpus-per-task=1", *SHARED], 1, "0"),
-    }
+    other = [":", "--nodes=1", "--nodelist=node3", *SHARED]  # a heterogeneous job's, without GPUs
+    asked = [
+        ("node1", [], 2, "0,1"),  # --exclusive of the script alone: 3 GPUs, none of them for steps
+        ("node1", ["--gpus-per-node=2", *SHARED, *other], 2, "0,1"),
+        ("node2", ["--gpus=2", *SHARED], 1, "0"),
+        ("node3", ["--gpus-per-task=1", *SHARED], 1, "0"),
+    ]
     jobs = []
-    for node, (options, gpus, _) in asked.items():
+    for node, options, gpus, _ in asked:
         sbatch = ("--nodes=1", f"--nodelist={node}", *options)
         words = (f"cluster.gpus_per_node={gpus}", "cluster.learners=1")
         jobs.append(submit("sft", *words, sbatch=sbatch, TATAR_CONTAINER=container))
-    for (job, directory), (node, (_, gpus, devices)) in zip(jobs, asked.items(), strict=True):
+    for (job, directory), (node, _, gpus, devices) in zip(jobs, asked, strict=True):
         slurm.wait(job)
         (log,) = directory.glob(f"logs/*/{node}.log")
         assert log.read_text().splitlines()[0] == f"--num-gpus={gpus} of {devices}"
