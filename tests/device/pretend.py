@@ -37,8 +37,11 @@ ALLOCATED_BY = (  # file, function, part
     ("tatar_dist/learner/policy", "_logits", "head"),
     ("deepspeed/runtime/zero/stage3", "__avg_scatter_grads", "reduction"),
     ("deepspeed/runtime/zero/stage3", "_prepare_fp32_grad_for_sub_group", "step"),
-    ("deepspeed/runtime/zero/stage3", "", "states"),
-    ("deepspeed/runtime/zero/partition", "wrapped_fn", "states"),  # zero.Init
+    ("deepspeed/runtime/zero/stage3", "_setup_for_real_optimizer", "gradients"),  # and the reduce bucket
+    ("deepspeed/runtime/zero/stage3", "_create_fp32_partitions", "optimizer"),
+    ("deepspeed/runtime/zero/stage3", "step_with_gradscaler", "optimizer"),  # the moments of AdamW
+    ("deepspeed/runtime/zero/stage3", "", "weights"),
+    ("deepspeed/runtime/zero/partition", "wrapped_fn", "weights"),  # zero.Init
     ("deepspeed/runtime/zero/partition", "", "gathered"),
 )
 MADE_UP = {torch.bool: False, torch.uint8: 0}  # what a check reads: nothing is wrong. Any other unknown number is 1
