@@ -12,7 +12,7 @@ PLACEMENTS = [
 ]
 
 
-class Finished(Exception):
+class Finished(BaseException):  # an engine makes an error of every exception
     """Carries the configuration out of a constructor."""
 
 
