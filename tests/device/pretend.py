@@ -31,7 +31,7 @@ NAME = "cuda" if CUDA else "pretend"
 RANKS = 8
 LIBRARY = torch.library.Library("aten", "IMPL")
 aten = torch.ops.aten
-SMALL = 1 << 20  # the maker of a smaller tensor is not looked up
+SMALL = 1 << 16  # the maker of a smaller tensor is not looked up
 ALLOCATED_BY = (  # file, function, part
     ("tatar_dist/learner/policy", "TokenLogprob", "head"),
     ("tatar_dist/learner/policy", "_logits", "head"),
