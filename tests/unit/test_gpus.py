@@ -163,12 +163,13 @@ def test_a_driver_that_does_not_answer_is_a_note_because_the_machine_may_only_pl
 def test_kernel_caches_on_a_shared_file_system_are_a_note(tmp_path, monkeypatch):
     from tatar_dist.commands import doctor_gpus
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", "/home/user/triton")
+    shared = str(tmp_path / "shared")
+    monkeypatch.setenv("TRITON_CACHE_DIR", shared)
     monkeypatch.setattr(
-        doctor_gpus, "file_system", lambda place: ("nfs4", True) if "home" in place else ("ext4", False)
+        doctor_gpus, "file_system", lambda place: ("nfs4", True) if place == shared else ("ext4", False)
     )
     found = {c.name: c for c in doctor_gpus.examine(cuda=True)}["kernel caches"]
-    assert not found.ok and not found.required and found.found == "TRITON_CACHE_DIR=/home/user/triton (nfs4)"
+    assert not found.ok and not found.required and found.found == f"TRITON_CACHE_DIR={shared} (nfs4)"
 
 
 def test_the_doctor_shows_what_is_wrong_first_and_the_rest_on_request():
