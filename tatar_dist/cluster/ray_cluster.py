@@ -90,7 +90,7 @@ class Cluster:
     def threads(self, processes: int) -> int:
         """Return the CPU threads of each of `processes` learners or engines that share the cores.
 
-        A node has no more of them than GPUs, and may have so many; on CPUs several nodes may be hosts of one machine.
+        A GPU node runs at most gpus_per_node of them. On CPUs several nodes may be hosts of one machine.
         """
         here = min(processes, self.config.cluster.gpus_per_node) if self.gpu else processes
         return max(1, self.cores // self._sides // here)
