@@ -8,6 +8,7 @@ import math
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -80,10 +81,11 @@ def test_learners_that_start_again_leave_room_for_the_engines_that_died_with_the
         engine = dead.engines[1]
         engine.health.ready(**here)  # one that lives has its place already
         engine.call, engine.actor = None, ray.remote(num_cpus=0)(RolloutEngine).remote(cluster.config, 1)
-        ray.get(engine.actor.__ray_ready__.remote())
+        process = psutil.Process(ray.get(engine.actor.__ray_call__.remote(lambda _: os.getpid())))
         assert dead.missing([here["node"]]) == 0 and dead.missing(["another node"]) == 1
         assert len(cluster.learners(2, again=True).actors) == 2
-        ray.kill(engine.actor)  # nobody has noticed yet
+        ray.kill(engine.actor)  # returns before the process ends; the pool has not noticed
+        process.wait(60)
         assert dead.missing([here["node"]]) == 1
 
 
