@@ -100,9 +100,9 @@ def is_adapter(name: str) -> bool:
 
 
 def merged(named: Iterable[tuple[str, Tensor]], scale: float) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, copy) of each weight with what its adapter adds (in float32); no adapters.
+    """Yield (name, weight plus what its adapter adds, in float32); no adapters.
 
-    `named` holds a layer's adapter wherever it holds its weight.
+    `named` holds a layer's adapter wherever it holds its weight. A weight without one is not copied.
     """
     by_name = dict(named)
     for name, weight in by_name.items():
@@ -110,7 +110,7 @@ def merged(named: Iterable[tuple[str, Tensor]], scale: float) -> Iterator[tuple[
             continue
         down, up = (by_name.get(f"{name.removesuffix('weight')}{part}") for part in (DOWN, UP))
         if down is None or up is None:
-            yield name, weight.detach().clone()
+            yield name, weight.detach()
         else:
             added = up.detach().float() @ down.detach().float()
             yield name, (weight.detach().float() + scale * added).to(weight.dtype)

@@ -175,8 +175,8 @@ class Zero3:
     def full_parameters(self, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield (checkpoint name, full tensor) of every parameter, one layer group at a time.
 
-        Collective. The tensor is a clone made on the default stream, on rank 0 or `everywhere`; other ranks get an
-        empty one. Tied parameters come once; adapters are in their layers' weights.
+        Collective. The tensor, which the next update may change, is on rank 0 or `everywhere`; other ranks get an empty
+        one. Tied parameters come once; adapters are in their layers' weights.
         """
         import deepspeed
 
@@ -200,7 +200,7 @@ class Zero3:
         snapshots = self.engine.checkpoint_engine
         snapshots.clear()
         self.engine.save_checkpoint(".", tag=DEEPSPEED_TAG, save_latest=False)
-        state = {n: t.cpu() for n, t in self.full_parameters() if t.numel()}
+        state = {n: t.to("cpu", copy=True) for n, t in self.full_parameters() if t.numel()}
         if self.rank == 0:
             snapshots.add("model", state, lambda directory: self._write_model(state, directory))
         return snapshots.take()

@@ -1,15 +1,18 @@
 """Weight push by Ray's object store: CPUs and GPUs, across nodes, engines that come late.
 
 Full tensors are cut into buckets, which is what travels at once: `{name: Wire}`. bfloat16 has no numpy type, so tensors
-travel as raw bytes with their dtype and shape.
+travel as raw bytes with their dtype and shape. On the way out of a GPU and into one they lie in pinned memory, which
+torch keeps and gives again once its copy is done: the copies of one bucket run while Ray stores the one before.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from tatar_dist.learner.group import LearnerGroup
 
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # from_wire
+STORED, AHEAD = 2, 2  # buckets that wait in the store, and with engines: one is loaded, Ray fetches the other
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,23 @@ class Wire:
     shape: tuple[int, ...]
 
 
+def staged(tensor: Any, device: Any) -> Any:
+    """Start a copy from or to a GPU through pinned memory; on a CPU return the tensor itself."""
+    if tensor.device.type == device.type:
+        return tensor
+    try:
+        source = tensor.pin_memory() if tensor.device.type == "cpu" else tensor  # torch pins what it copies to a CPU
+        return source.to(device, non_blocking=True)
+    except RuntimeError as e:
+        warnings.warn(f"weights are pushed through pageable memory, which is slower: {first_line(e)}", stacklevel=2)
+        return tensor.to(device)
+
+
 def to_wire(tensor: Any) -> Wire:
+    """View a tensor; one of a GPU is copied, and there once the current stream is synchronised."""
     import torch
 
-    flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+    flat = staged(tensor.detach().contiguous(), torch.device("cpu")).reshape(-1).view(torch.uint8)
     return Wire(flat.numpy(), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
@@ -50,24 +67,37 @@ def from_wire(wire: Wire) -> Any:
     return torch.from_numpy(wire.data).view(getattr(torch, wire.dtype)).reshape(wire.shape)
 
 
-def buckets(parameters: Iterable[tuple[str, Any]], bucket_bytes: int, sender: bool) -> Iterator[dict[str, Wire]]:
-    """Bucket (name, full tensor) pairs to at most `bucket_bytes`; a larger tensor travels alone.
+def buckets(parameters: Iterable[tuple[str, Any]], sizes: Iterator[int], sender: bool) -> Iterator[dict[str, Wire]]:
+    """Bucket (name, full tensor) pairs to at most the next of `sizes` bytes; a larger tensor travels alone.
 
     Every rank must exhaust it, because making the tensors is collective; only the sender yields.
     """
     held: dict[str, Wire] = {}
-    size = 0
+    size, limit = 0, next(sizes)
     for name, tensor in parameters:
         if not sender:
             continue
-        wire = to_wire(tensor)
-        if held and size + wire.data.nbytes > bucket_bytes:
+        if held and size + tensor.nbytes > limit:
             yield held
-            held, size = {}, 0
-        held[name] = wire
-        size += wire.data.nbytes
+            held, size, limit = {}, 0, next(sizes)
+        held[name] = to_wire(tensor)
+        size += tensor.nbytes
     if held:
         yield held
+
+
+def copied(made: Iterable[dict[str, Wire]]) -> Iterator[dict[str, Wire]]:
+    """Yield each bucket once it is copied from the GPU; the copies of the next one run meanwhile."""
+    import torch
+
+    before: dict[str, Wire] = {}
+    for bucket in made:
+        if before:
+            yield before
+        torch.cuda.current_stream().synchronize()
+        before = bucket
+    if before:
+        yield before
 
 
 class ObjectStoreSender:
@@ -77,20 +107,26 @@ class ObjectStoreSender:
         self._zero3, self._rank, self._failpoints = zero3, rank, failpoints
 
     def buckets(self, bucket_bytes: int) -> Iterator[dict[str, Any]]:
-        """Stream the weights in buckets of at least one tensor and about `bucket_bytes`. Collective.
-        Rank 0 yields {"bucket": {name: Wire}}; the other ranks gather along and yield nothing."""
+        """Stream the weights in buckets, `bucket_bytes` of them in flight. Collective.
+
+        Two are stored and AHEAD with the engines; the first ones are smaller, so that engines start early. Rank 0
+        yields {"bucket": {name: Wire}}; the other ranks gather along and yield nothing.
+        """
         self._failpoints.reach("learner.gather")
-        for bucket in buckets(self._zero3.full_parameters(), bucket_bytes, self._rank == 0):
+        part = bucket_bytes // (STORED + AHEAD)
+        sizes = chain((part // 4, part // 2), repeat(part))
+        made = buckets(self._zero3.full_parameters(), sizes, self._rank == 0)
+        for bucket in copied(made) if self._zero3.device.type == "cuda" else made:
             yield {"bucket": bucket}
 
 
-def load(model: Any, bucket: Mapping[str, Wire]) -> None:
-    """Load one bucket into vLLM's model, on an engine worker."""
-    model.load_weights((name, from_wire(wire)) for name, wire in bucket.items())
+def load(model: Any, bucket: Mapping[str, Wire], device: Any) -> None:
+    """Load one bucket into vLLM's model on `device`, on an engine worker."""
+    model.load_weights((name, staged(from_wire(wire), device)) for name, wire in bucket.items())
 
 
 class ObjectStorePush:
-    """The controller's side. One bucket is loaded at a time; the next one is gathered meanwhile."""
+    """The controller's side. Gathering, storing, fetching and loading run beside each other."""
 
     def __init__(self, config: Config, waits: Waits, log: Callable[..., None]) -> None:
         self._bucket, self._limit = config.rollout.bucket_mib << 20, config.rollout.push_timeout_s
@@ -99,24 +135,37 @@ class ObjectStorePush:
     def push(self, learners: LearnerGroup, engines: Mapping[int, Any], version: int) -> PushResult:
         """Push (`WeightPush`). All buckets are consumed even if engines fail: it is collective."""
         push, sent = Round(engines, version, self._limit, self._waits, self._log), 0
-        push.call("weight push", lambda _, e: e.start_update.remote(version))
-        for bucket in stream(learners, self._bucket):
-            sizes = push.call("weight push", lambda _, e, part=bucket: e.update.remote(part), given=bucket)
-            sent += max(sizes, default=0)
-        push.call("weight push", lambda _, e: e.finish_update.remote())
+        weights = stream(learners, self._bucket)  # they gather while the engines start
+        queued = deque([(push.ask(lambda _, e: e.start_update.remote(version)), None)])
+        for bucket in weights:
+            queued.append((push.ask(lambda _, e, part=bucket: e.update.remote(part)), bucket))
+            if len(queued) == AHEAD:
+                sent += _bytes(push, *queued.popleft())
+        finish = push.ask(lambda _, e: e.finish_update.remote())
+        sent += sum(_bytes(push, *calls) for calls in queued)
+        push.wait("weight push", finish)
         return PushResult(sent, push.failed)
 
 
+def _bytes(push: Round, calls: Mapping[int, Any], bucket: Any) -> int:
+    """Wait for a bucket's calls. Returns the bytes that each engine loaded, 0 for the start."""
+    return max((size or 0 for size in push.wait("weight push", calls, given=bucket)), default=0)
+
+
 def stream(learners: LearnerGroup, bucket_bytes: int) -> Iterator[Any]:
-    """Yield references to the buckets of rank 0 while all ranks gather.
+    """Let all ranks gather; the returned iterator gives references to the buckets of rank 0.
 
     Raises:
-        LearnersFailed: a rank died or failed, or the next bucket is late.
+        LearnersFailed: (the iterator) a rank died or failed, or the next bucket is late.
     """
     call = ("object_store", "buckets", bucket_bytes)
     others = [a.push_stream.options(num_returns="streaming").remote(*call) for a in learners.actors[1:]]
-    lead = learners.actors[0].push_stream.options(num_returns="streaming", _generator_backpressure_num_objects=2)
-    yield from _items(learners, lead.remote(*call))
+    options = {"num_returns": "streaming", "_generator_backpressure_num_objects": STORED}
+    return _references(learners, learners.actors[0].push_stream.options(**options).remote(*call), others)
+
+
+def _references(learners: LearnerGroup, lead: Any, others: list[Any]) -> Iterator[Any]:
+    yield from _items(learners, lead)
     for stream_of_rank in others:
         for failed in _items(learners, stream_of_rank):  # they yield nothing, but an error comes as an item
             raise LearnersFailed(f"gathering weights: {first_line(error_of(failed) or RuntimeError('one item'))}")

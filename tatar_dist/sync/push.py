@@ -53,16 +53,23 @@ class Round:
         self.left, self.failed, self.version = dict(engines), dict[int, str](), version
         self._limit, self._waits, self._log = limit, waits, log
 
-    def call(self, what: str, call: Callable[[int, Any], Any], given: Any = None) -> list[Any]:
+    def ask(self, call: Callable[[int, Any], Any]) -> dict[int, Any]:
+        """Call each engine that is left, without waiting; an engine answers its calls in order."""
+        return {i: call(i, engine) for i, engine in self.left.items()}
+
+    def call(self, what: str, call: Callable[[int, Any], Any]) -> list[Any]:
         """Call each engine and wait for the answers, as `wait`."""
-        return self.wait(what, {i: call(i, engine) for i, engine in self.left.items()}, given)
+        return self.wait(what, self.ask(call))
 
     def wait(self, what: str, calls: Mapping[int, Any], given: Any = None) -> list[Any]:
         """Wait for answers up to the limit; engines that died, failed or are late leave the push.
 
+        Calls of engines that have left it are ignored.
+
         Raises:
             LearnersFailed: the reference `given` holds an error of the learner instead of a part of the weights.
         """
+        calls = {i: ref for i, ref in calls.items() if i in self.left}
         deadline, waiting = time.monotonic() + self._limit, list(calls.values())
         while waiting and time.monotonic() < deadline:
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=TICK_S)

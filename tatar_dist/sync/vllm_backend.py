@@ -62,8 +62,8 @@ class PushEngine(WeightTransferEngine[PushInit, PushUpdate]):
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         if "bucket" in update_info:
-            self.receive_weights(self.parse_update_info(update_info))
-        elif "ipc_handles" in update_info:
+            return self.receive_weights(self.parse_update_info(update_info))
+        if "ipc_handles" in update_info:
             self._ipc.receive(update_info)
         else:
             self._nccl.receive(**update_info)
@@ -71,7 +71,8 @@ class PushEngine(WeightTransferEngine[PushInit, PushUpdate]):
             torch.cuda.synchronize(self.device)
 
     def receive_weights(self, update_info: PushUpdate) -> None:
-        object_store.load(self.model, update_info.bucket)
+        alone = self.parallel_config.tensor_parallel_size == 1  # else vLLM copies a worker's part of a tensor
+        object_store.load(self.model, update_info.bucket, self.device if alone else torch.device("cpu"))
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -79,6 +80,8 @@ class PushEngine(WeightTransferEngine[PushInit, PushUpdate]):
         finalize_layerwise_reload(self.model, self.model_config)
         refresh_tied_head(self.model)
         self._ipc.finish()
+        if self.device.type == "cuda":  # for the copies of buckets
+            torch.cuda.synchronize(self.device)
 
     def shutdown(self) -> None:
         self._nccl.leave()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import threading
+from itertools import repeat
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,7 +66,7 @@ def norm(engine):
 
 def push(engine, tiny, version):
     engine.start_update(version)
-    for bucket in buckets(weights(tiny, version), BUCKET, True):
+    for bucket in buckets(weights(tiny, version), repeat(BUCKET), True):
         engine.update({"bucket": bucket})
     engine.finish_update()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -222,6 +223,53 @@ def test_an_engine_refuses_to_sample_from_another_weight_version(rig):
     other = rig.pool.version + 5  # as if a restarted engine, which holds the initial weights, were asked for it
     with pytest.raises(WrongWeightVersion, match=f"holds weight version {rig.pool.version}, asked for {other}"):
         ray.get(rig.pool.engines[0].actor.generate.remote(rig.prompts, Sampling(2, 1.0, 8), other))
+
+
+def run_out_of_memory(engine) -> None:
+    """From now on the engine's worker has no memory for the third part of a push."""
+    transfer = engine.llm.llm_engine.model_executor.driver_worker.worker.weight_transfer_engine
+    load, parts = transfer.receive_weights, []
+
+    def receive(update) -> None:
+        parts.append(update)
+        if len(parts) == 3:
+            raise MemoryError("no room for it")
+        load(update)
+
+    transfer.receive_weights = receive
+
+
+def lose_shards(learner) -> None:
+    """From now on gathering fails after ten tensors."""
+
+    def some():
+        yield from islice(type(learner.zero3).full_parameters(learner.zero3), 10)
+        raise OSError("a shard is lost")
+
+    learner.zero3.full_parameters = some
+
+
+def find_shards(learner) -> None:
+    del learner.zero3.full_parameters
+
+
+def test_an_engine_or_the_learners_fail_between_two_buckets(rig):
+    rig.learn(rig.generate())
+    first, second = rig.pool.engines
+    ray.get(second.actor.__ray_call__.remote(run_out_of_memory))
+    nbytes = sum(t.nbytes for t in rig.weights().values())
+    assert rig.push()["sync/bytes"] == nbytes  # one engine has all of them
+    assert (first.health.state, second.health.state) == ("healthy", "dead")
+    assert second.health.reason == "weight push: MemoryError: no room for it"
+    groups = ray.get(first.actor.generate.remote(rig.prompts, rig.sampling(), rig.pool.version))
+    assert rig.learn(groups)["sync/logprob_gap_max"] < 1e-4
+
+    ray.get([a.__ray_call__.remote(lose_shards) for a in rig.learners.actors])
+    with pytest.raises(LearnersFailed, match="^gathering weights: OSError: a shard is lost"):
+        rig.push()
+    assert (first.health.state, first.health.reason) == ("dead", "weight push cut short")
+    ray.get([a.__ray_call__.remote(find_shards) for a in rig.learners.actors])
+    rig.pool.relaunch()
 
 
 def answering(group, number: str):
