@@ -28,16 +28,35 @@ if TYPE_CHECKING:
     from tatar_dist.learner.group import LearnerGroup
 
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # from_wire
+PIECE = 1 << 20  # bytes; Ray copies more at once with six threads
 STORED, AHEAD = 2, 2  # buckets that wait in the store, and with engines: one is loaded, Ray fetches the other
 
 
 @dataclass(frozen=True)
 class Wire:
-    """A tensor on the wire: `data` (nbytes,) uint8, torch `dtype` by name, its full `shape`."""
+    """A tensor on the wire: `data` (nbytes,) uint8, torch `dtype` by name, its full `shape`.
+
+    `idle`: no engine computes on the cores of the sender, so that Ray's six threads do not wait for each other.
+    """
 
     data: np.ndarray
     dtype: str
     shape: tuple[int, ...]
+    idle: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        step = max(PIECE, self.data.nbytes * self.idle)
+        pieces = [self.data[i : i + step] for i in range(0, max(1, self.data.nbytes), step)]
+        return joined, (pieces, self.dtype, self.shape)
+
+
+def joined(pieces: list[np.ndarray], dtype: str, shape: tuple[int, ...]) -> Wire:
+    """View pieces that Ray has put next to each other as one; others are copied."""
+    at = np.array([p.ctypes.data for p in pieces])
+    if np.array_equal(np.diff(at), [p.nbytes for p in pieces[:-1]]):
+        size = sum(p.nbytes for p in pieces)
+        return Wire(np.lib.stride_tricks.as_strided(pieces[0], (size,), writeable=False), dtype, shape)
+    return Wire(np.concatenate(pieces), dtype, shape)
 
 
 def staged(tensor: Any, device: Any) -> Any:
@@ -57,7 +76,8 @@ def to_wire(tensor: Any) -> Wire:
     import torch
 
     flat = staged(tensor.detach().contiguous(), torch.device("cpu")).reshape(-1).view(torch.uint8)
-    return Wire(flat.numpy(), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    name = str(tensor.dtype).removeprefix("torch.")
+    return Wire(flat.numpy(), name, tuple(tensor.shape), idle=tensor.device.type == "cuda")
 
 
 def from_wire(wire: Wire) -> Any:

@@ -20,7 +20,7 @@ from PIL import Image
 from tatar_dist.errors import RunError
 from tatar_dist.rollout.engine import RolloutEngine, Sampling
 from tatar_dist.sync.nccl import NcclSender
-from tatar_dist.sync.object_store import buckets
+from tatar_dist.sync.object_store import buckets, copied, load
 from tatar_dist.types import Prompt, Sample
 
 WORDS = ("cluster.placement=colocated", "rollout.push=cuda_ipc", "model.min_pixels=12544", "model.max_pixels=12544")
@@ -65,8 +65,9 @@ def norm(engine):
 
 
 def push(engine, tiny, version):
+    on_gpu = ((name, tensor.cuda()) for name, tensor in weights(tiny, version))
     engine.start_update(version)
-    for bucket in buckets(weights(tiny, version), repeat(BUCKET), True):
+    for bucket in copied(buckets(on_gpu, repeat(BUCKET), True)):
         engine.update({"bucket": bucket})
     engine.finish_update()
 
@@ -93,6 +94,26 @@ def test_a_push_by_the_object_store_arrives_awake_and_asleep(engine, prompts, ti
     push(engine, tiny, 2)
     assert norm(engine) == {2.0} and engine.version == 2
     engine.generate(prompts, Sampling(1, 0.0, 2), 2)
+
+
+def test_both_ways_between_a_gpu_and_the_store_lead_through_pinned_memory_which_is_used_again(tiny):
+    def found():
+        stats = torch.cuda.host_memory_stats()  # of pinned memory
+        return stats["active_requests.allocated"], stats["allocated_bytes.current"]
+
+    sent, there = weights(tiny, 1.0), []
+    (asked, kept), on_gpu = found(), [(name, tensor.cuda()) for name, tensor in sent]
+    for _ in range(2):
+        made, loaded = list(copied(buckets(on_gpu, repeat(BUCKET), True))), []
+        there.append(found())
+        for bucket in made:
+            load(SimpleNamespace(load_weights=loaded.extend), bucket, torch.device("cuda"))
+        there.append(found())
+        assert {t.device.type for _, t in loaded} == {"cuda"}
+        assert all(torch.equal(t.cpu(), w) for (_, t), (_, w) in zip(loaded, sent, strict=True))
+        del made, bucket
+    assert [n - asked for n, _ in there] == [len(sent) * i for i in (1, 2, 3, 4)]
+    assert there[1][1] > kept and there[3][1] == there[1][1]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import ray
+import torch
 from conftest import tiny_words
 
 from tatar_dist.cluster.ray_cluster import Cluster
@@ -28,7 +29,7 @@ from tatar_dist.rollout.engine import Sampling, WrongWeightVersion
 from tatar_dist.run.directory import RunDirectory
 from tatar_dist.sampling import make_sampler
 from tatar_dist.sync import weight_push
-from tatar_dist.sync.object_store import from_wire, stream
+from tatar_dist.sync.object_store import from_wire, stream, to_wire
 from tatar_dist.types import Completion, LearnerRow
 
 PARTS = {"vision": "visual.", "language": "language_model.layers.", "embedding": "embed_tokens", "head": "lm_head"}
@@ -223,6 +224,14 @@ def test_an_engine_refuses_to_sample_from_another_weight_version(rig):
     other = rig.pool.version + 5  # as if a restarted engine, which holds the initial weights, were asked for it
     with pytest.raises(WrongWeightVersion, match=f"holds weight version {rig.pool.version}, asked for {other}"):
         ray.get(rig.pool.engines[0].actor.generate.remote(rig.prompts, Sampling(2, 1.0, 8), other))
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_large_tensor_is_read_where_ray_stored_it(shared_ray, idle):
+    sent = torch.arange(1 << 20)
+    back = ray.get(ray.put({"bucket": {"weight": dataclasses.replace(to_wire(sent), idle=idle)}}))["bucket"]["weight"]
+    assert not back.data.flags.owndata, "Ray lays its buffers in another way now: they are copied"
+    assert torch.equal(from_wire(back), sent)
 
 
 def run_out_of_memory(engine) -> None:

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 
 from tatar_dist.run.failpoints import Failpoints  # noqa: E402
 from tatar_dist.sync.object_store import (  # noqa: E402
+    PIECE,
     ObjectStoreSender,
     Wire,
     buckets,
@@ -130,6 +131,39 @@ def test_a_received_tensor_is_the_object_stores_own_memory():
     shared.flags.writeable = False
     back = from_wire(Wire(shared, wire.dtype, wire.shape))
     assert back.data_ptr() == shared.ctypes.data and back.tolist() == [1.0] * 4
+
+
+def sent_by_ray(wire: Wire, gap: int) -> Wire:
+    """The wire from a memory in which buffers lie as Ray lays them, `gap` bytes apart."""
+    buffers: list[pickle.PickleBuffer] = []
+    text = pickle.dumps(wire, 5, buffer_callback=buffers.append)
+    raw = [b.raw() for b in buffers]
+    memory, places, at = np.zeros(sum(len(r) + gap for r in raw), np.uint8), [], 0
+    for r in raw:
+        memory[at : at + len(r)] = r
+        places.append(memory[at : at + len(r)])
+        at += len(r) + gap
+    memory.flags.writeable = False
+    return pickle.loads(text, buffers=places)
+
+
+@pytest.mark.parametrize("n", [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE, 3 * PIECE + 5])
+def test_pieces_next_to_each_other_are_viewed_as_one_and_others_are_copied(n):
+    tensor = torch.arange(n) % 251
+    wire = to_wire(tensor.to(torch.uint8))
+    for gap in (0, 64):
+        back = sent_by_ray(wire, gap)
+        assert torch.equal(from_wire(back), tensor.to(torch.uint8))
+        assert back.data.flags.owndata == (gap > 0 and n > PIECE), "a copy"
+
+
+def test_a_bucket_of_a_machine_whose_cores_are_idle_is_not_cut():
+    buffers: list[pickle.PickleBuffer] = []
+    for idle, pieces in ((True, 1), (False, 3)):
+        wire = Wire(np.zeros(3 * PIECE, np.uint8), "uint8", (3 * PIECE,), idle)
+        buffers.clear()
+        pickle.dumps(wire, 5, buffer_callback=buffers.append)
+        assert len(buffers) == pieces
 
 
 def test_bfloat16_takes_two_bytes_a_parameter_on_the_wire():
