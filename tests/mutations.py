@@ -158,6 +158,9 @@ MUTATIONS = {
     "device: another model runner": ("rollout/options.py", '"VLLM_USE_V2_MODEL_RUNNER": "0",', "", ("test_process.py",)),
     "device: a sampler that nvcc compiles": ("rollout/options.py", '"VLLM_USE_FLASHINFER_SAMPLER": "0",', "", ("test_process.py",)),
     "device: workers are forked": ("rollout/options.py", '"VLLM_WORKER_MULTIPROC_METHOD": "spawn",', "", ("test_process.py",)),
+    "store: buckets sent before they are copied": ("sync/object_store.py", "torch.cuda.current_stream().synchronize()", "torch.cuda.current_stream()", ("test_sync_source.py",)),
+    "store: pieces viewed wherever they lie": ("sync/object_store.py", "np.array_equal(np.diff(at), [p.nbytes for p in pieces[:-1]])", "True", ("test_sync_source.py",)),
+    "store: the first bucket as large as the last": ("sync/object_store.py", "chain((part // 4, part // 2), repeat(part))", "repeat(part)", ("test_sync_source.py",)),
     "device: the learner's stream is left": ("sync/nccl.py", ", stream=torch.cuda.current_stream())", ")", ("test_nccl_sender.py",)),
 }  # fmt: skip
 

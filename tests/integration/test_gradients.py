@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import ray
 from conftest import png, tiny_words
+from safetensors.torch import load_file
 
 from tatar_dist.algo.aggregation import token_weights
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.config.load import load_config
+from tatar_dist.learner import transfer
 from tatar_dist.learner.sharding import shard_rows
 from tatar_dist.sync.object_store import from_wire, stream
 from tatar_dist.types import LearnerRow
@@ -115,7 +118,14 @@ def found(
             learners.sft_step(shard_rows(rows, ranks, BUDGET), MOVING, sum(len(r.completion_ids) for r in rows))
             start = directory / f"start-{ranks}"
             start.mkdir()
-            learners.save(start).result()
+            ray.get([actor.save.remote() for actor in learners.actors])
+            before = weights(learners)
+            learners.sft_step(shard_rows(rows, ranks, BUDGET), MOVING, sum(len(r.completion_ids) for r in rows))
+            assert any(not np.array_equal(v, before[n]) for n, v in weights(learners).items())
+            transfer.write(learners.actors, start, False, 60, threading.Event())  # the snapshot, whatever came after it
+            written = load_file(start / "model" / "model.safetensors").values()  # under names of its own
+            assert sorted(t.double().numpy().tobytes() for t in written) == sorted(v.tobytes() for v in before.values())
+            learners.load(start, ranks)
             found[ranks] = {
                 name: gradients(learners, load_config([], [*words, *form]).grpo, ranks, start)
                 for name, form in FORMS.items()
