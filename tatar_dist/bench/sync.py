@@ -89,7 +89,7 @@ def copies(nbytes: int, rounds: int) -> list[float]:
 
 
 def measure(config: Any) -> dict[str, Any]:
-    """Time pushes of one model, the engine's own loading, copies of its bytes, and the parts of a push."""
+    """Time pushes of one model, the engine's own loading, copies, and the parts of a push."""
     import ray
 
     from tatar_dist.cluster.ray_cluster import Cluster
@@ -138,7 +138,7 @@ def measure(config: Any) -> dict[str, Any]:
 
 
 def compare(case: dict[str, Any], constant: float) -> dict[str, Any]:
-    """Return a case with its ratio, own / push round by round, two copies and `constant`, and rates."""
+    """Return a case with its ratio, own / push by round, what copies would take, and rates."""
     push, copy = (median(case[k]) for k in ("push_seconds", "copy_seconds"))
     return case | {
         "ratio": ratio(case["own_seconds"], case["push_seconds"]),

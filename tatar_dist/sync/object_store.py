@@ -88,9 +88,10 @@ def from_wire(wire: Wire) -> Any:
 
 
 def buckets(parameters: Iterable[tuple[str, Any]], sizes: Iterator[int], sender: bool) -> Iterator[dict[str, Wire]]:
-    """Bucket (name, full tensor) pairs to at most the next of `sizes` bytes; a larger tensor travels alone.
+    """Bucket (name, full tensor) pairs to at most the next of `sizes` bytes.
 
-    Every rank must exhaust it, because making the tensors is collective; only the sender yields.
+    A larger tensor travels alone. Every rank must exhaust it, because making the tensors is collective; only the sender
+    yields.
     """
     held: dict[str, Wire] = {}
     size, limit = 0, next(sizes)
@@ -107,7 +108,7 @@ def buckets(parameters: Iterable[tuple[str, Any]], sizes: Iterator[int], sender:
 
 
 def copied(made: Iterable[dict[str, Wire]]) -> Iterator[dict[str, Wire]]:
-    """Yield each bucket once it is copied from the GPU; the copies of the next one run meanwhile."""
+    """Yield each bucket once it is copied from the GPU; the next one is copied meanwhile."""
     import torch
 
     before: dict[str, Wire] = {}
