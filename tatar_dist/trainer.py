@@ -13,10 +13,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
+from tatar_dist.cluster import selfcheck
 from tatar_dist.cluster.prometheus import Exporter
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.cluster.reward import RemoteScorer
-from tatar_dist.cluster.selfcheck import verify
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import Interrupted, LearnersFailed, StopRequested, UserError
 from tatar_dist.faults.health import LIVING, State
@@ -31,8 +31,7 @@ from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.checkpoints import CheckpointRef, Checkpoints, latest
 from tatar_dist.run.directory import RunDirectory
 from tatar_dist.run.progress import Progress
-from tatar_dist.sync import weight_push
-from tatar_dist.sync.object_store import ObjectStorePush
+from tatar_dist.sync.checked import OBJECT_STORE, CheckedPush
 
 
 class Data(Protocol):
@@ -168,7 +167,8 @@ class Run:
         self._exporter: Exporter | None = None
         overlap = self.stage == "grpo" and c.grpo.staleness > 0
         enter = self._stack.enter_context
-        enter(self.directory.running(self.stage, self._total, self._step, self.plan.learners, self.plan.engines))
+        p = self.plan
+        enter(self.directory.running(self.stage, self._total, self._step, p.learners, p.engines, p.push))
         self._cluster = enter(Cluster(c, self._log, overlap, self.waits))
         check_fit(c, self.plan, self._cluster.smallest_gpu())
         self._progress = enter(Progress(self.stage, self._total, self._step))
@@ -220,9 +220,8 @@ class Run:
     def _start_engines(self) -> None:
         count = self.plan.engines
         self.engines, self.scorer = self._cluster.engines(count), self._cluster.scorer()
-        self._push = weight_push(self.config, self.waits, self._log)
-        anytime = ObjectStorePush(self.config, self.waits, self._log)  # for engines that start late
-        refresh = lambda engines, version: anytime.push(self.learners, engines, version)  # noqa: E731
+        self._push = CheckedPush(self.config, self.plan.push, self.waits, self._log)
+        refresh = lambda engines, version: self._push.spare.push(self.learners, engines, version)  # noqa: E731
         self.engines.start(self._cluster.threads(count), refresh)
         if self.colocated:  # not at once: learners and engines measure how much GPU memory is free
             self.engines.started()
@@ -231,14 +230,22 @@ class Run:
     def _update_engines(self, step: int, changed: bool) -> None:
         """Push the learners' weights if `changed`: they differ from the files of model.path."""
         self.engines.started()
-        # with a lag the comparison in a step also contains the policy's change since sampling: compare before it
-        check = unproven(self.config) or self.config.grpo.staleness
-        if changed or check or self.colocated:
-            self.push_weights(step)
-        if check:
-            verify(self.engines, self.learners, self._data.peek(step), self.config)
-            if self.colocated:
-                self.push_weights(step)  # wakes the engines
+        c, actors = self.config, (self.engines, self.learners)
+        armed = any(f.startswith("controller.push_check:") for f in c.failpoints)
+        unsure = self._push.name != OBJECT_STORE or armed or unproven(c)
+        if unsure and c.rollout.push_check_s:
+            begin = partial(self.directory.begin, "push_check", step)
+            selfcheck.check(self._push, *actors, self._data.peek(step), step, begin)
+        else:
+            # with a lag the comparison in a step also contains the policy's change since sampling: compare before it
+            compare = unsure or c.grpo.staleness
+            if changed or compare or self.colocated:
+                self.push_weights(step)
+            if not compare:
+                return
+            selfcheck.verify(*actors, self._data.peek(step), c)
+        if self.colocated:
+            self.push_weights(step)  # wakes the engines
 
     # -- faults and stops --------------------------------------------------------------------------------------------
 

@@ -35,6 +35,9 @@ GPUS = ("test_gpus.py",)
 # name: (file below tatar_dist, text, what it becomes, tests)
 DEVICE = ("../device/test_learner.py",)
 MUTATIONS = {
+    "push: NCCL where engines share GPUs": ("plan/plan.py", 'return "cuda_ipc" if config.cluster.placement == "colocated" else "nccl"', 'return "nccl"', ("test_plan.py",)),
+    "push: a part has no name of its own": ("models/base.py", '"merger" if "merger" in name else "vision"', '"vision"', ("test_families.py",)),
+    "status: the way back does not show": ("run/status.py", 's.push, s.push_checked = "object_store", False', "pass", ("test_status.py",)),
     "gaussian: sign": ("rewards/terms.py", "np.exp(-0.5 * (d", "np.exp(0.5 * (d", REWARDS),
     "gaussian: width does not adapt": ("rewards/terms.py", "* d / 100.0", "* 0.0", REWARDS),
     "gaussian: task widths swapped": ("rewards/terms.py", "np.where(iaa, params.alpha_iaa, params.alpha_iqa)", "np.where(iaa, params.alpha_iqa, params.alpha_iaa)", REWARDS),

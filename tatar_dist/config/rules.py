@@ -28,11 +28,10 @@ def check(c: Config) -> None:
             "takes the probabilities of the full softmax"
         )
     push, placement = c.rollout.push, c.cluster.placement
-    if push != "object_store" and not c.cluster.gpus_per_node:
-        raise UserError(f"rollout.push={push} needs GPUs, cluster.gpus_per_node is 0: use object_store")
+    if push in ("nccl", "cuda_ipc") and not c.cluster.gpus_per_node:
+        raise UserError(f"rollout.push={push} needs GPUs, cluster.gpus_per_node is 0: use auto")
     if (push, placement) in (("cuda_ipc", "disaggregated"), ("nccl", "colocated")):
-        other = "nccl" if push == "cuda_ipc" else "cuda_ipc"
-        raise UserError(f"rollout.push={push} does not work with cluster.placement={placement}: use {other}")
+        raise UserError(f"rollout.push={push} does not work with cluster.placement={placement}: use auto")
     if 0 < c.rollout.engines < c.rollout.min_engines:
         raise UserError(f"rollout.min_engines={c.rollout.min_engines} of rollout.engines={c.rollout.engines} engines")
     for entry in c.failpoints:

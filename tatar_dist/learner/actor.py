@@ -257,19 +257,51 @@ class Learner:
         Raises:
             WeightsOutOfSync: the mean is over `grpo.logprob_gap_limit`.
         """
+        batches = [b.to(self.device) for b in self._batches(shard)]
+        gaps = [
+            (logp - b.sampled_logprobs * b.mask).abs() for logp, b in zip(self._logps(batches), batches, strict=True)
+        ]
+        self._hand_over()
+        total, worst = sum(float(g.sum()) for g in gaps), max(float(g.max()) for g in gaps)
+        return self._checked_gap(total, worst, sum(float(b.mask.sum()) for b in batches))
+
+    def _logps(self, batches: list[Any]) -> list[Any]:
+        """Return the log-probabilities of micro-batches, 0 where masked, without gradients."""
         import torch
 
-        total, worst, tokens = 0.0, 0.0, 0.0
         self.zero3.engine.eval()
         with torch.no_grad():
-            for prepared in self._batches(shard):
-                batch = prepared.to(self.device)
-                gap = ((self.zero3.engine(batch).logp - batch.sampled_logprobs) * batch.mask).abs()
-                total, worst = total + float(gap.sum()), max(worst, float(gap.max()))
-                tokens += float(batch.mask.sum())
+            logps = [self.zero3.engine(b).logp * b.mask for b in batches]
         self.zero3.engine.train()
+        return logps
+
+    def flip(self, bit: int) -> tuple[int, int]:
+        """Move all weights, or move them back (`Zero3.flip`)."""
+        self.failpoints.reach("learner.flip")
+        return self.zero3.flip(bit)
+
+    def probe(self, shard: Shard, bit: int) -> dict[str, float]:
+        """Compare with the engine while all weights are moved by `flip(bit)`, in nats a token.
+
+        Returns "gap", the mean |engine - learner|, and by part of the model what the gap would be if the engine had
+        that part unmoved.
+        """
+        batches = [b.to(self.device) for b in self._batches(shard)]
+        moved = self._logps(batches)
+
+        def apart(logps: Any) -> float:
+            return sum(float((a - b).abs().sum()) for a, b in zip(moved, logps, strict=True))
+
+        sums = {"tokens": sum(float(b.mask.sum()) for b in batches)}
+        sums["gap"] = apart(b.sampled_logprobs * b.mask for b in batches)
+        for part in sorted({self.zero3.backbone.part_of(name) for name, *_ in self.zero3.metadata()}):
+            self.zero3.flip(bit, part)
+            sums[part] = apart(self._logps(batches))
+            self.zero3.flip(bit, part)
         self._hand_over()
-        return self._checked_gap(total, worst, tokens)
+        total = self.zero3.all_reduce(sums)
+        tokens = total.pop("tokens")
+        return {key: nats / tokens for key, nats in total.items()}
 
     def save(self) -> int:
         """Snapshot a checkpoint into CPU memory, to be written later. Collective. Returns its bytes."""

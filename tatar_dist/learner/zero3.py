@@ -191,6 +191,32 @@ class Zero3:
                     torch.cuda.synchronize()
             yield from full
 
+    def flip(self, bit: int, part: str | None = None) -> tuple[int, int]:
+        """Flip a bit of every weight's mantissa, trained or not, or of the weights of one `part`.
+
+        Doing it twice restores the weights bit by bit. Signs and exponents stay, so all values stay finite. Master
+        weights and moments stay, too. Collective.
+
+        Args:
+            bit: which of bfloat16's 7, from the lowest; a weight moves by 2^(bit-7) of its power of two.
+
+        Returns:
+            Sums of the bits of this rank's weights, before and after.
+        """
+        optimizer: Any = self.engine.optimizer
+        before = after = torch.zeros((), dtype=torch.int64, device=self.device)
+        optimizer.checkpoint_event_prologue()  # now the shards hold all weights
+        for name, p in self._named():
+            wide = p.ds_tensor.element_size() == 4
+            bits = p.ds_tensor.data.view(torch.int32 if wide else torch.int16)
+            before = before + bits.sum(dtype=torch.int64)
+            if part in (None, self.backbone.part_of(name)):
+                bits.bitwise_xor_(1 << (bit + 16 * wide))
+            after = after + bits.sum(dtype=torch.int64)
+            p.ds_secondary_tensor = None  # a copy within the node; DeepSpeed would keep that of a frozen weight
+        optimizer.checkpoint_event_epilogue()
+        return int(before), int(after)
+
     def snapshot(self) -> list[Job]:
         """Copy this rank's part of a checkpoint to the CPU; the returned jobs write it. Collective.
 

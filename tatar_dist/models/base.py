@@ -102,6 +102,15 @@ class QwenVL:
             model.model.visual.requires_grad_(False)
         return model
 
+    @staticmethod
+    def part_of(name: str) -> str:
+        """Return the part of the model that a parameter belongs to: one that a weight push may miss."""
+        if "visual." in name:
+            return "merger" if "merger" in name else "vision"
+        if layer := re.search(r"\.layers\.(\d+)\.", name):
+            return "odd layers" if int(layer[1]) % 2 else "even layers"
+        return "embedding" if "embed_tokens" in name else "head" if "lm_head" in name else "norm"
+
     def end_of_turn(self) -> int:
         """Return the token id that ends the assistant's turn (`<|im_end|>`)."""
         return int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))

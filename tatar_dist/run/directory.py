@@ -77,10 +77,12 @@ class RunDirectory:
         self._lock.close()
 
     @contextmanager
-    def running(self, stage: str, total: int, first: int, learners: int, engines: int) -> Iterator[None]:
+    def running(
+        self, stage: str, total: int, first: int, learners: int, engines: int, push: str | None = None
+    ) -> Iterator[None]:
         """Log the start and the end of a stage as events, with its process log open in between."""
         facts = {"stage": stage, "total": total, "from_step": first, "learners": learners, "engines": engines}
-        self.events.log("run/start", **process_facts(), **facts)
+        self.events.log("run/start", **process_facts(), **facts, push=push)
         open_log(self.path, "controller", printed=False)
         try:
             yield

@@ -5,13 +5,14 @@ event adds. Appended with one write a line, so that several processes can share 
 metrics.jsonl: a step that ran twice stands here twice. Everything that watches a run reads it: `tatar-dist status`, the
 stall detector, the tests of faults.
 
-    run/start run/end run/interrupted run/failed    pid, host, stage, total, from_step, learners, engines; reason
-    phase                                   phase = generate | reward | learn | sync | checkpoint | evaluate begins
+    run/start run/end run/interrupted run/failed   pid, host, stage, total, from_step, learners, engines, push; reason
+    phase            phase = generate | reward | learn | sync | checkpoint | evaluate | push_check begins
     step/done                               seconds
     engine/ready suspect dead restarting stale healthy gone hedged     engine, pid, host, node, gpu, reason
     learners/ready failed restarting restored          world_size, pids, hosts, nodes, gpus, reason, from_step
     reward/ready failed                     pid, host, reason
     push/done push/late                     version, engines, reason
+    push/checked push/fallback              way, seconds, bit, gap, moved, seen, unseen; reason (cluster/selfcheck.py)
     checkpoint/saved skipped failed         path, seconds, reason
     node/lost node/joined                   node
     tracker/failed                          tracker, reason: left out from then on (run/tracking.py)

@@ -9,8 +9,9 @@ marker in RUN/.failpoints and an event in the event log.
             engine.update       version, engine
             learner.backward    step, rank
             learner.gather      rank
+            learner.flip        rank
             reward.score        step
-            controller.PHASE    step; PHASE: generate, reward, learn, sync, checkpoint, evaluate
+            controller.PHASE    step; PHASE as in the event log (events.py)
 """
 
 from __future__ import annotations

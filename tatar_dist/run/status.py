@@ -29,8 +29,8 @@ TROUBLES = 8  # the last so many are kept
 ENDS = {"run/end": "finished", "run/interrupted": "interrupted", "run/failed": "failed"}
 TROUBLE = {
     "engine/suspect", "engine/dead", "engine/gone", "engine/hedged", "learners/failed", "learners/restarting",
-    "learners/restored", "reward/failed", "push/late", "checkpoint/skipped", "checkpoint/failed", "node/lost",
-    "node/joined", "signal", "stall", "fault",
+    "learners/restored", "reward/failed", "push/late", "push/fallback", "checkpoint/skipped",
+    "checkpoint/failed", "node/lost", "node/joined", "signal", "stall", "fault",
 }  # fmt: skip
 
 
@@ -102,6 +102,8 @@ class Status:
     phase: str | None = None
     phase_since: float | None = None
     version: int = 0  # of the weights that the engines hold
+    push: str | None = None  # the way that they come by
+    push_checked: bool = False  # before training
     host: str | None = None
     pid: int | None = None
     started: float | None = None
@@ -163,6 +165,10 @@ class RunHistory:
             self.done.append((when, float(event["seconds"])))
         elif name == "push/done":
             s.version = int(event["version"])
+        elif name == "push/checked":
+            s.push, s.push_checked = event["way"], True
+        elif name == "push/fallback":
+            s.push, s.push_checked = "object_store", False
         elif name == "stall":
             s.stalls, s.state = self.counts[name], "stalled"
         elif subject == "engine":
@@ -180,6 +186,7 @@ class RunHistory:
         s.state, s.reason, s.started, s.phase, s.phase_since = "running", None, when, None, None
         s.stage, s.host, s.pid, s.total = (event.get(k) for k in ("stage", "host", "pid", "total"))
         s.step = s.version = first
+        s.push, s.push_checked = event.get("push"), False
         s.learners = LearnersStatus(since=when, world_size=learners) if learners else None
         s.reward = PlacedStatus(since=when) if s.stage == "grpo" else None
         self.engines = {i: EngineStatus(since=when, engine=i) for i in range(engines)}

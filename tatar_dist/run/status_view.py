@@ -88,9 +88,10 @@ def _facts(s: Status, now: float) -> list[tuple[str, str | None]]:
 
     shown = [(name, s.metrics.get(key)) for key, name in SHOWN.items()]
     saved = s.checkpoint
+    way = f" by {s.push}{', checked' * s.push_checked}" if s.push else ""
     return [
         ("now", since(s.phase_since, f"{s.phase} for {{}}") if s.phase else None),
-        ("now", f"weights of version {s.version}" if s.phase and s.stage == "grpo" else None),
+        ("now", f"weights of version {s.version}{way}" if s.phase and s.stage == "grpo" else None),
         ("pace", known(s.seconds_per_step, "{:.1f} s/step")),
         ("pace", known(s.tokens_per_second, "{:,.0f} tokens/s")),
         ("pace", None if s.eta_seconds is None else f"{clock(s.eta_seconds)} left"),

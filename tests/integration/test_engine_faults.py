@@ -126,5 +126,6 @@ def test_engines_beside_learners_are_up_before_these_take_memory_again(model_unt
     again = names[names.index("learners/restarting") :]
     assert again[: again.index("learners/ready")].count("engine/ready") == 2
     assert names[-1] == "run/end" and names.count("engine/ready") == 4
-    # the check's own push, another after it because the engines slept, and one a step
-    assert names[: names.index("step/done")].count("push/done") == 3
+    # the check's own pushes, moved and true, another after it because the engines slept, and one a step
+    assert names[: names.index("step/done")].count("push/done") == 4 and names.count("push/checked") == 2
+    assert "push/fallback" not in names

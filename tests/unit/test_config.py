@@ -66,6 +66,7 @@ NOT_NEGATIVE = (
     "cluster.learner_restarts",
     "cluster.node_wait_s",
     "rollout.engine_restarts",
+    "rollout.push_check_s",
     "watch.stall_factor",
     "watch.stall_min_s",
 )

@@ -126,6 +126,15 @@ def test_log_probabilities_and_every_gradient_are_those_of_padded_rows(tiny, che
         assert error <= 1e-5, f"{n}: {error:.2e} of {expected[n].norm():.2e}"
 
 
+def test_every_parameter_is_in_a_part_that_a_push_may_miss(tiny):
+    parts = {n: tiny.backbone.part_of(n) for n, _ in tiny.plain.named_parameters()}
+    assert {p for n, p in parts.items() if "visual." in n} == {"vision", "merger"}
+    assert {p for n, p in parts.items() if "language_model.layers." in n} == {"even layers", "odd layers"}
+    rest = {n: p for n, p in parts.items() if "visual." not in n and ".layers." not in n}
+    expected = {"model.language_model.embed_tokens.weight": "embedding", "model.language_model.norm.weight": "norm"}
+    assert rest == expected | ({"lm_head.weight": "head"} if tiny.tie == "untied" else {})
+
+
 def test_with_a_frozen_vision_tower_the_others_gradients_are_the_same_and_it_has_none(tiny):
     backbone = family(tiny.name)(replace(tiny.config.model, train_vision=False))
     plain, packed = backbone.load_model().train(), backbone.load_model().train()

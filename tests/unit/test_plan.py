@@ -1,5 +1,6 @@
 """A plan says what would run, from the configuration alone; the global batch never changes with the hardware."""
 
+import io
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from tatar_dist.config.load import load_config
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
-from tatar_dist.plan.plan import Split, ray_commands, resolve
+from tatar_dist.plan.plan import Split, as_table, ray_commands, resolve
 
 FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25000"))  # a thousandth of them, for what takes long
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -136,6 +138,38 @@ def test_automatic_counts_always_fit(nodes, gpus, tp, stage):
     p = plan(stage, f"cluster.nodes={nodes}", f"cluster.gpus_per_node={gpus}", f"rollout.tensor_parallel={tp}")
     assert p.learners >= 1 and p.gpus_used <= p.gpus
     assert (p.split.rows, p.split.ranks) == (128, p.learners)
+
+
+@pytest.mark.parametrize(
+    ("words", "way"),
+    [
+        ([], "nccl"),
+        (["cluster.placement=colocated"], "cuda_ipc"),
+        (["cluster.gpus_per_node=0"], "object_store"),
+        (["cluster.gpus_per_node=0", "cluster.placement=colocated"], "object_store"),
+        (["rollout.push=object_store"], "object_store"),
+    ],
+)
+def test_weights_take_the_fastest_way_that_the_machine_has(words, way):
+    p = plan("grpo", *words)
+    assert p.push == way == p.to_dict()["push"]
+    console = Console(width=100, file=io.StringIO())
+    console.print(as_table(p))
+    assert f"pushed by {way}" in console.file.getvalue()
+    assert plan("sft").push is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rollout.push=nccl", "cluster.placement=colocated"], "does not work with cluster.placement=colocated"),
+        (["rollout.push=cuda_ipc"], "does not work with cluster.placement=disaggregated"),
+        (["rollout.push=nccl", "cluster.gpus_per_node=0"], "needs GPUs, cluster.gpus_per_node is 0"),
+    ],
+)
+def test_a_way_of_pushing_that_the_machine_does_not_have_is_refused(words, message):
+    with pytest.raises(UserError, match=f"^{words[0]} {message}: use auto$"):
+        plan("grpo", *words)
 
 
 def test_colocated_engines_share_the_learners_gpus():

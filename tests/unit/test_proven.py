@@ -32,6 +32,8 @@ def test_every_unproven_path_that_is_taken_is_named():
         "cluster.placement=colocated",
         "rollout.tensor_parallel>1",
     }
+    auto = {p.key for p in unproven(config(8, "colocated", "auto", 2))}
+    assert auto == names and unproven(config(push="auto")) == []
 
 
 @pytest.mark.parametrize(

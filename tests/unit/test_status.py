@@ -101,6 +101,23 @@ def test_time_left_counts_what_happens_between_the_steps(run, monkeypatch):
     assert run.read().eta_seconds == pytest.approx(8 * 15.0)
 
 
+def test_the_way_of_pushing_its_check_and_its_end(run, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: run.time)
+    run.start(push="nccl")
+    run.log("phase", 0, **{"phase": "generate"})
+    assert (run.read().push, run.read().push_checked) == ("nccl", False)
+    assert "weights of version 0 by nccl " in run.drawn()
+    run.log("push/checked", 0, way="nccl", seconds=2.5, gap=1e-6)
+    assert run.read().push_checked and "by nccl, checked" in run.drawn()
+    run.log("push/fallback", 0, way="nccl", reason="RunError: engine 0 did not join")
+    assert (run.read().push, run.read().push_checked) == ("object_store", False)
+    assert "push/fallback" in run.drawn() and "RunError: engine 0 did not join" in run.drawn()
+    run.log("push/checked", 0, way="object_store")
+    assert "by object_store, checked" in run.drawn()
+    run.start(push="nccl")  # another process tries again
+    assert (run.read().push, run.read().push_checked) == ("nccl", False)
+
+
 def test_an_engine_that_died_and_came_back(run):
     run.start()
     run.log("engine/dead", 0, engine=1, reason="died: out of memory", pid=21)
