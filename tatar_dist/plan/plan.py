@@ -125,9 +125,9 @@ def resolve(config: Config, stage: Stage) -> Plan:
             f"rollout.tensor_parallel={tp}: an engine must fit a node, and {room} of {engines} engines do{beside}: "
             "lower rollout.engines, or change one of the others"
         )
-    size, common = c.zero_hpz_partition_size, math.gcd(*_by_node(c, learners))
+    size, common = c.zero_hpz_partition_size, math.gcd(*by_node(c, learners))
     if common % size:
-        counts = ", ".join(str(n) for n in _by_node(c, learners) if n)
+        counts = ", ".join(str(n) for n in by_node(c, learners) if n)
         raise UserError(
             f"cluster.zero_hpz_partition_size={size} does not divide the learners of every node ({counts}): "
             f"use a divisor of {common}"
@@ -172,7 +172,7 @@ def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
     return learners, engines
 
 
-def _by_node(c: ClusterConfig, learners: int) -> list[int]:
+def by_node(c: ClusterConfig, learners: int) -> list[int]:
     """Return the learners of each node; on CPUs, where Ray may pack them in any way, as if on one."""
     n, g = c.nodes, c.gpus_per_node
     if c.learner_placement == "spread":
@@ -182,7 +182,7 @@ def _by_node(c: ClusterConfig, learners: int) -> list[int]:
 
 def _engine_room(c: ClusterConfig, learners: int, tp: int) -> int:
     """Count the engines that fit beside learners, as each needs the GPUs of one node."""
-    return sum((c.gpus_per_node - k) // tp for k in _by_node(c, learners))
+    return sum((c.gpus_per_node - k) // tp for k in by_node(c, learners))
 
 
 def _notes(config: Config, stage: Stage, idle: int, engines: int, samples: dict[str, int] | None) -> Iterable[str]:
