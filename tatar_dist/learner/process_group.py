@@ -69,7 +69,7 @@ def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torc
 
 
 def share_within_nodes(hosts: Sequence[str], rank: int, size: int, timeout: timedelta) -> None:
-    """Make the groups of `size` ranks of a node that keep a copy of all weights (hpZ). Collective.
+    """Make groups of `size` ranks of a node that keep a copy of all weights (hpZ). Collective.
 
     DeepSpeed takes the group that it finds. Its own would have no timeout and consecutive ranks, wherever they are, and
     the reference model, for which it makes one again, would fail (DeepSpeed #4901). No group is made where `size` does

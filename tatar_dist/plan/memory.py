@@ -117,7 +117,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory of a stage; `advice`: one line per role that does not fit; `node`: as `node_memory`."""
+    """Memory of a stage; `advice`: a line per role that does not fit; `node`: by `node_memory`."""
 
     stage: str
     gpu_gib: float
@@ -158,7 +158,7 @@ def estimate(config: Config, plan: Plan, gpu_gib: float | None = None) -> Estima
 
 
 def check_fit(config: Config, plan: Plan, gpu_gib: float | None, node_gib: float = math.inf) -> None:
-    """Refuse GPUs that weights and states exceed, and nodes; print a warning if only the estimate does.
+    """Refuse GPUs and nodes that states exceed; print a warning if only the estimate does.
 
     gpu_gib: of the smallest GPU; None on CPUs, where nothing is checked, nor is a model of unknown sizes. node_gib:
     memory of the smallest node with GPUs.
@@ -236,7 +236,7 @@ def moments(config: Config, plan: Plan, sizes: ModelSizes) -> tuple[dict[str, fl
 
 
 def node_memory(config: Config, plan: Plan, sizes: ModelSizes) -> dict[str, float]:
-    """Return the bytes by part that learners take of a node with cluster.offload_optimizer, else {}.
+    """Return the bytes by part of a node's memory that an offloaded optimizer takes, else {}.
 
     Gradients are there twice, as a sum over micro-batches and for the step, in pinned memory: torch rounds each tensor
     up to a power of two. A checkpoint is copied before it is written.
@@ -343,8 +343,9 @@ def as_table(estimated: Estimate) -> Any:
         if m.sequences is not None:
             table.add_row("", "sequences at a time, of full length", str(m.sequences))
         table.add_section()
-    for i, (part, size) in enumerate(estimated.node.items()):
-        table.add_row("" if i else "a node's own memory", part, f"{size / GIB:.1f}")
+    total = {"all": sum(estimated.node.values())} if estimated.node else {}
+    for i, (part, size) in enumerate((estimated.node | total).items()):
+        table.add_row("" if i else "a node's memory", part, f"{size / GIB:.1f}")
     table.add_section()
     for line in estimated.advice:
         table.add_row("change", line, "")

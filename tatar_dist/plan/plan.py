@@ -173,7 +173,7 @@ def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
 
 
 def by_node(c: ClusterConfig, learners: int) -> list[int]:
-    """Return the learners of each node; on CPUs, where Ray may pack them in any way, as if on one."""
+    """Return the learners of each node; on CPUs, which Ray may fill in any way, as if on one."""
     n, g = c.nodes, c.gpus_per_node
     if c.learner_placement == "spread":
         return [len(range(i, learners, n)) for i in range(n)]
