@@ -76,6 +76,7 @@ nightly: setup
 	@.venv/bin/python tests/mutations.py
 	@FUZZ_EXAMPLES=100000 .venv/bin/python -m pytest --timeout 3600 $$(grep -l FUZZ_EXAMPLES tests/unit/test_*.py)
 	@PRETENDED_GPUS=all .venv/bin/python -m pytest tests/integration/test_pretended_gpus.py
+	@SHARDS=all .venv/bin/python -m pytest tests/integration/test_shards.py
 	@DEVICE_LAYERS=all .venv/bin/python -m pytest --timeout 3600 -s tests/device/test_memory.py
 	@EXPORT_IMAGES=25 .venv/bin/python -m pytest --timeout 3600 tests/integration/test_export.py
 	@.venv/bin/python tests/cluster/chaos.py --minutes 30 --seed 30 --output runs/chaos

@@ -170,7 +170,7 @@ class Run:
         p = self.plan
         enter(self.directory.running(self.stage, self._total, self._step, p.learners, p.engines, p.push))
         self._cluster = enter(Cluster(c, self._log, overlap, self.waits))
-        check_fit(c, self.plan, self._cluster.smallest_gpu())
+        check_fit(c, self.plan, self._cluster.smallest_gpu(), self._cluster.smallest_node())
         self._progress = enter(Progress(self.stage, self._total, self._step))
         enter(self._watch)
         self._stack.callback(self._checkpoints.abandon)  # its thread must not use Ray after the shutdown

@@ -40,10 +40,11 @@ def needs_reference(grpo: GRPOConfig) -> bool:
 def importance(config: Config) -> Literal["none", "token", "sequence"]:
     """Resolve `grpo.importance`: auto is token where engines sample from other probabilities.
 
-    They differ from the learners' with a lag, and when adapters are merged into bfloat16 weights, whose rounding can
-    absorb a small adapter (learner/lora.py).
+    They differ from the learners' with a lag, with fp8 weights, and when adapters are merged into bfloat16 weights,
+    whose rounding can absorb a small adapter (learner/lora.py).
     """
     g, m = config.grpo, config.model
+    rounded = config.rollout.quantization == "fp8" or (m.lora_rank and m.dtype == "bfloat16")
     if g.importance != "auto":
         return g.importance
-    return "token" if g.staleness or (m.lora_rank and m.dtype == "bfloat16") else "none"
+    return "token" if g.staleness or rounded else "none"

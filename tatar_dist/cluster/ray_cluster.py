@@ -8,6 +8,7 @@ at the same time, and each side has threads for half of the cores.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -85,7 +86,11 @@ class Cluster:
 
     def smallest_gpu(self) -> float | None:
         """Check the GPUs of all nodes. Returns the GiB of the smallest; None on CPUs."""
-        return check(read_nodes()) if self.gpu else None
+        return check(read_nodes(), self.config.rollout.quantization == "fp8") if self.gpu else None
+
+    def smallest_node(self) -> float:
+        """Return the GiB of memory that Ray has on the smallest node with GPUs; inf without one."""
+        return min((n["memory"] / 2**30 for n in total_resources_per_node().values() if n.get("GPU")), default=math.inf)
 
     def threads(self, processes: int) -> int:
         """Return the CPU threads of each of `processes` learners or engines that share the cores.

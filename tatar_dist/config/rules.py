@@ -7,6 +7,8 @@ from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 from tatar_dist.run.failpoints import parse as parse_failpoint
 
+FP8_GAP = 0.15  # nats: three times the gap that published runs with fp8 engines come to (rollout/README.md)
+
 
 def check(c: Config) -> None:
     """Check what the types of single keys cannot express. Raises UserError naming the key."""
@@ -32,6 +34,15 @@ def check(c: Config) -> None:
         raise UserError(f"rollout.push={push} needs GPUs, cluster.gpus_per_node is 0: use auto")
     if (push, placement) in (("cuda_ipc", "disaggregated"), ("nccl", "colocated")):
         raise UserError(f"rollout.push={push} does not work with cluster.placement={placement}: use auto")
+    if c.rollout.quantization == "fp8" and c.model.dtype != "bfloat16":
+        raise UserError(
+            f"rollout.quantization=fp8 quantises bfloat16 weights: model.dtype={c.model.dtype} cannot be used"
+        )
+    if c.rollout.quantization == "fp8" and c.grpo.logprob_gap_limit < FP8_GAP:
+        raise UserError(
+            f"rollout.quantization=fp8: rounded weights alone may move log-probabilities by 0.05 nats, and "
+            f"grpo.logprob_gap_limit={c.grpo.logprob_gap_limit:g} would stop the run: set it to {FP8_GAP:g} or more"
+        )
     if 0 < c.rollout.engines < c.rollout.min_engines:
         raise UserError(f"rollout.min_engines={c.rollout.min_engines} of rollout.engines={c.rollout.engines} engines")
     for entry in c.failpoints:

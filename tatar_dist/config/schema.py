@@ -68,6 +68,8 @@ class ClusterConfig:
     start_timeout_s: AboveZero = 600.0  # for actors to be placed, load the model and join
     placement: Literal["disaggregated", "colocated"] = "disaggregated"  # colocated: engines sleep on learners' GPUs
     learner_placement: Literal["pack", "spread"] = "pack"  # pack: fill node after node; spread: one node each
+    zero_hpz_partition_size: AtLeastOne = 1  # k: k ranks of a node share a bfloat16 copy of all weights; 1 = none
+    offload_optimizer: bool = False  # gradients, master weights and moments in the node's memory, not on the GPU
     network_interface: str | None = None  # of gloo and NCCL, for example ib0 or eth0; null = what they choose
     collective_timeout_s: AboveZero = 1800.0  # a collective of the learners that takes longer fails
     learner_restarts: AtLeastZero = 3  # restarts of the learners in a row without a finished step between them
@@ -147,6 +149,7 @@ class RolloutConfig:
     min_engines: AtLeastOne = 1  # with fewer living or restarting engines the run stops
     engine_restarts: AtLeastZero = 5  # restarts of one engine in a row without an answer between them
     restart_backoff_s: AboveZero = 1.0  # wait before the first restart; doubles with each, up to a minute
+    quantization: Literal["none", "fp8"] = "none"  # of the engines' weights; fp8: learner and checkpoint keep bfloat16
     deterministic: bool = False  # one group per engine call, caches reset before it
     push: Literal["auto", "object_store", "nccl", "cuda_ipc"] = "auto"  # weight push; auto: sync/README.md
     push_timeout_s: AboveZero = 600.0  # an engine that takes longer for one bucket is dead

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from tatar_dist.config.schema import ClusterConfig
 from tatar_dist.errors import LearnersFailed
 from tatar_dist.run.process import check_gpu, interface_of
+
+log = logging.getLogger(__name__)
 
 
 def local_device(c: ClusterConfig) -> torch.device:
@@ -60,7 +63,33 @@ def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torc
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait, device_id=device_id)
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=wait, verbose=False)
+    if c.zero_hpz_partition_size > 1:
+        share_within_nodes(hosts, rank, c.zero_hpz_partition_size, wait)
     return store
+
+
+def share_within_nodes(hosts: Sequence[str], rank: int, size: int, timeout: timedelta) -> None:
+    """Make groups of `size` ranks of a node that keep a copy of all weights (hpZ). Collective.
+
+    DeepSpeed takes the group that it finds. Its own would have no timeout and consecutive ranks, wherever they are, and
+    the reference model, for which it makes one again, would fail (DeepSpeed #4901). No group is made where `size` does
+    not divide the ranks of every node: fewer learners came back after a lost node.
+    """
+    from deepspeed.utils import groups
+
+    nodes: dict[str, list[int]] = {}
+    for r, host in enumerate(hosts):
+        nodes.setdefault(host, []).append(r)
+    if any(len(ranks) % size for ranks in nodes.values()):
+        if rank == 0:
+            counts = ", ".join(str(len(ranks)) for ranks in nodes.values())
+            log.warning("cluster.zero_hpz_partition_size=%d does not divide the ranks of nodes (%s): off", size, counts)
+        return
+    groups._create_zero_param_parallel_group = lambda _: None
+    for block in (ranks[i : i + size] for ranks in nodes.values() for i in range(0, len(ranks), size)):
+        group = dist.new_group(block, timeout=timeout)  # all ranks make all groups, in the same order
+        if rank in block:
+            groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = group
 
 
 class RayStore(dist.Store):

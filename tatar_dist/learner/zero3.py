@@ -29,8 +29,12 @@ DEEPSPEED_TAG = "deepspeed"
 def deepspeed_config(config: Config, optim: OptimConfig, device: torch.device) -> dict[str, Any]:
     """Return ZeRO-3's configuration. Gradients are clipped by global norm after averaging.
 
-    The batch size is nominal: `Zero3.begin` marks the last micro-batch of a step, whose number differs by step.
+    The batch size is nominal: `Zero3.begin` marks the last micro-batch of a step, whose number differs by step. Weights
+    are copied to the group of process_group.share_within_nodes, if it made one.
     """
+    from deepspeed.utils import groups
+
+    node = groups._get_zero_param_intra_parallel_group()
     # on a CPU tiny parameters are sharded, too, so that tests of the demo model exercise the same code
     persistence = {"stage3_param_persistence_threshold": 0} if device.type == "cpu" else {}
     return {
@@ -47,7 +51,12 @@ def deepspeed_config(config: Config, optim: OptimConfig, device: torch.device) -
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": 3, **persistence},
+        "zero_optimization": {
+            "stage": 3,
+            **persistence,
+            "zero_hpz_partition_size": 1 if node is None else dist.get_world_size(node),
+            **({"offload_optimizer": {"device": "cpu"}} if config.cluster.offload_optimizer else {}),
+        },
     }
 
 
@@ -239,10 +248,11 @@ class Zero3:
     def load(self, directory: Path, saved_ranks: int) -> None:
         """Restore a checkpoint written by any number of ranks. Collective."""
         if saved_ranks != self.world_size:
-            return reshard.load(directory / DEEPSPEED_TAG, saved_ranks, self.engine, self.rank, self.world_size)
-        path, _ = self.engine.load_checkpoint(str(directory), tag=DEEPSPEED_TAG)
-        if path is None:
+            reshard.load(directory / DEEPSPEED_TAG, saved_ranks, self.engine, self.rank, self.world_size)
+        elif self.engine.load_checkpoint(str(directory), tag=DEEPSPEED_TAG)[0] is None:
             raise RuntimeError(f"{directory}: DeepSpeed found nothing to load")
+        for parameter in self.engine.module.parameters():
+            parameter.ds_secondary_tensor = None  # a node's copy of what was here before; DeepSpeed drops trained ones
 
 
 def parameter_groups(

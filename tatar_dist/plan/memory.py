@@ -3,8 +3,9 @@
 No weights are loaded, and torch is not imported. Parts on a learner (P parameters, N ranks, 2 bytes each in bfloat16):
 
     weights                2 P / N               DeepSpeed ZeRO-3 (arXiv 1910.02054)
-    gradients              4 P / N               summed in float32
-    optimizer              12 P / N              float32 master weights and two moments (SGD: master weights)
+    copy for the node      2 P / k               cluster.zero_hpz_partition_size; twice with a reference
+    gradients              4 P / N               summed in float32; in the node's memory with cluster.offload_optimizer
+    optimizer              12 P / N              float32 master weights and two moments (SGD: master weights); likewise
     reference              2 P / N               GRPO with kl_beta > 0; adapters (learner/lora.py) need none
     gathered layers        2 x at most 1e9       DeepSpeed's stage3_max_live_parameters, and the head
     reduce bucket          2 x 5e8               DeepSpeed's reduce_bucket_size, allocated at once
@@ -14,8 +15,9 @@ No weights are loaded, and torch is not imported. Parts on a learner (P paramete
     temporaries            in a layer's backward: what checkpointing keeps again, gradients, a copy of the reduce bucket
     step                   float32 gradients of one sub-group of at most 1e9, after activations are freed
 
-Head, temporaries and step are of different moments; the largest counts. On an engine: weights, `ENGINE_OTHER` for
-activations and CUDA graphs, and the rest of gpu_memory_utilization for keys and values. ALLOCATOR, CONTEXT (CUDA, NCCL,
+Head, temporaries and step are of different moments; the largest counts. On an engine: weights (with
+rollout.quantization=fp8 one byte an element of the language model's linear layers), `ENGINE_OTHER` for activations and
+CUDA graphs, and the rest of gpu_memory_utilization for keys and values. ALLOCATOR, CONTEXT (CUDA, NCCL,
 kernels' workspaces) and ENGINE_OTHER are assumptions; nothing here was compared with a GPU.
 
 tests/device/test_memory.py counts the parts of a step on tensors without memory. tests/unit/test_memory.py measures
@@ -34,8 +36,8 @@ from typing import Any
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.models.costs import TOKEN_PIXELS, ModelSizes, head_bytes, kept_elements, layer_elements
-from tatar_dist.plan.plan import Plan
+from tatar_dist.models.costs import TOKEN_PIXELS, ModelSizes, head_bytes, kept_elements, layer_elements, weights
+from tatar_dist.plan.plan import Plan, by_node
 
 GIB = 2**30
 LIVE, BUCKET, SUB_GROUP = 1e9, 5e8, 1e9  # parameters; defaults of DeepSpeed
@@ -44,7 +46,7 @@ ALLOCATOR = 0.2  # assumed: gaps that it leaves between what comes and goes
 KEPT = {"float32": 4.16, "bfloat16": 2.15}  # bytes an element kept; norms keep float32 also in bfloat16 (counted)
 GRADIENTS = 0.26  # gradients inside a layer's backward, as a share of what the layer keeps (counted)
 HEADROOM = 0.05  # of a GPU that must be left: an allocator cannot use the last of it
-STATES = ("weights", "gradients", "optimizer", "reference")  # parts whose sizes are certain
+STATES = ("weights", "copy for the node", "gradients", "optimizer", "reference")  # parts whose sizes are certain
 NOTE = (
     "Estimated from sizes; nothing was compared with a GPU. The parts of a step of a 3B and a 7B are within 10 % of "
     "bytes counted on tensors without memory; the allocator's gaps (20 % of what comes and goes), CUDA and NCCL are "
@@ -115,17 +117,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory of a stage; `advice`: one line per role that does not fit."""
+    """Memory of a stage; `advice`: a line per role that does not fit; `node`: by `node_memory`."""
 
     stage: str
     gpu_gib: float
     roles: tuple[Memory, ...]
     advice: tuple[str, ...]
+    node: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the `--json` object, in bytes. `note`: reliability of the estimate."""
         roles = [asdict(m) | {"total": m.total, "fits": m.fits} for m in self.roles]
-        return {"gpu_gib": self.gpu_gib, "roles": roles, "advice": list(self.advice), "note": NOTE}
+        return {"gpu_gib": self.gpu_gib, "roles": roles, "advice": list(self.advice), "node": self.node, "note": NOTE}
 
 
 def estimate(config: Config, plan: Plan, gpu_gib: float | None = None) -> Estimate | str | None:
@@ -151,13 +154,14 @@ def estimate(config: Config, plan: Plan, gpu_gib: float | None = None) -> Estima
             roles.append(role(config, plan, sizes, gib * GIB))
             if not roles[-1].fits:
                 advice.append(advise(config, plan, sizes, gib * GIB))
-    return Estimate(plan.stage, gib, tuple(roles), tuple(advice))
+    return Estimate(plan.stage, gib, tuple(roles), tuple(advice), node_memory(config, plan, sizes))
 
 
-def check_fit(config: Config, plan: Plan, gpu_gib: float | None) -> None:
-    """Refuse GPUs that weights and states exceed; print a warning if only the estimate does.
+def check_fit(config: Config, plan: Plan, gpu_gib: float | None, node_gib: float = math.inf) -> None:
+    """Refuse GPUs and nodes that states exceed; print a warning if only the estimate does.
 
-    gpu_gib: of the smallest GPU; None on CPUs, where nothing is checked, nor is a model of unknown sizes.
+    gpu_gib: of the smallest GPU; None on CPUs, where nothing is checked, nor is a model of unknown sizes. node_gib:
+    memory of the smallest node with GPUs.
     """
     try:
         estimated = estimate(config, plan, gpu_gib) if gpu_gib else None
@@ -165,6 +169,11 @@ def check_fit(config: Config, plan: Plan, gpu_gib: float | None) -> None:
         return
     if not isinstance(estimated, Estimate):
         return
+    if (needed := sum(estimated.node.values()) / GIB) > node_gib:
+        raise UserError(
+            f"cluster.offload_optimizer=true takes {needed:.1f} GiB of a node's memory ({', '.join(estimated.node)}); "
+            f"the smallest node with GPUs has {node_gib:.1f}: add nodes, or train adapters (model.lora_rank=16)"
+        )
     for m, advice in zip((m for m in estimated.roles if not m.fits), estimated.advice, strict=True):
         states = {part: size / GIB for part, size in m.parts.items() if part in STATES}
         has = f"the smallest GPU has {gpu_gib:.1f} GiB, and "
@@ -196,11 +205,15 @@ def moments(config: Config, plan: Plan, sizes: ModelSizes) -> tuple[dict[str, fl
     trained = adapters or (everything if m.train_vision else everything - sizes.vision_parameters)
     optim = config.grpo.optim if grpo else config.sft.optim
     tokens, patches, answers = _micro_batch(config, plan)
+    reference = everything if grpo and config.grpo.kl_beta and not m.lora_rank else 0
+    here = not config.cluster.offload_optimizer  # on the GPU
+    copied, size = everything + adapters + reference, config.cluster.zero_hpz_partition_size
     held = {
         "weights": wide * (everything + adapters) / ranks,
-        "gradients": 4 * trained / ranks,
-        "optimizer": (12 if optim.name == "adamw" else 4) * trained / ranks,
-        "reference": wide * everything / ranks if grpo and config.grpo.kl_beta and not m.lora_rank else 0.0,
+        "copy for the node": wide * copied / size if size > 1 else 0.0,
+        "gradients": here * 4 * trained / ranks,
+        "optimizer": here * (12 if optim.name == "adamw" else 4) * trained / ranks,
+        "reference": wide * reference / ranks,
         "reduce bucket": wide * BUCKET,
     }
     kept = kept_elements(sizes, patches, tokens, m.gradient_checkpointing)
@@ -215,7 +228,30 @@ def moments(config: Config, plan: Plan, sizes: ModelSizes) -> tuple[dict[str, fl
         "head's gradient": float(wide * sizes.head) if sizes.tied and not adapters else 0.0,
         "temporaries": KEPT[m.dtype] * layer + wide * reduced + 4 * reduced / ranks,
     }
-    return held, {"head": both | head, "layer": both | layers, "step": {"step": 4 * min(trained / ranks, SUB_GROUP)}}
+    return held, {
+        "head": both | head,
+        "layer": both | layers,
+        "step": {"step": here * 4 * min(trained / ranks, SUB_GROUP)},
+    }
+
+
+def node_memory(config: Config, plan: Plan, sizes: ModelSizes) -> dict[str, float]:
+    """Return the bytes by part of a node's memory that an offloaded optimizer takes, else {}.
+
+    Gradients are there twice, as a sum over micro-batches and for the step, in pinned memory: torch rounds each tensor
+    up to a power of two. A checkpoint is copied before it is written.
+    """
+    if not (config.cluster.offload_optimizer and plan.learners):
+        return {}
+    held, _ = moments(replace(config, cluster=replace(config.cluster, offload_optimizer=False)), plan, sizes)
+    groups, rest = divmod(held["gradients"], 4 * SUB_GROUP)
+    pinned = [held["gradients"], *[4 * SUB_GROUP] * int(groups), rest]
+    parts = {
+        "gradients": sum(2.0 ** math.ceil(math.log2(size)) for size in pinned if size),
+        "optimizer": held["optimizer"],
+        "a checkpoint's copy": held["optimizer"],
+    }
+    return {part: max(by_node(config.cluster, plan.learners)) * size for part, size in parts.items()}
 
 
 def _micro_batch(config: Config, plan: Plan) -> tuple[float, float, float]:
@@ -244,7 +280,8 @@ def engine(config: Config, plan: Plan, sizes: ModelSizes, room: float) -> Memory
     r, tp = config.rollout, plan.tensor_parallel
     wide = 2 if config.model.dtype == "bfloat16" else 4
     token = sizes.kv_bytes(wide) / min(tp, sizes.text["num_key_value_heads"])
-    fixed = {"weights": wide * sizes.parameters / tp, "activations and graphs": ENGINE_OTHER}
+    rounded = sizes.text["num_hidden_layers"] * weights(sizes.linear[0]) if r.quantization == "fp8" else 0
+    fixed = {"weights": (wide * sizes.parameters - rounded) / tp, "activations and graphs": ENGINE_OTHER}
     outside = {"CUDA": CONTEXT, "bucket of a push": float(r.bucket_mib * 2**20) if plan.stage == "grpo" else 0.0}
     if plan.colocated:
         outside["learner meanwhile"] = sum(moments(config, plan, sizes)[0].values())
@@ -306,6 +343,10 @@ def as_table(estimated: Estimate) -> Any:
         if m.sequences is not None:
             table.add_row("", "sequences at a time, of full length", str(m.sequences))
         table.add_section()
+    total = {"all": sum(estimated.node.values())} if estimated.node else {}
+    for i, (part, size) in enumerate((estimated.node | total).items()):
+        table.add_row("" if i else "a node's memory", part, f"{size / GIB:.1f}")
+    table.add_section()
     for line in estimated.advice:
         table.add_row("change", line, "")
     return table

@@ -127,6 +127,13 @@ def resolve(config: Config, stage: Stage) -> Plan:
             f"rollout.tensor_parallel={tp}: an engine must fit a node, and {room} of {engines} engines do{beside}: "
             "lower rollout.engines, or change one of the others"
         )
+    size, common = c.zero_hpz_partition_size, math.gcd(*by_node(c, learners))
+    if common % size:
+        counts = ", ".join(str(n) for n in by_node(c, learners) if n)
+        raise UserError(
+            f"cluster.zero_hpz_partition_size={size} does not divide the learners of every node ({counts}): "
+            f"use a divisor of {common}"
+        )
     if learners > rows:
         raise UserError(f"{key}={rows} rows are too few for {learners} learners: use cluster.learners={rows} or fewer")
     samples = None if stage == "evaluate" else count_samples(config.data)
@@ -177,12 +184,17 @@ def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
     return learners, engines
 
 
+def by_node(c: ClusterConfig, learners: int) -> list[int]:
+    """Return the learners of each node; on CPUs, which Ray may fill in any way, as if on one."""
+    n, g = c.nodes, c.gpus_per_node
+    if c.learner_placement == "spread":
+        return [len(range(i, learners, n)) for i in range(n)]
+    return [min(g, max(0, learners - i * g)) for i in range(n)] if g else [learners]
+
+
 def _engine_room(c: ClusterConfig, learners: int, tp: int) -> int:
     """Count the engines that fit beside learners, as each needs the GPUs of one node."""
-    n, g = c.nodes, c.gpus_per_node
-    packed = c.learner_placement == "pack"
-    taken = [min(g, max(0, learners - i * g)) if packed else len(range(i, learners, n)) for i in range(n)]
-    return sum((g - k) // tp for k in taken)
+    return sum((c.gpus_per_node - k) // tp for k in by_node(c, learners))
 
 
 def _notes(config: Config, stage: Stage, idle: int, engines: int, samples: dict[str, int] | None) -> Iterable[str]:

@@ -36,6 +36,9 @@ COVERAGE = (
     Path("weight push through CUDA IPC", "rollout.push=cuda_ipc", NEVER, ("grpo",)),
     Path("engines that sleep on the learners' GPUs", "cluster.placement=colocated", NEVER, ("grpo",)),
     Path("adapters on GPUs", "model.lora_rank>0", NEVER, ("sft", "grpo")),
+    Path("a node's copy of the weights (hpZ)", "cluster.zero_hpz_partition_size>1", NEVER, ("sft", "grpo")),
+    Path("optimizer in the node's memory", "cluster.offload_optimizer=true", NEVER, ("sft", "grpo")),
+    Path("engines with fp8 weights on GPUs", "rollout.quantization=fp8", NEVER, ("grpo", "evaluate")),
     Path("tensor-parallel engines", "rollout.tensor_parallel>1", NEVER, ("grpo", "evaluate")),
 )
 
@@ -50,6 +53,9 @@ def unproven(config: Config, stage: Stage = "grpo") -> list[Path]:
         "cluster.gpus_per_node>0": gpus,
         "cluster.placement=colocated": gpus and config.cluster.placement == "colocated",
         "model.lora_rank>0": gpus and config.model.lora_rank > 0,
+        "cluster.zero_hpz_partition_size>1": gpus and config.cluster.zero_hpz_partition_size > 1,
+        "cluster.offload_optimizer=true": gpus and config.cluster.offload_optimizer,
+        "rollout.quantization=fp8": gpus and config.rollout.quantization == "fp8",
         "rollout.tensor_parallel>1": config.rollout.tensor_parallel > 1,
         f"rollout.push={push_way(config)}": True,
     }

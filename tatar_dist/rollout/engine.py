@@ -20,7 +20,7 @@ from tatar_dist.config.schema import Config
 from tatar_dist.data.images import decode_image
 from tatar_dist.errors import RunError
 from tatar_dist.rollout.expected import with_expected
-from tatar_dist.rollout.options import gpu_available, vllm_options
+from tatar_dist.rollout.options import FP8, gpu_available, vllm_options
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.process import check_visible_gpus, importing, open_log, process_facts, use_node_caches
 from tatar_dist.types import Completion, Group, Prompt
@@ -100,7 +100,7 @@ class RolloutEngine:
             from tatar_dist.models import family
             from tatar_dist.sync import vllm_backend
 
-        options = vllm_options(self.config, gpu)
+        options = vllm_options(self.config, gpu) | (FP8 if r.quantization == "fp8" else {})
         if gpu:
             options["enable_sleep_mode"] = self.config.cluster.placement == "colocated"
             if r.tensor_parallel > 1:

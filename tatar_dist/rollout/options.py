@@ -26,6 +26,9 @@ COMMON_ENV = {
     # Ray's default of 15 starves workers beside any busy process of the machine
     "RAY_worker_niceness": "0",
 }
+# rollout.quantization=fp8: bfloat16 weights, of files and pushes, are rounded by row as they are loaded, activations by
+# token. Not the vision tower, whose widths are no multiples of 16.
+FP8 = {"quantization": "fp8_per_channel", "quantization_config": {"ignore": ["visual.*"]}}
 CPU_ENGINE_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 

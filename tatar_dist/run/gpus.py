@@ -21,6 +21,7 @@ from tatar_dist.errors import UserError
 GIB = 1 << 30
 CUDA, DRIVER = (13, 0), 580  # of torch's build, and the first driver that offers it
 CAPABILITY = (8, 0)  # A100: kernels for bfloat16 and the packed attention
+FP8_CAPABILITY = (8, 9)  # L4, L40S, RTX 4090, H100: products of fp8 weights and activations
 ANSWERS = "nvidia-smi must work there; after an update of the driver, reboot"
 RULES = ("GPU driver", "compute capability", "MIG", "kinds of GPU")
 OTHERS = "set CUDA_VISIBLE_DEVICES to other GPUs (before `ray start`), or take another node"
@@ -116,18 +117,19 @@ def read_here(count: int | None = None) -> Machine:
     return replace(here, gpus=here.gpus[:count])
 
 
-def problems(machines: Sequence[Machine]) -> Iterator[Unusable]:
-    """Yield what no run can use on machines that share a job."""
-    needed = "{}.{}".format(*CUDA)
+def problems(machines: Sequence[Machine], fp8: bool = False) -> Iterator[Unusable]:
+    """Yield what no run can use on machines that share a job; `fp8`: with rollout.quantization."""
+    needed, least = "{}.{}".format(*CUDA), FP8_CAPABILITY if fp8 else CAPABILITY
     for m in machines:
         if m.error:
             yield Unusable("GPU driver", f"{m.host}: the NVIDIA driver does not answer ({m.error})", ANSWERS)
         elif m.gpus and m.cuda < CUDA and int(m.driver.split(".")[0]) < DRIVER:
             offer = f"{m.host}: NVIDIA driver {m.driver} offers CUDA {m.cuda[0]}.{m.cuda[1]}, but {needed} is needed"
             yield Unusable("GPU driver", offer, f"install driver {DRIVER} or newer")
-    for where, gpu, _ in _grouped(machines, lambda gpu: gpu.capability < CAPABILITY):
-        has = "{}.{}, but {}.{} is needed".format(*gpu.capability, *CAPABILITY)
-        yield Unusable("compute capability", f"{where} has compute capability {has}", OTHERS)
+    for where, gpu, _ in _grouped(machines, lambda gpu: gpu.capability < least):
+        has = "{}.{}, but {}.{} is needed".format(*gpu.capability, *least)
+        hint = f"set rollout.quantization=none, or {OTHERS}" if fp8 else OTHERS
+        yield Unusable("compute capability", f"{where} has compute capability {has}", hint)
     for where, _, numbers in _grouped(machines, lambda gpu: gpu.mig):
         off = f"run nvidia-smi -i {numbers} -mig 0 there, or {OTHERS}"
         yield Unusable("MIG", f"{where} is divided by MIG, but a process needs whole GPUs", off)
@@ -146,9 +148,9 @@ def _grouped(machines: Sequence[Machine], bad: Callable[[Gpu], bool]) -> Iterato
             yield f"{m.host}: GPU {numbers} ({name})", alike[0], numbers
 
 
-def check(machines: Sequence[Machine]) -> float | None:
+def check(machines: Sequence[Machine], fp8: bool = False) -> float | None:
     """Return the GiB of the smallest GPU; None if there is none. Raises UserError."""
-    if found := list(problems(machines)):
+    if found := list(problems(machines, fp8)):
         more = f" (and {len(found) - 1} more: tatar-dist doctor)" if len(found) > 1 else ""
         raise UserError(f"{found[0].found}: {found[0].hint}{more}")
     return min((gpu.gib for m in machines for gpu in m.gpus), default=None)

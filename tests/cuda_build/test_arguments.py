@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+FP8 = ["rollout.quantization=fp8", "grpo.logprob_gap_limit=0.15"]
 PLACEMENTS = [
     ["rollout.push=nccl"],
     ["rollout.push=cuda_ipc", "cluster.placement=colocated"],
     ["rollout.push=object_store", "rollout.tensor_parallel=2"],
     ["model.dtype=float32", "rollout.deterministic=true"],
+    FP8,
 ]
 
 
@@ -50,6 +52,8 @@ def checked(c, config):
 
 @pytest.mark.parametrize("words", PLACEMENTS, ids=lambda words: "-".join(words))
 def test_an_engine_of_a_run(make_config, finished, words):
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticChannelSym
+
     from tatar_dist.rollout.engine import RolloutEngine
     from tatar_dist.sync import vllm_backend
 
@@ -61,6 +65,9 @@ def test_an_engine_of_a_run(make_config, finished, words):
     assert c.parallel_config.worker_extension_cls == vllm_backend.EXTENSION
     assert c.model_config.logprobs_mode == "processed_logprobs"
     assert c.structured_outputs_config.backend == "xgrammar"
+    quantized = (c.quant_config.get_name(), c.quant_config.args.linear.weight) if c.quant_config else None
+    assert quantized == (("online", kFp8StaticChannelSym) if words is FP8 else None)
+    assert c.quant_config is None or c.quant_config.ignored_layers == ["visual.*"]
     colocated = config.cluster.placement == "colocated"
     assert c.model_config.enable_sleep_mode == c.model_config.enable_cumem_allocator == colocated
 
@@ -96,3 +103,16 @@ def test_flash_attention_is_chosen(capability):
     )
     backends, _ = current_platform.get_valid_backends(DeviceCapability(*capability), chosen, num_heads=28)
     assert backends[0].backend.name == "FLASH_ATTN"
+
+
+def test_fp8_products_need_no_compiler():
+    """CUTLASS's kernels come with the wheel. Of rows and tokens; other schemes prefer kernels that nvcc compiles."""
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.kernels.linear import init_fp8_linear_kernel
+    from vllm.model_executor.layers.quantization.online.fp8 import Fp8PtpcOnlineLinearMethod as Method
+
+    keys, dtypes = (Method.activation_quant_key, Method.weight_quant_key), (torch.bfloat16, torch.bfloat16)
+    with set_current_vllm_config(VllmConfig()):
+        kernel = init_fp8_linear_kernel(*keys, *dtypes, (3584, 18944))
+    assert type(kernel).__name__ == "CutlassFP8ScaledMMLinearKernel"

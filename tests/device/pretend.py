@@ -73,6 +73,9 @@ def register() -> torch.device:
         def communication_backend_name(self) -> str:
             return "fake"
 
+        def on_accelerator(self, tensor: torch.Tensor) -> bool:
+            return tensor.device.type == NAME
+
     if torch._C._get_privateuse1_backend_name() != NAME:
         _setup_privateuseone_for_python_backend(NAME)
         getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]

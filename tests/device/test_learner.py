@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
-from pretend import NAME, FakeAccelerator
+from deepspeed.utils import groups
+from pretend import NAME, FakeAccelerator, join_process_group
 from torch.utils._pytree import tree_leaves
 
+from tatar_dist.learner.process_group import share_within_nodes
 from tatar_dist.learner.zero3 import deepspeed_config
 from tatar_dist.models.costs import ModelSizes
 from tatar_dist.plan import memory
@@ -95,13 +99,30 @@ def test_cached_memory_is_returned_before_an_engine_on_the_same_gpu_wakes(rig, m
     assert len(calls) == 3 * times
 
 
-@pytest.mark.parametrize("words", [[], ["model.lora_rank=16"]], ids=["full", "lora"])
-def test_what_a_learner_keeps_after_a_step_is_what_plan_counts(rig, words):
-    one = rig(LARGE, "grpo", *GRPO, *words, "cluster.learners=8", "cluster.nodes=2")
+KEPT = {
+    "full": [],
+    "lora": ["model.lora_rank=16"],
+    "offloaded": ["cluster.offload_optimizer=true"],
+    "copied": ["cluster.zero_hpz_partition_size=4", "cluster.learner_placement=spread", "grpo.kl_beta=0.1"],
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_what_a_learner_keeps_after_a_step_is_what_plan_counts(rig, monkeypatch, case):
+    if case == "copied":
+        join_process_group()
+        for name in ("_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_create_zero_param_parallel_group"):
+            monkeypatch.setattr(groups, name, getattr(groups, name))  # as they were, for the next test
+        share_within_nodes("aabbabab", 0, 4, timedelta(seconds=60))
+    one = rig(LARGE, "grpo", *GRPO, *KEPT[case], "cluster.learners=8", "cluster.nodes=2")
     one.grpo()
+    if case == "copied":  # DeepSpeed drops them after an update, and makes them again from what a push gathers
+        before = one.mode.bytes
+        assert len(list(one.learner.zero3.full_parameters())) > 50 and one.mode.bytes > before
     config, sizes = one.learner.config, ModelSizes.of(one.shape.to_dict())
     parts = memory.learner(config, resolve(config, "grpo"), sizes, 80 * memory.GIB).parts
-    states = ("weights", "gradients", "optimizer", "reference", "reduce bucket")
+    assert ("optimizer" in parts, "copy for the node" in parts) == (case != "offloaded", case == "copied")
+    states = (*memory.STATES, "reduce bucket")
     assert one.mode.bytes == pytest.approx(sum(parts.get(name, 0.0) for name in states), rel=0.02)
 
 

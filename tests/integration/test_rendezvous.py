@@ -12,7 +12,7 @@ import ray
 import torch.distributed
 
 from tatar_dist.errors import RunError
-from tatar_dist.learner.process_group import RayStore
+from tatar_dist.learner.process_group import RayStore, share_within_nodes
 from tatar_dist.learner.rendezvous import Rendezvous, listening, silence
 from tatar_dist.rollout.options import COMMON_ENV
 
@@ -66,6 +66,20 @@ class Rank:
     def again(self):
         return self._sum()
 
+    def share(self, hosts, size, timeout_s):
+        """The ranks of this rank's node and the timeout of their group; None without a group."""
+        import torch.distributed as dist
+        from deepspeed.utils import groups
+
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+        share_within_nodes(hosts, self.rank, size, timedelta(seconds=timeout_s))
+        if (group := groups._ZERO_PARAM_INTRA_PARALLEL_GROUP) is None:
+            return None
+        groups._create_zero_param_parallel_group(size)  # by DeepSpeed, for every model: it must not make another
+        assert group is groups._get_zero_param_intra_parallel_group()
+        limit = group._get_backend(torch.device("cpu")).options._timeout
+        return dist.get_process_group_ranks(group), limit.total_seconds()
+
 
 def answers(port):
     with socket.socket() as s:
@@ -82,6 +96,18 @@ def test_gloo_groups_stand_on_it_and_their_listeners_can_be_silenced(rendezvous)
     ray.get([r.silence.remote() for r in ranks])
     assert not any(answers(p) for p in ports)
     assert ray.get([r.again.remote() for r in ranks], timeout=300) == [3, 3, 3]
+
+
+def test_ranks_of_a_node_share_a_copy_wherever_ray_put_them(rendezvous):
+    ranks = [Rank.remote(rendezvous, r, 300) for r in range(4)]
+    ray.get([r.sums.remote(4) for r in ranks], timeout=300)
+
+    def shared(hosts, size):
+        return ray.get([r.share.remote(hosts, size, 77) for r in ranks], timeout=300)
+
+    assert shared("abba", 2) == [([0, 3], 77), ([1, 2], 77), ([1, 2], 77), ([0, 3], 77)]
+    assert shared("aaaa", 2) == [([0, 1], 77), ([0, 1], 77), ([2, 3], 77), ([2, 3], 77)]
+    assert shared("abbb", 2) == [None] * 4  # as fewer came back
 
 
 def test_a_rank_that_does_not_come_is_named(rendezvous):

@@ -13,6 +13,7 @@ MINIMAL = ["output=runs/x", "model.path=m"]
 AT_LEAST_ONE = (  # those that are null mean "no limit" and pass
     "cluster.nodes",
     "cluster.object_store_mib",
+    "cluster.zero_hpz_partition_size",
     "data.eval_limit",
     "sft.global_batch",
     "sft.micro_tokens",
@@ -217,6 +218,17 @@ def test_engines_that_sleep_while_learners_work_cannot_work_ahead():
     words = ["cluster.placement=colocated", "rollout.push=cuda_ipc"]
     with pytest.raises(UserError, match=r"grpo.staleness=2: .*cluster.placement=colocated has nothing to gain"):
         load_config([], [*MINIMAL, "grpo.staleness=2", "cluster.gpus_per_node=8", *words])
+
+
+def test_fp8_engines_need_bfloat16_weights_and_a_limit_that_their_rounding_passes():
+    fp8 = [*MINIMAL, "rollout.quantization=fp8"]
+    assert load_config([], [*fp8, "grpo.logprob_gap_limit=0.15"]).rollout.quantization == "fp8"
+    with pytest.raises(
+        UserError, match=r"^rollout.quantization=fp8: .*limit=0.05 would stop .*set it to 0.15 or more$"
+    ):
+        load_config([], fp8)
+    with pytest.raises(UserError, match="^rollout.quantization=fp8 .*: model.dtype=float32 cannot be used$"):
+        load_config([], [*fp8, "grpo.logprob_gap_limit=0.15", "model.dtype=float32"])
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,18 @@ def test_a_problem_is_one_line_with_host_gpu_found_needed_and_what_to_set(machin
     assert str(e.value) == line
 
 
+def test_fp8_engines_need_newer_gpus():
+    gpu = {"name": "NVIDIA A100-SXM4-80GB", "capability": (8, 0)}
+    a100 = Machine("node4", (replace(H100, **gpu),), "580.65.06", (13, 0))
+    assert check([a100]) and check([GOOD], fp8=True)
+    line = (
+        "node4: GPU 0 (NVIDIA A100-SXM4-80GB) has compute capability 8.0, but 8.9 is needed: set rollout.quantization"
+    )
+    with pytest.raises(UserError) as e:
+        check([a100], fp8=True)
+    assert str(e.value).startswith(f"{line}=none, or {OTHERS}")
+
+
 def test_a_newer_cuda_beside_an_older_driver_is_enough():
     assert not list(problems([replace(GOOD, driver="570.1", cuda=(13, 0))]))  # NVIDIA's compatibility package
     assert not list(problems([replace(GOOD, driver="590.1", cuda=(13, 1))]))
@@ -205,12 +217,25 @@ def test_a_gpu_that_the_states_alone_exceed_is_refused_with_what_to_set(stage, g
     assert str(e.value).startswith(f"the smallest GPU has {gib:.1f} GiB, and ") and line in str(e.value), str(e.value)
 
 
+def test_a_node_whose_memory_the_offloaded_optimizer_exceeds_is_refused_with_what_to_do():
+    words = ["model.path=Qwen/Qwen2.5-VL-7B-Instruct", "cluster.offload_optimizer=true"]
+    config = load_config([str(ROOT / "configs/sft.yaml")], words)
+    plan = resolve(config, "sft")
+    check_fit(config, plan, 80.0, 300.0)
+    with pytest.raises(UserError) as e:
+        check_fit(config, plan, 80.0, 240.0)
+    assert str(e.value) == (
+        "cluster.offload_optimizer=true takes 251.3 GiB of a node's memory (gradients, optimizer, a checkpoint's copy)"
+        "; the smallest node with GPUs has 240.0: add nodes, or train adapters (model.lora_rank=16)"
+    )
+
+
 def test_a_gpu_that_only_the_estimate_exceeds_is_a_warning_and_cpus_and_unknown_models_are_not_checked(capsys):
     config = load_config([str(ROOT / "configs/sft.yaml")], ["model.gradient_checkpointing=false"])
     plan = resolve(config, "sft")
     check_fit(config, plan, 30.0)
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith("tatar-dist: the smallest GPU has 30.0 GiB, and by the estimate a learner does not fit")
-    check_fit(config, plan, None)
+    check_fit(config, plan, None, 1.0)
     check_fit(replace(config, model=replace(config.model, path="somebody/else")), plan, 1.0)
     assert capsys.readouterr().err == ""

@@ -77,6 +77,37 @@ def test_states_are_sharded_and_the_reference_goes_with_the_kl_term():
     assert role(found("sft", "sft.optim.name=sgd"), "learner").parts["optimizer"] == 4 * p / 8
 
 
+def test_a_nodes_copy_holds_all_weights_and_those_of_the_reference():
+    p = memory.sizes_of("Qwen2.5-VL-7B").parameters
+    copy = "cluster.zero_hpz_partition_size=4"
+    assert role(found("grpo", copy), "learner").parts["copy for the node"] == 2 * 2 * p / 4
+    assert role(found("sft", copy), "learner").parts["copy for the node"] == 2 * p / 4
+    assert "copy for the node" not in role(found("grpo"), "learner").parts
+
+
+def test_an_offloaded_optimizer_leaves_the_gpu_for_its_node():
+    """7B, 8 ranks of a node: gradients twice, rounded up in pinned memory; the optimizer once more for a checkpoint."""
+    p, here = memory.sizes_of("Qwen2.5-VL-7B").parameters, found("sft")
+    there = found("sft", "cluster.offload_optimizer=true")
+    gone = {"gradients", "optimizer"}
+    assert gone.isdisjoint(role(there, "learner").parts) and gone < set(role(here, "learner").parts)
+    assert here.node == {} and there.to_dict()["node"] == there.node
+    shard = 4 * p / 8  # bytes: 1.04e9 elements, more than one sub-group of DeepSpeed's
+    assert there.node["optimizer"] == there.node["a checkpoint's copy"] == 8 * 3 * shard
+    assert 2**32 > shard > 4e9 > 2**31 and 2**28 > shard - 4e9 > 2**27
+    assert there.node["gradients"] == 8 * (2**32 + 2**32 + 2**28)
+    two = found("sft", "cluster.offload_optimizer=true", "cluster.nodes=2", "cluster.learners=12").node
+    assert two["optimizer"] == 8 * 12 * p / 12  # of the node with more learners
+
+
+def test_fp8_engines_hold_the_language_models_layers_in_half_the_bytes():
+    whole, rounded = (
+        role(found("grpo", *words), "engine").parts["weights"]
+        for words in ([], ["rollout.quantization=fp8", "grpo.logprob_gap_limit=0.15"])
+    )
+    assert whole - rounded == 28 * (3584 * (2 * 3584 + 2 * 512) + 3 * 3584 * 18944)
+
+
 def test_activations_grow_with_a_forward_and_checkpointing_saves_most_of_them():
     def kept(*words: str) -> float:
         return role(found("grpo", *words, gpu=1000), "learner").parts["activations"]
@@ -164,7 +195,7 @@ def test_the_command_prints_it_for_gpus_and_on_request_for_others(capsys):
 def test_colocated_engines_leave_room_for_the_learner():
     words = ["cluster.placement=colocated", "cluster.learners=8", "rollout.engines=8"]
     estimate = found("grpo", *words)
-    held = [role(estimate, "learner").parts[k] for k in (*memory.STATES, "reduce bucket")]
+    held = [role(estimate, "learner").parts.get(k, 0.0) for k in (*memory.STATES, "reduce bucket")]
     assert role(estimate, "engine").parts["learner meanwhile"] == pytest.approx(sum(held)) and sum(held) > 15 * 2**30
     line = next(a for a in estimate.advice if "engine" in a)
     share = float(line.rsplit("=", 1)[1])

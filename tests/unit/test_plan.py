@@ -1,5 +1,6 @@
 """A plan says what would run, from the configuration alone; the global batch never changes with the hardware."""
 
+import functools
 import io
 import os
 from pathlib import Path
@@ -91,6 +92,39 @@ def test_engines_are_counted_by_node_beside_the_learners():
     assert plan("grpo", *six).engines == 1
     with pytest.raises(UserError, match=r"0 of 1 engines do beside 6 learners \(cluster.learner_placement=spread\)"):
         plan("grpo", *six, "cluster.learner_placement=spread")
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "size", "line"),
+    [
+        ("sft", ["cluster.nodes=2"], 8, None),
+        (
+            "sft",
+            ["cluster.nodes=2"],
+            3,
+            r"size=3 does not divide the learners of every node \(8, 8\): use a divisor of 8$",
+        ),
+        ("sft", ["cluster.nodes=2", "cluster.learners=12"], 8, r"\(8, 4\): use a divisor of 4$"),
+        ("sft", ["cluster.nodes=2", "cluster.learners=12"], 4, None),
+        (
+            "sft",
+            ["cluster.nodes=2", "cluster.learners=12", "cluster.learner_placement=spread"],
+            4,
+            r"\(6, 6\): .* of 6$",
+        ),
+        ("grpo", ["cluster.nodes=2"], 8, None),  # learners fill the first node
+        ("sft", ["cluster.gpus_per_node=0", "cluster.learners=4", "cluster.nodes=2"], 2, None),
+        ("sft", ["cluster.gpus_per_node=0", "cluster.learners=4", "cluster.nodes=2"], 3, r"\(4\): use a divisor of 4$"),
+        ("evaluate", [], 3, None),  # no learners
+    ],
+)
+def test_a_copy_of_the_weights_needs_as_many_ranks_on_every_node(stage, words, size, line):
+    resolved = functools.partial(plan, stage, *words, f"cluster.zero_hpz_partition_size={size}")
+    if line is None:
+        assert resolved().learners % size == 0
+    else:
+        with pytest.raises(UserError, match=line):
+            resolved()
 
 
 def test_local_engines_of_a_rationale_run_are_as_many_as_the_gpus_hold():

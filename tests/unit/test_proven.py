@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tatar_dist.commands import doctor
+from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config
 from tatar_dist.plan.proven import COVERAGE, LEGEND, NEVER, unproven, warnings_for
 
@@ -34,6 +35,17 @@ def test_every_unproven_path_that_is_taken_is_named():
     }
     auto = {p.key for p in unproven(config(8, "colocated", "auto", 2))}
     assert auto == names and unproven(config(push="auto")) == []
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["cluster.zero_hpz_partition_size=2", "cluster.offload_optimizer=true", "rollout.quantization=fp8"],
+)
+def test_what_never_ran_on_a_gpu_is_named_there_alone(word):
+    words = ["output=x", "model.path=m", "grpo.logprob_gap_limit=0.15", word]
+    for gpus in (8, 0):
+        keys = [p.key.replace(">1", "=2") for p in unproven(load_config([], [*words, f"cluster.gpus_per_node={gpus}"]))]
+        assert (word in keys) == (gpus > 0)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tatar_dist.algo.schedule import kl_beta, learning_rate, needs_reference
+from tatar_dist.algo.schedule import importance, kl_beta, learning_rate, needs_reference
+from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import GRPOConfig, OptimConfig
 
 KINDS = ("constant", "linear", "cosine")
@@ -77,3 +78,18 @@ def test_a_reference_is_needed_when_any_step_weighs_the_kl():
     assert needs_reference(GRPOConfig(kl_beta=0.1)) and not needs_reference(GRPOConfig(kl_beta=0.0))
     assert needs_reference(GRPOConfig(kl_beta=0.0, kl_beta_end=0.1, kl_schedule="linear"))
     assert not needs_reference(GRPOConfig(kl_beta=0.0, kl_beta_end=0.1))  # constant: the end plays no part
+
+
+@pytest.mark.parametrize(
+    ("words", "form"),
+    [
+        ([], "none"),
+        (["grpo.staleness=1"], "token"),
+        (["model.lora_rank=4"], "token"),
+        (["model.lora_rank=4", "model.dtype=float32"], "none"),
+        (["rollout.quantization=fp8"], "token"),
+        (["rollout.quantization=fp8", "grpo.importance=sequence"], "sequence"),
+    ],
+)
+def test_engines_of_other_probabilities_are_corrected_for(words, form):
+    assert importance(load_config([], ["output=x", "model.path=m", "grpo.logprob_gap_limit=0.2", *words])) == form
