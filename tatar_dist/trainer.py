@@ -220,7 +220,7 @@ class Run:
     def _start_engines(self) -> None:
         count = self.plan.engines
         self.engines, self.scorer = self._cluster.engines(count), self._cluster.scorer()
-        self._push = weight_push(self.config, self.waits, self._log)
+        self._push = weight_push(self.config, self.plan.push, self.waits, self._log)
         anytime = ObjectStorePush(self.config, self.waits, self._log)  # for engines that start late
         refresh = lambda engines, version: anytime.push(self.learners, engines, version)  # noqa: E731
         self.engines.start(self._cluster.threads(count), refresh)

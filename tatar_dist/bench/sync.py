@@ -92,10 +92,11 @@ def measure(config: Any) -> dict[str, Any]:
     import ray
 
     from tatar_dist.cluster.ray_cluster import Cluster
+    from tatar_dist.plan.plan import push_way
     from tatar_dist.sync import weight_push
     from tatar_dist.sync.object_store import stream
 
-    way = weight_push(config)
+    way = weight_push(config, push_way(config))
     with Cluster(config) as cluster:
         learners, pool = cluster.learners(1), cluster.engines(1, cls=TimedEngine)
         pool.start(cluster.cores)

@@ -30,11 +30,10 @@ def check(c: Config) -> None:
             "takes the probabilities of the full softmax"
         )
     push, placement = c.rollout.push, c.cluster.placement
-    if push != "object_store" and not c.cluster.gpus_per_node:
-        raise UserError(f"rollout.push={push} needs GPUs, cluster.gpus_per_node is 0: use object_store")
+    if push in ("nccl", "cuda_ipc") and not c.cluster.gpus_per_node:
+        raise UserError(f"rollout.push={push} needs GPUs, cluster.gpus_per_node is 0: use auto")
     if (push, placement) in (("cuda_ipc", "disaggregated"), ("nccl", "colocated")):
-        other = "nccl" if push == "cuda_ipc" else "cuda_ipc"
-        raise UserError(f"rollout.push={push} does not work with cluster.placement={placement}: use {other}")
+        raise UserError(f"rollout.push={push} does not work with cluster.placement={placement}: use auto")
     if c.rollout.quantization == "fp8" and c.model.dtype != "bfloat16":
         raise UserError(
             f"rollout.quantization=fp8 quantises bfloat16 weights: model.dtype={c.model.dtype} cannot be used"

@@ -151,8 +151,9 @@ class RolloutConfig:
     restart_backoff_s: AboveZero = 1.0  # wait before the first restart; doubles with each, up to a minute
     quantization: Literal["none", "fp8"] = "none"  # of the engines' weights; fp8: learner and checkpoint keep bfloat16
     deterministic: bool = False  # one group per engine call, caches reset before it
-    push: Literal["object_store", "nccl", "cuda_ipc"] = "object_store"  # weight push; cuda_ipc where colocated
+    push: Literal["auto", "object_store", "nccl", "cuda_ipc"] = "auto"  # weight push; auto: sync/README.md
     push_timeout_s: AboveZero = 600.0  # an engine that takes longer for one bucket is dead
+    push_check_s: NotNegative = 300.0  # limit of the check of nccl and cuda_ipc before training; 0 = no check
 
 
 @dataclass(frozen=True, config=STRICT_KEYS)

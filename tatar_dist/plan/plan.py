@@ -34,6 +34,7 @@ from tatar_dist.types import TASKS
 
 Stage = Literal["sft", "grpo", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+Way = Literal["object_store", "nccl", "cuda_ipc"]  # of pushing weights
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Plan:
     steps: int | None  # optimiser steps of the whole run; None when neither samples nor max_steps are known
     warmup_steps: int
     colocated: bool = False  # engines on the learners' GPUs
+    push: Way | None = None  # how GRPO's weights reach the engines
     notes: tuple[str, ...] = ()
 
     @property
@@ -147,8 +149,18 @@ def resolve(config: Config, stage: Stage) -> Plan:
         steps=_steps(config, stage, samples),
         warmup_steps=0 if stage == "evaluate" else getattr(config, stage).optim.warmup_steps,
         colocated=colocated,
+        push=push_way(config) if stage == "grpo" else None,
         notes=tuple(_notes(config, stage, gpus - used if gpus else 0, engines, samples)),
     )
+
+
+def push_way(config: Config) -> Way:
+    """Return the way of pushing weights that `rollout.push` names, or that `auto` stands for."""
+    if config.rollout.push != "auto":
+        return config.rollout.push
+    if not config.cluster.gpus_per_node:
+        return "object_store"
+    return "cuda_ipc" if config.cluster.placement == "colocated" else "nccl"
 
 
 def _counts(config: Config, stage: Stage, rows: int) -> tuple[int, int]:
@@ -265,6 +277,8 @@ def as_table(plan: Plan) -> Any:
         table.add_row("learners", _counted(plan.learners, "ZeRO-3 rank") + per_learner)
     if plan.engines:
         table.add_row("engines", _counted(plan.engines, "vLLM engine") + per_engine)
+    if plan.push:
+        table.add_row("weights", f"pushed by {plan.push}")
     if s := plan.split:
         rows = f"{s.rows} {'completions' if plan.stage == 'grpo' else 'rows'} over {_counted(s.ranks, 'rank')}"
         samples = plan.samples and ", ".join(f"{n} {task}" for task, n in plan.samples.items())

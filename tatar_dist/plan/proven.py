@@ -42,14 +42,16 @@ COVERAGE = (
 
 def unproven(config: Config, stage: Stage = "grpo") -> list[Path]:
     """Return the paths that `config` selects in `stage` and that were never run."""
-    gpus, push = config.cluster.gpus_per_node > 0, config.rollout.push
+    from tatar_dist.plan.plan import push_way  # `doctor` reads the list also where pyarrow is missing
+
+    gpus = config.cluster.gpus_per_node > 0
     taken = {
         "cluster.gpus_per_node=0": not gpus,
         "cluster.gpus_per_node>0": gpus,
         "cluster.placement=colocated": gpus and config.cluster.placement == "colocated",
         "model.lora_rank>0": gpus and config.model.lora_rank > 0,
         "rollout.tensor_parallel>1": config.rollout.tensor_parallel > 1,
-        f"rollout.push={push}": True,
+        f"rollout.push={push_way(config)}": True,
     }
     return [p for p in COVERAGE if p.status == NEVER and stage in p.stages and taken.get(p.key)]
 

@@ -1,4 +1,4 @@
-"""Weight pushes from learners to engines: the ways by name in `rollout.push` (README.md)."""
+"""Weight pushes from learners to engines: the ways by their names in `rollout.push` (README.md)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAYS = {
 
 
 def weight_push(
-    config: Config, waits: Waits | None = None, log: Callable[..., None] = lambda event, **fields: None
+    config: Config, way: str, waits: Waits | None = None, log: Callable[..., None] = lambda event, **fields: None
 ) -> WeightPush:
-    """Return the controller's side of the way that `rollout.push` names."""
-    return WAYS[config.rollout.push][1](config, waits or Waits(), log)
+    """Return the controller's side of `way`, a key of WAYS (plan.push_way)."""
+    return WAYS[way][1](config, waits or Waits(), log)

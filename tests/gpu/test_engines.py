@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from tatar_dist.cluster.selfcheck import verify
+from tatar_dist.plan.plan import push_way
 from tatar_dist.sync import weight_push
 
 
@@ -26,7 +27,9 @@ def test_sleep_frees_memory_and_the_engine_says_the_same_afterwards(model_untied
         before, awake = rig.greedy(), used_bytes()
         ray.get(rig.engine.sleep.remote(), timeout=60)
         assert used_bytes() < awake - (1 << 30)  # the KV cache alone is larger
-        failed = weight_push(config).push(rig.learners, {0: rig.engine}, 1).failed  # with the initial weights
+        failed = (
+            weight_push(config, push_way(config)).push(rig.learners, {0: rig.engine}, 1).failed
+        )  # with the initial weights
         assert failed == {}
         rig.pushed(1)
         assert rig.greedy() == before
@@ -38,7 +41,7 @@ def test_two_gpus_answer_greedily_as_one(model_untied, make_config, make_rig):
     for tp in (1, 2):
         with make_rig(make_config(model_untied, f"rollout.tensor_parallel={tp}")) as rig:
             rig.learn()
-            rig.pool.push(partial(weight_push(rig.config).push, rig.learners), 1)
+            rig.pool.push(partial(weight_push(rig.config, push_way(rig.config)).push, rig.learners), 1)
             answers.append(rig.greedy())
     assert answers[0] == answers[1]
 

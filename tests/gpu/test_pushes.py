@@ -7,6 +7,7 @@ import ray
 
 from tatar_dist.cluster.selfcheck import verify
 from tatar_dist.learner.actor import WeightsOutOfSync
+from tatar_dist.plan.plan import push_way
 from tatar_dist.sync import weight_push
 
 FAST = ("grpo.optim.lr=0.003", "grpo.optim.schedule=constant", "grpo.logprob_gap_limit=0.001")
@@ -29,7 +30,7 @@ def moved_and_pushed(rig, transport, version):
 def test_nccl_push_twice(model, request, make_config, make_rig):
     config = make_config(request.getfixturevalue(model), "rollout.push=nccl", *FAST)
     with make_rig(config) as rig:
-        transport = weight_push(config)
+        transport = weight_push(config, push_way(config))
         for version in (1, 2):
             moved_and_pushed(rig, transport, version)
 
@@ -38,7 +39,7 @@ def test_nccl_push_twice(model, request, make_config, make_rig):
 def test_nccl_push_to_a_dead_engine_ends_at_the_deadline_and_names_it(model_untied, make_config, make_rig):
     config = make_config(model_untied, "rollout.push=nccl", "rollout.push_timeout_s=20", *FAST)
     with make_rig(config) as rig:
-        transport = weight_push(config)
+        transport = weight_push(config, push_way(config))
         moved_and_pushed(rig, transport, 1)
         ray.kill(rig.engine)
         failed = transport.push(rig.learners, {0: rig.engine}, 2).failed
@@ -48,6 +49,6 @@ def test_nccl_push_to_a_dead_engine_ends_at_the_deadline_and_names_it(model_unti
 def test_cuda_ipc_push_on_one_gpu(model_untied, make_config, make_rig):
     config = make_config(model_untied, "rollout.push=cuda_ipc", "cluster.placement=colocated", *FAST)
     with make_rig(config) as rig:
-        transport = weight_push(config)
+        transport = weight_push(config, push_way(config))
         for version in (1, 2):
             moved_and_pushed(rig, transport, version)

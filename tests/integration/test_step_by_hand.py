@@ -22,6 +22,7 @@ from tatar_dist.cluster.selfcheck import verify
 from tatar_dist.config.load import load_config
 from tatar_dist.errors import LearnersFailed, RunError
 from tatar_dist.learner.actor import WeightsOutOfSync
+from tatar_dist.plan.plan import push_way
 from tatar_dist.prompts.source import PromptSource
 from tatar_dist.rollout.engine import Sampling, WrongWeightVersion
 from tatar_dist.run.directory import RunDirectory
@@ -56,7 +57,7 @@ class Rig:
     def __init__(self, config, cluster, source):
         self.config, self.cluster, self.step = config, cluster, 0
         self.learners = cluster.learners(config.cluster.learners)
-        self.pool, self.way = cluster.engines(config.rollout.engines), weight_push(config)
+        self.pool, self.way = cluster.engines(config.rollout.engines), weight_push(config, push_way(config))
         self.pool.start(1)
         self.learners.setup("grpo", 10)
         self.pool.started()
