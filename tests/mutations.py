@@ -30,7 +30,7 @@ PACKED, CUDA, HEAD, BATCH = ("test_shared_prefix.py",), ("test_ragged_cuda.py",)
 PACKING, BATCHES = ("test_packing.py",), ("test_batches.py",)
 EXPECTED, ANSWERS = ("test_expected_score.py",), ("test_evaluate_answers.py",)
 ADVANTAGES, LOSSES = ("test_advantages.py", "test_rewards.py"), ("test_losses.py",)
-GPUS = ("test_gpus.py",)
+GPUS, ESTIMATED = ("test_gpus.py",), ("test_simulate_estimate.py",)
 
 # name: (file below tatar_dist, text, what it becomes, tests)
 DEVICE = ("../device/test_learner.py",)
@@ -161,6 +161,14 @@ MUTATIONS = {
     "device: all pixels of a step": ("learner/actor.py", "yield batch.result()", "yield batch.result().to(self.device)", DEVICE),
     "plan: gradients of a layer": ("plan/memory.py", "GRADIENTS = 0.26", "GRADIENTS = 0.6", ("../device/test_memory.py",)),
     "plan: gradients beside an engine": ("plan/memory.py", "sum(moments(config, plan, sizes)[0].values())", "moments(config, plan, sizes)[0]['weights']", ("test_memory.py",)),
+    "simulate: gathers hide nothing": ("plan/simulate/step.py", "hidden = overlap *", "hidden = 0 *", ESTIMATED),
+    "simulate: a shard of any size": ("plan/simulate/step.py", "per_shard / setup.learners", "per_shard", ESTIMATED),
+    "simulate: no push between nodes": ("plan/simulate/step.py", "per_gb = across_nodes", "pass", ESTIMATED),
+    "simulate: one way of pushing": ("plan/simulate/step.py", "(setup.colocated and costs.push_colocated) or costs.push", "costs.push", ESTIMATED),
+    "simulate: an engine of one sequence": ("plan/simulate/forecast.py", ">= min(call, r.max_num_seqs)", ">= 1", ESTIMATED),
+    "simulate: a tower is read": ("plan/simulate/estimate.py", "read = wide * (layers * weights(sizes.linear[0]) + sizes.head)", "read = model", ESTIMATED),
+    "simulate: shards in a node save nothing": ("plan/simulate/estimate.py", "zero_hpz_partition_size > 1 else 0", "zero_hpz_partition_size > 99 else 0", ESTIMATED),
+    "recipes: room is not asked": ("plan/memory.py", "outside[\"learner meanwhile\"] = ", "unused = ", ("test_recipes.py",)),
     "device: cached memory is kept": ("learner/zero3.py", "torch.accelerator.empty_cache()", "pass", DEVICE),
     "device: kernels are compiled into the home": ("run/process.py", "os.environ.setdefault(name, str(directory / part))", "pass", ("test_process.py",)),
     "device: another model runner": ("rollout/options.py", '"VLLM_USE_V2_MODEL_RUNNER": "0",', "", ("test_process.py",)),

@@ -19,6 +19,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of config keys, after all files.")
 ]
 Stage = Literal["sft", "grpo", "evaluate"]
+CardName = Literal["H100", "A100", "L40S", "4090"]
 STAGE_MODULES = {"sft": "tatar_dist.sft", "grpo": "tatar_dist.grpo", "evaluate": "tatar_dist.evaluate.runner"}
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, load nothing.")]
 
@@ -146,6 +147,8 @@ def plan(
     ] = None,
     times: Annotated[Path | None, typer.Option(metavar="FILE", help="Times from a YAML file instead.")] = None,
     gpus: Annotated[str | None, typer.Option(metavar="N,N", help="Numbers of GPUs to simulate.")] = None,
+    card: Annotated[CardName | None, typer.Option(help="GPUs to estimate times for; H100 when left out.")] = None,
+    nics: Annotated[int | None, typer.Option(min=1, help="Network cards of a node of them.")] = None,
     gpu_memory: Annotated[
         float | None, typer.Option(metavar="GiB", help="Of a GPU, for the estimate of memory; 80 when left out.")
     ] = None,
@@ -153,21 +156,21 @@ def plan(
 ) -> None:
     """Show what a run would start: processes, GPUs, batch split, memory per GPU. Loads no model.
 
-    Without --measured or --times, --simulate estimates an H100's times from FLOPs and bytes.
+    Without --measured or --times, --simulate estimates the times of --card from FLOPs and bytes.
 
     Example: [bold]tatar-dist plan --config configs/grpo.yaml --simulate --measured runs/grpo[/bold]
     """
     from tatar_dist.config.load import load_config
     from tatar_dist.plan.plan import STAGES
 
-    if not simulate and (measured or times or gpus):
-        raise UserError("--measured, --times and --gpus belong to --simulate: add it")
+    if not simulate and (measured or times or gpus or card or nics):
+        raise UserError("--measured, --times, --gpus, --card and --nics belong to --simulate: add it")
     if simulate and stage not in (None, "grpo"):
         raise UserError(f"--simulate --stage {stage}: only grpo is simulated")
     loaded = load_config([str(f) for f in config], overrides or [], unused=("output",))
     if simulate:
         from tatar_dist.plan.simulate import forecast
 
-        forecast.run(loaded, measured or [], times, gpus, as_json)
+        forecast.run(loaded, forecast.costs_from(loaded, measured or [], times, card, nics), gpus, as_json)
         return
     _print_plans(loaded, [stage] if stage else list(STAGES), as_json, gpu_memory=gpu_memory)

@@ -13,7 +13,7 @@ from simulate_cases import CONFIGS, COSTS, DEMO, GRPO, LENGTHS, demo, grpo, simu
 from tatar_dist.cli import main
 from tatar_dist.config.schema import to_yaml
 from tatar_dist.errors import UserError
-from tatar_dist.plan.simulate.costs import StepCosts, estimate, read_costs
+from tatar_dist.plan.simulate.costs import StepCosts, read_costs
 from tatar_dist.plan.simulate.forecast import Simulator, costs_from, draw_lengths, forecast, numbers_of_gpus
 from tatar_dist.plan.simulate.measured import costs_of_runs, fit, read_run
 from tatar_dist.plan.simulate.step import Setup
@@ -109,27 +109,6 @@ def test_fit_finds_the_costs_that_made_the_times():
     assert found == pytest.approx([2.0, 0.5, 0.0], rel=0.1)
 
 
-def test_seven_billion_parameters_need_four_gpus_and_one_gpu_is_not_enough():
-    simulator = Simulator(GRPO, estimate(GRPO))
-    assert simulator.best(1, "colocated") is None
-    assert simulator.best(2, "disaggregated") is None
-    assert min(learners for learners, _ in simulator.splits(8, "disaggregated")) == 4
-    small = Simulator(grpo("model.path=Qwen/Qwen2.5-VL-3B-Instruct"), estimate(grpo("model.path=Qwen2.5-VL-3B")))
-    assert small.fits(2, "disaggregated") and not small.fits(1, "disaggregated")  # gradients are float32
-
-
-def test_the_estimate_reads_the_weights_once_a_decode_step():
-    costs = estimate(GRPO)
-    assert costs.engine.per_step == pytest.approx(8.29e9 * 2 / (3.35e12 * 0.6) + 2e-3)
-    assert "nothing measured" in costs.source
-
-
-def test_adapters_spare_the_gradients_of_the_weights():
-    whole, adapted = (estimate(grpo(f"model.lora_rank={rank}", "grpo.kl_beta=0")).learner for rank in (0, 16))
-    assert adapted.per_token / whole.per_token == pytest.approx(6 / 8)  # of forward 2, again 2, inputs 2, weights 2
-    assert adapted.gather / whole.gather == pytest.approx(3 / 4)  # gathered three times, reduced once
-
-
 def test_plan_simulate_prints_tables_and_its_costs_can_be_given_back(tmp_path, capsys):
     words = ["plan", "--config", str(CONFIGS / "grpo.yaml"), "--simulate", "--gpus", "8,16", "grpo.max_steps=100"]
     assert main([*words, "--json"]) == 0
@@ -162,6 +141,7 @@ MINIMAL = {"lengths": {"iqa": [[50]], "iaa": [[150]]}, "engine": {"per_step": 0.
         ({"engine": 3}, "engine=3: must be a mapping of keys"),
         ({"learner": {"per_row": float("nan")}}, "must be a finite number"),
         ({"cores": 1.5}, "whole number"),
+        ({"card": "V100"}, "card='V100': must be one of H100, A100, L40S, 4090"),
         ({"lengths": {}}, "lengths={}: must hold at least 1"),
         ({"lengths": {"iqa": []}}, "lengths.iqa=.*: must hold at least 1"),
         ({"lengths": {"iqa": [[10], [0]]}}, "lengths.iqa.1.0=0: must be at least 1"),
@@ -194,6 +174,8 @@ def test_what_cannot_be_simulated_is_said(tmp_path):
         costs_from(grpo("model.path=someones/model"), [], None)
     with pytest.raises(UserError, match="give one of them"):
         costs_from(GRPO, [tmp_path], tmp_path)
+    with pytest.raises(UserError, match="leave out --measured and --times"):
+        costs_from(GRPO, [], tmp_path, "A100")
     with pytest.raises(UserError, match="no run directory"):
         costs_from(GRPO, [tmp_path], None)
     with pytest.raises(UserError, match="whole numbers"):
@@ -212,7 +194,12 @@ def test_what_cannot_be_simulated_is_said(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--gpus", "8"], "belong to --simulate"), (["--simulate", "--stage", "sft"], "only grpo is simulated")],
+    [
+        (["--gpus", "8"], "belong to --simulate"),
+        (["--card", "A100"], "belong to --simulate"),
+        (["--simulate", "--card", "V100"], "V100"),
+        (["--simulate", "--stage", "sft"], "only grpo is simulated"),
+    ],
 )
 def test_options_that_do_not_go_together_are_refused(words, said, capsys):
     assert main(["plan", "--config", str(CONFIGS / "grpo.yaml"), *words]) == 2
@@ -227,7 +214,7 @@ def test_a_run_with_other_completions_than_its_config_says_is_refused(tmp_path):
 
 
 def test_a_model_that_no_gpu_holds_is_a_note():
-    found = forecast(GRPO, replace(COSTS, parameters=70e9), [8])
+    found = forecast(grpo("model.path=Qwen2.5-VL-72B", "cluster.nodes=4"), replace(COSTS, parameters=73e9), [8])
     nothing = {"best": None, "efficiency": None, "disaggregated": None, "colocated": None}
     assert found["table"] == [{"gpus": 8} | nothing]
     assert "no split fits" in found["notes"][-1]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,17 @@ from rich.table import Table
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
-from tatar_dist.plan.plan import resolve
-from tatar_dist.plan.simulate.costs import StepCosts, estimate, read_costs
+from tatar_dist.models.costs import ModelSizes
+from tatar_dist.plan import memory
+from tatar_dist.plan.plan import Plan, resolve
+from tatar_dist.plan.simulate.costs import CardName, StepCosts, read_costs
+from tatar_dist.plan.simulate.estimate import estimate
 from tatar_dist.plan.simulate.measured import costs_of_runs
-from tatar_dist.plan.simulate.step import Setup, generate, learn_seconds, step_parts, step_seconds
+from tatar_dist.plan.simulate.step import Setup, calls, generate, learn_seconds, step_parts, step_seconds
 from tatar_dist.types import TASKS
 
 GPUS = tuple(1 << k for k in range(11))
 DRAWS = 48
-MEMORY = 0.85  # of a GPU for weights, gradients, optimiser; the rest for activations
-STATE_BYTES = 18  # a parameter: bf16 weight; float32 gradient, master copy and two moments (as plan/memory.py)
-REFERENCE_BYTES = 2  # a parameter of the frozen start model that the KL is against
-ENGINE_BYTES = 2
-KV_SHARE = 0.1  # of a GPU, the least an engine needs beside its weights
 PLACEMENTS = ("disaggregated", "colocated")
 
 
@@ -138,21 +136,41 @@ class Simulator:
         useful = {-(-prompts // k) for k in range(1, prompts + 1)}  # engines that make the calls smaller
         splits: list[tuple[int, int]] = []
         for learners in range(1, min(gpus, rows) + 1):
-            if rows % learners == 0 and self.fits(learners, placement):
+            if rows % learners == 0:
                 room = learners if shared else (gpus - learners) // tp
                 engines = {n for n in useful if n <= room} | {min(room, prompts)}
-                splits += [(learners, n) for n in sorted(engines) if n]
+                splits += [(learners, n) for n in sorted(engines) if n and self.fits(learners, n, placement)]
         return splits
 
-    def fits(self, learners: int, placement: str) -> bool:
-        """Return whether a learner's shard and an engine fit (colocated: one GPU); True if unknown."""
-        c, gpu = self.costs, self.costs.gpu_gib * 2**30
-        if not c.parameters or c.cores:
+    @cached_property
+    def sizes(self) -> tuple[Plan, ModelSizes] | None:
+        """Return what plan/memory.py needs; None if the model's sizes are unknown, or on CPUs."""
+        if not self.costs.parameters or self.costs.cores:
+            return None
+        try:
+            return resolve(self.config, "grpo"), memory.sizes_of(self.config.model.path)
+        except UserError:
+            return None
+
+    def fits(self, learners: int, engines: int, placement: str) -> bool:
+        """Return whether a learner has room, and an engine with its call, by plan/memory.py.
+
+        An engine gets gpu_memory_utilization or, if less is left beside a learner, that. True if sizes are unknown.
+        """
+        if self.sizes is None:
             return True
-        state = c.parameters * (STATE_BYTES + (REFERENCE_BYTES if self.config.grpo.kl_beta else 0)) / learners
-        weights = c.parameters * ENGINE_BYTES / self.config.rollout.tensor_parallel
-        beside = state if placement == "colocated" else 0
-        return state <= MEMORY * gpu and weights + beside <= (1 - KV_SHARE) * gpu
+        (plan, sizes), room, config = self.sizes, self.costs.gpu_gib * memory.GIB, self.config
+        assert plan.split is not None
+        split, colocated = replace(plan.split, ranks=learners), placement == "colocated"
+        plan = replace(plan, learners=learners, engines=engines, colocated=colocated, split=split)
+        if not memory.learner(config, plan, sizes, room).fits:
+            return False
+        r, engine = config.rollout, memory.engine(config, plan, sizes, room)
+        if (excess := engine.total / room - (1 - memory.HEADROOM)) > 0:
+            lower = replace(r, gpu_memory_utilization=r.gpu_memory_utilization - excess - 1e-9)
+            engine = memory.engine(replace(config, rollout=lower), plan, sizes, room)
+        call = len(calls(replace(self.setup, engines=engines))[0]) * config.grpo.group_size
+        return engine.fits and (engine.sequences or 0) >= min(call, r.max_num_seqs)
 
     def best(self, gpus: int, placement: str) -> Prediction | None:
         """Return the split with the shortest step, on ties the fewest GPUs; None if nothing fits."""
@@ -163,8 +181,9 @@ class Simulator:
 def forecast(config: Config, costs: StepCosts, gpus: Sequence[int] = GPUS) -> dict[str, Any]:
     """Return the `--json` object: the configured split, and the best splits for each of `gpus`.
 
-    "table" has the best split of each placement (None: nothing fits). "efficiency": GPU-seconds of a step on the fewest
-    GPUs that work, over those on n. "run_seconds" leaves out the start and evaluations; None: steps are unknown.
+    "limit": the configured split at the card's peak rates (None: no estimate). "table" has the best split of each
+    placement (None: nothing fits). "efficiency": GPU-seconds of a step on the fewest GPUs that work, over those on n.
+    "run_seconds" leaves out the start and evaluations; None: steps are unknown.
 
     Raises:
         UserError: a number below 1, times of CPUs for a cluster of GPUs or the reverse, more learners than completions.
@@ -186,6 +205,10 @@ def forecast(config: Config, costs: StepCosts, gpus: Sequence[int] = GPUS) -> di
 
     shared, simulator = Simulator(config, costs, shared_cores=True), Simulator(config, costs)
     configured = shared.predict(plan.learners, plan.engines, config.cluster.placement)
+    limit = None
+    if costs.card and simulator.sizes:
+        peak = Simulator(config, replace(estimate(config, costs.card, costs.nics, peak=True), lengths=costs.lengths))
+        limit = asdict(peak.predict(plan.learners, plan.engines, config.cluster.placement))
     table: list[dict[str, Any]] = []
     least = None  # GPU-seconds of a step on the fewest GPUs that work
     for n in sorted(set(gpus)):
@@ -201,6 +224,7 @@ def forecast(config: Config, costs: StepCosts, gpus: Sequence[int] = GPUS) -> di
         "notes": _notes(costs, simulator),
         "steps": plan.steps,
         "configured": record(configured),
+        "limit": limit,
         "table": table,
         "costs": asdict(costs),
     }
@@ -212,22 +236,26 @@ def _notes(costs: StepCosts, simulator: Simulator) -> list[str]:
         notes.append("CPUs: the table supposes for every process the cores that the measured ones shared")
     if not costs.switch:
         notes.append("colocated: what putting engines to sleep and waking them costs was not measured, 0 is taken")
-    fewest = next((n for n in range(1, simulator.setup.rows + 1) if simulator.fits(n, "disaggregated")), None)
+    fewest = next((n for n in range(1, simulator.setup.rows + 1) if simulator.fits(n, n, "disaggregated")), None)
     if fewest is None:
-        cure = "raise rollout.tensor_parallel, or take larger ones"
+        cure = f"tatar-dist plan --gpu-memory {costs.gpu_gib:g} says what to change"
         notes.append(f"memory: no split fits GPUs of {costs.gpu_gib:g} GiB: {cure}")
     elif fewest > 1:
         notes.append(f"memory: the learners' state takes at least {fewest} GPUs of {costs.gpu_gib:g} GiB")
     return notes
 
 
-def costs_from(config: Config, measured: Sequence[Path], times: Path | None) -> StepCosts:
-    """Return costs of runs, a file, or else estimated. Raises UserError: both given, bad input."""
+def costs_from(
+    config: Config, measured: Sequence[Path], times: Path | None, card: CardName | None = None, nics: int | None = None
+) -> StepCosts:
+    """Return costs of runs, of a file, or estimated. Raises UserError: two given, bad input."""
     if measured and times:
         raise UserError("--measured and --times both say what a step costs: give one of them")
+    if (measured or times) and (card or nics):
+        raise UserError("--card and --nics choose hardware to estimate for: leave out --measured and --times")
     if measured:
         return costs_of_runs(measured)
-    return read_costs(times) if times else estimate(config)
+    return read_costs(times) if times else estimate(config, card or "H100", nics)
 
 
 def numbers_of_gpus(text: str | None) -> Sequence[int]:
@@ -238,9 +266,9 @@ def numbers_of_gpus(text: str | None) -> Sequence[int]:
         raise UserError(f"--gpus {text}: expected whole numbers with commas between, such as 8,64,512") from None
 
 
-def run(config: Config, measured: Sequence[Path], times: Path | None, gpus: str | None, as_json: bool) -> None:
+def run(config: Config, costs: StepCosts, gpus: str | None, as_json: bool) -> None:
     """Print the forecast. Raises UserError for bad options or costs."""
-    prediction = forecast(config, costs_from(config, measured, times), numbers_of_gpus(gpus))
+    prediction = forecast(config, costs, numbers_of_gpus(gpus))
     if as_json:
         print(json.dumps(prediction))
         return
@@ -266,7 +294,10 @@ def _configured(prediction: dict[str, Any], config: Config) -> Table:
     table.add_column(overflow="fold")
     table.add_row("split", f"{p['learners']} learners + {p['engines']} engines, {p['placement']}")
     table.add_row("step", f"{duration(p['step_seconds'])} (95 % under {duration(p['step_p95'])})")
-    table.add_row("parts", ", ".join(f"{name} {duration(s)}" for name, s in p["parts"].items() if s))
+    for name, of in (("parts", p), ("limit", prediction["limit"])):
+        if of:
+            total = f"{duration(of['step_seconds'])} at peak rates: " if name == "limit" else ""
+            table.add_row(name, total + ", ".join(f"{part} {duration(s)}" for part, s in of["parts"].items() if s))
     table.add_row("idle", f"engines {p['rollout_idle']:.0%}, learners {p['learner_idle']:.0%} of a step")
     table.add_row("tokens", f"{p['tokens_per_second']:,.0f} a second")
     total = "unknown: manifests not there yet"

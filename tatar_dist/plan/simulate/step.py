@@ -156,15 +156,17 @@ def _counts(batch: Sequence[Unit], g: int) -> tuple[int, int, int]:
 
 def learn_seconds(costs: LearnerCosts, setup: Setup, lengths: np.ndarray) -> float:
     """Return the seconds of an update. Raises UserError as `learn_work` does."""
-    *per_unit, gather, across_nodes, serial = astuple(costs)
+    *per_unit, gather, across_nodes, serial, per_shard, overlap = astuple(costs)
     if across_nodes is not None and 0 < setup.config.cluster.gpus_per_node < setup.learners:
         gather = across_nodes
+    seconds = learn_work(setup, lengths) * [*per_unit, gather]
+    hidden = overlap * min(seconds[2:5].sum(), seconds[5])
     slow_down = setup.slow_down(serial, setup.learners, setup.learners)
-    return float(learn_work(setup, lengths) @ [*per_unit, gather]) * slow_down
+    return float(seconds.sum() - hidden + per_shard / setup.learners) * slow_down
 
 
 def push_work(setup: Setup, gb: float) -> np.ndarray:
-    """Return the (3,) work of a push, in the order of `PushCosts`.
+    """Return the (3,) work of a push, in the order of the first of `PushCosts`.
 
     Buckets are pipelined: gathering overlaps loading, so n buckets take n + 1 times the slower of these two stages,
     `per_gb`. Each further node of engines is sent a copy.
@@ -175,13 +177,22 @@ def push_work(setup: Setup, gb: float) -> np.ndarray:
     return np.array([1.0, gb * (1 + 1 / buckets), gb * (receivers - 1)])
 
 
+def push_seconds(costs: StepCosts, setup: Setup) -> float:
+    """Return the seconds of a weight push."""
+    push = (setup.colocated and costs.push_colocated) or costs.push
+    per_push, per_gb, per_receiver, across_nodes = astuple(push)
+    if across_nodes is not None and 0 < setup.config.cluster.gpus_per_node < setup.gpus:
+        per_gb = across_nodes
+    return float(push_work(setup, costs.model_gb) @ [per_push, per_gb, per_receiver])
+
+
 def step_parts(costs: StepCosts, setup: Setup, generate: Any, learn: Any) -> dict[str, Any]:
     """Return a step's seconds by part from those of engines and learners, floats or (draws,)."""
     parts = {
         "generate": generate,
         "reward": costs.reward.per_batch + costs.reward.per_completion * setup.rows,
         "learn": learn,
-        "sync": float(push_work(setup, costs.model_gb) @ astuple(costs.push)),
+        "sync": push_seconds(costs, setup),
         "other": costs.other.per_step + costs.other.per_completion * setup.rows,
     }
     return parts | ({"switch": costs.switch} if setup.colocated else {})
