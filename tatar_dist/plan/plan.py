@@ -284,7 +284,7 @@ def check_inputs(config: Config, stage: str) -> None:
             if root is not None and not root.is_dir() and "image_bytes" not in _columns(manifest):
                 raise UserError(f"data.image_root={root}: no such directory{looked_in(root)}")
     Prompts.load(config.data.prompts)
-    family(config.model.family).check_directory(config.model.path)
+    family(config.model.family).check_directory(config.model.path, trained=stage != "evaluate")
 
 
 def _columns(manifest: Path) -> list[str]:

@@ -18,6 +18,7 @@ from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config, ModelConfig, RolloutConfig
 from tatar_dist.config.validate import read_yaml
 from tatar_dist.errors import UserError
+from tatar_dist.models.files import check_adapter, check_files
 
 PROMPTS = "prompts.yaml"
 UNTOUCHED = 12_845_056  # max_pixels of Qwen's own processors: more tokens than a context holds
@@ -33,6 +34,7 @@ def model_config(model: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     if not directory.is_dir():
         hint = "a run's newest model is in RUN/checkpoints/latest/model"
         raise UserError(f"{model}: no such model directory{looked_in(model)}; {hint}")
+    check_adapter(directory)
     settings = _json(directory / "config.json")
     if settings is None:
         raise UserError(f"{model}: no config.json in it, so it is not a Hugging Face model directory")
@@ -61,8 +63,7 @@ def _family(directory: Path, settings: dict[str, Any]) -> str:
     kind = str(settings.get("model_type"))
     if kind not in names():
         raise UserError(f"{directory}: model_type is {kind!r}; known families are {', '.join(names())}")
-    if not any(directory.glob("*.safetensors")):
-        raise UserError(f"{directory}: holds no *.safetensors weights")
+    check_files(directory, settings, trained=False)
     return kind
 
 
