@@ -6,6 +6,7 @@ come back. Engines and the reward actor, which only GRPO has, survive that, unle
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ from tatar_dist.cluster.prometheus import Exporter
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.cluster.reward import RemoteScorer
 from tatar_dist.cluster.selfcheck import verify
-from tatar_dist.config.schema import Config
-from tatar_dist.errors import Interrupted, LearnersFailed, StopRequested, UserError
+from tatar_dist.config.schema import Config, OptimConfig
+from tatar_dist.errors import Interrupted, LearnersFailed, RunError, StopRequested, UserError
 from tatar_dist.faults.health import LIVING, State
 from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.faults.stall import StallDetector, Stalled, processes_of
@@ -77,6 +78,7 @@ class Run:
         self._up = False  # the learners are up and hold the weights of the next step
         self._was_up = False  # the learners were up once
         self._stopping = False  # a signal cut the step short
+        self._skipped = 0  # steps in a row whose gradient was not finite
         self._failures = 0  # failures of the learners since the last finished step
 
     def __enter__(self) -> Run:
@@ -129,6 +131,7 @@ class Run:
         seconds, self._failures = time.perf_counter() - self._began, 0
         last = step + 1 == self._total
         self.directory.log(step, metrics)
+        self._check_finite(step, metrics)
         self.directory.events.log("step/done", seconds=round(seconds, 3))
         self._watch.step(seconds)
         if self._exporter:
@@ -144,6 +147,33 @@ class Run:
             self._checkpoints.finish()
         elif self._stop_signals.requested:
             self._stop(step + 1, self._data.state())
+
+    def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
+        """Stop the run, or count a skipped step, if the step's loss or gradient norm is not finite.
+
+        Raises:
+            RunError: `optim.on_nonfinite=stop`, or more than `optim.max_skipped` steps in a row.
+        """
+        optim: OptimConfig = getattr(self.config, self.stage).optim
+        bad = [f"{k}={metrics[k]}" for k in ("loss/total", "optim/grad_norm") if not math.isfinite(metrics[k])]
+        if not bad:
+            self._skipped = 0
+            return
+        reason = ", ".join(bad)
+        if optim.on_nonfinite == "skip" and not math.isfinite(metrics["optim/grad_norm"]):
+            self._skipped += 1
+            self._log("step/skipped", reason=reason, in_a_row=self._skipped)
+            if self._skipped <= optim.max_skipped:
+                return
+        skipped = f", after {optim.max_skipped} skipped steps" if self._skipped > 1 else ""
+        self._checkpoints.finish(strict=False)
+        newest = latest(self.directory.path)
+        raise RunError(
+            f"step {step}: {reason}{skipped}: the run stops; "
+            + (f"the last checkpoint is {newest[0].name}" if newest else "there is no checkpoint yet")
+            + f". Lower {self.stage}.optim.lr or clip_norm, check model.path and the data for values that are not "
+            f"finite, or set {self.stage}.optim.on_nonfinite=skip"
+        )
 
     def push_weights(self, version: int) -> dict[str, float]:
         """Push the learners' weights as `version`. Returns sync/seconds and sync/bytes."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Lt
 from omegaconf import OmegaConf
 from pydantic.dataclasses import dataclass
 
@@ -20,6 +20,7 @@ RankPool = Annotated[Int, Ge(2), Why("a single image cannot be ranked")]
 GroupSize = Annotated[Int, Ge(2), Why("an advantage compares completions of one prompt")]
 RatioCap = Annotated[Float, Ge(1), Why("it caps a ratio that is 1 where engine and learner agree")]
 Temperature = Annotated[AboveZero, Why("greedy completions of one prompt are all alike: no group has an advantage")]
+Beta = Annotated[Float, Ge(0), Lt(1)]
 Schedule = Literal["linear", "cosine", "constant"]
 Importance = Literal["auto", "none", "token", "sequence"]
 Aggregation = Literal["sequence-mean", "token-mean", "constant"]
@@ -80,19 +81,21 @@ class OptimConfig:
     name: Literal["adamw", "sgd"] = "adamw"  # the optimiser
     lr: NotNegative = 1e-6  # learning rate after warm-up
     lr_scale: dict[str, NotNegative] = field(default_factory=dict)  # part of a parameter's name -> factor on its lr
-    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
-    eps: Float = 1e-8  # of AdamW
-    weight_decay: Float = 0.0  # decoupled with adamw, L2 with sgd
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # of AdamW
+    eps: AboveZero = 1e-8  # of AdamW
+    weight_decay: NotNegative = 0.0  # decoupled with adamw, L2 with sgd; of matrices, not of norms and biases
     schedule: Schedule = "linear"  # of the learning rate after warm-up
     warmup_steps: AtLeastZero = 0  # steps from 0 to lr, linear
-    clip_norm: Float = 1.0  # largest gradient norm; 0 = no clipping
+    clip_norm: NotNegative = 1.0  # largest gradient norm; 0 = no clipping
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a step whose gradient is infinite or NaN: never applied
+    max_skipped: AtLeastOne = 3  # steps skipped in a row by on_nonfinite=skip; one more stops the run
 
 
 @dataclass(frozen=True, config=STRICT_KEYS)
 class SFTConfig:
     global_batch: AtLeastOne = 128  # rows per optimiser step; fixed, whatever the number of ranks
     micro_tokens: AtLeastOne = 16384  # tokens in one forward, prompts and answers packed; a longer row goes alone
-    epochs: Float = 2.0  # passes over the training rows; max_steps overrides it
+    epochs: AboveZero = 2.0  # passes over the training rows; max_steps overrides it
     max_steps: AtLeastOne | None = None  # optimiser steps; null = what epochs come to
     max_tokens: Int = 4096  # prompt + answer; longer rows are rejected
     eval_every: AtLeastZero = 100  # held-out loss, in steps; 0 = only at the end

@@ -152,7 +152,10 @@ class Zero3:
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def optimizer_step(self) -> float:
-        """Call after every backward; updates after a step's last. Returns its gradient norm, else 0."""
+        """Call after every backward; updates after a step's last. Returns its gradient norm, else 0.
+
+        DeepSpeed drops an update whose norm is infinite or NaN, on all ranks; the norm is then infinite.
+        """
         boundary = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
         return float(self.engine.get_global_grad_norm() or 0.0) if boundary else 0.0

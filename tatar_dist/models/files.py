@@ -65,7 +65,7 @@ def shards(directory: Path) -> list[Path]:
     absent = [n for n in names if not (directory / n).is_file()]
     if absent:
         raise UserError(
-            f"{directory}: {len(absent)} of {len(names)} weight files that {INDEX} names are absent, first {absent[0]}: "
+            f"{directory}: {len(absent)} of {len(names)} weight files that {INDEX} names are absent ({absent[0]}): "
             "fetch the model again"
         )
     return [directory / n for n in names]
