@@ -108,7 +108,8 @@ class Learner:
             self.zero3.backward(loss)
             norm = self.zero3.optimizer_step() or norm
             total += float(loss.detach())
-        self._check_weights(batch, step)
+        if math.isfinite(norm):  # otherwise the update was dropped
+            self._check_weights(batch, step)
         metrics = self.zero3.all_reduce({"loss/total": total})
         metrics |= {"optim/lr": lr, "optim/grad_norm": norm}
         return StepReport(metrics, time.perf_counter() - start)
@@ -200,7 +201,8 @@ class Learner:
                     gap = self._checked_gap(gap_sum, gap_max, sums["tokens"])  # before anything is updated
                 made = self.zero3.optimizer_step()
                 norm = made if made and math.isfinite(norm) else norm  # one that is not finite is reported
-        self._check_weights(batch, step)
+        if math.isfinite(norm):  # otherwise the update was dropped
+            self._check_weights(batch, step)
         total = self.zero3.all_reduce(sums)
         ratio = self.zero3.all_reduce({"ratio": ratio_max}, dist.ReduceOp.MAX)["ratio"]
         policy, kl = (total.get(k, 0.0) / g.inner_iterations for k in ("policy", "kl"))

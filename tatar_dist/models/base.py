@@ -6,9 +6,11 @@ Turns rendered prompts and images into input ids, image features and hidden stat
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -89,21 +91,28 @@ class QwenVL:
         Raises:
             UserError: tensors that are missing, unknown or of another shape, counted, with the first names.
         """
-        if not self.check_directory(self.config.path).get("quantization_config"):
-            self._load(device_map="meta")
+        settings = self.check_directory(self.config.path)
+        if settings and not settings.get("quantization_config"):
+            with contextlib.redirect_stderr(StringIO()):  # a bar
+                self._load(device_map="meta")
 
     def _load(self, **options: Any) -> torch.nn.Module:
         """Load by transformers. Raises UserError if its report names any tensor."""
         import transformers
 
-        model, report = getattr(transformers, self.model_class).from_pretrained(
-            self.config.path,
-            dtype=getattr(torch, self.config.dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below
-            **options,
-        )
+        told = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # of its table of a hundred lines, one is made below
+        try:
+            model, report = getattr(transformers, self.model_class).from_pretrained(
+                self.config.path,
+                dtype=getattr(torch, self.config.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+        finally:
+            transformers.logging.set_verbosity(told)
         kinds = (("missing", "missing_keys"), ("unknown", "unexpected_keys"), ("of another shape", "mismatched_keys"))
         found = [(kind, sorted(map(_name, report[key]))) for kind, key in kinds if report[key]]
         if found:

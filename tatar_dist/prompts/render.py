@@ -23,6 +23,7 @@ class PromptTexts:
         backbone_class.check_directory(config.model.path)
         with contextlib.redirect_stderr(StringIO()):
             self.backbone = backbone_class(config.model)
+        self.backbone.check_weights()
         self.wording = Prompts.load(config.data.prompts)
         self._data = config.data
         self.text = {task: self.wording.render(task, self._chat) for task in self.wording.user}  # type: ignore[arg-type]

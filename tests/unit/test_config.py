@@ -135,6 +135,11 @@ def test_missing_value_missing_file_and_broken_yaml_are_named(tmp_path):
         "data.min_rank_pool=1",
         "rollout.temperature=0",
         "sft.optim.lr_scale={norm: -1}",
+        "sft.epochs=-3",
+        "sft.optim.clip_norm=-1",
+        "sft.optim.weight_decay=-1",
+        "grpo.optim.betas=[0.9, 1.5]",
+        "grpo.optim.eps=0",
         "reward.preset=tatr",
     ],
 )
