@@ -6,6 +6,7 @@ come back. Engines and the reward actor, which only GRPO has, survive that, unle
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 import time
@@ -30,7 +31,8 @@ from tatar_dist.plan.plan import Stage, resolve
 from tatar_dist.plan.proven import unproven
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.checkpoints import CheckpointRef, Checkpoints, latest
-from tatar_dist.run.directory import RunDirectory
+from tatar_dist.run.directory import PROMPTS, RunDirectory
+from tatar_dist.run.identity import identity
 from tatar_dist.run.progress import Progress
 from tatar_dist.sync import weight_push
 from tatar_dist.sync.object_store import ObjectStorePush
@@ -185,8 +187,9 @@ class Run:
         """Find the checkpoint to start from and start Ray. Returns False when all steps are done."""
         c, run = self.config, self.directory.path
         self._opened, self._data, self._total = True, data, data.total
+        self._identity = json.loads(json.dumps(identity(c, self.stage, self.directory.records[PROMPTS])))
         self._checkpoints = Checkpoints(run.absolute(), c.checkpoint, self.directory.events)
-        self._checkpoint = self._checkpoints.resume(self._identity()) if c.checkpoint.resume else None
+        self._checkpoint = self._checkpoints.resume(self._identity) if c.checkpoint.resume else None
         self._step = self._at = self._checkpoint[1]["step"] if self._checkpoint else 0
         self.directory.rewind(self._step)
         if self._step >= self._total:
@@ -201,6 +204,7 @@ class Run:
         enter(self.directory.running(self.stage, self._total, self._step, self.plan.learners, self.plan.engines))
         self._cluster = enter(Cluster(c, self._log, overlap, self.waits))
         check_fit(c, self.plan, self._cluster.smallest_gpu())
+        self.directory.record()
         self._progress = enter(Progress(self.stage, self._total, self._step))
         enter(self._watch)
         self._stack.callback(self._checkpoints.abandon)  # its thread must not use Ray after the shutdown
@@ -297,14 +301,9 @@ class Run:
 
     def _newest(self) -> CheckpointRef | None:
         """Find the checkpoint to restart from; with `checkpoint.resume=false` only this process's."""
-        checkpoint = self._checkpoints.resume(self._identity())
+        checkpoint = self._checkpoints.resume(self._identity)
         ours = checkpoint and (self.config.checkpoint.resume or checkpoint[1].get("by") == self._id)
         return checkpoint if ours else None
-
-    def _identity(self) -> dict[str, Any]:
-        m = self.config.model
-        adapters = {f"model.{k}": getattr(m, k) for k in ("lora_rank", "lora_alpha", "lora_targets") if m.lora_rank}
-        return {"stage": self.stage, "model.path": m.path, **adapters}
 
     def _log(self, event: str, **fields: Any) -> None:
         """Log an event of an actor. It counts as progress; engine states are exported as metrics."""
@@ -316,7 +315,7 @@ class Run:
 
     def _save(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> None:
         self.directory.begin("checkpoint", step)
-        whole = {"same": self._identity(), "by": self._id, **state}
+        whole = {"same": self._identity, "by": self._id, **state}
         self._checkpoints.save(step, whole, self.learners, metrics)
         self._watch.progress()
 

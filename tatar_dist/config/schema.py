@@ -107,7 +107,7 @@ class GRPOConfig:
     prompts_per_step: AtLeastOne = 16  # prompts, one image each, per optimiser step
     group_size: GroupSize = 8  # G, completions per prompt
     micro_tokens: AtLeastOne = 16384  # tokens in one forward, each prompt counted once; a longer group goes alone
-    epochs: Float = 3.0  # passes over the training prompts; max_steps overrides it
+    epochs: AboveZero = 3.0  # passes over the training prompts; max_steps overrides it
     max_steps: AtLeastOne | None = None  # optimiser steps; null = what epochs come to
     kl_beta: NotNegative = 0.001  # weight of the k3 KL to the start model; 0 loads no reference model
     kl_schedule: Schedule = "constant"  # the way from kl_beta to kl_beta_end over the run
@@ -185,6 +185,7 @@ class CheckpointConfig:
     verify: bool = True  # read everything and compare checksums before resuming
     storage: Literal["shared", "local"] = "shared"  # local: only the controller sees output, parts come through Ray
     resume: bool = True  # continue from OUTPUT/checkpoints/latest when it exists
+    accept: list[str] = field(default_factory=list)  # keys, or sections, that may differ from the run's so far
     grace_seconds: AboveZero = 120.0  # from SIGTERM or SIGUSR1 to the end of the process
 
 

@@ -105,6 +105,7 @@ class Evaluation:
     def run(self) -> dict[str, Any]:
         """Generate missing answers and write the results."""
         start, path = time.perf_counter(), self.directory.path
+        self.directory.record()
         units = self.total * len(self.sampling)
         with (
             self.directory.running("evaluate", units, 0, 0, self.plan.engines),

@@ -69,7 +69,7 @@ class PromptSource:
         self.missing: Counter[tuple[str, str]] = Counter()
         self.texts = texts or PromptTexts(config)
         self.backbone = self.texts.backbone
-        (run.path / PROMPTS).write_text(self.texts.wording.to_yaml())  # an exported model takes its wording from here
+        run.records[PROMPTS] = self.texts.wording.to_yaml()  # an exported model takes its wording from here
 
     def problem(self, sample: Sample, supervised: bool = False) -> str | None:
         """Return why a sample cannot be used, as a prompt or as a supervised row, or None if it can."""

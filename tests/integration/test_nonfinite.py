@@ -33,7 +33,7 @@ def test_weights_that_give_no_finite_answer_are_not_saved(model_untied, make_con
     first = make_config(model_untied, *EVERY, "sft.max_steps=2")
     sft.run(first)
     assert steps(first.output) == [2]
-    config = make_config(model_untied, *EVERY, "sft.max_steps=6", "sft.optim.lr=1e30")
+    config = make_config(model_untied, *EVERY, "sft.max_steps=6", "sft.optim.lr=1e30", "checkpoint.accept=[sft]")
     with pytest.raises(RunError, match=r"step [23]: .*not finite.*earlier ones stay. Lower sft.optim.lr"):
         sft.run(config)
     assert steps(first.output) == [2]
@@ -69,7 +69,7 @@ def test_a_grpo_run_that_diverges_keeps_its_checkpoint(model_untied, make_config
     words = ("checkpoint.every=1", "checkpoint.keep=1", "rollout.engines=1", "cluster.learners=1")
     good = make_config(model_untied, *words, "grpo.max_steps=1")
     grpo.run(good)
-    worse = make_config(model_untied, *words, "grpo.max_steps=4", "grpo.optim.lr=1e30")
+    worse = make_config(model_untied, *words, "grpo.max_steps=4", "grpo.optim.lr=1e30", "checkpoint.accept=[grpo]")
     with pytest.raises(RunError, match="not finite: no checkpoint"):
         grpo.run(worse)
     assert steps(good.output) == [1]
