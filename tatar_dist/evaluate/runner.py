@@ -114,7 +114,7 @@ class Evaluation:
         ):
             tokens, seconds = self._ask_all(progress)
             if not self.samples:
-                raise UserError("data.test: no usable sample")
+                raise UserError(f"data.test: no usable sample: {self.source.unusable}")
             result = self._results(path)
             result["tokens_per_second"] = tokens / seconds if tokens else None  # of this start; nothing asked: null
             result["seconds"] = time.perf_counter() - start

@@ -25,6 +25,7 @@ from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import answer_text
 from tatar_dist.prompts.render import PromptTexts
+from tatar_dist.prompts.unusable import TooLong, Unusable
 from tatar_dist.run.directory import PROMPTS, RunDirectory
 from tatar_dist.types import LearnerRow, Prompt, Sample
 
@@ -86,11 +87,13 @@ class PromptSource:
     """Render prompts for the model of `config`; quarantined samples are recorded in `run`.
 
     `missing` counts, by (data set, task), the samples that `held_out` could not use; an evaluation reports them.
+    `unusable` counts the reasons; methods that read samples raise UserError if the first 64 cannot be used.
     """
 
     def __init__(self, config: Config, run: RunDirectory, texts: PromptTexts | None = None) -> None:
         self.config, self.run = config, run
         self.missing: Counter[tuple[str, str]] = Counter()
+        self.unusable = Unusable()
         self.texts = texts or PromptTexts(config)
         self.backbone = self.texts.backbone
         run.records[PROMPTS] = self.texts.wording.to_yaml()  # an exported model takes its wording from here
@@ -109,7 +112,7 @@ class PromptSource:
         except (UnreadableImage, UserError) as e:  # UserError: a tag of the answer format in the rationale
             return str(e)
         limit = self.config.sft.max_tokens
-        return f"prompt and answer of {tokens} tokens are over sft.max_tokens={limit}" if tokens > limit else None
+        return TooLong.of("prompt and answer", tokens, "sft.max_tokens", limit) if tokens > limit else None
 
     def samples(self, sampler: PromptSampler, n: int) -> list[Sample]:
         """Return the sampler's next n samples, all usable; the others are quarantined and replaced."""
@@ -118,7 +121,10 @@ class PromptSource:
         for i in range(n):
             while isinstance(problem := samples[i], str):
                 self._quarantine(sampler, refs[i], problem)
-                refs[i] = sampler.replace(refs[i], refs)
+                try:
+                    refs[i] = sampler.replace(refs[i], refs)
+                except UserError as e:
+                    raise UserError(f"{e}; {self.unusable}") from None
                 (samples[i],) = self._checked(sampler.get, [refs[i]], sampler.supervised)
         return [sample for sample in samples if isinstance(sample, Sample)]
 
@@ -189,7 +195,9 @@ class PromptSource:
 
         samples = [read(place) for place in places]  # one thread: a Parquet file is not safe to share
         with ThreadPoolExecutor(CHECK_THREADS) as threads:
-            return list(threads.map(check, samples))
+            checked = list(threads.map(check, samples))
+        self.unusable.note(checked)
+        return checked
 
     def held_out_prompts(self) -> list[Prompt]:
         """Return prompts of `data.eval_limit` validation samples per data set; [] if no manifest."""

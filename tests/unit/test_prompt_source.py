@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -275,7 +277,7 @@ def test_the_length_of_a_supervised_row_is_prompt_image_and_answer(make_source, 
     assert source.problem(sample, supervised=True) is None
     limit_answers(source, exact - 1)
     assert source.problem(sample, supervised=True) == (
-        f"prompt and answer of {exact} tokens are over sft.max_tokens={exact - 1}"
+        f"prompt and answer of {exact} tokens is over sft.max_tokens={exact - 1}"
     )
     assert source.problem(sample) is None
 
@@ -311,3 +313,27 @@ def test_no_manifest_at_all_is_said_by_its_key():
 def test_a_directory_without_a_model_is_said_before_anything_is_loaded(make_source, tmp_path):
     with pytest.raises(UserError, match="no config.json in it"):
         make_source(f"model.path={tmp_path}")
+
+
+def test_a_limit_that_no_row_meets_is_said_at_once_with_the_value_that_would_do(make_source, tmp_path):
+    rows = [row(i) for i in range(90)]
+    write_manifest(tmp_path / "m.parquet", rows)
+    manifests = [read_manifest(tmp_path / "m.parquet")]
+    source = make_source("data.max_prompt_tokens=30")
+    with pytest.raises(UserError) as refused:
+        list(source.held_out(manifests, None))
+    told = str(refused.value)
+    assert told.startswith("none of the first 64 rows can be used: 64 of 64 rejected rows for one reason: prompt of ")
+    (most,) = re.findall(r"; data.max_prompt_tokens=(\d+) would take them$", told)
+    source.texts._data = dataclasses.replace(source.texts._data, max_prompt_tokens=int(most))
+    source.unusable = type(source.unusable)()
+    assert len(list(source.held_out(manifests, None))) == 90
+
+
+def test_a_manifest_away_from_its_pictures_is_said_at_once(make_source, tmp_path):
+    rows = [row(i) | {"image_bytes": None, "image": f"{i}.png"} for i in range(90)]
+    write_manifest(tmp_path / "m.parquet", rows)
+    source = make_source()
+    with pytest.raises(UserError, match="No such file or directory; data.image_root=DIRECTORY says where"):
+        list(source.held_out([read_manifest(tmp_path / "m.parquet")], 3))
+    assert len(quarantined(tmp_path)) < 64
