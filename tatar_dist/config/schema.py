@@ -159,7 +159,7 @@ class RolloutConfig:
 class RewardConfig:
     preset: str = "tatar"  # a name in tatar_dist/rewards/presets, or a YAML file of that form
     weights: dict[str, float] = field(default_factory=dict)  # overrides of the preset's term weights
-    params: dict[str, float] = field(default_factory=dict)  # overrides of the preset's constants
+    params: dict[str, bool | float | str | None] = field(default_factory=dict)  # overrides of the preset's constants
 
 
 @dataclass(frozen=True, config=STRICT_KEYS)
