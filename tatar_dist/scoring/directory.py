@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,14 @@ def model_config(model: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     directory = locate(os.fspath(model))
     if not directory.is_dir():
         hint = "a run's newest model is in RUN/checkpoints/latest/model"
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", os.fspath(model)):
+            hint += f"; to score with a model of the hub, first: hf download {model} --local-dir DIRECTORY"
         raise UserError(f"{model}: no such model directory{looked_in(model)}; {hint}")
     check_adapter(directory)
     settings = _json(directory / "config.json")
+    newest = directory / "checkpoints/latest/model"
+    if settings is None and newest.is_dir():
+        raise UserError(f"{model}: a run directory; its newest model is {Path(model) / 'checkpoints/latest/model'}")
     if settings is None:
         raise UserError(f"{model}: no config.json in it, so it is not a Hugging Face model directory")
     kind = _family(directory, settings)
