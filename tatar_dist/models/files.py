@@ -1,4 +1,4 @@
-"""Check the files of a model directory before anything is started on them. Does not import torch.
+"""Check the files of a model directory before anything is started on them. No torch.
 
 `check_files` reads headers only, so it takes milliseconds for a model of any size. Whether the tensors are those that
 the model class expects is known to transformers: `QwenVL.check_weights`.
@@ -48,7 +48,7 @@ def check_files(directory: Path, settings: dict[str, Any], trained: bool) -> Non
 
 
 def shards(directory: Path) -> list[Path]:
-    """Return the weight files of a model directory. Raises UserError if one of the index is absent."""
+    """Return a model directory's weight files. Raises UserError if one of the index is absent."""
     index = directory / INDEX
     if not index.exists():
         found = sorted(directory.glob("*.safetensors"))

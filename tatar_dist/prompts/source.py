@@ -25,7 +25,7 @@ from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import answer_text
 from tatar_dist.prompts.render import PromptTexts
-from tatar_dist.prompts.unusable import TooLong, Unusable
+from tatar_dist.prompts.unusable import Rejections, TooLong
 from tatar_dist.run.directory import PROMPTS, RunDirectory
 from tatar_dist.types import LearnerRow, Prompt, Sample
 
@@ -62,7 +62,7 @@ def _windows(rows: Iterable[int]) -> Iterator[tuple[int, ...]]:
 
 
 def spread(manifests: Sequence[Manifest], dataset: str) -> list[tuple[int, str, int]]:
-    """Order a data set's (manifest, task, row) so that the first of them, however many, span its scores.
+    """Order a data set's (manifest, task, row): the first of them, however many, span its scores.
 
     Rows are sorted by score, ties at random with a fixed seed, and taken by the van der Corput sequence in base 2: the
     middle, the quarters, the eighths. A set whose rows are sorted by source or by score so gives a fair sample.
@@ -93,7 +93,7 @@ class PromptSource:
     def __init__(self, config: Config, run: RunDirectory, texts: PromptTexts | None = None) -> None:
         self.config, self.run = config, run
         self.missing: Counter[tuple[str, str]] = Counter()
-        self.unusable = Unusable()
+        self.unusable = Rejections()
         self.texts = texts or PromptTexts(config)
         self.backbone = self.texts.backbone
         run.records[PROMPTS] = self.texts.wording.to_yaml()  # an exported model takes its wording from here
@@ -138,7 +138,7 @@ class PromptSource:
         supervised: bool = False,
         known: Callable[[Sample], bool] = lambda sample: False,
     ) -> Iterator[Sample]:
-        """Yield each data set's usable samples in manifest order, or `per_dataset` of them (`spread`).
+        """Yield each data set's usable samples in manifest order, or `per_dataset` by `spread`.
 
         Rows are read lazily, pool by pool; a sample with `known` true counts as usable without a check of its image.
         """

@@ -24,7 +24,7 @@ class TooLong(str):
         return reason
 
 
-class Unusable:
+class Rejections:
     """Count of usable samples and of reasons why others are not."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The settings that determine what a run learns; a resumed run must share them with its checkpoint.
+"""The settings that determine what a run learns, which a resumed run must share.
 
 All but those in `FREE` count: machines, speed, supervision and what is measured may change at any time. What is meant
 to change is named in `checkpoint.accept`.
@@ -49,7 +49,7 @@ def identity(config: Config, stage: str, wording: str) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return {key: [was, is]} of what differs. Keys that another version did not write are left out."""
+    """Return {key: [was, is]} of what differs, without keys that another version did not write."""
     return {k: [before[k], now[k]] for k in now if k in before and before[k] != now[k]}
 
 
