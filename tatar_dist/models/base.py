@@ -200,5 +200,5 @@ class QwenVL:
 
 
 def _name(key: Any) -> str:
-    """Return a tensor's name from the loading report, which has names or (name, shape, shape)."""
+    """Return a tensor's name from the loading report: a name, or (name, shape, shape)."""
     return key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} for {tuple(key[2])}"

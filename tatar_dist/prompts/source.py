@@ -62,7 +62,7 @@ def _windows(rows: Iterable[int]) -> Iterator[tuple[int, ...]]:
 
 
 def spread(manifests: Sequence[Manifest], dataset: str) -> list[tuple[int, str, int]]:
-    """Order a data set's (manifest, task, row): the first of them, however many, span its scores.
+    """Order a data set's (manifest, task, row) so that any first ones span its scores.
 
     Rows are sorted by score, ties at random with a fixed seed, and taken by the van der Corput sequence in base 2: the
     middle, the quarters, the eighths. A set whose rows are sorted by source or by score so gives a fair sample.
