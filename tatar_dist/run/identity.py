@@ -49,7 +49,7 @@ def identity(config: Config, stage: str, wording: str) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return {key: [was, is]} of what differs, but keys that another version did not write."""
+    """Return {key: [was, is]} of what differs; keys of one side alone are left out."""
     return {k: [before[k], now[k]] for k in now if k in before and before[k] != now[k]}
 
 
