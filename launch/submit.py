@@ -36,6 +36,9 @@ from tatar_dist.config.load import load_config  # noqa: E402
 from tatar_dist.config.schema import Config  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
 from tatar_dist.plan.plan import Plan, Stage, as_table, resolve  # noqa: E402
+from tatar_dist.run.process import short_temp_dir  # noqa: E402
+
+LONGEST_TEMP = 20  # of 107 bytes, Ray's sockets in /tatar-ray-XXXXXXXX/NODE take the rest
 
 COMMANDS: dict[str, Stage] = {"sft": "sft", "grpo": "grpo", "eval": "evaluate"}
 RAY = str(Path(sys.executable).with_name("ray"))  # of this environment, activated or not
@@ -54,6 +57,11 @@ def slurm_config() -> str:
         done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=20)
     except subprocess.TimeoutExpired:
         return ""
+    except OSError as e:
+        raise UserError(
+            f"sbatch is here but scontrol is not ({e.strerror}): whether Slurm runs cannot be asked: put Slurm's bin/ "
+            "on the PATH, or take sbatch off it"
+        ) from None
     return "" if done.returncode else done.stdout
 
 
@@ -176,7 +184,9 @@ def local_cluster(config: Config, nodes: int) -> Iterator[dict[str, str]]:
     for number in SIGNALS:
         signal.signal(number, leave)
     with (
-        tempfile.TemporaryDirectory(prefix="tatar-ray-", ignore_cleanup_errors=True) as directory,
+        tempfile.TemporaryDirectory(
+            prefix="tatar-ray-", dir=short_temp_dir(LONGEST_TEMP), ignore_cleanup_errors=True
+        ) as directory,
         ExitStack() as stack,
     ):
         env = secured(Path(directory, "token"))
@@ -259,7 +269,7 @@ def run(stage: str, nodes: int, words: list[str], wait: bool, dry: bool) -> int:
         joined = {"RAY_ADDRESS": address} if address else {}
         return show(plan, [(here, joined)]) if dry else run_stage(here, dict(os.environ))
     if dry:
-        port, directory = free_port(), Path(tempfile.gettempdir(), f"tatar-ray-{secrets.token_hex(4)}")
+        port, directory = free_port(), Path(short_temp_dir(LONGEST_TEMP), f"tatar-ray-{secrets.token_hex(4)}")
         print(f"mkdir -m 700 {directory}")
         print(f"export RAY_AUTH_TOKEN_PATH={directory}/token && source launch/ray_security.sh && unset RAY_ADDRESS")
         last: Command = (here, {"RAY_ADDRESS": f"{loopback(0)}:{port}"})

@@ -88,5 +88,5 @@ def _held_out(config: Config, source: PromptSource) -> list[LearnerRow]:
     check_rationales(manifests)
     samples = list(source.held_out(manifests, EVAL_ROWS_PER_DATASET, supervised=True))
     if not samples:
-        raise UserError("data.validation has no usable row for the held-out loss: name others, or data.validation=[]")
+        raise UserError(f"data.validation has no usable row for the held-out loss: {source.unusable}")
     return [source.sft_row(s) for s in samples]

@@ -6,6 +6,8 @@ come back. Engines and the reward actor, which only GRPO has, survive that, unle
 
 from __future__ import annotations
 
+import json
+import math
 import secrets
 import time
 from collections.abc import Iterator
@@ -17,8 +19,8 @@ from tatar_dist.cluster import selfcheck
 from tatar_dist.cluster.prometheus import Exporter
 from tatar_dist.cluster.ray_cluster import Cluster
 from tatar_dist.cluster.reward import RemoteScorer
-from tatar_dist.config.schema import Config
-from tatar_dist.errors import Interrupted, LearnersFailed, StopRequested, UserError
+from tatar_dist.config.schema import Config, OptimConfig
+from tatar_dist.errors import Interrupted, LearnersFailed, RunError, StopRequested, UserError
 from tatar_dist.faults.health import LIVING, State
 from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.faults.stall import StallDetector, Stalled, processes_of
@@ -29,7 +31,8 @@ from tatar_dist.plan.plan import Stage, resolve
 from tatar_dist.plan.proven import unproven
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.checkpoints import CheckpointRef, Checkpoints, latest
-from tatar_dist.run.directory import RunDirectory
+from tatar_dist.run.directory import PROMPTS, RunDirectory
+from tatar_dist.run.identity import identity
 from tatar_dist.run.progress import Progress
 from tatar_dist.sync.checked import OBJECT_STORE, CheckedPush
 
@@ -76,6 +79,7 @@ class Run:
         self._up = False  # the learners are up and hold the weights of the next step
         self._was_up = False  # the learners were up once
         self._stopping = False  # a signal cut the step short
+        self._skipped = 0  # steps in a row whose gradient was not finite
         self._failures = 0  # failures of the learners since the last finished step
 
     def __enter__(self) -> Run:
@@ -128,6 +132,7 @@ class Run:
         seconds, self._failures = time.perf_counter() - self._began, 0
         last = step + 1 == self._total
         self.directory.log(step, metrics)
+        self._check_finite(step, metrics)
         self.directory.events.log("step/done", seconds=round(seconds, 3))
         self._watch.step(seconds)
         if self._exporter:
@@ -144,6 +149,33 @@ class Run:
         elif self._stop_signals.requested:
             self._stop(step + 1, self._data.state())
 
+    def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
+        """Stop the run, or count a skipped step, if the step's loss or gradient norm is not finite.
+
+        Raises:
+            RunError: `optim.on_nonfinite=stop`, or more than `optim.max_skipped` steps in a row.
+        """
+        optim: OptimConfig = getattr(self.config, self.stage).optim
+        bad = [f"{k}={metrics[k]}" for k in ("loss/total", "optim/grad_norm") if not math.isfinite(metrics[k])]
+        if not bad:
+            self._skipped = 0
+            return
+        reason = ", ".join(bad)
+        if optim.on_nonfinite == "skip" and not math.isfinite(metrics["optim/grad_norm"]):
+            self._skipped += 1
+            self._log("step/skipped", reason=reason, in_a_row=self._skipped)
+            if self._skipped <= optim.max_skipped:
+                return
+        skipped = f", after {optim.max_skipped} skipped steps" if self._skipped > 1 else ""
+        self._checkpoints.finish(strict=False)
+        newest = latest(self.directory.path)
+        raise RunError(
+            f"step {step}: {reason}{skipped}: the run stops; "
+            + (f"the last checkpoint is {newest[0].name}" if newest else "there is no checkpoint yet")
+            + f". Lower {self.stage}.optim.lr or clip_norm, check model.path and the data for values that are not "
+            f"finite, or set {self.stage}.optim.on_nonfinite=skip"
+        )
+
     def push_weights(self, version: int) -> dict[str, float]:
         """Push the learners' weights as `version`. Returns sync/seconds and sync/bytes."""
         return self.engines.push(partial(self._push.push, self.learners), version)
@@ -154,8 +186,9 @@ class Run:
         """Find the checkpoint to start from and start Ray. Returns False when all steps are done."""
         c, run = self.config, self.directory.path
         self._opened, self._data, self._total = True, data, data.total
+        self._identity = json.loads(json.dumps(identity(c, self.stage, self.directory.records[PROMPTS])))
         self._checkpoints = Checkpoints(run.absolute(), c.checkpoint, self.directory.events)
-        self._checkpoint = self._checkpoints.resume(self._identity()) if c.checkpoint.resume else None
+        self._checkpoint = self._checkpoints.resume(self._identity) if c.checkpoint.resume else None
         self._step = self._at = self._checkpoint[1]["step"] if self._checkpoint else 0
         self.directory.rewind(self._step)
         if self._step >= self._total:
@@ -171,6 +204,7 @@ class Run:
         enter(self.directory.running(self.stage, self._total, self._step, p.learners, p.engines, p.push))
         self._cluster = enter(Cluster(c, self._log, overlap, self.waits))
         check_fit(c, self.plan, self._cluster.smallest_gpu(), self._cluster.smallest_node())
+        self.directory.record()
         self._progress = enter(Progress(self.stage, self._total, self._step))
         enter(self._watch)
         self._stack.callback(self._checkpoints.abandon)  # its thread must not use Ray after the shutdown
@@ -274,14 +308,9 @@ class Run:
 
     def _newest(self) -> CheckpointRef | None:
         """Find the checkpoint to restart from; with `checkpoint.resume=false` only this process's."""
-        checkpoint = self._checkpoints.resume(self._identity())
+        checkpoint = self._checkpoints.resume(self._identity)
         ours = checkpoint and (self.config.checkpoint.resume or checkpoint[1].get("by") == self._id)
         return checkpoint if ours else None
-
-    def _identity(self) -> dict[str, Any]:
-        m = self.config.model
-        adapters = {f"model.{k}": getattr(m, k) for k in ("lora_rank", "lora_alpha", "lora_targets") if m.lora_rank}
-        return {"stage": self.stage, "model.path": m.path, **adapters}
 
     def _log(self, event: str, **fields: Any) -> None:
         """Log an event of an actor. It counts as progress; engine states are exported as metrics."""
@@ -293,7 +322,7 @@ class Run:
 
     def _save(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> None:
         self.directory.begin("checkpoint", step)
-        whole = {"same": self._identity(), "by": self._id, **state}
+        whole = {"same": self._identity, "by": self._id, **state}
         self._checkpoints.save(step, whole, self.learners, metrics)
         self._watch.progress()
 

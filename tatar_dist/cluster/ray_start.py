@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import secrets
+import shutil
 import signal
 import tempfile
 import threading
@@ -14,6 +15,10 @@ import ray
 
 from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
+from tatar_dist.run.process import short_temp_dir
+
+# of 107 bytes; Ray adds /ray/session_DATE_TIME_MICROSECONDS_PID/sockets/plasma_store, or that in a directory of ours
+LONGEST_TEMP = 107 - 69
 
 
 def start_ray(config: Config, address: str | None, cores: int) -> None:
@@ -27,6 +32,8 @@ def start_ray(config: Config, address: str | None, cores: int) -> None:
             return
         _require_token()
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # every port on loopback
+        place = short_temp_dir(LONGEST_TEMP)
+        elsewhere = {} if place == Path(tempfile.gettempdir()) else {"_temp_dir": str(_own(place))}
         most = max(1, c.gpus_per_node)  # of a number that is left to the plan
         need = 2 + (c.learners or most) * c.learner_cpus + (config.rollout.engines or most) * c.engine_cpus
         ray.init(
@@ -34,13 +41,24 @@ def start_ray(config: Config, address: str | None, cores: int) -> None:
             num_cpus=max(cores, int(need + 1)),  # logical: processes on a laptop take turns on its cores
             include_dashboard=False,
             object_store_memory=c.object_store_mib << 20,
+            **elsewhere,
             **quiet,
         )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as e:
-        raise UserError(f"Ray did not start: {str(e).strip().splitlines()[0]} (cluster.address={address})") from e
+    except UserError:
+        raise
+    except Exception as e:  # Ray raises a bare Exception where a node does not come up in time
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(f"Ray did not start: {reason} (cluster.address={address})") from e
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # ray.init takes it for itself: no checkpoint, no clean end
+
+
+def _own(place: Path) -> Path:
+    """Make a directory of this process in `place`, deleted at its end."""
+    directory = Path(tempfile.mkdtemp(prefix="tatar-", dir=place))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
 
 
 def _require_token() -> None:

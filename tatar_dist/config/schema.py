@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Lt
 from omegaconf import OmegaConf
 from pydantic.dataclasses import dataclass
 
@@ -20,6 +20,7 @@ RankPool = Annotated[Int, Ge(2), Why("a single image cannot be ranked")]
 GroupSize = Annotated[Int, Ge(2), Why("an advantage compares completions of one prompt")]
 RatioCap = Annotated[Float, Ge(1), Why("it caps a ratio that is 1 where engine and learner agree")]
 Temperature = Annotated[AboveZero, Why("greedy completions of one prompt are all alike: no group has an advantage")]
+Beta = Annotated[Float, Ge(0), Lt(1)]
 Schedule = Literal["linear", "cosine", "constant"]
 Importance = Literal["auto", "none", "token", "sequence"]
 Aggregation = Literal["sequence-mean", "token-mean", "constant"]
@@ -82,19 +83,21 @@ class OptimConfig:
     name: Literal["adamw", "sgd"] = "adamw"  # the optimiser
     lr: NotNegative = 1e-6  # learning rate after warm-up
     lr_scale: dict[str, NotNegative] = field(default_factory=dict)  # part of a parameter's name -> factor on its lr
-    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
-    eps: Float = 1e-8  # of AdamW
-    weight_decay: Float = 0.0  # decoupled with adamw, L2 with sgd
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # of AdamW
+    eps: AboveZero = 1e-8  # of AdamW
+    weight_decay: NotNegative = 0.0  # decoupled with adamw, L2 with sgd; of matrices, not of norms and biases
     schedule: Schedule = "linear"  # of the learning rate after warm-up
     warmup_steps: AtLeastZero = 0  # steps from 0 to lr, linear
-    clip_norm: Float = 1.0  # largest gradient norm; 0 = no clipping
+    clip_norm: NotNegative = 1.0  # largest gradient norm; 0 = no clipping
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a step whose gradient is infinite or NaN: never applied
+    max_skipped: AtLeastOne = 3  # steps skipped in a row by on_nonfinite=skip; one more stops the run
 
 
 @dataclass(frozen=True, config=STRICT_KEYS)
 class SFTConfig:
     global_batch: AtLeastOne = 128  # rows per optimiser step; fixed, whatever the number of ranks
     micro_tokens: AtLeastOne = 16384  # tokens in one forward, prompts and answers packed; a longer row goes alone
-    epochs: Float = 2.0  # passes over the training rows; max_steps overrides it
+    epochs: AboveZero = 2.0  # passes over the training rows; max_steps overrides it
     max_steps: AtLeastOne | None = None  # optimiser steps; null = what epochs come to
     max_tokens: Int = 4096  # prompt + answer; longer rows are rejected
     eval_every: AtLeastZero = 100  # held-out loss, in steps; 0 = only at the end
@@ -106,7 +109,7 @@ class GRPOConfig:
     prompts_per_step: AtLeastOne = 16  # prompts, one image each, per optimiser step
     group_size: GroupSize = 8  # G, completions per prompt
     micro_tokens: AtLeastOne = 16384  # tokens in one forward, each prompt counted once; a longer group goes alone
-    epochs: Float = 3.0  # passes over the training prompts; max_steps overrides it
+    epochs: AboveZero = 3.0  # passes over the training prompts; max_steps overrides it
     max_steps: AtLeastOne | None = None  # optimiser steps; null = what epochs come to
     kl_beta: NotNegative = 0.001  # weight of the k3 KL to the start model; 0 loads no reference model
     kl_schedule: Schedule = "constant"  # the way from kl_beta to kl_beta_end over the run
@@ -160,7 +163,7 @@ class RolloutConfig:
 class RewardConfig:
     preset: str = "tatar"  # a name in tatar_dist/rewards/presets, or a YAML file of that form
     weights: dict[str, float] = field(default_factory=dict)  # overrides of the preset's term weights
-    params: dict[str, float] = field(default_factory=dict)  # overrides of the preset's constants
+    params: dict[str, bool | float | str | None] = field(default_factory=dict)  # overrides of the preset's constants
 
 
 @dataclass(frozen=True, config=STRICT_KEYS)
@@ -186,6 +189,7 @@ class CheckpointConfig:
     verify: bool = True  # read everything and compare checksums before resuming
     storage: Literal["shared", "local"] = "shared"  # local: only the controller sees output, parts come through Ray
     resume: bool = True  # continue from OUTPUT/checkpoints/latest when it exists
+    accept: list[str] = field(default_factory=list)  # keys, or sections, that may differ from the run's so far
     grace_seconds: AboveZero = 120.0  # from SIGTERM or SIGUSR1 to the end of the process
 
 

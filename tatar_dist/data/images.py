@@ -47,6 +47,7 @@ MAX_ASPECT = 200  # Qwen2.5-VL's processor refuses a longer side of more than 20
 TINY = 28  # pixels; a shorter side below one merged patch of Qwen2.5-VL (2 x 14) is scaled up before it is seen
 
 # All with a signature in their first bytes. An MPO file, a JPEG with several pictures, opens as JPEG.
+HEIF_BRANDS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP", "JPEG2000", "PPM", "QOI")
 _GREY = {"1", "L", "LA", "La", "I", "F"}  # and I;16 in its byte orders
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -184,6 +185,8 @@ def _opened(data: bytes | memoryview) -> ImageFile.ImageFile:
             reason = f"{width} x {height} pixels, above the limit of {MAX_PIXELS:,} (decompression bomb?)"
             raise _Refused("bomb", reason, format=name, width=width, height=height)
         return image
+    if prefix[4:12] in HEIF_BRANDS and "HEIF" not in Image.OPEN:
+        raise _Refused("corrupt", "cannot decode image: HEIC needs `pip install pillow-heif`", format="HEIF")
     raise _Refused("corrupt", f"cannot decode image: none of the formats {', '.join(FORMATS)}")
 
 

@@ -95,6 +95,7 @@ class Evaluation:
         self.config, self.directory, self.source, self.answers, self.waits = config, directory, source, answers, waits
         self.plan = resolve(config, "evaluate")
         self.manifests = read_manifests(config.data, "test")
+        self.rows = _rows(self.manifests)
         self.total = _most_samples(self.manifests, config.data.eval_limit)
         self.samples: list[Sample] = []
         limit, e = config.rollout.max_new_tokens, config.evaluate
@@ -105,6 +106,7 @@ class Evaluation:
     def run(self) -> dict[str, Any]:
         """Generate missing answers and write the results."""
         start, path = time.perf_counter(), self.directory.path
+        self.directory.record()
         units = self.total * len(self.sampling)
         with (
             self.directory.running("evaluate", units, 0, 0, self.plan.engines),
@@ -112,7 +114,7 @@ class Evaluation:
         ):
             tokens, seconds = self._ask_all(progress)
             if not self.samples:
-                raise UserError("data.test: no usable sample")
+                raise UserError(f"data.test: no usable sample: {self.source.unusable}")
             result = self._results(path)
             result["tokens_per_second"] = tokens / seconds if tokens else None  # of this start; nothing asked: null
             result["seconds"] = time.perf_counter() - start
@@ -181,7 +183,8 @@ class Evaluation:
         with written_whole(path / "predictions.parquet") as place:
             pq.write_table(table, place)
         e = self.config.evaluate
-        metrics = partial(by_dataset, rows, missing=self.missing, unparsed=e.unparsed, bootstrap=e.bootstrap)
+        counts: dict[str, Any] = {"missing": self.missing, "rows_of": self.rows}
+        metrics = partial(by_dataset, rows, **counts, unparsed=e.unparsed, bootstrap=e.bootstrap)
         result: dict[str, Any] = {"model": self.config.model.path, "datasets": metrics("prediction")}
         result["averages"] = tables.averages(result["datasets"], e.in_domain)
         result["slices"] = tables.slices(rows, e.slices, unparsed=e.unparsed)
@@ -239,6 +242,14 @@ COLUMNS: dict[str, tuple[pa.DataType, Callable[[Sample, Completion], Any]]] = {
 }
 
 
+def _rows(manifests: Sequence[Manifest]) -> Counter[tuple[str, str]]:
+    """Count the rows of each (data set, task)."""
+    rows = Counter[tuple[str, str]]()
+    for pool in chain.from_iterable(m.pools for m in manifests):
+        rows[pool.dataset, pool.task] += pool.rows
+    return rows
+
+
 def _most_samples(manifests: Sequence[Manifest], limit: int | None) -> int:
     """Return the maximum number of samples to ask, at most `limit` per data set."""
     rows = Counter[str]()
@@ -258,9 +269,11 @@ def by_dataset(
     missing: Mapping[tuple[str, str], int],
     unparsed: str = "drop",
     bootstrap: int = 0,
+    rows_of: Mapping[tuple[str, str], int] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return data set -> metrics of `column`. missing: unusable samples by (data set, task).
 
+    `rows_of`: all rows of a set by (data set, task), given as n_total; by default those that were asked.
     Intervals are resampled by source photograph if all rows of a set name one.
     """
     names = set_names([*((r["dataset"], r["task"]) for r in rows), *missing])
@@ -277,7 +290,7 @@ def by_dataset(
             unparsed=unparsed,
             bootstrap=bootstrap,
             cluster=sources if (sources != "").all() else None,
-        ).to_dict() | {"task": task}
+        ).to_dict() | {"task": task, "n_total": (rows_of or {}).get((name, task), len(part))}
     return metrics
 
 

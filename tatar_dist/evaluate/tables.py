@@ -128,7 +128,9 @@ def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _row(name: str, m: Mapping[str, Any]) -> list[str]:
-    counts = [str(m[k]) for k in ("n", "n_parsed", "n_truncated", "n_missing")]
+    n, total = m["n"], m.get("n_total", 0)  # a file of an earlier version has no total
+    part = f"{n:,} of {total:,}" if n + m["n_missing"] < total else str(n)
+    counts = [part, *(str(m[k]) for k in ("n_parsed", "n_truncated", "n_missing"))]
     return [name, *counts, *(_number(m[k], 3 if k not in ("rmse", "mae") else 2) for k in KEYS)]
 
 
@@ -156,6 +158,8 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
     """Return notes on the figures: intervals, policies, and reasons for undefined values."""
     notes = []
     for name, m in result["datasets"].items():
+        if m["n"] + m["n_missing"] < m.get("n_total", 0):
+            notes.append(f"{name}: {m['n']:,} of its {m['n_total']:,} rows, spread over the scores (data.eval_limit)")
         notes += [f"{name}: {k.upper()} 95 % [{ci[0]:.3f}, {ci[1]:.3f}]" for k, ci in m["ci95"].items() if ci]
         notes += [f"{name}: {k}: {why}" for k, why in m["reason"].items()]
         if m["n_parsed"] < m["n"]:
@@ -193,13 +197,13 @@ def _tex(text: str) -> str:
 def as_csv(result: Mapping[str, Any]) -> str:
     """Format every metric of every set as CSV, in full precision."""
     out = io.StringIO()
-    keys = ("n", "n_parsed", "n_truncated", "n_missing", *KEYS)
+    keys = ("n", "n_parsed", "n_truncated", "n_missing", *KEYS, "n_total")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["dataset", "task", "answers", *keys])
     for answers in ("datasets", *VARIANTS):
         for name, m in result.get(answers, {}).items():
             label = "greedy" if answers == "datasets" else answers
-            writer.writerow([name, m.get("task", ""), label, *(m[k] for k in keys)])  # None is an empty cell
+            writer.writerow([name, m.get("task", ""), label, *(m.get(k) for k in keys)])  # None is an empty cell
     return out.getvalue()
 
 

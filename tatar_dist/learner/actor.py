@@ -6,6 +6,7 @@ The controller sends every rank its rows of one global batch; all ranks make the
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -107,6 +108,8 @@ class Learner:
             self.zero3.backward(loss)
             norm = self.zero3.optimizer_step() or norm
             total += float(loss.detach())
+        if math.isfinite(norm):  # otherwise the update was dropped
+            self._check_weights(batch, step)
         metrics = self.zero3.all_reduce({"loss/total": total})
         metrics |= {"optim/lr": lr, "optim/grad_norm": norm}
         return StepReport(metrics, time.perf_counter() - start)
@@ -196,7 +199,10 @@ class Learner:
                 ratio_max = max(ratio_max, parts.ratio_max)
                 if iteration == 0 and i == n - 1:
                     gap = self._checked_gap(gap_sum, gap_max, sums["tokens"])  # before anything is updated
-                norm = self.zero3.optimizer_step() or norm
+                made = self.zero3.optimizer_step()
+                norm = made if made and math.isfinite(norm) else norm  # one that is not finite is reported
+        if math.isfinite(norm):  # otherwise the update was dropped
+            self._check_weights(batch, step)
         total = self.zero3.all_reduce(sums)
         ratio = self.zero3.all_reduce({"ratio": ratio_max}, dist.ReduceOp.MAX)["ratio"]
         policy, kl = (total.get(k, 0.0) / g.inner_iterations for k in ("policy", "kl"))
@@ -309,6 +315,26 @@ class Learner:
         self._files.snapshot = self.zero3.snapshot()
         size: int = self.zero3.engine.checkpoint_engine.bytes
         return size
+
+    def _check_weights(self, batch: Any, step: int) -> None:
+        """Run the step's last micro-batch again if a checkpoint of the new weights is due.
+
+        Raises:
+            RunError: they give a log-probability that is not finite, on any rank.
+        """
+        import torch
+
+        every = self.config.checkpoint.every
+        if step + 1 != self.total_steps and not (every and (step + 1) % every == 0):
+            return
+        with torch.no_grad():
+            bad = not torch.isfinite(self.zero3.engine(batch).logp * batch.mask).all()
+        if self.zero3.all_reduce({"bad": float(bad)})["bad"]:
+            stage = "grpo" if self.stage_config is self.config.grpo else "sft"
+            raise RunError(
+                f"step {step}: with the weights after it log-probabilities are not finite: no checkpoint of them is "
+                f"written, earlier ones stay. Lower {stage}.optim.lr or {stage}.optim.clip_norm"
+            )
 
     def files(self, part: str, *arguments: Any) -> Any:
         """Call the method `part` of this rank's files (transfer.py); some run beside training."""

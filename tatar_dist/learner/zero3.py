@@ -98,7 +98,8 @@ class Zero3:
         policy.train()
         named = list(policy.named_parameters())
         frozen = [n for n, p in named if not p.requires_grad] if self._lora else []
-        groups = parameter_groups([(n, p) for n, p in named if p.requires_grad], optim.lr_scale, frozen)
+        trained = [(n, p) for n, p in named if p.requires_grad]
+        groups = parameter_groups(trained, optim.lr_scale, frozen, optim.weight_decay)
         self._scales = [g.pop("scale") for g in groups]
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
             model=policy, model_parameters=groups, optimizer=self._make_optimizer(groups), config=settings
@@ -161,7 +162,10 @@ class Zero3:
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def optimizer_step(self) -> float:
-        """Call after every backward; updates after a step's last. Returns its gradient norm, else 0."""
+        """Call after every backward; updates after a step's last. Returns its gradient norm, else 0.
+
+        DeepSpeed drops an update whose norm is infinite or NaN, on all ranks; the norm is then infinite.
+        """
         boundary = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
         return float(self.engine.get_global_grad_norm() or 0.0) if boundary else 0.0
@@ -256,22 +260,31 @@ class Zero3:
 
 
 def parameter_groups(
-    named: list[tuple[str, Any]], lr_scale: dict[str, float], frozen: Sequence[str] = ()
+    named: list[tuple[str, Any]],
+    lr_scale: dict[str, float],
+    frozen: Sequence[str] = (),
+    weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Return optimiser groups {"params", "scale"} by `lr_scale`'s first part in a name, else 1.
 
+    With a weight decay each is halved: norms and biases, which have one dimension, get "weight_decay": 0.
     `frozen`: names of untrained parameters that a part may match, as in a recipe used with adapters.
 
     Raises:
         UserError: a part that no parameter's name contains.
     """
-    by_part: dict[str | None, list[Any]] = {}
+    groups: dict[tuple[str | None, bool], list[Any]] = {}
     for name, parameter in named:
-        by_part.setdefault(next((part for part in lr_scale if part in name), None), []).append(parameter)
+        part = next((part for part in lr_scale if part in name), None)
+        flat = bool(weight_decay) and len(getattr(parameter, "ds_shape", parameter.shape)) < 2
+        groups.setdefault((part, flat), []).append(parameter)
     for part in lr_scale:
         if not any(part in name for name in (*frozen, *(n for n, _ in named))):
             raise UserError(f"optim.lr_scale.{part}: no trained parameter's name contains {part!r}")
-    return [{"params": ps, "scale": 1.0 if part is None else lr_scale[part]} for part, ps in by_part.items()]
+    return [
+        {"params": ps, "scale": 1.0 if part is None else lr_scale[part]} | ({"weight_decay": 0.0} if flat else {})
+        for (part, flat), ps in groups.items()
+    ]
 
 
 def layer_groups(named: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:

@@ -6,6 +6,7 @@ and name it in the config.
     base.py         what the Qwen-VL families have in common
     qwen2_5_vl.py   Qwen2.5-VL
     qwen3_vl.py     Qwen3-VL, dense
+    files.py        headers of a model directory's files, checked before anything starts
     costs.py        parameters, FLOPs and bytes by the sizes in config.json, and what a prompt's rows cost
 """
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def names() -> list[str]:
     """Return the names of all families: `model_type` in the config.json of a family's models."""
-    return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "costs")]
+    return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "costs", "files")]
 
 
 def family(name: str) -> type[QwenVL]:

@@ -6,9 +6,11 @@ Turns rendered prompts and images into input ids, image features and hidden stat
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +21,7 @@ from tatar_dist.assets import looked_in
 from tatar_dist.config.schema import ModelConfig
 from tatar_dist.errors import UserError
 from tatar_dist.models.costs import ModelSizes, RowCosts
+from tatar_dist.models.files import check_adapter, check_files
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,15 @@ class QwenVL:
         self.tokenizer = self.processor.tokenizer
 
     @classmethod
-    def check_directory(cls, path: str) -> dict[str, Any]:
+    def check_directory(cls, path: str, trained: bool = False) -> dict[str, Any]:
         """Return the model's config.json. Raises UserError if directory `path` lacks this family.
 
-        Returns {} for a name that is not a local path: it is left to the hub.
+        Reads headers of files only. Returns {} for a name that is not a local path: it is left to the hub.
         """
         directory = Path(path)
         if not directory.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
             return {}
+        check_adapter(directory)
         file = directory / "config.json"
         try:
             settings: dict[str, Any] = json.loads(file.read_text())
@@ -76,9 +80,47 @@ class QwenVL:
             raise UserError(f"{file}: not valid JSON: {e}") from None
         if (kind := settings.get("model_type")) != cls.model_type:
             raise UserError(f"model.path={path}: model_type is {kind!r}, model.family needs {cls.model_type!r}")
-        if not any(directory.glob("*.safetensors")):
-            raise UserError(f"model.path={path}: holds no *.safetensors weights")
+        check_files(directory, settings, trained)
         return settings
+
+    def check_weights(self) -> None:
+        """Check that the files hold all tensors of the model, and no others, by their headers.
+
+        Transformers and vLLM start tensors that are absent at random or ignore those they do not know.
+
+        Raises:
+            UserError: tensors that are missing, unknown or of another shape, counted, with the first names.
+        """
+        settings = self.check_directory(self.config.path)
+        if settings and not settings.get("quantization_config"):
+            with contextlib.redirect_stderr(StringIO()):  # a bar
+                self._load(device_map="meta")
+
+    def _load(self, **options: Any) -> torch.nn.Module:
+        """Load by transformers. Raises UserError if its report names any tensor."""
+        import transformers
+
+        told = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # of its table of a hundred lines, one is made below
+        try:
+            model, report = getattr(transformers, self.model_class).from_pretrained(
+                self.config.path,
+                dtype=getattr(torch, self.config.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+        finally:
+            transformers.logging.set_verbosity(told)
+        kinds = (("missing", "missing_keys"), ("unknown", "unexpected_keys"), ("of another shape", "mismatched_keys"))
+        found = [(kind, sorted(map(_name, report[key]))) for kind, key in kinds if report[key]]
+        if found:
+            counted = "; ".join(
+                f"{len(names)} {kind} ({', '.join(names[:3])}{', …' * (len(names) > 3)})" for kind, names in found
+            )
+            raise UserError(f"model.path={self.config.path}: its weights do not fit its config.json: {counted}")
+        return model  # type: ignore[no-any-return]
 
     def costs(self) -> RowCosts:
         """Return the costs of a prompt and of attention relative to a token; a 7B's where unknown."""
@@ -90,14 +132,7 @@ class QwenVL:
 
     def load_model(self) -> torch.nn.Module:
         """Load the transformers model in `config.dtype`, its vision tower frozen if so configured."""
-        import transformers
-
-        model: torch.nn.Module = getattr(transformers, self.model_class).from_pretrained(
-            self.config.path,
-            dtype=getattr(torch, self.config.dtype),
-            attn_implementation="sdpa",  # the learner exchanges it (learner/shared_prefix.py)
-            use_safetensors=True,
-        )
+        model = self._load(attn_implementation="sdpa")  # the learner exchanges it (learner/shared_prefix.py)
         if not self.config.train_vision:
             model.model.visual.requires_grad_(False)
         return model
@@ -171,3 +206,8 @@ class QwenVL:
             layout=layout,
         )
         return out.last_hidden_state[0]
+
+
+def _name(key: Any) -> str:
+    """Return a tensor's name from the loading report: a name, or (name, shape, shape)."""
+    return key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} for {tuple(key[2])}"

@@ -18,10 +18,10 @@ class Backbone(QwenVL):
     model_class = "Qwen3VLForConditionalGeneration"
 
     @classmethod
-    def check_directory(cls, path: str) -> dict[str, Any]:
+    def check_directory(cls, path: str, trained: bool = False) -> dict[str, Any]:
         """Check as for every family, and for the flag of interleaved frequencies, which vLLM reads.
         Transformers takes it for granted: without it engine and learner would be two models."""
-        settings = super().check_directory(path)
+        settings = super().check_directory(path, trained)
         text = settings.get("text_config", {})
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if settings and not rope.get("mrope_interleaved"):

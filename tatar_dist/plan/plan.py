@@ -309,8 +309,14 @@ def check_inputs(config: Config, stage: str) -> None:
             manifest = existing(Path(config.data.root) / name)
             if root is not None and not root.is_dir() and "image_bytes" not in _columns(manifest):
                 raise UserError(f"data.image_root={root}: no such directory{looked_in(root)}")
+    most, r = config.data.max_prompt_tokens + config.rollout.max_new_tokens, config.rollout
+    if stage != "sft" and most > r.max_model_len:
+        raise UserError(
+            f"rollout.max_model_len={r.max_model_len} is less than data.max_prompt_tokens="
+            f"{config.data.max_prompt_tokens} and rollout.max_new_tokens={r.max_new_tokens} together: set it to {most}"
+        )
     Prompts.load(config.data.prompts)
-    family(config.model.family).check_directory(config.model.path)
+    family(config.model.family).check_directory(config.model.path, trained=stage != "evaluate")
 
 
 def _columns(manifest: Path) -> list[str]:

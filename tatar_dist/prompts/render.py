@@ -12,6 +12,7 @@ from typing import Any
 from tatar_dist.config.schema import Config
 from tatar_dist.models import family
 from tatar_dist.prompts.answer import Prompts
+from tatar_dist.prompts.unusable import TooLong
 from tatar_dist.types import Task
 
 
@@ -23,6 +24,7 @@ class PromptTexts:
         backbone_class.check_directory(config.model.path)
         with contextlib.redirect_stderr(StringIO()):
             self.backbone = backbone_class(config.model)
+        self.backbone.check_weights()
         self.wording = Prompts.load(config.data.prompts)
         self._data = config.data
         self.text = {task: self.wording.render(task, self._chat) for task in self.wording.user}  # type: ignore[arg-type]
@@ -45,5 +47,5 @@ class PromptTexts:
             return str(e)
         limit = self._data.max_prompt_tokens
         if tokens > limit:
-            return f"prompt of {tokens} tokens is over data.max_prompt_tokens={limit}"
+            return TooLong.of("prompt", tokens, "data.max_prompt_tokens", limit)
         return tokens

@@ -11,9 +11,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tatar_dist.config.schema import Config, DataConfig
 from tatar_dist.data.images import UnreadableImage, decode_image, image_size
@@ -23,6 +25,7 @@ from tatar_dist.data.sampler import PromptSampler
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import answer_text
 from tatar_dist.prompts.render import PromptTexts
+from tatar_dist.prompts.unusable import Rejections, TooLong
 from tatar_dist.run.directory import PROMPTS, RunDirectory
 from tatar_dist.types import LearnerRow, Prompt, Sample
 
@@ -58,18 +61,42 @@ def _windows(rows: Iterable[int]) -> Iterator[tuple[int, ...]]:
         yield window
 
 
+def spread(manifests: Sequence[Manifest], dataset: str) -> list[tuple[int, str, int]]:
+    """Order a data set's (manifest, task, row) so that any first ones span its scores.
+
+    Rows are sorted by score, ties at random with a fixed seed, and taken by the van der Corput sequence in base 2: the
+    middle, the quarters, the eighths. A set whose rows are sorted by source or by score so gives a fair sample.
+    """
+    places: list[tuple[int, str, int]] = []
+    scores: list[np.ndarray] = []
+    for m, manifest in enumerate(manifests):
+        known = np.concatenate([t["score"].to_numpy(zero_copy_only=False) for _, t in manifest.tables(["score"])])
+        for pool in (p for p in manifest.pools if p.dataset == dataset):
+            rows = list(pool)
+            places += [(m, pool.task, row) for row in rows]
+            scores.append(known[rows].astype(float))
+    n = len(places)
+    by_score = np.lexsort((np.random.default_rng(0).permutation(n), np.concatenate(scores)))
+    bits = max(1, (n - 1).bit_length())
+    index = np.arange(n)
+    reversed_bits = sum(((index >> b) & 1) << (bits - 1 - b) for b in range(bits))
+    return [places[i] for i in by_score[np.argsort(reversed_bits)]]
+
+
 class PromptSource:
     """Render prompts for the model of `config`; quarantined samples are recorded in `run`.
 
     `missing` counts, by (data set, task), the samples that `held_out` could not use; an evaluation reports them.
+    `unusable` counts the reasons; methods that read samples raise UserError if the first 64 cannot be used.
     """
 
     def __init__(self, config: Config, run: RunDirectory, texts: PromptTexts | None = None) -> None:
         self.config, self.run = config, run
         self.missing: Counter[tuple[str, str]] = Counter()
+        self.unusable = Rejections()
         self.texts = texts or PromptTexts(config)
         self.backbone = self.texts.backbone
-        (run.path / PROMPTS).write_text(self.texts.wording.to_yaml())  # an exported model takes its wording from here
+        run.records[PROMPTS] = self.texts.wording.to_yaml()  # an exported model takes its wording from here
 
     def problem(self, sample: Sample, supervised: bool = False) -> str | None:
         """Return why a sample cannot be used, as a prompt or as a supervised row, or None if it can."""
@@ -85,7 +112,7 @@ class PromptSource:
         except (UnreadableImage, UserError) as e:  # UserError: a tag of the answer format in the rationale
             return str(e)
         limit = self.config.sft.max_tokens
-        return f"prompt and answer of {tokens} tokens are over sft.max_tokens={limit}" if tokens > limit else None
+        return TooLong.of("prompt and answer", tokens, "sft.max_tokens", limit) if tokens > limit else None
 
     def samples(self, sampler: PromptSampler, n: int) -> list[Sample]:
         """Return the sampler's next n samples, all usable; the others are quarantined and replaced."""
@@ -94,7 +121,10 @@ class PromptSource:
         for i in range(n):
             while isinstance(problem := samples[i], str):
                 self._quarantine(sampler, refs[i], problem)
-                refs[i] = sampler.replace(refs[i], refs)
+                try:
+                    refs[i] = sampler.replace(refs[i], refs)
+                except UserError as e:
+                    raise UserError(f"{e}; {self.unusable}") from None
                 (samples[i],) = self._checked(sampler.get, [refs[i]], sampler.supervised)
         return [sample for sample in samples if isinstance(sample, Sample)]
 
@@ -108,24 +138,40 @@ class PromptSource:
         supervised: bool = False,
         known: Callable[[Sample], bool] = lambda sample: False,
     ) -> Iterator[Sample]:
-        """Yield each data set's first `per_dataset` usable samples (None: all), in manifest order.
+        """Yield each data set's usable samples in manifest order, or `per_dataset` by `spread`.
 
         Rows are read lazily, pool by pool; a sample with `known` true counts as usable without a check of its image.
         """
-        taken: Counter[str] = Counter()
-        for manifest, pool in ((m, p) for m in manifests for p in m.pools):
-            for rows in _windows(pool):
-                if taken[pool.dataset] == per_dataset:
-                    break
-                for row, sample in zip(rows, self._checked(manifest.get, rows, supervised, known), strict=True):
-                    if taken[pool.dataset] == per_dataset:
-                        break
-                    if isinstance(sample, str):
-                        self.run.quarantine(manifest.sample_id(row), str(manifest.path), sample)
-                        self.missing[pool.dataset, pool.task] += 1
-                        continue
-                    taken[pool.dataset] += 1
-                    yield sample
+        if per_dataset is None:
+            for manifest, pool in ((m, p) for m in manifests for p in m.pools):
+                for rows in _windows(pool):
+                    yield from self._usable(manifest, pool.dataset, pool.task, rows, supervised, known)
+            return
+        for dataset in dict.fromkeys(p.dataset for m in manifests for p in m.pools):
+            order, left = iter(spread(manifests, dataset)), per_dataset
+            while left and (places := sorted(islice(order, left))):  # more than once if some cannot be used
+                for (m, task), group in groupby(places, key=lambda place: place[:2]):
+                    for rows in _windows(row for *_, row in group):
+                        for sample in self._usable(manifests[m], dataset, task, rows, supervised, known):
+                            left -= 1
+                            yield sample
+
+    def _usable(
+        self,
+        manifest: Manifest,
+        dataset: str,
+        task: str,
+        rows: Sequence[int],
+        supervised: bool,
+        known: Callable[[Sample], bool],
+    ) -> Iterator[Sample]:
+        """Yield the samples of these rows that can be used; quarantine and count the others."""
+        for row, sample in zip(rows, self._checked(manifest.get, rows, supervised, known), strict=True):
+            if isinstance(sample, str):
+                self.run.quarantine(manifest.sample_id(row), str(manifest.path), sample)
+                self.missing[dataset, task] += 1
+            else:
+                yield sample
 
     def _checked(
         self,
@@ -149,7 +195,9 @@ class PromptSource:
 
         samples = [read(place) for place in places]  # one thread: a Parquet file is not safe to share
         with ThreadPoolExecutor(CHECK_THREADS) as threads:
-            return list(threads.map(check, samples))
+            checked = list(threads.map(check, samples))
+        self.unusable.note(checked)
+        return checked
 
     def held_out_prompts(self) -> list[Prompt]:
         """Return prompts of `data.eval_limit` validation samples per data set; [] if no manifest."""

@@ -51,6 +51,7 @@ class LocalAsking(Asker):
         backbone.check_directory(self.config.model.path)
         with contextlib.redirect_stderr(StringIO()):
             self.backbone = backbone(self.config.model)
+        self.backbone.check_weights()
 
     def run(self) -> bool:
         """Ask the rows. Raises UserError: unusable model or cluster; RunError: dead or late engine."""

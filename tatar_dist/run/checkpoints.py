@@ -32,6 +32,7 @@ from tatar_dist.config.schema import CheckpointConfig
 from tatar_dist.errors import UserError
 from tatar_dist.run.events import Events
 from tatar_dist.run.files import Files, first_damage, sync, written_whole
+from tatar_dist.run.identity import require_same
 
 STATE = "state.json"
 WRITING, REMOVING = ".writing_", ".removing_"
@@ -211,7 +212,9 @@ class Checkpoints:
         for directory in _newest_first(self.root):
             state, damage = _inspect(directory, self.config.verify)
             if damage is None:
-                _require_identity(directory, state, identity)
+                accepted = require_same(str(directory), state.get("same", {}), identity, self.config.accept)
+                if accepted:
+                    self.events.log("checkpoint/accepted", step=state["step"], changes=accepted)
                 self._point(directory)
                 return directory, state
             self._damaged.add(directory.name)
@@ -275,14 +278,3 @@ def _inspect(directory: Path, hashes: bool) -> tuple[dict[str, Any], str | None]
 
 def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _require_identity(directory: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:
-    before = state.get("same", {})
-    for key in before | identity:
-        was, now = before.get(key), identity.get(key)
-        if was != now:
-            raise UserError(
-                f"{directory}: a checkpoint of a run with {key}={was}, this one has {key}={now}: give another output, "
-                "or checkpoint.resume=false to start over"
-            )

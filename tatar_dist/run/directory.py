@@ -56,7 +56,7 @@ class RunDirectory:
         for pattern in HALF_WRITTEN:
             for file in self.path.glob(pattern):
                 file.unlink(missing_ok=True)
-        (self.path / "config.yaml").write_text(to_yaml(config))
+        self.records = {"config.yaml": to_yaml(config)}
         self.events = Events(self.path)
         self._failpoints = Failpoints(config.failpoints, str(self.path))
         self._trackers = Trackers(config, self.path, self.events)
@@ -75,6 +75,14 @@ class RunDirectory:
     def close(self) -> None:
         self._trackers.close()
         self._lock.close()
+
+    def record(self) -> None:
+        """Write what the run is made with: `records`, text by file name.
+
+        Call it when nothing can refuse the run any more: the files describe what is trained here.
+        """
+        for name, text in self.records.items():
+            write_whole(self.path / name, text)
 
     @contextmanager
     def running(

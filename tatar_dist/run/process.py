@@ -129,6 +129,23 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
+def short_temp_dir(longest: int) -> Path:
+    """Return a directory for temporary files whose path has at most `longest` bytes.
+
+    Names of Unix sockets hold 107 bytes (unix(7)), and Ray's are in its session's directory.
+
+    Raises:
+        UserError: none of TMPDIR, /tmp, /var/tmp and /dev/shm is short and can be written.
+    """
+    for place in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
+        if len(os.fsencode(place)) <= longest and os.access(place, os.W_OK | os.X_OK):
+            return Path(place)
+    raise UserError(
+        f"TMPDIR={tempfile.gettempdir()}: too long for the sockets that Ray makes in it, and none of /tmp, /var/tmp "
+        f"and /dev/shm can be written: set TMPDIR to a directory of at most {longest} characters"
+    )
+
+
 def use_node_caches() -> None:
     """Keep compiled kernels on this node's disk, because nodes may not share a cache.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tatar_dist.config.load import load_config
 from tatar_dist.config.schema import Config, ModelConfig, RolloutConfig
 from tatar_dist.config.validate import read_yaml
 from tatar_dist.errors import UserError
+from tatar_dist.models.files import check_adapter, check_files
 
 PROMPTS = "prompts.yaml"
 UNTOUCHED = 12_845_056  # max_pixels of Qwen's own processors: more tokens than a context holds
@@ -32,8 +34,14 @@ def model_config(model: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     directory = locate(os.fspath(model))
     if not directory.is_dir():
         hint = "a run's newest model is in RUN/checkpoints/latest/model"
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", os.fspath(model)):
+            hint += f"; to score with a model of the hub, first: hf download {model} --local-dir DIRECTORY"
         raise UserError(f"{model}: no such model directory{looked_in(model)}; {hint}")
+    check_adapter(directory)
     settings = _json(directory / "config.json")
+    newest = directory / "checkpoints/latest/model"
+    if settings is None and newest.is_dir():
+        raise UserError(f"{model}: a run directory; its newest model is {Path(model) / 'checkpoints/latest/model'}")
     if settings is None:
         raise UserError(f"{model}: no config.json in it, so it is not a Hugging Face model directory")
     kind = _family(directory, settings)
@@ -61,8 +69,7 @@ def _family(directory: Path, settings: dict[str, Any]) -> str:
     kind = str(settings.get("model_type"))
     if kind not in names():
         raise UserError(f"{directory}: model_type is {kind!r}; known families are {', '.join(names())}")
-    if not any(directory.glob("*.safetensors")):
-        raise UserError(f"{directory}: holds no *.safetensors weights")
+    check_files(directory, settings, trained=False)
     return kind
 
 

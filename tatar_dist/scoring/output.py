@@ -36,6 +36,7 @@ SUFFIXES = frozenset(
 NAMES = {"iqa": "quality", "iaa": "aesthetics"}
 THUMBNAIL = 240  # pixels of the longer side on the page
 MOST_SHOWN = 1000  # pictures on the page
+TEXTS = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".md", ".yaml", ".yml", ".log", ".py"}
 
 
 def find_pictures(words: Sequence[str], stdin: Any = None) -> list[str | tuple[str, bytes]]:
@@ -53,15 +54,22 @@ def find_pictures(words: Sequence[str], stdin: Any = None) -> list[str | tuple[s
 
 
 def _files(word: str) -> list[str]:
-    """Return the files of a path, a directory or a glob."""
+    """Return the files of a path, a directory (hidden ones left out) or a glob.
+
+    A path may name any file but one of text, which would start an engine for nothing.
+    """
     if os.path.isdir(word):
-        walk = os.walk(word, onerror=_refuse)
-        paths = sorted(os.path.join(directory, name) for directory, _, names in walk for name in names)
-        pictures = [p for p in paths if Path(p).suffix.lower() in SUFFIXES]
+        paths = []
+        for directory, inner, names in os.walk(word, onerror=_refuse):
+            inner[:] = [name for name in inner if not name.startswith(".")]  # as a Mac's ._a.jpg beside a.jpg
+            paths += [os.path.join(directory, name) for name in names if not name.startswith(".")]
+        pictures = sorted(p for p in paths if Path(p).suffix.lower() in SUFFIXES)
         if not pictures:
             raise UserError(f"{word}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
         return pictures
     if os.path.exists(word):
+        if Path(word).suffix.lower() in TEXTS:
+            raise UserError(f"{word}: a text file, no picture; for a list of file names: tatar-dist score - < {word}")
         return [word]
     if files := sorted(p for p in glob.glob(word, recursive=True) if os.path.isfile(p)):
         return files

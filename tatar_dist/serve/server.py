@@ -141,7 +141,9 @@ def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
 
     prompts = Prompts.load(config.data.prompts)
     try:
-        forbidden = tuple(family(config.model.family)(config.model).forbidden_ids())
+        backbone = family(config.model.family)(config.model)
+        backbone.check_weights()
+        forbidden = tuple(backbone.forbidden_ids())
     except UserError:
         raise
     except Exception as e:  # tokenizers raises Exception itself for a damaged file

@@ -210,6 +210,7 @@ def tiny_words(model: str, manifests: list[str]) -> list[str]:
         "cluster.object_store_mib=128",
         "rollout.engines=2",
         "rollout.max_new_tokens=40",
+        "data.max_prompt_tokens=400",
         "rollout.max_model_len=448",
         "rollout.max_num_seqs=16",
         "rollout.bucket_mib=1",

@@ -101,5 +101,10 @@ def test_resumed_sft_equals_uninterrupted_sft_to_the_bit(model_tied, make_config
     final = "checkpoints/step_000004/model/model.safetensors"
     assert (other / final).read_bytes() == (tmp_path / "run" / final).read_bytes()
 
-    with pytest.raises(UserError, match="stage=sft, this one has stage=grpo"):
+    record = {name: (other / name).read_bytes() for name in ("config.yaml", "prompts.yaml", "metrics.jsonl")}
+    with pytest.raises(UserError, match=r"a run with stage=sft \(now grpo\)"):
         controller.run(resumed)
+    faster = dataclasses.replace(config.sft, optim=dataclasses.replace(config.sft.optim, lr=0.1))
+    with pytest.raises(UserError, match=r"sft.optim.lr=0.003 \(now 0.1\): .*checkpoint.accept=\[sft.optim.lr\]"):
+        sft.run(dataclasses.replace(resumed, sft=faster))  # finished: nothing is left to train with it
+    assert all((other / name).read_bytes() == content for name, content in record.items())

@@ -131,18 +131,22 @@ def test_a_run_started_afresh_over_an_older_one_finds_its_own_checkpoint(tmp_pat
 
 def test_another_kind_of_run_is_refused(tmp_path):
     save(checkpoints(tmp_path), 1)
-    with pytest.raises(UserError, match="stage=grpo, this one has stage=sft"):
+    with pytest.raises(UserError, match=r"a run with stage=grpo \(now sft\): give another output"):
         checkpoints(tmp_path).resume({"stage": "sft"})
 
 
-def test_a_setting_that_only_one_of_two_runs_has_is_refused_both_ways(tmp_path):
-    adapted = SAME | {"model.lora_rank": 4}
-    save(checkpoints(tmp_path), 1)
-    with pytest.raises(UserError, match="model.lora_rank=None, this one has model.lora_rank=4: give another"):
-        checkpoints(tmp_path).resume(adapted)
-    save(checkpoints(tmp_path), 2, {"same": adapted})
-    with pytest.raises(UserError, match="with model.lora_rank=4, this one has model.lora_rank=None"):
-        checkpoints(tmp_path).resume(SAME)
+def test_what_a_resumed_run_changes_is_named_and_can_be_accepted(tmp_path):
+    before, now = (SAME | {"grpo.kl_beta": b, "grpo.optim.lr": lr, "seed": 0} for b, lr in ((0.1, 1.0), (0.2, 2.0)))
+    save(checkpoints(tmp_path), 3, {"same": before})
+    with pytest.raises(UserError) as refused:
+        checkpoints(tmp_path, accept=["grpo.kl_beta"]).resume(now)
+    assert "a run with grpo.optim.lr=1.0 (now 2.0): give" in str(refused.value)
+    assert "checkpoint.accept=[grpo.optim.lr] if the change is meant" in str(refused.value)
+    for accept in (["grpo.kl_beta", "grpo.optim.lr"], ["grpo"]):
+        assert checkpoints(tmp_path, accept=accept).resume(now)[1]["step"] == 3
+        logged = [e for e in read_events(tmp_path) if e["event"] == "checkpoint/accepted"][-1]
+        assert logged["changes"] == {"grpo.kl_beta": [0.1, 0.2], "grpo.optim.lr": [1.0, 2.0]}
+    assert checkpoints(tmp_path).resume(before | {"grpo.new": 1}), "a key that another version did not write"
 
 
 # Failing ------------------------------------------------------------------------------------------------------------

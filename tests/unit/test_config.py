@@ -7,6 +7,7 @@ import pytest
 from tatar_dist.config.load import known_keys, load_config
 from tatar_dist.config.schema import Config, to_yaml
 from tatar_dist.errors import UserError
+from tatar_dist.rewards.presets import load_preset
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MINIMAL = ["output=runs/x", "model.path=m"]
@@ -137,6 +138,11 @@ def test_missing_value_missing_file_and_broken_yaml_are_named(tmp_path):
         "data.min_rank_pool=1",
         "rollout.temperature=0",
         "sft.optim.lr_scale={norm: -1}",
+        "sft.epochs=-3",
+        "sft.optim.clip_norm=-1",
+        "sft.optim.weight_decay=-1",
+        "grpo.optim.betas=[0.9, 1.5]",
+        "grpo.optim.eps=0",
         "reward.preset=tatr",
     ],
 )
@@ -260,3 +266,12 @@ def test_what_omegaconf_cannot_merge_is_one_line(word, says):
     with pytest.raises(UserError, match=says) as e:
         load_config([], ["model.path=x", "output=y", word])
     assert "\n" not in str(e.value)
+
+
+def test_constants_of_a_preset_may_be_words_and_truth_values():
+    words = ["reward.params={thurstone_link: probit, pairwise_siblings: true, thurstone_tau: 2}"]
+    config = load_config([], [*MINIMAL, *words])
+    preset = load_preset(config.reward.preset, config.reward.weights, config.reward.params)
+    assert (preset.thurstone.link, preset.pairwise.siblings, preset.thurstone.tau) == ("probit", True, 2.0)
+    with pytest.raises(UserError, match="must be one of logistic, probit"):
+        load_config([], [*MINIMAL, "reward.params={thurstone_link: probot}"])

@@ -208,6 +208,15 @@ def test_a_jpeg_that_lacks_its_last_bytes_is_truncated(progressive):
     assert inspect_image(data[:-40]).problem == "truncated"
 
 
+def test_heic_without_its_plugin_names_it(monkeypatch):
+    from tatar_dist.data import images
+
+    monkeypatch.setattr(images, "_register_heif", lambda: None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    with pytest.raises(UnreadableImage, match="s1: .*HEIC needs `pip install pillow-heif`"):
+        decode_image(b"\0\0\0\x18ftypheic\0\0\0\0", "s1")
+
+
 def test_no_bytes_text_and_programs_are_refused():
     assert inspect_image(b"").problem == "missing"
     assert inspect_image(b"<html>404</html>").problem == "corrupt"

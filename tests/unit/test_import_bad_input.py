@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import zipfile
 from datetime import date
 from pathlib import Path
 
@@ -20,7 +21,14 @@ REGISTRY = read_registry()
 HEAD = b"image,score\n"
 VOTES = b"1 953619 0 0 0 0 0 0 0 0 0 0 1 2 3\n"
 KONIQ = b"image_name,c1,c2,c3,c4,c5,c_total,MOS,SD,set\n"
-BOTH = b"image_name,c1,c2,c3,c4,c5,c_total,MOS,SD,MOS_zscore,set\na.jpg,1,0,0,0,0,1,50,0.5,50,test\n"
+BOTH = b"image_name,c1,c2,c3,c4,c5,c_total,MOS,SD,MOS_zscore,set\na.jpg,0,0,1,0,0,1,50,0.5,50,test\n"
+
+
+def zipped(name: str) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr(name, "image,score\n")
+    return data.getvalue()
 
 
 def read(data, name="tad66k", folder=None, **choices):
@@ -111,8 +119,37 @@ BAD = [
     ("kadid10k", b"dist_img,ref_img,dmos,var\nfoo.png,I01.png,3,.1\n", "is not named as KADID-10k names its images"),
     ("kadid10k", b"dist_img,ref_img,dmos,var\nI01_01_01.png,I01.png,3,-1\n", "-1 is no standard deviation on 1–5"),
     ("koniq10k", KONIQ + b"a.jpg,0.5,0.5,0,0,0,3,50,0.5,test\n", "c1 of c_total is 1.5, which is no count of votes"),
-    ("koniq10k", KONIQ + b"a.jpg,1,0,0,0,0,3,50,0.5,dev\n", "F:2: column set: 'dev' is none of training"),
+    ("koniq10k", KONIQ + b"a.jpg,0,0,1,0,0,3,50,0.5,dev\n", "F:2: column set: 'dev' is none of training"),
     ("koniq10k", BOTH, "fit more than one format of KonIQ-10k: distributions-sets (MOS on 0–100), scores-and-dist"),
+    (
+        "koniq10k",
+        KONIQ + b"a.jpg,1,4,9,8,3,25,50,0.5,test\n",
+        "F:2: columns c1 to c5 sum to 25; format distributions-sets",
+    ),
+    (
+        "koniq10k",
+        KONIQ + b"a.jpg,0,0,0,1,0,3,3.83,0.5,test\n",
+        "F:2: column MOS is 3.83 of 0–100, the votes' mean is 75 of",
+    ),
+    (
+        "koniq10k",
+        b"PAR1\x15\x04",
+        "F: a Parquet file, not annotations as text; convert it first: pandas.read_parquet(F)",
+    ),
+    ("koniq10k", b"MATLAB 5.0 MAT-file", "F: a MATLAB file, not"),
+    ("koniq10k", b"\x93NUMPY\x01\x00", "F: a NumPy array, not"),
+    ("koniq10k", b"\x80\x04\x95", "F: a Python pickle, not"),
+    (
+        "koniq10k",
+        b"\xd0\xcf\x11\xe0\xa1\xb1",
+        "F: an Excel file of the old format, not annotations as text; convert it first: save it as",
+    ),
+    ("koniq10k", b"\x1f\x8b\x08", "F: compressed by gzip, not annotations as text; convert it first: gunzip F"),
+    (
+        "koniq10k",
+        zipped("a/labels.csv"),
+        "F: a ZIP archive: unpack it and give the annotation file in it, such as a/labels.csv",
+    ),
     ("flickr-aes", b"worker, imagePair, score\nA,a.jpg,3.5\n", "F:2: column score: 3.5 is no whole rating"),
     ("flickr-aes", b"worker, imagePair, score\nA,a.jpg,3\nA,a.jpg,4\n", "image 'a.jpg' by worker 'A' has score 3 here"),
 ]

@@ -33,3 +33,18 @@ def test_a_part_of_no_name_is_an_error_that_names_it():
 def test_a_negative_factor_is_refused():
     with pytest.raises(UserError, match="lr_scale.norm"):
         load_config([], ["output=x", "model.path=m", "grpo.optim.lr_scale={norm: -1}"])
+
+
+def test_norms_and_biases_are_not_decayed():
+    from types import SimpleNamespace
+
+    from tatar_dist.learner.zero3 import parameter_groups
+
+    matrix, norm = SimpleNamespace(shape=(0,), ds_shape=(4, 4)), SimpleNamespace(shape=(0,), ds_shape=(4,))
+    named = [("q.weight", matrix), ("norm.weight", norm), ("head.weight", matrix)]
+    assert parameter_groups(named, {"head": 2.0}, weight_decay=0.1) == [
+        {"params": [matrix], "scale": 1.0},
+        {"params": [norm], "scale": 1.0, "weight_decay": 0.0},
+        {"params": [matrix], "scale": 2.0},
+    ]
+    assert len(parameter_groups(named, {}, weight_decay=0.0)) == 1

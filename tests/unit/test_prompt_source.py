@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -198,18 +200,35 @@ def test_a_limit_of_held_out_samples_takes_from_every_data_set(make_source, tmp_
     rows = [row(i, dataset=name, sample_id=f"{name}-{i}") for name in ("a", "b") for i in range(3)]
     write_manifest(tmp_path / "m.parquet", rows)
     found = list(make_source().held_out([read_manifest(tmp_path / "m.parquet")], 2))
-    assert [s.sample_id for s in found] == ["a-0", "a-1", "b-0", "b-1"]  # both sets are of one task
+    assert [s.dataset for s in found] == ["a", "a", "b", "b"]  # both sets are of one task
 
 
-def test_held_out_samples_are_the_first_usable_ones_of_each_data_set(make_source, tmp_path):
+def test_a_limit_spreads_over_the_scores_of_a_set_sorted_by_them(make_source, tmp_path):
+    rows = [row(i, dataset="a", sample_id=f"a-{i:02d}", score=float(i)) for i in range(60)]
+    write_manifest(tmp_path / "m.parquet", rows[:30])
+    write_manifest(tmp_path / "n.parquet", rows[30:])
+    manifests = [read_manifest(tmp_path / name) for name in ("m.parquet", "n.parquet")]
+    source = make_source()
+    scores = [s.score for s in source.held_out(manifests, 12)]
+    assert len(set(scores)) == 12 and [s.score for s in source.held_out(manifests, 12)] == scores
+    assert sum(score < 30 for score in scores) == 6 and min(scores) < 5 and max(scores) >= 54
+    nested = {s.score for s in source.held_out(manifests, 6)}
+    assert nested < set(scores), "a smaller limit takes a part of a larger one"
+    assert len(list(source.held_out(manifests, 99))) == 60
+
+
+def test_a_held_out_sample_that_cannot_be_used_is_replaced(make_source, tmp_path):
     rows = [row(i) for i in range(5)] + [row(i, "iaa") for i in range(3)]
-    rows[0]["image_bytes"] = b"broken"
-    rows[6] |= {"image_bytes": None, "image": "gone.png"}
+    write_manifest(tmp_path / "whole.parquet", rows)
+    source = make_source()
+    whole = [s.sample_id for s in source.held_out([read_manifest(tmp_path / "whole.parquet")], 2)]
+    for one in (whole[0], whole[-1]):
+        next(r for r in rows if r["sample_id"] == one)["image_bytes"] = b"broken"
     write_manifest(tmp_path / "m.parquet", rows)
     manifests = [read_manifest(tmp_path / "m.parquet")]
-    source = make_source()
-    assert [s.sample_id for s in source.held_out(manifests, 2)] == ["iqa-1", "iqa-2", "iaa-0", "iaa-2"]
-    assert set(quarantined(tmp_path)) == {"iqa-0", "iaa-1"}
+    found = [s.sample_id for s in source.held_out(manifests, 2)]
+    assert len(found) == 4 and set(whole[1:3]) < set(found) and not {whole[0], whole[-1]} & set(found)
+    assert set(quarantined(tmp_path)) == {whole[0], whole[-1]}
     assert source.missing == {("set-iqa", "iqa"): 1, ("set-iaa", "iaa"): 1}
     assert len(list(source.held_out(manifests, None))) == 6
 
@@ -258,7 +277,7 @@ def test_the_length_of_a_supervised_row_is_prompt_image_and_answer(make_source, 
     assert source.problem(sample, supervised=True) is None
     limit_answers(source, exact - 1)
     assert source.problem(sample, supervised=True) == (
-        f"prompt and answer of {exact} tokens are over sft.max_tokens={exact - 1}"
+        f"prompt and answer of {exact} tokens is over sft.max_tokens={exact - 1}"
     )
     assert source.problem(sample) is None
 
@@ -294,3 +313,27 @@ def test_no_manifest_at_all_is_said_by_its_key():
 def test_a_directory_without_a_model_is_said_before_anything_is_loaded(make_source, tmp_path):
     with pytest.raises(UserError, match="no config.json in it"):
         make_source(f"model.path={tmp_path}")
+
+
+def test_a_limit_that_no_row_meets_is_said_at_once_with_the_value_that_would_do(make_source, tmp_path):
+    rows = [row(i) for i in range(90)]
+    write_manifest(tmp_path / "m.parquet", rows)
+    manifests = [read_manifest(tmp_path / "m.parquet")]
+    source = make_source("data.max_prompt_tokens=30")
+    with pytest.raises(UserError) as refused:
+        list(source.held_out(manifests, None))
+    told = str(refused.value)
+    assert told.startswith("none of the first 64 rows can be used: 64 of 64 rejected rows for one reason: prompt of ")
+    (most,) = re.findall(r"; data.max_prompt_tokens=(\d+) would take them$", told)
+    source.texts._data = dataclasses.replace(source.texts._data, max_prompt_tokens=int(most))
+    source.unusable = type(source.unusable)()
+    assert len(list(source.held_out(manifests, None))) == 90
+
+
+def test_a_manifest_away_from_its_pictures_is_said_at_once(make_source, tmp_path):
+    rows = [row(i) | {"image_bytes": None, "image": f"{i}.png"} for i in range(90)]
+    write_manifest(tmp_path / "m.parquet", rows)
+    source = make_source()
+    with pytest.raises(UserError, match="No such file or directory; data.image_root=DIRECTORY says where"):
+        list(source.held_out([read_manifest(tmp_path / "m.parquet")], 3))
+    assert len(quarantined(tmp_path)) < 64

@@ -212,7 +212,7 @@ def test_a_level_that_is_none_is_a_bad_row(image, told, tmp_path):
 def test_votes_beside_a_score_give_counts_but_no_deviation_on_another_scale(tmp_path):
     text = MINE.replace("[file, points]", "[file, points, n1, n2]").replace("own}", "own, votes: {n1: 1, n2: 5}}")
     mine = read_registry([written(tmp_path, text)]).find("mine")
-    made = assemble(Sources((("F", b"file,points,n1,n2\na,3,1,1\n"),)), mine, Choices()).table.to_pylist()[0]
+    made = assemble(Sources((("F", b"file,points,n1,n2\na,24,1,1\n"),)), mine, Choices()).table.to_pylist()[0]
     assert made["score_std"] is None and json.loads(made["meta"]) == {"counts": {"1": 1, "5": 1}}
 
 

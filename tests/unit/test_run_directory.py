@@ -51,7 +51,8 @@ def scalars(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_a_second_run_in_the_same_directory_is_refused_and_changes_nothing(tmp_path):
-    with RunDirectory(config(tmp_path, "seed=1")):
+    with RunDirectory(config(tmp_path, "seed=1")) as run:
+        run.record()
         before = (tmp_path / "config.yaml").read_text()
         with pytest.raises(UserError, match="another process is running in this directory"):
             RunDirectory(config(tmp_path, "seed=2"))
@@ -90,7 +91,9 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path):
 
 def test_the_configuration_that_ran_can_be_read_back(tmp_path):
     ran = config(tmp_path / "deep" / "run", "grpo.group_size=3", "reward.params.length_iaa_min=2")
-    RunDirectory(ran).close()
+    with RunDirectory(ran) as run:
+        assert not (run.path / "config.yaml").exists(), "a run that is refused changes no record"
+        run.record()
     assert load_config([str(tmp_path / "deep" / "run" / "config.yaml")], []) == ran
 
 

@@ -17,6 +17,12 @@ from tatar_dist.scoring.output import by_picture, find_pictures, run, write_page
 from tatar_dist.scoring.scorer import Score, read_picture
 
 
+def weightless(model: Path) -> None:
+    """Write a whole safetensors file without tensors, and a chat template."""
+    (model / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"{}")
+    (model / "chat_template.jinja").touch()
+
+
 @pytest.fixture
 def pictures(tmp_path):
     (tmp_path / "deep/er").mkdir(parents=True)
@@ -29,7 +35,17 @@ def pictures(tmp_path):
 def test_words_name_files_directories_and_globs_each_picture_once(pictures):
     found = find_pictures([str(pictures), str(pictures / "b.png"), str(pictures / "*.png")])
     assert [f.removeprefix(f"{pictures}/") for f in found] == ["a.JPG", "b.png", "deep/er/c.webp"]
-    assert find_pictures([str(pictures / "notes.txt")]) == [str(pictures / "notes.txt")]  # named, so it is tried
+    (pictures / "unknown").write_bytes(b"?")
+    assert find_pictures([str(pictures / "unknown")]) == [str(pictures / "unknown")]  # named, so it is tried
+    with pytest.raises(UserError, match=r"notes.txt: a text file, no picture; for a list of file names: .* - < "):
+        find_pictures([str(pictures / "notes.txt")])
+
+
+def test_hidden_files_of_a_directory_are_left_out(pictures):
+    (pictures / ".Trash").mkdir()
+    for hidden in ("._a.JPG", ".Trash/b.png"):
+        (pictures / hidden).write_bytes(b"resource fork")
+    assert len(find_pictures([str(pictures)])) == 3
 
 
 def test_standard_input_is_a_picture_or_a_list_of_files(pictures):
@@ -149,6 +165,11 @@ def test_the_page_escapes_what_a_model_writes_and_loads_nothing(pictures):
 def test_directories_that_are_no_model_of_ours(tmp_path):
     with pytest.raises(UserError, match="no such model directory"):
         model_config(tmp_path / "gone")
+    with pytest.raises(UserError, match="first: hf download org/name-7B --local-dir DIRECTORY"):
+        model_config("org/name-7B")
+    (tmp_path / "run/checkpoints/latest/model").mkdir(parents=True)
+    with pytest.raises(UserError, match="a run directory; its newest model is .*/run/checkpoints/latest/model$"):
+        model_config(tmp_path / "run")
     with pytest.raises(UserError, match="no config.json"):
         model_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type"')
@@ -160,13 +181,13 @@ def test_directories_that_are_no_model_of_ours(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     with pytest.raises(UserError, match="no .*safetensors"):
         model_config(tmp_path)
-    (tmp_path / "model.safetensors").touch()
+    weightless(tmp_path)
     with pytest.raises(UserError, match="no processor_config.json in it says how many pixels"):
         model_config(tmp_path)
 
 
 def test_a_model_is_asked_as_its_own_files_say(tmp_path):
-    (tmp_path / "model.safetensors").touch()
+    weightless(tmp_path)
     settings = {"model_type": "qwen2_5_vl", "dtype": "float32", "text_config": {"max_position_embeddings": 1024}}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     size = {"image_processor": {"size": {"shortest_edge": 12544, "longest_edge": 50176}}}
@@ -186,7 +207,7 @@ def test_a_checkpoint_is_asked_as_its_run_was(tmp_path):
     model = tmp_path / "a: run/checkpoints/step_000100/model"
     model.mkdir(parents=True)
     (model / "config.json").write_text('{"model_type": "qwen2_5_vl", "dtype": "float32"}')
-    (model / "model.safetensors").touch()
+    weightless(model)
     untouched = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}
     (model / "preprocessor_config.json").write_text(json.dumps(untouched))
     run = tmp_path / "a: run"

@@ -21,6 +21,27 @@ from typing import Any, NamedTuple
 from tatar_dist.data.registry import BLANK, Dataset, Format
 from tatar_dist.errors import UserError
 
+# how files that hold no text begin, and what makes text of them
+SIGNATURES: dict[bytes, tuple[str, str]] = {
+    b"PAR1": ("a Parquet file", "pandas.read_parquet(FILE).to_csv(...)"),
+    b"MATLAB 5.0": ("a MATLAB file", "scipy.io.loadmat(FILE), then write its arrays as CSV"),
+    b"\x89HDF\r\n\x1a\n": ("an HDF5 file (also MATLAB 7.3)", "h5py.File(FILE), then write its arrays as CSV"),
+    b"\x93NUMPY": ("a NumPy array", "numpy.load(FILE), then numpy.savetxt(...)"),
+    **{
+        b"\x80" + bytes([n]): ("a Python pickle", "pandas.read_pickle(FILE).to_csv(...), if you trust it")
+        for n in range(2, 6)
+    },
+    b"\xd0\xcf\x11\xe0": ("an Excel file of the old format", "save it as .xlsx or CSV"),
+    b"\x1f\x8b": ("compressed by gzip", "gunzip FILE"),
+    b"BZh": ("compressed by bzip2", "bunzip2 FILE"),
+    b"\xfd7zXZ": ("compressed by xz", "unxz FILE"),
+    b"7z\xbc\xaf": ("a 7-Zip archive", "unpack it and give the annotation file in it"),
+    b"Rar!": ("a RAR archive", "unpack it and give the annotation file in it"),
+    b"SQLite format 3": ("an SQLite database", "export the table as CSV"),
+    b"%PDF": ("a PDF document", "export the table as CSV"),
+    b"\x89PNG": ("a picture", "give the file with the annotations"),
+    b"\xff\xd8\xff": ("a picture", "give the file with the annotations"),
+}
 MISSING = object()  # the row has no such key; JSON's null is None
 
 
@@ -105,6 +126,11 @@ def parse(data: bytes, file: str, encoding: str | None, formats: Sequence[Format
     """Parse bytes into rows by content; the formats' signatures tell CSV from header-less text."""
     if data[:4] == b"PK\x03\x04":
         return _xlsx(data, file)
+    for start, (kind, remedy) in SIGNATURES.items():
+        if data.startswith(start):
+            raise UserError(
+                f"{file}: {kind}, not annotations as text; convert it first: {remedy.replace('FILE', file)}"
+            )
     text = decode(data, file, encoding)
     first = text.lstrip()[:1]
     if not first:
@@ -235,6 +261,10 @@ def _xlsx(data: bytes, file: str) -> AnnotationRows:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as parts:
             size = sum(part.file_size for part in parts.infolist())
+            inside = [part.filename for part in parts.infolist()]
+        if not any(name.startswith("xl/") for name in inside):
+            first = f", such as {inside[0]}" if inside else ""
+            raise UserError(f"{file}: a ZIP archive: unpack it and give the annotation file in it{first}")
         if size > XLSX_LIMIT:
             raise UserError(f"{file}: the workbook unpacks to more than {XLSX_LIMIT >> 20} MiB; save it as CSV")
         sheet = load_workbook(io.BytesIO(data), read_only=True, data_only=True).worksheets[0]

@@ -26,6 +26,8 @@ from tatar_dist.errors import UserError
 _NUMBER = re.compile(r"[+-]?((\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
 _NUMBER_CHARACTERS = frozenset("0123456789+-.eE \t")
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
+SHARES_OFF = 0.03  # five shares of two decimals may sum to 1.025
+VOTES_OFF = 20.0  # points of 100: KonIQ's standardised scores differ from the votes' means by a few
 MOST_VOTES = 1e9  # per value; larger counts are rejected, so that sums stay exact
 
 
@@ -75,6 +77,8 @@ def judge(file: RawFile) -> list[Row]:
         meta = [{"counts": dict(zip(names, counts, strict=True))} for counts in votes.tolist()]
     if fmt.score is not None:
         raw = _numbers(file, fmt.score)
+        if fmt.votes:
+            _check_agreement(file, raw, votes, values)
         label = f"{file.label(fmt.score)}: "
     else:  # the registry requires score or votes
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -185,6 +189,15 @@ def _votes(file: RawFile) -> np.ndarray:
     names = list(fmt.votes)
     counts = np.stack([_numbers(file, name) for name in names], axis=1)
     if fmt.votes_total:
+        sums = counts.sum(axis=1)
+        for i in np.flatnonzero(np.abs(sums - 1) > SHARES_OFF):
+            file.reject(
+                i,
+                "no shares",
+                f"columns {names[0]} to {names[-1]} sum to {sums[i]:.6g}; format {fmt.name} takes shares of "
+                f"{fmt.votes_total}, which sum to 1: are they counts, of another format of the set?",
+            )
+            counts[i] = np.nan
         counts = counts * _numbers(file, fmt.votes_total)[:, None]  # shares of the total
     slack = 0.01 if fmt.votes_total else 0.0
     rounded = np.round(counts)
@@ -195,6 +208,24 @@ def _votes(file: RawFile) -> np.ndarray:
         file.reject(i, "wrong type", f"column {names[k]}{share} is {counts[i, k]:.10g}, which is no count of votes")
     usable = ~(wrong | np.isnan(counts)).any(axis=1)
     return np.where(usable[:, None], rounded, 0.0).astype(np.int64)
+
+
+def _check_agreement(file: RawFile, raw: np.ndarray, votes: np.ndarray, values: np.ndarray) -> None:
+    """Raise UserError if the scores are at odds with the votes' means, both mapped to 0 to 100.
+
+    Published scores may be standardised by rater, which moves a mean by some points, so a file's median counts.
+    """
+    fmt, low, high = file.format, values.min(), values.max()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = 100 * ((votes @ values) / votes.sum(axis=1) - low) / (high - low)
+    apart = np.abs(to_score(raw, fmt.range, fmt.lower_is_better) - means)
+    if np.isfinite(apart).any() and np.nanmedian(apart) > VOTES_OFF:
+        i = int(np.nanargmax(apart))
+        raise UserError(
+            f"{file.at[i]}: {file.label(str(fmt.score))} is {raw[i]:.6g} of {fmt.range}, the votes' mean is "
+            f"{means[i]:.3g} of 100; half of the rows differ by {np.nanmedian(apart):.3g} points or more: another "
+            f"format than {fmt.name}, or another range, is meant"
+        )
 
 
 def _deviations(file: RawFile) -> np.ndarray:

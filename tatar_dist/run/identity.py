@@ -1,0 +1,81 @@
+"""The settings that determine what a run learns, which a resumed run must share.
+
+All but those in `FREE` count: machines, speed, supervision and what is measured may change at any time. What is meant
+to change is named in `checkpoint.accept`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from tatar_dist.config.schema import Config
+from tatar_dist.errors import UserError
+
+FREE = frozenset(
+    """
+    model.gradient_checkpointing
+    data.root data.image_root data.validation data.test data.eval_limit
+    sft.eval_every sft.micro_tokens sft.optim.on_nonfinite sft.optim.max_skipped
+    grpo.eval_every grpo.micro_tokens grpo.logprob_gap_limit grpo.optim.on_nonfinite grpo.optim.max_skipped
+    """.split()
+)
+SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "max_model_len", "quantization")
+BY_CONTENT = ("data.train", "data.prompts")  # the sampler compares manifests, `wording` is compared below
+
+
+def identity(config: Config, stage: str, wording: str) -> dict[str, Any]:
+    """Return what determines the result of `stage`, by key of the configuration, as JSON.
+
+    Args:
+        wording: the text of the prompts (`data.prompts`), which is compared by its content.
+    """
+    sections: dict[str, Any] = {"model": asdict(config.model), "data": asdict(config.data)}
+    sections[stage] = asdict(getattr(config, stage))
+    if stage == "grpo":
+        from tatar_dist.rewards.presets import load_preset
+
+        r = config.reward
+        sections["rollout"] = {key: getattr(config.rollout, key) for key in SAMPLING}
+        sections["reward"] = asdict(load_preset(r.preset, r.weights, r.params))
+    horizon = getattr(config, stage)
+    fixed = horizon.optim.schedule == "constant" and getattr(horizon, "kl_schedule", "constant") == "constant"
+    skipped = FREE | {*BY_CONTENT} | ({f"{stage}.epochs", f"{stage}.max_steps"} if fixed else set())
+    same = {key: value for key, value in _flat(sections) if key not in skipped}
+    digest = hashlib.sha256(wording.encode()).hexdigest()[:12]
+    return {"stage": stage, "seed": config.seed, **same, "data.prompts": f"text {digest}"}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return {key: [was, is]} of what differs; keys of one side alone are left out."""
+    return {k: [before[k], now[k]] for k in now if k in before and before[k] != now[k]}
+
+
+def require_same(
+    where: str, before: Mapping[str, Any], now: Mapping[str, Any], accept: Sequence[str]
+) -> dict[str, Any]:
+    """Return the changes that `accept` (keys, or sections of them) names.
+
+    Raises:
+        UserError: others; each is named with both values.
+    """
+    changed = changes(before, now)
+    refused = {k: v for k, v in changed.items() if not any(k == a or k.startswith(f"{a}.") for a in accept)}
+    if refused:
+        listed = ", ".join(f"{k}={was} (now {now})" for k, (was, now) in list(refused.items())[:5])
+        more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
+        raise UserError(
+            f"{where}: a checkpoint of a run with {listed}{more}: give another output; or "
+            f"checkpoint.accept=[{','.join(refused)}] if the change is meant; or checkpoint.resume=false to start over"
+        )
+    return changed
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple | list) else value

@@ -1,0 +1,75 @@
+"""Every key of the configuration either belongs to a run's identity or is known not to change what is learned."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tatar_dist.config.load import load_config
+from tatar_dist.run.identity import changes, identity
+
+BASE = ["output=unused", "model.path=m"]
+
+
+def of(stage: str, *words: str, wording: str = "rate it"):
+    return json.loads(json.dumps(identity(load_config([], [*BASE, *words]), stage, wording)))
+
+
+@pytest.mark.parametrize(
+    "stage, word, key",
+    [
+        ("sft", "sft.optim.lr=5e-4", "sft.optim.lr"),
+        ("sft", "sft.optim.betas=[0.8, 0.99]", "sft.optim.betas"),
+        ("sft", "sft.epochs=4", "sft.epochs"),
+        ("sft", "model.path=n", "model.path"),
+        ("sft", "model.max_pixels=1000000", "model.max_pixels"),
+        ("sft", "seed=1", "seed"),
+        ("grpo", "grpo.kl_beta=0.5", "grpo.kl_beta"),
+        ("grpo", "grpo.group_size=4", "grpo.group_size"),
+        ("grpo", "grpo.advantage=mean", "grpo.advantage"),
+        ("grpo", "rollout.temperature=0.7", "rollout.temperature"),
+        ("grpo", "rollout.max_new_tokens=256", "rollout.max_new_tokens"),
+        ("grpo", "reward.weights={gaussian: 2}", "reward.gaussian.weight"),
+        ("grpo", "reward.params={gaussian_scale_iqa: 9}", "reward.gaussian.scale_iqa"),
+        ("grpo", "data.iqa_fraction=0.25", "data.iqa_fraction"),
+    ],
+)
+def test_what_changes_learning_changes_the_identity(stage, word, key):
+    assert list(changes(of(stage), of(stage, word))) == [key]
+
+
+def test_another_preset_is_named_by_what_it_changes():
+    changed = changes(of("grpo"), of("grpo", "reward.preset=released"))
+    assert "reward.name" in changed and all(key.startswith("reward.") for key in changed)
+
+
+def test_prompts_count_by_their_text():
+    assert list(changes(of("sft"), of("sft", wording="rate that"))) == ["data.prompts"]
+    assert not changes(of("sft"), of("sft", "data.prompts=elsewhere.yaml"))
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "output=other",
+        "cluster.learners=2",
+        "rollout.engines=3",
+        "checkpoint.every=7",
+        "data.eval_limit=5",
+        "grpo.eval_every=3",
+        "grpo.micro_tokens=99",
+        "model.gradient_checkpointing=false",
+        "sft.optim.lr=1",
+        "watch.stall_min_s=1",
+    ],
+)
+def test_what_does_not_change_learning_is_free(word):
+    assert not changes(of("grpo"), of("grpo", word))
+
+
+def test_a_run_may_become_longer_where_no_schedule_looks_at_its_end():
+    constant = "grpo.optim.schedule=constant"
+    assert not changes(of("grpo", constant), of("grpo", constant, "grpo.epochs=9", "grpo.max_steps=8"))
+    moving = (constant, "grpo.kl_schedule=linear")
+    assert list(changes(of("grpo", *moving), of("grpo", *moving, "grpo.epochs=9"))) == ["grpo.epochs"]
