@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
@@ -29,6 +30,7 @@ from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.plan.memory import check_fit
 from tatar_dist.plan.plan import Stage, resolve
 from tatar_dist.plan.proven import unproven
+from tatar_dist.rewards.presets import load_preset
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.checkpoints import CheckpointRef, Checkpoints, latest
 from tatar_dist.run.directory import PROMPTS, RunDirectory
@@ -186,7 +188,9 @@ class Run:
         """Find the checkpoint to start from and start Ray. Returns False when all steps are done."""
         c, run = self.config, self.directory.path
         self._opened, self._data, self._total = True, data, data.total
-        self._identity = json.loads(json.dumps(identity(c, self.stage, self.directory.records[PROMPTS])))
+        preset = load_preset(c.reward.preset, c.reward.weights, c.reward.params)
+        same = identity(c, self.stage, self.directory.records[PROMPTS], asdict(preset))
+        self._identity = json.loads(json.dumps(same))
         self._checkpoints = Checkpoints(run.absolute(), c.checkpoint, self.directory.events)
         self._checkpoint = self._checkpoints.resume(self._identity) if c.checkpoint.resume else None
         self._step = self._at = self._checkpoint[1]["step"] if self._checkpoint else 0

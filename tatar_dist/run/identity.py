@@ -26,20 +26,18 @@ SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "max_model_len", 
 BY_CONTENT = ("data.train", "data.prompts")  # the sampler compares manifests, `wording` is compared below
 
 
-def identity(config: Config, stage: str, wording: str) -> dict[str, Any]:
+def identity(config: Config, stage: str, wording: str, reward: Mapping[str, Any]) -> dict[str, Any]:
     """Return what determines the result of `stage`, by key of the configuration, as JSON.
 
     Args:
         wording: the text of the prompts (`data.prompts`), which is compared by its content.
+        reward: the preset with its overrides, as a mapping; used for GRPO.
     """
     sections: dict[str, Any] = {"model": asdict(config.model), "data": asdict(config.data)}
     sections[stage] = asdict(getattr(config, stage))
     if stage == "grpo":
-        from tatar_dist.rewards.presets import load_preset
-
-        r = config.reward
         sections["rollout"] = {key: getattr(config.rollout, key) for key in SAMPLING}
-        sections["reward"] = asdict(load_preset(r.preset, r.weights, r.params))
+        sections["reward"] = reward
     horizon = getattr(config, stage)
     fixed = horizon.optim.schedule == "constant" and getattr(horizon, "kl_schedule", "constant") == "constant"
     skipped = FREE | {*BY_CONTENT} | ({f"{stage}.epochs", f"{stage}.max_steps"} if fixed else set())

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
 from tatar_dist.config.load import load_config
+from tatar_dist.rewards.presets import load_preset
 from tatar_dist.run.identity import changes, identity
 
 BASE = ["output=unused", "model.path=m"]
 
 
 def of(stage: str, *words: str, wording: str = "rate it"):
-    return json.loads(json.dumps(identity(load_config([], [*BASE, *words]), stage, wording)))
+    config = load_config([], [*BASE, *words])
+    r = config.reward
+    reward = asdict(load_preset(r.preset, r.weights, r.params))
+    return json.loads(json.dumps(identity(config, stage, wording, reward)))
 
 
 @pytest.mark.parametrize(
