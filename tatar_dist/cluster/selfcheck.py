@@ -1,4 +1,4 @@
-"""Check before training that weights reach the engines: `verify` compares, `check` tries a way of pushing.
+"""Check before training that weights reach engines: `verify` compares, `check` tries a way.
 
 `check` moves all weights by a few percent, pushes them, compares log-probabilities of engines and learners, moves them
 back, pushes again and compares again (sync/README.md). It is for ways of pushing and of running engines that were never
@@ -76,7 +76,7 @@ def _answers(pool: Any, learners: Any, prompts: Sequence[Prompt], config: Config
 def check(
     push: CheckedPush, pool: Any, learners: Any, prompts: Sequence[Prompt], version: int, begin: Callable[[], None]
 ) -> None:
-    """Push weights as `version` by `push`, checked; if that fails, by the object store, checked too.
+    """Push weights as `version` and check it; if that fails, by the object store, checked too.
 
     The weights are the same afterwards, bit by bit. After a LearnersFailed, a stop or an error that ends the run they
     may be moved: such learners must not be used again. Engines on the learners' GPUs sleep, as after `verify`.
@@ -107,7 +107,7 @@ def check(
 
 
 def _try(push: CheckedPush, pool: Any, learners: Any, prompts: Sequence[Prompt], version: int) -> dict[str, Any]:
-    """Make one check; return its figures. Raises WeightsOutOfSync, or what went wrong on the way."""
+    """Make one check; return its figures. Raises WeightsOutOfSync, or what went wrong."""
     config, waits = learners.config, learners.waits
     seconds, gap_limit = config.rollout.push_check_s, config.grpo.logprob_gap_limit
     end, failed = time.monotonic() + seconds, dict[int, str]()

@@ -1,4 +1,4 @@
-"""Weight pushes from learners to engines: the ways by their names in `rollout.push` (README.md)."""
+"""Weight pushes from learners to engines: the ways by name in `rollout.push` (README.md)."""
 
 from __future__ import annotations
 

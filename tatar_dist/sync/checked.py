@@ -1,4 +1,4 @@
-"""The way of pushing that a run takes, and the object store in its place if its check fails."""
+"""The way of pushing that a run takes, and the object store instead if its check fails."""
 
 from __future__ import annotations
 
