@@ -101,7 +101,8 @@ def without_weights(shape: Any) -> Callable[[Any], Any]:
         load = cls.from_pretrained
 
         def from_config(_: str, **settings: Any) -> Any:
-            return load(None, config=shape, state_dict={}, **settings)
+            model, report = load(None, config=shape, state_dict={}, **settings)
+            return model, dict.fromkeys(report, ())  # it misses all weights
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cls, "from_pretrained", from_config)
