@@ -31,6 +31,7 @@ PACKING, BATCHES = ("test_packing.py",), ("test_batches.py",)
 EXPECTED, ANSWERS = ("test_expected_score.py",), ("test_evaluate_answers.py",)
 ADVANTAGES, LOSSES = ("test_advantages.py", "test_rewards.py"), ("test_losses.py",)
 GPUS = ("test_gpus.py",)
+GPU_CHECK, PROOFS = ("test_gpu_check.py",), ("test_proofs.py",)
 
 # name: (file below tatar_dist, text, what it becomes, tests)
 DEVICE = ("../device/test_learner.py",)
@@ -162,6 +163,11 @@ MUTATIONS = {
     "device: a sampler that nvcc compiles": ("rollout/options.py", '"VLLM_USE_FLASHINFER_SAMPLER": "0",', "", ("test_process.py",)),
     "device: workers are forked": ("rollout/options.py", '"VLLM_WORKER_MULTIPROC_METHOD": "spawn",', "", ("test_process.py",)),
     "device: the learner's stream is left": ("sync/nccl.py", ", stream=torch.cuda.current_stream())", ")", ("test_nccl_sender.py",)),
+    "gpu-check: what ignores SIGTERM stays": ("gpu_check/runner.py", "for number in (signal.SIGTERM, signal.SIGKILL):", "for number in (signal.SIGTERM,):", GPU_CHECK),
+    "gpu-check: a part outlives the budget": ("gpu_check/runner.py", "min(limit, left)", "limit", GPU_CHECK),
+    "gpu-check: NaN is near": ("gpu_check/learner_parts.py", "if not far < limit:", "if far >= limit:", GPU_CHECK),
+    "gpu-check: a failure does not revoke": ("run/proofs.py", 'row.get("status") != "passed"', "not row", PROOFS),
+    "gpu-check: any version counts": ("run/proofs.py", 'for key in ("card", "versions")', 'for key in ("card",)', PROOFS),
 }  # fmt: skip
 
 
