@@ -1,4 +1,4 @@
-"""`tatar-dist rewards`, `bench`, `doctor`, `gpu-check`: score completions, time parts, check the machine."""
+"""`tatar-dist rewards`, `bench`, `doctor`, `gpu-check`: score, time, check the machine."""
 
 from __future__ import annotations
 
@@ -146,10 +146,10 @@ def gpu_check(
     pretend: Annotated[bool, typer.Option("--pretend", help="Walk the parts on the CPU; records nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Try on this machine's GPUs, in ten minutes, what training needs of them, the riskiest first.
+    """Try on this machine's GPUs, in ten minutes, what training needs of them.
 
-    Kernels against the CPU's, engines, ZeRO-3, weight pushes, sleep, three GRPO steps, speed; each part has a process
-    and a deadline. `doctor` and runs show what passed. Exit 1 if a part failed, 2 without a GPU.
+    The riskiest parts come first: kernels against the CPU's, engines, ZeRO-3, weight pushes, sleep, three GRPO steps,
+    speed. `doctor` and runs show what passed. Exit 1 if a part failed, 2 without a GPU.
 
     Example: [bold]tatar-dist gpu-check --part packed --part speed-7b[/bold]
     """

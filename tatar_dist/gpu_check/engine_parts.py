@@ -1,4 +1,4 @@
-"""Parts with engines and Ray: an engine alone, pushes, sleep, steps of GRPO. All on the bundled tiny model.
+"""Parts with engines and Ray: an engine alone, pushes, sleep, GRPO; with the tiny model.
 
 On GPUs in bfloat16, the dtype of training, where vLLM takes flash attention.
 """
@@ -16,14 +16,14 @@ from typing import Any
 
 from tatar_dist.errors import RunError
 from tatar_dist.gpu_check.learner_parts import GIB, Found
-from tatar_dist.gpu_check.parts import Setting
+from tatar_dist.gpu_check.parts import CheckSetting
 
 PIXELS, PROMPTS, TOKENS, STEPS = 112, 8, 32, 3
 CHECK_S, BIT = 40, 4  # limit of a check of a push; the bit of each weight that the control flips
 
 
-def configured(setting: Setting, *words: str) -> Any:
-    """Return configs/demo.yaml for one learner and one engine, which share the GPU if there is but one."""
+def configured(setting: CheckSetting, *words: str) -> Any:
+    """Return configs/demo.yaml for a learner and an engine, which share the only GPU."""
     from tatar_dist.assets import CONFIGS
     from tatar_dist.config.load import load_config
 
@@ -41,7 +41,7 @@ def configured(setting: Setting, *words: str) -> Any:
     return load_config([str(CONFIGS / "demo.yaml")], [*settings, *(() if setting.pretend else on_gpus), *words])
 
 
-def engine_here(setting: Setting, *words: str) -> tuple[Any, Any]:
+def engine_here(setting: CheckSetting, *words: str) -> tuple[Any, Any]:
     """Start an engine in this process; return it and its configuration."""
     from tatar_dist.rollout.options import COMMON_ENV, engine_environment, set_environment
 
@@ -65,8 +65,8 @@ def prompts_of(config: Any) -> list[Any]:
     return [Prompt(sample, texts[sample.task], sample.sample_id) for sample in samples]
 
 
-def engine(setting: Setting, variant: str) -> Found:
-    """Compare the log-probabilities of an engine's answers with the learner's forward. variant: v2, tp2 or none."""
+def engine(setting: CheckSetting, variant: str) -> Found:
+    """Compare log-probabilities of an engine and the learner. variant: v2, tp2 or none."""
     import torch
 
     from tatar_dist.learner.batch import Collator
@@ -103,8 +103,8 @@ def engine(setting: Setting, variant: str) -> Found:
     return f"{mean:.1g} nats from the learner on {len(gaps)} tokens, {worst:.1g} at most", figures
 
 
-def push(setting: Setting, way: str) -> Found:
-    """Push all weights twice by one way, checked; and notice weights that were moved but not pushed."""
+def push(setting: CheckSetting, way: str) -> Found:
+    """Push twice by one way, checked; notice weights that were moved and not pushed."""
     from tatar_dist.cluster import selfcheck
     from tatar_dist.cluster.ray_cluster import Cluster
     from tatar_dist.faults.waiting import Waits
@@ -138,8 +138,8 @@ def push(setting: Setting, way: str) -> Found:
     raise RunError("weights that were moved and not pushed went unnoticed")
 
 
-def sleep(setting: Setting, _: str) -> Found:
-    """Let an engine sleep: its memory is free meanwhile, and after a push it answers greedily as before."""
+def sleep(setting: CheckSetting, _: str) -> Found:
+    """Let an engine sleep: its memory is free, and after a push it answers as before."""
     import torch
 
     from tatar_dist.models import family
@@ -166,7 +166,7 @@ def sleep(setting: Setting, _: str) -> Found:
     return f"gives back {freed / GIB:.1f} of {taken / GIB:.1f} GiB, then answers as before", {"freed_gib": freed / GIB}
 
 
-def grpo(setting: Setting, _: str) -> Found:
+def grpo(setting: CheckSetting, _: str) -> Found:
     """Train three steps of GRPO with all GPUs, learners and engines as many as fit."""
     from tatar_dist import grpo as controller
     from tatar_dist.bench.subject import image

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.gpu_check.parts import NotHere, Setting
+from tatar_dist.gpu_check.parts import CheckSetting, NotHere
 
 GIB = 1 << 30
 HEADROOM = 0.95  # of the free memory, that a part may take
@@ -37,7 +37,7 @@ PEAKS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12, "L40S": 362e1
 Found = tuple[str, dict[str, Any]]  # a line for the table, and figures
 
 
-def devices(setting: Setting, _: str) -> Found:
+def devices(setting: CheckSetting, _: str) -> Found:
     """Ask the driver about the GPUs, compute on each, and copy between each two.
 
     Raises:
@@ -93,7 +93,7 @@ def _machine() -> Any:
 
 
 def backbone_of(side: int, *words: str) -> tuple[Any, Any]:
-    """Return the configuration with the bundled tiny model for images up to `side` pixels wide, and its backbone."""
+    """Return a configuration with the tiny model, images up to side^2 pixels; its backbone."""
     from tatar_dist.config.load import load_config
     from tatar_dist.models import family
 
@@ -132,7 +132,7 @@ def random_model(config: Any, dtype: Any) -> Any:
 
 @dataclass(frozen=True)
 class Packed:
-    """A random model on the CPU in float32, a packed row of ragged completions, and weights of its loss."""
+    """A random model on the CPU in float32, a packed row, and weights of its loss."""
 
     model: Any
     backbone: Any
@@ -141,7 +141,7 @@ class Packed:
 
 
 def packed_row(pretend: bool = False) -> Packed:
-    """Make a model of two layers as wide as a 7B, or a narrow one; three images, five completions."""
+    """Make two layers as wide as a 7B, or narrow; three images, five ragged completions."""
     import torch
 
     from tatar_dist.bench import subject
@@ -162,7 +162,7 @@ def packed_row(pretend: bool = False) -> Packed:
 
 
 def result(row: Packed, device: str, dtype: Any = None, checkpointing: bool = False) -> tuple[Any, Any]:
-    """Return log-probabilities and the whole gradient of a packed row, on the CPU in float32."""
+    """Return log-probabilities and gradient of a packed row, on the CPU in float32."""
     import torch
 
     from tatar_dist.learner.policy import PolicyModel
@@ -184,8 +184,8 @@ def apart(found: Any, right: Any) -> float:
     return float((found - right).norm() / right.norm())
 
 
-def packed(setting: Setting, _: str) -> Found:
-    """Compare the packed forward and backward on the device with the CPU's: float32, bfloat16."""
+def packed(setting: CheckSetting, _: str) -> Found:
+    """Compare packed forward and backward on the device with the CPU's."""
     import torch
 
     torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution, and here compared in float32
@@ -205,8 +205,8 @@ def packed(setting: Setting, _: str) -> Found:
     return f"float32 within {worst[0]:.1g} of the CPU's, bfloat16 within {worst[1]:.1g}", figures
 
 
-def zero3(setting: Setting, _: str) -> Found:
-    """Compare steps of ZeRO-3 on all GPUs, a process each, with steps of plain torch on one."""
+def zero3(setting: CheckSetting, _: str) -> Found:
+    """Compare steps of ZeRO-3 on all GPUs, a process each, with plain torch on one."""
     ranks, figures, wrong = (2 if setting.pretend else setting.gpus), {}, []
     right = _plain_steps(setting.device, ranks)
     with ProcessPoolExecutor(ranks, get_context("spawn")) as processes:
@@ -237,7 +237,7 @@ def _step_loss(logp: Any, batch: Any, ranks: int) -> Any:
 
 
 def _plain_steps(device: str, ranks: int) -> list[float]:
-    """Return the losses, then the gradient norms, of two steps of AdamW on the batches of all ranks."""
+    """Return losses, then gradient norms, of two AdamW steps on the batches of all ranks."""
     import torch
 
     from tatar_dist.learner.policy import PolicyModel
@@ -257,8 +257,8 @@ def _plain_steps(device: str, ranks: int) -> list[float]:
     return losses + norms
 
 
-def _zero3_steps(setting: Setting, rank: int, ranks: int) -> dict[str, list[float]]:
-    """Make the same steps as one rank of ZeRO-3, with the only GPU that it sees, as a learner does."""
+def _zero3_steps(setting: CheckSetting, rank: int, ranks: int) -> dict[str, list[float]]:
+    """Make the same steps as one rank of ZeRO-3, which sees one GPU, as a learner does."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", GLOO_SOCKET_IFNAME="lo")
     if not setting.pretend:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -288,8 +288,8 @@ def _zero3_steps(setting: Setting, rank: int, ranks: int) -> dict[str, list[floa
     return found
 
 
-def speed(setting: Setting, name: str) -> Found:
-    """Time forward and backward of a 3B or 7B with random weights: one image, eight completions, checkpointed.
+def speed(setting: CheckSetting, name: str) -> Found:
+    """Time updates of a 3B or 7B with random weights: one image, eight completions.
 
     Raises:
         NotHere: by plan/memory.py's counts it does not fit the free memory.
@@ -339,7 +339,7 @@ def speed(setting: Setting, name: str) -> Found:
 
 
 def counted_bytes(config: Any, work: Any, prompt: int) -> float:
-    """Count the peak of an update in bfloat16 with checkpointing and without an optimizer, by plan/memory.py's parts.
+    """Count the peak of such an update by plan/memory.py's parts.
 
     At the head: weights, what layers keep, logits. At the last layer: weights, gradients, what it computes again.
     """

@@ -1,4 +1,4 @@
-"""The parts of `gpu-check` in the order in which they run, the riskiest first, and what each needs.
+"""The parts of `gpu-check`, the riskiest first, and what each needs.
 
 Imports only the standard library: the parts themselves are imported in the process of each.
 """
@@ -13,12 +13,15 @@ ENGINE, ALL = ("vllm", "ray"), ("vllm", "ray", "deepspeed")
 
 
 class NotHere(Exception):
-    """The part cannot run on this machine, which is no failure: no GPU, or one that is too small."""
+    """The part cannot run here, which is no failure: no GPU, or one that is too small."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Where the parts run. device: cuda, or cpu with `--pretend`; gpus: their number; place: directory of one part."""
+class CheckSetting:
+    """Where the parts run.
+
+    device: cuda, or cpu with `--pretend`; gpus: their number; place: directory of one part.
+    """
 
     device: str
     gpus: int
@@ -51,7 +54,7 @@ class Part:
     on_cpu: bool = True
     required: bool = True
 
-    def missing(self, setting: Setting) -> str | None:
+    def missing(self, setting: CheckSetting) -> str | None:
         """Return what keeps the part from running here, or None."""
         absent = [module for module in self.modules if find_spec(module) is None]
         if absent:

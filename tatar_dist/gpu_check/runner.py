@@ -1,4 +1,4 @@
-"""Run the parts, each in a process and a session of its own, with a deadline for each and one for all.
+"""Run the parts, each in a process of its own, with a deadline for each and one for all.
 
 Whatever a part has started is in its session (setsid(2)), also what outlives it: Ray's processes, engines, ranks. All
 of it is ended with the part.
@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from tatar_dist.errors import RunError, UserError
-from tatar_dist.gpu_check.parts import PARTS, NotHere, Part, Setting
+from tatar_dist.gpu_check.parts import PARTS, CheckSetting, NotHere, Part
 from tatar_dist.rollout.options import COMMON_ENV
 from tatar_dist.run import proofs
 from tatar_dist.run.files import write_whole
@@ -46,7 +46,7 @@ Result = dict[str, Any]  # {"part", "required", "status", "seconds", "text", "fi
 class Running:
     """A part that runs. Its log and its files are LOGS/NAME.log and LOGS/NAME/."""
 
-    def __init__(self, part: Part, setting: Setting, logs: Path, limit_s: float) -> None:
+    def __init__(self, part: Part, setting: CheckSetting, logs: Path, limit_s: float) -> None:
         self.part, self.limit_s, self.start = part, limit_s, time.monotonic()
         self.log, self.file = logs / f"{part.name}.log", logs / f"{part.name}.json"
         (place := logs / part.name).mkdir()
@@ -62,7 +62,7 @@ class Running:
             )  # fmt: skip
 
     def result(self) -> Result | None:
-        """Return the result once the process has ended or is late, and end all that it started."""
+        """Return the result once the process has ended or is late; end what it started."""
         seconds = time.monotonic() - self.start
         if self.process.poll() is None and seconds < self.limit_s:
             return None
@@ -110,13 +110,16 @@ def _session(pid: int) -> int | None:
 
 def run_parts(
     parts: Sequence[Part],
-    setting: Setting,
+    setting: CheckSetting,
     logs: Path,
     until: float,
     together: int = 1,
     started: Callable[[Part], None] = lambda part: None,
 ) -> Iterator[Result]:
-    """Yield the result of each part as it comes; until: monotonic seconds at which all have ended."""
+    """Yield the result of each part as it comes.
+
+    until: monotonic seconds at which all have ended.
+    """
     waiting, running = deque(parts), list[Running]()
     try:
         while waiting or running:
@@ -141,9 +144,11 @@ def run_parts(
 def check(
     names: Sequence[str], pretend: bool, logs: Path, started: Callable[[Part], None] = lambda part: None
 ) -> dict[str, Any]:
-    """Run the parts (`names`: only these, after the devices); return the object that `--json` prints.
+    """Run the parts and return the object that `--json` prints.
 
     Every part that ran is recorded in the user's cache directory (run/proofs.py), unless it was pretended.
+
+    names: run only these, after the devices.
 
     Raises:
         UserError: an unknown name; no GPU, or one that no run can use.
@@ -153,7 +158,7 @@ def check(
         raise UserError(f"--part {unknown[0]}: must be one of {', '.join(known)}")
     start = time.monotonic()
     chosen = [part for part in PARTS[1:] if not names or part.name in names]
-    setting, notes = Setting("cpu" if pretend else "cuda", 1), set[str | None]()
+    setting, notes = CheckSetting("cpu" if pretend else "cuda", 1), set[str | None]()
     until = start + BUDGET_S * setting.slack
     (devices,) = run_parts(PARTS[:1], setting, logs, until, started=started)
     if devices["status"] == "skipped":
@@ -181,7 +186,7 @@ def check(
 
 
 def main() -> None:
-    """Run one part in this process; its result is a file, so that nothing that libraries print can be taken for it."""
+    """Run one part in this process. Its result is a file: libraries print what they like."""
     job = json.loads(sys.argv[1])
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # when gpu-check itself ends
     if os.getppid() != job["parent"]:  # it has ended already
@@ -189,7 +194,7 @@ def main() -> None:
     faulthandler.dump_traceback_later(max(0.5, job["limit_s"] - STACKS_S))
     module, function = job["run"].split(":")
     try:
-        text, figures = getattr(import_module(module), function)(Setting(**job["setting"]), job["variant"])
+        text, figures = getattr(import_module(module), function)(CheckSetting(**job["setting"]), job["variant"])
         result = {"status": "passed", "text": text, "figures": figures}
     except NotHere as e:
         result = {"status": "skipped", "text": str(e)}

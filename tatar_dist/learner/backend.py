@@ -1,4 +1,4 @@
-"""Start torch.distributed and DeepSpeed on a given store: gloo on CPUs, NCCL on GPUs. Needs no Ray."""
+"""Start torch.distributed and DeepSpeed on a given store, without Ray."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 def start_backend(store: dist.Store, rank: int, world_size: int, device: torch.device, wait: timedelta) -> None:
-    """Join the default group of `world_size` ranks; every later collective fails after `wait`."""
+    """Join the default group: gloo on CPUs, NCCL on GPUs. A collective fails after `wait`."""
     import deepspeed
 
     # compiled at the first use, behind a lock file: a process killed meanwhile would leave all later ones waiting for

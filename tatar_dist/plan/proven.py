@@ -26,7 +26,10 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Path:
-    """One code path. `key`: the configuration that selects it, in `stages`; `parts`: of gpu-check that run it."""
+    """One code path.
+
+    key: the configuration that selects it, in `stages`; parts: of gpu-check, which run it.
+    """
 
     name: str
     key: str
@@ -65,7 +68,7 @@ def unproven(config: Config, stage: Stage = "grpo") -> list[Path]:
 
 
 def run_here(path: Path) -> str | None:
-    """Return "run on this machine on DATE (card, driver)" if all parts of gpu-check that run `path` passed here."""
+    """Return "run on this machine on …" if all parts of gpu-check that run `path` passed."""
     if not path.parts or not proofs.file().exists():
         return None
     with suppress(ImportError):  # Ray, which brings the binding of NVML
@@ -75,7 +78,7 @@ def run_here(path: Path) -> str | None:
 
 
 def warnings_for(config: Config, stage: Stage) -> list[str]:
-    """Return one line per unproven path, for the start of a run: a warning unless it was run on this machine."""
+    """Return one line per unproven path, for the start of a run: when it ran, or a warning."""
     checked = "The run checks itself before it trains; run" if stage == "grpo" else "Run"
     never = f"{NEVER}. {checked} `tatar-dist gpu-check` on your nodes first"
     return [f"{p.name} ({p.key}): {run_here(p) or never}." for p in unproven(config, stage)]

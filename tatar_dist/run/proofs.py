@@ -1,4 +1,4 @@
-"""Records of `tatar-dist gpu-check`: which part ran how on which card, with which driver and packages.
+"""Records of `tatar-dist gpu-check`: which part ran how, on which card and versions.
 
 One JSON object a line in ${XDG_CACHE_HOME:-~/.cache}/tatar_dist/gpu-check.jsonl. A record counts only for the same
 card, major version of the driver and versions of all PACKAGES, and a later one of the same part replaces it.
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 
 def add(part: str, status: str, machine: Machine) -> str | None:
-    """Append a record of a part that ran on `machine`; return why it cannot be written, or None."""
+    """Append a record of a part; return why it cannot be written, or None."""
     path = file()
     date = time.strftime("%Y-%m-%d")
     row = {"part": part, "status": status, "date": date, "host": machine.host, "count": len(machine.gpus)}
@@ -56,7 +56,7 @@ def _ground(machine: Machine) -> dict[str, Any]:
 
 
 def find(parts: Sequence[str], machine: Machine) -> Mapping[str, Any] | None:
-    """Return the oldest record that counts if all `parts` passed when they last ran, else None."""
+    """Return the oldest record of `parts` if all passed when they last ran, else None."""
     if not parts or not machine.gpus:
         return None
     rows: list[dict[str, Any]] = []

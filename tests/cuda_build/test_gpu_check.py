@@ -12,13 +12,13 @@ import pytest
 
 from tatar_dist.errors import RunError
 from tatar_dist.gpu_check import learner_parts
-from tatar_dist.gpu_check.parts import PARTS, Setting
+from tatar_dist.gpu_check.parts import PARTS, CheckSetting
 from tatar_dist.gpu_check.runner import run_parts
 
 
 @pytest.fixture
 def setting(tmp_path):
-    return Setting("cuda", 2, str(tmp_path))
+    return CheckSetting("cuda", 2, str(tmp_path))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from pretend import NAME, FakeAccelerator, register
 
 from tatar_dist.gpu_check import learner_parts
-from tatar_dist.gpu_check.parts import NotHere, Setting
+from tatar_dist.gpu_check.parts import CheckSetting, NotHere
 from tatar_dist.plan import memory
 
 FREE = 70 << 30
@@ -28,7 +28,7 @@ def device(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: mode.peaks["setup"])
     with mode:
-        yield Setting(NAME, 1)
+        yield CheckSetting(NAME, 1)
 
 
 @pytest.mark.parametrize("name", ["3B", "7B"])

@@ -18,10 +18,10 @@ from rich.console import Console
 from tatar_dist.cli import main
 from tatar_dist.errors import RunError
 from tatar_dist.gpu_check import runner, table
-from tatar_dist.gpu_check.parts import PARTS, Part, Setting
+from tatar_dist.gpu_check.parts import PARTS, CheckSetting, Part
 
 ROOT = Path(__file__).parents[2]
-GPU = Setting("cuda", 1)
+GPU = CheckSetting("cuda", 1)
 
 
 def part(function, limit_s=60.0, **more):
@@ -85,7 +85,7 @@ def test_an_interruption_ends_the_parts_that_run(tmp_path):
 def test_a_part_needs_gpus_and_packages(tmp_path):
     parts = part("passes", gpus=2), part("passes", on_cpu=False), Part("x", "absent:f", 1, ("no_such", "json"))
     assert [p.missing(GPU) for p in parts] == ["needs 2 GPUs", None, "no_such not installed"]
-    assert [p.missing(Setting("cpu", 0)) for p in parts] == [None, "runs on GPUs only", "no_such not installed"]
+    assert [p.missing(CheckSetting("cpu", 0)) for p in parts] == [None, "runs on GPUs only", "no_such not installed"]
     assert [r["status"] for r in run(tmp_path, parts[0], parts[2])] == ["skipped", "skipped"]
 
 
