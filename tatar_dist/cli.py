@@ -55,6 +55,7 @@ PANELS = {
     ),
     "Check and audit": (
         stages.plan, checks.rewards, evaluation.metrics, evaluation.compare, checks.bench, checks.doctor,
+        checks.gpu_check,
     ),
 }  # fmt: skip
 for panel, commands in PANELS.items():

@@ -31,6 +31,7 @@ PACKING, BATCHES = ("test_packing.py",), ("test_batches.py",)
 EXPECTED, ANSWERS = ("test_expected_score.py",), ("test_evaluate_answers.py",)
 ADVANTAGES, LOSSES = ("test_advantages.py", "test_rewards.py"), ("test_losses.py",)
 GPUS, ESTIMATED = ("test_gpus.py",), ("test_simulate_estimate.py",)
+GPU_CHECK, PROOFS = ("test_gpu_check.py",), ("test_proofs.py",)
 
 # name: (file below tatar_dist, text, what it becomes, tests)
 DEVICE = ("../device/test_learner.py",)
@@ -178,6 +179,11 @@ MUTATIONS = {
     "store: pieces viewed wherever they lie": ("sync/object_store.py", "np.array_equal(np.diff(at), [p.nbytes for p in pieces[:-1]])", "True", ("test_sync_source.py",)),
     "store: the first bucket as large as the last": ("sync/object_store.py", "chain((part // 4, part // 2), repeat(part))", "repeat(part)", ("test_sync_source.py",)),
     "device: the learner's stream is left": ("sync/nccl.py", ", stream=torch.cuda.current_stream())", ")", ("test_nccl_sender.py",)),
+    "gpu-check: what ignores SIGTERM stays": ("gpu_check/runner.py", "for number in (signal.SIGTERM, signal.SIGKILL):", "for number in (signal.SIGTERM,):", GPU_CHECK),
+    "gpu-check: a part outlives the budget": ("gpu_check/runner.py", "min(limit, left)", "limit", GPU_CHECK),
+    "gpu-check: NaN is near": ("gpu_check/learner_parts.py", "if not far < limit:", "if far >= limit:", GPU_CHECK),
+    "gpu-check: a failure does not revoke": ("run/proofs.py", 'row.get("status") != "passed"', "not row", PROOFS),
+    "gpu-check: any version counts": ("run/proofs.py", 'for key in ("card", "versions")', 'for key in ("card",)', PROOFS),
 }  # fmt: skip
 
 

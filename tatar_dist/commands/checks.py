@@ -1,11 +1,13 @@
-"""`tatar-dist rewards`, `bench`, `doctor`: score completions, time parts, check the machine."""
+"""`tatar-dist rewards`, `bench`, `doctor`, `gpu-check`: score, time, check the machine."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import sys
+import tempfile
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -134,4 +136,43 @@ def doctor(
             console.print(table)
         console.print(checks.verdict(results, everything))
     if any(c.required and not c.ok for c in results):
+        raise typer.Exit(1)
+
+
+def gpu_check(
+    parts: Annotated[
+        list[str] | None, typer.Option("--part", metavar="NAME", help="Only this part; may repeat.")
+    ] = None,
+    pretend: Annotated[bool, typer.Option("--pretend", help="Walk the parts on the CPU; records nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Try on this machine's GPUs, in ten minutes, what training needs of them.
+
+    The riskiest parts come first: kernels against the CPU's, engines, ZeRO-3, weight pushes, sleep, three GRPO steps,
+    speed. `doctor` and runs show what passed. Exit 1 if a part failed, 2 without a GPU.
+
+    Example: [bold]tatar-dist gpu-check --part packed --part speed-7b[/bold]
+    """
+    from rich.console import Console
+
+    from tatar_dist.gpu_check import runner, table
+
+    logs, keep = Path(tempfile.mkdtemp(prefix="tatar-gpu-check-")), False
+    try:
+        with Console(stderr=True).status("gpu-check") as status:
+            found = runner.check(parts or [], pretend, logs, lambda part: status.update(f"gpu-check: {part.name}"))
+        keep = not found["ok"]
+    finally:
+        if not keep:
+            shutil.rmtree(logs, ignore_errors=True)
+    found["logs"] = str(logs) if keep else None
+    if as_json:
+        print(json.dumps(found))
+    else:
+        console = Console()
+        console.print(table.as_table(found))
+        console.print(table.verdict(found), soft_wrap=True)
+    for note in found["notes"]:
+        print(f"tatar-dist: {note}", file=sys.stderr)
+    if not found["ok"]:
         raise typer.Exit(1)

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tatar_dist.plan.proven import COVERAGE, LEGEND, NEVER
+from tatar_dist.plan.proven import COVERAGE, LEGEND, NEVER, run_here
 
 GIB = 1 << 30
 PATHS = {path.name for path in COVERAGE}
@@ -191,9 +191,11 @@ def _nodes() -> Iterator[DoctorCheck]:
 
 def _paths() -> Iterator[DoctorCheck]:
     """List where each path of the pipeline has been run so far, from `plan.proven.COVERAGE`."""
-    hint = "run tests/gpu there before you rely on it"
     for path in COVERAGE:
-        yield DoctorCheck(path.name, path.status != NEVER, False, f"{path.status} ({path.key})", hint)
+        status = run_here(path) or path.status
+        advice = "run `tatar-dist gpu-check` there before you rely on it"
+        hint = advice if path.parts else "no part of gpu-check runs it"
+        yield DoctorCheck(path.name, status != NEVER, False, f"{status} ({path.key})", hint)
 
 
 def _ports() -> Iterator[DoctorCheck]:

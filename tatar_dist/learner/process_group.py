@@ -5,8 +5,6 @@ The store calls a `Rendezvous` actor: no port listens, and every call carries th
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ import torch.distributed as dist
 
 from tatar_dist.config.schema import ClusterConfig
 from tatar_dist.errors import LearnersFailed
+from tatar_dist.learner.backend import start_backend
 from tatar_dist.run.process import check_gpu, interface_of
 
 log = logging.getLogger(__name__)
@@ -42,11 +41,6 @@ def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torc
     Raises:
         LearnersFailed: naming ranks that did not come within half of `cluster.start_timeout_s`.
     """
-    import deepspeed
-
-    # compiled at the first use, behind a lock file: a process killed meanwhile would leave all later ones waiting for
-    # ever; and only inference uses it
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # half: late ranks are named here, before whoever waits for this call gives up on all of them
     store = RayStore(rendezvous, c.start_timeout_s / 2)
     hosts = store.join(rank, world_size, ray.get_runtime_context().get_node_id())
@@ -58,11 +52,7 @@ def init_process_group(rendezvous: Any, rank: int, world_size: int, device: torc
     if c.network_interface:
         os.environ["NCCL_SOCKET_IFNAME"] = c.network_interface
     wait = timedelta(seconds=c.collective_timeout_s)
-    device_id = device if device.type == "cuda" and world_size > 1 else None
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait, device_id=device_id)
-    with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=wait, verbose=False)
+    start_backend(store, rank, world_size, device, wait)
     if c.zero_hpz_partition_size > 1:
         share_within_nodes(hosts, rank, c.zero_hpz_partition_size, wait)
     return store

@@ -27,7 +27,7 @@ from tatar_dist.run.process import importing
 # Files that start the most, first: both processes are then busy to the end.
 LONGEST = (
     *("test_evaluate", "test_serve", "test_engine_faults", "test_processes", "test_pretended_gpus"),
-    *("test_shards", "test_rationale_pool", "test_resume"),
+    *("test_gpu_check", "test_shards", "test_rationale_pool", "test_resume"),
     *("test_dynamic_sampling", "test_lora", "test_run", "test_step_by_hand", "test_staleness", "test_recipe"),
     *("test_gpus", "test_gradients", "test_rationale_server", "test_shared_prefix_updates", "test_export"),
     *("test_observability",),

@@ -32,6 +32,7 @@ COMMANDS = [
     "export",
     "serve",
     "doctor",
+    "gpu-check",
 ]
 
 
@@ -60,7 +61,7 @@ def test_every_command_has_help(command, capsys):
 
 
 def test_every_command_that_takes_input_shows_an_example():
-    commands = {c.callback.__name__: c.callback for c in app.registered_commands}
+    commands = {c.callback.__name__.replace("_", "-"): c.callback for c in app.registered_commands}
     assert all("Example: [bold]tatar-dist " in f.__doc__ for f in commands.values())
     assert set(commands) | {"data", "rationale"} == set(COMMANDS)
 

@@ -12,6 +12,12 @@ from tatar_dist.config.schema import Config
 from tatar_dist.plan.proven import COVERAGE, LEGEND, NEVER, unproven, warnings_for
 
 
+@pytest.fixture(autouse=True)
+def no_records(tmp_path, monkeypatch):
+    """Whoever runs the tests may have records of gpu-check."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
 def config(gpus=0, placement="disaggregated", push="object_store", tp=1):
     c = Config()
     return replace(
@@ -65,5 +71,5 @@ def test_a_stage_warns_of_what_it_takes_and_promises_a_check_only_where_there_is
 def test_doctor_asks_to_look_at_what_was_never_run_and_is_content_all_the_same():
     checks = list(doctor._paths())
     assert {c.name for c in checks if not c.ok} == {p.name for p in COVERAGE if p.status == NEVER} != set()
-    assert all("tests/gpu" in c.hint for c in checks) and doctor.as_json(checks)["ok"]
+    assert all("gpu-check" in c.hint for c in checks) and doctor.as_json(checks)["ok"]
     assert doctor.as_table(checks, everything=True).caption == LEGEND
