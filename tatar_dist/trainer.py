@@ -128,6 +128,10 @@ class Run:
             self._stopping = True
         except (LearnersFailed, Stalled) as e:
             self._recover(e)
+        except RunError:
+            with suppress(Exception):
+                self._checkpoints.finish(strict=False)  # a good one that is being written stays
+            raise
 
     def finish(self, step: int, metrics: dict[str, float]) -> None:
         """Log a finished step, save when due, end the run after a signal."""
@@ -194,7 +198,6 @@ class Run:
         self._checkpoints = Checkpoints(run.absolute(), c.checkpoint, self.directory.events)
         self._checkpoint = self._checkpoints.resume(self._identity) if c.checkpoint.resume else None
         self._step = self._at = self._checkpoint[1]["step"] if self._checkpoint else 0
-        self.directory.rewind(self._step)
         if self._step >= self._total:
             return False
         self._initial = data.state()
@@ -312,9 +315,7 @@ class Run:
 
     def _newest(self) -> CheckpointRef | None:
         """Find the checkpoint to restart from; with `checkpoint.resume=false` only this process's."""
-        checkpoint = self._checkpoints.resume(self._identity)
-        ours = checkpoint and (self.config.checkpoint.resume or checkpoint[1].get("by") == self._id)
-        return checkpoint if ours else None
+        return self._checkpoints.resume(self._identity, by=None if self.config.checkpoint.resume else self._id)
 
     def _log(self, event: str, **fields: Any) -> None:
         """Log an event of an actor. It counts as progress; engine states are exported as metrics."""

@@ -183,7 +183,7 @@ MUTATIONS = {
     "gpu-check: a part outlives the budget": ("gpu_check/runner.py", "min(limit, left)", "limit", GPU_CHECK),
     "gpu-check: NaN is near": ("gpu_check/learner_parts.py", "if not far < limit:", "if far >= limit:", GPU_CHECK),
     "gpu-check: a failure does not revoke": ("run/proofs.py", 'row.get("status") != "passed"', "not row", PROOFS),
-    "gpu-check: any version counts": ("run/proofs.py", 'for key in ("card", "versions")', 'for key in ("card",)', PROOFS),
+    "gpu-check: any version counts": ("run/proofs.py", 'for key in ("card", "count", "versions")', 'for key in ("card", "count")', PROOFS),
 }  # fmt: skip
 
 

@@ -33,7 +33,8 @@ def start_ray(config: Config, address: str | None, cores: int) -> None:
         _require_token()
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # every port on loopback
         place = short_temp_dir(LONGEST_TEMP)
-        elsewhere = {} if place == Path(tempfile.gettempdir()) else {"_temp_dir": str(_own(place))}
+        chosen = "RAY_TMPDIR" in os.environ or place == Path(tempfile.gettempdir())
+        elsewhere = {} if chosen else {"_temp_dir": str(_own(place))}
         most = max(1, c.gpus_per_node)  # of a number that is left to the plan
         need = 2 + (c.learners or most) * c.learner_cpus + (config.rollout.engines or most) * c.engine_cpus
         ray.init(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -157,6 +158,7 @@ def gpu_check(
 
     from tatar_dist.gpu_check import runner, table
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, which ends what was started
     logs, keep = Path(tempfile.mkdtemp(prefix="tatar-gpu-check-")), False
     try:
         with Console(stderr=True).status("gpu-check") as status:

@@ -83,6 +83,7 @@ def _settings(config: Config, texts: PromptTexts) -> dict[str, Any]:
         "max_new_tokens": config.rollout.max_new_tokens,
         "sampled": sampled,
         "expected": e.expected,
+        **({} if config.rollout.quantization == "none" else {"quantization": config.rollout.quantization}),
     }
 
 

@@ -11,6 +11,7 @@ import os
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tatar_dist.gpu_check.learner_parts import GIB, Found
 from tatar_dist.gpu_check.parts import CheckSetting
 
 PIXELS, PROMPTS, TOKENS, STEPS = 112, 8, 32, 3
-CHECK_S, BIT = 40, 4  # limit of a check of a push; the bit of each weight that the control flips
+CHECK_S, BIT = 120, 4  # limit of a check of a push; the bit of each weight that the control flips
 
 
 def configured(setting: CheckSetting, *words: str) -> Any:
@@ -158,7 +159,8 @@ def sleep(setting: CheckSetting, _: str) -> Found:
     if freed < taken / 2:
         raise RunError(f"an engine holds {taken / GIB:.1f} GiB, and asleep gives back only {freed / GIB:.1f}")
     here.start_update(1)
-    for bucket in buckets(family(config.model.family)(config.model).load_model().named_parameters(), 1 << 20, True):
+    weights = family(config.model.family)(config.model).load_model().named_parameters()
+    for bucket in buckets(weights, repeat(1 << 20), True):
         here.update({"bucket": bucket})
     here.finish_update()
     if [g.completions[0].token_ids for g in here.generate(prompts, greedy, 1)] != before:
@@ -171,6 +173,7 @@ def grpo(setting: CheckSetting, _: str) -> Found:
     from tatar_dist import grpo as controller
     from tatar_dist.bench.subject import image
     from tatar_dist.data.writing import write_manifest
+    from tatar_dist.run.events import read_events
     from tatar_dist.types import TASKS
 
     manifest = Path(setting.place) / "train.parquet"
@@ -187,6 +190,9 @@ def grpo(setting: CheckSetting, _: str) -> Found:
     metrics = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
     if len(metrics) != STEPS or not all(math.isfinite(m["loss/total"]) for m in metrics):
         raise RunError(f"{len(metrics)} steps of {STEPS}, losses {[m['loss/total'] for m in metrics]}")
+    fell = [e["reason"] for e in read_events(config.output) if e["event"] == "push/fallback"]
+    if fell:
+        raise RunError(f"the steps ran, but the weight push fell back to the object store: {fell[0]}")
     gap, seconds = max(m["sync/logprob_gap"] for m in metrics), metrics[-1]["time/step"]
     text = f"{STEPS} steps, the last in {seconds:.2g} s, engine and learner {gap:.1g} nats apart at most"
     return text, {"gap": gap, "step_seconds": [m["time/step"] for m in metrics]}

@@ -66,10 +66,9 @@ class Part:
 
 L, E = "tatar_dist.gpu_check.learner_parts", "tatar_dist.gpu_check.engine_parts"
 PARTS = (
-    Part("devices", f"{L}:devices", 45, ("torch",)),
+    Part("devices", f"{L}:devices", 120, ("torch",)),
     Part("packed", f"{L}:packed", 90, LEARNER),
     Part("engine", f"{E}:engine", 240, ENGINE),
-    Part("engine-v2", f"{E}:engine", 180, ENGINE, variant="v2", on_cpu=False, required=False),
     Part("zero3", f"{L}:zero3", 90, ZERO3),
     Part("push-object-store", f"{E}:push", 180, ALL, variant="object_store"),
     Part("push-cuda-ipc", f"{E}:push", 180, ALL, variant="cuda_ipc", on_cpu=False),
@@ -79,4 +78,5 @@ PARTS = (
     Part("grpo", f"{E}:grpo", 240, ALL),
     Part("speed-3b", f"{L}:speed", 60, LEARNER, variant="3B"),
     Part("speed-7b", f"{L}:speed", 60, LEARNER, variant="7B", on_cpu=False),
+    Part("engine-v2", f"{E}:engine", 180, ENGINE, variant="v2", on_cpu=False, required=False),
 )

@@ -169,7 +169,7 @@ class Learner:
                     old[i] = self.zero3.engine(batch).logp if g.inner_iterations > 1 else None
             batches = kept
         sums: dict[str, float] = {}
-        gap_sum, gap_max, ratio_max, norm = 0.0, 0.0, 0.0, 0.0
+        gap_sum, gap_max, ratio_max, norm, updated = 0.0, 0.0, 0.0, 0.0, False
         gap: dict[str, float] = {}
         for iteration in range(g.inner_iterations):
             for i, prepared in enumerate(batches):
@@ -201,7 +201,8 @@ class Learner:
                     gap = self._checked_gap(gap_sum, gap_max, sums["tokens"])  # before anything is updated
                 made = self.zero3.optimizer_step()
                 norm = made if made and math.isfinite(norm) else norm  # one that is not finite is reported
-        if math.isfinite(norm):  # otherwise the update was dropped
+                updated = updated or bool(made) and math.isfinite(made)
+        if updated:
             self._check_weights(batch, step)
         total = self.zero3.all_reduce(sums)
         ratio = self.zero3.all_reduce({"ratio": ratio_max}, dist.ReduceOp.MAX)["ratio"]

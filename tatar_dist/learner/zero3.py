@@ -255,6 +255,8 @@ class Zero3:
             reshard.load(directory / DEEPSPEED_TAG, saved_ranks, self.engine, self.rank, self.world_size)
         elif self.engine.load_checkpoint(str(directory), tag=DEEPSPEED_TAG)[0] is None:
             raise RuntimeError(f"{directory}: DeepSpeed found nothing to load")
+        for group in self.engine.optimizer.param_groups:  # those of the checkpoint, where the run accepts other ones
+            group.update({"betas": tuple(self.optim.betas), "eps": self.optim.eps} if "betas" in group else {})
         for parameter in self.engine.module.parameters():
             parameter.ds_secondary_tensor = None  # a node's copy of what was here before; DeepSpeed drops trained ones
 

@@ -39,8 +39,8 @@ def check_files(directory: Path, settings: dict[str, Any], trained: bool) -> Non
     for file in shards(directory):
         check_shard(file)
     if not any((directory / name).exists() for name in TEMPLATES):
-        tokenizer = _json(directory / "tokenizer_config.json")
-        if not tokenizer.get("chat_template"):
+        places = ("tokenizer_config.json", "processor_config.json")
+        if not any(_json(directory / name).get("chat_template") for name in places):
             raise UserError(
                 f"{directory}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): copy "
                 "it from the model that this one was made from"
@@ -51,7 +51,7 @@ def shards(directory: Path) -> list[Path]:
     """Return a model directory's weight files. Raises UserError if one of the index is absent."""
     index = directory / INDEX
     if not index.exists():
-        found = sorted(directory.glob("*.safetensors"))
+        found = sorted(f for f in directory.glob("*.safetensors") if not f.name.startswith("."))
         if not found:
             pickled = sorted(f.name for pattern in PICKLED for f in directory.glob(pattern))
             hint = (

@@ -94,6 +94,7 @@ class PromptSource:
         self.config, self.run = config, run
         self.missing: Counter[tuple[str, str]] = Counter()
         self.unusable = Rejections()
+        self._alone = True  # no other data set follows the one that is read
         self.texts = texts or PromptTexts(config)
         self.backbone = self.texts.backbone
         run.records[PROMPTS] = self.texts.wording.to_yaml()  # an exported model takes its wording from here
@@ -116,6 +117,7 @@ class PromptSource:
 
     def samples(self, sampler: PromptSampler, n: int) -> list[Sample]:
         """Return the sampler's next n samples, all usable; the others are quarantined and replaced."""
+        self._alone = True
         refs = sampler.next_batch(n)
         samples = self._checked(sampler.get, refs, sampler.supervised)
         for i in range(n):
@@ -142,6 +144,7 @@ class PromptSource:
 
         Rows are read lazily, pool by pool; a sample with `known` true counts as usable without a check of its image.
         """
+        self._alone = len({p.dataset for m in manifests for p in m.pools}) == 1
         if per_dataset is None:
             for manifest, pool in ((m, p) for m in manifests for p in m.pools):
                 for rows in _windows(pool):
@@ -196,7 +199,7 @@ class PromptSource:
         samples = [read(place) for place in places]  # one thread: a Parquet file is not safe to share
         with ThreadPoolExecutor(CHECK_THREADS) as threads:
             checked = list(threads.map(check, samples))
-        self.unusable.note(checked)
+        self.unusable.note(checked, self._alone)
         return checked
 
     def held_out_prompts(self) -> list[Prompt]:

@@ -33,8 +33,11 @@ class Rejections:
         self._first: dict[str, str] = {}
         self._tokens: dict[str, int] = {}
 
-    def note(self, samples: Sequence[Sample | str]) -> None:
-        """Count samples and reasons. Raises UserError if nothing but reasons was ever seen."""
+    def note(self, samples: Sequence[Sample | str], alone: bool) -> None:
+        """Count samples and reasons. Raises UserError if `alone` and no sample was ever seen.
+
+        alone: no other data set follows that may have usable rows.
+        """
         for sample in samples:
             if isinstance(sample, Sample):
                 self.good += 1
@@ -44,7 +47,7 @@ class Rejections:
             self._first.setdefault(kind, sample)
             if isinstance(sample, TooLong):
                 self._tokens[kind] = max(self._tokens.get(kind, 0), sample.tokens)
-        if not self.good and self._reasons.total() >= HOPELESS:
+        if alone and not self.good and self._reasons.total() >= HOPELESS:
             raise UserError(f"none of the first {self._reasons.total()} rows can be used: {self}")
 
     def __str__(self) -> str:

@@ -195,8 +195,10 @@ class Checkpoints:
 
     # Resuming -------------------------------------------------------------------------------------------------------
 
-    def resume(self, identity: dict[str, Any]) -> CheckpointRef | None:
+    def resume(self, identity: dict[str, Any], by: str | None = None) -> CheckpointRef | None:
         """Return the newest undamaged checkpoint and point `latest` to it; None if there is none.
+
+        by: only of the process that wrote this into state.json.
 
         Damaged ones are skipped with a line on stderr.
 
@@ -211,6 +213,8 @@ class Checkpoints:
         skipped = []
         for directory in _newest_first(self.root):
             state, damage = _inspect(directory, self.config.verify)
+            if damage is None and by not in (None, state.get("by")):
+                continue
             if damage is None:
                 accepted = require_same(str(directory), state.get("same", {}), identity, self.config.accept)
                 if accepted:

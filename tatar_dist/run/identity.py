@@ -23,6 +23,7 @@ FREE = frozenset(
     """.split()
 )
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "max_model_len", "quantization")
+FIXED = ("lora_", "dtype", "family", "train_vision", "optim.name", "optim.weight_decay", "optim.lr_scale")
 BY_CONTENT = ("data.train", "data.prompts")  # the sampler compares manifests, `wording` is compared below
 
 
@@ -48,7 +49,10 @@ def identity(config: Config, stage: str, wording: str, reward: Mapping[str, Any]
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return {key: [was, is]} of what differs; keys of one side alone are left out."""
-    return {k: [before[k], now[k]] for k in now if k in before and before[k] != now[k]}
+    adapters = {k for k in (*before, *now) if k.startswith("model.lora_")}  # earlier versions wrote them only if used
+    added = adapters if "seed" not in before and now.get("model.lora_rank") else set()
+    keys = [k for k in now if k in before] + sorted(added - before.keys())
+    return {k: [before.get(k), now.get(k)] for k in keys if before.get(k) != now.get(k)}
 
 
 def require_same(
@@ -60,6 +64,12 @@ def require_same(
         UserError: others; each is named with both values.
     """
     changed = changes(before, now)
+    if fixed := [key for key in changed if any(f".{part}" in key for part in FIXED)]:
+        was, here = changed[fixed[0]]
+        raise UserError(
+            f"{where}: a checkpoint of a run with {fixed[0]}={was} (now {here}), which shapes the optimizer's state: "
+            "give another output, with this checkpoint's model as model.path if you like"
+        )
     refused = {k: v for k, v in changed.items() if not any(k == a or k.startswith(f"{a}.") for a in accept)}
     if refused:
         listed = ", ".join(f"{k}={was} (now {now})" for k, (was, now) in list(refused.items())[:5])
@@ -73,7 +83,9 @@ def require_same(
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if callable(value):  # a reward term of the user's own: its file and constants name it
+            continue
+        if isinstance(value, Mapping) and value and key != "lr_scale":
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple | list) else value

@@ -38,21 +38,21 @@ def versions() -> dict[str, str]:
 
 def add(part: str, status: str, machine: Machine) -> str | None:
     """Append a record of a part; return why it cannot be written, or None."""
-    path = file()
-    date = time.strftime("%Y-%m-%d")
-    row = {"part": part, "status": status, "date": date, "host": machine.host, "count": len(machine.gpus)}
+    row = {"part": part, "status": status, "date": time.strftime("%Y-%m-%d"), "host": machine.host}
     try:
+        path = file()
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as f:
             f.write(f"\n{json.dumps(row | _ground(machine))}\n")  # the first ends what a crash cut off
-    except OSError as e:
-        return f"{path}: the records cannot be written: {e.strerror or e}"
+    except (OSError, RuntimeError) as e:  # RuntimeError: no home directory
+        return f"the records of gpu-check cannot be written: {e}"
     return None
 
 
 def _ground(machine: Machine) -> dict[str, Any]:
     """Return what a record must share with a machine to count for it."""
-    return {"card": machine.gpus[0].name, "driver": machine.driver, "versions": versions()}
+    cards = {"card": machine.gpus[0].name, "count": len(machine.gpus)}
+    return {**cards, "driver": machine.driver, "versions": versions()}
 
 
 def find(parts: Sequence[str], machine: Machine) -> Mapping[str, Any] | None:
@@ -64,7 +64,7 @@ def find(parts: Sequence[str], machine: Machine) -> Mapping[str, Any] | None:
         rows = json_lines(file(), tail=TAIL)
     here, newest = _ground(machine), {}
     for row in rows:
-        if all(row.get(key) == here[key] for key in ("card", "versions")) and _major(row) == _major(here):
+        if all(row.get(key) == here[key] for key in ("card", "count", "versions")) and _major(row) == _major(here):
             newest[str(row.get("part"))] = row
     found = [newest.get(part, {}) for part in parts]
     if any(row.get("status") != "passed" for row in found):

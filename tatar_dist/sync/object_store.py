@@ -64,11 +64,13 @@ def staged(tensor: Any, device: Any) -> Any:
     if tensor.device.type == device.type:
         return tensor
     try:
-        source = tensor.pin_memory() if tensor.device.type == "cpu" else tensor  # torch pins what it copies to a CPU
-        return source.to(device, non_blocking=True)
+        if tensor.device.type != "cpu":
+            return tensor.to(device, non_blocking=True)  # torch pins what it copies to a CPU
+        tensor = tensor.pin_memory()
     except RuntimeError as e:
         warnings.warn(f"weights are pushed through pageable memory, which is slower: {first_line(e)}", stacklevel=2)
         return tensor.to(device)
+    return tensor.to(device, non_blocking=True)
 
 
 def to_wire(tensor: Any) -> Wire:

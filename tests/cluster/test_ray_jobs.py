@@ -77,7 +77,7 @@ def test_a_job_stopped_leaves_a_checkpoint_and_the_next_one_continues(submit, cl
     done = len(steps_of(run))
     assert (run / f"checkpoints/step_{done:06d}/model").is_dir(), said
 
-    second = submit("continued", f"output={run}", f"sft.max_steps={done + 2}")
+    second = submit("continued", f"output={run}", f"sft.max_steps={done + 2}", "checkpoint.accept=[sft.max_steps]")
     said, _ = second.communicate(timeout=240)
     assert second.returncode == 0, said
     assert job_info(cluster, hosts, "continued") == {"status": "SUCCEEDED", "exit": 0}

@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import sys
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def dtypes(engine) -> dict[str, set[str]]:
 def push(engine, weights) -> None:
     """In an engine: what a push through the object store does there."""
     engine.start_update(1)
-    for bucket in buckets(weights, 1 << 20, True):
+    for bucket in buckets(weights, repeat(1 << 20), True):
         engine.update({"bucket": bucket})
     engine.finish_update()
 

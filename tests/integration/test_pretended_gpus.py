@@ -256,7 +256,8 @@ def test_a_run_resumes_on_gpus_and_loses_nothing_where_there_are_none(nodes, wor
     assert started(tmp_path / "run")["learner-0"]["gpu"] == "", "a run on CPUs leaves the GPUs alone"
     before = latest(tmp_path / "run")
     capfd.readouterr()
-    assert cli.main([*run, *cluster_words("1"), "sft.max_steps=2"]) == 2
+    longer = ["sft.max_steps=2", "checkpoint.accept=[sft.max_steps]"]
+    assert cli.main([*run, *cluster_words("1"), *longer]) == 2
     assert one_line(capfd.readouterr().err).startswith(no_gpu(1))
     assert started(tmp_path / "run")["learner-0"]["gpu"] == "0"
     start = [e for e in read_events(tmp_path / "run") if e["event"] == "run/start"][-1]

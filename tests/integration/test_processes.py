@@ -27,6 +27,7 @@ def start(mark: str, output: Path, model: str, manifests: list[str], steps: int)
     command = [sys.executable, "-m", "tatar_dist", "sft", "--config", "configs/demo.yaml", f"output={output}"]
     command += [*model_words(model), f"data.train=[{','.join(manifests)}]", "cluster.learners=1"]
     command += [f"sft.max_steps={steps}", "sft.global_batch=4", "sft.eval_every=0", "sft.epochs=1"]
+    command += ["checkpoint.accept=[sft.max_steps]"]
     return subprocess.Popen(command, env={**os.environ, MARK: mark}, stderr=subprocess.PIPE, text=True)
 
 

@@ -8,8 +8,9 @@ from dataclasses import asdict
 import pytest
 
 from tatar_dist.config.load import load_config
+from tatar_dist.errors import UserError
 from tatar_dist.rewards.presets import load_preset
-from tatar_dist.run.identity import changes, identity
+from tatar_dist.run.identity import FREE, changes, identity, require_same
 
 BASE = ["output=unused", "model.path=m"]
 
@@ -78,3 +79,45 @@ def test_a_run_may_become_longer_where_no_schedule_looks_at_its_end():
     assert not changes(of("grpo", constant), of("grpo", constant, "grpo.epochs=9", "grpo.max_steps=8"))
     moving = (constant, "grpo.kl_schedule=linear")
     assert list(changes(of("grpo", *moving), of("grpo", *moving, "grpo.epochs=9"))) == ["grpo.epochs"]
+
+
+def test_factors_of_the_learning_rate_that_come_or_go_are_seen():
+    word = "grpo.optim.lr_scale={norm: 2}"
+    for before, now in (((), (word,)), ((word,), ()), ((word,), ("grpo.optim.lr_scale={head: 2}",))):
+        assert list(changes(of("grpo", *before), of("grpo", *now))) == ["grpo.optim.lr_scale"]
+
+
+def test_a_reward_term_of_the_users_own_is_compared_by_its_name_and_constants(tmp_path, monkeypatch):
+    (tmp_path / "my_term_of_identity.py").write_text("def mine(batch, answers):\n    return 0 * answers.value\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    preset = tmp_path / "mine.yaml"
+    text = "name: mine\nterms:\n  gaussian: {weight: 1}\n  mine: {function: my_term_of_identity.mine, weight: %s}\n"
+    found = []
+    for weight in (1.0, 2.0):
+        preset.write_text(text % weight)
+        found.append(of("grpo", f"reward.preset={preset}"))
+    assert list(changes(*found)) == ["reward.custom.mine.weight"]
+
+
+def test_what_shapes_the_optimizers_state_cannot_be_accepted():
+    shape = ("optim.weight_decay=0.1", "optim.name=sgd", "optim.lr_scale={norm: 2}")
+    for word in (*(f"grpo.{w}" for w in shape), "model.lora_rank=4"):
+        with pytest.raises(UserError, match="which shapes the optimizer's state: give another output"):
+            require_same("step_000001", of("grpo"), of("grpo", word), ["grpo", "model"])
+
+
+def test_adapters_are_seen_against_a_checkpoint_of_an_earlier_version():
+    old = {"stage": "grpo", "model.path": "m"}
+    assert "model.lora_rank" in changes(old, of("grpo", "model.lora_rank=4"))
+    assert not changes(old, of("grpo"))
+
+
+def test_every_key_of_a_stage_is_free_or_counts():
+    """A new key must be put into one of the two."""
+    config = load_config([], BASE)
+    for stage in ("sft", "grpo"):
+        known = {k.removesuffix(".0") for k in of(stage, f"{stage}.optim.schedule=cosine")}
+        for section in ("model", "data", stage):
+            for key, value in asdict(getattr(config, section)).items():
+                names = [f"{section}.{key}.{k}" for k in value] if key == "optim" else [f"{section}.{key}"]
+                assert all(n in known | FREE | {"data.train"} for n in names), names
