@@ -234,7 +234,7 @@ def noted(file: Path, notes: list[str]) -> Iterator[None]:
         notes.append(f"{file.parent.name}/{file.name} could not be read: {reason}")
 
 
-SHOWN = TROUBLE | ENDS.keys() | {"run/start", "engine/restarting", "push/checked"}
+SHOWN = TROUBLE | ENDS.keys() | {"run/start", "engine/restarting", "push/checked", "checkpoint/accepted"}
 MOST_ROWS = 200  # of the log
 MOST_FACTS = 160  # characters of one entry
 COUNTED = {  # event -> (one, several), as the health check says it
@@ -245,6 +245,7 @@ COUNTED = {  # event -> (one, several), as the health check says it
     "node/lost": ("node lost", "nodes lost"),
     "push/late": ("late weight push", "late weight pushes"),
     "push/fallback": ("way of pushing given up", "ways of pushing given up"),
+    "step/skipped": ("step skipped, its gradient not finite", "steps skipped, their gradients not finite"),
     "stall": ("stall", "stalls"),
     "checkpoint/failed": ("checkpoint not written", "checkpoints not written"),
     "run/failed": ("failed start", "failed starts"),
