@@ -190,7 +190,7 @@ def grpo(setting: CheckSetting, _: str) -> Found:
     metrics = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
     if len(metrics) != STEPS or not all(math.isfinite(m["loss/total"]) for m in metrics):
         raise RunError(f"{len(metrics)} steps of {STEPS}, losses {[m['loss/total'] for m in metrics]}")
-    fell = [e["reason"] for e in read_events(config.output) if e["event"] == "push/fallback"]
+    fell = [e["reason"] for e in read_events(Path(config.output)) if e["event"] == "push/fallback"]
     if fell:
         raise RunError(f"the steps ran, but the weight push fell back to the object store: {fell[0]}")
     gap, seconds = max(m["sync/logprob_gap"] for m in metrics), metrics[-1]["time/step"]
