@@ -38,7 +38,7 @@ from tatar_dist.errors import UserError  # noqa: E402
 from tatar_dist.plan.plan import Plan, Stage, as_table, resolve  # noqa: E402
 from tatar_dist.run.process import short_temp_dir  # noqa: E402
 
-LONGEST_TEMP = 20  # of 107 bytes, Ray's sockets in /tatar-ray-XXXXXXXX/NODE take the rest
+NODE = "/tatar-ray-xxxxxxxx/99"  # Ray's directory of a node on this machine, below that for temporary files
 
 COMMANDS: dict[str, Stage] = {"sft": "sft", "grpo": "grpo", "eval": "evaluate"}
 RAY = str(Path(sys.executable).with_name("ray"))  # of this environment, activated or not
@@ -185,7 +185,7 @@ def local_cluster(config: Config, nodes: int) -> Iterator[dict[str, str]]:
         signal.signal(number, leave)
     with (
         tempfile.TemporaryDirectory(
-            prefix="tatar-ray-", dir=short_temp_dir(LONGEST_TEMP), ignore_cleanup_errors=True
+            prefix="tatar-ray-", dir=short_temp_dir(NODE), ignore_cleanup_errors=True
         ) as directory,
         ExitStack() as stack,
     ):
@@ -269,7 +269,7 @@ def run(stage: str, nodes: int, words: list[str], wait: bool, dry: bool) -> int:
         joined = {"RAY_ADDRESS": address} if address else {}
         return show(plan, [(here, joined)]) if dry else run_stage(here, dict(os.environ))
     if dry:
-        port, directory = free_port(), Path(short_temp_dir(LONGEST_TEMP), f"tatar-ray-{secrets.token_hex(4)}")
+        port, directory = free_port(), Path(short_temp_dir(NODE), f"tatar-ray-{secrets.token_hex(4)}")
         print(f"mkdir -m 700 {directory}")
         print(f"export RAY_AUTH_TOKEN_PATH={directory}/token && source launch/ray_security.sh && unset RAY_ADDRESS")
         last: Command = (here, {"RAY_ADDRESS": f"{loopback(0)}:{port}"})

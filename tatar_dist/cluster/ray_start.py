@@ -17,9 +17,6 @@ from tatar_dist.config.schema import Config
 from tatar_dist.errors import UserError
 from tatar_dist.run.process import short_temp_dir
 
-# of 107 bytes; Ray adds /ray/session_DATE_TIME_MICROSECONDS_PID/sockets/plasma_store, or that in a directory of ours
-LONGEST_TEMP = 107 - 69
-
 
 def start_ray(config: Config, address: str | None, cores: int) -> None:
     """Join the cluster at `address`, or start Ray here for `config`'s actors. Raises UserError."""
@@ -32,9 +29,9 @@ def start_ray(config: Config, address: str | None, cores: int) -> None:
             return
         _require_token()
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # every port on loopback
-        place = short_temp_dir(LONGEST_TEMP)
-        chosen = "RAY_TMPDIR" in os.environ or place == Path(tempfile.gettempdir())
-        elsewhere = {} if chosen else {"_temp_dir": str(_own(place))}
+        elsewhere = {}
+        if "RAY_TMPDIR" not in os.environ and (place := short_temp_dir()) != Path(tempfile.gettempdir()):
+            elsewhere = {"_temp_dir": str(_own(place))}
         most = max(1, c.gpus_per_node)  # of a number that is left to the plan
         need = 2 + (c.learners or most) * c.learner_cpus + (config.rollout.engines or most) * c.engine_cpus
         ray.init(

@@ -13,13 +13,13 @@ import typer
 from tatar_dist.commands import Json
 from tatar_dist.errors import UserError
 from tatar_dist.plan import proven
+from tatar_dist.types import CardName
 
 Configs = Annotated[list[Path], typer.Option("--config", help="YAML file; may repeat, later files win.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of config keys, after all files.")
 ]
 Stage = Literal["sft", "grpo", "evaluate"]
-CardName = Literal["H100", "A100", "L40S", "4090"]
 STAGE_MODULES = {"sft": "tatar_dist.sft", "grpo": "tatar_dist.grpo", "evaluate": "tatar_dist.evaluate.runner"}
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, load nothing.")]
 

@@ -97,7 +97,7 @@ class Evaluation:
         self.plan = resolve(config, "evaluate")
         self.manifests = read_manifests(config.data, "test")
         self.rows = _rows(self.manifests)
-        self.total = _most_samples(self.manifests, config.data.eval_limit)
+        self.total = _most_samples(self.rows, config.data.eval_limit)
         self.samples: list[Sample] = []
         limit, e = config.rollout.max_new_tokens, config.evaluate
         self.sampling = {"greedy": Sampling(1, 0.0, limit, expected=e.expected)}
@@ -251,11 +251,11 @@ def _rows(manifests: Sequence[Manifest]) -> Counter[tuple[str, str]]:
     return rows
 
 
-def _most_samples(manifests: Sequence[Manifest], limit: int | None) -> int:
+def _most_samples(rows_of: Mapping[tuple[str, str], int], limit: int | None) -> int:
     """Return the maximum number of samples to ask, at most `limit` per data set."""
     rows = Counter[str]()
-    for pool in chain.from_iterable(m.pools for m in manifests):
-        rows[pool.dataset] += pool.rows
+    for (dataset, _), n in rows_of.items():
+        rows[dataset] += n
     return sum(n if limit is None else min(n, limit) for n in rows.values())
 
 

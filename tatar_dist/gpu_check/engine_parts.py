@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tatar_dist.errors import RunError
-from tatar_dist.gpu_check.learner_parts import GIB, Found
+from tatar_dist.gpu_check.learner_parts import Found
 from tatar_dist.gpu_check.parts import CheckSetting
+from tatar_dist.run.gpus import GIB
 
 PIXELS, PROMPTS, TOKENS, STEPS = 112, 8, 32, 3
 CHECK_S, BIT = 120, 4  # limit of a check of a push; the bit of each weight that the control flips

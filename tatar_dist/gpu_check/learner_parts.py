@@ -21,9 +21,9 @@ from typing import Any
 
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.gpu_check.parts import CheckSetting, NotHere
+from tatar_dist.run.gpus import GIB
+from tatar_dist.types import CardName
 
-GIB = 1 << 30
-HEADROOM = 0.95  # of the free memory, that a part may take
 # language model: hidden, intermediate, layers, heads, KV heads, vocabulary; vision tower. Heads of 128 and of 80
 WIDE = (3584, 512, 2, 28, 4, 1024), {"depth": 2, "hidden_size": 1280, "intermediate_size": 512}
 NARROW = (896, 128, 2, 7, 1, 1024), {"depth": 2, "hidden_size": 160, "intermediate_size": 128}
@@ -31,8 +31,10 @@ IMAGES, LENGTHS = {"a": 112, "b": 224, "c": 168}, (7, 1, 40, 12, 33)  # pixels o
 ZERO3_LIMITS = {"float32": 1e-3, "bfloat16": 0.05}  # of losses and gradient norms, beside float32 in plain torch
 STEP_LR, TOKENS, COLLECTIVE_S = "grpo.optim.lr=0.001", 12, 30
 ROUNDS = 3
-# dense bfloat16 FLOP/s by a part of the card's name, from NVIDIA's data sheets
-PEAKS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+# part of the driver's name: card of plan/simulate/estimate.py with its peak rate; an H200 computes like an H100
+PEAKS: dict[str, CardName] = {
+    "H200": "H100", "H100 80GB HBM3": "H100", "A100": "A100", "L40S": "L40S", "RTX 4090": "4090",
+}  # fmt: skip
 
 Found = tuple[str, dict[str, Any]]  # a line for the table, and figures
 
@@ -275,7 +277,8 @@ def _zero3_steps(setting: CheckSetting, rank: int, ranks: int) -> dict[str, list
     found = {}
     for dtype in ZERO3_LIMITS:
         config, _ = backbone_of(112, STEP_LR, f"model.dtype={dtype}")
-        learner = Zero3(config, config.grpo.optim, reference_path=None, temperature=1.0, device=device)
+        settings = {"reference_path": None, "temperature": 1.0, "device": device}
+        learner = Zero3(config, config.grpo.optim, **settings, shard_all=True)  # a tiny model's layers, too
         batch, losses, norms = _step_batch(learner.backbone, rank, device), [], []
         for _ in range(2):
             learner.begin(last=True)
@@ -299,7 +302,8 @@ def speed(setting: CheckSetting, name: str) -> Found:
     from tatar_dist.bench import subject
     from tatar_dist.learner.batch import Collator
     from tatar_dist.learner.policy import PolicyModel
-    from tatar_dist.plan.memory import PUBLISHED
+    from tatar_dist.plan.memory import HEADROOM, PUBLISHED
+    from tatar_dist.plan.simulate.estimate import CARDS
 
     *text, tied, wide = PUBLISHED[name]
     vision, work = {"intermediate_size": wide}, subject.Work(1, 8, 256, 896, checkpointing=True)
@@ -309,7 +313,7 @@ def speed(setting: CheckSetting, name: str) -> Found:
     device = torch.device(setting.device)
     config, prompt = shape(backbone, text, vision, tied), subject.prompt_tokens(backbone, work.pixels)
     counted = counted_bytes(config, work, prompt)
-    if not setting.pretend and counted > (free := HEADROOM * torch.cuda.mem_get_info(device)[0]):
+    if not setting.pretend and counted > (free := (1 - HEADROOM) * torch.cuda.mem_get_info(device)[0]):
         raise NotHere(f"takes {counted / GIB:.1f} GiB, {free / GIB:.1f} are free")
     with device:
         policy = PolicyModel(random_model(config, torch.bfloat16), backbone, backbone.forbidden_ids())
@@ -329,9 +333,9 @@ def speed(setting: CheckSetting, name: str) -> Found:
     text = f"{took:.3g} s an update, {figures['tflops']:.3g} TFLOP/s"
     if setting.pretend:
         return f"{text}, of a narrow model", figures
-    peak = next((peak for card, peak in PEAKS.items() if card in torch.cuda.get_device_name(device)), None)
-    if peak:
-        figures["mfu"] = useful / took / peak
+    card = next((card for part, card in PEAKS.items() if part in torch.cuda.get_device_name(device)), None)
+    if card:
+        figures["mfu"] = useful / took / CARDS[card].flops
         text += f", MFU {100 * figures['mfu']:.0f} %"
     figures["peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
     figures["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB

@@ -63,7 +63,7 @@ class Learner:
         others = listening()
         group = (rendezvous, self.rank, self.world_size, self.device, self.config.cluster)
         self.store = process_group.init_process_group(*group)
-        self.stage_config: Any = getattr(self.config, stage)
+        self.stage, self.stage_config = stage, getattr(self.config, stage)
         with_reference = stage == "grpo" and needs_reference(self.config.grpo)
         self.zero3 = Zero3(
             self.config,
@@ -331,10 +331,9 @@ class Learner:
         with torch.no_grad():
             bad = not torch.isfinite(self.zero3.engine(batch).logp * batch.mask).all()
         if self.zero3.all_reduce({"bad": float(bad)})["bad"]:
-            stage = "grpo" if self.stage_config is self.config.grpo else "sft"
             raise RunError(
                 f"step {step}: with the weights after it log-probabilities are not finite: no checkpoint of them is "
-                f"written, earlier ones stay. Lower {stage}.optim.lr or {stage}.optim.clip_norm"
+                f"written, earlier ones stay. Lower {self.stage}.optim.lr or {self.stage}.optim.clip_norm"
             )
 
     def files(self, part: str, *arguments: Any) -> Any:

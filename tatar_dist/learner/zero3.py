@@ -26,17 +26,16 @@ from tatar_dist.run.files import Job
 DEEPSPEED_TAG = "deepspeed"
 
 
-def deepspeed_config(config: Config, optim: OptimConfig, device: torch.device) -> dict[str, Any]:
+def deepspeed_config(config: Config, optim: OptimConfig, device: torch.device, shard_all: bool) -> dict[str, Any]:
     """Return ZeRO-3's configuration. Gradients are clipped by global norm after averaging.
 
     The batch size is nominal: `Zero3.begin` marks the last micro-batch of a step, whose number differs by step. Weights
-    are copied to the group of process_group.share_within_nodes, if it made one.
+    are copied to the group of process_group.share_within_nodes, if it made one. `shard_all`: small parameters, too.
     """
     from deepspeed.utils import groups
 
     node = groups._get_zero_param_intra_parallel_group()
-    # on a CPU tiny parameters are sharded, too, so that tests of the demo model exercise the same code
-    persistence = {"stage3_param_persistence_threshold": 0} if device.type == "cpu" else {}
+    persistence = {"stage3_param_persistence_threshold": 0} if shard_all or device.type == "cpu" else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -76,6 +75,7 @@ class Zero3:
         reference_path: str | None,
         temperature: float,
         device: torch.device,
+        shard_all: bool = False,
     ) -> None:
         import deepspeed
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -86,7 +86,7 @@ class Zero3:
         self.backbone = family(config.model.family)(config.model)
         self.world_size = dist.get_world_size()
         self.rank = dist.get_rank()
-        settings = deepspeed_config(config, optim, device)
+        settings = deepspeed_config(config, optim, device, shard_all)
         self._hf_config = HfDeepSpeedConfig(settings)  # makes from_pretrained shard while it loads; must stay alive
         self._forbidden = self.backbone.forbidden_ids()
         policy = self._wrap(config, temperature, config.model.path)

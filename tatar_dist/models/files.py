@@ -71,8 +71,8 @@ def shards(directory: Path) -> list[Path]:
     return [directory / n for n in names]
 
 
-def check_shard(file: Path) -> dict[str, Any]:
-    """Return the header of a safetensors file. Raises UserError if it is not a whole one."""
+def check_shard(file: Path) -> None:
+    """Raise UserError if a file is no whole safetensors file."""
     size = file.stat().st_size
     with file.open("rb") as f:
         start = f.read(len(POINTER))
@@ -85,13 +85,12 @@ def check_shard(file: Path) -> dict[str, Any]:
         f.seek(8)
         try:
             header: dict[str, Any] = json.loads(f.read(length))
-            tensors = {k: v for k, v in header.items() if k != "__metadata__"}
-            end = 8 + length + max((v["data_offsets"][1] for v in tensors.values()), default=0)
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            end = 8 + length + max(ends, default=0)
         except (ValueError, TypeError, KeyError, IndexError) as e:
             raise UserError(f"{file}: not a safetensors file: its header is damaged: fetch it again") from e
     if size < end:
         raise UserError(f"{file}: cut off after {size} of {end} bytes: fetch it again")
-    return tensors
 
 
 def check_adapter(directory: Path) -> None:

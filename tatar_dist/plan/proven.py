@@ -16,12 +16,8 @@ if TYPE_CHECKING:
     from tatar_dist.plan.plan import Stage
 
 HERE = "run here"  # on CPU, in this repository's tests
-ONE_GPU = "run on one GPU"
 NEVER = "never run on a GPU"
-LEGEND = (
-    f"A path is {HERE} (on CPU, by this repository's tests), {ONE_GPU} (tests/gpu), run on this machine (gpu-check) or "
-    f"{NEVER}."
-)
+LEGEND = f"A path is {HERE} (on CPU, by this repository's tests), run on this machine (gpu-check) or {NEVER}."
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def spread(manifests: Sequence[Manifest], dataset: str) -> list[tuple[int, str, 
     """Order a data set's (manifest, task, row) so that any first ones span its scores.
 
     Rows are sorted by score, ties at random with a fixed seed, and taken by the van der Corput sequence in base 2: the
-    middle, the quarters, the eighths. A set whose rows are sorted by source or by score so gives a fair sample.
+    lowest, the middle, the quarters, the eighths. So a set that is sorted by source or by score gives a fair sample.
     """
     places: list[tuple[int, str, int]] = []
     scores: list[np.ndarray] = []
@@ -94,7 +94,6 @@ class PromptSource:
         self.config, self.run = config, run
         self.missing: Counter[tuple[str, str]] = Counter()
         self.unusable = Rejections()
-        self._alone = True  # no other data set follows the one that is read
         self.texts = texts or PromptTexts(config)
         self.backbone = self.texts.backbone
         run.records[PROMPTS] = self.texts.wording.to_yaml()  # an exported model takes its wording from here
@@ -117,7 +116,6 @@ class PromptSource:
 
     def samples(self, sampler: PromptSampler, n: int) -> list[Sample]:
         """Return the sampler's next n samples, all usable; the others are quarantined and replaced."""
-        self._alone = True
         refs = sampler.next_batch(n)
         samples = self._checked(sampler.get, refs, sampler.supervised)
         for i in range(n):
@@ -144,18 +142,19 @@ class PromptSource:
 
         Rows are read lazily, pool by pool; a sample with `known` true counts as usable without a check of its image.
         """
-        self._alone = len({p.dataset for m in manifests for p in m.pools}) == 1
+        datasets = dict.fromkeys(p.dataset for m in manifests for p in m.pools)
+        how = (supervised, known, len(datasets) == 1)
         if per_dataset is None:
             for manifest, pool in ((m, p) for m in manifests for p in m.pools):
                 for rows in _windows(pool):
-                    yield from self._usable(manifest, pool.dataset, pool.task, rows, supervised, known)
+                    yield from self._usable(manifest, pool.dataset, pool.task, rows, *how)
             return
-        for dataset in dict.fromkeys(p.dataset for m in manifests for p in m.pools):
+        for dataset in datasets:
             order, left = iter(spread(manifests, dataset)), per_dataset
             while left and (places := sorted(islice(order, left))):  # more than once if some cannot be used
                 for (m, task), group in groupby(places, key=lambda place: place[:2]):
                     for rows in _windows(row for *_, row in group):
-                        for sample in self._usable(manifests[m], dataset, task, rows, supervised, known):
+                        for sample in self._usable(manifests[m], dataset, task, rows, *how):
                             left -= 1
                             yield sample
 
@@ -167,9 +166,10 @@ class PromptSource:
         rows: Sequence[int],
         supervised: bool,
         known: Callable[[Sample], bool],
+        alone: bool,
     ) -> Iterator[Sample]:
         """Yield the samples of these rows that can be used; quarantine and count the others."""
-        for row, sample in zip(rows, self._checked(manifest.get, rows, supervised, known), strict=True):
+        for row, sample in zip(rows, self._checked(manifest.get, rows, supervised, known, alone), strict=True):
             if isinstance(sample, str):
                 self.run.quarantine(manifest.sample_id(row), str(manifest.path), sample)
                 self.missing[dataset, task] += 1
@@ -182,6 +182,7 @@ class PromptSource:
         places: Sequence[Ref] | Sequence[int],
         supervised: bool,
         known: Callable[[Sample], bool] = lambda sample: False,
+        alone: bool = True,
     ) -> list[Sample | str]:
         """Return the samples that `get` reads at these places, or the reason why one cannot be used."""
 
@@ -199,7 +200,7 @@ class PromptSource:
         samples = [read(place) for place in places]  # one thread: a Parquet file is not safe to share
         with ThreadPoolExecutor(CHECK_THREADS) as threads:
             checked = list(threads.map(check, samples))
-        self.unusable.note(checked, self._alone)
+        self.unusable.note(checked, alone)
         return checked
 
     def held_out_prompts(self) -> list[Prompt]:

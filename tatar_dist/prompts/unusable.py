@@ -28,7 +28,7 @@ class Rejections:
     """Count of usable samples and of reasons why others are not."""
 
     def __init__(self) -> None:
-        self.good = 0
+        self._good = 0
         self._reasons: Counter[str] = Counter()
         self._first: dict[str, str] = {}
         self._tokens: dict[str, int] = {}
@@ -40,14 +40,14 @@ class Rejections:
         """
         for sample in samples:
             if isinstance(sample, Sample):
-                self.good += 1
+                self._good += 1
                 continue
             kind = f"over {sample.key}" if isinstance(sample, TooLong) else sample.rsplit(": ", 1)[-1]
             self._reasons[kind] += 1
             self._first.setdefault(kind, sample)
             if isinstance(sample, TooLong):
                 self._tokens[kind] = max(self._tokens.get(kind, 0), sample.tokens)
-        if alone and not self.good and self._reasons.total() >= HOPELESS:
+        if alone and not self._good and self._reasons.total() >= HOPELESS:
             raise UserError(f"none of the first {self._reasons.total()} rows can be used: {self}")
 
     def __str__(self) -> str:

@@ -129,14 +129,15 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
-def short_temp_dir(longest: int) -> Path:
-    """Return a directory for temporary files whose path has at most `longest` bytes.
+def short_temp_dir(below: str = "/ray") -> Path:
+    """Return a directory for temporary files in which Ray's sockets have short enough names.
 
-    Names of Unix sockets hold 107 bytes (unix(7)), and Ray's are in its session's directory.
+    A name holds 107 bytes (unix(7)). Ray adds its session's directory to `below`, the path from here to its own.
 
     Raises:
         UserError: none of TMPDIR, /tmp, /var/tmp and /dev/shm is short and can be written.
     """
+    longest = 107 - len(below + "/session_YYYY-MM-DD_hh-mm-ss_micros_process/sockets/plasma_store")
     for place in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
         if len(os.fsencode(place)) <= longest and os.access(place, os.W_OK | os.X_OK):
             return Path(place)

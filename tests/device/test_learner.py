@@ -83,7 +83,7 @@ def test_small_parameters_stay_whole_on_an_accelerator_alone(rig):
     one = rig(LARGE, "grpo", *GRPO)
     whole = [n for n, p in one.learner.zero3.engine.module.named_parameters() if p.ds_persist]
     assert any(n.endswith("norm.weight") for n in whole) and not any("mlp" in n and "weight" in n for n in whole)
-    on_cpu = deepspeed_config(one.learner.config, one.learner.config.grpo.optim, torch.device("cpu"))
+    on_cpu = deepspeed_config(one.learner.config, one.learner.config.grpo.optim, torch.device("cpu"), False)
     assert on_cpu["zero_optimization"]["stage3_param_persistence_threshold"] == 0
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tatar_dist.cluster.ray_start import LONGEST_TEMP
 from tatar_dist.errors import UserError
 from tatar_dist.run.process import short_temp_dir
 
+LONGEST = 39  # of 107 bytes, beside /ray/session_DATE_TIME_MICROSECONDS_PID/sockets/plasma_store
 START = """
 import ray
 from tatar_dist.cluster.ray_start import start_ray
@@ -23,7 +23,7 @@ ray.shutdown()
 """
 
 
-@pytest.mark.parametrize("length", [LONGEST_TEMP, LONGEST_TEMP + 1])
+@pytest.mark.parametrize("length", [LONGEST, LONGEST + 1])
 def test_a_temporary_directory_of_any_length_will_do(tmp_path_factory, length, tmp_path):
     place = Path("/tmp", "t" * (length - len("/tmp/")))
     place.mkdir()
@@ -34,8 +34,8 @@ def test_a_temporary_directory_of_any_length_will_do(tmp_path_factory, length, t
         )
         assert done.returncode == 0, done.stderr
         seven, session = done.stdout.split()
-        assert seven == "7" and session.startswith(str(place)) == (length <= LONGEST_TEMP)
-        assert not Path(session).exists() or length <= LONGEST_TEMP, "what is made elsewhere is deleted"
+        assert seven == "7" and session.startswith(str(place)) == (length <= LONGEST)
+        assert not Path(session).exists() or length <= LONGEST, "what is made elsewhere is deleted"
     finally:
         subprocess.run(["rm", "-rf", str(place)], check=True)
 
@@ -43,5 +43,5 @@ def test_a_temporary_directory_of_any_length_will_do(tmp_path_factory, length, t
 def test_no_short_directory_is_one_line(monkeypatch):
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/" + "t" * 90)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UserError, match="too long for the sockets that Ray makes in it.* at most 38 characters"):
-        short_temp_dir(LONGEST_TEMP)
+    with pytest.raises(UserError, match="too long for the sockets that Ray makes in it.* at most 39 characters"):
+        short_temp_dir()

@@ -135,6 +135,14 @@ def test_another_kind_of_run_is_refused(tmp_path):
         checkpoints(tmp_path).resume({"stage": "sft"})
 
 
+def test_with_a_process_named_only_its_own_checkpoints_count(tmp_path):
+    """A restart of a run with `checkpoint.resume=false`, beside checkpoints of another run with other settings."""
+    save(checkpoints(tmp_path), 100, {"same": {"stage": "sft", "seed": 1}, "by": "former"})
+    assert checkpoints(tmp_path).resume(SAME, by="me") is None
+    save(checkpoints(tmp_path), 10, {"by": "me"})
+    assert checkpoints(tmp_path).resume(SAME, by="me")[1]["step"] == 10
+
+
 def test_what_a_resumed_run_changes_is_named_and_can_be_accepted(tmp_path):
     before, now = (SAME | {"grpo.kl_beta": b, "grpo.optim.lr": lr, "seed": 0} for b, lr in ((0.1, 1.0), (0.2, 2.0)))
     save(checkpoints(tmp_path), 3, {"same": before})

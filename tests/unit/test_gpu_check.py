@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from tatar_dist.cli import main
 from tatar_dist.errors import RunError
-from tatar_dist.gpu_check import runner, table
+from tatar_dist.gpu_check import learner_parts, runner, table
 from tatar_dist.gpu_check.parts import PARTS, CheckSetting, Part
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +94,8 @@ def command(tmp_path, *words, **environment):
     (tmp_path / "tmp").mkdir()
     places = {"TMPDIR": str(tmp_path / "tmp"), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-m", "tatar_dist", "gpu-check", *words], env={**os.environ, **places, **environment},
+        [sys.executable, "-m", "tatar_dist", "gpu-check", *words],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **places, **environment},  # no GPU, also where there is one
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
     )  # fmt: skip
 
@@ -113,6 +115,38 @@ def test_ctrl_c_ends_all_processes_and_leaves_no_file(tmp_path):
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (130, "tatar-dist: interrupted\n")
     assert psutil.wait_procs(children, 30)[1] == [] and os.listdir(tmp_path / "tmp") == []
+
+
+def test_when_it_is_terminated_it_ends_what_it_started_and_leaves_no_file(tmp_path):
+    process = command(tmp_path, "--pretend")
+    children = started(process)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert psutil.wait_procs(children, 30)[1] == [] and os.listdir(tmp_path / "tmp") == []
+
+
+def test_a_part_that_was_asked_for_and_skipped_is_no_success(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "PARTS", (part("passes"), part("asked", on_cpu=False), part("other", on_cpu=False)))
+    skipped = lambda name: runner.blank(part(name), "skipped", "")  # noqa: E731
+    figures = {"status": "passed", "figures": {"machine": None}}
+    results = lambda parts, *_, **__: [skipped(p.name) | (figures if p.name == "passes" else {}) for p in parts]  # noqa: E731
+    monkeypatch.setattr(runner, "run_parts", results)
+    assert runner.check([], True, tmp_path)["ok"]
+    assert not runner.check(["asked"], True, tmp_path)["ok"]
+
+
+def test_zero3_that_is_apart_from_plain_torch_fails(monkeypatch):
+    right = [2.0, 1.0, 0.5, 0.4]
+    monkeypatch.setattr(learner_parts, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(n))
+    monkeypatch.setattr(learner_parts, "_plain_steps", lambda device, ranks: right)
+    for factor, dtype in ((1.01, "float32"), (1.1, "bfloat16"), (float("nan"), "bfloat16")):
+        found = {name: [x * (factor if name == dtype else 1.0) for x in right] for name in learner_parts.ZERO3_LIMITS}
+        monkeypatch.setattr(learner_parts, "_zero3_steps", lambda *_, found=found: found)
+        with pytest.raises(RunError, match=f"^{dtype}: losses and gradient norms .*, by plain torch 2 1 0.5 0.4$"):
+            learner_parts.zero3(CheckSetting("cpu", 1), "")
+    monkeypatch.setattr(learner_parts, "_zero3_steps", lambda *_: dict.fromkeys(learner_parts.ZERO3_LIMITS, right))
+    assert learner_parts.zero3(CheckSetting("cpu", 1), "")[1] == {"float32": 0.0, "bfloat16": 0.0}
 
 
 def test_when_it_is_killed_its_parts_end(tmp_path):

@@ -137,6 +137,15 @@ def test_a_damaged_directory_is_refused_before_anything_starts(model, damage, li
             check(str(model))
 
 
+def test_hidden_files_and_a_template_of_the_processor_are_no_fault(model):
+    (model / "._model.safetensors").write_bytes(b"resource fork")
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").unlink()
+    file = model / "processor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
+    assert family("qwen2_5_vl").check_directory(str(model))
+
+
 def test_quantised_weights_can_answer_but_not_train(model):
     setting(model, quantization_config={"quant_method": "awq"})
     kind = family("qwen2_5_vl")

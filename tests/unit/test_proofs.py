@@ -53,6 +53,7 @@ def test_another_card_driver_or_version_does_not_count(monkeypatch):
     assert proofs.find(["sleep"], a100) is None
     assert proofs.find(["sleep"], replace(H100, driver="590.1")) is None
     assert proofs.find(["sleep"], replace(H100, driver="580.95", host="another node"))
+    assert proofs.find(["sleep"], replace(H100, gpus=H100.gpus * 4)) is None, "two cards prove nothing of eight"
     passed("sleep", status="failed", machine=a100)
     assert proofs.find(["sleep"], H100)
     monkeypatch.setattr(proofs, "versions", lambda: {"torch": "2.14.0"})
@@ -103,3 +104,13 @@ def test_every_part_that_a_path_names_exists():
     from tatar_dist.gpu_check.parts import PARTS
 
     assert {name for path in proven.COVERAGE for name in path.parts} <= {part.name for part in PARTS}
+
+
+def test_without_a_home_directory_a_run_starts_and_gpu_check_goes_on(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(proofs.Path, "home", homeless)
+    assert "home directory" in proofs.add("sleep", "passed", H100)
+    assert "never run" in proven.warnings_for(config(gpus=2, push="nccl"), "grpo")[0]

@@ -22,18 +22,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge, Le, MinLen
 
 from tatar_dist.config.schema import Config
 from tatar_dist.config.validate import STRICT_KEYS, AtLeastOne, Finite, read_yaml, validated
 from tatar_dist.models.costs import TOKEN_PIXELS
-from tatar_dist.types import Task
+from tatar_dist.types import CardName, Task
 
 TEXT_TOKENS, PIXELS = 200, 1024 * 768  # a prompt's text; an image of KonIQ-10k
 
-CardName = Literal["H100", "A100", "L40S", "4090"]
 Cost = Annotated[Finite, Ge(0)]
 Share = Annotated[Finite, Ge(0), Le(1)]
 Group = Annotated[tuple[AtLeastOne, ...], MinLen(1)]
