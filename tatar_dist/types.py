@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 
 Task = Literal["iqa", "iaa"]
-CardName = Literal["H100", "A100", "L40S", "4090"]  # GPUs that `plan --simulate` estimates for
 TASKS: tuple[Task, Task] = ("iqa", "iaa")
 SPLITS = ("train", "validation", "test")
 EIGHT = (

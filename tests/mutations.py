@@ -157,7 +157,7 @@ MUTATIONS = {
     "memory: pinned memory is not rounded up": ("plan/memory.py", "2.0 ** math.ceil(math.log2(size))", "size", ("test_memory.py",)),
     "memory: the vision tower in fp8": ("plan/memory.py", 'sizes.text["num_hidden_layers"] * weights(sizes.linear[0]) if r.q', 'sizes.parameters if r.q', ("test_memory.py",)),
     "importance: fp8 engines are not corrected for": ("algo/schedule.py", 'config.rollout.quantization == "fp8" or ', "", ("test_schedule.py",)),
-    "device: norms are sharded": ("learner/zero3.py", 'if device.type == "cpu" else {}', "if True else {}", DEVICE),
+    "device: norms are sharded": ("learner/zero3.py", 'if shard_all or device.type == "cpu" else {}', "if True else {}", DEVICE),
     "device: a sum on the CPU": ("learner/zero3.py", "dtype=torch.float64, device=self.device)", "dtype=torch.float64)", DEVICE),
     "device: all pixels of a step": ("learner/actor.py", "yield batch.result()", "yield batch.result().to(self.device)", DEVICE),
     "plan: gradients of a layer": ("plan/memory.py", "GRADIENTS = 0.26", "GRADIENTS = 0.6", ("../device/test_memory.py",)),

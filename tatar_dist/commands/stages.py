@@ -13,7 +13,7 @@ import typer
 from tatar_dist.commands import Json
 from tatar_dist.errors import UserError
 from tatar_dist.plan import proven
-from tatar_dist.types import CardName
+from tatar_dist.plan.simulate import CardName
 
 Configs = Annotated[list[Path], typer.Option("--config", help="YAML file; may repeat, later files win.")]
 Overrides = Annotated[

@@ -21,8 +21,8 @@ from typing import Any
 
 from tatar_dist.errors import RunError, UserError
 from tatar_dist.gpu_check.parts import CheckSetting, NotHere
+from tatar_dist.plan.simulate import CardName
 from tatar_dist.run.gpus import GIB
-from tatar_dist.types import CardName
 
 # language model: hidden, intermediate, layers, heads, KV heads, vocabulary; vision tower. Heads of 128 and of 80
 WIDE = (3584, 512, 2, 28, 4, 1024), {"depth": 2, "hidden_size": 1280, "intermediate_size": 512}

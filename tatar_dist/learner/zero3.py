@@ -35,6 +35,7 @@ def deepspeed_config(config: Config, optim: OptimConfig, device: torch.device, s
     from deepspeed.utils import groups
 
     node = groups._get_zero_param_intra_parallel_group()
+    # on a CPU always, so that tests of the demo's small model exercise the same code
     persistence = {"stage3_param_persistence_threshold": 0} if shard_all or device.type == "cpu" else {}
     return {
         "train_micro_batch_size_per_gpu": 1,

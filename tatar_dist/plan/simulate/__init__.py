@@ -6,3 +6,7 @@ estimate.py   a card's data sheet, FLOPs and bytes -> StepCosts
 step.py       StepCosts, a split and completion lengths -> the seconds of one step, event by event
 forecast.py   the command: configuration and StepCosts -> the best split learners/engines for each number of GPUs
 """
+
+from typing import Literal
+
+CardName = Literal["H100", "A100", "L40S", "4090"]  # those that can be estimated for

@@ -29,7 +29,8 @@ from annotated_types import Ge, Le, MinLen
 from tatar_dist.config.schema import Config
 from tatar_dist.config.validate import STRICT_KEYS, AtLeastOne, Finite, read_yaml, validated
 from tatar_dist.models.costs import TOKEN_PIXELS
-from tatar_dist.types import CardName, Task
+from tatar_dist.plan.simulate import CardName
+from tatar_dist.types import Task
 
 TEXT_TOKENS, PIXELS = 200, 1024 * 768  # a prompt's text; an image of KonIQ-10k
 

@@ -29,9 +29,9 @@ from tatar_dist.errors import UserError
 from tatar_dist.models.costs import ModelSizes, passes, weights
 from tatar_dist.plan.memory import sizes_of
 from tatar_dist.plan.plan import Way, push_way
-from tatar_dist.plan.simulate import costs
+from tatar_dist.plan.simulate import CardName, costs
 from tatar_dist.plan.simulate.costs import PushCosts, StepCosts
-from tatar_dist.types import CardName, Task
+from tatar_dist.types import Task
 
 # Mean and standard deviation of completion tokens: about 40 words for IQA, 150 for IAA, as the length reward wants.
 LENGTHS: dict[Task, tuple[int, int]] = {"iqa": (80, 12), "iaa": (230, 35)}

@@ -27,11 +27,12 @@ from tatar_dist.errors import UserError
 from tatar_dist.models.costs import ModelSizes
 from tatar_dist.plan import memory
 from tatar_dist.plan.plan import Plan, resolve
+from tatar_dist.plan.simulate import CardName
 from tatar_dist.plan.simulate.costs import StepCosts, read_costs
 from tatar_dist.plan.simulate.estimate import estimate
 from tatar_dist.plan.simulate.measured import costs_of_runs
 from tatar_dist.plan.simulate.step import Setup, calls, generate, learn_seconds, step_parts, step_seconds
-from tatar_dist.types import TASKS, CardName
+from tatar_dist.types import TASKS
 
 GPUS = tuple(1 << k for k in range(11))
 DRAWS = 48
