@@ -6,8 +6,7 @@ plan/README.md lists them with links. `peak=True` takes every share as 1 and no 
 
     decode step   bytes of the language model's layers and head / memory rate, once for all sequences; with tensor
                   parallelism also two all-reduces a layer
-    token         keys and values of its context, read likewise. Its FLOPs hide behind the reading of the weights up to
-                  about (FLOP/s x prefill) / (memory rate x read) sequences at a time, 160 on an H100
+    token         keys and values of its context, read likewise; its FLOPs hide behind the reading of the weights
     prefill       FLOPs of a prompt with its image
     learning      FLOPs of the packed rows: forward, backward (twice), again under checkpointing, and the reference
     ZeRO-3        gathers the weights for each pass and reduces gradients once: 2 bytes a parameter each (arXiv
