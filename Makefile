@@ -22,7 +22,7 @@ PLOT ?=
 SMOKED := $(filter-out 0,$(SMOKE))
 # CHROMIUM=1: `make test` also looks at the report and the server's page in Chromium, which must be installed
 CHROMIUM ?=
-TESTED := $(if $(filter-out 0,$(CHROMIUM)),,-m "not browser")
+TESTED := -m "not nightly$(if $(filter-out 0,$(CHROMIUM)),, and not browser)"
 export DEVICE TORCH_INDEX PYTHON
 
 RUN := .venv/bin/tatar-dist
@@ -75,6 +75,7 @@ nightly: setup
 	@$(RUN) probes --output runs/probes --seeds 3 $(ARGS)
 	@.venv/bin/python tests/mutations.py
 	@FUZZ_EXAMPLES=100000 .venv/bin/python -m pytest --timeout 3600 $$(grep -l FUZZ_EXAMPLES tests/unit/test_*.py)
+	@.venv/bin/python -m pytest -m nightly tests/unit tests/integration
 	@PRETENDED_GPUS=all .venv/bin/python -m pytest tests/integration/test_pretended_gpus.py
 	@SHARDS=all .venv/bin/python -m pytest tests/integration/test_shards.py
 	@DEVICE_LAYERS=all .venv/bin/python -m pytest --timeout 3600 -s tests/device/test_memory.py

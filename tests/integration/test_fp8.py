@@ -65,6 +65,7 @@ def moved(model: str, to: Path) -> list:
     return list(weights.items())
 
 
+@pytest.mark.nightly
 def test_weights_pushed_into_an_fp8_engine_are_those_that_another_loads(model_untied, manifests, tmp_path):
     weights = moved(model_untied, tmp_path / "moved")
     words = [f"output={tmp_path}", *tiny_words(model_untied, manifests), *WORDS]

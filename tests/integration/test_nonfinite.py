@@ -65,6 +65,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_a_few_times_at_most(model_unti
     assert [m["step"] for m in lines] == [0, 1, 2, 3] and all(m["loss/total"] is None for m in lines)
 
 
+@pytest.mark.nightly
 def test_a_grpo_run_that_diverges_keeps_its_checkpoint(model_untied, make_config):
     words = ("checkpoint.every=1", "checkpoint.keep=1", "rollout.engines=1", "cluster.learners=1")
     good = make_config(model_untied, *words, "grpo.max_steps=1")

@@ -63,11 +63,11 @@ class Case(NamedTuple):
 CASES = [
     Case("evaluate", "1", (), (), (("0",),)),
     Case("grpo", "1", (COLOCATED, "rollout.push=cuda_ipc"), (1,), (("0",),)),
-    Case("sft", "8", (), (8,)),
     Case("grpo", "2x4", ("rollout.push=nccl",), (4,), ((), ("0", "1", "2", "3"))),
     Case("evaluate", "2x4", ("rollout.tensor_parallel=2",), (), (("0,1", "2,3"), ("0,1", "2,3"))),
 ]
 LARGER = [
+    Case("sft", "8", (), (8,)),
     Case("grpo", "8", ("rollout.tensor_parallel=2",), (4,), (("4,5", "6,7"),)),
     Case("grpo", "8", (COLOCATED,), (8,), (tuple("01234567"),)),
     Case("sft", "2x4", (), (4, 4)),

@@ -234,6 +234,7 @@ def special_values(learner) -> str:
     return "; ".join(problems)
 
 
+@pytest.mark.nightly
 def test_adapters_and_frozen_weights_are_checked_too(model_tied, manifests, tmp_path, shared_ray):
     words = ("model.lora_rank=4", "model.train_vision=false", "model.dtype=bfloat16", *ONE)
     with rig_of(model_tied, manifests, tmp_path, *WORDS, *words) as rig:

@@ -62,6 +62,7 @@ def test_resumed_grpo_equals_uninterrupted_grpo_to_the_bit(model_untied, make_co
         assert pq.read_table(other / name).equals(pq.read_table(tmp_path / "run" / name))
 
 
+@pytest.mark.nightly
 def test_a_signal_while_the_engines_work_ahead_costs_nothing(model_untied, make_config, tmp_path):
     words = ("rollout.deterministic=true", "grpo.max_steps=4", "grpo.optim.lr=0.0005", "grpo.staleness=1", *ONE)
     longer = "grpo.inner_iterations=8"  # learning takes longer than generating, which can so be finished
