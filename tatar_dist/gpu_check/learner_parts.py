@@ -31,8 +31,8 @@ IMAGES, LENGTHS = {"a": 112, "b": 224, "c": 168}, (7, 1, 40, 12, 33)  # pixels o
 ZERO3_LIMITS = {"float32": 1e-3, "bfloat16": 0.05}  # of losses and gradient norms, beside float32 in plain torch
 STEP_LR, TOKENS, COLLECTIVE_S = "grpo.optim.lr=0.001", 12, 30
 ROUNDS = 3
-# part of the driver's name: card of plan/simulate/estimate.py with its peak rate; an H200 computes like an H100
-PEAKS: dict[str, CardName] = {"H200": "H100", "H100 80GB": "H100", "A100": "A100", "L40S": "L40S", "RTX 4090": "4090"}
+# part of the driver's name: card of plan/simulate/estimate.py with its peak rate
+PEAKS: dict[str, CardName] = {"H200": "H200", "H100 80GB": "H100", "A100": "A100", "L40S": "L40S", "RTX 4090": "4090"}
 
 Found = tuple[str, dict[str, Any]]  # a line for the table, and figures
 

@@ -141,7 +141,7 @@ MINIMAL = {"lengths": {"iqa": [[50]], "iaa": [[150]]}, "engine": {"per_step": 0.
         ({"engine": 3}, "engine=3: must be a mapping of keys"),
         ({"learner": {"per_row": float("nan")}}, "must be a finite number"),
         ({"cores": 1.5}, "whole number"),
-        ({"card": "V100"}, "card='V100': must be one of H100, A100, L40S, 4090"),
+        ({"card": "V100"}, "card='V100': must be one of H200, H100, A100, L40S, 4090"),
         ({"lengths": {}}, "lengths={}: must hold at least 1"),
         ({"lengths": {"iqa": []}}, "lengths.iqa=.*: must hold at least 1"),
         ({"lengths": {"iqa": [[10], [0]]}}, "lengths.iqa.1.0=0: must be at least 1"),

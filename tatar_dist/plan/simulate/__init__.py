@@ -9,4 +9,4 @@ forecast.py   the command: configuration and StepCosts -> the best split learner
 
 from typing import Literal
 
-CardName = Literal["H100", "A100", "L40S", "4090"]  # those that can be estimated for
+CardName = Literal["H200", "H100", "A100", "L40S", "4090"]  # those that can be estimated for

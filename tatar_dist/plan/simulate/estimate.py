@@ -57,6 +57,7 @@ class DataSheet:
 
 
 CARDS: dict[CardName, DataSheet] = {
+    "H200": DataSheet(989e12, 4.8e12, 450e9, 0.82, 64e9, 50e9, 8, 139),
     "H100": DataSheet(989e12, 3.35e12, 450e9, 0.82, 64e9, 50e9, 8, 79.1),
     "A100": DataSheet(312e12, 2.04e12, 300e9, 0.69, 32e9, 25e9, 8, 79.1),
     "L40S": DataSheet(362e12, 0.864e12, 32e9, 0.5, 32e9, 12.5e9, 1, 44.4),
