@@ -187,7 +187,7 @@ class Opponent:
 def explain(batch: Batch, answers: Answers, preset: Preset, row: int) -> list[Opponent]:
     """Return the opponents of row `row` (from 0) with their weights, heaviest first.
 
-    Their weighted mean is the reward before its clamp. Empty where the term does not apply, the row is unparsed or its
+    Their weighted mean is the reward before its clamp, or of `regret` its nats. Empty where the term does not apply, the row is unparsed or its
     pool cannot rank.
     """
     params, index = preset.thurstone, rows_of_term(batch, preset, "thurstone")
@@ -200,7 +200,7 @@ def explain(batch: Batch, answers: Answers, preset: Preset, row: int) -> list[Op
     c = comparison_of(i, rivals, stats, params)
     z = (answers.score[row] - c.mu) * c.inverse_scale
     q, _ = links.probabilities(z, params.link)
-    reward = pair_terms(c.p, c.not_p, z, params)
+    reward = pair_terms(c.p, c.not_p, z, params) - c.entropy
     if params.measure == "bce":
         reward = 1.0 + reward / math.log(params.eps)
     columns = (stats.g[rivals], stats.mu[rivals], stats.v[rivals], c.p, q, c.w, reward)
@@ -219,13 +219,17 @@ def explain_table(audit: Audit, row: int) -> str:
     table = explain(audit.batch, audit.scored.answers, audit.preset, row - 1)
     if not table:
         return head + "\nno Thurstone comparison: unparsed, another task's term, or no other image in its pool"
-    lines = [head, f"{'opponent':24} {'target':>7} {'mean':>7} {'sd':>6} {'P':>7} {'Q':>7} {'weight':>7} {'reward':>7}"]
+    params = audit.preset.thurstone
+    last = "regret" if params.measure == "regret" else "reward"
+    lines = [head, f"{'opponent':24} {'target':>7} {'mean':>7} {'sd':>6} {'P':>7} {'Q':>7} {'weight':>7} {last:>7}"]
     for o in table:
         points = f"{o.target:7.2f} {o.mean:7.2f} {math.sqrt(o.variance):6.2f}"
         # what tells ids apart stands at their end
         name = o.group_id if len(o.group_id) <= 24 else "…" + o.group_id[-23:]
         lines.append(f"{name:24} {points} {o.p:7.4f} {o.q:7.4f} {o.weight:7.4f} {o.reward:7.4f}")
-    return "\n".join([*lines, f"weighted mean {sum(o.weight * o.reward for o in table):.6f}"])
+    mean = sum(o.weight * o.reward for o in table)
+    paid = f", reward exp(-mean / {params.kappa:g}) = {math.exp(-mean / params.kappa):.6f}" if last == "regret" else ""
+    return "\n".join([*lines, f"weighted mean {mean:.6f}{paid}"])
 
 
 def read_rows(file: str | Path, lenient: bool = False) -> tuple[list[dict[str, Any]], int]:

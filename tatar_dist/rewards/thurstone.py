@@ -2,12 +2,18 @@
 
 For completion k of group i and every other group j of the same pool that has a parsed completion (all in points):
 
-    P_ij   = L((g_i - g_j) / tau)                           preference by the opinion scores
+    P_ij   = L((g_i - g_j) / tau)                           preference by the opinion scores; scale shared: / s_ij
     Q_ik,j = L((q_ik - mu_j) / s_ij)                        preference by the completion
     s_ij   = sqrt(max(v_i + v_j, floor^2))                  mu, v over parsed rows, v population variance
     w_ij   = exp(-|g_i - g_j| / m)                          near pairs weigh more
     r_ik   = clamp(1 - mean_w BCE(P, Q) / (-ln eps), 0, 1)  measure bce, Q clamped to [eps, 1 - eps]
+    r_ik   = exp(-mean_w KL(P || Q) / kappa)                measure regret, KL = BCE(P, Q) - BCE(P, P), clamped likewise
     r_ik   = mean_w (sqrt(PQ) + sqrt((1-P)(1-Q)))           measure fidelity
+
+BCE holds the entropy of P, which no answer can lower, so `bce` lives near 1 and differs little between the answers of a
+group; `regret` is 1 where an answer says what the opinions say, whatever their entropy. With scale tau, answers that
+scatter by more than tau are drawn apart: the best score lies outside the opponents' targets. With `scale: shared` the
+best score is the target whatever the spread, if the other groups' means are theirs.
 
 With floor >= tau, exact answers score above a tie and a tie above the reversed order, for every link and measure. A
 smaller floor is refused: once the spread has collapsed, the right order would score below a tie. `floor: null` (only in
@@ -50,7 +56,9 @@ class RankingParams(Term):
 @dataclass(frozen=True)
 class ThurstoneParams(RankingParams):
     link: links.Link = "logistic"
-    measure: Literal["bce", "fidelity"] = "bce"
+    measure: Literal["bce", "fidelity", "regret"] = "bce"
+    scale: Literal["tau", "shared"] = "tau"  # of P; shared: that of Q
+    kappa: Positive = 0.2  # nats of regret that leave 1 / e
     floor: Finite | None = 8.0  # points
 
     def __post_init__(self) -> None:
@@ -109,7 +117,7 @@ def pair_scale(v_i: np.ndarray, v_j: np.ndarray, params: ThurstoneParams) -> np.
 
 
 def pair_terms(p: np.ndarray, not_p: np.ndarray, z: np.ndarray, params: ThurstoneParams) -> np.ndarray:
-    """Return BCE in nats, or fidelity, of each pair. p, not_p broadcast against z."""
+    """Return BCE in nats (regret: too), or fidelity, of each pair. p, not_p broadcast against z."""
     if params.measure == "fidelity":
         return links.fidelity(p, not_p, z, params.link)
     limit = links.clamp_limit(params.eps, params.link)
@@ -117,9 +125,11 @@ def pair_terms(p: np.ndarray, not_p: np.ndarray, z: np.ndarray, params: Thurston
 
 
 def reward_of_mean(mean: np.ndarray, params: ThurstoneParams) -> np.ndarray:
-    """Turn `pair_terms`' weighted mean into a reward in [0, 1]; a mean BCE >= -ln eps gives 0."""
+    """Turn `pair_terms`' mean, less the entropy, into a reward in [0, 1]; a BCE >= -ln eps gives 0."""
     if params.measure == "bce":
         mean = 1.0 + mean / math.log(params.eps)
+    elif params.measure == "regret":
+        mean = np.exp(-mean / params.kappa)
     return np.clip(mean, 0.0, 1.0)
 
 
@@ -160,22 +170,29 @@ def thurstone(q: np.ndarray, groups: Groups, params: ThurstoneParams) -> np.ndar
 
 @dataclass(frozen=True)
 class Comparison:
-    """One group against the J of its pool: (J,) weights (0 for itself), P, 1 - P, means, 1 / s."""
+    """One group against the J of its pool: (J,) weights (0 for itself), P, 1 - P, means, 1 / s.
+
+    entropy: (J,) nats of BCE that the best Q leaves, which `regret` subtracts; else 0.
+    """
 
     w: np.ndarray
     p: np.ndarray
     not_p: np.ndarray
     mu: np.ndarray
     inverse_scale: np.ndarray
+    entropy: np.ndarray
 
     def rewards(self, q: np.ndarray, params: ThurstoneParams) -> np.ndarray:
         """Return (R,) rewards of R parsed rows of the group."""
         z = (q[:, None] - self.mu) * self.inverse_scale
-        return reward_of_mean(pair_terms(self.p, self.not_p, z, params) @ self.w, params)
+        return reward_of_mean(pair_terms(self.p, self.not_p, z, params) @ self.w - self.entropy @ self.w, params)
 
 
 def comparison_of(i: int, rivals: np.ndarray, groups: Groups, params: ThurstoneParams) -> Comparison:
     gap = groups.g[i] - groups.g[rivals]
-    p, not_p = links.probabilities(gap / params.tau, params.link)
+    inverse = 1.0 / pair_scale(groups.v[i], groups.v[rivals], params)
+    z = gap * inverse if params.scale == "shared" else gap / params.tau
+    p, not_p = links.probabilities(z, params.link)
     w = gap_weights(gap[None], (rivals != i)[None], params.m)[0]
-    return Comparison(w, p, not_p, groups.mu[rivals], 1.0 / pair_scale(groups.v[i], groups.v[rivals], params))
+    entropy = pair_terms(p, not_p, z, params) if params.measure == "regret" else np.zeros(len(rivals))
+    return Comparison(w, p, not_p, groups.mu[rivals], inverse, entropy)

@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, ndtr, ndtri
 
+from tatar_dist.algo.advantages import group_std
 from tatar_dist.errors import UserError
 from tatar_dist.rewards import links
 from tatar_dist.rewards.audit import explain
@@ -16,8 +17,10 @@ from tatar_dist.rewards.batch import batch_of_rows
 from tatar_dist.rewards.pairwise import PairwiseParams, pairwise
 from tatar_dist.rewards.presets import load_preset
 from tatar_dist.rewards.score import score_batch
+from tatar_dist.rewards.terms import GaussianParams, gaussian
 from tatar_dist.rewards.thurstone import (
     ThurstoneParams,
+    comparison_of,
     gap_weights,
     group_statistics,
     pair_terms,
@@ -26,7 +29,9 @@ from tatar_dist.rewards.thurstone import (
 )
 
 LINKS = get_args(links.Link)
-FORMS = [(link, measure) for link in LINKS for measure in ("bce", "fidelity")]
+FORMS = [(link, measure) for link in LINKS for measure in ("bce", "fidelity", "regret")]
+# of METHOD's synthetic batches: sd of groups' errors, sd within a group, in points
+SPREADS = ((8, 5), (8, 10), (4, 3), (15, 8))
 score = st.floats(0, 100, allow_subnormal=False)
 
 
@@ -55,10 +60,12 @@ def slow(q, g, group, params):
                 continue
             gap = g[k] - g[list(group).index(j)]
             s = math.sqrt(max(np.var(mine) + np.var(theirs), params.floor**2))
-            p, prob = L(gap / params.tau), L((q[k] - np.mean(theirs)) / s)
-            if params.measure == "bce":
-                prob = min(max(prob, params.eps), 1 - params.eps)
+            p, prob = L(gap / (s if params.scale == "shared" else params.tau)), L((q[k] - np.mean(theirs)) / s)
+            if params.measure in ("bce", "regret"):
+                prob, best = (min(max(x, params.eps), 1 - params.eps) for x in (prob, p))
                 r = -(p * math.log(prob) + (1 - p) * math.log(1 - prob))
+                if params.measure == "regret":
+                    r += p * math.log(best) + (1 - p) * math.log(1 - best)
             else:
                 r = math.sqrt(p * prob) + math.sqrt((1 - p) * (1 - prob))
             w = math.exp(-abs(gap) / params.m)
@@ -67,19 +74,22 @@ def slow(q, g, group, params):
             out.append(0.0)
         elif params.measure == "bce":
             out.append(min(max(1 - total / weight / -math.log(params.eps), 0), 1))
+        elif params.measure == "regret":
+            out.append(math.exp(-total / weight / params.kappa))
         else:
             out.append(min(max(total / weight, 0), 1))
     return out
 
 
+@pytest.mark.parametrize("scale", ["tau", "shared"])
 @pytest.mark.parametrize(("link", "measure"), FORMS)
-def test_the_blocks_equal_the_formula_written_pair_by_pair(link, measure):
+def test_the_blocks_equal_the_formula_written_pair_by_pair(link, measure, scale):
     rng = np.random.default_rng(0)
     group = rng.permutation(np.repeat(np.arange(9), rng.integers(1, 7, 9)))
     g = rng.uniform(0, 100, 9)[group]
     q = np.clip(g + rng.normal(0, 15, len(g)), 0, 100)
     q[rng.random(len(q)) < 0.2] = np.nan
-    params = ThurstoneParams(link=link, measure=measure)
+    params = ThurstoneParams(link=link, measure=measure, scale=scale)
     np.testing.assert_allclose(rewards(q, g, group, params), slow(q, g, group, params), rtol=0, atol=1e-9)
 
 
@@ -107,7 +117,7 @@ def test_a_pair_is_unimodal_in_the_score_with_its_peak_at_the_matching_probabili
     peak = gap / params.tau if link == "logistic" else float(ndtri(p[0])) if gap <= 0 else -float(ndtri(not_p[0]))
     q = np.sort(np.append(np.linspace(-4, 4, 81) * scale, peak * scale))
     r = pair_terms(p, not_p, q / scale, params)
-    r = reward_of_mean(r, params) if measure == "bce" else r
+    r = r if measure == "fidelity" else reward_of_mean(r, params)
     top = int(np.searchsorted(q, peak * scale))
     assert (np.diff(r[: top + 1]) >= -1e-12).all() and (np.diff(r[top:]) <= 1e-12).all()
     assert r[top] >= r.max() - 1e-12
@@ -130,6 +140,71 @@ def test_rewards_are_finite_in_range_and_do_not_depend_on_the_order_of_rows(data
     np.testing.assert_allclose(rewards(q[order], g[order], group[order], params), r[order], rtol=0, atol=1e-12)
     relabel = np.array(data.draw(st.permutations(range(group.max() + 1))))
     np.testing.assert_allclose(rewards(q, g, relabel[group], params), r, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("link", LINKS)
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_with_a_shared_scale_the_best_answer_is_the_target_at_any_spread(link, data):
+    """One answer of 0, 1, ... 100 beside siblings that scatter; the other groups' means are their targets."""
+    target = data.draw(st.integers(10, 90))
+    others = target + np.array(data.draw(st.lists(st.integers(-24, 24), min_size=2, max_size=6)), float)
+    spread = data.draw(st.floats(0, 20))
+    params = ThurstoneParams(link=link, measure="regret", scale="shared", eps=1e-12)
+    q, g, group = (np.concatenate([x, y]) for x, y in (
+        ([target - spread, target + spread], np.concatenate([others - spread, others + spread])),
+        ([target] * 2, np.concatenate([others] * 2)),
+        ([0] * 2, np.tile(np.arange(1, len(others) + 1), 2)),
+    ))  # fmt: skip
+    groups = statistics(q, g, group)
+    answers = np.arange(101.0)
+    r = comparison_of(0, np.arange(len(others) + 1), groups, params).rewards(answers, params)
+    assert r.argmax() == target and r[target] == pytest.approx(1, abs=1e-12)
+    assert (np.diff(r[: target + 1]) >= -1e-12).all() and (np.diff(r[target:]) <= 1e-12).all()
+
+
+def test_with_tau_as_the_scale_answers_that_scatter_are_drawn_apart():
+    params = ThurstoneParams(measure="regret")
+    q, g, group = [18.0, 42, 43, 67, 68, 92], [30.0, 30, 55, 55, 80, 80], [0, 0, 1, 1, 2, 2]
+    groups, answers = statistics(q, g, group), np.arange(101.0)
+    best = [int(comparison_of(i, np.arange(3), groups, params).rewards(answers, params).argmax()) for i in (0, 2)]
+    assert best[0] < 20 and best[1] > 90
+
+
+def batch_of(bias, within, rng):
+    """8 images, 8 completions each: scores of one model whose groups are off by `bias`, and scatter by `within`."""
+    group = np.repeat(np.arange(8), 8)
+    g = rng.uniform(0, 100, 8)
+    q = np.clip(g[group] + rng.normal(0, bias, 8)[group] + rng.normal(0, within, 64), 0, 100)
+    return q, g[group], group
+
+
+@pytest.mark.parametrize(("bias", "within"), SPREADS)
+def test_regret_spreads_within_a_group_as_a_gaussian_does_and_bce_does_not(bias, within):
+    rng, spread = np.random.default_rng(0), {"regret": [], "bce": [], "gaussian": []}
+    for _ in range(200):
+        q, g, group = batch_of(bias, within, rng)
+        iaa, words = np.zeros(64, bool), np.zeros(64)
+        spread["gaussian"].append(group_std(gaussian(q, g, iaa, words, GaussianParams()), group).mean())
+        for measure in ("regret", "bce"):
+            params = ThurstoneParams(measure=measure, scale="shared" if measure == "regret" else "tau")
+            spread[measure].append(group_std(rewards(q, g, group, params), group).mean())
+    mean = {name: np.mean(values) for name, values in spread.items()}
+    assert 1 / 3 < mean["regret"] / mean["gaussian"] < 3
+    assert mean["bce"] / mean["gaussian"] < 0.1
+
+
+@given(st.floats(2, 40), st.floats(-30, 30))
+@settings(max_examples=60, deadline=None)
+def test_regret_does_not_depend_on_the_entropy_of_the_opinions(gap, error):
+    """BCE pays an exact answer less the nearer the targets are; regret pays 1 at any gap."""
+    g, group = [40.0, 40.0 + gap], [0, 1]
+    exact = rewards(g, g, group, ThurstoneParams(measure="regret", scale="shared"))
+    assert exact == pytest.approx([1, 1], abs=1e-12)
+    moved = rewards([g[0] + error, g[1] + error], g, group, ThurstoneParams(measure="regret", scale="shared"))
+    assert moved == pytest.approx([1, 1], abs=1e-9), "both are as far apart as the opinions say"
+    bce = [rewards([40.0, 40.0 + x], [40.0, 40.0 + x], group, ThurstoneParams())[0] for x in (1, gap)]
+    assert bce[1] > bce[0]
 
 
 def test_siblings_are_no_opponents():
@@ -217,6 +292,7 @@ def test_the_explained_opponents_add_up_to_the_reward(link, measure):
     table = explain(batch, scored.answers, preset, 4)
     assert {o.group_id for o in table} == {"0", "2", "3", "4"}
     total = sum(o.weight * o.reward for o in table)
+    total = math.exp(-total / preset.thurstone.kappa) if measure == "regret" else total
     assert total == pytest.approx(scored.terms["thurstone"][4], abs=1e-12)
 
 
