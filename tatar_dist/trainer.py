@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,6 +31,7 @@ from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.plan.memory import check_fit
 from tatar_dist.plan.plan import Stage, resolve
 from tatar_dist.plan.proven import unproven
+from tatar_dist.rewards.metrics import ShareWatch
 from tatar_dist.rewards.presets import load_preset
 from tatar_dist.rollout.pool import RolloutPool
 from tatar_dist.run.checkpoints import CheckpointRef, Checkpoints, latest
@@ -81,6 +83,7 @@ class Run:
         self._up = False  # the learners are up and hold the weights of the next step
         self._was_up = False  # the learners were up once
         self._stopping = False  # a signal cut the step short
+        self._shares = ShareWatch()
         self._skipped = 0  # steps in a row whose gradient was not finite
         self._failures = 0  # failures of the learners since the last finished step
 
@@ -141,6 +144,9 @@ class Run:
         self._check_finite(step, metrics)
         self.directory.events.log("step/done", seconds=round(seconds, 3))
         self._watch.step(seconds)
+        for task, line in self._shares.add(metrics).items():
+            self._log("share/low", task=task, reason=line)
+            print(f"tatar-dist: {line}", file=sys.stderr)
         if self._exporter:
             self._exporter.step(metrics)
         self._progress.update(step + 1, metrics)

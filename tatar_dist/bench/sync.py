@@ -2,9 +2,9 @@
 
 For a random model of 140 million parameters, in float32 and bfloat16: own / push, where a push goes through Ray's
 object store from one ZeRO-3 learner to one vLLM engine on this machine, each on its half of the cores. Own: the same
-engine loads the same buckets, all stored beforehand. The two are timed in turns. Details: two copies of the bytes in memory (one thread, torch's copy_
-into memory that is there already) and a constant, a push of as many tensors with nearly no bytes, of a very thin model.
-Then the parts of a push: gathering alone in the learner, gathering into the object store without an engine, the
+engine loads the same buckets, all stored beforehand. The two are timed in turns. Details: two copies of the bytes in
+memory (one thread, torch's copy_ into memory that is there already) and a constant, a push of as many tensors with
+nearly no bytes, of a very thin model. Then the parts of a push: gathering alone in the learner, gathering into the object store without an engine, the
 engine's calls (load is vLLM's work for each tensor; gathering and storing the next buckets overlap it).
 """
 
@@ -37,7 +37,8 @@ CASES = (("thin", THIN, "float32"), ("140M", LARGE, "float32"), ("140M", LARGE, 
 ROUNDS, WARM, TARGET, PIXELS = 25, 3, 1 / 1.1, 112
 WORDS = (
     "model.gradient_checkpointing=false", "cluster.object_store_mib=1536", "rollout.max_num_seqs=2",
-    "rollout.max_model_len=448", "grpo.prompts_per_step=1", "grpo.group_size=2", "grpo.optim.name=sgd", "cluster.pin_cores=true",
+    "rollout.max_model_len=448", "grpo.prompts_per_step=1", "grpo.group_size=2", "grpo.optim.name=sgd",
+    "cluster.pin_cores=true",
 )  # fmt: skip
 PARTS = ("gather", "to store", "start", "load", "finish")
 

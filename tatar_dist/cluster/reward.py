@@ -40,7 +40,8 @@ class RewardScorer:
         """Score the batch of `step`; return groups in order, and reward/* and completion/* metrics."""
         self.failpoints.reach("reward.score", step=step)
         batch = batch_of_groups(groups)
-        scored = score_batch(batch, self.preset, advantage=self.grpo.advantage, eps=self.grpo.advantage_eps)
+        g = self.grpo
+        scored = score_batch(batch, self.preset, advantage=g.advantage, eps=g.advantage_eps, scale=g.scale)
         return scored_groups(groups, scored), reward_metrics(batch, scored)
 
 

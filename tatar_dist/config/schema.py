@@ -124,6 +124,7 @@ class GRPOConfig:
     mask_truncated: bool = False  # true: a completion cut off by max_new_tokens stays out of the loss
     advantage: Literal["std", "mean", "per_term"] = "std"  # scaling of rewards in a group; mean as in Dr. GRPO
     advantage_eps: NotNegative = 1e-4  # added to the std
+    scale: Literal["group", "batch"] = "group"  # whose std divides; batch with per_term: as in GDPO
     zero_std: Literal["keep", "drop", "refill"] = "keep"  # groups whose completions all got the same reward
     refill_limit: AtLeastOne = 2  # rounds of new prompts a step for such groups, with refill; what is left is dropped
     inner_iterations: AtLeastOne = 1  # updates per batch of completions, one optimiser step each

@@ -215,7 +215,7 @@ class Evaluation:
         r, g = self.config.reward, self.config.grpo
         batch = batch_of_groups(groups)
         preset = load_preset(r.preset, weights=r.weights, params=r.params)
-        scored = score_batch(batch, preset, advantage=g.advantage, eps=g.advantage_eps)
+        scored = score_batch(batch, preset, advantage=g.advantage, eps=g.advantage_eps, scale=g.scale)
         write_rollouts(file, 0, scored_groups(groups, scored))
         return {k: v if math.isfinite(v) else None for k, v in reward_metrics(batch, scored).items()}
 

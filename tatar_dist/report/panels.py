@@ -171,7 +171,7 @@ def line(training: Training, metric: str, label: str, color: str, dashed: bool =
 
 def _rewards(training: Training) -> Table:
     """Return a panel of reward terms per task: MAIN_TERMS as solid lines, the others dashed."""
-    table = []
+    table, shares = [], []
     for task, name in TASK_NAMES.items():
         total = training.values(f"reward/total/{task}")
         terms = training.terms(task)
@@ -181,7 +181,10 @@ def _rewards(training: Training) -> Table:
         if len(total):
             caption = f"Mean of the sampled completions, by term. Their sum, first to last fifth: {arrow(total)}."
             table.append((f"Reward, {name}", caption, (Curves(f"Reward, {name}", (*scoring, *dashed), 1.0),)))
-    return tuple(table)
+        parts = [(metric.replace("/", "/share/", 1), *look) for metric, *look in (*scoring, *dashed)]
+        shares.append(Curves(f"Share of the advantage, {name}", (*parts,), 1.0))
+    caption = "What the advantage followed: the covariance of each term's part with it, over its variance."
+    return (*table, ("Share of the advantage", caption, (*shares,)))
 
 
 def _step_time(training: Training) -> Panel | None:

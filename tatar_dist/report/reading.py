@@ -75,7 +75,7 @@ class Training:
     def terms(self, task: str) -> list[str]:
         """Return the reward terms logged for a task, without the total."""
         names = {k.split("/")[1] for r in self.rows for k in r if k.startswith("reward/") and k.endswith(f"/{task}")}
-        return sorted(names - {"total", "frac_zero_std", "agreement"})
+        return sorted(names - {"total", "frac_zero_std", "agreement", "share"})
 
 
 @dataclass(frozen=True)
@@ -246,6 +246,7 @@ COUNTED = {  # event -> (one, several), as the health check says it
     "push/late": ("late weight push", "late weight pushes"),
     "push/fallback": ("way of pushing given up", "ways of pushing given up"),
     "step/skipped": ("step skipped, its gradient not finite", "steps skipped, their gradients not finite"),
+    "share/low": ("scoring term that hardly trains", "scoring terms that hardly train"),
     "stall": ("stall", "stalls"),
     "checkpoint/failed": ("checkpoint not written", "checkpoints not written"),
     "run/failed": ("failed start", "failed starts"),

@@ -152,7 +152,12 @@ def summary(audits: Sequence[Audit]) -> dict[str, Any]:
     joined = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
     metrics = [reward_metrics(a.batch, a.scored) for a in audits]
     averaged = sorted(
-        {k for m in metrics for k in m if k.startswith(("reward/frac_zero_std/total", "reward/agreement"))}
+        {
+            k
+            for m in metrics
+            for k in m
+            if k.startswith(("reward/frac_zero_std/total", "reward/agreement", "reward/share"))
+        }
     )
     return {
         "preset": audits[0].preset.name,
@@ -187,8 +192,8 @@ class Opponent:
 def explain(batch: Batch, answers: Answers, preset: Preset, row: int) -> list[Opponent]:
     """Return the opponents of row `row` (from 0) with their weights, heaviest first.
 
-    Their weighted mean is the reward before its clamp, or of `regret` its nats. Empty where the term does not apply, the row is unparsed or its
-    pool cannot rank.
+    Their weighted mean is the reward before its clamp, of `regret` its nats. Empty where the term does not apply, the
+    row is unparsed or its pool cannot rank.
     """
     params, index = preset.thurstone, rows_of_term(batch, preset, "thurstone")
     if row not in index or not answers.parsed[row]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 
-from tatar_dist.algo.advantages import ZERO_STD, group_std
+from tatar_dist.algo.advantages import ZERO_STD, group_std, shares
 from tatar_dist.rewards.batch import Batch
 from tatar_dist.rewards.score import BatchScores
 from tatar_dist.types import TASKS
 
+SCORING = ("gaussian", "pairwise", "thurstone", "binary")  # the terms that look at the score
+LOW_SHARE, LOW_STEPS = 0.2, 20
 LARGE = 64  # rows; all pairs of a larger group would take too much memory
 
 
@@ -20,6 +24,7 @@ def reward_metrics(batch: Batch, scored: BatchScores) -> dict[str, float]:
     reward/{total,TERM}/{task}: mean over completions. reward/frac_zero_std/{total,TERM}/{task}: share of groups whose
     completions all got the same, which teaches nothing. reward/agreement/{task}: mean over groups of Kendall's tau-b
     between rewards and nearness -|d| of the parsed completions; groups where it is undefined are left out.
+    reward/share/{TERM}/{task}: Cov(a, A) / Var(A), a what the term adds to the advantage A; they sum to 1.
     completion/think_words/{task}: mean.
     completion/parse_failures/{task}, completion/out_of_range/{task}: shares. reward/unrankable_groups: a count.
     """
@@ -35,6 +40,9 @@ def reward_metrics(batch: Batch, scored: BatchScores) -> dict[str, float]:
                 continue
             metrics[f"reward/{name}/{task}"] = float(part.mean())
             metrics[f"reward/frac_zero_std/{name}/{task}"] = float((group_std(part, group) < ZERO_STD).mean())
+        for name, share in shares(scored.parts, rows).items():
+            if not np.isnan(scored.terms[name][rows]).all():
+                metrics[f"reward/share/{name}/{task}"] = share
         parsed = rows[scored.answers.parsed[rows]]
         nearness = -np.abs(scored.answers.score[parsed] - batch.target[parsed])
         tau = group_kendall(scored.reward[parsed], nearness, batch.group[parsed])
@@ -72,3 +80,33 @@ def group_kendall(x: np.ndarray, y: np.ndarray, group: np.ndarray) -> np.ndarray
         scale = np.sqrt(np.abs(a).sum(1) * np.abs(b).sum(1))
         tau[members] = np.divide((a * b).sum(1), scale, out=np.full(len(members), np.nan), where=scale > 0)
     return tau
+
+
+class ShareWatch:
+    """Notice that the terms which look at the score hardly move the advantages of a task."""
+
+    def __init__(self) -> None:
+        self._low = Counter[str]()  # steps in a row, by task
+
+    def add(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Return {task: line} of tasks whose share has just been under LOW_SHARE for LOW_STEPS steps.
+
+        metrics: those of a step; a task without a scoring term, or without an advantage, is left out.
+        """
+        lines = {}
+        for task in TASKS:
+            names = [k.split("/")[2] for k in metrics if k.startswith("reward/share/") and k.endswith(f"/{task}")]
+            share = {name: metrics[f"reward/share/{name}/{task}"] for name in names}
+            scoring = [name for name in names if name in SCORING]
+            found = sum(share[name] for name in scoring)
+            if not scoring or math.isnan(found):
+                continue
+            self._low[task] = self._low[task] + 1 if found < LOW_SHARE else 0
+            if self._low[task] == LOW_STEPS:
+                ruler = max(share, key=lambda name: share[name])
+                lines[task] = (
+                    f"for {LOW_STEPS} steps {' and '.join(scoring)} had less than {LOW_SHARE:.0%} of the "
+                    f"{task.upper()} advantage (now {found:.0%}), {ruler} has {share[ruler]:.0%}: "
+                    f"set grpo.advantage=per_term, or lower reward.weights.{ruler}"
+                )
+        return lines

@@ -37,7 +37,7 @@ RANKING = ("pairwise", "thurstone")
 # columns of rollouts and parts of metric names, which a term of the user's may not hide
 RESERVED = (
     *("step", "group_id", "index", "sample_id", "dataset", "task", "target", "completion", "tokens", "finish_reason"),
-    *("logprob_sum", "weight_version", "parsed", "reward", "advantage", "trained", "total", "agreement"),
+    *("logprob_sum", "weight_version", "parsed", "reward", "advantage", "trained", "total", "agreement", "share"),
     *("frac_zero_std", "replaced_groups", "dropped_groups", "unrankable_groups"),
 )
 PRESET_DIR = Path(__file__).parent / "presets"

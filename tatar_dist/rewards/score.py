@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tatar_dist.algo.advantages import ZERO_STD, advantages, group_std, total_reward
+from tatar_dist.algo.advantages import ZERO_STD, contributions, group_std, total_reward
 from tatar_dist.rewards import thurstone as ranking
 from tatar_dist.rewards.batch import Answers, Batch, read_answers
 from tatar_dist.rewards.pairwise import pairwise
@@ -25,15 +25,17 @@ from tatar_dist.types import Group, ScoredGroup
 class BatchScores:
     """The N scored completions. terms: term -> (N,) float64, NaN where the term does not apply.
 
-    reward, advantage: (N,) float64. unrankable: (J,) bool, groups whose Thurstone term is 0 because their pool holds no
-    other image that parsed. zero_std: (J,) bool of the groups whose completions all have the same reward (advantage
-    per_term: the same in every weighted term) and which therefore have no advantage.
+    reward, advantage: (N,) float64. parts: what each weighted term adds to the advantage. unrankable: (J,) bool, groups
+    whose Thurstone term is 0 because their pool holds no other image that parsed. zero_std: (J,) bool of the groups
+    whose completions all have the same reward (advantage per_term: the same in every weighted term) and which therefore
+    have no advantage.
     """
 
     answers: Answers
     terms: dict[str, np.ndarray]
     reward: np.ndarray
     advantage: np.ndarray
+    parts: dict[str, np.ndarray]
     unrankable: np.ndarray
     zero_std: np.ndarray
 
@@ -46,13 +48,14 @@ def score_batch(
     strict: bool = True,
     advantage: str = "std",
     eps: float = 1e-4,
+    scale: str = "group",
 ) -> BatchScores:
     """Score one global batch.
 
     Args:
         terms: which terms to compute beside those the preset weighs.
         strict: the answer grammar (tatar_dist/prompts/answer.py).
-        advantage: std | mean | per_term (tatar_dist/algo/advantages.py), with its eps.
+        advantage: std | mean | per_term (tatar_dist/algo/advantages.py), with its eps and scale.
 
     Raises:
         UserError: an unknown advantage mode, or a user's term that fails.
@@ -76,11 +79,13 @@ def score_batch(
             values[term][index] = _term(term, batch, answers, preset, index)
     reward = total_reward(values, weights, len(batch))
     compared = [np.nan_to_num(values[t], nan=0.0) for t in weights] if advantage == "per_term" else [reward]
+    parts = contributions(values, weights, batch.group, advantage, eps, scale)
     return BatchScores(
         answers=answers,
         terms=values,
         reward=reward,
-        advantage=advantages(values, weights, batch.group, advantage, eps),
+        advantage=np.sum([*parts.values()], axis=0),
+        parts=parts,
         unrankable=unrankable,
         zero_std=np.all([group_std(x, batch.group) < ZERO_STD for x in compared], axis=0),
     )

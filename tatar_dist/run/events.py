@@ -15,6 +15,7 @@ stall detector, the tests of faults.
     push/checked push/fallback              way, seconds, bit, gap, moved, seen, unseen; reason (cluster/selfcheck.py)
     checkpoint/saved skipped failed         path, seconds, reason
     checkpoint/accepted                     changes: {key: [before, now]} that checkpoint.accept names
+    share/low                               task, reason: its scoring term hardly moves the advantage
     step/skipped                            reason, in_a_row: its gradient was not finite (optim.on_nonfinite)
     node/lost node/joined                   node
     tracker/failed                          tracker, reason: left out from then on (run/tracking.py)

@@ -30,7 +30,7 @@ ENDS = {"run/end": "finished", "run/interrupted": "interrupted", "run/failed": "
 TROUBLE = {
     "engine/suspect", "engine/dead", "engine/gone", "engine/hedged", "learners/failed", "learners/restarting",
     "learners/restored", "reward/failed", "push/late", "push/fallback", "checkpoint/skipped",
-    "checkpoint/failed", "step/skipped", "node/lost", "node/joined", "signal", "stall", "fault",
+    "checkpoint/failed", "share/low", "step/skipped", "node/lost", "node/joined", "signal", "stall", "fault",
 }  # fmt: skip
 
 

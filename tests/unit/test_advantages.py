@@ -1,16 +1,26 @@
 """Group advantages against their definition, whatever the order of rows."""
 
 import math
+import statistics
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tatar_dist.algo.advantages import MODES, advantages, group_advantage, group_std
+from tatar_dist.algo.advantages import MODES, contributions, group_std, shares
 from tatar_dist.errors import UserError
+from tatar_dist.rewards.metrics import ShareWatch
 
 reward = st.floats(-10, 10)
+
+
+def advantages(*args, **kwargs):
+    return np.sum([*contributions(*args, **kwargs).values()], axis=0)
+
+
+def group_advantage(r, group, mode="std"):
+    return advantages({"r": r}, {"r": 1.0}, group, mode)
 
 
 def test_std_mode_is_the_unbiased_z_score_of_each_group():
@@ -62,3 +72,65 @@ def test_advantages_are_finite_centred_and_follow_their_rows(rows, data):
     assert np.abs(a).max() <= math.sqrt(len(r))
     order = np.array(data.draw(st.permutations(range(len(r)))))
     np.testing.assert_allclose(group_advantage(r[order], group[order]), a[order], rtol=0, atol=1e-9)
+
+
+def reference(terms, weights, group, mode, eps, scale):
+    """The formulas of the docstring, one group and one row at a time: what each term adds."""
+    parts = {t: np.zeros(len(group)) for t in weights}
+    rows_of = {g: [i for i, x in enumerate(group) if x == g] for g in set(group.tolist())}
+    for rows in rows_of.values():
+        values = {t: [0.0 if math.isnan(terms[t][i]) else terms[t][i] for i in rows] for t in weights}
+        total = [sum(weights[t] * values[t][n] for t in weights) for n in range(len(rows))]
+        for t, w in weights.items():
+            scaled = values[t] if mode == "per_term" else total
+            if len(rows) == 1 or max(scaled) == min(scaled):
+                continue
+            std = statistics.stdev(scaled) + eps
+            divisor = 1.0 if mode == "mean" or (mode == "std" and scale == "batch") else std
+            for n, i in enumerate(rows):
+                parts[t][i] = w * (values[t][n] - statistics.fmean(values[t])) / divisor
+    if scale == "batch":
+        sums = [sum(parts[t][i] for t in weights) for i in range(len(group))]
+        parts = {t: part / (statistics.stdev(sums) + eps) for t, part in parts.items()}
+    return parts
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_terms_add_is_the_formula_and_their_shares_are_covariances(mode, scale):
+    rng = np.random.default_rng(0)
+    group = np.unique(rng.integers(0, 7, 40), return_inverse=True)[1]
+    terms = {"a": rng.normal(0, 5, 40), "b": rng.uniform(0, 0.01, 40), "flat": np.ones(40)}
+    terms["b"][group == 2] = np.nan  # another task's
+    weights = {"a": 0.5, "b": 2.0, "flat": 3.0}
+    parts = contributions(terms, weights, group, mode, 1e-4, scale)
+    expected = reference(terms, weights, group, mode, 1e-4, scale)
+    for name in weights:
+        np.testing.assert_allclose(parts[name], expected[name], rtol=1e-9, atol=1e-12)
+    assert not parts["flat"].any()
+    rows = np.flatnonzero(group < 4)
+    a = sum(parts.values())[rows]
+    for name, share in shares(parts, rows).items():
+        assert share == pytest.approx(np.cov(parts[name][rows], a)[0, 1] / a.var(ddof=1), rel=1e-9, abs=1e-12)
+    assert sum(shares(parts, rows).values()) == pytest.approx(1)
+    if scale == "batch":
+        assert sum(parts.values()).std(ddof=1) == pytest.approx(1, rel=1e-3)
+
+
+def test_without_an_advantage_there_is_no_share():
+    parts = contributions({"a": np.ones(4)}, {"a": 1.0}, np.array([0, 0, 1, 1]))
+    assert math.isnan(shares(parts, np.arange(4))["a"])
+
+
+def test_a_scoring_term_that_hardly_trains_is_named_once():
+    low = {"reward/share/thurstone/iaa": 0.05, "reward/share/length/iaa": 0.9, "reward/share/format/iaa": 0.05}
+    watch = ShareWatch()
+    assert [watch.add(low) for _ in range(19)] == [{}] * 19
+    assert watch.add(low) == {
+        "iaa": "for 20 steps thurstone had less than 20% of the IAA advantage (now 5%), length has 90%: "
+        "set grpo.advantage=per_term, or lower reward.weights.length"
+    }
+    assert watch.add(low) == {}
+    watch.add(low | {"reward/share/thurstone/iaa": 0.5})
+    assert not any(watch.add(low) for _ in range(19)) and watch.add(low)  # counted anew
+    assert not any(watch.add({"reward/share/length/iqa": 1.0}) for _ in range(30))  # nothing looks at the score
