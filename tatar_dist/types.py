@@ -40,6 +40,7 @@ class Sample:
     rationale: str | None = None
     split: str = "train"
     meta: dict = field(default_factory=dict)
+    score_std: float | None = None  # of the raters, in points
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ For a random model of 140 million parameters, in float32 and bfloat16: own / pus
 object store from one ZeRO-3 learner to one vLLM engine on this machine, each on its half of the cores. Own: the same
 engine loads the same buckets, all stored beforehand. The two are timed in turns. Details: two copies of the bytes in
 memory (one thread, torch's copy_ into memory that is there already) and a constant, a push of as many tensors with
-nearly no bytes, of a very thin model. Then the parts of a push: gathering alone in the learner, gathering into the object store without an engine, the
-engine's calls (load is vLLM's work for each tensor; gathering and storing the next buckets overlap it).
+nearly no bytes, of a very thin model. Then the parts of a push: gathering alone in the learner, gathering into the
+object store without an engine, the engine's calls (load is vLLM's work for each tensor; gathering and storing the next
+buckets overlap it).
 """
 
 from __future__ import annotations

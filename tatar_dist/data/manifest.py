@@ -131,6 +131,7 @@ class Manifest:
             rationale=row["rationale"],
             split=row["split"],
             meta=row["meta"],
+            score_std=row["score_std"],
         )
 
     def image(self, row: dict[str, Any], i: int) -> bytes:

@@ -25,6 +25,7 @@ from tatar_dist.rewards.presets import preset_names
 
 KNOWN = {  # columns of a rollouts file that are no reward term (run/directory.py)
     "step", "group_id", "index", "sample_id", "dataset", "task", "target", "completion", "tokens", "finish_reason",
+    "score_std",
     "logprob_sum", "weight_version", "parsed", "reward", "advantage", "trained",
 }  # fmt: skip
 MOST_OPPONENTS = 8

@@ -67,6 +67,7 @@ class LabelledRow:
 class CompletionRow(LabelledRow):
     group_id: Annotated[Any, AfterValidator(_id)]
     completion: StrictText
+    score_std: Annotated[Number, Ge(0)] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,10 @@ from tatar_dist.types import Group
 @dataclass(frozen=True)
 class Batch:
     """N completions, J groups. group (N,) int64 in 0..J-1; iaa (N,) bool; completions: N texts;
-    dataset (N,) int64 index into `datasets`; target (N,) float64 in points; group_ids: J external ids."""
+    dataset (N,) int64 index into `datasets`; target (N,) float64 in points; group_ids: J external ids.
+
+    rows: N mappings, each as it was given; those of a rollout have the keys of `batch_of_groups`.
+    """
 
     group: np.ndarray
     iaa: np.ndarray
@@ -29,6 +32,11 @@ class Batch:
     completions: Sequence[str]
     group_ids: Sequence[str]
     datasets: Sequence[str]
+    rows: Sequence[Mapping[str, Any]]
+
+    def numbers(self, key: str) -> np.ndarray:
+        """Return (N,) float64 of a key of the rows, NaN where it is absent or null."""
+        return np.array([row.get(key) for row in self.rows], np.float64)
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -82,6 +90,7 @@ def batch_of_rows(rows: Iterable[Mapping]) -> Batch:
         completions=[row["completion"] for row in rows],
         group_ids=list(groups),
         datasets=list(datasets),
+        rows=rows,
     )
 
 
@@ -96,6 +105,9 @@ def disagreement(row: Mapping, first_rows: dict[Any, Mapping]) -> str | None:
 def batch_of_groups(groups: Sequence[Group]) -> Batch:
     """Make a batch from rollout groups. Rows are the completions in the order of the groups.
 
+    Beside what `batch_of_rows` asks for they have sample_id, score_std (points; None if unknown), meta (of the
+    manifest), tokens (their number), token_ids, logprobs (one a token), finish_reason and weight_version.
+
     Raises:
         UserError: two groups with one group_id.
     """
@@ -109,6 +121,14 @@ def batch_of_groups(groups: Sequence[Group]) -> Batch:
             "dataset": g.prompt.sample.dataset,
             "target": g.prompt.sample.score,
             "completion": c.text,
+            "sample_id": g.prompt.sample.sample_id,
+            "score_std": g.prompt.sample.score_std,
+            "meta": g.prompt.sample.meta,
+            "tokens": len(c.token_ids),
+            "token_ids": c.token_ids,
+            "logprobs": c.logprobs,
+            "finish_reason": c.finish_reason,
+            "weight_version": g.weight_version,
         }
         for g in groups
         for c in g.completions

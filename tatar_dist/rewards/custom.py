@@ -4,7 +4,8 @@
     def brief(batch, answers, words=40):
         return (answers.think_words <= words).astype(float)
 
-It is given the whole global batch (`rewards.batch.Batch` and `Answers`, N rows) and the preset's other keys as keyword
+It is given the whole global batch (`rewards.batch.Batch` and `Answers`, N rows; `batch.rows` has tokens, their
+log-probabilities, the finish reason, the manifest's meta and score_std) and the preset's other keys as keyword
 arguments, and returns N finite numbers. As with every term, an unparsed completion gets 0 whatever the function says,
 and a row of a task that the preset does not list gets none. The function runs with the user's rights, so a preset that
 names one is code, to be trusted like code.

@@ -7,7 +7,7 @@ A term of your own is a function named by its dotted path (rewards/custom.py):
       brief: {function: my_rewards.brief, weight: 0.5, tasks: [iqa], words: 40}
 
 `weights` and `params` (config keys reward.weights, reward.params) override single values; params are named
-`{term}_{constant}`, for example thurstone_floor or length_margin.
+`{term}_{constant}`, for example thurstone_floor or length_margin; `rater_sd` is set for all terms that have it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ TERMS: dict[str, type[Term]] = {
     "length": LengthParams,
 }
 RANKING = ("pairwise", "thurstone")
+SHARED = "rater_sd"
 # columns of rollouts and parts of metric names, which a term of the user's may not hide
 RESERVED = (
-    *("step", "group_id", "index", "sample_id", "dataset", "task", "target", "completion", "tokens", "finish_reason"),
-    *("logprob_sum", "weight_version", "parsed", "reward", "advantage", "trained", "total", "agreement", "share"),
-    *("frac_zero_std", "replaced_groups", "dropped_groups", "unrankable_groups"),
+    *("step", "group_id", "index", "sample_id", "dataset", "task", "target", "score_std", "completion", "tokens"),
+    *("finish_reason", "logprob_sum", "weight_version", "parsed", "reward", "advantage", "trained", "total"),
+    *("agreement", "share", "frac_zero_std", "replaced_groups", "dropped_groups", "unrankable_groups"),
 )
 PRESET_DIR = Path(__file__).parent / "presets"
 
@@ -115,10 +116,11 @@ def load_preset(
         bodies[term]["weight"] = weight
     keys = {t: bodies[t] if t in users else [f.name for f in fields(TERMS[t])] for t in bodies}
     constants = {f"{t}_{k}": (t, k) for t in keys for k in keys[t] if k not in ("weight", "tasks", "function")}
-    _only(params, constants, f"{where}: reward.params: unknown constant")
+    _only(params, (*constants, SHARED), f"{where}: reward.params: unknown constant")
     for name, value in params.items():
-        term, key = constants[name]
-        bodies[term][key] = value
+        both = [place for place in constants.values() if place[1] == SHARED]
+        for term, key in both if name == SHARED else [constants[name]]:
+            bodies[term][key] = value
     custom = {}
     for term in users:
         if term in TERMS or term in RESERVED:

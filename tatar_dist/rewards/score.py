@@ -95,7 +95,7 @@ def _term(term: str, batch: Batch, answers: Answers, preset: Preset, index: np.n
     """Return the (len(index),) values of one term at the rows it applies to."""
     q, g, iaa, parsed = answers.score[index], batch.target[index], batch.iaa[index], answers.parsed[index]
     if term == "gaussian":
-        return gaussian(q, g, iaa, answers.words[index], preset.gaussian)
+        return gaussian(q, g, iaa, answers.words[index], preset.gaussian, batch.numbers("score_std")[index])
     if term == "pairwise":
         return pairwise(q, g, batch.group[index], _pools(batch, index, preset.pairwise.pool), preset.pairwise)
     if term == "binary":
@@ -119,7 +119,8 @@ def ranked_groups(
     """Return scores of the ranked rows, statistics of their groups, and each one's batch group."""
     groups, local = np.unique(batch.group[index], return_inverse=True)
     q = answers.score[index]
-    stats = ranking.group_statistics(q, batch.target[index], local, _pools(batch, index, preset.thurstone.pool))
+    pool, sd = _pools(batch, index, preset.thurstone.pool), batch.numbers("score_std")[index]
+    stats = ranking.group_statistics(q, batch.target[index], local, pool, sd)
     return q, stats, groups
 
 

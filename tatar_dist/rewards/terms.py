@@ -1,6 +1,7 @@
 """Terms that need no other image: gaussian, length, binary. Each is 0 for what is unparsed.
 
-    gaussian  min(cap, scale * exp(-d^2 / 2 sigma^2)), d = |q - g|, sigma = T / sqrt(2 ln 2) * (1 + alpha * d / 100)
+    gaussian  min(cap, scale * exp(-d^2 / 2 sigma^2)), d = |q - g|, sigma = sigma0 * (1 + alpha * d / 100),
+              sigma0 = T / sqrt(2 ln 2); with rater_sd sqrt(sigma0^2 + score_std^2), a score_std of 0 where unknown
     length    clip(1 - excess / margin, 0, 1), excess = words over `iqa_max` (IQA) or missing to `iaa_min` (IAA)
     binary    1 if the score lies within T points of the target: the plain baseline of the probes
 
@@ -48,6 +49,7 @@ class GaussianParams(Term):
     scale_iqa: Factor = 1.0
     scale_iaa: Factor = 1.0
     cap: Factor = 1.0
+    rater_sd: bool = False  # the bell is as wide as the raters' `score_std`, too
     gate_iqa_max_words: Finite | None = None  # words of the whole completion, tags included; above: 0
     gate_iaa_min_words: Finite | None = None  # below: 0
 
@@ -64,7 +66,14 @@ class BinaryParams(Term):
     threshold: Positive = 8.75  # T, points
 
 
-def gaussian(q: np.ndarray, g: np.ndarray, iaa: np.ndarray, words: np.ndarray, params: GaussianParams) -> np.ndarray:
+def gaussian(
+    q: np.ndarray,
+    g: np.ndarray,
+    iaa: np.ndarray,
+    words: np.ndarray,
+    params: GaussianParams,
+    score_std: np.ndarray | float = 0.0,
+) -> np.ndarray:
     """Return (N,) float64 in [0, cap]; 0 where unparsed.
 
     Args:
@@ -72,9 +81,12 @@ def gaussian(q: np.ndarray, g: np.ndarray, iaa: np.ndarray, words: np.ndarray, p
         g: (N,) targets in points.
         iaa: (N,) bool, True for IAA rows.
         words: (N,) words of the whole completion, for the gates.
+        score_std: (N,) spread of the raters in points, NaN where unknown.
     """
     d = np.abs(q - g)
     sigma0 = params.threshold / math.sqrt(2.0 * math.log(2.0))
+    if params.rater_sd:
+        sigma0 = np.hypot(sigma0, np.nan_to_num(score_std))
     sigma = sigma0 * (1.0 + np.where(iaa, params.alpha_iaa, params.alpha_iqa) * d / 100.0)
     r = np.minimum(params.cap, np.where(iaa, params.scale_iaa, params.scale_iqa) * np.exp(-0.5 * (d / sigma) ** 2))
     if params.gate_iqa_max_words is not None:

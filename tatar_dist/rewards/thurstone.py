@@ -15,6 +15,9 @@ group; `regret` is 1 where an answer says what the opinions say, whatever their 
 scatter by more than tau are drawn apart: the best score lies outside the opponents' targets. With `scale: shared` the
 best score is the target whatever the spread, if the other groups' means are theirs.
 
+With `rater_sd` the raters' own spread widens P, Thurstone's case III: tau^2 (scale shared: s_ij^2, on both sides) grows
+by sd_i^2 + sd_j^2, the `score_std` of both images, 0 where unknown.
+
 With floor >= tau, exact answers score above a tie and a tie above the reversed order, for every link and measure. A
 smaller floor is refused: once the spread has collapsed, the right order would score below a tie. `floor: null` (only in
 `released`) means s = sqrt(v_i + v_j + 0.01).
@@ -59,6 +62,7 @@ class ThurstoneParams(RankingParams):
     measure: Literal["bce", "fidelity", "regret"] = "bce"
     scale: Literal["tau", "shared"] = "tau"  # of P; shared: that of Q
     kappa: Positive = 0.2  # nats of regret that leave 1 / e
+    rater_sd: bool = False  # opinions are as uncertain as the raters' `score_std` says
     floor: Finite | None = 8.0  # points
 
     def __post_init__(self) -> None:
@@ -72,7 +76,7 @@ class ThurstoneParams(RankingParams):
 @dataclass(frozen=True)
 class Groups:
     """Statistics of J groups: target g, mean mu and population variance v of parsed scores,
-    in points; number of parsed rows; pool index; and the (N,) index of each row's group."""
+    in points; number of parsed rows; pool index; the (N,) index of each row's group; the raters' variance."""
 
     g: np.ndarray
     mu: np.ndarray
@@ -80,6 +84,7 @@ class Groups:
     n_parsed: np.ndarray
     pool: np.ndarray
     of_row: np.ndarray
+    rater_variance: np.ndarray
 
     @property
     def unrankable(self) -> np.ndarray:
@@ -89,7 +94,9 @@ class Groups:
         return np.bincount(pool, ranked)[pool] - ranked < 1
 
 
-def group_statistics(q: np.ndarray, g: np.ndarray, group: np.ndarray, pool: np.ndarray) -> Groups:
+def group_statistics(
+    q: np.ndarray, g: np.ndarray, group: np.ndarray, pool: np.ndarray, rater_sd: np.ndarray | float = 0.0
+) -> Groups:
     """Return the statistics of each group; its rows need not be adjacent.
 
     Args:
@@ -97,6 +104,7 @@ def group_statistics(q: np.ndarray, g: np.ndarray, group: np.ndarray, pool: np.n
         g: (N,) targets.
         group: (N,) int64 ids 0..J-1, each used at least once.
         pool: (N,) int64 pool of each row; constant within a group.
+        rater_sd: (N,) or one number, points; NaN counts as 0; constant within a group.
     """
     n_groups = int(group.max()) + 1 if len(group) else 0
     parsed = ~np.isnan(q)
@@ -106,7 +114,8 @@ def group_statistics(q: np.ndarray, g: np.ndarray, group: np.ndarray, pool: np.n
     safe = np.maximum(n, 1)
     mu = np.bincount(group[parsed], weights=q[parsed], minlength=n_groups) / safe
     v = np.bincount(group[parsed], weights=(q[parsed] - mu[group[parsed]]) ** 2, minlength=n_groups) / safe
-    return Groups(g[first], mu, v, n, pool[first], group)
+    variance = np.nan_to_num(np.broadcast_to(rater_sd, len(q))[first]) ** 2
+    return Groups(g[first], mu, v, n, pool[first], group, variance)
 
 
 def pair_scale(v_i: np.ndarray, v_j: np.ndarray, params: ThurstoneParams) -> np.ndarray:
@@ -190,8 +199,12 @@ class Comparison:
 
 def comparison_of(i: int, rivals: np.ndarray, groups: Groups, params: ThurstoneParams) -> Comparison:
     gap = groups.g[i] - groups.g[rivals]
-    inverse = 1.0 / pair_scale(groups.v[i], groups.v[rivals], params)
-    z = gap * inverse if params.scale == "shared" else gap / params.tau
+    raters = groups.rater_variance[i] + groups.rater_variance[rivals] if params.rater_sd else 0.0
+    scale = pair_scale(groups.v[i], groups.v[rivals], params)
+    if params.scale == "shared":
+        scale = np.sqrt(scale**2 + raters)
+    inverse = 1.0 / scale
+    z = gap * inverse if params.scale == "shared" else gap / np.sqrt(params.tau**2 + raters)
     p, not_p = links.probabilities(z, params.link)
     w = gap_weights(gap[None], (rivals != i)[None], params.m)[0]
     entropy = pair_terms(p, not_p, z, params) if params.measure == "regret" else np.zeros(len(rivals))

@@ -182,6 +182,7 @@ def write_rollouts(path: Path, step: int, scored: Sequence[ScoredGroup]) -> None
                     "dataset": sample.dataset,
                     "task": sample.task,
                     "target": sample.score,
+                    "score_std": sample.score_std,
                     "completion": c.text,
                     "tokens": len(c.token_ids),
                     "finish_reason": c.finish_reason,

@@ -7,10 +7,11 @@ import pytest
 
 from tatar_dist.errors import UserError
 from tatar_dist.rewards import audit
-from tatar_dist.rewards.batch import batch_of_rows
+from tatar_dist.rewards.batch import batch_of_groups, batch_of_rows, read_answers
 from tatar_dist.rewards.metrics import reward_metrics
 from tatar_dist.rewards.presets import load_preset
 from tatar_dist.rewards.score import score_batch
+from tatar_dist.types import Completion, Group, Prompt, Sample
 
 MODULE = """
 import numpy as np
@@ -22,6 +23,11 @@ def not_finite(batch, answers):
     return np.full(len(batch), np.nan)
 def fails(batch, answers):
     raise KeyError("oh")
+def spent(batch, answers):
+    known = [len(row["token_ids"]) == row["tokens"] == len(row["logprobs"]) for row in batch.rows]
+    cut = [row["finish_reason"] == "length" for row in batch.rows]
+    raters = [row["meta"]["raters"] for row in batch.rows]
+    return -batch.numbers("tokens") * known - 100.0 * np.array(cut) - batch.numbers("score_std") * np.array(raters)
 constant = 3
 """
 PRESET = """
@@ -111,3 +117,30 @@ def test_a_function_that_fails_is_named_in_one_line(preset, function, said):
 def test_it_may_not_hide_a_column_or_break_a_metrics_name(preset, name, said):
     with pytest.raises(UserError, match=said):
         load_preset(preset(name=name))
+
+
+def test_a_term_sees_tokens_log_probabilities_the_finish_reason_and_the_manifests_columns(preset):
+    sample = Sample("s", "d", "iqa", b"", 50.0, meta={"raters": 3}, score_std=2.0)
+    answers = [
+        Completion("<answer>50</answer>", tuple(range(n)), (-1.0,) * n, reason)
+        for n, reason in ((4, "stop"), (9, "length"))
+    ]
+    batch = batch_of_groups([Group(Prompt(sample, "", "g"), (1,), tuple(answers), 0)])
+    term = load_preset(preset("my_terms_for_a_test.spent")).custom["brief"]
+    values = term.values(batch, read_answers(batch.completions))
+    assert values.tolist() == [-4.0 - 6.0, -9.0 - 100.0 - 6.0]
+
+
+def test_the_raters_spread_widens_the_bell_and_the_opinion_where_it_is_known():
+    rows = [row(g, t, 3, f"<answer>{a}</answer>") for g, t, a in (("a", "iqa", 60), ("b", "iaa", 40), ("c", "iaa", 70))]
+    known = [r | {"score_std": 10.0, "target": x} for r, x in zip(rows, (50.0, 45.0, 55.0), strict=True)]
+    unknown = [r | {"score_std": None} for r in known]
+    plain, wide = load_preset("tatar"), load_preset("tatar", params={"rater_sd": True})
+    assert wide.gaussian.rater_sd and wide.thurstone.rater_sd and not plain.gaussian.rater_sd
+    sigma0 = 8.75 / np.sqrt(2 * np.log(2))
+    found = score_batch(batch_of_rows(known), wide).terms["gaussian"][0]
+    assert found == pytest.approx(np.exp(-0.5 * (10 / (np.hypot(sigma0, 10) * 1.08)) ** 2), rel=1e-12)
+    for term in ("gaussian", "thurstone"):
+        values = [score_batch(batch_of_rows(r), p).terms[term] for r, p in ((known, plain), (unknown, wide))]
+        np.testing.assert_array_equal(*values)
+        assert not np.array_equal(score_batch(batch_of_rows(known), wide).terms[term], values[0], equal_nan=True)

@@ -217,7 +217,7 @@ def test_group_kendall_equals_scipys_in_every_group(rows):
 
 
 def test_every_shipped_preset_loads_and_names_itself():
-    assert preset_names() == ["binary", "gaussian-both", "released", "tatar", "thurstone-both"]
+    assert preset_names() == ["binary", "gaussian-both", "paper", "released", "tatar", "thurstone-both"]
     assert all(load_preset(name).name == name for name in preset_names())
 
 

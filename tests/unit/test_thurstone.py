@@ -1,6 +1,7 @@
 """The completion-level Thurstone reward: its order properties, what may not matter to it, its numerics."""
 
 import math
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -44,7 +45,7 @@ def rewards(q, g, group, params, pool=None):
     return thurstone(np.asarray(q, float), statistics(q, g, group, pool), params)
 
 
-def slow(q, g, group, params):
+def slow(q, g, group, params, sd=0.0):
     """The formula of the docstring, one pair at a time, with scipy's plain distribution functions."""
     L = expit if params.link == "logistic" else ndtr
     out = []
@@ -60,7 +61,8 @@ def slow(q, g, group, params):
                 continue
             gap = g[k] - g[list(group).index(j)]
             s = math.sqrt(max(np.var(mine) + np.var(theirs), params.floor**2))
-            p, prob = L(gap / (s if params.scale == "shared" else params.tau)), L((q[k] - np.mean(theirs)) / s)
+            t = math.sqrt((s if params.scale == "shared" else params.tau) ** 2 + (2 * sd**2 if params.rater_sd else 0))
+            p, prob = L(gap / t), L((q[k] - np.mean(theirs)) / (t if params.scale == "shared" else s))
             if params.measure in ("bce", "regret"):
                 prob, best = (min(max(x, params.eps), 1 - params.eps) for x in (prob, p))
                 r = -(p * math.log(prob) + (1 - p) * math.log(1 - prob))
@@ -91,6 +93,10 @@ def test_the_blocks_equal_the_formula_written_pair_by_pair(link, measure, scale)
     q[rng.random(len(q)) < 0.2] = np.nan
     params = ThurstoneParams(link=link, measure=measure, scale=scale)
     np.testing.assert_allclose(rewards(q, g, group, params), slow(q, g, group, params), rtol=0, atol=1e-9)
+    params = ThurstoneParams(link=link, measure=measure, scale=scale, rater_sd=True)
+    unsure = group_statistics(q, g, group, np.zeros(len(q), np.int64), 13.0)
+    np.testing.assert_allclose(thurstone(q, unsure, params), slow(q, g, group, params, 13.0), rtol=0, atol=1e-9)
+    assert (rewards(q, g, group, params) == rewards(q, g, group, replace(params, rater_sd=False))).all()
 
 
 @pytest.mark.parametrize(("link", "measure"), FORMS)
