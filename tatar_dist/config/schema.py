@@ -15,11 +15,13 @@ from pydantic.dataclasses import dataclass
 
 from tatar_dist.config.rationale import RationaleConfig
 from tatar_dist.config.validate import STRICT_KEYS, AboveZero, AtLeastOne, AtLeastZero, Float, Int, NotNegative, Why
+from tatar_dist.types import Task
 
 RankPool = Annotated[Int, Ge(2), Why("a single image cannot be ranked")]
 GroupSize = Annotated[Int, Ge(2), Why("an advantage compares completions of one prompt")]
 RatioCap = Annotated[Float, Ge(1), Why("it caps a ratio that is 1 where engine and learner agree")]
 Temperature = Annotated[AboveZero, Why("greedy completions of one prompt are all alike: no group has an advantage")]
+Probability = Annotated[Float, Ge(0), Le(1)]
 Beta = Annotated[Float, Ge(0), Lt(1)]
 Schedule = Literal["linear", "cosine", "constant"]
 Importance = Literal["auto", "none", "token", "sequence"]
@@ -101,6 +103,7 @@ class SFTConfig:
     max_steps: AtLeastOne | None = None  # optimiser steps; null = what epochs come to
     max_tokens: Int = 4096  # prompt + answer; longer rows are rejected
     eval_every: AtLeastZero = 100  # held-out loss, in steps; 0 = only at the end
+    thought_dropout: dict[Task, Probability] = field(default_factory=dict)  # task -> how often an answer has no think
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
 
 

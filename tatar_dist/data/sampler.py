@@ -38,8 +38,7 @@ class PromptSampler:
 
     Raises:
         UserError: a task without data, a ranked data set with fewer images than `min_rank_pool` or with all scores
-            equal, one data set name used for two tasks, the same (data set, sample_id) twice; supervised, a manifest
-            without any rationale.
+            equal, one data set name used for two tasks, the same (data set, sample_id) twice.
     """
 
     def __init__(
@@ -65,8 +64,6 @@ class PromptSampler:
                     f"no {task} samples ({where}), yet data.iqa_fraction={iqa_fraction} asks for some: "
                     f"add a manifest to data.train or set data.iqa_fraction={0.0 if task == 'iqa' else 1.0}"
                 )
-        if supervised:
-            check_rationales(self.manifests)
         for cursor in self._cursors:
             if cursor.task in self.ranked and (iqa_fraction if cursor.task == "iqa" else 1 - iqa_fraction) > 0:
                 self._check_rankable(cursor)
@@ -245,12 +242,15 @@ def _check_ids(dataset: str, parts: Sequence[tuple[int, Manifest, Pool]]) -> Non
         raise UserError(f"{holders[-1]}: column sample_id: {given}")
 
 
-def check_rationales(manifests: Iterable[Manifest]) -> None:
-    """Raise UserError for a manifest without a rationale, the target of supervised training."""
+def check_rationales(manifests: Iterable[Manifest], tasks: Sequence[Task]) -> None:
+    """Raise UserError for a manifest with rows of `tasks` and no rationale, a target of SFT."""
     for manifest in manifests:
+        if not any(pool.task in tasks for pool in manifest.pools):
+            continue
         texts = (text for _, table in manifest.tables(["rationale"]) for text in table.column(0).to_pylist())
         if not any(text and text.strip() for text in texts):
             raise UserError(
                 f"{manifest.path}: column rationale: no row has one, and SFT learns from them: tatar-dist rationale "
-                "build asks a teacher, rationale template needs none; or import texts of your own (rationale: COLUMN)"
+                "build asks a teacher, rationale template needs none; import texts of your own (rationale: COLUMN); or "
+                "set sft.thought_dropout, which lets answers do without"
             )

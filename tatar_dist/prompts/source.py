@@ -106,7 +106,7 @@ class PromptSource:
                 return tokens
             if not supervised:
                 return None
-            if not (sample.rationale or "").strip():
+            if not (sample.rationale or "").strip() and not self.config.sft.thought_dropout.get(sample.task):
                 return "no rationale"
             tokens += len(self.sft_row(sample).completion_ids)
         except (UnreadableImage, UserError) as e:  # UserError: a tag of the answer format in the rationale
@@ -237,8 +237,8 @@ class PromptSource:
         return prompts
 
     def sft_row(self, sample: Sample) -> LearnerRow:
-        """Return a sample's supervised row: rationale, score with two decimals, end-of-turn token."""
-        answer = answer_text(sample.rationale, sample.score)
+        """Return a sample's supervised row: rationale, if any, score with two decimals, end-of-turn token."""
+        answer = answer_text((sample.rationale or "").strip() or None, sample.score)
         ids = self.backbone.tokenizer(answer, add_special_tokens=False)["input_ids"]
         return LearnerRow(
             image_id=f"{sample.dataset}/{sample.sample_id}",

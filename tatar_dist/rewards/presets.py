@@ -21,7 +21,7 @@ from tatar_dist.config.validate import STRICT_KEYS, near, read_yaml, validated
 from tatar_dist.errors import UserError
 from tatar_dist.rewards.custom import CustomTerm, custom_term
 from tatar_dist.rewards.pairwise import PairwiseParams
-from tatar_dist.rewards.terms import BinaryParams, GaussianParams, LengthParams, Term
+from tatar_dist.rewards.terms import BinaryParams, CostParams, GaussianParams, LengthParams, Term
 from tatar_dist.rewards.thurstone import ThurstoneParams
 from tatar_dist.types import TASKS, Task
 
@@ -32,6 +32,7 @@ TERMS: dict[str, type[Term]] = {
     "binary": BinaryParams,
     "format": Term,
     "length": LengthParams,
+    "cost": CostParams,
 }
 RANKING = ("pairwise", "thurstone")
 SHARED = "rater_sd"
@@ -57,6 +58,7 @@ class Preset:
     binary: BinaryParams
     format: Term
     length: LengthParams
+    cost: CostParams
     custom: dict[str, CustomTerm] = field(default_factory=dict)
 
     @property

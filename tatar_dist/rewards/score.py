@@ -17,7 +17,7 @@ from tatar_dist.rewards import thurstone as ranking
 from tatar_dist.rewards.batch import Answers, Batch, read_answers
 from tatar_dist.rewards.pairwise import pairwise
 from tatar_dist.rewards.presets import Preset
-from tatar_dist.rewards.terms import binary, gaussian, length
+from tatar_dist.rewards.terms import binary, cost, gaussian, length
 from tatar_dist.types import Group, ScoredGroup
 
 
@@ -104,6 +104,8 @@ def _term(term: str, batch: Batch, answers: Answers, preset: Preset, index: np.n
         return parsed.astype(np.float64)
     if term == "length":
         return length(answers.think_words[index], iaa, parsed, preset.length)
+    if term == "cost":
+        return cost(batch.numbers("tokens")[index], iaa, parsed, preset.cost)
     return preset.custom[term].values(batch, answers)[index]
 
 

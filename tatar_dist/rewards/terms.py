@@ -2,7 +2,9 @@
 
     gaussian  min(cap, scale * exp(-d^2 / 2 sigma^2)), d = |q - g|, sigma = sigma0 * (1 + alpha * d / 100),
               sigma0 = T / sqrt(2 ln 2); with rater_sd sqrt(sigma0^2 + score_std^2), a score_std of 0 where unknown
-    length    clip(1 - excess / margin, 0, 1), excess = words over `iqa_max` (IQA) or missing to `iaa_min` (IAA)
+    length    clip(1 - excess / margin, 0, 1), excess = words over `iqa_max` (IQA) or missing to `iaa_min` (IAA); with
+              `optional` 1 for an answer without words of thought
+    cost      clip(1 - tokens / budget, 0, 1), the budget by task: what an answer spends is paid for
     binary    1 if the score lies within T points of the target: the plain baseline of the probes
 
 gaussian is TATAR's (arXiv 2603.19779, and its public code). T is the distance, in points, at which a fixed-width bell
@@ -59,6 +61,13 @@ class LengthParams(Term):
     iqa_max: Finite = 65.0  # words
     iaa_min: Finite = 125.0
     margin: Positive = 15.0
+    optional: bool = False  # an answer without thought is in bounds
+
+
+@dataclass(frozen=True)
+class CostParams(Term):
+    iqa_budget: Positive = 256.0  # tokens
+    iaa_budget: Positive = 512.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,20 @@ def gaussian(
 def length(words: np.ndarray, iaa: np.ndarray, parsed: np.ndarray, params: LengthParams) -> np.ndarray:
     """Return (N,) float64 in [0, 1] from (N,) think words and (N,) bool `iaa` and `parsed`."""
     excess = np.where(iaa, params.iaa_min - words, words - params.iqa_max)
+    excess = np.where(params.optional & (words == 0), 0.0, excess)
     return np.where(parsed, np.clip(1.0 - excess / params.margin, 0.0, 1.0), 0.0)
+
+
+def cost(tokens: np.ndarray, iaa: np.ndarray, parsed: np.ndarray, params: CostParams) -> np.ndarray:
+    """Return (N,) float64 in [0, 1] from (N,) tokens of completions and (N,) bool `iaa` and `parsed`.
+
+    Raises:
+        UserError: the number of tokens of a row is unknown.
+    """
+    if np.isnan(tokens).any():
+        raise UserError("the reward term cost counts tokens, and a row has no such key")
+    budget = np.where(iaa, params.iaa_budget, params.iqa_budget)
+    return np.where(parsed, np.clip(1.0 - tokens / budget, 0.0, 1.0), 0.0)
 
 
 def binary(q: np.ndarray, g: np.ndarray, params: BinaryParams) -> np.ndarray:

@@ -144,3 +144,16 @@ def test_the_raters_spread_widens_the_bell_and_the_opinion_where_it_is_known():
         values = [score_batch(batch_of_rows(r), p).terms[term] for r, p in ((known, plain), (unknown, wide))]
         np.testing.assert_array_equal(*values)
         assert not np.array_equal(score_batch(batch_of_rows(known), wide).terms[term], values[0], equal_nan=True)
+
+
+def test_tokens_cost_and_thought_is_optional_where_the_preset_says_so():
+    rows = [row("a", "iqa", 3), row("b", "iaa", 3), row("b", "iaa", 3, "none"), row("b", "iaa", 0)]
+    rows = [r | {"tokens": 64} for r in rows]
+    rows[3]["completion"] = "<answer>50</answer>"
+    preset = load_preset("tatar", {"cost": 1.0}, {"cost_iaa_budget": 128, "length_optional": True})
+    scored = score_batch(batch_of_rows(rows), preset)
+    assert scored.terms["cost"].tolist() == [1 - 64 / 256, 1 - 64 / 128, 0.0, 0.5]
+    assert scored.terms["length"].tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert score_batch(batch_of_rows(rows), load_preset("tatar")).terms["length"][3] == 0
+    with pytest.raises(UserError, match="the reward term cost counts tokens, and a row has no such key"):
+        score_batch(batch_of_rows([row("a", "iqa", 3)]), preset)

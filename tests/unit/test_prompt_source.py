@@ -33,7 +33,7 @@ from tatar_dist.errors import UserError  # noqa: E402
 from tatar_dist.prompts.answer import answer_text  # noqa: E402
 from tatar_dist.prompts.source import PromptSource, read_manifests  # noqa: E402
 from tatar_dist.run.directory import RunDirectory  # noqa: E402
-from tatar_dist.sft import _held_out  # noqa: E402
+from tatar_dist.sft import _held_out, dropped  # noqa: E402
 
 PROMPTS = Path(__file__).parents[2] / "configs" / "prompts.yaml"
 SMALL = TinySizes(vocab=512, text_layers=1, text_intermediate=64, vision_depth=1, vision_intermediate=64)
@@ -259,6 +259,23 @@ def test_rows_that_are_no_supervised_targets_are_quarantined_and_replaced(make_s
     assert "over sft.max_tokens=400" in found["iqa-4"] and "'<answer>'" in found["iqa-5"]
     assert [s.sample_id for s in source.held_out([manifest], None, supervised=True)] == ["iqa-0", "iqa-3"]
     assert len(list(source.held_out([manifest], None))) == 6  # as prompts all of them will do
+
+
+def test_thought_dropout_drops_think_as_often_as_it_says_and_trains_on_scores_alone(make_source, tmp_path):
+    write_manifest(tmp_path / "m.parquet", [row(i, rationale=None if i else "view") for i in range(3)])
+    source = make_source("sft.thought_dropout={iqa: 0.25}")
+    sampler = PromptSampler([read_manifest(tmp_path / "m.parquet")], 0, 1.0, supervised=True)
+    samples = {s.sample_id: s for s in source.samples(sampler, 3)}
+    assert len(samples) == 3, "rows without a rationale are targets, too"
+    texts = {i: source.backbone.tokenizer.decode(source.sft_row(s).completion_ids) for i, s in samples.items()}
+    assert texts["iqa-0"].startswith("<think>view</think>") and texts["iqa-1"].startswith("<answer>")
+    sample, config = samples["iqa-0"], source.config
+    drawn = [dropped(sample, config, step).rationale is None for step in range(2000)]
+    assert 0.22 < sum(drawn) / 2000 < 0.28
+    assert drawn == [dropped(sample, config, step).rationale is None for step in range(2000)], "as after a resume"
+    other = replace(config, seed=config.seed + 1)
+    assert drawn != [dropped(sample, other, step).rationale is None for step in range(2000)]
+    assert not any(dropped(replace(sample, task="iaa"), config, step).rationale is None for step in range(50))
 
 
 def limit_answers(source: PromptSource, tokens: int) -> None:

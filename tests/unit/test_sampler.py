@@ -11,7 +11,7 @@ import pytest
 from tatar_dist.data import pool_cursor
 from tatar_dist.data.manifest import Manifest, read_manifest
 from tatar_dist.data.pools import Pool
-from tatar_dist.data.sampler import PromptSampler
+from tatar_dist.data.sampler import PromptSampler, check_rationales
 from tatar_dist.data.writing import write_manifest
 from tatar_dist.errors import UserError
 
@@ -217,11 +217,11 @@ def test_supervised_batches_mix_data_sets_in_proportion(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "", "  "])
-def test_a_manifest_without_any_rationale_is_refused_for_supervised_batches_only(tmp_path, text):
+def test_a_manifest_without_any_rationale_is_refused_where_its_task_needs_them(tmp_path, text):
     sets = [manifest(tmp_path, "iqa", 4), manifest(tmp_path, "iaa", 4, text=text)]
-    with pytest.raises(UserError, match="set-iaa-iaa.parquet: column rationale: no row has one"):
-        PromptSampler(sets, seed=0, supervised=True)
-    PromptSampler(sets, seed=0)
+    with pytest.raises(UserError, match="set-iaa-iaa.parquet: column rationale: no row has one.*sft.thought_dropout"):
+        check_rationales(sets, ("iqa", "iaa"))
+    check_rationales(sets, ("iqa",))
 
 
 def test_a_supervised_batch_needs_nothing_to_rank(tmp_path):
