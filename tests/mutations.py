@@ -47,7 +47,7 @@ MUTATIONS = {
     "thurstone: sign of z": ("rewards/thurstone.py", "z = (q[:, None] - self.mu) * self.inverse_scale", "z = (self.mu - q[:, None]) * self.inverse_scale", REWARDS),
     "thurstone: same-group pairs allowed": ("rewards/thurstone.py", "gap_weights(gap[None], (rivals != i)[None], params.m)", "gap_weights(gap[None], (rivals >= 0)[None], params.m)", REWARDS),
     "thurstone: far pairs weigh more": ("rewards/thurstone.py", ".clip(min=0.0) / m)", ".clip(min=0.0) / -m)", REWARDS),
-    "thurstone: sample variance": ("rewards/thurstone.py", "minlength=n_groups) / safe\n    return", "minlength=n_groups) / np.maximum(n - 1, 1)\n    return", REWARDS),
+    "thurstone: sample variance": ("rewards/thurstone.py", "minlength=n_groups) / safe\n    variance", "minlength=n_groups) / np.maximum(n - 1, 1)\n    variance", REWARDS),
     "thurstone: pools ignored": ("rewards/score.py", 'return iaa if pool == "list" else 2 * batch.dataset[index] + iaa', "return iaa", REWARDS),
     "thurstone: unparsed counted in means": ("rewards/thurstone.py", "weights=q[parsed], minlength=n_groups) / safe", "weights=q[parsed], minlength=n_groups) / np.maximum(np.bincount(group, minlength=n_groups), 1)", REWARDS),
     "bce: halves swapped": ("rewards/links.py", "a -= p * z", "a -= (1 - p) * z", REWARDS),

@@ -89,7 +89,7 @@ class ShareWatch:
         self._low = Counter[str]()  # steps in a row, by task
 
     def add(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Return {task: line} of tasks whose share has just been under LOW_SHARE for LOW_STEPS steps.
+        """Return {task: line} where the share has just been under LOW_SHARE for LOW_STEPS steps.
 
         metrics: those of a step; a task without a scoring term, or without an advantage, is left out.
         """

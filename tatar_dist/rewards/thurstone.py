@@ -134,7 +134,7 @@ def pair_terms(p: np.ndarray, not_p: np.ndarray, z: np.ndarray, params: Thurston
 
 
 def reward_of_mean(mean: np.ndarray, params: ThurstoneParams) -> np.ndarray:
-    """Turn `pair_terms`' mean, less the entropy, into a reward in [0, 1]; a BCE >= -ln eps gives 0."""
+    """Turn `pair_terms`' mean, less the entropy, into a reward; a BCE >= -ln eps gives 0."""
     if params.measure == "bce":
         mean = 1.0 + mean / math.log(params.eps)
     elif params.measure == "regret":

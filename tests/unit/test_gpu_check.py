@@ -79,8 +79,11 @@ def test_a_budget_ends_the_running_part_and_starts_no_other(tmp_path):
 def test_an_interruption_ends_the_parts_that_run(tmp_path):
     results = runner.run_parts([part("hangs"), part("no_room")], GPU, tmp_path, time.monotonic() + 99, together=2)
     assert next(results)["part"] == "no_room"
+    pids = tmp_path / "hangs" / "pids"
+    while not pids.exists() or len(pids.read_text().split()) < 2:  # it starts in a process of its own
+        time.sleep(0.05)
     results.close()
-    assert not any(alive(int(pid)) for pid in (tmp_path / "hangs" / "pids").read_text().split())
+    assert not any(alive(int(pid)) for pid in pids.read_text().split())
 
 
 def test_a_part_needs_gpus_and_packages(tmp_path):

@@ -208,6 +208,7 @@ def test_every_completion_of_a_step_is_a_row_with_its_terms_reward_and_advantage
         "dataset": "set",
         "task": "iqa",
         "target": 55.5,
+        "score_std": None,
         "completion": "<script>hi",
         "tokens": 2,
         "finish_reason": "length",
