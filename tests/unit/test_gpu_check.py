@@ -58,7 +58,7 @@ def test_a_part_has_one_result_however_it_ends(tmp_path, monkeypatch, function, 
 
 
 def test_a_part_that_hangs_is_ended_at_its_deadline_with_all_that_it_started(tmp_path):
-    hung, after = run(tmp_path, part("hangs", 3.0), part("passes"))
+    hung, after = run(tmp_path, part("hangs", 6.0), part("passes"))
     assert (hung["status"], after["status"]) == ("late", "passed")
     pids = (tmp_path / "hangs" / "pids").read_text().split()
     assert len(pids) == 2 and not any(alive(int(pid)) for pid in pids)
