@@ -93,7 +93,7 @@ class ShareWatch:
 
         metrics: those of a step; a task without a scoring term, or without an advantage, is left out.
         """
-        lines = {}
+        lines: dict[str, str] = {}
         for task in TASKS:
             names = [k.split("/")[2] for k in metrics if k.startswith("reward/share/") and k.endswith(f"/{task}")]
             share = {name: metrics[f"reward/share/{name}/{task}"] for name in names}
