@@ -72,14 +72,14 @@ class SftRows:
 
 def dropped(sample: Sample, config: Config, step: int) -> Sample:
     """Return the sample, without its rationale as often as `sft.thought_dropout` says; the same whenever called."""
-    p = config.sft.thought_dropout.get(sample.task, 0.0)
+    p = getattr(config.sft.thought_dropout, sample.task)
     draw = random.Random(f"{config.seed} {step} {sample.dataset} {sample.sample_id}").random()
     return replace(sample, rationale=None) if draw < p else sample
 
 
 def _with_rationales(config: Config) -> tuple[Task, ...]:
     """Return the tasks whose rows must have a rationale."""
-    return tuple(task for task in TASKS if not config.sft.thought_dropout.get(task))
+    return tuple(task for task in TASKS if not getattr(config.sft.thought_dropout, task))
 
 
 def _evaluated(run: Run, rows: SftRows, step: int) -> dict[str, float]:

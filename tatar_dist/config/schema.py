@@ -15,7 +15,6 @@ from pydantic.dataclasses import dataclass
 
 from tatar_dist.config.rationale import RationaleConfig
 from tatar_dist.config.validate import STRICT_KEYS, AboveZero, AtLeastOne, AtLeastZero, Float, Int, NotNegative, Why
-from tatar_dist.types import Task
 
 RankPool = Annotated[Int, Ge(2), Why("a single image cannot be ranked")]
 GroupSize = Annotated[Int, Ge(2), Why("an advantage compares completions of one prompt")]
@@ -96,6 +95,12 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, config=STRICT_KEYS)
+class ThoughtDropout:
+    iqa: Probability = 0.0  # how often an answer is taught without its think block; above 0 a row may have none
+    iaa: Probability = 0.0  # likewise
+
+
+@dataclass(frozen=True, config=STRICT_KEYS)
 class SFTConfig:
     global_batch: AtLeastOne = 128  # rows per optimiser step; fixed, whatever the number of ranks
     micro_tokens: AtLeastOne = 16384  # tokens in one forward, prompts and answers packed; a longer row goes alone
@@ -103,7 +108,7 @@ class SFTConfig:
     max_steps: AtLeastOne | None = None  # optimiser steps; null = what epochs come to
     max_tokens: Int = 4096  # prompt + answer; longer rows are rejected
     eval_every: AtLeastZero = 100  # held-out loss, in steps; 0 = only at the end
-    thought_dropout: dict[Task, Probability] = field(default_factory=dict)  # task -> how often an answer has no think
+    thought_dropout: ThoughtDropout = field(default_factory=ThoughtDropout)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
 
 

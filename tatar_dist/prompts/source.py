@@ -106,7 +106,7 @@ class PromptSource:
                 return tokens
             if not supervised:
                 return None
-            if not (sample.rationale or "").strip() and not self.config.sft.thought_dropout.get(sample.task):
+            if not (sample.rationale or "").strip() and not getattr(self.config.sft.thought_dropout, sample.task):
                 return "no rationale"
             tokens += len(self.sft_row(sample).completion_ids)
         except (UnreadableImage, UserError) as e:  # UserError: a tag of the answer format in the rationale
