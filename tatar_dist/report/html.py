@@ -66,7 +66,7 @@ def write(directory: Path, file: Path | None = None) -> Path:
     return write_page(
         file or run.path / "report.html",
         "template.html.j2",
-        name=run.path.resolve().name,
+        name="/".join(run.path.resolve().parts[-2:]),
         kind=run.kind,
         headline=headline(run),
         strips=_strips(scores),

@@ -1,7 +1,8 @@
 """Read a directory into `RunFiles`, its events into `History`, GRPO samples into `Rollouts`.
 
-A run directory is one of SFT, GRPO or evaluation; a demo directory holds several. Missing parts are absent from the
-record. Damaged parts are absent too, and named in notes, which the page prints.
+A run directory is one of SFT, GRPO or evaluation; a demo directory holds several, as does any with the runs sft and
+grpo. Evaluations beside a training are read with it. Missing parts are absent from the record. Damaged parts are absent
+too, and named in notes, which the page prints.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from tatar_dist.run.files import json_lines
 from tatar_dist.run.status import ENDS, TROUBLE, RunHistory
 
 T = TypeVar("T")
-DEMO_MODELS = {"baseline": "base", "sft_eval": "SFT", "grpo_eval": "GRPO"}  # directory -> name on the page
+BASE = "base"  # the model before any training
+DEMO_MODELS = {"baseline": BASE, "sft_eval": "SFT", "grpo_eval": "GRPO"}  # directory -> name on the page
 DEMO_TRAININGS = ("sft", "grpo")
 ROLLOUT_COLUMNS = ["dataset", "sample_id", "task", "completion", "target"]
 MOST_NOTES = 5  # damaged files of rollouts that are named; the rest is counted
@@ -100,7 +102,7 @@ class RunFiles:
     """
 
     path: Path
-    kind: str  # demo | SFT | GRPO | evaluation
+    kind: str  # demo | SFT | GRPO | SFT and GRPO | evaluation
     trainings: list[Training]
     evaluations: list[EvaluationFiles]
     manifests: list[Path]
@@ -135,7 +137,7 @@ def clean(text: str | None, most: int = MOST_CHARS) -> str:
 
 
 def read_run(path: Path) -> RunFiles:
-    """Read a run directory or a demo directory.
+    """Read a run directory, or one that holds the runs sft and grpo, as a demo does.
 
     Raises:
         UserError: the directory does not exist or holds no run.
@@ -145,30 +147,51 @@ def read_run(path: Path) -> RunFiles:
         raise UserError(f"{path}: not a directory" if path.exists() else f"{path}: no such directory{looked_in(path)}")
     notes: list[str] = []
     summary: dict[str, Any] = {}
-    image_root: str | None = None
-    is_demo = (path / "summary.json").is_file() or any(
-        (path / name / file).is_file()
-        for name in (*DEMO_MODELS, *DEMO_TRAININGS)
-        for file in ("metrics.json", "metrics.jsonl")
-    )
+    is_demo = any((path / name).is_file() for name in ("summary.json", "settings.json"))
+    is_run = any((path / name).is_file() for name in ("metrics.jsonl", "metrics.json"))
+    trainings = [t for p in ([path] if is_run else [path / n for n in DEMO_TRAININGS]) if (t := _training(p, notes))]
     if is_demo:
-        trainings = [t for n in DEMO_TRAININGS if (t := _training(path / n, notes))]
-        evaluations = [e for n, model in DEMO_MODELS.items() if (e := _evaluation(path / n, model, notes))]
-        manifests = [m for split in ("test", "train") for m in sorted((path / "data").glob(f"*_{split}.parquet"))]
-        config: Mapping[str, Any] = {}
+        models = {path / name: model for name, model in DEMO_MODELS.items()}
         summary = _read(path / "summary.json", summary, notes)
+    elif (path / "metrics.json").is_file():
+        models = {path: "this model"}
     else:
-        trainings = [t for t in [_training(path, notes)] if t]
-        evaluations = [e for e in [_evaluation(path, "this model", notes)] if e]
-        config = trainings[0].config if trainings else _config(path, notes)
-        data = config.get("data", {})
-        manifests = [Path(data.get("root", ".")) / m for m in data.get("test" if evaluations else "train") or []]
-        image_root = data.get("image_root")
+        models = _beside(trainings, path.absolute().parent if is_run else path)
+    evaluations = [e for place, model in models.items() if (e := _evaluation(place, model, notes))]
     if not trainings and not evaluations:
-        raise UserError(f"{path}: holds no run (neither metrics.jsonl, metrics.json nor the directories of a demo)")
-    manifests = [m for m in manifests if m.is_file()]
-    kind = "demo" if is_demo else trainings[-1].kind.upper() if trainings else "evaluation"
+        raise UserError(f"{path}: holds no run (neither metrics.jsonl, metrics.json nor the directories sft and grpo)")
+    read_by = [("test", _config(place, notes)) for place in models] + [("train", t.config) for t in trainings]
+    data = [(split, config.get("data", {})) for split, config in read_by]
+    manifests = [Path(d.get("root", ".")) / name for split, d in data for name in d.get(split) or []]
+    if is_demo:  # also one that was moved, or that an older version made
+        manifests = [m for split in ("test", "train") for m in sorted((path / "data").glob(f"*_{split}.parquet"))]
+    image_root = next((root for _, d in data if (root := d.get("image_root"))), None)
+    kind = "demo" if is_demo else " and ".join(t.kind.upper() for t in trainings) or "evaluation"
+    config = read_by[-1][1] if is_run else {}
+    manifests = [m for m in dict.fromkeys(manifests) if m.is_file()]
     return RunFiles(path, kind, trainings, evaluations, manifests, image_root, notes, config, summary)
+
+
+def _beside(trainings: Sequence[Training], directory: Path) -> dict[Path, str]:
+    """Return the evaluations to show of those in `directory`, each with the model's name on the page.
+
+    These are the newest of each training's checkpoints and, if there is one, that of the model they started from.
+    """
+    found: dict[str, Path] = {}
+    for file in sorted(directory.glob("*/metrics.json"), key=lambda f: f.stat().st_mtime):
+        path = str(_read(file, {}, []).get("model"))
+        if trainings and path == trainings[0].config.get("model", {}).get("path"):
+            found["start" if "checkpoints" in path else BASE] = file.parent
+        found |= {t.kind: file.parent for t in trainings if _is_of(Path(path), t.path)}
+    order = ["start", BASE, *(t.kind for t in trainings)] if found.keys() & {t.kind for t in trainings} else []
+    return {found[name]: name.upper() if name in DEMO_TRAININGS else name for name in order if name in found}
+
+
+def _is_of(model: Path, run: Path) -> bool:
+    """Return whether a model is a checkpoint of a run, also if both were moved together."""
+    above = model.parts[:-3]
+    moved = bool(above) and model.parts[-3] == "checkpoints" and run.resolve().parts[-len(above) :] == above
+    return moved or model.resolve().is_relative_to((run / "checkpoints").resolve())
 
 
 def _training(path: Path, notes: list[str]) -> Training | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tatar_dist.report.charts import number, percent
-from tatar_dist.report.reading import EvaluationFiles, RunFiles, Training, is_number
+from tatar_dist.report.reading import BASE, EvaluationFiles, RunFiles, Training, is_number
 
 ARROW = "\N{RIGHTWARDS ARROW}"
 TASK_NAMES = {"iqa": "quality", "iaa": "aesthetics"}
@@ -48,7 +48,7 @@ def edges(values: np.ndarray) -> tuple[float, float]:
 def headline(run: RunFiles) -> tuple[str, list[str]]:
     """Return (title: what two evaluations show was learned, else scores or length; sentences)."""
     progress = [t.history.progress for t in run.trainings[-1:] if t.history and t.history.progress]
-    if len(run.evaluations) >= 2:
+    if len(run.evaluations) >= 2 and run.evaluations[0].model == BASE:
         title, lines = _before_after(run)
         return title, lines + progress
     lines = [line for t in run.trainings for line in (_curve_line(t), _held_out_line(t)) if line] + progress

@@ -24,7 +24,7 @@ from report_pages import (
 
 def test_a_supervised_run_shows_its_loss_and_its_health_and_leaves_out_the_rest(tmp_path):
     page = report(lines(tmp_path / "mine", sft_rows()))
-    assert "SFT · mine" in page.text and page.of("title") and "SFT, 12 steps" in page.text
+    assert f"SFT · {tmp_path.name}/mine" in page.text and page.of("title") and "SFT, 12 steps" in page.text
     assert page.sections == ["Is it healthy?", "How it went"]
     assert "SFT loss and gradients finite: at every step" in page.text
     assert "Held-out loss (quality): 1.25 → 0.95." in page.text
@@ -92,9 +92,56 @@ def test_a_demo_tells_what_was_learned_changed_and_spent(tmp_path):
 def test_a_demo_that_was_stopped_halfway_shows_the_stages_that_ran(tmp_path):
     evaluation(tmp_path / "baseline", {"demo-iqa": scores(0.1)}, predictions(10, "demo-iqa"))
     lines(tmp_path / "sft", sft_rows(3))
+    (tmp_path / "settings.json").write_text("{}")
     page = report(tmp_path)
     assert "Demo ·" in page.text and "Time" not in page.sections and "What GRPO changed" not in page.sections
     assert "Held-out scores: quality SRCC 0.10" in page.text
+
+
+def my_runs(where):
+    """What the two stages and `evaluate` leave, as configs/README.md runs them; the last is of another run."""
+    manifest = one_row_manifest(where, "3")
+    for stage, rows, start in (
+        ("sft", sft_rows(), "models/base"),
+        ("grpo", grpo_rows(), "runs/my/sft/checkpoints/a/model"),
+    ):
+        run = lines(where / "my" / stage, rows)
+        (run / "config.yaml").write_text(json.dumps({"model": {"path": start}}))
+    for name, srcc, model in (
+        ("sft-eval", 0.7, "runs/my/sft/checkpoints/a/model"),
+        ("eval", 0.8, "runs/my/grpo/checkpoints/latest/model"),
+        ("other-eval", 0.1, "runs/other/grpo/checkpoints/latest/model"),
+    ):
+        place = evaluation(where / "my" / name, {"set-iqa": scores(srcc)}, predictions(20))
+        (place / "config.yaml").write_text(json.dumps({"data": {"test": [str(manifest)]}}))
+        (place / "metrics.json").write_text(json.dumps({"model": model, "datasets": {"set-iqa": scores(srcc)}}))
+    return where / "my"
+
+
+@pytest.mark.parametrize(
+    ("run", "kicker", "figure", "models"),
+    [
+        ("grpo", "GRPO · my/grpo", "0.80", ["start", "GRPO"]),
+        ("sft", "SFT · my/sft", "0.70", ["SFT"]),
+        (".", "SFT and GRPO · runs/my", "0.80", ["SFT", "GRPO"]),
+    ],
+)
+def test_a_run_is_shown_with_the_evaluation_beside_it_under_its_own_name(tmp_path, run, kicker, figure, models):
+    page = report(my_runs(tmp_path / "runs") / run)
+    assert kicker in page.text and "Demo" not in page.text
+    assert f"Held-out scores: quality SRCC {figure}" in page.text and "Where it is wrong" in page.sections
+    assert re.findall(r'<td class="left">(.*?)</td><td>10</td>', page.source) == models
+    (image,) = page.of("img")  # of the manifest that the evaluation read
+    assert image["alt"] == "held-out image 3" and page.notes == []
+
+
+def test_runs_that_were_evaluated_before_training_say_whether_they_learned(tmp_path):
+    my = my_runs(tmp_path / "runs")
+    (my / "other-eval/metrics.json").write_text(
+        json.dumps({"model": "models/base", "datasets": {"set-iqa": scores(0.1)}})
+    )
+    page = report(my)
+    assert "It learned to score quality" in page.text and "before and after: quality 0.10 → 0.80" in page.text
 
 
 def test_a_run_of_one_step_has_a_page(tmp_path):
