@@ -228,8 +228,15 @@ def test_the_card_follows_the_stages_back_and_names_no_place_of_this_machine(tmp
     assert "| our-iqa | iqa | train | 3 |" in text and "| our-iaa | iaa | train | 2 |" in text
     assert "| our-iqa | iqa | test | 1 |" in text and "any more when this card was written: gone.parquet." in text
     assert "None: no evaluation of this checkpoint was found." in text
-    assert "its\nfigures say nothing about real use" in text  # by its base model, whatever the data sets' names
+    assert "The base model is the demo's" in text and "no person rated" not in text  # the data are the user's own
     assert str(tmp_path) not in text and str(TINY.parent) not in text
+
+
+def test_a_card_names_the_sets_that_no_person_rated(tmp_path):
+    rows = ({"sample_id": n, "task": n[-3:], "split": "train", "dataset": n} for n in ("our-iqa", "demo-iaa"))
+    write_manifest(tmp_path / "m.parquet", (row | {"score": 1.0, "image": "x"} for row in rows))
+    text = card(export.run(make_run(tmp_path / "run", f"data.train=[{tmp_path}/m.parquet]"), tmp_path / "out"))
+    assert "**demo-iaa is of the demo: " in text and "that no person rated" in text
 
 
 def test_only_a_demo_model_is_called_one_and_a_hub_name_is_the_base_model(tmp_path):
