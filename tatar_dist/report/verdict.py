@@ -18,10 +18,11 @@ ARROW = "\N{RIGHTWARDS ARROW}"
 TASK_NAMES = {"iqa": "quality", "iaa": "aesthetics"}
 LEARNED_SRCC, LEARNED_GAIN = 0.2, 0.1  # a model that ranks at all, and better than it did before training
 PARSE_LIMIT = 0.02  # share of answers without a score
-SHARES = (  # (metric, name, limit of its late mean)
-    ("reward/frac_zero_std/total", "Groups that teach nothing", 0.5),
-    ("completion/parse_failures", "Sampled answers without a score", PARSE_LIMIT),
-    ("completion/clipped_ratio", "Answers cut off by the token limit", 0.05),
+BAD = 0.25  # from this share on, lost answers are marked red
+SHARES = (  # (metric, name, limit of its late mean, marked red from)
+    ("reward/frac_zero_std/total", "Groups that teach nothing", 0.5, 0.9),
+    ("completion/parse_failures", "Sampled answers without a score", PARSE_LIMIT, BAD),
+    ("completion/clipped_ratio", "Answers cut off by the token limit", 0.05, BAD),
 )
 KL_LIMIT = 0.3  # nats a token from the reference
 ENTROPY_FLOOR = 0.2  # of what it was at the start
@@ -143,7 +144,7 @@ def checks(run: RunFiles) -> Iterator[VerdictCheck]:
         parsed, n = _parsed(run.evaluations[-1])
         if n:
             name, failed = f"Held-out answers without a score ({run.evaluations[-1].model})", n - parsed
-            yield _check(failed <= PARSE_LIMIT * n, name, f"{failed:,} of {n:,}", f"at most {PARSE_LIMIT:.0%}")
+            yield _share(failed / n, PARSE_LIMIT, BAD, name, f"{failed:,} of {n:,}")
     if run.trainings:
         rejected = sum(len(t.quarantine) for t in run.trainings)
         yield _none("Quarantined samples", count(rejected, "sample") if rejected else "")
@@ -151,6 +152,11 @@ def checks(run: RunFiles) -> Iterator[VerdictCheck]:
 
 def _check(good: bool, name: str, seen: str, expected: str, otherwise: str = "watch") -> VerdictCheck:
     return VerdictCheck("good" if good else otherwise, name, seen, expected)
+
+
+def _share(share: float, limit: float, bad: float, name: str, seen: str, late: str = "") -> VerdictCheck:
+    expected = f"at most {limit:.0%}{late}; red from {bad:.0%}"
+    return _check(share <= limit, name, seen, expected, "bad" if share >= bad else "watch")
 
 
 def _none(name: str, seen: str, none: str = "none") -> VerdictCheck:
@@ -177,11 +183,11 @@ def _grpo(training: Training) -> Iterator[VerdictCheck]:
         late = edges(kl)[1]
         seen, expected = f"KL {number(late)} nats a token", f"at most {KL_LIMIT:g}, late"
         yield _check(late <= KL_LIMIT, "Distance from the reference", seen, expected)
-    for metric, name, limit in SHARES:
+    for metric, name, limit, bad in SHARES:
         shares = {n: edges(v)[1] for t, n in TASK_NAMES.items() if len(v := training.values(f"{metric}/{t}"))}
         if shares:
             seen = ", ".join(f"{task} {v:.1%}" for task, v in shares.items())
-            yield _check(max(shares.values()) <= limit, name, seen, f"at most {limit:.0%}, late")
+            yield _share(max(shares.values()), limit, bad, name, seen, ", late")
     entropy = training.values("policy/entropy")
     if len(entropy) >= 5 and edges(entropy)[0] > 0:
         first, last = edges(entropy)

@@ -19,6 +19,9 @@ from report_pages import (
     sft_rows,
 )
 
+from tatar_dist.report.reading import read_run
+from tatar_dist.report.verdict import checks
+
 # What is shown ------------------------------------------------------------------------------------------------------
 
 
@@ -206,3 +209,20 @@ def test_an_answer_without_a_score_is_counted_among_the_worst(tmp_path):
     page = report(evaluation(tmp_path, {"set-iqa": scores(n_parsed=9)}, rows))
     worst = page.text[page.text.index("Furthest from the target") :]
     assert "I would rather not say" in worst and "this model none" in worst
+
+
+@pytest.mark.parametrize(("lost", "mark"), [(0.01, "good"), (0.03, "watch"), (0.24, "watch"), (0.89, "bad")])
+def test_the_mark_of_lost_answers_grows_with_their_share(tmp_path, lost, mark):
+    n_parsed = round(100 * (1 - lost))
+    held_out = evaluation(tmp_path / "eval", {"set-iqa": scores(n=100, n_parsed=n_parsed)})
+    sampled = lines(tmp_path / "run", [r | {"completion/parse_failures/iqa": lost} for r in grpo_rows()])
+    for run, name in ((held_out, "Held-out answers without a score"), (sampled, "Sampled answers without a score")):
+        (check,) = [c for c in checks(read_run(run)) if c.name.startswith(name)]
+        assert check.state == mark and check.expected.endswith("red from 25%")
+
+
+def test_an_answer_above_the_scale_is_shown_as_it_is_scored(tmp_path):
+    rows = predictions(10)
+    rows[9] |= {"prediction": 217.8, "target": 99.0}
+    text = report(evaluation(tmp_path, {"set-iqa": scores()}, rows)).text
+    assert "target 99.0 this model 100.0 from 217.8" in text
