@@ -40,6 +40,10 @@ def test_pages_are_quiet_and_fit_every_screen(tmp_path):
             for screen, (width, height, dark) in SCREENS.items():
                 page.look(width, height, dark)
                 assert page.value("document.documentElement.scrollWidth <= innerWidth"), (name, screen)
+                cut = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)"
+                shaded = f"{cut}.every(e => getComputedStyle(e).backgroundAttachment.includes('local'))"
+                assert page.value(shaded), "a table is cut without a sign that it scrolls"
+                assert not page.value(f"{cut}.some(e => e.closest('.answer'))"), (name, screen)
                 page.screenshot(SHOTS / f"{name}-{screen}.png")
             grounds = []
             for dark in (False, True):
