@@ -25,7 +25,7 @@ from tatar_dist.report.explanation import explanations
 from tatar_dist.report.gallery import Pictures, walls
 from tatar_dist.report.panels import MORE, Panel, clouds, drawn, panels, photographs
 from tatar_dist.report.reading import History, RunFiles, clean, is_number, read_rollouts, read_run
-from tatar_dist.report.verdict import TASK_NAMES, checks, headline, name_of
+from tatar_dist.report.verdict import TASK_NAMES, checks, headline, name_of, verdict
 from tatar_dist.run.files import write_whole, writing
 
 MOST_QUARANTINED = 20
@@ -63,6 +63,7 @@ def write(directory: Path, file: Path | None = None) -> Path:
     scores = _scores(run)
     pictures = Pictures(run.manifests, run.image_root, notes)
     drawn_clouds, held_out = clouds(run, rollouts)
+    health = list(checks(run))
     return write_page(
         file or run.path / "report.html",
         "template.html.j2",
@@ -72,7 +73,8 @@ def write(directory: Path, file: Path | None = None) -> Path:
         strips=_strips(scores),
         scores=scores,
         gains=_gains(run),
-        checks=list(checks(run)),
+        checks=health,
+        verdict=verdict(run, health),
         quarantined=quarantined[:MOST_QUARANTINED],
         n_quarantined=len(quarantined),
         panels=panels(run),

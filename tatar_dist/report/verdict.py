@@ -6,7 +6,7 @@ the last fifth of the steps, which excludes a bad start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,8 +49,8 @@ def edges(values: np.ndarray) -> tuple[float, float]:
 def headline(run: RunFiles) -> tuple[str, list[str]]:
     """Return (title: what two evaluations show was learned, else scores or length; sentences)."""
     progress = [t.history.progress for t in run.trainings[-1:] if t.history and t.history.progress]
-    if len(run.evaluations) >= 2 and run.evaluations[0].model == BASE:
-        title, lines = _before_after(run)
+    if _from_base(run):
+        title, lines = _learned(run)
         return title, lines + progress
     lines = [line for t in run.trainings for line in (_curve_line(t), _held_out_line(t)) if line] + progress
     if not run.evaluations:
@@ -73,8 +73,66 @@ def name_of(run: RunFiles, dataset: str) -> str:
     return TASK_NAMES.get(task, dataset) if alone else dataset
 
 
-def _before_after(run: RunFiles) -> tuple[str, list[str]]:
-    """Return the title and the sentences of a run that was evaluated before and after training."""
+def verdict(run: RunFiles, found: Sequence[VerdictCheck]) -> list[tuple[str, str, str]]:
+    """Return (question, answer, id of the section with more) of the line under the headline."""
+    learned, not_learned, _ = _before_after(run)
+    answer = f"yes: {listed(learned)}" if learned else "no"
+    if not _from_base(run):
+        answer = _moved(run.trainings[-1]) if run.trainings else "no training in this directory"
+    elif learned and not_learned:
+        answer = f"{listed(learned)}, not {listed(not_learned)}"
+    wrong = sorted((c for c in found if c.state != "good"), key=lambda c: c.state)  # "bad" is before "watch"
+    bad = sum(c.state == "bad" for c in wrong)
+    health = f"{len(found) - len(wrong)} of {len(found)} checks pass{f', {bad} red' if bad else ''}"
+    look = (f"{wrong[0].name}: {wrong[0].seen}", "health") if wrong else ("how it went", "went")
+    if not wrong and any(e.predictions for e in run.evaluations):
+        look = "the answers furthest from the target", "says"
+    return [
+        ("Did it learn?", answer, "scores" if _from_base(run) else "went"),
+        ("Is it healthy?", health if wrong else f"all {len(found)} checks pass", "health"),
+        ("How good is it?", _scores(run), "scores"),
+        ("Look first at", *look),
+    ]
+
+
+def _from_base(run: RunFiles) -> bool:
+    return len(run.evaluations) >= 2 and run.evaluations[0].model == BASE
+
+
+def _moved(training: Training) -> str:
+    """Describe in words how held-out SRCC, held-out loss, reward or loss moved, whichever was logged first."""
+    curves = {
+        "held-out SRCC": {d: f"eval/{d}/srcc" for d in training.held_out},
+        "held-out loss": {name: f"eval/loss/{t}" for t, name in TASK_NAMES.items()},
+        "reward": {name: f"reward/total/{t}" for t, name in TASK_NAMES.items()},
+        "training loss": {"": "loss/total"},
+    }
+    for what, metrics in curves.items():
+        ends = {name: edges(v) for name, metric in metrics.items() if len(v := training.values(metric)) >= 2}
+        rose = [name for name, (first, last) in ends.items() if last > first]
+        if ends and 0 < len(rose) < len(ends):
+            return f"{what} rose for {listed(rose)}, not for {listed(n for n in ends if n not in rose)}"
+        if ends:
+            return f"{what} {'rose' if rose else 'fell'}"
+    return "too few steps to say"
+
+
+def _scores(run: RunFiles) -> str:
+    """Give the last model's SRCC, each with that of the model before."""
+    if not run.evaluations:
+        return "not evaluated"
+    *before, last = run.evaluations
+    known = []
+    for dataset in run.datasets:
+        value, was = (e.metrics.get(dataset, {}).get("srcc") for e in (last, (before or [last])[-1]))
+        if is_number(value):
+            than = f" ({before[-1].model} {number(was)})" if before and is_number(was) else ""
+            known.append(f"{name_of(run, dataset)} {number(value)}{than}")
+    return f"SRCC {', '.join(known)}{'' if before else ', nothing to compare with'}" if known else "no SRCC"
+
+
+def _before_after(run: RunFiles) -> tuple[list[str], list[str], list[str]]:
+    """Return the names of the sets that the last model learned, of the others, and a phrase for each set."""
     learned, not_learned, moves = [], [], []
     for dataset in run.datasets:
         name = name_of(run, dataset)
@@ -85,6 +143,12 @@ def _before_after(run: RunFiles) -> tuple[str, list[str]]:
         was = number(before) if is_number(before) else "none"
         no_rank = f"{name} has no rank correlation after training"
         moves.append(f"{name} {was} {ARROW} {number(after)}" if is_number(after) else no_rank)
+    return learned, not_learned, moves
+
+
+def _learned(run: RunFiles) -> tuple[str, list[str]]:
+    """Return the title and the sentences of a run that was evaluated before and after training."""
+    learned, not_learned, moves = _before_after(run)
     title = f"It learned to score {listed(learned)}" if learned else "It did not learn to rank images"
     if learned and not_learned:
         title = f"It learned {listed(learned)}, not {listed(not_learned)}"

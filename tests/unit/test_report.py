@@ -226,3 +226,29 @@ def test_an_answer_above_the_scale_is_shown_as_it_is_scored(tmp_path):
     rows[9] |= {"prediction": 217.8, "target": 99.0}
     text = report(evaluation(tmp_path, {"set-iqa": scores()}, rows)).text
     assert "target 99.0 this model 100.0 from 217.8" in text
+
+
+def verdict_of(page):
+    """Question -> (answer, the section that its link names, or None)."""
+    found = re.findall(r"<a(?: href=\"#(\w+)\")?><small>(.*?)</small> (.*?)</a>", page.source)
+    return {question: (answer, id or None) for id, question, answer in found}
+
+
+def test_the_verdict_answers_four_questions_with_links_that_lead_somewhere(tmp_path):
+    page = report(demo(tmp_path / "demo"))
+    assert verdict_of(page) == {
+        "Did it learn?": ("yes: quality and aesthetics", "scores"),
+        "Is it healthy?": ("all 10 checks pass", "health"),
+        "How good is it?": ("SRCC quality 0.90 (SFT 0.70), aesthetics 0.90 (SFT 0.70)", "scores"),
+        "Look first at": ("the answers furthest from the target", "says"),
+    }
+    assert {id for _, id in verdict_of(page).values()} <= {s.get("id") for s in page.of("section")}
+
+
+def test_the_verdict_of_a_training_alone_is_its_curves_and_its_worst_check(tmp_path):
+    rows = [r | {"completion/parse_failures/iqa": 0.89, "completion/clipped_ratio/iqa": 0.1} for r in grpo_rows()]
+    found = verdict_of(report(lines(tmp_path / "run", rows)))
+    assert found["Did it learn?"] == ("reward rose for quality, not for aesthetics", "went")
+    assert found["How good is it?"] == ("not evaluated", None)
+    assert found["Is it healthy?"][0].endswith("checks pass, 1 red")
+    assert found["Look first at"] == ("Sampled answers without a score: quality 89.0%", "health")
