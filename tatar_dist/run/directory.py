@@ -19,7 +19,7 @@ from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.run.files import json_lines, lock, write_whole, written_whole
 from tatar_dist.run.process import open_log, process_facts
 from tatar_dist.run.tracking import Trackers
-from tatar_dist.types import ScoredGroup
+from tatar_dist.types import SPLITS, ScoredGroup
 
 HALF_WRITTEN = (".*.tmp", "rollouts/**/.*.tmp")  # patterns of files that a killed run leaves (files.py)
 LEASE_S = 120.0
@@ -62,7 +62,9 @@ class RunDirectory:
         self._trackers = Trackers(config, self.path, self.events)
         self._quarantine_file = self.path / "quarantine.jsonl"
         rows = json_lines(self._quarantine_file)
-        self._quarantined = {(row["sample_id"], row["manifest"]) for row in rows}
+        self._quarantined = {(row["sample_id"], row["manifest"]): row for row in rows}
+        self._met: set[tuple[str, str]] = set()  # of them, since this start
+        self._manifests = {str(Path(config.data.root) / m) for split in SPLITS for m in getattr(config.data, split)}
         if self._quarantine_file.exists():  # without a line cut off by a crash, which would swallow the next one
             write_whole(self._quarantine_file, "".join(map(_line, rows)))
 
@@ -110,8 +112,19 @@ class RunDirectory:
         self._failpoints.reach(f"controller.{phase}", step=step)
 
     def rewind(self, step: int) -> None:
-        """Forget metrics and rollouts of steps >= `step`: the resumed run will write them again."""
+        """Forget metrics, rollouts and quarantined samples of steps >= `step`, which will be made again.
+
+        Held-out samples are checked at every start: one that is usable now is forgotten, as is any of a manifest that
+        the run does not read any more.
+        """
         self._trackers.rewind(step)
+        for key, row in list(self._quarantined.items()):
+            since = row.get("step", -1)  # None: before the first step, so held out
+            if key[1] not in self._manifests or (key not in self._met if since is None else since >= step):
+                del self._quarantined[key]
+                self._met.discard(key)
+        if self._quarantine_file.exists():
+            write_whole(self._quarantine_file, "".join(map(_line, self._quarantined.values())))
         kept = [line for line in read_metrics(self.path) if line["step"] < step]
         write_whole(self.path / "metrics.jsonl", "".join(map(_line, kept)))
         for file in (self.path / "rollouts").rglob("step_*.parquet"):
@@ -126,10 +139,13 @@ class RunDirectory:
 
     def quarantine(self, sample_id: str, where: str, reason: str) -> None:
         """Note a sample that cannot be used, once even if resumed; the run goes on without it."""
-        if (sample_id, where) not in self._quarantined:
-            self._quarantined.add((sample_id, where))
+        key = sample_id, where
+        self._met.add(key)
+        if key not in self._quarantined:
+            row = {"sample_id": sample_id, "manifest": where, "reason": reason, "step": self.events.step}
+            self._quarantined[key] = row
             with open(self._quarantine_file, "a") as f:
-                f.write(_line({"sample_id": sample_id, "manifest": where, "reason": reason}))
+                f.write(_line(row))
 
     def rollouts(self, step: int, scored: Sequence[ScoredGroup], replaced: Sequence[ScoredGroup] = ()) -> None:
         """Write all completions of a step's global batch with reward terms, as one Parquet file.

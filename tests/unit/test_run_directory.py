@@ -175,8 +175,8 @@ def test_quarantined_samples_are_named_with_their_manifest_and_reason(tmp_path):
         run.quarantine("é 2", "data/b.parquet", "too long")
     rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert rows == [
-        {"sample_id": "s1", "manifest": "data/a.parquet", "reason": 'cannot decode "it"\nat all'},
-        {"sample_id": "é 2", "manifest": "data/b.parquet", "reason": "too long"},
+        {"sample_id": "s1", "manifest": "data/a.parquet", "reason": 'cannot decode "it"\nat all', "step": None},
+        {"sample_id": "é 2", "manifest": "data/b.parquet", "reason": "too long", "step": None},
     ]
 
 
@@ -192,6 +192,27 @@ def test_a_resumed_run_does_not_quarantine_a_sample_again(tmp_path):
         run.quarantine("s2", "a.parquet", "broken")
     found = [(r["sample_id"], r["manifest"], r["reason"]) for r in logged(tmp_path, "quarantine.jsonl")]
     assert found == [("s1", "a.parquet", "broken"), ("s1", "b.parquet", "broken"), ("s2", "a.parquet", "broken")]
+
+
+def test_a_later_start_forgets_the_samples_that_it_can_use_or_does_not_read(tmp_path):
+    reads = ["data.train=[a.parquet,old.parquet]", "data.validation=[v.parquet]"]
+    with RunDirectory(config(tmp_path, *reads)) as run:
+        run.quarantine("mended", "v.parquet", "broken")
+        run.quarantine("broken", "v.parquet", "broken")
+        for run.events.step, name, manifest in ((3, "early", "a"), (4, "other", "old"), (7, "late", "a")):
+            run.quarantine(name, f"{manifest}.parquet", "broken")
+        run.rewind(5)  # the learners died: what is held out was read by this process
+        names = [r["sample_id"] for r in logged(tmp_path, "quarantine.jsonl")]
+        assert names == ["mended", "broken", "early", "other"]
+    with RunDirectory(config(tmp_path, "data.train=[a.parquet]", reads[1])) as run:
+        run.quarantine("broken", "v.parquet", "broken")  # the other one can be used now
+        assert len(logged(tmp_path, "quarantine.jsonl")) == 4  # until nothing refuses the run any more
+        run.rewind(5)
+        names = [r["sample_id"] for r in logged(tmp_path, "quarantine.jsonl")]
+        assert names == ["broken", "early"]  # `early` is excluded by the state of the sampler at step 5
+        run.events.step = 6
+        run.quarantine("late", "a.parquet", "broken")  # drawn again, and as broken as before
+    assert [r["sample_id"] for r in logged(tmp_path, "quarantine.jsonl")] == ["broken", "early", "late"]
 
 
 def test_every_completion_of_a_step_is_a_row_with_its_terms_reward_and_advantage(tmp_path):
