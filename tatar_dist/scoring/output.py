@@ -113,7 +113,8 @@ def run(
             for s in arriving:
                 scores.append(s)
                 if as_json:
-                    print(json.dumps({k: v for k, v in asdict(s).items() if v not in (None, ())}), flush=True)
+                    facts = {k: v for k, v in asdict(s).items() if v not in (None, ())}
+                    print(json.dumps(facts | ({"unparsed": s.unparsed} if s.samples else {})), flush=True)
                 progress.update(len(scores), {})
     finally:
         _show(scores, as_json)
@@ -134,6 +135,9 @@ def _show(scores: Sequence[Score], as_json: bool) -> None:
     if without := sum(s.score is None and not s.error for s in scores):
         hint = "before SFT a model does not know the format"
         messages.append(f"{without} of {len(scores)} answers hold no score; {hint}")
+    if unparsed := sum(s.unparsed for s in scores):
+        n = sum(len(s.samples) for s in scores)
+        messages.append(f"{unparsed} of {n} sampled answers hold no score; mean and spread are of the others")
     for message in messages:
         print(f"tatar-dist: {message}", file=sys.stderr)
 
@@ -146,13 +150,13 @@ def _bad(scores: Iterable[Score]) -> list[tuple[str, str]]:
 def as_table(scores: Sequence[Score]) -> Table:
     """Return a rich table: a row per scored picture, a line per task with the rationale's start."""
     tasks = [task for task in NAMES if any(s.task == task for s in scores)]
-    expected = any(s.expected is not None for s in scores)
+    wide = any(s.expected is not None or s.unparsed for s in scores)
     named = by_picture(scores)
     where = os.path.dirname(os.path.commonprefix(list(named))) if len(named) > 1 else ""
     table = Table(expand=True)
     table.add_column(f"picture in {escape(where)}" if where else "picture", overflow="fold", ratio=2)
     for task in tasks:
-        table.add_column(NAMES[task], justify="right", no_wrap=True, min_width=13 if expected else 10)
+        table.add_column(NAMES[task], justify="right", no_wrap=True, min_width=13 if wide else 10)
     table.add_column("in its words", overflow="ellipsis", no_wrap=True, ratio=3)
     for name, by_task in named.items():
         short = name.removeprefix(where).lstrip("/") if where else name
@@ -165,11 +169,11 @@ def as_table(scores: Sequence[Score]) -> Table:
 def _cell(s: Score | None) -> str:
     if s is None:
         return ""
-    if s.score is None:
-        return "no score"
-    more = [f"± {s.sd:.1f}"] if s.sd is not None else []
-    more += [f"expected {s.expected:.1f}"] if s.expected is not None else []
-    return "\n".join([f"{s.score:.1f}", *more])
+    lines = ["no score" if s.score is None else f"{s.score:.1f}"]
+    lines += [f"± {s.sd:.1f}"] if s.sd is not None else []
+    lines += [f"{s.unparsed} of {len(s.samples)} unread"] if s.unparsed else []
+    lines += [f"expected {s.expected:.1f}"] if s.expected is not None else []
+    return "\n".join(lines)
 
 
 def by_picture(scores: Iterable[Score]) -> dict[str, dict[str, Score]]:

@@ -56,6 +56,11 @@ class Score:
     expected_sd: float | None = None
     error: str | None = None
 
+    @property
+    def unparsed(self) -> int:
+        """Return how many of the sampled answers hold no score."""
+        return self.samples.count(None)
+
 
 class Scorer:
     """A loaded model. Use one per process: an engine keeps its memory until the process ends.

@@ -116,6 +116,18 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_shown(capsys):
     assert "1 of 5 answers hold no score" in err
 
 
+def test_sampled_answers_that_hold_no_score_are_counted(capsys, tmp_path):
+    scores = [SCORES[0], Score("b.png", "iqa", None, "", "…", samples=(None, None, None)), SCORES[2]]
+    run(lambda: iter(scores), 3, as_json=True, html=None)
+    assert [json.loads(line).get("unparsed") for line in capsys.readouterr().out.splitlines()] == [1, 3, None]
+    run(lambda: iter(scores), 3, as_json=False, html=tmp_path / "p.html")
+    table, err = capsys.readouterr()
+    assert "1 of 3 unread" in table and "3 of 3 unread" in table
+    assert "4 of 6 sampled answers hold no score; mean and spread are of the others" in err
+    page = (tmp_path / "p.html").read_text()
+    assert "3 samples, 1 without a score: 41.0 ± 2.8" in page and "3 samples, 3 without a score<" in page
+
+
 def test_there_is_no_empty_table(capsys):
     assert run(lambda: iter(SCORES[3:4]), 1, as_json=False, html=None) == 1
     assert capsys.readouterr().out == ""
