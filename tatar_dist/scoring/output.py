@@ -36,6 +36,7 @@ SUFFIXES = frozenset(
 NAMES = {"iqa": "quality", "iaa": "aesthetics"}
 THUMBNAIL = 240  # pixels of the longer side on the page
 MOST_SHOWN = 1000  # pictures on the page
+FEW, MOST_CHARS = 20, 200  # pictures whose texts the table shows whole; characters of each with more pictures
 TEXTS = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".md", ".yaml", ".yml", ".log", ".py"}
 
 
@@ -148,21 +149,28 @@ def _bad(scores: Iterable[Score]) -> list[tuple[str, str]]:
 
 
 def as_table(scores: Sequence[Score]) -> Table:
-    """Return a rich table: a row per scored picture, a line per task with the rationale's start."""
+    """Return a rich table: a row per scored picture with its scores, and below its name what was said.
+
+    With more than `FEW` pictures each text is cut after `MOST_CHARS` characters.
+    """
     tasks = [task for task in NAMES if any(s.task == task for s in scores)]
     wide = any(s.expected is not None or s.unparsed for s in scores)
     named = by_picture(scores)
     where = os.path.dirname(os.path.commonprefix(list(named))) if len(named) > 1 else ""
-    table = Table(expand=True)
-    table.add_column(f"picture in {escape(where)}" if where else "picture", overflow="fold", ratio=2)
+    table = Table(expand=True, show_lines=True)
+    table.add_column(
+        f"picture{f' in {escape(where)}' if where else ''}, and the model's words", overflow="fold", ratio=1
+    )
     for task in tasks:
         table.add_column(NAMES[task], justify="right", no_wrap=True, min_width=13 if wide else 10)
-    table.add_column("in its words", overflow="ellipsis", no_wrap=True, ratio=3)
     for name, by_task in named.items():
-        short = name.removeprefix(where).lstrip("/") if where else name
-        reasons = (by_task[t].rationale or by_task[t].reason or "" for t in tasks if t in by_task)
-        lines = "\n".join(" ".join(text.split()) for text in reasons)
-        table.add_row(Text(short), *(_cell(by_task.get(t)) for t in tasks), Text(lines))
+        text = Text(name.removeprefix(where).lstrip("/") if where else name, style="bold")
+        for task in by_task:
+            said = " ".join((by_task[task].rationale or by_task[task].reason or "").split())
+            if len(named) > FEW and len(said) > MOST_CHARS:
+                said = f"{said[:MOST_CHARS]}…"
+            text.append(f"\n{f'{NAMES[task]}: ' if len(tasks) > 1 else ''}{said}" if said else "", style="not bold")
+        table.add_row(text, *(_cell(by_task.get(t)) for t in tasks))
     return table
 
 

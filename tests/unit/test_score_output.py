@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from tatar_dist.errors import UserError
 from tatar_dist.scoring import output as score_output
 from tatar_dist.scoring.directory import model_config
-from tatar_dist.scoring.output import by_picture, find_pictures, run, write_page
+from tatar_dist.scoring.output import as_table, by_picture, find_pictures, run, write_page
 from tatar_dist.scoring.scorer import Score, read_picture
 
 
@@ -126,6 +127,19 @@ def test_sampled_answers_that_hold_no_score_are_counted(capsys, tmp_path):
     assert "4 of 6 sampled answers hold no score; mean and spread are of the others" in err
     page = (tmp_path / "p.html").read_text()
     assert "3 samples, 1 without a score: 41.0 ± 2.8" in page and "3 samples, 3 without a score<" in page
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_shows_the_whole_text_of_few_pictures_and_the_beginning_of_many(width):
+    text = " ".join(f"word{i}" for i in range(100))
+    for n, last in ((20, "word99"), (21, "…")):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(as_table([Score(f"{i}.png", task, 7.0, text) for i in range(n) for task in ("iqa", "iaa")]))
+        lines = [line.split("│")[1].strip() for line in console.export_text().splitlines() if "│" in line]
+        words = " ".join(lines).split()
+        assert sum(word.endswith(last) for word in words) == 2 * n and words.count("quality:") == n
+        assert max(map(len, lines)) > width - 40  # what the scores leave of the width
+    assert sum(map(len, lines)) < 21 * 2 * 250
 
 
 def test_there_is_no_empty_table(capsys):
