@@ -283,6 +283,8 @@ def as_table(plan: Plan) -> Any:
         rows = f"{s.rows} {'completions' if plan.stage == 'grpo' else 'rows'} over {_counted(s.ranks, 'rank')}"
         samples = plan.samples and ", ".join(f"{n} {task}" for task, n in plan.samples.items())
         warmup = f", {plan.warmup_steps} of them warm-up" if plan.warmup_steps else ""
+        if plan.steps is not None and plan.warmup_steps >= plan.steps:
+            warmup = f", all in the warm-up of {plan.warmup_steps}: the learning rate stays below lr"
         table.add_row("batch", f"{rows}, at most {s.micro_tokens} tokens in one forward")
         table.add_row("samples", samples or "unknown: manifests not there yet")
         table.add_row("steps", f"{plan.steps}{warmup}" if plan.steps is not None else "depends on the manifests")

@@ -175,6 +175,16 @@ def test_automatic_counts_always_fit(nodes, gpus, tp, stage):
 
 
 @pytest.mark.parametrize(
+    ("steps", "warmup", "said"),
+    [(8, 10, "8, all in the warm-up of 10: the learning rate stays below lr"), (20, 10, "20, 10 of them warm-up")],
+)
+def test_no_more_steps_warm_up_than_there_are(steps, warmup, said):
+    console = Console(width=120, file=io.StringIO())
+    console.print(as_table(plan("sft", f"sft.max_steps={steps}", f"sft.optim.warmup_steps={warmup}")))
+    assert said in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
     ("words", "way"),
     [
         ([], "nccl"),
