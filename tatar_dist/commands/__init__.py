@@ -15,4 +15,7 @@ from typing import Annotated
 
 import typer
 
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="The same as a word KEY=VALUE; may repeat.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,18 +12,20 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tatar_dist.commands import Json
+from tatar_dist.commands import Json, Settings
 from tatar_dist.errors import UserError
 
 
 def score(
     pictures: Annotated[
-        list[str], typer.Argument(metavar="PICTURE...", help="Files, directories, globs; - reads from standard input.")
+        list[str],
+        typer.Argument(
+            metavar="PICTURE|KEY=VALUE",
+            help="Files, directories, globs; - reads from standard input. Config keys: model.*, rollout.*.",
+        ),
     ],
     model: Annotated[Path, typer.Option(help="Model directory, for example RUN/checkpoints/latest/model.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A config key of the engine; may repeat.")
-    ] = None,
+    settings: Settings = None,
     task: Annotated[Literal["iqa", "iaa", "both"], typer.Option(help="Quality, aesthetics or both.")] = "both",
     samples: Annotated[int, typer.Option(min=0, help="Sampled answers beside the greedy one: mean and spread.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampled answers.")] = 1.0,
@@ -44,13 +47,17 @@ def score(
     from tatar_dist.scoring.directory import model_config
     from tatar_dist.scoring.scorer import Scorer
 
-    paths = score_output.find_pictures(pictures)
-    model_config(model, overrides or [])  # before anything is loaded
+    words = [word for word in pictures if re.match(r"\w+\.[\w.]+=", word) and not Path(word).exists()]
+    overrides = [*(settings or []), *words]
+    if len(words) == len(pictures):
+        raise UserError(f"{' '.join(words)}: config keys only: name a picture, too")
+    paths = score_output.find_pictures([word for word in pictures if word not in words])
+    model_config(model, overrides)  # before anything is loaded
     warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other
     logging.getLogger("vllm").setLevel(logging.ERROR)
 
     def load() -> Iterator[Any]:
-        scorer = Scorer(model, overrides or [])
+        scorer = Scorer(model, overrides)
         return scorer.score(paths, task, samples=samples, temperature=temperature, seed=seed, expected=expected)
 
     total = len(paths) * (2 if task == "both" else 1)

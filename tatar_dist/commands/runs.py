@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tatar_dist.commands import Json
+from tatar_dist.commands import Json, Settings
 from tatar_dist.errors import UserError
 
 
@@ -93,6 +93,7 @@ def serve(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys: model.*, rollout.*, data.prompts.")
     ] = None,
+    settings: Settings = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
     api_key_env: Annotated[
@@ -106,4 +107,4 @@ def serve(
     """
     from tatar_dist.serve import server
 
-    server.run(model, host, port, api_key_env, open_to_all, overrides or [])
+    server.run(model, host, port, api_key_env, open_to_all, [*(settings or []), *(overrides or [])])

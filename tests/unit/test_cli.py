@@ -193,3 +193,17 @@ def test_rewards_scores_each_of_several_files_as_its_own_batch(tmp_path, capsys)
     assert only_line(capsys) == "tatar-dist: --explain looks at one file, give only that"
     assert main(["rewards", str(files[0]), "--advantage", "zscore"]) == 2
     assert "must be one of std, mean, per_term" in only_line(capsys)
+
+
+@pytest.mark.parametrize("form", [["rollout.nothing=1"], ["--set", "rollout.nothing=1"]])
+@pytest.mark.parametrize("command", [["score", "photo.jpg"], ["serve", "--port", "0"]])
+def test_score_and_serve_take_config_keys_in_both_forms(command, form, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photo.jpg").touch()
+    assert main([*command, *form, "--model", "tiny-qwen2_5-vl"]) == 2
+    assert "rollout.nothing" in capsys.readouterr().err
+
+
+def test_score_with_config_keys_alone_asks_for_a_picture(capsys):
+    assert main(["score", "rollout.max_new_tokens=8", "--model", "tiny-qwen2_5-vl"]) == 2
+    assert "rollout.max_new_tokens=8: config keys only: name a picture, too" in capsys.readouterr().err
