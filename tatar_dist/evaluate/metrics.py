@@ -27,7 +27,8 @@ class DatasetMetrics:
     """Metrics of one data set. rmse, mae: in points. `reason`: metric name -> why it is None.
 
     n: rows asked for; n_parsed: rows with an answer; n_missing: images that could not be read (not in n); n_truncated:
-    answers cut off by the token limit; n_out_of_range: answers clamped to 0-100. ci95: name -> (lo, hi) or None.
+    answers cut off by the token limit; n_out_of_range: answers clamped to 0-100; n_distinct: distinct scores among the
+    answers; n_commonest: answers that share the commonest. ci95: name -> (lo, hi) or None.
     """
 
     n: int
@@ -42,6 +43,8 @@ class DatasetMetrics:
     n_missing: int = 0
     n_truncated: int = 0
     n_out_of_range: int = 0
+    n_distinct: int = 0
+    n_commonest: int = 0
     ci95: dict[str, tuple[float, float] | None] = field(default_factory=dict)
     reason: dict[str, str] = field(default_factory=dict)
 
@@ -120,6 +123,7 @@ def score_metrics(
         for name, interval in ci95.items():
             if interval is None:
                 reason[f"ci95.{name}"] = undefined or reason.get(name) or "too many resamples are constant"
+    times = np.unique(usable(target, raw)[1], return_counts=True)[1]
     return DatasetMetrics(
         n=len(raw),
         n_parsed=int((~np.isnan(raw)).sum()),
@@ -127,6 +131,8 @@ def score_metrics(
         n_missing=n_missing,
         n_truncated=n_truncated,
         n_out_of_range=int(((raw < 0) | (raw > 100)).sum()),
+        n_distinct=len(times),
+        n_commonest=int(times.max(initial=0)),
         ci95=ci95,
         reason=reason,
         **values,

@@ -194,6 +194,9 @@ class Evaluation:
         if e.samples:
             result["sample_mean"] = metrics("sample_mean")
             result["rewards"] = self._rewards(path / "sampled.parquet")
+        for variant in tables.VARIANTS.keys() & result.keys():  # beside the greedy answers' own
+            for name, m in result[variant].items():
+                result["datasets"][name][f"srcc_{variant}"] = m["srcc"]
         return result
 
     def _row(self, sample: Sample) -> dict[str, Any]:

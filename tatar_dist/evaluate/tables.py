@@ -25,11 +25,15 @@ from tatar_dist.data.registry import read_registry
 from tatar_dist.evaluate.metrics import score_metrics, set_names
 from tatar_dist.types import TASKS
 
-COLUMNS = ("data set", "n", "parsed", "truncated", "missing", "PLCC", "SRCC", "KRCC", "PLCC, fitted", "RMSE", "MAE")
+COLUMNS = (
+    "data set", "n", "parsed", "truncated", "missing", "distinct",
+    "PLCC", "SRCC", "KRCC", "PLCC, fitted", "RMSE", "MAE",
+)  # fmt: skip
 KEYS = ("plcc", "srcc", "krcc", "plcc_fitted", "rmse", "mae")
 GROUPS = {"in_domain": "average, in domain", "cross_domain": "average, cross domain", "all": "average"}
 AVERAGED = ("srcc", "plcc")
 WIDTH = 20  # points of a slice of targets
+FEW_DISTINCT = 0.5  # distinct scores an answer: with fewer the notes say so
 LEAST = 10  # rows of a slice that are worth a correlation
 VARIANTS = {"expected": "expected score", "sample_mean": "mean of samples"}
 
@@ -122,7 +126,7 @@ def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
                     rows.append(_row(f"{name}, {label}", result[key][name]))
         for group, mean in averages.get(task, {}).items() if task else ():
             if len(sets) > 1 and not (group == "all" and len(averages[task]) > 2):
-                cells = ["", "", "", "", *(_number(mean[k]) for k in ("plcc", "srcc")), "", "", "", ""]
+                cells = ["", "", "", "", "", *(_number(mean[k]) for k in ("plcc", "srcc")), "", "", "", ""]
                 rows.append([f"{task.upper()}, {GROUPS[group]}", *cells])
     return rows
 
@@ -130,7 +134,7 @@ def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
 def _row(name: str, m: Mapping[str, Any]) -> list[str]:
     n, total = m["n"], m.get("n_total", 0)  # a file of an earlier version has no total
     part = f"{n:,} of {total:,}" if n + m["n_missing"] < total else str(n)
-    counts = [part, *(str(m[k]) for k in ("n_parsed", "n_truncated", "n_missing"))]
+    counts = [part, *(str(m.get(k, "")) for k in ("n_parsed", "n_truncated", "n_missing", "n_distinct"))]
     return [name, *counts, *(_number(m[k], 3 if k not in ("rmse", "mae") else 2) for k in KEYS)]
 
 
@@ -165,11 +169,23 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
         if m["n_parsed"] < m["n"]:
             how = "left out" if m["unparsed"] == "drop" else "counted as 50"
             notes.append(f"{name}: {m['n'] - m['n_parsed']} answers without a score, {how}")
+        if m.get("n_distinct", m["n"]) < FEW_DISTINCT * m["n_parsed"]:
+            notes.append(f"{name}: {_ties(name, result)}")
         if m["n_out_of_range"]:
             notes.append(f"{name}: {m['n_out_of_range']} answers outside 0 to 100, clamped")
     for task, groups in result.get("averages", {}).items():
         notes += [f"{task.upper()}: no value for {', '.join(g['without'])}" for g in groups.values() if g["without"]]
     return list(dict.fromkeys(notes))
+
+
+def _ties(name: str, result: Mapping[str, Any]) -> str:
+    """Describe how few scores a set's answers have, and what SRCC scores without such ties have."""
+    m = result["datasets"][name]
+    text = f"{m['n_distinct']} distinct scores in {m['n_parsed']} answers, the commonest {m['n_commonest']} times"
+    others = [f"{_number(m[f'srcc_{key}'])} of the {label}" for key, label in VARIANTS.items() if f"srcc_{key}" in m]
+    if others:
+        return f"{text}; SRCC {_number(m['srcc'])} of them, {', '.join(others)}"
+    return f"{text}; evaluate.expected=true gives scores with fewer ties" if "averages" in result else text
 
 
 def markdown(rows: list[list[str]], head: tuple[str, ...] | list[str] = COLUMNS) -> str:
@@ -197,7 +213,8 @@ def _tex(text: str) -> str:
 def as_csv(result: Mapping[str, Any]) -> str:
     """Format every metric of every set as CSV, in full precision."""
     out = io.StringIO()
-    keys = ("n", "n_parsed", "n_truncated", "n_missing", *KEYS, "n_total")
+    counts = ("n", "n_parsed", "n_truncated", "n_missing")
+    keys = (*counts, *KEYS, "n_total", "n_distinct", *(f"srcc_{variant}" for variant in VARIANTS))
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["dataset", "task", "answers", *keys])
     for answers in ("datasets", *VARIANTS):

@@ -58,6 +58,8 @@ def test_killed_and_with_a_dead_engine_the_table_is_the_same(words, tmp_path, ca
     expected = runner.run(load_config([], [f"output={quiet}", *words]))
     assert expected["datasets"]["set-iqa"]["n"] == 11 and expected["datasets"]["set-iqa"]["n_missing"] == 1
     assert set(expected["expected"]) == set(expected["sample_mean"]) == {"set-iqa", "set-iaa"}
+    for variant in ("expected", "sample_mean"):
+        assert expected["datasets"]["set-iqa"][f"srcc_{variant}"] == expected[variant]["set-iqa"]["srcc"]
 
     killed = "controller.evaluate:kill:step=8"
     dies = "engine.generate:kill:step=0"  # the engine, in its first call

@@ -107,6 +107,25 @@ def test_files_hold_the_same_figures(tmp_path):
     assert float(lines[0]["srcc"]) == koniq["srcc"] and lines[-1]["answers"] == "expected"
 
 
+def test_few_distinct_scores_are_counted_beside_the_srcc_of_scores_without_ties(tmp_path, capsys):
+    target = np.linspace(0, 100, 300)
+    few = score_metrics(target, np.where(target < 30, 20.0, np.round(target, -1))).to_dict() | {"task": "iqa"}
+    fine = score_metrics(target, target).to_dict() | {"task": "iqa"}
+    assert (few["n_distinct"], few["n_commonest"], fine["n_distinct"]) == (9, 90, 300)
+    assert score_metrics([1.0, 2.0, 3.0], [np.nan, 100.0, 120.0], unparsed="midpoint").n_distinct == 1
+    result = {"model": "m", "datasets": {"set": few}, "averages": {}}
+    said = "set: 9 distinct scores in 300 answers, the commonest 90 times; "
+    assert tables.notes_of(result) == [f"{said}evaluate.expected=true gives scores with fewer ties"]
+    assert tables.notes_of({"model": "m", "datasets": {"set": fine}}) == []
+    few["srcc_expected"] = fine["srcc"]
+    tables.write(tmp_path, result | {"expected": {"set": fine}}, published=False)
+    assert f"{said}SRCC {few['srcc']:.3f} of them, 1.000 of the expected score" in (tmp_path / "table.md").read_text()
+    greedy, expected = csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))
+    assert (greedy["n_distinct"], greedy["srcc_expected"]) == ("9", "1.0") and expected["n_distinct"] == "300"
+    tables.show({"model": "m", "datasets": {"set": few}})
+    assert "distinct" in capsys.readouterr().out
+
+
 def test_notes_name_what_a_figure_hides():
     unparsed = score_metrics(np.arange(20.0), np.array([np.nan, 120.0, *range(18)]), bootstrap=100).to_dict() | {
         "task": "iqa"

@@ -207,6 +207,7 @@ def test_the_file_audit_reads_predictions_and_completions(tmp_path, capsys, monk
     table = capsys.readouterr().out
     assert "a: 1 answers without a score, left out" in table
     assert all(name in table for name in ("SRCC", "PLCC", "MAE")) and "KRCC" not in table, "90 wide"
+    monkeypatch.setenv("COLUMNS", "95")
     tables.show({"model": "p.jsonl", "datasets": {"a": audit.as_json(result)["datasets"]["a"]}})
     narrower = capsys.readouterr().out
     assert all(name in narrower for name in ("KRCC", "PLCC, fitted", "RMSE"))
