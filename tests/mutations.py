@@ -190,6 +190,18 @@ MUTATIONS = {
     "gpu-check: NaN is near": ("gpu_check/learner_parts.py", "if not far < limit:", "if far >= limit:", GPU_CHECK),
     "gpu-check: a failure does not revoke": ("run/proofs.py", 'row.get("status") != "passed"', "not row", PROOFS),
     "gpu-check: any version counts": ("run/proofs.py", 'for key in ("card", "count", "versions")', 'for key in ("card", "count")', PROOFS),
+    "report: evaluations beside a run are ignored": ("report/reading.py", "found |= {t.kind: file.parent for t in trainings if _is_of(Path(path), t.path)}", "pass", ("test_report.py",)),
+    "report: evaluations of any run": ("report/reading.py", "return moved or model.resolve()", "return bool(model) or model.resolve()", ("test_report.py",)),
+    "report: most answers lost, and yellow": ("report/verdict.py", '"bad" if share >= bad else "watch"', '"watch"', ("test_report.py",)),
+    "report: any two evaluations are before and after": ("report/verdict.py", "run.evaluations[0].model == BASE", "True", ("test_report.py",)),
+    "card: all data are the demo's": ("scoring/card.py", " if name.startswith(DEMO_SETS)", "", ("test_export.py",)),
+    "quarantine: repaired samples stay": ("run/directory.py", "(key not in self._met if since is None else since >= step)", "False", ("test_run_directory.py",)),
+    "score: lost samples are not counted": ("scoring/scorer.py", "return self.samples.count(None)", "return 0", ("test_score_output.py",)),
+    "score: texts are cut": ("scoring/output.py", "len(named) > FEW and ", "", ("test_score_output.py",)),
+    "plan: more warm-up than steps": ("plan/plan.py", "plan.warmup_steps >= plan.steps", "False", ("test_plan.py",)),
+    "score: words are no config keys": ("commands/evaluation.py", "[*(settings or []), *words]", "[*(settings or [])]", ("test_cli.py",)),
+    "serve: --set is ignored": ("commands/runs.py", "*(settings or []), ", "", ("test_cli.py",)),
+    "metrics: every score is distinct": ("evaluate/metrics.py", "n_distinct=len(times)", "n_distinct=len(raw)", ("test_evaluation_tables.py",)),
 }  # fmt: skip
 
 
