@@ -173,7 +173,7 @@ def read_run(path: Path) -> RunFiles:
 
 
 def _beside(trainings: Sequence[Training], directory: Path) -> dict[Path, str]:
-    """Return the evaluations to show of those in `directory`, each with the model's name on the page.
+    """Choose evaluations in `directory` to show; return them with their models' names.
 
     These are the newest of each training's checkpoints and, if there is one, that of the model they started from.
     """

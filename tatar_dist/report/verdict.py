@@ -100,7 +100,7 @@ def _from_base(run: RunFiles) -> bool:
 
 
 def _moved(training: Training) -> str:
-    """Describe in words how held-out SRCC, held-out loss, reward or loss moved, whichever was logged first."""
+    """Say how held-out SRCC moved, else held-out loss, reward or training loss."""
     curves = {
         "held-out SRCC": {d: f"eval/{d}/srcc" for d in training.held_out},
         "held-out loss": {name: f"eval/loss/{t}" for t, name in TASK_NAMES.items()},
@@ -132,7 +132,7 @@ def _scores(run: RunFiles) -> str:
 
 
 def _before_after(run: RunFiles) -> tuple[list[str], list[str], list[str]]:
-    """Return the names of the sets that the last model learned, of the others, and a phrase for each set."""
+    """Return names of sets that the last model learned, of the others, and a phrase each."""
     learned, not_learned, moves = [], [], []
     for dataset in run.datasets:
         name = name_of(run, dataset)

@@ -112,7 +112,7 @@ class RunDirectory:
         self._failpoints.reach(f"controller.{phase}", step=step)
 
     def rewind(self, step: int) -> None:
-        """Forget metrics, rollouts and quarantined samples of steps >= `step`, which will be made again.
+        """Forget metrics, rollouts and quarantined samples of steps >= `step`.
 
         Held-out samples are checked at every start: one that is usable now is forgotten, as is any of a manifest that
         the run does not read any more.

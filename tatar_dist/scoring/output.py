@@ -149,7 +149,7 @@ def _bad(scores: Iterable[Score]) -> list[tuple[str, str]]:
 
 
 def as_table(scores: Sequence[Score]) -> Table:
-    """Return a rich table: a row per scored picture with its scores, and below its name what was said.
+    """Return a rich table: a row per scored picture with its name, words and scores.
 
     With more than `FEW` pictures each text is cut after `MOST_CHARS` characters.
     """
