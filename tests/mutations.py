@@ -63,6 +63,7 @@ MUTATIONS = {
     "expected: 100 forgotten": ("prompts/expected.py", '("0", POINT, END) if digits == "10"', '(POINT, END) if digits == "10"', EXPECTED),
     "expected: half points on 100": ("prompts/expected.py", "v + half if v < 100 else 100.0", "v + half", EXPECTED),
     "expected: not normalised": ("prompts/expected.py", "for v, p in points) / mass\n    return", "for v, p in points)\n    return", EXPECTED),
+    "refill: others replaced than those with a substitute": ("sampling.py", "if group.prompt.group_id not in new]", "if group.prompt.group_id not in list(silent)[: len(new)]]", ("test_prompt_source.py",)),
     "evaluate: answers of another picture": ("evaluate/answers.py", ' and line["image"] == _digest(sample)', "", ANSWERS),
     "evaluate: done ones not counted in batches": ("evaluate/answers.py", "batches_by_pixels(samples, size", "batches_by_pixels((s for s in samples if not done(s)), size", ANSWERS),
     "compare: unpaired sides swapped": ("evaluate/bootstrap.py", "statistic(t, a[rows]) - statistic(t, b[rows])", "statistic(t, b[rows]) - statistic(t, a[rows])", ("test_evaluation_tables.py", "test_metrics.py")),
