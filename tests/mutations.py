@@ -60,6 +60,7 @@ MUTATIONS = {
     "length: unparsed paid": ("rewards/terms.py", "np.where(parsed,", "np.where(parsed | True,", REWARDS),
     "binary: inverted": ("rewards/terms.py", "np.abs(q - g) <", "np.abs(q - g) >=", REWARDS),
     "reward: weights ignored": ("algo/advantages.py", "total += weight * np.nan_to_num", "total += np.nan_to_num", ("test_custom_terms.py", *ADVANTAGES)),
+    "reward: junk before a punished answer": ("rewards/custom.py", "sign * np.min(sign * values[parsed], initial=0.0)", "0.0", ("test_custom_terms.py",)),
     "expected: 100 forgotten": ("prompts/expected.py", '("0", POINT, END) if digits == "10"', '(POINT, END) if digits == "10"', EXPECTED),
     "expected: half points on 100": ("prompts/expected.py", "v + half if v < 100 else 100.0", "v + half", EXPECTED),
     "expected: not normalised": ("prompts/expected.py", "for v, p in points) / mass\n    return", "for v, p in points)\n    return", EXPECTED),
