@@ -338,13 +338,20 @@ class Run:
         self._watch.progress()
 
     def _stop(self, step: int, state: dict[str, Any]) -> NoReturn:
-        """Write a checkpoint of `step` and raise Interrupted, or UserError if it cannot be written."""
+        """Write a checkpoint of `step` and raise Interrupted.
+
+        Raises UserError if it cannot be written, or RunError if its weights give nothing finite.
+        """
         self.directory.events.log("signal", name=self._stop_signals.name)
         with suppress(UserError):
             self._checkpoints.finish()
         newest = latest(self.directory.path)
         saved = newest is not None and newest[1].get("by") == self._id and newest[1]["step"] == step
         if step != self._at and not saved:
+            if self.stage == "grpo" and self.colocated:  # the learners need the memory
+                self.engines.end_busy()
+                self.engines.sleep()
+            self.learners.check_weights()
             self._save(step, state, {})
             self._checkpoints.finish()
         raise Interrupted(
