@@ -217,7 +217,6 @@ class Run:
         enter(self.directory.running(self.stage, self._total, self._step, p.learners, p.engines, p.push))
         self._cluster = enter(Cluster(c, self._log, overlap, self.waits))
         check_fit(c, self.plan, self._cluster.smallest_gpu(), self._cluster.smallest_node())
-        self.directory.record()
         self._progress = enter(Progress(self.stage, self._total, self._step))
         enter(self._watch)
         self._stack.callback(self._checkpoints.abandon)  # its thread must not use Ray after the shutdown
@@ -230,7 +229,6 @@ class Run:
         checkpoint, restart = self._checkpoint, self._was_up
         self._step = first = checkpoint[1]["step"] if checkpoint else 0
         self.directory.events.step = first
-        self.directory.rewind(first)
         self._data.load_state(checkpoint[1] if checkpoint else self._initial)
         self._watch.starting()
         if restart:
@@ -247,6 +245,8 @@ class Run:
             ) from None
         if checkpoint or restart:
             self._log("learners/restored", from_step=first, world_size=len(self.learners.actors))
+        self.directory.record()  # nothing can refuse the run any more
+        self.directory.rewind(first)
         self._at, self._up = first, True
         self._progress.ready(first)
 

@@ -31,6 +31,7 @@ from tatar_dist.data.sampler import PromptSampler  # noqa: E402
 from tatar_dist.data.writing import write_manifest  # noqa: E402
 from tatar_dist.demo.tiny.build import TinySizes, build  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
+from tatar_dist.evaluate import runner  # noqa: E402
 from tatar_dist.prompts.answer import answer_text  # noqa: E402
 from tatar_dist.prompts.source import PromptSource, read_manifests  # noqa: E402
 from tatar_dist.rewards.batch import batch_of_groups  # noqa: E402
@@ -363,6 +364,19 @@ def test_validation_without_any_rationale_is_refused_by_manifest_and_column(make
 def test_no_manifest_at_all_is_said_by_its_key():
     with pytest.raises(UserError, match="data.test is empty"):
         read_manifests(DataConfig(), "test")
+
+
+def test_an_evaluation_without_a_usable_sample_changes_no_record(make_source, tmp_path):
+    write_manifest(tmp_path / "m.parquet", [row(i, split="test", image_bytes=b"broken") for i in range(3)])
+    source = make_source(f"data.test=[{tmp_path / 'm.parquet'}]", "rollout.engines=1", "cluster.gpus_per_node=0")
+    source.run.close()
+    for name in ("config.yaml", "prompts.yaml"):
+        (tmp_path / "run" / name).write_text("of an evaluation before")
+    with pytest.raises(UserError, match="data.test: no usable sample: 3 of 3 rejected rows for one reason: .*decode"):
+        runner.run(source.config)
+    assert {(tmp_path / "run" / name).read_text() for name in ("config.yaml", "prompts.yaml")} == {
+        "of an evaluation before"
+    }
 
 
 def test_a_directory_without_a_model_is_said_before_anything_is_loaded(make_source, tmp_path):
