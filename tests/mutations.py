@@ -69,6 +69,7 @@ MUTATIONS = {
     "evaluate: done ones not counted in batches": ("evaluate/answers.py", "batches_by_pixels(samples, size", "batches_by_pixels((s for s in samples if not done(s)), size", ANSWERS),
     "compare: unpaired sides swapped": ("evaluate/bootstrap.py", "statistic(t, a[rows]) - statistic(t, b[rows])", "statistic(t, b[rows]) - statistic(t, a[rows])", ("test_evaluation_tables.py", "test_metrics.py")),
     "compare: percentiles of twelve as of many": ("evaluate/bootstrap.py", "width = math.sqrt(expand / (expand - 1))", "expand, width = 10**6, 1.0", ("test_metrics.py",)),
+    "metrics: the logistic fit starts anywhere": ("evaluate/metrics.py", "kind=\"stable\")[:STARTS]", "kind=\"stable\")[-STARTS:]", ("test_metrics.py",)),
     "bootstrap: clusters not kept whole": ("evaluate/bootstrap.py", "_, label, sizes = np.unique(cluster,", "_, label, sizes = np.unique(np.arange(len(cluster)),", ("test_metrics.py",)),
     "advantage: biased std": ("algo/advantages.py", "np.maximum(n - 1, 1)", "np.maximum(n, 1)", ADVANTAGES),
     "advantage: not centred": ("algo/advantages.py", "(x - group_mean(x, group)[group]) * factor", "x * factor", ADVANTAGES),

@@ -60,6 +60,23 @@ def test_the_fitted_plcc_equals_an_independent_curve_fit(shape):
     assert plcc_fitted(target, prediction) == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_fitted_plcc_does_not_end_in_a_worse_optimum():
+    target = [30, 54, 43, 81, 8, 37, 44, 60, 91, 30, 35, 67]
+    prediction = [78, 47, 67, 100, 0, 68, 87, 53, 100, 96, 37, 67]  # two starts without a grid ended at 0.598
+    assert plcc_fitted(np.array(target, float), np.array(prediction, float)) == pytest.approx(0.7498, abs=1e-4)
+    target, prediction = np.array([0.0, 22, 25, 0, 2]), np.array([63.0, 37, 19, 50, 13])
+    assert plcc(target, prediction) < -0.4 and plcc_fitted(target, prediction) == pytest.approx(0.3467, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_fitted_plcc_is_never_below_the_plain_one(seed):
+    rng = np.random.default_rng(seed)
+    target = rng.uniform(0, 100, rng.integers(5, 40))
+    prediction = np.clip(target + rng.normal(0, 10 + 5 * seed, len(target)), 0, 100)
+    if (plain := plcc(target, prediction)) > 0:
+        assert plcc_fitted(target, prediction) > plain - 1e-5
+
+
 def test_a_wrong_way_predictor_is_shown_as_one():
     target, prediction = noisy()
     m = score_metrics(target, 100 - prediction)
