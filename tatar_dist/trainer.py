@@ -131,7 +131,7 @@ class Run:
             self._stopping = True
         except (LearnersFailed, Stalled) as e:
             self._recover(e)
-        except RunError:
+        except (RunError, UserError):
             with suppress(Exception):
                 self._checkpoints.finish(strict=False)  # a good one that is being written stays
             raise
