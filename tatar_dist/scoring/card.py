@@ -90,7 +90,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the stages up to this run, oldest first: each with steps, preset, config, `accepted` changes."""
+    """Return the stages up to this run, oldest first, as the template reads them."""
     stages: list[dict[str, Any]] = []
     while True:
         stage, accepted = state["same"]["stage"], state.get("accepted", [])
