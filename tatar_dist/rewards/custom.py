@@ -37,7 +37,7 @@ class CustomTerm(Term):
     constants: dict[str, Any]
 
     def values(self, batch: Batch, answers: Answers, index: np.ndarray) -> np.ndarray:
-        """Return (len(index),) float64 of the rows `index`. Unparsed: the least of weight * value, at most 0.
+        """Return (len(index),) float64 of the rows `index`; for unparsed ones the worst, at best 0.
 
         Raises UserError if the function fails or returns anything but N numbers, finite where parsed.
         """
