@@ -141,7 +141,7 @@ def test_a_term_sees_tokens_log_probabilities_the_finish_reason_and_the_manifest
     ]
     batch = batch_of_groups([Group(Prompt(sample, "", "g"), (1,), tuple(answers), 0)])
     term = load_preset(preset("my_terms_for_a_test.spent")).custom["brief"]
-    values = term.values(batch, read_answers(batch.completions))
+    values = term.values(batch, read_answers(batch.completions), np.arange(2))
     assert values.tolist() == [-4.0 - 6.0, -9.0 - 100.0 - 6.0]
 
 
