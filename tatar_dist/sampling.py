@@ -208,13 +208,13 @@ class ScoredBatches:
         groups: list[Group] = []
         for round_ in range(1 + (g.refill_limit if g.zero_std == "refill" else 0)):
             if round_:
-                silent = [s for s in out.scored if s.zero_std]
-                fresh = self.source.more([s.group.prompt for s in silent], asked, self.sampler, step)
-                if not fresh:
+                silent = {s.group.prompt.group_id: s for s in out.scored if s.zero_std}
+                new = self.source.more([s.group.prompt for s in silent.values()], asked, self.sampler, step)
+                if not new:
                     break
-                out.replaced += silent[: len(fresh)]
-                replaced = {s.group.prompt.group_id for s in out.replaced}
-                groups = [group for group in groups if group.prompt.group_id not in replaced]
+                out.replaced += [silent[group_id] for group_id in new]
+                groups = [group for group in groups if group.prompt.group_id not in new]
+                fresh = list(new.values())
                 asked = asked + fresh
             with self._phase("generate", step):
                 groups = sorted(groups + self._generate(fresh, step), key=lambda group: group.prompt.group_id)

@@ -131,7 +131,7 @@ class Run:
             self._stopping = True
         except (LearnersFailed, Stalled) as e:
             self._recover(e)
-        except RunError:
+        except (RunError, UserError):
             with suppress(Exception):
                 self._checkpoints.finish(strict=False)  # a good one that is being written stays
             raise
@@ -217,7 +217,6 @@ class Run:
         enter(self.directory.running(self.stage, self._total, self._step, p.learners, p.engines, p.push))
         self._cluster = enter(Cluster(c, self._log, overlap, self.waits))
         check_fit(c, self.plan, self._cluster.smallest_gpu(), self._cluster.smallest_node())
-        self.directory.record()
         self._progress = enter(Progress(self.stage, self._total, self._step))
         enter(self._watch)
         self._stack.callback(self._checkpoints.abandon)  # its thread must not use Ray after the shutdown
@@ -230,7 +229,6 @@ class Run:
         checkpoint, restart = self._checkpoint, self._was_up
         self._step = first = checkpoint[1]["step"] if checkpoint else 0
         self.directory.events.step = first
-        self.directory.rewind(first)
         self._data.load_state(checkpoint[1] if checkpoint else self._initial)
         self._watch.starting()
         if restart:
@@ -247,6 +245,8 @@ class Run:
             ) from None
         if checkpoint or restart:
             self._log("learners/restored", from_step=first, world_size=len(self.learners.actors))
+        self.directory.record()  # nothing can refuse the run any more
+        self.directory.rewind(first)
         self._at, self._up = first, True
         self._progress.ready(first)
 
@@ -338,13 +338,20 @@ class Run:
         self._watch.progress()
 
     def _stop(self, step: int, state: dict[str, Any]) -> NoReturn:
-        """Write a checkpoint of `step` and raise Interrupted, or UserError if it cannot be written."""
+        """Write a checkpoint of `step` and raise Interrupted.
+
+        Raises UserError if it cannot be written, or RunError if its weights give nothing finite.
+        """
         self.directory.events.log("signal", name=self._stop_signals.name)
         with suppress(UserError):
             self._checkpoints.finish()
         newest = latest(self.directory.path)
         saved = newest is not None and newest[1].get("by") == self._id and newest[1]["step"] == step
         if step != self._at and not saved:
+            if self.stage == "grpo" and self.colocated:  # the learners need the memory
+                self.engines.end_busy()
+                self.engines.sleep()
+            self.learners.check_weights()
             self._save(step, state, {})
             self._checkpoints.finish()
         raise Interrupted(

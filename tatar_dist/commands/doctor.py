@@ -16,13 +16,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tatar_dist.errors import UserError
 from tatar_dist.plan.proven import COVERAGE, LEGEND, NEVER, run_here
+from tatar_dist.run.process import short_temp_dir
 
 GIB = 1 << 30
 PATHS = {path.name for path in COVERAGE}
@@ -162,6 +165,19 @@ def _cluster() -> Iterator[DoctorCheck]:
     kind, far = file_system(".")
     shared = "shared" if far else "this machine's own, as far as its type says"
     yield DoctorCheck("file system here", True, False, f"{kind}: {shared} (checkpoint.storage)")
+    yield _temporary()
+
+
+def _temporary() -> DoctorCheck:
+    """Return where Ray's sockets go when a run starts Ray here."""
+    if chosen := os.environ.get("RAY_TMPDIR"):
+        return DoctorCheck("temporary files of Ray", True, False, f"{chosen} (RAY_TMPDIR)")
+    try:
+        place, given = str(short_temp_dir()), tempfile.gettempdir()
+    except UserError as e:
+        return DoctorCheck("temporary files of Ray", False, True, *str(e).rsplit(": ", 1))
+    text = place if place == given else f"{place}, as TMPDIR={given} is too long for the names of sockets"
+    return DoctorCheck("temporary files of Ray", True, False, text)
 
 
 def file_system(place: str) -> tuple[str, bool]:
@@ -209,7 +225,6 @@ def _ports() -> Iterator[DoctorCheck]:
 
 def _photographs() -> Iterator[DoctorCheck]:
     from tatar_dist.demo.data.photos import PHOTOS, locate
-    from tatar_dist.errors import UserError
 
     problem = None
     try:

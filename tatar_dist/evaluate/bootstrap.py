@@ -2,7 +2,8 @@
 
 Each round draws as many clusters as there are, with replacement, and recomputes the statistic on their rows. A cluster
 is a source photograph, because crops of one photograph are not independent, or else a single row. Percentile intervals
-(Efron & Tibshirani 1993, ch. 13) at 95 %. Results depend on the seed alone. One resample is in memory at a time.
+(Efron & Tibshirani 1993, ch. 13) at 95 %, where asked expanded for few clusters (Hesterberg 2015, doi
+10.1080/00031305.2015.1089789, section 5). Results depend on the seed alone. One resample is in memory at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Statistic = Callable[[np.ndarray, np.ndarray], float]  # (target, prediction), (
 class Interval:
     """A statistic on the full data with its percentile interval, NaN if it is seldom defined.
 
-    p: two-sided, of no difference: 2 (k + 1) / (R + 1), with k of R resamples on the rarer side of 0.
+    p: two-sided, of no difference: 2 (k + 1) / (R + 1), with k of R resamples on the rarer side of 0, at most 1.
     """
 
     estimate: float
@@ -71,20 +72,33 @@ def intervals(
     return {name: None if math.isnan(lo) else (lo, hi) for name, (lo, hi, _) in zip(statistics, bounds, strict=True)}
 
 
-def _interval(draws: np.ndarray) -> tuple[float, float, float]:
-    """Return lo, hi and p of an `Interval` from the values of the resamples, (R,)."""
+def _interval(draws: np.ndarray, expand: int = 0) -> tuple[float, float, float]:
+    """Return lo, hi and p of an `Interval` from the values of the resamples, (R,).
+
+    expand: n clusters, for tails of Phi(sqrt(n / (n - 1)) t(n - 1)) instead of those of the level, t being Student's
+    quantile of it: resamples of n spread by (n - 1) / n too little, and with few n tails are longer. p accordingly.
+    """
     defined = draws[np.isfinite(draws)]
     lo = hi = math.nan
-    if len(defined) >= MIN_DEFINED * len(draws):
-        lo, hi = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     rarer = min((defined <= 0).sum(), (defined >= 0).sum())
-    return lo, hi, min(1.0, 2 * (int(rarer) + 1) / (len(defined) + 1))
+    tail, share = (1 - LEVEL) / 2, min(0.5, (int(rarer) + 1) / (len(defined) + 1))
+    if expand:
+        from scipy.stats import norm, t
+
+        width = math.sqrt(expand / (expand - 1))
+        tail = norm.cdf(width * t.ppf(tail, expand - 1))
+        share = float(t.cdf(norm.ppf(share) / width, expand - 1))
+    if len(defined) >= MIN_DEFINED * len(draws):
+        lo, hi = np.quantile(defined, [tail, 1 - tail]).tolist()
+    return lo, hi, 2 * share
 
 
-def _bootstrap(value: Callable[[np.ndarray], float], cluster: np.ndarray, rounds: int, seed: int) -> Interval:
+def _bootstrap(
+    value: Callable[[np.ndarray], float], cluster: np.ndarray, rounds: int, seed: int, expand: bool = False
+) -> Interval:
     """Return the interval of `value`, a function of row indices, over resamples of the clusters."""
     draws = np.array([value(rows) for rows in resamples(cluster, rounds, seed)])
-    return Interval(value(np.arange(len(cluster))), *_interval(draws))
+    return Interval(value(np.arange(len(cluster))), *_interval(draws, len(np.unique(cluster)) if expand else 0))
 
 
 def paired_mean_difference(
@@ -113,6 +127,7 @@ def paired_difference(
     *,
     rounds: int = 2000,
     seed: int = 0,
+    expand: bool = False,
 ) -> Interval:
     """Bootstrap the statistic with `after` minus that with `before`, resampling by cluster.
 
@@ -122,6 +137,7 @@ def paired_difference(
 
     Args:
         target: (n,); before, after: (n,) or (S, n) predictions; cluster: (n,) labels.
+        expand: wider percentiles for few clusters.
     """
     before, after = (np.clip(np.where(np.isnan(x), MIDPOINT, x), 0.0, 100.0) for x in (before, after))
     pairs = list(zip(*_paired(before, after, cluster), strict=True))
@@ -130,7 +146,7 @@ def paired_difference(
         t = target[rows]
         return float(np.mean([statistic(t, a[rows]) - statistic(t, b[rows]) for b, a in pairs]))
 
-    return _bootstrap(difference, cluster, rounds, seed)
+    return _bootstrap(difference, cluster, rounds, seed, expand)
 
 
 paired_srcc_difference = partial(paired_difference, srcc)

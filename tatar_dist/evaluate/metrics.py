@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from tatar_dist.errors import UserError
 
 UNPARSED = ("drop", "midpoint")
 MIDPOINT = 50.0
+STARTS = 2  # of the logistic fit, which has several optima: the best of a grid
 MIN_FIT = 5  # a logistic has four parameters: fewer points fit it perfectly and mean nothing
 
 
@@ -189,7 +191,8 @@ def logistic_map(target: np.ndarray, prediction: np.ndarray) -> Callable[[np.nda
     """Fit the monotone logistic map (VQEG) from predictions to targets by least squares.
 
     Both are (n,) float64 in points. The map is low + (high - low) / (1 + exp(-(x - c) / s)) with high >= low and s > 0:
-    a free sign would reward reversed order. None for fewer than MIN_FIT points, a constant side or a flat best map.
+    a free sign would reward reversed order. Straight lines are a limit, so the fitted PLCC is not below the plain one.
+    None for fewer than MIN_FIT points, a constant side or a flat best map.
     """
     if len(target) < MIN_FIT or np.ptp(target) == 0 or np.ptp(prediction) == 0:
         return None
@@ -210,11 +213,13 @@ def logistic_map(target: np.ndarray, prediction: np.ndarray) -> Callable[[np.nda
         return np.stack([np.ones_like(x), q, -slope, -slope * u], axis=1)
 
     bounds = ([-np.inf, 0.0, -np.inf, 1e-3], [np.inf] * 4)
-    low, high = float(y.min()), float(y.max())
-    starts = [
-        [low, high - low, float(np.median(x)), 0.5],
-        [low - 2.0, high - low + 4.0, 0.0, 2.0],  # almost a straight line
-    ]
+    grid = np.array(list(product(np.quantile(x, np.linspace(0, 1, 11)), (0.02, 0.1, 0.3, 1.0, 3.0, 30.0))))
+    shapes = expit((x - grid[:, :1]) / grid[:, 1:])  # those of width 30 are straight lines
+    centred = shapes - shapes.mean(1, keepdims=True)
+    along = np.maximum(centred @ y, 0.0)
+    rise = along / np.maximum(np.square(centred).sum(1), 1e-12)  # of least squares, as y has the mean 0
+    candidates = np.column_stack([-rise * shapes.mean(1), rise, grid])
+    starts = candidates[np.argsort(-along * rise, kind="stable")[:STARTS]]
     precision = {"x_scale": "jac", "max_nfev": 1000, "ftol": 1e-14, "xtol": 1e-12, "gtol": 1e-12}
     fits = [least_squares(lambda b: mapped(b) - y, s, jac=jacobian, bounds=bounds, **precision) for s in starts]
     best = min(fits, key=lambda f: f.cost).x

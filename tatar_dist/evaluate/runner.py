@@ -107,7 +107,6 @@ class Evaluation:
     def run(self) -> dict[str, Any]:
         """Generate missing answers and write the results."""
         start, path = time.perf_counter(), self.directory.path
-        self.directory.record()
         units = self.total * len(self.sampling)
         with (
             self.directory.running("evaluate", units, 0, 0, self.plan.engines),
@@ -116,6 +115,7 @@ class Evaluation:
             tokens, seconds = self._ask_all(progress)
             if not self.samples:
                 raise UserError(f"data.test: no usable sample: {self.source.unusable}")
+            self.directory.record()
             result = self._results(path)
             result["tokens_per_second"] = tokens / seconds if tokens else None  # of this start; nothing asked: null
             result["seconds"] = time.perf_counter() - start
@@ -135,6 +135,7 @@ class Evaluation:
                 first = next(calls, None)
                 if first and pool is None:
                     pool = self._engines(stack)
+                    self.directory.record()
                     began = time.perf_counter()
                     done = sum(min(self.answers.count(k), self.total) for k in self.sampling)
                     progress.ready(done)

@@ -36,6 +36,7 @@ class Learner:
         self._senders: dict[str, Any] = {}  # of weight pushes, by way
         self.failpoints = Failpoints(config.failpoints, config.output, rank=rank)
         self._files = RankFiles()
+        self._last: tuple[Any, int] | None = None  # the last update's last micro-batch, on the CPU, and its step
 
     def setup(self, rendezvous: Any, stage: str, total_steps: int, threads: int) -> dict[str, Any]:
         """Join the group at `rendezvous` (process_group.py); load and shard the model. Collective.
@@ -109,7 +110,8 @@ class Learner:
             norm = self.zero3.optimizer_step() or norm
             total += float(loss.detach())
         if math.isfinite(norm):  # otherwise the update was dropped
-            self._check_weights(batch, step)
+            self._last = prepared, step
+        self._check_due(step)
         metrics = self.zero3.all_reduce({"loss/total": total})
         metrics |= {"optim/lr": lr, "optim/grad_norm": norm}
         return StepReport(metrics, time.perf_counter() - start)
@@ -203,7 +205,8 @@ class Learner:
                 norm = made if made and math.isfinite(norm) else norm  # one that is not finite is reported
                 updated = updated or bool(made) and math.isfinite(made)
         if updated:
-            self._check_weights(batch, step)
+            self._last = prepared, step
+        self._check_due(step)
         total = self.zero3.all_reduce(sums)
         ratio = self.zero3.all_reduce({"ratio": ratio_max}, dist.ReduceOp.MAX)["ratio"]
         policy, kl = (total.get(k, 0.0) / g.inner_iterations for k in ("policy", "kl"))
@@ -317,17 +320,23 @@ class Learner:
         size: int = self.zero3.engine.checkpoint_engine.bytes
         return size
 
-    def _check_weights(self, batch: Any, step: int) -> None:
-        """Run the step's last micro-batch again if a checkpoint of the new weights is due.
+    def _check_due(self, step: int) -> None:
+        """Check the weights before a checkpoint that is due after `step`."""
+        every = self.config.checkpoint.every
+        if step + 1 == self.total_steps or (every and (step + 1) % every == 0):
+            self.check_weights()
+
+    def check_weights(self) -> None:
+        """Run the last update's last micro-batch again, with the weights after it. Collective.
 
         Raises:
             RunError: they give a log-probability that is not finite, on any rank.
         """
         import torch
 
-        every = self.config.checkpoint.every
-        if step + 1 != self.total_steps and not (every and (step + 1) % every == 0):
+        if self._last is None:
             return
+        batch, step = self._last[0].to(self.device), self._last[1]
         with torch.no_grad():
             bad = not torch.isfinite(self.zero3.engine(batch).logp * batch.mask).all()
         if self.zero3.all_reduce({"bad": float(bad)})["bad"]:

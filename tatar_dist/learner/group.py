@@ -92,6 +92,10 @@ class LearnerGroup:
         pairs = zip(self.actors, shards, strict=True)
         return PendingUpdate(self, [a.grpo_step.remote(rows, step) for a, rows in pairs])
 
+    def check_weights(self) -> None:
+        """Raise RunError if the weights give log-probabilities that are not finite."""
+        self._all("check_weights")
+
     def save(self, directory: Path) -> transfer.Writing:
         """Take a snapshot on all ranks and write it below `directory` in the background.
 

@@ -219,17 +219,23 @@ class PromptSource:
         samples = sorted(self.samples(sampler, n), key=lambda s: (s.dataset, s.sample_id))
         return [self.prompt(s, f"{step:06d}/{s.dataset}/{s.sample_id}") for s in samples]
 
-    def more(self, like: Sequence[Prompt], asked: Sequence[Prompt], sampler: PromptSampler, step: int) -> list[Prompt]:
-        """Draw a prompt of the data set of each of `like`, none in `asked`; fewer if none is left."""
+    def more(
+        self, like: Sequence[Prompt], asked: Sequence[Prompt], sampler: PromptSampler, step: int
+    ) -> dict[str, Prompt]:
+        """Draw new prompts, none in `asked`, to replace `like`.
+
+        Returns {group id of one of `like`: a prompt of its data set}, without those whose data set has none left.
+        """
         avoid = {(p.sample.dataset, p.sample.sample_id) for p in asked}
-        prompts: list[Prompt] = []
+        prompts: dict[str, Prompt] = {}
         for prompt in like:
             ref = sampler.another(prompt.sample.dataset, avoid)
             while ref is not None:
                 avoid.add((prompt.sample.dataset, sampler.sample_id(ref)))
                 (sample,) = self._checked(sampler.get, [ref], supervised=False)
                 if isinstance(sample, Sample):
-                    prompts.append(self.prompt(sample, f"{step:06d}/{sample.dataset}/{sample.sample_id}"))
+                    group_id = f"{step:06d}/{sample.dataset}/{sample.sample_id}"
+                    prompts[prompt.group_id] = self.prompt(sample, group_id)
                     break
                 self._quarantine(sampler, ref, sample)
                 sampler.exclude(ref)

@@ -6,9 +6,10 @@
 
 It is given the whole global batch (`rewards.batch.Batch` and `Answers`, N rows; `batch.rows` has tokens, their
 log-probabilities, the finish reason, the manifest's meta and score_std) and the preset's other keys as keyword
-arguments, and returns N finite numbers. As with every term, an unparsed completion gets 0 whatever the function says,
-and a row of a task that the preset does not list gets none. The function runs with the user's rights, so a preset that
-names one is code, to be trusted like code.
+arguments, and returns N finite numbers. An unparsed completion gets 0 whatever the function says or, of a term that
+punishes, the value that lowers the reward most among the batch's parsed rows, so that it is never the better one. A row
+of a task that the preset does not list gets none. The function runs with the user's rights, so a preset that names one
+is code, to be trusted like code.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ class CustomTerm(Term):
     function: Callable[..., Any]
     constants: dict[str, Any]
 
-    def values(self, batch: Batch, answers: Answers) -> np.ndarray:
-        """Return (N,) float64, 0 where unparsed. UserError: it fails or returns anything else."""
+    def values(self, batch: Batch, answers: Answers, index: np.ndarray) -> np.ndarray:
+        """Return (len(index),) float64 of the rows `index`; for unparsed ones the worst, at best 0.
+
+        Raises UserError if the function fails or returns anything but N numbers, finite where parsed.
+        """
         try:
             values = np.asarray(self.function(batch, answers, **self.constants), np.float64)
         except Exception as e:  # whatever a user's code raises is theirs to read, in one line
@@ -47,7 +51,8 @@ class CustomTerm(Term):
         if len(wrong):
             value, row = values[wrong[0]], wrong[0] + 1
             raise UserError(f"reward term {self.path} returned {value} for row {row}: must be a finite number")
-        return np.where(answers.parsed, values, 0.0)
+        values, parsed, sign = values[index], answers.parsed[index], np.sign(self.weight)
+        return np.where(parsed, values, sign * np.min(sign * values[parsed], initial=0.0))
 
 
 def custom_term(body: dict[str, Any], where: str) -> CustomTerm:

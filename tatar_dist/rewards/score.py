@@ -1,8 +1,8 @@
 """Turn a global batch of completions into reward terms, rewards, advantages and metrics.
 
 The reward actor runs `score_batch(batch, preset)`, then `metrics.reward_metrics(batch, scored)`. Pure numpy, float64.
-The whole global batch goes in at once, because ranking needs other images. An unparsed completion gets
-0 from every term and counts in its group's advantage; a term of another task is NaN.
+The whole global batch goes in at once, because ranking needs other images. An unparsed completion gets 0 from every
+term (from a user's own that punishes, its worst) and counts in its group's advantage; a term of another task is NaN.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _term(term: str, batch: Batch, answers: Answers, preset: Preset, index: np.n
         return length(answers.think_words[index], iaa, parsed, preset.length)
     if term == "cost":
         return cost(batch.numbers("tokens")[index], iaa, parsed, preset.cost)
-    return preset.custom[term].values(batch, answers)[index]
+    return preset.custom[term].values(batch, answers, index)
 
 
 def _pools(batch: Batch, index: np.ndarray, pool: str) -> np.ndarray:

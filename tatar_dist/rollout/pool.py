@@ -123,10 +123,10 @@ class RolloutPool:
             self.waits.check()
 
     def end_busy(self) -> None:
-        """End the engines that are in a call: they may be the cause of a stall."""
+        """End the engines that are in a call: the cause of a stall, perhaps, or not worth a wait."""
         for e in self.engines:
             if e.call is not None:
-                self._lose(e, "did not answer when the run stalled")
+                self._lose(e, "was in a call when the run stalled or stopped")
 
     @contextmanager
     def without_refresh(self) -> Iterator[None]:

@@ -3,7 +3,8 @@
     checkpoints/step_000030/deepspeed/   ZeRO-3 shards: weights, master weights, optimizer (one writer a rank)
                             model/       the Hugging Face model directory at this step
                             state.json   step, number of learners, sampler position, the settings that a resumed run
-                                         must share, the metric that ranks it, and size and sha256 of every file
+                                         must share, those that checkpoint.accept let differ, the metric that
+                                         ranks it, and size and sha256 of every file
     checkpoints/latest -> step_000030
 
 A checkpoint is written beside, synced, hashed and renamed; `latest` is moved last. state.json is written when all other
@@ -65,6 +66,7 @@ class Checkpoints:
     def __init__(self, run: Path, config: CheckpointConfig, events: Events) -> None:
         self.root, self.config, self.events = run / "checkpoints", config, events
         self._pending: PendingSave | None = None
+        self._accepted: list[dict[str, Any]] = []  # changes of settings on the way to the present weights
         self._damaged: set[str] = set()  # names that `resume` skipped: they must not count as the newest that stay
 
     # Saving ---------------------------------------------------------------------------------------------------------
@@ -82,8 +84,8 @@ class Checkpoints:
         beside = self.root / f"{WRITING}{final.name}.{secrets.token_hex(4)}"  # a name that no late writer knows
         best = self.config.keep_best
         ranked_by = {best: metrics[best]} if best in metrics else {}
-        state = {"step": step, "learners": len(learners.actors), **state, "metrics": ranked_by}
-        state = json.loads(json.dumps(state))  # a copy: training goes on
+        state = {"step": step, "learners": len(learners.actors), "accepted": self._accepted, **state}
+        state = json.loads(json.dumps({**state, "metrics": ranked_by}))  # a copy: training goes on
         try:
             self._sweep()
             beside.mkdir(parents=True)
@@ -217,8 +219,11 @@ class Checkpoints:
                 continue
             if damage is None:
                 accepted = require_same(str(directory), state.get("same", {}), identity, self.config.accept)
+                self._accepted = state.get("accepted", [])
                 if accepted:
-                    self.events.log("checkpoint/accepted", step=state["step"], changes=accepted)
+                    entry = {"step": state["step"], "changes": accepted}
+                    self._accepted = [*self._accepted, entry]
+                    self.events.log("checkpoint/accepted", **entry)
                 self._point(directory)
                 return directory, state
             self._damaged.add(directory.name)

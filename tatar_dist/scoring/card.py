@@ -91,19 +91,18 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the stages up to this run, oldest first: each with its steps, preset and config."""
+    """Return the stages up to this run, oldest first, as the template reads them."""
     stages: list[dict[str, Any]] = []
-    steps = state["step"]
     while True:
-        stage = state["same"]["stage"]
+        stage, accepted = state["same"]["stage"], state.get("accepted", [])
         preset = Path(config.reward.preset).stem if stage == "grpo" else None
-        stages.insert(0, {"stage": stage.upper(), "steps": steps, "preset": preset, "config": config})
+        entry = {"stage": stage.upper(), "steps": state["step"], "preset": preset, "config": config}
+        stages.insert(0, entry | {"accepted": accepted})
         before = run_of(Path(config.model.path))
         newest = latest(before) if before else None
         if before is None or newest is None or not (before / "config.yaml").exists():
             return stages
-        state = newest[1]
-        steps = (_read(Path(config.model.path).parent.resolve() / STATE) or state)["step"]
+        state = _read(Path(config.model.path).parent.resolve() / STATE) or newest[1]
         config = load_config([str(before / "config.yaml")], [])
 
 

@@ -112,7 +112,7 @@ def test_a_stalled_run_writes_all_stacks_and_restarts_what_hangs(model_untied, m
     for name in stall["processes"]:
         assert (run / stall["stacks"] / f"{name}.txt").stat().st_size > 100
     dead = next(e for e in events if e["event"] == "engine/dead")
-    assert dead["time"] > stall["time"] and dead["reason"] == "did not answer when the run stalled"
+    assert dead["time"] > stall["time"] and dead["reason"] == "was in a call when the run stalled or stopped"
     failed = next(e for e in events if e["event"] == "learners/failed")
     assert "no progress for" in failed["reason"]
 

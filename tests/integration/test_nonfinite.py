@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -29,13 +32,18 @@ def whole(run) -> None:
     assert all(w.abs().max() < 1e3 for w in weights.values())
 
 
-def test_weights_that_give_no_finite_answer_are_not_saved(model_untied, make_config):
+def test_weights_that_give_no_finite_answer_are_not_saved(model_untied, make_config, monkeypatch):
     first = make_config(model_untied, *EVERY, "sft.max_steps=2")
     sft.run(first)
     assert steps(first.output) == [2]
     config = make_config(model_untied, *EVERY, "sft.max_steps=6", "sft.optim.lr=1e30", "checkpoint.accept=[sft]")
     with pytest.raises(RunError, match=r"step [23]: .*not finite.*earlier ones stay. Lower sft.optim.lr"):
         sft.run(config)
+    assert steps(first.output) == [2]
+    monkeypatch.setattr(sft, "_evaluated", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {})
+    checkpoint = dataclasses.replace(config.checkpoint, every=0)  # none is due, the signal asks for one
+    with pytest.raises(RunError, match="step 2: with the weights after it .*not finite: no checkpoint of them"):
+        sft.run(dataclasses.replace(config, checkpoint=checkpoint))
     assert steps(first.output) == [2]
     whole(first.output)
 

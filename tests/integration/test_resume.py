@@ -109,3 +109,9 @@ def test_resumed_sft_equals_uninterrupted_sft_to_the_bit(model_tied, make_config
     with pytest.raises(UserError, match=r"sft.optim.lr=0.003 \(now 0.1\): .*checkpoint.accept=\[sft.optim.lr\]"):
         sft.run(dataclasses.replace(resumed, sft=faster))  # finished: nothing is left to train with it
     assert all((other / name).read_bytes() == content for name, content in record.items())
+
+    shutil.rmtree(other / "checkpoints" / "step_000004")
+    large = dataclasses.replace(config.cluster, learner_cpus=99)
+    with pytest.raises(UserError, match="need 198 CPUs"):
+        sft.run(dataclasses.replace(resumed, cluster=large))  # it would begin at step 2
+    assert all((other / name).read_bytes() == content for name, content in record.items())

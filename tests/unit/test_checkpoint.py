@@ -16,6 +16,7 @@ from tatar_dist.errors import RunError, UserError
 from tatar_dist.run.checkpoints import kept, latest
 from tatar_dist.run.events import read_events
 from tatar_dist.run.files import Files, write_files
+from tatar_dist.trainer import Run
 
 
 class Failing(Learners):
@@ -239,6 +240,18 @@ def test_a_run_directory_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(UserError, match="cannot write the checkpoint"):
         checkpoints(tmp_path, asynchronous=False).save(1, {}, Learners(), {})
+
+
+@pytest.mark.parametrize("error", [UserError("reward term mine.f returned nan for row 1"), RunError("step 2: nan")])
+def test_a_good_checkpoint_that_is_being_written_outlives_what_ends_the_run(tmp_path, error):
+    run, gate = Run.__new__(Run), threading.Event()
+    run._checkpoints = checkpoints(tmp_path)
+    run._checkpoints.save(1, {"same": SAME}, Learners("new", gate), {})
+    with pytest.raises(type(error)), run.recovering():  # a user's own reward term gives NaN in the step after
+        gate.set()
+        raise error
+    run._checkpoints.abandon()  # as at the end of a run
+    assert tag_of(latest(tmp_path)[0]) == "new"
 
 
 # Retention ----------------------------------------------------------------------------------------------------------

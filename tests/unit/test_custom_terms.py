@@ -17,6 +17,8 @@ MODULE = """
 import numpy as np
 def brief(batch, answers, words=40):
     return (answers.think_words <= words).astype(float)
+def penalty(batch, answers, per_word=-0.1):
+    return per_word * answers.think_words
 def wrong_shape(batch, answers):
     return np.ones(3)
 def not_finite(batch, answers):
@@ -75,6 +77,18 @@ def test_weights_and_constants_can_be_overridden_like_any_others(preset):
         load_preset(preset(extra=", words: 50"), None, {"brief_word": 1})
 
 
+@pytest.mark.parametrize(("per_word", "weight"), [(-0.1, 0.5), (0.1, -0.5)])
+def test_a_term_that_punishes_never_makes_junk_preferable(preset, per_word, weight):
+    made = preset("my_terms_for_a_test.penalty", f", per_word: {per_word}")
+    loaded = load_preset(made, {"brief": weight, "gaussian": 1e-6})
+    rows = [*ROWS, row("b", "iaa", 900), row("c", "iqa", 20), row("c", "iqa", 90)]  # IAA is none of its tasks
+    scored = score_batch(batch_of_rows(rows), loaded)
+    np.testing.assert_allclose(scored.terms["brief"], per_word * np.array([3, 60, 90, np.nan, np.nan, 20, 90]))
+    assert scored.reward[2] < scored.reward[scored.answers.parsed].min()
+    assert scored.advantage[2] < scored.advantage[1] < scored.advantage[0]
+    assert score_batch(batch_of_rows([ROWS[2]]), loaded).terms["brief"][0] == 0, "nothing parsed to compare with"
+
+
 def test_the_audit_writes_its_column(preset, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
@@ -127,7 +141,7 @@ def test_a_term_sees_tokens_log_probabilities_the_finish_reason_and_the_manifest
     ]
     batch = batch_of_groups([Group(Prompt(sample, "", "g"), (1,), tuple(answers), 0)])
     term = load_preset(preset("my_terms_for_a_test.spent")).custom["brief"]
-    values = term.values(batch, read_answers(batch.completions))
+    values = term.values(batch, read_answers(batch.completions), np.arange(2))
     assert values.tolist() == [-4.0 - 6.0, -9.0 - 100.0 - 6.0]
 
 

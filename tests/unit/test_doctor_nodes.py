@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import tempfile
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -74,3 +76,20 @@ def test_a_cluster_that_is_not_there_is_said_at_once():
         taken.bind(("127.0.0.1", 0))  # and does not listen
         (check,) = examine(f"127.0.0.1:{taken.getsockname()[1]}")
     assert not check.ok and "refused" in check.found and "RAY_ADDRESS" in check.hint
+
+
+def test_the_directory_of_rays_sockets_is_shown(monkeypatch, tmp_path):
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    row = list(doctor._cluster())[-1]
+    assert row.ok and row.found == f"/tmp, as TMPDIR={long} is too long for the names of sockets"
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    assert doctor._temporary().found == "/tmp"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    wrong = doctor._temporary()
+    assert not wrong.ok and wrong.required and wrong.found.startswith("TMPDIR=/tmp: ")
+    assert wrong.hint.startswith("set TMPDIR to a directory of at most ")
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    assert doctor._temporary().found == f"{long} (RAY_TMPDIR)"

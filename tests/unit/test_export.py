@@ -71,6 +71,25 @@ def card(directory: Path) -> str:
     return (directory / model_card.NAME).read_text()
 
 
+def test_the_card_names_the_changes_that_were_accepted_on_the_way(tmp_path):
+    run = make_run(tmp_path / "run", stage="sft")
+    same = {"stage": "sft", "model.path": str(TINY)}
+    for step, before, now in ((2, 0.1, 0.2), (3, 0.2, 0.3)):
+        store = Checkpoints(run, CheckpointConfig(accept=["sft"]), Events(run))
+        if step == 2:  # the first checkpoint is of a run with a rate of its own
+            store.save(1, {"same": {**same, "sft.optim.lr": before}}, Learner(), {})
+            store.finish()
+        changed = {**same, "sft.optim.lr": now}
+        for _ in range(2):  # the second time as after a fault of the learners
+            assert store.resume(changed)
+        store.save(step, {"same": changed}, Learner(), {})
+        store.finish()
+    text = card(export.run(run, tmp_path / "out"))
+    lines = [line for line in text.splitlines() if "changed after" in line]
+    assert lines == [f"| changed after step {n} | sft.optim.lr from 0.{n} to 0.{n + 1} |" for n in (1, 2)]
+    assert "changed after" not in card(export.run(make_run(tmp_path / "plain"), tmp_path / "other"))
+
+
 def test_an_export_holds_the_same_weights_in_shards_that_the_index_names(tmp_path):
     target = export.run(make_run(tmp_path / "run"), tmp_path / "deep" / "out", shard_size="1MB")
     files = sorted(p.name for p in target.glob("*.safetensors"))

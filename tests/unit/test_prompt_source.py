@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -30,10 +31,16 @@ from tatar_dist.data.sampler import PromptSampler  # noqa: E402
 from tatar_dist.data.writing import write_manifest  # noqa: E402
 from tatar_dist.demo.tiny.build import TinySizes, build  # noqa: E402
 from tatar_dist.errors import UserError  # noqa: E402
+from tatar_dist.evaluate import runner  # noqa: E402
 from tatar_dist.prompts.answer import answer_text  # noqa: E402
 from tatar_dist.prompts.source import PromptSource, read_manifests  # noqa: E402
+from tatar_dist.rewards.batch import batch_of_groups  # noqa: E402
+from tatar_dist.rewards.presets import load_preset  # noqa: E402
+from tatar_dist.rewards.score import score_batch, scored_groups  # noqa: E402
 from tatar_dist.run.directory import RunDirectory  # noqa: E402
+from tatar_dist.sampling import PromptBatch, ScoredBatches  # noqa: E402
 from tatar_dist.sft import _held_out, dropped  # noqa: E402
+from tatar_dist.types import Completion, Group, Prompt  # noqa: E402
 
 PROMPTS = Path(__file__).parents[2] / "configs" / "prompts.yaml"
 SMALL = TinySizes(vocab=512, text_layers=1, text_intermediate=64, vision_depth=1, vision_intermediate=64)
@@ -196,6 +203,38 @@ def test_group_ids_name_step_data_set_and_sample_and_come_sorted(make_source, tm
         assert p.text.count("<|image_pad|>") == 1 and p.text.endswith("<|im_start|>assistant\n")
 
 
+class SameAnswers:
+    """Engines that give every prompt of a group the same text: no group has an advantage."""
+
+    refresh_blocked = True
+
+    def generate(self, prompts: list[Prompt], sampling) -> list[Group]:
+        answer = Completion("<think>a view</think><answer>50</answer>", (1,), (0.0,), "stop")
+        return [Group(p, (1,), (answer,) * sampling.n, 0) for p in prompts]
+
+
+@pytest.mark.parametrize("scarce", ["iqa", "iaa"])
+def test_a_refill_from_an_exhausted_data_set_leaves_the_counts_of_the_tasks(make_source, tmp_path, scarce):
+    rows = [row(i, task) for task in ("iqa", "iaa") for i in range(3 if task == scarce else 12)]
+    write_manifest(tmp_path / "m.parquet", rows)
+    words = (f"data.train=[{tmp_path / 'm.parquet'}]", "grpo.prompts_per_step=4", "grpo.zero_std=refill")
+    source = make_source(*words)
+    preset, config = load_preset("tatar"), source.config
+
+    def score(groups, step):
+        return scored_groups(groups, score_batch(batch_of_groups(groups), preset)), {}
+
+    run = SimpleNamespace(directory=source.run, engines=SameAnswers(), scorer=SimpleNamespace(score=score))
+    batches = ScoredBatches(config, run)  # type: ignore[arg-type]
+    batch = PromptBatch(0, {}, batches._draw(0))
+    out = batches._collect(batch)
+    assert sorted(s.group.prompt.sample.task for s in out.scored) == ["iaa", "iaa", "iqa", "iqa"]
+    kept, replaced = ([s.group.prompt.group_id for s in part] for part in (out.scored, out.replaced))
+    assert len({*kept, *replaced}) == len(kept) + len(replaced) == 4 + 5  # one of the scarce set, two rounds of two
+    assert {p.group_id for p in batch.prompts} < {*kept, *replaced}
+    assert sum(scarce in name for name in replaced) == 1
+
+
 def test_a_limit_of_held_out_samples_takes_from_every_data_set(make_source, tmp_path):
     rows = [row(i, dataset=name, sample_id=f"{name}-{i}") for name in ("a", "b") for i in range(3)]
     write_manifest(tmp_path / "m.parquet", rows)
@@ -325,6 +364,19 @@ def test_validation_without_any_rationale_is_refused_by_manifest_and_column(make
 def test_no_manifest_at_all_is_said_by_its_key():
     with pytest.raises(UserError, match="data.test is empty"):
         read_manifests(DataConfig(), "test")
+
+
+def test_an_evaluation_without_a_usable_sample_changes_no_record(make_source, tmp_path):
+    write_manifest(tmp_path / "m.parquet", [row(i, split="test", image_bytes=b"broken") for i in range(3)])
+    source = make_source(f"data.test=[{tmp_path / 'm.parquet'}]", "rollout.engines=1", "cluster.gpus_per_node=0")
+    source.run.close()
+    for name in ("config.yaml", "prompts.yaml"):
+        (tmp_path / "run" / name).write_text("of an evaluation before")
+    with pytest.raises(UserError, match="data.test: no usable sample: 3 of 3 rejected rows for one reason: .*decode"):
+        runner.run(source.config)
+    assert {(tmp_path / "run" / name).read_text() for name in ("config.yaml", "prompts.yaml")} == {
+        "of an evaluation before"
+    }
 
 
 def test_a_directory_without_a_model_is_said_before_anything_is_loaded(make_source, tmp_path):
