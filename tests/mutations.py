@@ -36,6 +36,8 @@ GPU_CHECK, PROOFS = ("test_gpu_check.py",), ("test_proofs.py",)
 # name: (file below tatar_dist, text, what it becomes, tests)
 DEVICE = ("../device/test_learner.py",)
 MUTATIONS = {
+    "score: a model's own pixel limits are taken as they are": ("scoring/directory.py", "high if high < DataConfig.max_prompt_tokens * token else ModelConfig.max_pixels", "high", ("test_score_output.py",)),
+    "prompts: pixels that would not do": ("prompts/render.py", "limit + 1 - max", "limit + 99 - max", ("test_prompt_source.py",)),
     "push: NCCL where engines share GPUs": ("plan/plan.py", 'return "cuda_ipc" if config.cluster.placement == "colocated" else "nccl"', 'return "nccl"', ("test_plan.py",)),
     "push: a part has no name of its own": ("models/base.py", '"merger" if "merger" in name else "vision"', '"vision"', ("test_families.py",)),
     "status: the way back does not show": ("run/status.py", 's.push, s.push_checked = "object_store", False', "pass", ("test_status.py",)),
