@@ -12,10 +12,7 @@ HOPELESS = 64  # rows without a single usable one among them
 
 
 class TooLong(str):
-    """The reason of a sample that is longer than the setting `key` allows.
-
-    tokens: its length. pixels: model.max_pixels that scales its image down to what is allowed; 0: unknown.
-    """
+    """The reason of a sample of `tokens`, more than `key` allows. pixels: max_pixels that would do, or 0."""
 
     key: str
     tokens: int

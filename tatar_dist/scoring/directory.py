@@ -73,10 +73,7 @@ def _family(directory: Path, settings: dict[str, Any]) -> str:
 
 
 def _pixels(directory: Path) -> tuple[int, int]:
-    """Return (minimum, maximum) pixels of a picture. Raises UserError if `directory` has none.
-
-    A maximum of more tokens than a prompt may have is the schema's: Qwen's own 12.8 and 16.8 megapixels are 16,384.
-    """
+    """Return (minimum, maximum) pixels of a picture. Raises UserError if `directory` has none."""
     newest, older = (_json(directory / name) or {} for name in ("processor_config.json", "preprocessor_config.json"))
     settings = newest.get("image_processor") or older
     size = settings.get("size") or {}
@@ -84,7 +81,7 @@ def _pixels(directory: Path) -> tuple[int, int]:
     high = settings.get("max_pixels") or size.get("longest_edge")
     if not (isinstance(low, int) and isinstance(high, int)):
         raise UserError(f"{directory}: no processor_config.json in it says how many pixels a picture may have")
-    token = (settings.get("patch_size", 14) * settings.get("merge_size", 2)) ** 2  # pixels of one
+    token = (settings.get("patch_size", 14) * settings.get("merge_size", 2)) ** 2  # pixels; Qwen's own limit: 16,384
     return low, high if high < DataConfig.max_prompt_tokens * token else ModelConfig.max_pixels
 
 

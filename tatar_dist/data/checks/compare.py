@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from tatar_dist.data.checks.near import NearDuplicates, near_duplicates
+from tatar_dist.data.checks.near import near_duplicates
 from tatar_dist.data.checks.validation import (
     DUPLICATE,
     KEEP,
@@ -59,9 +59,8 @@ def compare(checked: list[Checked], rows: ValidationRows, tick: Callable[[], Non
         for group in groups
         if split[group].min() < split[group].max()
     ]
-    near = near_duplicates(rows, split, tick) if tick else None
-    pairs = near.most_alike() if near else []
-    log = _RowLog(checked, [*pictures, *(group for *_, group in leaks), *(np.array(pair[:2]) for pair in pairs)])
+    alike, pairs, looked_at = near_duplicates(rows, split, tick) if tick else ([], 0, None)
+    log = _RowLog(checked, [*pictures, *(group for *_, group in leaks), *(np.array(pair[:2]) for pair in alike)])
     for code, what, group in leaks:
         protected = split[group].max()
         inside = group[split[group] == protected]
@@ -69,7 +68,7 @@ def compare(checked: list[Checked], rows: ValidationRows, tick: Callable[[], Non
             fate[row] = LEAKED
             where = f"{SPLITS[protected]}: {log.names(inside, row)}"
             log.add(row, code, f"split {SPLITS[split[row]]}, but {what} is in split {where}")
-    for row, held, likeness in pairs:
+    for row, held, likeness in alike:
         where = f"{SPLITS[split[held]]}: {log.names([held], row)}, correlation {likeness:.2f}"
         log.add(row, "near-duplicate", f"split {SPLITS[split[row]]}, but nearly the same picture is in split {where}")
     for group in pictures:
@@ -87,21 +86,19 @@ def compare(checked: list[Checked], rows: ValidationRows, tick: Callable[[], Non
                 scores = f"scores {log.score(lowest):g} to {log.score(highest):g}"
                 names = log.names([lowest, highest], same[0])
                 log.add(same[0], "conflicting-scores", f"{len(same)} identical pictures, {scores}: {names}")
-    return Validation(checked, fate, _compared(rows, split, near), pairs, near.pairs if near else 0)
+    return Validation(checked, fate, _compared(rows, split, looked_at), alike, pairs)
 
 
-def _compared(rows: ValidationRows, split: np.ndarray, near: NearDuplicates | None) -> str:
+def _compared(rows: ValidationRows, split: np.ndarray, looked_at: int | None) -> str:
     """Return a sentence: what of these rows was compared between splits, what not; "" for one split."""
     if len(np.unique(split)) < 2:
         return ""
     known, total = int((rows.reference != 0).sum()), len(split)
-    done, left = ["file bytes"], []
-    done += [f"references of {known:,} of {total:,} rows"] if known else []
-    left += [] if known else ["references, which are unknown"]
-    done += [f"the looks of {near.compared:,} of {total:,} pictures"] if near else []
-    left += [] if near else ["looks (--no-near-duplicates)"]
-    told = f"Compared between splits: {', '.join(done)}."
-    return f"{told} Not compared: {', '.join(left)}." if left else told
+    references = f"references of {known:,} of {total:,} rows" if known else "references, which are unknown"
+    looks = "looks (--no-near-duplicates)" if looked_at is None else f"the looks of {looked_at:,} of {total:,} pictures"
+    parts = {"file bytes": True, references: known > 0, looks: looked_at is not None}
+    done, left = (", ".join(part for part, was in parts.items() if was == wanted) for wanted in (True, False))
+    return f"Compared between splits: {done}." + (f" Not compared: {left}." if left else "")
 
 
 def _groups(keys: np.ndarray, present: np.ndarray) -> list[np.ndarray]:

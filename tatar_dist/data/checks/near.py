@@ -9,7 +9,6 @@ that neither brightness nor contrast changes. Hashes of nine shifts rule out nea
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.fft import dct
@@ -18,45 +17,26 @@ from tatar_dist.data.checks.validation import ValidationRows
 from tatar_dist.data.images import THUMB
 
 WINDOW, STEP, SCALES = 0.8, 0.03, (1.0, 0.9, 1 / 0.9)  # shares of a picture's sides; of the window
-STEPS = 3  # at most, in each direction
-TERMS, SAMPLES = 10, 24  # DCT coefficients and samples of a window in each direction
+STEPS, TERMS, SAMPLES = 3, 10, 24  # steps at most, DCT coefficients and samples of a window, in each direction
 PLAIN = 50.0  # least length of a hash before scaling: a spread of about 2 of 255 grey levels
 CANDIDATE, NEAR = 0.55, 0.85  # least correlation at one of nine shifts; at any shift and scale (README.md)
 BLOCK = 64  # pictures
+Alike = tuple[int, int, float]  # row, held-out row, correlation
 
 
-@dataclass
-class NearDuplicates:
-    """Pairs across splits, by the row that is not held out.
+def near_duplicates(rows: ValidationRows, split: np.ndarray, tick: Callable[[], None]) -> tuple[list[Alike], int, int]:
+    """Return rows with their best match in a later split, the most alike first; all pairs; pictures compared.
 
-    match: (rows,) int64, the held-out row most like each, or -1. likeness: (rows,) float64, their correlation.
-    pairs: all of them. compared: pictures, without plain ones.
+    split: (rows,) int64, places in SPLITS, or -1. Pairs of equal bytes or of one reference are left out, and plain
+    pictures not compared. tick: called now and then.
     """
-
-    match: np.ndarray
-    likeness: np.ndarray
-    pairs: int = 0
-    compared: int = 0
-
-    def most_alike(self) -> list[tuple[int, int, float]]:
-        """Return (row, held-out row, correlation) of each row that has a match, the most alike first."""
-        order = np.argsort(-self.likeness, kind="stable")[: int((self.match >= 0).sum())]
-        return [(int(row), int(self.match[row]), float(self.likeness[row])) for row in order]
-
-
-def near_duplicates(rows: ValidationRows, split: np.ndarray, tick: Callable[[], None]) -> NearDuplicates:
-    """Compare the pictures of each split with those of the splits before it; `tick` is called now and then.
-
-    split: (rows,) int64, places in SPLITS, or -1. Pairs of equal bytes or of one reference are left out.
-    """
-    found = NearDuplicates(np.full(len(split), -1), np.zeros(len(split)))
     if len(np.unique(split)) < 2:
-        return found
+        return [], 0, 0
+    match, best, pairs = np.full(len(split), -1), np.zeros(len(split)), 0
     able = ~rows.unusable & (split >= 0)
     blocks = [rows.thumbnail[start : start + BLOCK] for start in range(0, len(split), BLOCK)]
     middles = np.concatenate([hashes(block, (1.0,), 0)[:, 0] for block in blocks])
     able &= middles.any(axis=1)
-    found.compared = int(able.sum())
     for place in range(1, int(split.max(initial=0)) + 1):
         held, others = np.flatnonzero(able & (split == place)), np.flatnonzero(able & (split < place))
         middle = middles[others]
@@ -68,13 +48,14 @@ def near_duplicates(rows: ValidationRows, split: np.ndarray, tick: Callable[[], 
                 likely = np.flatnonzero((nine.reshape(9, -1) @ middle.T).max(axis=0) > CANDIDATE)
                 likeness = (middle[likely] @ windows.T).max(axis=1)
                 other = others[likely]
-                known = (rows.picture[other] == rows.picture[row]).all(axis=1)
-                known |= (rows.reference[other] == rows.reference[row]) & (rows.reference[row] != 0)
-                other, likeness = (values[(likeness > NEAR) & ~known] for values in (other, likeness))
-                found.pairs += len(other)
-                better = likeness > found.likeness[other]
-                found.match[other[better]], found.likeness[other[better]] = row, likeness[better]
-    return found
+                related = (rows.reference[other] == rows.reference[row]) & (rows.reference[row] != 0)
+                new = (likeness > NEAR) & (rows.picture[other] != rows.picture[row]).any(axis=1) & ~related
+                other, likeness = other[new], likeness[new]
+                pairs += len(other)
+                better = likeness > best[other]
+                match[other[better]], best[other[better]] = row, likeness[better]
+    order = np.argsort(-best, kind="stable")[: int((match >= 0).sum())]
+    return [(int(row), int(match[row]), float(best[row])) for row in order], pairs, int(able.sum())
 
 
 def hashes(thumbnails: np.ndarray, scales: tuple[float, ...], steps: int) -> np.ndarray:

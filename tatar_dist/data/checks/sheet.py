@@ -82,21 +82,19 @@ def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path, image_
 
 def near_duplicates_sheet(validation: Validation, manifest: Checked) -> bytes:
     """Return a JPEG of the manifest's PAIRS most alike rows, each beside its held-out near-duplicate."""
-    homes = {}
-    for m in validation.manifests:
-        file, *_ = open_parquet(m.path)
-        with file:
-            sizes = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
-            columns = tuple(n for n in SCHEMA.names if n in file.schema_arrow.names)
-        homes[m.first] = Manifest(
-            m.path, (), np.cumsum([0, *sizes]), columns, m.root, True, ""
-        )  # other rows may be bad
-    firsts = sorted(homes)
+    tiles, opened = [], {}
     own = [pair for pair in validation.near_pairs if manifest.first <= pair[0] < manifest.first + manifest.rows]
-    tiles = []
     for row in chain(*(pair[:2] for pair in own[:PAIRS])):
-        first = firsts[np.searchsorted(firsts, row, side="right") - 1]
-        tiles.append((homes[first], row - first))
+        home = next(m for m in validation.manifests if m.first <= row < m.first + m.rows)
+        if home.first not in opened:
+            file, *_ = open_parquet(home.path)
+            with file:
+                starts = np.cumsum([0, *(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))])
+                columns = tuple(
+                    n for n in SCHEMA.names if n in file.schema_arrow.names
+                )  # read_manifest checks all rows
+            opened[home.first] = Manifest(home.path, (), starts, columns, home.root, True, "")
+        tiles.append((opened[home.first], row - home.first))
     shown = f"{len(tiles) // 2} of {len(own):,} rows with a near-duplicate in a held-out split, the most alike first"
     page, *_ = drawn_sheet(manifest.path.name, tiles, f"{shown}: left the row, right the held-out one")
     buffer = io.BytesIO()

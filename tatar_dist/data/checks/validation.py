@@ -222,17 +222,15 @@ class ValidationRows:
 
     @classmethod
     def of(cls, n: int) -> ValidationRows:
-        thumbnails = np.zeros((n, THUMB**2), np.uint8)
         keys = np.zeros((n, 2), np.uint64), np.zeros(n, np.int64), np.zeros(n, np.int32)
-        return cls(*keys, np.zeros(n, bool), thumbnails)
+        return cls(*keys, np.zeros(n, bool), np.zeros((n, THUMB**2), np.uint8))
 
 
 @dataclass
 class Validation:
     """Result of a validation. `fate` (rows,) uint8: see compare.compare.
 
-    compared: a sentence. near: pairs of near-duplicates across splits. near_pairs: (row, the held-out row
-    most like it, correlation), rows counted over all manifests.
+    compared: a sentence. near_pairs: near.Alike of rows over all manifests. near: number of all pairs.
     """
 
     manifests: list[Checked]
