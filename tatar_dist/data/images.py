@@ -220,7 +220,7 @@ def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _thumbnail(image: Image.Image, orientation: int) -> bytes:
-    """Scale a loaded image of any mode to the bytes of ImageFacts.thumbnail, without another image of its size."""
+    """Scale a loaded image of any mode to ImageFacts.thumbnail, in little memory."""
     if image.mode not in ("RGB", "L", "CMYK"):  # what Pillow averages as it is
         image = _upright_rgb(image.resize((8 * THUMB, 8 * THUMB), Image.Resampling.NEAREST), 1)
     small = image.resize((THUMB, THUMB), Image.Resampling.BOX, reducing_gap=2.0)

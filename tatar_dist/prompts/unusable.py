@@ -12,7 +12,7 @@ HOPELESS = 64  # rows without a single usable one among them
 
 
 class TooLong(str):
-    """The reason of a sample of `tokens`, more than `key` allows. pixels: max_pixels that would do, or 0."""
+    """The reason of a sample over `key` in tokens. pixels: max_pixels that would do, or 0."""
 
     key: str
     tokens: int

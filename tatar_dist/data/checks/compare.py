@@ -1,4 +1,4 @@
-"""Log duplicates, near-duplicates, conflicts, leaks over all manifests of `data validate`; write clean ones.
+"""Log (near-)duplicates, conflicts, leaks over all manifests of `data validate`; clean them.
 
 Arrays run over the rows of all manifests. Ids and scores are read once more from the files, and kept only for rows that
 have something in common. `clean` writes new manifests without the rows that cannot be used, leak (on the side not held
@@ -39,7 +39,7 @@ NAMED = 3  # rows that a message names; the rest are counted
 
 
 def compare(checked: list[Checked], rows: ValidationRows, tick: Callable[[], None] | None) -> Validation:
-    """Log duplicate ids and images, conflicting scores, leaks and near-duplicates; return the result.
+    """Log duplicate ids and images, conflicting scores, leaks, near-duplicates; return all.
 
     Rows that share a picture or a reference leak if they lie in several splits: those outside the last one of SPLITS
     are LEAKED. The later ones of identical images in a pool are DUPLICATE. Near-duplicates across splits are a warning
@@ -90,7 +90,7 @@ def compare(checked: list[Checked], rows: ValidationRows, tick: Callable[[], Non
 
 
 def _compared(rows: ValidationRows, split: np.ndarray, looked_at: int | None) -> str:
-    """Return a sentence: what of these rows was compared between splits, what not; "" for one split."""
+    """Say what of these rows was compared between splits, and what not; "" for one split."""
     if len(np.unique(split)) < 2:
         return ""
     known, total = int((rows.reference != 0).sum()), len(split)

@@ -1,4 +1,4 @@
-"""Find near-duplicates across splits: pictures encoded or scaled again, and shifted or tighter crops.
+"""Find near-duplicates across splits: pictures encoded again, scaled, shifted or cropped.
 
 Each picture is a thumbnail (images.THUMB). The middle WINDOW of one is sought in the other at shifts of STEP and three
 scales. A window is hashed to its low DCT coefficients weighted by their frequency, since amplitudes of photographs fall
@@ -25,10 +25,10 @@ Alike = tuple[int, int, float]  # row, held-out row, correlation
 
 
 def near_duplicates(rows: ValidationRows, split: np.ndarray, tick: Callable[[], None]) -> tuple[list[Alike], int, int]:
-    """Return rows with their best match in a later split, the most alike first; all pairs; pictures compared.
+    """Return rows with their best match in a later split; number of pairs; pictures compared.
 
-    split: (rows,) int64, places in SPLITS, or -1. Pairs of equal bytes or of one reference are left out, and plain
-    pictures not compared. tick: called now and then.
+    The most alike come first. Pairs of equal bytes or of one reference are left out, plain pictures not compared.
+    split: (rows,) int64, places in SPLITS, or -1. tick: called now and then.
     """
     if len(np.unique(split)) < 2:
         return [], 0, 0
@@ -59,7 +59,7 @@ def near_duplicates(rows: ValidationRows, split: np.ndarray, tick: Callable[[], 
 
 
 def hashes(thumbnails: np.ndarray, scales: tuple[float, ...], steps: int) -> np.ndarray:
-    """Return hashes (B, windows, terms) float32 of `thumbnails` (B, THUMB^2); zeros for plain windows.
+    """Hash `thumbnails` (B, THUMB^2): (B, windows, terms) float32, zeros for plain windows.
 
     The windows of a scale are a square grid of at most `steps` shifts each way, as far as they lie in the picture.
     """

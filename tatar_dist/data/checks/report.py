@@ -79,7 +79,7 @@ def hint(manifest: Checked) -> str | None:
 
 
 def written_reports(validation: Validation) -> list[Path]:
-    """Write every manifest's summary, figure and sheet of near-duplicates. Returns the summaries' paths."""
+    """Write all summaries, figures and sheets of near-duplicates. Returns the summaries' paths."""
     for manifest in validation.manifests:
         with writing(summary := manifest.place("validate.md")):
             write_whole(summary, markdown(validation, manifest))

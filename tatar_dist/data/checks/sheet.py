@@ -1,4 +1,4 @@
-"""Show a manifest's pools and a contact sheet of its images: `tatar-dist data show`; pairs of `data validate`.
+"""Draw contact sheets: of a manifest, `tatar-dist data show`; of pairs, `data validate`.
 
 A sheet shows each image above its sample id, score, task and the first words of its rationale. An image that
 does not decode is marked. Texts and scores are streamed; images are read only for the rows shown.
@@ -81,7 +81,7 @@ def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path, image_
 
 
 def near_duplicates_sheet(validation: Validation, manifest: Checked) -> bytes:
-    """Return a JPEG of the manifest's PAIRS most alike rows, each beside its held-out near-duplicate."""
+    """Return a JPEG of the PAIRS most alike rows, each beside its held-out near-duplicate."""
     tiles, opened = [], {}
     own = [pair for pair in validation.near_pairs if manifest.first <= pair[0] < manifest.first + manifest.rows]
     for row in chain(*(pair[:2] for pair in own[:PAIRS])):
@@ -160,7 +160,7 @@ def _end(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def drawn_sheet(title: str, tiles: Sequence[tuple[Manifest, int]], subtitle: str) -> tuple[Image.Image, int, int]:
-    """Draw a contact sheet of rows; return (RGB image, broken images, how many of these are absent)."""
+    """Draw a contact sheet of rows; return (RGB image, broken images, absent ones of these)."""
     across = min(ACROSS, len(tiles))
     down = -(-len(tiles) // across)
     width = 2 * MARGIN + max(across, 3) * (TILE + GAP) - GAP
