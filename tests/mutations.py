@@ -31,11 +31,16 @@ PACKING, BATCHES = ("test_packing.py",), ("test_batches.py",)
 EXPECTED, ANSWERS = ("test_expected_score.py",), ("test_evaluate_answers.py",)
 ADVANTAGES, LOSSES = ("test_advantages.py", "test_rewards.py"), ("test_losses.py",)
 GPUS, ESTIMATED = ("test_gpus.py",), ("test_simulate_estimate.py",)
-GPU_CHECK, PROOFS = ("test_gpu_check.py",), ("test_proofs.py",)
+GPU_CHECK, PROOFS, NEAR = ("test_gpu_check.py",), ("test_proofs.py",), ("test_near.py",)
 
 # name: (file below tatar_dist, text, what it becomes, tests)
 DEVICE = ("../device/test_learner.py",)
 MUTATIONS = {
+    "score: a model's own pixel limits are taken as they are": ("scoring/directory.py", "high if high < DataConfig.max_prompt_tokens * token else ModelConfig.max_pixels", "high", ("test_score_output.py",)),
+    "prompts: pixels that would not do": ("prompts/render.py", "limit + 1 - max", "limit + 99 - max", ("test_prompt_source.py",)),
+    "near: the shifts of a crop are not tried": ("data/checks/near.py", "hashes(rows.thumbnail[block], SCALES, STEPS)", "hashes(rows.thumbnail[block], SCALES, STEPS) * (np.arange(107) == 24)[:, None]", NEAR),
+    "near: any two photographs are alike": ("data/checks/near.py", "CANDIDATE, NEAR = 0.55, 0.85", "CANDIDATE, NEAR = 0.0, 0.3", NEAR),
+    "near: an image as it was stored, not upright": ("data/images.py", "_upright_rgb(small, orientation)", "_upright_rgb(small, 1)", NEAR),
     "push: NCCL where engines share GPUs": ("plan/plan.py", 'return "cuda_ipc" if config.cluster.placement == "colocated" else "nccl"', 'return "nccl"', ("test_plan.py",)),
     "push: a part has no name of its own": ("models/base.py", '"merger" if "merger" in name else "vision"', '"vision"', ("test_families.py",)),
     "status: the way back does not show": ("run/status.py", 's.push, s.push_checked = "object_store", False', "pass", ("test_status.py",)),

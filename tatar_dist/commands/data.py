@@ -115,6 +115,9 @@ def validate(
         typer.Option(metavar="OUT", help="Write what can be used: OUT.parquet, or a directory for several manifests."),
     ] = None,
     images: ImageRoot = None,
+    near_duplicates: Annotated[
+        bool, typer.Option(help="Look for pictures nearly the same in several splits, a warning with a sheet of pairs.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Check every row and picture; list duplicates and leaks between splits. Exit 2 if unusable.
@@ -148,7 +151,7 @@ def validate(
             if done:
                 progress.update(done, {})
 
-        validation = validate(manifests, output, workers, watch, images)
+        validation = validate(manifests, output, workers, watch, images, near_duplicates)
     summaries = report.written_reports(validation)
     cleaned = compare.clean(validation, clean) if clean is not None else {}
     if as_json:

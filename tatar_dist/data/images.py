@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -44,6 +44,7 @@ from PIL import (  # noqa: F401
 MAX_PIXELS = 178_956_970
 STRIP = 1 << 20  # pixels of a piece, where a conversion would need a copy of another type
 MAX_ASPECT = 200  # Qwen2.5-VL's processor refuses a longer side of more than 200 times the shorter
+THUMB = 32  # sides of a thumbnail, in pixels, whatever the picture's are
 TINY = 28  # pixels; a shorter side below one merged patch of Qwen2.5-VL (2 x 14) is scaled up before it is seen
 
 # All with a signature in their first bytes. An MPO file, a JPEG with several pictures, opens as JPEG.
@@ -73,6 +74,7 @@ class ImageFacts:
 
     notes: of `cmyk`, `16-bit`, `float`, `greyscale`, `palette`, `alpha`, `exif-rotated` (not for TIFF, which Pillow
         rotates on loading), `broken-exif`, `animated`, `several-pictures`, `tiny`, `extreme-aspect`.
+    thumbnail: (THUMB^2) bytes of grey, upright; empty if the image does not decode.
     problem: None if the image decodes; else `missing` (no bytes), `corrupt`, `truncated` or `bomb`, with `message`.
     """
 
@@ -82,6 +84,7 @@ class ImageFacts:
     notes: tuple[str, ...] = ()
     problem: str | None = None
     message: str = ""
+    thumbnail: bytes = field(default=b"", repr=False)
 
 
 class _Refused(Exception):
@@ -138,7 +141,8 @@ def inspect_image(
                 _upright_rgb(image.crop((0, 0, 1, 1)), 1)
             width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
             notes = _notes(image, deep, orientation, _frames(image, data))
-            return replace(known, width=width, height=height, notes=notes)
+            thumbnail = _thumbnail(image, orientation or 1)
+            return replace(known, width=width, height=height, notes=notes, thumbnail=thumbnail)
     except _Refused as e:
         return e.facts
     except Image.DecompressionBombError as e:
@@ -213,6 +217,14 @@ def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
     if orientation in _UPRIGHT:
         upright = upright.transpose(_UPRIGHT[orientation])
     return upright.convert("RGB") if upright is image or upright.mode != "RGB" else upright
+
+
+def _thumbnail(image: Image.Image, orientation: int) -> bytes:
+    """Scale a loaded image of any mode to ImageFacts.thumbnail, in little memory."""
+    if image.mode not in ("RGB", "L", "CMYK"):  # what Pillow averages as it is
+        image = _upright_rgb(image.resize((8 * THUMB, 8 * THUMB), Image.Resampling.NEAREST), 1)
+    small = image.resize((THUMB, THUMB), Image.Resampling.BOX, reducing_gap=2.0)
+    return _upright_rgb(small, orientation).convert("L").tobytes()
 
 
 def _boxes(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:

@@ -47,5 +47,8 @@ class PromptTexts:
             return str(e)
         limit = self._data.max_prompt_tokens
         if tokens > limit:
-            return TooLong.of("prompt", tokens, "data.max_prompt_tokens", limit)
+            p, left = self.backbone.processor.image_processor, limit + 1 - max(self.tokens.values())  # 1: placeholder
+            pixels = left * (p.patch_size * p.merge_size) ** 2
+            takes = pixels if pixels >= self.backbone.config.min_pixels else 0
+            return TooLong.of("prompt", tokens, "data.max_prompt_tokens", limit, takes)
         return tokens

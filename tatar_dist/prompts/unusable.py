@@ -12,15 +12,16 @@ HOPELESS = 64  # rows without a single usable one among them
 
 
 class TooLong(str):
-    """The reason of a sample that is longer than the setting `key` allows. tokens: its length."""
+    """The reason of a sample over `key` in tokens. pixels: max_pixels that would do, or 0."""
 
     key: str
     tokens: int
+    pixels: int
 
     @classmethod
-    def of(cls, what: str, tokens: int, key: str, limit: int) -> TooLong:
+    def of(cls, what: str, tokens: int, key: str, limit: int, pixels: int = 0) -> TooLong:
         reason = cls(f"{what} of {tokens} tokens is over {key}={limit}")
-        reason.key, reason.tokens = key, tokens
+        reason.key, reason.tokens, reason.pixels = key, tokens, pixels
         return reason
 
 
@@ -31,7 +32,7 @@ class Rejections:
         self._good = 0
         self._reasons: Counter[str] = Counter()
         self._first: dict[str, str] = {}
-        self._tokens: dict[str, int] = {}
+        self._longest: dict[str, TooLong] = {}
 
     def note(self, samples: Sequence[Sample | str], alone: bool) -> None:
         """Count samples and reasons. Raises UserError if `alone` and no sample was ever seen.
@@ -46,7 +47,7 @@ class Rejections:
             self._reasons[kind] += 1
             self._first.setdefault(kind, sample)
             if isinstance(sample, TooLong):
-                self._tokens[kind] = max(self._tokens.get(kind, 0), sample.tokens)
+                self._longest[kind] = max(self._longest.get(kind, sample), sample, key=lambda reason: reason.tokens)
         if alone and not self._good and self._reasons.total() >= HOPELESS:
             raise UserError(f"none of the first {self._reasons.total()} rows can be used: {self}")
 
@@ -55,8 +56,9 @@ class Rejections:
             return "no row was read"
         (kind, count), total = self._reasons.most_common(1)[0], self._reasons.total()
         remedy = ""
-        if kind in self._tokens:
-            remedy = f"; {kind.removeprefix('over ')}={self._tokens[kind]} would take them"
+        if longest := self._longest.get(kind):
+            scaled = f", or model.max_pixels={longest.pixels}, which scales them down" * (longest.pixels > 0)
+            remedy = f"; {longest.key}={longest.tokens} would take them{scaled}"
         elif "No such file" in kind:
             remedy = "; data.image_root=DIRECTORY says where the pictures are"
         return f"{count} of {total} rejected rows for one reason: {self._first[kind]}{remedy}"

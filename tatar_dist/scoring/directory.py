@@ -16,13 +16,12 @@ from typing import Any
 
 from tatar_dist.assets import CONFIGS, locate, looked_in
 from tatar_dist.config.load import load_config
-from tatar_dist.config.schema import Config, ModelConfig, RolloutConfig
+from tatar_dist.config.schema import Config, DataConfig, ModelConfig, RolloutConfig
 from tatar_dist.config.validate import read_yaml
 from tatar_dist.errors import UserError
 from tatar_dist.models.files import check_adapter, check_files
 
 PROMPTS = "prompts.yaml"
-UNTOUCHED = 12_845_056  # max_pixels of Qwen's own processors: more tokens than a context holds
 
 
 def model_config(model: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -53,7 +52,7 @@ def model_config(model: str | os.PathLike[str], overrides: Sequence[str] = ()) -
         "model.family": kind,
         "model.dtype": "float32" if dtype == "float32" else ModelConfig.dtype,
         "model.min_pixels": low,
-        "model.max_pixels": ModelConfig.max_pixels if high == UNTOUCHED else high,
+        "model.max_pixels": high,
         "data.prompts": json.dumps(str(_prompts(directory))),
         "data.iqa_fraction": 1.0,  # nothing is learned here: no rule about the length of what is rewarded
         "cluster.gpus_per_node": 0,
@@ -82,7 +81,8 @@ def _pixels(directory: Path) -> tuple[int, int]:
     high = settings.get("max_pixels") or size.get("longest_edge")
     if not (isinstance(low, int) and isinstance(high, int)):
         raise UserError(f"{directory}: no processor_config.json in it says how many pixels a picture may have")
-    return low, high
+    token = (settings.get("patch_size", 14) * settings.get("merge_size", 2)) ** 2  # pixels; Qwen's own limit: 16,384
+    return low, high if high < DataConfig.max_prompt_tokens * token else ModelConfig.max_pixels
 
 
 def run_of(directory: Path) -> Path | None:

@@ -399,6 +399,22 @@ def test_a_limit_that_no_row_meets_is_said_at_once_with_the_value_that_would_do(
     assert len(list(source.held_out(manifests, None))) == 90
 
 
+def test_pictures_too_large_for_a_prompt_are_said_with_the_pixels_that_would_do(make_source, tmp_path):
+    write_manifest(tmp_path / "m.parquet", [row(i, image_bytes=png(i, (300 + i, 200))) for i in range(90)])
+    manifests = [read_manifest(tmp_path / "m.parquet")]
+    short = make_source()
+    limit = max(short.texts.tokens.values()) + short.texts.backbone.image_tokens(SIDE, SIDE) + 40
+    own = make_source(f"output={tmp_path / 'own'}", f"data.max_prompt_tokens={limit}", "model.max_pixels=12845056")
+    with pytest.raises(UserError) as refused:
+        list(own.held_out(manifests, None))
+    told = re.search(r" would take them, or model.max_pixels=(\d+), which scales them down$", str(refused.value))
+    words = (f"data.max_prompt_tokens={limit}", f"model.max_pixels={told[1]}")
+    taken = make_source(f"output={tmp_path / 'taken'}", *words)
+    assert len(list(taken.held_out(manifests, None))) == 90
+    tokens = [taken.texts.tokens_with((3000, 2000), task) for task in taken.texts.tokens]
+    assert limit - 10 < max(tokens) <= limit  # as large as it may be
+
+
 def test_a_manifest_away_from_its_pictures_is_said_at_once(make_source, tmp_path):
     rows = [row(i) | {"image_bytes": None, "image": f"{i}.png"} for i in range(90)]
     write_manifest(tmp_path / "m.parquet", rows)

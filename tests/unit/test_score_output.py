@@ -229,6 +229,19 @@ def test_a_model_is_asked_as_its_own_files_say(tmp_path):
     assert config.data.prompts == str(tmp_path / "prompts.yaml")  # its own wording before ours
 
 
+def test_a_model_with_its_own_pixel_limits_scales_a_photograph_to_what_a_prompt_takes(tmp_path):
+    weightless(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    settings = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "merge_size": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))  # as released
+    assert model_config(tmp_path).model.max_pixels == 1572864  # 1,536 tokens
+    for pixels, taken in ((3071 * 32**2, 3071 * 32**2), (3072 * 32**2, 1572864)):
+        settings["size"]["longest_edge"] = pixels
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+        assert model_config(tmp_path).model.max_pixels == taken
+    assert model_config(tmp_path, ["model.max_pixels=16777216"]).model.max_pixels == 16777216
+
+
 def test_a_checkpoint_is_asked_as_its_run_was(tmp_path):
     model = tmp_path / "a: run/checkpoints/step_000100/model"
     model.mkdir(parents=True)

@@ -36,7 +36,9 @@ def test_a_clean_manifest_passes_and_leaves_its_reports(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] and found["rows"] == 30 and not found["unusable"] and found["verdict"].startswith("All 30 rows")
     assert found["manifests"][0]["pools"][0]["rationales"] == 15
-    assert (tmp_path / "m.validate.md").read_text().splitlines()[2] == "**All 30 rows can be used and no split leaks.**"
+    assert (tmp_path / "m.validate.md").read_text().splitlines()[
+        2
+    ] == "**All 30 rows can be used. One split: nothing to compare.**"
     assert Image.open(tmp_path / "m.validate.png").size[0] > 1000
     assert (tmp_path / "m.problems.jsonl").read_text() == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == [

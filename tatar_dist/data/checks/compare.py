@@ -1,4 +1,4 @@
-"""Log duplicates, conflicts, leaks over all manifests of `data validate`; write clean ones.
+"""Log (near-)duplicates, conflicts, leaks over all manifests of `data validate`; clean them.
 
 Arrays run over the rows of all manifests. Ids and scores are read once more from the files, and kept only for rows that
 have something in common. `clean` writes new manifests without the rows that cannot be used, leak (on the side not held
@@ -8,12 +8,13 @@ out), or repeat an image of their pool; image files are not moved.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from tatar_dist.data.checks.near import near_duplicates
 from tatar_dist.data.checks.validation import (
     DUPLICATE,
     KEEP,
@@ -37,11 +38,12 @@ FATES = {"kept": KEEP, "unusable": UNUSABLE, "leaked": LEAKED, "duplicate": DUPL
 NAMED = 3  # rows that a message names; the rest are counted
 
 
-def compare(checked: Sequence[Checked], rows: ValidationRows) -> np.ndarray:
-    """Log duplicate ids and images, conflicting scores and leaks; return (rows,) uint8 fates.
+def compare(checked: list[Checked], rows: ValidationRows, tick: Callable[[], None] | None) -> Validation:
+    """Log duplicate ids and images, conflicting scores, leaks, near-duplicates; return all.
 
     Rows that share a picture or a reference leak if they lie in several splits: those outside the last one of SPLITS
-    are LEAKED. The later ones of identical images in a pool are DUPLICATE.
+    are LEAKED. The later ones of identical images in a pool are DUPLICATE. Near-duplicates across splits are a warning
+    and change no fate. tick: called while they are sought; None: they are not.
     """
     _mark_duplicate_ids(checked, rows)
     fate = np.where(rows.unusable, UNUSABLE, KEEP).astype(np.uint8)
@@ -57,7 +59,8 @@ def compare(checked: Sequence[Checked], rows: ValidationRows) -> np.ndarray:
         for group in groups
         if split[group].min() < split[group].max()
     ]
-    log = _RowLog(checked, [*pictures, *(group for *_, group in leaks)])
+    alike, pairs, looked_at = near_duplicates(rows, split, tick) if tick else ([], 0, None)
+    log = _RowLog(checked, [*pictures, *(group for *_, group in leaks), *(np.array(pair[:2]) for pair in alike)])
     for code, what, group in leaks:
         protected = split[group].max()
         inside = group[split[group] == protected]
@@ -65,6 +68,9 @@ def compare(checked: Sequence[Checked], rows: ValidationRows) -> np.ndarray:
             fate[row] = LEAKED
             where = f"{SPLITS[protected]}: {log.names(inside, row)}"
             log.add(row, code, f"split {SPLITS[split[row]]}, but {what} is in split {where}")
+    for row, held, likeness in alike:
+        where = f"{SPLITS[split[held]]}: {log.names([held], row)}, correlation {likeness:.2f}"
+        log.add(row, "near-duplicate", f"split {SPLITS[split[row]]}, but nearly the same picture is in split {where}")
     for group in pictures:
         for pool in np.unique(rows.pool[group]):
             same = group[rows.pool[group] == pool]
@@ -80,7 +86,19 @@ def compare(checked: Sequence[Checked], rows: ValidationRows) -> np.ndarray:
                 scores = f"scores {log.score(lowest):g} to {log.score(highest):g}"
                 names = log.names([lowest, highest], same[0])
                 log.add(same[0], "conflicting-scores", f"{len(same)} identical pictures, {scores}: {names}")
-    return fate
+    return Validation(checked, fate, _compared(rows, split, looked_at), alike, pairs)
+
+
+def _compared(rows: ValidationRows, split: np.ndarray, looked_at: int | None) -> str:
+    """Say what of these rows was compared between splits, and what not; "" for one split."""
+    if len(np.unique(split)) < 2:
+        return ""
+    known, total = int((rows.reference != 0).sum()), len(split)
+    references = f"references of {known:,} of {total:,} rows" if known else "references, which are unknown"
+    looks = "looks (--no-near-duplicates)" if looked_at is None else f"the looks of {looked_at:,} of {total:,} pictures"
+    parts = {"file bytes": True, references: known > 0, looks: looked_at is not None}
+    done, left = (", ".join(part for part, was in parts.items() if was == wanted) for wanted in (True, False))
+    return f"Compared between splits: {done}." + (f" Not compared: {left}." if left else "")
 
 
 def _groups(keys: np.ndarray, present: np.ndarray) -> list[np.ndarray]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 import unicodedata
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tatar_dist.data.checks.sheet import near_duplicates_sheet
 from tatar_dist.data.checks.validation import BINS, MEANING, WARNINGS, Checked, PoolFacts, Validation
 from tatar_dist.run.files import write_whole, writing
 
@@ -41,12 +44,15 @@ def plain(text: str) -> str:
 
 
 def verdict(validation: Validation) -> str:
-    """Return one sentence: whether the data can be used, and if not, how much of it cannot."""
+    """Say whether the data can be used and what was compared between splits, or how much cannot."""
     if not validation.rows:
         return "No rows: there is nothing to check."
     if validation.ok:
         warned = f"; {counted(validation.warnings, 'warning')}" if validation.warnings else ""
-        return f"All {counted(validation.rows, 'row')} can be used and no split leaks{warned}."
+        alike = f", but {counted(validation.near, 'pair')} of pictures across splits are nearly the same"
+        leaks = (alike if validation.near else " and no split leaks") if validation.compared else ""
+        compared = validation.compared or "One split: nothing to compare."
+        return f"All {counted(validation.rows, 'row')} can be used{leaks}{warned}. {compared}"
     parts = [f"{path.name} has no rows" for path in validation.without_rows]
     if validation.unusable:
         parts.append(f"{validation.unusable:,} of {counted(validation.rows, 'row')} cannot be used")
@@ -56,6 +62,16 @@ def verdict(validation: Validation) -> str:
     return " and ".join(parts) + "."
 
 
+def alone(validation: Validation, manifest: Checked) -> Validation:
+    """Return the part of the result that concerns one manifest."""
+    return replace(validation, manifests=[manifest], fate=validation.fate_of(manifest))
+
+
+def near_sheet(manifest: Checked) -> Path | None:
+    """Return the path of the manifest's sheet of near-duplicates; None if it has none."""
+    return manifest.place("near-duplicates.jpg") if manifest.log.counts["near-duplicate"] else None
+
+
 def hint(manifest: Checked) -> str | None:
     """Suggest --images if none of many image files exists, a single mistake; else return None."""
     wrong_root = manifest.absent == manifest.files and 2 * manifest.files > manifest.rows
@@ -63,7 +79,7 @@ def hint(manifest: Checked) -> str | None:
 
 
 def written_reports(validation: Validation) -> list[Path]:
-    """Write every manifest's summary, and a figure if it has rows. Returns the summaries' paths."""
+    """Write all summaries, figures and sheets of near-duplicates. Returns the summaries' paths."""
     for manifest in validation.manifests:
         with writing(summary := manifest.place("validate.md")):
             write_whole(summary, markdown(validation, manifest))
@@ -71,6 +87,10 @@ def written_reports(validation: Validation) -> list[Path]:
             drawn.unlink(missing_ok=True)  # of an earlier run
             if manifest.rows:
                 write_whole(drawn, picture(validation, manifest))
+        with writing(drawn := manifest.place("near-duplicates.jpg")):
+            drawn.unlink(missing_ok=True)
+            if near_sheet(manifest):
+                write_whole(drawn, near_duplicates_sheet(validation, manifest))
     return [manifest.place("validate.md") for manifest in validation.manifests]
 
 
@@ -92,7 +112,8 @@ def markdown(validation: Validation, manifest: Checked) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         validation=validation,
         manifest=manifest,
-        alone=Validation([manifest], validation.fate_of(manifest)),
+        alone=alone(validation, manifest),
+        sheet=near_sheet(manifest),
         others=[m.path.name for m in validation.manifests if m is not manifest],
         hint=hint(manifest),
         meaning=MEANING,
@@ -115,11 +136,12 @@ def as_json(validation: Validation) -> dict[str, Any]:
             "summary": str(m.place("validate.md")),
             "picture": str(m.place("validate.png")) if m.rows else None,
             "problems_file": str(m.log.path),
+            "near_duplicates": str(sheet) if (sheet := near_sheet(m)) else None,
             "hint": hint(m),
         }
         for m in validation.manifests
     ]
-    numbers = {k: getattr(validation, k) for k in ("ok", "rows", "unusable", "leaking", "warnings")}
+    numbers = {k: getattr(validation, k) for k in ("ok", "rows", "unusable", "leaking", "near", "warnings")}
     return numbers | {"verdict": verdict(validation), "manifests": manifests}
 
 
@@ -149,6 +171,8 @@ def print_summary(validation: Validation, console: Console) -> None:
     console.print(pools)
     for m in validation.manifests:
         console.print(Text(f"summary {m.place('validate.md')}", style="dim"), soft_wrap=True)
+        if sheet := near_sheet(m):
+            console.print(Text(f"pairs   {sheet}", style="dim"), soft_wrap=True)
 
 
 def picture(validation: Validation, manifest: Checked) -> bytes:
@@ -160,9 +184,8 @@ def picture(validation: Validation, manifest: Checked) -> bytes:
     across = min(3, len(shown))
     down = -(-len(shown) // across)
     figure = Figure(figsize=(9.6, 2.25 * down + 0.9), dpi=130, layout="constrained")
-    alone = Validation([manifest], validation.fate_of(manifest))
-    title = printable(f"{manifest.path.name}: {verdict(alone)}")
-    color = INK if alone.ok else RED
+    title = textwrap.fill(printable(f"{manifest.path.name}: {verdict(alone(validation, manifest))}"), 90)
+    color = INK if alone(validation, manifest).ok else RED
     # parse_math: `$` in a name is literal
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=color, weight="bold", parse_math=False)
     panels = figure.subplots(down, across, squeeze=False, sharex=True).ravel()

@@ -1,31 +1,34 @@
-"""Show a manifest's pools and a contact sheet of its images: `tatar-dist data show`.
+"""Draw contact sheets: of a manifest, `tatar-dist data show`; of pairs, `data validate`.
 
-The sheet is a PNG with each image above its sample id, score, task and the first words of its rationale. An image that
+A sheet shows each image above its sample id, score, task and the first words of its rationale. An image that
 does not decode is marked. Texts and scores are streamed; images are read only for the rows shown.
 """
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tatar_dist.data.checks.validation import Key, PoolFacts, rows_by_pool
+from tatar_dist.data.checks.validation import Checked, Key, PoolFacts, Validation, rows_by_pool
 from tatar_dist.data.images import UnreadableImage, decode_image
-from tatar_dist.data.manifest import Manifest, read_manifest
+from tatar_dist.data.manifest import Manifest, open_parquet, read_manifest
+from tatar_dist.data.schema import SCHEMA
 from tatar_dist.errors import UserError
 from tatar_dist.run.files import probe, writing, written_whole
 
 SORTS = {"score": "from the lowest score to the highest", "random": "at random", "row": "in the order of the file"}
 SCALE = 2  # pixels a point, so that small type is crisp
 TILE, CAPTION, GAP, MARGIN, HEAD = 190, 74, 18, 28, 58  # points
-ACROSS = 6
+ACROSS, PAIRS = 6, 24  # tiles in a line; pairs on a sheet of near-duplicates
 PAPER, TILE_PAPER, INK, QUIET, RED = "#ffffff", "#f3f5f7", "#22303c", "#71808c", "#b8433b"
 TASK_INK = {"iqa": "#2f6f94", "iaa": "#a9701f"}
 
@@ -67,13 +70,36 @@ def show(path: Path, n: int, sort: str, dataset: str | None, sheet: Path, image_
         there = ", ".join(sorted({p.dataset for p in manifest.pools}))
         raise UserError(f"{path}: " + (f"no row of data set {dataset!r}; it has {there}" if there else "has no rows"))
     chosen = chosen_rows(rows, scores, n, sort)
-    page, broken, absent = drawn_sheet(manifest, chosen, f"{len(chosen)} of {len(rows):,} rows, {SORTS[sort]}")
+    subtitle = f"{len(chosen)} of {len(rows):,} rows, {SORTS[sort]}"
+    page, broken, absent = drawn_sheet(path.name, [(manifest, row) for row in chosen], subtitle)
     with writing(sheet):
         sheet.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(sheet) as place:
             page.save(place, "PNG")
     where = "pictures in the rows" if manifest.embedded else f"pictures in {manifest.image_root}"
     return Shown(path, len(manifest), pools, where, chosen, broken, absent, sheet)
+
+
+def near_duplicates_sheet(validation: Validation, manifest: Checked) -> bytes:
+    """Return a JPEG of the PAIRS most alike rows, each beside its held-out near-duplicate."""
+    tiles, opened = [], {}
+    own = [pair for pair in validation.near_pairs if manifest.first <= pair[0] < manifest.first + manifest.rows]
+    for row in chain(*(pair[:2] for pair in own[:PAIRS])):
+        home = next(m for m in validation.manifests if m.first <= row < m.first + m.rows)
+        if home.first not in opened:
+            file, *_ = open_parquet(home.path)
+            with file:
+                starts = np.cumsum([0, *(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))])
+                columns = tuple(
+                    n for n in SCHEMA.names if n in file.schema_arrow.names
+                )  # read_manifest checks all rows
+            opened[home.first] = Manifest(home.path, (), starts, columns, home.root, True, "")
+        tiles.append((opened[home.first], row - home.first))
+    shown = f"{len(tiles) // 2} of {len(own):,} rows with a near-duplicate in a held-out split, the most alike first"
+    page, *_ = drawn_sheet(manifest.path.name, tiles, f"{shown}: left the row, right the held-out one")
+    buffer = io.BytesIO()
+    page.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 def _survey(manifest: Manifest, dataset: str | None) -> tuple[list[PoolFacts], np.ndarray, np.ndarray]:
@@ -133,18 +159,18 @@ def _end(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     return "…"
 
 
-def drawn_sheet(manifest: Manifest, chosen: Sequence[int], subtitle: str) -> tuple[Image.Image, int, int]:
-    """Draw the contact sheet; return (RGB image, broken images, how many of these are absent)."""
-    across = min(ACROSS, len(chosen))
-    down = -(-len(chosen) // across)
+def drawn_sheet(title: str, tiles: Sequence[tuple[Manifest, int]], subtitle: str) -> tuple[Image.Image, int, int]:
+    """Draw a contact sheet of rows; return (RGB image, broken images, absent ones of these)."""
+    across = min(ACROSS, len(tiles))
+    down = -(-len(tiles) // across)
     width = 2 * MARGIN + max(across, 3) * (TILE + GAP) - GAP
     height = HEAD + MARGIN + down * (TILE + CAPTION + GAP)
     page = Image.new("RGB", (width * SCALE, height * SCALE), PAPER)
     pen = ImageDraw.Draw(page)
-    pen.text((MARGIN * SCALE, 16 * SCALE), " ".join(manifest.path.name.split()), INK, _font(16, True))
+    pen.text((MARGIN * SCALE, 16 * SCALE), " ".join(title.split()), INK, _font(16, True))
     pen.text((MARGIN * SCALE, 37 * SCALE), subtitle, QUIET, _font(10))
     broken = absent = 0
-    for k, row in enumerate(chosen):
+    for k, (manifest, row) in enumerate(tiles):
         x = (MARGIN + k % across * (TILE + GAP)) * SCALE
         y = (HEAD + k // across * (TILE + CAPTION + GAP)) * SCALE
         values, data = manifest.row(row), None

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tatar_dist.data.images import THUMB
 from tatar_dist.data.manifest import image_path, open_parquet
 from tatar_dist.data.schema import REQUIRED, SCHEMA, IdCheck, json_object
 from tatar_dist.run.files import probe, writing, written_whole
@@ -57,6 +58,7 @@ ERRORS = {
 }
 WARNINGS = {
     "conflicting-scores": "identical pictures, different scores",
+    "near-duplicate": "nearly the same picture is in a held-out split",
     "duplicate-image": "the same picture again in the same pool",
     "scores-constant": "all scores of a pool are equal",
     "scores-few": "a pool has a handful of distinct scores",
@@ -215,19 +217,27 @@ class ValidationRows:
     reference: np.ndarray  # (n,) int64
     pool: np.ndarray  # (n,) int32, a place in `pools`
     unusable: np.ndarray  # (n,) bool
+    thumbnail: np.ndarray  # (n, THUMB^2) uint8
     pools: list[Key] = field(default_factory=list)
 
     @classmethod
     def of(cls, n: int) -> ValidationRows:
-        return cls(np.zeros((n, 2), np.uint64), np.zeros(n, np.int64), np.zeros(n, np.int32), np.zeros(n, bool))
+        keys = np.zeros((n, 2), np.uint64), np.zeros(n, np.int64), np.zeros(n, np.int32)
+        return cls(*keys, np.zeros(n, bool), np.zeros((n, THUMB**2), np.uint8))
 
 
 @dataclass
 class Validation:
-    """Result of a validation. `fate` (rows,) uint8: see compare.compare."""
+    """Result of a validation. `fate` (rows,) uint8: see compare.compare.
+
+    compared: a sentence. near_pairs: near.Alike of rows over all manifests. near: number of all pairs.
+    """
 
     manifests: list[Checked]
     fate: np.ndarray
+    compared: str = ""
+    near_pairs: Sequence[tuple[int, int, float]] = ()
+    near: int = 0
 
     @property
     def rows(self) -> int:
