@@ -71,7 +71,10 @@ class SftRows:
 
 
 def dropped(sample: Sample, config: Config, step: int) -> Sample:
-    """Return the sample, without its rationale as often as `sft.thought_dropout` says; the same whenever called."""
+    """Return the sample, without its rationale as often as `sft.thought_dropout` says.
+
+    The same arguments give the same result, so that a resumed run is the uninterrupted one.
+    """
     p = getattr(config.sft.thought_dropout, sample.task)
     draw = random.Random(f"{config.seed} {step} {sample.dataset} {sample.sample_id}").random()
     return replace(sample, rationale=None) if draw < p else sample

@@ -243,7 +243,7 @@ class PromptSource:
         return prompts
 
     def sft_row(self, sample: Sample) -> LearnerRow:
-        """Return a sample's supervised row: rationale, if any, score with two decimals, end-of-turn token."""
+        """Return a sample's supervised row: rationale if any, score (two decimals), end of turn."""
         answer = answer_text((sample.rationale or "").strip() or None, sample.score)
         ids = self.backbone.tokenizer(answer, add_special_tokens=False)["input_ids"]
         return LearnerRow(

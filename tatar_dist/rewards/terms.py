@@ -113,7 +113,7 @@ def length(words: np.ndarray, iaa: np.ndarray, parsed: np.ndarray, params: Lengt
 
 
 def cost(tokens: np.ndarray, iaa: np.ndarray, parsed: np.ndarray, params: CostParams) -> np.ndarray:
-    """Return (N,) float64 in [0, 1] from (N,) tokens of completions and (N,) bool `iaa` and `parsed`.
+    """Return (N,) float64 in [0, 1] from (N,) numbers of tokens, (N,) bool `iaa` and `parsed`.
 
     Raises:
         UserError: the number of tokens of a row is unknown.
