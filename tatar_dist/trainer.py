@@ -254,9 +254,11 @@ class Run:
         learners = self._cluster.learners(self.plan.learners, again=restart)
         if self.stage == "grpo" and not restart:
             self._start_engines()
-        elif self.stage == "grpo" and self.colocated:
-            self.engines.relaunch()
-            self.engines.sleep()
+        elif self.stage == "grpo":
+            self.engines.relaunch()  # they load beside the learners, whose places are taken
+            if self.colocated:
+                self.engines.relaunched()
+                self.engines.sleep()
         facts = learners.setup(self.stage, self._total)
         each = {k + "s": [f[k] for f in facts] for k in ("pid", "host", "node", "gpu")}
         self._log("learners/ready", world_size=len(learners.actors), **each)
