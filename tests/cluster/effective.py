@@ -2,8 +2,8 @@
 
     effective time = steps that survive x median step without a fault / wall time
 
-Wall time is from the first `run/start` to the last event. A step survives if no restart made it again. A step is without
-a fault if all engines were healthy from its beginning to its end and nothing failed meanwhile.
+Wall time is from the first `run/start` to the last event. A step survives if no restart made it again. A step is
+without a fault if all engines were healthy from its beginning to its end and nothing failed meanwhile.
 """
 
 from __future__ import annotations
