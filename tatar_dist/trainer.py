@@ -129,12 +129,13 @@ class Run:
             yield
         except StopRequested:
             self._stopping = True
-        except (LearnersFailed, Stalled) as e:
-            self._recover(e)
-        except RunError:
-            with suppress(Exception):
-                self._checkpoints.finish(strict=False)  # a good one that is being written stays
-            raise
+        except RunError as e:
+            try:
+                self._recover(e)
+            except RunError:
+                with suppress(Exception):
+                    self._checkpoints.finish(strict=False)  # a good one that is being written stays
+                raise
 
     def finish(self, step: int, metrics: dict[str, float]) -> None:
         """Log a finished step, save when due, end the run after a signal."""
@@ -298,10 +299,10 @@ class Run:
 
     # -- faults and stops --------------------------------------------------------------------------------------------
 
-    def _recover(self, e: LearnersFailed | Stalled) -> None:
+    def _recover(self, e: RunError) -> None:
         """End the learners, to restart from the last checkpoint. Raises `e` if no retry is allowed."""
-        if not self._was_up:  # they never came up: an error in the setup rather than a fault
-            raise e
+        if not self._was_up or not isinstance(e, LearnersFailed | Stalled):
+            raise e  # where they never came up it is an error in the setup rather than a fault
         if isinstance(e, Stalled):
             if e.action != "restart":
                 raise e

@@ -16,6 +16,7 @@ import json
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -66,6 +67,7 @@ class Chaos:
         self.costs: dict[str, list[float]] = {}
         self.faults = {
             "engine killed": lambda: self._signal(self._engine(), "KILL"),
+            "engine out of memory": self._out_of_memory,
             "engine hung": lambda: self._signal(self._engine(), "STOP"),
             "learner killed": lambda: self._signal(self._learner(), "KILL"),
             "learner hung": lambda: self._signal(self._learner(), "STOP"),
@@ -148,6 +150,17 @@ class Chaos:
         name, pid = target
         host: Host = self.hosts.named(name)
         if host.run(["kill", f"-{signal}", str(pid)]).returncode:
+            return None
+        return f"{name}:{pid}"
+
+    def _out_of_memory(self) -> str | None:
+        target = self._engine()
+        if target is None:
+            return None
+        name, pid = target
+        try:
+            self.hosts.named(name).out_of_memory(pid)
+        except (TimeoutError, subprocess.CalledProcessError):  # it was replaced in between
             return None
         return f"{name}:{pid}"
 
