@@ -77,7 +77,9 @@ node() {
                 say "the first node is gone after TATAR_MAX_REQUEUES=${TATAR_MAX_REQUEUES:-20} requeues: cancelled"
                 scancel "$SLURM_JOB_ID"
             else
-                say "the first node is gone: the job is requeued, it goes on from its last checkpoint"
+                # srun, which wrote this step's log, went with the first node
+                say "the first node is gone: requeued, it goes on from its last checkpoint" \
+                    2>>"$TATAR_JOB/${SLURMD_NODENAME:-$HOSTNAME}.log"
                 scontrol requeue "$SLURM_JOB_ID" || true # another node may have done so
             fi
         fi

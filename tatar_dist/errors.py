@@ -23,7 +23,7 @@ class LearnersFailed(RunError):
 
 
 class PushCutShort(LearnersFailed):
-    """Learners failed in a weight push; its engines live on and wait for the next. `failed`: those that do not."""
+    """Learners failed in a push; its engines wait for the next, except `failed` {index: reason}."""
 
     def __init__(self, message: str, failed: dict[int, str]) -> None:
         super().__init__(message)

@@ -207,7 +207,7 @@ class RolloutEngine:
         return self.version
 
     def abandon_update(self) -> None:
-        """End a push that was cut short; the weights are of two versions, and the next push replaces all of them."""
+        """End a push that was cut short: the weights are of two versions until the next push."""
         if self._updating is not None:
             self.finish_update()
         self.version = -1

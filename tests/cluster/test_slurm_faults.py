@@ -73,6 +73,8 @@ def lose_nodes(slurm: Slurm, hosts: Hosts, job: str, run: Path) -> None:
     first.power_off()
     lost = time.time()
     wait_until(lambda: slurm.job(job)["JobState"] in ("PENDING", "REQUEUED"), 300, "the second node requeues the job")
+    (log,) = run.parent.glob("logs/*/node2.log")
+    assert "grpo: the first node is gone: requeued" in log.read_text(errors="replace")
     first.power_on()
     slurm.start_node(first)
     after(run, "run/start", lost)
