@@ -158,7 +158,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _intact(file: Path, used: Callable[[Any], Any]) -> list[dict[str, Any]]:
-    """Read the JSON lines on which `used` works; move the others to FILE.damaged, named on stderr."""
+    """Read the JSON lines on which `used` works; move others to FILE.damaged and name them."""
     rows, damaged = [], {}
     for number, line in enumerate(file.read_bytes().splitlines() if file.exists() else [], 1):
         try:
