@@ -1,11 +1,10 @@
 """Faults of a job on a real Slurm: its wall-time limit, a node whose Ray dies and joins again, the first node's death.
 
-A job that is started again makes each step of the record once. CLUSTER_FAULTS=all (nightly): all of them.
+A job that is started again makes each step of the record once.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tatar_dist.run.events import read_events
 
 STEPS = 120  # more than are made before a fault
 WORDS = [f"grpo.max_steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=1", "cluster.learner_placement=spread"]
-FAULTS = ["wall-time limit", "nodes"] if os.environ.get("CLUSTER_FAULTS") == "all" else ["wall-time limit"]
+FAULTS = ["wall-time limit", pytest.param("nodes", marks=pytest.mark.nightly)]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
