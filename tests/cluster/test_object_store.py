@@ -48,6 +48,7 @@ def fill_at(monkeypatch: pytest.MonkeyPatch):
     return at.add
 
 
+@pytest.mark.nightly
 def test_a_full_object_store_ends_the_run_with_one_line_or_costs_a_restart(
     words: list[str], small_store: None, fill_at, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
