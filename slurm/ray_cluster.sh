@@ -79,7 +79,7 @@ node() {
             else
                 # srun, which wrote this step's log, went with the first node
                 say "the first node is gone: requeued, it goes on from its last checkpoint" \
-                    2>>"$TATAR_JOB/${SLURMD_NODENAME:-$HOSTNAME}.log"
+                    2>>"$TATAR_JOB/${SLURMD_NODENAME:-$HOSTNAME}.log" || true
                 scontrol requeue "$SLURM_JOB_ID" || true # another node may have done so
             fi
         fi
