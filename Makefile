@@ -61,7 +61,7 @@ test: setup
 	exit $$bad
 
 test-cluster: setup
-	@.venv/bin/python -m pytest tests/cluster $(ARGS)
+	@.venv/bin/python -m pytest -m "not nightly" tests/cluster $(ARGS)
 
 test-cuda-build:
 	@DEVICE=cuda TORCH_INDEX=$(CUDA_INDEX) bash launch/setup.sh .venv-cuda
@@ -80,7 +80,9 @@ nightly: setup
 	@SHARDS=all .venv/bin/python -m pytest tests/integration/test_shards.py
 	@DEVICE_LAYERS=all .venv/bin/python -m pytest --timeout 3600 -s tests/device/test_memory.py
 	@EXPORT_IMAGES=25 .venv/bin/python -m pytest --timeout 3600 tests/integration/test_export.py
+	@.venv/bin/python -m pytest -m nightly tests/cluster
 	@.venv/bin/python tests/cluster/chaos.py --minutes 30 --seed 30 --output runs/chaos
+	@.venv/bin/python tests/cluster/chaos.py --minutes 20 --every 120 --seed 7 --output runs/chaos-120
 	@bad=0; $(MAKE) test-cuda-build ARGS= || bad=1; \
 	$(MAKE) bench PLOT=1 BENCHES="$(BENCHES) overlap staleness simulate" || bad=1; $(MAKE) bench-trl || bad=1; exit $$bad
 

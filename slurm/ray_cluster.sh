@@ -3,7 +3,8 @@
 # and call `run_stage STAGE ARGUMENTS...`; on each node srun executes it as `ray_cluster.sh node|driver COMMAND...`.
 #
 # The job ends with the stage's exit status. A stage that was asked to stop and has left its checkpoint (75), or that
-# was killed, is requeued and goes on where it was. A node whose Ray ends while the job lives starts it again.
+# was killed, is requeued and goes on where it was. A node whose Ray ends while the job lives starts it again; one that
+# finds the first node gone requeues the job: with --no-kill Slurm leaves such a job running without its script.
 #
 # Environment, all optional:
 #   TATAR_ACTIVATE       script sourced on every node first (modules, conda, venv); default: .venv/bin/activate
@@ -43,6 +44,16 @@ temp_dir() {
     echo "${TATAR_TMPDIR:-/tmp}/tatar-${SLURM_JOB_ID:-JOB}"
 }
 
+# Slurm has taken the node of the job's script out of the job
+first_node_is_gone() {
+    local facts first
+    facts=$(scontrol show job "$SLURM_JOB_ID") || return 1
+    [[ $facts =~ [[:space:]]BatchHost=([^[:space:]]+) ]] || return 1
+    first=${BASH_REMATCH[1]}
+    [[ $facts =~ [[:space:]]NodeList=([^[:space:]]+) ]] || return 1
+    ! scontrol show hostnames "${BASH_REMATCH[1]}" | grep -qx "$first"
+}
+
 # node COMMAND...: keeps `ray start --block` running. Before the whole cluster was up once, a failure is final.
 node() {
     local child='' delay=1 status directory
@@ -61,6 +72,17 @@ node() {
         status=0
         wait "$child" || status=$?
         [[ -e $TATAR_JOB/up ]] || die 1 "ray start ended with $status on ${SLURMD_NODENAME:-$HOSTNAME}"
+        if first_node_is_gone; then
+            if ((${SLURM_RESTART_COUNT:-0} >= ${TATAR_MAX_REQUEUES:-20})); then
+                say "the first node is gone after TATAR_MAX_REQUEUES=${TATAR_MAX_REQUEUES:-20} requeues: cancelled"
+                scancel "$SLURM_JOB_ID"
+            else
+                # srun, which wrote this step's log, went with the first node
+                say "the first node is gone: requeued, it goes on from its last checkpoint" \
+                    2>>"$TATAR_JOB/${SLURMD_NODENAME:-$HOSTNAME}.log" || true
+                scontrol requeue "$SLURM_JOB_ID" || true # another node may have done so
+            fi
+        fi
         say "ray start ended with $status on ${SLURMD_NODENAME:-$HOSTNAME}; again in $delay s"
         sleep "$delay"
         delay=$((delay < 30 ? delay * 2 : 60))

@@ -22,6 +22,14 @@ class LearnersFailed(RunError):
     """A learner died, failed or was late; all learners restart from the last checkpoint."""
 
 
+class PushCutShort(LearnersFailed):
+    """Learners failed in a push; its engines wait for the next, except `failed` {index: reason}."""
+
+    def __init__(self, message: str, failed: dict[int, str]) -> None:
+        super().__init__(message)
+        self.failed = failed
+
+
 class Interrupted(Exception):
     """The run stopped because it was asked to. `status`: its exit status."""
 

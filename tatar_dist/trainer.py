@@ -129,12 +129,13 @@ class Run:
             yield
         except StopRequested:
             self._stopping = True
-        except (LearnersFailed, Stalled) as e:
-            self._recover(e)
-        except (RunError, UserError):
-            with suppress(Exception):
-                self._checkpoints.finish(strict=False)  # a good one that is being written stays
-            raise
+        except (RunError, UserError) as e:
+            try:
+                self._recover(e)
+            except (RunError, UserError):
+                with suppress(Exception):
+                    self._checkpoints.finish(strict=False)  # a good one that is being written stays
+                raise
 
     def finish(self, step: int, metrics: dict[str, float]) -> None:
         """Log a finished step, save when due, end the run after a signal."""
@@ -254,9 +255,11 @@ class Run:
         learners = self._cluster.learners(self.plan.learners, again=restart)
         if self.stage == "grpo" and not restart:
             self._start_engines()
-        elif self.stage == "grpo" and self.colocated:
-            self.engines.relaunch()
-            self.engines.sleep()
+        elif self.stage == "grpo":
+            self.engines.relaunch()  # they load beside the learners, whose places are taken
+            if self.colocated:
+                self.engines.relaunched()
+                self.engines.sleep()
         facts = learners.setup(self.stage, self._total)
         each = {k + "s": [f[k] for f in facts] for k in ("pid", "host", "node", "gpu")}
         self._log("learners/ready", world_size=len(learners.actors), **each)
@@ -296,10 +299,10 @@ class Run:
 
     # -- faults and stops --------------------------------------------------------------------------------------------
 
-    def _recover(self, e: LearnersFailed | Stalled) -> None:
+    def _recover(self, e: RunError | UserError) -> None:
         """End the learners, to restart from the last checkpoint. Raises `e` if no retry is allowed."""
-        if not self._was_up:  # they never came up: an error in the setup rather than a fault
-            raise e
+        if not isinstance(e, LearnersFailed | Stalled) or not self._was_up:
+            raise e  # where they never came up it is an error in the setup rather than a fault
         if isinstance(e, Stalled):
             if e.action != "restart":
                 raise e

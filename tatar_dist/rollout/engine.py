@@ -206,6 +206,12 @@ class RolloutEngine:
         self.version, self._updating = self._updating, None
         return self.version
 
+    def abandon_update(self) -> None:
+        """End a push that was cut short: the weights are of two versions until the next push."""
+        if self._updating is not None:
+            self.finish_update()
+        self.version = -1
+
     def sleep(self) -> None:
         """Free the memory of weights and KV cache for learners on the same GPU; no effect on a CPU.
 

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from tatar_dist.config.schema import Config
-from tatar_dist.errors import RunError, UserError
+from tatar_dist.errors import PushCutShort, RunError, UserError
 from tatar_dist.faults.health import Health, State
 from tatar_dist.faults.waiting import TICK_S, Waits, error_of, first_line
 from tatar_dist.rollout.calls import Chunk, Queue, problem
@@ -110,11 +110,14 @@ class RolloutPool:
             self._lose(e, "its resources are needed")
 
     def relaunch(self) -> None:
-        """Start dead engines and wait for them: colocated ones need memory before learners do."""
+        """Start dead engines at once."""
         for e in self.engines[: self.max_engines()]:
             if e.health.state is State.DEAD:
                 e.health.restarting()
                 self._launch(e, -1)
+
+    def relaunched(self) -> None:
+        """Wait for engines that start: colocated ones need memory before learners do."""
         queue = Queue([])
         while any(e.health.state is State.RESTARTING for e in self.engines):
             for e in self._answers():
@@ -338,9 +341,15 @@ class RolloutPool:
         """Load the pool's weight version into `takers`; lose failed engines. Returns bytes sent."""
         try:
             result = push({e.health.index: e.actor for e in takers}, self.version)
-        except BaseException:  # the learners died during the push: engines with partial weights must restart
+        except BaseException as error:  # engines with partial weights take the next push, or must restart
+            failed = {e.health.index: "weight push cut short" for e in takers}
+            if isinstance(error, PushCutShort):
+                failed = error.failed
             for e in takers:
-                self._lose(e, "weight push cut short")
+                if e.health.index in failed:
+                    self._lose(e, failed[e.health.index])
+                elif e.health.state is State.HEALTHY:
+                    e.health.missed_push()
             raise
         for e in takers:
             if e.health.index in result.failed:

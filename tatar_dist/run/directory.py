@@ -6,8 +6,10 @@ import json
 import logging
 import math
 import os
+import socket
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,11 +50,18 @@ class RunDirectory:
         check_output(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held as long as the run lives
+            self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  held as long as the run lives
         except OSError as e:
             raise UserError(f"output={self.path}: cannot write there: {e.strerror}") from e
         if not _locked(self._lock):
-            raise UserError(f"output={self.path}: another process is running in this directory")
+            self._lock.seek(0)
+            raise UserError(
+                f"output={self.path}: another process is running in this directory ({self._lock.read() or 'unknown'}): "
+                f"end it, or give another output; if its host is gone and the lock stays, delete {self.path / '.lock'}"
+            )
+        self._lock.truncate(0)
+        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
         for pattern in HALF_WRITTEN:
             for file in self.path.glob(pattern):
                 file.unlink(missing_ok=True)
@@ -61,8 +70,9 @@ class RunDirectory:
         self._failpoints = Failpoints(config.failpoints, str(self.path))
         self._trackers = Trackers(config, self.path, self.events)
         self._quarantine_file = self.path / "quarantine.jsonl"
-        rows = json_lines(self._quarantine_file)
-        self._quarantined = {(row["sample_id"], row["manifest"]): row for row in rows}
+        sample = lambda row: (str(row["sample_id"]), str(row["manifest"]))  # noqa: E731
+        rows = _intact(self._quarantine_file, sample)
+        self._quarantined = {sample(row): row for row in rows}
         self._met: set[tuple[str, str]] = set()  # of them, since this start
         self._manifests = {str(Path(config.data.root) / m) for split in SPLITS for m in getattr(config.data, split)}
         if self._quarantine_file.exists():  # without a line cut off by a crash, which would swallow the next one
@@ -125,7 +135,7 @@ class RunDirectory:
                 self._met.discard(key)
         if self._quarantine_file.exists():
             write_whole(self._quarantine_file, "".join(map(_line, self._quarantined.values())))
-        kept = [line for line in read_metrics(self.path) if line["step"] < step]
+        kept = [row for row in _intact(self.path / "metrics.jsonl", lambda row: row["step"] + 0) if row["step"] < step]
         write_whole(self.path / "metrics.jsonl", "".join(map(_line, kept)))
         for file in (self.path / "rollouts").rglob("step_*.parquet"):
             if int(file.stem.removeprefix("step_")) >= step:
@@ -161,6 +171,24 @@ class RunDirectory:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl: None for non-finite values; lines other than JSON objects are skipped."""
     return json_lines(run / "metrics.jsonl")
+
+
+def _intact(file: Path, used: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """Read the JSON lines on which `used` works; move others to FILE.damaged and name them."""
+    rows, damaged = [], {}
+    for number, line in enumerate(file.read_bytes().splitlines() if file.exists() else [], 1):
+        try:
+            row = json.loads(line)
+            used(row)
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            damaged[number] = line
+    if damaged:
+        with open(f"{file}.damaged", "ab") as f:
+            f.writelines(line + b"\n" for line in damaged.values())
+        lines = ", ".join(map(str, damaged))
+        print(f"tatar-dist: {file}: damaged and left out, kept in {file}.damaged: line {lines}", file=sys.stderr)
+    return rows
 
 
 def _locked(file: Any) -> bool:

@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ METRICS = "metrics.jsonl"
 LIVING = ("starting", "running", "stalled")
 TAIL_BYTES = 1 << 18  # of metrics.jsonl: more than its last line
 RECENT = 20  # finished steps that are kept
+JUMP = 100  # median gaps between steps: a longer one is a jump of the clock, or comes once
 TROUBLES = 8  # the last so many are kept
 ENDS = {"run/end": "finished", "run/interrupted": "interrupted", "run/failed": "failed"}
 TROUBLE = {
@@ -262,9 +264,11 @@ class RunWatcher:
         if done:
             s.seconds_per_step = statistics.median(seconds for _, seconds in done)
         if len(done) > 1 and s.total is not None and s.state == "running":
-            (first, _), (last, _) = done[0], done[-1]  # with all that happened between the steps
-            left = (s.total - s.step) * (last - first) / (len(done) - 1)
-            s.eta_seconds = max(0.0, left - (time.time() - last)) if s.step < s.total else 0.0
+            # with all that happened between the steps, but no jump of the clock
+            gaps = [max(seconds, now - before) for (before, _), (now, seconds) in pairwise(done)]
+            pace = statistics.mean(gap for gap in gaps if gap <= JUMP * statistics.median(gaps))
+            since = max(0.0, time.time() - done[-1][0])
+            s.eta_seconds = max(0.0, (s.total - s.step) * pace - since) if s.step < s.total else 0.0
         s.metrics = next(reversed(json_lines(self.path / METRICS, tail=TAIL_BYTES)), {})
         speed = s.metrics.get("perf/tokens_per_second")
         s.tokens_per_second = speed if isinstance(speed, int | float) else None

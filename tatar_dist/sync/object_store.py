@@ -19,7 +19,7 @@ import numpy as np
 import ray
 
 from tatar_dist.config.schema import Config
-from tatar_dist.errors import LearnersFailed
+from tatar_dist.errors import LearnersFailed, PushCutShort
 from tatar_dist.faults.waiting import TICK_S, Waits, error_of, first_line
 from tatar_dist.run.failpoints import Failpoints
 from tatar_dist.sync.push import PushResult, Round
@@ -160,12 +160,16 @@ class ObjectStorePush:
         push, sent = Round(engines, version, self._limit, self._waits, self._log), 0
         weights = stream(learners, self._bucket)  # they gather while the engines start
         queued = deque([(push.ask(lambda _, e: e.start_update.remote(version)), None)])
-        for bucket in weights:
-            queued.append((push.ask(lambda _, e, part=bucket: e.update.remote(part)), bucket))
-            if len(queued) == AHEAD:
-                sent += _bytes(push, *queued.popleft())
-        finish = push.ask(lambda _, e: e.finish_update.remote())
-        sent += sum(_bytes(push, *calls) for calls in queued)
+        try:
+            for bucket in weights:
+                queued.append((push.ask(lambda _, e, part=bucket: e.update.remote(part)), bucket))
+                if len(queued) == AHEAD:
+                    sent += _bytes(push, *queued.popleft())
+            finish = push.ask(lambda _, e: e.finish_update.remote())
+            sent += sum(_bytes(push, *calls) for calls in queued)
+        except LearnersFailed as e:
+            push.ask(lambda _, engine: engine.abandon_update.remote())  # after the calls that it was sent before
+            raise PushCutShort(str(e), push.failed) from e
         push.wait("weight push", finish)
         return PushResult(sent, push.failed)
 

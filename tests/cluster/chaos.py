@@ -1,10 +1,12 @@
 """Chaos: GRPO of the tiny model on two hosts while random faults hit it, until all its steps are done.
 
     python tests/cluster/chaos.py --minutes 5 --seed 1 --output runs/chaos
+    python tests/cluster/chaos.py --minutes 20 --every 120  # a fault every two minutes; else as soon as one is over
 
 Faults of the matrix (test_faults.py) at random times on random processes; the seed and every fault stand in
 OUTPUT/faults.jsonl. Ends with status 1 unless every step was made, with every prompt of the sampler's order exactly
-once. What it cost, by kind of fault, is printed and written to OUTPUT/figures.json.
+once. What it cost, by kind of fault, is printed and written to OUTPUT/figures.json, with the effective training time
+(effective.py) and what the rest of the time went to.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import integration
+from effective import effective
 from hosts import Host, Hosts, wait_until
 from ray_hosts import RayCluster
 from rich.console import Console
@@ -36,6 +40,7 @@ from tatar_dist.run.status import RunWatcher
 from tatar_dist.sampling import make_sampler
 
 STEPS_A_MINUTE = 25  # two idle cores make 24 with faults; what is left when the time is up is made in peace
+STEPS_IN_PEACE = 95  # a minute, with --every
 RECOVERS_S = 240  # a fault after which no step follows within this time was not survived
 CONTROLLER_STATUS = {"controller killed": -9, "preempted": 75}
 WORDS = [
@@ -45,9 +50,10 @@ WORDS = [
     "cluster.node_wait_s=60",
     "cluster.start_timeout_s=120",  # a learner that hangs while it starts is given up after half of it
     "rollout.engine_restarts=10",
-    "rollout.suspect_after_s=10",
-    "rollout.call_timeout_s=25",
-    "rollout.push_timeout_s=25",
+    "rollout.hedge=true",
+    "rollout.suspect_after_s=3",  # six steps
+    "rollout.call_timeout_s=12",
+    "rollout.push_timeout_s=12",
     "grpo.optim.schedule=constant",
 ]
 
@@ -61,6 +67,7 @@ class Chaos:
         self.costs: dict[str, list[float]] = {}
         self.faults = {
             "engine killed": lambda: self._signal(self._engine(), "KILL"),
+            "engine out of memory": self._out_of_memory,
             "engine hung": lambda: self._signal(self._engine(), "STOP"),
             "learner killed": lambda: self._signal(self._learner(), "KILL"),
             "learner hung": lambda: self._signal(self._learner(), "STOP"),
@@ -71,16 +78,26 @@ class Chaos:
             "node powered off": self._power_off,
         }
 
-    def go(self, minutes: float) -> None:
-        """Faults until the run is over or the time is up, then the rest of the steps in peace."""
+    def go(self, minutes: float, every: float | None) -> None:
+        """Faults until the run is over or the time is up, then the rest of the steps in peace.
+
+        Args:
+            every: seconds between two faults; None: the next comes soon after the run has recovered.
+        """
         self._wait_for_step(0.0)
-        end = time.monotonic() + minutes * 60
+        due = time.monotonic()
+        end = due + minutes * 60
         kinds: list[str] = []
         while time.monotonic() < end and not self._over():
+            due += every or 0.0
+            wait_until(
+                lambda at=due: self._over() or time.monotonic() > at, (every or 0) + RECOVERS_S, "the next fault"
+            )
             time.sleep(self.random.uniform(1, 8))  # anywhere in a step
             if not kinds:  # every kind once before any comes again
                 kinds = self.random.sample(sorted(self.faults), len(self.faults))
-            self._inject(kinds.pop())
+            if not self._over():
+                self._inject(kinds.pop())
         self.run.finish(timeout=3600)
 
     def _over(self) -> bool:
@@ -136,6 +153,17 @@ class Chaos:
             return None
         return f"{name}:{pid}"
 
+    def _out_of_memory(self) -> str | None:
+        target = self._engine()
+        if target is None:
+            return None
+        name, pid = target
+        try:
+            self.hosts.named(name).out_of_memory(pid)
+        except (TimeoutError, subprocess.CalledProcessError):  # it was replaced in between
+            return None
+        return f"{name}:{pid}"
+
     def _controller(self, signal: str) -> str | None:
         start = self.run.events("run/start")[-1]
         return self._signal((start["host"], start["pid"]), signal)
@@ -183,14 +211,13 @@ def figures(chaos: Chaos, run: Run, seconds: float, seed: int, steps: int) -> di
         kind: {"n": len(c), "median_s": round(statistics.median(c), 1), "max_s": round(max(c), 1)}
         for kind, c in sorted(chaos.costs.items())
     }
-    pace = statistics.median(e["seconds"] for e in done)
+    faults = [json.loads(line) for line in chaos.log.read_text().splitlines()[1:]]
     return {
         "seed": seed,
         "minutes": round(seconds / 60, 1),
         "steps": steps,
         "steps_made_again": len(done) - steps,
-        "median_step_s": round(pace, 2),
-        "share_of_time_in_counted_steps": round(steps * pace / seconds, 3),
+        **effective(run.events(), faults),
         "faults": sum(len(c) for c in chaos.costs.values()),
         "kinds": kinds,
         "driver_starts": len(run.events("run/start")),
@@ -225,7 +252,10 @@ def recoveries(run: Run) -> dict[str, float | None]:
 
 def table(found: dict[str, Any]) -> Table:
     title = f"chaos, seed {found['seed']}: {found['faults']} faults in {found['minutes']} min, {found['steps']} steps"
+    shares = ", ".join(f"{what} {share:.1%}" for what, share in found["shares"].items())
     caption = (
+        f"effective training time {found['effective_time']:.2f} (a step without a fault {found['undisturbed_step_s']} "
+        f"s). {found['wall_s']} s went to {shares}. "
         f"{found['steps_made_again']} steps made again; times are from a fault to the next step. A start takes "
         f"{found['first_start_s']} s, a dead engine is back after {found['engine_dead_to_healthy_s']} s, of which "
         f"loading takes {found['engine_load_s']} s; learners after {found['learners_failed_to_restored_s']} s"
@@ -241,6 +271,7 @@ def table(found: dict[str, Any]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--every", type=float, help="seconds between two faults")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/chaos"))
     options = parser.parse_args()
@@ -252,7 +283,7 @@ def main() -> None:
         write_manifest(Path(path), integration.manifest_rows(task, 24))
     model = str(build(output / "model", corpus=integration.corpus()))
     integration.train_format(model)
-    steps = round(options.minutes * STEPS_A_MINUTE)
+    steps = round(options.minutes * (STEPS_IN_PEACE if options.every else STEPS_A_MINUTE))
     words = [*integration.tiny_words(model, manifests), *WORDS, f"grpo.max_steps={steps}"]
     log = output / "faults.jsonl"
     log.write_text(json.dumps({"seed": options.seed, "minutes": options.minutes, "steps": steps}) + "\n")
@@ -261,7 +292,7 @@ def main() -> None:
         run = Run(output / "run", words, cluster).start()
         chaos = Chaos(hosts, cluster, run, options.seed, log)
         try:
-            chaos.go(options.minutes)
+            chaos.go(options.minutes, options.every)
         finally:
             if run.process is not None:
                 run.process.kill()

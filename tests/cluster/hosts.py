@@ -112,6 +112,28 @@ class Host:
         """Signal a process by the number it has on this host."""
         self.run(["kill", f"-{signal}", str(pid)], check=True)
 
+    def out_of_memory(self, pid: int, timeout: float = 60) -> None:
+        """Let the kernel end a process for memory: a cgroup gives it 4 MiB beyond what it has.
+
+        Raises:
+            TimeoutError: it has not needed more so far; it may go on as before.
+        """
+        ours = re.search(r"^\d+:memory:/(.*)", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
+        hierarchy = Path("/sys/fs/cgroup/memory") / ours[1] if ours else Path("/sys/fs/cgroup")  # version 1; 2
+        limit, counts = ("memory.limit_in_bytes", "memory.oom_control") if ours else ("memory.max", "memory.events")
+        group = hierarchy / f"tatar-{os.getpid()}-{next(_count)}"
+        group.mkdir()
+        try:
+            (group / limit).write_text(str(4 << 20))
+            self.run(["bash", "-c", f"echo {pid} > {group}/cgroup.procs"], check=True)  # by its number there
+            killed = re.compile(r"^oom_kill [1-9]", re.MULTILINE)
+            wait_until(lambda: killed.search((group / counts).read_text()), timeout, f"{pid} out of memory")
+        finally:
+            for left in (group / "cgroup.procs").read_text().split():
+                (hierarchy / "cgroup.procs").write_text(left)
+            wait_until(lambda: not (group / "cgroup.procs").read_text(), 10, "the end of what was in the cgroup")
+            group.rmdir()
+
     def pids(self, pattern: str) -> list[int]:
         """Processes of this host whose command line matches, oldest first, by their numbers on this host."""
         return [int(pid) for pid in self.run(["pgrep", "-f", pattern]).stdout.split()]

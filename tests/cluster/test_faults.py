@@ -6,9 +6,11 @@ for is read from the run's event log, where the dying process wrote it down itse
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hosts import Hosts
-from ray_hosts import RayCluster
+from ray_hosts import ROOT, RayCluster
 from runs import STEPS, Run, assert_same
 
 ENGINE_FAULTS = {  # step -> failpoint; F1, F5, F11, F2
@@ -191,12 +193,15 @@ def test_a_node_that_never_comes_back_costs_its_share_only(make_run, cluster: Ra
     assert run.steps() == list(range(STEPS)) and run.prompts() == reference.prompts()
 
 
-def test_two_runs_cannot_share_a_directory(make_run, reference: Run):
+def test_two_runs_on_two_hosts_cannot_share_a_directory(make_run, cluster: RayCluster, hosts: Hosts, reference: Run):
     run = make_run("locked", "grpo.max_steps=50").start()
     run.until("learners/ready")
-    second = make_run("locked", "grpo.max_steps=50").start()
-    assert second.wait() == 2
-    assert "another process is running in this directory" in second.said
     pid = run.until("run/start")["pid"]
+    again = [sys.executable, "launch/grpo.py", "--config", "configs/demo.yaml", f"output={run.output}", *run.words]
+    refused = hosts[1].run(again, cwd=ROOT, env=cluster.env)
+    assert refused.returncode == 2
+    (line,) = [line for line in refused.stderr.splitlines() if "another process" in line]
+    assert f"another process is running in this directory (pid {pid} on node1): end it" in line
+    assert line.endswith(f"delete {run.output}/.lock")
     run.cluster.hosts[0].kill(pid, "TERM")
     assert run.wait() == 75, run.said[-2000:]

@@ -236,6 +236,7 @@ def test_an_engine_whose_gpu_is_gone_when_it_starts_again_does_not_end_the_run(n
         pool.started()
         pool.release(State.HEALTHY)
         pool.relaunch()
+        pool.relaunched()
         assert pool.engines[0].health.state is State.DEAD and "no GPU" in pool.engines[0].health.reason
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 import subprocess
 import sys
 import time
@@ -70,11 +72,37 @@ def test_a_run_in_another_process_holds_the_directory_until_it_dies(tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout.readline() == "locked\n"
-            with pytest.raises(UserError, match="another process"):
-                RunDirectory(config(tmp_path))
+            holder = rf"running in this directory \(pid {other.pid} on {re.escape(socket.gethostname())}\): end it, "
+            for _ in range(2):  # being refused changes nothing
+                with pytest.raises(UserError, match=holder + r".* delete .*/\.lock$") as refused:
+                    RunDirectory(config(tmp_path))
+                assert "\n" not in str(refused.value)
         finally:
             other.kill()
     RunDirectory(config(tmp_path)).close()  # a killed run leaves no lock that someone must remove
+
+
+def test_damaged_lines_are_named_at_resume_and_kept_beside(tmp_path, capsys):
+    with RunDirectory(config(tmp_path)) as run:
+        for step in range(4):
+            run.log(step, {"loss/total": 1.0})
+        run.quarantine("s1", "a.parquet", "broken")
+    bad = [b"{}", b"5", b'{"step": "two"}', b'{"step": 2, "lo', b"\xff\x00", b"null"]
+    for name, first in (("metrics.jsonl", b'{"step": 0, "loss/total": 1.0}'), ("quarantine.jsonl", b"")):
+        file = tmp_path / name
+        lines = file.read_bytes().splitlines()
+        assert lines[0] == first or not first
+        file.write_bytes(b"\n".join([lines[0], *bad, *lines[1:], b""]))
+    with RunDirectory(config(tmp_path)) as run:
+        run.rewind(3)
+        run.quarantine("s1", "a.parquet", "broken")
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        f"tatar-dist: {tmp_path}/{name}: damaged and left out, kept in {tmp_path}/{name}.damaged: line 2, 3, 4, 5, 6, 7"
+        for name in ("quarantine.jsonl", "metrics.jsonl")
+    ]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes().splitlines() == bad
+    assert [r["step"] for r in logged(tmp_path)] == [0, 1, 2] and len(logged(tmp_path, "quarantine.jsonl")) == 1
 
 
 def test_a_lock_file_left_by_a_killed_run_does_not_stop_the_next(tmp_path):

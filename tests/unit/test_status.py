@@ -101,6 +101,19 @@ def test_time_left_counts_what_happens_between_the_steps(run, monkeypatch):
     assert run.read().eta_seconds == pytest.approx(8 * 15.0)
 
 
+@pytest.mark.parametrize("jump", [3600.0 * 24, -3600.0 * 24, 1000.0, -7.0])
+def test_a_clock_that_jumps_changes_neither_the_pace_nor_the_time_left(run, monkeypatch, jump):
+    run.start()
+    run.steps(0, 3)
+    run.log("checkpoint/saved", 2, after=jump, path="x", seconds=1.0)
+    run.steps(3, 5)
+    monkeypatch.setattr(time, "time", lambda: run.time)
+    s = run.read()
+    assert (s.seconds_per_step, s.eta_seconds) == (5.0, pytest.approx(5 * 5.0))
+    monkeypatch.setattr(time, "time", lambda: run.time - 3600)
+    assert run.read().eta_seconds == pytest.approx(5 * 5.0) and "25" in run.drawn()
+
+
 def test_the_way_of_pushing_its_check_and_its_end(run, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: run.time)
     run.start(push="nccl")
