@@ -75,7 +75,7 @@ def main(args: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     try:
         status = app(args=args, prog_name="tatar-dist", standalone_mode=False)
-        _flush_output()
+        sys.stdout.flush()  # a full disk is known here, not after the exit status
         if status == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this status, silently
             _complain("interrupted")
         return status if isinstance(status, int) else 0
@@ -102,19 +102,19 @@ def main(args: list[str] | None = None) -> int:
         where, reason = cause.filename or "the output", os.strerror(cause.errno)
         room = "; what was finished is kept: make room on that disk and run again" if cause.errno in FULL else ""
         _complain(f"{where}: {reason}{room}")
+        _give_up_output()
         return EXIT_BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
         return EXIT_INTERRUPTED
 
 
-def _flush_output() -> None:
-    """Write out what was printed. Raises OSError where it cannot be, once: not again when Python ends."""
+def _give_up_output() -> None:
+    """Throw away what was printed if it cannot be written, or Python tries again as it ends and complains."""
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
 
 
 def _complain(message: object) -> None:
