@@ -16,10 +16,10 @@ from typer.exceptions import TyperException
 
 from tatar_dist.commands import checks, data, evaluation, rationale, runs, stages
 from tatar_dist.errors import EXIT_INTERRUPTED, Interrupted, RunError, UserError
+from tatar_dist.run.files import FULL
 
 EXTRAS = ("torch", "torchvision", "vllm", "deepspeed", "ray", "transformers", "accelerate", "datasets")
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OF_FILES = (  # what the user's files and disks refuse; other OSErrors are bugs
     *FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
     errno.ELOOP, errno.EIO,

@@ -37,7 +37,7 @@ GPU_CHECK, PROOFS = ("test_gpu_check.py",), ("test_proofs.py",)
 DEVICE = ("../device/test_learner.py",)
 MUTATIONS = {
     "exits: a file is written in place": ("run/files.py", "    place = beside(path)\n    try:", "    place = path\n    try:", ("test_exits.py",)),
-    "exits: a full disk is a bug": ("cli.py", "FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)", "FULL = (errno.EDQUOT,)", ("test_exits.py",)),
+    "exits: a full disk is a bug": ("run/files.py", "FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)", "FULL = (errno.EDQUOT,)", ("test_exits.py",)),
     "exits: no tokenizer is no matter": ("models/files.py", '("tokenizer", TOKENIZERS), ', "", ("test_exits.py",)),
     "exits: a report leaves out what it could not read": ("report/reading.py", "    notes.append(f\"{file.parent.name}/{file.name} could not be read: not what a run writes\")\n", "", ("test_exits.py",)),
     "push: NCCL where engines share GPUs": ("plan/plan.py", 'return "cuda_ipc" if config.cluster.placement == "colocated" else "nccl"', 'return "nccl"', ("test_plan.py",)),

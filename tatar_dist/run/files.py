@@ -116,7 +116,7 @@ def json_lines(
             f.seek(max(0, f.seek(0, 2) - tail))
         text = f.read().decode(errors="replace")
     lines = text.splitlines()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
