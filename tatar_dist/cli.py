@@ -110,7 +110,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _give_up_output() -> None:
-    """Throw away what was printed if it cannot be written, or Python tries again as it ends and complains."""
+    """Throw away what was printed if it cannot be written: Python tries again as it ends."""
     try:
         sys.stdout.flush()
     except OSError:

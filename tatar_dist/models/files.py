@@ -24,7 +24,7 @@ PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
 def check_files(directory: Path, settings: dict[str, Any], trained: bool) -> None:
-    """Check weights, index, tokenizer, processor and chat template of a directory with config.json `settings`.
+    """Check weights, tokenizer, processor and chat template; `settings` are its config.json.
 
     Without its tokenizer's file transformers makes an empty one, which encodes other tokens.
 
