@@ -75,6 +75,7 @@ nightly: setup
 	@$(RUN) probes --output runs/probes --seeds 3 $(ARGS)
 	@.venv/bin/python tests/mutations.py
 	@FUZZ_EXAMPLES=100000 .venv/bin/python -m pytest --timeout 3600 $$(grep -l FUZZ_EXAMPLES tests/unit/test_*.py)
+	@SURVEY=all MUTATED=10000 .venv/bin/python -m pytest --timeout 7200 tests/unit/test_exits.py tests/unit/test_mutated.py
 	@.venv/bin/python -m pytest -m nightly tests/unit tests/integration
 	@PRETENDED_GPUS=all .venv/bin/python -m pytest tests/integration/test_pretended_gpus.py
 	@SHARDS=all .venv/bin/python -m pytest tests/integration/test_shards.py

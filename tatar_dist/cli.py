@@ -7,6 +7,7 @@ Nothing heavy is imported here: a sub-command imports what it runs, so that `--h
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from typing import Annotated
 
@@ -15,9 +16,14 @@ from typer.exceptions import TyperException
 
 from tatar_dist.commands import checks, data, evaluation, rationale, runs, stages
 from tatar_dist.errors import EXIT_INTERRUPTED, Interrupted, RunError, UserError
+from tatar_dist.run.files import FULL
 
 EXTRAS = ("torch", "torchvision", "vllm", "deepspeed", "ray", "transformers", "accelerate", "datasets")
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+OF_FILES = (  # what the user's files and disks refuse; other OSErrors are bugs
+    *FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.EIO,
+)  # fmt: skip
 
 app = typer.Typer(
     name="tatar-dist",
@@ -69,6 +75,7 @@ def main(args: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     try:
         status = app(args=args, prog_name="tatar-dist", standalone_mode=False)
+        sys.stdout.flush()  # a full disk is known here, not after the exit status
         if status == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this status, silently
             _complain("interrupted")
         return status if isinstance(status, int) else 0
@@ -90,14 +97,24 @@ def main(args: list[str] | None = None) -> int:
         return e.status
     except OSError as e:
         cause = getattr(e, "cause", e)
-        if cause.errno != errno.ENOSPC:
+        if cause.errno not in OF_FILES:
             raise
-        where = cause.filename or "the output"
-        _complain(f"no space left on the disk of {where}; what was finished is kept, make room and run again")
+        where, reason = cause.filename or "the output", os.strerror(cause.errno)
+        room = "; what was finished is kept: make room on that disk and run again" if cause.errno in FULL else ""
+        _complain(f"{where}: {reason}{room}")
+        _give_up_output()
         return EXIT_BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
         return EXIT_INTERRUPTED
+
+
+def _give_up_output() -> None:
+    """Throw away what was printed if it cannot be written: Python tries again as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: object) -> None:

@@ -56,7 +56,8 @@ def load_config(files: list[str], overrides: list[str], unused: tuple[str, ...] 
         OmegaConf.update(merged, key, "")
     config = _validated(merged, layers, files)  # first: a mistyped key explains a missing value
     if wanted := sorted(missing.difference(unused)):
-        raise UserError(f"missing value for {', '.join(wanted)}: set it in a config file or as {wanted[0]}=…")
+        file = files[-1] if files else "a config file"
+        raise UserError(f"missing value for {', '.join(wanted)}: set it in {file} or as {wanted[0]}=…")
     if (bundled := locate(config.model.path)) == TINY_MODEL:
         # any other stands as it was given: checkpoints compare it
         config = replace(config, model=replace(config.model, path=str(bundled)))

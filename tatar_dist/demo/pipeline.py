@@ -25,7 +25,7 @@ from tatar_dist.config.schema import Config
 from tatar_dist.demo import figures
 from tatar_dist.demo.data.make import make_demo
 from tatar_dist.errors import UserError
-from tatar_dist.run.files import writing
+from tatar_dist.run.files import write_whole, writing
 from tatar_dist.scoring.export import model_of
 from tatar_dist.types import SPLITS, TASKS
 
@@ -96,7 +96,7 @@ def run(output: str | Path, smoke: bool = False, overrides: list[str] | None = N
     from tatar_dist.demo.tiny.probe import regression_head
 
     head = regression_head(demo_config(out / "base", out / "data", words).model.path, out / "data")
-    (out / "figures.md").write_text(figures.markdown(directories, head))
+    write_whole(out / "figures.md", figures.markdown(directories, head))
     console.print(f"All seeds together: {out / 'figures.md'}")
 
 
@@ -110,7 +110,7 @@ def same_settings(out: Path, settings: dict[str, Any]) -> None:
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            file.write_text(json.dumps(settings))
+            write_whole(file, json.dumps(settings))
     saved = json.loads(file.read_text())
     if saved != settings:
         differing = ", ".join(f"{k}={saved.get(k)}" for k in settings if saved.get(k) != settings[k])
@@ -142,7 +142,7 @@ def _run_one(out: Path, size: DemoSize, words: list[str], console: Console) -> N
         for name, s in seconds.items()
     ]
     summary = {"stages": stages, **figures.results(out)}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_whole(out / "summary.json", json.dumps(summary, indent=1))
     page = html.write(out)
     figures.print_tables(console, summary)
     console.print(f"The page with curves and a gallery: {page}")

@@ -30,6 +30,7 @@ from tatar_dist.evaluate.bootstrap import paired_srcc_difference
 from tatar_dist.evaluate.metrics import MIDPOINT, plcc, srcc
 from tatar_dist.evaluate.tables import markdown
 from tatar_dist.run.directory import read_metrics
+from tatar_dist.run.files import write_whole
 from tatar_dist.scoring.export import model_of
 
 
@@ -103,12 +104,12 @@ def write_figures(out: Path, seeds: int, console: Console) -> dict[str, Any]:
     comparisons = [compare(p, directories) for p in PROBES]
     text = json.dumps({"seeds": seeds, "probes": comparisons, "iaa_reward": steadiness(rewards)})
     results = json.loads(text, parse_constant=lambda _: None)  # JSON has no NaN
-    (out / "probes.json").write_text(json.dumps(results, indent=1))
+    write_whole(out / "probes.json", json.dumps(results, indent=1))
     steady = results["iaa_reward"]
     rows = (comparison_rows(results["probes"]), steadiness_rows(steady))
     ratio, lo, hi = (number(v) for v in steady["cv_ratio_gaussian_over_thurstone"])
     sentence = f"SD / mean of the Gaussian term over that of the Thurstone term: {ratio} (95 % {lo} to {hi})."
-    (out / "probes.md").write_text("\n".join([markdown(rows[0], COMPARISON), markdown(rows[1], STEADY), sentence, ""]))
+    write_whole(out / "probes.md", "\n".join([markdown(rows[0], COMPARISON), markdown(rows[1], STEADY), sentence, ""]))
     plot(results["probes"], rewards, out / "probes.svg")
     print_table(console, f"Controlled probes, {seeds} seed(s)", COMPARISON, rows[0])
     print_table(console, "Steadiness of the IAA reward over steps, mean (range over seeds)", STEADY, rows[1])

@@ -23,6 +23,7 @@ from rich.table import Table
 from tatar_dist.assets import CONFIGS
 from tatar_dist.data.registry import read_registry
 from tatar_dist.evaluate.metrics import score_metrics, set_names
+from tatar_dist.run.files import write_whole
 from tatar_dist.types import TASKS
 
 COLUMNS = (
@@ -230,9 +231,9 @@ def write(directory: Path, result: Mapping[str, Any], published: bool) -> None:
     others = published_rows(result) if published else []
     if others:
         text += "\n\n" + markdown(others[1:], others[0])
-    (directory / "table.md").write_text(text.rstrip() + "\n")
-    (directory / "table.tex").write_text(latex(result))
-    (directory / "table.csv").write_text(as_csv(result))
+    write_whole(directory / "table.md", text.rstrip() + "\n")
+    write_whole(directory / "table.tex", latex(result))
+    write_whole(directory / "table.csv", as_csv(result))
 
 
 def show(result: Mapping[str, Any], published: bool = False) -> None:

@@ -54,8 +54,10 @@ class QwenVL:
         try:
             limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
             self.processor = AutoProcessor.from_pretrained(config.path, **limits)
-        except OSError as e:  # transformers explains at length
+        except Exception as e:  # a damaged file: of any kind, tokenizers raises Exception itself
             problem = f"neither a model directory{looked_in(config.path)} nor a model the hub can give"
+            if Path(config.path).is_dir():
+                problem = f"its tokenizer or processor cannot be read: {' '.join(str(e).split())[:300]}"
             raise UserError(f"model.path={config.path}: {problem}") from e
         self.tokenizer = self.processor.tokenizer
 

@@ -16,18 +16,24 @@ from tatar_dist.errors import UserError
 INDEX = "model.safetensors.index.json"
 POINTER = b"version https://git-lfs"
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+TOKENIZERS = ("tokenizer.json", "vocab.json")
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+OTHERS = ("tokenizer_config.json", "chat_template.json", "generation_config.json")
+COPY = "copy it from the model that this one was made from"
 PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
 def check_files(directory: Path, settings: dict[str, Any], trained: bool) -> None:
-    """Check weights, index and chat template of a model directory with config.json `settings`.
+    """Check weights, tokenizer, processor and chat template; `settings` are its config.json.
+
+    Without its tokenizer's file transformers makes an empty one, which encodes other tokens.
 
     Args:
         trained: the model will be trained, so its weights must not be quantised.
 
     Raises:
         UserError: quantised weights; a shard that is absent, cut off or a Git LFS pointer; weights in pickle files
-            only; no chat template.
+            only; no tokenizer, image processor or chat template, or one that is damaged.
     """
     quantised = settings.get("quantization_config")
     if quantised and trained:
@@ -38,13 +44,17 @@ def check_files(directory: Path, settings: dict[str, Any], trained: bool) -> Non
         )
     for file in shards(directory):
         check_shard(file)
-    if not any((directory / name).exists() for name in TEMPLATES):
-        places = ("tokenizer_config.json", "processor_config.json")
-        if not any(_json(directory / name).get("chat_template") for name in places):
-            raise UserError(
-                f"{directory}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): copy "
-                "it from the model that this one was made from"
-            )
+    found = {name: _json(directory / name) for name in (*TOKENIZERS, *PROCESSORS, *OTHERS)}
+    for what, names in (("tokenizer", TOKENIZERS), ("image processor", PROCESSORS)):
+        if not any(found[name] for name in names):
+            raise UserError(f"{directory}: no {what} ({' or '.join(names)}): {COPY}")
+    template = directory / TEMPLATES[0]
+    if template.is_file() and b"messages" not in template.read_bytes():
+        raise UserError(f"{template}: not a chat template, it reads no messages: {COPY}")
+    if not template.is_file() and not any((directory / name).exists() for name in TEMPLATES[1:]):
+        if not any(found[name].get("chat_template") for name in (OTHERS[0], PROCESSORS[0])):
+            places = "chat_template.jinja, or chat_template in tokenizer_config.json"
+            raise UserError(f"{directory}: no chat template ({places}): {COPY}")
 
 
 def shards(directory: Path) -> list[Path]:

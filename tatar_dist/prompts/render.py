@@ -9,8 +9,12 @@ import contextlib
 from io import StringIO
 from typing import Any
 
+from jinja2 import TemplateError
+
 from tatar_dist.config.schema import Config
+from tatar_dist.errors import UserError
 from tatar_dist.models import family
+from tatar_dist.models.files import COPY
 from tatar_dist.prompts.answer import Prompts
 from tatar_dist.prompts.unusable import TooLong
 from tatar_dist.types import Task
@@ -31,7 +35,14 @@ class PromptTexts:
         self.tokens = {t: len(self.backbone.tokenizer(text)["input_ids"]) for t, text in self.text.items()}
 
     def _chat(self, messages: list[dict[str, Any]]) -> str:
-        return self.backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            options = {"tokenize": False, "add_generation_prompt": True}
+            text: str = self.backbone.tokenizer.apply_chat_template(messages, **options)
+        except (TemplateError, ValueError, TypeError) as e:
+            raise UserError(f"{self.backbone.config.path}: its chat template cannot be rendered: {e}") from e
+        if self.backbone.processor.image_token not in text:
+            raise UserError(f"{self.backbone.config.path}: its chat template leaves the image out: {COPY}")
+        return text
 
     def longest(self, answer: int) -> int:
         """Return the tokens of the longest prompt with the largest image, plus `answer` tokens."""

@@ -26,7 +26,7 @@ from tatar_dist.config.schema import Config
 from tatar_dist.data.images import UnreadableImage
 from tatar_dist.errors import UserError
 from tatar_dist.prompts.answer import parse
-from tatar_dist.run.events import read_events
+from tatar_dist.run.events import FILE as EVENTS
 from tatar_dist.run.files import json_lines
 from tatar_dist.run.status import ENDS, TROUBLE, RunHistory
 
@@ -200,7 +200,7 @@ def _training(path: Path, notes: list[str]) -> Training | None:
         return None
     kind = "grpo" if any(k.startswith("reward/") for r in rows for k in r) else "sft"
     quarantine = _json_lines(path / "quarantine.jsonl", notes)
-    return Training(kind, _config(path, notes), rows, quarantine, path, read_events(path))
+    return Training(kind, _config(path, notes), rows, quarantine, path, _json_lines(path / EVENTS, notes))
 
 
 def _config(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -237,7 +237,10 @@ def _read(file: Path, empty: T, notes: list[str]) -> T:
     with noted(file, notes):
         if file.is_file():
             content = READERS[file.suffix](file)
-    return content if isinstance(content, type(empty)) else empty
+    if isinstance(content, type(empty)):
+        return content
+    notes.append(f"{file.parent.name}/{file.name} could not be read: not what a run writes")
+    return empty
 
 
 def _json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:

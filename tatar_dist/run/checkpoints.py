@@ -238,12 +238,17 @@ class Checkpoints:
         return None
 
 
-def finished(run: Path) -> Iterator[CheckpointRef]:
-    """Yield a run's checkpoints with all their files in their sizes, the last written first."""
+def finished(run: Path, damaged: list[str] | None = None) -> Iterator[CheckpointRef]:
+    """Yield a run's checkpoints with all their files in their sizes, the last written first.
+
+    damaged: takes what is wrong with the others.
+    """
     for directory in _newest_first(run / "checkpoints"):
         state, damage = _inspect(directory, hashes=False)
         if damage is None:
             yield directory, state
+        elif damaged is not None:
+            damaged.append(f"{directory.name}: {damage}")
 
 
 def latest(run: Path) -> CheckpointRef | None:

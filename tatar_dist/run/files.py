@@ -26,7 +26,8 @@ from tatar_dist.errors import UserError
 Files = dict[str, dict[str, Any]]  # as in state.json: {"model/config.json": {"bytes": …, "sha256": …}}
 Job = tuple[str, Callable[[Path], None]]  # path below the checkpoint, what writes that file or directory
 
-FULL_IN_WORDS = re.compile(r"no space left|disk quota exceeded|\bcode: (28|122)\b", re.IGNORECASE)  # torch, safetensors
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_IN_WORDS = re.compile(r"no space left|disk quota exceeded|file too large|\bcode: (27|28|122)\b", re.IGNORECASE)
 NEARLY_FULL = 1 << 20  # bytes free under which any failed write is put down to the disk
 
 
@@ -36,7 +37,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise UserError(f"{path}: cannot be written: {e.strerror or e}") from None
+        raise UserError(f"{path}: cannot be written: {os.strerror(e.errno) if e.errno else e}") from None
 
 
 def probe(path: Path) -> None:
@@ -56,11 +57,18 @@ def beside(path: Path) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, which is renamed to `path` when the block ends without an error."""
+    """Yield a path to write to, which is renamed to `path` when the block ends without an error.
+
+    An OSError of the written file names `path`: pyarrow's name no file.
+    """
     place = beside(path)
     try:
         yield place
         os.replace(place, path)
+    except OSError as e:
+        if e.filename in (None, str(place), place):
+            e.filename = str(path)
+        raise
     finally:
         place.unlink(missing_ok=True)
 
@@ -97,7 +105,8 @@ def json_lines(
     Lines that hold something else are left out.
 
     Args:
-        damaged: called with the number of each line that is not JSON, but not for the last: a crash may cut it off.
+        damaged: called with the number of each line that is not JSON, but not for the last without its end, which a
+            crash cuts off, after others.
         tail: read only so many bytes, at the end of the file.
     """
     if not file.exists():
@@ -105,13 +114,14 @@ def json_lines(
     with open(file, "rb") as f:
         if tail is not None:
             f.seek(max(0, f.seek(0, 2) - tail))
-        lines = f.read().decode(errors="replace").splitlines()
-    rows = []
+        text = f.read().decode(errors="replace")
+    lines = text.splitlines()
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except ValueError:
-            if damaged and number < len(lines):
+            if damaged and (number < len(lines) or not rows or text.endswith("\n")):
                 damaged(number)
             continue
         if isinstance(row, dict):
@@ -172,7 +182,7 @@ def _full(error: BaseException, directory: Path) -> int | None:
     """Return ENOSPC or EDQUOT if `error` comes from a full disk."""
     chain: BaseException | None = error
     while chain is not None:
-        if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(chain, OSError) and chain.errno in FULL:
             return chain.errno
         if FULL_IN_WORDS.search(str(chain)):
             return errno.ENOSPC

@@ -172,5 +172,5 @@ class Journal:
                 data = data[os.write(self._file, data) :]
             os.fdatasync(self._file)
         except OSError as e:
-            self._broken = e
+            e.filename, self._broken = str(self.path), e
             raise

@@ -5,7 +5,6 @@ The directory is written under a temporary name and renamed when it is complete.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -41,14 +40,15 @@ def model_of(run: str | Path) -> Path:
 
 def checkpoint_of(run: str | Path, step: int | None = None) -> CheckpointRef:
     """Return a finished checkpoint: `step`'s or the newest. Raises UserError if there is none."""
-    steps = []
-    for directory, state in finished(Path(run)):
+    steps, damaged = [], list[str]()
+    for directory, state in finished(Path(run), damaged):
         if step is None or state["step"] == step:
             return directory, state
         steps.append(str(state["step"]))
     if not steps:
         there = "" if Path(run).is_dir() else f": no such directory{looked_in(run)}"
-        raise UserError(f"{run}: no finished checkpoint{there}")
+        wrong = f", only damaged ones: {'; '.join(damaged)}" if damaged else ""
+        raise UserError(f"{run}: no finished checkpoint{there}{wrong}")
     raise UserError(f"--step {step}: {run} has no such finished checkpoint; it has {', '.join(reversed(steps))}")
 
 
@@ -108,8 +108,6 @@ def run(
             beside.chmod(0o755)
             os.rename(beside, target)  # also over an empty directory
     except OSError as e:
-        if e.errno == errno.ENOSPC:
-            raise
         raise UserError(f"{output}: cannot write: {e.strerror or e}") from e
     return target
 

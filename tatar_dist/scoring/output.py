@@ -26,6 +26,7 @@ from rich.text import Text
 from tatar_dist.assets import looked_in
 from tatar_dist.data.images import UnreadableImage, decode_image
 from tatar_dist.errors import UserError
+from tatar_dist.run.files import write_whole, writing
 from tatar_dist.run.progress import Progress
 from tatar_dist.scoring.scorer import Score, read_picture
 
@@ -210,10 +211,8 @@ def write_page(file: Path, scores: Sequence[Score], kept: Mapping[str, bytes] = 
         left_out=left_out,
         thumbnail=lambda name: _thumbnail(name, kept.get(name)),
     )
-    try:
-        file.write_text(page, encoding="utf-8", errors="replace")
-    except OSError as e:
-        raise UserError(f"{file}: cannot write there: {e.strerror}") from e
+    with writing(file):
+        write_whole(file, page.encode("utf-8", "replace"))
 
 
 def _rank(scores: Iterable[Score]) -> float:

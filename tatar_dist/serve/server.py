@@ -140,14 +140,9 @@ def _arguments(config: Config, shown: str, gpu: bool) -> Namespace:
     from tatar_dist.prompts.answer import Prompts
 
     prompts = Prompts.load(config.data.prompts)
-    try:
-        backbone = family(config.model.family)(config.model)
-        backbone.check_weights()
-        forbidden = tuple(backbone.forbidden_ids())
-    except UserError:
-        raise
-    except Exception as e:  # tokenizers raises Exception itself for a damaged file
-        raise UserError(f"{config.model.path}: its tokenizer or processor cannot be read: {_line(e)}") from e
+    backbone = family(config.model.family)(config.model)
+    backbone.check_weights()
+    forbidden = tuple(backbone.forbidden_ids())
 
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup

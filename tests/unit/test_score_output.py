@@ -21,7 +21,8 @@ from tatar_dist.scoring.scorer import Score, read_picture
 def weightless(model: Path) -> None:
     """Write a whole safetensors file without tensors, and a chat template."""
     (model / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"{}")
-    (model / "chat_template.jinja").touch()
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "tokenizer.json").write_text('{"model": {}}')
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def test_what_was_scored_before_ctrl_c_is_shown(capsys, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(interrupted, 9, as_json=False, html=tmp_path / "p.html", given=[("good.png", b"")])
     assert "good.png" in capsys.readouterr().out and "good.png" in (tmp_path / "p.html").read_text()
-    with pytest.raises(UserError, match="cannot write there"):  # before a model is loaded
+    with pytest.raises(UserError, match="cannot be written"):  # before a model is loaded
         run(lambda: pytest.fail("loaded"), 9, as_json=False, html=tmp_path / "gone" / "p.html")
 
 
@@ -183,7 +184,7 @@ def test_the_page_escapes_what_a_model_writes_and_loads_nothing(pictures):
     assert "<script" not in page and "&lt;script&gt;" in page and "default-src 'none'" in page
     assert page.index("b.png") < page.index("good.png") < page.index("&lt;b&gt;.png")  # best first
     assert page.count("data:image/jpeg;base64,") == 1 and "cannot decode image" in page
-    with pytest.raises(UserError, match="cannot write there"):
+    with pytest.raises(UserError, match="cannot be written"):
         write_page(pictures / "gone" / "page.html", named)
     assert list(by_picture(SCORES)) == ["<b>.png", "good.png", "[red]odd.png"]
 
@@ -208,6 +209,9 @@ def test_directories_that_are_no_model_of_ours(tmp_path):
     with pytest.raises(UserError, match="no .*safetensors"):
         model_config(tmp_path)
     weightless(tmp_path)
+    with pytest.raises(UserError, match="no image processor"):
+        model_config(tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {}}')
     with pytest.raises(UserError, match="no processor_config.json in it says how many pixels"):
         model_config(tmp_path)
 

@@ -84,13 +84,15 @@ def written_reports(validation: Validation) -> list[Path]:
         with writing(summary := manifest.place("validate.md")):
             write_whole(summary, markdown(validation, manifest))
         with writing(drawn := manifest.place("validate.png")):
-            drawn.unlink(missing_ok=True)  # of an earlier run
             if manifest.rows:
                 write_whole(drawn, picture(validation, manifest))
+            else:  # that of an earlier run would mislead
+                drawn.unlink(missing_ok=True)
         with writing(drawn := manifest.place("near-duplicates.jpg")):
-            drawn.unlink(missing_ok=True)
             if near_sheet(manifest):
                 write_whole(drawn, near_duplicates_sheet(validation, manifest))
+            else:
+                drawn.unlink(missing_ok=True)
     return [manifest.place("validate.md") for manifest in validation.manifests]
 
 
