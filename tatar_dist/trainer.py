@@ -83,7 +83,7 @@ class Run:
         self._up = False  # the learners are up and hold the weights of the next step
         self._was_up = False  # the learners were up once
         self._stopping = False  # a signal cut the step short
-        self._shares = ShareWatch()
+        self._shares = ShareWatch(config.grpo.advantage)
         self._skipped = 0  # steps in a row whose gradient was not finite
         self._failures = 0  # failures of the learners since the last finished step
 

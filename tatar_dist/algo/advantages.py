@@ -5,7 +5,9 @@
     per_term  A = sum_t weight_t * (r_t - mean_G) / (std_G + eps)      each term on its own scale before summing
 
 With `scale: batch` the spread of the whole batch divides: that of R - mean_G instead of std_G (std), and that of the
-sum after the terms' own (per_term, which is GDPO, arXiv 2601.05242). Groups are named by explicit ids, never by
+sum after the terms' own (per_term, which is GDPO, arXiv 2601.05242). Groups without an advantage do not count in it, so
+that steps do not grow where `grpo.zero_std` drops them. `std` with `batch` keeps the ranges of the tasks' rewards: one
+with a small spread then hardly trains. Groups are named by explicit ids, never by
 adjacency. A group whose rewards are all equal, or of one row, gets exactly 0. Pure numpy, float64.
 """
 
@@ -18,7 +20,7 @@ import numpy as np
 
 from tatar_dist.errors import UserError
 
-MODES = ("std", "mean", "per_term")
+MODES, SCALES = ("std", "mean", "per_term"), ("group", "batch")
 ZERO_STD = 1e-6  # spread of a group's rewards below which there is no advantage
 
 
@@ -54,32 +56,38 @@ def contributions(
         group: (N,) int64 ids 0..J-1.
 
     Raises:
-        UserError: an unknown mode.
+        UserError: an unknown mode or scale.
     """
-    if mode not in MODES:
-        raise UserError(f"advantage mode {mode!r}: must be one of {', '.join(MODES)}")
+    for name, value, known in (("mode", mode, MODES), ("scale", scale, SCALES)):
+        if value not in known:
+            raise UserError(f"advantage {name} {value!r}: must be one of {', '.join(known)}")
     total = group_std(total_reward(terms, weights, len(group)), group)
     parts: dict[str, np.ndarray] = {}
     for name, weight in weights.items():
         x = np.nan_to_num(terms[name], nan=0.0)
         std = group_std(x, group) if mode == "per_term" else total
         plain = mode == "mean" or (mode == "std" and scale == "batch")
-        factor = np.where(std > 0, 1.0 / (1.0 if plain else std + eps), 0.0)
+        factor = np.where(std > 0, 1.0 / np.where(plain | (std == 0), 1.0, std + eps), 0.0)
         parts[name] = weight * (x - group_mean(x, group)[group]) * factor[group]
-    if scale == "batch" and len(group) > 1:
-        spread = np.std(np.sum([*parts.values()], axis=0), ddof=1) + eps
-        parts = {name: part / spread for name, part in parts.items()}
+    if scale == "batch":
+        sums = np.sum([*parts.values()], axis=0)
+        live = sums[group_std(sums, group)[group] >= ZERO_STD]
+        if len(live):
+            parts = {name: part / (np.std(live, ddof=1) + eps) for name, part in parts.items()}
     return parts
 
 
-def shares(parts: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, float]:
-    """Return Cov(part, A) / Var(A) of each term at `rows`, A their sum; NaN where A is 0.
+def shares(parts: Mapping[str, np.ndarray], rows: np.ndarray, group: np.ndarray) -> dict[str, float]:
+    """Return Cov(part, A) / Var(A) of each term within groups, A their sum; NaN where A is 0.
 
-    The shares sum to 1. Parts are centred in each group, so `rows` must be whole groups.
+    The shares sum to 1. `rows` are looked at, each group's centred by themselves; `group`: (N,) int64 ids of all rows.
     """
-    total = np.sum([part[rows] for part in parts.values()], axis=0)
+    label = np.unique(group[rows], return_inverse=True)[1]
+    centred = {name: part[rows] - group_mean(part[rows], label)[label] for name, part in parts.items()}
+    total = np.sum([*centred.values()], axis=0)
     variance = float(total @ total)
-    return {name: float(part[rows] @ total) / variance if variance else math.nan for name, part in parts.items()}
+    flat = variance < ZERO_STD**2 * max(1, len(rows))
+    return {name: math.nan if flat else float(part @ total) / variance for name, part in centred.items()}
 
 
 def total_reward(terms: Mapping[str, np.ndarray], weights: Mapping[str, float], n: int) -> np.ndarray:

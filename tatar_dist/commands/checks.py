@@ -37,13 +37,14 @@ def rewards(
         ),
     ],
     preset: Annotated[
-        str, typer.Option(help="tatar, released, gaussian-both, thurstone-both, binary, or a YAML file.")
+        str, typer.Option(help="tatar, paper, released, gaussian-both, thurstone-both, binary, or a YAML file.")
     ] = "tatar",
     output: Annotated[Path | None, typer.Option(help="Write the lines here and print a summary.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON (with --output).")] = False,
     lenient: Annotated[bool, typer.Option(help="Drop and count bad rows, read answers leniently.")] = False,
     all_terms: Annotated[bool | None, typer.Option(help="Compute every term, not only the preset's.")] = None,
     advantage: Annotated[str, typer.Option(help="std, mean (Dr. GRPO) or per_term.")] = "std",
+    scale: Annotated[str, typer.Option(help="group or batch, whose spread divides (grpo.scale).")] = "group",
     explain: Annotated[
         int | None, typer.Option(metavar="ROW", help="Show the comparisons behind one row, from 1.")
     ] = None,
@@ -56,7 +57,8 @@ def rewards(
 
     if explain is not None and len(files) > 1:
         raise UserError("--explain looks at one file, give only that")
-    audits = [audit.run(f, preset, all_terms=all_terms, lenient=lenient, advantage=advantage) for f in files]
+    how = {"all_terms": all_terms, "lenient": lenient, "advantage": advantage, "scale": scale}
+    audits = [audit.run(f, preset, **how) for f in files]
     for warning in (w for each in audits for w in each.warnings):
         print(f"tatar-dist: {warning}", file=sys.stderr)
     if explain is not None:

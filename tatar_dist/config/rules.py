@@ -29,6 +29,8 @@ def check(c: Config) -> None:
             f"rollout.top_p={c.rollout.top_p}, top_k={c.rollout.top_k}: only 1.0 and -1 are available, as the loss "
             "takes the probabilities of the full softmax"
         )
+    if c.grpo.scale == "batch" and c.grpo.advantage == "mean":
+        raise UserError("grpo.scale=batch divides what grpo.advantage=mean leaves as it is: set std or per_term")
     push, placement = c.rollout.push, c.cluster.placement
     if push in ("nccl", "cuda_ipc") and not c.cluster.gpus_per_node:
         raise UserError(f"rollout.push={push} needs GPUs, cluster.gpus_per_node is 0: use auto")

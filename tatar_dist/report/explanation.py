@@ -39,13 +39,17 @@ APART = 1e-6  # more than rounding between a logged term and the same one comput
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Opponents in a completion's Thurstone term, by falling weight; others: number not listed."""
+    """Opponents in a completion's Thurstone term, by falling weight; others: number not listed.
+
+    mean: weighted, of their last column; paid: the term that it makes.
+    """
 
     row: dict[str, Any]
     answer: float | None
     opponents: list[tuple[str, audit.Opponent]]
     others: int
     mean: float
+    paid: float
     agrees: bool
 
 
@@ -115,8 +119,9 @@ def _explained(
         if table and is_number(rows[i].get("thurstone")):
             shown = [(clean(o.group_id), o) for o in table[:MOST_OPPONENTS]]
             mean = sum(o.weight * o.reward for o in table)
-            agrees = abs(min(max(mean, 0.0), 1.0) - rows[i]["thurstone"]) <= APART
-            comparisons.append(Comparisons(rows[i], answers[i], shown, len(table) - len(shown), mean, agrees))
+            paid = float(audit.paid(mean, scored.preset))
+            agrees = abs(paid - rows[i]["thurstone"]) <= APART
+            comparisons.append(Comparisons(rows[i], answers[i], shown, len(table) - len(shown), mean, paid, agrees))
     first = rows[members[0]]
     return Explained(
         why=why,

@@ -77,7 +77,7 @@ class Training:
     def terms(self, task: str) -> list[str]:
         """Return the reward terms logged for a task, without the total."""
         names = {k.split("/")[1] for r in self.rows for k in r if k.startswith("reward/") and k.endswith(f"/{task}")}
-        return sorted(names - {"total", "frac_zero_std", "agreement", "share"})
+        return sorted(names - {"total", "frac_zero_std", "agreement", "share", "share_parsed"})
 
 
 @dataclass(frozen=True)

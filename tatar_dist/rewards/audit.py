@@ -68,6 +68,7 @@ class CompletionRow(LabelledRow):
     group_id: Annotated[Any, AfterValidator(_id)]
     completion: StrictText
     score_std: Annotated[Number, Ge(0)] | None = None
+    tokens: Annotated[Number, Ge(0)] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def run(
     all_terms: bool | None = None,
     lenient: bool = False,
     advantage: str = "std",
+    scale: str = "group",
 ) -> Audit:
     """Read, check and score a file.
 
@@ -124,7 +126,9 @@ def run(
         raise UserError(f"{file}: no rows" + (f" left, {dropped} dropped" if dropped else ""))
     batch = batch_of_rows(rows)
     every = len(rows) <= ALL_TERMS_LIMIT if all_terms is None else all_terms
-    scored = score_batch(batch, loaded, terms=COLUMNS if every else (), strict=not lenient, advantage=advantage)
+    scored = score_batch(
+        batch, loaded, terms=COLUMNS if every else (), strict=not lenient, advantage=advantage, scale=scale
+    )
     warnings = [f"{file}: {dropped} bad rows dropped"] if dropped else []
     if left_out := [t for t in COLUMNS if t not in scored.terms]:
         warnings.append(f"{len(rows)} rows: {', '.join(left_out)} not computed (preset weight 0); --all-terms does")
@@ -225,8 +229,8 @@ def explain_table(audit: Audit, row: int) -> str:
     table = explain(audit.batch, audit.scored.answers, audit.preset, row - 1)
     if not table:
         return head + "\nno Thurstone comparison: unparsed, another task's term, or no other image in its pool"
-    params = audit.preset.thurstone
-    last = "regret" if params.measure == "regret" else "reward"
+    regret = audit.preset.thurstone.measure == "regret"
+    last = "regret" if regret else "reward"
     lines = [head, f"{'opponent':24} {'target':>7} {'mean':>7} {'sd':>6} {'P':>7} {'Q':>7} {'weight':>7} {last:>7}"]
     for o in table:
         points = f"{o.target:7.2f} {o.mean:7.2f} {math.sqrt(o.variance):6.2f}"
@@ -234,8 +238,15 @@ def explain_table(audit: Audit, row: int) -> str:
         name = o.group_id if len(o.group_id) <= 24 else "…" + o.group_id[-23:]
         lines.append(f"{name:24} {points} {o.p:7.4f} {o.q:7.4f} {o.weight:7.4f} {o.reward:7.4f}")
     mean = sum(o.weight * o.reward for o in table)
-    paid = f", reward exp(-mean / {params.kappa:g}) = {math.exp(-mean / params.kappa):.6f}" if last == "regret" else ""
-    return "\n".join([*lines, f"weighted mean {mean:.6f}{paid}"])
+    pays = f" nats, which pay {paid(mean, audit.preset):.6f}" if regret else ""
+    return "\n".join([*lines, f"weighted mean {mean:.6f}{pays}"])
+
+
+def paid(mean: float, preset: Preset) -> float:
+    """Return the Thurstone term of a weighted mean of `explain`'s rewards."""
+    if preset.thurstone.measure == "regret":
+        return math.exp(-mean / preset.thurstone.kappa)
+    return min(max(mean, 0.0), 1.0)
 
 
 def read_rows(file: str | Path, lenient: bool = False) -> tuple[list[dict[str, Any]], int]:

@@ -97,8 +97,8 @@ def batch_of_rows(rows: Iterable[Mapping]) -> Batch:
 def disagreement(row: Mapping, first_rows: dict[Any, Mapping]) -> str | None:
     """Say how a row contradicts its group's first, or None; adds new groups to `first_rows`."""
     first = first_rows.setdefault(row["group_id"], row)
-    keys = [key for key in ("task", "dataset", "target") if row[key] != first[key]]
-    differences = ", ".join(f"{key} {first[key]!r} and {row[key]!r}" for key in keys)
+    keys = [key for key in ("task", "dataset", "target", "score_std") if row.get(key) != first.get(key)]
+    differences = ", ".join(f"{key} {first.get(key)!r} and {row.get(key)!r}" for key in keys)
     return f"group {row['group_id']!r} has rows that disagree: {differences}" if keys else None
 
 
@@ -106,7 +106,8 @@ def batch_of_groups(groups: Sequence[Group]) -> Batch:
     """Make a batch from rollout groups. Rows are the completions in the order of the groups.
 
     Beside what `batch_of_rows` asks for they have sample_id, score_std (points; None if unknown), meta (of the
-    manifest), tokens (their number), token_ids, logprobs (one a token), finish_reason and weight_version.
+    manifest), tokens (their number), token_ids, logprobs (one a token), finish_reason and weight_version. An evaluation
+    keeps no tokens: there token_ids and logprobs are None.
 
     Raises:
         UserError: two groups with one group_id.
@@ -125,8 +126,8 @@ def batch_of_groups(groups: Sequence[Group]) -> Batch:
             "score_std": g.prompt.sample.score_std,
             "meta": g.prompt.sample.meta,
             "tokens": len(c.token_ids),
-            "token_ids": c.token_ids,
-            "logprobs": c.logprobs,
+            "token_ids": c.token_ids if len(c.token_ids) == len(c.logprobs) else None,
+            "logprobs": c.logprobs if len(c.token_ids) == len(c.logprobs) else None,
             "finish_reason": c.finish_reason,
             "weight_version": g.weight_version,
         }

@@ -4,12 +4,13 @@
     def brief(batch, answers, words=40):
         return (answers.think_words <= words).astype(float)
 
-It is given the whole global batch (`rewards.batch.Batch` and `Answers`, N rows; `batch.rows` has tokens, their
-log-probabilities, the finish reason, the manifest's meta and score_std) and the preset's other keys as keyword
-arguments, and returns N finite numbers. An unparsed completion gets 0 whatever the function says or, of a term that
-punishes, the value that lowers the reward most among the batch's parsed rows, so that it is never the better one. A row
-of a task that the preset does not list gets none. The function runs with the user's rights, so a preset that names one
-is code, to be trusted like code.
+It is given the whole global batch (`rewards.batch.Batch` and `Answers`, N rows) and the preset's other keys as keyword
+arguments, and returns N finite numbers. In a run `batch.rows` has tokens, their log-probabilities, the finish reason,
+the manifest's meta and score_std (`batch_of_groups`); in `tatar-dist rewards` what the file has. An unparsed completion
+gets 0 whatever the function says or, of a term that punishes, the value that lowers the reward most among the parsed
+rows of its group (a group without one: of the batch), so that it is never the better one. A row of a task that the
+preset does not list gets none. The function runs with the user's rights, so a preset that names one is code, to be
+trusted like code.
 """
 
 from __future__ import annotations
@@ -51,8 +52,12 @@ class CustomTerm(Term):
         if len(wrong):
             value, row = values[wrong[0]], wrong[0] + 1
             raise UserError(f"reward term {self.path} returned {value} for row {row}: must be a finite number")
-        values, parsed, sign = values[index], answers.parsed[index], np.sign(self.weight)
-        return np.where(parsed, values, sign * np.min(sign * values[parsed], initial=0.0))
+        parsed, group, sign = answers.parsed[index], batch.group[index], np.sign(self.weight)
+        paid = np.where(parsed, sign * values[index], np.inf)
+        worst = np.full(len(batch.group_ids), np.inf)
+        np.minimum.at(worst, group, paid)
+        worst = np.where(np.isinf(worst), paid.min(initial=0.0), np.minimum(worst, 0.0))
+        return np.where(parsed, values[index], sign * worst[group])
 
 
 def custom_term(body: dict[str, Any], where: str) -> CustomTerm:

@@ -13,7 +13,7 @@ from tatar_dist.rewards.batch import Batch
 from tatar_dist.rewards.score import BatchScores
 from tatar_dist.types import TASKS
 
-SCORING = ("gaussian", "pairwise", "thurstone", "binary")  # the terms that look at the score
+GUARDS = ("format", "length", "cost")  # the terms that do not look at the score
 LOW_SHARE, LOW_STEPS = 0.2, 20
 LARGE = 64  # rows; all pairs of a larger group would take too much memory
 
@@ -25,6 +25,7 @@ def reward_metrics(batch: Batch, scored: BatchScores) -> dict[str, float]:
     completions all got the same, which teaches nothing. reward/agreement/{task}: mean over groups of Kendall's tau-b
     between rewards and nearness -|d| of the parsed completions; groups where it is undefined are left out.
     reward/share/{TERM}/{task}: Cov(a, A) / Var(A), a what the term adds to the advantage A; they sum to 1.
+    reward/share_parsed/{TERM}/{task}: the same among the parsed completions of each group.
     completion/think_words/{task}: mean.
     completion/parse_failures/{task}, completion/out_of_range/{task}: shares. reward/unrankable_groups: a count.
     """
@@ -40,10 +41,11 @@ def reward_metrics(batch: Batch, scored: BatchScores) -> dict[str, float]:
                 continue
             metrics[f"reward/{name}/{task}"] = float(part.mean())
             metrics[f"reward/frac_zero_std/{name}/{task}"] = float((group_std(part, group) < ZERO_STD).mean())
-        for name, share in shares(scored.parts, rows).items():
-            if not np.isnan(scored.terms[name][rows]).all():
-                metrics[f"reward/share/{name}/{task}"] = share
         parsed = rows[scored.answers.parsed[rows]]
+        for kind, which in (("share", rows), ("share_parsed", parsed)):
+            for name, share in shares(scored.parts, which, batch.group).items():
+                if not np.isnan(scored.terms[name][rows]).all():
+                    metrics[f"reward/{kind}/{name}/{task}"] = share
         nearness = -np.abs(scored.answers.score[parsed] - batch.target[parsed])
         tau = group_kendall(scored.reward[parsed], nearness, batch.group[parsed])
         metrics[f"reward/agreement/{task}"] = float(np.nanmean(tau)) if np.isfinite(tau).any() else math.nan
@@ -83,10 +85,14 @@ def group_kendall(x: np.ndarray, y: np.ndarray, group: np.ndarray) -> np.ndarray
 
 
 class ShareWatch:
-    """Notice that the terms which look at the score hardly move the advantages of a task."""
+    """Notice that the terms which look at the score hardly order the parsed answers of a task.
 
-    def __init__(self) -> None:
-        self._low = Counter[str]()  # steps in a row, by task
+    advantage: `grpo.advantage`, which the advice depends on.
+    """
+
+    def __init__(self, advantage: str) -> None:
+        self._low = Counter[str]()  # steps in a row, by task; those without a share are left out
+        self._per_term = advantage == "per_term"
 
     def add(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Return {task: line} where the share has just been under LOW_SHARE for LOW_STEPS steps.
@@ -95,18 +101,19 @@ class ShareWatch:
         """
         lines: dict[str, str] = {}
         for task in TASKS:
-            names = [k.split("/")[2] for k in metrics if k.startswith("reward/share/") and k.endswith(f"/{task}")]
-            share = {name: metrics[f"reward/share/{name}/{task}"] for name in names}
-            scoring = [name for name in names if name in SCORING]
+            parts = [(k.split("/"), v) for k, v in metrics.items() if k.startswith("reward/share_parsed/")]
+            share = {name: value for (_, _, name, of), value in parts if of == task}
+            scoring = [name for name in share if name not in GUARDS]
             found = sum(share[name] for name in scoring)
             if not scoring or math.isnan(found):
                 continue
             self._low[task] = self._low[task] + 1 if found < LOW_SHARE else 0
             if self._low[task] == LOW_STEPS:
                 ruler = max(share, key=lambda name: share[name])
+                lower = f"lower reward.weights.{ruler}"
                 lines[task] = (
                     f"for {LOW_STEPS} steps {' and '.join(scoring)} had less than {LOW_SHARE:.0%} of the "
-                    f"{task.upper()} advantage (now {found:.0%}), {ruler} has {share[ruler]:.0%}: "
-                    f"set grpo.advantage=per_term, or lower reward.weights.{ruler}"
+                    f"{task.upper()} advantage among parsed answers (now {found:.0%}), {ruler} has "
+                    f"{share[ruler]:.0%}: {lower if self._per_term else f'set grpo.advantage=per_term, or {lower}'}"
                 )
         return lines

@@ -40,7 +40,7 @@ SHARED = "rater_sd"
 RESERVED = (
     *("step", "group_id", "index", "sample_id", "dataset", "task", "target", "score_std", "completion", "tokens"),
     *("finish_reason", "logprob_sum", "weight_version", "parsed", "reward", "advantage", "trained", "total"),
-    *("agreement", "share", "frac_zero_std", "replaced_groups", "dropped_groups", "unrankable_groups"),
+    *("agreement", "share", "share_parsed", "frac_zero_std", "replaced_groups", "dropped_groups", "unrankable_groups"),
 )
 PRESET_DIR = Path(__file__).parent / "presets"
 
@@ -135,6 +135,11 @@ def load_preset(
         raise UserError(f"{where}: thurstone floor is null: only the preset named 'released' runs without one")
     if not preset.weights:
         raise UserError(f"{where}: every weight is 0")
+    for term in TERMS:
+        if (weight := preset.weights.get(term, 0)) < 0:
+            raise UserError(
+                f"{where}: weight {weight:g} of {term}: must be at least 0, or unreadable answers earn more"
+            )
     return preset
 
 

@@ -3,7 +3,7 @@
     gaussian  min(cap, scale * exp(-d^2 / 2 sigma^2)), d = |q - g|, sigma = sigma0 * (1 + alpha * d / 100),
               sigma0 = T / sqrt(2 ln 2); with rater_sd sqrt(sigma0^2 + score_std^2), a score_std of 0 where unknown
     length    clip(1 - excess / margin, 0, 1), excess = words over `iqa_max` (IQA) or missing to `iaa_min` (IAA); with
-              `optional` 1 for an answer without words of thought
+              `optional` 1 for an answer without words of thought, which changes IAA only
     cost      clip(1 - tokens / budget, 0, 1), the budget by task: what an answer spends is paid for
     binary    1 if the score lies within T points of the target: the plain baseline of the probes
 

@@ -91,7 +91,8 @@ def reference(terms, weights, group, mode, eps, scale):
                 parts[t][i] = w * (values[t][n] - statistics.fmean(values[t])) / divisor
     if scale == "batch":
         sums = [sum(parts[t][i] for t in weights) for i in range(len(group))]
-        parts = {t: part / (statistics.stdev(sums) + eps) for t, part in parts.items()}
+        live = [sums[i] for rows in rows_of.values() for i in rows if len({round(sums[j], 9) for j in rows}) > 1]
+        parts = {t: part / (statistics.stdev(live) + eps) for t, part in parts.items()}
     return parts
 
 
@@ -110,27 +111,60 @@ def test_what_terms_add_is_the_formula_and_their_shares_are_covariances(mode, sc
     assert not parts["flat"].any()
     rows = np.flatnonzero(group < 4)
     a = sum(parts.values())[rows]
-    for name, share in shares(parts, rows).items():
+    for name, share in shares(parts, rows, group).items():
         assert share == pytest.approx(np.cov(parts[name][rows], a)[0, 1] / a.var(ddof=1), rel=1e-9, abs=1e-12)
-    assert sum(shares(parts, rows).values()) == pytest.approx(1)
+    assert sum(shares(parts, rows, group).values()) == pytest.approx(1)
     if scale == "batch":
-        assert sum(parts.values()).std(ddof=1) == pytest.approx(1, rel=1e-3)
+        assert sum(parts.values()).std(ddof=1) == pytest.approx(1, rel=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["std", "per_term"])
+def test_silent_groups_and_lone_rows_do_not_move_the_scale_of_the_batch(mode):
+    terms, group = {"a": np.array([1.0, 2.0, 4.0, 3.0, 3.0, 5.0])}, np.array([0, 0, 0, 1, 1, 2])
+    alone = contributions({"a": terms["a"][:3]}, {"a": 1.0}, group[:3], mode, 1e-4, "batch")["a"]
+    found = contributions(terms, {"a": 1.0}, group, mode, 1e-4, "batch")["a"]
+    np.testing.assert_allclose(found, [*alone, 0, 0, 0], rtol=1e-12)
+    for n in (0, 1, 3):
+        assert not contributions({"a": np.ones(n)}, {"a": 1.0}, np.zeros(n, int), mode, 0.0, "batch")["a"].any()
+
+
+def test_an_unknown_scale_is_refused():
+    with pytest.raises(UserError, match="advantage scale 'bacth': must be one of group, batch"):
+        contributions({}, {}, np.zeros(0, np.int64), "std", 1e-4, "bacth")
+
+
+def test_among_parsed_answers_a_term_that_tells_them_apart_has_its_share():
+    group = np.zeros(6, int)
+    parsed = np.arange(5)
+    terms = {"format": np.array([1, 1, 1, 1, 1, 0.0]), "t": np.array([0.95, 0.96, 0.97, 0.94, 0.95, 0.0])}
+    parts = contributions(terms, {"format": 1.0, "t": 1.0}, group)
+    assert shares(parts, np.arange(6), group)["t"] < 0.6
+    assert shares(parts, parsed, group)["t"] == pytest.approx(1)
 
 
 def test_without_an_advantage_there_is_no_share():
     parts = contributions({"a": np.ones(4)}, {"a": 1.0}, np.array([0, 0, 1, 1]))
-    assert math.isnan(shares(parts, np.arange(4))["a"])
+    assert math.isnan(shares(parts, np.arange(4), np.array([0, 0, 1, 1]))["a"])
+
+
+def share_metrics(task="iaa", **shares):
+    return {f"reward/share_parsed/{name}/{task}": value for name, value in shares.items()}
 
 
 def test_a_scoring_term_that_hardly_trains_is_named_once():
-    low = {"reward/share/thurstone/iaa": 0.05, "reward/share/length/iaa": 0.9, "reward/share/format/iaa": 0.05}
-    watch = ShareWatch()
+    low = share_metrics(thurstone=0.05, length=0.95, format=0.0)
+    watch = ShareWatch("std")
     assert [watch.add(low) for _ in range(19)] == [{}] * 19
+    assert watch.add(low | share_metrics(thurstone=math.nan)) == {}, "a step without an advantage says nothing"
     assert watch.add(low) == {
-        "iaa": "for 20 steps thurstone had less than 20% of the IAA advantage (now 5%), length has 90%: "
-        "set grpo.advantage=per_term, or lower reward.weights.length"
+        "iaa": "for 20 steps thurstone had less than 20% of the IAA advantage among parsed answers (now 5%), "
+        "length has 95%: set grpo.advantage=per_term, or lower reward.weights.length"
     }
     assert watch.add(low) == {}
-    watch.add(low | {"reward/share/thurstone/iaa": 0.5})
+    watch.add(low | share_metrics(thurstone=0.5))
     assert not any(watch.add(low) for _ in range(19)) and watch.add(low)  # counted anew
-    assert not any(watch.add({"reward/share/length/iqa": 1.0}) for _ in range(30))  # nothing looks at the score
+    assert not any(watch.add(share_metrics("iqa", length=1.0)) for _ in range(30))  # nothing looks at the score
+    assert not any(watch.add(share_metrics(thurstone=0.1, mine=0.5, length=0.4)) for _ in range(30))  # the user's does
+    scaled = ShareWatch("per_term")
+    (line,) = [found["iaa"] for _ in range(20) if (found := scaled.add(low))]
+    assert line.endswith("length has 95%: lower reward.weights.length")

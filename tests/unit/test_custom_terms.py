@@ -83,8 +83,8 @@ def test_a_term_that_punishes_never_makes_junk_preferable(preset, per_word, weig
     loaded = load_preset(made, {"brief": weight, "gaussian": 1e-6})
     rows = [*ROWS, row("b", "iaa", 900), row("c", "iqa", 20), row("c", "iqa", 90)]  # IAA is none of its tasks
     scored = score_batch(batch_of_rows(rows), loaded)
-    np.testing.assert_allclose(scored.terms["brief"], per_word * np.array([3, 60, 90, np.nan, np.nan, 20, 90]))
-    assert scored.reward[2] < scored.reward[scored.answers.parsed].min()
+    np.testing.assert_allclose(scored.terms["brief"], per_word * np.array([3, 60, 60, np.nan, np.nan, 20, 90]))
+    assert scored.reward[2] < scored.reward[:2].min()
     assert scored.advantage[2] < scored.advantage[1] < scored.advantage[0]
     assert score_batch(batch_of_rows([ROWS[2]]), loaded).terms["brief"][0] == 0, "nothing parsed to compare with"
 
@@ -171,3 +171,18 @@ def test_tokens_cost_and_thought_is_optional_where_the_preset_says_so():
     assert score_batch(batch_of_rows(rows), load_preset("tatar")).terms["length"][3] == 0
     with pytest.raises(UserError, match="the reward term cost counts tokens, and a row has no such key"):
         score_batch(batch_of_rows([row("a", "iqa", 3)]), preset)
+
+
+def test_the_scale_of_the_batch_and_a_negative_weight_reach_the_score():
+    rows = [row("a", "iqa", 3, f"<answer>{x}</answer>") for x in (50, 55, 70)]
+    scored = score_batch(batch_of_rows(rows), load_preset("tatar"), advantage="per_term", scale="batch")
+    assert scored.advantage.std(ddof=1) == pytest.approx(1, rel=1e-3)
+    with pytest.raises(UserError, match="weight -1.5 of length: must be at least 0, or unreadable answers earn more"):
+        load_preset("tatar", {"length": -1.5})
+
+
+def test_what_an_evaluation_does_not_keep_of_tokens_is_null():
+    sample = Sample("s", "d", "iqa", b"", 50.0)
+    restored = Completion("<answer>50</answer>", (0, 0, 0), (-4.0,), "stop")
+    (only,) = batch_of_groups([Group(Prompt(sample, "", "g"), (), (restored,), 0)]).rows
+    assert (only["tokens"], only["token_ids"], only["logprobs"]) == (3, None, None)

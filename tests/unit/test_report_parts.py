@@ -135,6 +135,20 @@ def test_the_comparisons_are_those_of_rewards_explain(run, page):
     assert "the run wrote down" not in page.text
 
 
+def test_a_regret_is_shown_in_nats_with_what_it_pays(run, tmp_path):
+    copy, params = lines(tmp_path / "copy", grpo_rows()), {"thurstone_measure": "regret", "thurstone_scale": "shared"}
+    rows = pq.read_table(run / "rollouts" / "step_000014.parquet").to_pylist()
+    terms = audit.run(run / "rollouts" / "step_000014.parquet", params=params).scored.terms["thurstone"]
+    paid = [r | {"thurstone": None if np.isnan(t) else float(t)} for r, t in zip(rows, terms, strict=True)]
+    (copy / "rollouts").mkdir()
+    pq.write_table(pa.Table.from_pylist(paid), copy / "rollouts" / "step_000014.parquet")
+    (copy / "config.yaml").write_text(json.dumps({"reward": {"preset": "tatar", "params": params}}))
+    page = report(copy).text
+    assert "the run wrote down" not in page
+    shown = re.findall(r"weighted, is (\d\.\d{4}), which pays (\d\.\d{4})", page)
+    assert len(shown) >= 2 and all(abs(np.exp(-float(a) / 0.2) - float(b)) < 5e-4 for a, b in shown)
+
+
 def test_a_term_that_comes_out_otherwise_than_the_run_wrote_is_said(run, tmp_path):
     copy = lines(tmp_path / "copy", [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()])
     (copy / "config.yaml").write_text(json.dumps({"reward": {"preset": "tatar", "params": {"thurstone_tau": 2.0}}}))

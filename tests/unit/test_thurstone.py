@@ -45,7 +45,7 @@ def rewards(q, g, group, params, pool=None):
     return thurstone(np.asarray(q, float), statistics(q, g, group, pool), params)
 
 
-def slow(q, g, group, params, sd=0.0):
+def slow(q, g, group, params, sd=(0.0,) * 99):
     """The formula of the docstring, one pair at a time, with scipy's plain distribution functions."""
     L = expit if params.link == "logistic" else ndtr
     out = []
@@ -60,9 +60,10 @@ def slow(q, g, group, params, sd=0.0):
             if not theirs:
                 continue
             gap = g[k] - g[list(group).index(j)]
-            s = math.sqrt(max(np.var(mine) + np.var(theirs), params.floor**2))
-            t = math.sqrt((s if params.scale == "shared" else params.tau) ** 2 + (2 * sd**2 if params.rater_sd else 0))
-            p, prob = L(gap / t), L((q[k] - np.mean(theirs)) / (t if params.scale == "shared" else s))
+            raters = sd[group[k]] ** 2 + sd[j] ** 2 if params.rater_sd else 0
+            s = math.sqrt(max(np.var(mine) + np.var(theirs), params.floor**2) + raters)
+            t = s if params.scale == "shared" else math.sqrt(params.tau**2 + raters)
+            p, prob = L(gap / t), L((q[k] - np.mean(theirs)) / s)
             if params.measure in ("bce", "regret"):
                 prob, best = (min(max(x, params.eps), 1 - params.eps) for x in (prob, p))
                 r = -(p * math.log(prob) + (1 - p) * math.log(1 - prob))
@@ -94,23 +95,26 @@ def test_the_blocks_equal_the_formula_written_pair_by_pair(link, measure, scale)
     params = ThurstoneParams(link=link, measure=measure, scale=scale)
     np.testing.assert_allclose(rewards(q, g, group, params), slow(q, g, group, params), rtol=0, atol=1e-9)
     params = ThurstoneParams(link=link, measure=measure, scale=scale, rater_sd=True)
-    unsure = group_statistics(q, g, group, np.zeros(len(q), np.int64), 13.0)
-    np.testing.assert_allclose(thurstone(q, unsure, params), slow(q, g, group, params, 13.0), rtol=0, atol=1e-9)
+    sd = rng.uniform(0, 20, 9)
+    unsure = group_statistics(q, g, group, np.zeros(len(q), np.int64), sd[group])
+    np.testing.assert_allclose(thurstone(q, unsure, params), slow(q, g, group, params, sd), rtol=0, atol=1e-9)
     assert (rewards(q, g, group, params) == rewards(q, g, group, replace(params, rater_sd=False))).all()
 
 
 @pytest.mark.parametrize(("link", "measure"), FORMS)
-@given(low=st.floats(0, 99), gap=st.floats(1, 100), size=st.integers(1, 4))
+@given(low=st.floats(0, 99), gap=st.floats(1, 100), size=st.integers(1, 4), sd=st.floats(0, 25))
 @settings(max_examples=60, deadline=None)
-def test_with_collapsed_groups_exact_beats_a_tie_and_a_tie_beats_the_reversed_order(link, measure, low, gap, size):
+def test_with_collapsed_groups_exact_beats_a_tie_and_a_tie_beats_the_reversed_order(link, measure, low, gap, size, sd):
     high = low + gap
     assume(high <= 100)
     g = np.repeat([low, high], size)
     group = np.repeat([0, 1], size)
-    params = ThurstoneParams(link=link, measure=measure)
-    exact = rewards(g, g, group, params)
-    tie = rewards(np.full(2 * size, (low + high) / 2), g, group, params)
-    reversed_order = rewards(np.repeat([high, low], size), g, group, params)
+    params = ThurstoneParams(link=link, measure=measure, rater_sd=True)
+    pool = np.zeros(2 * size, np.int64)
+    exact, tie, reversed_order = (
+        thurstone(q, group_statistics(q, g, group, pool, sd), params)
+        for q in (g, np.full(2 * size, (low + high) / 2), np.repeat([high, low], size))
+    )
     assert (exact > tie).all() and (tie > reversed_order).all()
 
 
