@@ -97,7 +97,7 @@ def main(args: list[str] | None = None) -> int:
         return e.status
     except OSError as e:
         cause = getattr(e, "cause", e)
-        if cause.errno not in OF_FILES:
+        if cause.errno not in OF_FILES or not (cause.filename or cause.errno in FULL):
             raise
         where, reason = cause.filename or "the output", os.strerror(cause.errno)
         room = "; what was finished is kept: make room on that disk and run again" if cause.errno in FULL else ""

@@ -36,7 +36,7 @@ GPU_CHECK, PROOFS, NEAR = ("test_gpu_check.py",), ("test_proofs.py",), ("test_ne
 # name: (file below tatar_dist, text, what it becomes, tests)
 DEVICE = ("../device/test_learner.py",)
 MUTATIONS = {
-    "score: a model's own pixel limits are taken as they are": ("scoring/directory.py", "high if high < DataConfig.max_prompt_tokens * token else ModelConfig.max_pixels", "high", ("test_score_output.py",)),
+    "score: a model's own pixel limits are taken as they are": ("scoring/directory.py", "high if high != OWN_LIMIT * (patch * merge) ** 2 else ModelConfig.max_pixels", "high", ("test_score_output.py",)),
     "prompts: pixels that would not do": ("prompts/render.py", "limit + 1 - max", "limit + 99 - max", ("test_prompt_source.py",)),
     "near: the shifts of a crop are not tried": ("data/checks/near.py", "hashes(rows.thumbnail[block], SCALES, STEPS)", "hashes(rows.thumbnail[block], SCALES, STEPS) * (np.arange(107) == 24)[:, None]", NEAR),
     "near: any two photographs are alike": ("data/checks/near.py", "CANDIDATE, NEAR = 0.55, 0.85", "CANDIDATE, NEAR = 0.0, 0.3", NEAR),

@@ -54,6 +54,8 @@ class QwenVL:
         try:
             limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
             self.processor = AutoProcessor.from_pretrained(config.path, **limits)
+        except ImportError:
+            raise
         except Exception as e:  # a damaged file: of any kind, tokenizers raises Exception itself
             problem = f"neither a model directory{looked_in(config.path)} nor a model the hub can give"
             if Path(config.path).is_dir():

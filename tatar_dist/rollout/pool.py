@@ -362,11 +362,14 @@ class RolloutPool:
     def missing(self, nodes: Collection[str]) -> int:
         """Count the engines to start until `rollout.min_engines` live on `nodes` (Ray's node ids).
 
-        Idle engines are pinged, because Ray reports a lost node later than the death of its learners.
+        Idle engines are pinged, because Ray reports a lost node later than the death of its learners; a silent one is
+        ended, so that its place is free.
         """
         alive = (State.HEALTHY, State.SUSPECT, State.STALE)
         living = [e for e in self.engines if e.health.state in alive and e.health.facts["node"] in nodes]
-        asked = [e.actor.__ray_ready__.remote() for e in living if e.call is None]
-        answered = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)[0] if asked else []
-        silent = len(asked) - sum(error_of(ref) is None for ref in answered)
-        return max(0, min(self.config.rollout.min_engines, len(self.engines)) - len(living) + silent)
+        asked = {e.actor.__ray_ready__.remote(): e for e in living if e.call is None}
+        answered = ray.wait([*asked], num_returns=len(asked), timeout=ANSWER_S)[0] if asked else []
+        silent = [e for ref, e in asked.items() if ref not in answered or error_of(ref)]
+        for e in silent:
+            self._lose(e, f"no answer within {ANSWER_S:g} s")
+        return max(0, min(self.config.rollout.min_engines, len(self.engines)) - len(living) + len(silent))

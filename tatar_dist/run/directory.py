@@ -70,9 +70,8 @@ class RunDirectory:
         self._failpoints = Failpoints(config.failpoints, str(self.path))
         self._trackers = Trackers(config, self.path, self.events)
         self._quarantine_file = self.path / "quarantine.jsonl"
-        sample = lambda row: (str(row["sample_id"]), str(row["manifest"]))  # noqa: E731
-        rows = _intact(self._quarantine_file, sample)
-        self._quarantined = {sample(row): row for row in rows}
+        rows = _intact(self._quarantine_file, _sample)
+        self._quarantined = {_sample(row): row for row in rows}
         self._met: set[tuple[str, str]] = set()  # of them, since this start
         self._manifests = {str(Path(config.data.root) / m) for split in SPLITS for m in getattr(config.data, split)}
         if self._quarantine_file.exists():  # without a line cut off by a crash, which would swallow the next one
@@ -124,13 +123,13 @@ class RunDirectory:
     def rewind(self, step: int) -> None:
         """Forget metrics, rollouts and quarantined samples of steps >= `step`.
 
-        Held-out samples are checked at every start: one that is usable now is forgotten, as is any of a manifest that
+        Held-out samples are checked at every start: one that is usable now is forgotten, as is one of a manifest that
         the run does not read any more.
         """
         self._trackers.rewind(step)
         for key, row in list(self._quarantined.items()):
             since = row.get("step", -1)  # None: before the first step, so held out
-            if key[1] not in self._manifests or (key not in self._met if since is None else since >= step):
+            if since >= step if since is not None else key[1] not in self._manifests or key not in self._met:
                 del self._quarantined[key]
                 self._met.discard(key)
         if self._quarantine_file.exists():
@@ -171,6 +170,13 @@ class RunDirectory:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl: None for non-finite values; lines other than JSON objects are skipped."""
     return json_lines(run / "metrics.jsonl")
+
+
+def _sample(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the key of a line of quarantine.jsonl. Raises a TypeError if its step is no number."""
+    key = str(row["sample_id"]), str(row["manifest"])
+    (row.get("step") or 0) + 0
+    return key
 
 
 def _intact(file: Path, used: Callable[[Any], Any]) -> list[dict[str, Any]]:

@@ -16,12 +16,13 @@ from typing import Any
 
 from tatar_dist.assets import CONFIGS, locate, looked_in
 from tatar_dist.config.load import load_config
-from tatar_dist.config.schema import Config, DataConfig, ModelConfig, RolloutConfig
+from tatar_dist.config.schema import Config, ModelConfig, RolloutConfig
 from tatar_dist.config.validate import read_yaml
 from tatar_dist.errors import UserError
 from tatar_dist.models.files import check_adapter, check_files
 
 PROMPTS = "prompts.yaml"
+OWN_LIMIT = 16_384  # tokens of a picture by the processors of Qwen2.5-VL and Qwen3-VL: more than a prompt has here
 
 
 def model_config(model: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -76,13 +77,19 @@ def _pixels(directory: Path) -> tuple[int, int]:
     """Return (minimum, maximum) pixels of a picture. Raises UserError if `directory` has none."""
     newest, older = (_json(directory / name) or {} for name in ("processor_config.json", "preprocessor_config.json"))
     settings = newest.get("image_processor") or older
-    size = settings.get("size") or {}
+    settings = settings if isinstance(settings, dict) else {}
+    size = settings.get("size")
+    size = size if isinstance(size, dict) else {}
     low = settings.get("min_pixels") or size.get("shortest_edge")
     high = settings.get("max_pixels") or size.get("longest_edge")
     if not (isinstance(low, int) and isinstance(high, int)):
         raise UserError(f"{directory}: no processor_config.json in it says how many pixels a picture may have")
-    token = (settings.get("patch_size", 14) * settings.get("merge_size", 2)) ** 2  # pixels; Qwen's own limit: 16,384
-    return low, high if high < DataConfig.max_prompt_tokens * token else ModelConfig.max_pixels
+    patch, merge = settings.get("patch_size", 14), settings.get("merge_size", 2)
+    if not (isinstance(patch, int) and isinstance(merge, int)):
+        raise UserError(
+            f"{directory}: its processor has patch_size={patch!r} and merge_size={merge!r}: must be integers"
+        )
+    return low, high if high != OWN_LIMIT * (patch * merge) ** 2 else ModelConfig.max_pixels
 
 
 def run_of(directory: Path) -> Path | None:

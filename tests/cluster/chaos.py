@@ -160,7 +160,7 @@ class Chaos:
         name, pid = target
         try:
             self.hosts.named(name).out_of_memory(pid)
-        except (TimeoutError, subprocess.CalledProcessError):  # it was replaced in between
+        except (OSError, subprocess.CalledProcessError):  # it was replaced in between, or had room (TimeoutError)
             return None
         return f"{name}:{pid}"
 

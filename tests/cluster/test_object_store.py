@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 
 from tatar_dist import cli
+from tatar_dist.learner.group import LearnerGroup
 from tatar_dist.run.directory import RunDirectory
 from tatar_dist.run.events import read_events
 
@@ -28,7 +30,7 @@ def small_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def fill_at(monkeypatch: pytest.MonkeyPatch):
     """fill_at(step): the store is full when that step's push begins, until learners start (again)."""
-    held, at, begin, rewind = [], set[int](), RunDirectory.begin, RunDirectory.rewind
+    held, at, begin, setup = [], set[int](), RunDirectory.begin, LearnerGroup.setup
 
     def fill(directory: RunDirectory, phase: str, step: int) -> None:
         begin(directory, phase, step)
@@ -39,12 +41,12 @@ def fill_at(monkeypatch: pytest.MonkeyPatch):
                     while True:
                         held.append(ray.put(np.ones(size, np.uint8)))
 
-    def empty(directory: RunDirectory, step: int) -> None:
+    def empty(learners: LearnerGroup, *arguments: Any) -> Any:
         held.clear()
-        rewind(directory, step)
+        return setup(learners, *arguments)
 
     monkeypatch.setattr(RunDirectory, "begin", fill)
-    monkeypatch.setattr(RunDirectory, "rewind", empty)
+    monkeypatch.setattr(LearnerGroup, "setup", empty)
     return at.add
 
 

@@ -261,6 +261,8 @@ def halved(path: Path) -> None:
     size = path.stat().st_size // 2 + 5
     if path.suffix in (".csv", ".jsonl"):  # not between two lines: that is a whole file
         size = path.read_bytes().rfind(b",", 0, size)
+    if path.suffix == ".yaml":  # in a key: a value that is cut off may be one
+        size = path.read_bytes().rfind(b"\n  ", 0, size) + 6
     os.truncate(path, size)
 
 

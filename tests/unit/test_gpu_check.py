@@ -80,7 +80,9 @@ def test_an_interruption_ends_the_parts_that_run(tmp_path):
     results = runner.run_parts([part("hangs"), part("no_room")], GPU, tmp_path, time.monotonic() + 99, together=2)
     assert next(results)["part"] == "no_room"
     pids = tmp_path / "hangs" / "pids"
+    deadline = time.monotonic() + 60
     while not pids.exists() or len(pids.read_text().split()) < 2:  # it starts in a process of its own
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     results.close()
     assert not any(alive(int(pid)) for pid in pids.read_text().split())

@@ -119,5 +119,6 @@ def test_every_key_of_a_stage_is_free_or_counts():
         known = {k.removesuffix(".0") for k in of(stage, f"{stage}.optim.schedule=cosine")}
         for section in ("model", "data", stage):
             for key, value in asdict(getattr(config, section)).items():
-                names = [f"{section}.{key}.{k}" for k in value] if key == "optim" else [f"{section}.{key}"]
+                nested = isinstance(value, dict) and value  # optim, thought_dropout
+                names = [f"{section}.{key}.{k}" for k in value] if nested else [f"{section}.{key}"]
                 assert all(n in known | FREE | {"data.train"} for n in names), names

@@ -239,11 +239,13 @@ def test_a_model_with_its_own_pixel_limits_scales_a_photograph_to_what_a_prompt_
     settings = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "merge_size": 2}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))  # as released
     assert model_config(tmp_path).model.max_pixels == 1572864  # 1,536 tokens
-    for pixels, taken in ((3071 * 32**2, 3071 * 32**2), (3072 * 32**2, 1572864)):
-        settings["size"]["longest_edge"] = pixels
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-        assert model_config(tmp_path).model.max_pixels == taken
+    settings["size"]["longest_edge"] = 4000000  # somebody has chosen it
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert model_config(tmp_path).model.max_pixels == 4000000
     assert model_config(tmp_path, ["model.max_pixels=16777216"]).model.max_pixels == 16777216
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | {"patch_size": None}))
+    with pytest.raises(UserError, match="its processor has patch_size=None and merge_size=2: must be integers"):
+        model_config(tmp_path)
 
 
 def test_a_checkpoint_is_asked_as_its_run_was(tmp_path):

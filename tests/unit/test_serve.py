@@ -321,9 +321,10 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(capsys, tmp_pat
 
 def test_a_damaged_tokenizer_is_named_in_one_line(capsys, tmp_path):
     damaged = shutil.copytree(TINY, tmp_path / "model")
-    (damaged / "tokenizer.json").write_text("{")
-    with patch.dict(os.environ):
-        assert "its tokenizer or processor cannot be read: " in fails(capsys, "--model", str(damaged), "--port", "0")
+    for text, said in (("{", "tokenizer.json: not valid JSON: "), ('{"model": {}}', "or processor cannot be read: ")):
+        (damaged / "tokenizer.json").write_text(text)
+        with patch.dict(os.environ):
+            assert said in fails(capsys, "--model", str(damaged), "--port", "0")
 
 
 def test_the_environment_is_that_of_an_engine_and_neither_redirects_nor_half_a_lock():
