@@ -259,8 +259,10 @@ def emptied(path: Path) -> None:
 
 def halved(path: Path) -> None:
     size = path.stat().st_size // 2 + 5
-    if path.suffix in (".csv", ".jsonl"):  # not between two lines: that is a whole file
+    if path.suffix == ".csv":  # not between two lines: that is a whole file
         size = path.read_bytes().rfind(b",", 0, size)
+    if path.suffix == ".jsonl":  # in the first line: a last one that is cut off is a crash's
+        size = path.read_bytes().split(b"\n")[0].rfind(b",")
     if path.suffix == ".yaml":  # in a key: a value that is cut off may be one
         size = path.read_bytes().rfind(b"\n  ", 0, size) + 6
     os.truncate(path, size)
