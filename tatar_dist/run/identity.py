@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 from tatar_dist.config.schema import Config
@@ -48,11 +49,20 @@ def identity(config: Config, stage: str, wording: str, reward: Mapping[str, Any]
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return {key: [was, is]} of what differs; keys of one side alone are left out."""
+    """Return {key: [was, is]} of what differs. A key newer than the checkpoint had its default then."""
+    if "seed" in before:
+        before = {k: v for k, v in _defaults(before["stage"]).items() if k in now} | dict(before)
     adapters = {k for k in (*before, *now) if k.startswith("model.lora_")}  # earlier versions wrote them only if used
     added = adapters if "seed" not in before and now.get("model.lora_rank") else set()
     keys = [k for k in now if k in before] + sorted(added - before.keys())
     return {k: [before.get(k), now.get(k)] for k in keys if before.get(k) != now.get(k)}
+
+
+@cache
+def _defaults(stage: str) -> dict[str, Any]:
+    from tatar_dist.rewards.presets import TERMS
+
+    return identity(Config(output=""), stage, "", {term: asdict(params()) for term, params in TERMS.items()})
 
 
 def require_same(

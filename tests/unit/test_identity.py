@@ -122,3 +122,22 @@ def test_every_key_of_a_stage_is_free_or_counts():
                 nested = isinstance(value, dict) and value  # optim, thought_dropout
                 names = [f"{section}.{key}.{k}" for k in value] if nested else [f"{section}.{key}"]
                 assert all(n in known | FREE | {"data.train"} for n in names), names
+
+
+def test_a_key_that_is_newer_than_the_checkpoint_had_its_default():
+    old = {
+        k: v for k, v in of("grpo").items() if k != "grpo.scale" and ".cost." not in k and "thurstone.scale" not in k
+    }
+    assert not changes(old, of("grpo"))
+    newer = (
+        "grpo.scale=batch",
+        "grpo.advantage=per_term",
+        "reward.weights.cost=1",
+        "reward.params.thurstone_scale=shared",
+    )
+    assert changes(old, of("grpo", *newer)) == {
+        "grpo.advantage": ["std", "per_term"],
+        "grpo.scale": ["group", "batch"],
+        "reward.thurstone.scale": ["tau", "shared"],
+        "reward.cost.weight": [0.0, 1.0],
+    }
