@@ -49,7 +49,7 @@ def identity(config: Config, stage: str, wording: str, reward: Mapping[str, Any]
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return {key: [was, is]} of what differs. A key newer than the checkpoint had its default then."""
+    """Return {key: [was, is]} of what differs; a key unknown to `before` had its default."""
     if "seed" in before:
         before = {k: v for k, v in _defaults(before["stage"]).items() if k in now} | dict(before)
     adapters = {k for k in (*before, *now) if k.startswith("model.lora_")}  # earlier versions wrote them only if used
