@@ -175,7 +175,8 @@ def test_tokens_cost_and_thought_is_optional_where_the_preset_says_so():
 
 def test_the_scale_of_the_batch_and_a_negative_weight_reach_the_score():
     rows = [row("a", "iqa", 3, f"<answer>{x}</answer>") for x in (50, 55, 70)]
-    scored = score_batch(batch_of_rows(rows), load_preset("tatar"), advantage="per_term", scale="batch")
+    preset = load_preset("tatar", {"gaussian": 3.0})
+    scored = score_batch(batch_of_rows(rows), preset, advantage="per_term", scale="batch")
     assert scored.advantage.std(ddof=1) == pytest.approx(1, rel=1e-3)
     with pytest.raises(UserError, match="weight -1.5 of length: must be at least 0, or unreadable answers earn more"):
         load_preset("tatar", {"length": -1.5})
