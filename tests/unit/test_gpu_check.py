@@ -102,6 +102,7 @@ def command(tmp_path, *words, **environment):
         [sys.executable, "-m", "tatar_dist", "gpu-check", *words],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **places, **environment},  # no GPU, also where there is one
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a script started with &
     )  # fmt: skip
 
 
