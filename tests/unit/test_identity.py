@@ -125,19 +125,9 @@ def test_every_key_of_a_stage_is_free_or_counts():
 
 
 def test_a_key_that_is_newer_than_the_checkpoint_had_its_default():
-    old = {
-        k: v for k, v in of("grpo").items() if k != "grpo.scale" and ".cost." not in k and "thurstone.scale" not in k
-    }
+    old = {k: v for k, v in of("grpo").items() if k != "grpo.scale"}
     assert not changes(old, of("grpo"))
-    newer = (
-        "grpo.scale=batch",
-        "grpo.advantage=per_term",
-        "reward.weights.cost=1",
-        "reward.params.thurstone_scale=shared",
-    )
-    assert changes(old, of("grpo", *newer)) == {
-        "grpo.advantage": ["std", "per_term"],
-        "grpo.scale": ["group", "batch"],
-        "reward.thurstone.scale": ["tau", "shared"],
-        "reward.cost.weight": [0.0, 1.0],
-    }
+    assert changes(old, of("grpo", "grpo.scale=batch")) == {"grpo.scale": ["group", "batch"]}
+    old = {k: v for k, v in of("sft").items() if "thought" not in k}
+    word = "sft.thought_dropout.iqa=0.5"
+    assert not changes(old, of("sft")) and list(changes(old, of("sft", word))) == ["sft.thought_dropout.iqa"]
