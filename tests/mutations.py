@@ -221,7 +221,7 @@ MUTATIONS = {
     "report: most answers lost, and yellow": ("report/verdict.py", '"bad" if share >= bad else "watch"', '"watch"', ("test_report.py",)),
     "report: any two evaluations are before and after": ("report/verdict.py", "run.evaluations[0].model == BASE", "True", ("test_report.py",)),
     "card: all data are the demo's": ("scoring/card.py", " if name.startswith(DEMO_SETS)", "", ("test_export.py",)),
-    "quarantine: repaired samples stay": ("run/directory.py", "key[1] not in self._manifests or key not in self._met:", "False:", ("test_run_directory.py",)),
+    "quarantine: repaired samples stay": ("run/directory.py", "(key[1] not in self._manifests or key not in self._met)", "False", ("test_run_directory.py",)),
     "score: lost samples are not counted": ("scoring/scorer.py", "return self.samples.count(None)", "return 0", ("test_score_output.py",)),
     "score: texts are cut": ("scoring/output.py", "len(named) > FEW and ", "", ("test_score_output.py",)),
     "plan: more warm-up than steps": ("plan/plan.py", "plan.warmup_steps >= plan.steps", "False", ("test_plan.py",)),

@@ -119,7 +119,7 @@ def _explained(
         if table and is_number(rows[i].get("thurstone")):
             shown = [(clean(o.group_id), o) for o in table[:MOST_OPPONENTS]]
             mean = sum(o.weight * o.reward for o in table)
-            paid = float(audit.paid(mean, scored.preset))
+            paid = audit.paid(mean, scored.preset)
             agrees = abs(paid - rows[i]["thurstone"]) <= APART
             comparisons.append(Comparisons(rows[i], answers[i], shown, len(table) - len(shown), mean, paid, agrees))
     first = rows[members[0]]

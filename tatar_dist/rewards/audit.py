@@ -29,7 +29,7 @@ from tatar_dist.rewards.batch import Answers, Batch, batch_of_rows, disagreement
 from tatar_dist.rewards.metrics import reward_metrics
 from tatar_dist.rewards.presets import Preset, load_preset
 from tatar_dist.rewards.score import BatchScores, ranked_groups, rows_of_term, score_batch
-from tatar_dist.rewards.thurstone import comparison_of, pair_terms
+from tatar_dist.rewards.thurstone import comparison_of, pair_terms, reward_of_mean
 from tatar_dist.run.files import writing, written_whole
 from tatar_dist.types import Task
 
@@ -245,7 +245,7 @@ def explain_table(audit: Audit, row: int) -> str:
 def paid(mean: float, preset: Preset) -> float:
     """Return the Thurstone term of a weighted mean of `explain`'s rewards."""
     if preset.thurstone.measure == "regret":
-        return math.exp(-mean / preset.thurstone.kappa)
+        return float(reward_of_mean(np.array(mean), preset.thurstone))
     return min(max(mean, 0.0), 1.0)
 
 

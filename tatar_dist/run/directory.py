@@ -128,8 +128,9 @@ class RunDirectory:
         """
         self._trackers.rewind(step)
         for key, row in list(self._quarantined.items()):
-            since = row.get("step", -1)  # None: before the first step, so held out
-            if since >= step if since is not None else key[1] not in self._manifests or key not in self._met:
+            since = row.get("step", -1)  # None: before the first step
+            held_out = since is None
+            if held_out and (key[1] not in self._manifests or key not in self._met) or not held_out and since >= step:
                 del self._quarantined[key]
                 self._met.discard(key)
         if self._quarantine_file.exists():
