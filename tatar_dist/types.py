@@ -47,13 +47,15 @@ class Sample:
 class Prompt:
     """An engine's input: a sample and its rendered chat text. `group_id` is unique in the run.
 
-    `with_image` False: the text alone, as for a teacher that reads notes (rationale construction).
+    `with_image` False: the text alone, as for a teacher that reads notes (rationale construction). `begun`: start of
+    the answer, which the engine continues; completions hold it in their text, not in their tokens.
     """
 
     sample: Sample
     text: str
     group_id: str
     with_image: bool = True
+    begun: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 The ratio is 10 s over the seconds of scoring 100,000 completions (groups of 8, half IAA, four data sets; preset tatar
 with its logistic link). The limit of ranking is arithmetic: each pair needs its transcendental functions (logistic: one
 exp, one log; probit: one ndtr, one log1p, one log), timed in the same process on a block that stays in cache. Bytes are
-no limit: a block of pairs is 3 MiB whatever the batch, and a group reads 32 bytes of each opponent.
+no limit: a block of pairs is 3 MiB whatever the batch, and a group reads 32 bytes of each opponent. `presets` has the
+seconds of the same batch with each preset, `shares` those of `reward/share` and `share_parsed` beside the scoring.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from tatar_dist.algo.advantages import shares
 from tatar_dist.bench.harness import ratio, result, seconds_of, timed
 from tatar_dist.prompts.answer import answer_text
 from tatar_dist.rewards.batch import Batch, batch_of_rows, read_answers
-from tatar_dist.rewards.presets import load_preset
+from tatar_dist.rewards.presets import load_preset, preset_names
 from tatar_dist.rewards.score import score_batch
 from tatar_dist.rewards.thurstone import BLOCK
 
@@ -85,6 +87,20 @@ def measure(n: int, limit: dict[str, float]) -> dict[str, Any]:
     return row
 
 
+def by_preset(batch: Batch) -> dict[str, dict[str, float]]:
+    """Time scoring, and the shares of its terms, with every preset that ships."""
+    found = {}
+    for name in preset_names():
+        preset = load_preset(name)
+        scored = score_batch(batch, preset)
+        places = [np.flatnonzero(batch.iaa == iaa) for iaa in (False, True)]
+        places += [rows[scored.answers.parsed[rows]] for rows in places]
+        score = min(repeated(lambda preset=preset: score_batch(batch, preset)))  # type: ignore[misc]
+        share = min(repeated(lambda s=scored, p=places: [shares(s.parts, rows, batch.group) for rows in p]))  # type: ignore[misc]
+        found[name] = {"seconds": score, "share_seconds": share, "share_of_scoring": share / score}
+    return found
+
+
 def command(file: Path, link: str) -> dict[str, float]:
     """Time `tatar-dist rewards`, start of Python included."""
     preset = file.with_name(f"{link}.yaml")
@@ -101,6 +117,7 @@ def run() -> dict[str, Any]:
     try:
         limit = seconds_per_pair()
         sizes = [measure(n, limit) for n in SIZES]
+        presets = by_preset(batch_of_rows(rows(SIZES[-1])))
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / "batch.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows(SIZES[-1])))
@@ -116,5 +133,6 @@ def run() -> dict[str, Any]:
         TARGET,
         f"{BUDGET_S / least:.1f}: parsing as it is, and one exp and one log a pair",
         sizes=sizes,
+        presets=presets,
         command=commands,
     )

@@ -15,6 +15,8 @@ import typer
 from tatar_dist.commands import Json, Settings
 from tatar_dist.errors import UserError
 
+Answers = Literal["prediction", "expected", "sample_mean", "direct"]
+
 
 def score(
     pictures: Annotated[
@@ -33,6 +35,7 @@ def score(
     expected: Annotated[
         bool, typer.Option("--expected", help="Also the expectation over the scores that might have been written.")
     ] = False,
+    direct: Annotated[bool, typer.Option("--direct", help="Ask for the number at once: no words, faster.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also a page with thumbnails.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, as answers come back.")] = False,
 ) -> None:
@@ -58,7 +61,9 @@ def score(
 
     def load() -> Iterator[Any]:
         scorer = Scorer(model, overrides)
-        return scorer.score(paths, task, samples=samples, temperature=temperature, seed=seed, expected=expected)
+        return scorer.score(
+            paths, task, samples=samples, temperature=temperature, seed=seed, expected=expected, direct=direct
+        )
 
     total = len(paths) * (2 if task == "both" else 1)
     if score_output.run(load, total, as_json, html, given=paths):
@@ -91,6 +96,8 @@ def metrics(
 def compare(
     before: Annotated[Path, typer.Argument(metavar="A", help="Output of an evaluation.")],
     after: Annotated[Path, typer.Argument(metavar="B", help="Output of another on the same samples.")],
+    column_a: Annotated[Answers, typer.Option(help="Which answers of A.")] = "prediction",
+    column_b: Annotated[Answers, typer.Option(help="Which answers of B.")] = "prediction",
     bootstrap: Annotated[int, typer.Option(metavar="N", help="Rounds of resampling.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
     as_json: Json = False,
@@ -101,7 +108,7 @@ def compare(
     """
     from tatar_dist.evaluate import compare as paired
 
-    result = paired.run(before, after, rounds=bootstrap, seed=seed)
+    result = paired.run(before, after, columns=(column_a, column_b), rounds=bootstrap, seed=seed)
     if as_json:
         print(json.dumps(result))
     else:

@@ -44,15 +44,19 @@ def probes(
     overrides: Overrides = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other seeds.")] = 3,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything: shows that it runs.")] = False,
+    forms: Annotated[
+        bool, typer.Option("--forms", help="Instead: the forms of the aesthetic reward, and which is the default.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Probe the paper's claims on the demo set: fast/slow rationales, Gaussian/Thurstone reward.
 
     Example: [bold]tatar-dist probes --seeds 3 --output runs/probes[/bold]
     """
+    from tatar_dist.demo import forms as reward_forms
     from tatar_dist.demo import probes as controlled
 
-    results = controlled.run(output, seeds, smoke, overrides)
+    results = (reward_forms if forms else controlled).run(output, seeds, smoke, overrides)
     if as_json:
         print(json.dumps(results))
 
@@ -128,7 +132,8 @@ def evaluate(config: Configs, overrides: Overrides = None, dry_run: DryRun = Fal
     """Measure agreement with opinion scores by test data set, with n and parse failures.
 
     evaluate.samples=5 adds the spread of sampled answers, evaluate.expected=true expected scores,
-    evaluate.bootstrap=1000 intervals, evaluate.published=true the figures of papers. Run it again to resume.
+    evaluate.direct=true answers without a thought, evaluate.bootstrap=1000 intervals, evaluate.published=true the
+    figures of papers. Run it again to resume.
 
     Example: [bold]tatar-dist evaluate --config configs/eval.yaml model.path=runs/model data.eval_limit=200[/bold]
     """

@@ -180,6 +180,7 @@ class EvaluateConfig:
     samples: AtLeastZero = 0  # sampled completions per image: mean, spread, reward terms; 0 = greedy answers only
     seed: Int = 0  # of the sampled completions
     expected: bool = False  # beside each greedy answer the expectation over the scores it might have been
+    direct: bool = False  # beside each greedy answer one that begins with <answer>: no thought, few tokens
     unparsed: Literal["drop", "midpoint"] = "drop"  # an answer without a score is left out, or counts as 50
     bootstrap: AtLeastZero = 0  # rounds for 95 % intervals of SRCC and PLCC; 0 = none
     in_domain: list[str] | None = None  # data sets that were trained on; null = as configs/datasets.yaml has it

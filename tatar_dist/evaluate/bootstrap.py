@@ -9,7 +9,7 @@ is a source photograph, because crops of one photograph are not independent, or 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -128,6 +128,7 @@ def paired_difference(
     rounds: int = 2000,
     seed: int = 0,
     expand: bool = False,
+    seeds_too: bool = False,
 ) -> Interval:
     """Bootstrap the statistic with `after` minus that with `before`, resampling by cluster.
 
@@ -138,15 +139,21 @@ def paired_difference(
     Args:
         target: (n,); before, after: (n,) or (S, n) predictions; cluster: (n,) labels.
         expand: wider percentiles for few clusters.
+        seeds_too: every resample also draws as many seeds as there are, with replacement (crossed with the clusters).
     """
     before, after = (np.clip(np.where(np.isnan(x), MIDPOINT, x), 0.0, 100.0) for x in (before, after))
     pairs = list(zip(*_paired(before, after, cluster), strict=True))
 
-    def difference(rows: np.ndarray) -> float:
-        t = target[rows]
-        return float(np.mean([statistic(t, a[rows]) - statistic(t, b[rows]) for b, a in pairs]))
+    def difference(rows: np.ndarray, drawn: Sequence[int] = range(len(pairs))) -> float:
+        t, of = target[rows], [pairs[k] for k in drawn]
+        return float(np.mean([statistic(t, a[rows]) - statistic(t, b[rows]) for b, a in of]))
 
-    return _bootstrap(difference, cluster, rounds, seed, expand)
+    if not seeds_too:
+        return _bootstrap(difference, cluster, rounds, seed, expand)
+    rng = np.random.default_rng((seed, len(pairs)))
+    draws = [difference(r, rng.integers(0, len(pairs), len(pairs)).tolist()) for r in resamples(cluster, rounds, seed)]
+    clusters = len(np.unique(cluster)) if expand else 0
+    return Interval(difference(np.arange(len(cluster))), *_interval(np.array(draws), clusters))
 
 
 paired_srcc_difference = partial(paired_difference, srcc)

@@ -29,21 +29,31 @@ from tatar_dist.evaluate.tables import print_table
 ROUNDS = 2000
 LEAST = 6  # pictures, or source photographs, below which resampling says nothing of chance
 STATISTICS = {"srcc": srcc, "plcc": plcc}
-COLUMNS = ["sample_id", "dataset", "task", "source", "target", "prediction"]
+COLUMNS = ["sample_id", "dataset", "task", "source", "target"]
+# other answers than the greedy ones, and the key of an evaluation that asks for them
+MADE_BY = {"expected": "evaluate.expected=true", "sample_mean": "evaluate.samples=5", "direct": "evaluate.direct=true"}
 Row = dict[str, Any]  # of predictions.parquet
 
 
-def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> dict[str, Any]:
+def run(
+    before: Path,
+    after: Path,
+    *,
+    columns: tuple[str, str] = ("prediction", "prediction"),
+    rounds: int = ROUNDS,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Return {"before", "after", "rounds", "datasets": {NAME: {n, only_*, srcc, plcc, ...}}}.
 
     only_*: only_before, only_after. Each statistic has before, after, difference, ci95, p and reason (of a None).
+    columns: of predictions.parquet, which answers of each side are compared.
 
     Raises:
         UserError: no predictions in a directory, none in common, different targets for a sample, or `rounds` below 1.
     """
     if rounds < 1:
         raise UserError(f"--bootstrap {rounds}: must be at least 1")
-    first, second = _read(before), _read(after)
+    first, second = (_read(side, column) for side, column in zip((before, after), columns, strict=True))
     datasets: dict[str, Any] = {}
     names = set_names((name, task) for task, name, _ in (*first, *second))
     for name, task in sorted(names, key=lambda pair: pair[::-1]):
@@ -68,18 +78,24 @@ def run(before: Path, after: Path, *, rounds: int = ROUNDS, seed: int = 0) -> di
         }
     if not any(entry["n"] for entry in datasets.values()):
         raise UserError(f"{before} and {after} have no sample in common")
-    return {"before": str(before), "after": str(after), "rounds": rounds, "datasets": datasets}
+    names_of = [str(d) if c == "prediction" else f"{d} ({c})" for d, c in zip((before, after), columns, strict=True)]
+    return {"before": names_of[0], "after": names_of[1], "rounds": rounds, "datasets": datasets}
 
 
-def _read(directory: Path) -> dict[tuple[str, str, str], Row]:
+def _read(directory: Path, column: str) -> dict[tuple[str, str, str], Row]:
+    """Return the rows of an evaluation, the answers of `column` under "prediction"."""
     file = Path(directory) / "predictions.parquet"
     if not file.is_file():
         where = "" if Path(directory).is_dir() else f", no such directory{looked_in(directory)}"
         raise UserError(f"{directory}: no predictions.parquet in it{where}: give the output of `tatar-dist evaluate`")
     try:
-        rows = pq.read_table(file, columns=COLUMNS).to_pylist()
+        known = pq.read_schema(file).names
+        table = pq.read_table(file, columns=[*COLUMNS, *({column} & set(known))])
     except (pa.ArrowInvalid, OSError) as e:
         raise UserError(f"{file}: cannot be read: {e}") from e
+    if column in MADE_BY and (column not in known or table[column].null_count == len(table)):
+        raise UserError(f"{file}: no answers under {column!r}: evaluate with {MADE_BY[column]}")
+    rows = table.rename_columns([*COLUMNS, "prediction"]).to_pylist()
     return {(r["task"], r["dataset"], r["sample_id"]): r for r in rows}
 
 

@@ -1,4 +1,4 @@
-"""Evaluate a model on the engine pool: greedy answers, optional samples and expected scores.
+"""Evaluate a model on the engine pool: greedy answers; optional samples, expected scores, direct answers.
 
 Reads `model.path` and `data.test`. Writes `answers.jsonl` (the journal; after a kill the same command resumes),
 `predictions.parquet`, `metrics.json` and `table.{md,tex,csv}`. Metrics always come with n, n_parsed and n_truncated.
@@ -35,7 +35,7 @@ from tatar_dist.faults.interrupts import StopSignals
 from tatar_dist.faults.waiting import Waits
 from tatar_dist.plan.memory import check_fit
 from tatar_dist.plan.plan import resolve
-from tatar_dist.prompts.answer import clamped, parse, think_words
+from tatar_dist.prompts.answer import DIRECT, clamped, parse, think_words
 from tatar_dist.prompts.render import PromptTexts
 from tatar_dist.prompts.source import PromptSource, read_manifests
 from tatar_dist.rewards.batch import batch_of_groups
@@ -83,6 +83,7 @@ def _settings(config: Config, texts: PromptTexts) -> dict[str, Any]:
         "max_new_tokens": config.rollout.max_new_tokens,
         "sampled": sampled,
         "expected": e.expected,
+        **({"direct": True} if e.direct else {}),
         **({} if config.rollout.quantization == "none" else {"quantization": config.rollout.quantization}),
     }
 
@@ -103,6 +104,9 @@ class Evaluation:
         self.sampling = {"greedy": Sampling(1, 0.0, limit, expected=e.expected)}
         if e.samples:
             self.sampling["sampled"] = Sampling(e.samples, config.rollout.temperature, limit, e.seed, REWARD_STEP)
+        if e.direct:
+            self.sampling["direct"] = Sampling(1, 0.0, limit)
+        self.seconds: dict[str, float | None] = {}  # of an answer, by kind; None: this start asked for none
 
     def run(self) -> dict[str, Any]:
         """Generate missing answers and write the results."""
@@ -132,19 +136,22 @@ class Evaluation:
             pool: RolloutPool | None = None
             for kind, sampling in self.sampling.items():
                 calls = self._calls(kind)
-                first = next(calls, None)
+                first, asked = next(calls, None), 0
                 if first and pool is None:
                     pool = self._engines(stack)
                     self.directory.record()
                     began = time.perf_counter()
                     done = sum(min(self.answers.count(k), self.total) for k in self.sampling)
                     progress.ready(done)
+                kind_began = time.perf_counter()
                 for groups in pool.stream(chain([first], calls), sampling) if first and pool else ():
                     self.answers.keep(kind, groups)
                     tokens += sum(len(c.token_ids) for g in groups for c in g.completions)
                     done += len(groups)
+                    asked += len(groups) * sampling.n
                     self.directory.begin("evaluate", done)
                     progress.update(min(done, progress.total), {})
+                self.seconds[kind] = (time.perf_counter() - kind_began) / asked if asked else None
                 if kind == "greedy":
                     self.missing = dict(self.source.missing)  # another kind comes by the same samples again
             self.directory.begin("results", progress.total)
@@ -154,10 +161,11 @@ class Evaluation:
         """Yield unanswered prompts by engine call. `samples` is filled during the first kind."""
         r = self.config.rollout
         size = batch_size(self.total, self.plan.engines, r.max_num_seqs, self.sampling[kind].n)
+        begun = DIRECT if kind == "direct" else ""
         return batches(
             self._held_out(kind),
             1 if r.deterministic else size,
-            lambda s: self.source.prompt(s, f"eval/{key_of(s)}"),
+            lambda s: replace(self.source.prompt(s, f"eval/{key_of(s)}"), begun=begun),
             partial(self.answers.has, kind),
         )
 
@@ -195,6 +203,9 @@ class Evaluation:
         if e.samples:
             result["sample_mean"] = metrics("sample_mean")
             result["rewards"] = self._rewards(path / "sampled.parquet")
+        if e.direct:
+            result["direct"] = metrics("direct")
+            result["seconds_per_answer"] = {kind: self.seconds[kind] for kind in ("greedy", "direct")}
         for variant in tables.VARIANTS.keys() & result.keys():  # beside the greedy answers' own
             for name, m in result[variant].items():
                 result["datasets"][name][f"srcc_{variant}"] = m["srcc"]
@@ -208,6 +219,10 @@ class Evaluation:
             row["samples"] = [clamped(parse(c.text).value) for c in drawn]
             row["samples_truncated"] = sum(c.finish_reason == "length" for c in drawn)
             row["sample_mean"], row["sample_sd"] = spread(row["samples"])
+        if "direct" in self.sampling:
+            (direct,) = self.answers.get("direct", sample)
+            row["direct"], row["direct_tokens"] = parse(direct.text).value, len(direct.token_ids)
+            row["direct_truncated"] = direct.finish_reason == "length"
         return row
 
     def _rewards(self, file: Path) -> dict[str, float | None]:
@@ -243,6 +258,9 @@ COLUMNS: dict[str, tuple[pa.DataType, Callable[[Sample, Completion], Any]]] = {
     "sample_mean": (pa.float64(), lambda s, c: None),
     "sample_sd": (pa.float64(), lambda s, c: None),
     "samples_truncated": (pa.int64(), lambda s, c: 0),
+    "direct": (pa.float64(), lambda s, c: None),
+    "direct_tokens": (pa.int64(), lambda s, c: None),
+    "direct_truncated": (pa.bool_(), lambda s, c: None),
     "meta": (pa.string(), lambda s, c: json.dumps(s.meta) if s.meta else None),
 }
 
@@ -282,7 +300,8 @@ def by_dataset(
     Intervals are resampled by source photograph if all rows of a set name one.
     """
     names = set_names([*((r["dataset"], r["task"]) for r in rows), *missing])
-    truncated = "samples_truncated" if column == "sample_mean" else "truncated"
+    truncated = {"sample_mean": "samples_truncated", "direct": "direct_truncated"}.get(column, "truncated")
+    tokens = {"sample_mean": None, "direct": "direct_tokens"}.get(column, "tokens")
     metrics = {}
     for name, task in sorted(names, key=lambda pair: (TASKS.index(pair[1]), pair[0])):  # type: ignore[arg-type]
         part = [r for r in rows if r["dataset"] == name and r["task"] == task]
@@ -296,6 +315,8 @@ def by_dataset(
             bootstrap=bootstrap,
             cluster=sources if (sources != "").all() else None,
         ).to_dict() | {"task": task, "n_total": (rows_of or {}).get((name, task), len(part))}
+        if tokens and part:
+            metrics[names[name, task]]["tokens"] = float(np.mean([r[tokens] for r in part]))
     return metrics
 
 

@@ -36,7 +36,7 @@ AVERAGED = ("srcc", "plcc")
 WIDTH = 20  # points of a slice of targets
 FEW_DISTINCT = 0.5  # distinct scores an answer: with fewer the notes say so
 LEAST = 10  # rows of a slice that are worth a correlation
-VARIANTS = {"expected": "expected score", "sample_mean": "mean of samples"}
+VARIANTS = {"expected": "expected score", "sample_mean": "mean of samples", "direct": "direct answer"}
 
 
 def averages(metrics: Mapping[str, Mapping[str, Any]], in_domain: Sequence[str] | None) -> dict[str, dict[str, Any]]:
@@ -174,6 +174,14 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
             notes.append(f"{name}: {_ties(name, result)}")
         if m["n_out_of_range"]:
             notes.append(f"{name}: {m['n_out_of_range']} answers outside 0 to 100, clamped")
+    seconds = {kind: f", {s:.2g} s" if s else "" for kind, s in result.get("seconds_per_answer", {}).items()}
+    for name, m in result.get("direct", {}).items():
+        whole = result["datasets"][name]
+        if m["n"]:
+            notes.append(
+                f"{name}: a direct answer takes {m['tokens']:.0f} tokens{seconds['direct']}; one with its thought "
+                f"{whole['tokens']:.0f}{seconds['greedy']} (seconds of the engines together, over all sets)"
+            )
     for task, groups in result.get("averages", {}).items():
         notes += [f"{task.upper()}: no value for {', '.join(g['without'])}" for g in groups.values() if g["without"]]
     return list(dict.fromkeys(notes))
@@ -215,7 +223,7 @@ def as_csv(result: Mapping[str, Any]) -> str:
     """Format every metric of every set as CSV, in full precision."""
     out = io.StringIO()
     counts = ("n", "n_parsed", "n_truncated", "n_missing")
-    keys = (*counts, *KEYS, "n_total", "n_distinct", *(f"srcc_{variant}" for variant in VARIANTS))
+    keys = (*counts, *KEYS, "n_total", "n_distinct", "tokens", *(f"srcc_{variant}" for variant in VARIANTS))
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["dataset", "task", "answers", *keys])
     for answers in ("datasets", *VARIANTS):

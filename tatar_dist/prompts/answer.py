@@ -39,6 +39,7 @@ _ANY_TAG = re.compile(r"</?(?:think|answer)>|<\|im_(?:start|end)\|>", re.IGNOREC
 _STRICT = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _LENIENT = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _FENCE_OPEN = re.compile(r"```[A-Za-z]*")
+DIRECT = "<answer>"  # start of an answer without a thought
 _BLANKS = " \t\r\n\f\v"
 _END_OF_TURN = "<|im_end|>"
 
@@ -168,7 +169,7 @@ def answer_text(rationale: str | None, score: float) -> str:
     """
     if not (math.isfinite(score) and SCORE_MIN <= score <= SCORE_MAX):
         raise UserError(f"score {score}: a training target must lie in 0-100")
-    answer = f"<answer>{abs(score):.2f}</answer>"  # abs: -0.0 would print a sign
+    answer = f"{DIRECT}{abs(score):.2f}</answer>"  # abs: -0.0 would print a sign
     if rationale is None:
         return answer
     tag = _ANY_TAG.search(rationale)

@@ -61,7 +61,7 @@ def _inputs(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     decoded: dict[bytes, Any] = {}
     inputs: list[dict[str, Any]] = []
     for prompt in prompts:
-        asked: dict[str, Any] = {"prompt": prompt.text}
+        asked: dict[str, Any] = {"prompt": prompt.text + prompt.begun}
         if prompt.with_image:
             data = prompt.sample.image
             if data not in decoded:
@@ -167,7 +167,7 @@ class RolloutEngine:
     def _group(prompt: Prompt, output: Any, version: int) -> Group:
         completions = tuple(
             Completion(
-                text=c.text,
+                text=prompt.begun + c.text,
                 token_ids=tuple(c.token_ids),
                 logprobs=tuple(step[t].logprob for step, t in zip(c.logprobs, c.token_ids, strict=True)),
                 finish_reason="stop" if c.finish_reason == "stop" else "length",

@@ -20,7 +20,11 @@ def with_expected(llm: Any, groups: Sequence[Group], inputs: Sequence[dict[str, 
     """
     from vllm import SamplingParams
 
-    prompts = [(source, c.text) for source, g in zip(inputs, groups, strict=True) for c in g.completions]
+    prompts = [  # a completion holds what its prompt has begun
+        ({**source, "prompt": g.prompt.text}, c.text)
+        for source, g in zip(inputs, groups, strict=True)
+        for c in g.completions
+    ]
     tokenizer = llm.get_tokenizer()
 
     def ask(questions: list[Question]) -> list[dict[str, float]]:

@@ -18,7 +18,7 @@ from tatar_dist.evaluate.answers import batches_by_pixels
 from tatar_dist.evaluate.metrics import spread
 from tatar_dist.plan.memory import check_fit
 from tatar_dist.plan.plan import resolve
-from tatar_dist.prompts.answer import clamped, parse, think_text
+from tatar_dist.prompts.answer import DIRECT, clamped, parse, think_text
 from tatar_dist.rollout.options import COMMON_ENV, engine_environment, gpu_available, set_environment
 from tatar_dist.run.gpus import check_here
 from tatar_dist.scoring.directory import model_config
@@ -98,6 +98,7 @@ class Scorer:
         temperature: float = 1.0,
         seed: int = 0,
         expected: bool = False,
+        direct: bool = False,
     ) -> Iterator[Score]:
         """Yield scores in the order of the pictures, quality before aesthetics.
 
@@ -107,6 +108,7 @@ class Scorer:
             samples: number of sampled answers in addition to the greedy one; gives mean and sd.
             temperature, seed: of the sampled answers.
             expected: also give the expectation over the scores that the greedy answer could have had.
+            direct: begin every answer with <answer>: no rationale, in a fraction of the time.
 
         Raises:
             UserError: an unknown task.
@@ -119,7 +121,8 @@ class Scorer:
         limit = self.config.rollout.max_new_tokens
         greedy = Sampling(1, 0.0, limit, expected=expected)
         sampled = Sampling(samples, temperature, limit, seed) if samples else None
-        decoded = (self._look(number, picture, tasks) for number, picture in enumerate(pictures))
+        begun = DIRECT if direct else ""
+        decoded = (self._look(number, picture, tasks, begun) for number, picture in enumerate(pictures))
         size = max(1, BATCH * self.config.rollout.max_num_seqs // len(tasks))
         for call in batches_by_pixels(decoded, size, lambda picture: picture[1]):
             asked = [entry for entries, _ in call for entry in entries]
@@ -133,7 +136,7 @@ class Scorer:
                 (answer,) = next(answers).completions
                 yield score_of(prompt, answer, next(draws).completions if draws else ())
 
-    def _look(self, number: int, picture: Any, tasks: Sequence[Task]) -> tuple[list[Score | Prompt], int]:
+    def _look(self, number: int, picture: Any, tasks: Sequence[Task], begun: str) -> tuple[list[Score | Prompt], int]:
         """Read and decode a picture; return a prompt (or score with error) per task, and its pixels."""
         name, data = read_picture(picture, number)
         error = data if isinstance(data, str) else ""
@@ -150,7 +153,7 @@ class Scorer:
                 asked.append(Score(name, task, error=problem))
             else:
                 sample = Sample(name, "", task, data, 0.0)  # type: ignore[arg-type]
-                asked.append(Prompt(sample, self.texts.text[task], f"{number}/{task}"))
+                asked.append(Prompt(sample, self.texts.text[task], f"{number}/{task}", begun=begun))
         return asked, size[0] * size[1]
 
 

@@ -39,11 +39,13 @@ print("ALONE", main(["score", alone, "--model", model, "--json", *told]), flush=
 files = sorted(f"{directory}/{i}.png" for i in range(5))
 one = list(scorer.score(files, "iqa", expected=True, samples=3, seed=1))
 again = list(scorer.score([open(f, "rb").read() for f in files], "iqa", samples=3, seed=1))
+direct = list(scorer.score(files, "iqa", expected=True, samples=2, direct=True))
 pillow = list(scorer.score([Image.open(files[0])], "both"))
 assert "tatar_dist.cluster" not in sys.modules  # no Ray, no learners
 print("RESULT" + json.dumps({
     "scores": [[s.score, s.completion, s.samples, s.mean, s.expected, s.expected_sd] for s in one],
     "bytes": [[s.score, s.completion, s.expected] for s in again],
+    "direct": [[s.score, s.completion, s.rationale, s.samples, s.expected, s.expected_sd] for s in direct],
     "pillow": [[s.task, s.image, s.completion] for s in pillow],
     "refused": [[s.image, s.error] for s in scorer.score([b"", files[1], "gone.png"], "iaa") if s.error],
     "text": scorer.texts.text["iqa"],

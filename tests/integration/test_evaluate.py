@@ -30,7 +30,7 @@ def words(model_parsing, tmp_path_factory) -> list[str]:
     rows[3]["image_bytes"] = b"not an image"
     write_manifest(file, rows)
     own = ["rollout.engines=1", "rollout.max_num_seqs=2", "rollout.max_new_tokens=48", "rollout.restart_backoff_s=0.1"]
-    asked = ["evaluate.samples=1", "evaluate.expected=true", "evaluate.bootstrap=20"]
+    asked = ["evaluate.samples=1", "evaluate.expected=true", "evaluate.direct=true", "evaluate.bootstrap=20"]
     return [*tiny_words(model_parsing, []), f"data.test=[{file}]", *own, *asked]
 
 
@@ -50,7 +50,7 @@ def test_an_engine_that_vllm_refuses_to_start_is_one_line(words, tmp_path, capfd
 def figures(output: Path) -> dict:
     """What does not depend on the time it took."""
     found = json.loads((output / "metrics.json").read_text())
-    return {k: v for k, v in found.items() if k not in ("seconds", "tokens_per_second")}
+    return {k: v for k, v in found.items() if k not in ("seconds", "tokens_per_second", "seconds_per_answer")}
 
 
 def test_killed_and_with_a_dead_engine_the_table_is_the_same(words, tmp_path, capsys):
@@ -58,8 +58,12 @@ def test_killed_and_with_a_dead_engine_the_table_is_the_same(words, tmp_path, ca
     expected = runner.run(load_config([], [f"output={quiet}", *words]))
     assert expected["datasets"]["set-iqa"]["n"] == 11 and expected["datasets"]["set-iqa"]["n_missing"] == 1
     assert set(expected["expected"]) == set(expected["sample_mean"]) == {"set-iqa", "set-iaa"}
-    for variant in ("expected", "sample_mean"):
+    for variant in ("expected", "sample_mean", "direct"):
         assert expected["datasets"]["set-iqa"][f"srcc_{variant}"] == expected[variant]["set-iqa"]["srcc"]
+
+    direct, thought = expected["direct"]["set-iaa"], expected["datasets"]["set-iaa"]
+    assert 0 < direct["tokens"] < thought["tokens"] and direct["n_parsed"] > 0
+    assert all(expected["seconds_per_answer"][kind] > 0 for kind in ("greedy", "direct"))
 
     killed = "controller.evaluate:kill:step=8"
     dies = "engine.generate:kill:step=0"  # the engine, in its first call
@@ -70,7 +74,8 @@ def test_killed_and_with_a_dead_engine_the_table_is_the_same(words, tmp_path, ca
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["datasets"] == expected["datasets"]
     assert figures(troubled) == figures(quiet)
-    assert (troubled / "table.md").read_text() == (quiet / "table.md").read_text()
+    said = [(run / "table.md").read_text().split("direct answer takes")[0] for run in (troubled, quiet)]
+    assert said[0] == said[1]  # then come tokens and seconds
     tables = [pq.read_table(run / "predictions.parquet") for run in (quiet, troubled)]
     assert tables[0].equals(tables[1])
 
@@ -78,7 +83,7 @@ def test_killed_and_with_a_dead_engine_the_table_is_the_same(words, tmp_path, ca
     assert [e["point"] for e in events if e["event"] == "fault"].count("controller.evaluate") == 1
     assert any(e["event"] == "engine/dead" for e in events)
     asked = [json.loads(x)["line"] for x in (troubled / "answers.jsonl").read_text().splitlines()[1:]]
-    assert len(asked) == len({(line["kind"], line["key"]) for line in asked}) == 46  # no answer came twice
+    assert len(asked) == len({(line["kind"], line["key"]) for line in asked}) == 69  # no answer came twice
 
     command = ["evaluate", "--config", "configs/eval.yaml", "--json", f"output={troubled}", *words]
     assert cli.main(command) == 0  # everything is answered: no engine is started

@@ -218,6 +218,20 @@ def test_paired_differences_pool_over_seeds():
     assert (seeds.estimate, seeds.lo, seeds.hi) == (2, 2, 2)
 
 
+def test_seeds_that_disagree_widen_the_interval_where_they_are_resampled_too():
+    rng = np.random.default_rng(4)
+    target = rng.uniform(0, 100, 90)
+    noisy = lambda sd: target + rng.normal(0, sd, 90)  # noqa: E731
+    before, after, cluster = np.stack([noisy(20)] * 3), np.stack([noisy(5), noisy(60), noisy(20)]), np.arange(90) % 9
+    kept = paired_srcc_difference(target, before, after, cluster, rounds=400)
+    crossed = paired_srcc_difference(target, before, after, cluster, rounds=400, seeds_too=True)
+    assert crossed.estimate == kept.estimate and crossed.hi - crossed.lo > 2 * (kept.hi - kept.lo)
+    by_seed = [paired_srcc_difference(target, b, a, cluster, rounds=400) for b, a in zip(before, after, strict=True)]
+    assert crossed.lo < min(i.estimate for i in by_seed) + 0.2 and crossed.hi <= max(i.hi for i in by_seed)
+    one = paired_srcc_difference(target, before[0], after[0], cluster, rounds=400)
+    assert one == paired_srcc_difference(target, before[:1], after[:1], cluster, rounds=400, seeds_too=True)
+
+
 def test_an_unparsed_prediction_counts_as_the_midpoint_in_a_paired_difference():
     target, prediction = noisy(100)
     holes, filled = prediction.copy(), prediction.copy()
