@@ -73,10 +73,7 @@ def run(output: str | Path, seeds: int, smoke: bool = False, overrides: list[str
         for seed in range(seeds):
             for i, (cell, changes) in enumerate(CELLS.items(), 1):
                 console.print(f"[bold]seed {seed}[/bold]  {cell} ({i} of {len(CELLS)})")
-                target = out / f"seed_{seed}" / cell
-                run_stage("grpo", demo_config(target, data, [*words, f"seed={seed}", *changes, start]))
-                model = f"model.path={model_of(target)}"
-                run_stage("evaluate", demo_config(Path(f"{target}-eval"), data, [*words, *VALIDATION, model]))
+                run_cell(out / f"seed_{seed}" / cell, data, [*words, f"seed={seed}", *changes], start)
     result = choose([out / f"seed_{k}" for k in range(seeds)])
     write_whole(out / "forms.json", json.dumps(result, indent=1))
     rows = table(result)
@@ -87,13 +84,23 @@ def run(output: str | Path, seeds: int, smoke: bool = False, overrides: list[str
     return result
 
 
-def choose(directories: Sequence[Path]) -> dict[str, Any]:
+def run_cell(target: Path, data: Path, words: list[str], start: str) -> None:
+    """Train and evaluate one cell with one seed; skips what is done."""
+    run_stage("grpo", demo_config(target, data, [*words, start]))
+    run_stage(
+        "evaluate", demo_config(Path(f"{target}-eval"), data, [*words, *VALIDATION, f"model.path={model_of(target)}"])
+    )
+
+
+def choose(directories: Sequence[Path], rounds: int = 2000) -> dict[str, Any]:
     """Return {"cells": figures by cell, "chosen": the cell that the rule makes the default, None without one}."""
     predictions = {cell: {task: _answers(directories, cell, task) for task in TASKS} for cell in CELLS}
     cells: dict[str, Any] = {}
     for cell, by_task in predictions.items():
         target, source, theirs = by_task["iaa"]
-        between = paired_srcc_difference(target, predictions[INCUMBENT]["iaa"][2], theirs, source, seeds_too=True)
+        between = paired_srcc_difference(
+            target, predictions[INCUMBENT]["iaa"][2], theirs, source, rounds=rounds, seeds_too=True
+        )
         shares = {task: _shares(directories, cell, task) for task in TASKS}
         parsed = float(np.mean([np.isfinite(by_task[task][2]).mean() for task in TASKS]))
         cells[cell] = {

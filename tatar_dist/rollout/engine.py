@@ -122,8 +122,16 @@ class RolloutEngine:
             raise RunError(f"engine {self.index} on {where} did not start: {reason}") from e
         self.llm.init_weight_transfer_engine({"init_info": {}})
         self.forbidden = family(self.config.model.family)(self.config.model).forbidden_ids()
+        self._warm_up()
         self.version = version
         return {**process_facts(), "seconds": round(time.perf_counter() - start, 2)}
+
+    def _warm_up(self) -> None:
+        """Sample a token, so that what is compiled at a first call counts as loading, not as an engine that hangs."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=1.0, seed=0, logprobs=0)
+        self.llm.generate([{"prompt_token_ids": [self.llm.get_tokenizer().eos_token_id]}], params, use_tqdm=False)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Group]:
         """Sample `sampling.n` completions for each prompt, in one batch.

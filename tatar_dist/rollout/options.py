@@ -29,7 +29,13 @@ COMMON_ENV = {
 # rollout.quantization=fp8: bfloat16 weights, of files and pushes, are rounded by row as they are loaded, activations by
 # token. Not the vision tower, whose widths are no multiples of 16.
 FP8 = {"quantization": "fp8_per_channel", "quantization_config": {"ignore": ["visual.*"]}}
-CPU_ENGINE_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+CPU_ENGINE_ENV = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_TARGET_DEVICE": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    # the model runs eagerly, but the first call of each process would compile a comparison of the sampler for seconds
+    "TORCH_COMPILE_DISABLE": "1",
+}
 
 
 def engine_environment(config: Config, gpu: bool, threads: int) -> dict[str, str]:

@@ -6,7 +6,8 @@
 Faults of the matrix (test_faults.py) at random times on random processes; the seed and every fault stand in
 OUTPUT/faults.jsonl. Ends with status 1 unless every step was made, with every prompt of the sampler's order exactly
 once. What it cost, by kind of fault, is printed and written to OUTPUT/figures.json, with the effective training time
-(effective.py) and what the rest of the time went to.
+(effective.py) and what the rest of the time went to; with --every until that long after the last fault, because the
+steps that are left are made in peace.
 """
 
 from __future__ import annotations
@@ -205,19 +206,21 @@ def check(run: Run, config: Config) -> None:
     assert run.prompts() == sorted(expected)
 
 
-def figures(chaos: Chaos, run: Run, seconds: float, seed: int, steps: int) -> dict[str, Any]:
-    done = run.events("step/done")
+def figures(chaos: Chaos, run: Run, seconds: float, seed: int, steps: int, every: float | None) -> dict[str, Any]:
+    done, events = run.events("step/done"), run.events()
     kinds = {
         kind: {"n": len(c), "median_s": round(statistics.median(c), 1), "max_s": round(max(c), 1)}
         for kind, c in sorted(chaos.costs.items())
     }
     faults = [json.loads(line) for line in chaos.log.read_text().splitlines()[1:]]
+    if every and faults:
+        events = [e for e in events if e["time"] <= faults[-1]["time"] + every]
     return {
         "seed": seed,
         "minutes": round(seconds / 60, 1),
         "steps": steps,
         "steps_made_again": len(done) - steps,
-        **effective(run.events(), faults),
+        **effective(events, faults),
         "faults": sum(len(c) for c in chaos.costs.values()),
         "kinds": kinds,
         "driver_starts": len(run.events("run/start")),
@@ -297,7 +300,7 @@ def main() -> None:
             if run.process is not None:
                 run.process.kill()
     check(run, load_config(["configs/demo.yaml"], [f"output={run.output}", *words]))
-    found = figures(chaos, run, time.monotonic() - start, options.seed, steps)
+    found = figures(chaos, run, time.monotonic() - start, options.seed, steps, options.every)
     (output / "figures.json").write_text(json.dumps(found, indent=1))
     console.print(table(found))
 

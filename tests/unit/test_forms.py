@@ -43,7 +43,7 @@ def fill(out, **cells):
             keys = [f"reward/share_parsed/{term}/{task}" for task, term in forms.TERMS.items()]
             lines = [json.dumps(dict.fromkeys(keys, share)) for share in shares]
             (directory / cell / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    return forms.choose([out / f"seed_{k}" for k in range(3)])
+    return forms.choose([out / f"seed_{k}" for k in range(3)], rounds=100)
 
 
 @pytest.mark.parametrize(
