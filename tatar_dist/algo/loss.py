@@ -10,9 +10,16 @@ The weights are those of algo/aggregation.py, normalised over the global batch, 
 ranks is the global loss whatever the split; a learner whose framework averages gradients over ranks multiplies by the
 number of ranks. `ratio: sequence` is GSPO (arXiv 2507.18071): r = exp(mean_t(logp - old_logp)) for all tokens of a row.
 
+`clip_delta` also bounds r where A < 0 (arXiv 2505.07291): pg = -min(min(r, clip_delta) A, clip(r) A). Other objectives:
+
+    cispo   pg = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp      no token loses its gradient (arXiv 2506.13585)
+    sapo    pg = -4/tau sigmoid(tau (r - 1)) A                         tau_positive where A > 0, else tau_negative
+                                                                       (arXiv 2511.20347)
+
 c_t corrects for an engine that is not the learner: with w = exp(old_logp - engine_logp), of the token, or of the
-sequence (the product over its tokens), `truncate` takes c = min(w, cap), `mask` takes c = w where 1/cap <= w <= cap and
-0 elsewhere. c is detached; it does not touch the KL, and what it masks still counts in the normaliser.
+sequence (the product over its tokens), `truncate` takes c = min(w, cap), `mask` takes c = w where floor <= w <= cap and
+0 elsewhere; floor is 1/cap unless `importance_floor` says otherwise (arXiv 2510.18855 has 0.5 and 5). c is detached; it
+does not touch the KL, and what it masks still counts in the normaliser.
 """
 
 from __future__ import annotations
@@ -34,6 +41,11 @@ class PolicyLoss:
     importance: Literal["none", "token", "sequence"] = "none"
     importance_mode: Literal["truncate", "mask"] = "truncate"
     importance_cap: float = 2.0
+    importance_floor: float | None = None
+    objective: Literal["clip", "cispo", "sapo"] = "clip"
+    clip_delta: float | None = None
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ def policy_loss(
     if form.ratio == "sequence":
         log_ratio = (log_ratio.sum(dim=1) / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(logp)
     r = log_ratio.exp()
-    pg = -torch.minimum(r * advantage, r.clamp(1.0 - form.clip_low, 1.0 + form.clip_high) * advantage)
+    pg, clipped = _objective(form, r, logp, advantage)
 
     sums: dict[str, float] = {}
     if engine_logp is not None and form.importance != "none":
@@ -114,8 +126,6 @@ def policy_loss(
         kl = ((k3_kl(logp, _at_tokens(ref_logp, mask)) * mask).sum(dim=1) * weight).sum()
         loss = loss + kl_beta * kl if kl_beta > 0 else loss
         sums["kl"] = float(kl.detach())
-    # Only the side that the min really cuts: below for negative advantages, above for positive ones.
-    clipped = ((r < 1.0 - form.clip_low) & (advantage < 0)) | ((r > 1.0 + form.clip_high) & (advantage > 0))
     sums |= {
         "policy": float(policy.detach()),
         "clipped": float((clipped & trained).sum()),
@@ -128,6 +138,22 @@ def policy_loss(
     return LossParts(loss, sums, ratio_max)
 
 
+def _objective(form: PolicyLoss, r: Tensor, logp: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (B, C) losses of the tokens and where a bound acts. r, logp: (B, C); advantage: (B, 1)."""
+    low, high = 1.0 - form.clip_low, 1.0 + form.clip_high
+    if form.objective == "sapo":
+        tau = torch.full_like(advantage, form.tau_negative).masked_fill(advantage > 0, form.tau_positive)
+        return -4.0 / tau * torch.sigmoid(tau * (r - 1.0)) * advantage, torch.zeros_like(r, dtype=torch.bool)
+    if form.objective == "cispo":
+        return -r.clamp(low, high).detach() * advantage * logp, ((r < low) | (r > high)) & (advantage != 0)
+    # Only the side that the min really cuts: below for negative advantages, above for positive ones.
+    clipped = ((r < low) & (advantage < 0)) | ((r > high) & (advantage > 0))
+    bounded = r if form.clip_delta is None else r.clamp(max=form.clip_delta)
+    if form.clip_delta is not None:
+        clipped = clipped | ((r > form.clip_delta) & (advantage < 0))
+    return -torch.minimum(bounded * advantage, r.clamp(low, high) * advantage), clipped
+
+
 def _importance(form: PolicyLoss, old: Tensor, engine: Tensor) -> tuple[Tensor, Tensor]:
     """Return (B, C) corrections c and where they cut the ratio; old, engine are 0 where masked."""
     off = old - engine
@@ -136,7 +162,8 @@ def _importance(form: PolicyLoss, old: Tensor, engine: Tensor) -> tuple[Tensor, 
     ratio, cap = off.exp(), form.importance_cap
     if form.importance_mode == "truncate":
         return ratio.clamp(max=cap), ratio > cap
-    outside = (ratio > cap) | (ratio < 1.0 / cap)
+    floor = 1.0 / cap if form.importance_floor is None else form.importance_floor
+    outside = (ratio > cap) | (ratio < floor)
     return torch.where(outside, torch.zeros_like(ratio), ratio), outside
 
 

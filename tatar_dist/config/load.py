@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from tatar_dist.assets import RECIPES, TINY_MODEL, locate, looked_in
+from tatar_dist.config import foreign
 from tatar_dist.config.rules import check
 from tatar_dist.config.schema import Config
 from tatar_dist.config.validate import fault, first, near
@@ -86,7 +87,8 @@ def _validated(merged: Any, layers: list[tuple[str, Any]], files: list[str]) -> 
         key = ".".join(str(part) for part in error["loc"])
         where = next((w for w, layer in reversed(layers) if _gives(layer, error["loc"])), "")
         if error["type"] == "unexpected_keyword_argument":
-            raise UserError(f"{where}: unknown key {key!r}{near(key, known_keys())}") from None
+            known = foreign.ours(key, error["input"]) or near(key, known_keys())
+            raise UserError(f"{where}: unknown key {key!r}{known}") from None
         file = f"{where}: " if where in files else ""  # a word is its key and value
         raise UserError(file + fault(error, Config)) from None
 

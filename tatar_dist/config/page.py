@@ -1,8 +1,9 @@
 """Write the table of every config key in configs/README.md.
 
-    python -m tatar_dist.config.page      rewrite the table below the marker line
+    python -m tatar_dist.config.page      rewrite the tables below the marker lines
 
-Keys, defaults and choices come from the schema, meanings from the comment at the end of each field's line.
+Keys, defaults and choices come from the schema, meanings from the comment at the end of each field's line; the names of
+TRL and verl from foreign.py.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from tatar_dist.config import foreign
 from tatar_dist.config.schema import Config
 
 PAGE = Path(__file__).parents[2] / "configs/README.md"
+NAMES, END = "<!-- names: python -m tatar_dist.config.page -->\n", "<!-- end of the names -->\n"
 MARKER = "<!-- keys: python -m tatar_dist.config.page -->\n"
 FIELD = re.compile(r"^    (\w+): .+?  # (.+)$", re.MULTILINE)
 
@@ -40,8 +43,10 @@ def keys_table(title: str = "", section: Any = None) -> str:
 
 
 def main() -> None:
-    """Rewrite what follows the marker line of configs/README.md."""
+    """Rewrite the names between their lines in configs/README.md, and what follows the marker line."""
     head, _ = PAGE.read_text(encoding="utf-8").split(MARKER)
+    before, _, rest = head.partition(NAMES)
+    head = f"{before}{NAMES}\n{foreign.table()}\n{END}{rest.partition(END)[2]}"
     PAGE.write_text(f"{head}{MARKER}\n{keys_table()}", encoding="utf-8")
 
 

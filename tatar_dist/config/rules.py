@@ -31,6 +31,7 @@ def check(c: Config) -> None:
         )
     if c.grpo.scale == "batch" and c.grpo.advantage == "mean":
         raise UserError("grpo.scale=batch divides what grpo.advantage=mean leaves as it is: set std or per_term")
+    _check_objective(c)
     push, placement = c.rollout.push, c.cluster.placement
     if push in ("nccl", "cuda_ipc") and not c.cluster.gpus_per_node:
         raise UserError(f"rollout.push={push} needs GPUs, cluster.gpus_per_node is 0: use auto")
@@ -51,6 +52,21 @@ def check(c: Config) -> None:
         parse_failpoint(entry)
     check_rationale(c.rationale)
     _check_reward(c)
+
+
+def _check_objective(c: Config) -> None:
+    """Check that keys of the policy loss do something and fit each other."""
+    g = c.grpo
+    if g.clip_delta is not None and (g.objective != "clip" or g.clip_delta <= 1 + g.clip_high):
+        raise UserError(
+            f"grpo.clip_delta={g.clip_delta:g} bounds ratios above 1 + grpo.clip_high={g.clip_high:g} of "
+            f"grpo.objective=clip (now {g.objective}): set it above {1 + g.clip_high:g}, or null"
+        )
+    if g.importance_floor is not None and g.importance_mode != "mask":
+        raise UserError(
+            f"grpo.importance_floor={g.importance_floor:g} belongs to grpo.importance_mode=mask, it is "
+            f"{g.importance_mode}: truncation has no lower bound"
+        )
 
 
 def _check_reward(c: Config) -> None:

@@ -124,11 +124,16 @@ class GRPOConfig:
     kl_beta_end: NotNegative = 0.0  # weight at the last step, with kl_schedule linear or cosine
     aggregation: Aggregation = "sequence-mean"  # token-mean as in DAPO, constant (max_new_tokens) as in Dr. GRPO
     ratio: Literal["token", "sequence"] = "token"  # sequence as in GSPO, whose clips are near 3e-4
+    objective: Literal["clip", "cispo", "sapo"] = "clip"  # what is made of the ratio; clip as in GRPO and PPO
     clip_low: NotNegative = 0.2  # the ratio is clipped below 1 - clip_low
     clip_high: NotNegative = 0.2  # the ratio is clipped above 1 + clip_high
+    clip_delta: AboveZero | None = None  # the ratio is also bounded by it where the advantage is negative; null = not
+    tau_positive: AboveZero = 1.0  # with objective sapo: how fast the weight of a token falls, where it is to gain
+    tau_negative: AboveZero = 1.05  # likewise, where it is to lose
     importance: Importance = "auto"  # correction of engine-learner mismatch; auto: algo/README.md
     importance_mode: Literal["truncate", "mask"] = "truncate"  # at importance_cap, or mask outside [1/cap, cap]
     importance_cap: RatioCap = 2.0  # >= 1: cap on exp(learner - engine log-probability); unused without importance
+    importance_floor: Probability | None = None  # lower bound of importance_mode=mask; null = 1/importance_cap
     mask_truncated: bool = False  # true: a completion cut off by max_new_tokens stays out of the loss
     advantage: Literal["std", "mean", "per_term"] = "std"  # scaling of rewards in a group; mean as in Dr. GRPO
     advantage_eps: NotNegative = 1e-4  # added to the std

@@ -155,6 +155,11 @@ class Learner:
             importance=importance(self.config),
             importance_mode=g.importance_mode,
             importance_cap=g.importance_cap,
+            importance_floor=g.importance_floor,
+            objective=g.objective,
+            clip_delta=g.clip_delta,
+            tau_positive=g.tau_positive,
+            tau_negative=g.tau_negative,
         )
         beta, lr = kl_beta(g, step, self.total_steps), learning_rate(g.optim, step, self.total_steps)
         self.zero3.set_learning_rate(lr)

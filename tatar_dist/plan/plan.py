@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tatar_dist.assets import looked_in
-from tatar_dist.config.schema import ClusterConfig, Config, DataConfig
+from tatar_dist.config.schema import ClusterConfig, Config, DataConfig, GRPOConfig
 from tatar_dist.data.manifest import existing, read_manifest
 from tatar_dist.errors import UserError
 from tatar_dist.models import family
@@ -35,6 +35,8 @@ from tatar_dist.types import TASKS
 Stage = Literal["sft", "grpo", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Way = Literal["object_store", "nccl", "cuda_ipc"]  # of pushing weights
+
+RATIO_KEYS = ("objective", "ratio", "clip_low", "clip_high", "clip_delta")  # of grpo; they act on the policy's ratio
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,12 @@ def _notes(config: Config, stage: Stage, idle: int, engines: int, samples: dict[
         yield f"{idle} of {config.cluster.nodes * config.cluster.gpus_per_node} GPUs stay idle: {cure}"
     if stage == "grpo" and engines > config.grpo.prompts_per_step:
         yield f"rollout.engines={engines}, but a step has only {config.grpo.prompts_per_step} prompts: some never work"
+    if stage == "grpo" and config.grpo.inner_iterations == 1:
+        default, g = GRPOConfig(), config.grpo
+        idle_keys = [k for k in RATIO_KEYS if getattr(g, k) != getattr(default, k)]
+        if idle_keys:
+            words = ", ".join(f"grpo.{k}={getattr(g, k)}" for k in idle_keys)
+            yield f"no effect with grpo.inner_iterations=1, where the policy's ratio is always 1: {words}"
     share = config.data.iqa_fraction
     for task, wanted in (("iqa", share), ("iaa", 1 - share)):
         if samples and wanted and not samples[task]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tatar_dist.config import foreign
 from tatar_dist.config.load import known_keys, load_config
 from tatar_dist.config.schema import Config, to_yaml
 from tatar_dist.errors import UserError
@@ -106,6 +107,40 @@ def test_unknown_key_is_named_with_the_nearest_one():
         load_config([], [*MINIMAL, "sft.optim.learning_rate=1"])
     with pytest.raises(UserError, match="did you mean 'grpo.group_size'"):
         load_config([], [*MINIMAL, "grpo.groupsize=4"])
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [
+        ("grpo.num_generations=8", "'grpo.num_generations'; TRL's num_generations is grpo.group_size here"),
+        ("actor_rollout_ref.actor.clip_ratio_high=0.28", "verl's actor.clip_ratio_high is grpo.clip_high here"),
+        ("loss_type=dapo", "TRL's loss_type is grpo.aggregation here (grpo, seq-mean-token-mean: sequence-mean"),
+        ("trainer.total_epochs=2", "verl's trainer.total_epochs is grpo.epochs here"),
+    ],
+)
+def test_a_name_of_trl_or_verl_is_answered_with_ours(word, answer):
+    with pytest.raises(UserError) as refused:
+        load_config([], [*MINIMAL, word])
+    assert answer in str(refused.value)
+
+
+def test_every_foreign_name_leads_to_a_key_of_ours_and_none_is_one():
+    for name in foreign.NAMES:
+        assert name.ours in known_keys() or any(k.startswith(f"{name.ours}.") for k in known_keys()), name
+        for theirs in filter(None, (name.trl, f"actor_rollout_ref.{name.verl}" if name.verl else "")):
+            assert f"{name.trl if theirs == name.trl else name.verl} is " in foreign.ours(theirs, 1)
+    assert foreign.ours("grpo.groupsize", 4) == "" == foreign.ours("nothing", {"of": {"theirs": 1}})
+
+
+def test_keys_of_the_policy_loss_fit_each_other():
+    for words, said in (
+        (["grpo.clip_delta=1.1"], "set it above 1.2, or null"),
+        (["grpo.clip_delta=3", "grpo.objective=sapo"], r"grpo.objective=clip \(now sapo\)"),
+        (["grpo.importance_floor=0.5"], "belongs to grpo.importance_mode=mask"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load_config([], [*MINIMAL, *words])
+    load_config([], [*MINIMAL, "grpo.clip_delta=3", "grpo.importance_mode=mask", "grpo.importance_floor=0.5"])
 
 
 def test_wrong_type_is_named():

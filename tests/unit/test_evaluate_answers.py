@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from tatar_dist.errors import UserError
 from tatar_dist.evaluate import answers as calls
 from tatar_dist.evaluate.answers import AnswerJournal, batch_size, batches, distinct, model_fingerprint
+from tatar_dist.prompts.answer import parse
 from tatar_dist.types import Completion, Expected, Group, Prompt, Sample
 
 SETTINGS = {"model": "m", "max_new_tokens": 8}
@@ -113,3 +115,18 @@ def test_a_fingerprint_changes_with_weights_and_settings_and_not_with_the_place(
     early[:100_000], late[-100_000:] = b"x" * 100_000, b"x" * 100_000  # a frozen tower stays, the rest has learned
     assert len({model("g", bytes(whole)), model("h", bytes(early)), model("i", bytes(late))}) == 3
     assert model_fingerprint("owner/name") == "owner/name"
+
+
+def test_a_completion_holds_what_its_prompt_has_begun_and_counts_only_its_own_tokens():
+    from tatar_dist.rollout.engine import RolloutEngine
+
+    said = SimpleNamespace(
+        index=0, text="57</answer>", token_ids=[5, 7], finish_reason="stop",
+        logprobs=[{5: SimpleNamespace(logprob=-0.5)}, {7: SimpleNamespace(logprob=-0.25)}],
+    )  # fmt: skip
+    prompt = Prompt(Sample("a", "d", "iqa", b"", 50.0), "asked: ", "g", begun="<answer>")
+    group = RolloutEngine._group(prompt, SimpleNamespace(outputs=[said], prompt_token_ids=[1, 2, 3]), 4)
+    (completion,) = group.completions
+    assert completion.text == "<answer>57</answer>" and parse(completion.text).value == 57
+    assert completion.token_ids == (5, 7) and completion.logprobs == (-0.5, -0.25)
+    assert group.prompt_token_ids == (1, 2, 3)

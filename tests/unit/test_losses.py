@@ -48,15 +48,24 @@ def reference(logp, old, ref, engine, advantage, mask, trained, form, aggregatio
         row = 0.0
         for t in tokens:
             r = torch.exp(mean_log_ratio if form.ratio == "sequence" else logp[b, t] - old[b, t])
-            a = float(advantage[b])
-            bound = 1 + form.clip_high if a > 0 else 1 - form.clip_low
-            cut = (a > 0 and float(r.detach()) > bound) or (a < 0 and float(r.detach()) < bound)
-            pg = -(bound * a) if cut else -(r * a)
+            a, value = float(advantage[b]), float(r.detach())
+            low, high = 1 - form.clip_low, 1 + form.clip_high
+            if form.objective == "cispo":
+                pg = -min(max(value, low), high) * a * logp[b, t]
+            elif form.objective == "sapo":
+                tau = form.tau_positive if a > 0 else form.tau_negative
+                pg = -(4 / tau) / (1 + torch.exp(-tau * (r - 1))) * a
+            elif (a > 0 and value > high) or (a < 0 and value < low):
+                pg = -((high if a > 0 else low) * a)
+            elif form.clip_delta and a < 0 and value > form.clip_delta:
+                pg = -(form.clip_delta * a)
+            else:
+                pg = -(r * a)
             if form.importance != "none":
                 w = sequence_off if form.importance == "sequence" else math.exp(float(old[b, t] - engine[b, t]))
                 if form.importance_mode == "truncate":
                     w = min(w, form.importance_cap)
-                elif w > form.importance_cap or w < 1 / form.importance_cap:
+                elif w > form.importance_cap or w < (form.importance_floor or 1 / form.importance_cap):
                     w = 0.0
                 pg = pg * w
             if beta:
@@ -107,12 +116,17 @@ FORMS = [
         ("token", "sequence"),
         (("none", "truncate"), *itertools.product(("token", "sequence"), ("truncate", "mask"))),
     )
+] + [
+    PolicyLoss(0.1, 0.3, ratio, importance, "mask", 1.3, 0.6, objective, delta, 1.0, 1.7)
+    for ratio, importance, (objective, delta) in itertools.product(
+        ("token", "sequence"), ("none", "token"), (("clip", 1.35), ("cispo", None), ("sapo", None))
+    )
 ]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04], ids=["no kl", "kl"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.ratio}-{f.importance}-{f.importance_mode}")
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.objective}-{f.ratio}-{f.importance}-{f.importance_mode}")
 def test_every_form_equals_the_reference_over_uneven_splits(form, aggregation, beta):
     for seed, split in enumerate(SPLITS):
         data = ragged(seed)
@@ -134,6 +148,9 @@ def test_in_float32_every_form_stays_within_1e_6_of_the_float64_reference(data):
         data.draw(st.sampled_from(["none", "token", "sequence"])),
         data.draw(st.sampled_from(["truncate", "mask"])),
         data.draw(st.floats(1.0, 3.0)),
+        objective=data.draw(st.sampled_from(["clip", "cispo", "sapo"])),
+        clip_delta=data.draw(st.sampled_from([None, 1.51, 2.0])),
+        tau_negative=data.draw(st.floats(0.5, 2.0)),
     )
     rows = data.draw(st.integers(1, 9))
     cuts = sorted(data.draw(st.sets(st.integers(1, max(rows - 1, 1)), max_size=4)) & set(range(1, rows)))
@@ -203,6 +220,29 @@ def test_clipped_counts_only_the_side_that_is_cut():
         assert (grad[:, cut] == 0).all() and int((grad == 0).sum()) == 2
     assert parts.ratio_max == pytest.approx(1.5)
     assert plain(logp, old, None, torch.tensor([0.0, 0.0]), mask).sums["clipped"] == 0
+
+
+def test_what_the_other_objectives_count_as_clipped_and_which_tokens_keep_a_gradient():
+    ratio = torch.tensor([0.5, 0.9, 1.1, 1.5, 3.0], dtype=torch.float64)
+    mask = torch.ones(1, 5, dtype=torch.bool)
+
+    def found(form, sign):
+        logp = ratio.log()[None].clone().requires_grad_()
+        parts = plain(logp, torch.zeros_like(logp), None, torch.tensor([sign]), mask, form=form)
+        return parts.sums["clipped"], torch.autograd.grad(parts.loss, logp)[0][0] * 5
+
+    for sign in (1.0, -1.0):
+        clipped, grad = found(PolicyLoss(objective="cispo"), sign)
+        assert clipped == 3
+        torch.testing.assert_close(grad, -sign * ratio.clamp(0.8, 1.2))
+        clipped, grad = found(PolicyLoss(objective="sapo", tau_positive=2.0, tau_negative=3.0), sign)
+        tau = 2.0 if sign > 0 else 3.0
+        s = torch.sigmoid(tau * (ratio - 1))
+        assert clipped == 0
+        torch.testing.assert_close(grad, -sign * 4 * s * (1 - s) * ratio)
+    clipped, grad = found(PolicyLoss(clip_delta=2.0), -1.0)
+    assert clipped == 2 and grad.tolist() == pytest.approx([0, 0.9, 1.1, 1.5, 0])
+    assert found(PolicyLoss(clip_delta=2.0), 1.0)[0] == 2
 
 
 def test_without_old_probabilities_the_ratio_is_1_and_the_gradient_is_the_policy_gradient():

@@ -48,6 +48,14 @@ def test_idle_gpus_are_said():
     assert plan("grpo", "cluster.nodes=16", "grpo.prompts_per_step=64").notes == ()
 
 
+def test_a_clip_that_cannot_act_is_named():
+    words = ["grpo.prompts_per_step=64", "grpo.objective=cispo", "grpo.clip_high=0.28"]
+    (note,) = plan("grpo", "cluster.nodes=16", *words).notes
+    assert note.startswith("no effect with grpo.inner_iterations=1")
+    assert note.endswith(": grpo.objective=cispo, grpo.clip_high=0.28")
+    assert plan("grpo", "cluster.nodes=16", *words, "grpo.inner_iterations=2").notes == ()
+
+
 def test_tensor_parallel_engines_count_all_their_gpus_and_processes():
     p = plan("grpo", "rollout.tensor_parallel=2")
     assert (p.learners, p.engines, p.gpus_used) == (4, 2, 8)
