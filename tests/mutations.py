@@ -119,7 +119,7 @@ MUTATIONS = {
     "loss: sapo with one temperature": ("algo/loss.py", ".masked_fill(advantage > 0, form.tau_positive)", "", LOSSES),
     "engine: a direct answer loses its tag": ("rollout/engine.py", "text=prompt.begun + c.text", "text=c.text", ("test_evaluate_answers.py",)),
     "bootstrap: seeds not drawn": ("evaluate/bootstrap.py", "rng.integers(0, len(pairs), len(pairs)).tolist()", "list(range(len(pairs)))", ("test_metrics.py",)),
-    "forms: share of a mean alone": ("demo/forms.py", "min(v for s in shares.values() for v in s)", "min(s[1] for s in shares.values())", ("test_forms.py",)),
+    "forms: share of a mean alone": ("demo/forms.py", "all(v >= LEAST_SHARE for s in shares.values() for v in s)", "all(s[1] >= LEAST_SHARE for s in shares.values())", ("test_forms.py",)),
     "forms: a challenger without an interval": ("demo/forms.py", 'cells[cell]["difference"][1] > 0', 'cells[cell]["difference"][0] > 0', ("test_forms.py",)),
     "compare: one column for both": ("evaluate/compare.py", "(_read(side, column) for side, column in", "(_read(side, columns[0]) for side, column in", ("test_evaluation_tables.py",)),
     "loss: local normaliser": ("algo/loss.py", "policy = ((pg * mask).sum(dim=1) * weight).sum()", "policy = ((pg * mask).sum(dim=1) * weight).sum() / len(mask) * 7", LOSSES),

@@ -41,7 +41,7 @@ class RewardScorer:
         self.failpoints.reach("reward.score", step=step)
         batch = batch_of_groups(groups)
         g = self.grpo
-        scored = score_batch(batch, self.preset, advantage=g.advantage, eps=g.advantage_eps, scale=g.scale)
+        scored = score_batch(batch, self.preset, advantage=g.advantage, eps=g.advantage_eps, scale=g.scaling)
         return scored_groups(groups, scored), reward_metrics(batch, scored)
 
 

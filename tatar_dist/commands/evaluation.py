@@ -35,7 +35,9 @@ def score(
     expected: Annotated[
         bool, typer.Option("--expected", help="Also the expectation over the scores that might have been written.")
     ] = False,
-    direct: Annotated[bool, typer.Option("--direct", help="Ask for the number at once: no words, faster.")] = False,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Ask for the number at once: no rationale, few tokens.")
+    ] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also a page with thumbnails.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, as answers come back.")] = False,
 ) -> None:

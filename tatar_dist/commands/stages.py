@@ -45,7 +45,7 @@ def probes(
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other seeds.")] = 3,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything: shows that it runs.")] = False,
     forms: Annotated[
-        bool, typer.Option("--forms", help="Instead: the forms of the aesthetic reward, and which is the default.")
+        bool, typer.Option("--forms", help="Compare forms of the aesthetic reward instead, and choose the default.")
     ] = False,
     as_json: Json = False,
 ) -> None:

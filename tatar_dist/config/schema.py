@@ -135,9 +135,9 @@ class GRPOConfig:
     importance_cap: RatioCap = 2.0  # >= 1: cap on exp(learner - engine log-probability); unused without importance
     importance_floor: Probability | None = None  # lower bound of importance_mode=mask; null = 1/importance_cap
     mask_truncated: bool = False  # true: a completion cut off by max_new_tokens stays out of the loss
-    advantage: Literal["std", "mean", "per_term"] = "std"  # scaling of rewards in a group; mean as in Dr. GRPO
+    advantage: Literal["std", "mean", "per_term"] = "per_term"  # scaling of rewards in a group; mean as in Dr. GRPO
     advantage_eps: NotNegative = 1e-4  # added to the std
-    scale: Literal["group", "batch"] = "group"  # whose std divides; batch with per_term: as in GDPO
+    scale: Literal["auto", "group", "batch"] = "auto"  # whose std divides; auto: batch with per_term (GDPO), else group
     zero_std: Literal["keep", "drop", "refill"] = "keep"  # groups whose completions all got the same reward
     refill_limit: AtLeastOne = 2  # rounds of new prompts a step for such groups, with refill; what is left is dropped
     inner_iterations: AtLeastOne = 1  # updates per batch of completions, one optimiser step each
@@ -145,6 +145,13 @@ class GRPOConfig:
     eval_every: AtLeastZero = 0  # steps between greedy answers on data.validation (eval/*); 0 = never
     logprob_gap_limit: NotNegative = 0.05  # nats, mean |engine - learner| over a step's tokens; above it the run stops
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+    @property
+    def scaling(self) -> Literal["group", "batch"]:
+        """Return `scale`, with auto resolved."""
+        if self.scale != "auto":
+            return self.scale
+        return "batch" if self.advantage == "per_term" else "group"
 
 
 @dataclass(frozen=True, config=STRICT_KEYS)

@@ -5,10 +5,10 @@ one SFT model with the same seeds, so that they see the same prompts, and answer
 DIR/sft, DIR/seed_K/CELL/, DIR/seed_K/CELL-eval/, DIR/forms.json and forms.md. A repeated call resumes.
 
 A cell is eligible if at least 99 % of its greedy answers parse, and if the scoring term has at least half of the
-advantage among parsed answers (`reward/share_parsed`), at step 1 and over all steps, on both tasks. The incumbent is
-regret with per_term (GDPO). Another eligible cell replaces it if its IAA SRCC is higher with a 95 % interval above 0,
-paired, seeds and photographs resampled. Where the incumbent is not eligible, the eligible cell of the highest IAA SRCC
-is.
+advantage among parsed answers (`reward/share_parsed`, mean over seeds), at step 1 and over all steps, on both tasks.
+The incumbent is regret with per_term (GDPO). Another eligible cell replaces it if its IAA SRCC is higher with a 95 %
+interval above 0, paired, seeds and photographs resampled. If the incumbent is not eligible, the rule takes the eligible
+cell with the highest IAA SRCC. The shares among all answers and the sampled answers that parse stand beside.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rich.console import Console
 from tatar_dist.demo.data.make import make_demo
 from tatar_dist.demo.figures import answers, number, print_table
 from tatar_dist.demo.pipeline import FULL, SMOKE, demo_config, run_stage, same_settings
+from tatar_dist.errors import UserError
 from tatar_dist.evaluate.bootstrap import paired_srcc_difference
 from tatar_dist.evaluate.metrics import srcc, usable
 from tatar_dist.evaluate.tables import markdown
@@ -45,11 +46,15 @@ CELLS = {f"{f}-{a}": ["reward.preset=paper", *FORMS[f], *ADVANTAGES[a]] for f in
 INCUMBENT = "regret-per_term"
 TERMS = {"iqa": "gaussian", "iaa": "thurstone"}
 LEAST_PARSED, LEAST_SHARE = 0.99, 0.5
+RESOLVED = 0.05  # SRCC: smaller differences are called not resolved, whatever their interval
+SEEDS = 3
+LAST = 10  # steps whose sampled answers are counted
 TRAINING = ["grpo.max_steps=100", "grpo.eval_every=0", "sft.eval_every=0"]
 VALIDATION = [f"data.test=[{','.join(f'{task}_validation.parquet' for task in TASKS)}]", "data.eval_limit=null"]
+VARIED = ("reward.preset", "reward.params", "grpo.advantage", "grpo.scale", "data.test", "data.eval_limit", "seed")
 HEAD = (
-    "cell", "answers that parse", "share, IQA: step 1, mean", "share, IAA: step 1, mean", "eligible",
-    "SRCC, IQA", "SRCC, IAA", "IAA SRCC minus the incumbent's", "95 % interval",
+    "cell", "parsed: greedy, sampled", "share, IQA: step 1, mean (all answers)", "share, IAA", "eligible",
+    "SRCC, IQA", "SRCC, IAA", "IAA SRCC minus the incumbent's", "95 % interval", "resolved",
 )  # fmt: skip
 
 
@@ -57,10 +62,12 @@ def run(output: str | Path, seeds: int, smoke: bool = False, overrides: list[str
     """Train and evaluate all cells without a result, write and return the table.
 
     Raises:
-        UserError: the directory holds other settings or is not writable, or an override is invalid.
+        UserError: the directory holds other settings or is not writable, or an override is invalid or varied here.
     """
     from tatar_dist.cluster.ray_cluster import Cluster
 
+    if varied := [w for w in overrides or [] if w.startswith(VARIED)]:
+        raise UserError(f"{varied[0]}: --forms sets this key itself")
     out, size = Path(output), SMOKE if smoke else FULL
     console = Console(stderr=True)
     same_settings(out, {"forms": True, "smoke": smoke, "seeds": seeds, "overrides": list(overrides or [])})
@@ -74,11 +81,12 @@ def run(output: str | Path, seeds: int, smoke: bool = False, overrides: list[str
             for i, (cell, changes) in enumerate(CELLS.items(), 1):
                 console.print(f"[bold]seed {seed}[/bold]  {cell} ({i} of {len(CELLS)})")
                 run_cell(out / f"seed_{seed}" / cell, data, [*words, f"seed={seed}", *changes], start)
-    result = choose([out / f"seed_{k}" for k in range(seeds)])
+    text = json.dumps(choose([out / f"seed_{k}" for k in range(seeds)]))
+    result: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)  # JSON has no NaN
+    result["by_the_rule"] = not smoke and seeds == SEEDS
     write_whole(out / "forms.json", json.dumps(result, indent=1))
     rows = table(result)
-    text = markdown(rows, HEAD) + f"\n{sentence(result)}\n"
-    write_whole(out / "forms.md", text)
+    write_whole(out / "forms.md", markdown(rows, HEAD) + f"\n{sentence(result)}\n")
     print_table(console, f"Forms of the aesthetic reward, {seeds} seed(s), validation crops", HEAD, rows)
     console.print(sentence(result))
     return result
@@ -101,12 +109,14 @@ def choose(directories: Sequence[Path], rounds: int = 2000) -> dict[str, Any]:
         between = paired_srcc_difference(
             target, predictions[INCUMBENT]["iaa"][2], theirs, source, rounds=rounds, seeds_too=True
         )
-        shares = {task: _shares(directories, cell, task) for task in TASKS}
-        parsed = float(np.mean([np.isfinite(by_task[task][2]).mean() for task in TASKS]))
+        shares = {task: _shares(directories, cell, task, "share_parsed") for task in TASKS}
+        parsed = min(float(np.isfinite(by_task[task][2]).mean()) for task in TASKS)
         cells[cell] = {
-            "parsed": parsed,
+            "parsed": parsed,  # of the worse task
+            "parsed_sampled": min(_sampled(directories, cell, task) for task in TASKS),
             "share": shares,
-            "eligible": parsed >= LEAST_PARSED and min(v for s in shares.values() for v in s) >= LEAST_SHARE,
+            "share_all": {task: _shares(directories, cell, task, "share") for task in TASKS},
+            "eligible": parsed >= LEAST_PARSED and all(v >= LEAST_SHARE for s in shares.values() for v in s),
             **{f"srcc_{t}": [srcc(*usable(g, p, "midpoint")) for p in ps] for t, (g, _, ps) in by_task.items()},
             "difference": [between.estimate, between.lo, between.hi],
         }
@@ -118,7 +128,7 @@ def chosen(cells: dict[str, Any]) -> str | None:
     eligible = [cell for cell in cells if cells[cell]["eligible"]]
     if INCUMBENT not in eligible:
         return max(eligible, key=lambda c: float(np.mean(cells[c]["srcc_iaa"])), default=None)
-    better = [cell for cell in eligible if cells[cell]["difference"][1] > 0]
+    better = [cell for cell in eligible if cells[cell]["difference"][1] > 0]  # none with an undefined interval
     return max(better, key=lambda c: float(cells[c]["difference"][0]), default=INCUMBENT)
 
 
@@ -129,11 +139,16 @@ def _answers(directories: Sequence[Path], cell: str, task: str) -> tuple[np.ndar
     return target, source, np.array([s["prediction"].to_numpy() for s in seeds])
 
 
-def _shares(directories: Sequence[Path], cell: str, task: str) -> tuple[float, float]:
-    """Return the scoring term's share among parsed answers at step 1 and over all steps, mean over seeds."""
-    key = f"reward/share_parsed/{TERMS[task]}/{task}"
+def _shares(directories: Sequence[Path], cell: str, task: str, share: str) -> tuple[float, float]:
+    """Return the scoring term's share at step 1 and over all steps, mean over seeds; NaN where a seed has none."""
+    key = f"reward/{share}/{TERMS[task]}/{task}"
     by_seed = [np.array([line.get(key) for line in read_metrics(d / cell)], np.float64) for d in directories]
-    return float(np.nanmean([s[0] for s in by_seed])), float(np.nanmean(np.concatenate(by_seed)))
+    return float(np.mean([s[0] for s in by_seed])), float(np.nanmean(np.concatenate(by_seed)))
+
+
+def _sampled(directories: Sequence[Path], cell: str, task: str) -> float:
+    """Return the share of sampled answers that parse, over the last steps."""
+    return float(np.mean([x[f"reward/format/{task}"] for d in directories for x in read_metrics(d / cell)[-LAST:]]))
 
 
 def table(result: dict[str, Any]) -> list[list[str]]:
@@ -142,14 +157,34 @@ def table(result: dict[str, Any]) -> list[list[str]]:
     rows = []
     for cell in order:
         c = result["cells"][cell]
-        shares = [", ".join(number(v, ".2f") for v in c["share"][task]) for task in TASKS]
-        value, lo, hi = (number(v, "+.3f") for v in c["difference"])
-        between = ("", "") if cell == INCUMBENT else (value, f"{lo} to {hi}")
-        means = [number(float(np.mean(c[f"srcc_{task}"]))) for task in TASKS]
-        rows.append([cell, f"{c['parsed']:.1%}", *shares, "yes" if c["eligible"] else "no", *means, *between])
+        inside, among_all = (
+            {task: ", ".join(number(v, ".2f") for v in c[key][task]) for task in TASKS}
+            for key in ("share", "share_all")
+        )
+        value, lo, hi = c["difference"]
+        shown = (number(value, "+.3f"), f"{number(lo, '+.3f')} to {number(hi, '+.3f')}", _resolved(value, lo, hi))
+        rows.append(
+            [
+                cell,
+                f"{c['parsed']:.1%}, {c['parsed_sampled']:.1%}",
+                *(f"{inside[task]} ({among_all[task]})" for task in TASKS),
+                "yes" if c["eligible"] else "no",
+                *(number(None if None in c[f"srcc_{t}"] else float(np.mean(c[f"srcc_{t}"]))) for t in TASKS),
+                *(("", "", "") if cell == INCUMBENT else shown),
+            ]
+        )
     return rows
 
 
+def _resolved(value: float | None, lo: float | None, hi: float | None) -> str:
+    if value is None or lo is None or hi is None:
+        return "undefined"
+    return "yes" if abs(value) >= RESOLVED and (lo > 0 or hi < 0) else "no"
+
+
 def sentence(result: dict[str, Any]) -> str:
-    """Say what the rule chooses."""
-    return f"The rule chooses {result['chosen']}." if result["chosen"] else "No cell is eligible: the default stays."
+    """Say what the rule chooses, or would choose with settings that are not its own."""
+    chosen, by_the_rule = result["chosen"], result.get("by_the_rule", True)
+    if not by_the_rule:
+        return f"With these settings, which are not the rule's, it would choose {chosen or 'no cell'}."
+    return f"The rule chooses {chosen}." if chosen else "No cell is eligible: the default stays as it is."

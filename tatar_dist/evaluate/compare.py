@@ -43,7 +43,7 @@ def run(
     rounds: int = ROUNDS,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return {"before", "after", "rounds", "datasets": {NAME: {n, only_*, srcc, plcc, ...}}}.
+    """Return {"before", "after", "columns", "rounds", "datasets": {NAME: {n, only_*, srcc, plcc, ...}}}.
 
     only_*: only_before, only_after. Each statistic has before, after, difference, ci95, p and reason (of a None).
     columns: of predictions.parquet, which answers of each side are compared.
@@ -78,8 +78,8 @@ def run(
         }
     if not any(entry["n"] for entry in datasets.values()):
         raise UserError(f"{before} and {after} have no sample in common")
-    names_of = [str(d) if c == "prediction" else f"{d} ({c})" for d, c in zip((before, after), columns, strict=True)]
-    return {"before": names_of[0], "after": names_of[1], "rounds": rounds, "datasets": datasets}
+    sides = {"before": str(before), "after": str(after), "columns": list(columns)}
+    return {**sides, "rounds": rounds, "datasets": datasets}
 
 
 def _read(directory: Path, column: str) -> dict[tuple[str, str, str], Row]:
@@ -93,8 +93,9 @@ def _read(directory: Path, column: str) -> dict[tuple[str, str, str], Row]:
         table = pq.read_table(file, columns=[*COLUMNS, *({column} & set(known))])
     except (pa.ArrowInvalid, OSError) as e:
         raise UserError(f"{file}: cannot be read: {e}") from e
-    if column in MADE_BY and (column not in known or table[column].null_count == len(table)):
-        raise UserError(f"{file}: no answers under {column!r}: evaluate with {MADE_BY[column]}")
+    if column not in known or (column in MADE_BY and table[column].null_count == len(table)):
+        cure = f"evaluate with {MADE_BY[column]}; or none of them parses" if column in MADE_BY else "no such column"
+        raise UserError(f"{file}: no score under {column!r}: {cure}")
     rows = table.rename_columns([*COLUMNS, "prediction"]).to_pylist()
     return {(r["task"], r["dataset"], r["sample_id"]): r for r in rows}
 
@@ -141,7 +142,11 @@ def show(result: dict[str, Any]) -> None:
             parsed = f"{m['parsed_before']} and {m['parsed_after']} parsed"
             notes.append(f"{name}: of {m['n']} answers {parsed}, the others are 50")
     head = ("data set", "n", "", "A", "B", "B - A", "95 % interval", "p")
-    print_table(f"B = {result['after']} against A = {result['before']}", head, rows, notes)
+    a, b = (
+        result[side] + ("" if column == "prediction" else f" ({column})")
+        for side, column in zip(("before", "after"), result["columns"], strict=True)
+    )
+    print_table(f"B = {b} against A = {a}", head, rows, notes)
 
 
 def _cell(value: float | None, sign: str = "") -> str:

@@ -83,7 +83,6 @@ def _settings(config: Config, texts: PromptTexts) -> dict[str, Any]:
         "max_new_tokens": config.rollout.max_new_tokens,
         "sampled": sampled,
         "expected": e.expected,
-        **({"direct": True} if e.direct else {}),
         **({} if config.rollout.quantization == "none" else {"quantization": config.rollout.quantization}),
     }
 
@@ -106,7 +105,7 @@ class Evaluation:
             self.sampling["sampled"] = Sampling(e.samples, config.rollout.temperature, limit, e.seed, REWARD_STEP)
         if e.direct:
             self.sampling["direct"] = Sampling(1, 0.0, limit)
-        self.seconds: dict[str, float | None] = {}  # of an answer, by kind; None: this start asked for none
+        self.seconds: dict[str, float] = {}  # of an answer, by kind that this start asked for
 
     def run(self) -> dict[str, Any]:
         """Generate missing answers and write the results."""
@@ -151,7 +150,8 @@ class Evaluation:
                     asked += len(groups) * sampling.n
                     self.directory.begin("evaluate", done)
                     progress.update(min(done, progress.total), {})
-                self.seconds[kind] = (time.perf_counter() - kind_began) / asked if asked else None
+                if asked:
+                    self.seconds[kind] = (time.perf_counter() - kind_began) / asked
                 if kind == "greedy":
                     self.missing = dict(self.source.missing)  # another kind comes by the same samples again
             self.directory.begin("results", progress.total)
@@ -204,8 +204,10 @@ class Evaluation:
             result["sample_mean"] = metrics("sample_mean")
             result["rewards"] = self._rewards(path / "sampled.parquet")
         if e.direct:
+            file = path / "metrics.json"  # of an earlier start
+            before = json.loads(file.read_text()).get("seconds_per_answer", {}) if file.is_file() else {}
             result["direct"] = metrics("direct")
-            result["seconds_per_answer"] = {kind: self.seconds[kind] for kind in ("greedy", "direct")}
+            result["seconds_per_answer"] = {kind: self.seconds.get(kind) or before.get(kind) for kind in self.sampling}
         for variant in tables.VARIANTS.keys() & result.keys():  # beside the greedy answers' own
             for name, m in result[variant].items():
                 result["datasets"][name][f"srcc_{variant}"] = m["srcc"]
@@ -234,7 +236,7 @@ class Evaluation:
         r, g = self.config.reward, self.config.grpo
         batch = batch_of_groups(groups)
         preset = load_preset(r.preset, weights=r.weights, params=r.params)
-        scored = score_batch(batch, preset, advantage=g.advantage, eps=g.advantage_eps, scale=g.scale)
+        scored = score_batch(batch, preset, advantage=g.advantage, eps=g.advantage_eps, scale=g.scaling)
         write_rollouts(file, 0, scored_groups(groups, scored))
         return {k: v if math.isfinite(v) else None for k, v in reward_metrics(batch, scored).items()}
 

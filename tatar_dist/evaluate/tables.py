@@ -174,13 +174,13 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
             notes.append(f"{name}: {_ties(name, result)}")
         if m["n_out_of_range"]:
             notes.append(f"{name}: {m['n_out_of_range']} answers outside 0 to 100, clamped")
-    seconds = {kind: f", {s:.2g} s" if s else "" for kind, s in result.get("seconds_per_answer", {}).items()}
+    seconds = {kind: f" and {s:.3g} s" if s else "" for kind, s in result.get("seconds_per_answer", {}).items()}
     for name, m in result.get("direct", {}).items():
         whole = result["datasets"][name]
         if m["n"]:
             notes.append(
                 f"{name}: a direct answer takes {m['tokens']:.0f} tokens{seconds['direct']}; one with its thought "
-                f"{whole['tokens']:.0f}{seconds['greedy']} (seconds of the engines together, over all sets)"
+                f"{whole['tokens']:.0f}{seconds['greedy']} (wall-clock time of all sets over the number of answers)"
             )
     for task, groups in result.get("averages", {}).items():
         notes += [f"{task.upper()}: no value for {', '.join(g['without'])}" for g in groups.values() if g["without"]]

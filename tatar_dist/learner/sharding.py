@@ -40,7 +40,7 @@ def group_rows(scored: ScoredGroup, weights: np.ndarray) -> list[LearnerRow]:
         LearnerRow(
             image_id=prompt.group_id,
             image=prompt.sample.image,
-            prompt_text=prompt.text,
+            prompt_text=prompt.text + prompt.begun,
             completion_ids=c.token_ids,
             task=prompt.sample.task,
             advantage=float(scored.advantage[i]),

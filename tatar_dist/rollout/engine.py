@@ -107,6 +107,7 @@ class RolloutEngine:
                 options["distributed_executor_backend"] = "mp"  # in a placement group vLLM would choose Ray
         else:
             torch.set_num_threads(threads)
+            torch._dynamo.config.disable = True  # options.py; torch has read the variable where it came first
         try:
             self.llm = LLM(
                 **options,
@@ -116,18 +117,18 @@ class RolloutEngine:
                 # A model may otherwise write blanks, which JSON allows in any number, until it is cut off.
                 structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             )
+            self._warm_up()
         except Exception as e:  # too little memory, a damaged model, an option that vLLM refuses
             here, reason = process_facts(), f"{type(e).__name__}: {' '.join(str(e).split())[:500]}"
             where = f"{here['host']}, GPU {here['gpu']}" if gpu else here["host"]
             raise RunError(f"engine {self.index} on {where} did not start: {reason}") from e
         self.llm.init_weight_transfer_engine({"init_info": {}})
         self.forbidden = family(self.config.model.family)(self.config.model).forbidden_ids()
-        self._warm_up()
         self.version = version
         return {**process_facts(), "seconds": round(time.perf_counter() - start, 2)}
 
     def _warm_up(self) -> None:
-        """Sample a token, so that what is compiled at a first call counts as loading, not as an engine that hangs."""
+        """Sample a token, so that a sampler that is compiled at its first call counts as loading, not as hanging."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=1.0, seed=0, logprobs=0)
@@ -164,6 +165,8 @@ class RolloutEngine:
                 logit_bias={i: FORBIDDEN_BIAS for i in self.forbidden},
                 skip_special_tokens=True,
                 structured_outputs=form,
+                stop=["</answer>"] if p.begun else None,
+                include_stop_str_in_output=bool(p.begun),
             )
             for p in prompts
         ]

@@ -33,7 +33,7 @@ CPU_ENGINE_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_TARGET_DEVICE": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
-    # the model runs eagerly, but the first call of each process would compile a comparison of the sampler for seconds
+    # the model runs eagerly, but vLLM compiles one of the sampler's functions at the first call, which takes seconds
     "TORCH_COMPILE_DISABLE": "1",
 }
 

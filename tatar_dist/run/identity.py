@@ -12,7 +12,7 @@ from dataclasses import asdict
 from functools import cache
 from typing import Any
 
-from tatar_dist.config.schema import Config
+from tatar_dist.config.schema import Config, GRPOConfig
 from tatar_dist.errors import UserError
 
 FREE = frozenset(
@@ -52,6 +52,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list
     """Return {key: [was, is]} of what differs; a key unknown to `before` had its default."""
     if "seed" in before:
         before = {k: v for k, v in _defaults(before["stage"]).items() if k in now} | dict(before)
+        before, now = _auto(before), _auto(now)
     adapters = {k for k in (*before, *now) if k.startswith("model.lora_")}  # earlier versions wrote them only if used
     added = adapters if "seed" not in before and now.get("model.lora_rank") else set()
     keys = [k for k in now if k in before] + sorted(added - before.keys())
@@ -60,7 +61,14 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list
 
 @cache
 def _defaults(stage: str) -> dict[str, Any]:
-    return identity(Config(output=""), stage, "", {})  # without the constants of rewards, which presets have
+    known = identity(Config(output=""), stage, "", {})  # without the constants of rewards, which presets have
+    return known | ({"grpo.scale": "group"} if stage == "grpo" else {})  # what it was before there was a key
+
+
+def _auto(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with grpo.scale=auto where it says what auto means."""
+    g = GRPOConfig(advantage=values.get("grpo.advantage", "std"))
+    return dict(values) | ({"grpo.scale": "auto"} if values.get("grpo.scale") == g.scaling else {})
 
 
 def require_same(

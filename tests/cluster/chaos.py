@@ -6,8 +6,8 @@
 Faults of the matrix (test_faults.py) at random times on random processes; the seed and every fault stand in
 OUTPUT/faults.jsonl. Ends with status 1 unless every step was made, with every prompt of the sampler's order exactly
 once. What it cost, by kind of fault, is printed and written to OUTPUT/figures.json, with the effective training time
-(effective.py) and what the rest of the time went to; with --every until that long after the last fault, because the
-steps that are left are made in peace.
+(effective.py) and what the rest of the time went to. With --every it counts until that many seconds after the last
+fault, and until a step follows it: the steps that are left then are made in peace.
 """
 
 from __future__ import annotations
@@ -214,7 +214,9 @@ def figures(chaos: Chaos, run: Run, seconds: float, seed: int, steps: int, every
     }
     faults = [json.loads(line) for line in chaos.log.read_text().splitlines()[1:]]
     if every and faults:
-        events = [e for e in events if e["time"] <= faults[-1]["time"] + every]
+        last = faults[-1]["time"]
+        recovered = next((e["time"] for e in done if e["time"] > last), last)
+        events = [e for e in events if e["time"] <= max(last + every, recovered)]
     return {
         "seed": seed,
         "minutes": round(seconds / 60, 1),

@@ -89,7 +89,8 @@ def test_a_direct_answer_continues_its_tag_and_holds_no_rationale(found, picture
             inputs = backbone.processor(text=[text], images=[image], return_tensors="pt")
             with torch.no_grad():
                 text += backbone.tokenizer.decode([int(model(**inputs).logits[0, -1].argmax())])
-        assert (found["text"] + completion).startswith(text.split("<|im_end|>")[0]), (text, completion)
+        assert completion.endswith("</answer>")
+        assert (found["text"] + completion).startswith(text.split("</answer>")[0]), (text, completion)
 
 
 def test_the_command_scores_what_can_be_read_and_names_the_rest(process, found, pictures):

@@ -161,13 +161,13 @@ def test_a_better_model_is_told_from_an_equal_one(tmp_path):
     assert same["srcc"]["ci95"][0] < 0 < same["srcc"]["ci95"][1] and same["srcc"]["p"] > 0.05
 
 
-def test_the_answers_of_one_evaluation_are_compared_with_one_another(tmp_path):
+def test_the_answers_of_one_evaluation_are_compared_with_one_another(tmp_path, capsys):
     import pyarrow.parquet as pq
 
     targets = {str(i): float(i) for i in range(40)}
     place = evaluation(tmp_path / "a", dict(targets), targets)
     file = place / "predictions.parquet"
-    with pytest.raises(UserError, match="no answers under 'direct': evaluate with evaluate.direct=true"):
+    with pytest.raises(UserError, match="no score under 'direct': evaluate with evaluate.direct=true"):
         compare.run(place, place, columns=("prediction", "direct"))
     rows = pq.read_table(file)
     for values, n in (([None] * 40, 0), ([40.0 - t for t in targets.values()], 40)):
@@ -175,9 +175,11 @@ def test_the_answers_of_one_evaluation_are_compared_with_one_another(tmp_path):
         if n:
             found = compare.run(place, place, columns=("prediction", "direct"), rounds=50)
             assert found["datasets"]["d"]["srcc"]["difference"] == pytest.approx(-2)
-            assert (found["before"], found["after"]) == (str(place), f"{place} (direct)")
+            assert found["after"] == str(place) and found["columns"] == ["prediction", "direct"]
+            compare.show(found)
+            assert "(direct) against A" in " ".join(capsys.readouterr().out.split())
         else:
-            with pytest.raises(UserError, match="no answers under 'direct'"):
+            with pytest.raises(UserError, match="no score under 'direct'"):
                 compare.run(place, place, columns=("direct", "prediction"))
 
 
@@ -193,7 +195,7 @@ def test_a_direct_answer_stands_beside_the_one_with_its_thought():
         "averages": averages({"AVA": whole}, None),
     }
     assert [row[0] for row in tables.rows_of(result)] == ["AVA", "AVA, direct answer"]
-    said = "AVA: a direct answer takes 8 tokens; one with its thought 141, 0.042 s (seconds of the engines together"
+    said = "AVA: a direct answer takes 8 tokens; one with its thought 141 and 0.0421 s (wall-clock time of all sets"
     assert any(note.startswith(said) for note in tables.notes_of(result))
 
 

@@ -126,8 +126,13 @@ def test_every_key_of_a_stage_is_free_or_counts():
 
 def test_a_key_that_is_newer_than_the_checkpoint_had_its_default():
     old = {k: v for k, v in of("grpo").items() if k != "grpo.scale"}
-    assert not changes(old, of("grpo"))
-    assert changes(old, of("grpo", "grpo.scale=batch")) == {"grpo.scale": ["group", "batch"]}
+    was = {**old, "grpo.advantage": "std"}
+    for word in ("grpo.scale=auto", "grpo.scale=group"):
+        assert not changes(was, of("grpo", "grpo.advantage=std", word))
+        assert not changes({**was, "grpo.scale": "group"}, of("grpo", "grpo.advantage=std", word))
+    assert changes(was, of("grpo", "grpo.advantage=std", "grpo.scale=batch")) == {"grpo.scale": ["auto", "batch"]}
+    assert changes(old, of("grpo")) == {"grpo.scale": ["group", "auto"]}  # per_term by group, now GDPO
+    assert not changes({**old, "grpo.scale": "batch"}, of("grpo"))
     old = {k: v for k, v in of("sft").items() if "thought" not in k}
     word = "sft.thought_dropout.iqa=0.5"
     assert not changes(old, of("sft")) and list(changes(old, of("sft", word))) == ["sft.thought_dropout.iqa"]

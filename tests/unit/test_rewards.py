@@ -309,9 +309,12 @@ def test_a_bad_row_is_named_by_file_and_line_or_dropped_when_lenient(tmp_path, b
 
 
 def test_explain_shows_the_comparisons_behind_a_thurstone_reward(tmp_path):
-    result = audit.run(write_rows(tmp_path / "in.jsonl", small_batch()), "tatar")
+    file = write_rows(tmp_path / "in.jsonl", small_batch())
+    result = audit.run(file, "paper")
     table = audit.explain_table(result, 2)
     assert "a2" in table and f"weighted mean {result.scored.terms['thurstone'][1]:.6f}" in table
+    default = audit.run(file, "tatar")
+    assert f"nats, which pay {default.scored.terms['thurstone'][1]:.6f}" in audit.explain_table(default, 2)
     assert "no Thurstone comparison" in audit.explain_table(result, 1)
     with pytest.raises(UserError, match="rows 1 to 6"):
         audit.explain_table(result, 7)

@@ -261,7 +261,7 @@ def test_nearer_targets_weigh_more_and_tiny_m_does_not_underflow():
 
 def test_a_floor_under_tau_is_refused_except_in_released():
     with pytest.raises(UserError, match="floor=4 is under tau=8"):
-        load_preset("tatar", params={"thurstone_floor": 4})
+        load_preset("paper", params={"thurstone_floor": 4})
     with pytest.raises(UserError, match="floor is null"):
         load_preset("tatar", params={"thurstone_floor": None})
     assert load_preset("released").thurstone.floor is None
