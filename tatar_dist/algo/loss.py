@@ -139,7 +139,7 @@ def policy_loss(
 
 
 def _objective(form: PolicyLoss, r: Tensor, logp: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (B, C) losses of the tokens and where a bound acts. r, logp: (B, C); advantage: (B, 1)."""
+    """Return (B, C) token losses and where a bound acts. r, logp: (B, C); advantage: (B, 1)."""
     low, high = 1.0 - form.clip_low, 1.0 + form.clip_high
     if form.objective == "sapo":
         tau = torch.full_like(advantage, form.tau_negative).masked_fill(advantage > 0, form.tau_positive)

@@ -5,5 +5,6 @@ rationale.py   the section `rationale`
 validate.py    reads YAML files, validates with pydantic, and words every fault in one line
 rules.py       what types cannot express: combinations of keys
 load.py        merges YAML files and `key=value`; unknown keys fail with the nearest name
-page.py        writes the table of keys in configs/README.md
+foreign.py     names of TRL and verl, and ours
+page.py        writes the tables of configs/README.md
 """

@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 
 
 class Foreign(NamedTuple):
-    """Names in TRL's `GRPOConfig`, in verl (below `actor_rollout_ref` unless another section leads), our key."""
+    """Names in TRL's `GRPOConfig` and in verl, and our key.
+
+    verl's are below `actor_rollout_ref` unless another section leads.
+    """
 
     trl: str
     verl: str
@@ -106,7 +109,7 @@ NAMES = tuple(
 
 
 def ours(key: str, value: Any) -> str:
-    """Return the end of a message that names our key for an unknown one of TRL's or verl's, "" for any other.
+    """Return the end of a message that names our key for one of TRL's or verl's, else "".
 
     Args:
         key: the unknown key, below any of our sections or none.

@@ -43,7 +43,7 @@ def keys_table(title: str = "", section: Any = None) -> str:
 
 
 def main() -> None:
-    """Rewrite the names between their lines in configs/README.md, and what follows the marker line."""
+    """Rewrite both generated parts of configs/README.md."""
     head, _ = PAGE.read_text(encoding="utf-8").split(MARKER)
     before, _, rest = head.partition(NAMES)
     head = f"{before}{NAMES}\n{foreign.table()}\n{END}{rest.partition(END)[2]}"

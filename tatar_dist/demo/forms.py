@@ -1,4 +1,4 @@
-"""Choose the default reward by a rule that was fixed before it was run: `tatar-dist probes --forms`.
+"""Choose the default reward by a rule fixed before it was run: `tatar-dist probes --forms`.
 
 Cells: three forms of the aesthetic ranking, each with two advantages; quality keeps its Gaussian. All train GRPO from
 one SFT model with the same seeds, so that they see the same prompts, and answer the validation crops. Writes
@@ -56,6 +56,7 @@ HEAD = (
     "cell", "parsed: greedy, sampled", "share, IQA: step 1, mean (all answers)", "share, IAA", "eligible",
     "SRCC, IQA", "SRCC, IAA", "IAA SRCC minus the incumbent's", "95 % interval", "resolved",
 )  # fmt: skip
+BRIEF = (0, 4, 5, 6, 7, 8)  # the columns on a terminal
 
 
 def run(output: str | Path, seeds: int, smoke: bool = False, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -87,8 +88,10 @@ def run(output: str | Path, seeds: int, smoke: bool = False, overrides: list[str
     write_whole(out / "forms.json", json.dumps(result, indent=1))
     rows = table(result)
     write_whole(out / "forms.md", markdown(rows, HEAD) + f"\n{sentence(result)}\n")
-    print_table(console, f"Forms of the aesthetic reward, {seeds} seed(s), validation crops", HEAD, rows)
-    console.print(sentence(result))
+    shown = [[row[i] for i in BRIEF] for row in rows]
+    title = f"Forms of the aesthetic reward, {seeds} seed(s), validation crops"
+    print_table(console, title, ("cell", "eligible", "SRCC, IQA", "IAA", "IAA difference", "95 %"), shown)
+    console.print(f"{sentence(result)} The whole table: {out / 'forms.md'}")
     return result
 
 
@@ -101,7 +104,7 @@ def run_cell(target: Path, data: Path, words: list[str], start: str) -> None:
 
 
 def choose(directories: Sequence[Path], rounds: int = 2000) -> dict[str, Any]:
-    """Return {"cells": figures by cell, "chosen": the cell that the rule makes the default, None without one}."""
+    """Return {"cells": figures by cell, "chosen": the cell that the rule takes, or None}."""
     predictions = {cell: {task: _answers(directories, cell, task) for task in TASKS} for cell in CELLS}
     cells: dict[str, Any] = {}
     for cell, by_task in predictions.items():
@@ -140,7 +143,7 @@ def _answers(directories: Sequence[Path], cell: str, task: str) -> tuple[np.ndar
 
 
 def _shares(directories: Sequence[Path], cell: str, task: str, share: str) -> tuple[float, float]:
-    """Return the scoring term's share at step 1 and over all steps, mean over seeds; NaN where a seed has none."""
+    """Return the scoring term's share at step 1 and over all steps, mean over seeds."""
     key = f"reward/{share}/{TERMS[task]}/{task}"
     by_seed = [np.array([line.get(key) for line in read_metrics(d / cell)], np.float64) for d in directories]
     return float(np.mean([s[0] for s in by_seed])), float(np.nanmean(np.concatenate(by_seed)))

@@ -1,9 +1,9 @@
 """Journal of an evaluation's answers, written as engine calls return; no sample asked twice.
 
-Takes a lazy stream of samples and an engine pool; keeps completions per sample and kind (`greedy`, `sampled`, `direct`). Samples
-are assigned to calls by their position among all samples, answered or not, and a call is run as a whole or not at all.
-With the same engines, a resumed evaluation thus uses the batches of an uninterrupted one, and rounding does not change
-the table. (Bitwise equality under engine failures needs `rollout.deterministic`.)
+Takes a lazy stream of samples and an engine pool; keeps completions per sample and kind (`greedy`, `sampled`,
+`direct`). Samples are assigned to calls by their position among all samples, answered or not, and a call is run as a
+whole or not at all. With the same engines, a resumed evaluation thus uses the batches of an uninterrupted one, and
+rounding does not change the table. (Bitwise equality under engine failures needs `rollout.deterministic`.)
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def run(
     rounds: int = ROUNDS,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return {"before", "after", "columns", "rounds", "datasets": {NAME: {n, only_*, srcc, plcc, ...}}}.
+    """Return the settings and, under "datasets", {NAME: {n, only_*, srcc, plcc, ...}}.
 
     only_*: only_before, only_after. Each statistic has before, after, difference, ci95, p and reason (of a None).
     columns: of predictions.parquet, which answers of each side are compared.

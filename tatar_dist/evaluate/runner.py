@@ -1,4 +1,4 @@
-"""Evaluate a model on the engine pool: greedy answers; optional samples, expected scores, direct answers.
+"""Evaluate a model on the engine pool: greedy, sampled and direct answers, expected scores.
 
 Reads `model.path` and `data.test`. Writes `answers.jsonl` (the journal; after a kill the same command resumes),
 `predictions.parquet`, `metrics.json` and `table.{md,tex,csv}`. Metrics always come with n, n_parsed and n_truncated.

@@ -128,7 +128,7 @@ class RolloutEngine:
         return {**process_facts(), "seconds": round(time.perf_counter() - start, 2)}
 
     def _warm_up(self) -> None:
-        """Sample a token, so that a sampler that is compiled at its first call counts as loading, not as hanging."""
+        """Sample a token: a sampler compiled at its first call counts as loading, not as hanging."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=1.0, seed=0, logprobs=0)
