@@ -133,6 +133,11 @@ def load_preset(
     preset = validated(Preset, {**bodies, "name": file.name or path.stem, "custom": custom}, where)
     if preset.thurstone.floor is None and preset.name != "released":
         raise UserError(f"{where}: thurstone floor is null: only the preset named 'released' runs without one")
+    if "thurstone_tau" in params and preset.thurstone.scale == "shared":
+        raise UserError(
+            f"{where}: thurstone_tau has no effect where thurstone's scale is shared: set thurstone_floor, "
+            "the least scale of a pair, or thurstone_scale=tau"
+        )
     if not preset.weights:
         raise UserError(f"{where}: every weight is 0")
     for term in TERMS:

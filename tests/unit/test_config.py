@@ -304,9 +304,9 @@ def test_what_omegaconf_cannot_merge_is_one_line(word, says):
 
 
 def test_constants_of_a_preset_may_be_words_and_truth_values():
-    words = ["reward.params={thurstone_link: probit, pairwise_siblings: true, thurstone_tau: 2}"]
+    words = ["reward.params={thurstone_link: probit, pairwise_siblings: true, thurstone_m: 2}"]
     config = load_config([], [*MINIMAL, *words])
     preset = load_preset(config.reward.preset, config.reward.weights, config.reward.params)
-    assert (preset.thurstone.link, preset.pairwise.siblings, preset.thurstone.tau) == ("probit", True, 2.0)
+    assert (preset.thurstone.link, preset.pairwise.siblings, preset.thurstone.m) == ("probit", True, 2.0)
     with pytest.raises(UserError, match="must be one of logistic, probit"):
         load_config([], [*MINIMAL, "reward.params={thurstone_link: probot}"])

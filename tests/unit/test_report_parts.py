@@ -151,7 +151,7 @@ def test_a_regret_is_shown_in_nats_with_what_it_pays(run, tmp_path):
 
 def test_a_term_that_comes_out_otherwise_than_the_run_wrote_is_said(run, tmp_path):
     copy = lines(tmp_path / "copy", [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()])
-    (copy / "config.yaml").write_text(json.dumps({"reward": {"preset": "tatar", "params": {"thurstone_tau": 2.0}}}))
+    (copy / "config.yaml").write_text(json.dumps({"reward": {"preset": "paper", "params": {"thurstone_tau": 2.0}}}))
     (copy / "rollouts").mkdir()
     (copy / "rollouts" / "step_000014.parquet").write_bytes((run / "rollouts" / "step_000014.parquet").read_bytes())
     assert "the run wrote down 0." in report(copy).text

@@ -265,7 +265,10 @@ def test_a_floor_under_tau_is_refused_except_in_released():
     with pytest.raises(UserError, match="floor is null"):
         load_preset("tatar", params={"thurstone_floor": None})
     assert load_preset("released").thurstone.floor is None
-    assert load_preset("tatar", params={"thurstone_tau": 4}).thurstone.tau == 4
+    assert load_preset("paper", params={"thurstone_tau": 4}).thurstone.tau == 4
+    with pytest.raises(UserError, match="thurstone_tau has no effect where thurstone's scale is shared"):
+        load_preset("tatar", params={"thurstone_tau": 4})
+    assert load_preset("tatar", params={"thurstone_tau": 4, "thurstone_scale": "tau"}).thurstone.tau == 4
 
 
 def test_without_the_floor_a_right_order_of_collapsed_groups_would_score_below_a_tie():
