@@ -117,7 +117,6 @@ class RolloutEngine:
                 # A model may otherwise write blanks, which JSON allows in any number, until it is cut off.
                 structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             )
-            self._warm_up()
         except Exception as e:  # too little memory, a damaged model, an option that vLLM refuses
             here, reason = process_facts(), f"{type(e).__name__}: {' '.join(str(e).split())[:500]}"
             where = f"{here['host']}, GPU {here['gpu']}" if gpu else here["host"]
@@ -126,13 +125,6 @@ class RolloutEngine:
         self.forbidden = family(self.config.model.family)(self.config.model).forbidden_ids()
         self.version = version
         return {**process_facts(), "seconds": round(time.perf_counter() - start, 2)}
-
-    def _warm_up(self) -> None:
-        """Sample a token: a sampler compiled at its first call counts as loading, not as hanging."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=1, temperature=1.0, seed=0, logprobs=0)
-        self.llm.generate([{"prompt_token_ids": [self.llm.get_tokenizer().eos_token_id]}], params, use_tqdm=False)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Group]:
         """Sample `sampling.n` completions for each prompt, in one batch.
