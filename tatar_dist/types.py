@@ -48,7 +48,7 @@ class Prompt:
     """An engine's input: a sample and its rendered chat text. `group_id` is unique in the run.
 
     `with_image` False: the text alone, as for a teacher that reads notes (rationale construction). `begun`: start of
-    the answer, which the engine continues; completions hold it in their text, not in their tokens.
+    the answer, which the engine continues to `</answer>`; completions hold it in their text, not in their tokens.
     """
 
     sample: Sample

@@ -24,6 +24,7 @@ does not touch the KL, and what it masks still counts in the normaliser.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -146,12 +147,10 @@ def _objective(form: PolicyLoss, r: Tensor, logp: Tensor, advantage: Tensor) -> 
         return -4.0 / tau * torch.sigmoid(tau * (r - 1.0)) * advantage, torch.zeros_like(r, dtype=torch.bool)
     if form.objective == "cispo":
         return -r.clamp(low, high).detach() * advantage * logp, ((r < low) | (r > high)) & (advantage != 0)
-    # Only the side that the min really cuts: below for negative advantages, above for positive ones.
-    clipped = ((r < low) & (advantage < 0)) | ((r > high) & (advantage > 0))
-    bounded = r if form.clip_delta is None else r.clamp(max=form.clip_delta)
-    if form.clip_delta is not None:
-        clipped = clipped | ((r > form.clip_delta) & (advantage < 0))
-    return -torch.minimum(bounded * advantage, r.clamp(low, high) * advantage), clipped
+    delta = math.inf if form.clip_delta is None else form.clip_delta
+    # Only the side that is really cut: below low and above delta for negative advantages, above high for positive ones.
+    clipped = (((r < low) | (r > delta)) & (advantage < 0)) | ((r > high) & (advantage > 0))
+    return -torch.minimum(r.clamp(max=delta) * advantage, r.clamp(low, high) * advantage), clipped
 
 
 def _importance(form: PolicyLoss, old: Tensor, engine: Tensor) -> tuple[Tensor, Tensor]:

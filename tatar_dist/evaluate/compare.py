@@ -89,11 +89,11 @@ def _read(directory: Path, column: str) -> dict[tuple[str, str, str], Row]:
         where = "" if Path(directory).is_dir() else f", no such directory{looked_in(directory)}"
         raise UserError(f"{directory}: no predictions.parquet in it{where}: give the output of `tatar-dist evaluate`")
     try:
-        known = pq.read_schema(file).names
-        table = pq.read_table(file, columns=[*COLUMNS, *({column} & set(known))])
+        known = column in pq.read_schema(file).names
+        table = pq.read_table(file, columns=[*COLUMNS, column] if known else COLUMNS)
     except (pa.ArrowInvalid, OSError) as e:
         raise UserError(f"{file}: cannot be read: {e}") from e
-    if column not in known or (column in MADE_BY and table[column].null_count == len(table)):
+    if not known or (column in MADE_BY and table[column].null_count == len(table)):
         cure = f"evaluate with {MADE_BY[column]}; or none of them parses" if column in MADE_BY else "no such column"
         raise UserError(f"{file}: no score under {column!r}: {cure}")
     rows = table.rename_columns([*COLUMNS, "prediction"]).to_pylist()

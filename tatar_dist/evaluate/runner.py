@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -204,8 +204,9 @@ class Evaluation:
             result["sample_mean"] = metrics("sample_mean")
             result["rewards"] = self._rewards(path / "sampled.parquet")
         if e.direct:
-            file = path / "metrics.json"  # of an earlier start
-            before = json.loads(file.read_text()).get("seconds_per_answer", {}) if file.is_file() else {}
+            before: dict[str, float] = {}
+            with suppress(OSError, ValueError, LookupError):  # of an earlier start, where there was one
+                before = json.loads((path / "metrics.json").read_text())["seconds_per_answer"]
             result["direct"] = metrics("direct")
             result["seconds_per_answer"] = {kind: self.seconds.get(kind) or before.get(kind) for kind in self.sampling}
         for variant in tables.VARIANTS.keys() & result.keys():  # beside the greedy answers' own

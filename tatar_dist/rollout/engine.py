@@ -19,6 +19,7 @@ from typing import Any
 from tatar_dist.config.schema import Config
 from tatar_dist.data.images import decode_image
 from tatar_dist.errors import RunError
+from tatar_dist.prompts.expected import END
 from tatar_dist.rollout.expected import with_expected
 from tatar_dist.rollout.options import FP8, gpu_available, vllm_options
 from tatar_dist.run.failpoints import Failpoints
@@ -157,7 +158,7 @@ class RolloutEngine:
                 logit_bias={i: FORBIDDEN_BIAS for i in self.forbidden},
                 skip_special_tokens=True,
                 structured_outputs=form,
-                stop=["</answer>"] if p.begun else None,
+                stop=[END] if p.begun else None,
                 include_stop_str_in_output=bool(p.begun),
             )
             for p in prompts

@@ -86,6 +86,8 @@ def test_killed_and_with_a_dead_engine_the_table_is_the_same(words, tmp_path, ca
     assert any(e["event"] == "engine/dead" for e in events)
     asked = [json.loads(x)["line"] for x in (troubled / "answers.jsonl").read_text().splitlines()[1:]]
     assert len(asked) == len({(line["kind"], line["key"]) for line in asked}) == 69  # no answer came twice
+    for line in asked:
+        assert all(c["text"].startswith("<answer>") for c in line["said"]) == (line["kind"] == "direct")
 
     command = ["evaluate", "--config", "configs/eval.yaml", "--json", f"output={troubled}", *words]
     assert cli.main(command) == 0  # everything is answered: no engine is started
